@@ -1,0 +1,162 @@
+"""The `rlhf-chat` command. Nothing heavy is imported before a command needs it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="rlhf-chat",
+    help="Train a chat model from human feedback: SFT -> reward model -> PPO -> chat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Option(help="A preset (opt-13b, smollm2-135m, tiny, ...), hub id or directory.")]
+RewardModel = Annotated[str | None, typer.Option(help="Reward model and critic; default: the preset's, or --model.")]
+Data = Annotated[str | None, typer.Option(help="JSON-lines file with your own data (docs/data.md).")]
+Config = Annotated[list[Path] | None, typer.Option(help="YAML file with settings; may be given several times.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. --set rlhf.kl.target=4.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Processes = Annotated[int | None, typer.Option(help="Processes on this machine, one a GPU.")]
+RunPath = Annotated[Path, typer.Argument(help="A run directory, e.g. runs/demo.")]
+Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+
+
+@app.command()
+def run(
+    model: Model = None,
+    name: Annotated[str | None, typer.Option(help="The run is runs/NAME; default: the model's name.")] = None,
+    data: Data = None,
+    reward_model: RewardModel = None,
+    steps: Annotated[str, typer.Option(help="Which of the steps 1,2,3.")] = "1,2,3",
+    dry_run: Annotated[bool, typer.Option(help="Print models, batches, memory and commands; touch nothing.")] = False,
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    processes: Processes = None,
+    debug: Debug = False,
+) -> None:
+    """The whole pipeline in one command. Run it again to go on where it stopped.
+
+    rlhf-chat run --model smollm2-135m --name demo
+
+    rlhf-chat run --model opt-13b --dry-run
+    """
+    from applications.commands import pipeline_command
+
+    pipeline_command(model, name, data, reward_model, steps, dry_run, config, set_, seed, processes)
+
+
+@app.command()
+def sft(
+    run_directory: RunPath,
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    processes: Processes = None,
+    debug: Debug = False,
+) -> None:
+    """Step 1, supervised fine-tuning, in a run directory; with --model in a new one.
+
+    rlhf-chat sft runs/demo
+
+    rlhf-chat sft runs/mine --model opt-125m --data mine.jsonl
+    """
+    from applications.commands import step_command
+
+    step_command(1, run_directory, model, None, data, config, set_, processes)
+
+
+@app.command()
+def reward(
+    run_directory: RunPath,
+    model: Model = None,
+    reward_model: RewardModel = None,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    processes: Processes = None,
+    debug: Debug = False,
+) -> None:
+    """Step 2, the reward model, in a run directory; with --model in a new one.
+
+    rlhf-chat reward runs/demo
+
+    rlhf-chat reward runs/mine --model opt-125m --data pairs.jsonl
+    """
+    from applications.commands import step_command
+
+    step_command(2, run_directory, model, reward_model, data, config, set_, processes)
+
+
+@app.command()
+def rlhf(
+    run_directory: RunPath,
+    actor: Annotated[str | None, typer.Option(help="A finished SFT model, instead of step 1 of the run.")] = None,
+    reward: Annotated[str | None, typer.Option(help="A finished reward model, instead of step 2 of the run.")] = None,
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    processes: Processes = None,
+    debug: Debug = False,
+) -> None:
+    """Step 3, PPO, in a run directory; with --actor and --reward in a new one.
+
+    rlhf-chat rlhf runs/demo
+
+    rlhf-chat rlhf runs/mine --actor my/sft --reward my/reward --data prompts.jsonl
+    """
+    from applications.commands import step_command
+
+    given = [f"sft_model={actor}"] if actor else []
+    given += [f"trained_reward_model={reward}"] if reward else []
+    step_command(3, run_directory, model or actor, None, data, config, given + (set_ or []), processes)
+
+
+@app.command()
+def chat(
+    target: Annotated[Path, typer.Argument(help="A run directory or a model directory.")],
+    compare: Annotated[bool, typer.Option(help="SFT and RLHF side by side.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a trained model, here or in a pipe.
+
+    rlhf-chat chat runs/demo --compare
+
+    echo "How was your day?" | rlhf-chat chat runs/demo
+    """
+    from applications.commands import chat_command
+
+    chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
+
+
+def main() -> None:
+    """The console script: errors of the user become one sentence and exit code 2."""
+    from applications.launch import StageFailed
+    from inference.errors import UserError
+
+    try:
+        app()
+    except (UserError, StageFailed) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"rlhf-chat: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("\nrlhf-chat: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

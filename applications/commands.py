@@ -1,0 +1,139 @@
+"""What the commands do: options -> settings -> pipeline."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from applications.preset_store import settings_for_model
+from inference.errors import UserError
+from training.config import RunConfig, load_config, merge
+from training.run_directory import STEP_NAMES, RunDirectory
+
+
+def resolve_settings(
+    model: str | None,
+    config: list[Path] | None,
+    overrides: list[str] | None,
+    flags: Mapping[str, object],
+) -> RunConfig | None:
+    """Preset, then files, then --set, then flags; None when nothing was given, so that a run keeps its own."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    if model is None and not config and not overrides and not given:
+        return None
+    if model is None and not config:
+        options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
+        raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
+    base = settings_for_model(model) if model is not None else {}
+    data = given.pop("data", None)
+    resolved = load_config(config or [], overrides or [], base)
+    values = merge(resolved.model_dump(), given)
+    if data is not None:
+        file = Path(str(data)).expanduser()
+        values = merge(values, {"data": {"source": str(file.resolve() if file.exists() else data)}})
+    return RunConfig.model_validate(values)
+
+
+def pipeline_command(
+    model: str | None,
+    name: str | None,
+    data: str | None,
+    reward_model: str | None,
+    steps: str,
+    dry_run: bool,
+    config: list[Path] | None,
+    overrides: list[str] | None,
+    seed: int | None,
+    processes: int | None,
+) -> None:
+    """`rlhf-chat run`."""
+    chosen = parse_steps(steps)
+    flags = {"data": data, "reward_model": reward_model, "seed": seed, "processes": processes}
+    if model is None and config is None and name is None:
+        raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
+    path = Path("runs") / (name or Path(model or "run").name)
+    if name is not None and (Path(name).is_absolute() or len(Path(name).parts) > 1):
+        path = Path(name)
+    settings = resolve_settings(model, config, overrides, flags)
+    if dry_run:
+        print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
+        return
+    execute(path, settings, chosen)
+
+
+def step_command(
+    step: int,
+    run_directory: Path,
+    model: str | None,
+    reward_model: str | None,
+    data: str | None,
+    config: list[Path] | None,
+    overrides: list[str] | None,
+    processes: int | None,
+) -> None:
+    """`rlhf-chat sft | reward | rlhf`."""
+    flags = {"data": data, "reward_model": reward_model, "processes": processes}
+    execute(run_directory, resolve_settings(model, config, overrides, flags), [step])
+
+
+def execute(path: Path, settings: RunConfig | None, steps: list[int]) -> None:
+    from applications.dry_run import check_fits
+    from applications.pipeline import open_run, run_pipeline
+
+    run = RunDirectory(path)
+    if settings is not None and not run.config_file.exists():
+        check_fits(settings, steps)
+    run, stored = open_run(path, settings)
+    require_earlier_steps(run, stored, steps)
+    run_pipeline(run, stored, steps)
+
+
+def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[int]) -> None:
+    """A step whose input is missing is refused before anything is started, with the command that makes it."""
+    needed = set()
+    if 3 in steps:
+        needed |= {1} if not config.sft_model else set()
+        needed |= {2} if not config.trained_reward_model else set()
+    if 2 in steps and config.reward.initialize_from == "sft" and not config.sft_model:
+        needed.add(1)
+    for step in sorted(needed - set(steps)):
+        run.require_model(step)
+
+
+def print_dry_run(settings: RunConfig, steps: list[int], path: Path) -> None:
+    from applications.dry_run import dry_run
+    from applications.launch import stage_command
+
+    commands = {step: stage_command(STEP_NAMES[step], path, settings.processes) for step in steps}
+    print(dry_run(settings, steps, path, commands))
+
+
+def chat_command(
+    target: Path,
+    compare: bool,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_tokens: int,
+    seed: int,
+    system: str | None,
+) -> None:
+    """`rlhf-chat chat`."""
+    from inference.chat_target import find_chat_models
+
+    found = find_chat_models(target, compare)
+    from inference.chat import chat
+    from inference.chat_model import ChatModel
+    from inference.generation.sample import SamplingSettings
+
+    settings = SamplingSettings(max_tokens, temperature, top_p, top_k)
+    chat([(label, ChatModel.load(path)) for label, path in found], settings, seed, system)
+
+
+def parse_steps(text: str) -> list[int]:
+    """`1,2,3` -> [1, 2, 3], in order and without repeats."""
+    try:
+        steps = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        steps = []
+    if not steps or not set(steps) <= set(STEP_NAMES):
+        raise UserError(f"--steps takes some of 1,2,3 separated by commas, not '{text}'.")
+    return steps

@@ -1,0 +1,197 @@
+"""What a run would do, without doing it: nothing is written; weights, hub and data are not needed.
+
+Plain text of at most 100 columns (commands and paths may be longer), the same on a terminal and in a pipe. Time is
+left out: it would be a guess.
+"""
+
+import math
+import shlex
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, scorer_source, size, verdict
+from training.config import OptimizerSettings, RunConfig
+from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
+from training.run_directory import STEP_NAMES
+
+__all__ = ["check_fits", "dry_run"]
+
+STEP_TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "RLHF with PPO"}
+COLUMNS = 100
+_PHASE_ORDER = {"": 0, LOADING: 1, "generation": 2, "training": 3, "saving": 4}
+
+
+def dry_run(
+    config: RunConfig,
+    steps: Sequence[int],
+    run_directory: Path,
+    launch_commands: dict[int, list[str]] | list[str],
+    nodes: int = 1,
+) -> str:
+    """The text that `--dry-run` prints: models, batches, optimiser steps, memory, disk, commands and a verdict.
+
+    `launch_commands` is one command, or one for each step. With `nodes` > 1 each of them runs `config.processes`.
+    """
+    outlook = Outlook.of(config, steps, nodes)
+    lines = ["Dry run: nothing is written, nothing is fetched, nothing is started.", ""]
+    lines += _machine_and_models(outlook)
+    for step in steps:
+        settings = _rlhf_step(outlook) if step == 3 else _supervised_step(outlook, step)
+        lines += ["", f"Step {step}: {STEP_TITLES[step]}", *settings, *_memory(outlook, step)]
+    lines += ["", *_where(outlook, run_directory), "", "Commands"]
+    if isinstance(launch_commands, dict):
+        lines += [f"  {shlex.join(launch_commands[step])}" for step in steps if step in launch_commands]
+    else:
+        lines.append(f"  {shlex.join(launch_commands)}")
+    lines += ["", *wrap(f"Memory does not count {NOT_COUNTED}."), "", *wrap(verdict(outlook, run_directory))]
+    return "\n".join(lines)
+
+
+def _machine_and_models(outlook: Outlook) -> list[str]:
+    config = outlook.config
+    where = (
+        f"{config.processes} on this machine" if outlook.nodes == 1 else f"{config.processes} on {outlook.nodes} nodes"
+    )
+    return [
+        _line("this machine", str(outlook.machine)),
+        _line("processes", f"{where}, computing in {_dtype_name(outlook)}"),
+        _line("actor", f"{config.sft_model or config.model}, {_parameters(outlook.actor)}"),
+        _line("reward, critic", f"{scorer_source(config)}, {_parameters(outlook.scorer, scorer=True)}"),
+        _line("data", f"{config.data.source}" + (f", at most {config.data.limit:,} rows" if config.data.limit else "")),
+        _line("lengths", f"prompt {config.data.max_prompt_tokens} + response {config.data.max_response_tokens} tokens"),
+    ]
+
+
+def _supervised_step(outlook: Outlook, step: int) -> list[str]:
+    settings = outlook.config.sft if step == 1 else outlook.config.reward
+    unit = "rows" if step == 1 else "pairs"
+    together = 1 if step == 1 else 2
+    rows = rows_per_micro_batch(settings.micro_batch_tokens, outlook.length, together) // together
+    if settings.max_steps:
+        updates = f"{settings.max_steps:,}, or {settings.epochs} x {unit} / {settings.batch_size} if that is less"
+    else:
+        updates = f"{settings.epochs} x {unit} / {settings.batch_size} ({unit} are known once the data is prepared)"
+    tokens = settings.batch_size * together * outlook.length
+    return [
+        _line("trains", _training(settings.optimizer)),
+        _line("batch", _batch(settings.batch_size, rows, outlook, unit)),
+        _line("optimiser steps", updates),
+        *_compute(outlook.shape_of(step), settings.optimizer, tokens),
+    ]
+
+
+def _rlhf_step(outlook: Outlook) -> list[str]:
+    rlhf = outlook.config.rlhf
+    samples = rlhf.prompts_per_iteration * rlhf.samples_per_prompt
+    mini_batch = math.ceil(samples / rlhf.mini_batches)
+    updates = rlhf.iterations * rlhf.ppo_epochs * rlhf.mini_batches
+    actor_updates = max(rlhf.iterations - rlhf.critic_warmup, 0) * rlhf.ppo_epochs * rlhf.mini_batches
+    rows = rows_per_micro_batch(rlhf.micro_batch_tokens, outlook.length)
+    steps = f"critic {updates:,}, actor {actor_updates:,}" if actor_updates != updates else f"{updates:,} of each"
+    return [
+        _line("actor", _training(rlhf.actor)),
+        _line("critic", _training(rlhf.critic)),
+        _line("reference", _frozen(outlook, lora_rank=rlhf.actor.lora.rank)),
+        _line("reward", _frozen(outlook)),
+        _line(
+            "iteration",
+            f"{rlhf.prompts_per_iteration} prompts x {rlhf.samples_per_prompt} = {samples} samples, "
+            f"{min(rlhf.generation_batch, math.ceil(samples / outlook.ranks))} at a time on a rank",
+        ),
+        _line("mini-batch", _batch(mini_batch, rows, outlook, "samples")),
+        _line(
+            "optimiser steps",
+            f"{steps}: {rlhf.iterations} iterations x {rlhf.ppo_epochs} PPO epochs x {rlhf.mini_batches} mini-batches",
+        ),
+        *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.length),
+    ]
+
+
+def _training(settings: OptimizerSettings) -> str:
+    what = f"LoRA adapters of rank {settings.lora.rank}" if settings.lora.rank else "all weights"
+    extras = [f"learning rate {settings.learning_rate:g}", f"ZeRO stage {settings.zero_stage}"]
+    if settings.offload != "none":
+        extras.append(f"offload of {settings.offload.replace('+', ' and ')}")
+    if settings.gradient_checkpointing:
+        extras.append("gradient checkpointing")
+    return ", ".join([what, *extras])
+
+
+def _frozen(outlook: Outlook, lora_rank: int = 0) -> str:
+    if lora_rank:
+        return "the actor with its adapters off"
+    divided = outlook.config.rlhf.frozen_zero_stage == 3
+    return "frozen, " + ("divided over the ranks (ZeRO stage 3)" if divided else "whole on each rank")
+
+
+def _batch(batch: int, rows: int, outlook: Outlook, unit: str) -> str:
+    """The arithmetic for rows of the longest length; shorter ones share a micro-batch with more."""
+    share = math.ceil(batch / outlook.ranks)
+    rows = min(rows, share)
+    accumulation = math.ceil(share / rows)
+    equal = "=" if rows * accumulation * outlook.ranks == batch else "<="
+    return (
+        f"{batch} {unit} {equal} {rows} in a micro-batch x {accumulation} accumulated x {outlook.ranks} ranks "
+        f"({unit} of {outlook.length} tokens)"
+    )
+
+
+def _compute(shape: Shape | None, settings: OptimizerSettings, tokens: int) -> list[str]:
+    """6 operations per weight and token, 8 with recomputation (arXiv 2104.04473, section 5, without attention)."""
+    if shape is None:
+        return []
+    operations = (8 if settings.gradient_checkpointing else 6) * shape.parameters * tokens
+    amount, unit = (operations / 1e15, "PFLOP") if operations >= 1e15 else (operations / 1e12, "TFLOP")
+    text = f"{amount:,.0f}" if amount >= 10 else f"{amount:.1g}" if amount < 0.1 else f"{amount:.1f}"
+    return [_line("compute", f"at most {text} {unit} an optimiser step, attention not counted")]
+
+
+def _memory(outlook: Outlook, step: int) -> list[str]:
+    memory = outlook.memory(step)
+    if memory is None:
+        return [_line("memory", "unknown without the hub")]
+    lines = ["  memory of one process"]
+    on_host = {"host": " in main memory"} if outlook.machine.gpus else {}
+    for part in sorted(memory.parts, key=lambda part: _PHASE_ORDER[part.phase.rpartition(" ")[2]]):
+        if part.bytes:
+            during = f"{part.phase}: " if part.phase else ""
+            lines.append(f"  {size(part.bytes):>12}  {during}{part.name}{on_host.get(part.place, '')}")
+    where = " of the GPU" if outlook.machine.gpus else ""
+    lines.append(f"  {size(memory.peak(*outlook.machine.places)):>12}  most at one time{where}")
+    if outlook.machine.gpus:
+        host = memory.host_peak(outlook.config.processes)
+        lines.append(f"  {size(host):>12}  most at one time of main memory, all processes together")
+    return lines
+
+
+def _where(outlook: Outlook, run_directory: Path) -> list[str]:
+    free = size(shutil.disk_usage(nearest_existing(run_directory)).free)
+    is_known = all(outlook.memory(step) is not None for step in outlook.steps)
+    needed = f"up to {size(disk_needed(outlook))}" if is_known else "an unknown amount"
+    state = "there already" if run_directory.exists() else "to be made"
+    return [
+        _line("run directory", f"{run_directory} ({state})"),
+        *(_line(f"step {step}", str(run_directory / STEP_NAMES[step] / "model")) for step in outlook.steps),
+        _line("disk", f"{needed} for models and checkpoints, {free} free"),
+    ]
+
+
+def _parameters(shape: Shape | None, scorer: bool = False) -> str:
+    if shape is None:
+        return "parameters unknown without the hub"
+    count = shape.scorer_parameters if scorer else shape.parameters
+    return f"{count / 1e9:.2f} B parameters" if count >= 1e9 else f"{count / 1e6:.1f} M parameters"
+
+
+def _dtype_name(outlook: Outlook) -> str:
+    return str(outlook.dtype).removeprefix("torch.")
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<17}{text}"
+
+
+def wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, COLUMNS, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,307 @@
+"""Does a run fit this machine, and if not, what would? Estimated from shapes: no weights, no hub, no data."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from applications.preset_store import is_preset_architecture, known_architecture, smaller_presets
+from inference.errors import UserError
+from training.config import OptimizerSettings, RunConfig, merge, validate_config
+from training.memory import Place, Shape, StepMemory, estimate_step_memory
+from training.models.loading import TORCH_DTYPES, resolve_dtype
+
+GIB = 2**30
+CLUSTER_GPU = 80 * GIB
+"""Memory of the GPUs that a way out speaks of where this machine has none."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has."""
+
+    cores: int
+    memory: int
+    """Bytes of main memory, or what the container may use of it."""
+    gpus: tuple[tuple[str, int], ...] = ()
+    """Name and bytes of each GPU."""
+
+    @classmethod
+    def here(cls) -> "Machine":
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+        for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2, v1
+            try:
+                limits.append(int(Path(file).read_text()))
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        gpus = tuple((device.name, device.total_memory) for device in devices)
+        return cls(os.cpu_count() or 1, min(limits), gpus)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.gpus else "cpu")
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """What a process's own memory holds: without a GPU, what is offloaded to the host lies there too."""
+        return ("device",) if self.gpus else ("device", "host")
+
+    def per_process(self, processes: int) -> int:
+        return min(memory for _, memory in self.gpus) if self.gpus else self.memory // processes
+
+    def __str__(self) -> str:
+        gpus = f", {len(self.gpus)} x {self.gpus[0][0]} with {size(self.gpus[0][1])}" if self.gpus else ", no GPU"
+        return f"{self.cores} cores, {size(self.memory)} memory{gpus}"
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One configuration on a number of ranks, with the shapes that are known."""
+
+    config: RunConfig
+    steps: tuple[int, ...]
+    nodes: int
+    machine: Machine
+    actor: Shape | None
+    scorer: Shape | None
+
+    @classmethod
+    def of(cls, config: RunConfig, steps: Sequence[int], nodes: int) -> "Outlook":
+        actor = find_shape(config.sft_model or config.model, config.architecture.get("model"))
+        if scorer_source(config) == (config.sft_model or config.model):
+            scorer = actor
+        else:
+            scorer = find_shape(scorer_source(config), config.architecture.get("reward_model"))
+        return cls(config, tuple(steps), nodes, Machine.here(), actor, scorer)
+
+    @property
+    def ranks(self) -> int:
+        return self.config.processes * self.nodes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return resolve_dtype(self.config.dtype, self.machine.device)
+
+    @property
+    def length(self) -> int:
+        return self.config.data.max_prompt_tokens + self.config.data.max_response_tokens
+
+    def shape_of(self, step: int) -> Shape | None:
+        """The model that a step leaves (step 3: the actor)."""
+        return self.scorer if step == 2 else self.actor
+
+    def memory(self, step: int) -> StepMemory | None:
+        """None where a shape that the step needs is unknown."""
+        needed = {1: [self.actor], 2: [self.shape_of(2)], 3: [self.actor, self.scorer]}[step]
+        if any(shape is None for shape in needed):
+            return None
+        known = self.actor or self.scorer
+        assert known is not None
+        actor, scorer = self.actor or known, self.scorer or known  # the one that the step does not need is not read
+        return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks)
+
+    def largest(self) -> tuple[int, int] | None:
+        """The step whose processes need most, and their bytes."""
+        estimates = [(step, memory) for step in self.steps if (memory := self.memory(step)) is not None]
+        peaks = [(memory.peak(*self.machine.places), step) for step, memory in estimates]
+        return (max(peaks)[1], max(peaks)[0]) if peaks else None
+
+    def with_settings(self, values: dict[str, Any], nodes: int = 0) -> "Outlook":
+        config = validate_config(merge(self.config.model_dump(), values))
+        return Outlook(config, self.steps, nodes or self.nodes, self.machine, self.actor, self.scorer)
+
+
+def check_fits(config: RunConfig, steps: Sequence[int], nodes: int = 1) -> None:
+    """Raise UserError where what a step holds all through is more than the memory of this machine.
+
+    Only the clearly impossible: phases such as generation and backward passes are not counted. A start for several
+    nodes is not checked, because the machine it is typed on need not be one of them.
+    """
+    if nodes > 1:
+        return
+    outlook = Outlook.of(config, steps, nodes)
+    for step in steps:
+        memory = outlook.memory(step)
+        if memory is None:
+            continue
+        held, has = memory.held(*outlook.machine.places), outlook.machine.per_process(config.processes)
+        if held > has:
+            raise UserError(
+                f"Step {step} cannot run here: weights, gradients and optimiser states take about {size(held)} per "
+                f"process, {_has(outlook)} {size(has)}; ways out: {ways_out(outlook)}."
+            )
+
+
+def scorer_source(config: RunConfig) -> str:
+    """Where reward model and critic come from."""
+    if config.trained_reward_model:
+        return config.trained_reward_model
+    if config.reward.initialize_from == "sft":
+        return config.sft_model or config.model
+    return config.reward_model_source
+
+
+def find_shape(model: str, given: dict[str, Any] | None) -> Shape | None:
+    """From a local directory's config.json, a preset with this model, or the user's own `given` values; else None."""
+    file = Path(model).expanduser() / "config.json"
+    if file.is_file():
+        try:
+            return Shape.from_config_values(json.loads(file.read_text()))
+        except ValueError as error:
+            raise UserError(f"{file} is not valid JSON ({error}); fetch or train the model again.") from error
+    values = known_architecture(model)
+    if values is None and given is not None and not is_preset_architecture(given):
+        values = given  # a preset's values with another model's name are left over from before the name was changed
+    return None if values is None else Shape.from_config_values(values)
+
+
+def verdict(outlook: Outlook, run_directory: Path) -> str:
+    """One line that begins with `Verdict:`."""
+    largest = outlook.largest()
+    if largest is None or any(outlook.memory(step) is None for step in outlook.steps):
+        unknown = outlook.config.model if outlook.actor is None else scorer_source(outlook.config)
+        return f"Verdict: unknown: the size of {unknown} is not known without the hub (a local directory would tell)"
+    step, need = largest
+    has = outlook.machine.per_process(outlook.config.processes)
+    if need > has:
+        return (
+            f"Verdict: does not fit here: step {step} needs about {size(need)} per process, {_has(outlook)} "
+            f"{size(has)}; ways out: {ways_out(outlook)}"
+        )
+    processes = outlook.config.processes
+    estimates = [memory for step in outlook.steps if (memory := outlook.memory(step)) is not None]
+    host = max(memory.host_peak(processes) for memory in estimates)
+    if outlook.machine.gpus and host > outlook.machine.memory:
+        return (
+            f"Verdict: does not fit here: offloading and saving take about {size(host)} of main memory, this machine "
+            f"has {size(outlook.machine.memory)}; ways out: LoRA, no offload, fewer processes, or a smaller model"
+        )
+    disk, free = disk_needed(outlook), shutil.disk_usage(nearest_existing(run_directory)).free
+    if disk > free:
+        return (
+            f"Verdict: does not fit here: the run directory takes up to {size(disk)}, {size(free)} are free; "
+            f"ways out: another disk, or fewer checkpoints (checkpoint_every=0)"
+        )
+    return f"Verdict: fits: step {step} needs most, about {size(need)} per process of {size(has)}"
+
+
+def _has(outlook: Outlook) -> str:
+    if outlook.machine.gpus:
+        return "a GPU here has"
+    processes = outlook.config.processes
+    return "this machine has" if processes == 1 else f"this machine has for each of {processes} processes"
+
+
+def ways_out(outlook: Outlook) -> str:
+    """Changes that make the largest step fit, each with what it then needs; in the end always a smaller model."""
+    has = outlook.machine.per_process(outlook.config.processes)
+    found = []
+    for text, changed in _changes(outlook):
+        largest = changed.largest()
+        if largest is not None and largest[1] <= has:
+            found.append(f"{text} ({size(largest[1])})")
+    return "; ".join([*found, *_more_ranks(outlook), _smaller_model(outlook, has)])
+
+
+def _changes(outlook: Outlook) -> Iterator[tuple[str, Outlook]]:
+    """What can be changed on the same machine, one thing at a time, then together."""
+
+    def on_all(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "sft": {"optimizer": values},
+            "reward": {"optimizer": values},
+            "rlhf": {"actor": values, "critic": values},
+        }
+
+    lora = on_all({"lora": {"rank": 16}})
+    short = {"data": {"max_prompt_tokens": 128, "max_response_tokens": 128}}
+    small = {step: {"micro_batch_tokens": 256} for step in ("sft", "reward", "rlhf")}
+    frugal = merge(merge(short, small), on_all({"gradient_checkpointing": True}))
+    yield "shorter rows, small micro-batches and gradient checkpointing", outlook.with_settings(frugal)
+    if outlook.machine.gpus:
+        yield "offload=optimizer", outlook.with_settings(on_all({"zero_stage": 2, "offload": "optimizer"}))
+    yield "LoRA (rlhf.actor.lora.rank=16 and its like)", outlook.with_settings(lora)
+    yield "LoRA with shorter rows, small micro-batches and checkpointing", outlook.with_settings(merge(lora, frugal))
+
+
+def _more_ranks(outlook: Outlook) -> list[str]:
+    """The fewest ranks on which the run fits with ZeRO stage 3, each with a GPU like those here (else 80 GiB)."""
+    gpu = min((memory for _, memory in outlook.machine.gpus), default=CLUSTER_GPU)
+    three = {"zero_stage": 3}
+    divided = {
+        "dtype": str(outlook.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"),
+        "processes": 1,
+        "sft": {"optimizer": three},
+        "reward": {"optimizer": three},
+        "rlhf": {"actor": three, "critic": three, "frozen_zero_stage": 3},
+    }
+    ranks = 1
+    while ranks <= 1024:
+        changed = outlook.with_settings(divided, nodes=ranks)
+        peaks = [memory.peak("device") for step in outlook.steps if (memory := changed.memory(step)) is not None]
+        if peaks and max(peaks) <= gpu:
+            name = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+            return [f"{name} of {size(gpu)} with ZeRO stage 3 ({size(max(peaks))} each)"]
+        ranks *= 2
+    return []
+
+
+def _smaller_model(outlook: Outlook, has: int) -> str:
+    for name in smaller_presets(outlook.config.model):
+        actor = find_shape(name, None)
+        changed = Outlook(outlook.config, outlook.steps, outlook.nodes, outlook.machine, actor, outlook.scorer)
+        largest = changed.largest()
+        if largest is not None and largest[1] <= has:
+            return f"a smaller model (--model {name}: {size(largest[1])} with these settings)"
+    return "a smaller model"
+
+
+def disk_needed(outlook: Outlook) -> int:
+    """Bytes of the finished models and of the checkpoints kept, one more while a new one is being written.
+
+    Models of unknown shape are left out.
+    """
+    total = 0
+    for step in outlook.steps:
+        config = outlook.config
+        if step == 3:
+            every, keep = config.rlhf.checkpoint_every, config.rlhf.keep_checkpoints
+            trained = [(outlook.actor, config.rlhf.actor), (outlook.scorer, config.rlhf.critic)]
+        else:
+            settings = config.sft if step == 1 else config.reward
+            every, keep, trained = settings.checkpoint_every, settings.keep_checkpoints, []
+            trained.append((outlook.shape_of(step), settings.optimizer))
+        shape = outlook.shape_of(step)
+        total += shape.parameters * TORCH_DTYPES[config.save_dtype].itemsize if shape is not None else 0
+        for trained_shape, optimizer in trained:
+            if every and trained_shape is not None:
+                total += (keep + 1) * _checkpoint_bytes(trained_shape, optimizer, outlook.dtype)
+    return total
+
+
+def _checkpoint_bytes(shape: Shape, settings: OptimizerSettings, dtype: torch.dtype) -> int:
+    """Trained weights and the optimiser's three fp32 numbers for each."""
+    lora = settings.lora
+    trained = shape.lora_parameters(lora.rank, lora.targets) if lora.rank else shape.parameters
+    return trained * (dtype.itemsize + 12)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or the first of its parents that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def size(bytes_: float) -> str:
+    """`1.5 GiB`, `212 GiB`, `38 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(bytes_) < 1023.5 or unit == "TiB":
+            break
+        bytes_ /= 1024
+    return f"{bytes_:.1f} {unit}" if bytes_ < 9.95 and unit != "B" else f"{bytes_:.0f} {unit}"

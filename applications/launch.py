@@ -1,0 +1,74 @@
+"""Starting stage scripts: one process, several on this machine, or the command line for a cluster's launcher."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import training
+from inference.errors import UserError
+from training.run_directory import STEP_COMMANDS, STEP_NAMES, RunDirectory
+from training.watchdog import PARENT_VARIABLE
+
+SCRIPTS = {
+    "prepare": "prepare.py",
+    **{name: f"{name}/main.py" for name in STEP_NAMES.values()},
+    "evaluation": "evaluation/main.py",
+}
+
+
+class StageFailed(Exception):
+    """A stage process ended without success and without a sentence of its own."""
+
+
+def stage_command(script: str, run: Path, processes: int) -> list[str]:
+    """The command line that runs a stage script in `processes` processes on this machine."""
+    file = Path(training.__file__).parent / SCRIPTS[script]
+    if processes == 1:
+        return [sys.executable, str(file), str(run)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, str(file), str(run)]
+
+
+def run_stage_script(script: str, run: RunDirectory, processes: int, error_file: Path) -> None:
+    """Run a stage to its end. Raises UserError with the stage's own sentence, or StageFailed.
+
+    PYTHONSAFEPATH keeps a `training` or `inference` folder of the user's working directory out of the imports.
+    """
+    environment = {
+        **os.environ,
+        PARENT_VARIABLE: str(os.getpid()),
+        "PYTHONSAFEPATH": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    error_file.unlink(missing_ok=True)
+    process = subprocess.Popen(stage_command(script, run.path, processes), env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        stop(process)
+        raise
+    if code == 0:
+        return
+    if error_file.exists():
+        raise UserError(error_file.read_text())
+    raise StageFailed(failure_sentence(script, run, code))
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a launcher; ranks that outlive it end themselves."""
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def failure_sentence(script: str, run: RunDirectory, code: int) -> str:
+    numbers = {name: number for number, name in STEP_NAMES.items()}
+    command = f"rlhf-chat {STEP_COMMANDS[numbers[script]]} {run.path}" if script in numbers else "the same command"
+    log = run.step(numbers[script]).log_file if script in numbers else run.path
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    memory = " Out of memory? Try a smaller micro_batch_tokens, LoRA, or a higher zero_stage." if code == -9 else ""
+    return f"{script} {how}; its log is {log}. {command} goes on from the last checkpoint.{memory}"

@@ -1,0 +1,179 @@
+"""kill -9 at random moments, resume, and compare with a run that nobody disturbed: bitwise.
+
+    python -m benchmarks.kill_and_resume --kills 20 --processes 1 --seed 7
+
+The `tiny` preset is trained twice. The victim loses, at random moments of every step, the command, its launcher, a
+rank, or the whole process group; after each kill no process of the run may live on, and the same command is given
+again. At the end the weights of all models must be the same bytes and the metrics the same numbers (timings and
+memory aside).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from training.run_directory import STEP_NAMES, RunDirectory
+
+ORPHAN_SECONDS = 15.0
+UNEQUAL_METRICS = ("time/", "memory/", "tokens_per_second")
+TARGETS = ("command", "launcher", "rank", "group")
+
+
+@dataclass
+class Kill:
+    step: int
+    after_seconds: float
+    target: str
+    phase: str
+    """The newest file of the step when the kill came: tells loading from training from saving."""
+
+
+def command(directory: Path, step: int, processes: int, extra: list[str]) -> list[str]:
+    program = [sys.executable, "-P", "-m", "applications.cli", "run", "--model", "tiny", "--name", str(directory)]
+    return [*program, "--steps", str(step), "--processes", str(processes), *extra]
+
+
+def start(directory: Path, step: int, processes: int, extra: list[str]) -> subprocess.Popen:
+    with open(directory.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(
+            command(directory, step, processes, extra), stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def members(directory: Path) -> list[psutil.Process]:
+    """Processes that work on this run, the command first, ranks last."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status", "create_time"]):
+        line = process.info["cmdline"] or []
+        if str(directory) in line and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+            found.append(process)
+    return sorted(found, key=lambda process: process.info["create_time"])
+
+
+def kill(running: subprocess.Popen, directory: Path, target: str) -> None:
+    """SIGKILL to one part of the run."""
+    alive = members(directory)
+    if target == "group":
+        for process in alive:
+            silently_kill(process)
+        return
+    children = [process for process in alive if process.pid != running.pid]
+    chosen = {"command": None, "launcher": children[:1], "rank": children[-1:]}[target]
+    if not chosen:
+        running.send_signal(signal.SIGKILL)
+    else:
+        silently_kill(chosen[0])
+
+
+def silently_kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGKILL)
+
+
+def wait_until_gone(directory: Path) -> None:
+    """Orphans end themselves; AssertionError if one lives on."""
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while alive := members(directory):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still running {ORPHAN_SECONDS:g} s after the kill: {[p.cmdline() for p in alive]}")
+        time.sleep(0.1)
+
+
+def torment(
+    directory: Path, step: int, kills: int, processes: int, seconds: float, draw: random.Random, extra: list[str]
+) -> list[Kill]:
+    """Kill the step `kills` times at moments up to `seconds` after its start, then let it end."""
+    done = []
+    while len(done) < kills:
+        running = start(directory, step, processes, extra)
+        delay, target = draw.uniform(0.3, seconds), draw.choice(TARGETS)
+        try:
+            running.wait(timeout=delay)
+            break  # it finished first: nothing is left to kill
+        except subprocess.TimeoutExpired:
+            pass
+        files = [f for f in RunDirectory(directory).step(step).path.rglob("*") if f.is_file()]
+        newest = max(files, key=lambda f: f.stat().st_mtime, default=None)
+        phase = str(newest.relative_to(directory)) if newest else "nothing written"
+        kill(running, directory, target)
+        running.wait()
+        wait_until_gone(directory)
+        done.append(Kill(step, delay, target, phase))
+    finish(directory, step, processes, extra)
+    return done
+
+
+def finish(directory: Path, step: int, processes: int, extra: list[str]) -> float:
+    """Run the step to its end; returns the seconds. AssertionError with the log's end if it fails."""
+    begun = time.monotonic()
+    running = start(directory, step, processes, extra)
+    if running.wait() != 0:
+        raise AssertionError(directory.with_suffix(".log").read_text()[-3000:])
+    return time.monotonic() - begun
+
+
+def weights(run: RunDirectory, step: int) -> dict[str, str]:
+    """SHA-256 of each weights file of the step's model."""
+    files = sorted(run.step(step).model.glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def metrics(run: RunDirectory, step: int) -> list[dict]:
+    """Rows of metrics.jsonl without timings and memory."""
+    rows = [json.loads(line) for line in run.step(step).metrics_file.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(UNEQUAL_METRICS)} for row in rows]
+
+
+def compare(undisturbed: RunDirectory, victim: RunDirectory, steps: list[int]) -> None:
+    """AssertionError at the first difference."""
+    for step in steps:
+        ours, theirs = metrics(undisturbed, step), metrics(victim, step)
+        assert len(ours) == len(theirs), f"{STEP_NAMES[step]}: {len(ours)} rows of metrics against {len(theirs)}"
+        for a, b in zip(ours, theirs, strict=True):
+            assert a == b, f"{STEP_NAMES[step]} metrics differ: {a} against {b}"
+        assert weights(undisturbed, step) == weights(victim, step), f"{STEP_NAMES[step]}: weights differ"
+
+
+def experiment(
+    directory: Path, kills: int, processes: int, seed: int, steps: list[int], extra: list[str] | None = None
+) -> list[Kill]:
+    """The whole comparison; `kills` a step. Returns what was killed when."""
+    extra = [*(extra or []), "--set", "evaluation.prompts=0"]
+    draw = random.Random(seed)
+    undisturbed, victim = directory / "undisturbed", directory / "victim"
+    done = []
+    for step in steps:
+        seconds = finish(undisturbed, step, processes, extra)
+        done += torment(victim, step, kills, processes, seconds, draw, extra)
+    compare(RunDirectory(undisturbed), RunDirectory(victim), steps)
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="kills in each step")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, default=Path("runs/kill-and-resume"))
+    arguments = parser.parse_args()
+    directory = (arguments.directory / f"{arguments.processes}-{arguments.seed}-{os.getpid()}").resolve()
+    directory.mkdir(parents=True)
+    kills = experiment(directory, arguments.kills, arguments.processes, arguments.seed, [1, 2, 3])
+    for one in kills:
+        print(f"{STEP_NAMES[one.step]}  {one.target:8s} after {one.after_seconds:5.1f} s, last written: {one.phase}")
+    print(f"{len(kills)} kills, seed {arguments.seed}, {arguments.processes} process(es): weights and metrics equal")
+
+
+if __name__ == "__main__":
+    main()

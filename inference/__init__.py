@@ -1,0 +1,1 @@
+"""What answers: finding a model, generating tokens, talking. Nothing here knows that training exists."""

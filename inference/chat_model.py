@@ -1,0 +1,118 @@
+"""A model one can talk to: messages in, pieces of text out as tokens are drawn."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from inference.chat_format import ChatFormat, Message
+from inference.chat_target import refuse_reward_model
+from inference.errors import UserError
+from inference.generation.engine import GenerationEngine
+from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.quiet import quiet_transformers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGE_BYTES = 6 * 2**30
+"""Weights beyond this stay in bf16 on a CPU: slower there, but half the memory."""
+BROKEN = "\ufffd"
+"""What a decoder writes for bytes that are not, or not yet, a character."""
+
+
+class ChatModel:
+    """A causal language model in evaluation mode with its chat format."""
+
+    def __init__(self, model: PreTrainedModel, chat_format: ChatFormat):
+        self.model = model.eval()
+        self.format = chat_format
+        self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id)
+
+    @classmethod
+    def load(cls, directory: Path, dtype: str = "auto") -> "ChatModel":
+        """Read a Hugging Face model directory; on the GPU if there is one.
+
+        `dtype` is fp32, bf16, fp16 or auto: bf16 on a GPU, and fp32 on a CPU unless the weights are large.
+        Raises UserError where the directory is not a complete, undamaged model.
+        """
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{directory} is not a model: it has no config.json; give a Hugging Face model directory.")
+        refuse_reward_model(directory)
+        chat_format = ChatFormat.load(directory)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            with quiet_transformers():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    str(directory),
+                    dtype=choose_dtype(directory, dtype, device),
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        except UserError:
+            raise
+        except Exception as error:  # transformers raises many kinds here, all of them about the directory's files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+            raise UserError(f"{directory} is a damaged model ({reason}); copy it again or train it again.") from error
+        model, report = loaded
+        if report["missing_keys"]:  # transformers would go on with random weights
+            missing = sorted(report["missing_keys"])
+            raise UserError(
+                f"{directory} is not a complete language model: {len(missing)} weights are missing, for example "
+                f"{missing[0]}; copy it again or train it again."
+            )
+        if chat_format.end_of_turn_id >= model.get_input_embeddings().num_embeddings:
+            raise UserError(f"The tokenizer in {directory} has more tokens than the model; put the model's own there.")
+        return cls(model.to(device), chat_format)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that prompt and answer may have together; 0 means no limit is known."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0
+
+    @property
+    def description(self) -> str:
+        parameters = self.model.num_parameters() / 1e6
+        return f"{parameters:,.1f} M parameters, {str(self.model.dtype).removeprefix('torch.')}, {self.model.device}"
+
+    def reply(self, messages: list[Message], settings: SamplingSettings, seed: int, turn: int) -> Iterator[str]:
+        """Yield the answer in pieces that hold whole characters; joined, they are the decoded answer.
+
+        `seed` and `turn` decide the draws. Where the model's context is too short, the oldest turns are dropped.
+        Raises UserError where the chat template refuses the messages.
+        """
+        settings = self._fit_answer(settings)
+        prompt_limit = self.context_length - settings.max_tokens if self.context_length else 0
+        try:
+            prompt = torch.tensor(self.format.prompt_ids(messages, prompt_limit))
+        except TemplateError as error:
+            raise UserError(f"The model's chat template refuses this conversation: {error}.") from error
+        sent = text = ""
+        for sample in self.engine.stream(prompt, settings, SamplingKey(seed, turn)):
+            text = self.format.decode(sample.response_ids)
+            whole = text.rstrip(BROKEN)  # what follows may be the first bytes of a character
+            if len(whole) > len(sent):
+                yield whole[len(sent) :]
+                sent = whole
+        if len(text) > len(sent):
+            yield text[len(sent) :]
+
+    def _fit_answer(self, settings: SamplingSettings) -> SamplingSettings:
+        """An answer takes at most half the context, so that the prompt has room."""
+        if not self.context_length:
+            return settings
+        return replace(settings, max_tokens=min(settings.max_tokens, max(1, self.context_length // 2)))
+
+
+def choose_dtype(directory: Path, dtype: str, device: str) -> torch.dtype:
+    """The number format for `dtype`, see ChatModel.load."""
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != "auto":
+        raise UserError(f"There is no dtype '{dtype}'; use auto, {', '.join(DTYPES)}.")
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern))
+    return torch.bfloat16 if size > LARGE_BYTES else torch.float32

@@ -1,0 +1,1 @@
+"""Token ids in, samples out, each as soon as it ends. Knows nothing of text."""

@@ -1,0 +1,43 @@
+"""What generation takes and gives."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_tokens: int = 0
+    """The end token is forbidden before this many tokens."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}: a sample has a token")
+
+
+@dataclass(frozen=True)
+class SamplingKey:
+    """What, with a sample's index and a token's position, decides every random number."""
+
+    seed: int
+    iteration: int = 0
+
+
+@dataclass
+class Sample:
+    """One prompt with one response."""
+
+    index: int
+    prompt_ids: Tensor  # (prompt) int64
+    response_ids: list[int] = field(default_factory=list)
+    """With the end token, if it ended."""
+    logprobs: list[float] = field(default_factory=list)
+    """log p of each response token under the distribution that it was drawn from, temperature included."""
+    ended: bool = False
+    """Whether the end token was drawn before `max_tokens`."""

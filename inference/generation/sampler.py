@@ -1,0 +1,70 @@
+"""Drawing tokens: the random number of a token depends on (seed, iteration, sample, position) and nothing else.
+
+So batch order, the number of ranks and where a sample runs cannot change what is drawn.
+"""
+
+import torch
+from torch import Tensor
+
+from inference.generation.sample import SamplingKey, SamplingSettings
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele et al. 2014), on int64 with wrap-around and logical shifts."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xbf58476d1ce4e5b9
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685  # 0x94d049bb133111eb
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def uniform(key: SamplingKey, sample: Tensor, position: Tensor) -> Tensor:
+    """One number in [0, 1) for each (sample, position); int64 (rows) each -> float64 (rows)."""
+    state = _mix(torch.full_like(sample, key.seed) + -7046029254386353131)  # 0x9e3779b97f4a7c15, the golden gamma
+    for word in (torch.full_like(sample, key.iteration), sample, position):
+        state = _mix(state + word + -7046029254386353131)
+    return ((state >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def sample_tokens(
+    logits: Tensor,  # (rows, vocabulary)
+    settings: SamplingSettings,
+    key: SamplingKey,
+    sample: Tensor,  # (rows) int64
+    position: Tensor,  # (rows) int64: tokens of the response so far
+    end_id: int,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    Returns tokens int64 (rows) and their log-probabilities float32 (rows) under the distribution drawn from:
+    after temperature, and after top-k, top-p and the minimum length have removed tokens. Greedy rows report the
+    log-probability at temperature 1.
+    """
+    logits = logits.float()
+    if settings.min_tokens:
+        too_early = position < settings.min_tokens
+        logits = logits.clone()
+        logits[too_early, end_id] = -torch.inf
+    if settings.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    logits = restrict(logits / settings.temperature, settings.top_k, settings.top_p)
+    logprobs = logits.log_softmax(-1)
+    cumulative = logprobs.double().exp_().cumsum(-1)
+    threshold = uniform(key, sample, position).to(cumulative) * cumulative[:, -1]
+    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set the logits outside the `top_k` likeliest and outside the smallest set with mass `top_p` to -inf."""
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        beyond = mass_before >= top_p
+        beyond[:, 0] = False  # the likeliest token stays, at top_p 0 too
+        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, beyond)
+        logits = logits.masked_fill(outside, -torch.inf)
+    return logits

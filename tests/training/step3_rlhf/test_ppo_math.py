@@ -1,0 +1,124 @@
+"""Expected values are worked out by hand in the comments, or by a slow second implementation."""
+
+import math
+
+import pytest
+import torch
+
+from training.step3_rlhf import ppo_math
+
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+
+def test_whiten_removes_the_mean_over_real_tokens_only():
+    # real entries 1 2 3 4 5: mean 3, variance 2; the 100 is padding
+    whitened = ppo_math.whiten(torch.tensor([[1.0, 2, 3], [4, 5, 100]]), MASK)
+    expected = torch.tensor([[-2.0, -1, 0], [1, 2, 0]]) / math.sqrt(2)
+    assert torch.allclose(whitened, expected, atol=1e-6)  # adding the mean back would shift all by 3
+
+
+def test_kl_estimators():
+    logprobs, other = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])
+    assert ppo_math.kl_k1(logprobs, other).item() == pytest.approx(math.log(2))
+    # k3 = r - 1 - log r with r = other / own = 0.5
+    assert ppo_math.kl_k3(logprobs, other).item() == pytest.approx(0.5 - 1 + math.log(2))
+    assert ppo_math.kl_k1(other, logprobs).item() < 0 <= ppo_math.kl_k3(other, logprobs).item()
+
+
+def test_kl_estimators_are_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    exact = float((p * (p / q).log()).sum())
+    drawn = torch.multinomial(p, 200_000, replacement=True, generator=generator)
+    for estimator in (ppo_math.kl_k1, ppo_math.kl_k3):
+        assert estimator(p.log()[drawn], q.log()[drawn]).mean().item() == pytest.approx(exact, abs=0.01)
+
+
+def test_k3_stays_finite_for_a_hopeless_token():
+    assert torch.isfinite(ppo_math.kl_k3(torch.tensor([-500.0]), torch.tensor([-0.1]))).all()
+
+
+def test_token_rewards_put_the_score_on_the_last_real_token():
+    logprobs = torch.tensor([[-1.0, -1, -1], [-1, -1, -1]])
+    reference = torch.tensor([[-1.5, -1, -0.5], [-2, -1, 9]])
+    rewards = ppo_math.token_rewards(torch.tensor([10.0, 20]), logprobs, reference, MASK, coefficient=0.1)
+    # -0.1 * (logp - ref): row 1: -0.05, 0, 0.05 (+10); row 2: -0.1, 0 (+20), padding 0
+    assert torch.allclose(rewards, torch.tensor([[-0.05, 0, 10.05], [-0.1, 20, 0]]), atol=1e-6)
+
+
+def test_generalized_advantages_by_hand():
+    rewards, values = torch.tensor([[0.0, 0, 1], [0, 2, 0]]), torch.tensor([[0.5, 0.4, 0.3], [1, 1, 77]])
+    advantages = ppo_math.generalized_advantages(rewards, values, MASK, gamma=0.5, lam=0.5)
+    # row 1, from the end: 1 - 0.3 = 0.7; 0 + 0.15 - 0.4 = -0.25, + 0.25 * 0.7 = -0.075;
+    # 0 + 0.2 - 0.5 = -0.3, + 0.25 * -0.075 = -0.31875
+    # row 2: 2 - 1 = 1; 0 + 0.5 - 1 = -0.5, + 0.25 * 1 = -0.25; the 77 behind the end counts for nothing
+    assert torch.allclose(advantages, torch.tensor([[-0.31875, -0.075, 0.7], [-0.25, 1, 0]]))
+
+
+def test_generalized_advantages_against_the_double_sum():
+    generator = torch.Generator().manual_seed(1)
+    rewards, values = torch.randn(4, 7, generator=generator), torch.randn(4, 7, generator=generator)
+    lengths = [7, 1, 4, 6]
+    mask = torch.arange(7)[None] < torch.tensor(lengths)[:, None]
+    gamma, lam = 0.9, 0.8
+    advantages = ppo_math.generalized_advantages(rewards * mask, values, mask, gamma, lam)
+    for row, length in enumerate(lengths):
+        for t in range(length):
+            total = 0.0
+            for k in range(t, length):
+                after = float(values[row, k + 1]) if k + 1 < length else 0.0
+                delta = float(rewards[row, k]) + gamma * after - float(values[row, k])
+                total += (gamma * lam) ** (k - t) * delta
+            assert float(advantages[row, t]) == pytest.approx(total, abs=1e-5)
+        assert not advantages[row, length:].any()
+
+
+def test_policy_loss_clips_only_what_would_move_further_away():
+    logprobs = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]))
+    advantages = torch.tensor([1.0, -1, 1, -1, 2])
+    loss, ratio = ppo_math.policy_loss(logprobs, torch.zeros(5), advantages, clip=0.2)
+    # max(-A r, -A clip(r)): -1.2, 1.5, -0.5, 0.8, -2.2
+    assert loss.item() == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8 - 2.2)
+    assert torch.allclose(ratio, torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]))
+
+
+def test_policy_gradient_at_ratio_one_is_the_advantage():
+    logprobs = torch.zeros(3, requires_grad=True)
+    advantages = torch.tensor([1.0, -2, 3])
+    ppo_math.policy_loss(logprobs, torch.zeros(3), advantages, clip=0.2)[0].backward()
+    assert torch.allclose(logprobs.grad, -advantages)
+
+
+def test_policy_loss_survives_an_extreme_ratio():
+    loss, _ = ppo_math.policy_loss(torch.tensor([0.0]), torch.tensor([-1000.0]), torch.tensor([-1.0]), clip=0.2)
+    assert torch.isfinite(loss)
+
+
+def test_value_loss_takes_the_worse_of_clipped_and_unclipped():
+    values, old, returns = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 2.0])
+    loss, clipped = ppo_math.value_loss(values, old, returns, clip=0.2)
+    # token 1: (2-1)^2 = 1 against (0.2-1)^2 = 0.64 -> 1; token 2: both 4
+    assert loss.item() == pytest.approx(0.5 * (1 + 4))
+    assert clipped.tolist() == [False, False]
+    loss, clipped = ppo_math.value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), clip=0.2)
+    assert loss.item() == pytest.approx(0.5 * 0.64) and clipped.item()
+    assert ppo_math.value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), clip=0)[0].item() == 0
+
+
+def test_explained_variance():
+    returns = torch.tensor([[1.0, 2, 3], [4, 5, 999]])
+    assert ppo_math.explained_variance(returns.clone(), returns, MASK) == pytest.approx(1.0)
+    assert ppo_math.explained_variance(torch.zeros_like(returns), returns, MASK) == pytest.approx(0.0)
+    # predictions of the wrong sign: errors 2 4 6 8 10 have four times the variance
+    assert ppo_math.explained_variance(-returns, returns, MASK) == pytest.approx(-3.0)
+
+
+def test_adaptive_kl_follows_its_target_and_a_fixed_one_stays():
+    controller = ppo_math.KLController(coefficient=1.0, target=2.0, horizon=100.0)
+    controller.update(kl=2.2, samples=10)  # error 0.1 -> 1 + 0.1 * 10 / 100
+    assert controller.coefficient == pytest.approx(1.01)
+    controller.update(kl=0.0, samples=10)  # error bounded at -0.2
+    assert controller.coefficient == pytest.approx(1.01 * 0.98)
+    fixed = ppo_math.KLController(coefficient=0.3, target=0.0, horizon=100.0)
+    fixed.update(kl=50.0, samples=10)
+    assert fixed.coefficient == 0.3

@@ -1,0 +1,59 @@
+import pytest
+
+from inference.errors import UserError
+from training.config import OptimizerSettings, load_config, merge, setting_keys
+
+
+def test_later_layers_win_and_groups_are_merged(tmp_path):
+    (tmp_path / "low.yaml").write_text("model: a\nsft: {epochs: 2, batch_size: 8}\n")
+    (tmp_path / "high.yaml").write_text("extends: low\nsft: {epochs: 3}\n")
+    config = load_config([tmp_path / "high.yaml"], ["sft.optimizer.learning_rate=1e-3", "rlhf.kl.target=4"])
+    assert (config.model, config.sft.epochs, config.sft.batch_size) == ("a", 3, 8)
+    assert (config.sft.optimizer.learning_rate, config.rlhf.kl.target) == (1e-3, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sft.epoch=2", "There is no setting 'sft.epoch': did you mean 'sft.epochs'?"),
+        ("sft.epochs=many", r"Setting sft.epochs: .*integer.* \(got 'many'\)"),
+        ("sft.epochs", "--set takes key=value, not 'sft.epochs'"),
+        ("rlhf.mini_batches=65", "mini_batches=65 is more than the 64 samples of an iteration"),
+        ("sft.optimizer.offload=optimizer", "offload=optimizer needs zero_stage 1, 2 or 3"),
+    ],
+)
+def test_mistakes_get_one_sentence(override, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_config([], [override], {"model": "tiny"})
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_settings(tmp_path):
+    with pytest.raises(UserError, match="There is no configuration file"):
+        load_config([tmp_path / "none.yaml"], [])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="holds no settings"):
+        load_config([tmp_path / "list.yaml"], [])
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_config([tmp_path / "broken.yaml"], [])
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(UserError, match="The setting 'model' is missing"):
+        load_config([], [])
+
+
+def test_merge_changes_neither_side():
+    below, above = {"a": {"b": 1}}, {"a": {"c": 2}}
+    assert merge(below, above) == {"a": {"b": 1, "c": 2}}
+    assert (below, above) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+def test_offload_of_parameters_needs_stage_3():
+    with pytest.raises(ValueError, match="needs zero_stage 3"):
+        OptimizerSettings(zero_stage=2, offload="optimizer+parameters")
+
+
+def test_setting_keys_are_dotted():
+    assert {"model", "sft", "sft.optimizer.lora.rank", "rlhf.kl.target"} <= set(setting_keys())

@@ -1,0 +1,191 @@
+"""The memory estimate against numbers worked out by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from applications.preset_store import load_preset
+from inference.errors import UserError
+from training.config import OptimizerSettings, RunConfig, load_config
+from training.memory import Part, Shape, StepMemory, estimate_step_memory, rows_per_micro_batch, training_parts
+
+OPT_13B = 12_853_473_280
+OPT_350M = 331_196_416
+TOY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def opt_13b() -> Shape:
+    return Shape.from_config_values(load_preset("opt-13b")["architecture"]["model"])
+
+
+@pytest.fixture(scope="module")
+def opt_350m() -> Shape:
+    return Shape.from_config_values(load_preset("opt-13b")["architecture"]["reward_model"])
+
+
+@pytest.fixture(scope="module")
+def toy() -> Shape:
+    return Shape.from_config_values(TOY)
+
+
+def sizes(memory: StepMemory) -> dict[tuple[str, str], int]:
+    return {(part.phase, part.name): part.bytes for part in memory.parts}
+
+
+def opt_config(*overrides: str) -> RunConfig:
+    return load_config([], list(overrides), load_preset("opt-13b"))
+
+
+def test_opt_13b_counted_by_hand(opt_13b):
+    h, f, v, positions, layers = 5120, 20480, 50272, 2050, 40  # OPT numbers its positions from 2
+    layer = 4 * (h * h + h) + (h * f + f) + (f * h + h) + 2 * 2 * h  # attention, feed-forward, two norms
+    assert opt_13b.parameters == v * h + positions * h + layers * layer + 2 * h == OPT_13B
+    assert (opt_13b.layers, opt_13b.ffn, opt_13b.kv_heads, opt_13b.head_dim) == (40, 20480, 40, 128)
+    assert not opt_13b.is_gated and opt_13b.output_matrix == 0
+
+
+def test_opt_350m_has_projections_and_no_last_norm(opt_350m):
+    h, f, v, e, layers = 1024, 4096, 50272, 512, 24
+    layer = 4 * (h * h + h) + (h * f + f) + (f * h + h) + 2 * 2 * h
+    assert opt_350m.parameters == v * e + 2050 * h + 2 * e * h + layers * layer == OPT_350M
+
+
+def test_grouped_queries_gate_and_untied_output(toy):
+    layer = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 24 + 2 * 8  # q and o; k and v (2 heads of 2); gate, up, down; two norms
+    assert toy.parameters == 2 * 32 * 8 + 2 * layer + 8
+    assert toy.scorer_parameters == toy.parameters - 32 * 8
+    assert (toy.kv_heads, toy.head_dim, toy.is_gated) == (2, 2, True)
+    assert toy.cache_values(tokens=10) == 10 * 2 * 2 * 2 * 2  # tokens, layers, k and v, heads, head size
+
+
+def test_adapters_are_counted_as_peft_makes_them(toy):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for targets in ("all-linear", ["q_proj", "down_proj"], r".*\.1\..*gate_proj"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TOY))
+        made = get_peft_model(model, LoraConfig(r=3, target_modules=targets)).get_nb_trainable_parameters()[0]
+        assert toy.lora_parameters(3, targets) == made
+    assert toy.lora_parameters(1, "all-linear") == 2 * (2 * 16 + 2 * 12 + 3 * 32)
+
+
+def test_activations_by_hand(toy):
+    layer = 4 * 8 + 2 * 8 + 2 * 4 + 4 * 24  # norms, attention and MLP inputs; q, output; k, v; gate factors
+    assert toy.activation_values(tokens=5, checkpointing=False) == 5 * 2 * layer
+    assert toy.activation_values(tokens=5, checkpointing=True) == 5 * (2 * 8 + layer)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "expected"),  # bytes a parameter of weights, gradients, optimiser on each of 4 ranks
+    [
+        (torch.float32, 0, (4, 4, 8)),
+        (torch.float32, 1, (4, 4, 3)),
+        (torch.bfloat16, 0, (2, 4, 3)),  # the engine takes stage 1: 12 / 4
+        (torch.bfloat16, 1, (2, 4, 3)),
+        (torch.bfloat16, 2, (2, 1, 3)),
+        (torch.bfloat16, 3, (0.5, 1, 3)),
+        (torch.float16, 0, (2, 2, 12)),
+        (torch.float16, 2, (2, 0.5, 3)),
+    ],
+)
+def test_zero_divides_what_its_paper_says(opt_13b, dtype, stage, expected):
+    settings = OptimizerSettings.model_validate({"zero_stage": stage})
+    parts = training_parts("", OPT_13B, opt_13b, settings, dtype, ranks=4, phase="training")
+    assert [part.bytes for part in parts[:3]] == [OPT_13B * share for share in expected]
+    assert [part.name for part in parts[:3]] == ["weights", "gradients", "optimiser states"]
+
+
+def test_step_1_of_opt_13b_on_8_ranks(opt_13b, opt_350m):
+    memory = estimate_step_memory(1, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    tokens = 4096  # 8 rows of 512
+    assert sizes(memory) == {
+        ("", "weights"): OPT_13B * 2 // 8,
+        ("", "gradients"): OPT_13B * 4 // 8,
+        ("", "optimiser states"): OPT_13B * 12 // 8,
+        ("loading", "weights, fp32"): OPT_13B * 4,
+        ("training", "weights gathered by ZeRO, at most"): 2 * 10**9,
+        ("training", "activations"): 2 * tokens * (40 * 5120 + 16 * 5120),
+        ("training", "logits"): 16 * (8 * 256) * 50272,
+        ("saving", "trained weights, fp32"): OPT_13B * 4,
+        ("saving", "whole model, fp32 (first rank)"): OPT_13B * 4,
+    }
+    assert memory.held("device") == OPT_13B * 18 // 8
+    assert memory.peak("device") == OPT_13B * 4  # loading is the most that a GPU sees
+    assert memory.peak("device", "host") == OPT_13B * 18 // 8 + OPT_13B * 8
+    assert memory.host_peak(processes=8) == 8 * OPT_13B * 4 + OPT_13B * 4
+
+
+def test_step_2_trains_the_scorer_on_pairs(opt_13b, opt_350m):
+    config = opt_config("reward.micro_batch_tokens=600")  # not even one pair of 512: one pair is taken
+    memory = sizes(estimate_step_memory(2, config, opt_13b, opt_350m, torch.bfloat16, ranks=1))
+    assert memory[("", "weights")] == 2 * OPT_350M
+    assert memory[("training", "activations")] == 2 * 2 * 512 * 24 * 16 * 1024
+    assert ("training", "logits") not in memory
+
+
+def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
+    memory = estimate_step_memory(3, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    by_name = sizes(memory)
+    assert by_name[("", "actor weights, whole, to generate")] == 2 * OPT_13B
+    assert by_name[("", "reference weights")] == 2 * OPT_13B // 8
+    assert by_name[("", "reward weights")] == 2 * OPT_350M // 8
+    assert by_name[("", "critic weights")] == 2 * OPT_350M  # stage 1
+    assert by_name[("generation", "key-value cache")] == 2 * (16 * 512) * 40 * 2 * 5120  # 128 samples on 8 ranks
+    assert by_name[("generation", "logits to sample")] == 24 * 16 * 50272
+    assert by_name[("loading", "actor weights, fp32")] == 4 * OPT_13B
+    assert memory.held("device") == (
+        18 * OPT_13B // 8 + 2 * OPT_13B + 2 * OPT_13B // 8 + 6 * OPT_350M + 12 * OPT_350M // 8 + 2 * OPT_350M // 8
+    )
+
+
+def test_lora_needs_no_second_copy(opt_13b, opt_350m):
+    config = opt_config("rlhf.actor.lora.rank=16", "rlhf.actor.zero_stage=2", "rlhf.frozen_zero_stage=0")
+    memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=1))
+    adapters = 16 * 40 * (4 * (5120 + 5120) + 2 * (5120 + 20480))
+    assert memory[("", "actor weights")] == 2 * (OPT_13B + adapters)
+    assert memory[("", "actor gradients")] == 4 * adapters
+    assert memory[("", "actor optimiser states")] == 12 * adapters
+    assert ("", "reference weights") not in memory
+    assert ("", "actor weights, whole, to generate") not in memory
+
+
+def test_offload_moves_bytes_to_the_host(opt_13b, opt_350m):
+    plain = opt_config()
+    for offload, moved in (("optimizer", 16), ("optimizer+parameters", 18)):
+        config = opt_config(f"sft.optimizer.offload={offload}")
+        before = estimate_step_memory(1, plain, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+        after = estimate_step_memory(1, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+        assert after.held("host") == OPT_13B * moved // 8
+        assert after.held("device") == OPT_13B * (18 - moved) // 8
+        assert after.peak("device", "host") == before.peak("device", "host")
+
+
+def test_peak_takes_the_largest_phase_and_not_their_sum():
+    parts = (Part("a", 10), Part("b", 5, phase="generation"), Part("c", 7, phase="training"), Part("d", 1, "host"))
+    memory = StepMemory(parts)
+    assert memory.peak("device") == 17
+    assert memory.peak("device", "host") == 18
+    assert StepMemory((*parts, Part("e", 30, phase="loading"))).peak("device") == 30
+
+
+def test_rows_per_micro_batch():
+    assert rows_per_micro_batch(4096, 512) == 8
+    assert rows_per_micro_batch(4095, 512) == 7
+    assert rows_per_micro_batch(100, 512) == 1
+    assert rows_per_micro_batch(4095, 512, rows_together=2) == 6
+
+
+def test_values_that_make_no_model_are_one_sentence():
+    with pytest.raises(UserError, match="make no causal language model"):
+        Shape.from_config_values({"model_type": "no-such-thing"})

@@ -1,0 +1,107 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from inference.errors import UserError
+from training.checkpoints import Checkpoints
+from training.distributed import Ranks
+from training.metrics import Journal
+from training.run_directory import RunDirectory, write_directory, write_text
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def test_a_run_is_locked_for_one_command_at_a_time(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with run.locked():
+        program = (
+            "import sys; from pathlib import Path; from training.run_directory import RunDirectory\n"
+            "from inference.errors import UserError\n"
+            "try:\n  RunDirectory(Path(sys.argv[1])).locked().__enter__()\n"
+            "except UserError as error: print(error); sys.exit(2)\n"
+        )
+        other = subprocess.run([sys.executable, "-c", program, run.path], capture_output=True, text=True)
+        assert other.returncode == 2 and "is in use by another command" in other.stdout
+    with run.locked():
+        pass
+
+
+def test_missing_step_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"step1_sft of .* is not finished; run it first: rlhf-chat sft"):
+        RunDirectory(tmp_path).require_model(1)
+
+
+def test_directories_appear_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+
+    def fails(directory):
+        (directory / "half").write_text("x")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        write_directory(target, fails)
+    assert not target.exists()
+    write_directory(target, lambda directory: (directory / "a").write_text("1"))
+    write_directory(target, lambda directory: (directory / "b").write_text("2"))
+    assert [f.name for f in target.iterdir()] == ["b"]
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_write_text_replaces_at_once(tmp_path):
+    write_text(tmp_path / "f", "old")
+    write_text(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text() == "new" and os.listdir(tmp_path) == ["f"]
+
+
+def test_newest_checkpoints_are_kept_and_found(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, ranks=ALONE)
+    assert checkpoints.newest() is None
+    for number in (5, 10, 15):
+        checkpoints.save(number, lambda d, n=number: (d / "w").write_text("w" * n), {"score": number})
+    assert checkpoints.numbers() == [10, 15]
+    directory, state = checkpoints.newest()
+    assert (directory.name, state["score"], state["number"]) == ("15", 15, 15)
+
+
+def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, ranks=ALONE)
+    checkpoints.save(1, lambda d: (d / "w").write_text("w"), {})
+    (tmp_path / ".2.tmp").mkdir()
+    assert checkpoints.newest()[0].name == "1"
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "state"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path, keep=3, ranks=ALONE)
+    for number in (1, 2):
+        checkpoints.save(number, lambda d: (d / "weights").write_text("123456"), {})
+    if damage == "cut":
+        (tmp_path / "2" / "weights").write_text("123")
+    elif damage == "missing":
+        (tmp_path / "2" / "weights").unlink()
+    else:
+        (tmp_path / "2" / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"is damaged .* delete .*2 to go on from the one before"):
+        checkpoints.newest()
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    Checkpoints(tmp_path, keep=1, ranks=ALONE).save(1, lambda d: None, {})
+    state = json.loads((tmp_path / "1" / "state.json").read_text())
+    (tmp_path / "1" / "state.json").write_text(json.dumps({**state, "ranks": 2}))
+    with pytest.raises(UserError, match="written by 2 processes"):
+        Checkpoints(tmp_path, keep=1, ranks=ALONE).newest()
+
+
+def test_journal_forgets_what_came_after_and_a_torn_line(tmp_path):
+    journal = Journal(tmp_path / "m.jsonl")
+    for number in (1, 2, 3):
+        journal.write(number, {"loss": number / 2})
+    with open(journal.file, "a") as handle:
+        handle.write('{"number": 4, "lo')
+    journal.rewind(2)
+    assert journal.read() == [{"number": 1, "loss": 0.5}, {"number": 2, "loss": 1.0}]

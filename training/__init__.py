@@ -1,0 +1,1 @@
+"""What learns: the three steps and all they share."""

@@ -1,0 +1,301 @@
+"""Every setting of a run, one pydantic model a stage.
+
+An unknown key is an error that names the nearest right one. `load_config` merges, later wins:
+the defaults here, YAML files (a preset is one), then `key=value` pairs with dotted keys.
+"""
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from inference.errors import UserError
+
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class LoRASettings(Settings):
+    rank: int = Field(0, ge=0)
+    """Rank of the LoRA adapter; 0 trains all weights."""
+    alpha: int = Field(16, gt=0)
+    """LoRA scale: the adapter's output is multiplied by alpha / rank."""
+    targets: str | list[str] = "all-linear"
+    """Module names that get an adapter, or `all-linear`."""
+
+
+class OptimizerSettings(Settings):
+    """How one role's weights are trained."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of all optimiser steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    zero_stage: ZeroStage = 0
+    """DeepSpeed ZeRO stage: what is divided over the ranks (1 optimiser, 2 gradients too, 3 weights too)."""
+    offload: Literal["none", "optimizer", "optimizer+parameters"] = "none"
+    """What ZeRO keeps in host memory (GPU runs; parameters need ZeRO stage 3)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoRASettings = LoRASettings()
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed configuration laid over ours, for what has no setting here."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self):
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3")
+        if self.offload == "optimizer+parameters" and self.zero_stage != 3:
+            raise ValueError("offload=optimizer+parameters needs zero_stage 3")
+        return self
+
+
+class DataSettings(Settings):
+    source: str = "chitchat"
+    """`chitchat` (the embedded default), a JSON-lines file, or a directory of them."""
+    split: tuple[float, float, float] = (2, 4, 4)
+    """Shares of one data set that go to steps 1, 2 and 3, when one set serves all steps."""
+    held_out: float = Field(0.05, gt=0, lt=0.5)
+    """Share of each step's rows that is kept for evaluation."""
+    max_prompt_tokens: int = Field(256, ge=4)
+    """Longest prompt; older turns are dropped first."""
+    max_response_tokens: int = Field(256, ge=2)
+    """Longest response, its end-of-turn token included."""
+    limit: int = Field(0, ge=0)
+    """Use at most this many rows of the source; 0 means all."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
+
+
+class StepSettings(Settings):
+    """What steps 1 and 2 have in common."""
+
+    batch_size: int = Field(32, ge=1)
+    """Rows (pairs in step 2) in one optimiser step, over all ranks."""
+    micro_batch_tokens: int = Field(4096, ge=8)
+    """Padded tokens that one forward pass of one rank takes; the gradient does not depend on it."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the training rows."""
+    max_steps: int = Field(0, ge=0)
+    """Stop after this many optimiser steps; 0 means after all epochs."""
+    eval_every: int = Field(50, ge=0)
+    """Optimiser steps between evaluations on held-out rows; 0 means only at the start and the end."""
+    eval_rows: int = Field(200, ge=1)
+    """Held-out rows used in an evaluation."""
+    checkpoint_every: int = Field(50, ge=0)
+    """Optimiser steps between checkpoints; 0 means none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints are kept."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+
+
+class SFTSettings(StepSettings):
+    token_budget: int = Field(0, ge=0)
+    """Train on no more than this many tokens in all; 0 means no such bound."""
+
+
+class RewardSettings(StepSettings):
+    initialize_from: Literal["base", "sft"] = "base"
+    """Start from the reward model's base checkpoint, or from step 1's model (same architecture only)."""
+    normalize: bool = True
+    """Shift and scale the scores so that human replies of held-out rows have mean 0 and standard deviation 1."""
+
+
+class KLSettings(Settings):
+    coefficient: float = Field(0.05, ge=0)
+    """Weight of the per-token KL penalty towards the reference (its starting value when adaptive)."""
+    target: float = Field(0.0, ge=0)
+    """KL to the reference in nats per response that the controller steers to; 0 keeps the coefficient fixed."""
+    horizon: float = Field(10_000, gt=0)
+    """Samples over which the adaptive controller acts (smaller reacts faster)."""
+    stop: float = Field(0.0, ge=0)
+    """End training before the update of an iteration whose KL in nats per response exceeds this; 0 never stops."""
+
+
+class RLHFSettings(Settings):
+    iterations: int = Field(100, ge=1)
+    """PPO rounds: each generates new samples and trains on them."""
+    prompts_per_iteration: int = Field(64, ge=1)
+    """Prompts of one iteration, over all ranks."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Responses generated for each prompt."""
+    mini_batches: int = Field(4, ge=1)
+    """Optimiser steps that one PPO epoch makes over an iteration's samples."""
+    ppo_epochs: int = Field(1, ge=1)
+    """Passes over an iteration's samples."""
+    micro_batch_tokens: int = Field(4096, ge=8)
+    """Padded tokens that one forward pass of one rank takes; the gradient does not depend on it."""
+    generation_batch: int = Field(32, ge=1)
+    """Samples that one rank decodes at the same time."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probabilities are taken at the same temperature."""
+    min_response_tokens: int = Field(0, ge=0)
+    """The end-of-turn token is forbidden before this many tokens."""
+    clip: float = Field(0.2, gt=0)
+    """PPO's clip range of the policy ratio."""
+    value_clip: float = Field(0.2, ge=0)
+    """Clip range of the value function around its old prediction; 0 switches it off."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE's lambda."""
+    whiten_advantages: bool = True
+    """Give the advantages mean 0 and standard deviation 1 over the whole batch of an iteration."""
+    score_clip: float = Field(5.0, ge=0)
+    """Scores are clipped to +- this; 0 switches it off."""
+    missing_end_penalty: float = Field(1.0, ge=0)
+    """Taken off the score of a response that has no end-of-turn token; 0 switches it off."""
+    critic_warmup: int = Field(0, ge=0)
+    """Iterations at the start in which only the critic learns."""
+    old_logprobs: Literal["auto", "generation", "recompute"] = "auto"
+    """Where the old policy's log-probabilities come from; auto keeps generation's in fp32 and recomputes otherwise."""
+    kl: KLSettings = KLSettings()
+    actor: OptimizerSettings = OptimizerSettings(learning_rate=1e-6, epsilon=1e-5)
+    critic: OptimizerSettings = OptimizerSettings(learning_rate=9e-6, epsilon=1e-5)
+    frozen_zero_stage: Literal[0, 3] = 0
+    """ZeRO stage of the reference and reward models: 3 divides their weights over the ranks."""
+    samples_every: int = Field(10, ge=1)
+    """Iterations between looks at the fixed prompts in samples.jsonl."""
+    sample_prompts: int = Field(4, ge=1)
+    """How many fixed prompts those are."""
+    checkpoint_every: int = Field(10, ge=0)
+    """Iterations between checkpoints; 0 means none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints are kept."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self):
+        if self.mini_batches > self.prompts_per_iteration * self.samples_per_prompt:
+            raise ValueError(
+                f"mini_batches={self.mini_batches} is more than the "
+                f"{self.prompts_per_iteration * self.samples_per_prompt} samples of an iteration"
+            )
+        return self
+
+
+class EvaluationSettings(Settings):
+    prompts: int = Field(200, ge=0)
+    """Held-out prompts answered by the SFT and the RLHF model after step 3; 0 leaves the comparison out."""
+    true_score: Literal["none", "upbeat"] = "none"
+    """The rule behind the preference, when it is known: `upbeat` is the vaderSentiment lexicon."""
+
+
+class RunConfig(Settings):
+    model: str
+    """Actor: a preset's model, a hub id, a local directory, or a model package."""
+    reward_model: str = ""
+    """Reward model and critic; empty means the same as `model`."""
+    sft_model: str = ""
+    """A finished SFT model used instead of step 1's; steps 2 and 3 then need no step 1."""
+    trained_reward_model: str = ""
+    """A finished reward model used instead of step 2's."""
+    seed: int = Field(1, ge=0)
+    """Seed of everything drawn at random."""
+    dtype: Dtype = "auto"
+    """Number format of the weights while computing; auto is bf16 where the hardware has it, else fp32."""
+    save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the models that the run leaves behind."""
+    processes: int = Field(1, ge=1)
+    """Processes (ranks) on this machine; each takes one GPU where there are GPUs."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of one process; 0 divides the machine's cores among the processes."""
+    data: DataSettings = DataSettings()
+    sft: SFTSettings = SFTSettings()
+    reward: RewardSettings = RewardSettings()
+    rlhf: RLHFSettings = RLHFSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    architecture: dict[str, dict[str, Any]] = {}
+    """Hugging Face configuration values of `model` and `reward_model`, so that a dry run needs no hub."""
+    announce: str = ""
+    """A line that the command prints before it starts (presets say here how long they take)."""
+
+    @property
+    def reward_model_source(self) -> str:
+        return self.reward_model or self.model
+
+
+def load_config(files: list[Path], overrides: list[str], base: dict[str, Any] | None = None) -> RunConfig:
+    """Merge `base`, YAML `files` and dotted `key=value` `overrides`, later wins. Raises UserError with the way out."""
+    merged: dict[str, Any] = dict(base or {})
+    for file in files:
+        merged = merge(merged, read_yaml(file))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set takes key=value, not '{override}'; for example --set rlhf.kl.coefficient=0.1")
+        value: Any = yaml.safe_load(text)
+        if isinstance(value, str):  # YAML reads 1e-5 as a string
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        for part in reversed(key.strip().split(".")):
+            value = {part: value}
+        merged = merge(merged, value)
+    return validate_config(merged)
+
+
+def validate_config(values: dict[str, Any]) -> RunConfig:
+    """Build the RunConfig; the first thing wrong becomes one sentence."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, setting_keys(), n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists all settings."
+            raise UserError(f"There is no setting '{key}': {hint}") from None
+        if first["type"] == "missing":
+            raise UserError(f"The setting '{key}' is missing; give it with --{key} or --set {key}=...") from None
+        given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"Setting {key or 'values'}: {message}{given}.") from None
+
+
+def setting_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """All dotted keys, groups included."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += setting_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, group by group; neither is changed."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings of a file, laid over those of the file beside it that `extends` names."""
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except FileNotFoundError:
+        raise UserError(f"There is no configuration file {file}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no settings: it must be a YAML mapping such as 'sft: {{epochs: 2}}'.")
+    below = values.pop("extends", None)
+    return values if below is None else merge(read_yaml(Path(file).with_name(f"{below}.yaml")), values)

@@ -1,0 +1,158 @@
+"""docs/configuration.md, made from the settings themselves, so that it cannot say anything else.
+
+python -m training.config_reference > docs/configuration.md
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from training.config import RunConfig
+
+HEAD = """\
+# Configuration reference
+
+Made by `python -m training.config_reference` from `training/config.py`; do not edit it by hand.
+
+A setting is a dotted key. It can be given on the command line (`--set rlhf.kl.coefficient=0.1`) or in a YAML file
+(`--config mine.yaml`), where the dots become nesting:
+
+```yaml
+rlhf:
+  kl:
+    coefficient: 0.1
+```
+
+Later wins: the defaults below, the preset that `--model` names, the files in their order, `--set` in its order, and
+last the options of the command itself (`--data`, `--reward-model`, `--seed`, `--processes`). A key that does not exist
+is an error that names the nearest one. A file may begin with `extends: other`, which reads `other.yaml` beside it
+first. The resolved settings of a run are in its `config.yaml`, with the versions of what ran.
+
+The defaults below are those without a preset; the presets are in `applications/presets/`.
+"""
+
+NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+BOUNDS = {
+    annotated_types.Ge: ("ge", "at least {}"),
+    annotated_types.Gt: ("gt", "over {}"),
+    annotated_types.Le: ("le", "at most {}"),
+    annotated_types.Lt: ("lt", "under {}"),
+}
+REQUIRED = "required"
+
+
+@dataclass
+class Group:
+    """A settings class and everywhere it is used."""
+
+    model: type[BaseModel]
+    places: list[str] = field(default_factory=list)
+    """Dotted prefixes; "" is the top."""
+    defaults: list[BaseModel | None] = field(default_factory=list)
+    """At each place; None where the class has no default (the top, whose `model` is required)."""
+
+
+def reference() -> str:
+    """The whole page."""
+    return HEAD + "".join(section(group) for group in groups())
+
+
+def groups() -> list[Group]:
+    """Every settings class once, in the order in which RunConfig reaches them."""
+    found: dict[type[BaseModel], Group] = {}
+
+    def visit(model: type[BaseModel], place: str, default: BaseModel | None) -> None:
+        group = found.setdefault(model, Group(model))
+        group.places.append(place)
+        group.defaults.append(default)
+        for name, info in model.model_fields.items():
+            if is_group(info):
+                inner = info.default if default is None else getattr(default, name)
+                visit(info.annotation, f"{place}.{name}".lstrip("."), inner)  # type: ignore[arg-type]
+
+    visit(RunConfig, "", None)
+    return list(found.values())
+
+
+def settings_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Names and fields of a class that are settings, not groups of settings."""
+    for name, info in model.model_fields.items():
+        if not is_group(info):
+            yield name, info
+
+
+def is_group(info: FieldInfo) -> bool:
+    return isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+
+
+def section(group: Group) -> str:
+    """Heading, places and table of one class."""
+    title = "Top level" if group.places == [""] else ", ".join(f"`{place}`" for place in group.places)
+    lines = ["", f"## {title}", ""]
+    if len(group.places) > 1:
+        lines += [f"The same settings in {len(group.places)} places; write `{group.places[0]}.KEY` and so on.", ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    prefix = f"{group.places[0]}." if group.places[0] and len(group.places) == 1 else ""
+    for name, info in settings_of(group.model):
+        cells = [f"`{prefix}{name}`", type_text(info), default_text(group, name, info), description(info)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def description(info: FieldInfo) -> str:
+    return re.sub(r"\s+", " ", info.description or "").strip()
+
+
+def type_text(info: FieldInfo) -> str:
+    """`whole number, at least 1`."""
+    bounds = []
+    for kind, (attribute, words) in BOUNDS.items():
+        bounds += [words.format(getattr(m, attribute)) for m in info.metadata if isinstance(m, kind)]
+    return ", ".join([annotation_text(info.annotation), *bounds])
+
+
+def annotation_text(annotation: Any) -> str:
+    if annotation in NAMES:
+        return NAMES[annotation]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"{len(arguments)} {annotation_text(arguments[0])}s"
+    if origin is list:
+        return f"list of {annotation_text(arguments[0])}s"
+    if origin is dict:
+        return "mapping"
+    return " or ".join(annotation_text(argument) for argument in arguments)  # a union
+
+
+def default_text(group: Group, name: str, info: FieldInfo) -> str:
+    """The default; where places differ, the commonest first and then each other place with its own."""
+    if info.is_required():
+        return REQUIRED
+    values = [info.default if default is None else getattr(default, name) for default in group.defaults]
+    usual = max(values, key=values.count)
+    others = [f"`{place}`: {show(value)}" for place, value in zip(group.places, values, strict=True) if value != usual]
+    return "; ".join([show(usual), *others])
+
+
+def show(value: Any) -> str:
+    """As YAML takes it."""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if value == "":
+        return "empty"
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(f"{part:g}" for part in value) + "]`"
+    return f"`{value}`"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

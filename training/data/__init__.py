@@ -1,0 +1,1 @@
+"""Sources -> rows -> the run's data directory -> batches."""

@@ -1,0 +1,1 @@
+"""Is the RLHF model better than the SFT model, and at what price?"""

@@ -1,0 +1,166 @@
+"""SFT and RLHF answer the same held-out prompts; scores, KL, length, variety and fluency of the answers."""
+
+import gc
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from inference.chat_format import ChatFormat
+from inference.generation.engine import GenerationEngine
+from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.upbeat import upbeat_score
+from training.evaluation import statistics
+from training.models.loading import load_causal_lm, load_scorer
+from training.models.policy import Policy
+from training.models.scorer import Scorer, at_last_token
+from training.run_directory import write_json, write_text
+from training.stage import Stage
+
+EVALUATION_ITERATION = 1_000_000  # draws apart from every training iteration's
+
+
+@dataclass
+class Answers:
+    """One model's answers to the same prompts, in order."""
+
+    samples: list[Sample]
+    texts: list[str]
+
+    @property
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        return [(sample.prompt_ids, torch.tensor(sample.response_ids)) for sample in self.samples]
+
+
+class Comparison:
+    """Loads one model at a time: a laptop holds no four."""
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+        self.chat_format = ChatFormat.load(stage.earlier_model(1))
+        self.budget = stage.config.rlhf.micro_batch_tokens
+
+    def run(self) -> dict:
+        """Measure and write evaluation.json and comparison.jsonl; returns what the former holds."""
+        stage, config = self.stage, self.stage.config
+        _, held_out = stage.rows(self.chat_format, "prompts")
+        held_out = held_out[: config.evaluation.prompts]
+        limit = config.data.max_prompt_tokens
+        prompts = [torch.tensor(self.chat_format.prompt_ids(row["prompt"], limit)) for row in held_out]
+
+        sft_model, rlhf_model = stage.earlier_model(1), stage.run.require_model(3)
+        sft, rlhf = self.answer(sft_model, prompts), self.answer(rlhf_model, prompts)
+        untouched = stage.model_directory(config.sft_model or config.model)
+        result: dict[str, Any] = {
+            "prompts": len(prompts),
+            "sampling": {"temperature": config.rlhf.temperature, "max_tokens": config.data.max_response_tokens},
+            "sft": self.measure(sft, untouched),
+            "rlhf": self.measure(rlhf, untouched),
+        }
+        temperature = config.rlhf.temperature
+        logratios = [
+            float((ours - theirs).sum())
+            for ours, theirs in zip(
+                self.logprobs(rlhf_model, rlhf, temperature), self.logprobs(sft_model, rlhf, temperature), strict=True
+            )
+        ]
+        result["rlhf"]["kl"] = statistics.mean(logratios)
+        result["sft"]["kl"] = 0.0
+        scores = self.judge(sft), self.judge(rlhf)
+        rate, low, high = statistics.win_rate(scores[1], scores[0])
+        result["win_rate"] = {"rate": rate, "low": low, "high": high, "judge": self.judge_name}
+        rows = [
+            {
+                "prompt": row["prompt"],
+                "sft": sft.texts[i],
+                "rlhf": rlhf.texts[i],
+                "sft_score": scores[0][i],
+                "rlhf_score": scores[1][i],
+            }
+            for i, row in enumerate(held_out)
+        ]
+        write_text(stage.run.comparison_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json(stage.run.evaluation_file, result)
+        return result
+
+    @property
+    def judge_name(self) -> str:
+        return "upbeat score (known rule)" if self.stage.config.evaluation.true_score == "upbeat" else "learned reward"
+
+    def judge(self, answers: Answers) -> list[float]:
+        """The true score where the rule is known, else the learned reward."""
+        if self.stage.config.evaluation.true_score == "upbeat":
+            return [upbeat_score(text) for text in answers.texts]
+        return self.rewards(answers)
+
+    def answer(self, directory: Path, prompts: list[Tensor]) -> Answers:
+        """Sampled as in PPO's rollouts; the same random numbers for every model."""
+        settings = self.stage.config.rlhf
+        model = (
+            cast(Any, load_causal_lm(directory, self.chat_format, self.stage.dtype)).to(self.stage.ranks.device).eval()
+        )
+        engine = GenerationEngine(
+            model, self.chat_format.end_of_turn_id, self.chat_format.pad_id, settings.generation_batch
+        )
+        sampling = SamplingSettings(
+            self.stage.config.data.max_response_tokens, settings.temperature, min_tokens=settings.min_response_tokens
+        )
+        samples: list[Sample] = []
+        with self.stage.display.progress(f"answers of {directory.parent.name}", len(prompts)) as bar:
+            for sample in engine.generate(prompts, sampling, SamplingKey(self.stage.config.seed, EVALUATION_ITERATION)):
+                samples.append(sample)
+                bar.advance()
+        samples.sort(key=lambda sample: sample.index)
+        return Answers(samples, [self.chat_format.decode(sample.response_ids) for sample in samples])
+
+    def measure(self, answers: Answers, untouched: Path) -> dict[str, float]:
+        """Everything about one model's answers that needs no second model's."""
+        logprobs = self.logprobs(untouched, answers, 1.0)
+        tokens = sum(len(row) for row in logprobs)
+        lengths = [len(sample.response_ids) for sample in answers.samples]
+        measured = {
+            "learned_reward": statistics.mean(self.rewards(answers)),
+            "length": statistics.mean(lengths),
+            "ended_fraction": statistics.mean([float(sample.ended) for sample in answers.samples]),
+            "distinct_bigrams": statistics.distinct_bigrams(answers.texts),
+            "most_frequent_share": statistics.most_frequent_share(answers.texts),
+            "perplexity_untouched": math.exp(-float(sum(row.sum() for row in logprobs)) / tokens),
+        }
+        if self.stage.config.evaluation.true_score == "upbeat":
+            measured["true_score"] = statistics.mean([upbeat_score(text) for text in answers.texts])
+        return measured
+
+    @torch.no_grad()
+    def logprobs(self, directory: Path, answers: Answers, temperature: float) -> list[Tensor]:
+        """Of a model, for each answer's tokens; float32 (response tokens) each."""
+        model = Policy(load_causal_lm(directory, self.chat_format, self.stage.dtype)).to(self.stage.ranks.device).eval()
+        found: list[Tensor] = [torch.empty(0)] * len(answers.samples)
+        for rows, batch in self.batches(answers.rows):
+            sizes = [len(answers.samples[row].response_ids) for row in rows]
+            for row, values in zip(rows, model(batch, temperature)[0].cpu().split(sizes), strict=True):
+                found[row] = values
+        del model
+        gc.collect()
+        return found
+
+    @torch.no_grad()
+    def rewards(self, answers: Answers) -> list[float]:
+        """The reward model's scores."""
+        directory = self.stage.earlier_model(2)
+        model = Scorer(load_scorer(directory, self.chat_format, self.stage.dtype)).to(self.stage.ranks.device).eval()
+        found = [0.0] * len(answers.samples)
+        for rows, batch in self.batches(answers.rows):
+            for row, score in zip(rows, at_last_token(model(batch), batch).tolist(), strict=True):
+                found[row] = score
+        return found
+
+    def batches(self, rows: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[list[int], TokenBatch]]:
+        plan = plan_micro_batches([len(prompt) + len(response) for prompt, response in rows], self.budget)[0]
+        pad_id, device = self.chat_format.pad_id, self.stage.ranks.device
+        return [(m.rows, TokenBatch.of([rows[row] for row in m.rows], pad_id, device)) for m in plan]

@@ -1,0 +1,150 @@
+"""One role's weights under DeepSpeed: forward, update, checkpoint, and the whole weights when they are wanted."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from training.config import OptimizerSettings
+from training.deepspeed_config import deepspeed_config
+from training.distributed import Ranks
+from training.hybrid_engine.deepspeed_setup import deepspeed
+
+TAG = "state"
+
+
+class HasWeight(Protocol):
+    """A micro-batch; weight 0 takes part in the collectives and adds nothing to the gradient."""
+
+    @property
+    def weight(self) -> float: ...
+
+
+M = TypeVar("M", bound=HasWeight)
+
+
+class ZeroEngine:
+    """Trains `model` in place. `total_steps` is how many updates the learning-rate schedule spans."""
+
+    def __init__(
+        self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype, total_steps: int, ranks: Ranks
+    ):
+        self.settings = settings
+        self.total_steps = total_steps
+        self.ranks = ranks
+        self.updates = 0
+        if settings.gradient_checkpointing:
+            cast(Any, model.model).gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = make_optimizer(model, settings)
+        with redirect_stdout(io.StringIO()):  # it prints memory tables
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(settings, dtype),
+                dist_init_required=False,
+            )
+        self.engine.eval()  # dropout stays off: old and new log-probabilities must come from one function
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The transformers model inside, with its adapters."""
+        return cast(nn.Module, self.engine.module.model)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.engine(*inputs)
+
+    def update(self, micro_batches: Sequence[M], loss: Callable[[M], Tensor]) -> dict[str, float]:
+        """One optimiser step on the sum of `loss(micro_batch)` over all micro-batches of all ranks.
+
+        Each rank passes its own micro-batches, equally many; `loss` returns a micro-batch's share of the total loss,
+        divided by the *global* count of tokens or pairs, so that neither micro-batches nor ranks change the gradient.
+        Returns grad_norm (before clipping) and lr.
+        """
+        if self.settings.gradient_checkpointing:
+            self.engine.train()
+        rate = learning_rate(self.settings, self.updates, self.total_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        for place, micro_batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
+            share = loss(micro_batch) * micro_batch.weight
+            self.engine.backward(share * self.ranks.size)  # DeepSpeed takes the mean over ranks; the sum is meant
+        plain_norm = self._plain_gradient_norm()
+        self.engine.step()
+        self.engine.eval()
+        self.updates += 1
+        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
+        return {"grad_norm": float(norm or 0.0), "lr": rate}
+
+    def _plain_gradient_norm(self) -> Tensor | None:
+        """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages."""
+        if self.engine.zero_optimization_stage() > 0:
+            return None
+        gradients = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
+        return torch.stack(gradients).norm()
+
+    def save(self, directory: Path) -> None:
+        """Write what resuming needs. All ranks call it; frozen weights are left out, they come from their source."""
+        frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
+        self.engine.save_checkpoint(
+            str(directory), tag=TAG, client_state={"updates": self.updates}, exclude_frozen_parameters=frozen
+        )
+
+    def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote."""
+        frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
+        _, state = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not frozen)
+        self.updates = state["updates"]
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Whole trainable weights in fp32 on the CPU, named as in the language model.
+
+        All ranks call it; only the first gets them (the others an empty dict).
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.language_model.named_parameters():
+            if parameter.requires_grad:
+                full = safe_get_full_fp32_param(parameter)
+                if not self.ranks.is_first:
+                    continue
+                weights[name] = (parameter.data if full is None else full).detach().float().cpu().clone()
+        return weights
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.offload != "none" and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
+
+
+def learning_rate(settings: OptimizerSettings, update: int, total: int) -> float:
+    """The rate of update 0 .. total - 1: a linear rise over the warm-up, then the schedule down to 0 after the last."""
+    warmup = math.ceil(settings.warmup * total)
+    if update < warmup:
+        return settings.learning_rate * (update + 1) / warmup
+    done = (update - warmup) / max(1, total - warmup)
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    if settings.schedule == "cosine":
+        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return settings.learning_rate * max(0.0, 1 - done)

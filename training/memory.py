@@ -1,0 +1,292 @@
+"""How much memory a step needs on one rank, part by part, before anything is loaded.
+
+Counted are weights, gradients, optimiser states, what generation keeps, activations and logits. `NOT_COUNTED` names
+what is left out; on small models that is the larger part.
+
+Sources: "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (arXiv 1910.02054, section 3) for
+what training holds; "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, section 4)
+for activations.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from inference.errors import UserError
+from training.config import OptimizerSettings, RLHFSettings, RunConfig, StepSettings
+from training.deepspeed_config import effective_zero_stage
+
+Place = Literal["device", "host"]
+
+NOT_COUNTED = (
+    "Python and its libraries, the CUDA context, communication buckets, attention matrices where no fused kernel runs, "
+    "fragmentation"
+)
+# stage3_max_live_parameters of DeepSpeed: so many weights may be whole at one time under ZeRO stage 3
+MAX_LIVE_PARAMETERS = 10**9
+# Policy.forward holds per logit, in fp32: logits, log-probabilities and two intermediates (entropy; later gradients)
+TRAINING_BYTES_PER_LOGIT = 16
+# the sampler holds per logit: three fp32 arrays, one cumulative sum in double precision, one copy for the mask
+SAMPLING_BYTES_PER_LOGIT = 24
+LOADING = "loading"
+"""The phase before anything else is held."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a causal language model."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    is_gated: bool
+    """Whether the feed-forward part has a gate beside its up-projection (Llama and Qwen have)."""
+    parameters: int
+    """All weights; an embedding that is also the output matrix counts once."""
+    output_matrix: int
+    """Weights of an output matrix of its own; a model with a score head has none."""
+    linears: tuple[tuple[str, int], ...]
+    """Name, and inputs + outputs, of every linear layer but the output matrix: where adapters can go."""
+
+    @classmethod
+    def from_config_values(cls, values: dict[str, Any]) -> "Shape":
+        """From Hugging Face configuration values with their `model_type`. The model is built without storage.
+
+        Raises UserError where transformers does not know such a causal language model.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM  # a second that only this needs
+
+        rest = {key: value for key, value in values.items() if key != "model_type"}
+        try:
+            config = AutoConfig.for_model(values.get("model_type", ""), **rest)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # transformers raises many kinds here, all of them about the values
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"These configuration values make no causal language model ({reason}).") from error
+        output = model.get_output_embeddings()
+        own_output = output is not None and output.weight is not model.get_input_embeddings().weight
+        linears = tuple(
+            (name, sum(module.weight.shape))
+            for name, module in model.named_modules()
+            if module is not output and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        )
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        ffn = next((size for name in _FFN_NAMES if (size := getattr(config, name, None))), 4 * hidden)
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=hidden,
+            ffn=ffn,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            vocabulary=config.vocab_size,
+            is_gated=any("gate" in name for name, _ in linears),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            output_matrix=output.weight.numel() if own_output else 0,
+            linears=linears,
+        )
+
+    @property
+    def scorer_parameters(self) -> int:
+        """Weights with a score head in place of the output matrix (its own few thousand left out)."""
+        return self.parameters - self.output_matrix
+
+    def lora_parameters(self, rank: int, targets: str | list[str]) -> int:
+        """Weights of adapters on `targets`, chosen as peft does: a list by last names, a text by pattern."""
+
+        def has_adapter(name: str) -> bool:
+            if targets == "all-linear":
+                return True
+            if isinstance(targets, str):
+                return re.fullmatch(targets, name) is not None
+            return any(name == target or name.endswith("." + target) for target in targets)
+
+        return rank * sum(size for name, size in self.linears if has_adapter(name))
+
+    def activation_values(self, tokens: int, checkpointing: bool) -> int:
+        """Numbers kept for the backward pass; dropout is off, attention is fused.
+
+        A layer keeps the inputs of two norms, of attention and of the feed-forward part (4 hidden), queries and
+        attention output, keys and values, and the feed-forward part before and after its activation, a gate's
+        factors too. With checkpointing: each layer's input and, while it is recomputed, one layer whole.
+        """
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = 4 * self.hidden + 2 * queries + 2 * keys + (4 if self.is_gated else 2) * self.ffn
+        return tokens * (self.layers * self.hidden + layer if checkpointing else self.layers * layer)
+
+    def cache_values(self, tokens: int) -> int:
+        """Numbers in the keys and values of so many tokens."""
+        return tokens * self.layers * 2 * self.kv_heads * self.head_dim
+
+
+_FFN_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing in the memory of one rank. `phase` is empty for what is held all through the step."""
+
+    name: str
+    bytes: int
+    place: Place = "device"
+    phase: str = ""
+    first_rank_only: bool = False
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one rank needs in a step."""
+
+    parts: tuple[Part, ...]
+
+    def held(self, *places: Place) -> int:
+        """Bytes held all through: weights, gradients, optimiser states, frozen models, the copy that generates."""
+        return sum(part.bytes for part in self.parts if part.place in places and not part.phase)
+
+    def phases(self, *places: Place) -> dict[str, int]:
+        """Bytes that each phase adds while it lasts."""
+        return self._phases(1, *places)
+
+    def peak(self, *places: Place) -> int:
+        """The most that the first rank needs at one time. With both places (no GPU): their common peak."""
+        return self._peak(1, *places)
+
+    def host_peak(self, processes: int) -> int:
+        """The most main memory that the processes of one machine need together beside their GPUs."""
+        return self._peak(processes, "host")
+
+    def _phases(self, processes: int, *places: Place) -> dict[str, int]:
+        added: dict[str, int] = {}
+        for part in self.parts:
+            if part.phase and part.place in places:
+                times = 1 if part.first_rank_only else processes
+                added[part.phase] = added.get(part.phase, 0) + part.bytes * times
+        return added
+
+    def _peak(self, processes: int, *places: Place) -> int:
+        phases = self._phases(processes, *places)
+        loading = phases.pop(LOADING, 0)
+        return max(loading, self.held(*places) * processes + max(phases.values(), default=0))
+
+
+def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1) -> int:
+    """Rows of the longest length in one forward pass; at least `rows_together` (2 for a pair)."""
+    return max(token_budget // length // rows_together, 1) * rows_together
+
+
+def estimate_step_memory(
+    step: int, config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int
+) -> StepMemory:
+    """The memory of step 1, 2 or 3 on one of `ranks` ranks. `scorer` is the shape of reward model and critic."""
+    if step == 3:
+        return _rlhf_memory(config, actor, scorer, dtype, ranks)
+    if step == 1:
+        optimizer, shape, parameters = config.sft.optimizer, actor, actor.parameters
+        passes = _pass_parts(actor, config, config.sft, optimizer, dtype, "training", with_logits=True)
+    else:
+        optimizer, shape, parameters = config.reward.optimizer, scorer, scorer.scorer_parameters
+        passes = _pass_parts(scorer, config, config.reward, optimizer, dtype, "training", rows_together=2)
+    training = training_parts("", parameters, shape, optimizer, dtype, ranks, "training")
+    saving = _saving_parts(parameters, _adapters(shape, optimizer) or parameters)
+    return StepMemory((*training, *passes, *saving))
+
+
+def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int) -> StepMemory:
+    rlhf, data = config.rlhf, config.data
+    frozen_share = ranks if rlhf.frozen_zero_stage == 3 else 1
+    parts = [
+        *training_parts("actor ", actor.parameters, actor, rlhf.actor, dtype, ranks, "actor training"),
+        *training_parts("critic ", scorer.scorer_parameters, scorer, rlhf.critic, dtype, ranks, "critic training"),
+        Part("reward weights", _share(scorer.scorer_parameters * dtype.itemsize, frozen_share)),
+    ]
+    if not rlhf.actor.lora.rank:  # with LoRA the reference is the actor, its adapters switched off
+        parts.append(Part("reference weights", _share(actor.parameters * dtype.itemsize, frozen_share)))
+    if rlhf.actor.zero_stage == 3:  # GenerationView keeps the weights whole on each rank
+        whole = actor.parameters + _adapters(actor, rlhf.actor)
+        parts.append(Part("actor weights, whole, to generate", whole * dtype.itemsize))
+    length = data.max_prompt_tokens + data.max_response_tokens
+    rows = min(rlhf.generation_batch, -(-rlhf.prompts_per_iteration * rlhf.samples_per_prompt // ranks))
+    parts += [
+        Part("key-value cache", actor.cache_values(rows * length) * dtype.itemsize, phase="generation"),
+        Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation"),
+        *_pass_parts(actor, config, rlhf, rlhf.actor, dtype, "actor training", with_logits=True),
+        *_pass_parts(scorer, config, rlhf, rlhf.critic, dtype, "critic training"),
+        *_saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters),  # the critic is not kept
+    ]
+    return StepMemory(tuple(parts))
+
+
+def training_parts(
+    role: str, parameters: int, shape: Shape, settings: OptimizerSettings, dtype: torch.dtype, ranks: int, phase: str
+) -> list[Part]:
+    """What a trained model holds: weights, gradients and AdamW's states, divided as its ZeRO stage says.
+
+    ZeRO paper, section 3.1: in 16 bit, weights take 2 bytes each and the optimiser 12 (fp32 copy, momentum,
+    variance). Our bf16 gradients are summed in fp32: 4 bytes. In fp32: 4 + 4 + 8, and from ZeRO stage 1 on
+    DeepSpeed keeps its copy of the weights there too. With LoRA, only adapters have gradients and states.
+    """
+    stage = effective_zero_stage(settings.zero_stage, dtype)
+    adapters = _adapters(shape, settings)
+    trained = adapters or parameters
+    gradient_bytes = 2 if dtype == torch.float16 else 4
+    optimizer_bytes = 8 if dtype == torch.float32 and stage == 0 else 12
+    off_device: Place = "host" if settings.offload != "none" else "device"
+    weights_place: Place = "host" if settings.offload == "optimizer+parameters" else "device"
+    weights = (parameters + adapters) * dtype.itemsize
+    parts = [
+        Part(f"{role}weights", _share(weights, ranks if stage == 3 else 1), weights_place),
+        # ZeRO-Offload moves gradients to the host as they come (arXiv 2101.06840)
+        Part(f"{role}gradients", _share(trained * gradient_bytes, ranks if stage >= 2 else 1), off_device),
+        Part(f"{role}optimiser states", _share(trained * optimizer_bytes, ranks if stage >= 1 else 1), off_device),
+    ]
+    # a model is loaded whole on each rank, in fp32, before ZeRO divides it
+    parts.append(Part(f"{role}weights, fp32", parameters * 4, phase=LOADING))
+    if stage == 3:
+        gathered = min(parameters, MAX_LIVE_PARAMETERS) * dtype.itemsize
+        parts.append(Part("weights gathered by ZeRO, at most", gathered, phase=phase))
+    return parts
+
+
+def _saving_parts(parameters: int, trained: int) -> list[Part]:
+    """In the end every rank gathers what was trained, and the first puts it into a whole model; both in fp32."""
+    return [
+        Part("trained weights, fp32", trained * 4, "host", "saving"),
+        Part("whole model, fp32 (first rank)", parameters * 4, "host", "saving", first_rank_only=True),
+    ]
+
+
+def _adapters(shape: Shape, settings: OptimizerSettings) -> int:
+    return shape.lora_parameters(settings.lora.rank, settings.lora.targets) if settings.lora.rank else 0
+
+
+def _pass_parts(
+    shape: Shape,
+    config: RunConfig,
+    step: StepSettings | RLHFSettings,
+    settings: OptimizerSettings,
+    dtype: torch.dtype,
+    phase: str,
+    rows_together: int = 1,
+    with_logits: bool = False,
+) -> list[Part]:
+    """What a forward and backward pass over one micro-batch of longest rows adds."""
+    length = config.data.max_prompt_tokens + config.data.max_response_tokens
+    rows = rows_per_micro_batch(step.micro_batch_tokens, length, rows_together)
+    activations = shape.activation_values(rows * length, settings.gradient_checkpointing)
+    parts = [Part("activations", activations * dtype.itemsize, phase=phase)]
+    if with_logits:  # taken at response positions only
+        logits = rows * config.data.max_response_tokens * shape.vocabulary
+        parts.append(Part("logits", logits * TRAINING_BYTES_PER_LOGIT, phase=phase))
+    return parts
+
+
+def _share(bytes_: int, ranks: int) -> int:
+    return -(-bytes_ // ranks)

@@ -1,0 +1,132 @@
+"""What a run shows and keeps: metrics.jsonl, samples.jsonl, progress bars (plain lines in a pipe)."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from training.run_directory import write_text
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+class Journal:
+    """A file of JSON lines, each with the number of the optimiser step or iteration that it belongs to."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def write(self, number: int, values: dict[str, Any]) -> None:
+        with open(self.file, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"number": number, **values}, ensure_ascii=False) + "\n")
+
+    def rewind(self, number: int) -> None:
+        """Forget what was written after `number`, and a last line that a crash cut short."""
+        if not self.file.exists():
+            return
+        kept = [row for row in self.read() if row["number"] <= number]
+        write_text(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+    def read(self) -> list[dict[str, Any]]:
+        rows = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+
+class NullJournal(Journal):
+    """For ranks other than the first: nothing is written."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/dev/null"))
+
+    def write(self, number: int, values: dict[str, Any]) -> None:
+        pass
+
+    def rewind(self, number: int) -> None:
+        pass
+
+
+class Display:
+    """Progress on a terminal; in a pipe a line every few seconds."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            self.console.print(line, markup=False)
+
+    @contextmanager
+    def progress(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:
+        if self.quiet:
+            yield Bar()
+        elif self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            with Progress(*columns, console=self.console) as progress:
+                yield TerminalBar(progress, progress.add_task(name, total=total, completed=done, text=""))
+        else:
+            yield PlainBar(self, name, total, done)
+
+
+class Bar:
+    """Takes steps, shows nothing."""
+
+    def advance(self, text: str = "") -> None:
+        pass
+
+
+class TerminalBar(Bar):
+    def __init__(self, progress: Progress, task: TaskID):
+        self.bar, self.task = progress, task
+
+    def advance(self, text: str = "") -> None:
+        self.bar.update(self.task, advance=1, text=text)
+
+
+class PlainBar(Bar):
+    def __init__(self, display: Display, name: str, total: int, done: int):
+        self.display, self.name, self.total, self.first, self.done = display, name, total, done, done
+        self.started = self.shown = time.monotonic()
+
+    def advance(self, text: str = "") -> None:
+        self.done += 1
+        now = time.monotonic()
+        if self.done < self.total and now - self.shown < PLAIN_LINE_SECONDS:
+            return
+        self.shown = now
+        left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+        self.display.say(f"{self.name} {self.done}/{self.total} · {duration(left)} left · {text}")
+
+
+def duration(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

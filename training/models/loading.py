@@ -1,0 +1,147 @@
+"""Loading models of any supported family, with adapters, and writing them as plain Hugging Face directories."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from inference.chat_format import ChatFormat
+from inference.errors import UserError
+from training.config import Dtype, LoRASettings
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The number format to compute in; `auto` takes bf16 where the hardware multiplies it fast."""
+    if dtype == "fp16" and device.type == "cpu":
+        raise UserError("fp16 does not work on a CPU; use dtype=bf16 or dtype=fp32.")
+    if dtype != "auto":
+        return TORCH_DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_causal_lm(directory: Path, chat_format: ChatFormat, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model whose embeddings hold all of the format's tokens; dropout off."""
+    model = _load(AutoModelForCausalLM, directory, dtype)
+    changed = [name for name in _LOGIT_CHANGES if getattr(model.config, name, None) not in (None, 1.0)]
+    if changed:
+        raise UserError(f"Models of type '{model.config.model_type}' change their logits ({changed[0]}): unsupported.")
+    fit_vocabulary(model, chat_format)
+    return model
+
+
+def load_scorer(directory: Path, chat_format: ChatFormat, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with a linear head of one output a token (`score`); a fresh head is drawn from N(0, 1 / (d + 1)).
+
+    The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
+    """
+    fresh = not _has_score_head(directory)
+    model = _load(AutoModelForSequenceClassification, directory, dtype, num_labels=1)
+    if fresh:
+        with torch.no_grad():
+            head: Any = model.score
+            head.weight.normal_(0.0, (head.in_features + 1) ** -0.5)
+    fit_vocabulary(model, chat_format)
+    return model
+
+
+def _load(loader: Any, directory: Path, dtype: torch.dtype, **head: int) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(directory, **head)
+        for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        return loader.from_pretrained(directory, config=config, dtype=dtype)
+    except Exception as error:  # safetensors, json and transformers each raise their own kinds
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"The model in {directory} cannot be loaded ({reason}); fetch or train it again.") from error
+
+
+def _has_score_head(directory: Path) -> bool:
+    architectures = json.loads((directory / "config.json").read_text()).get("architectures") or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
+def fit_vocabulary(model: PreTrainedModel, chat_format: ChatFormat) -> None:
+    """Grow the embeddings if the format has more tokens; new rows are the mean of the old ones."""
+    model.config.pad_token_id = chat_format.pad_id
+    model.config.eos_token_id = chat_format.end_of_turn_id
+    inputs: Any = model.get_input_embeddings()
+    old = inputs.num_embeddings
+    if chat_format.vocabulary_size <= old:
+        return
+    model.resize_token_embeddings(chat_format.vocabulary_size, mean_resizing=False)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if table is not None:
+            weight: Any = table.weight
+            weight.data[old:] = weight.data[:old].mean(0)
+
+
+def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
+    """Put adapters into `model` (in place) and freeze the rest; a score head stays trainable. Returns the PeftModel."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    scorer = hasattr(model, "score")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=settings.targets,
+        task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
+        modules_to_save=["score"] if scorer else None,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"lora.targets={settings.targets} does not fit this model ({reason}).") from error
+
+
+def save_model(
+    directory: Path,
+    source: Path,
+    chat_format: ChatFormat,
+    trained: dict[str, Tensor],
+    lora: LoRASettings,
+    scorer: bool,
+    dtype: torch.dtype,
+    extra_config: dict[str, float] | None = None,
+    adapter_directory: Path | None = None,
+) -> None:
+    """Write a plain Hugging Face directory: the weights of `source` with the `trained` ones put in, adapters merged.
+
+    `trained` has the names that the model (with adapters, if `lora.rank`) gives its parameters, in fp32: merging in
+    16 bit would round most of an adapter away. `extra_config` lands in config.json.
+    """
+    model = (load_scorer if scorer else load_causal_lm)(source, chat_format, torch.float32)
+    adapted = add_lora(model, lora) if lora.rank else None
+    unexpected = model.load_state_dict(trained, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"trained weights without a place in the model: {unexpected[:3]}")
+    if adapted is not None:
+        if adapter_directory is not None:
+            adapted.save_pretrained(adapter_directory)
+        model = adapted.merge_and_unload()
+    for key, value in (extra_config or {}).items():
+        setattr(model.config, key, value)
+    if not scorer:
+        model.generation_config = GenerationConfig(
+            bos_token_id=chat_format.tokenizer.bos_token_id,
+            eos_token_id=chat_format.end_of_turn_id,
+            pad_token_id=chat_format.pad_id,
+        )
+    cast(Any, model).to(dtype).save_pretrained(directory)
+    chat_format.save(directory)

@@ -1,0 +1,39 @@
+"""A model that gives every token a number: the reward model (read at the last token) and the critic (at each)."""
+
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from training.config import LoRASettings
+from training.data.batching import TokenBatch
+from training.models.loading import add_lora
+from training.models.policy import model_inputs
+
+
+class Scorer(nn.Module):
+    """The model with optional adapters. Scores are (raw - shift) / scale, with both from the model's config.json."""
+
+    def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None):
+        super().__init__()
+        self.model = model
+        self.shift = float(getattr(model.config, "score_shift", 0.0))
+        self.scale = float(getattr(model.config, "score_scale", 1.0))
+        if lora is not None and lora.rank:
+            add_lora(model, lora)
+
+    @property
+    def score_head(self) -> nn.Module:
+        return cast(nn.Module, self.model.score)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """A score for every token, float32 (rows, length); what padding gets means nothing."""
+        backbone = getattr(self.model, self.model.base_model_prefix)
+        hidden = backbone(**model_inputs(self.model, batch), use_cache=False).last_hidden_state
+        raw = self.score_head(hidden).float().squeeze(-1)
+        return (raw - self.shift) / self.scale
+
+
+def at_last_token(scores: Tensor, batch: TokenBatch) -> Tensor:
+    """Each row's score at its last real token: (rows, length) -> (rows)."""
+    return scores.gather(1, batch.last[:, None])[:, 0]

@@ -1,0 +1,186 @@
+"""Where everything of a run lies, and the promise that files appear whole or not at all.
+
+runs/<name>/
+  config.yaml  data/  evaluation.json  comparison.jsonl
+  step1_sft/  step2_reward/  step3_rlhf/
+    model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from inference.errors import UserError
+from training.config import RunConfig, read_yaml, validate_config
+
+STEP_NAMES = {1: "step1_sft", 2: "step2_reward", 3: "step3_rlhf"}
+STEP_COMMANDS = {1: "sft", 2: "reward", 3: "rlhf"}
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def evaluation_file(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def comparison_file(self) -> Path:
+        return self.path / "comparison.jsonl"
+
+    def step(self, number: int) -> "StepDirectory":
+        return StepDirectory(self.path / STEP_NAMES[number], number)
+
+    def read_config(self) -> RunConfig:
+        if not self.config_file.exists():
+            raise UserError(f"{self.path} is not a run directory: it has no config.yaml (make one with rlhf-chat run).")
+        values = read_yaml(self.config_file)
+        values.pop("versions", None)
+        return validate_config(values)
+
+    def write_config(self, config: RunConfig, versions: dict[str, str]) -> None:
+        """Store the resolved settings with the versions of what ran."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        values = {**config.model_dump(mode="json"), "versions": versions}
+        write_text(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def require_model(self, step: int) -> Path:
+        """The finished model of an earlier step, or the sentence that says how to get it."""
+        directory = self.step(step)
+        if not directory.is_finished:
+            raise UserError(
+                f"{STEP_NAMES[step]} of {self.path} is not finished; run it first: "
+                f"rlhf-chat {STEP_COMMANDS[step]} {self.path}"
+            )
+        return directory.model
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one command. Raises UserError while another one works in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with hold_lock(self.path / ".lock", wait_seconds=0, busy=f"{self.path} is in use by another command"):
+            yield
+
+
+@dataclass(frozen=True)
+class StepDirectory:
+    path: Path
+    number: int
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def error_file(self) -> Path:
+        return self.path / "error.txt"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.result_file.exists() and self.model.is_dir()
+
+    def read_result(self) -> dict[str, Any]:
+        return json.loads(self.result_file.read_text())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the step for one training process group; waits for orphans of a killed command to end themselves."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        busy = f"{self.path} is still being written by another process"
+        with hold_lock(self.path / ".lock", wait_seconds=30, busy=busy):
+            yield
+
+
+@contextmanager
+def hold_lock(file: Path, wait_seconds: float, busy: str) -> Iterator[None]:
+    """An exclusive lock that ends with the process, however it ends."""
+    with open(file, "a") as handle:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise UserError(f"{busy}; wait until it has ended, or stop it.") from None
+                time.sleep(0.1)
+        yield
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file at once: a reader or a crash sees the old text or the new one."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+
+
+def write_json(file: Path, values: Any) -> None:
+    write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    """Fill a directory beside its place, then move it there; an older one is replaced."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    publish_directory(temporary, directory)
+
+
+def publish_directory(temporary: Path, directory: Path) -> None:
+    """Move a complete directory to its name, its bytes on the disk first."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, old)
+    os.rename(temporary, directory)
+    shutil.rmtree(old, ignore_errors=True)

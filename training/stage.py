@@ -1,0 +1,206 @@
+"""What the three stage scripts share: arguments, ranks, run directory, settings, data, journals, the way errors end.
+
+python training/step1_sft/main.py runs/demo                                   one process, settings from the run
+torchrun --nproc-per-node 2 training/step1_sft/main.py runs/new --config my.yaml --set sft.epochs=2
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from inference.chat_format import ChatFormat
+from inference.errors import UserError
+from inference.model_store import resolve_model
+from training.checkpoints import Checkpoints
+from training.config import RunConfig, load_config
+from training.data.prepare import prepare_data
+from training.data.rows import read_rows
+from training.distributed import Ranks, start_ranks, stop_ranks
+from training.metrics import Display, Journal, NullJournal
+from training.models.loading import TORCH_DTYPES, resolve_dtype
+from training.run_directory import RunDirectory, StepDirectory, write_json, write_text
+from training.versions import versions
+from training.watchdog import PARENT_VARIABLE
+
+EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
+
+
+class Diverged(Exception):
+    """A loss is no longer a number: where, on which rows, and the last good checkpoint."""
+
+
+@dataclass
+class Stage:
+    """Everything a step needs to begin."""
+
+    config: RunConfig
+    ranks: Ranks
+    run: RunDirectory
+    directory: StepDirectory
+    dtype: torch.dtype
+    display: Display
+    metrics: Journal
+    samples: Journal
+    checkpoints: Checkpoints
+    started: float
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Number format of the models that the run leaves behind."""
+        return TORCH_DTYPES[self.config.save_dtype]
+
+    def model_directory(self, source: str) -> Path:
+        """The local directory of a model; the first rank fetches it, the others wait."""
+        if self.ranks.is_first:
+            resolve_model(source, self.display.say)
+        self.ranks.barrier()
+        return resolve_model(source, lambda line: None)
+
+    def earlier_model(self, step: int) -> Path:
+        """The model that an earlier step left, or the finished one that the settings name instead."""
+        given = {1: self.config.sft_model, 2: self.config.trained_reward_model}[step]
+        return self.model_directory(given) if given else self.run.require_model(step)
+
+    def rows(self, chat_format: ChatFormat, kind: str) -> tuple[list[dict], list[dict]]:
+        """Training and evaluation rows of one kind (`sft`, `pairs` or `prompts`)."""
+        if self.ranks.is_first:
+            prepare_data(self.config.data, self.config.seed, self.run.data, chat_format, self.display.say)
+        self.ranks.barrier()
+        return read_rows(self.run.data / f"{kind}_train.jsonl"), read_rows(self.run.data / f"{kind}_eval.jsonl")
+
+    def finish(self, result: dict) -> None:
+        """Mark the step as done. `result` is what later steps and people read."""
+        if self.ranks.is_first:
+            write_json(self.directory.result_file, {**result, "seconds": round(time.time() - self.started, 1)})
+        self.ranks.barrier()
+
+    def diverged(self, number: int, what: str, rows: list[int]) -> Diverged:
+        """The error for a loss that is not finite; the batch is kept in diverged.json."""
+        newest = self.checkpoints.numbers()[-1:]
+        last = (
+            f"the last good checkpoint is {self.directory.checkpoints / str(newest[0])}" if newest else "no checkpoint"
+        )
+        if self.ranks.is_first:
+            write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows})
+        return Diverged(
+            f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
+            f"{last}. A lower learning rate or dtype=fp32 is the usual cure."
+        )
+
+
+def run_stage(number: int, work: Callable[[Stage], None]) -> int:
+    """Parse the arguments, set up, do `work` unless step `number` is done already, turn errors into sentences.
+
+    Returns the exit code: 0, 2 for what the user can put right, 3 for a run that diverged.
+    """
+    arguments = parse_arguments()
+    run = RunDirectory(arguments.run_directory)
+    directory = run.step(number)
+
+    def body() -> None:
+        config = read_or_make_config(run, arguments)
+        ranks = start_ranks(config.threads)
+        ranks.barrier()
+        with directory.locked() if ranks.is_first else nullcontext():
+            if not directory.is_finished:
+                directory.path.mkdir(parents=True, exist_ok=True)
+                work(make_stage(run, number, config, ranks))
+
+    return end_in_sentences(body, directory.error_file)
+
+
+def run_evaluation(work: Callable[[Stage], object]) -> int:
+    """Like run_stage, for what comes after step 3 and takes one process."""
+    run = RunDirectory(parse_arguments().run_directory)
+
+    def body() -> None:
+        config = run.read_config()
+        work(make_stage(run, 3, config, start_ranks(config.threads)))
+
+    return end_in_sentences(body, run.path / "error.txt")
+
+
+def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
+    """Run `body`; what it raises for the user lands in `error_file` and on stderr. Returns the exit code."""
+    try:
+        body()
+        return 0
+    except (UserError, Diverged) as error:
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_DIVERGED
+        error_file.parent.mkdir(parents=True, exist_ok=True)
+        if not error_file.exists():
+            write_text(error_file, str(error))
+        if PARENT_VARIABLE not in os.environ:  # else the command prints it
+            print(error, file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them
+        return code
+    finally:
+        stop_ranks()
+
+
+def make_stage(run: RunDirectory, number: int, config: RunConfig, ranks: Ranks) -> Stage:
+    directory = run.step(number)
+    if ranks.is_first:
+        directory.error_file.unlink(missing_ok=True)
+    quiet_libraries(directory.log_file, ranks.is_first)
+    torch.manual_seed(config.seed)
+    keep = {1: config.sft.keep_checkpoints, 2: config.reward.keep_checkpoints, 3: config.rlhf.keep_checkpoints}[number]
+    return Stage(
+        config=config,
+        ranks=ranks,
+        run=run,
+        directory=directory,
+        dtype=resolve_dtype(config.dtype, ranks.device),
+        display=Display(quiet=not ranks.is_first),
+        metrics=Journal(directory.metrics_file) if ranks.is_first else NullJournal(),
+        samples=Journal(directory.samples_file) if ranks.is_first else NullJournal(),
+        checkpoints=Checkpoints(directory.checkpoints, keep, ranks),
+        started=time.time(),
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_directory", type=Path, help="where the run lives; made if it is not there")
+    parser.add_argument("--config", type=Path, action="append", default=[], help="YAML settings for a new run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting for a new run")
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="given by the deepspeed launcher; the rest is in RANK"
+    )
+    return parser.parse_args()
+
+
+def read_or_make_config(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig:
+    """An existing run keeps its settings; a new one gets them from the arguments (the first rank writes them)."""
+    if not arguments.config and not arguments.set:
+        return run.read_config()
+    config = load_config(arguments.config, arguments.set)
+    if int(os.environ.get("RANK", 0)) != 0:
+        return config
+    if not run.config_file.exists():
+        run.write_config(config, versions())
+    elif run.read_config() != config:
+        raise UserError(f"{run.path} was made with other settings; choose another directory, or leave them out.")
+    return config
+
+
+def quiet_libraries(log_file: Path, first: bool) -> None:
+    """Libraries log to the step's log.txt; the terminal is for progress."""
+    handler = logging.FileHandler(log_file) if first else logging.NullHandler()
+    logging.captureWarnings(True)
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("DeepSpeed", "transformers", "py.warnings", "torch", "accelerate", "peft"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False

@@ -1,0 +1,116 @@
+"""Supervised fine-tuning on top of the shared loop."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from inference.chat_format import ChatFormat
+from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.rows import require_rows
+from training.hybrid_engine.zero_engine import ZeroEngine
+from training.models.loading import load_causal_lm, save_model
+from training.models.policy import Policy
+from training.run_directory import write_directory
+from training.stage import Stage
+from training.supervised import count_updates, fit
+
+
+def train(stage: Stage) -> None:
+    """The whole step: set up, fit, save."""
+    config, settings = stage.config, stage.config.sft
+    source = stage.model_directory(config.model)
+    chat_format = ChatFormat.load(source)
+    for note in chat_format.notes:
+        stage.display.say(note)
+    rows, held_out = stage.rows(chat_format, "sft")
+    require_rows(rows, 1, "prompts with a response, or messages")
+    encoded = within_budget([encode(row, chat_format, stage) for row in rows], settings.token_budget)
+    total = count_updates(len(encoded), settings)
+
+    policy = Policy(load_causal_lm(source, chat_format, torch.float32), settings.optimizer.lora)
+    engine = ZeroEngine(policy.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
+    evaluated = [encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
+    task = SFTTask(stage, engine, encoded, evaluated, chat_format.pad_id)
+    evaluation = fit(stage, task, settings, total)
+
+    trained = engine.trained_weights()
+    if stage.ranks.is_first:
+        write_directory(
+            stage.directory.model,
+            lambda directory: save_model(
+                directory,
+                source,
+                chat_format,
+                trained,
+                settings.optimizer.lora,
+                scorer=False,
+                dtype=stage.storage_dtype,
+                adapter_directory=stage.directory.adapter,
+            ),
+        )
+    stage.finish({"optimizer_steps": total, "rows": len(encoded), **evaluation})
+
+
+Encoded = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
+
+
+def encode(row: dict, chat_format: ChatFormat, stage: Stage) -> Encoded:
+    data = stage.config.data
+    prompt = chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)
+    response = chat_format.response_ids(row["response"], data.max_response_tokens)
+    return torch.tensor(prompt), torch.tensor(response)
+
+
+def within_budget(rows: list[Encoded], token_budget: int) -> list[Encoded]:
+    """The first rows that together have at most `token_budget` tokens (0: all)."""
+    if not token_budget:
+        return rows
+    kept: list[Encoded] = []
+    tokens = 0
+    for prompt, response in rows:
+        tokens += len(prompt) + len(response)
+        if kept and tokens > token_budget:
+            break
+        kept.append((prompt, response))
+    return kept
+
+
+class SFTTask:
+    name = "SFT"
+
+    def __init__(self, stage: Stage, engine: ZeroEngine, rows: list[Encoded], held_out: list[Encoded], pad_id: int):
+        self.stage, self.engine, self.rows, self.held_out, self.pad_id = stage, engine, rows, held_out, pad_id
+        self.lengths = [len(prompt) + len(response) for prompt, response in rows]
+
+    def size(self, rows: list[int]) -> int:
+        """Response tokens."""
+        return sum(len(self.rows[row][1]) for row in rows)
+
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+        """Summed negative log-likelihood of the response tokens."""
+        logprobs, entropy = self.engine(self._batch([self.rows[row] for row in rows]))
+        return -logprobs.sum(), {"entropy": float(entropy.sum())}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss per response token and perplexity on held-out rows."""
+        lengths = [len(prompt) + len(response) for prompt, response in self.held_out]
+        if not lengths:
+            return {}
+        ranks = self.stage.ranks
+        plan = plan_micro_batches(lengths, self.stage.config.sft.micro_batch_tokens, ranks.size)
+        sums = {"loss": 0.0, "tokens": 0.0}
+        for micro_batch in plan[ranks.rank]:
+            logprobs, _ = self.engine(self._batch([self.held_out[row] for row in micro_batch.rows]))
+            sums["loss"] -= float(logprobs.sum()) * micro_batch.weight
+            sums["tokens"] += len(logprobs) * micro_batch.weight
+        sums = ranks.sum_values(sums)
+        loss = sums["loss"] / sums["tokens"]
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
+
+    def sample(self, number: int) -> None:
+        """Step 1 shows its loss only."""
+
+    def _batch(self, rows: list[Encoded]) -> TokenBatch:
+        return TokenBatch.of(rows, self.pad_id, self.stage.ranks.device)

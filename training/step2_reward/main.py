@@ -1,0 +1,20 @@
+"""Step 2, the reward model: a number for an answer, learned from which of two answers people preferred.
+
+Reads data/pairs_*.jsonl of the run directory, writes step2_reward/model, a sequence-classification model with one
+label whose score is read at the end-of-turn token. The loss is that of Bradley and Terry:
+-log sigmoid(score of chosen - score of rejected), a mean over the pairs of the whole batch.
+
+    python training/step2_reward/main.py runs/demo
+    torchrun --nproc-per-node 8 training/step2_reward/main.py runs/big --config applications/presets/opt-1.3b.yaml
+"""
+
+import sys
+
+from training.watchdog import end_with_parent
+
+if __name__ == "__main__":
+    end_with_parent()
+    from training.stage import run_stage
+    from training.step2_reward.reward import train
+
+    sys.exit(run_stage(2, train))

@@ -1,0 +1,184 @@
+"""The reward model on top of the shared loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from inference.chat_format import ChatFormat
+from inference.errors import UserError
+from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.rows import require_rows
+from training.hybrid_engine.zero_engine import ZeroEngine
+from training.models.loading import load_scorer, save_model
+from training.models.scorer import Scorer, at_last_token
+from training.run_directory import write_directory
+from training.stage import Stage
+from training.supervised import count_updates, fit
+
+LENGTH_BUCKETS = (8, 16, 32, 64, 128, 256)
+
+
+def train(stage: Stage) -> None:
+    """The whole step: set up, fit, measure the scale of the scores, save."""
+    config, settings = stage.config, stage.config.reward
+    actor = ChatFormat.load(stage.model_directory(config.model))
+    source = initial_model(stage)
+    chat_format = ChatFormat.load(source)
+    require_same_tokenizer(actor, chat_format, config.model, config.reward_model_source)
+    rows, held_out = stage.rows(chat_format, "pairs")
+    require_rows(rows, 2, "prompts with a chosen and a rejected response")
+    pairs = [Pair.encode(row, chat_format, stage) for row in rows]
+    total = count_updates(len(pairs), settings)
+
+    scorer = Scorer(load_scorer(source, chat_format, torch.float32), settings.optimizer.lora)
+    scorer.shift, scorer.scale = 0.0, 1.0
+    engine = ZeroEngine(scorer.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
+    evaluated = [Pair.encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
+    task = RewardTask(stage, engine, pairs, evaluated, chat_format.pad_id)
+    evaluation = fit(stage, task, settings, total)
+
+    scale = task.score_scale() if settings.normalize else {}
+    trained = engine.trained_weights()
+    if stage.ranks.is_first:
+        write_directory(
+            stage.directory.model,
+            lambda directory: save_model(
+                directory,
+                source,
+                chat_format,
+                trained,
+                settings.optimizer.lora,
+                scorer=True,
+                dtype=stage.storage_dtype,
+                extra_config=scale,
+                adapter_directory=stage.directory.adapter,
+            ),
+        )
+    stage.finish({"optimizer_steps": total, "rows": len(pairs), **evaluation, **scale})
+
+
+def initial_model(stage: Stage) -> Path:
+    if stage.config.reward.initialize_from == "base":
+        return stage.model_directory(stage.config.reward_model_source)
+    return stage.earlier_model(1)
+
+
+def require_same_tokenizer(actor: ChatFormat, reward: ChatFormat, actor_name: str, reward_name: str) -> None:
+    """The reward model reads the actor's token ids, so both must mean the same by them."""
+    if actor.tokenizer.get_vocab() != reward.tokenizer.get_vocab():
+        raise UserError(
+            f"The reward model {reward_name} has another tokenizer than the actor {actor_name}; "
+            f"choose a reward model of the same family with --set reward_model=..."
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt, two answers; int64 (length) each."""
+
+    prompt: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+    @classmethod
+    def encode(cls, row: dict, chat_format: ChatFormat, stage: Stage) -> "Pair":
+        data = stage.config.data
+        return cls(
+            torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
+            torch.tensor(chat_format.response_ids(row["chosen"], data.max_response_tokens)),
+            torch.tensor(chat_format.response_ids(row["rejected"], data.max_response_tokens)),
+        )
+
+    @property
+    def padded_tokens(self) -> int:
+        return 2 * (len(self.prompt) + max(len(self.chosen), len(self.rejected)))
+
+
+class RewardTask:
+    name = "Reward model"
+
+    def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[Pair], held_out: list[Pair], pad_id: int):
+        self.stage, self.engine, self.pairs, self.held_out, self.pad_id = stage, engine, pairs, held_out, pad_id
+        self.lengths = [pair.padded_tokens for pair in pairs]
+
+    def size(self, rows: list[int]) -> int:
+        """Pairs."""
+        return len(rows)
+
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss of the pairs, how many are ranked right, and their margins."""
+        chosen, rejected = self._scores([self.pairs[row] for row in rows])
+        margin = (chosen - rejected).detach()
+        statistics = {"accuracy": float((margin > 0).sum()), "margin": float(margin.sum())}
+        return -logsigmoid(chosen - rejected).sum(), statistics
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy (also by length of the longer answer), margin and mean scores on held-out pairs."""
+        if not self.held_out:
+            return {}
+        ranks = self.stage.ranks
+        lengths = [pair.padded_tokens for pair in self.held_out]
+        names = ["loss", "margin", "chosen", "rejected", "right", "pairs"]
+        buckets = [f"{kind}/{bucket}" for bucket in LENGTH_BUCKETS for kind in ("right", "pairs")]
+        sums = dict.fromkeys(names + buckets, 0.0)
+        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
+        for micro_batch in plan[ranks.rank]:
+            pairs = [self.held_out[row] for row in micro_batch.rows]
+            chosen, rejected = self._scores(pairs)
+            right = (chosen > rejected).float()
+            for pair, ranked in zip(pairs, right.tolist(), strict=True):
+                bucket = length_bucket(max(len(pair.chosen), len(pair.rejected)))
+                sums[f"right/{bucket}"] += ranked * micro_batch.weight
+                sums[f"pairs/{bucket}"] += micro_batch.weight
+            sums["loss"] -= float(logsigmoid(chosen - rejected).sum()) * micro_batch.weight
+            sums["margin"] += float((chosen - rejected).sum()) * micro_batch.weight
+            sums["chosen"] += float(chosen.sum()) * micro_batch.weight
+            sums["rejected"] += float(rejected.sum()) * micro_batch.weight
+            sums["right"] += float(right.sum()) * micro_batch.weight
+            sums["pairs"] += len(pairs) * micro_batch.weight
+        sums = ranks.sum_values(sums)
+        count = sums["pairs"]
+        result = {f"eval/{name}": sums[name] / count for name in ("loss", "margin", "chosen", "rejected")}
+        result["eval/accuracy"] = sums["right"] / count
+        for bucket in LENGTH_BUCKETS:
+            if sums[f"pairs/{bucket}"]:
+                name = f"eval/accuracy_up_to_{bucket}_tokens"
+                result[name] = sums[f"right/{bucket}"] / sums[f"pairs/{bucket}"]
+        return result
+
+    @torch.no_grad()
+    def score_scale(self) -> dict[str, float]:
+        """Mean and standard deviation of the scores of held-out human replies, chosen and rejected alike."""
+        ranks = self.stage.ranks
+        pairs = self.held_out or self.pairs[: self.stage.config.reward.eval_rows]
+        lengths = [pair.padded_tokens for pair in pairs]
+        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
+        sums = {"count": 0.0, "sum": 0.0, "squares": 0.0}
+        for micro_batch in plan[ranks.rank]:
+            scores = torch.cat(self._scores([pairs[row] for row in micro_batch.rows])).double()
+            sums["count"] += len(scores) * micro_batch.weight
+            sums["sum"] += float(scores.sum()) * micro_batch.weight
+            sums["squares"] += float(scores.square().sum()) * micro_batch.weight
+        sums = ranks.sum_values(sums)
+        mean = sums["sum"] / sums["count"]
+        variance = max(sums["squares"] / sums["count"] - mean**2, 0.0)
+        return {"score_shift": mean, "score_scale": max(variance**0.5, 1e-6)}
+
+    def sample(self, number: int) -> None:
+        """Step 2 writes no text."""
+
+    def _scores(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+        """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""
+        rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+        batch = TokenBatch.of(rows, self.pad_id, self.stage.ranks.device)
+        chosen, rejected = at_last_token(self.engine(batch), batch).chunk(2)
+        return chosen, rejected
+
+
+def length_bucket(tokens: int) -> int:
+    """The smallest bucket that holds an answer of so many tokens (the last one holds all longer ones)."""
+    return next((bucket for bucket in LENGTH_BUCKETS if tokens <= bucket), LENGTH_BUCKETS[-1])

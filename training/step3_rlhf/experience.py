@@ -1,0 +1,117 @@
+"""Scored samples of one iteration, and what PPO makes of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.generation.sample import Sample
+from training.config import RLHFSettings
+from training.step3_rlhf import ppo_math
+
+
+@dataclass
+class Experience:
+    """One sample with everything PPO needs of it; tensors on the CPU, (response tokens) unless said otherwise."""
+
+    index: int
+    prompt: Tensor  # (prompt tokens) int64
+    response: Tensor  # int64
+    generation_logprobs: Tensor
+    ended: bool
+    logprobs: Tensor
+    """Of the policy that generated it: the `old` ones of PPO."""
+    reference_logprobs: Tensor
+    values: Tensor
+    score: float
+    """Of the reward model, as it is: not clipped, no penalty."""
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Experience":
+        nothing = torch.zeros(len(sample.response_ids))
+        return cls(
+            index=sample.index,
+            prompt=sample.prompt_ids,
+            response=torch.tensor(sample.response_ids),
+            generation_logprobs=torch.tensor(sample.logprobs),
+            ended=sample.ended,
+            logprobs=torch.tensor(sample.logprobs),
+            reference_logprobs=nothing,
+            values=nothing.clone(),
+            score=0.0,
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the losses of one iteration aim at; (samples, tokens) each, response tokens flush left."""
+
+    mask: Tensor
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    total_score: Tensor  # (samples)
+    advantages: Tensor
+    returns: Tensor
+
+    @classmethod
+    def of(cls, experience: list[Experience], settings: RLHFSettings, kl_coefficient: float) -> "Targets":
+        """KL penalty, score, GAE, returns, whitening: over the whole batch, which every rank holds."""
+        logprobs = pad([e.logprobs for e in experience])
+        reference = pad([e.reference_logprobs for e in experience])
+        values = pad([e.values for e in experience])
+        mask = pad([torch.ones(len(e.response)) for e in experience]).bool()
+        score = torch.tensor([total_score(e, settings) for e in experience])
+        rewards = ppo_math.token_rewards(score, logprobs, reference, mask, kl_coefficient)
+        advantages = ppo_math.generalized_advantages(rewards, values, mask, settings.gamma, settings.lam)
+        returns = advantages + values  # before whitening
+        if settings.whiten_advantages:
+            advantages = ppo_math.whiten(advantages, mask)
+        return cls(mask, logprobs, reference, values, score, advantages, returns)
+
+    def metrics(self, experience: list[Experience], kl_coefficient: float) -> dict[str, float]:
+        """Metrics of the rollout, by the names that users of such trainers know."""
+        scores = torch.tensor([e.score for e in experience])
+        lengths = torch.tensor([float(len(e.response)) for e in experience])
+        k3 = ppo_math.kl_k3(self.logprobs, self.reference_logprobs) * self.mask
+        return {
+            "reward/score_mean": float(scores.mean()),
+            "reward/score_std": float(scores.std(correction=0)),
+            "reward/score_min": float(scores.min()),
+            "reward/score_max": float(scores.max()),
+            "reward/total": float((self.total_score - kl_coefficient * self.sequence_kl()).mean()),
+            "kl/reference": float(k3.sum(1).mean()),
+            "kl/reference_k1": float(self.sequence_kl().mean()),
+            "kl/reference_per_token": float(ppo_math.masked_mean(k3, self.mask)),
+            "kl/coefficient": kl_coefficient,
+            "returns/mean": float(ppo_math.masked_mean(self.returns, self.mask)),
+            "advantage/mean": float(ppo_math.masked_mean(self.advantages, self.mask)),
+            "advantage/std": float(self.advantages[self.mask].std(correction=0)),
+            "value/mean": float(ppo_math.masked_mean(self.values, self.mask)),
+            "value/explained_variance": ppo_math.explained_variance(self.values, self.returns, self.mask),
+            "response/length_mean": float(lengths.mean()),
+            "response/length_max": float(lengths.max()),
+            "response/ended_fraction": sum(e.ended for e in experience) / len(experience),
+        }
+
+    def sequence_kl(self) -> Tensor:
+        """k1 summed over each response; (samples)."""
+        return (ppo_math.kl_k1(self.logprobs, self.reference_logprobs) * self.mask).sum(1)
+
+
+def total_score(experience: Experience, settings: RLHFSettings) -> float:
+    """The score that PPO sees: clipped, less the penalty for a response that did not end."""
+    score = experience.score
+    if settings.score_clip:
+        score = max(-settings.score_clip, min(settings.score_clip, score))
+    return score if experience.ended else score - settings.missing_end_penalty
+
+
+def pad(rows: list[Tensor]) -> Tensor:
+    """(length) float rows -> (rows, longest), zeros on the right."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

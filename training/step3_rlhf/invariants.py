@@ -1,0 +1,47 @@
+"""What must hold before the first update of every start, checked and written into the metrics.
+
+The actor has not changed since it generated, so training must give the log-probabilities that generation gave, the
+ratio must be 1 and the KL from old to new 0. A wrong mask, position, temperature or weight shows here at once.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from training.data.batching import plan_micro_batches
+from training.stage import Diverged
+from training.step3_rlhf import ppo_math
+from training.step3_rlhf.experience import Experience
+
+if TYPE_CHECKING:
+    from training.step3_rlhf.ppo import PPO
+
+# Mean absolute difference of log-probabilities between cached decoding and the training forward that rounding explains.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+def check_first_update(ppo: "PPO", experience: list[Experience]) -> dict[str, float]:
+    """Compare on the shortest micro-batches of every rank; raises Diverged with an explanation where it fails."""
+    lengths = [e.length for e in experience]
+    plan = plan_micro_batches(lengths, ppo.settings.micro_batch_tokens, ppo.ranks.size)[ppo.ranks.rank]
+    rows = [experience[row] for row in plan[-1].rows]
+    logprobs = ppo.roles.logprobs(ppo.token_batch(rows)).cpu()
+    generated = torch.cat([e.generation_logprobs for e in rows])
+    old = torch.cat([e.logprobs for e in rows])
+    difference = (logprobs - generated).abs()
+    whole = ppo.settings.min_response_tokens == 0  # else generation drew from a distribution without the end token
+    worst = max(ppo.ranks.gather(float(difference.mean()) if whole else 0.0))
+    ratio = (logprobs - old).exp()
+    ratio_error = max(ppo.ranks.gather(float((ratio - 1).abs().mean())))
+    tolerance = TOLERANCE[ppo.stage.dtype]
+    if worst > tolerance or ratio_error > tolerance:
+        raise Diverged(
+            f"Before the first update, log-probabilities from generation and from training differ by {worst:.2g} on "
+            f"average and the policy ratio from 1 by {ratio_error:.2g} (allowed: {tolerance:g}); training on them "
+            f"would teach nonsense. Try dtype=fp32, and report the model: this is a bug."
+        )
+    return {
+        "check/generation_logprob_difference": worst,
+        "check/first_ratio_error": ratio_error,
+        "check/first_kl_old": float(ppo_math.kl_k3(old, logprobs).mean()),
+    }

@@ -1,0 +1,98 @@
+"""The mathematics of PPO for language models, as pure functions of tensors.
+
+Names are those of the papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016, arXiv
+1506.02438), the KL estimators k1 and k3 (Schulman 2020, "Approximating KL divergence"). Padded tensors have the shape
+(samples, tokens) with a bool mask of the same shape, True on response tokens, which are flush left; flat ones have the
+shape (tokens). All are float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_BOUND = 20.0  # exp stays finite
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the masked entries; a scalar."""
+    return (values * mask).sum() / mask.sum()
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Masked entries with mean 0 and standard deviation 1, zeros elsewhere; the mean is *not* added back."""
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean).square(), mask)
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def kl_k1(logprobs: Tensor, other: Tensor) -> Tensor:
+    """k1 estimate of KL(p | other) for tokens drawn from p: unbiased, may be negative."""
+    return logprobs - other
+
+
+def kl_k3(logprobs: Tensor, other: Tensor) -> Tensor:
+    """k3 estimate of KL(p | other) for tokens drawn from p: unbiased, never negative, of low variance."""
+    logratio = (other - logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return torch.expm1(logratio) - logratio
+
+
+def token_rewards(score: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, coefficient: float) -> Tensor:
+    """-coefficient * k1 on every token, plus the score (samples) on each sample's last token; (samples, tokens)."""
+    rewards = -coefficient * kl_k1(logprobs, reference) * mask
+    last = mask.sum(1) - 1
+    return rewards.scatter_add(1, last[:, None], score[:, None].to(rewards))
+
+
+def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """GAE, equation 16: the sum of (gamma * lam)^l * delta_{t+l}; nothing follows a sample's last token."""
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0])
+    running = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        real = mask[:, t].to(rewards)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = (delta + gamma * lam * running) * real
+        next_value = values[:, t] * real
+        advantages[:, t] = running
+    return advantages
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate, equation 7, summed over tokens, and the ratio; flat tensors."""
+    logratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    ratio = logratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(unclipped, clipped).sum(), ratio
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Half squared error, clipped around the old prediction (clip 0: not clipped), summed; and where clipping acted."""
+    unclipped = (values - returns).square()
+    if clip == 0:
+        return 0.5 * unclipped.sum(), torch.zeros_like(values, dtype=torch.bool)
+    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    return 0.5 * torch.maximum(unclipped, clipped).sum(), clipped > unclipped
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant, negative is worse."""
+    errors, targets = (returns - values)[mask], returns[mask]
+    variance = targets.var(correction=0)
+    return float(1 - errors.var(correction=0) / variance) if variance > 0 else 0.0
+
+
+@dataclass
+class KLController:
+    """Weight of the KL penalty; with a target it follows Ziegler et al. 2019 (arXiv 1909.08593), section 2.2."""
+
+    coefficient: float
+    target: float
+    horizon: float
+
+    def update(self, kl: float, samples: int) -> None:
+        """After an iteration of `samples` samples whose mean KL was `kl` nats a response."""
+        if self.target:
+            error = max(-0.2, min(0.2, kl / self.target - 1))
+            self.coefficient *= 1 + error * samples / self.horizon

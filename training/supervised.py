@@ -1,0 +1,123 @@
+"""The loop of steps 1 and 2: epochs of shuffled rows, one optimiser step a batch, evaluation, checkpoints, resume."""
+
+import random
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from training.config import StepSettings
+from training.data.batching import MicroBatch, plan_micro_batches
+from training.hybrid_engine.zero_engine import ZeroEngine
+from training.stage import Stage
+
+
+class Task(Protocol):
+    """What differs between supervised fine-tuning and the reward model."""
+
+    name: str
+    engine: ZeroEngine
+    lengths: list[int]
+    """Padded tokens that each training row takes in a forward pass."""
+
+    def size(self, rows: list[int]) -> int:
+        """Units (tokens or pairs) that the loss of these rows is a mean over."""
+        ...
+
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss of training rows, and sums of statistics, each to be divided by `size`."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out rows; all ranks call it and get the same."""
+        ...
+
+    def sample(self, number: int) -> None:
+        """Write what the model says now to samples.jsonl (or do nothing)."""
+        ...
+
+
+def batches_of_epoch(rows: int, settings: StepSettings, seed: int, epoch: int) -> list[list[int]]:
+    """The rows of each optimiser step of one epoch; a function of (seed, epoch) alone, so resuming needs no cursor.
+
+    A last short batch is left out, unless it is the only one.
+    """
+    order = list(range(rows))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    batches = [order[i : i + settings.batch_size] for i in range(0, rows, settings.batch_size)]
+    return batches if len(batches) == 1 or len(batches[-1]) == settings.batch_size else batches[:-1]
+
+
+def count_updates(rows: int, settings: StepSettings) -> int:
+    """Optimiser steps of the whole step."""
+    per_epoch = max(1, rows // settings.batch_size)
+    total = per_epoch * settings.epochs
+    return min(total, settings.max_steps) if settings.max_steps else total
+
+
+def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
+    """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
+    per_epoch = max(1, len(task.lengths) // settings.batch_size)
+    number, evaluation = resume(stage, task)
+    with stage.display.progress(task.name, total, number) as bar:
+        while number < total:
+            epoch, place = divmod(number, per_epoch)
+            batch = batches_of_epoch(len(task.lengths), settings, stage.config.seed, epoch)[place]
+            number += 1
+            metrics = train_batch(stage, task, batch, settings.micro_batch_tokens, number)
+            stage.metrics.write(number, metrics)
+            bar.advance(f"loss {metrics['loss']:.3f}")
+            if number == total or (settings.eval_every and number % settings.eval_every == 0):
+                evaluation = validate(stage, task, number)
+            if settings.checkpoint_every and (number == total or number % settings.checkpoint_every == 0):
+                stage.checkpoints.save(number, task.engine.save, {"evaluation": evaluation})
+    return evaluation
+
+
+def resume(stage: Stage, task: Task) -> tuple[int, dict[str, float]]:
+    """Optimiser steps done and the last evaluation; the journals forget what came after. New runs are evaluated."""
+    checkpoint = stage.checkpoints.newest()
+    if checkpoint is None:
+        stage.metrics.rewind(-1)
+        stage.samples.rewind(-1)
+        return 0, validate(stage, task, 0)
+    directory, state = checkpoint
+    task.engine.load(directory)
+    stage.metrics.rewind(state["number"])
+    stage.samples.rewind(state["number"])
+    stage.display.say(f"{task.name}: going on after optimiser step {state['number']}")
+    return state["number"], state["evaluation"]
+
+
+def validate(stage: Stage, task: Task, number: int) -> dict[str, float]:
+    """Evaluate, write it down, say it."""
+    evaluation = task.evaluate()
+    stage.metrics.write(number, evaluation)
+    task.sample(number)
+    shown = " · ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluation.items())
+    stage.display.say(f"{task.name} {number}: held-out {shown}")
+    return evaluation
+
+
+def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, number: int) -> dict[str, float]:
+    """One optimiser step over a global batch. Raises Diverged when the loss is not finite, before the weights change."""
+    begun = time.perf_counter()
+    plan = plan_micro_batches([task.lengths[row] for row in batch], token_budget, stage.ranks.size)
+    size = task.size(batch)
+    sums: dict[str, float] = {}
+
+    def loss(micro_batch: MicroBatch) -> Tensor:
+        rows = [batch[i] for i in micro_batch.rows]
+        total, statistics = task.loss(rows)
+        if not torch.isfinite(total):
+            raise stage.diverged(number, "The loss is not a finite number", rows)
+        for name, value in {"loss": float(total), **statistics}.items():
+            sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
+        return total / size
+
+    update = task.engine.update(plan[stage.ranks.rank], loss)
+    means = {name: value / size for name, value in stage.ranks.sum_values(sums).items()}
+    seconds = time.perf_counter() - begun
+    tokens = sum(task.lengths[row] for row in batch)
+    return {**means, **update, "time/train": seconds, "tokens_per_second": tokens / seconds}
