@@ -29,6 +29,8 @@ def resolve_settings(
     if data is not None:
         file = Path(str(data)).expanduser()
         values = merge(values, {"data": {"source": str(file.resolve() if file.exists() else data)}})
+        # what a preset says of the embedded dialogues does not hold for other data
+        values = merge(values, {"evaluation": {"true_score": "none"}, "announce": ""})
     return RunConfig.model_validate(values)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from training.data.rows import read_rows
 from training.run_directory import RunDirectory
 
 ROWS = (
@@ -65,7 +66,6 @@ def print_answers(console: Console, run: RunDirectory) -> None:
     table = Table(show_lines=True)
     for name in ("prompt", "SFT", "RLHF"):
         table.add_column(name, overflow="fold")
-    for line in run.comparison_file.read_text(encoding="utf-8").splitlines()[:SHOWN_ANSWERS]:
-        row = json.loads(line)
+    for row in read_rows(run.comparison_file)[:SHOWN_ANSWERS]:
         table.add_row(row["prompt"][-1]["content"], row["sft"], row["rlhf"])
     console.print(table)

@@ -71,9 +71,10 @@ def groups() -> list[Group]:
         group.places.append(place)
         group.defaults.append(default)
         for name, info in model.model_fields.items():
-            if is_group(info):
+            inner_model = group_model(info)
+            if inner_model is not None:
                 inner = info.default if default is None else getattr(default, name)
-                visit(info.annotation, f"{place}.{name}".lstrip("."), inner)  # type: ignore[arg-type]
+                visit(inner_model, f"{place}.{name}".lstrip("."), inner)
 
     visit(RunConfig, "", None)
     return list(found.values())
@@ -82,12 +83,14 @@ def groups() -> list[Group]:
 def settings_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     """Names and fields of a class that are settings, not groups of settings."""
     for name, info in model.model_fields.items():
-        if not is_group(info):
+        if group_model(info) is None:
             yield name, info
 
 
-def is_group(info: FieldInfo) -> bool:
-    return isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+def group_model(info: FieldInfo) -> type[BaseModel] | None:
+    """The class of a group of settings; None for a setting."""
+    kind = info.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def section(group: Group) -> str:

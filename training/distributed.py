@@ -1,4 +1,4 @@
-"""The ranks of this run: started by torchrun, deepspeed or Slurm, or one process alone."""
+"""The ranks of this run: started by torchrun or deepspeed (under Slurm: srun torchrun), or one process alone."""
 
 import os
 from dataclasses import dataclass
@@ -49,7 +49,12 @@ class Ranks:
 def start_ranks(threads: int = 0) -> Ranks:
     """Join the process group. `threads` is for one process; 0 divides the cores among this machine's processes."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    local_rank, local_size = (
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size  # torchrun, deepspeed, neither
+        ),
+    )
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)

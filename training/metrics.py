@@ -43,11 +43,12 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         rows = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        with open(self.file, encoding="utf-8") as lines:
+            for line in lines:
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    break
         return rows
 
 

@@ -101,7 +101,7 @@ def validate(stage: Stage, task: Task, number: int) -> dict[str, float]:
 
 
 def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, number: int) -> dict[str, float]:
-    """One optimiser step over a global batch. Raises Diverged when the loss is not finite, before the weights change."""
+    """One optimiser step over a global batch. Raises Diverged on a loss that is not finite, before weights change."""
     begun = time.perf_counter()
     plan = plan_micro_batches([task.lengths[row] for row in batch], token_budget, stage.ranks.size)
     size = task.size(batch)

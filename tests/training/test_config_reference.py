@@ -1,5 +1,6 @@
 """docs/configuration.md is what the settings say, and the settings all say something."""
 
+import re
 from pathlib import Path
 
 from training.config import RunConfig, setting_keys
@@ -63,8 +64,6 @@ def test_settings_used_in_several_places_stand_once_with_each_default():
 
 def test_pages_and_readme_name_only_settings_that_exist():
     """Every `--set key=` of the documentation."""
-    import re
-
     known = set(setting_keys(RunConfig))
     for file in [*PAGE.parent.glob("*.md"), PAGE.parents[1] / "README.md"]:
         for key in re.findall(r"--set ([a-z_0-9.]+)=", file.read_text(encoding="utf-8")):

@@ -99,12 +99,13 @@ def user_files(settings: DataSettings, seed: int, counts: Counter[str]) -> Files
         counts[f"rows skipped: {reason}"] = count
 
     def split_of(row: Row) -> float:
-        """A number in [0, 1) that depends on the prompt and the seed: rows of one prompt stay together."""
-        return random.Random(f"{seed}/{json.dumps(row['prompt'])}").random()
+        """A number in [0, 1) from the seed and how the prompt begins: rows of one conversation stay together."""
+        begin = next((m["content"] for m in row["prompt"] if m["role"] != "system"), "")
+        return random.Random(f"{seed}/{begin}").random()
 
     held_out = held_out_bound([split_of(row) for row in rows.sft + rows.pairs + rows.prompts], settings.held_out)
-    first = settings.split[0] / sum(settings.split)
-    second = first + settings.split[1] / sum(settings.split)
+    served = [kind for kind, own in zip(KINDS, (rows.sft, [], rows.prompts), strict=True) if not own]
+    shares = [share for kind, share in zip(KINDS, settings.split, strict=True) if kind in served]
     files: Files = {f"{kind}_{part}": [] for kind in KINDS for part in ("train", "eval")}
 
     def add(kind: str, row: Row, evaluation: bool) -> None:
@@ -113,14 +114,10 @@ def user_files(settings: DataSettings, seed: int, counts: Counter[str]) -> Files
     for row in rows.pairs:
         place = split_of(row)
         evaluation = place < held_out
-        share = (place - held_out) / (1 - held_out)
-        demonstration = sft_row(row["prompt"], row["chosen"])
-        if evaluation or (rows.sft and rows.prompts) or first <= share < second:
-            add("pairs", row, evaluation)
-        if not rows.sft and (evaluation or share < first):
-            add("sft", demonstration, evaluation)
-        if not rows.prompts and (evaluation or share >= second):
-            add("prompts", prompt_row(row["prompt"]), evaluation)
+        forms = {"sft": sft_row(row["prompt"], row["chosen"]), "pairs": row, "prompts": prompt_row(row["prompt"])}
+        chosen = served if evaluation else [share_of((place - held_out) / (1 - held_out), served, shares)]
+        for kind in chosen:
+            add(kind, forms[kind], evaluation)
     for row in rows.sft:
         evaluation = split_of(row) < held_out
         add("sft", row, evaluation)
@@ -129,6 +126,15 @@ def user_files(settings: DataSettings, seed: int, counts: Counter[str]) -> Files
     for row in rows.prompts:
         add("prompts", row, split_of(row) < held_out)
     return files
+
+
+def share_of(place: float, kinds: list[str], shares: list[float]) -> str:
+    """Which kind a place in [0, 1) falls to, by the kinds' shares."""
+    for kind, share in zip(kinds, shares, strict=True):
+        place -= share / sum(shares)
+        if place < 0:
+            return kind
+    return kinds[-1]
 
 
 def held_out_bound(places: list[float], share: float) -> float:

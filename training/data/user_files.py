@@ -44,7 +44,7 @@ def read_user_files(source: Path, skip_bad: bool, limit: int = 0) -> UserRows:
     rows = UserRows()
     for file in find_files(source):
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError:
             raise UserError(f"{file} is not UTF-8 text; save it as UTF-8 JSON lines.") from None
         for number, line in enumerate(lines, 1):

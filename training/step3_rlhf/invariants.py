@@ -1,4 +1,4 @@
-"""What must hold before the first update of every start, checked and written into the metrics.
+"""What must hold before the first update of every start, checked, printed and kept in first_update.json.
 
 The actor has not changed since it generated, so training must give the log-probabilities that generation gave, the
 ratio must be 1 and the KL from old to new 0. A wrong mask, position, temperature or weight shows here at once.
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from training.data.batching import plan_micro_batches
+from training.run_directory import write_json
 from training.stage import Diverged
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from training.step3_rlhf.ppo import PPO
 
 # Mean absolute difference of log-probabilities between cached decoding and the training forward that rounding explains.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+# Logits near 16 are 1/16 apart in bf16; a wrong mask or position makes differences of several nats.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 
-def check_first_update(ppo: "PPO", experience: list[Experience]) -> dict[str, float]:
+def check_first_update(ppo: "PPO", experience: list[Experience]) -> None:
     """Compare on the shortest micro-batches of every rank; raises Diverged with an explanation where it fails."""
     lengths = [e.length for e in experience]
     plan = plan_micro_batches(lengths, ppo.settings.micro_batch_tokens, ppo.ranks.size)[ppo.ranks.rank]
@@ -40,8 +42,14 @@ def check_first_update(ppo: "PPO", experience: list[Experience]) -> dict[str, fl
             f"average and the policy ratio from 1 by {ratio_error:.2g} (allowed: {tolerance:g}); training on them "
             f"would teach nonsense. Try dtype=fp32, and report the model: this is a bug."
         )
-    return {
-        "check/generation_logprob_difference": worst,
-        "check/first_ratio_error": ratio_error,
-        "check/first_kl_old": float(ppo_math.kl_k3(old, logprobs).mean()),
+    found = {
+        "generation_logprob_difference": worst,
+        "ratio_error": ratio_error,
+        "kl_old": float(ppo_math.kl_k3(old, logprobs).mean()),
     }
+    if ppo.ranks.is_first:  # beside the metrics, not in them: a resumed run has more starts, and equal metrics
+        write_json(ppo.stage.directory.path / "first_update.json", found)
+    ppo.stage.display.say(
+        f"PPO: first update checked: ratio 1 within {ratio_error:.1e}, log-probabilities of generation and training "
+        f"within {worst:.1e} on average"
+    )

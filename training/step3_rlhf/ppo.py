@@ -133,7 +133,7 @@ class PPO:
         metrics = targets.metrics(experience, coefficient)
         stop = 0 < self.settings.kl.stop < metrics["kl/reference"]
         if check:
-            metrics |= check_first_update(self, experience)
+            check_first_update(self, experience)
         if not stop:
             metrics |= self.update(experience, targets, number)
             self.kl.update(metrics["kl/reference"], len(experience))
