@@ -209,7 +209,7 @@ class RunConfig(Settings):
     seed: int = Field(1, ge=0)
     """Seed of everything drawn at random."""
     dtype: Dtype = "auto"
-    """Number format of the weights while computing; auto is bf16 where the hardware is fast at it, else fp32 (fp16 on a GPU)."""
+    """Number format of the weights while computing; auto is bf16 where that is fast, else fp32 (fp16 on a GPU)."""
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the models that the run leaves behind."""
     processes: int = Field(1, ge=1)
