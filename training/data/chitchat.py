@@ -1,216 +1,264 @@
-"""The embedded default: human dialogues of the package chitchat-dataset 0.9.0 (MIT), and the upbeat preference.
+"""The embedded default: people's small talk from the package `chitchat-dataset`, with a preference whose rule is known.
 
-Two people talk under one of 34 opening questions. A sample is a context (the question and the last turns) with the
-human's next reply. A pair is two human replies given under the same question, about equally long and at least 0.3
-apart on the scale of the vaderSentiment lexicon; the more upbeat one is chosen. The rule is known, so what PPO
-achieves can be checked against the truth: it is a demonstration, not a human preference.
+A sample is a context (the question that a dialogue is about and its last turns) with a person's reply. Six of the 34
+questions are kept for evaluation altogether; of the others, some dialogues are. Left out on purpose: the dialogues'
+own ratings (they follow length and little else), dialogues without a question, and rude talk.
 """
 
 import json
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.resources import files
+from itertools import pairwise
+from typing import Any
 
 from inference.chat_format import ChatFormat, Message
+from inference.errors import UserError
 from training.config import DataSettings
+from training.data.decency import is_decent, is_talk
+from training.data.pairs import Sample, make_pairs
+from training.data.rows import PromptRow, RowSets, SFTRow
+from training.data.split import check_shares
 from training.data.upbeat import upbeat_score
 
 HELD_OUT_QUESTIONS = 6
-CONTEXT_TURNS = (3, 1)
-"""How many last turns a context has: the most that fit. Odd, so that it starts and ends with the user."""
 SAMPLES_PER_DIALOGUE = 8
-SHORTEST_REPLY_TOKENS = 4
-SAME_REPLY_LIMIT = 3
-SCORE_GAP = 0.3
-LENGTH_GAP = 0.25
-USES_OF_A_REPLY = 2
-MOST_ROWS = {"train": 4000, "eval": 500}
-HARMLESS = frozenset(
-    [
-        "god",
-        "omg",
-        "kill",
-        "murder",
-        "stupid",
-        "fat",
-        "ugly",
-        "hell",
-        "damn",
-        "pot",
-        "stroke",
-        "organ",
-        "strip",
-        "facial",
-        "drunk",
-        "crap",
-        "suck",
-        "sucked",
-        "screw",
-        "screwed",
-        "slope",
-        "pawn",
-        "thrust",
-        "woody",
-        "willy",
-        "potty",
-        "vodka",
-        "womb",
-        "urine",
-        "vomit",
-    ]
-)
-"""Words of the filter's list that are no abuse in small talk."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One sample: what a human answered, in which context."""
-
-    dialogue: str
-    question: str
-    prompt: list[Message]
-    text: str
-    tokens: int
-    score: float
+"""Dialogues have up to hundreds of turns; a few of them must not outweigh the rest."""
+CONTEXT_TURNS = (3, 1)
+"""Turns of a context, first choice first; odd, so that it begins and ends with the user's."""
+SAME_REPLY = 3
+"""How often the same reply ("yeah") is kept."""
+PAIRS_PER_QUESTION = 120
+EVALUATION_ROWS = 600
+ENOUGH_ROWS = 1500
+"""With fewer than this for any step, the steps share all training dialogues instead of dividing them."""
+MIN_REPLY_TOKENS = 2
+MAX_CHARACTERS_PER_TOKEN = 6
+"""Talk has about 4; a text with more than this for each token allowed counts as too long without tokenising it."""
+GREETING = re.compile(r"(?:h+i+|he+y+|hell+o+|hola|yo|sup|what'?s? up|good (?:morning|afternoon|evening))\b", re.I)
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    key: str
+    name: str
     question: str
     turns: list[str]
+    """Two people in turn."""
 
 
-def load_dialogues() -> dict[str, dict]:
-    """The package's raw records by key."""
-    import chitchat_dataset
+def load_dialogues() -> list[Dialogue]:
+    """The dialogues of the package that have a question and two turns or more."""
+    text = (files("chitchat_dataset") / "dataset.json").read_text(encoding="utf-8")
+    dialogues = [read_dialogue(name, value) for name, value in json.loads(text).items()]
+    return [dialogue for dialogue in dialogues if dialogue.question and len(dialogue.turns) > 1]
 
-    file = Path(chitchat_dataset.__file__).with_name("dataset.json")
-    return json.loads(file.read_text(encoding="utf-8"))
 
-
-def usable_dialogues(records: dict[str, dict], counts: Counter[str]) -> list[Dialogue]:
-    """Those with a question and two turns or more, in a fixed order; `counts` says what was left out."""
-    usable = []
-    for key in sorted(records):
-        record = records[key]
-        question = (record.get("prompt") or "").strip()
-        turns = [" ".join(utterance["text"].strip() for utterance in turn) for turn in record["messages"]]
-        counts["dialogues"] += 1
-        if not question:
-            counts["dialogues without a question"] += 1
-        elif len(turns) < 2:
-            counts["dialogues of one turn"] += 1
+def read_dialogue(name: str, value: dict[str, Any]) -> Dialogue:
+    """Join what one person says in a row, so that the speakers alternate."""
+    turns: list[str] = []
+    last = None
+    for utterance in (utterance for turn in value["messages"] for utterance in turn):
+        words = utterance["text"].split()
+        if not words:
+            continue
+        if utterance["sender"] == last:
+            turns[-1] += " " + " ".join(words)
         else:
-            usable.append(Dialogue(key, question, turns))
-    counts["dialogues used"] = len(usable)
-    return usable
+            turns.append(" ".join(words))
+        last = utterance["sender"]
+    question = re.sub(r"\s*\(i\.e\..*\)\s*$", "", value.get("prompt") or "")  # examples would cost 30 tokens
+    return Dialogue(name, question, turns)
 
 
-class ReplyMaker:
-    """Dialogues -> replies in context, filtered. Counts what it leaves out."""
+def build_chitchat(
+    dialogues: Sequence[Dialogue], settings: DataSettings, seed: int, chat_format: ChatFormat
+) -> tuple[RowSets, Counter[str], list[str]]:
+    """The rows, how many replies were left out and why, and notes. No dialogue is in both training and evaluation."""
+    check_shares(settings.split)
+    rng = random.Random(f"{seed} chitchat")
+    dialogues = sorted(dialogues, key=lambda dialogue: dialogue.name)
+    rng.shuffle(dialogues)
+    dialogues = dialogues[: settings.limit or None]
+    questions = sorted({dialogue.question for dialogue in dialogues})
+    held_out = set(rng.sample(questions, min(HELD_OUT_QUESTIONS, len(questions) // 2)))
+    known = [dialogue for dialogue in dialogues if dialogue.question not in held_out]
+    evaluated = max(1, round(settings.held_out * len(known)))
 
-    def __init__(self, settings: DataSettings, chat_format: ChatFormat, counts: Counter[str]):
-        self.settings, self.chat_format, self.counts = settings, chat_format, counts
-        self.abuse = abuse_pattern()
-        self.seen: Counter[str] = Counter()
+    reader = Reader(settings, seed, chat_format)
+    training = reader.read(known[evaluated:])
+    if not any(training):
+        raise UserError(
+            f"chitchat has no replies for data.max_prompt_tokens={settings.max_prompt_tokens}, "
+            f"data.max_response_tokens={settings.max_response_tokens} and data.limit={settings.limit}; "
+            "64, 32 and 0 are known to do."
+        )
+    sets, shared = share_out(training, settings.split, rng)
+    reader.leave_out_known_talk(training)
+    new_talk = flatten(reader.read(known[:evaluated]))
+    new_questions = flatten(reader.read([dialogue for dialogue in dialogues if dialogue.question in held_out]))
+    add_evaluation(sets, new_talk, new_questions, rng)
+    notes = [
+        f"{len(known) - evaluated:,} dialogues to train on; held out: {evaluated:,} more, "
+        f"and all {len(dialogues) - len(known):,} about {len(held_out)} of the {len(questions)} questions",
+        "the steps share their dialogues" if shared else "each step has dialogues of its own",
+    ]
+    return sets, reader.left_out, notes
 
-    def replies(self, dialogue: Dialogue, draw: random.Random) -> list[Reply]:
-        """Up to SAMPLES_PER_DIALOGUE replies from random places, so that long dialogues do not fill the set."""
-        places = list(range(1, len(dialogue.turns)))
-        draw.shuffle(places)
-        found: list[Reply] = []
-        for place in places:
-            if len(found) == SAMPLES_PER_DIALOGUE:
+
+class Reader:
+    """Turns dialogues into samples and counts what it leaves out."""
+
+    def __init__(self, settings: DataSettings, seed: int, chat_format: ChatFormat):
+        self.settings = settings
+        self.seed = seed
+        self.chat_format = chat_format
+        self.left_out: Counter[str] = Counter()
+        self._said: Counter[str] = Counter()
+        self._known_replies: set[str] = set()
+        self._known_prompts: set[str] = set()
+
+    def read(self, dialogues: Iterable[Dialogue]) -> list[list[Sample]]:
+        """The samples of each dialogue."""
+        return [self._samples(dialogue) for dialogue in dialogues]
+
+    def leave_out_known_talk(self, samples: Iterable[Iterable[Sample]]) -> None:
+        """From now on leave out replies and prompts that are in `samples`."""
+        for sample in flatten(samples):
+            self._known_replies.add(bare(sample.reply))
+            self._known_prompts.add(json.dumps(sample.prompt))
+
+    def _samples(self, dialogue: Dialogue) -> list[Sample]:
+        order = list(range(len(dialogue.turns)))
+        random.Random(f"{self.seed} {dialogue.name}").shuffle(order)
+        samples: list[Sample] = []
+        for place in order:
+            if len(samples) == SAMPLES_PER_DIALOGUE:
                 break
-            reply = self.reply(dialogue, place)
-            if reply is not None:
-                found.append(reply)
-        return found
+            sample = self._sample(dialogue, place)
+            if isinstance(sample, Sample):
+                samples.append(sample)
+            else:
+                self.left_out[sample] += 1
+        return samples
 
-    def reply(self, dialogue: Dialogue, place: int) -> Reply | None:
-        text = dialogue.turns[place]
-        if not re.search(r"[a-z]{2}", text.lower()) or "http" in text or "www." in text:
-            return self._drop("replies without words or with links")
-        if self.abuse.search(text.lower()):
-            return self._drop("abusive replies or contexts")
-        tokens = len(self.chat_format.response_ids(text))
-        if not SHORTEST_REPLY_TOKENS <= tokens <= self.settings.max_response_tokens:
-            return self._drop("replies too short or too long")
-        if self.seen[text.lower()] >= SAME_REPLY_LIMIT:
-            return self._drop("replies seen before")
-        prompt = self.context(dialogue, place)
+    def _sample(self, dialogue: Dialogue, place: int) -> Sample | str:
+        """The turn at `place` as a reply, or why it is not used."""
+        reply = dialogue.turns[place]
+        if place == 0 and GREETING.match(reply):
+            return "greeting for an answer"
+        if not is_talk(reply):
+            return "no words, or a link"
+        if self._said[bare(reply)] == SAME_REPLY:
+            return "said too often"
+        if bare(reply) in self._known_replies:
+            return "held out, but said in training too"
+        tokens = self._reply_tokens(reply)
+        if not MIN_REPLY_TOKENS <= tokens < self.settings.max_response_tokens:  # one is for the end of turn
+            return "reply too short or too long"
+        prompt = next((prompt for prompt in prompts_for(dialogue, place) if self._fits(prompt)), None)
         if prompt is None:
-            return self._drop("contexts too long or empty")
-        if any(self.abuse.search(message["content"].lower()) for message in prompt):
-            return self._drop("abusive replies or contexts")
-        self.seen[text.lower()] += 1
-        return Reply(dialogue.key, dialogue.question, prompt, text, tokens, upbeat_score(text))
+            return "context too long"
+        if not is_talk(prompt[-1]["content"]):
+            return "no words, or a link"
+        if json.dumps(prompt) in self._known_prompts:
+            return "held out, but said in training too"
+        if not all(map(is_decent, [reply, *(message["content"] for message in prompt)])):
+            return "rude words"
+        self._said[bare(reply)] += 1
+        return Sample(dialogue.name, dialogue.question, prompt, reply, tokens, upbeat_score(reply))
 
-    def context(self, dialogue: Dialogue, place: int) -> list[Message] | None:
-        """The question as system message, then as many last turns as fit; the human before `place` is the user."""
-        system: Message = {"role": "system", "content": f"You chat with a friend. Topic: {dialogue.question}"}
-        for turns in CONTEXT_TURNS:
-            last = dialogue.turns[max(0, place - turns) : place]
-            if len(last) < turns or not all(turn.strip() for turn in last):
-                continue
-            roles = ("user", "assistant")
-            prompt = [system] + [Message(role=roles[i % 2], content=turn) for i, turn in enumerate(last)]
-            if len(self.chat_format.prompt_ids(prompt)) <= self.settings.max_prompt_tokens:
-                return prompt
-        return None
+    def _reply_tokens(self, text: str) -> int:
+        """Without the end of turn; the limit for a text that counts as too long."""
+        limit = self.settings.max_response_tokens
+        return limit if counts_as_longer(text, limit) else len(self.chat_format.response_ids(text)) - 1
 
-    def _drop(self, reason: str) -> Reply | None:
-        self.counts[reason] += 1
-        return None
+    def _fits(self, prompt: list[Message]) -> bool:
+        limit = self.settings.max_prompt_tokens
+        text = "".join(message["content"] for message in prompt)
+        return not counts_as_longer(text, limit) and len(self.chat_format.prompt_ids(prompt)) <= limit
 
 
-def abuse_pattern() -> re.Pattern[str]:
-    """Whole words of better_profanity's list, less the harmless ones (its own matching is too slow here)."""
-    import better_profanity
-
-    file = Path(better_profanity.__file__).with_name("profanity_wordlist.txt")
-    words = {line.strip().lower() for line in file.read_text(encoding="utf-8").splitlines()} - HARMLESS - {""}
-    return re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")\b")
+def counts_as_longer(text: str, tokens: int) -> bool:
+    return len(text) > MAX_CHARACTERS_PER_TOKEN * tokens
 
 
-def make_pairs(replies: list[Reply], most: int, draw: random.Random) -> list[tuple[Reply, Reply, list[Message]]]:
-    """(chosen, rejected, prompt), spread over the questions. The prompt is the context of either, by a coin."""
-    by_question: dict[str, list[Reply]] = defaultdict(list)
-    for reply in replies:
-        by_question[reply.question].append(reply)
-    found: dict[str, list[tuple[Reply, Reply]]] = {}
-    for question, group in sorted(by_question.items()):
-        draw.shuffle(group)
-        found[question] = match(sorted(group, key=lambda reply: reply.tokens))
-        draw.shuffle(found[question])
-    pairs: list[tuple[Reply, Reply, list[Message]]] = []
-    while len(pairs) < most and any(found.values()):
-        for candidates in found.values():
-            if candidates and len(pairs) < most:
-                chosen, rejected = candidates.pop()
-                pairs.append((chosen, rejected, draw.choice((chosen, rejected)).prompt))
-    return pairs
+def prompts_for(dialogue: Dialogue, place: int) -> Iterator[list[Message]]:
+    """What the turn at `place` may be the reply to, first choice first. The first turn replies to the question."""
+    if place == 0:
+        yield [
+            {"role": "system", "content": "You chat with a friend."},
+            {"role": "user", "content": dialogue.question},
+        ]
+    for count in CONTEXT_TURNS:
+        if count <= place:
+            turns = dialogue.turns[place - count : place]
+            prompt: list[Message] = [
+                {"role": "system", "content": f"You chat with a friend about: {dialogue.question}"},
+            ]
+            for i, turn in enumerate(turns):
+                prompt.append({"role": ("user", "assistant")[i % 2], "content": turn})
+            yield prompt
 
 
-def match(by_length: list[Reply]) -> list[tuple[Reply, Reply]]:
-    """(chosen, rejected) among replies sorted by length; a reply is used at most USES_OF_A_REPLY times."""
-    uses: Counter[int] = Counter()
-    pairs = []
-    for i, first in enumerate(by_length):
-        for j in range(i + 1, len(by_length)):
-            second = by_length[j]
-            if uses[i] >= USES_OF_A_REPLY or not about_equally_long(first.tokens, second.tokens):
-                break
-            if uses[j] < USES_OF_A_REPLY and abs(first.score - second.score) >= SCORE_GAP:
-                uses[i] += 1
-                uses[j] += 1
-                pairs.append((first, second) if first.score > second.score else (second, first))
-    return pairs
+def bare(text: str) -> str:
+    """A reply as one hears it: "Haha, yes!!" and "hahaha yes" are the same."""
+    words = re.findall(r"\w+", text.lower())
+    return " ".join("haha" if re.fullmatch(r"a?(?:ha)+h?", word) else word for word in words)
 
 
-def about_equally_long(shorter: int, longer: int) -> bool:
-    """Within a quarter, or two tokens."""
-    return longer - shorter <= max(2, LENGTH_GAP * longer)
+def flatten(samples: Iterable[Iterable[Sample]]) -> list[Sample]:
+    return [sample for group in samples for sample in group]
+
+
+def share_out(
+    training: list[list[Sample]], shares: tuple[float, float, float], rng: random.Random
+) -> tuple[RowSets, bool]:
+    """The training rows, and whether the steps had to share dialogues. A step whose share is 0 gets nothing."""
+    bounds = [round(len(training) * sum(shares[:step]) / sum(shares)) for step in range(4)]
+    sets = training_rows([flatten(training[start:end]) for start, end in pairwise(bounds)], rng)
+    counts = (len(sets.sft_train), len(sets.pairs_train), len(sets.prompts_train))
+    if all(count >= ENOUGH_ROWS for count, share in zip(counts, shares, strict=True) if share > 0):
+        return sets, False
+    return training_rows([flatten(training) if share > 0 else [] for share in shares], rng), True
+
+
+def training_rows(parts: list[list[Sample]], rng: random.Random) -> RowSets:
+    """Rows for steps 1, 2 and 3 from the samples for each."""
+    first, second, third = parts
+    sets = RowSets(
+        sft_train=[sft_row(sample) for sample in first],
+        pairs_train=make_pairs(second, PAIRS_PER_QUESTION, rng),
+        prompts_train=prompt_rows(third),
+    )
+    rng.shuffle(sets.sft_train)
+    rng.shuffle(sets.prompts_train)
+    return sets
+
+
+def add_evaluation(sets: RowSets, new_talk: list[Sample], new_questions: list[Sample], rng: random.Random) -> None:
+    """Held-out rows, half of them under held-out questions where there are enough; SFT's are all under known ones."""
+    half = EVALUATION_ROWS // 2
+    for samples, is_new in ((new_talk, False), (new_questions, True)):
+        per_question = -(-half // max(1, len({sample.question for sample in samples})))
+        for pair in make_pairs(samples, per_question, rng)[:half]:
+            sets.pairs_eval.append({**pair, "held_out_question": is_new})
+        prompts = prompt_rows(samples)
+        rng.shuffle(prompts)
+        for prompt in prompts[:half]:
+            sets.prompts_eval.append({**prompt, "held_out_question": is_new})
+    sets.sft_eval = [{**sft_row(sample), "held_out_question": False} for sample in new_talk]
+    for _, rows in sets.items()[1::2]:
+        rng.shuffle(rows)
+
+
+def sft_row(sample: Sample) -> SFTRow:
+    return {"prompt": sample.prompt, "response": sample.reply}
+
+
+def prompt_rows(samples: Iterable[Sample]) -> list[PromptRow]:
+    """Each prompt once."""
+    distinct = {json.dumps(sample.prompt): sample.prompt for sample in samples}
+    return [{"prompt": prompt} for prompt in distinct.values()]

@@ -1,43 +1,77 @@
-"""The three kinds of rows that the steps read: demonstrations, pairs, prompts; one JSON object a line."""
+"""Rows: what a data source becomes, one JSON object a line in the run directory."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from inference.chat_format import Message
 from inference.errors import UserError
 
-Row = dict[str, Any]
-"""{"prompt": messages} and, by kind, "response" (sft) or "chosen" and "rejected" (pairs)."""
 
-KINDS = ("sft", "pairs", "prompts")
+class SFTRow(TypedDict):
+    """Step 1: the response that the model is to give."""
 
-
-def sft_row(prompt: list[Message], response: str) -> Row:
-    return {"prompt": prompt, "response": response}
-
-
-def pair_row(prompt: list[Message], chosen: str, rejected: str) -> Row:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    prompt: list[Message]
+    response: str
+    held_out_question: NotRequired[bool]
 
 
-def prompt_row(prompt: list[Message]) -> Row:
-    return {"prompt": prompt}
+class PairRow(TypedDict):
+    """Step 2: two responses to one prompt, and which of them people prefer."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    chosen_score: NotRequired[float]
+    rejected_score: NotRequired[float]
+    held_out_question: NotRequired[bool]
 
 
-def read_rows(file: Path) -> list[Row]:
-    with open(file, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+class PromptRow(TypedDict):
+    """Step 3: what the policy is asked."""
+
+    prompt: list[Message]
+    held_out_question: NotRequired[bool]
 
 
-def write_rows(file: Path, rows: Iterable[Row]) -> None:
+# What is not required comes with the embedded default: the true scores, and in evaluation rows whether nothing was
+# trained on under the row's question.
+Row = SFTRow | PairRow | PromptRow
+
+
+@dataclass
+class RowSets:
+    """The rows of a source, shared out over steps, and over training and evaluation. One file each."""
+
+    sft_train: list[SFTRow] = field(default_factory=list)
+    sft_eval: list[SFTRow] = field(default_factory=list)
+    pairs_train: list[PairRow] = field(default_factory=list)
+    pairs_eval: list[PairRow] = field(default_factory=list)
+    prompts_train: list[PromptRow] = field(default_factory=list)
+    prompts_eval: list[PromptRow] = field(default_factory=list)
+
+    def items(self) -> list[tuple[str, list[Row]]]:
+        """Name and rows of each set."""
+        return [(each.name, getattr(self, each.name)) for each in fields(self)]
+
+
+def write_rows(file: Path, rows: Sequence[Row]) -> None:
     with open(file, "w", encoding="utf-8") as handle:
-        for row in rows:
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def require_rows(rows: list[Row], step: int, what: str) -> None:
-    """Raises UserError where a step has nothing to train on."""
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `write_rows` wrote."""
+    with open(file, encoding="utf-8") as handle:  # not splitlines(): text may hold other line separators
+        return [json.loads(line) for line in handle]
+
+
+def require_rows(rows: Sequence[Any], step: int, why: str) -> None:
+    """Raise UserError where there is nothing to train on; `why` names the rows that `step` needs."""
     if not rows:
-        raise UserError(f"Step {step} has no rows to train on: its data needs {what} (docs/data.md).")
+        raise UserError(
+            f"Step {step} needs {why}, and the data has none for it: "
+            f"choose another data.source, or give step {step} a larger share in data.split."
+        )

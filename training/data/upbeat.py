@@ -1,16 +1,15 @@
-"""How upbeat a text is by a lexicon that people rated: the known rule behind the demonstration's preference."""
+"""How upbeat a text is: the rule behind the embedded default's preference, so that its truth is known."""
 
 import functools
-from typing import Any
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 
 def upbeat_score(text: str) -> float:
-    """The compound score of vaderSentiment (Hutto and Gilbert 2014), in [-1, 1]; 0 is neutral."""
-    return float(_analyzer().polarity_scores(text)["compound"])
+    """From -1 (gloomy) to 1 (upbeat), 0 for neutral: the compound score of VADER (Hutto and Gilbert 2014)."""
+    return _analyzer().polarity_scores(text)["compound"]
 
 
 @functools.cache
-def _analyzer() -> Any:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    return SentimentIntensityAnalyzer()
+def _analyzer() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()  # reads its lexicon, about 7,500 lines

@@ -1,181 +1,235 @@
-"""A user's own JSON-lines files in the formats people have (TRL's), recognised row by row.
+"""A user's JSON-lines files -> rows. The formats are those of TRL, and each row says by its keys which it has.
 
-    {"prompt": "...", "chosen": "...", "rejected": "..."}      pairs: serve all three steps
-    {"prompt": "...", "response": "..."}                       demonstrations (also "completion")
-    {"messages": [{"role": "user", "content": "..."}, ...]}    demonstrations: every assistant turn is trained
-    {"prompt": "..."}                                          prompts for PPO
+    {"prompt": ..., "chosen": ..., "rejected": ...}    text or messages; without a prompt, chosen and rejected are
+                                                       whole conversations with the same beginning
+    {"messages": [...]}                                a conversation; each answer in it becomes a row
+    {"prompt": ..., "response": ...}                   or "completion"
+    {"prompt": ...}                                    for step 3 only
 
-A prompt, chosen or rejected may also be a list of messages.
+A message is {"role": "system" | "user" | "assistant", "content": text}. Text in the form of DeepSpeed-Chat's and
+Anthropic's sets, "Human: ... Assistant: ...", is read as a conversation.
 """
 
 import json
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from inference.chat_format import Message
 from inference.errors import UserError
-from training.data.rows import Row, pair_row, prompt_row, sft_row
+from training.config import DataSettings
+from training.data.rows import PairRow, Row, SFTRow
 
 ROLES = ("system", "user", "assistant")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+KNOWN_KEYS = "prompt + chosen + rejected, messages, prompt + response, or prompt"
 
 
 class BadRow(Exception):
-    """Why a row cannot be used."""
+    """What is wrong with a row, as the rest of a sentence; also the name under which it is counted."""
 
 
-@dataclass
-class UserRows:
-    """Rows by kind, as they stand in the files."""
+def read_user_files(settings: DataSettings) -> tuple[list[Row], Counter[str]]:
+    """The rows of `settings.source`, a file or a directory of them, and how many were left out and why.
 
-    sft: list[Row] = field(default_factory=list)
-    pairs: list[Row] = field(default_factory=list)
-    prompts: list[Row] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-    """How many bad rows were left out, by reason."""
-
-    def __len__(self) -> int:
-        return len(self.sft) + len(self.pairs) + len(self.prompts)
-
-
-def read_user_files(source: Path, skip_bad: bool, limit: int = 0) -> UserRows:
-    """All rows of a .jsonl file, or of the .jsonl files in a directory. Raises UserError naming file and line."""
-    rows = UserRows()
-    for file in find_files(source):
+    Raises UserError for what is not there or cannot be read, and for a bad row unless they are to be skipped.
+    """
+    source = settings.source
+    rows: list[Row] = []
+    skipped: Counter[str] = Counter()
+    used = 0
+    for place, line in read_lines(find_files(source)):
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError:
-            raise UserError(f"{file} is not UTF-8 text; save it as UTF-8 JSON lines.") from None
-        for number, line in enumerate(lines, 1):
-            if limit and len(rows) >= limit:
-                return rows
-            if not line.strip():
-                continue
-            try:
-                add_row(rows, parse_line(line))
-            except BadRow as reason:
-                if not skip_bad:
-                    raise UserError(
-                        f"{file}, line {number}: {reason}; mend the row, or leave such rows out with "
-                        f"--set data.bad_rows=skip."
-                    ) from None
-                rows.skipped[str(reason)] += 1
-    if not len(rows):
-        raise UserError(f"{source} holds no usable rows; docs/data.md shows the formats.")
-    return rows
+            rows += parse_row(parse_line(line))
+        except BadRow as error:
+            if settings.bad_rows == "refuse":
+                raise UserError(
+                    f"{place}: {error}; correct the row, or leave such rows out with --set data.bad_rows=skip."
+                ) from None
+            skipped[str(error)] += 1
+            continue
+        used += 1
+        if used == settings.limit:
+            break
+    if not rows:
+        reason = f"none of its rows can be used ({skipped.most_common(1)[0][0]})" if skipped else "it is empty"
+        raise UserError(f"{source} gives no data, {reason}; each line must be a JSON object with {KNOWN_KEYS}.")
+    return rows, skipped
 
 
-def find_files(source: Path) -> list[Path]:
-    if source.is_dir():
-        files = sorted(source.glob("*.jsonl"))
+def find_files(source: str) -> list[Path]:
+    """The .jsonl files that `source` means, in the order of their names. Raises UserError with the way out."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.jsonl") if file.is_file())
         if not files:
-            raise UserError(f"The directory {source} holds no .jsonl files; docs/data.md shows the formats.")
+            raise UserError(f"The directory {source} has no .jsonl files; put the data there, one JSON object a line.")
         return files
-    if not source.exists():
+    if not path.exists():
         raise UserError(
-            f"There is no data file {source}; give a JSON-lines file, or leave --data out for the embedded dialogues."
+            f"There is no data source {source}: give 'chitchat', a .jsonl file, or a directory of them; data sets of a "
+            "hub must be saved first, with datasets.load_dataset(...).to_json('data.jsonl')."
         )
-    if source.suffix != ".jsonl":
-        raise UserError(f"{source.name} is not a .jsonl file; convert it to JSON lines, one object a line.")
-    return [source]
+    if path.suffix != ".jsonl":
+        raise UserError(
+            f"{source} is not a .jsonl file; Parquet, CSV and other formats cannot be read yet, so save it with one "
+            "JSON object a line, for example with datasets.load_dataset(...).to_json('data.jsonl')."
+        )
+    return [path]
 
 
-def parse_line(line: str) -> dict[str, Any]:
+def read_lines(files: list[Path]) -> Iterator[tuple[str, bytes]]:
+    """Each line that is not blank, with the name of its place."""
+    for file in files:
+        try:
+            with open(file, "rb") as handle:
+                for number, line in enumerate(handle, start=1):
+                    if line.strip():
+                        yield f"{file}, line {number}", line
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); check its permissions.") from None
+
+
+def parse_line(line: bytes) -> Any:
     try:
-        row = json.loads(line)
-    except ValueError:
-        raise BadRow("this is not JSON") from None
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise BadRow("the line is not UTF-8 text") from None
+    except (ValueError, RecursionError):
+        raise BadRow("the line is not JSON") from None
+
+
+def parse_row(row: Any) -> list[Row]:
+    """The rows that one line gives: several for a conversation with several answers. Raises BadRow."""
     if not isinstance(row, dict):
-        raise BadRow("this is not a JSON object")
-    return row
-
-
-def add_row(rows: UserRows, row: dict[str, Any]) -> None:
-    """Recognise a row's format and add what it holds. Raises BadRow."""
+        raise BadRow("the line is not a JSON object")
     if "chosen" in row or "rejected" in row:
-        rows.pairs.append(parse_pair(row))
-    elif "messages" in row:
-        rows.sft.extend(parse_conversation(row["messages"]))
-    elif "prompt" in row and (answer := row.get("response", row.get("completion"))) is not None:
-        rows.sft.append(sft_row(parse_prompt(row["prompt"]), parse_answer(answer, "response")))
-    elif "prompt" in row:
-        rows.prompts.append(prompt_row(parse_prompt(row["prompt"])))
-    else:
-        raise BadRow("no known keys (prompt, chosen and rejected, response, or messages)")
+        return [parse_pair(row)]
+    for key in ("response", "completion"):
+        if key in row:
+            return [parse_answer(row, key)]
+    if "messages" in row:
+        return parse_conversation(row["messages"])
+    if "prompt" in row:
+        return [{"prompt": check_prompt(read_prompt(row["prompt"]))}]
+    raise BadRow(f"no known keys (there must be {KNOWN_KEYS})")
 
 
-def parse_pair(row: dict[str, Any]) -> Row:
+def parse_pair(row: dict[str, Any]) -> PairRow:
     for key in ("chosen", "rejected"):
         if key not in row:
             raise BadRow(f"'{key}' is missing")
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
-        prompt = parse_prompt(row["prompt"])
-    else:
-        prompt, chosen, rejected = split_shared_prompt(chosen, rejected)
-    good, bad = parse_answer(chosen, "chosen"), parse_answer(rejected, "rejected")
-    if good == bad:
-        raise BadRow("'chosen' and 'rejected' are the same")
-    return pair_row(prompt, good, bad)
+    prompt = read_prompt(row["prompt"]) if "prompt" in row else []
+    chosen = read_answer(row["chosen"], "chosen", prompt)
+    rejected = read_answer(row["rejected"], "rejected", prompt)
+    if chosen == rejected:
+        raise BadRow("chosen and rejected are the same")
+    if not (is_answer(chosen) and is_answer(rejected)):  # whole conversations: the prompt is how both begin
+        prompt = shared_start(chosen, rejected)
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not prompt:
+        raise BadRow("there is no prompt that both chosen and rejected answer")
+    if not (is_answer(chosen) and is_answer(rejected)):
+        raise BadRow("chosen and rejected are not each the prompt and one answer of the assistant")
+    return {"prompt": check_prompt(prompt), "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
 
 
-def split_shared_prompt(chosen: Any, rejected: Any) -> tuple[list[Message], list[Message], list[Message]]:
-    """Two conversations without a prompt of their own: their common beginning is the prompt."""
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise BadRow("'prompt' is missing")
-    first, second = parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")
-    shared = 0
-    while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
-        shared += 1
-    if not shared:
-        raise BadRow("'prompt' is missing, and 'chosen' and 'rejected' begin differently")
-    return first[:shared], first[shared:], second[shared:]
+def parse_answer(row: dict[str, Any], key: str) -> SFTRow:
+    if "prompt" not in row:
+        raise BadRow(f"'{key}' without a prompt")
+    prompt = check_prompt(read_prompt(row["prompt"]))
+    answer = read_answer(row[key], key, prompt)
+    if not is_answer(answer):
+        raise BadRow(f"'{key}' is not one answer of the assistant")
+    return {"prompt": prompt, "response": answer[0]["content"]}
 
 
-def parse_conversation(messages: Any) -> list[Row]:
-    """One row for each assistant turn, with all before it as its prompt."""
-    turns = parse_messages(messages, "messages")
-    rows = [
-        sft_row(turns[:place], turn["content"])
-        for place, turn in enumerate(turns)
-        if turn["role"] == "assistant" and place > 0
+def parse_conversation(value: Any) -> list[Row]:
+    messages = read_messages(value, "messages")
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("the last message is not the assistant's")
+    rows: list[Row] = [
+        SFTRow(prompt=messages[:i], response=message["content"])
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and i > 0 and messages[i - 1]["role"] == "user"
     ]
     if not rows:
-        raise BadRow("'messages' has no assistant turn after a first message")
+        raise BadRow("no message of the assistant answers one of the user")
     return rows
 
 
-def parse_prompt(prompt: Any) -> list[Message]:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise BadRow("'prompt' is empty")
-        return [{"role": "user", "content": prompt}]
-    return parse_messages(prompt, "prompt")
+def read_prompt(value: Any) -> list[Message]:
+    if not isinstance(value, str):
+        return read_messages(value, "prompt")
+    return read_transcript(value) or [{"role": "user", "content": check_text(value, "prompt")}]
 
 
-def parse_answer(answer: Any, key: str) -> str:
-    """Text, or a list of messages whose last one is the assistant's."""
-    if isinstance(answer, list):
-        messages = parse_messages(answer, key)
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
-            raise BadRow(f"'{key}' must be one assistant message after the prompt")
-        return messages[0]["content"]
-    if not isinstance(answer, str):
-        raise BadRow(f"'{key}' is neither text nor a list of messages")
-    if not answer.strip():
+def read_answer(value: Any, key: str, prompt: list[Message]) -> list[Message]:
+    """The messages of an answer, without the `prompt` if they begin with it."""
+    if isinstance(value, str):
+        messages = [] if prompt else read_transcript(value)
+        messages = messages or [{"role": "assistant", "content": check_text(value, key).strip()}]
+    else:
+        messages = read_messages(value, key)
+    return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+
+
+def read_messages(value: Any, key: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise BadRow(f"'{key}' is not {'' if key == 'messages' else 'text or '}a list of messages")
+    if not value:
         raise BadRow(f"'{key}' is empty")
-    return answer
+    messages: list[Message] = []
+    for item in value:
+        if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
+            raise BadRow(f"'{key}' has a message without role and content")
+        role = item["role"]
+        if role not in ROLES:
+            raise BadRow(f"the role {str(role)[:30]!r} is none of {', '.join(ROLES)}")
+        if role == "system" and messages:
+            raise BadRow("a system message is not the first")
+        messages.append({"role": role, "content": check_text(item["content"], "content")})
+    return messages
 
 
-def parse_messages(messages: Any, key: str) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(f"'{key}' is neither text nor a list of messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise BadRow(f"'{key}' holds something that is not a message with role and content")
-        if message.get("role") not in ROLES:
-            raise BadRow(f"'{key}' has the role '{message.get('role')}' (known: {', '.join(ROLES)})")
-        if not message["content"].strip():
-            raise BadRow(f"'{key}' has an empty message")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def read_transcript(text: str) -> list[Message]:
+    """The turns of "Human: ... Assistant: ..."; none if the text is not of that form. An empty last turn is no turn."""
+    if not re.match(r"\s*Human:.*\n\s*Assistant:", text, re.DOTALL):
+        return []
+    parts = re.split(r"(?:^|\n)\s*(Human|Assistant):", text.strip())[1:]
+    turns = list(zip(parts[::2], parts[1::2], strict=True))
+    if not turns[-1][1].strip():
+        turns.pop()
+    return [{"role": SPEAKERS[name], "content": check_text(words, "a turn").strip()} for name, words in turns]
+
+
+def check_text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"'{key}' is not text")
+    if not value.strip():
+        raise BadRow(f"'{key}' is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # "\ud83d" alone: JSON allows it, no tokenizer takes it
+        raise BadRow(f"'{key}' has half a character") from None
+    return value
+
+
+def check_prompt(messages: list[Message]) -> list[Message]:
+    if messages[-1]["role"] != "user":
+        raise BadRow("the prompt does not end with a message of the user")
+    return messages
+
+
+def is_answer(messages: list[Message]) -> bool:
+    return len(messages) == 1 and messages[0]["role"] == "assistant"
+
+
+def shared_start(first: list[Message], second: list[Message]) -> list[Message]:
+    """The messages with which both conversations begin."""
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return first[:length]

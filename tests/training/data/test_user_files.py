@@ -1,0 +1,196 @@
+import json
+
+import pytest
+
+from inference.errors import UserError
+from training.config import DataSettings
+from training.data.user_files import BadRow, parse_line, parse_row, read_user_files
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+PAIR = {"prompt": [user("q")], "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"prompt": "q", "chosen": " good", "rejected": "bad\n", "source": "ignored"},
+        {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        {"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+        {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+        {
+            "prompt": "q",
+            "chosen": "good",
+            "rejected": "bad",
+            "messages": [user("q"), assistant("good")],  # as in ultrafeedback_binarized
+        },
+    ],
+)
+def test_pairs(row):
+    assert parse_row(row) == [PAIR]
+
+
+def test_pair_of_conversations_keeps_the_system_message_that_the_prompt_text_lacks():
+    start = [system("s"), user("q")]
+    row = {"prompt": "q", "chosen": [*start, assistant("good")], "rejected": [*start, assistant("bad")]}
+    assert parse_row(row) == [{**PAIR, "prompt": start}]
+
+
+def test_pair_with_several_turns_in_the_common_beginning():
+    start = [user("a"), assistant("b"), user("c")]
+    row = {"chosen": [*start, assistant("good")], "rejected": [*start, assistant("bad")]}
+    assert parse_row(row) == [{**PAIR, "prompt": start}]
+    text = "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    assert parse_row({"prompt": text, "chosen": "good", "rejected": "bad"}) == [{**PAIR, "prompt": start}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "response": "r"},
+        {"prompt": "q", "completion": " r"},
+        {"prompt": [user("q")], "completion": [assistant("r")]},
+        {"messages": [user("q"), assistant("r")]},
+    ],
+)
+def test_demonstrations(row):
+    assert parse_row(row) == [{"prompt": [user("q")], "response": "r"}]
+
+
+def test_each_answer_of_a_conversation_is_a_row():
+    turns = [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]
+    assert parse_row({"messages": turns}) == [
+        {"prompt": turns[:2], "response": "b"},
+        {"prompt": turns[:4], "response": "d"},
+    ]
+
+
+def test_a_greeting_of_the_assistant_is_context_only():
+    turns = [assistant("hello"), user("a"), assistant("b")]
+    assert parse_row({"messages": turns}) == [{"prompt": turns[:2], "response": "b"}]
+
+
+def test_prompt_alone():
+    assert parse_row({"prompt": "q"}) == [{"prompt": [user("q")]}]
+    assert parse_row({"prompt": [system("s"), user("q")]}) == [{"prompt": [system("s"), user("q")]}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b"[1]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'{"text": "x"}', "no known keys"),
+        (b"{}", "no known keys"),
+        (b'{"prompt": " "}', "'prompt' is empty"),
+        (b'{"prompt": []}', "'prompt' is empty"),
+        (b'{"prompt": 3}', "'prompt' is not text or a list of messages"),
+        (b'{"prompt": null}', "'prompt' is not text or a list of messages"),
+        (b'{"prompt": "\\ud83d"}', "half a character"),
+        (b'{"prompt": ["x"]}', "a message without role and content"),
+        (b'{"prompt": [{"role": "user", "content": 1}]}', "'content' is not text"),
+        (b'{"prompt": [{"role": "tool", "content": "x"}]}', "the role 'tool' is none of system, user, assistant"),
+        (b'{"prompt": [{"role": ["user"], "content": "x"}]}', "is none of system, user, assistant"),
+        (b'{"prompt": [{"role": "assistant", "content": "x"}]}', "does not end with a message of the user"),
+        (
+            b'{"prompt": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]}',
+            "system message is not the first",
+        ),
+        (b'{"prompt": "q", "chosen": "a"}', "'rejected' is missing"),
+        (b'{"prompt": "q", "chosen": "a", "rejected": ""}', "'rejected' is empty"),
+        (b'{"prompt": "q", "chosen": "a", "rejected": 5}', "'rejected' is not text"),
+        (b'{"prompt": "q", "chosen": "a", "rejected": " a "}', "are the same"),
+        (b'{"chosen": "a", "rejected": "b"}', "no prompt that both"),
+        (b'{"response": "a"}', "'response' without a prompt"),
+        (b'{"prompt": "q", "response": ""}', "'response' is empty"),
+        (b'{"messages": "x"}', "'messages' is not a list of messages"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}', "the last message is not the assistant's"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "no message of the assistant answers"),
+        (
+            b'{"prompt": "q", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"}',
+            "no prompt that both",
+        ),
+    ],
+)
+def test_bad_rows(line, reason):
+    with pytest.raises(BadRow, match=reason):
+        parse_row(parse_line(line))
+
+
+def test_answers_that_are_two_messages_are_refused():
+    long = [user("q"), assistant("a"), user("b"), assistant("c")]
+    with pytest.raises(BadRow, match="not each the prompt and one answer"):
+        parse_row({"chosen": long, "rejected": [user("q"), assistant("x")]})
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_refuse_names_file_line_reason_and_the_way_out(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"prompt": "q"}, "\n", {"prompt": ""})
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: 'prompt' is empty; .*data\.bad_rows=skip"):
+        read_user_files(DataSettings(source=source))
+
+
+def test_skip_counts_by_reason(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"prompt": "q"}, {"prompt": ""}, "oops\n", {"prompt": "  "})
+    rows, skipped = read_user_files(DataSettings(source=source, bad_rows="skip"))
+    assert rows == [{"prompt": [user("q")]}]
+    assert skipped == {"'prompt' is empty": 2, "the line is not JSON": 1}
+
+
+def test_directory_in_order_of_names_up_to_the_limit(tmp_path):
+    write(tmp_path / "b.jsonl", {"prompt": "3"})
+    write(tmp_path / "a.jsonl", {"prompt": "1"}, {"prompt": "2"})
+    write(tmp_path / "c.txt", "not read")
+    texts = [row["prompt"][0]["content"] for row in read_user_files(DataSettings(source=str(tmp_path)))[0]]
+    assert texts == ["1", "2", "3"]
+    rows, _ = read_user_files(DataSettings(source=str(tmp_path), limit=2))
+    assert len(rows) == 2
+
+
+def test_byte_order_mark_and_odd_line_separators(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n')
+    assert read_user_files(DataSettings(source=str(file)))[0] == [{"prompt": [user("a\u2028b")]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty.jsonl", "empty.jsonl gives no data, it is empty"),
+        ("bad.jsonl", "none of its rows can be used .the line is not JSON."),
+        ("folder", "has no .jsonl files"),
+        ("data.csv", "Parquet, CSV and other formats cannot be read yet"),
+        ("data.parquet", "to_json"),
+        ("org/hub-set", "There is no data source .*hub"),
+        ("missing.jsonl", "There is no data source"),
+    ],
+)
+def test_sources_that_cannot_be_used(tmp_path, name, message):
+    (tmp_path / "folder").mkdir()
+    for file in ("empty.jsonl", "data.csv", "data.parquet"):
+        write(tmp_path / file, "")
+    write(tmp_path / "bad.jsonl", "x\n")
+    with pytest.raises(UserError, match=message) as error:
+        read_user_files(DataSettings(source=str(tmp_path / name), bad_rows="skip"))
+    assert "\n" not in str(error.value)

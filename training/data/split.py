@@ -1,0 +1,112 @@
+"""Sharing a user's rows out: some are held out for evaluation, the rest go to the three steps.
+
+All rows with the same opening (everything up to the user's first message) stay together: the same prompt is never
+both trained on and evaluated, and nor are two parts of one conversation.
+"""
+
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from inference.errors import UserError
+from training.data.rows import PairRow, Row, RowSets, SFTRow
+
+STEPS_OF_KIND = {"pair": (1, 2, 3), "sft": (1, 3), "prompt": (3,)}
+"""The steps that rows of a kind can serve."""
+
+
+def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out: float, seed: int) -> RowSets:
+    """Share the rows of each kind out over the steps that it serves, in proportion to `shares` (as DeepSpeed-Chat).
+
+    `held_out` is the share kept for evaluation, at least one row of each kind with two openings or more. Nothing is
+    trained on those rows, so they serve every step that they can.
+    """
+    check_shares(shares)
+    group_of = choose_groups(rows)
+    kinds: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        kinds[kind_of(row)][group_of(row)].append(row)
+    aside: set[str] = set()
+    for groups in kinds.values():
+        aside |= hold_out(groups, held_out, seed)
+    sets = RowSets()
+    for kind, groups in kinds.items():
+        served = {step: shares[step - 1] for step in STEPS_OF_KIND[kind] if shares[step - 1] > 0}
+        assigned = assign_steps({name: group for name, group in groups.items() if name not in aside}, served, seed)
+        for name, group in groups.items():
+            for step in served:
+                if name in aside or assigned[name] == step:
+                    add_rows(sets, step, group, evaluation=name in aside)
+    for name, chosen in sets.items():
+        random.Random(f"{seed} order {name}").shuffle(chosen)
+    return sets
+
+
+def check_shares(shares: tuple[float, float, float]) -> None:
+    if not (min(shares) >= 0 and 0 < sum(shares) < float("inf")):
+        raise UserError(f"data.split={list(shares)} must be three shares of 0 or more, not all of them 0.")
+
+
+def kind_of(row: Row) -> str:
+    return "pair" if "chosen" in row else "sft" if "response" in row else "prompt"
+
+
+def choose_groups(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """The function that names a row's group: its opening, or its whole prompt where all rows open alike."""
+    return whole_prompt if len({opening(row) for row in rows}) == 1 else opening
+
+
+def opening(row: Row) -> str:
+    roles = [message["role"] for message in row["prompt"]]
+    return json.dumps(row["prompt"][: roles.index("user") + 1])
+
+
+def whole_prompt(row: Row) -> str:
+    return json.dumps(row["prompt"])
+
+
+def in_random_order(names: Sequence[str], salt: str) -> list[str]:
+    """By hash, so that the order of the files and rows does not matter."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt} {name}".encode()).digest())
+
+
+def hold_out(groups: dict[str, list[Row]], share: float, seed: int) -> set[str]:
+    """Names of groups with about `share` of all rows; groups larger than what is still wanted are passed over."""
+    if len(groups) < 2:
+        return set()
+    wanted = max(1, round(share * sum(map(len, groups.values()))))
+    order = in_random_order(list(groups), f"{seed} hold out")
+    chosen: set[str] = set()
+    for name in order:
+        if len(groups[name]) <= wanted:
+            chosen.add(name)
+            wanted -= len(groups[name])
+    return chosen or {min(order, key=lambda name: len(groups[name]))}
+
+
+def assign_steps(groups: dict[str, list[Row]], shares: dict[int, float], seed: int) -> dict[str, int]:
+    """The step of each group: always the one that is furthest behind its share of the rows."""
+    assigned: dict[str, int] = {}
+    given = dict.fromkeys(shares, 0)
+    for name in in_random_order(list(groups), f"{seed} steps") if shares else []:
+        total = sum(given.values()) + len(groups[name])
+        behind = {step: total * shares[step] / sum(shares.values()) - given[step] for step in shares}
+        assigned[name] = max(behind, key=lambda step: behind[step])
+        given[assigned[name]] += len(groups[name])
+    return assigned
+
+
+def add_rows(sets: RowSets, step: int, group: list[Row], evaluation: bool) -> None:
+    """Append what `step` uses of the rows: responses (of pairs the chosen one), pairs, or prompts."""
+    for row in group:
+        if step == 1:
+            response = cast(PairRow, row)["chosen"] if kind_of(row) == "pair" else cast(SFTRow, row)["response"]
+            sft = sets.sft_eval if evaluation else sets.sft_train
+            sft.append({"prompt": row["prompt"], "response": response})
+        elif step == 2:
+            (sets.pairs_eval if evaluation else sets.pairs_train).append(cast(PairRow, row))
+        else:
+            (sets.prompts_eval if evaluation else sets.prompts_train).append({"prompt": row["prompt"]})
