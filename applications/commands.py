@@ -83,9 +83,15 @@ def execute(path: Path, settings: RunConfig | None, steps: list[int]) -> None:
     run = RunDirectory(path)
     if settings is not None and not run.config_file.exists():
         check_fits(settings, steps)
+    is_new = not run.config_file.exists()
     run, stored = open_run(path, settings)
-    require_earlier_steps(run, stored, steps)
-    run_pipeline(run, stored, steps)
+    try:
+        require_earlier_steps(run, stored, steps)
+        run_pipeline(run, stored, steps)
+    except UserError:
+        if is_new and not run.data.exists():  # nothing was made yet: leave the name free for another try
+            run.config_file.unlink()
+        raise
 
 
 def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[int]) -> None:

@@ -1,5 +1,6 @@
 """Starting stage scripts: one process, several on this machine, or the command line for a cluster's launcher."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,8 +18,11 @@ SCRIPTS = {
 }
 
 
+EXIT_USER_ERROR = 2  # as in training.stage, which is too heavy to import here
+
+
 class StageFailed(Exception):
-    """A stage process ended without success and without a sentence of its own."""
+    """A stage ended without success and the user's input is not to blame: it was killed, or the run diverged."""
 
 
 def stage_command(script: str, run: Path, processes: int) -> list[str]:
@@ -51,7 +55,8 @@ def run_stage_script(script: str, run: RunDirectory, processes: int, error_file:
     if code == 0:
         return
     if error_file.exists():
-        raise UserError(error_file.read_text())
+        error = json.loads(error_file.read_text())
+        raise UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
     raise StageFailed(failure_sentence(script, run, code))
 
 

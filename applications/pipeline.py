@@ -21,7 +21,9 @@ def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunCon
     if not run.config_file.exists():
         if config is None:
             raise UserError(f"{path} is not a run directory; start a run with rlhf-chat run --model NAME.")
-        if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
+        if path.exists() and (
+            not path.is_dir() or any(entry not in (run.lock_file, run.error_file) for entry in path.iterdir())
+        ):
             raise UserError(f"{path} exists and is not a run directory; choose another place with --name.")
         try:
             run.write_config(config, versions())
@@ -58,7 +60,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
             display.say(config.announce)
         if not all(run.step(step).is_finished for step in steps):
             display.say("Preparing models and data")
-            run_stage_script("prepare", run, 1, run.path / "error.txt")
+            run_stage_script("prepare", run, 1, run.error_file)
             display.say(f"Prepared in {duration(time.monotonic() - begun)}")
         training_seconds = 0.0
         for step in steps:
@@ -101,5 +103,5 @@ def compare(run: RunDirectory, display: Display) -> None:
     """Answers of SFT and RLHF to held-out prompts, measured; the table is printed."""
     if not run.evaluation_file.exists():
         display.say("Comparing SFT and RLHF on held-out prompts")
-        run_stage_script("evaluation", run, 1, run.path / "error.txt")
+        run_stage_script("evaluation", run, 1, run.error_file)
     display.say(comparison_table(run))

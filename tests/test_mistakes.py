@@ -114,3 +114,23 @@ def test_debug_shows_the_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", "nowhere", "--debug"])
     with pytest.raises(UserError):
         cli.main()
+
+
+def test_a_failed_start_leaves_the_name_free(workplace, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    arguments = ("run", "--model", "tiny", "--name", tmp_path / "run", "--steps", "1")
+    assert rlhf_chat(*arguments, "--data", tmp_path / "rows.jsonl", cwd=workplace).code == 2
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "prompt": "And you?"}) + "\n")
+    done = rlhf_chat(*arguments, "--data", tmp_path / "rows.jsonl", "--seed", 3, cwd=workplace)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_diverges_says_where_and_keeps_its_checkpoint(workplace, tmp_path, processes):
+    settings = ["--set", "sft.optimizer.learning_rate=1e30", "--set", "sft.checkpoint_every=1"]
+    arguments = ("run", "--model", "tiny", "--name", tmp_path / "run", "--steps", "1", "--processes", processes)
+    done = rlhf_chat(*arguments, *settings, cwd=workplace)
+    assert done.code == 1 and "The loss is not a finite number at step1_sft" in done.err, done.err[-2000:]
+    assert "the last good checkpoint is" in done.err and "Traceback" not in done.err
+    kept = json.loads((tmp_path / "run" / "step1_sft" / "diverged.json").read_text())
+    assert kept["number"] > 1 and kept["rows"]

@@ -114,6 +114,8 @@ class SFTSettings(StepSettings):
 class RewardSettings(StepSettings):
     initialize_from: Literal["base", "sft"] = "base"
     """Start from the reward model's base checkpoint, or from step 1's model (same architecture only)."""
+    layers: int = Field(0, ge=0)
+    """Use only the first so many layers of the base checkpoint, for the critic too; 0 uses all."""
     normalize: bool = True
     """Shift and scale the scores so that human replies of held-out rows have mean 0 and standard deviation 1."""
 

@@ -15,7 +15,7 @@ def prepare() -> int:
     from inference.model_store import resolve_model
     from training.data.prepare import prepare_data
     from training.metrics import Display
-    from training.run_directory import RunDirectory, write_text
+    from training.run_directory import RunDirectory, write_json
     from training.stage import EXIT_USER_ERROR, parse_arguments
 
     run = RunDirectory(parse_arguments().run_directory)
@@ -26,7 +26,7 @@ def prepare() -> int:
         resolve_model(config.trained_reward_model or config.reward_model_source, display.say)
         prepare_data(config.data, config.seed, run.data, ChatFormat.load(actor), display.say)
     except UserError as error:
-        write_text(run.path / "error.txt", str(error))
+        write_json(run.error_file, {"sentence": str(error), "code": EXIT_USER_ERROR})
         return EXIT_USER_ERROR
     return 0
 

@@ -46,6 +46,15 @@ class RunDirectory:
     def comparison_file(self) -> Path:
         return self.path / "comparison.jsonl"
 
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def error_file(self) -> Path:
+        """Why the preparation or the comparison failed."""
+        return self.path / "error.json"
+
     def step(self, number: int) -> "StepDirectory":
         return StepDirectory(self.path / STEP_NAMES[number], number)
 
@@ -76,7 +85,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the run for one command. Raises UserError while another one works in it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with hold_lock(self.path / ".lock", wait_seconds=0, busy=f"{self.path} is in use by another command"):
+        with hold_lock(self.lock_file, wait_seconds=0, busy=f"{self.path} is in use by another command"):
             yield
 
 
@@ -115,7 +124,7 @@ class StepDirectory:
 
     @property
     def error_file(self) -> Path:
-        return self.path / "error.txt"
+        return self.path / "error.json"
 
     @property
     def is_finished(self) -> bool:

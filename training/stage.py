@@ -27,7 +27,7 @@ from training.data.rows import read_rows
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import TORCH_DTYPES, resolve_dtype
-from training.run_directory import RunDirectory, StepDirectory, write_json, write_text
+from training.run_directory import RunDirectory, StepDirectory, write_json
 from training.versions import versions
 from training.watchdog import PARENT_VARIABLE
 
@@ -127,7 +127,7 @@ def run_evaluation(work: Callable[[Stage], object]) -> int:
         config = run.read_config()
         work(make_stage(run, 3, config, start_ranks(config.threads)))
 
-    return end_in_sentences(body, run.path / "error.txt")
+    return end_in_sentences(body, run.error_file)
 
 
 def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
@@ -139,7 +139,7 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_DIVERGED
         error_file.parent.mkdir(parents=True, exist_ok=True)
         if not error_file.exists():
-            write_text(error_file, str(error))
+            write_json(error_file, {"sentence": str(error), "code": code})  # a launcher has exit codes of its own
         if PARENT_VARIABLE not in os.environ:  # else the command prints it
             print(error, file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

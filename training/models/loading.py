@@ -44,13 +44,15 @@ def load_causal_lm(directory: Path, chat_format: ChatFormat, dtype: torch.dtype)
     return model
 
 
-def load_scorer(directory: Path, chat_format: ChatFormat, dtype: torch.dtype) -> PreTrainedModel:
+def load_scorer(directory: Path, chat_format: ChatFormat, dtype: torch.dtype, layers: int = 0) -> PreTrainedModel:
     """A model with a linear head of one output a token (`score`); a fresh head is drawn from N(0, 1 / (d + 1)).
 
+    `layers` keeps only the first so many; 0 keeps all.
     The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
     """
     fresh = not _has_score_head(directory)
-    model = _load(AutoModelForSequenceClassification, directory, dtype, num_labels=1)
+    cut = {"num_hidden_layers": layers} if layers else {}
+    model = _load(AutoModelForSequenceClassification, directory, dtype, num_labels=1, **cut)
     if fresh:
         with torch.no_grad():
             head: Any = model.score
@@ -59,9 +61,9 @@ def load_scorer(directory: Path, chat_format: ChatFormat, dtype: torch.dtype) ->
     return model
 
 
-def _load(loader: Any, directory: Path, dtype: torch.dtype, **head: int) -> PreTrainedModel:
+def _load(loader: Any, directory: Path, dtype: torch.dtype, **values: int) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(directory, **head)
+        config = AutoConfig.from_pretrained(directory, **values)
         for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
             if hasattr(config, name):
                 setattr(config, name, 0.0)
@@ -112,21 +114,19 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
 
 def save_model(
     directory: Path,
-    source: Path,
+    model: PreTrainedModel,
     chat_format: ChatFormat,
     trained: dict[str, Tensor],
     lora: LoRASettings,
-    scorer: bool,
     dtype: torch.dtype,
     extra_config: dict[str, float] | None = None,
     adapter_directory: Path | None = None,
 ) -> None:
-    """Write a plain Hugging Face directory: the weights of `source` with the `trained` ones put in, adapters merged.
+    """Write a plain Hugging Face directory: `model` (as training started from it, fp32) with the `trained` weights.
 
-    `trained` has the names that the model (with adapters, if `lora.rank`) gives its parameters, in fp32: merging in
-    16 bit would round most of an adapter away. `extra_config` lands in config.json.
+    `trained` has the names that the model (with adapters, if `lora.rank`) gives its parameters, in fp32, which are
+    merged here: in 16 bit most of an adapter would be rounded away. `extra_config` lands in config.json.
     """
-    model = (load_scorer if scorer else load_causal_lm)(source, chat_format, torch.float32)
     adapted = add_lora(model, lora) if lora.rank else None
     unexpected = model.load_state_dict(trained, strict=False).unexpected_keys
     if unexpected:
@@ -137,7 +137,7 @@ def save_model(
         model = adapted.merge_and_unload()
     for key, value in (extra_config or {}).items():
         setattr(model.config, key, value)
-    if not scorer:
+    if model.can_generate():
         model.generation_config = GenerationConfig(
             bos_token_id=chat_format.tokenizer.bos_token_id,
             eos_token_id=chat_format.end_of_turn_id,

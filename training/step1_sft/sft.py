@@ -40,11 +40,10 @@ def train(stage: Stage) -> None:
             stage.directory.model,
             lambda directory: save_model(
                 directory,
-                source,
+                load_causal_lm(source, chat_format, torch.float32),
                 chat_format,
                 trained,
                 settings.optimizer.lora,
-                scorer=False,
                 dtype=stage.storage_dtype,
                 adapter_directory=stage.directory.adapter,
             ),

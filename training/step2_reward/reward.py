@@ -33,7 +33,7 @@ def train(stage: Stage) -> None:
     pairs = [Pair.encode(row, chat_format, stage) for row in rows]
     total = count_updates(len(pairs), settings)
 
-    scorer = Scorer(load_scorer(source, chat_format, torch.float32), settings.optimizer.lora)
+    scorer = Scorer(load_scorer(source, chat_format, torch.float32, settings.layers), settings.optimizer.lora)
     scorer.shift, scorer.scale = 0.0, 1.0
     engine = ZeroEngine(scorer.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
     evaluated = [Pair.encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
@@ -47,11 +47,10 @@ def train(stage: Stage) -> None:
             stage.directory.model,
             lambda directory: save_model(
                 directory,
-                source,
+                load_scorer(source, chat_format, torch.float32, settings.layers),
                 chat_format,
                 trained,
                 settings.optimizer.lora,
-                scorer=True,
                 dtype=stage.storage_dtype,
                 extra_config=scale,
                 adapter_directory=stage.directory.adapter,

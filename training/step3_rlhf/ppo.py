@@ -13,7 +13,7 @@ from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
 from training.data.rows import require_rows
-from training.models.loading import save_model
+from training.models.loading import load_causal_lm, save_model
 from training.run_directory import write_directory
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
@@ -46,11 +46,10 @@ def train(stage: Stage) -> None:
             stage.directory.model,
             lambda directory: save_model(
                 directory,
-                sft,
+                load_causal_lm(sft, chat_format, torch.float32),
                 chat_format,
                 trained,
                 settings.actor.lora,
-                scorer=False,
                 dtype=stage.storage_dtype,
                 adapter_directory=stage.directory.adapter,
             ),

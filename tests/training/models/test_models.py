@@ -110,6 +110,15 @@ def test_a_fresh_score_head_has_the_prescribed_spread(tiny):
     assert torch.cat(heads).std().item() == pytest.approx(65**-0.5, rel=0.05)  # hidden size 64
 
 
+def test_a_scorer_of_the_first_layers_only(tiny):
+    chat_format = ChatFormat.load(tiny)
+    whole, cut = (load_scorer(tiny, chat_format, torch.float32, layers).eval() for layers in (0, 1))
+    assert (whole.config.num_hidden_layers, cut.config.num_hidden_layers) == (2, 1)
+    ids = tokens(9, 1)[None] + 100
+    first = whole.model(ids, output_hidden_states=True).hidden_states[1]
+    assert torch.allclose(cut.model.decoder.final_layer_norm(first), cut.model(ids).last_hidden_state, atol=1e-5)
+
+
 def test_dropout_is_off_everywhere(tiny):
     model = load_causal_lm(tiny, ChatFormat.load(tiny), torch.float32).train()
     ids = tokens(20, 1)[None] + 100
@@ -151,7 +160,8 @@ def test_the_saved_model_computes_what_the_trained_one_did(tiny, tmp_path, score
             if parameter.requires_grad:
                 parameter.normal_(std=0.3)
     weights = {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
-    save_model(tmp_path / "m", tiny, chat_format, weights, lora, scorer, torch.float32, None, tmp_path / "adapter")
+    fresh = load(tiny, chat_format, torch.float32)
+    save_model(tmp_path / "m", fresh, chat_format, weights, lora, torch.float32, None, tmp_path / "adapter")
     reloaded = kind(load(tmp_path / "m", chat_format, torch.float32))
     ours, theirs = (x if scorer else x[0] for x in (trained(batch), reloaded(batch)))
     assert torch.allclose(ours, theirs, atol=1e-4)
