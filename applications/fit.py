@@ -74,10 +74,11 @@ class Outlook:
     @classmethod
     def of(cls, config: RunConfig, steps: Sequence[int], nodes: int) -> "Outlook":
         actor = find_shape(config.sft_model or config.model, config.architecture.get("model"))
-        if scorer_source(config) == (config.sft_model or config.model):
+        layers = 0 if config.trained_reward_model else config.reward.layers
+        if scorer_source(config) == (config.sft_model or config.model) and not layers:
             scorer = actor
         else:
-            scorer = find_shape(scorer_source(config), config.architecture.get("reward_model"))
+            scorer = find_shape(scorer_source(config), config.architecture.get("reward_model"), layers)
         return cls(config, tuple(steps), nodes, Machine.here(), actor, scorer)
 
     @property
@@ -147,18 +148,22 @@ def scorer_source(config: RunConfig) -> str:
     return config.reward_model_source
 
 
-def find_shape(model: str, given: dict[str, Any] | None) -> Shape | None:
-    """From a local directory's config.json, a preset with this model, or the user's own `given` values; else None."""
+def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0) -> Shape | None:
+    """From a local directory's config.json, a preset with this model, or the user's own `given` values; else None.
+
+    `layers` replaces the number of layers; 0 keeps it.
+    """
+    cut = {"num_hidden_layers": layers} if layers else {}
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
         try:
-            return Shape.from_config_values(json.loads(file.read_text()))
+            return Shape.from_config_values({**json.loads(file.read_text()), **cut})
         except ValueError as error:
             raise UserError(f"{file} is not valid JSON ({error}); fetch or train the model again.") from error
     values = known_architecture(model)
     if values is None and given is not None and not is_preset_architecture(given):
         values = given  # a preset's values with another model's name are left over from before the name was changed
-    return None if values is None else Shape.from_config_values(values)
+    return None if values is None else Shape.from_config_values({**values, **cut})
 
 
 def verdict(outlook: Outlook, run_directory: Path) -> str:

@@ -183,3 +183,11 @@ def test_another_reward_model_is_not_taken_for_the_presets(laptop, tmp_path):
 )
 def test_size(bytes_, text):
     assert size(bytes_) == text
+
+
+def test_a_reward_model_of_fewer_layers_is_counted_as_such():
+    values = settings_for_model("smollm2-135m")
+    whole = load_config([], ["reward.layers=0"], values)
+    cut = load_config([], ["reward.layers=15"], values)
+    layers = [Outlook.of(config, [2], 1).scorer.layers for config in (whole, cut)]
+    assert layers == [30, 15]
