@@ -5,7 +5,7 @@ from pathlib import Path
 
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
-from training.config import RunConfig, load_config, merge
+from training.config import EMBEDDED_DATA, RunConfig, load_config, merge
 from training.run_directory import STEP_NAMES, RunDirectory
 
 
@@ -22,16 +22,20 @@ def resolve_settings(
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
         raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
-    base = settings_for_model(model) if model is not None else {}
     data = given.pop("data", None)
-    resolved = load_config(config or [], overrides or [], base)
-    values = merge(resolved.model_dump(), given)
+    files, settings = config or [], [*(overrides or []), *(f"{key}={value}" for key, value in given.items())]
     if data is not None:
-        file = Path(str(data)).expanduser()
-        values = merge(values, {"data": {"source": str(file.resolve() if file.exists() else data)}})
-        # what a preset says of the embedded dialogues does not hold for other data
-        values = merge(values, {"evaluation": {"true_score": "none"}, "announce": ""})
-    return RunConfig.model_validate(values)
+        settings.append(f"data.source={data}")
+    base = settings_for_model(model) if model is not None else {}
+    resolved = load_config(files, settings, base)
+    if resolved.data.source == EMBEDDED_DATA:
+        return resolved
+    # What a preset says of the embedded dialogues does not hold for other data.
+    resolved = load_config(files, settings, merge(base, {"evaluation": {"true_score": "none"}, "announce": ""}))
+    file = Path(resolved.data.source).expanduser()
+    if file.exists():  # the stages may run in other directories
+        resolved.data.source = str(file.resolve())
+    return resolved
 
 
 def pipeline_command(

@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 
 import training
-from inference.errors import UserError
+from inference.errors import EXIT_USER_ERROR, UserError
 from training.run_directory import STEP_COMMANDS, STEP_NAMES, RunDirectory
 from training.watchdog import PARENT_VARIABLE
 
 SCRIPTS = {
-    "prepare": "prepare.py",
+    "preparation": "preparation.py",
     **{name: f"{name}/main.py" for name in STEP_NAMES.values()},
     "evaluation": "evaluation/main.py",
 }
-
-
-EXIT_USER_ERROR = 2  # as in training.stage, which is too heavy to import here
 
 
 class StageFailed(Exception):

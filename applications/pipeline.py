@@ -7,6 +7,7 @@ from applications.launch import run_stage_script
 from applications.report_table import comparison_table
 from inference.errors import UserError
 from training.config import RunConfig
+from training.data.rows import read_rows, require_rows
 from training.metrics import Display, duration
 from training.run_directory import STEP_NAMES, RunDirectory
 from training.versions import versions
@@ -60,8 +61,10 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
             display.say(config.announce)
         if not all(run.step(step).is_finished for step in steps):
             display.say("Preparing models and data")
-            run_stage_script("prepare", run, 1, run.error_file)
+            run_stage_script("preparation", run, 1, run.error_file)
             display.say(f"Prepared in {duration(time.monotonic() - begun)}")
+            for step in steps:
+                require_rows(run.data, step)
         training_seconds = 0.0
         for step in steps:
             training_seconds += run_step(run, config, step, display)
@@ -101,6 +104,9 @@ def warn_of_doubtful_reward(run: RunDirectory, display: Display) -> None:
 
 def compare(run: RunDirectory, display: Display) -> None:
     """Answers of SFT and RLHF to held-out prompts, measured; the table is printed."""
+    if not read_rows(run.data / "prompts_eval.jsonl"):
+        display.say("No prompts are held out, so SFT and RLHF are not compared: more rows, or a larger data.held_out.")
+        return
     if not run.evaluation_file.exists():
         display.say("Comparing SFT and RLHF on held-out prompts")
         run_stage_script("evaluation", run, 1, run.error_file)

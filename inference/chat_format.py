@@ -136,7 +136,13 @@ class ChatFormat:
         return ids
 
     def _render(self, messages: list[Message]) -> list[int]:
-        text = self._text(messages, add_generation_prompt=True)
+        try:
+            text = self._text(messages, add_generation_prompt=True)
+        except TemplateError as error:
+            begin = messages[-1]["content"][:60] if messages else ""
+            raise UserError(
+                f"The model's chat template refuses the conversation ending in '{begin}' ({error})."
+            ) from error
         return self._encode(text if text.startswith(self._begin) else self._begin + text)
 
     def _text(self, messages: list[Message], add_generation_prompt: bool) -> str:

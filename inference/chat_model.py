@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from inference.chat_format import ChatFormat, Message
@@ -85,10 +84,7 @@ class ChatModel:
         """
         settings = self._fit_answer(settings)
         prompt_limit = self.context_length - settings.max_tokens if self.context_length else 0
-        try:
-            prompt = torch.tensor(self.format.prompt_ids(messages, prompt_limit))
-        except TemplateError as error:
-            raise UserError(f"The model's chat template refuses this conversation: {error}.") from error
+        prompt = torch.tensor(self.format.prompt_ids(messages, prompt_limit))
         sent = text = ""
         for sample in self.engine.stream(prompt, settings, SamplingKey(seed, turn)):
             text = self.format.decode(sample.response_ids)

@@ -1,4 +1,7 @@
-"""The one error that a user can cause."""
+"""Errors that end in a sentence instead of a traceback, and the exit codes that go with them."""
+
+EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
 
 
 class UserError(Exception):

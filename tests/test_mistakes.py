@@ -48,8 +48,8 @@ def test_command_line(monkeypatch, capsys, tmp_path, arguments, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, "no data file"),
-        ("", "no usable rows"),
+        (None, "no data source"),
+        ("", "gives no data"),
         ("{broken\n", "line 1"),
         (json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "chosen": ""}) + "\n", "line 2"),
         (json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "rejected": GOOD["chosen"]}) + "\n", "line 2"),

@@ -7,7 +7,7 @@ the defaults here, YAML files (a preset is one), then `key=value` pairs with dot
 import contextlib
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +16,10 @@ from inference.errors import UserError
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 ZeroStage = Literal[0, 1, 2, 3]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+EMBEDDED_DATA = "chitchat"
 
 
 class Settings(BaseModel):
@@ -42,7 +46,7 @@ class OptimizerSettings(Settings):
     """Share of all optimiser steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     epsilon: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
@@ -68,18 +72,18 @@ class OptimizerSettings(Settings):
 
 
 class DataSettings(Settings):
-    source: str = "chitchat"
+    source: str = EMBEDDED_DATA
     """`chitchat` (the embedded default), a JSON-lines file, or a directory of them."""
     split: tuple[float, float, float] = (2, 4, 4)
     """Shares of one data set that go to steps 1, 2 and 3, when one set serves all steps."""
     held_out: float = Field(0.05, gt=0, lt=0.5)
-    """Share of each step's rows that is kept for evaluation."""
+    """Share of the prompts (of the embedded default: dialogues) that is kept for evaluation."""
     max_prompt_tokens: int = Field(256, ge=4)
     """Longest prompt; older turns are dropped first."""
     max_response_tokens: int = Field(256, ge=2)
     """Longest response, its end-of-turn token included."""
     limit: int = Field(0, ge=0)
-    """Use at most this many rows of the source; 0 means all."""
+    """Use at most this many rows (of the embedded default: dialogues) of the source; 0 means all."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
 
@@ -108,7 +112,7 @@ class StepSettings(Settings):
 
 class SFTSettings(StepSettings):
     token_budget: int = Field(0, ge=0)
-    """Train on no more than this many tokens in all; 0 means no such bound."""
+    """Use only the first rows that have together no more than this many tokens; 0 means all rows."""
 
 
 class RewardSettings(StepSettings):
@@ -228,6 +232,18 @@ class RunConfig(Settings):
     announce: str = ""
     """A line that the command prints before it starts (presets say here how long they take)."""
 
+    @model_validator(mode="after")
+    def _fits_together(self):
+        samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
+        if samples < self.processes:
+            raise ValueError(f"an iteration of {samples} samples leaves some of processes={self.processes} idle")
+        if self.rlhf.min_response_tokens >= self.data.max_response_tokens:
+            raise ValueError(
+                f"rlhf.min_response_tokens={self.rlhf.min_response_tokens} must be less than "
+                f"data.max_response_tokens={self.data.max_response_tokens}"
+            )
+        return self
+
     @property
     def reward_model_source(self) -> str:
         return self.reward_model or self.model
@@ -242,7 +258,11 @@ def load_config(files: list[Path], overrides: list[str], base: dict[str, Any] | 
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set takes key=value, not '{override}'; for example --set rlhf.kl.coefficient=0.1")
-        value: Any = yaml.safe_load(text)
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        value = "" if value is None else value  # `key=` empties a text
         if isinstance(value, str):  # YAML reads 1e-5 as a string
             with contextlib.suppress(ValueError):
                 value = float(value)

@@ -160,7 +160,7 @@ def hold_lock(file: Path, wait_seconds: float, busy: str) -> Iterator[None]:
 
 def write_text(file: Path, text: str) -> None:
     """Replace a file at once: a reader or a crash sees the old text or the new one."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # ranks may write the same file at the same time
     with open(temporary, "w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()

@@ -13,26 +13,28 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
-from inference.errors import UserError
+from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
 from training.checkpoints import Checkpoints
 from training.config import RunConfig, load_config
 from training.data.prepare import prepare_data
-from training.data.rows import read_rows
+from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.metrics import Display, Journal, NullJournal
-from training.models.loading import TORCH_DTYPES, resolve_dtype
-from training.run_directory import RunDirectory, StepDirectory, write_json
+from training.models.loading import TORCH_DTYPES, require_same_tokens, resolve_dtype, save_model
+from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.versions import versions
 from training.watchdog import PARENT_VARIABLE
 
-EXIT_USER_ERROR = 2
-EXIT_DIVERGED = 3
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the preparation does without
+    from training.hybrid_engine.zero_engine import ZeroEngine
 
 
 class Diverged(Exception):
@@ -71,12 +73,40 @@ class Stage:
         given = {1: self.config.sft_model, 2: self.config.trained_reward_model}[step]
         return self.model_directory(given) if given else self.run.require_model(step)
 
-    def rows(self, chat_format: ChatFormat, kind: str) -> tuple[list[dict], list[dict]]:
-        """Training and evaluation rows of one kind (`sft`, `pairs` or `prompts`)."""
+    def chat_format(self, actor: Path, scorer: Path) -> ChatFormat:
+        """The actor's format, which all steps use. Raises UserError where the scorer's tokens mean something else."""
+        chat_format = ChatFormat.load(actor)
+        require_same_tokens(chat_format, ChatFormat.load(scorer), str(actor), str(scorer))
+        for note in chat_format.notes:
+            self.display.say(note)
+        return chat_format
+
+    def rows(self, chat_format: ChatFormat) -> tuple[list[dict], list[dict]]:
+        """Training and evaluation rows of this step. Raises UserError where there is nothing to train on."""
         if self.ranks.is_first:
             prepare_data(self.config.data, self.config.seed, self.run.data, chat_format, self.display.say)
         self.ranks.barrier()
+        require_rows(self.run.data, self.directory.number)
+        kind, _ = ROWS_OF_STEP[self.directory.number]
         return read_rows(self.run.data / f"{kind}_train.jsonl"), read_rows(self.run.data / f"{kind}_eval.jsonl")
+
+    def save_trained(
+        self,
+        engine: "ZeroEngine",
+        load: Callable[[], PreTrainedModel],
+        chat_format: ChatFormat,
+        extra_config: dict[str, float] | None = None,
+    ) -> None:
+        """Write the step's model (and adapter): what `load` gives, with the engine's trained weights in it."""
+        trained = engine.trained_weights()
+        if not self.ranks.is_first:
+            return
+
+        def write(directory: Path) -> None:
+            lora, adapter = engine.settings.lora, self.directory.adapter
+            save_model(directory, load(), chat_format, trained, lora, self.storage_dtype, extra_config, adapter)
+
+        write_directory(self.directory.model, write)
 
     def finish(self, result: dict) -> None:
         """Mark the step as done. `result` is what later steps and people read."""
@@ -90,11 +120,10 @@ class Stage:
         last = (
             f"the last good checkpoint is {self.directory.checkpoints / str(newest[0])}" if newest else "no checkpoint"
         )
-        if self.ranks.is_first:
-            write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows})
+        write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows})
         return Diverged(
             f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
-            f"{last}. A lower learning rate or dtype=fp32 is the usual cure."
+            f"{last}. The usual cure is a lower learning rate or dtype=fp32, in a run with another --name."
         )
 
 
@@ -117,6 +146,23 @@ def run_stage(number: int, work: Callable[[Stage], None]) -> int:
                 work(make_stage(run, number, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
+
+
+def run_preparation() -> int:
+    """Fetch the models and fill the run's data/, so that what can be refused is refused before anything trains."""
+    run = RunDirectory(parse_arguments().run_directory)
+    display = Display()
+
+    def body() -> None:
+        config = run.read_config()
+        actor_name = config.sft_model or config.model
+        scorer_name = config.trained_reward_model or config.reward_model_source
+        actor = ChatFormat.load(resolve_model(actor_name, display.say))
+        scorer = ChatFormat.load(resolve_model(scorer_name, display.say))
+        require_same_tokens(actor, scorer, actor_name, scorer_name)
+        prepare_data(config.data, config.seed, run.data, actor, display.say)
+
+    return end_in_sentences(body, run.error_file)
 
 
 def run_evaluation(work: Callable[[Stage], object]) -> int:

@@ -1,5 +1,6 @@
 """The loop of steps 1 and 2: epochs of shuffled rows, one optimiser step a batch, evaluation, checkpoints, resume."""
 
+import math
 import random
 import time
 from typing import Protocol
@@ -33,10 +34,6 @@ class Task(Protocol):
         """Metrics on held-out rows; all ranks call it and get the same."""
         ...
 
-    def sample(self, number: int) -> None:
-        """Write what the model says now to samples.jsonl (or do nothing)."""
-        ...
-
 
 def batches_of_epoch(rows: int, settings: StepSettings, seed: int, epoch: int) -> list[list[int]]:
     """The rows of each optimiser step of one epoch; a function of (seed, epoch) alone, so resuming needs no cursor.
@@ -49,16 +46,19 @@ def batches_of_epoch(rows: int, settings: StepSettings, seed: int, epoch: int) -
     return batches if len(batches) == 1 or len(batches[-1]) == settings.batch_size else batches[:-1]
 
 
+def updates_per_epoch(rows: int, settings: StepSettings) -> int:
+    return max(1, rows // settings.batch_size)
+
+
 def count_updates(rows: int, settings: StepSettings) -> int:
     """Optimiser steps of the whole step."""
-    per_epoch = max(1, rows // settings.batch_size)
-    total = per_epoch * settings.epochs
+    total = updates_per_epoch(rows, settings) * settings.epochs
     return min(total, settings.max_steps) if settings.max_steps else total
 
 
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
-    per_epoch = max(1, len(task.lengths) // settings.batch_size)
+    per_epoch = updates_per_epoch(len(task.lengths), settings)
     number, evaluation = resume(stage, task)
     with stage.display.progress(task.name, total, number) as bar:
         while number < total:
@@ -94,7 +94,6 @@ def validate(stage: Stage, task: Task, number: int) -> dict[str, float]:
     """Evaluate, write it down, say it."""
     evaluation = task.evaluate()
     stage.metrics.write(number, evaluation)
-    task.sample(number)
     shown = " · ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluation.items())
     stage.display.say(f"{task.name} {number}: held-out {shown}")
     return evaluation
@@ -117,6 +116,8 @@ def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, n
         return total / size
 
     update = task.engine.update(plan[stage.ranks.rank], loss)
+    if stage.dtype != torch.float16 and not math.isfinite(update["grad_norm"]):  # fp16 skips such steps by itself
+        raise stage.diverged(number, "The gradient is not finite", batch)
     means = {name: value / size for name, value in stage.ranks.sum_values(sums).items()}
     seconds = time.perf_counter() - begun
     tokens = sum(task.lengths[row] for row in batch)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from inference.chat_format import ChatFormat
-from training.config import DataSettings
+from training.config import EMBEDDED_DATA, DataSettings
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.rows import RowSets, write_rows
 from training.data.split import split_rows
@@ -66,7 +66,7 @@ def prepare_data(
 def build_rows(settings: DataSettings, seed: int, chat_format: ChatFormat) -> tuple[RowSets, DataCounts]:
     skipped: Counter[str]
     notes: list[str] = []
-    if settings.source == "chitchat":
+    if settings.source == EMBEDDED_DATA:
         sets, skipped, notes = build_chitchat(load_dialogues(), settings, seed, chat_format)
     else:
         rows, skipped = read_user_files(settings)

@@ -68,9 +68,19 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in handle]
 
 
-def require_rows(rows: Sequence[Any], step: int, why: str) -> None:
-    """Raise UserError where there is nothing to train on; `why` names the rows that `step` needs."""
-    if not rows:
+ROWS_OF_STEP = {
+    1: ("sft", "prompts with a response, or messages"),
+    2: ("pairs", "prompts with a chosen and a rejected response"),
+    3: ("prompts", "prompts"),
+}
+"""Which rows each step trains on, and how to call them."""
+
+
+def require_rows(directory: Path, step: int) -> None:
+    """Raise UserError where a run's data directory has nothing for `step` to train on."""
+    kind, why = ROWS_OF_STEP[step]
+    file = directory / f"{kind}_train.jsonl"
+    if file.stat().st_size == 0:
         raise UserError(
             f"Step {step} needs {why}, and the data has none for it: "
             f"choose another data.source, or give step {step} a larger share in data.split."

@@ -49,7 +49,7 @@ class Comparison:
     def run(self) -> dict:
         """Measure and write evaluation.json and comparison.jsonl; returns what the former holds."""
         stage, config = self.stage, self.stage.config
-        _, held_out = stage.rows(self.chat_format, "prompts")
+        _, held_out = stage.rows(self.chat_format)
         held_out = held_out[: config.evaluation.prompts]
         limit = config.data.max_prompt_tokens
         prompts = [torch.tensor(self.chat_format.prompt_ids(row["prompt"], limit)) for row in held_out]
@@ -57,11 +57,12 @@ class Comparison:
         sft_model, rlhf_model = stage.earlier_model(1), stage.run.require_model(3)
         sft, rlhf = self.answer(sft_model, prompts), self.answer(rlhf_model, prompts)
         untouched = stage.model_directory(config.sft_model or config.model)
+        sft_rewards, rlhf_rewards = self.rewards(sft), self.rewards(rlhf)
         result: dict[str, Any] = {
             "prompts": len(prompts),
             "sampling": {"temperature": config.rlhf.temperature, "max_tokens": config.data.max_response_tokens},
-            "sft": self.measure(sft, untouched),
-            "rlhf": self.measure(rlhf, untouched),
+            "sft": self.measure(sft, sft_rewards, untouched),
+            "rlhf": self.measure(rlhf, rlhf_rewards, untouched),
         }
         temperature = config.rlhf.temperature
         logratios = [
@@ -72,7 +73,7 @@ class Comparison:
         ]
         result["rlhf"]["kl"] = statistics.mean(logratios)
         result["sft"]["kl"] = 0.0
-        scores = self.judge(sft), self.judge(rlhf)
+        scores = self.judge(sft, sft_rewards), self.judge(rlhf, rlhf_rewards)
         rate, low, high = statistics.win_rate(scores[1], scores[0])
         result["win_rate"] = {"rate": rate, "low": low, "high": high, "judge": self.judge_name}
         rows = [
@@ -93,11 +94,11 @@ class Comparison:
     def judge_name(self) -> str:
         return "upbeat score (known rule)" if self.stage.config.evaluation.true_score == "upbeat" else "learned reward"
 
-    def judge(self, answers: Answers) -> list[float]:
+    def judge(self, answers: Answers, rewards: list[float]) -> list[float]:
         """The true score where the rule is known, else the learned reward."""
         if self.stage.config.evaluation.true_score == "upbeat":
             return [upbeat_score(text) for text in answers.texts]
-        return self.rewards(answers)
+        return rewards
 
     def answer(self, directory: Path, prompts: list[Tensor]) -> Answers:
         """Sampled as in PPO's rollouts; the same random numbers for every model."""
@@ -119,13 +120,13 @@ class Comparison:
         samples.sort(key=lambda sample: sample.index)
         return Answers(samples, [self.chat_format.decode(sample.response_ids) for sample in samples])
 
-    def measure(self, answers: Answers, untouched: Path) -> dict[str, float]:
+    def measure(self, answers: Answers, rewards: list[float], untouched: Path) -> dict[str, float]:
         """Everything about one model's answers that needs no second model's."""
         logprobs = self.logprobs(untouched, answers, 1.0)
         tokens = sum(len(row) for row in logprobs)
         lengths = [len(sample.response_ids) for sample in answers.samples]
         measured = {
-            "learned_reward": statistics.mean(self.rewards(answers)),
+            "learned_reward": statistics.mean(rewards),
             "length": statistics.mean(lengths),
             "ended_fraction": statistics.mean([float(sample.ended) for sample in answers.samples]),
             "distinct_bigrams": statistics.distinct_bigrams(answers.texts),

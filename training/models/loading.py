@@ -67,10 +67,14 @@ def _load(loader: Any, directory: Path, dtype: torch.dtype, **values: int) -> Pr
         for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
             if hasattr(config, name):
                 setattr(config, name, 0.0)
-        return loader.from_pretrained(directory, config=config, dtype=dtype)
+        model = loader.from_pretrained(directory, config=config, dtype=dtype)
     except Exception as error:  # safetensors, json and transformers each raise their own kinds
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"The model in {directory} cannot be loaded ({reason}); fetch or train it again.") from error
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def _has_score_head(directory: Path) -> bool:
@@ -91,6 +95,15 @@ def fit_vocabulary(model: PreTrainedModel, chat_format: ChatFormat) -> None:
         if table is not None:
             weight: Any = table.weight
             weight.data[old:] = weight.data[:old].mean(0)
+
+
+def require_same_tokens(actor: ChatFormat, scorer: ChatFormat, actor_name: str, scorer_name: str) -> None:
+    """A reward model reads the actor's token ids, so both must mean the same by them. Raises UserError."""
+    if actor.tokenizer.get_vocab() != scorer.tokenizer.get_vocab():
+        raise UserError(
+            f"The reward model {scorer_name} has another tokenizer than the actor {actor_name}; "
+            f"choose a reward model of the same family with --reward-model."
+        )
 
 
 def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:

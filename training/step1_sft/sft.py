@@ -7,11 +7,9 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.rows import require_rows
 from training.hybrid_engine.zero_engine import ZeroEngine
-from training.models.loading import load_causal_lm, save_model
+from training.models.loading import load_causal_lm
 from training.models.policy import Policy
-from training.run_directory import write_directory
 from training.stage import Stage
 from training.supervised import count_updates, fit
 
@@ -23,8 +21,7 @@ def train(stage: Stage) -> None:
     chat_format = ChatFormat.load(source)
     for note in chat_format.notes:
         stage.display.say(note)
-    rows, held_out = stage.rows(chat_format, "sft")
-    require_rows(rows, 1, "prompts with a response, or messages")
+    rows, held_out = stage.rows(chat_format)
     encoded = within_budget([encode(row, chat_format, stage) for row in rows], settings.token_budget)
     total = count_updates(len(encoded), settings)
 
@@ -34,20 +31,7 @@ def train(stage: Stage) -> None:
     task = SFTTask(stage, engine, encoded, evaluated, chat_format.pad_id)
     evaluation = fit(stage, task, settings, total)
 
-    trained = engine.trained_weights()
-    if stage.ranks.is_first:
-        write_directory(
-            stage.directory.model,
-            lambda directory: save_model(
-                directory,
-                load_causal_lm(source, chat_format, torch.float32),
-                chat_format,
-                trained,
-                settings.optimizer.lora,
-                dtype=stage.storage_dtype,
-                adapter_directory=stage.directory.adapter,
-            ),
-        )
+    stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
     stage.finish({"optimizer_steps": total, "rows": len(encoded), **evaluation})
 
 
@@ -107,9 +91,6 @@ class SFTTask:
         sums = ranks.sum_values(sums)
         loss = sums["loss"] / sums["tokens"]
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
-
-    def sample(self, number: int) -> None:
-        """Step 1 shows its loss only."""
 
     def _batch(self, rows: list[Encoded]) -> TokenBatch:
         return TokenBatch.of(rows, self.pad_id, self.stage.ranks.device)

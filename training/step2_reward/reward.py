@@ -8,13 +8,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from inference.chat_format import ChatFormat
-from inference.errors import UserError
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.rows import require_rows
 from training.hybrid_engine.zero_engine import ZeroEngine
-from training.models.loading import load_scorer, save_model
+from training.models.loading import load_scorer
 from training.models.scorer import Scorer, at_last_token
-from training.run_directory import write_directory
 from training.stage import Stage
 from training.supervised import count_updates, fit
 
@@ -24,12 +21,9 @@ LENGTH_BUCKETS = (8, 16, 32, 64, 128, 256)
 def train(stage: Stage) -> None:
     """The whole step: set up, fit, measure the scale of the scores, save."""
     config, settings = stage.config, stage.config.reward
-    actor = ChatFormat.load(stage.model_directory(config.model))
     source = initial_model(stage)
-    chat_format = ChatFormat.load(source)
-    require_same_tokenizer(actor, chat_format, config.model, config.reward_model_source)
-    rows, held_out = stage.rows(chat_format, "pairs")
-    require_rows(rows, 2, "prompts with a chosen and a rejected response")
+    chat_format = stage.chat_format(stage.model_directory(config.sft_model or config.model), source)
+    rows, held_out = stage.rows(chat_format)
     pairs = [Pair.encode(row, chat_format, stage) for row in rows]
     total = count_updates(len(pairs), settings)
 
@@ -41,21 +35,9 @@ def train(stage: Stage) -> None:
     evaluation = fit(stage, task, settings, total)
 
     scale = task.score_scale() if settings.normalize else {}
-    trained = engine.trained_weights()
-    if stage.ranks.is_first:
-        write_directory(
-            stage.directory.model,
-            lambda directory: save_model(
-                directory,
-                load_scorer(source, chat_format, torch.float32, settings.layers),
-                chat_format,
-                trained,
-                settings.optimizer.lora,
-                dtype=stage.storage_dtype,
-                extra_config=scale,
-                adapter_directory=stage.directory.adapter,
-            ),
-        )
+    stage.save_trained(
+        engine, lambda: load_scorer(source, chat_format, torch.float32, settings.layers), chat_format, scale
+    )
     stage.finish({"optimizer_steps": total, "rows": len(pairs), **evaluation, **scale})
 
 
@@ -63,15 +45,6 @@ def initial_model(stage: Stage) -> Path:
     if stage.config.reward.initialize_from == "base":
         return stage.model_directory(stage.config.reward_model_source)
     return stage.earlier_model(1)
-
-
-def require_same_tokenizer(actor: ChatFormat, reward: ChatFormat, actor_name: str, reward_name: str) -> None:
-    """The reward model reads the actor's token ids, so both must mean the same by them."""
-    if actor.tokenizer.get_vocab() != reward.tokenizer.get_vocab():
-        raise UserError(
-            f"The reward model {reward_name} has another tokenizer than the actor {actor_name}; "
-            f"choose a reward model of the same family with --set reward_model=..."
-        )
 
 
 @dataclass(frozen=True)
@@ -166,9 +139,6 @@ class RewardTask:
         mean = sums["sum"] / sums["count"]
         variance = max(sums["squares"] / sums["count"] - mean**2, 0.0)
         return {"score_shift": mean, "score_scale": max(variance**0.5, 1e-6)}
-
-    def sample(self, number: int) -> None:
-        """Step 2 writes no text."""
 
     def _scores(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""

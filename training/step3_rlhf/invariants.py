@@ -42,11 +42,9 @@ def check_first_update(ppo: "PPO", experience: list[Experience]) -> None:
             f"average and the policy ratio from 1 by {ratio_error:.2g} (allowed: {tolerance:g}); training on them "
             f"would teach nonsense. Try dtype=fp32, and report the model: this is a bug."
         )
-    found = {
-        "generation_logprob_difference": worst,
-        "ratio_error": ratio_error,
-        "kl_old": float(ppo_math.kl_k3(old, logprobs).mean()),
-    }
+    found = {"ratio_error": ratio_error, "kl_old": float(ppo_math.kl_k3(old, logprobs).mean())}
+    if whole:
+        found["generation_logprob_difference"] = worst
     if ppo.ranks.is_first:  # beside the metrics, not in them: a resumed run has more starts, and equal metrics
         write_json(ppo.stage.directory.path / "first_update.json", found)
     ppo.stage.display.say(

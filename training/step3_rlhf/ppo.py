@@ -1,5 +1,6 @@
 """PPO for language models: set-up, the loop over iterations, and one iteration on one screen."""
 
+import math
 import random
 import resource
 import sys
@@ -12,9 +13,8 @@ from inference.chat_format import ChatFormat
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
-from training.data.rows import require_rows
-from training.models.loading import load_causal_lm, save_model
-from training.run_directory import write_directory
+from training.distributed import Ranks
+from training.models.loading import load_causal_lm
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets
@@ -26,9 +26,8 @@ def train(stage: Stage) -> None:
     """The whole step: set up, iterate, save."""
     config, settings = stage.config, stage.config.rlhf
     sft, reward = stage.earlier_model(1), stage.earlier_model(2)
-    chat_format = ChatFormat.load(sft)
-    rows, held_out = stage.rows(chat_format, "prompts")
-    require_rows(rows, 3, "prompts")
+    chat_format = stage.chat_format(sft, reward)
+    rows, held_out = stage.rows(chat_format)
     prompts = [encode_prompt(row, chat_format, config.data.max_prompt_tokens) for row in rows]
     fixed = [encode_prompt(row, chat_format, config.data.max_prompt_tokens) for row in (held_out or rows)]
 
@@ -40,20 +39,7 @@ def train(stage: Stage) -> None:
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts])
     iterations = ppo.fit()
 
-    trained = roles.actor.trained_weights()
-    if stage.ranks.is_first:
-        write_directory(
-            stage.directory.model,
-            lambda directory: save_model(
-                directory,
-                load_causal_lm(sft, chat_format, torch.float32),
-                chat_format,
-                trained,
-                settings.actor.lora,
-                dtype=stage.storage_dtype,
-                adapter_directory=stage.directory.adapter,
-            ),
-        )
+    stage.save_trained(roles.actor, lambda: load_causal_lm(sft, chat_format, torch.float32), chat_format)
     stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
 
 
@@ -154,9 +140,10 @@ class PPO:
 
     def generate(self, prompts: list[Tensor], number: int) -> list[Experience]:
         """This rank's share of the samples: every rank takes each `ranks.size`-th prompt."""
+        with self.timed("reallocate"):
+            engine = self.generation_engine()
         with self.timed("generate"):
             mine = range(self.ranks.rank, len(prompts), self.ranks.size)
-            engine = self.generation_engine()
             key = SamplingKey(self.stage.config.seed, number)
             samples = engine.generate([prompts[i] for i in mine], self.sampling, key, list(mine))
             return [Experience.of(sample) for sample in samples]
@@ -194,10 +181,9 @@ class PPO:
                     chosen = order[place :: self.settings.mini_batches]
                     tokens += sum(len(experience[row].response) for row in chosen)
                     last |= self.update_mini_batch(chosen, experience, targets, number, sums)
-            largest = max(sums.pop("policy/ratio_max", 1.0), 0.0)
-            largest = max(self.ranks.gather(largest))
+            largest = max(self.ranks.gather(sums.pop("policy/ratio_max", 0.0)))
             means = {name: total / tokens for name, total in self.ranks.sum_values(sums).items()}
-            return {**means, **last, "policy/ratio_max": largest}
+            return means | last | ({"policy/ratio_max": largest} if largest else {})  # none in the critic's warm-up
 
     def update_mini_batch(
         self,
@@ -257,7 +243,11 @@ class PPO:
             actor = self.roles.actor.update(plan, actor_loss)
             result |= {f"policy/{name}": value for name, value in actor.items()}
         critic = self.roles.critic.update(plan, critic_loss)
-        return result | {f"value/{name}": value for name, value in critic.items()}
+        result |= {f"value/{name}": value for name, value in critic.items()}
+        norms = [value for name, value in result.items() if name.endswith("grad_norm")]
+        if self.stage.dtype != torch.float16 and not all(map(math.isfinite, norms)):  # fp16 skips such steps by itself
+            raise self.stage.diverged(number, "The gradient is not finite", chosen)
+        return result
 
     def token_batch(self, rows: list[Experience]) -> TokenBatch:
         return TokenBatch.of([(e.prompt, e.response) for e in rows], self.chat_format.pad_id, self.ranks.device)
@@ -309,7 +299,7 @@ class Timer:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.begun
 
 
-def fill_for_all_ranks(lengths: list[int], token_budget: int, ranks) -> list[MicroBatch]:
+def fill_for_all_ranks(lengths: list[int], token_budget: int, ranks: Ranks) -> list[MicroBatch]:
     """Micro-batches over this rank's own rows, as many as the rank with most has (see plan_micro_batches)."""
     plan = plan_micro_batches(lengths, token_budget)[0]
     count = max(ranks.gather(len(plan)))

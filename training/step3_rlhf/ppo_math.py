@@ -95,4 +95,4 @@ class KLController:
         """After an iteration of `samples` samples whose mean KL was `kl` nats a response."""
         if self.target:
             error = max(-0.2, min(0.2, kl / self.target - 1))
-            self.coefficient *= 1 + error * samples / self.horizon
+            self.coefficient *= 1 + error * min(1.0, samples / self.horizon)

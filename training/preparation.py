@@ -1,0 +1,14 @@
+"""Before the steps: fetch and convert the models, turn the data source into rows. One process, no training.
+
+python training/preparation.py runs/demo
+"""
+
+import sys
+
+from training.watchdog import end_with_parent
+
+if __name__ == "__main__":
+    end_with_parent()
+    from training.stage import run_preparation
+
+    sys.exit(run_preparation())
