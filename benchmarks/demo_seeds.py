@@ -94,8 +94,9 @@ def main() -> int:
     found = {}
     for seed in arguments.seeds:
         run = RunDirectory((arguments.directory / f"demo-seed-{seed}").resolve())
-        program = [sys.executable, "-P", "-m", "applications.cli", "run", "--name", str(run.path)]
-        subprocess.run([*program, "--model", arguments.model, "--seed", str(seed)], check=True)
+        if not run.evaluation_file.exists():
+            program = [sys.executable, "-P", "-m", "applications.cli", "run", "--name", str(run.path)]
+            subprocess.run([*program, "--model", arguments.model, "--seed", str(seed)], check=True)
         found[seed] = measures(run)
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"\n{table(found)}\n\n{os.cpu_count()} cores ({platform.machine()}), {used}")
