@@ -22,16 +22,15 @@ def resolve_settings(
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
         raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
-    data = given.pop("data", None)
-    files, settings = config or [], [*(overrides or []), *(f"{key}={value}" for key, value in given.items())]
-    if data is not None:
-        settings.append(f"data.source={data}")
+    if "data" in given:
+        given["data"] = {"source": str(given["data"])}
     base = settings_for_model(model) if model is not None else {}
-    resolved = load_config(files, settings, base)
+    resolved = load_config(config or [], overrides or [], base, given)
     if resolved.data.source == EMBEDDED_DATA:
         return resolved
     # What a preset says of the embedded dialogues does not hold for other data.
-    resolved = load_config(files, settings, merge(base, {"evaluation": {"true_score": "none"}, "announce": ""}))
+    base = merge(base, {"evaluation": {"true_score": "none"}, "announce": ""})
+    resolved = load_config(config or [], overrides or [], base, given)
     file = Path(resolved.data.source).expanduser()
     if file.exists():  # the stages may run in other directories
         resolved.data.source = str(file.resolve())

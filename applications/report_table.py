@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from training.data.rows import read_rows
 from training.run_directory import RunDirectory
@@ -31,10 +32,11 @@ def comparison_table(run: RunDirectory, width: int = 100) -> str:
     if run.step(2).is_finished:
         print_reward_accuracy(console, run.step(2).read_result())
     sampling = result["sampling"]
-    table = Table(
-        title=f"{result['prompts']} held-out prompts, temperature {sampling['temperature']:g}, "
-        f"at most {sampling['max_tokens']} tokens"
+    console.print(
+        f"{result['prompts']} held-out prompts, temperature {sampling['temperature']:g}, "
+        f"at most {sampling['max_tokens']} tokens:"
     )
+    table = Table()
     table.add_column("")
     table.add_column("SFT", justify="right")
     table.add_column("RLHF", justify="right")
@@ -67,5 +69,5 @@ def print_answers(console: Console, run: RunDirectory) -> None:
     for name in ("prompt", "SFT", "RLHF"):
         table.add_column(name, overflow="fold")
     for row in read_rows(run.comparison_file)[:SHOWN_ANSWERS]:
-        table.add_row(row["prompt"][-1]["content"], row["sft"], row["rlhf"])
+        table.add_row(Text(row["prompt"][-1]["content"]), Text(row["sft"]), Text(row["rlhf"]))  # no markup in them
     console.print(table)

@@ -249,8 +249,13 @@ class RunConfig(Settings):
         return self.reward_model or self.model
 
 
-def load_config(files: list[Path], overrides: list[str], base: dict[str, Any] | None = None) -> RunConfig:
-    """Merge `base`, YAML `files` and dotted `key=value` `overrides`, later wins. Raises UserError with the way out."""
+def load_config(
+    files: list[Path],
+    overrides: list[str],
+    base: dict[str, Any] | None = None,
+    flags: dict[str, Any] | None = None,
+) -> RunConfig:
+    """Merge `base`, YAML `files`, dotted `key=value` `overrides` and `flags`, later wins. Raises UserError."""
     merged: dict[str, Any] = dict(base or {})
     for file in files:
         merged = merge(merged, read_yaml(file))
@@ -269,7 +274,7 @@ def load_config(files: list[Path], overrides: list[str], base: dict[str, Any] | 
         for part in reversed(key.strip().split(".")):
             value = {part: value}
         merged = merge(merged, value)
-    return validate_config(merged)
+    return validate_config(merge(merged, flags or {}))
 
 
 def validate_config(values: dict[str, Any]) -> RunConfig:

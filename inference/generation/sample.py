@@ -16,10 +16,6 @@ class SamplingSettings:
     min_tokens: int = 0
     """The end token is forbidden before this many tokens."""
 
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}: a sample has a token")
-
 
 @dataclass(frozen=True)
 class SamplingKey:

@@ -56,7 +56,7 @@ class Comparison:
 
         sft_model, rlhf_model = stage.earlier_model(1), stage.run.require_model(3)
         sft, rlhf = self.answer(sft_model, prompts), self.answer(rlhf_model, prompts)
-        untouched = stage.model_directory(config.sft_model or config.model)
+        untouched = stage.model_directory(config.model)
         sft_rewards, rlhf_rewards = self.rewards(sft), self.rewards(rlhf)
         result: dict[str, Any] = {
             "prompts": len(prompts),

@@ -56,9 +56,9 @@ def test_missing_kinds_are_empty_files(tmp_path, word_format):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     prepare_data(DataSettings(source=str(tmp_path / "a.jsonl")), 1, tmp_path / "data", word_format, lambda line: None)
     assert read_rows(tmp_path / "data" / "pairs_train.jsonl") == []
-    with pytest.raises(UserError, match="Step 2 needs pairs, and the data has none"):
-        require_rows(read_rows(tmp_path / "data" / "pairs_train.jsonl"), 2, "pairs")
-    require_rows(read_rows(tmp_path / "data" / "prompts_train.jsonl"), 3, "prompts")
+    with pytest.raises(UserError, match="Step 2 needs prompts with a chosen and a rejected response"):
+        require_rows(tmp_path / "data", 2)
+    require_rows(tmp_path / "data", 3)
 
 
 def test_left_out_rows_are_reported():

@@ -1,0 +1,126 @@
+"""The table at the end of a run, from files made by hand."""
+
+import json
+
+import pytest
+
+from applications.report_table import SHOWN_ANSWERS, comparison_table
+from training.run_directory import RunDirectory
+
+SFT = {
+    "learned_reward": -0.25,
+    "length": 12.34,
+    "ended_fraction": 0.875,
+    "distinct_bigrams": 0.6543,
+    "most_frequent_share": 0.125,
+    "perplexity_untouched": 31.26,
+    "kl": 0.0,
+}
+RLHF = {
+    "learned_reward": 1.5,
+    "length": 20.06,
+    "ended_fraction": 1.0,
+    "distinct_bigrams": 0.4321,
+    "most_frequent_share": 0.5,
+    "perplexity_untouched": 45.04,
+    "kl": 3.456,
+}
+WIN = {"rate": 0.7625, "low": 0.7031, "high": 0.8219, "judge": "learned reward"}
+ACCURACY = {"eval/accuracy": 0.8125, "eval/accuracy_up_to_8_tokens": 0.75, "eval/accuracy_up_to_99_tokens": 0.9}
+
+
+def answer(prompt: str, sft: str, rlhf: str, turns: tuple[str, ...] = ()) -> dict:
+    messages = [{"role": "user", "content": text} for text in (*turns, prompt)]
+    return {"prompt": messages, "sft": sft, "rlhf": rlhf, "sft_score": 0.0, "rlhf_score": 1.0}
+
+
+def make_run(directory, answers: list[dict], sft=SFT, rlhf=RLHF, reward: dict | None = None) -> RunDirectory:
+    run = RunDirectory(directory)
+    sampling = {"temperature": 0.7, "max_tokens": 48}
+    result = {"prompts": 80, "sampling": sampling, "sft": sft, "rlhf": rlhf, "win_rate": WIN}
+    run.evaluation_file.write_text(json.dumps(result))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+    run.comparison_file.write_text(lines, encoding="utf-8", newline="\n")
+    if reward is not None:
+        run.step(2).model.mkdir(parents=True)
+        run.step(2).result_file.write_text(json.dumps(reward))
+    return run
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of all tables, each a list of cells."""
+    return [[cell.strip() for cell in line[1:-1].split("│")] for line in text.split("\n") if line.startswith("│")]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_every_measure_stands_in_its_row_and_column(tmp_path):
+    text = comparison_table(make_run(tmp_path, [answer("Hi?", "Go.", "Hello!")]), width=120)
+    assert cells(text) == [
+        ["learned reward", "-0.250", "1.500"],
+        ["KL to SFT (nats a reply)", "0.00", "3.46"],
+        ["length (tokens)", "12.3", "20.1"],
+        ["ended fraction", "0.875", "1.000"],
+        ["distinct bigrams", "0.654", "0.432"],
+        ["most frequent reply", "12.5%", "50.0%"],
+        ["perplexity, untouched model", "31.3", "45.0"],
+        ["Hi?", "Go.", "Hello!"],
+    ]
+    assert "80 held-out prompts, temperature 0.7, at most 48 tokens" in one_line(text)
+    for heading in ("SFT", "RLHF", "prompt"):
+        assert heading in text
+
+
+def test_the_true_score_is_shown_where_it_is_known(tmp_path):
+    run = make_run(tmp_path, [], {**SFT, "true_score": 0.1234}, {**RLHF, "true_score": -0.5})
+    assert cells(comparison_table(run, width=120))[0] == ["true upbeat score", "0.123", "-0.500"]
+
+
+def test_win_rate_with_its_interval_and_judge(tmp_path):
+    text = one_line(comparison_table(make_run(tmp_path, [])))
+    assert "RLHF beats SFT in 76.2% of prompts by learned reward (95 % interval 70.3% to 82.2%; a tie" in text
+
+
+def test_reward_accuracy_comes_from_the_finished_step_2(tmp_path):
+    text = one_line(comparison_table(make_run(tmp_path, [], reward=ACCURACY)))
+    assert "81.2% of held-out pairs ranked right (up to 8 tokens 75.0%, up to 99 tokens 90.0%)" in text
+
+
+def test_no_reward_accuracy_without_step_2(tmp_path):
+    assert "ranked right" not in comparison_table(make_run(tmp_path, []))
+
+
+def test_the_last_turn_of_a_conversation_is_the_prompt_shown(tmp_path):
+    run = make_run(tmp_path, [answer("And you?", "Fine.", "Great!", turns=("How are you?",))])
+    assert cells(comparison_table(run, width=120))[-1] == ["And you?", "Fine.", "Great!"]
+
+
+def test_the_first_few_answers_are_shown(tmp_path):
+    run = make_run(tmp_path, [answer(f"question {i}", f"sft {i}", f"rlhf {i}") for i in range(SHOWN_ANSWERS + 2)])
+    shown = [row for row in cells(comparison_table(run, width=120)) if row[0].startswith("question")]
+    assert shown == [[f"question {i}", f"sft {i}", f"rlhf {i}"] for i in range(SHOWN_ANSWERS)]
+
+
+@pytest.mark.parametrize("said", ["[bold]not markup[/bold]", "an end [/b] without a beginning", "[red]", ":smile:"])
+def test_answers_are_shown_as_they_are(tmp_path, said):
+    run = make_run(tmp_path, [answer(f"p {said}", f"s {said}", f"r {said}")])
+    assert cells(comparison_table(run, width=160))[-1] == [f"p {said}", f"s {said}", f"r {said}"]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_other_line_separators_in_an_answer_end_no_row(tmp_path, separator):
+    """str.splitlines() would cut the JSON line in two there."""
+    run = make_run(tmp_path, [answer("first", f"one{separator}two", "three"), answer("second", "four", "five")])
+    text = comparison_table(run, width=120)
+    assert "one" in text and "two" in text and "three" in text
+    assert cells(text)[-1] == ["second", "four", "five"]
+
+
+def test_a_long_answer_is_folded_not_cut(tmp_path):
+    words = [f"word{i}" for i in range(60)]
+    text = comparison_table(make_run(tmp_path, [answer("p", " ".join(words), "short")]), width=80)
+    assert max(map(len, text.split("\n"))) <= 80
+    shown = " ".join(row[1] for row in cells(text) if len(row) == 3 and "word" in row[1])
+    assert shown.split() == words
