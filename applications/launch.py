@@ -16,6 +16,7 @@ SCRIPTS = {
     **{name: f"{name}/main.py" for name in STEP_NAMES.values()},
     "evaluation": "evaluation/main.py",
 }
+STEP_OF_SCRIPT = {name: number for number, name in STEP_NAMES.items()}
 
 
 class StageFailed(Exception):
@@ -31,11 +32,12 @@ def stage_command(script: str, run: Path, processes: int) -> list[str]:
     return [*launcher, str(file), str(run)]
 
 
-def run_stage_script(script: str, run: RunDirectory, processes: int, error_file: Path) -> None:
-    """Run a stage to its end. Raises UserError with the stage's own sentence, or StageFailed.
+def run_stage_script(script: str, run: RunDirectory, processes: int) -> None:
+    """Run a stage to its end; its progress is shown. Raises UserError with the stage's own sentence, or StageFailed.
 
     PYTHONSAFEPATH keeps a `training` or `inference` folder of the user's working directory out of the imports.
     """
+    error_file, log_file = report_files(script, run)
     environment = {
         **os.environ,
         PARENT_VARIABLE: str(os.getpid()),
@@ -43,7 +45,9 @@ def run_stage_script(script: str, run: RunDirectory, processes: int, error_file:
         "TOKENIZERS_PARALLELISM": "false",
     }
     error_file.unlink(missing_ok=True)
-    process = subprocess.Popen(stage_command(script, run.path, processes), env=environment)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
+        process = subprocess.Popen(stage_command(script, run.path, processes), env=environment, stderr=log)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -54,7 +58,15 @@ def run_stage_script(script: str, run: RunDirectory, processes: int, error_file:
     if error_file.exists():
         error = json.loads(error_file.read_text())
         raise UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
-    raise StageFailed(failure_sentence(script, run, code))
+    raise StageFailed(failure_sentence(script, run, code, log_file))
+
+
+def report_files(script: str, run: RunDirectory) -> tuple[Path, Path]:
+    """Where a script says why it failed, and its log."""
+    if script in STEP_OF_SCRIPT:
+        step = run.step(STEP_OF_SCRIPT[script])
+        return step.error_file, step.log_file
+    return run.error_file, run.log_file
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -67,10 +79,9 @@ def stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def failure_sentence(script: str, run: RunDirectory, code: int) -> str:
-    numbers = {name: number for number, name in STEP_NAMES.items()}
-    command = f"rlhf-chat {STEP_COMMANDS[numbers[script]]} {run.path}" if script in numbers else "the same command"
-    log = run.step(numbers[script]).log_file if script in numbers else run.path
+def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path) -> str:
+    step = STEP_OF_SCRIPT.get(script)
+    command = f"rlhf-chat {STEP_COMMANDS[step]} {run.path}" if step else "the same command"
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     memory = " Out of memory? Try a smaller micro_batch_tokens, LoRA, or a higher zero_stage." if code == -9 else ""
-    return f"{script} {how}; its log is {log}. {command} goes on from the last checkpoint.{memory}"
+    return f"{script} {how}; its log is {log_file}. {command} goes on from the last checkpoint.{memory}"

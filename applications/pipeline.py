@@ -22,9 +22,7 @@ def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunCon
     if not run.config_file.exists():
         if config is None:
             raise UserError(f"{path} is not a run directory; start a run with rlhf-chat run --model NAME.")
-        if path.exists() and (
-            not path.is_dir() or any(entry not in (run.lock_file, run.error_file) for entry in path.iterdir())
-        ):
+        if path.exists() and (not path.is_dir() or set(path.iterdir()) - {run.lock_file, run.error_file, run.log_file}):
             raise UserError(f"{path} exists and is not a run directory; choose another place with --name.")
         try:
             run.write_config(config, versions())
@@ -61,7 +59,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
             display.say(config.announce)
         if not all(run.step(step).is_finished for step in steps):
             display.say("Preparing models and data")
-            run_stage_script("preparation", run, 1, run.error_file)
+            run_stage_script("preparation", run, 1)
             display.say(f"Prepared in {duration(time.monotonic() - begun)}")
             for step in steps:
                 require_rows(run.data, step)
@@ -85,7 +83,7 @@ def run_step(run: RunDirectory, config: RunConfig, step: int, display: Display) 
         warn_of_doubtful_reward(run, display)
     display.say(TITLES[step])
     begun = time.monotonic()
-    run_stage_script(STEP_NAMES[step], run, config.processes, directory.error_file)
+    run_stage_script(STEP_NAMES[step], run, config.processes)
     seconds = time.monotonic() - begun
     display.say(f"{TITLES[step]}: {duration(seconds)}, model in {directory.model}")
     return seconds
@@ -109,5 +107,5 @@ def compare(run: RunDirectory, display: Display) -> None:
         return
     if not run.evaluation_file.exists():
         display.say("Comparing SFT and RLHF on held-out prompts")
-        run_stage_script("evaluation", run, 1, run.error_file)
+        run_stage_script("evaluation", run, 1)
     display.say(comparison_table(run))

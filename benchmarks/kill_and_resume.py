@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,16 +92,29 @@ def wait_until_gone(directory: Path) -> None:
 
 
 def torment(
-    directory: Path, step: int, kills: int, processes: int, seconds: float, draw: random.Random, extra: list[str]
+    undisturbed: RunDirectory,
+    victim: RunDirectory,
+    step: int,
+    kills: int,
+    processes: int,
+    seconds: float,
+    draw: random.Random,
+    extra: list[str],
 ) -> list[Kill]:
-    """Kill the step `kills` times at moments up to `seconds` after its start, then let it end."""
-    done = []
+    """Kill the step `kills` times at moments up to `seconds` after its start.
+
+    A step that ends before its next kill is compared with the undisturbed one and begun anew; so is the last one.
+    """
+    done: list[Kill] = []
+    directory = victim.path
     while len(done) < kills:
         running = start(directory, step, processes, extra)
         delay, target = draw.uniform(0.3, seconds), draw.choice(TARGETS)
         try:
             running.wait(timeout=delay)
-            break  # it finished first: nothing is left to kill
+            compare(undisturbed, victim, [step])
+            shutil.rmtree(victim.step(step).path)
+            continue
         except subprocess.TimeoutExpired:
             pass
         files = [f for f in RunDirectory(directory).step(step).path.rglob("*") if f.is_file()]
@@ -111,6 +125,7 @@ def torment(
         wait_until_gone(directory)
         done.append(Kill(step, delay, target, phase))
     finish(directory, step, processes, extra)
+    compare(undisturbed, victim, [step])
     return done
 
 
@@ -155,8 +170,7 @@ def experiment(
     done = []
     for step in steps:
         seconds = finish(undisturbed, step, processes, extra)
-        done += torment(victim, step, kills, processes, seconds, draw, extra)
-    compare(RunDirectory(undisturbed), RunDirectory(victim), steps)
+        done += torment(RunDirectory(undisturbed), RunDirectory(victim), step, kills, processes, seconds, draw, extra)
     return done
 
 

@@ -120,7 +120,8 @@ def test_a_failed_start_leaves_the_name_free(workplace, tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     arguments = ("run", "--model", "tiny", "--name", tmp_path / "run", "--steps", "1")
     assert rlhf_chat(*arguments, "--data", tmp_path / "rows.jsonl", cwd=workplace).code == 2
-    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "prompt": "And you?"}) + "\n")
+    rows = [json.dumps({**GOOD, "prompt": f"How is number {number}?"}) for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     done = rlhf_chat(*arguments, "--data", tmp_path / "rows.jsonl", "--seed", 3, cwd=workplace)
     assert done.code == 0, done.err
 

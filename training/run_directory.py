@@ -55,6 +55,11 @@ class RunDirectory:
         """Why the preparation or the comparison failed."""
         return self.path / "error.json"
 
+    @property
+    def log_file(self) -> Path:
+        """Of the preparation and the comparison."""
+        return self.path / "log.txt"
+
     def step(self, number: int) -> "StepDirectory":
         return StepDirectory(self.path / STEP_NAMES[number], number)
 

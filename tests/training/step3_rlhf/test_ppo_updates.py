@@ -118,12 +118,13 @@ def update_by_hand(sft, reward, experience, targets) -> dict:
         name: torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.95), 1e-5, weight_decay=0)
         for name, model in (("actor", actor), ("critic", critic))
     }
-    sums, seen, norms, made = {"actor": 0.0, "critic": 0.0}, 0, {}, 0
+    sums, clips, seen, norms, made = {"actor": 0.0, "critic": 0.0}, {"actor": 0, "critic": 0}, 0, {}, 0
 
     def actor_loss(row: int) -> torch.Tensor:
         e, length = experience[row], len(experience[row].response)
         ratio = (logprobs_by_hand(actor, e.prompt, e.response) - e.logprobs).exp()
         advantages = targets.advantages[row, :length]
+        clips["actor"] += int(((ratio < 0.8) | (ratio > 1.2)).sum())
         return -torch.minimum(ratio * advantages, ratio.clip(0.8, 1.2) * advantages).sum()
 
     def critic_loss(row: int) -> torch.Tensor:
@@ -131,7 +132,8 @@ def update_by_hand(sft, reward, experience, targets) -> dict:
         hidden = critic.model(torch.cat([e.prompt, e.response])[None]).last_hidden_state[0, len(e.prompt) - 1 : -1]
         values = (critic.score(hidden)[:, 0] - SHIFT) / SCALE
         returns = targets.returns[row, :length]
-        clipped = torch.clip(values, e.values - 0.2, e.values + 0.2)
+        clipped = torch.clip(values, e.values - 0.2, e.values + 0.2)  # is `values` itself inside the range
+        clips["critic"] += int(((clipped - returns) ** 2 > (values - returns) ** 2).sum())
         return torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).sum() / 2
 
     for epoch in range(EPOCHS):
@@ -156,6 +158,8 @@ def update_by_hand(sft, reward, experience, targets) -> dict:
         "metrics": {
             "policy/loss": sums["actor"] / seen,
             "value/loss": sums["critic"] / seen,
+            "policy/clip_fraction": clips["actor"] / seen,
+            "value/clip_fraction": clips["critic"] / seen,
             "policy/grad_norm": norms["actor"],
             "value/grad_norm": norms["critic"],
         },
@@ -241,7 +245,7 @@ def test_weights_are_those_of_the_second_implementation(outcome, role):
     assert_same_weights(outcome.weights[1][case_name(0, 0, 10_000)][role], outcome.by_hand[role], role)
 
 
-def test_losses_and_gradient_norms_are_those_of_the_second_implementation(outcome):
+def test_losses_clip_fractions_and_gradient_norms_are_those_of_the_second_implementation(outcome):
     metrics = outcome.results[1][case_name(0, 0, 10_000)]["metrics"]
     for name, value in outcome.by_hand["metrics"].items():
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
