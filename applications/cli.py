@@ -113,9 +113,7 @@ def rlhf(
     """
     from applications.commands import step_command
 
-    given = [f"sft_model={actor}"] if actor else []
-    given += [f"trained_reward_model={reward}"] if reward else []
-    step_command(3, run_directory, model or actor, None, data, config, given + (set_ or []), processes)
+    step_command(3, run_directory, model or actor, None, data, config, set_, processes, actor, reward)
 
 
 @app.command()

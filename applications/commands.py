@@ -73,9 +73,17 @@ def step_command(
     config: list[Path] | None,
     overrides: list[str] | None,
     processes: int | None,
+    actor: str | None = None,
+    trained_reward: str | None = None,
 ) -> None:
     """`rlhf-chat sft | reward | rlhf`."""
-    flags = {"data": data, "reward_model": reward_model, "processes": processes}
+    flags = {
+        "data": data,
+        "reward_model": reward_model,
+        "processes": processes,
+        "sft_model": actor,
+        "trained_reward_model": trained_reward,
+    }
     execute(run_directory, resolve_settings(model, config, overrides, flags), [step])
 
 

@@ -72,8 +72,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     unclipped = (values - returns).square()
     if clip == 0:
         return 0.5 * unclipped.sum(), torch.zeros_like(values, dtype=torch.bool)
+    outside = (values - old_values).abs() > clip  # inside, rounding alone would tell the two apart
     clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-    return 0.5 * torch.maximum(unclipped, clipped).sum(), clipped > unclipped
+    acted = outside & (clipped > unclipped)
+    return 0.5 * torch.maximum(unclipped, clipped).sum(), acted
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

@@ -83,4 +83,5 @@ def freeze(model: nn.Module, settings: RLHFSettings, dtype: torch.dtype) -> nn.M
         return model
     config = deepspeed_config(OptimizerSettings(zero_stage=3), dtype, trained=False)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
-    return engine.eval()
+    engine.eval()  # returns nothing, unlike torch's
+    return engine
