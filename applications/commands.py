@@ -14,11 +14,20 @@ def resolve_settings(
     config: list[Path] | None,
     overrides: list[str] | None,
     flags: Mapping[str, object],
+    run: RunDirectory | None = None,
 ) -> RunConfig | None:
-    """Preset, then files, then --set, then flags; None when nothing was given, so that a run keeps its own."""
+    """Preset, then files, then --set, then flags; None when nothing was given, so that a run keeps its own.
+
+    Without a model or a file, what is given is laid over the settings of `run`.
+    """
     given = {key: value for key, value in flags.items() if value is not None}
     if model is None and not config and not overrides and not given:
         return None
+    if model is None and not config and run is not None and run.config_file.exists():
+        stored = run.read_config().model_dump(mode="json")
+        if "data" in given:
+            given["data"] = {"source": absolute(str(given["data"]))}
+        return load_config([], overrides or [], stored, given)
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
         raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
@@ -31,10 +40,14 @@ def resolve_settings(
     # What a preset says of the embedded dialogues does not hold for other data.
     base = merge(base, {"evaluation": {"true_score": "none"}, "announce": ""})
     resolved = load_config(config or [], overrides or [], base, given)
-    file = Path(resolved.data.source).expanduser()
-    if file.exists():  # the stages may run in other directories
-        resolved.data.source = str(file.resolve())
+    resolved.data.source = absolute(resolved.data.source)
     return resolved
+
+
+def absolute(source: str) -> str:
+    """A data source that is a file or directory, as the stages find it from other working directories."""
+    file = Path(source).expanduser()
+    return str(file.resolve()) if file.exists() else source
 
 
 def pipeline_command(
@@ -57,7 +70,7 @@ def pipeline_command(
     path = Path("runs") / (name or Path(model or "run").name)
     if name is not None and (Path(name).is_absolute() or len(Path(name).parts) > 1):
         path = Path(name)
-    settings = resolve_settings(model, config, overrides, flags)
+    settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
     if dry_run:
         print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
         return
@@ -84,7 +97,8 @@ def step_command(
         "sft_model": actor,
         "trained_reward_model": trained_reward,
     }
-    execute(run_directory, resolve_settings(model, config, overrides, flags), [step])
+    settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
+    execute(run_directory, settings, [step])
 
 
 def execute(path: Path, settings: RunConfig | None, steps: list[int]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, scorer_source, size, verdict
-from training.config import OptimizerSettings, RunConfig
+from training.config import FrozenSettings, OptimizerSettings, RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
 from training.run_directory import STEP_NAMES
 
@@ -93,8 +93,8 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     return [
         _line("actor", _training(rlhf.actor)),
         _line("critic", _training(rlhf.critic)),
-        _line("reference", _frozen(outlook, lora_rank=rlhf.actor.lora.rank)),
-        _line("reward", _frozen(outlook)),
+        _line("reference", "the actor with its adapters off" if rlhf.actor.lora.rank else _frozen(rlhf.reference)),
+        _line("reward", _frozen(rlhf.reward)),
         _line(
             "iteration",
             f"{rlhf.prompts_per_iteration} prompts x {rlhf.samples_per_prompt} = {samples} samples, "
@@ -119,11 +119,9 @@ def _training(settings: OptimizerSettings) -> str:
     return ", ".join([what, *extras])
 
 
-def _frozen(outlook: Outlook, lora_rank: int = 0) -> str:
-    if lora_rank:
-        return "the actor with its adapters off"
-    divided = outlook.config.rlhf.frozen_zero_stage == 3
-    return "frozen, " + ("divided over the ranks (ZeRO stage 3)" if divided else "whole on each rank")
+def _frozen(settings: FrozenSettings) -> str:
+    where = "divided over the ranks (ZeRO stage 3)" if settings.zero_stage == 3 else "whole on each rank"
+    return f"frozen, {where}" + (", offload of parameters" if settings.offload == "parameters" else "")
 
 
 def _batch(batch: int, rows: int, outlook: Outlook, unit: str) -> str:

@@ -239,12 +239,13 @@ def _more_ranks(outlook: Outlook) -> list[str]:
     """The fewest ranks on which the run fits with ZeRO stage 3, each with a GPU like those here (else 80 GiB)."""
     gpu = min((memory for _, memory in outlook.machine.gpus), default=CLUSTER_GPU)
     three = {"zero_stage": 3}
+    four_roles = dict.fromkeys(("actor", "critic", "reference", "reward"), three)
     divided = {
         "dtype": str(outlook.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"),
         "processes": 1,
         "sft": {"optimizer": three},
         "reward": {"optimizer": three},
-        "rlhf": {"actor": three, "critic": three, "frozen_zero_stage": 3},
+        "rlhf": four_roles,
     }
     ranks = 1
     while ranks <= 1024:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from applications.launch import run_stage_script
 from applications.report_table import comparison_table
@@ -14,6 +15,14 @@ from training.versions import versions
 
 TITLES = {1: "Step 1 of 3: supervised fine-tuning", 2: "Step 2 of 3: reward model", 3: "Step 3 of 3: PPO"}
 DOUBTFUL_ACCURACY = 0.55
+CHANGEABLE = {
+    "micro_batch_tokens",
+    "generation_batch",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
+"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what is computed."""
 
 
 def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunConfig]:
@@ -30,23 +39,32 @@ def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunCon
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another place with --name.") from None
         return run, config
     stored = run.read_config()
-    if config is not None and config != stored:
-        changed = ", ".join(differences(stored.model_dump(), config.model_dump())[:3])
+    if config is None or config == stored:
+        return run, stored
+    changed = differences(stored.model_dump(), config.model_dump())
+    refused = [
+        f"{key}: {old!r} there, {new!r} now"
+        for key, (old, new) in changed.items()
+        if key.rpartition(".")[2] not in CHANGEABLE
+    ]
+    if refused:
         raise UserError(
-            f"{path} was made with other settings ({changed}); choose another --name, or give only "
+            f"{path} was made with other settings ({', '.join(refused[:3])}); choose another --name, or give only "
             f"the run directory to go on with its own settings."
         )
-    return run, stored
+    with run.locked():
+        run.write_config(config, versions())
+    return run, config
 
 
-def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both values."""
-    found = []
+def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ -> both values."""
+    found: dict[str, tuple[Any, Any]] = {}
     for key, value in old.items():
         if isinstance(value, dict) and isinstance(new[key], dict):
-            found += differences(value, {**dict.fromkeys(value), **new[key]}, f"{prefix}{key}.")
+            found |= differences(value, {**dict.fromkeys(value), **new[key]}, f"{prefix}{key}.")
         elif value != new[key]:
-            found.append(f"{prefix}{key}: {value!r} there, {new[key]!r} now")
+            found[prefix + key] = (value, new[key])
     return found
 
 

@@ -49,6 +49,11 @@ def comparison_table(run: RunDirectory, width: int = 100) -> str:
         f"RLHF beats SFT in {win['rate']:.1%} of prompts by {win['judge']} (95 % interval {win['low']:.1%} to "
         f"{win['high']:.1%}; a tie counts half)"
     )
+    if unseen := result.get("win_rate_unseen_questions"):
+        console.print(
+            f"On the {unseen['prompts']} prompts under questions that no step was trained on: {unseen['rate']:.1%} "
+            f"({unseen['low']:.1%} to {unseen['high']:.1%})"
+        )
     print_answers(console, run)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -61,6 +66,8 @@ def print_reward_accuracy(console: Console, result: dict[str, Any]) -> None:
         for key, value in result.items()
         if key.startswith("eval/accuracy_up_to_")
     )
+    if "eval/accuracy_unseen_questions" in result:
+        by_length += f"; under questions not trained on {result['eval/accuracy_unseen_questions']:.1%}"
     console.print(f"Reward model: {result['eval/accuracy']:.1%} of held-out pairs ranked right ({by_length})")
 
 

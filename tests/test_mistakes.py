@@ -72,6 +72,16 @@ def test_another_models_run_directory(monkeypatch, capsys, tiny_run, workplace):
     assert "seed: 1 there, 9 now" in said
 
 
+def test_a_run_goes_on_with_smaller_micro_batches_and_with_nothing_else(tiny_run, workplace):
+    half = workplace / "runs" / "half"
+    shutil.copytree(tiny_run, half)
+    shutil.rmtree(half / "step1_sft")
+    said = rlhf_chat("sft", half, "--set", "sft.batch_size=4", cwd=workplace)
+    assert said.code == 2 and "sft.batch_size: 16 there, 4 now" in said.err
+    assert rlhf_chat("sft", half, "--set", "sft.micro_batch_tokens=64", cwd=workplace).code == 0
+    assert "micro_batch_tokens: 64" in (half / "config.yaml").read_text()
+
+
 def test_damaged_checkpoint(tiny_run, workplace):
     broken = workplace / "runs" / "broken"
     shutil.copytree(tiny_run, broken)

@@ -71,6 +71,27 @@ class OptimizerSettings(Settings):
         return self
 
 
+class FrozenSettings(Settings):
+    """Where the weights of a role that only scores lie."""
+
+    zero_stage: Literal[0, 3] = 0
+    """0 keeps the weights whole on every rank, 3 divides them over the ranks."""
+    offload: Literal["none", "parameters"] = "none"
+    """`parameters` keeps them in host memory between uses (GPU runs; needs ZeRO stage 3)."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self):
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError("offload=parameters needs zero_stage 3")
+        return self
+
+    @property
+    def as_optimizer(self) -> OptimizerSettings:
+        """The same placement in the words that DeepSpeed's configuration is built from."""
+        offload: Literal["none", "optimizer+parameters"] = "none" if self.offload == "none" else "optimizer+parameters"
+        return OptimizerSettings(zero_stage=self.zero_stage, offload=offload)
+
+
 class DataSettings(Settings):
     source: str = EMBEDDED_DATA
     """`chitchat` (the embedded default), a JSON-lines file, or a directory of them."""
@@ -175,8 +196,8 @@ class RLHFSettings(Settings):
     kl: KLSettings = KLSettings()
     actor: OptimizerSettings = OptimizerSettings(learning_rate=1e-6, epsilon=1e-5)
     critic: OptimizerSettings = OptimizerSettings(learning_rate=9e-6, epsilon=1e-5)
-    frozen_zero_stage: Literal[0, 3] = 0
-    """ZeRO stage of the reference and reward models: 3 divides their weights over the ranks."""
+    reference: FrozenSettings = FrozenSettings()
+    reward: FrozenSettings = FrozenSettings()
     samples_every: int = Field(10, ge=1)
     """Iterations between looks at the fixed prompts in samples.jsonl."""
     sample_prompts: int = Field(4, ge=1)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from inference.errors import UserError
-from training.config import OptimizerSettings, RLHFSettings, RunConfig, StepSettings
+from training.config import FrozenSettings, OptimizerSettings, RLHFSettings, RunConfig, StepSettings
 from training.deepspeed_config import effective_zero_stage
 
 Place = Literal["device", "host"]
@@ -201,14 +201,13 @@ def estimate_step_memory(
 
 def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int) -> StepMemory:
     rlhf, data = config.rlhf, config.data
-    frozen_share = ranks if rlhf.frozen_zero_stage == 3 else 1
     parts = [
         *training_parts("actor ", actor.parameters, actor, rlhf.actor, dtype, ranks, "actor training"),
         *training_parts("critic ", scorer.scorer_parameters, scorer, rlhf.critic, dtype, ranks, "critic training"),
-        Part("reward weights", _share(scorer.scorer_parameters * dtype.itemsize, frozen_share)),
+        _frozen_part("reward weights", scorer.scorer_parameters, rlhf.reward, dtype, ranks),
     ]
     if not rlhf.actor.lora.rank:  # with LoRA the reference is the actor, its adapters switched off
-        parts.append(Part("reference weights", _share(actor.parameters * dtype.itemsize, frozen_share)))
+        parts.append(_frozen_part("reference weights", actor.parameters, rlhf.reference, dtype, ranks))
     if rlhf.actor.zero_stage == 3:  # GenerationView keeps the weights whole on each rank
         whole = actor.parameters + _adapters(actor, rlhf.actor)
         parts.append(Part("actor weights, whole, to generate", whole * dtype.itemsize))
@@ -222,6 +221,11 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
         *_saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters),  # the critic is not kept
     ]
     return StepMemory(tuple(parts))
+
+
+def _frozen_part(name: str, parameters: int, settings: FrozenSettings, dtype: torch.dtype, ranks: int) -> Part:
+    place: Place = "device" if settings.offload == "none" else "host"
+    return Part(name, _share(parameters * dtype.itemsize, ranks if settings.zero_stage == 3 else 1), place)
 
 
 def training_parts(

@@ -34,10 +34,14 @@ def answer(prompt: str, sft: str, rlhf: str, turns: tuple[str, ...] = ()) -> dic
     return {"prompt": messages, "sft": sft, "rlhf": rlhf, "sft_score": 0.0, "rlhf_score": 1.0}
 
 
-def make_run(directory, answers: list[dict], sft=SFT, rlhf=RLHF, reward: dict | None = None) -> RunDirectory:
+def make_run(
+    directory, answers: list[dict], sft=SFT, rlhf=RLHF, reward: dict | None = None, unseen: dict | None = None
+) -> RunDirectory:
     run = RunDirectory(directory)
     sampling = {"temperature": 0.7, "max_tokens": 48}
     result = {"prompts": 80, "sampling": sampling, "sft": sft, "rlhf": rlhf, "win_rate": WIN}
+    if unseen is not None:
+        result["win_rate_unseen_questions"] = unseen
     run.evaluation_file.write_text(json.dumps(result))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
     run.comparison_file.write_text(lines, encoding="utf-8", newline="\n")
@@ -81,6 +85,13 @@ def test_the_true_score_is_shown_where_it_is_known(tmp_path):
 def test_win_rate_with_its_interval_and_judge(tmp_path):
     text = one_line(comparison_table(make_run(tmp_path, [])))
     assert "RLHF beats SFT in 76.2% of prompts by learned reward (95 % interval 70.3% to 82.2%; a tie" in text
+
+
+def test_questions_that_were_never_trained_on_have_a_line_of_their_own(tmp_path):
+    unseen = {"prompts": 33, "rate": 0.625, "low": 0.5, "high": 0.75}
+    text = one_line(comparison_table(make_run(tmp_path, [], unseen=unseen)))
+    assert "On the 33 prompts under questions that no step was trained on: 62.5% (50.0% to 75.0%)" in text
+    assert "no step was trained" not in comparison_table(make_run(tmp_path, []))
 
 
 def test_reward_accuracy_comes_from_the_finished_step_2(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from applications.commands import resolve_settings
 from inference.errors import UserError
+from training.run_directory import RunDirectory
 
 TINY = {"model": "tiny", "config": None, "overrides": None, "flags": {}}
 
@@ -126,6 +127,13 @@ def test_set_without_a_value_is_refused():
 def test_settings_without_a_model_are_refused(given, named):
     with pytest.raises(UserError, match=f"{named} needs --model or --config"):
         resolve(model=None, **given)
+
+
+def test_settings_are_laid_over_those_of_a_run(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.write_config(resolve(overrides=["sft.epochs=5"]), {})
+    settings = resolve(model=None, overrides=["rlhf.micro_batch_tokens=64"], flags={"processes": 2}, run=run)
+    assert (settings.sft.epochs, settings.rlhf.micro_batch_tokens, settings.processes) == (5, 64, 2)
 
 
 def test_nothing_given_leaves_a_run_its_own_settings():

@@ -150,7 +150,7 @@ def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
 
 
 def test_lora_needs_no_second_copy(opt_13b, opt_350m):
-    config = opt_config("rlhf.actor.lora.rank=16", "rlhf.actor.zero_stage=2", "rlhf.frozen_zero_stage=0")
+    config = opt_config("rlhf.actor.lora.rank=16", "rlhf.actor.zero_stage=2", "rlhf.reward.zero_stage=0")
     memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=1))
     adapters = 16 * 40 * (4 * (5120 + 5120) + 2 * (5120 + 20480))
     assert memory[("", "actor weights")] == 2 * (OPT_13B + adapters)

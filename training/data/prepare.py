@@ -10,7 +10,7 @@ from inference.chat_format import ChatFormat
 from training.config import EMBEDDED_DATA, DataSettings
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.rows import RowSets, write_rows
-from training.data.split import split_rows
+from training.data.split import kind_of, split_rows
 from training.data.user_files import read_user_files
 from training.run_directory import write_directory, write_json
 
@@ -71,4 +71,7 @@ def build_rows(settings: DataSettings, seed: int, chat_format: ChatFormat) -> tu
     else:
         rows, skipped = read_user_files(settings)
         sets = split_rows(rows, settings.split, settings.held_out, seed)
+        if any(kind_of(row) == "pair" for row in rows) and sum(share > 0 for share in settings.split) > 1:
+            shares = ":".join(f"{share:g}" for share in settings.split)
+            notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shares} (data.split)")
     return sets, DataCounts({name: len(rows) for name, rows in sets.items()}, dict(skipped.most_common()), notes)

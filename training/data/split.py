@@ -14,12 +14,13 @@ from typing import cast
 from inference.errors import UserError
 from training.data.rows import PairRow, Row, RowSets, SFTRow
 
-STEPS_OF_KIND = {"pair": (1, 2, 3), "sft": (1, 3), "prompt": (3,)}
-"""The steps that rows of a kind can serve."""
+STEPS_OF_KIND = {"pair": (1, 2, 3), "sft": (1,), "prompt": (3,)}
+"""The steps that rows of a kind serve. Where nothing else gives step 3 prompts, demonstrations serve it as well."""
 
 
 def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out: float, seed: int) -> RowSets:
-    """Share the rows of each kind out over the steps that it serves, in proportion to `shares` (as DeepSpeed-Chat).
+    """Share pairs out over the three steps, in proportion to `shares` (as DeepSpeed-Chat); demonstrations go to step 1
+    and prompts to step 3. Demonstrations alone train step 1, and all their prompts serve step 3 too.
 
     `held_out` is the share kept for evaluation, at least one row of each kind with two openings or more. Nothing is
     trained on those rows, so they serve every step that they can.
@@ -40,6 +41,9 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out
             for step in served:
                 if name in aside or assigned[name] == step:
                     add_rows(sets, step, group, evaluation=name in aside)
+    if kinds.keys() == {"sft"} and shares[2] > 0:
+        for name, group in kinds["sft"].items():
+            add_rows(sets, 3, group, evaluation=name in aside)
     for name, chosen in sets.items():
         random.Random(f"{seed} order {name}").shuffle(chosen)
     return sets

@@ -38,6 +38,13 @@ class Answers:
         return [(sample.prompt_ids, torch.tensor(sample.response_ids)) for sample in self.samples]
 
 
+def win_rate(scores: tuple[list[float], list[float]], chosen: Sequence[int]) -> dict[str, float]:
+    """Of the second model over the first, on the chosen prompts."""
+    theirs, ours = ([each[i] for i in chosen] for each in scores)
+    rate, low, high = statistics.win_rate(ours, theirs)
+    return {"prompts": len(chosen), "rate": rate, "low": low, "high": high}
+
+
 class Comparison:
     """Loads one model at a time: a laptop holds no four."""
 
@@ -74,8 +81,10 @@ class Comparison:
         result["rlhf"]["kl"] = statistics.mean(logratios)
         result["sft"]["kl"] = 0.0
         scores = self.judge(sft, sft_rewards), self.judge(rlhf, rlhf_rewards)
-        rate, low, high = statistics.win_rate(scores[1], scores[0])
-        result["win_rate"] = {"rate": rate, "low": low, "high": high, "judge": self.judge_name}
+        result["win_rate"] = win_rate(scores, range(len(prompts))) | {"judge": self.judge_name}
+        unseen = [i for i, row in enumerate(held_out) if row.get("held_out_question")]
+        if 0 < len(unseen) < len(prompts):  # only the embedded default knows its questions
+            result["win_rate_unseen_questions"] = win_rate(scores, unseen)
         rows = [
             {
                 "prompt": row["prompt"],

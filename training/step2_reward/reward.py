@@ -54,6 +54,8 @@ class Pair:
     prompt: Tensor
     chosen: Tensor
     rejected: Tensor
+    is_unseen: bool = False
+    """Whether nothing was trained on under its question (embedded default only)."""
 
     @classmethod
     def encode(cls, row: dict, chat_format: ChatFormat, stage: Stage) -> "Pair":
@@ -62,6 +64,7 @@ class Pair:
             torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
             torch.tensor(chat_format.response_ids(row["chosen"], data.max_response_tokens)),
             torch.tensor(chat_format.response_ids(row["rejected"], data.max_response_tokens)),
+            row.get("held_out_question", False),
         )
 
     @property
@@ -95,7 +98,7 @@ class RewardTask:
         ranks = self.stage.ranks
         lengths = [pair.padded_tokens for pair in self.held_out]
         names = ["loss", "margin", "chosen", "rejected", "right", "pairs"]
-        buckets = [f"{kind}/{bucket}" for bucket in LENGTH_BUCKETS for kind in ("right", "pairs")]
+        buckets = [f"{kind}/{bucket}" for bucket in (*LENGTH_BUCKETS, "unseen") for kind in ("right", "pairs")]
         sums = dict.fromkeys(names + buckets, 0.0)
         plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
         for micro_batch in plan[ranks.rank]:
@@ -103,9 +106,10 @@ class RewardTask:
             chosen, rejected = self._scores(pairs)
             right = (chosen > rejected).float()
             for pair, ranked in zip(pairs, right.tolist(), strict=True):
-                bucket = length_bucket(max(len(pair.chosen), len(pair.rejected)))
-                sums[f"right/{bucket}"] += ranked * micro_batch.weight
-                sums[f"pairs/{bucket}"] += micro_batch.weight
+                length = length_bucket(max(len(pair.chosen), len(pair.rejected)))
+                for bucket in (length, "unseen") if pair.is_unseen else (length,):
+                    sums[f"right/{bucket}"] += ranked * micro_batch.weight
+                    sums[f"pairs/{bucket}"] += micro_batch.weight
             sums["loss"] -= float(logsigmoid(chosen - rejected).sum()) * micro_batch.weight
             sums["margin"] += float((chosen - rejected).sum()) * micro_batch.weight
             sums["chosen"] += float(chosen.sum()) * micro_batch.weight
@@ -120,6 +124,8 @@ class RewardTask:
             if sums[f"pairs/{bucket}"]:
                 name = f"eval/accuracy_up_to_{bucket}_tokens"
                 result[name] = sums[f"right/{bucket}"] / sums[f"pairs/{bucket}"]
+        if sums["pairs/unseen"]:
+            result["eval/accuracy_unseen_questions"] = sums["right/unseen"] / sums["pairs/unseen"]
         return result
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.chat_format import ChatFormat
-from training.config import OptimizerSettings, RLHFSettings
+from training.config import FrozenSettings
 from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
 from training.hybrid_engine.deepspeed_setup import deepspeed
@@ -35,8 +35,9 @@ class Roles:
         self._reference: nn.Module | None = None
         if not self.reference_is_actor:
             reference = Policy(load_causal_lm(sft, chat_format, dtype)).to(ranks.device)
-            self._reference = freeze(reference, settings, dtype)
-        self._reward = freeze(Scorer(load_scorer(reward, chat_format, dtype)).to(ranks.device), settings, dtype)
+            self._reference = freeze(reference, settings.reference, dtype)
+        scorer = Scorer(load_scorer(reward, chat_format, dtype)).to(ranks.device)
+        self._reward = freeze(scorer, settings.reward, dtype)
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch) -> Tensor:
@@ -76,12 +77,12 @@ def response_values(scores: Tensor, batch: TokenBatch) -> Tensor:
     return scores[:, :-1][batch.response[:, 1:]]
 
 
-def freeze(model: nn.Module, settings: RLHFSettings, dtype: torch.dtype) -> nn.Module:
+def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype) -> nn.Module:
     """A role that only scores: whole on every rank, or divided over the ranks by ZeRO 3."""
     model.eval().requires_grad_(False)
-    if settings.frozen_zero_stage == 0:
+    if settings.zero_stage == 0:
         return model
-    config = deepspeed_config(OptimizerSettings(zero_stage=3), dtype, trained=False)
+    config = deepspeed_config(settings.as_optimizer, dtype, trained=False)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     engine.eval()  # returns nothing, unlike torch's
     return engine

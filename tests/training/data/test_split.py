@@ -29,11 +29,22 @@ def test_pairs_are_shared_out_and_each_row_trains_one_step():
     assert sets.prompts_train[0].keys() == {"prompt"}
 
 
-def test_demonstrations_serve_steps_1_and_3():
-    rows = [{"prompt": message(f"q{i}"), "response": "r"} for i in range(66)]
-    sets = split_rows(rows, (2, 4, 4), held_out=0.09, seed=1)  # 6 held out
-    assert (len(sets.sft_train), len(sets.pairs_train), len(sets.prompts_train)) == (20, 0, 40)
+def demonstrations(count):
+    return [{"prompt": message(f"d{i}"), "response": "r"} for i in range(count)]
+
+
+def test_demonstrations_alone_all_train_step_1_and_give_step_3_its_prompts():
+    sets = split_rows(demonstrations(66), (2, 4, 4), held_out=0.09, seed=1)  # 6 held out
+    assert (len(sets.sft_train), len(sets.pairs_train), len(sets.prompts_train)) == (60, 0, 60)
     assert (len(sets.sft_eval), len(sets.pairs_eval), len(sets.prompts_eval)) == (6, 0, 6)
+    assert not prompts_of([*sets.sft_train, *sets.prompts_train]) & prompts_of([*sets.sft_eval, *sets.prompts_eval])
+
+
+def test_demonstrations_beside_other_rows_all_go_to_step_1():
+    sets = split_rows([*demonstrations(20), *pairs(20)], (0, 1, 1), held_out=0.1, seed=1)
+    assert (len(sets.sft_train), len(sets.pairs_train), len(sets.prompts_train)) == (0, 9, 9)  # step 1 has no share
+    sets = split_rows([*demonstrations(20), *pairs(20)], (2, 4, 4), held_out=0.1, seed=1)
+    assert (len(sets.sft_train), len(sets.pairs_train), len(sets.prompts_train)) == (18 + 4, 7, 7)
 
 
 def test_prompts_all_go_to_step_3():

@@ -41,7 +41,8 @@ def make_config(model, zero_stage: int, lora: int, budget: int):
         micro_batch_tokens=budget,
         actor=optimizer,
         critic=optimizer,
-        frozen_zero_stage=zero_stage,
+        reference={"zero_stage": zero_stage},
+        reward={"zero_stage": zero_stage},
     )
     return RunConfig(model=str(model), seed=SEED, dtype="fp32", rlhf=settings)
 
