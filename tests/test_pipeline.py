@@ -79,7 +79,7 @@ def test_two_processes_train_as_one_does(tiny_run, workplace):
         for a, b in zip(ours, theirs, strict=True):
             assert a.keys() == b.keys()
             for name in a:
-                if isinstance(a[name], float):
+                if isinstance(a[name], float) and not name.startswith("work/"):  # two ranks have twice the slots
                     assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (step, name)
 
 

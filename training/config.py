@@ -115,7 +115,7 @@ class StepSettings(Settings):
     batch_size: int = Field(32, ge=1)
     """Rows (pairs in step 2) in one optimiser step, over all ranks."""
     micro_batch_tokens: int = Field(4096, ge=8)
-    """Padded tokens that one forward pass of one rank takes; the gradient does not depend on it."""
+    """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
     epochs: int = Field(1, ge=1)
     """Passes over the training rows."""
     max_steps: int = Field(0, ge=0)
@@ -168,7 +168,7 @@ class RLHFSettings(Settings):
     ppo_epochs: int = Field(1, ge=1)
     """Passes over an iteration's samples."""
     micro_batch_tokens: int = Field(4096, ge=8)
-    """Padded tokens that one forward pass of one rank takes; the gradient does not depend on it."""
+    """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
     generation_batch: int = Field(32, ge=1)
     """Samples that one rank decodes at the same time."""
     temperature: float = Field(1.0, gt=0)

@@ -15,6 +15,8 @@ class SamplingSettings:
     top_k: int = 0
     min_tokens: int = 0
     """The end token is forbidden before this many tokens."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens beside the end token that end a sample."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,20 @@ class Sample:
 
     index: int
     prompt_ids: Tensor  # (prompt) int64
+    limit: int
+    """Most tokens of the response."""
     response_ids: list[int] = field(default_factory=list)
     """With the end token, if it ended."""
     logprobs: list[float] = field(default_factory=list)
     """log p of each response token under the distribution that it was drawn from, temperature included."""
     ended: bool = False
-    """Whether the end token was drawn before `max_tokens`."""
+    """Whether a token was drawn that ends it."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.ended or len(self.response_ids) >= self.limit
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)

@@ -98,7 +98,7 @@ class ScriptedEngine:
 
     def stream(self, prompt, settings, key, index=0):
         self.prompts.append(prompt)
-        sample = Sample(index, prompt)
+        sample = Sample(index, prompt, settings.max_tokens)
         for token in self.token_ids[: settings.max_tokens]:
             sample.response_ids.append(token)
             yield sample

@@ -1,4 +1,4 @@
-"""Rows of different lengths -> micro-batches with little padding, shared out over the ranks."""
+"""Rows of different lengths -> micro-batches of real tokens, shared out over the ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class MicroBatch:
 def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1) -> list[list[MicroBatch]]:
     """For each rank its micro-batches over rows 0 .. len(lengths) - 1, the same number for every rank.
 
-    Rows are dealt longest first, back and forth, so that ranks get like work; a micro-batch takes rows while
-    (rows x longest) stays within `token_budget` (one row always fits). Ranks that run short repeat a row with
+    Rows are dealt longest first, back and forth, so that ranks get like work; a micro-batch takes rows of like length
+    while their tokens stay within `token_budget` (one row always fits). Ranks that run short repeat a row with
     weight 0: under ZeRO-3 a rank that skips a forward pass would leave the others waiting for its weights.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
@@ -35,45 +35,56 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1
 
 
 def fill_micro_batches(rows: list[int], lengths: Sequence[int], token_budget: int) -> list[MicroBatch]:
-    """`rows` come longest first, so the first of a micro-batch sets its padded length."""
+    """`rows` in their order; none is split."""
     batches: list[MicroBatch] = []
+    room = 0
     for row in rows:
-        if batches and (len(batches[-1].rows) + 1) * lengths[batches[-1].rows[0]] <= token_budget:
+        if batches and lengths[row] <= room:
             batches[-1].rows.append(row)
         else:
             batches.append(MicroBatch([row]))
+            room = token_budget
+        room -= lengths[row]
     return batches
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Padded token rows, prompts and responses concatenated; padding on the right."""
+    """Rows of prompt and response, one behind the other: real tokens only."""
 
-    ids: Tensor  # (rows, length) int64
-    mask: Tensor  # (rows, length) int64, 1 on real tokens
-    response: Tensor  # (rows, length) bool, True on response tokens
+    ids: Tensor  # (tokens) int64
+    response: Tensor  # (tokens) bool, True on response tokens
+    lengths: list[int]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[Tensor, Tensor]], pad_id: int, device: torch.device) -> "TokenBatch":
-        """From (prompt ids, response ids) pairs, each int64 (length)."""
-        longest = max(len(prompt) + len(response) for prompt, response in rows)
-        ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        trained = torch.zeros_like(ids, dtype=torch.bool)
-        for i, (prompt, response) in enumerate(rows):
-            end = len(prompt) + len(response)
-            ids[i, : len(prompt)] = prompt
-            ids[i, len(prompt) : end] = response
-            mask[i, :end] = 1
-            trained[i, len(prompt) : end] = True
-        return cls(ids.to(device), mask.to(device), trained.to(device))
+    def of(cls, rows: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> "TokenBatch":
+        """From (prompt ids, response ids) pairs, each int64 (length) with at least one token."""
+        ids = torch.cat([part for row in rows for part in row])
+        response = torch.cat(
+            [torch.full((len(part),), place == 1, dtype=torch.bool) for row in rows for place, part in enumerate(row)]
+        )
+        lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+        return cls(ids.to(device), response.to(device), lengths)
 
     @property
-    def positions(self) -> Tensor:
-        """(rows, length) int64; padding repeats the last real position."""
-        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+    def predicting(self) -> Tensor:
+        """Places of the tokens that each response token follows, int64 (response tokens)."""
+        return self.response.nonzero()[:, 0] - 1
+
+    @property
+    def targets(self) -> Tensor:
+        """The response tokens, row by row, int64."""
+        return self.ids[self.response]
 
     @property
     def last(self) -> Tensor:
-        """Index of each row's last real token, int64 (rows)."""
-        return self.mask.sum(-1) - 1
+        """Place of each row's last token, int64 (rows)."""
+        return torch.tensor(self.lengths, device=self.ids.device).cumsum(0) - 1
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions, int64 (rows, longest) each, beginning at the left; `mask` picks the tokens again."""
+        rows = self.ids.split(self.lengths)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        mask = positions < torch.tensor(self.lengths, device=ids.device)[:, None]
+        return ids, mask.long(), positions

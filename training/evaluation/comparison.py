@@ -172,5 +172,5 @@ class Comparison:
 
     def batches(self, rows: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[list[int], TokenBatch]]:
         plan = plan_micro_batches([len(prompt) + len(response) for prompt, response in rows], self.budget)[0]
-        pad_id, device = self.chat_format.pad_id, self.stage.ranks.device
-        return [(m.rows, TokenBatch.of([rows[row] for row in m.rows], pad_id, device)) for m in plan]
+        device = self.stage.ranks.device
+        return [(m.rows, TokenBatch.of([rows[row] for row in m.rows], device)) for m in plan]

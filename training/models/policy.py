@@ -1,6 +1,7 @@
 """A causal language model as a policy: log-probabilities of response tokens."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from training.config import LoRASettings
 from training.data.batching import TokenBatch
 from training.models.loading import add_lora
+from training.models.packing import call_on_tokens, use_packing
 
 
 class Policy(nn.Module):
@@ -17,6 +19,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None):
         super().__init__()
         self.model = model
+        use_packing(model)
         adapted = add_lora(model, lora) if lora is not None and lora.rank else None
         self._adapted = [adapted] if adapted is not None else []  # in a list: it holds `model`, no second submodule
 
@@ -25,24 +28,35 @@ class Policy(nn.Module):
 
         `temperature` divides the logits, as it does when sampling.
         """
-        backbone = getattr(self.model, self.model.base_model_prefix)
-        hidden = backbone(**model_inputs(self.model, batch), use_cache=False).last_hidden_state
-        predicting = hidden[:, :-1][batch.response[:, 1:]]  # (tokens, hidden)
-        targets = batch.ids[:, 1:][batch.response[:, 1:]]
-        logits = self.model.get_output_embeddings()(predicting).float()
-        logprobs = (logits / temperature).log_softmax(-1)  # (tokens, vocabulary)
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+        logits = call_on_tokens(self.model, batch, logits_at=batch.predicting)
+        return SelectedLogprobs.apply(logits, batch.targets, temperature)
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Inside, this policy is the reference: the model before its adapters were trained."""
         return self._adapted[0].disable_adapter() if self._adapted else nullcontext()
 
 
-def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Tensor]:
-    """Arguments of the backbone. BLOOM takes no positions: it counts them from the mask."""
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
-    if model.config.model_type != "bloom":
-        inputs["position_ids"] = batch.positions
-    return inputs
+class SelectedLogprobs(torch.autograd.Function):
+    """log p of chosen tokens and the entropy, with one array of the logits' size kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(n, vocabulary), (n) -> (n), (n), float32. No gradient flows through the entropy."""
+        scaled = logits.float() if temperature == 1 else logits.float() / temperature
+        probabilities = scaled.softmax(-1)
+        highest, likeliest = scaled.max(-1)
+        log_sum = highest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
+        logprobs = scaled.gather(1, tokens[:, None])[:, 0] - log_sum
+        entropy = log_sum - torch.linalg.vecdot(probabilities, scaled)
+        ctx.save_for_backward(probabilities, tokens)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of log p with respect to a logit is (1 if chosen) - p, over the temperature."""
+        probabilities, tokens = ctx.saved_tensors
+        gradient = (gradient / ctx.temperature)[:, None]
+        logits = (probabilities * -gradient).scatter_add_(1, tokens[:, None], gradient)
+        return logits.to(ctx.dtype), None, None

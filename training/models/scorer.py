@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from training.config import LoRASettings
 from training.data.batching import TokenBatch
 from training.models.loading import add_lora
-from training.models.policy import model_inputs
+from training.models.packing import call_on_tokens, use_packing
 
 
 class Scorer(nn.Module):
@@ -17,6 +17,7 @@ class Scorer(nn.Module):
     def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None):
         super().__init__()
         self.model = model
+        use_packing(model)
         self.shift = float(getattr(model.config, "score_shift", 0.0))
         self.scale = float(getattr(model.config, "score_scale", 1.0))
         if lora is not None and lora.rank:
@@ -27,13 +28,11 @@ class Scorer(nn.Module):
         return cast(nn.Module, self.model.score)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """A score for every token, float32 (rows, length); what padding gets means nothing."""
-        backbone = getattr(self.model, self.model.base_model_prefix)
-        hidden = backbone(**model_inputs(self.model, batch), use_cache=False).last_hidden_state
-        raw = self.score_head(hidden).float().squeeze(-1)
+        """A score for every token, float32 (tokens)."""
+        raw = self.score_head(call_on_tokens(self.model, batch)).float().squeeze(-1)
         return (raw - self.shift) / self.scale
 
 
 def at_last_token(scores: Tensor, batch: TokenBatch) -> Tensor:
-    """Each row's score at its last real token: (rows, length) -> (rows)."""
-    return scores.gather(1, batch.last[:, None])[:, 0]
+    """Each row's score at its last token: (tokens) -> (rows)."""
+    return scores[batch.last]

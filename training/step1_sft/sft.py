@@ -28,7 +28,7 @@ def train(stage: Stage) -> None:
     policy = Policy(load_causal_lm(source, chat_format, torch.float32), settings.optimizer.lora)
     engine = ZeroEngine(policy.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
     evaluated = [encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
-    task = SFTTask(stage, engine, encoded, evaluated, chat_format.pad_id)
+    task = SFTTask(stage, engine, encoded, evaluated)
     evaluation = fit(stage, task, settings, total)
 
     stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
@@ -62,8 +62,8 @@ def within_budget(rows: list[Encoded], token_budget: int) -> list[Encoded]:
 class SFTTask:
     name = "SFT"
 
-    def __init__(self, stage: Stage, engine: ZeroEngine, rows: list[Encoded], held_out: list[Encoded], pad_id: int):
-        self.stage, self.engine, self.rows, self.held_out, self.pad_id = stage, engine, rows, held_out, pad_id
+    def __init__(self, stage: Stage, engine: ZeroEngine, rows: list[Encoded], held_out: list[Encoded]):
+        self.stage, self.engine, self.rows, self.held_out = stage, engine, rows, held_out
         self.lengths = [len(prompt) + len(response) for prompt, response in rows]
 
     def size(self, rows: list[int]) -> int:
@@ -93,4 +93,4 @@ class SFTTask:
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
 
     def _batch(self, rows: list[Encoded]) -> TokenBatch:
-        return TokenBatch.of(rows, self.pad_id, self.stage.ranks.device)
+        return TokenBatch.of(rows, self.stage.ranks.device)

@@ -31,7 +31,7 @@ def train(stage: Stage) -> None:
     scorer.shift, scorer.scale = 0.0, 1.0
     engine = ZeroEngine(scorer.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
     evaluated = [Pair.encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
-    task = RewardTask(stage, engine, pairs, evaluated, chat_format.pad_id)
+    task = RewardTask(stage, engine, pairs, evaluated)
     evaluation = fit(stage, task, settings, total)
 
     scale = task.score_scale() if settings.normalize else {}
@@ -68,16 +68,17 @@ class Pair:
         )
 
     @property
-    def padded_tokens(self) -> int:
-        return 2 * (len(self.prompt) + max(len(self.chosen), len(self.rejected)))
+    def tokens(self) -> int:
+        """Of both rows together."""
+        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 class RewardTask:
     name = "Reward model"
 
-    def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[Pair], held_out: list[Pair], pad_id: int):
-        self.stage, self.engine, self.pairs, self.held_out, self.pad_id = stage, engine, pairs, held_out, pad_id
-        self.lengths = [pair.padded_tokens for pair in pairs]
+    def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[Pair], held_out: list[Pair]):
+        self.stage, self.engine, self.pairs, self.held_out = stage, engine, pairs, held_out
+        self.lengths = [pair.tokens for pair in pairs]
 
     def size(self, rows: list[int]) -> int:
         """Pairs."""
@@ -96,7 +97,7 @@ class RewardTask:
         if not self.held_out:
             return {}
         ranks = self.stage.ranks
-        lengths = [pair.padded_tokens for pair in self.held_out]
+        lengths = [pair.tokens for pair in self.held_out]
         names = ["loss", "margin", "chosen", "rejected", "right", "pairs"]
         buckets = [f"{kind}/{bucket}" for bucket in (*LENGTH_BUCKETS, "unseen") for kind in ("right", "pairs")]
         sums = dict.fromkeys(names + buckets, 0.0)
@@ -133,7 +134,7 @@ class RewardTask:
         """Mean and standard deviation of the scores of held-out human replies, chosen and rejected alike."""
         ranks = self.stage.ranks
         pairs = self.held_out or self.pairs[: self.stage.config.reward.eval_rows]
-        lengths = [pair.padded_tokens for pair in pairs]
+        lengths = [pair.tokens for pair in pairs]
         plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
         sums = {"count": 0.0, "sum": 0.0, "squares": 0.0}
         for micro_batch in plan[ranks.rank]:
@@ -149,7 +150,7 @@ class RewardTask:
     def _scores(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""
         rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-        batch = TokenBatch.of(rows, self.pad_id, self.stage.ranks.device)
+        batch = TokenBatch.of(rows, self.stage.ranks.device)
         chosen, rejected = at_last_token(self.engine(batch), batch).chunk(2)
         return chosen, rejected
 

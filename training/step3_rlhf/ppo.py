@@ -5,6 +5,7 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -66,6 +67,9 @@ class PPO:
         self.keeps_generation_logprobs = self.settings.old_logprobs == "generation" or (
             self.settings.old_logprobs == "auto" and stage.dtype == torch.float32 and whole_distribution
         )
+        self.engine: GenerationEngine | None = None
+        self.forced_lengths: Callable[[int], list[int]] | None = None
+        """For measuring: iteration -> the length of each response."""
         self.seconds: dict[str, float] = {}
 
     def fit(self) -> int:
@@ -122,6 +126,7 @@ class PPO:
         if not stop:
             metrics |= self.update(experience, targets, number)
             self.kl.update(metrics["kl/reference"], len(experience))
+        metrics |= self.generation_work()
         return metrics | self.timing(experience, time.perf_counter() - begun), stop
 
     def choose_prompts(self, number: int) -> list[Tensor]:
@@ -145,7 +150,8 @@ class PPO:
         with self.timed("generate"):
             mine = range(self.ranks.rank, len(prompts), self.ranks.size)
             key = SamplingKey(self.stage.config.seed, number)
-            samples = engine.generate([prompts[i] for i in mine], self.sampling, key, list(mine))
+            lengths = None if self.forced_lengths is None else [self.forced_lengths(number)[i] for i in mine]
+            samples = engine.generate([prompts[i] for i in mine], self.sampling, key, list(mine), lengths=lengths)
             return [Experience.of(sample) for sample in samples]
 
     def score(self, mine: list[Experience]) -> list[Experience]:
@@ -250,13 +256,15 @@ class PPO:
         return result
 
     def token_batch(self, rows: list[Experience]) -> TokenBatch:
-        return TokenBatch.of([(e.prompt, e.response) for e in rows], self.chat_format.pad_id, self.ranks.device)
+        return TokenBatch.of([(e.prompt, e.response) for e in rows], self.ranks.device)
 
     def generation_engine(self) -> GenerationEngine:
-        """Generates with the actor's present weights."""
+        """Generates with the actor's present weights; its memory is kept from iteration to iteration."""
         model = self.roles.generator.refresh()
-        batch = self.settings.generation_batch
-        return GenerationEngine(model, self.chat_format.end_of_turn_id, self.chat_format.pad_id, batch)
+        if self.engine is None or self.engine.model is not model:
+            chat_format, slots = self.chat_format, self.settings.generation_batch
+            self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id, slots)
+        return self.engine
 
     def show_fixed_prompts(self, number: int) -> None:
         """What the actor answers now to the same few held-out prompts, into samples.jsonl. All ranks call it."""
@@ -274,6 +282,18 @@ class PPO:
 
     def timed(self, name: str) -> "Timer":
         return Timer(self.seconds, name)
+
+    def generation_work(self) -> dict[str, float]:
+        """How full the slots were, and the rows decoded against the tokens kept; over all ranks."""
+        assert self.engine is not None
+        shares = self.ranks.gather(self.engine.stats)
+        row_steps, slot_steps = sum(s.row_steps for s in shares), sum(s.decode_steps * s.slots for s in shares)
+        return {
+            "work/occupancy": row_steps / max(1, slot_steps),
+            "work/row_steps": row_steps,
+            "work/response_tokens": sum(s.response_tokens for s in shares),
+            "work/prefilled_tokens": sum(s.prefilled_tokens for s in shares),
+        }
 
     def timing(self, experience: list[Experience], seconds: float) -> dict[str, float]:
         """Seconds by phase, tokens generated a second, and this process's peak memory."""

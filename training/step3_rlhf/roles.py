@@ -74,7 +74,7 @@ class Roles:
 
 def response_values(scores: Tensor, batch: TokenBatch) -> Tensor:
     """The value of the state in which each response token is drawn: that of the token before it."""
-    return scores[:, :-1][batch.response[:, 1:]]
+    return scores[batch.predicting]
 
 
 def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype) -> nn.Module:

@@ -1,54 +1,51 @@
 """The engine against a plain forward pass of `transformers`: no cache, no padding, one sample at a time."""
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from inference.generation.engine import GenerationEngine, left_pad
+from inference.generation.engine import GenerationEngine
+from inference.generation.passes import right_pad
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 
 VOCABULARY = 40
 END, PAD = 2, 1
 KEY = SamplingKey(seed=11)
-FAMILIES = ("opt", "llama", "gpt2", "gpt_neox", "bloom")
+IDS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": END}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+LLAMA = {**SIZES, "initializer_range": 0.3, "num_key_value_heads": 2}  # two query heads share a key head
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+OPT = {**SIZES, "ffn_dim": 64, "max_position_embeddings": 64, "init_std": 0.3}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", {**OPT, "word_embed_proj_dim": 32}),
+    "opt-350m": ("opt", {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "gpt2": ("gpt2", GPT),
+    "gpt_neox": ("gpt_neox", {**SIZES, "initializer_range": 0.3}),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}),
+    "llama": ("llama", LLAMA),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": 16}),
+    "mistral": ("mistral", {**LLAMA, "sliding_window": 6}),
+    "gptj": ("gptj", {**GPT, "rotary_dim": 4}),
+    "gpt_neo": ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.3,
+                            "attention_types": [[["global", "local"], 1]], "window_size": 4,
+                            "max_position_embeddings": 64}),
+    "codegen": ("codegen", {**GPT, "rotary_dim": 4}),
+    "gemma2": ("gemma2", {**LLAMA, "head_dim": 8, "sliding_window": 6}),
+}  # fmt: skip
+"""Of these, bloom, gptj, gpt_neo and codegen do not go through the attention interface; gemma2 caps its scores."""
 
 
 def build_model(family: str) -> nn.Module:
     """Two small layers with weights large enough that tokens and positions matter."""
     torch.manual_seed(7)
-    sizes: dict[str, Any]
-    model: nn.Module
-    names: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": END}
-    if family == "opt":
-        sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = OPTForCausalLM(OPTConfig(**names, **sizes, ffn_dim=64, max_position_embeddings=64, init_std=0.3))
-    elif family == "llama":  # two query heads share a key head
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = LlamaForCausalLM(LlamaConfig(**names, **sizes, num_key_value_heads=2, initializer_range=0.3))
-    elif family == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(**names, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
-        )
-    elif family == "gpt_neox":
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**names, **sizes, initializer_range=0.3))
-    else:
-        model = BloomForCausalLM(BloomConfig(**names, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
-    return model.eval()
+    kind, values = FAMILIES[family]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **IDS, **values)).eval()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -106,7 +103,6 @@ def test_greedy_equals_the_plain_forward(any_model):
 def test_sampled_logprobs_are_those_of_the_tempered_distribution(any_model):
     settings = SamplingSettings(max_tokens=10, temperature=1.7)
     samples = list(GenerationEngine(any_model, END, PAD).generate(PROMPTS, settings, KEY))
-    assert {len(sample.response_ids) for sample in samples} != {10}  # some end early: the batch has shrunk
     for sample in samples:
         assert sample.logprobs == pytest.approx(reference_logprobs(any_model, sample, 1.7), abs=1e-5)
 
@@ -126,7 +122,7 @@ def test_an_end_token_ends_a_sample_and_is_part_of_it(model):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 6, 1, 4, 3]])
 def test_draws_do_not_depend_on_batch_and_order(model, batch, order):
     settings = SamplingSettings(max_tokens=12, temperature=1.3)
-    engine = GenerationEngine(model, END, PAD, batch=batch)
+    engine = GenerationEngine(model, END, PAD, slots=batch)
     samples = in_order(engine.generate([PROMPTS[i] for i in order], settings, KEY, indices=order))
     alone = [next(engine.generate([prompt], settings, KEY, indices=[i])) for i, prompt in enumerate(PROMPTS)]
     assert [sample.response_ids for sample in samples] == [sample.response_ids for sample in alone]
@@ -145,7 +141,7 @@ def test_draws_depend_on_seed_iteration_and_index(model):
 
 
 class ScriptedModel(nn.Module):
-    """Says what its script says: row of token t is followed by token `script[t]`. Counts the rows of each forward."""
+    """Says what its script says: a token t is followed by `script[t]`. Counts the rows of each forward pass."""
 
     def __init__(self, script: dict[int, int]):
         super().__init__()
@@ -154,28 +150,13 @@ class ScriptedModel(nn.Module):
         self.rows: list[int] = []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past_key_values, use_cache: bool):
-        # No `position_ids` and no `logits_to_keep` on purpose: neither may be passed to a model without them.
+        # No `position_ids` on purpose: they may not be passed to a model without them.
         self.rows.append(len(input_ids))
-        cache = past_key_values or ScriptedCache()
-        assert attention_mask.shape[1] == cache.length + input_ids.shape[1]
-        cache.length += input_ids.shape[1]
         logits = torch.zeros(*input_ids.shape, VOCABULARY)
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            logits[row, -1, self.script[token]] = 9.0
-        return ScriptedOutput(logits, cache)
-
-
-class ScriptedCache:
-    length = 0
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.kept = indices.tolist()
-
-
-class ScriptedOutput:
-    def __init__(self, logits: Tensor, past_key_values: ScriptedCache):
-        self.logits = logits
-        self.past_key_values = past_key_values
+        for row, tokens in enumerate(input_ids.tolist()):
+            for place, token in enumerate(tokens):
+                logits[row, place, self.script.get(token, END)] = 9.0
+        return SimpleNamespace(logits=logits)
 
 
 COUNT_DOWN = {
@@ -203,8 +184,97 @@ def test_the_batch_shrinks_as_samples_end():
 
 def test_no_more_than_the_batch_is_decoded_together():
     model = ScriptedModel(COUNT_DOWN)
-    list(GenerationEngine(model, END, PAD, batch=2).generate([torch.tensor([4]) for _ in range(5)], GREEDY, KEY))
-    assert model.rows == [2, 2, 2, 2, 1, 1]
+    prompts = [torch.tensor([first, 4]) for first in (10, 11, 12, 13, 14)]
+    list(GenerationEngine(model, END, PAD, slots=2).generate(prompts, GREEDY, KEY))
+    assert model.rows == [2, 2, 2, 2, 1, 1]  # prefill and decode in turn
+
+
+def test_a_slot_that_falls_free_is_filled_at_once():
+    model = ScriptedModel(COUNT_DOWN)
+    prompts = [torch.tensor([t]) for t in (10, 4, 5, 3)]  # answers of 8, 2, 3 and 1 tokens
+    engine = GenerationEngine(model, END, PAD, slots=2)
+    seen = [sample.index for sample in engine.generate(prompts, GREEDY, KEY)]
+    assert seen == [1, 2, 3, 0]
+    # prefill of two, a step of both, prefill of the third, two steps, prefill of the fourth, then the first alone
+    assert model.rows == [2, 2, 1, 2, 2, 1, 1, 1, 1, 1]
+    stats = engine.stats
+    assert (stats.samples, stats.response_tokens, stats.decode_steps, stats.row_steps) == (4, 14, 7, 10)
+    assert stats.occupancy == 10 / 14
+
+
+def test_two_hundred_samples_run_on_thirty_two_slots(model):
+    prompts = make_prompts([1 + i % 9 for i in range(200)])
+    settings = SamplingSettings(max_tokens=24, temperature=1.3)
+    engine = GenerationEngine(model, END, PAD, slots=32)
+    samples = in_order(engine.generate(prompts, settings, KEY))
+    assert len(samples) == 200 and engine.cache.slots == 32
+    sizes = 2 * 2 * 32 * (9 + 24) * 16 * 4  # layers, keys and values, slots, tokens, 2 key heads of 8, bytes
+    assert engine.cache.bytes == sizes
+    assert engine.stats.response_tokens == sum(len(sample.response_ids) for sample in samples)
+    assert engine.stats.row_steps == engine.stats.response_tokens - 200  # the first token comes with the prefill
+    assert engine.stats.occupancy > 0.8
+    some = [0, 57, 123, 199]
+    alone = engine.generate([prompts[i] for i in some], settings, KEY, indices=some)
+    assert [s.response_ids for s in in_order(alone)] == [samples[i].response_ids for i in some]
+
+
+def test_samples_of_one_prompt_share_its_prefill(any_model):
+    settings = SamplingSettings(max_tokens=10, temperature=1.3)
+    prompts = [PROMPTS[1]] * 3 + [PROMPTS[3]] * 2
+    engine = GenerationEngine(any_model, END, PAD)
+    samples = in_order(engine.generate(prompts, settings, KEY))
+    assert (engine.stats.prompt_tokens, engine.stats.prefilled_tokens) == (3 * 11 + 2 * 7, 11 + 7)
+    assert len({tuple(sample.response_ids) for sample in samples[:3]}) == 3
+    for sample in samples:
+        (alone,) = engine.generate([sample.prompt_ids], settings, KEY, indices=[sample.index])
+        assert alone.response_ids == sample.response_ids
+        assert alone.logprobs == pytest.approx(sample.logprobs, abs=1e-5)
+
+
+def test_prompts_are_prefilled_within_their_budget(model):
+    engine = GenerationEngine(model, END, PAD, prefill_tokens=12)
+    forward, counted = model.forward, []
+
+    def count(**inputs):
+        counted.append(inputs["input_ids"].shape[1])
+        return forward(**inputs)
+
+    model.forward = count
+    try:
+        samples = in_order(engine.generate(PROMPTS, SamplingSettings(max_tokens=1), KEY))
+    finally:
+        del model.forward
+    assert counted == [3, 11 + 1, 7 + 5, 2 + 9, 4]  # of 3, 11, 1, 7, 5, 2, 9, 4
+    assert len(samples) == len(PROMPTS)
+
+
+def test_other_tokens_can_end_a_sample():
+    settings = SamplingSettings(max_tokens=20, temperature=0, stop_ids=(6, 30))
+    engine = GenerationEngine(ScriptedModel(COUNT_DOWN), END, PAD)
+    (sample,) = engine.generate([torch.tensor([9])], settings, KEY)
+    assert sample.response_ids == [8, 7, 6] and sample.ended
+
+
+def test_forced_lengths(model):
+    engine = GenerationEngine(model, END, PAD, slots=3)
+    lengths = [5, 1, 9, 20, 3, 7, 2, 4]
+    samples = in_order(engine.generate(PROMPTS, SamplingSettings(max_tokens=4), KEY, lengths=lengths))
+    assert [len(sample.response_ids) for sample in samples] == lengths
+    assert all(END not in sample.response_ids and not sample.ended for sample in samples)
+
+
+def test_bf16_keeps_close_to_its_own_forward(any_model):
+    """Weights in bf16, keys and attention in fp32: differences are those of rounding (a logit near 8 has steps of
+    1/32)."""
+    model = copy.deepcopy(any_model).bfloat16()
+    settings = SamplingSettings(max_tokens=10, temperature=1.0)
+    samples = list(GenerationEngine(model, END, PAD).generate(PROMPTS, settings, KEY))
+    differences = [
+        abs(ours - theirs)
+        for sample in samples
+        for ours, theirs in zip(sample.logprobs, reference_logprobs(model, sample, 1.0), strict=True)
+    ]
+    assert sum(differences) / len(differences) < 0.1
 
 
 def test_max_tokens_cuts_and_costs_no_further_forward():
@@ -269,7 +339,6 @@ class Wrapper(nn.Module):
 def test_wrapped_models_get_their_positions(model):
     plain = in_order(GenerationEngine(model, END, PAD).generate(PROMPTS, GREEDY, KEY))
     engine = GenerationEngine(Wrapper(model), END, PAD)
-    assert {"position_ids", "logits_to_keep"} <= engine.accepted
     wrapped = in_order(engine.generate(PROMPTS, GREEDY, KEY))
     assert [(s.response_ids, s.logprobs) for s in wrapped] == [(s.response_ids, s.logprobs) for s in plain]
     scripted = GenerationEngine(Wrapper(ScriptedModel(COUNT_DOWN)), END, PAD)
@@ -283,7 +352,6 @@ def test_an_adapter_counts(family):
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = peft.get_peft_model(build_model(family), config).eval()
     engine = GenerationEngine(adapted, END, PAD)
-    assert engine.accepted == plain.accepted
     samples = in_order(engine.generate(PROMPTS, GREEDY, KEY))
     for sample in samples:
         assert (sample.response_ids, sample.logprobs) == (
@@ -298,7 +366,7 @@ def test_no_prompts_no_samples(model):
     assert list(GenerationEngine(model, END, PAD).generate([], GREEDY, KEY)) == []
 
 
-def test_left_pad():
-    ids, mask = left_pad([torch.tensor([5, 6, 7]), torch.tensor([8])], pad_id=PAD)
-    assert ids.tolist() == [[5, 6, 7], [PAD, PAD, 8]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+def test_right_pad():
+    ids, mask = right_pad([torch.tensor([5, 6, 7]), torch.tensor([8])], pad_id=PAD)
+    assert ids.tolist() == [[5, 6, 7], [8, PAD, PAD]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]

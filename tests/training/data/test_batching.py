@@ -16,7 +16,7 @@ def test_every_row_once_within_budget_and_equally_many_micro_batches(ranks):
     assert len({len(plan) for plan in plans}) == 1
     for plan in plans:
         for batch in plan:
-            assert len(batch.rows) == 1 or len(batch.rows) * max(lengths[row] for row in batch.rows) <= 120
+            assert len(batch.rows) == 1 or sum(lengths[row] for row in batch.rows) <= 120
 
 
 def test_ranks_without_rows_keep_step_with_weight_zero():
@@ -37,9 +37,13 @@ def test_a_row_longer_than_the_budget_goes_alone():
 
 def test_token_batch_layout():
     rows = [(torch.tensor([5, 6]), torch.tensor([7])), (torch.tensor([8]), torch.tensor([9, 2, 3, 4]))]
-    batch = TokenBatch.of(rows, pad_id=1, device=torch.device("cpu"))
-    assert batch.ids.tolist() == [[5, 6, 7, 1, 1], [8, 9, 2, 3, 4]]
-    assert batch.mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch.response.tolist() == [[False, False, True, False, False], [False, True, True, True, True]]
-    assert batch.positions.tolist() == [[0, 1, 2, 2, 2], [0, 1, 2, 3, 4]]
-    assert batch.last.tolist() == [2, 4]
+    batch = TokenBatch.of(rows, device=torch.device("cpu"))
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9, 2, 3, 4]
+    assert batch.response.tolist() == [False, False, True, False, True, True, True, True]
+    assert batch.predicting.tolist() == [1, 3, 4, 5, 6]
+    assert batch.targets.tolist() == [7, 9, 2, 3, 4]
+    assert batch.last.tolist() == [2, 7]
+    ids, mask, positions = batch.padded()
+    assert ids[mask.bool()].tolist() == batch.ids.tolist()
+    assert mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert positions.tolist() == [[0, 1, 2, 3, 4]] * 2

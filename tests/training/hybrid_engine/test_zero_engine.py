@@ -54,7 +54,7 @@ def train_everywhere(ranks, directory):
             seen = []
 
             def loss(micro_batch, engine=engine, seen=seen):
-                batch = TokenBatch.of([rows[i] for i in micro_batch.rows], chat_format.pad_id, ranks.device)
+                batch = TokenBatch.of([rows[i] for i in micro_batch.rows], ranks.device)
                 share = -engine(batch)[0].sum() / tokens
                 seen.append(float(share) * micro_batch.weight)
                 return share

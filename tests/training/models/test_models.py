@@ -1,5 +1,7 @@
 """Policies and scorers of every family against plain transformers; padding, adapters, vocabulary, saving."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -19,7 +21,7 @@ from inference.tiny_model import build_tiny_model
 from training.config import LoRASettings
 from training.data.batching import TokenBatch
 from training.models.loading import add_lora, fit_vocabulary, load_causal_lm, load_scorer, resolve_dtype, save_model
-from training.models.policy import Policy
+from training.models.policy import Policy, SelectedLogprobs
 from training.models.scorer import Scorer, at_last_token
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -51,7 +53,7 @@ def tiny(tmp_path_factory):
 
 
 def make(family: str, head=AutoModelForCausalLM):
-    config = FAMILIES[family]
+    config = copy.deepcopy(FAMILIES[family])  # models keep it, and change it
     config.pad_token_id, config.num_labels = 1, 1
     torch.manual_seed(0)
     model = head.from_config(config).eval()
@@ -63,8 +65,8 @@ def make(family: str, head=AutoModelForCausalLM):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_policy_equals_the_plain_model_on_rows_of_its_own(family, temperature):
+    logprobs, entropy = Policy(make(family))(TokenBatch.of(ROWS, CPU), temperature)
     model = make(family)
-    logprobs, entropy = Policy(model)(TokenBatch.of(ROWS, 1, CPU), temperature)
     expected, spread = [], []
     for prompt, response in ROWS:  # one at a time: no padding, all logits, the softmax written out
         logits = model(torch.cat([prompt, response])[None]).logits[0] / temperature
@@ -77,19 +79,42 @@ def test_policy_equals_the_plain_model_on_rows_of_its_own(family, temperature):
     assert torch.allclose(entropy.double(), torch.stack(spread), atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_of_logprobs_are_those_of_autograd(temperature):
+    torch.manual_seed(2)
+    logits = torch.randn(6, 11, dtype=torch.float32, requires_grad=True)
+    chosen, weights = torch.tensor([0, 10, 3, 3, 7, 5]), torch.randn(6)
+    (SelectedLogprobs.apply(logits, chosen, temperature)[0] * weights).sum().backward()
+    ours, logits.grad = logits.grad, None
+    ((logits / temperature).log_softmax(-1).gather(1, chosen[:, None])[:, 0] * weights).sum().backward()
+    assert torch.allclose(ours, logits.grad, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_do_not_depend_on_padding(family):
+def test_gradients_are_those_of_the_plain_model(family):
+    ours, plain = Policy(make(family)), make(family)
+    ours(TokenBatch.of(ROWS, CPU))[0].sum().backward()
+    for prompt, response in ROWS:
+        logits = plain(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        logits.log_softmax(-1).gather(1, response[:, None]).sum().backward()
+    for (name, parameter), reference in zip(ours.model.named_parameters(), plain.parameters(), strict=True):
+        tolerance = max(1e-4 * float(reference.grad.abs().max()), 1e-7)  # the key bias has no gradient but rounding
+        assert torch.allclose(parameter.grad, reference.grad, atol=tolerance), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_do_not_depend_on_the_other_rows(family):
     scorer = Scorer(make(family, AutoModelForSequenceClassification))
-    batch = TokenBatch.of(ROWS, 1, CPU)
+    batch = TokenBatch.of(ROWS, CPU)
     together = at_last_token(scorer(batch), batch)
     for row, score in zip(ROWS, together, strict=True):
-        alone = TokenBatch.of([row], 1, CPU)
+        alone = TokenBatch.of([row], CPU)
         assert torch.allclose(at_last_token(scorer(alone), alone)[0], score, atol=1e-5)
 
 
 def test_score_shift_and_scale_come_from_the_configuration():
     model = make("llama", AutoModelForSequenceClassification)
-    batch = TokenBatch.of(ROWS, 1, CPU)
+    batch = TokenBatch.of(ROWS, CPU)
     raw = Scorer(model)(batch)
     model.config.score_shift, model.config.score_scale = 0.5, 2.0
     assert torch.allclose(Scorer(model)(batch), (raw - 0.5) / 2)
@@ -99,8 +124,10 @@ def test_the_reward_is_read_where_transformers_reads_it(tiny):
     """The directory opens in any tool: its own sequence classification gives our score."""
     scorer = load_scorer(tiny, ChatFormat.load(tiny), torch.float32).eval()
     rows = [(prompt + 100, response + 100) for prompt, response in ROWS]
-    batch = TokenBatch.of(rows, scorer.config.pad_token_id, CPU)
-    theirs = scorer(input_ids=batch.ids, attention_mask=batch.mask).logits[:, 0]
+    batch = TokenBatch.of(rows, CPU)
+    ids, mask, _ = batch.padded()
+    ids = ids.masked_fill(mask == 0, scorer.config.pad_token_id)
+    theirs = scorer(input_ids=ids, attention_mask=mask).logits[:, 0]
     assert torch.allclose(at_last_token(Scorer(scorer)(batch), batch), theirs, atol=1e-5)
 
 
@@ -129,7 +156,7 @@ def test_dropout_is_off_everywhere(tiny):
 def test_without_adapter_the_policy_is_its_reference(tiny):
     chat_format = ChatFormat.load(tiny)
     plain = load_causal_lm(tiny, chat_format, torch.float32)
-    batch = TokenBatch.of(ROWS, 1, CPU)
+    batch = TokenBatch.of(ROWS, CPU)
     before = Policy(plain)(batch)[0]
     policy = Policy(load_causal_lm(tiny, chat_format, torch.float32), LoRASettings(rank=4))
     assert torch.allclose(policy(batch)[0], before, atol=1e-6)  # a fresh adapter changes nothing
@@ -151,7 +178,7 @@ def test_adapter_names_that_match_nothing_are_refused(tiny):
 @pytest.mark.parametrize("scorer", [False, True])
 def test_the_saved_model_computes_what_the_trained_one_did(tiny, tmp_path, scorer):
     chat_format, lora = ChatFormat.load(tiny), LoRASettings(rank=4)
-    batch = TokenBatch.of(ROWS, 1, CPU)
+    batch = TokenBatch.of(ROWS, CPU)
     torch.manual_seed(1)
     load, kind = (load_scorer, Scorer) if scorer else (load_causal_lm, Policy)
     trained = kind(load(tiny, chat_format, torch.float32), lora)

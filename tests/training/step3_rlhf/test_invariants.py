@@ -1,6 +1,6 @@
 """check_first_update lets a correct setup pass and stops one with a mistake in it, each mistake put in by hand."""
 
-import functools
+import copy
 import json
 from types import SimpleNamespace
 
@@ -8,12 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
+from inference.generation.attention import Sequences
 from inference.generation.engine import GenerationEngine
+from inference.generation.kv_cache import Places
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.config import RLHFSettings
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.metrics import Display
+from training.models.packing import call_on_tokens
 from training.models.policy import Policy
 from training.stage import Diverged
 from training.step3_rlhf.experience import Experience
@@ -41,7 +44,7 @@ class DirectRoles:
 
 def make_policy(family: str = "opt", dtype: torch.dtype = torch.float32) -> Policy:
     torch.manual_seed(0)
-    config = FAMILIES[family]
+    config = copy.deepcopy(FAMILIES[family])  # models keep it, and change it
     config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, 0, END
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # the default initialisation makes every logit nearly equal
@@ -55,7 +58,7 @@ def make_ppo(directory, roles, dtype: torch.dtype = torch.float32, **settings: i
         settings=RLHFSettings(temperature=TEMPERATURE, micro_batch_tokens=64, **settings),
         ranks=Ranks(0, 1, CPU),
         roles=roles,
-        token_batch=lambda rows: TokenBatch.of([(e.prompt, e.response) for e in rows], PAD, CPU),
+        token_batch=lambda rows: TokenBatch.of([(e.prompt, e.response) for e in rows], CPU),
         stage=SimpleNamespace(dtype=dtype, directory=SimpleNamespace(path=directory), display=Display(quiet=True)),
     )
 
@@ -64,7 +67,7 @@ def generate(policy: Policy, min_tokens: int = 0) -> list[Experience]:
     """Prompts of different lengths in one batch, so that all but the longest are padded on the left."""
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(5, 96, (length,), generator=generator) for length in (9, 2, 5, 3, 7, 4)]
-    engine = GenerationEngine(policy.model, END, PAD, batch=len(prompts))
+    engine = GenerationEngine(policy.model, END, PAD, slots=len(prompts))
     sampling = SamplingSettings(max_tokens=8, temperature=TEMPERATURE, min_tokens=min_tokens)
     samples = sorted(engine.generate(prompts, sampling, SamplingKey(5)), key=lambda sample: sample.index)
     return [Experience.of(sample) for sample in samples]
@@ -121,15 +124,28 @@ def test_another_temperature_is_found(tmp_path, family, recomputed):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_positions_shifted_by_one_are_found(tmp_path, monkeypatch, recomputed):
     """OPT's positions are absolute; Llama's are relative, and a shift of all of them is no mistake there."""
+    positions = Sequences.positions
     for family in FAMILIES:
         policy = make_policy(family)
         experience = generate(policy)
         with monkeypatch.context() as changed:
-            changed.setattr(TokenBatch, "positions", property(lambda batch: batch.mask.cumsum(-1)))
+            changed.setattr(Sequences, "positions", lambda self, device: positions(self, device) + 1)
             if family == "opt":
                 refused(tmp_path, policy, experience, recomputed)
             else:
                 check_first_update(make_ppo(tmp_path, DirectRoles(policy)), experience)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_that_count_the_other_rows_are_found(tmp_path, monkeypatch, family):
+    policy = make_policy(family)
+    experience = generate(policy)
+    with monkeypatch.context() as changed:
+        changed.setattr(Sequences, "positions", lambda self, device: torch.arange(sum(self.lengths))[None])
+        if family == "opt":
+            refused(tmp_path, policy, experience)
+        else:  # relative positions survive it
+            check_first_update(make_ppo(tmp_path, DirectRoles(policy)), experience)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,9 +155,8 @@ def test_logits_read_one_place_too_late_are_found(tmp_path, monkeypatch, family)
     experience = generate(policy)
 
     def too_late(self, batch, temperature):
-        hidden = self.model.model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-        logits = self.model.lm_head(hidden[batch.response]) / temperature
-        return logits.log_softmax(-1).gather(1, batch.ids[batch.response][:, None])[:, 0], None
+        logits = call_on_tokens(self.model, batch, logits_at=batch.predicting + 1) / temperature
+        return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0], None
 
     monkeypatch.setattr(Policy, "forward", too_late)
     refused(tmp_path, policy, experience)
@@ -149,39 +164,28 @@ def test_logits_read_one_place_too_late_are_found(tmp_path, monkeypatch, family)
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_attention_to_left_padding_is_found(tmp_path, monkeypatch, family, recomputed):
+def test_attention_beyond_the_own_row_is_found(tmp_path, monkeypatch, family, recomputed):
+    """What lies behind a row's end in the cache belongs to nobody, or to an older sample."""
     policy = make_policy(family)
-    forward = policy.model.forward
-
-    @functools.wraps(forward)
-    def without_mask(attention_mask, **inputs):
-        return forward(attention_mask=torch.ones_like(attention_mask), **inputs)
-
     with monkeypatch.context() as changed:
-        changed.setattr(policy.model, "forward", without_mask)
+        changed.setattr(Places, "mask", lambda self, window, dtype: None)
         experience = generate(policy)
     refused(tmp_path, policy, experience, recomputed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_positions_that_count_left_padding_are_found(tmp_path, monkeypatch, family):
-    """As above a shift, which relative positions survive."""
+def test_attention_to_the_rows_before_is_found(tmp_path, monkeypatch, family):
+    """Rows packed into one sequence must not see each other."""
     policy = make_policy(family)
-    forward = policy.model.forward
+    experience = generate(policy)
+    attend = Sequences.attend
 
-    @functools.wraps(forward)
-    def counted(position_ids, past_key_values=None, **inputs):
-        before = 0 if past_key_values is None else past_key_values.get_seq_length()
-        places = torch.arange(before, before + position_ids.shape[1]).expand_as(position_ids)
-        return forward(position_ids=places, past_key_values=past_key_values, **inputs)
+    def as_one(self, *inputs):
+        return attend(Sequences([sum(self.lengths)]), *inputs)
 
     with monkeypatch.context() as changed:
-        changed.setattr(policy.model, "forward", counted)
-        experience = generate(policy)
-    if family == "opt":
+        changed.setattr(Sequences, "attend", as_one)
         refused(tmp_path, policy, experience)
-    else:
-        check_first_update(make_ppo(tmp_path, DirectRoles(policy)), experience)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

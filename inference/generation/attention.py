@@ -1,0 +1,140 @@
+"""Attention without padding, behind transformers' own attention interface.
+
+The tokens of a forward pass lie in one row, (1, tokens): several sequences one behind the other (`Sequences`: scoring,
+training, prefill), or the next token of every running sample (`NextTokens`: decoding). The models of transformers hand
+the keyword `tokens` down to the attention function, which asks it what each token may see. So every family whose
+attention goes through the interface runs here as it is; `can_pack` says which do.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from inference.generation.kv_cache import KVCache, Places
+
+PACKED_ATTENTION = "rlhf_chat_packed"
+MORE_THAN_SOFTMAX = ("softcap", "s_aux")
+"""Keywords that transformers gives to attention which is more than a scaled softmax (Gemma 2, gpt-oss)."""
+
+
+class Tokens(Protocol):
+    """What the tokens of a packed row are to each other."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """(heads, tokens, head), keys and values with as many heads or fewer -> (tokens, heads, head)."""
+        ...
+
+
+class Sequences:
+    """Whole sequences, causal each. With a cache their keys and values are kept in the given rows."""
+
+    def __init__(self, lengths: Sequence[int], cache: KVCache | None = None, rows: Sequence[int] = ()):
+        self.lengths = list(lengths)
+        self.cache, self.rows = cache, rows
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Each token's place in its sequence, int64 (1, tokens)."""
+        return torch.cat([torch.arange(length, device=device) for length in self.lengths])[None]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        if self.cache is not None:
+            self.cache.write_prompts(layer, key, value, self.rows, self.lengths)
+        key, value = repeat_heads(key, query.shape[0]), repeat_heads(value, query.shape[0])
+        longest = max(self.lengths)
+        if min(self.lengths) == longest:
+            q, k, v = (t.unflatten(1, (-1, longest)).transpose(0, 1) for t in (query, key, value))  # (n, heads, ...)
+            return causal(q, k, v, scale, window).transpose(1, 2).flatten(0, 1)
+        parts = [t.split(self.lengths, dim=1) for t in (query, key, value)]
+        if query.is_cuda:  # few large kernels: what stands to the right of a sequence's end is not seen by it
+            q, k, v = (torch.stack([pad(t, (0, 0, 0, longest - t.shape[1])) for t in part]) for part in parts)
+            seen = causal(q, k, v, scale, window).transpose(1, 2)
+            return torch.cat([row[:length] for row, length in zip(seen, self.lengths, strict=True)])
+        alone = (causal(q[None], k[None], v[None], scale, window)[0] for q, k, v in zip(*parts, strict=True))
+        return torch.cat([seen.transpose(0, 1) for seen in alone])
+
+
+class NextTokens:
+    """One token of each of the first rows of a cache; it sees its row and itself."""
+
+    def __init__(self, cache: KVCache, places: Places):
+        self.cache, self.places = cache, places
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        keys, values = self.cache.append(
+            layer, key.transpose(0, 1)[:, :, None], value.transpose(0, 1)[:, :, None], self.places
+        )
+        rows, groups = self.places.rows, keys.shape[1]
+        # query heads that share a key head become its queries: no key is copied
+        queries = query.transpose(0, 1).reshape(rows, groups, -1, query.shape[-1]).to(keys.dtype)
+        mask = self.places.mask(window, keys.dtype)
+        seen = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        return seen.reshape(rows, -1, seen.shape[-1]).to(query.dtype)
+
+
+def repeat_heads(heads: Tensor, count: int) -> Tensor:
+    """(key heads, tokens, head) -> (count, tokens, head), each repeated for the query heads that share it."""
+    return heads if heads.shape[0] == count else heads.repeat_interleave(count // heads.shape[0], dim=0)
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """Causal attention over (rows, heads, length, head); of the last `window` tokens only, if there is one."""
+    length = query.shape[-2]
+    if window is None or window >= length:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    place = torch.arange(length, device=query.device)
+    distance = place[:, None] - place
+    return scaled_dot_product_attention(query, key, value, (distance >= 0) & (distance < window), scale=scale)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, tokens, head)
+    key: Tensor,  # (1, key heads, tokens, head)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    tokens: Tokens | None = None,
+    **of_other_functions: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in every attention layer; returns (1, tokens, heads, head)."""
+    if tokens is None:
+        raise ValueError("packed attention needs the keyword `tokens`: call the model inside `packed(model)` with it")
+    if any(of_other_functions.get(name) is not None for name in MORE_THAN_SOFTMAX):
+        raise NotImplementedError(f"{type(module).__name__} needs more than a scaled softmax")
+    layer: Any = module.layer_idx
+    return tokens.attend(layer, query[0], key[0], value[0], scaling, sliding_window)[None], None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether the family's attention goes through the interface and is a plain scaled softmax."""
+    config = getattr(model, "config", None)
+    if config is None or not getattr(model, "_supports_attention_backend", False):
+        return False
+    return getattr(config, "attn_logit_softcapping", None) is None and config.model_type != "gpt_oss"
+
+
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's attention takes packed rows."""
+    config: Any = model.config
+    before = config._attn_implementation
+    config._attn_implementation = PACKED_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

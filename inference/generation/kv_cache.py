@@ -1,0 +1,90 @@
+"""Keys and values of the samples that are being decoded: one slot a sample, rows 0 .. n-1 in use."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Bounded memory: `slots` samples of at most `capacity` tokens. A layer's part is made when it first writes.
+
+    `dtype` is what keys and values are kept in; None keeps the model's. On a CPU attention with one query is several
+    times faster in fp32 than in bf16, so there fp32 is the better choice whatever the weights are.
+    """
+
+    def __init__(self, slots: int, capacity: int, dtype: torch.dtype | None = None):
+        self.slots, self.capacity, self.dtype = slots, capacity, dtype
+        self.keys: dict[int, Tensor] = {}  # layer -> (slots, key heads, capacity, head)
+        self.values: dict[int, Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what has been made so far."""
+        return sum(t.numel() * t.element_size() for part in (self.keys, self.values) for t in part.values())
+
+    def fits(self, slots: int, capacity: int) -> bool:
+        return slots <= self.slots and capacity <= self.capacity
+
+    def _layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensors of a layer; `keys` and `values` (..., heads, tokens, head) show their sizes."""
+        if layer not in self.keys:
+            for part, new in ((self.keys, keys), (self.values, values)):
+                shape = (self.slots, new.shape[-3], self.capacity, new.shape[-1])
+                part[layer] = torch.zeros(shape, dtype=self.dtype or new.dtype, device=new.device)
+        return self.keys[layer], self.values[layer]
+
+    def write_prompts(self, layer: int, keys: Tensor, values: Tensor, rows: Sequence[int], lengths: Sequence[int]):
+        """Store whole prompts, which lie one behind the other in `keys` and `values` (heads, tokens, head)."""
+        kept_keys, kept_values = self._layer(layer, keys, values)
+        start = 0
+        for row, length in zip(rows, lengths, strict=True):
+            kept_keys[row, :, :length] = keys[:, start : start + length]
+            kept_values[row, :, :length] = values[:, start : start + length]
+            start += length
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, place: "Places") -> tuple[Tensor, Tensor]:
+        """Store one token a row, (rows, heads, 1, head) each; returns the rows' keys and values up to the longest."""
+        kept_keys, kept_values = self._layer(layer, keys, values)
+        if place.is_level:  # all rows are equally long: a slice is cheaper than an index
+            end = place.longest
+            kept_keys[: place.rows, :, end - 1 : end] = keys
+            kept_values[: place.rows, :, end - 1 : end] = values
+        else:
+            kept_keys[place.index, :, place.positions] = keys[:, :, 0].to(kept_keys.dtype)
+            kept_values[place.index, :, place.positions] = values[:, :, 0].to(kept_values.dtype)
+        return kept_keys[: place.rows, :, : place.longest], kept_values[: place.rows, :, : place.longest]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give row `target` the first `length` tokens of row `source`."""
+        for part in (self.keys, self.values):
+            for kept in part.values():
+                kept[target, :, :length] = kept[source, :, :length]
+
+
+class Places:
+    """Where the next token of each row goes: row i is `lengths[i]` tokens long so far."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.rows = len(lengths)
+        self.longest = max(lengths) + 1
+        self.is_level = min(lengths) + 1 == self.longest
+        self.positions = torch.tensor(lengths, device=device)  # (rows) int64
+        self.index = torch.arange(self.rows, device=device)
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What to add to the scores of each row: 0 on its tokens (of the last `window`), -inf beyond; (rows, 1, 1,
+        longest). None where every row sees everything."""
+        if window not in self._masks:
+            narrow = window is not None and window < self.longest
+            if self.is_level and not narrow:
+                self._masks[window] = None
+            else:
+                place = torch.arange(self.longest, device=self.positions.device)
+                seen = place <= self.positions[:, None]
+                if window is not None:
+                    seen &= place > self.positions[:, None] - window
+                mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+                self._masks[window] = mask[:, None, None]
+        return self._masks[window]

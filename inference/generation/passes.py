@@ -1,0 +1,145 @@
+"""Forward passes for generation: prompts into the cache, then a token a row.
+
+`PackedPasses` runs every family whose attention goes through transformers' interface, without padding. `PaddedPasses`
+runs any other causal language model of transformers through its own cache interface. Both give the same numbers.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from inference.generation.attention import NextTokens, Sequences, can_pack, packed
+from inference.generation.kv_cache import KVCache, Places
+
+
+class Passes(Protocol):
+    def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Put prompts, int64 (length) each, into rows of the cache; the logits after each, (prompts, vocabulary)."""
+        ...
+
+    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Append `tokens`, int64 (n), to rows 0 .. n-1, which are `lengths` long; logits (n, vocabulary)."""
+        ...
+
+
+def make_passes(model: nn.Module, cache: KVCache, pad_id: int) -> Passes:
+    inner = unwrapped(model)
+    return PackedPasses(inner, cache) if can_pack(inner) else PaddedPasses(inner, cache, pad_id)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers inside wrappers (DeepSpeed, DistributedDataParallel, PEFT); adapters stay active."""
+    while isinstance(wrapped := getattr(model, "module", None), nn.Module):
+        model = wrapped
+    base_model = getattr(model, "get_base_model", None)
+    return base_model() if base_model is not None else model
+
+
+def preferred_cache_dtype(model: nn.Module) -> torch.dtype | None:
+    """fp32 on a CPU, where attention with one query is fastest in it; elsewhere the model's own (None)."""
+    return torch.float32 if next(model.parameters()).device.type == "cpu" else None
+
+
+class PackedPasses:
+    def __init__(self, model: nn.Module, cache: KVCache):
+        self.model: Any = model
+        self.cache = cache
+        self.device = next(model.parameters()).device
+
+    def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = Sequences(lengths, self.cache, rows)
+        ids = torch.cat(list(prompts))[None].to(self.device)
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        return self._logits(ids, tokens.positions(self.device), tokens, last)
+
+    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        places = Places(lengths, self.device)
+        return self._logits(tokens[None], places.positions[None], NextTokens(self.cache, places), places.index)
+
+    def _logits(self, ids: Tensor, positions: Tensor, tokens: Sequences | NextTokens, wanted: Tensor) -> Tensor:
+        with packed(self.model):
+            output = self.model(
+                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, tokens=tokens
+            )
+        return output.logits[0]
+
+
+class PaddedPasses:
+    def __init__(self, model: nn.Module, cache: KVCache, pad_id: int):
+        self.model: Any = model
+        self.cache, self.pad_id = cache, pad_id
+        self.device = next(model.parameters()).device
+        self.accepted = set(inspect.signature(model.forward).parameters)
+        self.cache.dtype = None  # the family's own attention takes keys as it made them
+
+    def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        lengths = [len(prompt) for prompt in prompts]
+        ids, mask = right_pad(prompts, self.pad_id)
+        own = DynamicCache()
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        logits = self._logits(ids.to(self.device), mask.to(self.device), positions.to(self.device), own)
+        for layer, (keys, values, *_) in enumerate(own):
+            keys, values = (
+                torch.cat([t[row, :, :length] for row, length in enumerate(lengths)], dim=1) for t in (keys, values)
+            )
+            self.cache.write_prompts(layer, keys, values, rows, lengths)
+        index = torch.arange(len(prompts), device=logits.device)
+        return logits[index, torch.tensor(lengths, device=logits.device) - 1]
+
+    def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        places = Places(lengths, self.device)
+        place = torch.arange(places.longest, device=self.device)
+        mask = (place >= places.longest - 1 - places.positions[:, None]).long()  # rows end at the right
+        slots = Cache(layers=[SlotLayer(self.cache, layer, places) for layer in self.cache.keys])
+        return self._logits(tokens[:, None], mask, places.positions[:, None], slots)[:, -1]
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        optional = {"position_ids": positions} if "position_ids" in self.accepted else {}
+        return self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **optional).logits
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer of a KVCache as the models of transformers want it while one token a row is added: rows that end at
+    the right, so that a family's own sliding windows count from each row's newest token."""
+
+    def __init__(self, cache: KVCache, layer: int, places: Places):
+        super().__init__()
+        self.cache, self.layer, self.places = cache, layer, places
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the cache is there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        places = self.places
+        keys, values = self.cache.append(self.layer, key_states, value_states, places)
+        if places.is_level:
+            return keys, values
+        shift = places.longest - 1 - places.positions[:, None]  # (rows, 1)
+        source = (torch.arange(places.longest, device=keys.device) - shift).clamp_(min=0)[:, None, :, None]
+        return keys.gather(2, source.expand_as(keys)), values.gather(2, source.expand_as(values))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.places.longest, 0
+
+    def get_seq_length(self) -> int:
+        return self.places.longest - 1
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+
+def right_pad(sequences: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Sequences (length) of any lengths -> ids and mask, both int64 (rows, longest), beginning at the left."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return ids, mask

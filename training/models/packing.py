@@ -1,0 +1,38 @@
+"""Calling a model of transformers on a TokenBatch: packed where its family allows it, padded where not."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
+from training.data.batching import TokenBatch
+
+
+def use_packing(model: PreTrainedModel) -> None:
+    """From now on `model` is called on packed rows, if its family allows it.
+
+    For good, not for the length of a call: gradient checkpointing runs the forward pass again in the backward pass.
+    """
+    if can_pack(model):
+        model.config._attn_implementation = PACKED_ATTENTION
+
+
+def call_on_tokens(model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor | None = None) -> Tensor:
+    """What the model says of a batch: the last hidden states (tokens, hidden), or, with `logits_at`, places int64
+    (n), the logits there (n, vocabulary)."""
+    backbone: Any = getattr(model, model.base_model_prefix)
+    if model.config._attn_implementation == PACKED_ATTENTION:
+        tokens = Sequences(batch.lengths)
+        inputs = {"input_ids": batch.ids[None], "position_ids": tokens.positions(batch.ids.device), "tokens": tokens}
+        if logits_at is None:
+            return backbone(**inputs, use_cache=False).last_hidden_state[0]
+        called: Any = model
+        return called(**inputs, use_cache=False, logits_to_keep=logits_at).logits[0]
+    ids, mask, positions = batch.padded()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:  # BLOOM counts them from the mask
+        inputs["position_ids"] = positions
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state[mask.bool()]
+    return hidden if logits_at is None else model.get_output_embeddings()(hidden[logits_at])
