@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import training
@@ -74,13 +75,28 @@ def test_two_processes_train_as_one_does(tiny_run, workplace):
     done = rlhf_chat("run", "--model", "tiny", "--name", "two", "--processes", 2, cwd=workplace)
     assert done.code == 0, done.out[-2000:] + done.err[-3000:]
     for step in (1, 2, 3):
-        ours, theirs = (metrics(RunDirectory(workplace / "runs" / name), step) for name in ("demo", "two"))
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            assert a.keys() == b.keys()
-            for name in a:
-                if isinstance(a[name], float) and not name.startswith("work/"):  # two ranks have twice the slots
-                    assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (step, name)
+        assert_like_metrics(*(metrics(RunDirectory(workplace / "runs" / name), step) for name in ("demo", "two")))
+
+
+def assert_like_metrics(ours: list[dict], theirs: list[dict]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if isinstance(a[name], float) and not name.startswith("work/"):  # two ranks may have twice the slots
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+
+
+def test_tensor_parallel_generation_under_zero_3_trains_as_one_process_does(tiny_run, workplace):
+    run = workplace / "runs" / "tensor"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("step3_rlhf", "evaluation.json", "comparison.jsonl"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["processes"], config["rlhf"]["generation_tensor_parallel"] = 2, 2
+    config["rlhf"]["actor"]["zero_stage"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    done = rlhf_chat("rlhf", run, cwd=workplace)
+    assert done.code == 0, done.out[-2000:] + done.err[-3000:]
+    assert_like_metrics(metrics(RunDirectory(tiny_run), 3), metrics(RunDirectory(run), 3))
 
 
 def test_two_machines_by_torchrun_agents(tiny_run, tmp_path):

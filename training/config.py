@@ -170,7 +170,9 @@ class RLHFSettings(Settings):
     micro_batch_tokens: int = Field(4096, ge=8)
     """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
     generation_batch: int = Field(32, ge=1)
-    """Samples that one rank decodes at the same time."""
+    """Samples that one rank (one tensor-parallel group) decodes at the same time: slots, refilled as samples end."""
+    generation_tensor_parallel: int = Field(1, ge=1)
+    """Ranks that generate together, each with a part of the actor's weights; divides the number of ranks."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities are taken at the same temperature."""
     min_response_tokens: int = Field(0, ge=0)

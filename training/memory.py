@@ -208,13 +208,16 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
     ]
     if not rlhf.actor.lora.rank:  # with LoRA the reference is the actor, its adapters switched off
         parts.append(_frozen_part("reference weights", actor.parameters, rlhf.reference, dtype, ranks))
-    if rlhf.actor.zero_stage == 3:  # GenerationView keeps the weights whole on each rank
+    tensor = rlhf.generation_tensor_parallel
+    if rlhf.actor.zero_stage == 3 or tensor > 1:  # GenerationView keeps a rank's part of the weights
         whole = actor.parameters + _adapters(actor, rlhf.actor)
-        parts.append(Part("actor weights, whole, to generate", whole * dtype.itemsize))
+        name = "actor weights to generate, " + ("whole" if tensor == 1 else f"1 of {tensor} parts")
+        parts.append(Part(name, _share(whole * dtype.itemsize, tensor)))
     length = data.max_prompt_tokens + data.max_response_tokens
-    rows = min(rlhf.generation_batch, -(-rlhf.prompts_per_iteration * rlhf.samples_per_prompt // ranks))
+    groups = max(1, ranks // tensor)
+    rows = min(rlhf.generation_batch, -(-rlhf.prompts_per_iteration * rlhf.samples_per_prompt // groups))
     parts += [
-        Part("key-value cache", actor.cache_values(rows * length) * dtype.itemsize, phase="generation"),
+        Part("key-value cache", _share(actor.cache_values(rows * length) * dtype.itemsize, tensor), phase="generation"),
         Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation"),
         *_pass_parts(actor, config, rlhf, rlhf.actor, dtype, "actor training", with_logits=True),
         *_pass_parts(scorer, config, rlhf, rlhf.critic, dtype, "critic training"),

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
+from inference.tensor_parallel.plan import check_divides
 from training.checkpoints import Checkpoints
 from training.config import RunConfig, load_config
 from training.data.prepare import prepare_data
 from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
 from training.distributed import Ranks, start_ranks, stop_ranks
+from training.hybrid_engine.layout import Layout
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import TORCH_DTYPES, require_same_tokens, resolve_dtype, save_model
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
@@ -160,9 +162,17 @@ def run_preparation() -> int:
         actor = ChatFormat.load(resolve_model(actor_name, display.say))
         scorer = ChatFormat.load(resolve_model(scorer_name, display.say))
         require_same_tokens(actor, scorer, actor_name, scorer_name)
+        require_generation_layout(config, resolve_model(actor_name, display.say))
         prepare_data(config.data, config.seed, run.data, actor, display.say)
 
     return end_in_sentences(body, run.error_file)
+
+
+def require_generation_layout(config: RunConfig, actor: Path) -> None:
+    """Raise UserError where the actor cannot be cut as asked for, before anything trains."""
+    tensor = config.rlhf.generation_tensor_parallel
+    Layout.over(config.processes, tensor)
+    check_divides(AutoConfig.from_pretrained(actor, local_files_only=True), tensor)
 
 
 def run_evaluation(work: Callable[[Stage], object]) -> int:

@@ -137,7 +137,7 @@ def test_step_2_trains_the_scorer_on_pairs(opt_13b, opt_350m):
 def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
     memory = estimate_step_memory(3, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
     by_name = sizes(memory)
-    assert by_name[("", "actor weights, whole, to generate")] == 2 * OPT_13B
+    assert by_name[("", "actor weights to generate, whole")] == 2 * OPT_13B
     assert by_name[("", "reference weights")] == 2 * OPT_13B // 8
     assert by_name[("", "reward weights")] == 2 * OPT_350M // 8
     assert by_name[("", "critic weights")] == 2 * OPT_350M  # stage 1
@@ -149,6 +149,14 @@ def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
     )
 
 
+def test_tensor_parallel_generation_keeps_a_part(opt_13b, opt_350m):
+    config = opt_config("rlhf.generation_tensor_parallel=4")
+    memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))
+    assert memory[("", "actor weights to generate, 1 of 4 parts")] == 2 * OPT_13B // 4
+    rows = 32  # of 128 samples on 2 groups, as many as there are slots
+    assert memory[("generation", "key-value cache")] == 2 * (rows * 512) * 40 * 2 * 5120 // 4
+
+
 def test_lora_needs_no_second_copy(opt_13b, opt_350m):
     config = opt_config("rlhf.actor.lora.rank=16", "rlhf.actor.zero_stage=2", "rlhf.reward.zero_stage=0")
     memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=1))
@@ -157,7 +165,7 @@ def test_lora_needs_no_second_copy(opt_13b, opt_350m):
     assert memory[("", "actor gradients")] == 4 * adapters
     assert memory[("", "actor optimiser states")] == 12 * adapters
     assert ("", "reference weights") not in memory
-    assert ("", "actor weights, whole, to generate") not in memory
+    assert ("", "actor weights to generate, whole") not in memory
 
 
 def test_offload_moves_bytes_to_the_host(opt_13b, opt_350m):

@@ -14,7 +14,6 @@ from inference.chat_format import ChatFormat
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
-from training.distributed import Ranks
 from training.models.loading import load_causal_lm
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
@@ -144,23 +143,29 @@ class PPO:
         return chosen
 
     def generate(self, prompts: list[Tensor], number: int) -> list[Experience]:
-        """This rank's share of the samples: every rank takes each `ranks.size`-th prompt."""
+        """All samples, in order, on all ranks. Every tensor-parallel group takes each `layout.data`-th prompt."""
+        layout = self.roles.generation_layout
         with self.timed("reallocate"):
             engine = self.generation_engine()
         with self.timed("generate"):
-            mine = range(self.ranks.rank, len(prompts), self.ranks.size)
+            mine = range(layout.data_rank(self.ranks.rank), len(prompts), layout.data)
             key = SamplingKey(self.stage.config.seed, number)
             lengths = None if self.forced_lengths is None else [self.forced_lengths(number)[i] for i in mine]
             samples = engine.generate([prompts[i] for i in mine], self.sampling, key, list(mine), lengths=lengths)
-            return [Experience.of(sample) for sample in samples]
+            experience = [Experience.of(sample) for sample in samples]
+        with self.timed("gather"):
+            ours = experience if layout.tensor_rank(self.ranks.rank) == 0 else []  # the others of a group have the same
+            return sorted((e for share in self.ranks.gather(ours) for e in share), key=lambda e: e.index)
 
-    def score(self, mine: list[Experience]) -> list[Experience]:
-        """Log-probabilities, values and scores of this rank's samples; then all samples on all ranks, in order."""
+    def score(self, experience: list[Experience]) -> list[Experience]:
+        """Log-probabilities, values and scores of all samples, on all ranks; each rank computes a like part of them."""
         with self.timed("score"):
-            lengths = [e.length for e in mine]
-            plan = fill_for_all_ranks(lengths, self.settings.micro_batch_tokens, self.ranks)
-            for micro_batch in plan:
-                rows = [mine[row] for row in micro_batch.rows]
+            scored: list[Experience] = []
+            lengths = [e.length for e in experience]
+            for micro_batch in plan_micro_batches(lengths, self.settings.micro_batch_tokens, self.ranks.size)[
+                self.ranks.rank
+            ]:
+                rows = [experience[row] for row in micro_batch.rows]
                 batch = self.token_batch(rows)
                 sizes = [len(e.response) for e in rows]
                 reference = self.roles.reference_logprobs(batch).cpu().split(sizes)
@@ -171,8 +176,9 @@ class PPO:
                         e.logprobs = logprobs
                 for e, r, v, s in zip(rows, reference, values, scores, strict=True):
                     e.reference_logprobs, e.values, e.score = r, v, s
-            everything = [e for share in self.ranks.gather(mine) for e in share]
-            return sorted(everything, key=lambda e: e.index)
+                scored += rows if micro_batch.weight else []
+        with self.timed("gather"):
+            return sorted((e for share in self.ranks.gather(scored) for e in share), key=lambda e: e.index)
 
     def update(self, experience: list[Experience], targets: Targets, number: int) -> dict[str, float]:
         """Every PPO epoch: mini-batches of shuffled samples, an optimiser step of actor and critic on each."""
@@ -317,10 +323,3 @@ class Timer:
 
     def __exit__(self, *error: object) -> None:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.begun
-
-
-def fill_for_all_ranks(lengths: list[int], token_budget: int, ranks: Ranks) -> list[MicroBatch]:
-    """Micro-batches over this rank's own rows, as many as the rank with most has (see plan_micro_batches)."""
-    plan = plan_micro_batches(lengths, token_budget)[0]
-    count = max(ranks.gather(len(plan)))
-    return plan + [MicroBatch([0], weight=0.0)] * (count - len(plan))

@@ -12,6 +12,8 @@ from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.generation_view import GenerationView
+from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.reallocation import tensor_parallel_of
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
@@ -30,7 +32,10 @@ class Roles:
         critic = Scorer(load_scorer(reward, chat_format, torch.float32), settings.critic.lora).to(ranks.device)
         self.actor = ZeroEngine(actor, settings.actor, dtype, updates[0], ranks)
         self.critic = ZeroEngine(critic, settings.critic, dtype, updates[1], ranks)
-        self.generator = GenerationView(self.actor)
+        tensor = settings.generation_tensor_parallel
+        self.generation_layout = Layout.over(ranks.size, tensor, settings.actor.zero_stage)
+        parts = tensor_parallel_of(self.generation_layout) if tensor > 1 else None
+        self.generator = GenerationView(self.actor, parts)
         self.reference_is_actor = settings.actor.lora.rank > 0
         self._reference: nn.Module | None = None
         if not self.reference_is_actor:

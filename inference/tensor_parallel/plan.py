@@ -1,0 +1,141 @@
+"""Which layers of which family are cut, and how.
+
+Most families of transformers bring a plan (`base_model_tp_plan` in their configuration); the table holds the others.
+What neither names (norms, position embeddings, projections around the decoder, score heads) is whole on every rank.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from inference.errors import UserError
+
+Kind = Literal["column", "key_value", "qkv", "row"]
+"""column: each rank computes a run of the outputs, heads or neurons. key_value: the outputs of the key heads that the
+rank's query heads use. qkv: column in each of three blocks, query, key, value. row: each rank takes a run of the inputs
+and computes a partial sum."""
+
+TABLE: dict[str, dict[str, Kind]] = {
+    "opt": {
+        "decoder.layers.*.self_attn.q_proj": "column",
+        "decoder.layers.*.self_attn.k_proj": "column",
+        "decoder.layers.*.self_attn.v_proj": "column",
+        "decoder.layers.*.self_attn.out_proj": "row",
+        "decoder.layers.*.fc1": "column",
+        "decoder.layers.*.fc2": "row",
+    },
+    "gpt2": {
+        "h.*.attn.c_attn": "qkv",
+        "h.*.attn.c_proj": "row",
+        "h.*.mlp.c_fc": "column",
+        "h.*.mlp.c_proj": "row",
+    },
+    "gpt_neo": {
+        "h.*.attn.attention.q_proj": "column",
+        "h.*.attn.attention.k_proj": "column",
+        "h.*.attn.attention.v_proj": "column",
+        "h.*.attn.attention.out_proj": "row",
+        "h.*.mlp.c_fc": "column",
+        "h.*.mlp.c_proj": "row",
+    },
+    "gptj": {
+        "h.*.attn.q_proj": "column",
+        "h.*.attn.k_proj": "column",
+        "h.*.attn.v_proj": "column",
+        "h.*.attn.out_proj": "row",
+        "h.*.mlp.fc_in": "column",
+        "h.*.mlp.fc_out": "row",
+    },
+    "bloom": {  # query, key and value of a head lie side by side, so a run of the outputs is a run of heads
+        "h.*.self_attention.query_key_value": "column",
+        "h.*.self_attention.dense": "row",
+        "h.*.mlp.dense_h_to_4h": "column",
+        "h.*.mlp.dense_4h_to_h": "row",
+    },
+}
+WHOLE = {"replicated_with_grad_allreduce", "colwise_gather_output", "rowwise_split_input"}
+"""Words of transformers' plans for layers whose inputs and outputs are whole; we keep their weights whole too."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of the whole model; `size` is a head's width."""
+
+    query: int
+    key_value: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Heads":
+        query = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // query
+        return cls(query, getattr(config, "num_key_value_heads", None) or query, size)
+
+    def kept_keys(self, rank: int, size: int) -> list[int]:
+        """The key/value heads that a rank keeps, one for each equally large group of its query heads."""
+        mine = range(rank * self.query // size, (rank + 1) * self.query // size)
+        used = [head // (self.query // self.key_value) for head in mine]
+        if self.key_value % size == 0 or size % self.key_value == 0:
+            return sorted(set(used))
+        return used  # groups would be unequal: each query head gets its own copy
+
+
+def feed_forward_width(config: Any) -> int:
+    names = ("intermediate_size", "ffn_dim", "n_inner")
+    return next((width for name in names if (width := getattr(config, name, None))), 4 * config.hidden_size)
+
+
+def check_divides(config: Any, size: int) -> None:
+    """Raise UserError if a model of this configuration cannot be cut into `size` parts."""
+    if size == 1:
+        return
+    heads, width = Heads.of(config).query, feed_forward_width(config)
+    if heads % size or width % size:
+        common = math.gcd(heads, width)
+        fitting = ", ".join(str(degree) for degree in range(1, common + 1) if common % degree == 0)
+        raise UserError(
+            f"A model with {heads} attention heads and a feed-forward width of {width} cannot be cut into {size} "
+            f"tensor-parallel parts; degrees that fit it: {fitting}."
+        )
+
+
+def cut_layers(model: nn.Module) -> dict[str, Kind]:
+    """The names of the layers of `model` that are cut, and how. Raises UserError for a family without a plan."""
+    config: Any = model.config
+    plan = TABLE[config.model_type] if config.model_type in TABLE else plan_of_transformers(config)
+    prefix = str(model.base_model_prefix)
+    start = f"{prefix}." if hasattr(model, prefix) else ""
+    names = [name for name, _ in model.named_modules()]
+    found: dict[str, Kind] = {}
+    for pattern, kind in plan.items():
+        matching = re.compile(re.escape(start + pattern).replace(r"\*", r"\d+"))
+        layers = [name for name in names if matching.fullmatch(name)]
+        if not layers:
+            raise no_plan(config, f"it has no layer {pattern}")
+        found.update(dict.fromkeys(layers, kind))
+    return found
+
+
+def plan_of_transformers(config: Any) -> dict[str, Kind]:
+    """A family's own plan in our words."""
+    theirs = getattr(config, "base_model_tp_plan", None)
+    if not theirs:
+        raise no_plan(config, "there is no plan for it")
+    plan: dict[str, Kind] = {}
+    for pattern, word in theirs.items():
+        if word == "rowwise":
+            plan[pattern] = "row"
+        elif word == "colwise":
+            plan[pattern] = "key_value" if pattern.endswith((".k_proj", ".v_proj")) else "column"
+        elif word not in WHOLE:
+            raise no_plan(config, f"its plan asks for '{word}'")
+    return plan
+
+
+def no_plan(config: Any, reason: str) -> UserError:
+    return UserError(
+        f"Models of type '{config.model_type}' cannot be cut over ranks ({reason}); use tensor-parallel degree 1."
+    )

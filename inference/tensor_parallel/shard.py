@@ -1,0 +1,230 @@
+"""An empty shard of a model, and how each of its parameters comes from the whole ones.
+
+The whole model may lie on the meta device or be partitioned by ZeRO 3: only its shapes and its structure are read.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from inference.errors import UserError
+from inference.tensor_parallel.cut import Cut, even, rows_of
+from inference.tensor_parallel.group import TensorParallel
+from inference.tensor_parallel.layers import (
+    LocalAlibi,
+    PartialConv1D,
+    RowParallel,
+    VocabularyEmbedding,
+    VocabularyHead,
+)
+from inference.tensor_parallel.plan import Heads, Kind, check_divides, cut_layers, no_plan
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head")
+_WIDTHS = ("split_size", "embed_dim", "hidden_size", "all_head_size")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter of a shard: the `cut` (None: all) of the whole model's parameter `name`."""
+
+    name: str
+    local: nn.Parameter
+    cut: Cut | None
+
+
+def empty_shard(
+    model: nn.Module, tensor_parallel: TensorParallel, device: torch.device | None = None
+) -> tuple[nn.Module, list[Piece]]:
+    """This rank's part of `model` (of transformers, perhaps with LoRA layers), its parameters uninitialised.
+
+    The part has the forward pass of the family, gives the whole model's logits or scores, and has no gradients.
+    `device` is where its parameters lie (default: where the model's are). Raises UserError if the model cannot be cut.
+    """
+    cuts: dict[int, Cut] = {}
+    layers: dict[str, Kind] = {}
+    if tensor_parallel.size > 1:
+        check_divides(model.config, tensor_parallel.size)
+        layers = cut_layers(model)
+        cuts = parameter_cuts(model, layers, tensor_parallel)
+    pieces, memo = [], {}
+    for name, parameter in model.named_parameters():
+        cut = cuts.get(id(parameter))
+        shape = whole_shape(parameter)
+        local = torch.empty(
+            shape if cut is None else cut.shape(shape), dtype=parameter.dtype, device=device or parameter.device
+        )
+        memo[id(parameter)] = nn.Parameter(local, requires_grad=False)
+        pieces.append(Piece(name, memo[id(parameter)], cut))
+    shard = copy_structure(model, memo).eval()
+    if tensor_parallel.size > 1:
+        install_layers(shard, layers, tensor_parallel)
+    return shard, pieces
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Under ZeRO 3 a parameter is empty between uses and keeps its shape aside."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def copy_structure(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy with other parameters (`memo`: id of the old -> new) and without hooks, which hold the engine."""
+    hooks = [(module, {name: getattr(module, name) for name in _HOOKS}) for module in model.modules()]
+    for module, kept in hooks:
+        vars(module).update({name: type(hook)() for name, hook in kept.items()})
+    try:
+        copied = copy.deepcopy(model, memo)
+    finally:
+        for module, kept in hooks:
+            vars(module).update(kept)
+    for module in copied.modules():
+        module._parameters = dict(module._parameters)  # ZeRO 3 puts a dictionary of its own there
+    return copied
+
+
+def parameter_cuts(model: nn.Module, layers: dict[str, Kind], tensor_parallel: TensorParallel) -> dict[int, Cut]:
+    """The cut of each parameter that is not kept whole, by the parameter's id (tied parameters are one)."""
+    rank, size = tensor_parallel.rank, tensor_parallel.size
+    heads = Heads.of(model.config)
+    cuts: dict[int, Cut] = {}
+    for name, kind in layers.items():
+        layer = model.get_submodule(name)
+        inputs, outputs = features(base_of(layer))
+        blocks = 3 if kind == "qkv" else 1
+        if (inputs if kind == "row" else outputs // blocks) % size and kind != "key_value":
+            raise no_plan(model.config, f"{name} does not divide by {size}")
+        if kind == "key_value" and outputs != heads.key_value * heads.size:
+            raise no_plan(model.config, f"{name} holds more than key or value heads")
+        if kind == "row":
+            cuts.update(layer_cuts(name, layer, even(inputs, rank, size), by_input=True))
+        elif kind == "key_value":
+            ranges = tuple((head * heads.size, heads.size) for head in heads.kept_keys(rank, size))
+            cuts.update(layer_cuts(name, layer, ranges))
+        else:
+            cuts.update(layer_cuts(name, layer, even(outputs, rank, size, blocks)))
+    for table in vocabulary_tables(model):
+        if table is not None:
+            layer = model.get_submodule(table)
+            ranges, padding = rows_of(vocabulary_of(layer), rank, size)
+            cuts.update(layer_cuts(table, layer, ranges, padding))
+    return cuts
+
+
+def layer_cuts(
+    name: str, layer: nn.Module, ranges: tuple[tuple[int, int], ...], padding: int = 0, by_input: bool = False
+) -> Iterator[tuple[int, Cut]]:
+    """Cuts of a linear layer's or embedding's parameters that keep `ranges` of its outputs, or of its inputs.
+
+    A LoRA adapter is B A: cut by outputs A stays whole, cut by inputs B does.
+    """
+    transposed = type(base_of(layer)).__name__ == "Conv1D"
+    for parameter_name, parameter in layer.named_parameters():
+        match parameter_name.removeprefix("base_layer.").split("."):
+            case ["weight"]:
+                yield id(parameter), Cut(1 if by_input != transposed else 0, ranges, padding)
+            case ["bias"]:
+                if not by_input:
+                    yield id(parameter), Cut(0, ranges, padding)
+            case ["lora_A", _, "weight"]:
+                if by_input:
+                    yield id(parameter), Cut(1, ranges)
+            case ["lora_B", _, "weight"]:
+                if not by_input:
+                    yield id(parameter), Cut(0, ranges, padding)
+            case _:
+                raise UserError(
+                    f"The adapter of {name} has a part that cannot be cut over ranks ({parameter_name}); "
+                    f"use tensor-parallel degree 1 or plain LoRA on linear layers."
+                )
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """The layer under a LoRA layer."""
+    return getattr(layer, "base_layer", layer)
+
+
+def features(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer or a Conv1D."""
+    return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
+
+
+def vocabulary_of(table: nn.Module) -> int:
+    base: Any = base_of(table)
+    return base.num_embeddings if hasattr(base, "num_embeddings") else base.out_features
+
+
+def vocabulary_tables(model: Any) -> tuple[str, str | None]:
+    """Names of the input embedding and of the output head; a scorer has none."""
+    names = {id(module): name for name, module in model.named_modules()}
+    head = model.get_output_embeddings()
+    return names[id(model.get_input_embeddings())], None if head is None else names[id(head)]
+
+
+def install_layers(shard: nn.Module, layers: dict[str, Kind], tensor_parallel: TensorParallel) -> None:
+    """Make the cut layers work together: sums over ranks, local numbers of heads, local ALiBi slopes."""
+    heads = Heads.of(shard.config)
+    embedding_name, head_name = vocabulary_tables(shard)
+    attention = set()
+    for name, kind in layers.items():
+        layer = shard.get_submodule(name)
+        parent = shard.get_submodule(name.rpartition(".")[0])
+        if any(hasattr(parent, attribute) for attribute in ("head_dim", "head_size", *_QUERY_HEADS)):
+            attention.add(parent)
+        if kind == "row":
+            shard.set_submodule(name, row_parallel(layer, tensor_parallel))
+        else:
+            set_outputs(base_of(layer))
+    for module in attention:
+        count_local_heads(module, heads, tensor_parallel)
+    embedding: Any = shard.get_submodule(embedding_name)
+    vocabulary = vocabulary_of(embedding)
+    embedding.num_embeddings = embedding.weight.shape[0]
+    embedding.padding_idx = None  # it counts in whole rows, and only gradients care
+    shard.set_submodule(embedding_name, VocabularyEmbedding(embedding, vocabulary, tensor_parallel))
+    if head_name is not None:
+        head = shard.get_submodule(head_name)
+        vocabulary = vocabulary_of(head)
+        set_outputs(base_of(head))
+        shard.set_submodule(head_name, VocabularyHead(head, vocabulary, tensor_parallel))
+
+
+def row_parallel(layer: Any, tensor_parallel: TensorParallel) -> RowParallel:
+    base: Any = base_of(layer)
+    bias, base.bias = base.bias, None
+    if hasattr(base, "nf"):
+        base = PartialConv1D(base.weight)
+        if hasattr(layer, "base_layer"):
+            layer.base_layer = base
+        else:
+            layer = base
+    else:
+        base.in_features = base.weight.shape[1]
+    return RowParallel(layer, bias, tensor_parallel)
+
+
+def set_outputs(layer: Any) -> None:
+    """Let a layer know how many outputs it has now."""
+    if hasattr(layer, "nf"):
+        layer.nf = layer.weight.shape[1]
+    else:
+        layer.out_features = layer.weight.shape[0]
+
+
+def count_local_heads(attention: Any, heads: Heads, tensor_parallel: TensorParallel) -> None:
+    """Set the numbers that an attention module of any family keeps of its heads."""
+    query = heads.query // tensor_parallel.size
+    key_value = len(heads.kept_keys(tensor_parallel.rank, tensor_parallel.size))
+    local = dict.fromkeys(_QUERY_HEADS, query) | dict.fromkeys(_WIDTHS, query * heads.size)
+    local |= {"num_key_value_heads": key_value, "num_key_value_groups": query // key_value}
+    for name, value in local.items():
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+    if "alibi" in inspect.signature(attention.forward).parameters:
+        attention.register_forward_pre_hook(LocalAlibi(heads.query, tensor_parallel), with_kwargs=True)
+    if hasattr(attention, "slow_but_exact"):
+        attention.slow_but_exact = False  # BLOOM's other way of adding up the same sum reads the whole weight

@@ -1,0 +1,74 @@
+"""How one role's weights lie on the ranks."""
+
+import math
+from dataclasses import dataclass
+
+from inference.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`data` copies of a model, each cut into `pipeline` runs of layers and each layer into `tensor` parts.
+
+    `mesh` holds global rank numbers. Tensor-parallel ranks are neighbours in it (they talk most), then come the data
+    ranks, then the pipeline stages. By `zero_stage` data ranks divide optimiser states (1), gradients (2), weights (3).
+    """
+
+    mesh: tuple[int, ...]
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    zero_stage: int = 0
+
+    def __post_init__(self) -> None:
+        degrees = (self.data, self.tensor, self.pipeline)
+        if min(degrees) < 1 or math.prod(degrees) != len(self.mesh):
+            raise UserError(
+                f"A layout of data {self.data} x tensor {self.tensor} x pipeline {self.pipeline} does not fill "
+                f"{len(self.mesh)} ranks; choose degrees whose product is {len(self.mesh)}."
+            )
+        if len(set(self.mesh)) < len(self.mesh):
+            raise UserError(f"The mesh {list(self.mesh)} names a rank twice; name each rank once.")
+        if self.zero_stage not in range(4):
+            raise UserError(f"There is no ZeRO stage {self.zero_stage}; choose 0, 1, 2 or 3.")
+
+    @classmethod
+    def over(cls, size: int, tensor: int = 1, zero_stage: int = 0) -> "Layout":
+        """Ranks 0 .. size - 1, tensor-parallel in groups of `tensor`. Raises UserError if that does not come out."""
+        return cls(tuple(range(size)), max(1, size // max(1, tensor)), tensor, zero_stage=zero_stage)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each rank holds all weights."""
+        return self.tensor == self.pipeline == 1 and self.zero_stage < 3
+
+    def tensor_rank(self, rank: int) -> int:
+        return self.mesh.index(rank) % self.tensor
+
+    def data_rank(self, rank: int) -> int:
+        return self.mesh.index(rank) // self.tensor % self.data
+
+    def pipeline_rank(self, rank: int) -> int:
+        return self.mesh.index(rank) // (self.tensor * self.data)
+
+    def tensor_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the parts of one model with `rank`, in the order of their parts."""
+        return next(group for group in self.tensor_groups if rank in group)
+
+    def data_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same part as `rank`, in the order of their data ranks."""
+        return next(group for group in self.data_groups if rank in group)
+
+    @property
+    def tensor_groups(self) -> tuple[tuple[int, ...], ...]:
+        """All of them, in an order that is the same on every rank."""
+        return tuple(self.mesh[start : start + self.tensor] for start in range(0, len(self.mesh), self.tensor))
+
+    @property
+    def data_groups(self) -> tuple[tuple[int, ...], ...]:
+        stage = self.tensor * self.data
+        return tuple(
+            self.mesh[start + part : start + stage : self.tensor]
+            for start in range(0, len(self.mesh), stage)
+            for part in range(self.tensor)
+        )
