@@ -48,6 +48,12 @@ class Sequences:
     ) -> Tensor:
         if self.cache is not None:
             self.cache.write_prompts(layer, key, value, self.rows, self.lengths)
+        dtype = query.dtype
+        if dtype == torch.bfloat16 and query.device.type == "cpu":  # faster in fp32 there, as decoding is
+            query, key, value = query.float(), key.float(), value.float()
+        return self._attend(query, key, value, scale, window).to(dtype)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
         key, value = repeat_heads(key, query.shape[0]), repeat_heads(value, query.shape[0])
         longest = max(self.lengths)
         if min(self.lengths) == longest:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from inference.generation.cpu_weights import BlockedWeights
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import make_passes, preferred_cache_dtype
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
@@ -35,6 +36,7 @@ class GenerationEngine:
         self.end_id, self.pad_id = end_id, pad_id
         self.slots, self.prefill_tokens = slots, prefill_tokens
         self.cache = KVCache(0, 0)
+        self._blocked: BlockedWeights | None = None
         self.stats = GenerationStats(slots)
 
     def generate(
@@ -64,6 +66,10 @@ class GenerationEngine:
         for grown in self._steps([Sample(index, prompt, settings.max_tokens)], settings, key):
             yield grown[0]
 
+    def weights_changed(self) -> None:
+        """Must be called after the model's weights have changed: their blocked copy is made anew."""
+        self._blocked = None
+
     def _steps(
         self, samples: list[Sample], settings: SamplingSettings, key: SamplingKey, may_end: bool = True
     ) -> Iterator[list[Sample]]:
@@ -75,9 +81,10 @@ class GenerationEngine:
         self._reserve(slots, max(len(sample.prompt_ids) + sample.limit for sample in samples))
         scheduler = Scheduler(samples, slots, self.prefill_tokens)
         passes = make_passes(self.model, self.cache, self.pad_id)
+        blocked = self._blocked = self._blocked or BlockedWeights(self.model)
         self.stats = stats = GenerationStats(slots)
         while True:
-            with torch.inference_mode():
+            with torch.inference_mode(), blocked.in_use():
                 for source, target in scheduler.retire():
                     self.cache.copy(source, target, scheduler.running[target].length - 1)
                 if admitted := scheduler.admit():

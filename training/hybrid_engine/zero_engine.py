@@ -48,6 +48,8 @@ class ZeroEngine:
                 config=deepspeed_config(settings, dtype),
                 dist_init_required=False,
             )
+        if ranks.size == 1:  # nothing to reduce; DeepSpeed would copy all gradients into one buffer and back
+            self.engine.buffered_allreduce_fallback = no_reduction
         self.engine.eval()  # dropout stays off: old and new log-probabilities must come from one function
 
     @property
@@ -122,6 +124,10 @@ class ZeroEngine:
         return weights
 
 
+def no_reduction(*_: Any, **__: Any) -> None:
+    """In place of an all-reduce over one rank."""
+
+
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -134,7 +140,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
 def learning_rate(settings: OptimizerSettings, update: int, total: int) -> float:

@@ -26,9 +26,13 @@ class Policy(nn.Module):
     def forward(self, batch: TokenBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the response tokens, both float32 (response tokens of all rows, row by row).
 
-        `temperature` divides the logits, as it does when sampling.
+        `temperature` divides the logits, as it does when sampling. Without gradients the entropy is left out (NaN).
         """
         logits = call_on_tokens(self.model, batch, logits_at=batch.predicting)
+        if not torch.is_grad_enabled():
+            scaled = logits.float() if temperature == 1 else logits.float() / temperature
+            logprobs = scaled.gather(1, batch.targets[:, None])[:, 0] - scaled.logsumexp(-1)
+            return logprobs, torch.full_like(logprobs, torch.nan)
         return SelectedLogprobs.apply(logits, batch.targets, temperature)
 
     def without_adapter(self) -> AbstractContextManager[None]:

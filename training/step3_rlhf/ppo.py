@@ -270,6 +270,7 @@ class PPO:
         if self.engine is None or self.engine.model is not model:
             chat_format, slots = self.chat_format, self.settings.generation_batch
             self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id, slots)
+        self.engine.weights_changed()
         return self.engine
 
     def show_fixed_prompts(self, number: int) -> None:

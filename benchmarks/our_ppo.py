@@ -1,0 +1,142 @@
+"""Our PPO on the work of work.py: the classes of a real run (Stage, Roles, PPO), asked for one iteration at a time.
+
+    python -m benchmarks.our_ppo --size s --lengths skew --dtype bf16 --master fp32
+
+An iteration is what a run does in one: PPO.iterate, metrics written. Checkpoints and sample tables, which come every
+tenth iteration, and the check of a run's first update are left out.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import work
+from benchmarks.turns import Channel, serve
+from benchmarks.work import LENGTHS, MINI_BATCHES, PROMPT_TOKENS, SAMPLES, SIZES, Lengths
+from inference.errors import UserError
+from training.config import OptimizerSettings, RLHFSettings, RunConfig
+
+if TYPE_CHECKING:
+    from training.distributed import Ranks
+    from training.step3_rlhf.ppo import PPO
+
+# DeepSpeed then keeps weights, gradients and AdamW's moments in bf16, and no fp32 copy of anything.
+NO_MASTER = {
+    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
+    "data_types": {"grad_accum_dtype": "bf16"},
+}
+
+
+def make_config(size: str, lengths: Lengths, dtype: str, master: str, iterations: int, threads: int) -> RunConfig:
+    """Settings of the run; what is not named is the default of every run."""
+    models = work.models(size)
+    without = NO_MASTER if dtype == "bf16" and master == "none" else {}
+    optimizer = OptimizerSettings(learning_rate=work.LEARNING_RATE, epsilon=1e-5, deepspeed=without)
+    return RunConfig.model_validate(
+        {
+            "model": str(models.actor),
+            "sft_model": str(models.actor),
+            "trained_reward_model": str(models.reward),
+            "dtype": dtype,
+            "threads": threads,
+            "data": {"max_prompt_tokens": PROMPT_TOKENS, "max_response_tokens": lengths.longest},
+            "rlhf": RLHFSettings(
+                iterations=iterations,
+                prompts_per_iteration=SAMPLES,
+                mini_batches=MINI_BATCHES,
+                generation_batch=SAMPLES,
+                actor=optimizer,
+                critic=optimizer,
+            ),
+        }
+    )
+
+
+def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks") -> "PPO":
+    """Stage, roles and trainer of a run in `directory`."""
+    from training.run_directory import RunDirectory
+    from training.stage import make_stage
+    from training.step3_rlhf.ppo import PPO
+    from training.step3_rlhf.roles import Roles
+
+    run = RunDirectory(directory)
+    run.step(3).path.mkdir(parents=True, exist_ok=True)
+    stage = make_stage(run, 3, config, ranks)
+    actor, reward = stage.earlier_model(1), stage.earlier_model(2)
+    chat_format = stage.chat_format(actor, reward)
+    updates = config.rlhf.iterations * MINI_BATCHES
+    prompts = list(work.prompts(config.rlhf.iterations))
+    ppo = PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, prompts[:1])
+    ppo.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
+    return ppo
+
+
+def iterate(ppo: "PPO", number: int, lengths: Lengths) -> dict[str, float]:
+    """One iteration, counted from 0; seconds by phase. AssertionError where another work was done."""
+    begun = time.perf_counter()
+    # No check of the first update: forced lengths forbid the end token, so generation draws from p / (1 - p(end)).
+    metrics, _ = ppo.iterate(number + 1, check=False)
+    ppo.stage.metrics.write(number + 1, metrics)
+    total = time.perf_counter() - begun
+    tokens = round(metrics["response/length_mean"] * SAMPLES)
+    if tokens != lengths.tokens:
+        raise AssertionError(f"{tokens} response tokens were generated instead of {lengths.tokens}")
+    return {
+        "generate": metrics["time/generate"] + metrics.get("time/reallocate", 0.0),
+        "score": metrics["time/score"],
+        "train": metrics["time/train"],
+        "total": total,
+        "tokens": tokens,
+    }
+
+
+def describe(config: RunConfig, master: str) -> str:
+    if config.dtype == "fp32":
+        return "weights and AdamW in fp32, ZeRO stage 0"
+    if master == "none":
+        return "weights, gradients and AdamW in bf16, no fp32 copy, ZeRO stage 1 of one process"
+    return "weights in bf16, master weights and AdamW in fp32, ZeRO stage 1 of one process"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="s")
+    parser.add_argument("--lengths", choices=list(LENGTHS), default="skew")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--master", choices=["fp32", "none"], default="fp32", help="bf16 only: keep fp32 weights too?")
+    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", action="store_true", help="wait to be asked for each iteration (ppo_iteration.py)")
+    arguments = parser.parse_args()
+    channel = Channel() if arguments.turns else None
+    lengths = LENGTHS[arguments.lengths]
+    config = make_config(
+        arguments.size, lengths, arguments.dtype, arguments.master, arguments.iterations + 1, arguments.threads
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        measure(config, lengths, describe(config, arguments.master), Path(directory), channel)
+
+
+def measure(config: RunConfig, lengths: Lengths, what: str, directory: Path, channel: Channel | None) -> None:
+    from training.distributed import start_ranks, stop_ranks
+
+    try:
+        ppo = make_ppo(config, lengths, directory, start_ranks(config.threads))
+        if channel is not None:
+            serve({"what": what}, lambda number: iterate(ppo, number, lengths), channel)
+        rows = [iterate(ppo, number, lengths) for number in range(config.rlhf.iterations)][1:]  # the first warms up
+        print(what)
+        for name in rows[0]:
+            print(f"{name:10s} {statistics.median(row[name] for row in rows):.4f}")
+    except UserError as error:
+        sys.exit(str(error))
+    finally:
+        stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
