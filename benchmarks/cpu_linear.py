@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,12 +53,10 @@ def main() -> None:
             begun = time.perf_counter()
             blocked = [blocked_linear(weight, bias) for weight in weights]
             order = (time.perf_counter() - begun) / SETS * 1e6
-            plain = microseconds([lambda x, w=w: linear(x, w, bias) for w in weights], x)  # type: ignore[misc]
+            plain = microseconds([partial(linear, weight=weight, bias=bias) for weight in weights], x)
             ours = microseconds(blocked, x)
-            name = str(dtype).removeprefix("torch.")
-            print(
-                f"| {name} | {rows} | {inputs} x {outputs} | {plain:.0f} | {ours:.0f} | {plain / ours:.1f} | {order:.0f} |"
-            )
+            row = f"| {str(dtype).removeprefix('torch.')} | {rows} | {inputs} x {outputs} "
+            print(row + f"| {plain:.0f} | {ours:.0f} | {plain / ours:.1f} | {order:.0f} |")
 
 
 if __name__ == "__main__":

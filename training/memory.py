@@ -23,11 +23,11 @@ Place = Literal["device", "host"]
 
 NOT_COUNTED = (
     "Python and its libraries, the CUDA context, communication buckets, attention matrices where no fused kernel runs, "
-    "fragmentation"
+    "fragmentation; on a CPU also the copy of the linear layers that generates, and keys and values kept in fp32"
 )
 # stage3_max_live_parameters of DeepSpeed: so many weights may be whole at one time under ZeRO stage 3
 MAX_LIVE_PARAMETERS = 10**9
-# Policy.forward holds per logit, in fp32: logits, log-probabilities and two intermediates (entropy; later gradients)
+# SelectedLogprobs holds per logit: the model's own, scaled ones and probabilities in fp32, later gradients in fp32
 TRAINING_BYTES_PER_LOGIT = 16
 # the sampler holds per logit: three fp32 arrays, one cumulative sum in double precision, one copy for the mask
 SAMPLING_BYTES_PER_LOGIT = 24

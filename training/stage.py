@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
-from inference.tensor_parallel.plan import check_divides
+from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.checkpoints import Checkpoints
 from training.config import RunConfig, load_config
 from training.data.prepare import prepare_data
@@ -172,7 +172,11 @@ def require_generation_layout(config: RunConfig, actor: Path) -> None:
     """Raise UserError where the actor cannot be cut as asked for, before anything trains."""
     tensor = config.rlhf.generation_tensor_parallel
     Layout.over(config.processes, tensor)
-    check_divides(AutoConfig.from_pretrained(actor, local_files_only=True), tensor)
+    if tensor > 1:
+        config_of_model = AutoConfig.from_pretrained(actor, local_files_only=True)
+        check_divides(config_of_model, tensor)
+        with torch.device("meta"):
+            cut_layers(AutoModelForCausalLM.from_config(config_of_model))
 
 
 def run_evaluation(work: Callable[[Stage], object]) -> int:

@@ -291,9 +291,10 @@ class PPO:
         return Timer(self.seconds, name)
 
     def generation_work(self) -> dict[str, float]:
-        """How full the slots were, and the rows decoded against the tokens kept; over all ranks."""
+        """How full the slots were, and the rows decoded against the tokens kept; over all groups of ranks."""
         assert self.engine is not None
-        shares = self.ranks.gather(self.engine.stats)
+        is_counted = self.roles.generation_layout.tensor_rank(self.ranks.rank) == 0  # a group works on one batch
+        shares = [stats for stats in self.ranks.gather(self.engine.stats if is_counted else None) if stats is not None]
         row_steps, slot_steps = sum(s.row_steps for s in shares), sum(s.decode_steps * s.slots for s in shares)
         return {
             "work/occupancy": row_steps / max(1, slot_steps),
