@@ -139,6 +139,25 @@ def chat(
     chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
 
 
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Check this model: a directory, run, preset or hub id.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree to check, a process each.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "auto",
+    hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the hub can be reached.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Is this machine fit? With --model: does the model generate what plain transformers gives?
+
+    rlhf-chat doctor
+
+    rlhf-chat doctor --model runs/demo --tp 2
+    """
+    from applications.commands import doctor_command
+
+    raise typer.Exit(doctor_command(model, tp, dtype, hub))
+
+
 def main() -> None:
     """The console script: errors of the user become one sentence and exit code 2."""
     from applications.launch import StageFailed

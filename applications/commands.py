@@ -161,6 +161,21 @@ def chat_command(
     chat([(label, ChatModel.load(path)) for label, path in found], settings, seed, system)
 
 
+def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:
+    """`rlhf-chat doctor`; returns the exit code: 0, or 1 where the model or the machine is not fit."""
+    if model is None:
+        if tp != 1 or dtype != "auto":
+            raise UserError("--tp and --dtype say how to check a model: give it with --model.")
+        from applications.machine_report import report_on_machine
+
+        return 0 if report_on_machine(hub) else 1
+    if hub:
+        raise UserError("--hub belongs to the report on the machine: leave --model out.")
+    from applications.doctor import check_model
+
+    return 0 if check_model(model, tp, dtype) else 1
+
+
 def parse_steps(text: str) -> list[int]:
     """`1,2,3` -> [1, 2, 3], in order and without repeats."""
     try:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inference.generation.sample import Sample
 from training.config import RLHFSettings
+from training.data.batching import TokenBatch
 from training.step3_rlhf import ppo_math
 
 
@@ -45,6 +46,11 @@ class Experience:
     def length(self) -> int:
         """Tokens of prompt and response."""
         return len(self.prompt) + len(self.response)
+
+
+def token_batch(experience: list[Experience], device: torch.device) -> TokenBatch:
+    """Prompts and responses as the models read them."""
+    return TokenBatch.of([(e.prompt, e.response) for e in experience], device)
 
 
 @dataclass(frozen=True)

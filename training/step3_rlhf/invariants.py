@@ -4,38 +4,35 @@ The actor has not changed since it generated, so training must give the log-prob
 ratio must be 1 and the KL from old to new 0. A wrong mask, position, temperature or weight shows here at once.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from training.data.batching import plan_micro_batches
 from training.run_directory import write_json
-from training.stage import Diverged
+from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
-from training.step3_rlhf.experience import Experience
-
-if TYPE_CHECKING:
-    from training.step3_rlhf.ppo import PPO
+from training.step3_rlhf.experience import Experience, token_batch
+from training.step3_rlhf.roles import Roles
 
 # Mean absolute difference of log-probabilities between cached decoding and the training forward that rounding explains.
 # Logits near 16 are 1/16 apart in bf16; a wrong mask or position makes differences of several nats.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 
-def check_first_update(ppo: "PPO", experience: list[Experience]) -> None:
+def check_first_update(stage: Stage, roles: Roles, experience: list[Experience]) -> None:
     """Compare on the shortest micro-batches of every rank; raises Diverged with an explanation where it fails."""
     lengths = [e.length for e in experience]
-    plan = plan_micro_batches(lengths, ppo.settings.micro_batch_tokens, ppo.ranks.size)[ppo.ranks.rank]
+    settings, ranks = stage.config.rlhf, stage.ranks
+    plan = plan_micro_batches(lengths, settings.micro_batch_tokens, ranks.size)[ranks.rank]
     rows = [experience[row] for row in plan[-1].rows]
-    logprobs = ppo.roles.logprobs(ppo.token_batch(rows)).cpu()
+    logprobs = roles.logprobs(token_batch(rows, ranks.device)).cpu()
     generated = torch.cat([e.generation_logprobs for e in rows])
     old = torch.cat([e.logprobs for e in rows])
     difference = (logprobs - generated).abs()
-    whole = ppo.settings.min_response_tokens == 0  # else generation drew from a distribution without the end token
-    worst = max(ppo.ranks.gather(float(difference.mean()) if whole else 0.0))
+    whole = settings.min_response_tokens == 0  # else generation drew from a distribution without the end token
+    worst = max(ranks.gather(float(difference.mean()) if whole else 0.0))
     ratio = (logprobs - old).exp()
-    ratio_error = max(ppo.ranks.gather(float((ratio - 1).abs().mean())))
-    tolerance = TOLERANCE[ppo.stage.dtype]
+    ratio_error = max(ranks.gather(float((ratio - 1).abs().mean())))
+    tolerance = TOLERANCE[stage.dtype]
     if worst > tolerance or ratio_error > tolerance:
         raise Diverged(
             f"Before the first update, log-probabilities from generation and from training differ by {worst:.2g} on "
@@ -45,9 +42,9 @@ def check_first_update(ppo: "PPO", experience: list[Experience]) -> None:
     found = {"ratio_error": ratio_error, "kl_old": float(ppo_math.kl_k3(old, logprobs).mean())}
     if whole:
         found["generation_logprob_difference"] = worst
-    if ppo.ranks.is_first:  # beside the metrics, not in them: a resumed run has more starts, and equal metrics
-        write_json(ppo.stage.directory.path / "first_update.json", found)
-    ppo.stage.display.say(
+    if ranks.is_first:  # beside the metrics, not in them: a resumed run has more starts, and equal metrics
+        write_json(stage.directory.path / "first_update.json", found)
+    stage.display.say(
         f"PPO: first update checked: ratio 1 within {ratio_error:.1e}, log-probabilities of generation and training "
         f"within {worst:.1e} on average"
     )

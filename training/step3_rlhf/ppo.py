@@ -17,7 +17,7 @@ from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
 from training.models.loading import load_causal_lm
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
-from training.step3_rlhf.experience import Experience, Targets
+from training.step3_rlhf.experience import Experience, Targets, token_batch
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.roles import Roles, response_values
 
@@ -121,7 +121,7 @@ class PPO:
         metrics = targets.metrics(experience, coefficient)
         stop = 0 < self.settings.kl.stop < metrics["kl/reference"]
         if check:
-            check_first_update(self, experience)
+            check_first_update(self.stage, self.roles, experience)
         if not stop:
             metrics |= self.update(experience, targets, number)
             self.kl.update(metrics["kl/reference"], len(experience))
@@ -166,7 +166,7 @@ class PPO:
                 self.ranks.rank
             ]:
                 rows = [experience[row] for row in micro_batch.rows]
-                batch = self.token_batch(rows)
+                batch = token_batch(rows, self.ranks.device)
                 sizes = [len(e.response) for e in rows]
                 reference = self.roles.reference_logprobs(batch).cpu().split(sizes)
                 values = self.roles.values(batch).cpu().split(sizes)
@@ -218,7 +218,7 @@ class PPO:
 
         def gather(micro_batch: MicroBatch) -> tuple[list[int], TokenBatch, Tensor]:
             rows = [chosen[i] for i in micro_batch.rows]
-            return rows, self.token_batch([experience[row] for row in rows]), targets.mask[rows]
+            return rows, token_batch([experience[row] for row in rows], self.ranks.device), targets.mask[rows]
 
         def flat(padded: Tensor, rows: list[int], mask: Tensor) -> Tensor:
             return padded[rows][mask].to(self.ranks.device)
@@ -260,9 +260,6 @@ class PPO:
         if self.stage.dtype != torch.float16 and not all(map(math.isfinite, norms)):  # fp16 skips such steps by itself
             raise self.stage.diverged(number, "The gradient is not finite", chosen)
         return result
-
-    def token_batch(self, rows: list[Experience]) -> TokenBatch:
-        return TokenBatch.of([(e.prompt, e.response) for e in rows], self.ranks.device)
 
     def generation_engine(self) -> GenerationEngine:
         """Generates with the actor's present weights; its memory is kept from iteration to iteration."""

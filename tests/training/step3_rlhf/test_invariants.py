@@ -19,7 +19,7 @@ from training.metrics import Display
 from training.models.packing import call_on_tokens
 from training.models.policy import Policy
 from training.stage import Diverged
-from training.step3_rlhf.experience import Experience
+from training.step3_rlhf.experience import Experience, token_batch
 from training.step3_rlhf.invariants import check_first_update
 
 CPU = torch.device("cpu")
@@ -53,14 +53,20 @@ def make_policy(family: str = "opt", dtype: torch.dtype = torch.float32) -> Poli
 
 
 def make_ppo(directory, roles, dtype: torch.dtype = torch.float32, **settings: int) -> SimpleNamespace:
-    """What the check uses of PPO."""
-    return SimpleNamespace(
-        settings=RLHFSettings(temperature=TEMPERATURE, micro_batch_tokens=64, **settings),
+    """What the check uses of a stage and its roles."""
+    rlhf = RLHFSettings(temperature=TEMPERATURE, micro_batch_tokens=64, **settings)
+    stage = SimpleNamespace(
+        config=SimpleNamespace(rlhf=rlhf),
         ranks=Ranks(0, 1, CPU),
-        roles=roles,
-        token_batch=lambda rows: TokenBatch.of([(e.prompt, e.response) for e in rows], CPU),
-        stage=SimpleNamespace(dtype=dtype, directory=SimpleNamespace(path=directory), display=Display(quiet=True)),
+        dtype=dtype,
+        directory=SimpleNamespace(path=directory),
+        display=Display(quiet=True),
     )
+    return SimpleNamespace(stage=stage, roles=roles)
+
+
+def check(ppo: SimpleNamespace, experience: list[Experience]) -> None:
+    check_first_update(ppo.stage, ppo.roles, experience)
 
 
 def generate(policy: Policy, min_tokens: int = 0) -> list[Experience]:
@@ -76,7 +82,7 @@ def generate(policy: Policy, min_tokens: int = 0) -> list[Experience]:
 def recompute(ppo: SimpleNamespace, experience: list[Experience]) -> None:
     """The old log-probabilities as scoring takes them, one sample at a time."""
     for each in experience:
-        each.logprobs = ppo.roles.logprobs(ppo.token_batch([each]))
+        each.logprobs = ppo.roles.logprobs(token_batch([each], CPU))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,7 +93,7 @@ def test_a_correct_setup_passes_and_says_what_was_found(tmp_path, family, recomp
     ppo = make_ppo(tmp_path, DirectRoles(policy))
     if recomputed:
         recompute(ppo, experience)
-    check_first_update(ppo, experience)
+    check(ppo, experience)
     found = json.loads((tmp_path / "first_update.json").read_text())
     assert found["ratio_error"] < 1e-5 and found["generation_logprob_difference"] < 1e-5
     assert found["kl_old"] == pytest.approx(0, abs=1e-8)
@@ -98,7 +104,7 @@ def test_rounding_to_bf16_passes(tmp_path):
     ppo = make_ppo(tmp_path, DirectRoles(policy), torch.bfloat16)
     experience = generate(policy)
     recompute(ppo, experience)
-    check_first_update(ppo, experience)
+    check(ppo, experience)
     assert json.loads((tmp_path / "first_update.json").read_text())["generation_logprob_difference"] > 0
 
 
@@ -108,7 +114,7 @@ def refused(directory, policy: Policy, experience: list[Experience], recomputed:
     if recomputed:  # then the ratio is 1 whatever is wrong: generation alone can tell
         recompute(ppo, experience)
     with pytest.raises(Diverged) as raised:
-        check_first_update(ppo, experience)
+        check(ppo, experience)
     assert not (directory / "first_update.json").exists()
     return str(raised.value)
 
@@ -133,7 +139,7 @@ def test_positions_shifted_by_one_are_found(tmp_path, monkeypatch, recomputed):
             if family == "opt":
                 refused(tmp_path, policy, experience, recomputed)
             else:
-                check_first_update(make_ppo(tmp_path, DirectRoles(policy)), experience)
+                check(make_ppo(tmp_path, DirectRoles(policy)), experience)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,7 +151,7 @@ def test_positions_that_count_the_other_rows_are_found(tmp_path, monkeypatch, fa
         if family == "opt":
             refused(tmp_path, policy, experience)
         else:  # relative positions survive it
-            check_first_update(make_ppo(tmp_path, DirectRoles(policy)), experience)
+            check(make_ppo(tmp_path, DirectRoles(policy)), experience)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,10 +218,10 @@ def test_old_logprobs_of_other_weights_are_found_where_generation_cannot_tell(tm
     experience = generate(policy, min_tokens=4)
     ppo = make_ppo(tmp_path, DirectRoles(policy), min_response_tokens=4)
     recompute(ppo, experience)
-    check_first_update(ppo, experience)
+    check(ppo, experience)
     found = json.loads((tmp_path / "first_update.json").read_text())
     assert found["ratio_error"] < 1e-5 and "generation_logprob_difference" not in found
     with torch.no_grad():
         policy.model.get_output_embeddings().weight[7] += 0.1
     with pytest.raises(Diverged):
-        check_first_update(ppo, experience)
+        check(ppo, experience)

@@ -169,7 +169,7 @@ def update_by_hand(sft, reward, experience, targets) -> dict:
 
 def update_everywhere(ranks, directory):
     """All cases in one process group; weights go into a file of the first rank, the rest is returned by case."""
-    from training.step3_rlhf.experience import Targets
+    from training.step3_rlhf.experience import Targets, token_batch
     from training.step3_rlhf.ppo import PPO
     from training.step3_rlhf.roles import Roles
 
@@ -182,7 +182,7 @@ def update_everywhere(ranks, directory):
         torch.manual_seed(0)  # adapters begin at random
         roles = Roles(stage, sft, reward, chat_format, (EPOCHS * MINI_BATCHES, EPOCHS * MINI_BATCHES))
         ppo = PPO(stage, roles, chat_format, [], [])
-        batch = ppo.token_batch(experience)
+        batch = token_batch(experience, ranks.device)
 
         def look(roles=roles, batch=batch):
             seen = (roles.logprobs, roles.values, roles.reference_logprobs, roles.scores)
