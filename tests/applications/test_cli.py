@@ -1,6 +1,6 @@
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,17 @@ def test_help_is_quick_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "chat" in done.stdout and done.stdout.strip().endswith("[]")
     seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
+    for _ in range(3):  # of the processor: other work on the machine does not count
+        begun = processor_seconds()
         subprocess.run([Path(sys.executable).with_name("rlhf-chat"), "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(processor_seconds() - begun)
     assert min(seconds) < 0.5
+
+
+def processor_seconds() -> float:
+    """That ended child processes have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize(("text", "steps"), [("1,2,3", [1, 2, 3]), ("3,1", [1, 3]), ("2,2", [2])])
