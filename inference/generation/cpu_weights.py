@@ -15,11 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 ROWS = 32
 """Rows that the order is made for; others run on it too."""
+MOST_BYTES = 4 * 2**30
+"""Weights beyond this are left as they are: a second copy would cost more than it gives. A fixed bound, not what is
+free now: a resumed run must compute as the first one did."""
 
 
 class BlockedWeights:
     """The weights of a model's linear layers in blocked order, or nothing where that is not to be had (no CPU, fp16,
-    a build without oneDNN)."""
+    a build without oneDNN) or too large."""
 
     def __init__(self, model: nn.Module):
         self.forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
@@ -48,6 +51,7 @@ def can_block(model: nn.Module) -> bool:
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
+        and sum(p.numel() * p.element_size() for p in model.parameters()) <= MOST_BYTES
     )
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from inference.generation import cpu_weights
+from inference.generation.cpu_weights import BlockedWeights
 from inference.generation.engine import GenerationEngine
 from inference.generation.passes import right_pad
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
@@ -370,3 +372,39 @@ def test_right_pad():
     ids, mask = right_pad([torch.tensor([5, 6, 7]), torch.tensor([8])], pad_id=PAD)
     assert ids.tolist() == [[5, 6, 7], [8, PAD, PAD]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocked_weights_compute_what_the_plain_ones_do(family, dtype):
+    model = build_model(family).to(dtype)
+    ids = torch.cat(PROMPTS)[None, :30]
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits
+        blocked = BlockedWeights(model)
+        with blocked.in_use():
+            ours = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, plain)  # and afterwards all is as before
+    layers = sum(type(module).__name__ in ("Linear", "Conv1D") for module in model.modules())
+    assert len(blocked.forwards) == layers > 8
+    scale = float(plain.abs().max())
+    assert torch.allclose(ours, plain, atol=scale * (1e-5 if dtype == torch.float32 else 0.05))
+
+
+def test_changed_weights_are_used_once_the_engine_knows_of_them():
+    model = build_model("llama")
+    engine = GenerationEngine(model, END, PAD)
+    settings = SamplingSettings(max_tokens=6, temperature=0)
+    before = in_order(engine.generate(PROMPTS, settings, KEY))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(-1)
+    engine.weights_changed()
+    samples = in_order(engine.generate(PROMPTS, settings, KEY))
+    assert [sample.response_ids for sample in samples] != [sample.response_ids for sample in before]
+    for sample, prompt in zip(samples, PROMPTS, strict=True):
+        assert sample.response_ids == reference_greedy(model, prompt, 6)[0]
+
+
+def test_large_weights_are_not_copied(monkeypatch):
+    monkeypatch.setattr(cpu_weights, "MOST_BYTES", 1000)
+    assert BlockedWeights(build_model("llama")).forwards == []
