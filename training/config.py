@@ -148,6 +148,8 @@ class RewardSettings(StepSettings):
 class KLSettings(Settings):
     coefficient: float = Field(0.05, ge=0)
     """Weight of the per-token KL penalty towards the reference (its starting value when adaptive)."""
+    centering: float = Field(0.0, ge=0, le=1)
+    """Share of the mean KL per token that is taken off each token's penalty: at 1 short responses are not favoured."""
     target: float = Field(0.0, ge=0)
     """KL to the reference in nats per response that the controller steers to; 0 keeps the coefficient fixed."""
     horizon: float = Field(10_000, gt=0)

@@ -73,7 +73,7 @@ class Targets:
         values = pad([e.values for e in experience])
         mask = pad([torch.ones(len(e.response)) for e in experience]).bool()
         score = torch.tensor([total_score(e, settings) for e in experience])
-        rewards = ppo_math.token_rewards(score, logprobs, reference, mask, kl_coefficient)
+        rewards = ppo_math.token_rewards(score, logprobs, reference, mask, kl_coefficient, settings.kl.centering)
         advantages = ppo_math.generalized_advantages(rewards, values, mask, settings.gamma, settings.lam)
         returns = advantages + values  # before whitening
         if settings.whiten_advantages:

@@ -37,9 +37,16 @@ def kl_k3(logprobs: Tensor, other: Tensor) -> Tensor:
     return torch.expm1(logratio) - logratio
 
 
-def token_rewards(score: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, coefficient: float) -> Tensor:
-    """-coefficient * k1 on every token, plus the score (samples) on each sample's last token; (samples, tokens)."""
-    rewards = -coefficient * kl_k1(logprobs, reference) * mask
+def token_rewards(
+    score: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, coefficient: float, centering: float = 0.0
+) -> Tensor:
+    """-coefficient * k1 on every token, plus the score (samples) on each sample's last token; (samples, tokens).
+
+    `centering` is the share of the mean k1 of all tokens that is taken off each: at 1 an average token costs nothing,
+    so a response gains nothing by being short.
+    """
+    kl = kl_k1(logprobs, reference)
+    rewards = -coefficient * (kl - centering * masked_mean(kl, mask)) * mask
     last = mask.sum(1) - 1
     return rewards.scatter_add(1, last[:, None], score[:, None].to(rewards))
 

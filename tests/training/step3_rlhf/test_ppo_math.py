@@ -46,6 +46,16 @@ def test_token_rewards_put_the_score_on_the_last_real_token():
     assert torch.allclose(rewards, torch.tensor([[-0.05, 0, 10.05], [-0.1, 20, 0]]), atol=1e-6)
 
 
+def test_centering_takes_the_mean_penalty_off_every_token():
+    logprobs = torch.tensor([[-1.0, -1, -1], [-1, -1, -1]])
+    reference = torch.tensor([[-1.5, -1, -0.5], [-3, -2, 9]])
+    # log-ratios 0.5, 0, -0.5 and 2, 1 (behind the end: nothing): their mean over the 5 tokens is 0.6
+    rewards = ppo_math.token_rewards(torch.zeros(2), logprobs, reference, MASK, coefficient=0.1, centering=1.0)
+    assert torch.allclose(rewards, torch.tensor([[0.01, 0.06, 0.11], [-0.14, -0.04, 0]]), atol=1e-6)
+    half = ppo_math.token_rewards(torch.zeros(2), logprobs, reference, MASK, coefficient=0.1, centering=0.5)
+    assert torch.allclose(half, torch.tensor([[-0.02, 0.03, 0.08], [-0.17, -0.07, 0]]), atol=1e-6)
+
+
 def test_generalized_advantages_by_hand():
     rewards, values = torch.tensor([[0.0, 0, 1], [0, 2, 0]]), torch.tensor([[0.5, 0.4, 0.3], [1, 1, 77]])
     advantages = ppo_math.generalized_advantages(rewards, values, MASK, gamma=0.5, lam=0.5)
