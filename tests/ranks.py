@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 
 
-def run_ranks(module_file: str, function: str, size: int, directory: Path, timeout: int = 300) -> list:
+def run_ranks(module_file: str, function: str, size: int, directory: Path, timeout: int = 900) -> list:
     """Call `function(ranks, directory)` of a test file in `size` processes; what each returns (JSON), by rank."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent), "PYTHONSAFEPATH": "1"}
     launcher = [sys.executable, "-W", "ignore"]
