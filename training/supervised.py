@@ -20,7 +20,7 @@ class Task(Protocol):
     name: str
     engine: ZeroEngine
     lengths: list[int]
-    """Padded tokens that each training row takes in a forward pass."""
+    """Tokens that each training row takes in a forward pass."""
 
     def size(self, rows: list[int]) -> int:
         """Units (tokens or pairs) that the loss of these rows is a mean over."""

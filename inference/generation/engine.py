@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inference.generation.cpu_weights import BlockedWeights
 from inference.generation.kv_cache import KVCache
-from inference.generation.passes import make_passes, preferred_cache_dtype
+from inference.generation.passes import Passes, make_passes, preferred_cache_dtype
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.generation.sampler import sample_tokens
 from inference.generation.scheduler import GenerationStats, Scheduler, same_prompt
@@ -103,7 +103,7 @@ class GenerationEngine:
             stats.response_tokens += len(grown)
             yield grown
 
-    def _prefill(self, admitted: list[Sample], first_row: int, passes) -> Tensor:
+    def _prefill(self, admitted: list[Sample], first_row: int, passes: Passes) -> Tensor:
         """Logits (samples, vocabulary) after their prompts; neighbours with the same prompt share one pass."""
         leaders = [
             place for place, sample in enumerate(admitted) if place == 0 or not same_prompt(sample, admitted[place - 1])

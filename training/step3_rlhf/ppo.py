@@ -162,9 +162,8 @@ class PPO:
         with self.timed("score"):
             scored: list[Experience] = []
             lengths = [e.length for e in experience]
-            for micro_batch in plan_micro_batches(lengths, self.settings.micro_batch_tokens, self.ranks.size)[
-                self.ranks.rank
-            ]:
+            plans = plan_micro_batches(lengths, self.settings.micro_batch_tokens, self.ranks.size)
+            for micro_batch in plans[self.ranks.rank]:
                 rows = [experience[row] for row in micro_batch.rows]
                 batch = token_batch(rows, self.ranks.device)
                 sizes = [len(e.response) for e in rows]
