@@ -31,7 +31,9 @@ NO_MASTER = {
 }
 
 
-def make_config(size: str, lengths: Lengths, dtype: str, master: str, iterations: int, threads: int) -> RunConfig:
+def make_config(
+    size: str, lengths: Lengths, dtype: str, master: str, iterations: int, threads: int, old_logprobs: str = "auto"
+) -> RunConfig:
     """Settings of the run; what is not named is the default of every run."""
     models = work.models(size)
     without = NO_MASTER if dtype == "bf16" and master == "none" else {}
@@ -49,6 +51,7 @@ def make_config(size: str, lengths: Lengths, dtype: str, master: str, iterations
                 prompts_per_iteration=SAMPLES,
                 mini_batches=MINI_BATCHES,
                 generation_batch=SAMPLES,
+                old_logprobs=old_logprobs,
                 actor=optimizer,
                 critic=optimizer,
             ),
@@ -108,6 +111,7 @@ def main() -> None:
     parser.add_argument("--lengths", choices=list(LENGTHS), default="skew")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--master", choices=["fp32", "none"], default="fp32", help="bf16 only: keep fp32 weights too?")
+    parser.add_argument("--old-logprobs", choices=["auto", "generation", "recompute"], default="auto")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", action="store_true", help="wait to be asked for each iteration (ppo_iteration.py)")
@@ -115,7 +119,13 @@ def main() -> None:
     channel = Channel() if arguments.turns else None
     lengths = LENGTHS[arguments.lengths]
     config = make_config(
-        arguments.size, lengths, arguments.dtype, arguments.master, arguments.iterations + 1, arguments.threads
+        arguments.size,
+        lengths,
+        arguments.dtype,
+        arguments.master,
+        arguments.iterations + 1,
+        arguments.threads,
+        arguments.old_logprobs,
     )
     with tempfile.TemporaryDirectory() as directory:
         measure(config, lengths, describe(config, arguments.master), Path(directory), channel)

@@ -7,8 +7,10 @@ Each system is a process of its own, and they take turns (ours, peer, ours, peer
 meets both. The ratio of a phase is the median over the pairs of peer time / our time: against the floor the share of
 the limit that we reach, against TRL how many times faster we are.
 
-In fp32 ours trains plain fp32 weights. In bf16 ours runs twice, with fp32 master weights (the default of every run) and
-without them; the floor runs twice too, with attention in bf16 and in fp32.
+In fp32 ours trains plain fp32 weights. In bf16 ours runs with fp32 master weights (the default of every run) and
+without them; the floor runs twice too, with attention in bf16 and in fp32. The floor keeps the log-probabilities of
+generation as PPO's old ones, which ours computes anew in bf16; so against the floor ours runs a third time, keeping
+them too.
 """
 
 import argparse
@@ -86,6 +88,8 @@ def systems(arguments: argparse.Namespace) -> tuple[list[System], list[System]]:
         ours.append(system("ours, no fp32 weights", "our_ppo", "--master", "none"))
     if arguments.against == "trl":
         return ours, [system("TRL", "trl_peer", "--trl", str(arguments.trl))]
+    if both:
+        ours.append(system("ours, log-probabilities of generation", "our_ppo", "--old-logprobs", "generation"))
     peers = [system("floor", "floor")]
     if both:
         peers.append(system("floor, fp32 attention", "floor", "--attention", "fp32"))

@@ -159,7 +159,7 @@ class PPO:
 
     def score(self, experience: list[Experience]) -> list[Experience]:
         """Log-probabilities, values and scores of all samples, on all ranks; each rank computes a like part of them."""
-        with self.timed("score"):
+        with self.timed("score"), self.roles.scoring():
             scored: list[Experience] = []
             lengths = [e.length for e in experience]
             plans = plan_micro_batches(lengths, self.settings.micro_batch_tokens, self.ranks.size)

@@ -1,5 +1,7 @@
 """The four roles of step 3: actor, critic, reference, reward."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.chat_format import ChatFormat
+from inference.generation.cpu_weights import BlockedWeights
 from training.config import FrozenSettings
 from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
@@ -43,6 +46,24 @@ class Roles:
             self._reference = freeze(reference, settings.reference, dtype)
         scorer = Scorer(load_scorer(reward, chat_format, dtype)).to(ranks.device)
         self._reward = freeze(scorer, settings.reward, dtype)
+        frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]
+        self._frozen_blocked = [
+            BlockedWeights(role) for role, placed in frozen if role is not None and placed.zero_stage == 0
+        ]
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Inside, reference, reward and critic have their weights in blocked order on a CPU, where they are whole.
+
+        Not the actor: old log-probabilities must round as in training.
+        """
+        blocked = list(self._frozen_blocked)
+        if self.critic.settings.zero_stage < 3:
+            blocked.append(BlockedWeights(self.critic.module))
+        with ExitStack() as stack:
+            for weights in blocked:
+                stack.enter_context(weights.in_use())
+            yield
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch) -> Tensor:
