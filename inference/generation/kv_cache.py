@@ -61,6 +61,26 @@ class KVCache:
             for kept in part.values():
                 kept[target, :, :length] = kept[source, :, :length]
 
+    def read(self, row: int, length: int) -> Tensor:
+        """Keys and values of the first `length` tokens of a row, layer by layer in one row of numbers (n)."""
+        parts = [kept[layer][row, :, :length] for layer in sorted(self.keys) for kept in (self.keys, self.values)]
+        return torch.cat([part.flatten() for part in parts])
+
+    def values_of(self, length: int) -> int:
+        """How many numbers `read` gives for a row of `length` tokens; layers must have been made."""
+        return sum(
+            kept.shape[1] * length * kept.shape[3] for part in (self.keys, self.values) for kept in part.values()
+        )
+
+    def write(self, row: int, length: int, numbers: Tensor) -> None:
+        """Store what `read` gave; layers must have been made."""
+        start = 0
+        for layer in sorted(self.keys):
+            for part in (self.keys, self.values):
+                place = part[layer][row, :, :length]
+                place.copy_(numbers[start : start + place.numel()].view_as(place))
+                start += place.numel()
+
 
 class Places:
     """Where the next token of each row goes: row i is `lengths[i]` tokens long so far."""

@@ -18,6 +18,8 @@ from inference.generation.kv_cache import KVCache, Places
 
 
 class Passes(Protocol):
+    device: torch.device
+
     def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         """Put prompts, int64 (length) each, into rows of the cache; the logits after each, (prompts, vocabulary)."""
         ...

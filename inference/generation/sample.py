@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -50,3 +51,8 @@ class Sample:
     def length(self) -> int:
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def cached_ids(self) -> Tensor:
+        """The tokens whose keys and values decoding needs: all but the newest of the response; int64."""
+        return torch.cat([self.prompt_ids, torch.tensor(self.response_ids[:-1], dtype=torch.int64)])

@@ -1,7 +1,7 @@
 """Which samples run in which slots: a queue, the running rows, and what the work was."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from inference.generation.sample import Sample
@@ -42,7 +42,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.slots:
             sample = self.waiting[0]
             if not (admitted and same_prompt(sample, admitted[-1])):
-                tokens += len(sample.prompt_ids)
+                tokens += len(sample.cached_ids)
             if admitted and tokens > self.prefill_tokens:
                 break
             self.waiting.popleft()
@@ -52,21 +52,30 @@ class Scheduler:
 
     def retire(self) -> list[tuple[int, int]]:
         """Drop the samples that are over; the last rows move into the gaps. Returns the moves (from row, to row)."""
+        return self.drop([sample for sample in self.running if sample.is_over])
+
+    def drop(self, samples: Collection[Sample]) -> list[tuple[int, int]]:
+        """Take samples out of rows and queue; returns the moves of rows as `retire` does."""
+        gone = {id(sample) for sample in samples}
+        self.waiting = deque(sample for sample in self.waiting if id(sample) not in gone)
         moves = []
         row = 0
         while row < len(self.running):
-            if not self.running[row].is_over:
+            if id(self.running[row]) not in gone:
                 row += 1
                 continue
             last = self.running.pop()
             if row < len(self.running):
                 self.running[row] = last
-                if not last.is_over:
+                if id(last) not in gone:
                     moves.append((len(self.running), row))
         return moves
 
 
 def same_prompt(a: Sample, b: Sample) -> bool:
+    """Of two samples that have no response yet."""
+    if a.response_ids or b.response_ids:
+        return False
     return a.prompt_ids is b.prompt_ids or (
         len(a.prompt_ids) == len(b.prompt_ids) and bool((a.prompt_ids == b.prompt_ids).all())
     )

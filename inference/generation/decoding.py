@@ -1,0 +1,149 @@
+"""The samples of one call on their way: step by step, and handed over between engines in the middle of it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.generation.kv_cache import KVCache
+from inference.generation.passes import Passes
+from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import sample_tokens
+from inference.generation.scheduler import GenerationStats, Scheduler, same_prompt
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one step worked on: either prompts or one token of each running sample."""
+
+    prefilled: int = 0
+    """Tokens whose keys and values were made in a prefill."""
+    rows: int = 0
+    """Samples that were decoded."""
+    context: int = 0
+    """Tokens that these samples attended to, summed."""
+
+
+class Decoding:
+    """A step admits waiting samples (their prompts are prefilled, their first tokens drawn) or decodes one token for
+    every running sample. Made by `GenerationEngine.start`; the engine's weights and cache belong to it until it ends.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: KVCache,
+        passes: Passes,
+        draw: "Draw",
+        stats: GenerationStats,
+        weights_in_use: Callable[[], AbstractContextManager[None]],
+    ):
+        self.scheduler, self.cache, self.passes, self.draw, self.stats = scheduler, cache, passes, draw, stats
+        self._weights_in_use = weights_in_use
+        self.work = StepWork()
+        """Of the last step."""
+
+    @property
+    def unfinished(self) -> list[Sample]:
+        """Running, then waiting."""
+        running = [sample for sample in self.scheduler.running if not sample.is_over]
+        return running + list(self.scheduler.waiting)
+
+    @property
+    def is_over(self) -> bool:
+        return not self.scheduler.waiting and all(sample.is_over for sample in self.scheduler.running)
+
+    def step(self) -> list[Sample]:
+        """The samples that got a token; those of them that are over leave. Empty if only moved samples came in."""
+        with torch.inference_mode(), self._weights_in_use():
+            self._retire()
+            if admitted := self.scheduler.admit():
+                grown = self._prefill(admitted)
+            elif grown := list(self.scheduler.running):
+                # the newest token of each sample is not in the cache yet
+                newest = torch.tensor([sample.response_ids[-1] for sample in grown], device=self.passes.device)
+                lengths = [sample.length - 1 for sample in grown]
+                self.draw(self.passes.decode(newest, lengths), grown)
+                self.work = StepWork(rows=len(grown), context=sum(lengths))
+                self.stats.decode_steps += 1
+                self.stats.row_steps += len(grown)
+        self.stats.response_tokens += len(grown)
+        return grown
+
+    @torch.inference_mode()
+    def take(self, samples: Sequence[Sample], with_cache: bool) -> list[Tensor | None]:
+        """Unfinished samples leave; for each the keys and values of all tokens but the newest (`KVCache.read`), or
+        None if it has none yet or they are not wanted."""
+        self._retire()
+        row_of = {id(sample): row for row, sample in enumerate(self.scheduler.running)} if with_cache else {}
+        kept = [
+            self.cache.read(row_of[id(sample)], sample.length - 1) if id(sample) in row_of else None
+            for sample in samples
+        ]
+        for source, target in self.scheduler.drop(samples):
+            self._move(source, target)
+        return kept
+
+    @torch.inference_mode()
+    def add(self, sample: Sample, kept: Tensor | None) -> None:
+        """Go on with a sample that another engine of the same model began; without `kept`, or if no row is free, what
+        it has so far is prefilled when its turn comes."""
+        self._retire()
+        row = len(self.scheduler.running)
+        if kept is None or row == self.scheduler.slots:
+            self.scheduler.waiting.appendleft(sample)
+        else:
+            self.cache.write(row, sample.length - 1, kept)
+            self.scheduler.running.append(sample)
+
+    def _retire(self) -> None:
+        for source, target in self.scheduler.retire():
+            self._move(source, target)
+
+    def _move(self, source: int, target: int) -> None:
+        self.cache.copy(source, target, self.scheduler.running[target].length - 1)
+
+    def _prefill(self, admitted: list[Sample]) -> list[Sample]:
+        """Put samples into the last rows and draw the first token of those that have none; neighbours with the same
+        prompt share one pass."""
+        first_row = len(self.scheduler.running) - len(admitted)
+        leaders = [
+            place for place, sample in enumerate(admitted) if place == 0 or not same_prompt(sample, admitted[place - 1])
+        ]
+        prompts = [admitted[place].cached_ids for place in leaders]
+        logits = self.passes.prefill(prompts, [first_row + place for place in leaders])
+        leader_of = [sum(leader <= place for leader in leaders) - 1 for place in range(len(admitted))]
+        for place, leader in enumerate(leader_of):
+            if leaders[leader] != place:
+                self.cache.copy(first_row + leaders[leader], first_row + place, len(admitted[place].prompt_ids))
+        fresh = [place for place, sample in enumerate(admitted) if not sample.response_ids]
+        grown = [admitted[place] for place in fresh]
+        self.work = StepWork(prefilled=sum(map(len, prompts)))
+        self.stats.samples += len(grown)
+        self.stats.prompt_tokens += sum(len(sample.prompt_ids) for sample in grown)
+        self.stats.prefilled_tokens += self.work.prefilled
+        if grown:
+            rows = [leader_of[place] for place in fresh]
+            self.draw(logits if rows == list(range(len(logits))) else logits[rows], grown)
+        return grown
+
+
+class Draw:
+    """Draws the next token of samples and writes it into them."""
+
+    def __init__(self, settings: SamplingSettings, key: SamplingKey, end_id: int, may_end: bool):
+        self.settings, self.key, self.end_id, self.may_end = settings, key, end_id, may_end
+        self.end_ids = {end_id, *settings.stop_ids} if may_end else set()
+
+    def __call__(self, logits: Tensor, samples: list[Sample]) -> None:
+        """From logits (samples, vocabulary)."""
+        names = torch.tensor([[sample.index, len(sample.response_ids)] for sample in samples], device=logits.device)
+        if not self.may_end:
+            logits[:, self.end_id] = -torch.inf
+        tokens, logprobs = sample_tokens(logits, self.settings, self.key, names[:, 0], names[:, 1], self.end_id)
+        for sample, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist(), strict=True):
+            sample.response_ids.append(token)
+            sample.logprobs.append(logprob)
+            sample.ended = token in self.end_ids
