@@ -24,20 +24,13 @@ if TYPE_CHECKING:
     from training.distributed import Ranks
     from training.step3_rlhf.ppo import PPO
 
-# DeepSpeed then keeps weights, gradients and AdamW's moments in bf16, and no fp32 copy of anything.
-NO_MASTER = {
-    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
-    "data_types": {"grad_accum_dtype": "bf16"},
-}
-
 
 def make_config(
     size: str, lengths: Lengths, dtype: str, master: str, iterations: int, threads: int, old_logprobs: str = "auto"
 ) -> RunConfig:
     """Settings of the run; what is not named is the default of every run."""
     models = work.models(size)
-    without = NO_MASTER if dtype == "bf16" and master == "none" else {}
-    optimizer = OptimizerSettings(learning_rate=work.LEARNING_RATE, epsilon=1e-5, deepspeed=without)
+    optimizer = OptimizerSettings(learning_rate=work.LEARNING_RATE, epsilon=1e-5, master_weights=master == "fp32")
     return RunConfig.model_validate(
         {
             "model": str(models.actor),
@@ -74,7 +67,7 @@ def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks
     updates = config.rlhf.iterations * MINI_BATCHES
     prompts = list(work.prompts(config.rlhf.iterations))
     ppo = PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, prompts[:1])
-    ppo.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
+    ppo.rollout.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
     return ppo
 
 
@@ -101,7 +94,7 @@ def describe(config: RunConfig, master: str) -> str:
     if config.dtype == "fp32":
         return "weights and AdamW in fp32, ZeRO stage 0"
     if master == "none":
-        return "weights, gradients and AdamW in bf16, no fp32 copy, ZeRO stage 1 of one process"
+        return "weights, gradients and AdamW in bf16, no fp32 copy, ZeRO stage 0"
     return "weights in bf16, master weights and AdamW in fp32, ZeRO stage 1 of one process"
 
 

@@ -54,6 +54,8 @@ class OptimizerSettings(Settings):
     """Largest norm of the whole gradient; 0 switches clipping off."""
     zero_stage: ZeroStage = 0
     """DeepSpeed ZeRO stage: what is divided over the ranks (1 optimiser, 2 gradients too, 3 weights too)."""
+    master_weights: bool = True
+    """In bf16: keep the weights in fp32 too, and sum gradients in it. Without, less memory; small updates get lost."""
     offload: Literal["none", "optimizer", "optimizer+parameters"] = "none"
     """What ZeRO keeps in host memory (GPU runs; parameters need ZeRO stage 3)."""
     gradient_checkpointing: bool = False
@@ -158,6 +160,19 @@ class KLSettings(Settings):
     """End training before the update of an iteration whose KL in nats per response exceeds this; 0 never stops."""
 
 
+class FusionSettings(Settings):
+    """Inter-stage fusion: samples are scored as they end, the long tail is gathered on few ranks. Same algorithm."""
+
+    mode: Literal["none", "inter", "auto"] = "auto"
+    """auto fuses where a simulation with measured costs says that it pays, and logs what it decided."""
+    threshold: int = Field(0, ge=0)
+    """Unfinished samples at which the tail is gathered; 0: the simulation chooses."""
+    rows: int = Field(0, ge=0)
+    """Samples that one rank (one tensor-parallel group) takes then, at most; 0: the simulation chooses."""
+    move: Literal["auto", "cache", "tokens"] = "auto"
+    """What travels with a sample: its keys and values, or only its tokens (a new prefill); auto takes the cheaper."""
+
+
 class RLHFSettings(Settings):
     iterations: int = Field(100, ge=1)
     """PPO rounds: each generates new samples and trains on them."""
@@ -197,6 +212,7 @@ class RLHFSettings(Settings):
     """Iterations at the start in which only the critic learns."""
     old_logprobs: Literal["auto", "generation", "recompute"] = "auto"
     """Where the old policy's log-probabilities come from; auto keeps generation's in fp32 and recomputes otherwise."""
+    fusion: FusionSettings = FusionSettings()
     kl: KLSettings = KLSettings()
     actor: OptimizerSettings = OptimizerSettings(learning_rate=1e-6, epsilon=1e-5)
     critic: OptimizerSettings = OptimizerSettings(learning_rate=9e-6, epsilon=1e-5)
@@ -210,6 +226,27 @@ class RLHFSettings(Settings):
     """Iterations between checkpoints; 0 means none."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
+
+    @property
+    def divided_scorer(self) -> str:
+        """A role that scores and is divided over the ranks by ZeRO 3, so that no rank can score alone; else ''."""
+        zero_3 = {role for role in ("actor", "critic", "reference", "reward") if getattr(self, role).zero_stage == 3}
+        if not self.actor.lora.rank:  # else the actor is the reference too
+            zero_3 -= {"actor"}
+        else:
+            zero_3 -= {"reference"}
+        return min(zero_3, default="")
+
+    @model_validator(mode="after")
+    def _fusion_needs_whole_roles(self):
+        if self.fusion.mode == "inter" and self.divided_scorer:
+            raise ValueError(
+                f"fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} has "
+                f"zero_stage 3; use stage 0, 1 or 2 for it, or fusion.mode=none"
+            )
+        if self.fusion.rows > self.generation_batch:
+            raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self):
@@ -262,6 +299,9 @@ class RunConfig(Settings):
         samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
         if samples < self.processes:
             raise ValueError(f"an iteration of {samples} samples leaves some of processes={self.processes} idle")
+        trained = (self.sft.optimizer, self.reward.optimizer, self.rlhf.actor, self.rlhf.critic)
+        if self.dtype == "fp16" and not all(optimizer.master_weights for optimizer in trained):
+            raise ValueError("master_weights=false needs dtype bf16: fp16 cannot train without fp32 weights")
         if self.rlhf.min_response_tokens >= self.data.max_response_tokens:
             raise ValueError(
                 f"rlhf.min_response_tokens={self.rlhf.min_response_tokens} must be less than "

@@ -13,7 +13,7 @@ def deepspeed_config(settings: OptimizerSettings, dtype: torch.dtype, trained: b
     Micro-batches are ours to count (they vary with length), so DeepSpeed sees one row and no accumulation: the
     engine marks the last micro-batch of an optimiser step itself.
     """
-    stage = effective_zero_stage(settings.zero_stage, dtype)
+    stage = effective_zero_stage(settings, dtype)
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
@@ -30,7 +30,11 @@ def deepspeed_config(settings: OptimizerSettings, dtype: torch.dtype, trained: b
         "gradient_clipping": settings.gradient_clipping,
         "steps_per_print": 10**9,
     }
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and not settings.master_weights:
+        if stage > 0:  # at stage 0 the plain path, which asks for no format, does it (ZeroEngine converts the model)
+            ours["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+            ours["data_types"] = {"grad_accum_dtype": "bf16"}
+    elif dtype == torch.bfloat16:
         ours["bf16"] = {"enabled": True}
         if trained:
             ours["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -39,7 +43,7 @@ def deepspeed_config(settings: OptimizerSettings, dtype: torch.dtype, trained: b
     return merge(ours, settings.deepspeed)
 
 
-def effective_zero_stage(stage: int, dtype: torch.dtype) -> int:
-    """bf16 needs fp32 master weights and gradient sums, which DeepSpeed keeps from stage 1 on; with one rank the
-    two stages are the same."""
-    return max(stage, 1) if dtype == torch.bfloat16 else stage
+def effective_zero_stage(settings: OptimizerSettings, dtype: torch.dtype) -> int:
+    """bf16 with fp32 master weights and gradient sums needs stage 1: DeepSpeed keeps them from there on; with one rank
+    the two stages are the same."""
+    return max(settings.zero_stage, 1) if dtype == torch.bfloat16 and settings.master_weights else settings.zero_stage

@@ -238,13 +238,16 @@ def training_parts(
 
     ZeRO paper, section 3.1: in 16 bit, weights take 2 bytes each and the optimiser 12 (fp32 copy, momentum,
     variance). Our bf16 gradients are summed in fp32: 4 bytes. In fp32: 4 + 4 + 8, and from ZeRO stage 1 on
-    DeepSpeed keeps its copy of the weights there too. With LoRA, only adapters have gradients and states.
+    DeepSpeed keeps its copy of the weights there too. bf16 without master weights: 2 + 2 + 4, and 2 for DeepSpeed's
+    copy from stage 1 on. With LoRA, only adapters have gradients and states.
     """
-    stage = effective_zero_stage(settings.zero_stage, dtype)
+    stage = effective_zero_stage(settings, dtype)
     adapters = _adapters(shape, settings)
     trained = adapters or parameters
     gradient_bytes = 2 if dtype == torch.float16 else 4
     optimizer_bytes = 8 if dtype == torch.float32 and stage == 0 else 12
+    if dtype == torch.bfloat16 and not settings.master_weights:
+        gradient_bytes, optimizer_bytes = 2, 4 if stage == 0 else 6
     off_device: Place = "host" if settings.offload != "none" else "device"
     weights_place: Place = "host" if settings.offload == "optimizer+parameters" else "device"
     weights = (parameters + adapters) * dtype.itemsize

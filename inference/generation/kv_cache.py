@@ -66,11 +66,11 @@ class KVCache:
         parts = [kept[layer][row, :, :length] for layer in sorted(self.keys) for kept in (self.keys, self.values)]
         return torch.cat([part.flatten() for part in parts])
 
-    def values_of(self, length: int) -> int:
-        """How many numbers `read` gives for a row of `length` tokens; layers must have been made."""
-        return sum(
-            kept.shape[1] * length * kept.shape[3] for part in (self.keys, self.values) for kept in part.values()
-        )
+    def empty(self, length: int) -> Tensor:
+        """Room for what `read` gives for `length` tokens; layers must have been made."""
+        layers = [kept for part in (self.keys, self.values) for kept in part.values()]
+        numbers = sum(kept.shape[1] * length * kept.shape[3] for kept in layers)
+        return torch.empty(numbers, dtype=layers[0].dtype, device=layers[0].device)
 
     def write(self, row: int, length: int, numbers: Tensor) -> None:
         """Store what `read` gave; layers must have been made."""

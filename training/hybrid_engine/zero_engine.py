@@ -38,6 +38,8 @@ class ZeroEngine:
         self.total_steps = total_steps
         self.ranks = ranks
         self.updates = 0
+        if not settings.master_weights:
+            model = model.to(dtype)
         if settings.gradient_checkpointing:
             cast(Any, model.model).gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(model, settings)

@@ -5,14 +5,12 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from inference.generation.engine import GenerationEngine
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sample import SamplingKey
 from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
 from training.models.loading import load_causal_lm
 from training.stage import Stage
@@ -20,6 +18,7 @@ from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, token_batch
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.roles import Roles, response_values
+from training.step3_rlhf.rollout import Rollout
 
 
 def train(stage: Stage) -> None:
@@ -57,19 +56,7 @@ class PPO:
         self.chat_format, self.prompts, self.fixed_prompts = chat_format, prompts, fixed_prompts
         kl = self.settings.kl
         self.kl = ppo_math.KLController(kl.coefficient, kl.target, kl.horizon)
-        self.sampling = SamplingSettings(
-            max_tokens=stage.config.data.max_response_tokens,
-            temperature=self.settings.temperature,
-            min_tokens=self.settings.min_response_tokens,
-        )
-        whole_distribution = self.settings.min_response_tokens == 0
-        self.keeps_generation_logprobs = self.settings.old_logprobs == "generation" or (
-            self.settings.old_logprobs == "auto" and stage.dtype == torch.float32 and whole_distribution
-        )
-        self.engine: GenerationEngine | None = None
-        self.forced_lengths: Callable[[int], list[int]] | None = None
-        """For measuring: iteration -> the length of each response."""
-        self.seconds: dict[str, float] = {}
+        self.rollout = Rollout(stage, roles, chat_format)
 
     def fit(self) -> int:
         """All iterations, from the newest checkpoint if there is one. Returns how many were made."""
@@ -87,7 +74,8 @@ class PPO:
                 if ends or number % settings.samples_every == 0:
                     self.show_fixed_prompts(number)
                 if settings.checkpoint_every and (ends or number % settings.checkpoint_every == 0):
-                    state = {"kl_coefficient": self.kl.coefficient, "stopped": stopped}
+                    fusion = self.rollout.fusion.as_dict()
+                    state = {"kl_coefficient": self.kl.coefficient, "stopped": stopped, "fusion": fusion}
                     stage.checkpoints.save(number, self.roles.save, state)
         if stopped:
             stage.display.say(f"PPO: stopped after iteration {number}: KL to the reference is over rlhf.kl.stop")
@@ -104,6 +92,7 @@ class PPO:
         directory, state = checkpoint
         self.roles.load(directory)
         self.kl.coefficient = state["kl_coefficient"]
+        self.rollout.fusion.restore(state["fusion"])
         self.stage.metrics.rewind(state["number"])
         self.stage.samples.rewind(state["number"])
         self.stage.display.say(f"PPO: going on after iteration {state['number']}")
@@ -111,11 +100,9 @@ class PPO:
 
     def iterate(self, number: int, check: bool) -> tuple[dict[str, float], bool]:
         """One iteration; returns its metrics and whether training ends here (KL over the bound: no update is made)."""
-        self.seconds = {}
         begun = time.perf_counter()
-        prompts = self.choose_prompts(number)
-        experience = self.generate(prompts, number)
-        experience = self.score(experience)
+        seats = self.choose_prompts(number)
+        experience = self.rollout.run([self.prompts[seat] for seat in seats], seats, number)  # generate and score
         coefficient = self.kl.coefficient
         targets = Targets.of(experience, self.settings, coefficient)
         metrics = targets.metrics(experience, coefficient)
@@ -125,63 +112,26 @@ class PPO:
         if not stop:
             metrics |= self.update(experience, targets, number)
             self.kl.update(metrics["kl/reference"], len(experience))
-        metrics |= self.generation_work()
+        metrics |= self.rollout.work()
         return metrics | self.timing(experience, time.perf_counter() - begun), stop
 
-    def choose_prompts(self, number: int) -> list[Tensor]:
-        """The prompts of an iteration, each repeated `samples_per_prompt` times in a row.
+    def choose_prompts(self, number: int) -> list[int]:
+        """Places of the prompts of an iteration, each repeated `samples_per_prompt` times in a row.
 
         They come from epochs over all prompts, each epoch shuffled anew by (seed, epoch).
         """
-        chosen: list[Tensor] = []
+        chosen: list[int] = []
         first = (number - 1) * self.settings.prompts_per_iteration
         for place in range(first, first + self.settings.prompts_per_iteration):
             epoch, seat = divmod(place, len(self.prompts))
             order = list(range(len(self.prompts)))
             random.Random(f"{self.stage.config.seed}/prompts/{epoch}").shuffle(order)
-            chosen += [self.prompts[order[seat]]] * self.settings.samples_per_prompt
+            chosen += [order[seat]] * self.settings.samples_per_prompt
         return chosen
-
-    def generate(self, prompts: list[Tensor], number: int) -> list[Experience]:
-        """All samples, in order, on all ranks. Every tensor-parallel group takes each `layout.data`-th prompt."""
-        layout = self.roles.generation_layout
-        with self.timed("reallocate"):
-            engine = self.generation_engine()
-        with self.timed("generate"):
-            mine = range(layout.data_rank(self.ranks.rank), len(prompts), layout.data)
-            key = SamplingKey(self.stage.config.seed, number)
-            lengths = None if self.forced_lengths is None else [self.forced_lengths(number)[i] for i in mine]
-            samples = engine.generate([prompts[i] for i in mine], self.sampling, key, list(mine), lengths=lengths)
-            experience = [Experience.of(sample) for sample in samples]
-        with self.timed("gather"):
-            ours = experience if layout.tensor_rank(self.ranks.rank) == 0 else []  # the others of a group have the same
-            return sorted((e for share in self.ranks.gather(ours) for e in share), key=lambda e: e.index)
-
-    def score(self, experience: list[Experience]) -> list[Experience]:
-        """Log-probabilities, values and scores of all samples, on all ranks; each rank computes a like part of them."""
-        with self.timed("score"), self.roles.scoring():
-            scored: list[Experience] = []
-            lengths = [e.length for e in experience]
-            plans = plan_micro_batches(lengths, self.settings.micro_batch_tokens, self.ranks.size)
-            for micro_batch in plans[self.ranks.rank]:
-                rows = [experience[row] for row in micro_batch.rows]
-                batch = token_batch(rows, self.ranks.device)
-                sizes = [len(e.response) for e in rows]
-                reference = self.roles.reference_logprobs(batch).cpu().split(sizes)
-                values = self.roles.values(batch).cpu().split(sizes)
-                scores = self.roles.scores(batch).tolist()
-                if not self.keeps_generation_logprobs:
-                    for e, logprobs in zip(rows, self.roles.logprobs(batch).cpu().split(sizes), strict=True):
-                        e.logprobs = logprobs
-                for e, r, v, s in zip(rows, reference, values, scores, strict=True):
-                    e.reference_logprobs, e.values, e.score = r, v, s
-                scored += rows if micro_batch.weight else []
-        with self.timed("gather"):
-            return sorted((e for share in self.ranks.gather(scored) for e in share), key=lambda e: e.index)
 
     def update(self, experience: list[Experience], targets: Targets, number: int) -> dict[str, float]:
         """Every PPO epoch: mini-batches of shuffled samples, an optimiser step of actor and critic on each."""
-        with self.timed("train"):
+        with self.rollout.timed("train"), self.rollout.timeline.span("train"):
             sums: dict[str, float] = {}
             last: dict[str, float] = {}
             tokens = 0
@@ -260,21 +210,14 @@ class PPO:
             raise self.stage.diverged(number, "The gradient is not finite", chosen)
         return result
 
-    def generation_engine(self) -> GenerationEngine:
-        """Generates with the actor's present weights; its memory is kept from iteration to iteration."""
-        model = self.roles.generator.refresh()
-        if self.engine is None or self.engine.model is not model:
-            chat_format, slots = self.chat_format, self.settings.generation_batch
-            self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id, slots)
-        self.engine.weights_changed()
-        return self.engine
-
     def show_fixed_prompts(self, number: int) -> None:
         """What the actor answers now to the same few held-out prompts, into samples.jsonl. All ranks call it."""
-        engine = self.generation_engine()
+        engine = self.rollout.generation_engine()
         key = SamplingKey(self.stage.config.seed, 0)
-        samples = sorted(engine.generate(self.fixed_prompts, self.sampling, key), key=lambda sample: sample.index)
-        for sample in samples:
+        samples = sorted(
+            engine.generate(self.fixed_prompts, self.rollout.sampling, key), key=lambda sample: sample.index
+        )
+        for sample in sorted(samples, key=lambda sample: sample.index):
             prompt = self.chat_format.decode(sample.prompt_ids.tolist())
             response = self.chat_format.decode(sample.response_ids)
             self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": sample.ended})
@@ -283,41 +226,12 @@ class PPO:
         if not torch.isfinite(loss):
             raise self.stage.diverged(number, f"{name} is not a finite number", rows)
 
-    def timed(self, name: str) -> "Timer":
-        return Timer(self.seconds, name)
-
-    def generation_work(self) -> dict[str, float]:
-        """How full the slots were, and the rows decoded against the tokens kept; over all groups of ranks."""
-        assert self.engine is not None
-        is_counted = self.roles.generation_layout.tensor_rank(self.ranks.rank) == 0  # a group works on one batch
-        shares = [stats for stats in self.ranks.gather(self.engine.stats if is_counted else None) if stats is not None]
-        row_steps, slot_steps = sum(s.row_steps for s in shares), sum(s.decode_steps * s.slots for s in shares)
-        return {
-            "work/occupancy": row_steps / max(1, slot_steps),
-            "work/row_steps": row_steps,
-            "work/response_tokens": sum(s.response_tokens for s in shares),
-            "work/prefilled_tokens": sum(s.prefilled_tokens for s in shares),
-        }
-
     def timing(self, experience: list[Experience], seconds: float) -> dict[str, float]:
         """Seconds by phase, tokens generated a second, and this process's peak memory."""
-        phases = {f"time/{name}": value for name, value in self.seconds.items()}
+        phases = {f"time/{name}": value for name, value in self.rollout.seconds.items()}
         tokens = sum(len(e.response) for e in experience)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self.ranks.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        other = seconds - sum(self.seconds.values())
+        other = seconds - sum(self.rollout.seconds.values())
         return {**phases, "time/other": other, "tokens_per_second": tokens / seconds, "memory/peak_gb": peak / 1e9}
-
-
-class Timer:
-    """Adds the seconds spent inside to `seconds[name]`."""
-
-    def __init__(self, seconds: dict[str, float], name: str):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.begun = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.begun

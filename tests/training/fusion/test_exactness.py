@@ -1,0 +1,112 @@
+"""Fusion on and off: the same tokens, log-probabilities, rewards and weights, on 1, 2 and 4 ranks."""
+
+import pytest
+import torch
+from transformers import OPTForCausalLM, OPTForSequenceClassification
+
+from benchmarks import work
+from benchmarks.work import Size
+from tests.ranks import run_ranks
+from training.config import FusionSettings
+
+LENGTHS = work.LENGTHS["skew"]  # 2 to 128 tokens
+ITERATIONS = 5
+# with 32 samples on 4 instances: 3 instances from 24 on, 2 from 16, 1 from 8
+TAIL = {"mode": "inter", "threshold": 24, "rows": 8}
+WAYS = {
+    "none": (FusionSettings(mode="none"), 1),
+    "cache": (FusionSettings(**TAIL, move="cache"), 1),
+    "tokens": (FusionSettings(**TAIL, move="tokens"), 1),
+    "none, tensor-parallel": (FusionSettings(mode="none"), 2),
+    "cache, tensor-parallel": (FusionSettings(**TAIL, move="cache"), 2),
+}
+WAYS_OF_SIZE = {1: ["none", "cache"], 2: ["none", "cache", "tokens"], 4: list(WAYS)}
+
+
+def build_models(directory):
+    """Weights large enough that every token depends on those before it."""
+    work.build_models(directory, Size(hidden=32, layers=2, heads=4, ffn=64))
+    for name, kind in (("actor", OPTForCausalLM), ("reward", OPTForSequenceClassification)):
+        model = kind.from_pretrained(directory / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(8 if parameter.ndim > 1 else 1)
+        model.save_pretrained(directory / name)
+
+
+def numbers_of(e):
+    return [e.logprobs.tolist(), e.reference_logprobs.tolist(), e.values.tolist(), e.score]
+
+
+def iterate_in_all_ways(ranks, directory):
+    """Experience of every iteration, weights in the end and what moved, by way; called in processes of its own."""
+    from benchmarks import our_ppo
+
+    if ranks.is_first:
+        build_models(directory / "models")
+    ranks.barrier()
+    work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
+    found = {}
+    for way in WAYS_OF_SIZE[ranks.size]:
+        fusion, tensor = WAYS[way]
+        config = our_ppo.make_config("tiny", LENGTHS, "fp32", "fp32", iterations=ITERATIONS, threads=1)
+        config.rlhf.fusion, config.rlhf.generation_tensor_parallel = fusion, tensor
+        config.rlhf.actor.learning_rate = config.rlhf.critic.learning_rate = 1e-4
+        ppo = our_ppo.make_ppo(config, LENGTHS, directory / way, ranks)
+        run, seen, reports = ppo.rollout.run, [], []
+
+        def watched(*arguments, run=run, seen=seen, reports=reports, rollout=ppo.rollout):
+            experience = run(*arguments)
+            seen.append([[e.index, e.response.tolist(), *numbers_of(e)] for e in experience])
+            everyone = ranks.gather(rollout.report)
+            reports.append(
+                [
+                    max(r.repackings for r in everyone),
+                    *(sum(getattr(r, n) for r in everyone) for n in ("moved", "moved_with_cache")),
+                ]
+            )
+            return experience
+
+        ppo.rollout.run = watched
+        for number in range(1, 1 + (ITERATIONS if tensor == 1 else 2)):
+            ppo.iterate(number, check=False)
+        weights = ppo.roles.actor.trained_weights() | {
+            f"critic {name}": tensor for name, tensor in ppo.roles.critic.trained_weights().items()
+        }
+        torch.save(weights, directory / f"{way}.{ranks.rank}.pt")
+        found[way] = {"experience": seen, "reports": reports}
+    return found
+
+
+def flat(weights):
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_fusion_changes_nothing_but_the_time(size, tmp_path):
+    found = run_ranks(__file__, "iterate_in_all_ways", size, tmp_path)[0]
+    start = OPTForCausalLM.from_pretrained(tmp_path / "models" / "actor").state_dict()
+    for way in WAYS_OF_SIZE[size]:
+        if "none" in way:
+            continue
+        plain = "none, tensor-parallel" if "tensor" in way else "none"
+        for expected, got in zip(found[plain]["experience"], found[way]["experience"], strict=True):
+            assert len(got) == 32
+            for (index, tokens, *numbers), (our_index, our_tokens, *our_numbers) in zip(expected, got, strict=True):
+                assert (index, tokens) == (our_index, our_tokens)
+                for one, other in zip(numbers, our_numbers, strict=True):
+                    assert other == pytest.approx(one, abs=1e-5, rel=1e-5)
+        weights, ours = (torch.load(tmp_path / f"{name}.0.pt") for name in (plain, way))
+        for role in ("model", "critic"):  # all weights of a role in one: the gradient of key biases is rounding alone
+            whole, our_whole = (flat({n: t for n, t in w.items() if n.startswith(role)}) for w in (weights, ours))
+            assert float((our_whole - whole).norm()) <= 1e-5 * float(whole.norm()), role
+        trained = {name: tensor for name, tensor in weights.items() if name in start}
+        assert float((flat(trained) - flat({name: start[name] for name in trained})).norm()) > 0.01
+        instances = size // WAYS[way][1]
+        for repackings, samples, with_cache in found[way]["reports"]:
+            assert repackings >= {1: 0, 2: 1, 4: 2}[instances]
+            assert (samples > 0) == (instances > 1)
+            if "cache" in way:
+                assert with_cache > samples / 2 or instances == 1
+            else:
+                assert with_cache == 0

@@ -1,0 +1,239 @@
+"""Whether to fuse the next rollout, and with which threshold: the simulator's advice on measured lengths and costs."""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from training.fusion.costs import Costs, Measured, fit
+from training.fusion.lengths import LengthStatistics
+from training.fusion.repacking import Policy
+from training.fusion.simulator import Job, Machine, fused, serial
+
+Mode = Literal["none", "inter", "auto"]
+WORTH = 0.02
+"""Share of generation and scoring that fusion, or another threshold, must save to be taken up."""
+DRIFT = 0.05
+"""Relative change of the mean length after which the threshold is chosen anew."""
+WRONG = 0.1
+"""Relative error of the costs after which they are fitted anew."""
+FITTED = 4
+"""Rollouts whose measurements the costs are fitted to."""
+DRAWS = 4
+"""Imagined rollouts that a threshold is judged by."""
+THRESHOLDS = 12
+TICKS = 64
+"""Ticks in a rollout, about."""
+NOMINAL = Costs(rows=(1,), step=(1.0,), per_context=0.0, prefill=(1.0, 0.0), score=(0.0, 1e-3))
+"""Before anything is measured: every step takes as long as every other."""
+NOMINAL_TICK = 4.0
+"""In the seconds of NOMINAL: so many decode steps."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What does not change during a run."""
+
+    mode: Mode
+    instances: int
+    tensor: int
+    slots: int
+    samples: int
+    """Of an iteration."""
+    micro_batch_tokens: int
+    unit_tokens: int
+    threshold: int = 0
+    """0: the simulator chooses."""
+    rows: int = 0
+    """0: the simulator chooses."""
+    seed: int = 0
+
+
+@dataclass
+class Choice:
+    """A policy, or None for no fusion, and why."""
+
+    policy: Policy | None
+    reason: str
+    expected: float = 0.0
+    """Seconds of generation and scoring; 0: not known."""
+    expected_serial: float = 0.0
+    mean_length: float = 0.0
+    """Of the statistics that it was chosen on."""
+
+    def __str__(self) -> str:
+        if self.policy is None:
+            return f"fusion: none ({self.reason})"
+        what = f"fusion: inter, threshold {self.policy.threshold}, {self.policy.rows} rows an instance ({self.reason})"
+        return (
+            f"{what}, expected {self.expected:.2f} s, {self.expected_serial:.2f} s without" if self.expected else what
+        )
+
+
+@dataclass
+class FusionChoice:
+    """Chooses before each rollout and learns after it; the same on every rank, kept in checkpoints."""
+
+    setting: Setting
+    lengths: LengthStatistics
+    costs: Costs | None = None
+    current: Choice | None = None
+    prompts: list[int] = field(default_factory=list)
+    """Prompt lengths of the last rollout."""
+    measured: deque[list[Measured]] = field(default_factory=lambda: deque(maxlen=FITTED))
+    """Of the last rollouts; not kept in checkpoints, the costs are."""
+    bandwidth: float = 1e9
+    cache_bytes: int = 0
+    is_warm: bool = False
+    """Whether this process has made a rollout: the first one runs cold code, and its seconds say nothing."""
+
+    def next(self, number: int) -> Choice:
+        """For the rollout of iteration `number`."""
+        if self.current is None or self._is_stale():
+            self.current = self.choose(number)
+        return self.current
+
+    def _is_stale(self) -> bool:
+        assert self.current is not None
+        was = self.current.mean_length
+        return self.costs is not None and (was == 0 or abs(self.lengths.mean / was - 1) > DRIFT)
+
+    def choose(self, number: int) -> Choice:
+        """Anew, from what is known now."""
+        setting = self.setting
+        if setting.mode == "none":
+            return Choice(None, "switched off")
+        if setting.instances == 1:
+            if setting.mode == "inter":
+                return Choice(self._policy(0, setting.slots, NOMINAL_TICK, interleaves=True), "asked for")
+            return Choice(None, "one instance: its ranks decode and score with the same cores", mean_length=1.0)
+        if self.costs is None or not self.prompts:
+            if setting.mode == "inter":
+                threshold = setting.threshold or max(1, setting.samples // 5)  # RLHFuse found the best near 20 %
+                return Choice(
+                    self._policy(threshold, setting.rows or setting.slots, NOMINAL_TICK), "asked for; not measured yet"
+                )
+            return Choice(None, "costs are being measured")
+        return self._simulated(number)
+
+    def _simulated(self, number: int) -> Choice:
+        """The best of a grid of thresholds over imagined rollouts; the present one stays unless another is better."""
+        setting, costs = self.setting, self.costs
+        assert costs is not None
+        machine = Machine(costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
+        drawn = random.Random(f"{setting.seed}/fusion/{number}")
+        rollouts = [self._imagined(drawn) for _ in range(DRAWS)]
+        without = [serial(shares, machine) for shares in rollouts]
+        expected_serial = sum(outcome.seconds for outcome in without) / DRAWS
+        decoding = (
+            sum(outcome.generated for outcome in without) / DRAWS
+            - costs.prefill_seconds(sum(self.prompts)) / setting.instances
+        )
+        tick = max(2 * costs.step_seconds(1), decoding / TICKS)
+
+        def seconds(policy: Policy) -> float:
+            outcomes = [fused(shares, machine, policy, self.lengths.remaining) for shares in rollouts]
+            return sum(outcome.seconds for outcome in outcomes) / DRAWS
+
+        policies = [self._policy(threshold, rows, tick) for threshold, rows in self._grid()]
+        best_seconds, best = min(((seconds(policy), policy) for policy in policies), key=lambda pair: pair[0])
+        if self.current is not None and self.current.policy is not None:
+            kept = replace(self.current.policy, tick=tick)
+            if (kept_seconds := seconds(kept)) <= best_seconds * (1 + WORTH):
+                best_seconds, best = kept_seconds, kept
+        gain = 1 - best_seconds / expected_serial
+        if setting.mode == "auto" and gain < WORTH:
+            return Choice(
+                None, f"it would save {max(0.0, gain):.1%}", expected_serial, expected_serial, self.lengths.mean
+            )
+        reason = "asked for" if setting.mode == "inter" else f"it saves {gain:.1%}"
+        return Choice(best, reason, best_seconds, expected_serial, self.lengths.mean)
+
+    def _grid(self) -> list[tuple[int, int]]:
+        """(threshold, rows) to try: shares of the samples, and whole instances full of them (the curve has its teeth
+        there)."""
+        setting = self.setting
+        if setting.threshold:
+            return [(setting.threshold, setting.rows or setting.slots)]
+        grid = []
+        for rows in sorted({setting.rows or setting.slots, setting.rows or max(1, setting.slots // 2)}):
+            shares = {round(setting.samples * k / THRESHOLDS) for k in range(THRESHOLDS)}
+            teeth = {rows * k for k in range(1, setting.instances) if rows * k < setting.samples}
+            grid += [(threshold, rows) for threshold in sorted(shares | set(list(sorted(teeth))[:THRESHOLDS]))]
+        return grid
+
+    def _policy(self, threshold: int, rows: int, tick: float, interleaves: bool = False) -> Policy:
+        return Policy(threshold, rows, tick, self.setting.unit_tokens, interleaves)
+
+    def _imagined(self, drawn: random.Random) -> list[list[Job]]:
+        """A rollout with lengths drawn from the histogram, dealt out one by one."""
+        setting = self.setting
+        jobs = [
+            Job(index, self.prompts[index % len(self.prompts)], drawn.choice(self.lengths.recent))
+            for index in range(setting.samples)
+        ]
+        return [jobs[instance :: setting.instances] for instance in range(setting.instances)]
+
+    def learn(
+        self,
+        shares: Sequence[Sequence[Job]],
+        by_prompt: dict[int, list[int]],
+        achieved: float,
+        measured: Sequence[Measured],
+        bandwidth: float,
+        cache_bytes: int,
+    ) -> float:
+        """After a rollout; returns what the costs say that it should have taken (0: not known).
+
+        `shares` are its samples by the instance that began them; `by_prompt` the lengths of responses by prompt.
+        """
+        self.lengths.add(by_prompt)
+        self.prompts = [job.prompt for jobs in shares for job in jobs]
+        self.bandwidth, self.cache_bytes = bandwidth, cache_bytes
+        predicted = self.predict(shares)
+        if not self.is_warm:
+            self.is_warm = True
+            return predicted
+        self.measured.append(list(measured))
+        if not predicted or abs(predicted / achieved - 1) > WRONG:
+            self.refit()
+        return predicted
+
+    def refit(self) -> None:
+        """Costs from the last measurements; the next choice is made anew."""
+        self.costs = (
+            fit([m for rollout in self.measured for m in rollout], self.bandwidth, self.cache_bytes) or self.costs
+        )
+        if self.current is not None:
+            self.current = replace(self.current, mean_length=0.0)
+
+    def predict(self, shares: Sequence[Sequence[Job]]) -> float:
+        """Seconds of a rollout with these lengths under the present policy."""
+        if self.costs is None or self.current is None:
+            return 0.0
+        setting = self.setting
+        machine = Machine(self.costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
+        if self.current.policy is None or self.current.policy.interleaves:
+            return serial(shares, machine).seconds
+        return fused(shares, machine, self.current.policy, self.lengths.remaining).seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        current = None
+        if self.current is not None:
+            current = asdict(self.current)
+        return {
+            "lengths": self.lengths.as_dict(),
+            "costs": self.costs.as_dict() if self.costs else None,
+            "current": current,
+            "prompts": self.prompts,
+        }
+
+    def restore(self, values: dict[str, Any]) -> None:
+        self.lengths.restore(values["lengths"])
+        self.costs = Costs.from_dict(values["costs"]) if values["costs"] else None
+        self.prompts = list(values["prompts"])
+        if values["current"] is not None:
+            policy = values["current"]["policy"]
+            self.current = Choice(**{**values["current"], "policy": Policy(**policy) if policy else None})

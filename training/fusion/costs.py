@@ -1,0 +1,157 @@
+"""What generation and scoring cost on this machine: a few numbers fitted to measured steps."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from inference.generation.decoding import StepWork
+from training.fusion.place import Place
+
+PROBE_BYTES = 4 * 2**20
+"""Sent between two instances, to know what moving a sample costs."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds that one piece of work took: a step of generation, or a forward pass of all roles that score."""
+
+    seconds: float
+    work: StepWork | None = None
+    scored: int = 0
+    """Tokens, for scoring."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one rank (generation: of one instance).
+
+    A decode step costs a curve over its rows (straight between `rows`, going on at both ends) plus a share of each
+    token attended to. Prefill and scoring cost a start and a share of each token. `bandwidth` is bytes a second
+    between two instances, `cache_bytes` what keys and values of a token take on a rank.
+    """
+
+    rows: tuple[int, ...]
+    step: tuple[float, ...]
+    per_context: float
+    prefill: tuple[float, float]
+    score: tuple[float, float]
+    bandwidth: float = 1e9
+    cache_bytes: int = 0
+
+    def decode_seconds(self, rows: int, context: float) -> float:
+        """Of one decode step of `rows` samples that attend to `context` tokens in sum."""
+        return self.step_seconds(rows) + self.per_context * context
+
+    def step_seconds(self, rows: int) -> float:
+        """The part of a decode step that does not depend on its context."""
+        if len(self.rows) == 1:
+            return self.step[0]
+        if rows > self.rows[-1]:
+            slope = (self.step[-1] - self.step[-2]) / (self.rows[-1] - self.rows[-2])
+            return self.step[-1] + max(0.0, slope) * (rows - self.rows[-1])
+        return float(np.interp(rows, self.rows, self.step))
+
+    def prefill_seconds(self, tokens: int) -> float:
+        return self.prefill[0] + self.prefill[1] * tokens
+
+    def score_seconds(self, tokens: int) -> float:
+        """Of one micro-batch, all roles."""
+        return self.score[0] + self.score[1] * tokens
+
+    def work_seconds(self, work: StepWork) -> float:
+        return self.prefill_seconds(work.prefilled) if work.prefilled else self.decode_seconds(work.rows, work.context)
+
+    def move_seconds(self, tokens: int) -> float:
+        """Of the keys and values of so many tokens."""
+        return tokens * self.cache_bytes / self.bandwidth
+
+    def moves_cache(self, tokens: int) -> bool:
+        """Whether keys and values travel faster than they are made again."""
+        return self.cache_bytes > 0 and self.move_seconds(tokens) < self.prefill_seconds(tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**plain)
+
+
+def fit(measured: Sequence[Measured], bandwidth: float, cache_bytes: int) -> Costs | None:
+    """Least squares over the measurements, outliers left out; None while a kind of work has not been seen."""
+    decoded = [m for m in measured if m.work is not None and m.work.rows]
+    prefilled = [m for m in measured if m.work is not None and m.work.prefilled]
+    scored = [m for m in measured if m.scored]
+    if not (decoded and prefilled and scored):
+        return None
+    rows, step, per_context = fit_decode(decoded)
+    return Costs(
+        rows=rows,
+        step=step,
+        per_context=per_context,
+        prefill=fit_line([m.work.prefilled for m in prefilled if m.work], [m.seconds for m in prefilled]),
+        score=fit_line([m.scored for m in scored], [m.seconds for m in scored]),
+        bandwidth=bandwidth,
+        cache_bytes=cache_bytes,
+    )
+
+
+def fit_decode(measured: Sequence[Measured]) -> tuple[tuple[int, ...], tuple[float, ...], float]:
+    """Rows at which the curve has its corners (powers of two that were seen, and the ends), seconds there, and seconds
+    a token of context."""
+    rows = np.array([m.work.rows for m in measured if m.work], float)
+    context = np.array([m.work.context for m in measured if m.work], float)
+    seconds = np.array([m.seconds for m in measured])
+    low, high = int(rows.min()), int(rows.max())
+    corners = sorted({low, high} | {2**power for power in range(12) if low < 2**power < high})
+    hats = np.stack([np.interp(rows, corners, np.eye(len(corners))[place]) for place in range(len(corners))], axis=1)
+    solution = robust_least_squares(np.column_stack([hats, context]), seconds)
+    if solution[-1] < 0:  # too short a range of contexts: noise is steeper than the slope
+        solution = np.append(robust_least_squares(hats, seconds), 0.0)
+    step = np.maximum.accumulate(np.maximum(solution[:-1], 1e-6))  # more rows never cost less
+    return tuple(corners), tuple(step.tolist()), float(solution[-1])
+
+
+def fit_line(amounts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """(start, share of each): through the origin where the amounts are too much alike to tell the two apart."""
+    x, y = np.array(amounts, float), np.array(seconds)
+    if x.max() >= 1.5 * x.min():
+        start, slope = robust_least_squares(np.column_stack([np.ones_like(x), x]), y)
+        if start >= 0 and slope > 0:
+            return float(start), float(slope)
+    return 0.0, float(np.median(y / x))
+
+
+def robust_least_squares(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Least squares, then again without what lies more than four typical deviations off (another process ran)."""
+    solution = np.linalg.lstsq(features, seconds, rcond=None)[0]
+    deviation = np.abs(features @ solution - seconds)
+    near = deviation <= 4 * max(float(np.median(deviation)), 1e-9)
+    if near.sum() <= features.shape[1] or np.linalg.matrix_rank(features[near]) < np.linalg.matrix_rank(features):
+        return solution
+    return np.linalg.lstsq(features[near], seconds[near], rcond=None)[0]
+
+
+def measure_bandwidth(place: Place, device: torch.device) -> float:
+    """Bytes a second from one instance to the next. All ranks call it; a last one without a neighbour measures none."""
+    neighbour = place.instance ^ 1
+    if neighbour >= place.layout.data:
+        return float("inf")
+    buffer = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
+    peer, first = place.peer(neighbour), place.instance < neighbour
+    best = float("inf")
+    for _ in range(3):  # the first one sets up the connection
+        begun = time.perf_counter()
+        for sends in (first, not first):
+            dist.send(buffer, peer) if sends else dist.recv(buffer, peer)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, (time.perf_counter() - begun) / 2)
+    return PROBE_BYTES / best
