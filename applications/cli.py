@@ -21,6 +21,7 @@ Config = Annotated[list[Path] | None, typer.Option(help="YAML file with settings
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. --set rlhf.kl.target=4.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Processes = Annotated[int | None, typer.Option(help="Processes on this machine, one a GPU.")]
+Fusion = Annotated[str | None, typer.Option(help="PPO scores samples as they end: none, inter or auto.")]
 RunPath = Annotated[Path, typer.Argument(help="A run directory, e.g. runs/demo.")]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
@@ -37,6 +38,7 @@ def run(
     set_: Set = None,
     seed: Seed = None,
     processes: Processes = None,
+    fusion: Fusion = None,
     debug: Debug = False,
 ) -> None:
     """The whole pipeline in one command. Run it again to go on where it stopped.
@@ -47,7 +49,7 @@ def run(
     """
     from applications.commands import pipeline_command
 
-    pipeline_command(model, name, data, reward_model, steps, dry_run, config, set_, seed, processes)
+    pipeline_command(model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion)
 
 
 @app.command()
@@ -103,6 +105,7 @@ def rlhf(
     config: Config = None,
     set_: Set = None,
     processes: Processes = None,
+    fusion: Fusion = None,
     debug: Debug = False,
 ) -> None:
     """Step 3, PPO, in a run directory; with --actor and --reward in a new one.
@@ -113,7 +116,7 @@ def rlhf(
     """
     from applications.commands import step_command
 
-    step_command(3, run_directory, model or actor, None, data, config, set_, processes, actor, reward)
+    step_command(3, run_directory, model or actor, None, data, config, set_, processes, actor, reward, fusion)
 
 
 @app.command()

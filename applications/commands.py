@@ -27,12 +27,14 @@ def resolve_settings(
         stored = run.read_config().model_dump(mode="json")
         if "data" in given:
             given["data"] = {"source": absolute(str(given["data"]))}
+        nest_fusion(given)
         return load_config([], overrides or [], stored, given)
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
         raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
     if "data" in given:
         given["data"] = {"source": str(given["data"])}
+    nest_fusion(given)
     base = settings_for_model(model) if model is not None else {}
     resolved = load_config(config or [], overrides or [], base, given)
     if resolved.data.source == EMBEDDED_DATA:
@@ -42,6 +44,12 @@ def resolve_settings(
     resolved = load_config(config or [], overrides or [], base, given)
     resolved.data.source = absolute(resolved.data.source)
     return resolved
+
+
+def nest_fusion(given: dict[str, object]) -> None:
+    """Put the flag where the setting is."""
+    if "fusion" in given:
+        given["rlhf"] = {"fusion": {"mode": given.pop("fusion")}}
 
 
 def absolute(source: str) -> str:
@@ -61,10 +69,11 @@ def pipeline_command(
     overrides: list[str] | None,
     seed: int | None,
     processes: int | None,
+    fusion: str | None,
 ) -> None:
     """`rlhf-chat run`."""
     chosen = parse_steps(steps)
-    flags = {"data": data, "reward_model": reward_model, "seed": seed, "processes": processes}
+    flags = {"data": data, "reward_model": reward_model, "seed": seed, "processes": processes, "fusion": fusion}
     if model is None and config is None and name is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
     path = Path("runs") / (name or Path(model or "run").name)
@@ -88,6 +97,7 @@ def step_command(
     processes: int | None,
     actor: str | None = None,
     trained_reward: str | None = None,
+    fusion: str | None = None,
 ) -> None:
     """`rlhf-chat sft | reward | rlhf`."""
     flags = {
@@ -96,6 +106,7 @@ def step_command(
         "processes": processes,
         "sft_model": actor,
         "trained_reward_model": trained_reward,
+        "fusion": fusion,
     }
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
     execute(run_directory, settings, [step])

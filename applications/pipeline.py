@@ -22,7 +22,8 @@ CHANGEABLE = {
     "checkpoint_every",
     "keep_checkpoints",
 }
-"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what is computed."""
+"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what is computed.
+So may all of rlhf.fusion."""
 
 
 def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunConfig]:
@@ -45,7 +46,7 @@ def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunCon
     refused = [
         f"{key}: {old!r} there, {new!r} now"
         for key, (old, new) in changed.items()
-        if key.rpartition(".")[2] not in CHANGEABLE
+        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith("rlhf.fusion.")
     ]
     if refused:
         raise UserError(

@@ -42,7 +42,8 @@ class Kill:
 
 def command(directory: Path, step: int, processes: int, extra: list[str]) -> list[str]:
     program = [sys.executable, "-P", "-m", "applications.cli", "run", "--model", "tiny", "--name", str(directory)]
-    return [*program, "--steps", str(step), "--processes", str(processes), *extra]
+    # what --fusion auto chooses depends on measured seconds: two runs may round differently
+    return [*program, "--steps", str(step), "--processes", str(processes), "--fusion", "none", *extra]
 
 
 def start(directory: Path, step: int, processes: int, extra: list[str]) -> subprocess.Popen:

@@ -1,0 +1,67 @@
+"""`--fusion` on the real command: the same learning, and a rank that dies while samples move."""
+
+import shutil
+
+import yaml
+
+from benchmarks.kill_and_resume import metrics
+from tests.conftest import rlhf_chat
+from tests.test_pipeline import assert_like_metrics
+from training.run_directory import RunDirectory
+
+DIES_ONCE = """
+import os
+if os.environ.get("RANK") == "1" and not os.path.exists({marker!r}):
+    from training.fusion.rollout import FusedRollout
+    give = FusedRollout._give
+
+    def die(self, moves):
+        if moves:
+            open({marker!r}, "w").close()
+            os.kill(os.getpid(), 9)
+        give(self, moves)
+
+    FusedRollout._give = die
+"""
+
+
+def run_with_two_processes(tiny_run, directory):
+    """Steps 1 and 2 of the tiny run; step 3 is to come, with a tail that moves."""
+    shutil.copytree(tiny_run, directory, ignore=shutil.ignore_patterns("step3_rlhf", "evaluation.json", "comparison*"))
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    config["processes"] = 2
+    config["rlhf"]["fusion"] = {"mode": "auto", "threshold": 7, "rows": 8, "move": "cache"}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    return directory
+
+
+def test_a_fused_run_learns_what_a_plain_one_does(tiny_run, workplace):
+    run = run_with_two_processes(tiny_run, workplace / "runs" / "fused")
+    done = rlhf_chat("rlhf", run, "--fusion", "inter", cwd=workplace)
+    assert done.code == 0, done.out[-2000:] + done.err[-3000:]
+    assert "fusion: inter, threshold 7, 8 rows an instance" in done.out and "1 repackings moved" in done.out
+    assert_like_metrics(metrics(RunDirectory(tiny_run), 3), metrics(RunDirectory(run), 3))
+
+
+def test_a_rank_that_dies_while_samples_move_ends_the_run_with_a_sentence_and_the_run_goes_on(
+    tiny_run, workplace, tmp_path
+):
+    run = run_with_two_processes(tiny_run, workplace / "runs" / "dying")
+    marker = tmp_path / "died"
+    (tmp_path / "sitecustomize.py").write_text(DIES_ONCE.format(marker=str(marker)))
+    killed = rlhf_chat("rlhf", run, "--fusion", "inter", cwd=workplace, timeout=120, PYTHONPATH=str(tmp_path))
+    assert marker.exists() and killed.code not in (0, None)
+    assert "Traceback" not in killed.err and "rlhf-chat rlhf" in killed.err, killed.err[-2000:]
+    again = rlhf_chat("rlhf", run, "--fusion", "inter", cwd=workplace)
+    assert again.code == 0, again.err[-2000:]
+    assert_like_metrics(metrics(RunDirectory(tiny_run), 3), metrics(RunDirectory(run), 3))
+
+
+def test_a_mode_that_there_is_not(workplace):
+    done = rlhf_chat("run", "--model", "tiny", "--fusion", "intra", cwd=workplace)
+    assert done.code == 2 and "rlhf.fusion.mode" in done.err and len(done.err.strip().splitlines()) == 1
+
+
+def test_fusion_needs_whole_roles(workplace):
+    done = rlhf_chat("run", "--model", "tiny", "--fusion", "inter", "--set", "rlhf.critic.zero_stage=3", cwd=workplace)
+    assert done.code == 2 and "critic has zero_stage 3" in done.err and len(done.err.strip().splitlines()) == 1
