@@ -3,7 +3,7 @@
 Every instance decodes at its own pace. At each tick of its clock (predicted seconds, so that the same work ticks alike
 in every run) it reads what all others had left at their last tick, and all decide the same repacking. Nobody waits:
 a decision on the statuses of tick n is carried out by those who give samples away at tick n + 1, and by those who take
-them at tick n + 2. Ranks that have nothing left to decode draw units of ended samples from a common queue and score
+them at tick n + 2. Ranks that have nothing left to decode claim units of ended samples, the longest first, and score
 them. Tokens do not depend on any of this: see `inference.generation.sampler`.
 """
 
@@ -67,7 +67,9 @@ class FusedRollout(Generic[S]):
         self.ended: list[Sample] = []
         self.arriving: list[Move] = []
         self.sends: list[tuple[dist.Work, Tensor]] = []
-        self.ticket: int | None = None
+        self.units: dict[int, list[Sample]] = {}
+        """Handed out by any instance and, as far as this rank knows, not claimed yet."""
+        self.units_seen = 0
         self.scored: list[S] = []
 
     def run(self) -> list[S]:
@@ -179,7 +181,7 @@ class FusedRollout(Generic[S]):
         self.arriving = []
 
     def _hand_out(self, all_of_it: bool = False) -> None:
-        """Put ended samples into the queue of units; what makes no whole unit waits, unless `all_of_it` goes."""
+        """Make units of ended samples and post them; what makes no whole unit waits, unless `all_of_it` goes."""
         if not self.is_open:
             return
         rows = sorted(range(len(self.ended)), key=lambda row: (-self.ended[row].length, self.ended[row].index))
@@ -197,35 +199,45 @@ class FusedRollout(Generic[S]):
         self.ended = [sample for row, sample in enumerate(self.ended) if row not in gone]
 
     def _score(self, waits: bool = True) -> bool:
-        """Score the next unit, if there is one."""
-        if self.ticket is None:
-            self.ticket = self.board.count("tickets") - 1
-        key = f"unit/{self.ticket}"
-        if not self.board.has(key):
+        """Score the longest unit that is to be had, if there is one: short ones last let all ranks end together."""
+        self._look_for_units()
+        while self.units:
+            number = max(self.units, key=lambda number: (tokens_of(self.units[number]), -number))
+            samples = self.units.pop(number)
+            if self.board.count(f"claims/{number}") == 1:
+                break
+        else:
             return False
-        self.ticket = None
-        samples = [
-            Sample(index, self.prompts[index], limit, response_ids, logprobs, ended)
-            for index, response_ids, logprobs, limit, ended in self.board.read(key)
-        ]
         with self.timeline.span("score"):
             begun = time.perf_counter()
             self.scored += self.aside.collect()
             self.aside.start(samples)
             if waits:
                 self.scored += self.aside.collect()
-                tokens = sum(sample.length for sample in samples)
-                self.report.measured.append(Measured(time.perf_counter() - begun, scored=tokens))
+                self.report.measured.append(Measured(time.perf_counter() - begun, scored=tokens_of(samples)))
         return True
 
+    def _look_for_units(self) -> None:
+        """Read the units that have been handed out since the last look."""
+        while self.board.has(f"unit/{self.units_seen}"):
+            self.units[self.units_seen] = [
+                Sample(index, self.prompts[index], limit, response_ids, logprobs, ended)
+                for index, response_ids, logprobs, limit, ended in self.board.read(f"unit/{self.units_seen}")
+            ]
+            self.units_seen += 1
+
     def _nothing_comes(self) -> bool:
-        """Whether all instances are done and all units are drawn; rests a moment if not."""
-        assert self.ticket is not None
+        """Whether all instances are done and all units are claimed; rests a moment if not."""
         with self.timeline.span("idle"):
-            if self.board.count("over", 0) == self.place.layout.data and self.board.count("units", 0) <= self.ticket:
+            over = self.board.count("over", 0) == self.place.layout.data
+            if over and not self.units and self.board.count("units", 0) == self.units_seen:
                 return True
             self.board.pause()
             return False
+
+
+def tokens_of(samples: list[Sample]) -> int:
+    return sum(sample.length for sample in samples)
 
 
 def sent(work: dist.Work | None) -> dist.Work:

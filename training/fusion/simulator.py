@@ -232,7 +232,7 @@ def first_tick(active: dict[int, Instance], policy: Policy) -> int:
 
 
 def handed_out(instance: Instance, opened: float, policy: Policy) -> list[tuple[float, int, int]]:
-    """Units of an instance: (when, a number that keeps the order, tokens)."""
+    """Units of an instance: (when, a number that keeps them apart, tokens)."""
     units: list[tuple[float, int, int]] = []
     kept: list[Job] = []
     last = instance.clock
@@ -262,13 +262,19 @@ def units_time(opened: float, policy: Policy, time: float) -> float:
 def score_units(
     units: list[tuple[float, int, int]], free: list[tuple[float, int]], costs: Costs, spans: list[list[Span]]
 ) -> float:
-    """Units in the order in which they appear, each to the rank that is free first; returns the end, adds spans."""
+    """The rank that is free first takes the longest unit that has been handed out; returns the end, adds spans."""
+    coming = deque(sorted(units))
+    ready: list[tuple[int, int]] = []  # (- tokens, a number): a heap
     heapq.heapify(free)
     end = 0.0
-    for time, _, tokens in sorted(units):
-        start, rank = heapq.heappop(free)
-        start = max(start, time)
-        end = max(end, start + costs.score_seconds(tokens))
-        spans[rank].append(Span("score", start, start + costs.score_seconds(tokens)))
-        heapq.heappush(free, (start + costs.score_seconds(tokens), rank))
+    for number in range(len(units)):
+        now, rank = heapq.heappop(free)
+        if not ready:
+            now = max(now, coming[0][0])
+        while coming and coming[0][0] <= now:
+            heapq.heappush(ready, (-coming.popleft()[2], number))
+        tokens = -heapq.heappop(ready)[0]
+        spans[rank].append(Span("score", now, now + costs.score_seconds(tokens)))
+        end = max(end, spans[rank][-1].end)
+        heapq.heappush(free, (spans[rank][-1].end, rank))
     return end

@@ -112,7 +112,7 @@ class PPO:
         if not stop:
             metrics |= self.update(experience, targets, number)
             self.kl.update(metrics["kl/reference"], len(experience))
-        metrics |= self.rollout.work()
+        metrics |= self.rollout.work() | self.rollout.fusion_metrics
         return metrics | self.timing(experience, time.perf_counter() - begun), stop
 
     def choose_prompts(self, number: int) -> list[int]:
