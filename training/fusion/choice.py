@@ -47,6 +47,8 @@ class Setting:
     """0: the simulator chooses."""
     rows: int = 0
     """0: the simulator chooses."""
+    overlaps: bool = False
+    """Whether a rank can score beside decoding (CUDA)."""
     seed: int = 0
 
 
@@ -85,6 +87,8 @@ class FusionChoice:
     """Of the last rollouts; not kept in checkpoints, the costs are."""
     bandwidth: float = 1e9
     cache_bytes: int = 0
+    overlap: float | None = None
+    """Seconds of a rollout that scored beside decoding over those that it would have taken without; None: not tried."""
     is_warm: bool = False
     """Whether this process has made a rollout: the first one runs cold code, and its seconds say nothing."""
 
@@ -105,9 +109,7 @@ class FusionChoice:
         if setting.mode == "none":
             return Choice(None, "switched off")
         if setting.instances == 1:
-            if setting.mode == "inter":
-                return Choice(self._policy(0, setting.slots, NOMINAL_TICK, interleaves=True), "asked for")
-            return Choice(None, "one instance: its ranks decode and score with the same cores", mean_length=1.0)
+            return self._for_one_instance()
         if self.costs is None or not self.prompts:
             if setting.mode == "inter":
                 threshold = setting.threshold or max(1, setting.samples // 5)  # RLHFuse found the best near 20 %
@@ -116,6 +118,23 @@ class FusionChoice:
                 )
             return Choice(None, "costs are being measured")
         return self._simulated(number)
+
+    def _for_one_instance(self) -> Choice:
+        """Scoring between or beside the decode steps of the only instance: as asked for, or if a trial paid."""
+        setting = self.setting
+        interleaved = self._policy(0, setting.slots, NOMINAL_TICK, interleaves=True)
+        if setting.mode == "inter":
+            return Choice(interleaved, "asked for")
+        if not setting.overlaps:
+            return Choice(None, "one instance: its ranks decode and score with the same cores", mean_length=1.0)
+        if self.costs is None:
+            return Choice(None, "costs are being measured")
+        if self.overlap is None:
+            return Choice(interleaved, "tried once, to see what it saves", mean_length=self.lengths.mean)
+        saved = 1 - self.overlap
+        if saved < WORTH:
+            return Choice(None, f"tried once, it saved {max(0.0, saved):.1%}", mean_length=self.lengths.mean)
+        return Choice(interleaved, f"it saves {saved:.1%}", mean_length=self.lengths.mean)
 
     def _simulated(self, number: int) -> Choice:
         """The best of a grid of thresholds over imagined rollouts; the present one stays unless another is better."""
@@ -195,6 +214,10 @@ class FusionChoice:
         if not self.is_warm:
             self.is_warm = True
             return predicted
+        if self.current is not None and self.current.policy is not None and self.current.policy.interleaves:
+            if predicted and self.overlap is None:
+                self.overlap, self.current = achieved / predicted, None
+            return predicted  # steps that share the device with scoring say nothing of either alone
         self.measured.append(list(measured))
         if not predicted or abs(predicted / achieved - 1) > WRONG:
             self.refit()
@@ -214,8 +237,10 @@ class FusionChoice:
             return 0.0
         setting = self.setting
         machine = Machine(self.costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
-        if self.current.policy is None or self.current.policy.interleaves:
+        if self.current.policy is None:
             return serial(shares, machine).seconds
+        if self.current.policy.interleaves:
+            return serial(shares, machine).seconds * (self.overlap or 1.0)
         return fused(shares, machine, self.current.policy, self.lengths.remaining).seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -228,12 +253,14 @@ class FusionChoice:
             "costs": self.costs.as_dict() if self.costs else None,
             "current": current,
             "prompts": self.prompts,
+            "overlap": self.overlap,
         }
 
     def restore(self, values: dict[str, Any]) -> None:
         self.lengths.restore(values["lengths"])
         self.costs = Costs.from_dict(values["costs"]) if values["costs"] else None
         self.prompts = list(values["prompts"])
+        self.overlap = values["overlap"]
         if values["current"] is not None:
             policy = values["current"]["policy"]
             self.current = Choice(**{**values["current"], "policy": Policy(**policy) if policy else None})

@@ -59,6 +59,7 @@ class Rollout:
                 unit_tokens=UNIT_TOKENS.get(self.ranks.device.type, 2048),
                 threshold=fusion.threshold,
                 rows=fusion.rows,
+                overlaps=self.ranks.device.type == "cuda",
                 seed=stage.config.seed,
             ),
             LengthStatistics(limit),
@@ -100,7 +101,8 @@ class Rollout:
 
     @property
     def _learns(self) -> bool:
-        return self.layout.data > 1 and self.fusion.setting.mode != "none"
+        setting = self.fusion.setting
+        return setting.mode != "none" and (setting.instances > 1 or setting.overlaps)
 
     def _start(self, prompts: list[Tensor], share: list[int], number: int, room: bool) -> Decoding:
         """This instance's samples on their way; with room for those of others if wanted."""
