@@ -143,6 +143,37 @@ def chat(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="The actor: a preset, hub id of a preset, or model directory.")],
+    reward_model: RewardModel = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="a100-40g, a100-80g, a800-80g, h100, h200, v100, l40s or rtx-4090.")
+    ] = "a100-80g",
+    price: Annotated[float | None, typer.Option(min=0.0, help="Of one GPU for one hour.")] = None,
+    config: Config = None,
+    set_: Set = None,
+    seed: Annotated[int, typer.Option(help="Of the search: the same seed gives the same plan.")] = 0,
+    effort: Annotated[float, typer.Option(min=0.0, help="Multiplies the steps of the search.")] = 1.0,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as data.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the best plan to this YAML file.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Cost the plan of this YAML file instead of searching.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the Gantt picture to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """The best execution plan for a model and a cluster, beside two common ones. Nothing is started.
+
+    rlhf-chat plan --model opt-13b --reward-model opt-350m --nodes 2 --gpus-per-node 8 --gpu a100-80g --price 2.0
+    """
+    from applications.plan import plan_command
+
+    plan_command(
+        model, reward_model, nodes, gpus_per_node, gpu, price, config, set_, seed, effort, json_, out, check, svg
+    )
+
+
+@app.command()
 def doctor(
     model: Annotated[str | None, typer.Option(help="Check this model: a directory, run, preset or hub id.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree to check, a process each.")] = 1,

@@ -200,11 +200,13 @@ class PPO:
             return loss / tokens
 
         result: dict[str, float] = {}
-        if number > settings.critic_warmup:
-            actor = self.roles.actor.update(plan, actor_loss)
-            result |= {f"policy/{name}": value for name, value in actor.items()}
-        critic = self.roles.critic.update(plan, critic_loss)
-        result |= {f"value/{name}": value for name, value in critic.items()}
+        for call in (call for call in self.rollout.calls if call.kind == "train"):
+            engine, loss, prefix = {
+                "actor": (self.roles.actor, actor_loss, "policy"),
+                "critic": (self.roles.critic, critic_loss, "value"),
+            }[call.role]
+            if call.role == "critic" or number > settings.critic_warmup:
+                result |= {f"{prefix}/{name}": value for name, value in engine.update(plan, loss).items()}
         norms = [value for name, value in result.items() if name.endswith("grad_norm")]
         if self.stage.dtype != torch.float16 and not all(map(math.isfinite, norms)):  # fp16 skips such steps by itself
             raise self.stage.diverged(number, "The gradient is not finite", chosen)

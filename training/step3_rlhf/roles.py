@@ -88,6 +88,16 @@ class Roles:
         """Of the reward model at each sample's last token, float32 (rows)."""
         return at_last_token(self._reward(batch), batch)
 
+    def score(self, role: str, batch: TokenBatch) -> Tensor:
+        """The score call of a role (`training.calls`): what it makes of `batch`."""
+        calls = {
+            "actor": self.logprobs,
+            "reference": self.reference_logprobs,
+            "reward": self.scores,
+            "critic": self.values,
+        }
+        return calls[role](batch)
+
     def save(self, directory: Path) -> None:
         """All ranks call it."""
         self.actor.save(directory / "actor")

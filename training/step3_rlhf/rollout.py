@@ -10,6 +10,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from training.calls import PPO, with_recomputed_logprobs
 from training.data.batching import plan_micro_batches
 from training.fusion.aside import Aside
 from training.fusion.board import Board
@@ -41,6 +42,8 @@ class Rollout:
         self.keeps_generation_logprobs = self.settings.old_logprobs == "generation" or (
             self.settings.old_logprobs == "auto" and stage.dtype == torch.float32 and whole_distribution
         )
+        self.calls = PPO if self.keeps_generation_logprobs else with_recomputed_logprobs(PPO)
+        """What an iteration runs, and what the planner plans."""
         self.engine: GenerationEngine | None = None
         self.forced_lengths: Callable[[int], list[int]] | None = None
         """For measuring: iteration -> the length of each response."""
@@ -178,17 +181,16 @@ class Rollout:
         """Start the forward passes of all roles on `rows`; what is returned waits for them and fills the rows in."""
         batch = token_batch(rows, self.ranks.device)
         sizes = [len(e.response) for e in rows]
-        reference, values = self.roles.reference_logprobs(batch), self.roles.values(batch)
-        scores = self.roles.scores(batch)
-        logprobs = None if self.keeps_generation_logprobs else self.roles.logprobs(batch)
+        found = {call.outputs[0]: self.roles.score(call.role, batch) for call in self.calls if call.kind == "score"}
 
         def finish() -> list[Experience]:
-            found = zip(rows, reference.cpu().split(sizes), values.cpu().split(sizes), scores.tolist(), strict=True)
-            for e, of_reference, of_critic, score in found:
-                e.reference_logprobs, e.values, e.score = of_reference, of_critic, score
-            if logprobs is not None:
-                for e, old in zip(rows, logprobs.cpu().split(sizes), strict=True):
-                    e.logprobs = old
+            for key, values in found.items():
+                if key == "scores":  # one a row
+                    for e, score in zip(rows, values.tolist(), strict=True):
+                        e.score = score
+                else:
+                    for e, of_row in zip(rows, values.cpu().split(sizes), strict=True):
+                        setattr(e, key, of_row)
             return rows
 
         return finish

@@ -1,0 +1,213 @@
+"""What `rlhf-chat plan` shows: a table and a Gantt picture as text, all of it as JSON, the picture as SVG."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from training.gantt import Bar, Panel, gantt_svg
+from training.planner.estimate import Estimate
+from training.planner.hardware import GIB
+from training.planner.plan_file import mesh_text
+from training.planner.search import Progress
+from training.planner.simulate import Interval
+
+if TYPE_CHECKING:
+    from applications.plan import Outcome, Request
+
+COLUMNS = 72
+"""Of the Gantt picture."""
+MENTIONED = 0.05
+"""Seconds from which on what lies between the calls gets a line."""
+LETTERS = {
+    "actor_generate": "G",
+    "reference_score": "f",
+    "reward_score": "r",
+    "critic_score": "c",
+    "actor_train": "A",
+    "critic_train": "C",
+}
+OTHER = {"reallocation": ">", "offload": "^"}
+COLOURS = {
+    "actor_generate": "#4c78a8",
+    "reference_score": "#f2cf5b",
+    "reward_score": "#f58518",
+    "critic_score": "#b279a2",
+    "actor_train": "#54a24b",
+    "critic_train": "#88d27a",
+    "reallocation": "#e45756",
+    "offload": "#9d755d",
+}
+SHOWN_ITERATION = 2
+"""Of those that the schedule unrolls: neighbours on both sides."""
+
+
+def progress(state: Progress) -> bool:
+    """A line that is written over, on a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if state.step == state.steps else "\r"
+        print(f"searching: {state.step / state.steps:4.0%}, best {state.best_seconds:.1f} s ", end=end, file=sys.stderr)
+    return True
+
+
+def as_text(request: "Request", outcomes: Sequence["Outcome"]) -> str:
+    cluster, workload = request.cluster, request.workload
+    lines = [
+        f"{cluster.nodes} x {cluster.devices_per_node} {cluster.device.name}; "
+        f"one iteration: {workload.samples} samples of {workload.prompt_tokens} + {workload.response_tokens} tokens, "
+        f"{workload.mini_batches} mini-batches, "
+        f"{workload.precision}; the run: {request.config.rlhf.iterations} iterations",
+        "",
+    ]
+    for outcome in outcomes:
+        lines += plan_table(request, outcome) if outcome.found else [f"{outcome.name}: none. {outcome.why_not}"]
+        lines.append("")
+    lines += summary(request, outcomes)
+    best = outcomes[0].found
+    if best is not None:
+        lines += ["", f"One iteration of the plan '{outcomes[0].name}':", *gantt_text(best)]
+    return "\n".join(lines)
+
+
+def plan_table(request: "Request", outcome: "Outcome") -> list[str]:
+    """A line a call: ranks, layout, micro-batches, seconds; then what lies between the calls."""
+    found = outcome.found
+    assert found is not None
+    lines = [f"{outcome.name}:" + (f" DOES NOT FIT. {outcome.why_not}" if outcome.why_not else "")]
+    lines.append(
+        f"  {'call':16} {'ranks':>9} {'data':>5} {'tensor':>6} {'stages':>6} {'ZeRO':>5} {'micro':>6} {'seconds':>8}"
+    )
+    for node in found.nodes:
+        if node.kind != "call":
+            continue
+        assignment = found.plan[node.name]
+        layout = assignment.layout
+        lines.append(
+            f"  {node.name:16} {mesh_text(layout.mesh):>9} {layout.data:5} {layout.tensor:6} {layout.pipeline:6} "
+            f"{layout.zero_stage:5} {assignment.micro_batches:6} {node.seconds:8.2f}"
+            + ("  waits in host memory between uses" if assignment.offload else "")
+        )
+    between = [node for node in found.nodes if node.kind != "call" and node.seconds >= MENTIONED]
+    lines += [f"  {node.name:58} {node.seconds:7.2f}" for node in between]
+    return lines
+
+
+def summary(request: "Request", outcomes: Sequence["Outcome"]) -> list[str]:
+    """Seconds of an iteration, memory, hours and cost of the run, plan by plan."""
+    price = "" if request.price is None else f" {'cost':>10}"
+    lines = [f"{'plan':16} {'s/iteration':>11} {'memory, GiB':>12} {'hours':>8}{price}"]
+    for outcome in outcomes:
+        if outcome.found is None:
+            continue
+        memory = f"{outcome.found.peak_bytes / GIB:.1f} of {request.cluster.usable_memory / GIB:.0f}"
+        cost, seconds = request.cost(outcome.found), outcome.found.iteration_seconds
+        lines.append(
+            f"{outcome.name:16} {seconds:11.1f} {memory:>12} {request.hours(outcome.found):8.1f}"
+            + ("" if cost is None else f" {cost:10.0f}")
+            + ("  does not fit" if outcome.why_not else "")
+        )
+    return lines
+
+
+def rows_of(found: Estimate) -> dict[str, list[Interval]]:
+    """The nodes of one iteration by the ranks that run them; ranks that run the same ones share a row."""
+    shown = [i for i in found.schedule.intervals if i.iteration == SHOWN_ITERATION and i.node.ranks]
+    ranks = sorted({rank for interval in shown for rank in interval.node.ranks})
+    by_work: dict[tuple[str, ...], list[int]] = {}
+    for rank in ranks:
+        by_work.setdefault(tuple(i.node.name for i in shown if rank in i.node.ranks), []).append(rank)
+    return {
+        f"rank {mesh_text(tuple(members))}": [i for i in shown if members[0] in i.node.ranks]
+        for members in by_work.values()
+    }
+
+
+def gantt_text(found: Estimate) -> list[str]:
+    """A row for the ranks that do the same; a letter for what they do, a dot for nothing."""
+    rows = rows_of(found)
+    start = min(i.start for intervals in rows.values() for i in intervals)
+    end = max(i.end for intervals in rows.values() for i in intervals)
+    scale = COLUMNS / (end - start)
+    width = max(map(len, rows))
+    lines = []
+    for label, intervals in rows.items():
+        line = ["."] * COLUMNS
+        for interval in intervals:
+            letter = LETTERS.get(interval.node.name) or OTHER.get(interval.node.kind, "?")
+            first, last = int((interval.start - start) * scale), int((interval.end - start) * scale)
+            if interval.node.seconds > 0:
+                line[first : max(last, first + 1)] = letter * (max(last, first + 1) - first)
+        lines.append(f"  {label:{width}} |{''.join(line[:COLUMNS])}|")
+    names = ", ".join(f"{letter} {name}" for name, letter in LETTERS.items())
+    return [*lines, f"  {end - start:.1f} s. {names}, > reallocation, ^ load from the host"]
+
+
+def as_svg(outcomes: Sequence["Outcome"]) -> str:
+    panels = []
+    for outcome in outcomes:
+        if outcome.found is None:
+            continue
+        rows = rows_of(outcome.found)
+        start = min(i.start for intervals in rows.values() for i in intervals)
+        bars = {
+            label: [
+                Bar(i.node.name if i.node.name in COLOURS else i.node.kind, i.start - start, i.end - start, i.node.name)
+                for i in intervals
+                if i.node.seconds > 0
+            ]
+            for label, intervals in rows.items()
+        }
+        panels.append(Panel(f"{outcome.name}: {outcome.found.iteration_seconds:.1f} s an iteration", bars))
+    return gantt_svg(panels, COLOURS)
+
+
+def as_json(request: "Request", outcomes: Sequence["Outcome"]) -> str:
+    return json.dumps(
+        {
+            "gpu": request.cluster.device.name,
+            "nodes": request.cluster.nodes,
+            "gpus_per_node": request.cluster.devices_per_node,
+            "iterations": request.config.rlhf.iterations,
+            "plans": [plan_data(request, outcome) for outcome in outcomes],
+        },
+        indent=2,
+    )
+
+
+def plan_data(request: "Request", outcome: "Outcome") -> dict[str, Any]:
+    """All that is known of a plan, in seconds and bytes."""
+    found = outcome.found
+    if found is None:
+        return {"name": outcome.name, "why_not": outcome.why_not}
+    calls = {}
+    for node in found.nodes:
+        if node.kind == "call" and node.cost is not None:
+            assignment = found.plan[node.name]
+            layout = assignment.layout
+            calls[node.name] = {
+                "mesh": list(layout.mesh),
+                **{name: getattr(layout, name) for name in ("data", "tensor", "pipeline", "zero_stage")},
+                "micro_batches": assignment.micro_batches,
+                "offload": assignment.offload,
+                "seconds": node.seconds,
+                "parts": node.cost.parts(),
+            }
+    fullest = max(found.memory.values(), key=lambda memory: memory.peak("device"))
+    return {
+        "name": outcome.name,
+        "fits": not outcome.why_not,
+        **({"why_not": outcome.why_not} if outcome.why_not else {}),
+        "seconds_per_iteration": found.iteration_seconds,
+        "hours": request.hours(found),
+        "cost": request.cost(found),
+        "calls": calls,
+        "between": {node.name: node.seconds for node in found.nodes if node.kind != "call"},
+        "peak_bytes": {str(rank): memory.peak("device") for rank, memory in found.memory.items()},
+        "memory_of_the_fullest_rank": [
+            {"name": part.name, "bytes": part.bytes, "place": part.place, "phase": part.phase} for part in fullest.parts
+        ],
+        "schedule": [
+            {"node": i.node.name, "iteration": i.iteration, "start": i.start, "end": i.end}
+            for i in found.schedule.intervals
+        ],
+    }

@@ -1,0 +1,91 @@
+"""`rlhf-chat plan`: tables, data, pictures and plan files, without a search of full length."""
+
+import json
+import xml.etree.ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from applications.cli import app
+from inference.errors import UserError
+
+SMALL = ["plan", "--model", "opt-1.3b", "--reward-model", "opt-350m", "--gpus-per-node", "2", "--effort", "0.05"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*SMALL, *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The data that --json prints, and the directory with the plan and the picture of the same search."""
+    directory = tmp_path_factory.mktemp("plan")
+    done = run("--price", 2, "--json", "--out", directory / "plan.yaml", "--svg", directory / "plan.svg")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout), directory
+
+
+def test_everything_as_data(planned):
+    data, _ = planned
+    assert [plan["name"] for plan in data["plans"]] == ["searched", "DeepSpeed-Chat", "Megatron-style"]
+    searched, *others = data["plans"]
+    assert searched["fits"] and all(
+        searched["seconds_per_iteration"] <= plan["seconds_per_iteration"] for plan in others if plan["fits"]
+    )
+    for plan in data["plans"]:
+        assert set(plan["calls"]) == {
+            "actor_generate", "reference_score", "reward_score", "critic_score", "actor_train", "critic_train",
+        }  # fmt: skip
+        for call in plan["calls"].values():
+            assert call["seconds"] == pytest.approx(sum(call["parts"].values()))
+            assert call["data"] * call["tensor"] * call["pipeline"] == len(call["mesh"])
+        hours = plan["seconds_per_iteration"] * data["iterations"] / 3600
+        assert plan["hours"] == pytest.approx(hours) and plan["cost"] == pytest.approx(hours * 2 * 2.0)
+        assert set(plan["peak_bytes"]) == {"0", "1"}
+
+
+def test_the_plan_file_costs_what_the_search_said(planned):
+    data, directory = planned
+    done = run("--check", directory / "plan.yaml", "--json")
+    assert done.exit_code == 0, done.output
+    (checked,) = json.loads(done.stdout)["plans"]
+    assert checked["seconds_per_iteration"] == pytest.approx(data["plans"][0]["seconds_per_iteration"])
+
+
+def test_an_edited_plan_that_cannot_run_is_explained(planned):
+    _, directory = planned
+    text = (directory / "plan.yaml").read_text()
+    broken = directory / "broken.yaml"
+    broken.write_text(text.replace("actor_train:", "actor_trian:"))
+    with pytest.raises(UserError, match=r"no line for the call 'actor_train'.*did you mean 'actor_train'"):
+        CliRunner().invoke(app, [*SMALL, "--check", str(broken)], catch_exceptions=False)
+
+
+def test_the_picture_has_a_panel_a_plan(planned):
+    _, directory = planned
+    picture = xml.etree.ElementTree.fromstring((directory / "plan.svg").read_text())
+    texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
+    assert sum("s an iteration" in (text or "") for text in texts) == 3
+    assert sum(element.tag.endswith("rect") for element in picture.iter()) > 18
+
+
+def test_the_table_for_people():
+    done = run("--price", 2)
+    assert done.exit_code == 0, done.output
+    for text in ("actor_generate", "s/iteration", "DeepSpeed-Chat", "Megatron-style", "G actor_generate"):
+        assert text in done.stdout
+    chart = [line for line in done.stdout.splitlines() if "|" in line]
+    assert chart and all(line.count("|") == 2 and "G" in line for line in chart)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpu", "z80"], "no description of the device 'z80'"),
+        (["--model", "someone/unknown"], "is not known without the hub"),
+        (["--model", "opt-66b", "--gpus-per-node", "1", "--gpu", "rtx-4090"], "fit"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        CliRunner().invoke(app, [*SMALL, *arguments], catch_exceptions=False)

@@ -1,0 +1,132 @@
+"""Seconds against sums by hand, and what must hold for any cost model."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.training.planner.conftest import LARGE, graphs_on, ppo_workload
+from training.hybrid_engine.layout import Layout
+from training.planner.collectives import links_of
+from training.planner.cost import CallCosts
+from training.planner.hardware import DEVICES, Cluster
+from training.planner.plan import Assignment
+
+ONE = Assignment(Layout((0,)))
+GRAPHS = graphs_on(1, 8)
+CALLS = {call.name: call for call in GRAPHS.graph.calls}
+LAYER, HEAD = 12 * 2048**2, 50272 * 2048
+FLOPS, READ = 312e12 * 0.5, 2039e9 * 0.8  # conftest's calibration
+
+
+def cost(name: str, assignment: Assignment, **changes):
+    return CallCosts(replace(ppo_workload(), **changes), GRAPHS.costs.cluster).cost(CALLS[name], assignment)
+
+
+def test_scoring_on_one_device_by_hand():
+    tokens = 64 * 256
+    found = cost("reference_score", ONE)
+    assert found.arithmetic == pytest.approx(2 * (24 * LAYER + HEAD) * tokens / FLOPS)
+    assert found.attention == pytest.approx(4 * 24 * 2048 * tokens * 128 / FLOPS)
+    assert found.seconds == pytest.approx(found.arithmetic + found.attention)  # launches hide behind them
+
+
+def test_training_is_four_forward_passes_and_an_update_a_mini_batch():
+    found, forward = cost("actor_train", ONE), cost("reference_score", ONE)
+    assert found.arithmetic == pytest.approx(4 * forward.arithmetic)
+    assert cost("actor_train", ONE, checkpointing=False).arithmetic == pytest.approx(3 * forward.arithmetic)
+    assert found.optimizer == pytest.approx(4 * 34 * LARGE.parameters / READ)
+    assert cost("actor_train", ONE, epochs=2).seconds == pytest.approx(2 * found.seconds)
+
+
+def test_decode_steps_by_hand():
+    found = cost("actor_generate", ONE)
+    weights = (24 * LAYER + HEAD) * 2
+    prefill = 2 * weights / 2 * 64 * 128 / FLOPS
+    assert found.arithmetic == pytest.approx(prefill + 127 * weights / READ)
+    assert found.launch == pytest.approx(127 * 25 * 1e-4)
+    cache = 64 * (128 + 64) * 24 * 2 * 2048 * 2 / READ
+    assert found.attention == pytest.approx(127 * cache + 4 * 24 * 2048 * 64 * 128 * 64 / FLOPS)
+
+
+def test_pipeline_bubbles_by_hand():
+    stages = Layout((0, 1, 2, 3), pipeline=4)
+    for micro_batches in (4, 16):
+        found = cost("actor_train", Assignment(stages, micro_batches))
+        crossing = 5e-5 + 16 // micro_batches * 256 * 2048 * 2 / (300e9 * 0.8)
+        sent = 4 * 2 * (micro_batches + 3) * crossing
+        assert found.pipeline == pytest.approx(3 / micro_batches * (found.arithmetic + found.attention) + sent)
+
+
+def test_generation_in_a_pipeline_is_as_slow_as_its_last_stage():
+    one, four = (cost("actor_generate", Assignment(Layout((0, 1, 2, 3), data=4 // p, pipeline=p), p)) for p in (1, 4))
+    assert one.launch == pytest.approx(127 * 25 * 1e-4)
+    assert four.launch == pytest.approx(127 * 4 * (6 + 1) * 1e-4)
+
+
+def test_the_longest_response_decides_how_long_decoding_takes():
+    skewed = cost("actor_generate", ONE, response_tokens=32, longest_response=128)
+    assert skewed.launch == cost("actor_generate", ONE).launch
+    assert skewed.attention < cost("actor_generate", ONE).attention
+
+
+def test_responses_count_in_scoring_and_training():
+    """A defect of the released estimator: the prompt's length taken for all."""
+    for name in ("reward_score", "critic_train"):
+        assert cost(name, ONE, response_tokens=384).seconds > 1.9 * cost(name, ONE).seconds
+
+
+def test_micro_batches_count():
+    """Another: mini-batches forced to one."""
+    tensor = Layout(tuple(range(8)), tensor=8)
+    seconds = [cost("actor_train", Assignment(tensor, m)).seconds for m in (1, 4, 16)]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
+
+
+def test_zero_stages_by_hand():
+    weights, step = LARGE.parameters * 2, 4
+    bandwidth = 300e9 * 0.8
+    gathered = 7 / 8 * weights / bandwidth
+    latency = 3 * 5e-5
+    found = [cost("actor_train", Assignment(Layout(tuple(range(8)), 8, zero_stage=z), 2)) for z in range(4)]
+    assert [c.gradients for c in found] == pytest.approx(
+        [step * (latency + t * gathered) for t in (2, 1)] + [step * 2 * (latency + gathered)] * 2
+    )
+    assert [c.zero for c in found] == pytest.approx(
+        [0, *[step * (latency + gathered)] * 2, step * 2 * 2 * (24 * latency + gathered)]
+    )
+    assert found[1].optimizer == pytest.approx(found[0].optimizer / 8)
+
+
+def test_groups_share_the_network():
+    cluster = Cluster.named("a100-80g", 2, 4)
+    links = links_of(Layout(tuple(range(8)), 2, 4), cluster)
+    assert links.tensor.bandwidth == pytest.approx(300e9 * 0.8)
+    assert links.data.bandwidth == pytest.approx(25e9 / 4 * 0.8)  # four groups leave each node
+    in_node = links_of(Layout(tuple(range(8)), 2, 2, 2), cluster)
+    assert in_node.data.bandwidth == pytest.approx(300e9 * 0.8)
+    assert in_node.hop.bandwidth == pytest.approx(25e9 / 4 * 0.8)
+
+
+@pytest.mark.parametrize("what", ["memory_bandwidth", "link_bandwidth", "host_bandwidth", "network_bandwidth", "flops"])
+def test_cost_falls_with_bandwidth(two_nodes, random_plans, what):
+    cluster = two_nodes.costs.cluster
+    if what == "network_bandwidth":
+        faster = replace(cluster, network_bandwidth=2 * cluster.network_bandwidth)
+    elif what == "flops":
+        rates = {name: 2 * rate for name, rate in cluster.device.peak_flops.items()}
+        faster = replace(cluster, device=replace(cluster.device, peak_flops=rates))
+    else:
+        faster = replace(cluster, device=replace(cluster.device, **{what: 2 * getattr(cluster.device, what)}))
+    improved = type(two_nodes)(two_nodes.graph, CallCosts(two_nodes.costs.workload, faster))
+    falls = 0
+    for plan in random_plans:
+        before, after = two_nodes.nodes(plan), improved.nodes(plan)
+        assert all(a.seconds <= b.seconds + 1e-12 for a, b in zip(after, before, strict=True))
+        falls += sum(a.seconds for a in after) < sum(b.seconds for b in before)
+    assert falls > 0
+
+
+def test_every_described_device_can_be_planned_for():
+    for name in DEVICES:
+        graphs = graphs_on(1, 1, name)
+        assert all(graphs.costs.cost(call, ONE).seconds > 0 for call in graphs.graph.calls)

@@ -1,0 +1,78 @@
+"""Bytes by hand."""
+
+import pytest
+
+from inference.errors import UserError
+from tests.training.planner.conftest import LARGE, SMALL, graphs_on
+from training.hybrid_engine.layout import Layout
+from training.planner.footprint import Footprints
+from training.planner.heuristics import megatron_plan
+from training.planner.plan import Assignment, Plan
+
+GRAPHS = graphs_on(1, 8)
+FOOTPRINTS = Footprints(GRAPHS.costs.workload, GRAPHS.graph)
+CALLS = {call.name: call for call in GRAPHS.graph.calls}
+P, V = LARGE.parameters, 50272
+EIGHT = tuple(range(8))
+
+
+def parts(name: str, layout: Layout, micro_batches: int = 1, copies: bool = False, offload: bool = False):
+    found = FOOTPRINTS.parts(CALLS[name], Assignment(layout, micro_batches, offload), copies)
+    return {(part.name, part.place, bool(part.phase)): part.bytes for part in found}
+
+
+def test_training_on_two_tensor_ranks_of_two_stages_with_divided_optimiser_states():
+    found = parts("actor_train", Layout(EIGHT, 2, 2, 2, zero_stage=1), 4)
+    tokens, layer = (64 // 4 // 2 // 4) * 256, 4 * 2048 + 4 * 2048 + 2 * 8192
+    assert found == {
+        ("actor weights", "device", False): 2 * P // 4,
+        ("actor gradients", "device", False): 2 * P // 4,
+        ("actor optimiser states", "device", False): 12 * P // 4 // 2,
+        ("activations", "device", True): 2 * (2 * tokens * 12 * 2048 + tokens * layer // 2),
+        ("logits", "device", True): 2 * 128 * V * 16 // 2,
+    }
+
+
+def test_generation_keeps_a_copy_and_the_cache():
+    found = parts("actor_generate", Layout(EIGHT, 2, 4), 2, copies=True)
+    assert found["actor weights, a copy", "device", True] == 2 * P // 4
+    assert found["key-value cache", "device", True] == 16 * 256 * 24 * 2 * 2048 * 2 // 4
+    assert found["logits", "device", True] == 16 * V * 24 // 4
+    assert not any(name == "actor weights" for name, *_ in found)
+
+
+def test_waves_of_generation_share_the_cache_and_stages_do_not():
+    one, waves, stages = (
+        parts("actor_generate", Layout((0, 1), 2 // p, pipeline=p), m) for p, m in [(1, 1), (1, 4), (2, 4)]
+    )
+    cache = ("key-value cache", "device", True)
+    assert one[cache] == 4 * waves[cache] == 2 * stages[cache]  # twice the rows, half the layers, 2 of 4 parts alive
+
+
+def test_offloaded_weights_are_on_the_device_while_they_are_used():
+    found = parts("reward_score", Layout((0, 1), tensor=2), offload=True)
+    assert found["reward weights, on the host", "host", False] == SMALL.parameters
+    assert found["reward weights", "device", True] == SMALL.parameters
+    assert ("logits", "device", True) not in found
+    divided = parts("reward_score", Layout((0, 1), 2, zero_stage=3))
+    assert divided["reward weights", "device", False] == SMALL.parameters
+    assert divided["weights gathered by ZeRO, at most", "device", True] == 2 * SMALL.parameters
+
+
+def test_a_rank_needs_what_is_held_and_the_largest_call():
+    one, two = Assignment(Layout((0,))), Assignment(Layout((1,)))
+    plan = Plan({name: two if "critic" in name or "reward" in name else one for name in CALLS})
+    by_rank = FOOTPRINTS.by_rank(plan)
+    assert set(by_rank) == {0, 1}
+    assert by_rank[0].held("device") == 18 * P  # actor 16, reference 2
+    assert by_rank[1].held("device") == 18 * SMALL.parameters
+    phases = by_rank[0].phases("device")
+    assert set(phases) == {"actor_generate", "reference_score", "actor_train"}
+    assert by_rank[0].peak("device") == 18 * P + max(phases.values())
+
+
+def test_a_plan_that_does_not_fit_names_the_rank_and_the_part():
+    cluster = graphs_on(1, 1, "rtx-4090").costs.cluster
+    with pytest.raises(UserError, match=r"GiB on rank 0, of which actor optimiser states .* but 22.1 GiB can be used"):
+        FOOTPRINTS.require_fit(megatron_plan(GRAPHS.graph, cluster), cluster)
+    FOOTPRINTS.require_fit(megatron_plan(GRAPHS.graph, GRAPHS.costs.cluster), GRAPHS.costs.cluster)

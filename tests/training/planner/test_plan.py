@@ -1,0 +1,113 @@
+from dataclasses import replace
+
+import pytest
+
+from inference.errors import UserError
+from tests.training.planner.conftest import graphs_on
+from training.hybrid_engine.layout import Layout
+from training.planner.estimate import estimate
+from training.planner.hardware import USABLE_MEMORY
+from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
+from training.planner.plan import Assignment, Plan, problems
+from training.planner.plan_file import from_yaml, read_plan, to_yaml
+
+
+def test_a_plan_file_reads_as_it_was_written(random_plans):
+    scattered = Plan({"actor_train": Assignment(Layout((0, 2), 2, zero_stage=3), 4)})
+    for plan in [*random_plans, scattered]:
+        assert from_yaml(to_yaml(plan)) == plan
+
+
+def test_what_a_person_reads():
+    assignment = Assignment(Layout(tuple(range(8)), 2, 2, 2, zero_stage=1), 4)
+    assert to_yaml(Plan({"actor_train": assignment})) == (
+        "actor_train:\n  mesh: 0-7\n  data: 2\n  tensor: 2\n  pipeline: 2\n  zero_stage: 1\n  micro_batches: 4\n"
+    )
+    short = from_yaml("reward_score: {mesh: 3, offload: yes}")
+    assert short["reward_score"] == Assignment(Layout((3,)), offload=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "empty"),
+        ("a: [1", "not YAML"),
+        ("a: 3", "says nothing about 'a'"),
+        ("a: {mesh: 0-3, tensr: 4}", "unknown key 'tensr'"),
+        ("a: {data: 4}", "no mesh"),
+        ("a: {mesh: 3-0}", "which are no ranks"),
+        ("a: {mesh: 0-3, data: two}", "no whole number"),
+        ("a: {mesh: 0-3, data: 2}", "'a': A layout of data 2"),
+        ("a: {mesh: 0, offload: 3}", "write yes or no"),
+    ],
+)
+def test_mistakes_in_a_plan_file(text, sentence):
+    with pytest.raises(UserError, match=sentence):
+        from_yaml(text)
+
+
+def test_a_plan_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_plan(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        (Assignment(Layout(tuple(range(6, 10)), 4)), "uses rank 9, but the cluster has ranks 0 to 7"),
+        (Assignment(Layout(tuple(range(3)), tensor=3)), "cuts 32 attention heads into 3 parts"),
+        (Assignment(Layout(tuple(range(8)), 8), micro_batches=4), "divides 16 samples by data 8 x micro_batches 4"),
+        (Assignment(Layout(tuple(range(4)), 2, pipeline=2, zero_stage=3)), "joins ZeRO stage 3 with a pipeline"),
+        (Assignment(Layout((0,)), offload=True), "offloads weights that are trained"),
+        (Assignment(Layout((0,)), micro_batches=0), "has 0 micro-batches"),
+    ],
+)
+def test_what_keeps_a_plan_from_running(two_nodes, assignment, sentence):
+    good = megatron_plan(two_nodes.graph, two_nodes.costs.cluster)
+    bad = Plan({**good.assignments, "actor_train": assignment})
+    found = problems(bad, two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster)
+    assert len(found) == 1 and sentence in found[0]
+    with pytest.raises(UserError, match="actor_train"):
+        estimate(bad, two_nodes)
+
+
+def test_calls_that_are_missing_or_misspelt(two_nodes):
+    good = megatron_plan(two_nodes.graph, two_nodes.costs.cluster)
+    names = {("actor_trian" if name == "actor_train" else name): one for name, one in good.assignments.items()}
+    found = problems(Plan(names), two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster)
+    assert "no line for the call 'actor_train'" in found[0] and "did you mean 'actor_train'?" in found[1]
+
+
+def test_the_searchs_candidates_are_valid(two_nodes, random_plans):
+    for plan in random_plans:
+        assert problems(plan, two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster) == []
+
+
+def test_the_plans_that_people_use(two_nodes):
+    cluster, workload = two_nodes.costs.cluster, two_nodes.costs.workload
+    megatron = megatron_plan(two_nodes.graph, cluster)
+    assert {a.layout for a in megatron.assignments.values()} == {Layout(tuple(range(8)), 1, 4, 2)}
+    assert [megatron[call.name].micro_batches for call in two_nodes.graph.calls] == [2, 2, 2, 2, 4, 4]
+    assert [call.name for call in two_nodes.graph.calls if megatron[call.name].offload] == [
+        "reference_score", "reward_score",
+    ]  # fmt: skip
+    chat = deepspeed_chat_plan(two_nodes.graph, workload, cluster)
+    assert chat["actor_generate"].layout == Layout.over(8)
+    assert {chat[call.name].layout.zero_stage for call in two_nodes.graph.calls[1:]} == {3}
+    assert estimate(chat, two_nodes).peak_bytes <= cluster.usable_memory
+
+
+def test_deepspeed_chat_takes_tensor_parallel_groups_where_weights_do_not_fit():
+    graphs = graphs_on(1, 8)
+    roomy = deepspeed_chat_plan(graphs.graph, graphs.costs.workload, graphs.costs.cluster)
+    weights = graphs.costs.workload.models["actor"].parameters * 2
+    held = estimate(roomy, graphs).memory[0].held("device")
+    usable = held + weights
+    tight = replace(graphs.costs.cluster, device=replace(graphs.costs.cluster.device, memory=usable / USABLE_MEMORY))
+    plan = deepspeed_chat_plan(graphs.graph, graphs.costs.workload, tight)
+    assert roomy["actor_generate"].layout.tensor == 1 < plan["actor_generate"].layout.tensor
+    with pytest.raises(UserError, match="No plan in which all 8 ranks"):
+        tiny = replace(tight, device=replace(tight.device, memory=1e9))
+        deepspeed_chat_plan(graphs.graph, graphs.costs.workload, tiny)
+    with pytest.raises(UserError, match="leaves some of 32 ranks idle"):
+        deepspeed_chat_plan(graphs.graph, graphs.costs.workload, graphs_on(4, 8).costs.cluster)

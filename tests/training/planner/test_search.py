@@ -1,0 +1,132 @@
+"""The search against all plans one by one; the table against simulator and footprints."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from inference.errors import UserError
+from tests.training.planner.conftest import Plans, graphs_on, ppo_workload
+from training.planner.estimate import estimate
+from training.planner.exhaustive import best_plan
+from training.planner.options import PUBLISHED, Options
+from training.planner.plan import problems
+from training.planner.search import search
+from training.planner.table import UNDECIDED, PlanTable
+
+EFFORT = 0.1
+PUBLISHED_ON_TWO = replace(PUBLISHED, smallest_mesh=1)
+
+
+@pytest.fixture(scope="module")
+def table(two_nodes):
+    return PlanTable(two_nodes)
+
+
+@pytest.fixture(scope="module")
+def random_choices(table):
+    draw = np.random.default_rng(0)
+    return np.stack([draw.integers(len(column.options), size=200) for column in table.columns])
+
+
+def test_the_table_gives_the_simulators_seconds_and_the_footprints_bytes(two_nodes, table, random_choices):
+    seconds, fullness = table.evaluate(random_choices)
+    for i in range(random_choices.shape[1]):
+        found = estimate(table.plan(random_choices[:, i]), two_nodes)
+        assert seconds[i] == pytest.approx(found.iteration_seconds)
+        assert fullness[i] == pytest.approx(found.peak_bytes / two_nodes.costs.cluster.usable_memory)
+
+
+def test_an_undecided_call_never_costs_more_than_a_decided_one(table, random_choices):
+    seconds, fullness = table.evaluate(random_choices)
+    for call in range(len(table.columns)):
+        partial = random_choices.copy()
+        partial[call] = UNDECIDED
+        less, emptier = table.evaluate(partial)
+        assert (less <= seconds + 1e-12).all() and (emptier <= fullness + 1e-12).all()
+
+
+def test_leaving_out_dominated_options_loses_no_best_plan():
+    """Every candidate of every call of a small graph, one by one, against the table."""
+    graphs = graphs_on(1, 2, "a100-40g", algorithm="dpo")
+    limit = graphs.costs.cluster.usable_memory
+    best = float("inf")
+    for plan in Plans(graphs).all():
+        found = estimate(plan, graphs)
+        if found.peak_bytes <= limit:
+            best = min(best, found.iteration_seconds)
+    table = PlanTable(graphs)
+    assert search(table, effort=EFFORT)[0].seconds == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("device", "algorithm"), [("a100-80g", "grpo"), ("v100", "grpo"), ("a100-40g", "ppo")])
+def test_branch_and_bound_finds_what_trying_all_plans_finds(device, algorithm):
+    """Begun with a poor plan."""
+    table = PlanTable(graphs_on(1, 2, device, algorithm=algorithm), PUBLISHED_ON_TWO)
+    grid = np.stack([axis.ravel() for axis in np.indices([len(c.options) for c in table.columns])])
+    seconds, fullness = table.evaluate(grid)
+    poor = search(table, progress=lambda _: False)[-1]
+    best = seconds[fullness <= 1].min()
+    assert best_plan(table, poor).seconds == pytest.approx(best) and poor.seconds > 1.01 * best
+
+
+@pytest.mark.parametrize("device", ["a100-80g", "a100-40g", "v100"])
+@pytest.mark.parametrize("samples", [64, 512])
+def test_a_node_of_four_is_solved_exactly(device, samples):
+    table = PlanTable(graphs_on(1, 4, device, ppo_workload(samples)))
+    found = search(table, seed=1, effort=EFFORT)[0]
+    assert found.seconds == pytest.approx(best_plan(table, found).seconds, rel=1e-9)
+
+
+def test_the_same_seed_gives_the_same_plans(table):
+    one, two = (search(table, seed=3, effort=EFFORT) for _ in range(2))
+    assert one == two
+
+
+def test_the_ten_best_are_valid_plans_that_fit_best_first(two_nodes, table):
+    found = search(table, effort=EFFORT)
+    assert len(found) == 10
+    assert [f.seconds for f in found] == sorted({f.seconds for f in found})
+    cluster = two_nodes.costs.cluster
+    for one in found:
+        assert problems(one.plan, two_nodes.graph, two_nodes.costs.workload, cluster) == []
+        assert estimate(one.plan, two_nodes).peak_bytes <= cluster.usable_memory
+
+
+def test_progress_can_end_the_search_at_any_time(table):
+    seen = []
+
+    def until_forty(progress):
+        seen.append(progress)
+        return progress.step < 40
+
+    found = search(table, progress=until_forty)
+    assert [p.step for p in seen] == list(range(1, 41))
+    assert found[0].seconds == seen[-1].best_seconds
+    assert seen[0].best_seconds >= seen[-1].best_seconds
+
+
+def test_nothing_fits():
+    with pytest.raises(UserError, match="No cut of 'actor_train' fits"):
+        PlanTable(graphs_on(1, 1, "rtx-4090", ppo_workload(response_tokens=4096)))
+    tight = PlanTable(graphs_on(1, 1, "rtx-4090"))
+    with pytest.raises(UserError, match="No plan fits into 1 x 1 rtx-4090"):
+        search(tight, effort=EFFORT)
+
+
+def test_the_published_space_fixes_micro_batches_and_zero_stage(two_nodes):
+    options = Options(two_nodes, PUBLISHED)
+    for call in two_nodes.graph.calls:
+        for option in options.of(call):
+            layout, micro_batches = option.assignment.layout, option.assignment.micro_batches
+            assert len(layout.mesh) >= 4
+            stages = layout.pipeline
+            assert micro_batches == (2 * stages if call.kind == "train" and stages > 1 else stages)
+            if call.kind == "train":
+                assert layout.zero_stage == (1 if layout.data > 1 else 0)
+
+
+def test_one_device_and_a_node_of_three():
+    for nodes, devices in ((1, 1), (1, 3), (3, 1)):
+        found = search(PlanTable(graphs_on(nodes, devices, workload=ppo_workload(48))), effort=EFFORT)
+        assert found[0].fullness <= 1

@@ -1,0 +1,1 @@
+"""Plans of a PPO iteration: what they cost, and the search for the best."""

@@ -1,0 +1,206 @@
+"""Seconds of a call on a layout, part by part.
+
+Everything is counted from shapes and data sheets; four calibrated constants stand in `hardware.Calibration`. In a pass
+over many tokens the host runs ahead of the device, so that launches and the latency of collectives cost only what they
+take longer than the arithmetic. The kernels of a decode step are as short as their launches, and the host waits for
+every token: there launches, latency, arithmetic and reads add up.
+
+Pipelines follow GPipe and 1F1B alike: (micro-batches + stages - 1) times the slowest stage.
+Attention arithmetic: "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, appendix A).
+"""
+
+from dataclasses import dataclass, fields
+
+from training.calls import Call
+from training.planner.collectives import Links, links_of
+from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
+from training.planner.plan import Assignment
+from training.planner.workload import Model, Workload
+
+BACKWARD = 2
+"""Arithmetic and launches of a backward pass, in forward passes."""
+HEAD_LAUNCHES = 1
+"""Launches of embedding, last norm, output matrix and sampling or loss, in layers."""
+HEAD_COLLECTIVES = 3
+"""Of a tensor-parallel group a pass: embedding, logits, and what is drawn or lost."""
+OPTIMIZER_BYTES = 34
+"""Read and written for each weight by AdamW on 16-bit weights: gradient, fp32 copy and two moments, both ways."""
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """Seconds of one call, by what they are spent on."""
+
+    arithmetic: float = 0.0
+    """Matrix products, or reading the weights where that takes longer."""
+    attention: float = 0.0
+    """What grows with context: its arithmetic, and in decode steps reading keys and values."""
+    launch: float = 0.0
+    tensor_parallel: float = 0.0
+    pipeline: float = 0.0
+    """Bubbles and sends."""
+    gradients: float = 0.0
+    """Reduced over data ranks."""
+    zero: float = 0.0
+    """Weights gathered from data ranks."""
+    optimizer: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __add__(self, other: "CallCost") -> "CallCost":
+        return CallCost(*(a + b for a, b in zip(self.parts().values(), other.parts().values(), strict=True)))
+
+    def __mul__(self, factor: float) -> "CallCost":
+        return CallCost(*(value * factor for value in self.parts().values()))
+
+
+class CallCosts:
+    """Of one workload on one cluster."""
+
+    def __init__(self, workload: Workload, cluster: Cluster):
+        self.workload, self.cluster = workload, cluster
+        self.calibration = cluster.calibration
+        self.flops = cluster.device.peak_flops[workload.precision] * self.calibration.compute_share
+        self.memory_bandwidth = cluster.device.memory_bandwidth * ACHIEVED_BANDWIDTH
+        self._links: dict[tuple, Links] = {}
+
+    def cost(self, call: Call, assignment: Assignment) -> CallCost:
+        """Of `call` itself; the augmented graph adds reallocation, data transfer and offload."""
+        model = self.workload.models[call.role]
+        of_kind = {"generate": self._generate, "score": self._score, "train": self._train}[call.kind]
+        return of_kind(model, assignment)
+
+    def _score(self, model: Model, assignment: Assignment) -> CallCost:
+        rows = self._rows("score", assignment)
+        stage = self._pass(model, assignment, rows, self.workload.length) + self._gathered(model, assignment)
+        return self._pipelined(stage, model, assignment, rows * self.workload.length)
+
+    def _train(self, model: Model, assignment: Assignment) -> CallCost:
+        """Each optimiser step: forward, recomputed forward and backward of every micro-batch, reduction, update."""
+        workload, layout = self.workload, assignment.layout
+        rows = self._rows("train", assignment)
+        forwards = 2 if workload.checkpointing else 1
+        forward = self._pass(model, assignment, rows, workload.length)
+        backward = CallCost(
+            arithmetic=BACKWARD * forward.arithmetic,
+            attention=BACKWARD * forward.attention,
+            launch=BACKWARD * forward.launch,
+            tensor_parallel=forward.tensor_parallel,
+        )
+        # under ZeRO 3 the recomputed forward and the backward pass of a layer share one gathering
+        stage = forward * forwards + backward + self._gathered(model, assignment) * 2
+        group = self._links_of(assignment).data
+        weights = model.parameters / (layout.tensor * layout.pipeline)
+        reduced, gathered = self._gradient_reduction(assignment, weights)
+        updated = weights / (layout.data if layout.zero_stage else 1)
+        step = CallCost(
+            gradients=reduced,
+            zero=group.all_gather(gathered) if gathered else 0.0,
+            optimizer=updated * OPTIMIZER_BYTES / self.memory_bandwidth,
+        )
+        passes = self._pipelined(stage, model, assignment, rows * workload.length, sends=2)
+        return (passes + step) * (workload.mini_batches * workload.epochs)
+
+    def _generate(self, model: Model, assignment: Assignment) -> CallCost:
+        """Waves of `pipeline` groups of rows (all rows where there is one stage): prefill, then decode steps.
+
+        A stage works on one group while the others are elsewhere in the pipeline, so that a round of steps of all
+        groups takes `pipeline` times the slowest stage, the last one with its head.
+        """
+        workload, layout = self.workload, assignment.layout
+        links = self._links_of(assignment)
+        rows = self._rows("generate", assignment)
+        groups = min(assignment.micro_batches, layout.pipeline)
+        waves = -(-assignment.micro_batches // layout.pipeline)
+        prefill = self._pipelined(
+            self._pass(model, assignment, rows, workload.prompt_tokens), model, assignment,
+            rows * workload.prompt_tokens, micro_batches=groups,
+        )  # fmt: skip
+        alive = rows * workload.response_tokens / workload.longest_response
+        context = workload.prompt_tokens + workload.response_tokens / 2
+        stage = self._pass(model, assignment, alive, 1, context) + self._gathered(model, assignment)
+        hop = links.hop.send(self._sent(model, assignment, alive))
+        step = stage * layout.pipeline + CallCost(pipeline=hop * layout.pipeline)
+        return (prefill + step * max(0, workload.longest_response - 1)) * waves
+
+    def _pass(
+        self, model: Model, assignment: Assignment, rows: float, length: int, context: float | None = None
+    ) -> CallCost:
+        """One forward pass of the slowest stage over `rows` x `length` tokens: the last stage, which has the head.
+
+        With `context` a decode step: so many earlier keys and values are read for every token.
+        """
+        shape, layout, width = model.shape, assignment.layout, self.workload.value_bytes
+        layers, tokens = model.stage_layers(layout.pipeline), rows * length
+        weights = (layers * model.layer_weights + model.head_weights) / layout.tensor
+        arithmetic = max(2 * weights * tokens / self.flops, weights * width / self.memory_bandwidth)
+        pairs = tokens * (length / 2 if context is None else context) * layers / layout.tensor
+        attention = 4 * pairs * shape.heads * shape.head_dim / self.flops
+        if context is not None:
+            key_shards = min(layout.tensor, shape.kv_heads)
+            read = tokens * context * layers * model.cache_values * width / key_shards
+            attention = max(attention, read / self.memory_bandwidth)
+        group = self._links_of(assignment).tensor
+        launch = (layers + HEAD_LAUNCHES) * self.calibration.launch_seconds
+        latency = (2 * layers + HEAD_COLLECTIVES) * group.latency
+        hidden = 0.0 if context is not None else min(1.0, (arithmetic + attention) / (launch + latency))
+        exchange = 2 * layers * (group.all_reduce(tokens * shape.hidden * width) - group.latency)
+        return CallCost(
+            arithmetic=arithmetic,
+            attention=attention,
+            launch=launch * (1 - hidden),
+            tensor_parallel=exchange + latency * (1 - hidden),
+        )
+
+    def _pipelined(
+        self,
+        stage: CallCost,
+        model: Model,
+        assignment: Assignment,
+        tokens: float,
+        sends: int = 1,
+        micro_batches: int | None = None,
+    ) -> CallCost:
+        """All micro-batches through all stages; each crossing between stages sends the hidden states `sends` times."""
+        layout, parts = assignment.layout, micro_batches or assignment.micro_batches
+        hop = self._links_of(assignment).hop.send(self._sent(model, assignment, tokens)) * sends
+        bubbles = layout.pipeline - 1
+        return stage * parts + CallCost(pipeline=bubbles * stage.seconds + (parts + bubbles) * hop)
+
+    def _sent(self, model: Model, assignment: Assignment, tokens: float) -> float:
+        """Bytes of hidden states that one rank sends on: tensor-parallel ranks each send a part."""
+        return tokens * model.shape.hidden * self.workload.value_bytes / assignment.layout.tensor
+
+    def _gathered(self, model: Model, assignment: Assignment) -> CallCost:
+        """Under ZeRO 3 the weights of a stage are gathered layer by layer in every pass."""
+        layout = assignment.layout
+        if layout.zero_stage < 3 or layout.data == 1:
+            return CallCost()
+        group = self._links_of(assignment).data
+        weights = model.parameters * self.workload.value_bytes / (layout.tensor * layout.pipeline)
+        latency = group.latency * (model.stage_layers(layout.pipeline) - 1)
+        return CallCost(zero=latency + group.all_gather(weights))
+
+    def _gradient_reduction(self, assignment: Assignment, weights: float) -> tuple[float, float]:
+        """Seconds to sum the gradients of one optimiser step; bytes of new weights that data ranks then gather."""
+        layout, group = assignment.layout, self._links_of(assignment).data
+        size = weights * self.workload.value_bytes
+        if layout.zero_stage == 0:
+            return group.all_reduce(size), 0.0
+        times = assignment.micro_batches if layout.zero_stage >= 2 else 1
+        return group.all_gather(size) * times, 0.0 if layout.zero_stage == 3 else size
+
+    def _rows(self, kind: str, assignment: Assignment) -> float:
+        """Rows of a micro-batch."""
+        return -(-self.workload.rows(kind) // (assignment.layout.data * assignment.micro_batches))
+
+    def _links_of(self, assignment: Assignment) -> Links:
+        key = assignment.cut[:4]
+        if key not in self._links:
+            self._links[key] = links_of(assignment.layout, self.cluster)
+        return self._links[key]

@@ -1,0 +1,119 @@
+"""Bytes that a plan holds on each rank, all parts named: `training.memory`'s terms, cut as the plan cuts them.
+
+Calls that share a rank run one after another, so a rank needs what is held all through and the largest of what its
+calls hold while they run.
+"""
+
+import torch
+
+from inference.errors import UserError
+from training.calls import Call
+from training.config import OptimizerSettings
+from training.memory import (
+    LOADING,
+    MAX_LIVE_PARAMETERS,
+    SAMPLING_BYTES_PER_LOGIT,
+    TRAINING_BYTES_PER_LOGIT,
+    Part,
+    StepMemory,
+    training_parts,
+)
+from training.planner.graph import DataflowGraph
+from training.planner.hardware import GIB, Cluster
+from training.planner.plan import Assignment, Plan
+from training.planner.workload import Model, Workload
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCORING_BYTES_PER_LOGIT = 6
+"""As the model gives them, and once in fp32."""
+
+
+class Footprints:
+    """Of one workload's calls."""
+
+    def __init__(self, workload: Workload, graph: DataflowGraph):
+        self.workload, self.graph = workload, graph
+
+    def parts(self, call: Call, assignment: Assignment, copies_weights: bool) -> tuple[Part, ...]:
+        """What `call` puts on each rank of its mesh; the weights of a trained role only where they are a copy."""
+        model = self.workload.models[call.role]
+        if call.kind == "train":
+            return (*self._trained(call, model, assignment), *self._passes(call, model, assignment))
+        weights = self._share(model, assignment, divided=assignment.layout.zero_stage == 3)
+        name = f"{call.role} weights"
+        parts: list[Part] = []
+        if self.graph.training_call(call.role) is not None:
+            parts += [Part(f"{name}, a copy", weights, phase=call.name)] if copies_weights else []
+        elif assignment.offload:
+            parts += [Part(f"{name}, on the host", weights, "host"), Part(name, weights, phase=call.name)]
+        else:
+            parts.append(Part(name, weights))
+        if assignment.layout.zero_stage == 3:
+            parts.append(self._gathered(call, model, assignment))
+        return (*parts, *self._passes(call, model, assignment))
+
+    def by_rank(self, plan: Plan) -> dict[int, StepMemory]:
+        """Every rank that takes part."""
+        held: dict[int, list[Part]] = {}
+        for call in self.graph.calls:
+            parts = self.parts(call, plan[call.name], plan.reallocates(self.graph, call))
+            for rank in plan[call.name].layout.mesh:
+                held.setdefault(rank, []).extend(parts)
+        return {rank: StepMemory(tuple(parts)) for rank, parts in sorted(held.items())}
+
+    def require_fit(self, plan: Plan, cluster: Cluster) -> None:
+        """Raises UserError that names the fullest rank and its largest part."""
+        by_rank = self.by_rank(plan)
+        rank, memory = max(by_rank.items(), key=lambda item: item[1].peak("device"))
+        if memory.peak("device") > cluster.usable_memory:
+            largest = max((part for part in memory.parts if part.place == "device"), key=lambda part: part.bytes)
+            raise UserError(
+                f"The plan needs {memory.peak('device') / GIB:.1f} GiB on rank {rank}, of which {largest.name} "
+                f"{largest.bytes / GIB:.1f} GiB, but {cluster.usable_memory / GIB:.1f} GiB can be used; "
+                f"cut the models further, raise micro_batches, or offload frozen roles."
+            )
+
+    def _trained(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
+        layout = assignment.layout
+        parameters = -(-model.parameters // (layout.tensor * layout.pipeline))
+        settings = OptimizerSettings(zero_stage=layout.zero_stage)
+        dtype = DTYPES[self.workload.precision]
+        parts = training_parts(f"{call.role} ", parameters, model.shape, settings, dtype, layout.data, call.name)
+        return [part for part in parts if part.phase != LOADING]  # shards are read from disk one at a time
+
+    def _passes(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
+        """Activations, keys and values, logits of the largest pipeline stage."""
+        workload, layout, width = self.workload, assignment.layout, self.workload.value_bytes
+        rows = -(-workload.rows(call.kind) // (layout.data * assignment.micro_batches))
+        layers = model.stage_layers(layout.pipeline)
+        tokens = rows * (workload.prompt_tokens if call.kind == "generate" else workload.longest)
+        one_layer = tokens * model.layer_activations // layout.tensor
+        logit_bytes = {"generate": SAMPLING_BYTES_PER_LOGIT, "score": SCORING_BYTES_PER_LOGIT}
+        logits = rows * model.shape.vocabulary * logit_bytes.get(call.kind, TRAINING_BYTES_PER_LOGIT)
+        parts = []
+        if call.kind == "train":
+            in_flight = min(assignment.micro_batches, layout.pipeline)
+            inputs = in_flight * tokens * layers * model.shape.hidden
+            kept = inputs + one_layer if workload.checkpointing else in_flight * layers * one_layer
+            parts.append(Part("activations", kept * width, phase=call.name))
+        else:
+            parts.append(Part("activations", (one_layer + tokens * model.shape.hidden) * width, phase=call.name))
+        if call.kind == "generate":
+            groups = min(assignment.micro_batches, layout.pipeline)
+            values = groups * rows * workload.longest * layers * model.cache_values * width
+            parts.append(Part("key-value cache", values // min(layout.tensor, model.shape.kv_heads), phase=call.name))
+        else:
+            logits *= workload.longest_response
+        if model.has_vocabulary_head:
+            parts.append(Part("logits", logits // layout.tensor, phase=call.name))
+        return parts
+
+    def _share(self, model: Model, assignment: Assignment, divided: bool) -> int:
+        layout = assignment.layout
+        ranks = layout.tensor * layout.pipeline * (layout.data if divided else 1)
+        return -(-model.parameters * self.workload.value_bytes // ranks)
+
+    def _gathered(self, call: Call, model: Model, assignment: Assignment) -> Part:
+        whole = self._share(model, assignment, divided=False)
+        limit = MAX_LIVE_PARAMETERS * self.workload.value_bytes
+        return Part("weights gathered by ZeRO, at most", min(whole, limit), phase=call.name)

@@ -1,0 +1,114 @@
+"""What a plan runs on: devices, links, and the four constants that only measurement gives.
+
+Peak rates are the makers' data sheets: dense matrix products, one direction of a link.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from inference.errors import UserError
+from training.planner.workload import Precision
+
+GIB = 2**30
+USABLE_MEMORY = 0.92
+"""Of a device's memory; the rest goes to its context, communication buffers and fragmentation."""
+ACHIEVED_BANDWIDTH = 0.8
+"""Of the data sheet's memory and link bandwidth that long transfers reach."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, or one CPU rank. Bytes, floating-point operations a second, bytes a second."""
+
+    name: str
+    memory: float
+    peak_flops: Mapping[Precision, float] = field(hash=False)
+    memory_bandwidth: float
+    link_bandwidth: float
+    """To another device of the same node."""
+    host_bandwidth: float
+    """To the host's memory."""
+
+
+def _device(
+    name: str,
+    gib: float,
+    tflops: tuple[float, float, float],
+    memory_gb_s: float,
+    link_gb_s: float,
+    host_gb_s: float,
+) -> Device:
+    rates: dict[Precision, float] = {"fp32": tflops[0] * 1e12, "bf16": tflops[1] * 1e12, "fp16": tflops[2] * 1e12}
+    return Device(name, gib * GIB, rates, memory_gb_s * 1e9, link_gb_s * 1e9, host_gb_s * 1e9)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        # name, GiB, Tflop/s in fp32, bf16, fp16, GB/s of memory, link, host
+        _device("a100-40g", 40, (19.5, 312, 312), 1555, 300, 25),
+        _device("a100-80g", 80, (19.5, 312, 312), 2039, 300, 25),
+        _device("a800-80g", 80, (19.5, 312, 312), 2039, 200, 25),  # an A100 with fewer links
+        _device("h100", 80, (67, 989, 989), 3350, 450, 50),
+        _device("h200", 141, (67, 989, 989), 4800, 450, 50),
+        _device("v100", 32, (15.7, 15.7, 125), 900, 150, 12.5),  # without bf16
+        _device("l40s", 48, (91.6, 362, 362), 864, 25, 25),  # devices talk over PCIe
+        _device("rtx-4090", 24, (82.6, 165, 165), 1008, 12, 25),  # and these through the host
+    )
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What no data sheet says. The defaults are fitted to ReaLHF's published times of PPO iterations, eager PyTorch on
+    A100-class nodes: `python -m benchmarks.realhf_table --csv FILE --calibrate`."""
+
+    compute_share: float = 0.690
+    """Of the peak rate that matrix products reach."""
+    launch_seconds: float = 3.67e-4
+    """To launch the kernels of one layer once, forward, from an eager program."""
+    collective_seconds: float = 1.41e-4
+    """Latency of a collective over two ranks, waiting for the later one included; grows with log2 of the ranks."""
+    controller_seconds: float = 1.135
+    """A call costs the controller, which serves all calls in turn while devices wait: data are fetched and cut,
+    requests sent, results and statistics collected."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes of equal devices; rank r is device r % devices_per_node of node r // devices_per_node."""
+
+    device: Device
+    nodes: int
+    devices_per_node: int
+    network_bandwidth: float = 25e9
+    """Bytes a second that a node sends, and receives, at the same time; 25e9 is 200 Gbit/s."""
+    host_memory: float = 1024 * GIB
+    """Bytes of a node."""
+    calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.devices_per_node < 1:
+            raise UserError(
+                f"{self.nodes} nodes of {self.devices_per_node} devices are no cluster; give 1 or more of both."
+            )
+
+    @classmethod
+    def named(cls, device: str, nodes: int, devices_per_node: int) -> "Cluster":
+        """Of a device in the list. Raises UserError for another name."""
+        if device not in DEVICES:
+            raise UserError(f"There is no description of the device '{device}'; choose one of {', '.join(DEVICES)}.")
+        return cls(DEVICES[device], nodes, devices_per_node)
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes of one device that a plan may fill."""
+        return self.device.memory * USABLE_MEMORY
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.devices_per_node

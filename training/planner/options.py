@@ -1,0 +1,191 @@
+"""What the search can choose for each call: meshes, layouts, micro-batches, ZeRO stages, offload.
+
+Meshes are aligned power-of-two slices of one node, or consecutive whole nodes. An option that is no better than
+another in seconds and in memory, while meshes and cuts are the same, is left out: the makespan grows with every call's
+seconds, so no best plan is lost.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from inference.errors import UserError
+from training.calls import Call
+from training.hybrid_engine.layout import Layout
+from training.planner.augmented import AugmentedGraphs
+from training.planner.footprint import Footprints
+from training.planner.hardware import Cluster
+from training.planner.plan import Assignment
+
+MOST_MICRO_BATCHES = 64
+"""On one data rank, in training and scoring."""
+MOST_WAVES = 8
+"""Of generation."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Limits on what the search may choose. The defaults leave it all that runs."""
+
+    smallest_mesh: int = 1
+    """Ranks."""
+    free_micro_batches: bool = True
+    """If not: one a pipeline stage, two in training where there are stages."""
+    free_zero_stage: bool = True
+    """If not: 1 in training, which divides optimiser states."""
+    most_ranks_of_a_stage: int | None = None
+    """Of a pipeline stage of a call that trains."""
+
+
+EVERYTHING = Space()
+PUBLISHED = Space(smallest_mesh=4, free_micro_batches=False, free_zero_stage=False, most_ranks_of_a_stage=8)
+"""That of ReaLHF's released search (arXiv 2406.14088): compare its published times with this one."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice for a call, with its costs. Seconds; bytes on each rank of its mesh."""
+
+    assignment: Assignment
+    seconds: float
+    """With loading offloaded weights, which comes right before the call."""
+    held: int
+    """All through the iteration."""
+    working: int
+    """While the call runs."""
+    copy: int
+    """The weights, where the call needs a copy of its own."""
+
+
+class Options:
+    """Of all calls of a graph on one cluster."""
+
+    def __init__(self, graphs: AugmentedGraphs, space: Space = EVERYTHING):
+        self.graphs, self.space = graphs, space
+        self.graph, self.costs = graphs.graph, graphs.costs
+        self.workload, self.cluster = self.costs.workload, self.costs.cluster
+        self.footprints = Footprints(self.workload, self.graph)
+
+    def of(self, call: Call) -> list[Option]:
+        """All that fit into a device by themselves, mesh by mesh. Raises UserError if none does."""
+        by_shape: dict[int, list[Option]] = {}
+        result = []
+        for mesh in meshes(self.cluster, self.space):
+            if len(mesh) not in by_shape:  # a mesh of equal size differs in its place only
+                by_shape[len(mesh)] = self._on(call, mesh)
+            result += [_moved(option, mesh) for option in by_shape[len(mesh)]]
+        if not result:
+            raise UserError(
+                f"No cut of '{call.name}' fits into {self.cluster.size} x {self.cluster.device.name} with "
+                f"{self.workload.rows(call.kind)} samples at a time; take more or larger devices."
+            )
+        return result
+
+    def _on(self, call: Call, mesh: tuple[int, ...]) -> list[Option]:
+        best: dict[tuple[int, ...], list[Option]] = {}
+        for assignment in self.candidates(call, mesh):
+            option = self._priced(call, assignment)
+            if option.held + option.working + option.copy > self.cluster.usable_memory and not self._may_share(option):
+                continue
+            layout = assignment.layout
+            same = (layout.data, layout.tensor, layout.pipeline, layout.zero_stage == 3)
+            best[same] = _without_dominated([*best.get(same, []), option])
+        return [option for options in best.values() for option in options]
+
+    def candidates(self, call: Call, mesh: tuple[int, ...]) -> Iterator[Assignment]:
+        """All that `plan.problems` has nothing against, with samples divided evenly and tensor ranks in one node."""
+        shape, rows = self.workload.models[call.role].shape, self.workload.rows(call.kind)
+        for tensor in _divisors(min(len(mesh), self.cluster.devices_per_node)):
+            if len(mesh) % tensor or shape.heads % tensor:
+                continue
+            for pipeline in _divisors(len(mesh) // tensor):
+                data = len(mesh) // tensor // pipeline
+                if pipeline > shape.layers or rows % data or not self._stage_allowed(call, data * tensor):
+                    continue
+                for zero_stage in self._zero_stages(call, data, pipeline):
+                    layout = Layout(mesh, data, tensor, pipeline, zero_stage)
+                    for micro_batches in self._micro_batches(call, rows // data, pipeline):
+                        yield Assignment(layout, micro_batches)
+                        if self._is_frozen(call):
+                            yield Assignment(layout, micro_batches, offload=True)
+
+    def _stage_allowed(self, call: Call, ranks: int) -> bool:
+        most = self.space.most_ranks_of_a_stage
+        return call.kind != "train" or most is None or ranks <= most
+
+    def _zero_stages(self, call: Call, data: int, pipeline: int) -> tuple[int, ...]:
+        is_free = self.space.free_zero_stage
+        if data == 1 or call.kind == "generate" or (call.kind == "score" and self._is_frozen(call)):
+            return (0,)
+        if call.kind == "score":  # 3: in the cut in which it is trained
+            return (0, 3) if is_free and pipeline == 1 else (0,)
+        if not is_free:
+            return (1,)
+        return (0, 1, 2, 3) if pipeline == 1 else (0, 1)
+
+    def _micro_batches(self, call: Call, rows: int, pipeline: int) -> list[int]:
+        one_a_stage = [2 * pipeline if call.kind == "train" and pipeline > 1 else pipeline]
+        if not self.space.free_micro_batches:
+            counts = one_a_stage
+        elif call.kind == "generate":
+            counts = [pipeline * waves for waves in _powers_of_two(MOST_WAVES)]
+        else:
+            counts = [*_powers_of_two(MOST_MICRO_BATCHES), pipeline, 2 * pipeline]
+        return sorted({count for count in counts if rows % count == 0})
+
+    def _may_share(self, option: Option) -> bool:
+        """Without its copy it fits: where training has the same cut, none is needed."""
+        return option.copy > 0 and option.held + option.working <= self.cluster.usable_memory
+
+    def _priced(self, call: Call, assignment: Assignment) -> Option:
+        parts = self.footprints.parts(call, assignment, copies_weights=True)
+        on_device = [part for part in parts if part.place == "device"]
+        copy = sum(part.bytes for part in on_device if part.name.endswith("a copy"))
+        loading = self.graphs.offload_seconds(call, assignment) if assignment.offload else 0.0
+        return Option(
+            assignment,
+            self.costs.cost(call, assignment).seconds + loading,
+            sum(part.bytes for part in on_device if not part.phase),
+            sum(part.bytes for part in on_device if part.phase) - copy,
+            copy,
+        )
+
+    def _is_frozen(self, call: Call) -> bool:
+        return self.graph.training_call(call.role) is None
+
+
+def meshes(cluster: Cluster, space: Space) -> Iterator[tuple[int, ...]]:
+    """Aligned power-of-two slices of each node, whole nodes, and runs of whole nodes."""
+    per_node = cluster.devices_per_node
+    for size in _powers_of_two(per_node - 1):
+        if size >= space.smallest_mesh and per_node % size == 0:
+            for first in range(0, cluster.size, size):
+                yield tuple(range(first, first + size))
+    for count in range(1, cluster.nodes + 1):
+        for first in range(cluster.nodes - count + 1):
+            yield tuple(range(first * per_node, (first + count) * per_node))
+
+
+def _without_dominated(options: list[Option]) -> list[Option]:
+    """Of options with one cut: those that no other beats or equals in seconds and in memory."""
+    kept: list[Option] = []
+    for option in sorted(options, key=_price):
+        if not any(all(a <= b for a, b in zip(_price(k), _price(option), strict=True)) for k in kept):
+            kept.append(option)
+    return kept
+
+
+def _price(option: Option) -> tuple[float, int, int]:
+    return option.seconds, option.held, option.held + option.working
+
+
+def _moved(option: Option, mesh: tuple[int, ...]) -> Option:
+    layout = replace(option.assignment.layout, mesh=mesh)
+    return replace(option, assignment=replace(option.assignment, layout=layout))
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [2**power for power in range(most.bit_length()) if 2**power <= most]

@@ -1,0 +1,89 @@
+"""Plans as YAML that a person can read and edit."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from inference.errors import UserError
+from training.hybrid_engine.layout import Layout
+from training.planner.plan import Assignment, Plan
+
+_COUNTS = ("data", "tensor", "pipeline", "zero_stage", "micro_batches")
+_KEYS = ("mesh", *_COUNTS, "offload")
+assert {field.name for field in (*fields(Layout), *fields(Assignment))} == {*_KEYS, "layout"}
+
+
+def to_yaml(plan: Plan) -> str:
+    """One block a call; consecutive ranks are written `first-last`."""
+    blocks = []
+    for name, assignment in plan.assignments.items():
+        values = {"mesh": mesh_text(assignment.layout.mesh)}
+        values |= {key: str(_value(assignment, key)) for key in _COUNTS}
+        values |= {"offload": "yes"} if assignment.offload else {}
+        blocks.append(f"{name}:\n" + "".join(f"  {key}: {value}\n" for key, value in values.items()))
+    return "".join(blocks)
+
+
+def from_yaml(text: str) -> Plan:
+    """Raises UserError with one sentence about the first thing wrong."""
+    try:
+        blocks = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"The plan is not YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(blocks, dict) or not blocks:
+        raise UserError("The plan is empty; it needs a block for every call.")
+    return Plan({str(name): _assignment(str(name), values) for name, values in blocks.items()})
+
+
+def read_plan(file: Path) -> Plan:
+    """Raises UserError where the file cannot be read or holds no plan."""
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise UserError(f"The plan {file} cannot be read ({error.strerror}).") from error
+    return from_yaml(text)
+
+
+def mesh_text(mesh: tuple[int, ...]) -> str:
+    """`0-3` for consecutive ranks, `[0, 2]` for others."""
+    if mesh == tuple(range(mesh[0], mesh[0] + len(mesh))):
+        return str(mesh[0]) if len(mesh) == 1 else f"{mesh[0]}-{mesh[-1]}"
+    return str(list(mesh))
+
+
+def _value(assignment: Assignment, key: str) -> int:
+    return getattr(assignment if key == "micro_batches" else assignment.layout, key)
+
+
+def _assignment(name: str, values: Any) -> Assignment:
+    if not isinstance(values, dict):
+        raise UserError(f"The plan says nothing about '{name}'; give it a mesh and a layout.")
+    for key in values:
+        if key not in _KEYS:
+            raise UserError(f"'{name}' has an unknown key '{key}'; the keys are {', '.join(_KEYS)}.")
+    if "mesh" not in values:
+        raise UserError(f"'{name}' has no mesh; give the ranks, for example mesh: 0-7.")
+    counts = {key: values.get(key, 0 if key == "zero_stage" else 1) for key in _COUNTS}
+    for key, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"'{name}' has {key}: {value}, which is no whole number.")
+    if not isinstance(offload := values.get("offload", False), bool):
+        raise UserError(f"'{name}' has offload: {offload}; write yes or no.")
+    micro_batches = counts.pop("micro_batches")
+    try:
+        return Assignment(Layout(_mesh(name, values["mesh"]), **counts), micro_batches, offload)
+    except UserError as error:
+        raise UserError(f"'{name}': {error}") from error
+
+
+def _mesh(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if isinstance(value, list) and value and all(isinstance(rank, int) for rank in value):
+        return tuple(value)
+    first, dash, last = str(value).partition("-")
+    if dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last):
+        return tuple(range(int(first), int(last) + 1))
+    raise UserError(f"'{name}' has mesh: {value}, which are no ranks; write 0-7, 3 or [0, 2].")

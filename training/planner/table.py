@@ -1,0 +1,203 @@
+"""Many plans at a time: the options of all calls as arrays, and the recurrence of `simulate.py` over whole columns.
+
+A plan is a column of option numbers, one for each call. Times are those that `simulate.list_schedule` gives, memory
+is that of `footprint.Footprints`; tests hold them together.
+
+An option number of UNDECIDED stands for the best that any option could give: a plan with such calls is evaluated to no
+more than any plan that it can become.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.planner.augmented import AugmentedGraphs
+from training.planner.options import EVERYTHING, Option, Options, Space, meshes
+from training.planner.plan import Plan
+from training.planner.reallocation import Shares, reallocation_seconds
+from training.planner.simulate import ITERATIONS
+
+Array = NDArray[np.float64]
+Choices = NDArray[np.int64]
+"""(calls, plans): option numbers."""
+UNDECIDED = -1
+"""As an index it is the last row of a column, which comes after those of the options."""
+
+
+class Numbers(dict[Hashable, int]):
+    """Numbers things in the order in which they come."""
+
+    def __missing__(self, key: Hashable) -> int:
+        self[key] = len(self)
+        return self[key]
+
+
+@dataclass(frozen=True)
+class Column:
+    """The options of one call, sorted by mesh; arrays are (options + 1) where nothing else is said."""
+
+    options: list[Option]
+    seconds: Array
+    memory: Array
+    """(3, options + 1): held, working and copy, as shares of the memory that can be used."""
+    mesh: NDArray[np.int64]
+    """Number of the option's mesh; the number of meshes for UNDECIDED."""
+    layout: NDArray[np.int64]
+    """Number of mesh and degrees: between equal ones no data move."""
+    cut: NDArray[np.int64]
+    """Number of the cut among those of this call."""
+    cuts: list
+    bounds: NDArray[np.int64]
+    """(meshes + 1): where the options of each mesh begin."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call that uses trained weights, and the reallocation before it. Calls are places in the graph."""
+
+    call: int
+    training: int
+    size: float
+    """Bytes."""
+    source: Shares
+    target: Shares
+    known: Array
+    """(cuts of the training + 1, cuts of the call + 1): seconds, NaN where not yet computed."""
+
+
+class PlanTable:
+    """All plans that the options allow."""
+
+    def __init__(self, graphs: AugmentedGraphs, space: Space = EVERYTHING):
+        self.graph = graph = graphs.graph
+        self.cluster, workload = graphs.costs.cluster, graphs.costs.workload
+        self.controller_seconds = graphs.controller_seconds
+        options = Options(graphs, space)
+        all_meshes = list(meshes(self.cluster, space))
+        mesh_numbers = {mesh: number for number, mesh in enumerate(all_meshes)}
+        layout_numbers = Numbers()
+        self.columns = []
+        for call in graph.calls:
+            self.columns.append(_column(options.of(call), mesh_numbers, layout_numbers, self.cluster.usable_memory))
+        self.has_rank = np.zeros((len(all_meshes) + 1, self.cluster.size))
+        """(meshes + 1, ranks): 1 where the mesh has the rank."""
+        for mesh, number in mesh_numbers.items():
+            self.has_rank[number, list(mesh)] = 1.0
+        self.overlaps = (self.has_rank @ self.has_rank.T > 0).astype(float)
+        place = {call.name: index for index, call in enumerate(graph.calls)}
+        self.data_edges = [(place[e.producer], place[e.consumer], graphs.lag(e)) for e in graph.data_edges]
+        self.version_edges = [(place[e.producer], place[e.consumer]) for e in graph.version_edges]
+        self.uses = []
+        for index, call in enumerate(graph.calls):
+            training = graph.training_call(call.role)
+            if training is not None and training != call:
+                size = workload.models[call.role].parameters * workload.value_bytes
+                self.uses.append(self._use(index, place[training.name], size))
+
+    @property
+    def space(self) -> int:
+        """How many plans there are, whether they fit or not."""
+        result = 1
+        for column in self.columns:
+            result *= len(column.options)
+        return result
+
+    def plan(self, choice: NDArray[np.int64]) -> Plan:
+        """Of one column of option numbers."""
+        picked = zip(self.graph.calls, self.columns, choice, strict=True)
+        return Plan({call.name: column.options[number].assignment for call, column, number in picked})
+
+    def evaluate(self, choices: Choices) -> tuple[Array, Array]:
+        """Seconds of an iteration, and the share of its usable memory that the fullest rank needs: (plans) each."""
+        moves = [self._moves(use, choices) for use in self.uses]
+        return self._seconds(choices, moves), self._fullness(choices, moves)
+
+    def _seconds(self, choices: Choices, moves: list[Array]) -> Array:
+        calls = range(len(self.columns))
+        plans = choices.shape[1]
+        mesh = np.stack([column.mesh[choices[i]] for i, column in enumerate(self.columns)])
+        layout = [column.layout[choices[i]] for i, column in enumerate(self.columns)]
+        seconds = [column.seconds[choices[i]] for i, column in enumerate(self.columns)]
+        # things that keep ranks busy: calls, then the reallocations, which do so on both meshes
+        busy = [self.overlaps[mesh, mesh[i]] for i in calls]
+        busy = [
+            np.concatenate([row, *(np.maximum(row[[u.call]], row[[u.training]]) for u in self.uses)]) for row in busy
+        ]
+        busy += [np.maximum(busy[use.call], busy[use.training]) for use in self.uses]
+        lags = [
+            (p, c, lag * ((layout[p] != layout[c]) & (layout[p] >= 0) & (layout[c] >= 0)))
+            for p, c, lag in self.data_edges
+        ]
+        ends = np.zeros((len(busy), plans))
+        for _ in range(ITERATIONS):
+            before = ends.copy()
+            for i in calls:
+                ready = np.zeros(plans)
+                for number, use in enumerate(self.uses):
+                    if use.call == i:
+                        own = len(self.columns) + number
+                        start = np.maximum((ends * busy[own]).max(axis=0), before[use.training])
+                        ready = ends[own] = start + moves[number]
+                for producer, consumer in self.version_edges:
+                    if consumer == i:
+                        ready = np.maximum(ready, before[producer])
+                for producer, consumer, lag in lags:
+                    if consumer == i:
+                        ready = np.maximum(ready, ends[producer] + lag)
+                ends[i] = np.maximum((ends * busy[i]).max(axis=0), ready) + seconds[i]
+        return ends.max(axis=0) / ITERATIONS + self.controller_seconds
+
+    def _fullness(self, choices: Choices, moves: list[Array]) -> Array:
+        held, most = 0.0, 0.0
+        copies = {use.call: move > 0 for use, move in zip(self.uses, moves, strict=True)}
+        for i, column in enumerate(self.columns):
+            has_rank = self.has_rank[column.mesh[choices[i]]]  # (plans, ranks)
+            memory = column.memory[:, choices[i]]
+            working = memory[1] + memory[2] * copies.get(i, 0.0)
+            held = held + memory[0][:, None] * has_rank
+            most = np.maximum(most, working[:, None] * has_rank)
+        return np.max(held + most, axis=1)
+
+    def _moves(self, use: Use, choices: Choices) -> Array:
+        """Seconds of the reallocation before a call: (plans)."""
+        source = self.columns[use.training].cut[choices[use.training]]
+        target = self.columns[use.call].cut[choices[use.call]]
+        seconds = use.known[source, target]
+        if np.isnan(seconds).any():
+            pairs = np.unique(np.stack([source, target])[:, np.isnan(seconds)], axis=1)
+            found = reallocation_seconds(use.source, pairs[0], use.target, pairs[1], use.size, self.cluster)
+            use.known[pairs[0], pairs[1]] = found
+            seconds = use.known[source, target]
+        return seconds
+
+    def _use(self, call: int, training: int, size: float) -> Use:
+        source, target = self.columns[training].cuts, self.columns[call].cuts
+        known = np.full((len(source) + 1, len(target) + 1), np.nan)
+        known[UNDECIDED], known[:, UNDECIDED] = 0.0, 0.0
+        places = {cut: number for number, cut in enumerate(target)}
+        for number, cut in enumerate(source):
+            if cut in places:
+                known[number, places[cut]] = 0.0
+        return Use(call, training, size, Shares.of(source, self.cluster), Shares.of(target, self.cluster), known)
+
+
+def _column(
+    options: list[Option], mesh_numbers: dict[tuple[int, ...], int], layout_numbers: Numbers, usable: float
+) -> Column:
+    cut_numbers = Numbers()
+    assignments = [option.assignment for option in options]
+    mesh = np.array([mesh_numbers[assignment.layout.mesh] for assignment in assignments])
+    seconds = [option.seconds for option in options]
+    memory = [(option.held, option.working, option.copy) for option in options]
+    return Column(
+        options,
+        np.array([*seconds, min(seconds)]),
+        np.array([*memory, (0, 0, 0)]).T / usable,
+        np.append(mesh, len(mesh_numbers)),
+        np.array([*(layout_numbers[assignment.cut[:4]] for assignment in assignments), UNDECIDED]),
+        np.array([*(cut_numbers[assignment.cut] for assignment in assignments), UNDECIDED]),
+        list(cut_numbers),
+        np.searchsorted(mesh, np.arange(len(mesh_numbers) + 1)),
+    )

@@ -1,0 +1,110 @@
+"""What one iteration computes: the models of the roles, the samples and their lengths."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from training.memory import Shape
+
+Precision = Literal["fp32", "bf16", "fp16"]
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+SCORERS = ("critic", "reward")
+"""Roles with a score head in place of the output matrix."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of one role's model, and whether it gives a distribution over the vocabulary."""
+
+    shape: Shape
+    has_vocabulary_head: bool
+
+    @cached_property
+    def layer_weights(self) -> int:
+        """Weights of the matrices of one layer."""
+        s = self.shape
+        attention = 2 * s.hidden * s.head_dim * (s.heads + s.kv_heads)
+        return attention + (3 if s.is_gated else 2) * s.hidden * s.ffn
+
+    @cached_property
+    def head_weights(self) -> int:
+        """Weights of the matrix that the last layer's output is multiplied with at the end."""
+        return self.shape.hidden * (self.shape.vocabulary if self.has_vocabulary_head else 1)
+
+    @cached_property
+    def parameters(self) -> int:
+        return self.shape.parameters if self.has_vocabulary_head else self.shape.scorer_parameters
+
+    @cached_property
+    def cache_values(self) -> int:
+        """Numbers in the keys and values of one token in one layer."""
+        return self.shape.cache_values(1) // self.shape.layers
+
+    @cached_property
+    def layer_activations(self) -> int:
+        """Numbers that a layer keeps of one token for its backward pass."""
+        return self.shape.activation_values(1, checkpointing=False) // self.shape.layers
+
+    def stage_layers(self, pipeline: int) -> int:
+        """Layers of the largest of so many pipeline stages."""
+        return -(-self.shape.layers // pipeline)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One iteration. Lengths are means in tokens; decoding lasts as long as the longest response."""
+
+    models: Mapping[str, Model]
+    samples: int
+    prompt_tokens: int
+    response_tokens: int
+    longest_response: int
+    mini_batches: int = 4
+    epochs: int = 1
+    precision: Precision = "bf16"
+    checkpointing: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        shapes: Mapping[str, Shape],
+        samples: int,
+        prompt_tokens: int,
+        response_tokens: int,
+        longest_response: int = 0,
+        mini_batches: int = 4,
+        epochs: int = 1,
+        precision: Precision = "bf16",
+        checkpointing: bool = True,
+    ) -> "Workload":
+        """`shapes` are by role; a longest response of 0 means that all are equally long."""
+        models = {role: Model(shape, role not in SCORERS) for role, shape in shapes.items()}
+        longest = longest_response or response_tokens
+        return cls(
+            models, samples, prompt_tokens, response_tokens, longest, mini_batches, epochs, precision, checkpointing
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sample."""
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return self.prompt_tokens + self.longest_response
+
+    @property
+    def mini_batch_samples(self) -> int:
+        """Samples of one optimiser step."""
+        return -(-self.samples // self.mini_batches)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return BYTES[self.precision]
+
+    def rows(self, kind: str) -> int:
+        """Samples that one pass of a call of this kind takes together."""
+        return self.mini_batch_samples if kind == "train" else self.samples
