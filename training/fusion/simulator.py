@@ -78,13 +78,17 @@ class Instance:
         self.waiting = deque(Running(job, 0) for job in jobs)
         self.running: list[Running] = []
         self.ended: list[tuple[float, Job]] = []
+        self.begun = 0.0
+        """When the last step began."""
+        self.ending_steps: list[float] = []
+        """When the step began that ended each sample."""
 
     def copy(self) -> "Instance":
         other = Instance([], self.machine)
         other.clock = self.clock
         other.waiting = deque(replace(r) for r in self.waiting)
         other.running = [replace(r) for r in self.running]
-        other.ended = list(self.ended)
+        other.ended, other.begun, other.ending_steps = list(self.ended), self.begun, list(self.ending_steps)
         return other
 
     @property
@@ -101,6 +105,7 @@ class Instance:
             for r in [r for r in self.running if r.done >= r.job.response]:
                 self.running.remove(r)
                 self.ended.append((self.clock, r.job))
+                self.ending_steps.append(self.begun)
 
     def _prefill(self) -> None:
         tokens = 0
@@ -115,6 +120,7 @@ class Instance:
         for r in admitted:
             r.done = max(r.done, 1)
         self.running += admitted
+        self.begun = self.clock
         self.clock += self.machine.costs.prefill_seconds(tokens)
 
     def _decode(self, until: float) -> None:
@@ -133,6 +139,7 @@ class Instance:
                 middle = (low + high) // 2
                 low, high = (low, middle) if self.clock + seconds(middle) >= until else (middle + 1, high)
             count = low
+        self.begun = self.clock + seconds(count - 1)
         self.clock += seconds(count)
         for r in self.running:
             r.done += count
@@ -195,9 +202,10 @@ def fused(shares: Sequence[Sequence[Job]], machine: Machine, policy: Policy, rem
                 continue
             moved += 1
             target.advance((tick + 1) * policy.tick)
+            target.clock = max(target.clock, tick * policy.tick)  # an empty one waits for the sample
             tokens = r.job.prompt + max(0, r.done - 1)
             if r.done and costs.moves_cache(tokens) and len(target.running) < machine.slots:
-                target.clock = max(target.clock, tick * policy.tick) + costs.move_seconds(tokens)
+                target.clock += costs.move_seconds(tokens)
                 migrated[move.target] += costs.move_seconds(tokens)
                 target.running.append(r)
             else:
@@ -216,47 +224,45 @@ def fused(shares: Sequence[Sequence[Job]], machine: Machine, policy: Policy, rem
 
 
 def first_tick(active: dict[int, Instance], policy: Policy) -> int:
-    """The first tick at which the counts of unfinished samples can lead to a repacking."""
+    """The first tick at which the counts of unfinished samples can lead to a repacking.
+
+    Before tick n an instance makes every step that begins before then, so an end counts from when its step began.
+    """
     courses = {name: instance.copy() for name, instance in active.items()}
     for course in courses.values():
         course.advance()
-    empty = min(course.clock for course in courses.values())
-    ends = sorted(time for name, course in courses.items() for time, _ in course.ended[len(active[name].ended) :])
-    total = len(ends)
-    times = [empty]
+    began = sorted(t for name, course in courses.items() for t in course.ending_steps[len(active[name].ended) :])
+    total = len(began)
+    times = [course.begun if active[name].left else 0.0 for name, course in courses.items()]
     for count in range(min(policy.threshold, total), 0, -1):
         if math.ceil(count / policy.rows) < len(active):
-            times.append(ends[total - count - 1] if count < total else 0.0)
+            times.append(began[total - count - 1] if count < total else 0.0)
             break
-    return max(1, math.ceil(min(times) / policy.tick))
+    return math.floor(min(times) / policy.tick) + 1
 
 
 def handed_out(instance: Instance, opened: float, policy: Policy) -> list[tuple[float, int, int]]:
     """Units of an instance: (when, a number that keeps them apart, tokens)."""
     units: list[tuple[float, int, int]] = []
     kept: list[Job] = []
-    last = instance.clock
 
     def hand_out(time: float, all_of_it: bool) -> None:
-        lengths = sorted((job.length for job in kept), reverse=True)
-        batches = fill_micro_batches(list(range(len(lengths))), lengths, policy.unit_tokens)
+        kept.sort(key=lambda job: -job.length)
+        lengths = [job.length for job in kept]
+        batches = fill_micro_batches(list(range(len(kept))), lengths, policy.unit_tokens)
         sums = [sum(lengths[row] for row in batch.rows) for batch in batches]
         rest = len(batches[-1].rows) if not all_of_it and sums and sums[-1] < policy.unit_tokens / 2 else 0
         for tokens in sums[: -1 if rest else None]:
             units.append((time, len(units), tokens))
-        kept[:] = sorted(kept, key=lambda job: -job.length)[len(kept) - rest :] if rest else []
+        kept[:] = kept[len(kept) - rest :]
 
-    for time, job in sorted(instance.ended, key=lambda pair: pair[0]):
-        if time > opened and kept and time > units_time(opened, policy, time):
-            hand_out(units_time(opened, policy, time), all_of_it=False)
-        kept.append(job)
-    hand_out(last, all_of_it=True)
+    ready = [(max(opened, math.ceil(time / policy.tick) * policy.tick), job) for time, job in instance.ended]
+    for time in sorted({time for time, _ in ready if time < instance.clock}):
+        kept += [job for at, job in ready if at == time]
+        hand_out(time, all_of_it=False)
+    kept += [job for at, job in ready if at >= instance.clock]
+    hand_out(instance.clock, all_of_it=True)
     return units
-
-
-def units_time(opened: float, policy: Policy, time: float) -> float:
-    """The last tick before `time` at which ended samples are handed out."""
-    return max(opened, math.ceil(time / policy.tick - 1) * policy.tick)
 
 
 def score_units(
