@@ -57,3 +57,9 @@ def test_offload_of_parameters_needs_stage_3():
 
 def test_setting_keys_are_dotted():
     assert {"model", "sft", "sft.optimizer.lora.rank", "rlhf.kl.target"} <= set(setting_keys())
+
+
+def test_fp16_needs_master_weights():
+    with pytest.raises(UserError, match="fp16 cannot train without fp32 weights"):
+        load_config([], ["model=m", "dtype=fp16", "rlhf.actor.master_weights=false"])
+    assert not load_config([], ["model=m", "dtype=bf16", "rlhf.actor.master_weights=false"]).rlhf.actor.master_weights

@@ -106,6 +106,14 @@ def test_zero_divides_what_its_paper_says(opt_13b, dtype, stage, expected):
     assert [part.name for part in parts[:3]] == ["weights", "gradients", "optimiser states"]
 
 
+@pytest.mark.parametrize(("stage", "bytes_a_weight"), [(0, 2 + 2 + 4), (1, 2 + 2 + 6 / 4)])
+def test_bf16_without_master_weights_holds_less(opt_13b, stage, bytes_a_weight):
+    settings = OptimizerSettings(zero_stage=stage, master_weights=False)
+    parts = training_parts("", OPT_13B, opt_13b, settings, torch.bfloat16, ranks=4, phase="training")
+    held = sum(part.bytes for part in parts if not part.phase)
+    assert held == pytest.approx(OPT_13B * bytes_a_weight)
+
+
 def test_step_1_of_opt_13b_on_8_ranks(opt_13b, opt_350m):
     memory = estimate_step_memory(1, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
     tokens = 4096  # 8 rows of 512
