@@ -7,28 +7,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inference.generation.graphs import MOST_STEPS, Replay
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import Passes
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from inference.generation.sampler import sample_tokens
+from inference.generation.sample import Sample
+from inference.generation.sampler import Draw
 from inference.generation.scheduler import GenerationStats, Scheduler, same_prompt
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one step worked on: either prompts or one token of each running sample."""
+    """What one step worked on: either prompts or the next tokens of each running sample."""
 
     prefilled: int = 0
     """Tokens whose keys and values were made in a prefill."""
     rows: int = 0
-    """Samples that were decoded."""
+    """Samples that were decoded, summed over the decode steps."""
     context: int = 0
     """Tokens that these samples attended to, summed."""
+    steps: int = 1
+    """Decode steps that `rows` and `context` are sums over."""
 
 
 class Decoding:
     """A step admits waiting samples (their prompts are prefilled, their first tokens drawn) or decodes one token for
-    every running sample. Made by `GenerationEngine.start`; the engine's weights and cache belong to it until it ends.
+    every running sample; with a `replay` several tokens. Made by `GenerationEngine.start`; the engine's weights and
+    cache belong to it until it ends.
     """
 
     def __init__(
@@ -36,12 +40,13 @@ class Decoding:
         scheduler: Scheduler,
         cache: KVCache,
         passes: Passes,
-        draw: "Draw",
+        draw: Draw,
         stats: GenerationStats,
         weights_in_use: Callable[[], AbstractContextManager[None]],
+        replay: Replay | None = None,
     ):
         self.scheduler, self.cache, self.passes, self.draw, self.stats = scheduler, cache, passes, draw, stats
-        self._weights_in_use = weights_in_use
+        self._weights_in_use, self.replay = weights_in_use, replay
         self.work = StepWork()
         """Of the last step."""
 
@@ -55,21 +60,15 @@ class Decoding:
     def is_over(self) -> bool:
         return not self.scheduler.waiting and all(sample.is_over for sample in self.scheduler.running)
 
-    def step(self) -> list[Sample]:
-        """The samples that got a token; those of them that are over leave. Empty if only moved samples came in."""
+    def step(self, most: int = MOST_STEPS) -> list[Sample]:
+        """The samples that got tokens, each at most `most`; those of them that are over leave. Empty if only moved
+        samples came in."""
         with torch.inference_mode(), self._weights_in_use():
             self._retire()
             if admitted := self.scheduler.admit():
                 grown = self._prefill(admitted)
             elif grown := list(self.scheduler.running):
-                # the newest token of each sample is not in the cache yet
-                newest = torch.tensor([sample.response_ids[-1] for sample in grown], device=self.passes.device)
-                lengths = [sample.length - 1 for sample in grown]
-                self.draw(self.passes.decode(newest, lengths), grown)
-                self.work = StepWork(rows=len(grown), context=sum(lengths))
-                self.stats.decode_steps += 1
-                self.stats.row_steps += len(grown)
-        self.stats.response_tokens += len(grown)
+                self._decode(grown, most)
         return grown
 
     @torch.inference_mode()
@@ -122,6 +121,7 @@ class Decoding:
         grown = [admitted[place] for place in fresh]
         self.work = StepWork(prefilled=sum(map(len, prompts)))
         self.stats.samples += len(grown)
+        self.stats.response_tokens += len(grown)
         self.stats.prompt_tokens += sum(len(sample.prompt_ids) for sample in grown)
         self.stats.prefilled_tokens += self.work.prefilled
         if grown:
@@ -129,21 +129,26 @@ class Decoding:
             self.draw(logits if rows == list(range(len(logits))) else logits[rows], grown)
         return grown
 
+    def _decode(self, running: list[Sample], most: int) -> None:
+        lengths = [sample.length - 1 for sample in running]  # the newest token of each is not in the cache yet
+        steps = 1
+        if self.replay is None:
+            newest = torch.tensor([sample.response_ids[-1] for sample in running], device=self.passes.device)
+            self.draw(self.passes.decode(newest, lengths), running)
+            self.stats.response_tokens += len(running)
+        else:
+            steps = min(most, MOST_STEPS, *(sample.limit - len(sample.response_ids) for sample in running))
+            self._write(running, *self.replay.run(running, steps, self.draw))
+        rows = steps * len(running)
+        context = steps * sum(lengths) + len(running) * (steps * (steps - 1) // 2)
+        self.work = StepWork(rows=rows, context=context, steps=steps)
+        self.stats.decode_steps += steps
+        self.stats.row_steps += rows
 
-class Draw:
-    """Draws the next token of samples and writes it into them."""
-
-    def __init__(self, settings: SamplingSettings, key: SamplingKey, end_id: int, may_end: bool):
-        self.settings, self.key, self.end_id, self.may_end = settings, key, end_id, may_end
-        self.end_ids = {end_id, *settings.stop_ids} if may_end else set()
-
-    def __call__(self, logits: Tensor, samples: list[Sample]) -> None:
-        """From logits (samples, vocabulary)."""
-        names = torch.tensor([[sample.index, len(sample.response_ids)] for sample in samples], device=logits.device)
-        if not self.may_end:
-            logits[:, self.end_id] = -torch.inf
-        tokens, logprobs = sample_tokens(logits, self.settings, self.key, names[:, 0], names[:, 1], self.end_id)
-        for sample, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist(), strict=True):
-            sample.response_ids.append(token)
-            sample.logprobs.append(logprob)
-            sample.ended = token in self.end_ids
+    def _write(self, running: list[Sample], tokens: list[list[int]], logprobs: list[list[float]]) -> None:
+        """Give samples what was drawn for them, (steps, samples) each; what lies behind an end is thrown away."""
+        for drawn in zip(tokens, logprobs, strict=True):
+            for sample, token, logprob in zip(running, *drawn, strict=True):
+                if not sample.is_over:
+                    self.draw.write(sample, token, logprob)
+                    self.stats.response_tokens += 1

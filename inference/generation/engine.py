@@ -10,10 +10,12 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from inference.generation.cpu_weights import BlockedWeights
-from inference.generation.decoding import Decoding, Draw
+from inference.generation.decoding import Decoding
+from inference.generation.graphs import MOST_STEPS, Replay
 from inference.generation.kv_cache import KVCache
-from inference.generation.passes import make_passes, preferred_cache_dtype
+from inference.generation.passes import PackedPasses, Passes, make_passes, preferred_cache_dtype
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import Draw
 from inference.generation.scheduler import GenerationStats, Scheduler
 
 OnToken = Callable[[Sample], None]
@@ -28,14 +30,25 @@ class GenerationEngine:
     """
 
     def __init__(
-        self, model: nn.Module, end_id: int, pad_id: int, slots: int = 32, prefill_tokens: int = PREFILL_TOKENS
+        self,
+        model: nn.Module,
+        end_id: int,
+        pad_id: int,
+        slots: int = 32,
+        prefill_tokens: int = PREFILL_TOKENS,
+        graphs: bool | None = None,
     ):
-        """`slots` is how many samples are decoded at the same time."""
+        """`slots` is how many samples are decoded at the same time.
+
+        `graphs` lets decode steps follow each other without the host, on CUDA as graphs (`Replay`). None: on CUDA.
+        It is for packed models; others decode as without it.
+        """
         self.model = model
         self.end_id, self.pad_id = end_id, pad_id
-        self.slots, self.prefill_tokens = slots, prefill_tokens
+        self.slots, self.prefill_tokens, self.graphs = slots, prefill_tokens, graphs
         self.cache = KVCache(0, 0)
         self._blocked: BlockedWeights | None = None
+        self._replay: Replay | None = None
         self.stats = GenerationStats(slots)
 
     def generate(
@@ -56,7 +69,7 @@ class GenerationEngine:
         samples = [Sample(index, prompt, limit) for index, prompt, limit in zip(indices, prompts, limits, strict=True)]
         decoding = self.start(samples, settings, key, may_end=lengths is None)
         while not decoding.is_over:
-            grown = decoding.step()
+            grown = decoding.step(MOST_STEPS if on_token is None else 1)
             for sample in grown:
                 if on_token is not None:
                     on_token(sample)
@@ -66,7 +79,7 @@ class GenerationEngine:
         """Yield the sample of one prompt, growing, after each of its tokens; they are those that `generate` draws."""
         decoding = self.start([Sample(index, prompt, settings.max_tokens)], settings, key)
         while not decoding.is_over:
-            yield from decoding.step()
+            yield from decoding.step(1)
 
     def start(
         self,
@@ -86,13 +99,16 @@ class GenerationEngine:
         if not self.cache.fits(slots, capacity):
             self.cache = KVCache(slots, capacity, preferred_cache_dtype(self.model))
         self.stats = GenerationStats(slots)
+        passes = make_passes(self.model, self.cache, self.pad_id)
+        self._replay = self._replay_of(passes)
         return Decoding(
             Scheduler(samples, slots, self.prefill_tokens),
             self.cache,
-            make_passes(self.model, self.cache, self.pad_id),
+            passes,
             Draw(settings, key, self.end_id, may_end),
             self.stats,
             self._weights_in_use,
+            self._replay,
         )
 
     def weights_changed(self) -> None:
@@ -104,3 +120,12 @@ class GenerationEngine:
         if self._blocked is None:
             self._blocked = BlockedWeights(self.model)
         return self._blocked.in_use()
+
+    def _replay_of(self, passes: Passes) -> Replay | None:
+        """The one there is, as long as its graphs hold."""
+        wanted = passes.device.type == "cuda" if self.graphs is None else self.graphs
+        if not wanted or not isinstance(passes, PackedPasses):
+            return None
+        if self._replay is not None and self._replay.holds_for(passes):
+            return self._replay
+        return Replay(passes)

@@ -83,15 +83,19 @@ class KVCache:
 
 
 class Places:
-    """Where the next token of each row goes: row i is `lengths[i]` tokens long so far."""
+    """Where the next token of each row goes: row i is `positions[i]` tokens long so far."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device):
-        self.rows = len(lengths)
-        self.longest = max(lengths) + 1
-        self.is_level = min(lengths) + 1 == self.longest
-        self.positions = torch.tensor(lengths, device=device)  # (rows) int64
-        self.index = torch.arange(self.rows, device=device)
+    def __init__(self, positions: Tensor, longest: int, is_level: bool):
+        """From int64 (rows). No row sees beyond its first `longest` tokens; `is_level` says that all see just these."""
+        self.positions, self.longest, self.is_level = positions, longest, is_level
+        self.rows = len(positions)
+        self.index = torch.arange(self.rows, device=positions.device)
         self._masks: dict[int | None, Tensor | None] = {}
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Places":
+        longest = max(lengths) + 1
+        return cls(torch.tensor(lengths, device=device), longest, is_level=min(lengths) + 1 == longest)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """What to add to the scores of each row: 0 on its tokens (of the last `window`), -inf beyond; (rows, 1, 1,

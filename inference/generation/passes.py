@@ -61,7 +61,10 @@ class PackedPasses:
         return self._logits(ids, tokens.positions(self.device), tokens, last)
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        places = Places(lengths, self.device)
+        return self.decode_at(tokens, Places.of(lengths, self.device))
+
+    def decode_at(self, tokens: Tensor, places: Places) -> Tensor:
+        """`decode` for places that are on the device already."""
         return self._logits(tokens[None], places.positions[None], NextTokens(self.cache, places), places.index)
 
     def _logits(self, ids: Tensor, positions: Tensor, tokens: Sequences | NextTokens, wanted: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ class PaddedPasses:
         return logits[index, torch.tensor(lengths, device=logits.device) - 1]
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        places = Places(lengths, self.device)
+        places = Places.of(lengths, self.device)
         place = torch.arange(places.longest, device=self.device)
         mask = (place >= places.longest - 1 - places.positions[:, None]).long()  # rows end at the right
         slots = Cache(layers=[SlotLayer(self.cache, layer, places) for layer in self.cache.keys])

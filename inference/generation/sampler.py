@@ -3,14 +3,26 @@
 So batch order, the number of ranks and where a sample runs cannot change what is drawn.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 
 BLOCK = 256
 """Tokens in a block of the vocabulary, see `invert_cumulative`."""
+
+
+class Key(Protocol):
+    """A `SamplingKey`, or its numbers on the device: int64 (rows) each."""
+
+    @property
+    def seed(self) -> int | Tensor: ...
+
+    @property
+    def iteration(self) -> int | Tensor: ...
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -20,18 +32,18 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def uniform(key: SamplingKey, sample: Tensor, position: Tensor) -> Tensor:
+def uniform(key: Key, sample: Tensor, position: Tensor) -> Tensor:
     """One number in [0, 1) for each (sample, position); int64 (rows) each -> float64 (rows)."""
-    state = _mix(torch.full_like(sample, key.seed) + -7046029254386353131)  # 0x9e3779b97f4a7c15, the golden gamma
-    for word in (torch.full_like(sample, key.iteration), sample, position):
-        state = _mix(state + word + -7046029254386353131)
+    state = torch.zeros_like(sample)
+    for word in (key.seed, key.iteration, sample, position):
+        state = _mix(state + word + -7046029254386353131)  # 0x9e3779b97f4a7c15, the golden gamma
     return ((state >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
 def sample_tokens(
     logits: Tensor,  # (rows, vocabulary)
     settings: SamplingSettings,
-    key: SamplingKey,
+    key: Key,
     sample: Tensor,  # (rows) int64
     position: Tensor,  # (rows) int64: tokens of the response so far
     end_id: int,
@@ -40,13 +52,13 @@ def sample_tokens(
 
     Returns tokens int64 (rows) and their log-probabilities float32 (rows) under the distribution drawn from:
     after temperature, and after top-k, top-p and the minimum length have removed tokens. Greedy rows report the
-    log-probability at temperature 1.
+    log-probability at temperature 1. Nothing is read back from the device.
     """
     logits = logits.float()
     if settings.min_tokens:
         too_early = position < settings.min_tokens
         logits = logits.clone()
-        logits[too_early, end_id] = -torch.inf
+        logits[:, end_id] = logits[:, end_id].masked_fill(too_early, -torch.inf)
     if settings.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -89,3 +101,29 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, beyond)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
+
+
+class Draw:
+    """Draws the next token of samples and writes it into them."""
+
+    def __init__(self, settings: SamplingSettings, key: SamplingKey, end_id: int, may_end: bool):
+        self.settings, self.key, self.end_id, self.may_end = settings, key, end_id, may_end
+        self.end_ids = {end_id, *settings.stop_ids} if may_end else set()
+
+    def __call__(self, logits: Tensor, samples: list[Sample]) -> None:
+        """From logits (samples, vocabulary)."""
+        names = torch.tensor([[sample.index, len(sample.response_ids)] for sample in samples], device=logits.device)
+        tokens, logprobs = self.tokens(logits, self.key, names[:, 0], names[:, 1])
+        for sample, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist(), strict=True):
+            self.write(sample, token, logprob)
+
+    def tokens(self, logits: Tensor, key: Key, sample: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """What `sample_tokens` gives, without the end token if nothing may end; changes the logits."""
+        if not self.may_end:
+            logits[:, self.end_id] = -torch.inf
+        return sample_tokens(logits, self.settings, key, sample, position, self.end_id)
+
+    def write(self, sample: Sample, token: int, logprob: float) -> None:
+        sample.response_ids.append(token)
+        sample.logprobs.append(logprob)
+        sample.ended = token in self.end_ids
