@@ -97,7 +97,7 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True)
         mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         beyond = mass_before >= top_p
-        beyond[:, 0] = False  # the likeliest token stays, at top_p 0 too
+        beyond[:, 0].fill_(False)  # the likeliest token stays, at top_p 0 too
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, beyond)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
@@ -120,7 +120,7 @@ class Draw:
     def tokens(self, logits: Tensor, key: Key, sample: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """What `sample_tokens` gives, without the end token if nothing may end; changes the logits."""
         if not self.may_end:
-            logits[:, self.end_id] = -torch.inf
+            logits[:, self.end_id].fill_(-torch.inf)
         return sample_tokens(logits, self.settings, key, sample, position, self.end_id)
 
     def write(self, sample: Sample, token: int, logprob: float) -> None:

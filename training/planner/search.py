@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from inference.errors import UserError
 from training.planner.plan import Plan
-from training.planner.table import Array, Choices, PlanTable
+from training.planner.table import Array, Choices, Column, PlanTable
 
 CHAINS = 512
 ROUNDS = 12
@@ -23,6 +23,8 @@ HOT, COLD = 0.05, 0.001
 """Temperatures at the start and the end of a round: a plan slower by this share is accepted with probability 1/e."""
 SECOND_MOVES = 0.3
 """Share of the proposals that change a second call."""
+MESH_MOVES = 0.2
+"""Share that moves all calls of one mesh, half of them those of a second mesh too."""
 PAIRED = 150
 """Meshes of each call that are tried in pairs of changes."""
 DISTINCT = 1e-6
@@ -63,6 +65,7 @@ class _Search:
     def __init__(self, table: PlanTable, seed: int):
         self.table, self.draw = table, np.random.default_rng(seed)
         self.sizes = np.array([len(column.options) for column in table.columns])
+        self.fastest = [_fastest_by_mesh(column) for column in table.columns]
         self.kept = Kept(table)
 
     def run(self, rounds: int, progress: Callable[[Progress], bool] | None) -> list[Found]:
@@ -103,30 +106,47 @@ class _Search:
         energy[accepted] = new[accepted]
 
     def propose(self, state: Choices) -> Choices:
-        """One call of each chain to another option, in some chains a second one too."""
-        result = self.moved(state, np.arange(CHAINS))
-        return self.moved(result, np.flatnonzero(self.draw.random(CHAINS) < SECOND_MOVES))
+        """One call of each chain to another option, in some chains a second one too; in others all calls of a mesh."""
+        kinds = self.draw.random(CHAINS)
+        result = self.moved(state, np.flatnonzero(kinds > MESH_MOVES))
+        result = self.moved(result, np.flatnonzero(kinds > 1 - SECOND_MOVES))
+        result = self.remeshed(result, np.flatnonzero(kinds < MESH_MOVES))
+        return self.remeshed(result, np.flatnonzero(kinds < MESH_MOVES / 2))
 
     def moved(self, state: Choices, chains: NDArray[np.int64]) -> Choices:
         """A call of each of `chains` goes to an option on any mesh, on its own mesh, or on that of another call."""
-        result = state.copy()
-        calls = self.draw.integers(len(self.sizes), size=len(chains))
-        anchors = np.where(
-            self.draw.random(len(chains)) < 0.5, calls, self.draw.integers(len(self.sizes), size=len(chains))
-        )
-        is_free = self.draw.random(len(chains)) < 0.4
-        places = self.draw.random(len(chains))
-        for index, column in enumerate(self.table.columns):
-            mine = np.flatnonzero(calls == index)
-            meshes = np.empty(len(mine), dtype=np.int64)
-            for other, at in enumerate(self.table.columns):
-                chosen = anchors[mine] == other
-                meshes[chosen] = at.mesh[state[other, chains[mine[chosen]]]]
-            first, last = column.bounds[meshes], column.bounds[meshes + 1]
-            anywhere = is_free[mine] | (first == last)
-            first, last = np.where(anywhere, 0, first), np.where(anywhere, self.sizes[index], last)
-            result[index, chains[mine]] = first + (places[mine] * (last - first)).astype(np.int64)
+        result, count = state.copy(), len(chains)
+        calls = self.draw.integers(len(self.sizes), size=count)
+        anchors = np.where(self.draw.random(count) < 0.5, calls, self.draw.integers(len(self.sizes), size=count))
+        meshes = self.meshes_of(state)[anchors, chains]
+        is_free = self.draw.random(count) < 0.4
+        meshes = np.where(is_free, self.draw.integers(len(self.table.has_rank) - 1, size=count), meshes)
+        for call in range(len(self.sizes)):
+            mine = np.flatnonzero(calls == call)
+            result[call, chains[mine]] = self.options_on(call, meshes[mine], state[call, chains[mine]])
         return result
+
+    def remeshed(self, state: Choices, chains: NDArray[np.int64]) -> Choices:
+        """All calls on one mesh of each of `chains` go to another mesh."""
+        result, count = state.copy(), len(chains)
+        meshes = self.meshes_of(state)[:, chains]
+        left = meshes[self.draw.integers(len(self.sizes), size=count), np.arange(count)]
+        entered = self.draw.integers(len(self.table.has_rank) - 1, size=count)
+        for call in range(len(self.sizes)):
+            mine = np.flatnonzero(meshes[call] == left)
+            result[call, chains[mine]] = self.options_on(call, entered[mine], state[call, chains[mine]])
+        return result
+
+    def meshes_of(self, state: Choices) -> Choices:
+        return np.stack([column.mesh[options] for column, options in zip(self.table.columns, state, strict=True)])
+
+    def options_on(self, call: int, meshes: NDArray[np.int64], present: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each mesh an option of the call on it: half of them the fastest, half any; `present` where none is."""
+        bounds = self.table.columns[call].bounds
+        first, last = bounds[meshes], bounds[meshes + 1]
+        any_ = first + (self.draw.random(len(meshes)) * (last - first)).astype(np.int64)
+        chosen = np.where(self.draw.random(len(meshes)) < 0.5, self.fastest[call][meshes], any_)
+        return np.where(first == last, present, chosen)
 
     def restart(self, state: Choices, energy: Array) -> tuple[Choices, Array]:
         """The better half of the chains goes on; the others begin at the best plans, or anywhere."""
@@ -175,6 +195,12 @@ class _Search:
         order = np.argsort(energies, kind="stable")
         _, first = np.unique(self.table.columns[call].mesh[order], return_index=True)
         return order[np.sort(first)[:PAIRED]]
+
+
+def _fastest_by_mesh(column: Column) -> NDArray[np.int64]:
+    """(meshes): option numbers; 0 for a mesh without options."""
+    pairs = itertools.pairwise(column.bounds)
+    return np.array([first + column.seconds[first:last].argmin() if last > first else 0 for first, last in pairs])
 
 
 def _changed(choice: NDArray[np.int64], options: dict[int, NDArray[np.int64]]) -> Choices:
