@@ -104,13 +104,14 @@ def fit(measured: Sequence[Measured], bandwidth: float, cache_bytes: int) -> Cos
 
 
 def fit_decode(measured: Sequence[Measured]) -> tuple[tuple[int, ...], tuple[float, ...], float]:
-    """Rows at which the curve has its corners (powers of two that were seen, and the ends), seconds there, and seconds
-    a token of context."""
+    """Rows at which the curve has its corners (the ends, and what was seen next to each power of two), seconds there,
+    and seconds a token of context."""
     rows = np.array([m.work.rows for m in measured if m.work], float)
     context = np.array([m.work.context for m in measured if m.work], float)
     seconds = np.array([m.seconds for m in measured])
-    low, high = int(rows.min()), int(rows.max())
-    corners = sorted({low, high} | {2**power for power in range(12) if low < 2**power < high})
+    seen = sorted({int(row) for row in rows})
+    powers = [2**power for power in range(12) if seen[0] < 2**power < seen[-1]]
+    corners = sorted({seen[0], seen[-1]} | {min(seen, key=lambda row: abs(row - power)) for power in powers})
     hats = np.stack([np.interp(rows, corners, np.eye(len(corners))[place]) for place in range(len(corners))], axis=1)
     solution = robust_least_squares(np.column_stack([hats, context]), seconds)
     if solution[-1] < 0:  # too short a range of contexts: noise is steeper than the slope
