@@ -64,7 +64,9 @@ class Costs:
         return self.score[0] + self.score[1] * tokens
 
     def work_seconds(self, work: StepWork) -> float:
-        return self.prefill_seconds(work.prefilled) if work.prefilled else self.decode_seconds(work.rows, work.context)
+        if work.prefilled:
+            return self.prefill_seconds(work.prefilled)
+        return work.steps * self.decode_seconds(round(work.rows / work.steps), work.context / work.steps)
 
     def move_seconds(self, tokens: int) -> float:
         """Of the keys and values of so many tokens."""
@@ -106,9 +108,10 @@ def fit(measured: Sequence[Measured], bandwidth: float, cache_bytes: int) -> Cos
 def fit_decode(measured: Sequence[Measured]) -> tuple[tuple[int, ...], tuple[float, ...], float]:
     """Rows at which the curve has its corners (the ends, and what was seen next to each power of two), seconds there,
     and seconds a token of context."""
-    rows = np.array([m.work.rows for m in measured if m.work], float)
-    context = np.array([m.work.context for m in measured if m.work], float)
-    seconds = np.array([m.seconds for m in measured])
+    steps = np.array([m.work.steps for m in measured if m.work], float)
+    rows = np.array([m.work.rows for m in measured if m.work]) / steps
+    context = np.array([m.work.context for m in measured if m.work]) / steps
+    seconds = np.array([m.seconds for m in measured]) / steps
     seen = sorted({int(row) for row in rows})
     powers = [2**power for power in range(12) if seen[0] < 2**power < seen[-1]]
     corners = sorted({seen[0], seen[-1]} | {min(seen, key=lambda row: abs(row - power)) for power in powers})

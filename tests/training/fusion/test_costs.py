@@ -106,3 +106,17 @@ def test_amounts_too_much_alike_make_a_line_through_the_origin():
     assert fit_line([100, 101, 102], [200, 202, 510]) == (0, 2)
     assert fit_line([100, 200, 300], [300, 200, 100])[0] == 0, "a line that falls is none"
     assert fit_line([100, 200, 300], [210, 410, 610]) == pytest.approx((10, 2))
+
+
+def test_a_block_of_steps_is_so_many_steps():
+    """On CUDA several decode steps are one piece of work, with rows and context summed."""
+    blocks = [
+        Measured(4 * m.seconds, replace(m.work, rows=4 * m.work.rows, context=4 * m.work.context, steps=4))
+        if m.work is not None and m.work.rows
+        else m
+        for m in measurements(TRUE)
+    ]
+    single, block = fit(measurements(TRUE), 1e9, 64), fit(blocks, 1e9, 64)
+    assert block.step == pytest.approx(single.step) and block.per_context == pytest.approx(single.per_context)
+    work = StepWork(rows=4 * 3, context=4 * 100, steps=4)
+    assert single.work_seconds(work) == pytest.approx(4 * single.decode_seconds(3, 100))
