@@ -151,6 +151,7 @@ def plan(
     gpu: Annotated[
         str, typer.Option(help="a100-40g, a100-80g, a800-80g, h100, h200, v100, l40s or rtx-4090.")
     ] = "a100-80g",
+    network: Annotated[float, typer.Option(min=0.1, help="Gbit/s of each node's network.")] = 200,
     price: Annotated[float | None, typer.Option(min=0.0, help="Of one GPU for one hour.")] = None,
     config: Config = None,
     set_: Set = None,
@@ -169,7 +170,21 @@ def plan(
     from applications.plan import plan_command
 
     plan_command(
-        model, reward_model, nodes, gpus_per_node, gpu, price, config, set_, seed, effort, json_, out, check, svg
+        model,
+        reward_model,
+        nodes,
+        gpus_per_node,
+        gpu,
+        network,
+        price,
+        config,
+        set_,
+        seed,
+        effort,
+        json_,
+        out,
+        check,
+        svg,
     )
 
 

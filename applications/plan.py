@@ -73,6 +73,7 @@ def plan_command(
     nodes: int,
     gpus_per_node: int,
     gpu: str,
+    network: float,
     price: float | None,
     config: list[Path] | None,
     overrides: list[str] | None,
@@ -86,7 +87,7 @@ def plan_command(
     """`rlhf-chat plan`. Raises UserError for what cannot be planned and for a plan file that is not valid."""
     from applications import plan_report
 
-    request = make_request(model, reward_model, nodes, gpus_per_node, gpu, price, config, overrides)
+    request = make_request(model, reward_model, nodes, gpus_per_node, gpu, network, price, config, overrides)
     if check is not None:
         outcomes = [checked(request, check)]
     else:
@@ -115,6 +116,7 @@ def make_request(
     nodes: int,
     gpus_per_node: int,
     gpu: str,
+    network: float,
     price: float | None,
     config: list[Path] | None,
     overrides: list[str] | None,
@@ -122,7 +124,7 @@ def make_request(
     settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
     assert settings is not None
     workload = workload_of(settings, "fp16" if gpu == "v100" else "bf16")
-    cluster = Cluster.named(gpu, nodes, gpus_per_node)
+    cluster = replace(Cluster.named(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
     # that constant is of ReaLHF's runtime, in which one process serves every call; ours has none
     cluster = replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
     return Request(settings, AugmentedGraphs(DataflowGraph.of("ppo"), CallCosts(workload, cluster)), price)

@@ -69,6 +69,16 @@ def test_the_picture_has_a_panel_a_plan(planned):
     assert sum(element.tag.endswith("rect") for element in picture.iter()) > 18
 
 
+def test_a_faster_network_never_hurts(planned):
+    _, directory = planned
+    seconds = []
+    for gbit in (10, 1600):
+        check = ["--check", directory / "plan.yaml", "--network", gbit, "--json"]
+        done = run(*check, "--nodes", 2, "--gpus-per-node", 1)
+        seconds.append(json.loads(done.stdout)["plans"][0]["seconds_per_iteration"])
+    assert seconds[0] > seconds[1]
+
+
 def test_the_table_for_people():
     done = run("--price", 2)
     assert done.exit_code == 0, done.output

@@ -4,7 +4,7 @@ Peak rates are the makers' data sheets: dense matrix products, one direction of 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from inference.errors import UserError
 from training.planner.workload import Precision
@@ -22,7 +22,7 @@ class Device:
 
     name: str
     memory: float
-    peak_flops: Mapping[Precision, float] = field(hash=False)
+    peak_flops: Mapping[Precision, float]
     memory_bandwidth: float
     link_bandwidth: float
     """To another device of the same node."""

@@ -3,7 +3,6 @@
 Deterministic: a number of steps, not of seconds, so that the same seed gives the same plan on any machine.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from inference.errors import UserError
 from training.planner.plan import Plan
-from training.planner.table import Array, Choices, Column, PlanTable
+from training.planner.table import Array, Choices, PlanTable
 
 CHAINS = 512
 ROUNDS = 12
@@ -23,10 +22,6 @@ HOT, COLD = 0.05, 0.001
 """Temperatures at the start and the end of a round: a plan slower by this share is accepted with probability 1/e."""
 SECOND_MOVES = 0.3
 """Share of the proposals that change a second call."""
-MESH_MOVES = 0.2
-"""Share that moves all calls of one mesh, half of them those of a second mesh too."""
-PAIRED = 150
-"""Meshes of each call that are tried in pairs of changes."""
 DISTINCT = 1e-6
 """Kept plans differ in seconds by at least this share; others are the same plan on other ranks."""
 
@@ -65,7 +60,6 @@ class _Search:
     def __init__(self, table: PlanTable, seed: int):
         self.table, self.draw = table, np.random.default_rng(seed)
         self.sizes = np.array([len(column.options) for column in table.columns])
-        self.fastest = [_fastest_by_mesh(column) for column in table.columns]
         self.kept = Kept(table)
 
     def run(self, rounds: int, progress: Callable[[Progress], bool] | None) -> list[Found]:
@@ -106,47 +100,25 @@ class _Search:
         energy[accepted] = new[accepted]
 
     def propose(self, state: Choices) -> Choices:
-        """One call of each chain to another option, in some chains a second one too; in others all calls of a mesh."""
-        kinds = self.draw.random(CHAINS)
-        result = self.moved(state, np.flatnonzero(kinds > MESH_MOVES))
-        result = self.moved(result, np.flatnonzero(kinds > 1 - SECOND_MOVES))
-        result = self.remeshed(result, np.flatnonzero(kinds < MESH_MOVES))
-        return self.remeshed(result, np.flatnonzero(kinds < MESH_MOVES / 2))
+        """One call of each chain to another option, in some chains a second one too."""
+        result = self.moved(state, np.arange(CHAINS))
+        return self.moved(result, np.flatnonzero(self.draw.random(CHAINS) < SECOND_MOVES))
 
     def moved(self, state: Choices, chains: NDArray[np.int64]) -> Choices:
-        """A call of each of `chains` goes to an option on any mesh, on its own mesh, or on that of another call."""
+        """A call of each of `chains` goes to any option, or to one on its own mesh or on that of another call."""
         result, count = state.copy(), len(chains)
         calls = self.draw.integers(len(self.sizes), size=count)
         anchors = np.where(self.draw.random(count) < 0.5, calls, self.draw.integers(len(self.sizes), size=count))
-        meshes = self.meshes_of(state)[anchors, chains]
-        is_free = self.draw.random(count) < 0.4
-        meshes = np.where(is_free, self.draw.integers(len(self.table.has_rank) - 1, size=count), meshes)
-        for call in range(len(self.sizes)):
+        is_free, place = self.draw.random(count) < 0.4, self.draw.random(count)
+        meshes = np.stack([column.mesh[state[i, chains]] for i, column in enumerate(self.table.columns)])
+        anchored = meshes[anchors, np.arange(count)]
+        for call, column in enumerate(self.table.columns):
             mine = np.flatnonzero(calls == call)
-            result[call, chains[mine]] = self.options_on(call, meshes[mine], state[call, chains[mine]])
+            first, last = column.bounds[anchored[mine]], column.bounds[anchored[mine] + 1]
+            anywhere = is_free[mine] | (first == last)
+            first, last = np.where(anywhere, 0, first), np.where(anywhere, self.sizes[call], last)
+            result[call, chains[mine]] = first + (place[mine] * (last - first)).astype(np.int64)
         return result
-
-    def remeshed(self, state: Choices, chains: NDArray[np.int64]) -> Choices:
-        """All calls on one mesh of each of `chains` go to another mesh."""
-        result, count = state.copy(), len(chains)
-        meshes = self.meshes_of(state)[:, chains]
-        left = meshes[self.draw.integers(len(self.sizes), size=count), np.arange(count)]
-        entered = self.draw.integers(len(self.table.has_rank) - 1, size=count)
-        for call in range(len(self.sizes)):
-            mine = np.flatnonzero(meshes[call] == left)
-            result[call, chains[mine]] = self.options_on(call, entered[mine], state[call, chains[mine]])
-        return result
-
-    def meshes_of(self, state: Choices) -> Choices:
-        return np.stack([column.mesh[options] for column, options in zip(self.table.columns, state, strict=True)])
-
-    def options_on(self, call: int, meshes: NDArray[np.int64], present: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For each mesh an option of the call on it: half of them the fastest, half any; `present` where none is."""
-        bounds = self.table.columns[call].bounds
-        first, last = bounds[meshes], bounds[meshes + 1]
-        any_ = first + (self.draw.random(len(meshes)) * (last - first)).astype(np.int64)
-        chosen = np.where(self.draw.random(len(meshes)) < 0.5, self.fastest[call][meshes], any_)
-        return np.where(first == last, present, chosen)
 
     def restart(self, state: Choices, energy: Array) -> tuple[Choices, Array]:
         """The better half of the chains goes on; the others begin at the best plans, or anywhere."""
@@ -161,55 +133,23 @@ class _Search:
         return state, energy
 
     def polish(self) -> None:
-        """Single changes to each plan, and to the best one pairs of changes, until none helps."""
-        choices = self.kept.choices()
-        for index in range(choices.shape[1]):
-            self.descend(choices[:, index])
-        if not choices.shape[1]:
-            return
-        before = float("inf")
-        while self.kept.best_seconds < before:
-            before = self.kept.best_seconds
-            best = self.descend(self.kept.choices()[:, 0])
-            candidates = [self.best_by_mesh(best, call) for call in range(len(self.sizes))]
-            for one, other in itertools.combinations(range(len(self.sizes)), 2):
-                self.energy(_changed(best, {one: candidates[one], other: candidates[other]}))
+        """Every single change to each kept plan is tried."""
+        for choice in self.kept.choices().T:
+            self.descend(choice)
 
-    def descend(self, choice: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The plan that no single change improves, reached by the best change of each call in turn."""
+    def descend(self, choice: NDArray[np.int64]) -> None:
+        """The best change of each call in turn, until none helps."""
         energy = float(self.energy(choice[:, None])[0])
         improved = True
         while improved:
             improved = False
             for call, size in enumerate(self.sizes):
-                changed = _changed(choice, {call: np.arange(size)})
+                changed = np.repeat(choice[:, None], size, axis=1)
+                changed[call] = np.arange(size)
                 energies = self.energy(changed)
                 best = int(energies.argmin())
                 if energies[best] < energy:
                     choice, energy, improved = changed[:, best], float(energies[best]), True
-        return choice
-
-    def best_by_mesh(self, choice: NDArray[np.int64], call: int) -> NDArray[np.int64]:
-        """Of the options of a call the best on each mesh, as far as these are among the best, in this plan."""
-        energies = self.energy(_changed(choice, {call: np.arange(self.sizes[call])}))
-        order = np.argsort(energies, kind="stable")
-        _, first = np.unique(self.table.columns[call].mesh[order], return_index=True)
-        return order[np.sort(first)[:PAIRED]]
-
-
-def _fastest_by_mesh(column: Column) -> NDArray[np.int64]:
-    """(meshes): option numbers; 0 for a mesh without options."""
-    pairs = itertools.pairwise(column.bounds)
-    return np.array([first + column.seconds[first:last].argmin() if last > first else 0 for first, last in pairs])
-
-
-def _changed(choice: NDArray[np.int64], options: dict[int, NDArray[np.int64]]) -> Choices:
-    """A plan with every combination of these options for some of its calls."""
-    combined = np.meshgrid(*options.values(), indexing="ij")
-    result = np.repeat(choice[:, None], combined[0].size, axis=1)
-    for call, values in zip(options, combined, strict=True):
-        result[call] = values.ravel()
-    return result
 
 
 class Kept:

@@ -115,39 +115,48 @@ class PlanTable:
         return self._seconds(choices, moves), self._fullness(choices, moves)
 
     def _seconds(self, choices: Choices, moves: list[Array]) -> Array:
-        calls = range(len(self.columns))
-        plans = choices.shape[1]
-        mesh = np.stack([column.mesh[choices[i]] for i, column in enumerate(self.columns)])
-        layout = [column.layout[choices[i]] for i, column in enumerate(self.columns)]
         seconds = [column.seconds[choices[i]] for i, column in enumerate(self.columns)]
-        # things that keep ranks busy: calls, then the reallocations, which do so on both meshes
-        busy = [self.overlaps[mesh, mesh[i]] for i in calls]
-        busy = [
-            np.concatenate([row, *(np.maximum(row[[u.call]], row[[u.training]]) for u in self.uses)]) for row in busy
-        ]
-        busy += [np.maximum(busy[use.call], busy[use.training]) for use in self.uses]
-        lags = [
-            (p, c, lag * ((layout[p] != layout[c]) & (layout[p] >= 0) & (layout[c] >= 0)))
-            for p, c, lag in self.data_edges
-        ]
-        ends = np.zeros((len(busy), plans))
+        lags, shares = self._lags(choices), self._shared_ranks(choices)
+        ends = np.zeros((len(shares), choices.shape[1]))  # of the calls, then of the reallocations
         for _ in range(ITERATIONS):
             before = ends.copy()
-            for i in calls:
-                ready = np.zeros(plans)
+            for call in range(len(self.columns)):
+                ready = (ends * shares[call]).max(axis=0)
                 for number, use in enumerate(self.uses):
-                    if use.call == i:
+                    if use.call == call:
                         own = len(self.columns) + number
-                        start = np.maximum((ends * busy[own]).max(axis=0), before[use.training])
-                        ready = ends[own] = start + moves[number]
+                        start = np.maximum((ends * shares[own]).max(axis=0), before[use.training])
+                        ends[own] = start + moves[number]
+                        ready = np.maximum(ready, ends[own])
                 for producer, consumer in self.version_edges:
-                    if consumer == i:
+                    if consumer == call:
                         ready = np.maximum(ready, before[producer])
-                for producer, consumer, lag in lags:
-                    if consumer == i:
+                for (producer, consumer, _), lag in zip(self.data_edges, lags, strict=True):
+                    if consumer == call:
                         ready = np.maximum(ready, ends[producer] + lag)
-                ends[i] = np.maximum((ends * busy[i]).max(axis=0), ready) + seconds[i]
+                ends[call] = ready + seconds[call]
         return ends.max(axis=0) / ITERATIONS + self.controller_seconds
+
+    def _shared_ranks(self, choices: Choices) -> list[Array]:
+        """For each call, then each reallocation: 1 where it keeps ranks busy that the others do. (things, plans) each.
+
+        A reallocation is on the mesh of its call and on that of the training.
+        """
+        mesh = np.stack([column.mesh[choices[i]] for i, column in enumerate(self.columns)])
+        among_calls = self.overlaps[mesh[:, None], mesh[None, :]]
+        moving = [np.maximum(among_calls[use.call], among_calls[use.training]) for use in self.uses]
+        things = np.concatenate([among_calls, np.stack(moving)]) if moving else among_calls
+        columns = [things, *(np.maximum(things[:, [u.call]], things[:, [u.training]]) for u in self.uses)]
+        return list(np.concatenate(columns, axis=1))
+
+    def _lags(self, choices: Choices) -> list[Array]:
+        """Seconds of the transfer along each data edge: (plans) each."""
+        layout = [column.layout[choices[i]] for i, column in enumerate(self.columns)]
+        found = []
+        for producer, consumer, lag in self.data_edges:
+            a, b = layout[producer], layout[consumer]
+            found.append(lag * ((a != b) & (a != UNDECIDED) & (b != UNDECIDED)))
+        return found
 
     def _fullness(self, choices: Choices, moves: list[Array]) -> Array:
         held, most = 0.0, 0.0
