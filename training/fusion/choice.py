@@ -207,10 +207,10 @@ class FusionChoice:
 
         `shares` are its samples by the instance that began them; `by_prompt` the lengths of responses by prompt.
         """
+        predicted = self.predict(shares)
         self.lengths.add(by_prompt)
         self.prompts = [job.prompt for jobs in shares for job in jobs]
         self.bandwidth, self.cache_bytes = bandwidth, cache_bytes
-        predicted = self.predict(shares)
         if not self.is_warm:
             self.is_warm = True
             return predicted

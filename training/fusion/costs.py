@@ -73,8 +73,8 @@ class Costs:
         return tokens * self.cache_bytes / self.bandwidth
 
     def moves_cache(self, tokens: int) -> bool:
-        """Whether keys and values travel faster than they are made again."""
-        return self.cache_bytes > 0 and self.move_seconds(tokens) < self.prefill_seconds(tokens)
+        """Whether keys and values travel faster than they are made again, in a prefill that several samples share."""
+        return self.cache_bytes > 0 and self.move_seconds(tokens) < self.prefill[1] * tokens
 
     def as_dict(self) -> dict[str, Any]:
         """For checkpoints."""

@@ -179,7 +179,6 @@ def fused(shares: Sequence[Sequence[Job]], machine: Machine, policy: Policy, rem
     active = dict(instances)
     opened = math.inf
     tick, repackings, moved = 1, 0, 0
-    migrated = dict.fromkeys(instances, 0.0)
     while len(active) > 1:
         tick = max(tick, first_tick(active, policy))
         for instance in active.values():
@@ -206,7 +205,6 @@ def fused(shares: Sequence[Sequence[Job]], machine: Machine, policy: Policy, rem
             tokens = r.job.prompt + max(0, r.done - 1)
             if r.done and costs.moves_cache(tokens) and len(target.running) < machine.slots:
                 target.clock += costs.move_seconds(tokens)
-                migrated[move.target] += costs.move_seconds(tokens)
                 target.running.append(r)
             else:
                 target.waiting.appendleft(r)
