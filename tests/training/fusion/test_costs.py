@@ -31,8 +31,8 @@ def test_other_work_is_a_start_and_a_share_of_each_token():
 
 
 def test_the_cache_moves_where_that_is_faster_than_a_new_prefill():
-    """Four tokens add 0.4 s to a prefill (its start is shared with others); 32 bytes take 2 s at 16 bytes a second, 0.5 s
-    at 64 and 0.25 s at 128."""
+    """Four tokens add 0.4 s to a prefill, whose start is shared with others; 32 bytes take 2 s at 16 bytes a second,
+    0.5 s at 64 and 0.25 s at 128."""
     assert COSTS.move_seconds(4) == 2
     assert not COSTS.moves_cache(4)
     assert not replace(COSTS, bandwidth=64.0).moves_cache(4)
