@@ -3,17 +3,15 @@
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from applications.plan_request import Outcome, Request
 from training.gantt import Bar, Panel, gantt_svg
 from training.planner.estimate import Estimate
 from training.planner.hardware import GIB
 from training.planner.plan_file import mesh_text
 from training.planner.search import Progress
 from training.planner.simulate import Interval
-
-if TYPE_CHECKING:
-    from applications.plan import Outcome, Request
 
 COLUMNS = 72
 """Of the Gantt picture."""
@@ -50,7 +48,7 @@ def progress(state: Progress) -> bool:
     return True
 
 
-def as_text(request: "Request", outcomes: Sequence["Outcome"]) -> str:
+def as_text(request: Request, outcomes: Sequence[Outcome]) -> str:
     cluster, workload = request.cluster, request.workload
     lines = [
         f"{cluster.nodes} x {cluster.devices_per_node} {cluster.device.name}; "
@@ -69,7 +67,7 @@ def as_text(request: "Request", outcomes: Sequence["Outcome"]) -> str:
     return "\n".join(lines)
 
 
-def plan_table(request: "Request", outcome: "Outcome") -> list[str]:
+def plan_table(request: Request, outcome: Outcome) -> list[str]:
     """A line a call: ranks, layout, micro-batches, seconds; then what lies between the calls."""
     found = outcome.found
     assert found is not None
@@ -92,7 +90,7 @@ def plan_table(request: "Request", outcome: "Outcome") -> list[str]:
     return lines
 
 
-def summary(request: "Request", outcomes: Sequence["Outcome"]) -> list[str]:
+def summary(request: Request, outcomes: Sequence[Outcome]) -> list[str]:
     """Seconds of an iteration, memory, hours and cost of the run, plan by plan."""
     price = "" if request.price is None else f" {'cost':>10}"
     lines = [f"{'plan':16} {'s/iteration':>11} {'memory, GiB':>12} {'hours':>8}{price}"]
@@ -142,7 +140,7 @@ def gantt_text(found: Estimate) -> list[str]:
     return [*lines, f"  {end - start:.1f} s. {names}, > reallocation, ^ load from the host"]
 
 
-def as_svg(outcomes: Sequence["Outcome"]) -> str:
+def as_svg(outcomes: Sequence[Outcome]) -> str:
     panels = []
     for outcome in outcomes:
         if outcome.found is None:
@@ -161,7 +159,7 @@ def as_svg(outcomes: Sequence["Outcome"]) -> str:
     return gantt_svg(panels, COLOURS)
 
 
-def as_json(request: "Request", outcomes: Sequence["Outcome"]) -> str:
+def as_json(request: Request, outcomes: Sequence[Outcome]) -> str:
     return json.dumps(
         {
             "gpu": request.cluster.device.name,
@@ -174,7 +172,7 @@ def as_json(request: "Request", outcomes: Sequence["Outcome"]) -> str:
     )
 
 
-def plan_data(request: "Request", outcome: "Outcome") -> dict[str, Any]:
+def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:
     """All that is known of a plan, in seconds and bytes."""
     found = outcome.found
     if found is None:

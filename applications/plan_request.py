@@ -1,0 +1,106 @@
+"""What `rlhf-chat plan` is asked, and what it answers: a run on a cluster; plans with their estimates."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from applications.commands import resolve_settings
+from applications.fit import find_shape, scorer_source
+from inference.errors import UserError
+from training.config import RunConfig
+from training.memory import Shape
+from training.planner.augmented import AugmentedGraphs
+from training.planner.cost import CallCosts
+from training.planner.estimate import Estimate
+from training.planner.footprint import Footprints
+from training.planner.graph import DataflowGraph
+from training.planner.hardware import Cluster
+from training.planner.workload import Precision, Workload
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned."""
+
+    config: RunConfig
+    graphs: AugmentedGraphs
+    price: float | None
+    """Of one GPU for one hour, in any currency."""
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.graphs.costs.cluster
+
+    @property
+    def workload(self) -> Workload:
+        return self.graphs.costs.workload
+
+    def hours(self, found: Estimate) -> float:
+        """Of all iterations of the run."""
+        return found.iteration_seconds * self.config.rlhf.iterations / 3600
+
+    def cost(self, found: Estimate) -> float | None:
+        """Of all iterations, in the currency of the price."""
+        return None if self.price is None else self.hours(found) * self.cluster.size * self.price
+
+    def overfull(self, found: Estimate) -> str:
+        """Why the plan does not fit, a sentence; '' if it does."""
+        try:
+            Footprints(self.workload, self.graphs.graph).require_fit(found.plan, self.cluster)
+        except UserError as error:
+            return str(error)
+        return ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One plan by its name: what is known of it, or why there is none."""
+
+    name: str
+    found: Estimate | None
+    why_not: str = ""
+
+
+def make_request(
+    model: str,
+    reward_model: str | None,
+    nodes: int,
+    gpus_per_node: int,
+    gpu: str,
+    network: float,
+    price: float | None,
+    config: list[Path] | None,
+    overrides: list[str] | None,
+) -> Request:
+    settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
+    assert settings is not None
+    workload = workload_of(settings, "fp16" if gpu == "v100" else "bf16")
+    cluster = replace(Cluster.named(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
+    # that constant is of ReaLHF's runtime, in which one process serves every call; ours has none
+    cluster = replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
+    return Request(settings, AugmentedGraphs(DataflowGraph.of("ppo"), CallCosts(workload, cluster)), price)
+
+
+def workload_of(config: RunConfig, default: Precision) -> Workload:
+    """One iteration of step 3; every response as long as it may be."""
+    actor = require_shape(config.sft_model or config.model, config.architecture.get("model"))
+    scorer = require_shape(scorer_source(config), config.architecture.get("reward_model"))
+    rlhf, data = config.rlhf, config.data
+    precision: Precision = default if config.dtype == "auto" else config.dtype
+    return Workload.of(
+        {"actor": actor, "reference": actor, "critic": scorer, "reward": scorer},
+        samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
+        prompt_tokens=data.max_prompt_tokens,
+        response_tokens=data.max_response_tokens,
+        mini_batches=rlhf.mini_batches,
+        epochs=rlhf.ppo_epochs,
+        precision=precision,
+        checkpointing=rlhf.actor.gradient_checkpointing,
+    )
+
+
+def require_shape(model: str, given: dict[str, Any] | None) -> Shape:
+    shape = find_shape(model, given)
+    if shape is None:
+        raise UserError(f"The size of {model} is not known without the hub; name a preset or a local model directory.")
+    return shape
