@@ -147,9 +147,13 @@ def plan(
     model: Annotated[str, typer.Option(help="The actor: a preset, hub id of a preset, or model directory.")],
     reward_model: RewardModel = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each; 8, or as many as profiled.")] = None,
     gpu: Annotated[
-        str, typer.Option(help="a100-40g, a100-80g, a800-80g, h100, h200, v100, l40s or rtx-4090.")
+        str,
+        typer.Option(
+            help="a100-40g, a100-80g, a800-80g, h100, h200, v100, l40s, rtx-4090, this-machine (see `profile`), or a "
+            "profile's YAML file."
+        ),
     ] = "a100-80g",
     network: Annotated[float, typer.Option(min=0.1, help="Gbit/s of each node's network.")] = 200,
     price: Annotated[float | None, typer.Option(min=0.0, help="Of one GPU for one hour.")] = None,
@@ -186,6 +190,25 @@ def plan(
         check,
         svg,
     )
+
+
+@app.command()
+def profile(
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that share the machine; default: its GPUs.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to this YAML file instead of the cache.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine for `plan --gpu this-machine`: rates of arithmetic, memory and links, and launch costs.
+
+    rlhf-chat profile
+
+    rlhf-chat profile --processes 2 --out mine.yaml
+    """
+    from applications.profile import profile_command
+
+    profile_command(processes, out)
 
 
 @app.command()

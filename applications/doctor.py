@@ -4,10 +4,7 @@ As a script it is one rank of the check: doctor.py DIRECTORY DTYPE NAME FILE, st
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from applications.launch import StageFailed, stop
+from applications.launch import run_on_ranks
 from applications.preset_store import settings_for_model
 from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
@@ -31,7 +28,7 @@ from training.data.batching import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype
 from training.models.policy import Policy
-from training.watchdog import PARENT_VARIABLE, end_with_parent
+from training.watchdog import end_with_parent
 
 DTYPES = ("auto", *TORCH_DTYPES)
 
@@ -175,31 +172,8 @@ def report(findings: Findings, generated: Generated, work: Work, head: list[str]
 
 def start_checking_ranks(directory: Path, degree: int, dtype: torch.dtype, name: str) -> bool:
     """Check in `degree` processes on this machine. Raises UserError with a rank's sentence, or StageFailed."""
-    environment = {
-        **os.environ,
-        PARENT_VARIABLE: str(os.getpid()),
-        "PYTHONSAFEPATH": "1",  # a `training` or `inference` folder of the user's working directory is not ours
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    with tempfile.TemporaryDirectory(prefix="rlhf-chat-doctor-") as scratch:
-        result, log_file = Path(scratch) / "result.json", Path(scratch) / "log.txt"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(degree)]
-        rank = [__file__, str(directory.resolve()), str(dtype).removeprefix("torch."), name, str(result)]
-        with open(log_file, "w") as log:  # warnings and tracebacks of libraries and launchers
-            process = subprocess.Popen([*launcher, *rank], env=environment, stderr=log)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            stop(process)
-            raise
-        ended = json.loads(result.read_text()) if result.exists() else {}
-        if "error" in ended:
-            raise UserError(ended["error"])
-        if "is_equal" not in ended or code:
-            lines = [line.strip() for line in log_file.read_text(errors="replace").splitlines()]
-            reason = next((line for line in reversed(lines) if "Error" in line), f"code {code}")
-            raise StageFailed(f"The check on {degree} processes broke off ({reason[:300]}).")
-        return ended["is_equal"]
+    rank = [str(directory.resolve()), str(dtype).removeprefix("torch."), name]
+    return run_on_ranks(__file__, rank, degree, "check")["is_equal"]
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """What a run would do, without doing it: nothing is written; weights, hub and data are not needed.
 
-Plain text of at most 100 columns (commands and paths may be longer), the same on a terminal and in a pipe. Time is
-left out: it would be a guess.
+Plain text of at most 100 columns (commands and paths may be longer), the same on a terminal and in a pipe.
 """
 
 import math
@@ -11,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, scorer_source, size, verdict
 from training.config import FrozenSettings, OptimizerSettings, RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
@@ -39,7 +39,7 @@ def dry_run(
     lines += _machine_and_models(outlook)
     for step in steps:
         settings = _rlhf_step(outlook) if step == 3 else _supervised_step(outlook, step)
-        lines += ["", f"Step {step}: {STEP_TITLES[step]}", *settings, *_memory(outlook, step)]
+        lines += ["", f"Step {step}: {STEP_TITLES[step]}", *settings, *_time(outlook, step), *_memory(outlook, step)]
     lines += ["", *_where(outlook, run_directory), "", "Commands"]
     if isinstance(launch_commands, dict):
         lines += [f"  {shlex.join(launch_commands[step])}" for step in steps if step in launch_commands]
@@ -146,6 +146,29 @@ def _compute(shape: Shape | None, settings: OptimizerSettings, tokens: int) -> l
     return [_line("compute", f"at most {text} {unit} an optimiser step, attention not counted")]
 
 
+def _time(outlook: Outlook, step: int) -> list[str]:
+    """By the planner's cost model, where the rates of this machine are known."""
+    expected = expected_time(outlook, step)
+    if expected is None:
+        return [_line("time", "unknown; `rlhf-chat profile` measures this machine, `rlhf-chat plan` costs others")]
+    each = "an iteration" if step == 3 else "an optimiser step"
+    text = f"about {duration(expected.seconds)} {each}"
+    if step == 3:
+        text += f" ({', '.join(f'{kind} {duration(s)}' for kind, s in expected.by_kind.items())})"
+        text += f", {duration(expected.seconds * outlook.config.rlhf.iterations)} in all"
+    lines = wrap(f"{text}, every row as long as it may be; rates: {expected.source}", COLUMNS - len(_line("", "")))
+    return [_line("time", lines[0]), *(_line("", line) for line in lines[1:])]
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3.5 min`, `2.1 h`."""
+    for size_, unit in ((1.0, "s"), (60.0, "min"), (3600.0, "h")):
+        amount = seconds / size_
+        if amount < 100 or unit == "h":
+            break
+    return f"{amount:.1f} {unit}" if amount < 9.95 else f"{amount:.0f} {unit}"
+
+
 def _memory(outlook: Outlook, step: int) -> list[str]:
     memory = outlook.memory(step)
     if memory is None:
@@ -191,5 +214,5 @@ def _line(name: str, text: str) -> str:
     return f"  {name:<17}{text}"
 
 
-def wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
+def wrap(text: str, columns: int = COLUMNS) -> list[str]:
+    return textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False)

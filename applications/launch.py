@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import training
 from inference.errors import EXIT_USER_ERROR, UserError
@@ -33,21 +35,12 @@ def stage_command(script: str, run: Path, processes: int) -> list[str]:
 
 
 def run_stage_script(script: str, run: RunDirectory, processes: int) -> None:
-    """Run a stage to its end; its progress is shown. Raises UserError with the stage's own sentence, or StageFailed.
-
-    PYTHONSAFEPATH keeps a `training` or `inference` folder of the user's working directory out of the imports.
-    """
+    """Run a stage to its end; its progress is shown. Raises UserError with the stage's own sentence, or StageFailed."""
     error_file, log_file = report_files(script, run)
-    environment = {
-        **os.environ,
-        PARENT_VARIABLE: str(os.getpid()),
-        "PYTHONSAFEPATH": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     error_file.unlink(missing_ok=True)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
-        process = subprocess.Popen(stage_command(script, run.path, processes), env=environment, stderr=log)
+        process = subprocess.Popen(stage_command(script, run.path, processes), env=child_environment(), stderr=log)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -59,6 +52,38 @@ def run_stage_script(script: str, run: RunDirectory, processes: int) -> None:
         error = json.loads(error_file.read_text())
         raise UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
     raise StageFailed(failure_sentence(script, run, code, log_file))
+
+
+def child_environment() -> dict[str, str]:
+    """PYTHONSAFEPATH keeps a `training` or `inference` folder of the user's working directory out of the imports."""
+    ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **ours}
+
+
+def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -> dict[str, Any]:
+    """What the first rank of `script` leaves in the JSON file that is its last argument; what it prints is shown.
+
+    Raises UserError with the sentence that a rank left as `error`, or StageFailed.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlhf-chat-ranks-") as scratch:
+        result, log_file = Path(scratch) / "result.json", Path(scratch) / "log.txt"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        with open(log_file, "w") as log:  # warnings and tracebacks of libraries and launchers
+            command = [*launcher, script, *arguments, str(result)]
+            process = subprocess.Popen(command, env=child_environment(), stderr=log)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            stop(process)
+            raise
+        ended: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+        if "error" in ended:
+            raise UserError(ended["error"])
+        if code or not ended:
+            lines = [line.strip() for line in log_file.read_text(errors="replace").splitlines()]
+            reason = next((line for line in reversed(lines) if "Error" in line), f"code {code}")
+            raise StageFailed(f"The {what} on {processes} processes broke off ({reason[:300]}).")
+        return ended
 
 
 def report_files(script: str, run: RunDirectory) -> tuple[Path, Path]:

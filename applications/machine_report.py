@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from inference.model_store import cache_directory
-from training.versions import PACKAGES, versions
+from training.versions import PACKAGES, processor, versions
 
 State = Literal["ok", "warning", "impossible"]
 GIB = 2**30
@@ -133,21 +133,11 @@ def check_imports() -> Check:
 
 
 def check_cpu() -> Check:
-    model, flags = cpu_model()
+    model, all_flags = processor()
+    flags = [flag for flag in CPU_FLAGS if flag in all_flags]
     text = f"{os.cpu_count()} cores, {model}, flags {' '.join(flags) or 'unknown'}"
     is_fast = {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
     return Check("cpu", "ok", f"{text}: bf16 is {'fast' if is_fast else 'not faster than fp32 here (use fp32)'}")
-
-
-def cpu_model() -> tuple[str, list[str]]:
-    """The processor's name, and those of CPU_FLAGS that it has."""
-    try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine(), []
-    values = {key.strip(): value.strip() for key, _, value in reversed(lines)}
-    flags = (values.get("flags") or values.get("Features") or "").split()  # on x86, on ARM
-    return values.get("model name") or platform.machine(), [flag for flag in CPU_FLAGS if flag in flags]
 
 
 def check_memory() -> Check:

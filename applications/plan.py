@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from applications import plan_report
+from applications.files import write_text
 from applications.plan_request import Outcome, Request, make_request
 from inference.errors import UserError
 from training.planner.estimate import estimate
@@ -18,7 +19,7 @@ def plan_command(
     model: str,
     reward_model: str | None,
     nodes: int,
-    gpus_per_node: int,
+    gpus_per_node: int | None,
     gpu: str,
     network: float,
     price: float | None,
@@ -45,14 +46,7 @@ def plan_command(
     assert best is not None
     for file, text in ((out, to_yaml(best.plan)), (svg, plan_report.as_svg(outcomes) if svg else "")):
         if file is not None:
-            write(file, text)
-
-
-def write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror}); name a file in a directory of yours.") from error
+            write_text(file, text)
 
 
 def searched(request: Request, seed: int, effort: float, progress: Callable[[Progress], bool] | None) -> Outcome:

@@ -15,7 +15,10 @@ from training.planner.estimate import Estimate
 from training.planner.footprint import Footprints
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
+from training.planner.machine import THIS_MACHINE, profile_file, read_profile
 from training.planner.workload import Precision, Workload
+
+DEVICES_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def make_request(
     model: str,
     reward_model: str | None,
     nodes: int,
-    gpus_per_node: int,
+    gpus_per_node: int | None,
     gpu: str,
     network: float,
     price: float | None,
@@ -74,19 +77,29 @@ def make_request(
 ) -> Request:
     settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
     assert settings is not None
-    workload = workload_of(settings, "fp16" if gpu == "v100" else "bf16")
-    cluster = replace(Cluster.named(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
-    # that constant is of ReaLHF's runtime, in which one process serves every call; ours has none
-    cluster = replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
+    cluster = replace(cluster_of(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
+    actor = require_shape(settings.sft_model or settings.model, settings.architecture.get("model"))
+    scorer = require_shape(scorer_source(settings), settings.architecture.get("reward_model"))
+    workload = workload_of(
+        settings, actor, scorer, cluster.device.precision if settings.dtype == "auto" else settings.dtype
+    )
     return Request(settings, AugmentedGraphs(DataflowGraph.of("ppo"), CallCosts(workload, cluster)), price)
 
 
-def workload_of(config: RunConfig, default: Precision) -> Workload:
-    """One iteration of step 3; every response as long as it may be."""
-    actor = require_shape(config.sft_model or config.model, config.architecture.get("model"))
-    scorer = require_shape(scorer_source(config), config.architecture.get("reward_model"))
+def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
+    """Of a device in the list, of this machine, or of a profile in a YAML file; by default nodes of 8, or of as many
+    ranks as were measured together. Raises UserError."""
+    if gpu == THIS_MACHINE or gpu.endswith((".yaml", ".yml")):
+        profile = read_profile(profile_file(gpus_per_node or 0) if gpu == THIS_MACHINE else Path(gpu))
+        return replace(profile.cluster, nodes=nodes, devices_per_node=gpus_per_node or profile.ranks)
+    cluster = Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE)
+    # that constant is of ReaLHF's runtime, in which one process serves every call; ours has none
+    return replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
+
+
+def workload_of(config: RunConfig, actor: Shape, scorer: Shape, precision: Precision) -> Workload:
+    """One iteration of step 3; every response as long as it may be. `scorer` is reward model and critic."""
     rlhf, data = config.rlhf, config.data
-    precision: Precision = default if config.dtype == "auto" else config.dtype
     return Workload.of(
         {"actor": actor, "reference": actor, "critic": scorer, "reward": scorer},
         samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
@@ -96,6 +109,7 @@ def workload_of(config: RunConfig, default: Precision) -> Workload:
         epochs=rlhf.ppo_epochs,
         precision=precision,
         checkpointing=rlhf.actor.gradient_checkpointing,
+        lora={"actor": rlhf.actor.lora, "critic": rlhf.critic.lora},
     )
 
 

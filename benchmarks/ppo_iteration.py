@@ -16,7 +16,6 @@ them too.
 import argparse
 import contextlib
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from benchmarks.trl_peer import TRL_VERSION
 from benchmarks.turns import PHASES, QUIET, Failed, System, Worker, wait_until_quiet
 from benchmarks.work import LENGTHS, SAMPLES, SIZES
 from training.run_directory import write_json
-from training.versions import versions
+from training.versions import processor, versions
 
 Row = dict[str, float]
 
@@ -126,12 +125,7 @@ def table(names: tuple[str, str], compared: Comparison) -> str:
 
 def machine() -> dict[str, Any]:
     """Model and cores of the processor."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": os.cpu_count()}
+    return {"cpu": processor()[0], "cores": os.cpu_count()}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,7 +1,8 @@
-"""Versions of what ran, for config.yaml and reports."""
+"""What ran, and on which processor: for config.yaml, reports and profiles."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("rlhf-chat", "torch", "deepspeed", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
@@ -14,3 +15,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's name, and its flags where the system tells them."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine(), []
+    values = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    flags = values.get("flags") or values.get("Features") or ""  # on x86, on ARM
+    return values.get("model name") or platform.machine(), flags.split()

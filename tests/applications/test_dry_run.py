@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from applications import fit
-from applications.dry_run import check_fits, dry_run
+from applications.dry_run import check_fits, dry_run, duration
+from applications.expected_time import expected_time
 from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, size, verdict
 from applications.preset_store import load_preset, settings_for_model
 from inference.errors import UserError
+from tests.training.planner.test_machine import PROFILE
 from training.config import RunConfig, load_config
+from training.planner.machine import profile_file
 
 COMMANDS = {1: ["python", "one.py", "a b"], 2: ["python", "two.py"], 3: ["python", "three.py"]}
 LAPTOP = Machine(cores=2, memory=24 * GIB)
@@ -65,6 +68,34 @@ def test_critic_warmup_and_lora_reference_are_shown(laptop, tmp_path):
     assert "critic 20, actor 14" in line_of(text, "optimiser steps")
     assert "the actor with its adapters off" in line_of(text, "reference")
     assert "LoRA adapters of rank" in line_of(text, "actor", "Step 3")
+
+
+def test_time_comes_from_the_planner_where_rates_are_known(monkeypatch, tmp_path):
+    """Eight H100 by their data sheet: what the plan of the trainer costs; twice the iterations take twice as long."""
+    monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
+    outlook = outlook_on(NODE, config_of("opt-1.3b", "processes=8"), monkeypatch)
+    found = expected_time(outlook, 3)
+    assert found is not None and set(found.by_kind) == {"generate", "score", "train"} and "h100" in found.source
+    assert found.seconds == pytest.approx(sum(found.by_kind.values()), rel=0.05)
+    longer = expected_time(outlook.with_settings({"data": {"max_response_tokens": 512}}), 3)
+    assert longer is not None and longer.by_kind["generate"] > 1.5 * found.by_kind["generate"]
+    text = dry_run(outlook.config, [1, 2, 3], tmp_path, COMMANDS)
+    assert "an optimiser step" in line_of(text, "time", "Step 2") and "in all" in text[text.index("Step 3") :]
+
+
+def test_time_is_unknown_until_the_machine_is_profiled(laptop, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
+    config = config_of("tiny", "processes=2")
+    assert "rlhf-chat profile" in line_of(dry_run(config, [1], tmp_path, COMMANDS), "time")
+    file = profile_file(2)
+    file.parent.mkdir()
+    file.write_text(PROFILE.to_yaml())
+    assert "measured" in dry_run(config, [1], tmp_path, COMMANDS)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (99, "99 s"), (130, "2.2 min"), (7200, "2.0 h")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_text_is_plain_and_narrow(laptop, tmp_path):

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from applications.cli import app
 from inference.errors import UserError
+from tests.training.planner.test_machine import PROFILE
 
 SMALL = ["plan", "--model", "opt-1.3b", "--reward-model", "opt-350m", "--gpus-per-node", "2", "--effort", "0.05"]
 
@@ -99,3 +100,16 @@ def test_the_table_for_people():
 def test_what_cannot_be_planned_is_one_sentence(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         CliRunner().invoke(app, [*SMALL, *arguments], catch_exceptions=False)
+
+
+def test_a_profile_is_hardware(tmp_path):
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(PROFILE.to_yaml())
+    done = CliRunner().invoke(
+        app,
+        ["plan", "--model", "opt-125m", "--gpu", str(profile), "--effort", "0.05", "--json"],
+        catch_exceptions=False,
+    )
+    data = json.loads(done.stdout)
+    assert data["gpus_per_node"] == 2 and data["gpu"] == "this-machine"
+    assert data["plans"][0]["seconds_per_iteration"] > 0

@@ -18,7 +18,9 @@ from training.planner.plan import Assignment
 from training.planner.workload import Model, Workload
 
 BACKWARD = 2
-"""Arithmetic and launches of a backward pass, in forward passes."""
+"""Arithmetic and launches of a backward pass, in forward passes: gradients of inputs, and of weights."""
+BACKWARD_OF_ADAPTERS = 1
+"""Its arithmetic where the matrices are frozen: gradients of inputs only. That of the adapters is not counted."""
 HEAD_LAUNCHES = 1
 """Launches of embedding, last norm, output matrix and sampling or loss, in layers."""
 HEAD_COLLECTIVES = 3
@@ -87,7 +89,7 @@ class CallCosts:
         forwards = 2 if workload.checkpointing else 1
         forward = self._pass(model, assignment, rows, workload.length)
         backward = CallCost(
-            arithmetic=BACKWARD * forward.arithmetic,
+            arithmetic=(BACKWARD_OF_ADAPTERS if model.lora.rank else BACKWARD) * forward.arithmetic,
             attention=BACKWARD * forward.attention,
             launch=BACKWARD * forward.launch,
             tensor_parallel=forward.tensor_parallel,
@@ -95,7 +97,7 @@ class CallCosts:
         # under ZeRO 3 the recomputed forward and the backward pass of a layer share one gathering
         stage = forward * forwards + backward + self._gathered(model, assignment) * 2
         group = self._links_of(assignment).data
-        weights = model.parameters / (layout.tensor * layout.pipeline)
+        weights = model.trained_parameters / (layout.tensor * layout.pipeline)
         reduced, gathered = self._gradient_reduction(assignment, weights)
         updated = weights / (layout.data if layout.zero_stage else 1)
         step = CallCost(

@@ -21,9 +21,9 @@ from training.memory import (
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import GIB, Cluster
 from training.planner.plan import Assignment, Plan
-from training.planner.workload import Model, Workload
+from training.planner.workload import Model, Precision, Workload
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCORING_BYTES_PER_LOGIT = 6
 """As the model gives them, and once in fp32."""
 
@@ -76,7 +76,7 @@ class Footprints:
     def _trained(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
         layout = assignment.layout
         parameters = -(-model.parameters // (layout.tensor * layout.pipeline))
-        settings = OptimizerSettings(zero_stage=layout.zero_stage)
+        settings = OptimizerSettings(zero_stage=layout.zero_stage, lora=model.lora)
         dtype = DTYPES[self.workload.precision]
         parts = training_parts(f"{call.role} ", parameters, model.shape, settings, dtype, layout.data, call.name)
         return [part for part in parts if part.phase != LOADING]  # shards are read from disk one at a time

@@ -14,6 +14,8 @@ USABLE_MEMORY = 0.92
 """Of a device's memory; the rest goes to its context, communication buffers and fragmentation."""
 ACHIEVED_BANDWIDTH = 0.8
 """Of the data sheet's memory and link bandwidth that long transfers reach."""
+FASTER = 1.3
+"""At less gain than this, fp32's accuracy is worth more."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,13 @@ class Device:
     """To another device of the same node."""
     host_bandwidth: float
     """To the host's memory."""
+
+    @property
+    def precision(self) -> Precision:
+        """The number format to train in: bf16 where that is clearly faster than fp32, then fp16, else fp32."""
+        formats: tuple[Precision, ...] = ("bf16", "fp16")
+        fast = (name for name in formats if self.peak_flops.get(name, 0) > FASTER * self.peak_flops["fp32"])
+        return next(fast, "fp32")
 
 
 def _device(

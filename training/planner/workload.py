@@ -1,10 +1,12 @@
 """What one iteration computes: the models of the roles, the samples and their lengths."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
+from training.config import LoRASettings
 from training.memory import Shape
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -15,10 +17,11 @@ SCORERS = ("critic", "reward")
 
 @dataclass(frozen=True)
 class Model:
-    """The shape of one role's model, and whether it gives a distribution over the vocabulary."""
+    """The shape of one role's model, whether it gives a distribution over the vocabulary, and its adapters."""
 
     shape: Shape
     has_vocabulary_head: bool
+    lora: LoRASettings = field(default_factory=LoRASettings)
 
     @cached_property
     def layer_weights(self) -> int:
@@ -35,6 +38,11 @@ class Model:
     @cached_property
     def parameters(self) -> int:
         return self.shape.parameters if self.has_vocabulary_head else self.shape.scorer_parameters
+
+    @cached_property
+    def trained_parameters(self) -> int:
+        """Weights that training changes: all of them, or those of the adapters."""
+        return self.shape.lora_parameters(self.lora.rank, self.lora.targets) if self.lora.rank else self.parameters
 
     @cached_property
     def cache_values(self) -> int:
@@ -77,9 +85,12 @@ class Workload:
         epochs: int = 1,
         precision: Precision = "bf16",
         checkpointing: bool = True,
+        lora: Mapping[str, LoRASettings] = MappingProxyType({}),
     ) -> "Workload":
-        """`shapes` are by role; a longest response of 0 means that all are equally long."""
-        models = {role: Model(shape, role not in SCORERS) for role, shape in shapes.items()}
+        """`shapes` and `lora` are by role; a longest response of 0 means that all are equally long."""
+        models = {
+            role: Model(shape, role not in SCORERS, lora.get(role, LoRASettings())) for role, shape in shapes.items()
+        }
         longest = longest_response or response_tokens
         return cls(
             models, samples, prompt_tokens, response_tokens, longest, mini_batches, epochs, precision, checkpointing

@@ -5,16 +5,19 @@ from dataclasses import replace
 import pytest
 
 from tests.training.planner.conftest import LARGE, graphs_on, ppo_workload
+from training.config import LoRASettings
 from training.hybrid_engine.layout import Layout
 from training.planner.collectives import links_of
 from training.planner.cost import CallCosts
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.plan import Assignment
+from training.planner.workload import Workload
 
 ONE = Assignment(Layout((0,)))
 GRAPHS = graphs_on(1, 8)
 CALLS = {call.name: call for call in GRAPHS.graph.calls}
 LAYER, HEAD = 12 * 2048**2, 50272 * 2048
+LAYERS_SHARE = 24 * LAYER / (24 * LAYER + HEAD)  # of an actor's arithmetic; a critic has no output matrix
 FLOPS, READ = 312e12 * 0.5, 2039e9 * 0.8  # conftest's calibration
 
 
@@ -36,6 +39,18 @@ def test_training_is_four_forward_passes_and_an_update_a_mini_batch():
     assert cost("actor_train", ONE, checkpointing=False).arithmetic == pytest.approx(3 * forward.arithmetic)
     assert found.optimizer == pytest.approx(4 * 34 * LARGE.parameters / READ)
     assert cost("actor_train", ONE, epochs=2).seconds == pytest.approx(2 * found.seconds)
+
+
+def test_training_adapters_takes_no_gradients_of_the_matrices():
+    """One linear layer of 4096 inputs + outputs has adapters: forward, recomputed forward, gradients of inputs."""
+    shape = replace(LARGE, linears=(("q_proj", 4096),))
+    lora = {"actor": LoRASettings(rank=8)}
+    workload = Workload.of(dict.fromkeys(("actor", "reference", "critic", "reward"), shape), 64, 128, 128, lora=lora)
+    costs = CallCosts(workload, GRAPHS.costs.cluster)
+    found, forward = costs.cost(CALLS["actor_train"], ONE), costs.cost(CALLS["reference_score"], ONE)
+    assert found.arithmetic == pytest.approx(3 * forward.arithmetic)
+    assert found.optimizer == pytest.approx(4 * 34 * 8 * 4096 / READ)
+    assert costs.cost(CALLS["critic_train"], ONE).arithmetic > 3.5 * forward.arithmetic * LAYERS_SHARE
 
 
 def test_decode_steps_by_hand():

@@ -1,0 +1,105 @@
+"""How long the steps of a run would take, by the planner's cost model: for the dry run."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from applications.fit import GIB, Outlook
+from applications.plan_request import workload_of
+from inference.errors import UserError
+from training.planner.augmented import AugmentedGraphs
+from training.planner.cost import CallCosts
+from training.planner.estimate import estimate
+from training.planner.footprint import DTYPES
+from training.planner.graph import DataflowGraph
+from training.planner.hardware import Cluster
+from training.planner.heuristics import trainer_plan
+from training.planner.machine import profile_file, read_profile
+from training.planner.plan import Plan
+from training.planner.workload import Precision, Workload
+
+GPU_NAMES = {"H200": "h200", "H100": "h100", "A800": "a800-80g", "V100": "v100", "L40S": "l40s", "4090": "rtx-4090"}
+ALGORITHMS = {1: "sft", 2: "reward"}
+PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class ExpectedTime:
+    """Of one optimiser step (steps 1 and 2) or one iteration (step 3), all rows as long as they may be."""
+
+    seconds: float
+    by_kind: dict[str, float]
+    """Seconds of generating, scoring and training."""
+    source: str
+    """Where the rates come from."""
+
+
+def expected_time(outlook: Outlook, step: int) -> ExpectedTime | None:
+    """None where no rates of this machine are known, a shape is missing, or the batch leaves ranks without work."""
+    known = cluster_here(outlook)
+    if known is None or outlook.memory(step) is None:
+        return None
+    cluster, source = known
+    try:
+        graphs, plan = _ppo(outlook, cluster) if step == 3 else _supervised(outlook, step, cluster)
+        found = estimate(plan, graphs)
+    except UserError:
+        return None
+    by_kind: dict[str, float] = {}
+    for node in found.nodes:
+        by_kind[node.call.kind] = by_kind.get(node.call.kind, 0.0) + node.seconds
+    return ExpectedTime(found.iteration_seconds, by_kind, source)
+
+
+def cluster_here(outlook: Outlook) -> tuple[Cluster, str] | None:
+    """The ranks of the outlook, and where their rates come from: a profile, or the GPU's data sheet."""
+    processes, nodes = outlook.config.processes, outlook.nodes
+    file = profile_file(processes)
+    if file.is_file():
+        return replace(read_profile(file).cluster, nodes=nodes), "measured by `rlhf-chat profile`"
+    for name, memory in outlook.machine.gpus[:1]:
+        device = gpu_named(name, memory)
+        if device is not None:
+            cluster = Cluster.named(device, nodes, processes)
+            cluster = replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
+            return cluster, f"the data sheet of {device} and constants of A100 nodes"
+    return None
+
+
+def gpu_named(name: str, memory: int) -> str | None:
+    """The planner's name of a GPU that calls itself `name`."""
+    if "A100" in name:
+        return "a100-80g" if memory > 60 * GIB else "a100-40g"
+    return next((device for part, device in GPU_NAMES.items() if part in name), None)
+
+
+def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
+    config, rlhf = outlook.config, outlook.config.rlhf
+    assert outlook.actor is not None and outlook.scorer is not None
+    workload = workload_of(config, outlook.actor, outlook.scorer, PRECISIONS[outlook.dtype])
+    graph = DataflowGraph.of("ppo")
+    stages = {role: getattr(rlhf, role).zero_stage for role in graph.roles}
+    tensor = rlhf.generation_tensor_parallel
+    plan = trainer_plan(graph, workload, outlook.ranks, stages, rlhf.micro_batch_tokens, tensor)
+    return AugmentedGraphs(graph, CallCosts(workload, cluster)), plan
+
+
+def _supervised(outlook: Outlook, step: int, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
+    settings = outlook.config.sft if step == 1 else outlook.config.reward
+    graph, shape, optimizer = DataflowGraph.of(ALGORITHMS[step]), outlook.shape_of(step), settings.optimizer
+    assert shape is not None
+    (role,) = graph.roles
+    data, rows = outlook.config.data, settings.batch_size * (2 if step == 2 else 1)  # a pair is two rows
+    workload = Workload.of(
+        {role: shape},
+        rows,
+        data.max_prompt_tokens,
+        data.max_response_tokens,
+        mini_batches=1,
+        precision=PRECISIONS[outlook.dtype],
+        checkpointing=optimizer.gradient_checkpointing,
+        lora={role: optimizer.lora},
+    )
+    graphs = AugmentedGraphs(graph, CallCosts(workload, cluster))
+    stages = {role: optimizer.zero_stage}
+    return graphs, trainer_plan(graph, workload, outlook.ranks, stages, settings.micro_batch_tokens)

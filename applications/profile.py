@@ -1,0 +1,46 @@
+"""`rlhf-chat profile`: measures this machine, so that `rlhf-chat plan --gpu this-machine` can plan for it."""
+
+from pathlib import Path
+
+from applications.files import write_text
+from applications.fit import Machine, size
+from applications.launch import run_on_ranks
+from inference.errors import UserError
+from training.planner.hardware import ACHIEVED_BANDWIDTH
+from training.planner.machine import MachineProfile, profile_file
+
+
+def profile_command(processes: int | None, out: Path | None) -> None:
+    """Raises UserError for more processes than GPUs."""
+    gpus = len(Machine.here().gpus)
+    ranks = processes or gpus or 1
+    if ranks > gpus > 0:
+        raise UserError(f"--processes {ranks} needs {ranks} GPUs, and this machine has {gpus}.")
+    print(f"Measuring with {ranks} process{'es' * (ranks > 1)}; other work spoils the figures.", flush=True)
+    import training.planner.profile as script
+
+    profile = MachineProfile.from_values(run_on_ranks(script.__file__, [], ranks, "measurement"))
+    files = [out] if out is not None else [profile_file(ranks), profile_file()]
+    for file in files:
+        write_text(file, profile.to_yaml())
+    print(describe(profile))
+    target = "this-machine" if out is None else str(out)
+    print(f"\nWritten to {files[0]}; plan with: rlhf-chat plan --gpu {target} --gpus-per-node {ranks} --model ...")
+
+
+def describe(profile: MachineProfile) -> str:
+    """A line a figure, of one rank."""
+    device, calibration = profile.device, profile.calibration
+    rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in device.peak_flops.items())
+    lines = [
+        f"{'machine':<22}{profile.measured_on.get('processor', '')}; {profile.ranks} ranks at the same time",
+        f"{'memory':<22}{size(device.memory)} a rank",
+        f"{'matrix products':<22}{rates} Tflop/s",
+        f"{'memory bandwidth':<22}{device.memory_bandwidth * ACHIEVED_BANDWIDTH / 1e9:.1f} GB/s",
+        f"{'link':<22}{device.link_bandwidth * ACHIEVED_BANDWIDTH / 1e9:.2f} GB/s",
+        f"{'layers reach':<22}{calibration.compute_share:.0%} of the matrix products' rate",
+        f"{'launching a layer':<22}{calibration.launch_seconds * 1e6:.0f} us",
+    ]
+    if profile.ranks > 1:
+        lines.append(f"{'a collective':<22}{calibration.collective_seconds * 1e6:.0f} us over two ranks")
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""Profiles of machines: kept in a file, read again, used as hardware; what the meter measures has the right unit."""
+
+import pytest
+import torch
+
+from inference.errors import UserError
+from training.distributed import Ranks
+from training.planner.hardware import Calibration, Device
+from training.planner.machine import MachineProfile, profile_file, read_profile
+from training.planner.profile import Meter
+
+PROFILE = MachineProfile(
+    Device("this-machine", 8e9, {"fp32": 1e11, "bf16": 4e11}, 2e10, 1.5e9, 2e10),
+    2,
+    Calibration(0.8, 2e-4, 3e-4, 0.0),
+    {"processor": "of a test"},
+)
+
+
+def test_a_profile_survives_its_file(tmp_path):
+    file = tmp_path / "machine.yaml"
+    file.write_text(PROFILE.to_yaml())
+    assert read_profile(file) == PROFILE
+    cluster = read_profile(file).cluster
+    assert (cluster.nodes, cluster.devices_per_node, cluster.calibration) == (1, 2, PROFILE.calibration)
+
+
+@pytest.mark.parametrize("text", ["", "device: 3", "[1, 2]", "a: b: c", "device: {name: x}\nranks: 1\ncalibration: {}"])
+def test_a_file_that_is_no_profile_is_refused_in_a_sentence(tmp_path, text):
+    file = tmp_path / "machine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"no profile of a machine .*rlhf-chat profile"):
+        read_profile(file)
+
+
+def test_a_machine_that_was_not_profiled_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="rlhf-chat profile"):
+        read_profile(profile_file(4))
+
+
+@pytest.mark.parametrize(("rates", "expected"), [
+    ({"fp32": 19.5, "bf16": 312.0, "fp16": 312.0}, "bf16"),
+    ({"fp32": 15.7, "bf16": 15.7, "fp16": 125.0}, "fp16"),
+    ({"fp32": 100.0, "bf16": 110.0}, "fp32"),
+])  # fmt: skip
+def test_precision_is_the_fast_format(rates, expected):
+    assert Device("x", 1, rates, 1, 1, 1).precision == expected
+
+
+def test_the_meter_counts_operations_and_bytes(monkeypatch):
+    """With a clock that says one second for everything, rates are the work itself."""
+    meter = Meter(Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(meter, "seconds", lambda program: program() is None or 1.0)
+    assert meter.matrix_products() == {"fp32": 2 * 1024**3, "bf16": 2 * 1024**3}
+    assert meter.memory_bandwidth() == 8192 * 4096 * 4
+
+
+def test_the_meter_takes_the_median(monkeypatch):
+    meter = Meter(Ranks(0, 1, torch.device("cpu")))
+    calls = []
+    assert meter.seconds(lambda: calls.append(1)) >= 0 and len(calls) == 9

@@ -1,0 +1,166 @@
+"""Measures the machine that it runs on, as one of its ranks: rates of matrix products, memory and links, and what
+launching a layer and a collective cost. All ranks measure at the same time, because they share the machine.
+
+As a script it is one rank: profile.py FILE, started by torchrun; the first writes the profile as JSON.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from training.distributed import Ranks, start_ranks, stop_ranks
+from training.planner.hardware import ACHIEVED_BANDWIDTH, Calibration, Device
+from training.planner.machine import THIS_MACHINE, MachineProfile
+from training.planner.workload import Precision
+from training.versions import processor, versions
+from training.watchdog import end_with_parent
+
+REPEATS = 7
+LAYERS = (4, 20)
+"""Of two stacks: the difference of their seconds is that of the layers between them."""
+
+
+def measure(ranks: Ranks) -> MachineProfile:
+    """The same on every rank: the slowest one's. Takes about ten seconds on two cores."""
+    meter = Meter(ranks)
+    rates = meter.matrix_products()
+    memory = meter.memory_bandwidth()
+    latency, link = meter.link() if ranks.size > 1 else (0.0, memory)
+    device = Device(
+        THIS_MACHINE, device_memory(ranks), rates, memory / ACHIEVED_BANDWIDTH, link / ACHIEVED_BANDWIDTH,
+        meter.host_bandwidth(memory) / ACHIEVED_BANDWIDTH,
+    )  # fmt: skip
+    calibration = Calibration(meter.compute_share(rates["fp32"]), meter.launch_seconds(), latency, 0.0)
+    return MachineProfile(device, ranks.size, calibration, where(ranks))
+
+
+class Meter:
+    """Seconds of small programs on one rank while the others run them too."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.device = ranks, ranks.device
+        self.is_cpu = self.device.type == "cpu"
+        self.scale = 1 if self.is_cpu else 8
+        """How much larger the work on a GPU is."""
+
+    def seconds(self, program: Callable[[], Any]) -> float:
+        """Median of several calls after two that warm up, of the slowest rank."""
+        taken = []
+        for repeat in range(REPEATS + 2):
+            self.ranks.barrier()
+            self._wait()
+            begun = time.perf_counter()
+            program()
+            self._wait()
+            if repeat >= 2:
+                taken.append(time.perf_counter() - begun)
+        return max(self.ranks.gather(statistics.median(taken)))
+
+    def _wait(self) -> None:
+        if not self.is_cpu:
+            torch.cuda.synchronize(self.device)
+
+    def matrix_products(self) -> dict[Precision, float]:
+        """Operations a second of a large product, by number format; fp16 where the device has it."""
+        rates: dict[Precision, float] = {}
+        formats: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        if not self.is_cpu:
+            formats["fp16"] = torch.float16
+        rows, size = 1024 * self.scale, 1024 * self.scale
+        for name, dtype in formats.items():
+            tokens = torch.ones(rows, size, dtype=dtype, device=self.device)
+            weights = torch.ones(size, size, dtype=dtype, device=self.device)
+            seconds = self.seconds(lambda tokens=tokens, weights=weights: tokens @ weights)  # type: ignore[misc]
+            rates[name] = 2 * rows * size * size / seconds
+        return rates
+
+    def memory_bandwidth(self) -> float:
+        """Bytes a second at which a decode step reads weights: one row times a matrix of 128 MiB (1 GiB on a GPU)."""
+        weights = torch.ones(8192 * self.scale, 4096, device=self.device)
+        row = torch.ones(1, 4096, device=self.device)
+        return weights.numel() * weights.element_size() / self.seconds(lambda: row @ weights.T)
+
+    def host_bandwidth(self, memory: float) -> float:
+        """Bytes a second from the host's memory; on a CPU that is `memory`."""
+        if self.is_cpu:
+            return memory
+        host = torch.ones(2**26, pin_memory=True)
+        there = torch.empty_like(host, device=self.device)
+        return host.numel() * host.element_size() / self.seconds(lambda: there.copy_(host))
+
+    def link(self) -> tuple[float, float]:
+        """Seconds of an all-reduce of one number over two ranks; bytes a second that a rank sends in a long one."""
+        number, many = (torch.ones(size, device=self.device) for size in (1, 2**22 * self.scale))
+        short = self.seconds(lambda: dist.all_reduce(number))
+        size = self.ranks.size
+        sent = 2 * (size - 1) / size * many.numel() * many.element_size()
+        return short / log2(size), sent / (self.seconds(lambda: dist.all_reduce(many)) - short)
+
+    def launch_seconds(self) -> float:
+        """To run one layer on one token, nearly without arithmetic."""
+        few, more = (self.stack(layers, hidden=64) for layers in LAYERS)
+        ids = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        return (self._forward(more, ids) - self._forward(few, ids)) / (LAYERS[1] - LAYERS[0])
+
+    def compute_share(self, rate: float) -> float:
+        """Of `rate` that a stack of layers reaches, forward, over 2,048 tokens in fp32."""
+        hidden = 512 * self.scale
+        few, more = (self.stack(layers, hidden) for layers in (2, 6))
+        ids = torch.ones(16, 128, dtype=torch.long, device=self.device)
+        weights = sum(p.numel() for p in more.parameters()) - sum(p.numel() for p in few.parameters())
+        seconds = self._forward(more, ids) - self._forward(few, ids)
+        return min(1.0, 2 * weights * ids.numel() / seconds / rate)
+
+    def stack(self, layers: int, hidden: int) -> nn.Module:
+        from transformers import OPTConfig, OPTModel  # a second that only this needs
+
+        config = OPTConfig(
+            vocab_size=8, hidden_size=hidden, word_embed_proj_dim=hidden, num_hidden_layers=layers, ffn_dim=4 * hidden,
+            num_attention_heads=hidden // 64, max_position_embeddings=256, dropout=0.0, pad_token_id=0,
+        )  # fmt: skip
+        return OPTModel(config).eval().to(self.device)
+
+    def _forward(self, model: nn.Module, ids: torch.Tensor) -> float:
+        with torch.inference_mode():
+            return self.seconds(lambda: model(ids, use_cache=False))
+
+
+def device_memory(ranks: Ranks) -> float:
+    """Bytes of the GPU, or a rank's share of the main memory."""
+    if ranks.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(ranks.device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.size
+
+
+def where(ranks: Ranks) -> dict[str, str]:
+    """Processor or GPU, threads and versions."""
+    is_gpu = ranks.device.type == "cuda"
+    name = torch.cuda.get_device_name(ranks.device) if is_gpu else f"{processor()[0]}, {os.cpu_count()} cores"
+    return {"processor": name, "threads of a rank": str(torch.get_num_threads()), **versions()}
+
+
+def main() -> int:
+    """One rank."""
+    end_with_parent()
+    ranks = start_ranks()
+    profile = measure(ranks)
+    if ranks.is_first:
+        Path(sys.argv[1]).write_text(json.dumps(asdict(profile)))
+    ranks.barrier()
+    stop_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
