@@ -161,8 +161,8 @@ def _time(outlook: Outlook, step: int) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3.5 min`, `2.1 h`."""
-    for size_, unit in ((1.0, "s"), (60.0, "min"), (3600.0, "h")):
+    """`40 ms`, `0.4 s`, `12 s`, `3.5 min`, `2.1 h`."""
+    for size_, unit in ((1e-3, "ms"), (1.0, "s"), (60.0, "min"), (3600.0, "h")):
         amount = seconds / size_
         if amount < 100 or unit == "h":
             break

@@ -8,7 +8,6 @@ medians over `--repeats` calls after a short one that warms up; key-value memory
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import time
@@ -18,10 +17,14 @@ from typing import Any
 
 import torch
 
+from applications.preset_store import settings_for_model
 from benchmarks import work
+from benchmarks.ppo_iteration import machine
+from benchmarks.work import SIZES
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.model_store import resolve_model
+from training.run_directory import write_json
 from training.versions import versions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,7 +36,7 @@ WARM_UP_TOKENS = 8
 def load(name: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    directory = resolve_model(SMOLLM, print) if name == SMOLLM else work.models(name).actor
+    directory = work.models(name).actor if name in SIZES else resolve_model(settings_for_model(name)["model"], print)
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
@@ -56,8 +59,9 @@ def measure(model: Any, samples: int, length: int, repeats: int) -> dict[str, fl
     return {"seconds": seconds, "tokens_per_second": tokens / seconds, "cache_mb": engine.cache.bytes / 1e6}
 
 
-def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def sweep(arguments: argparse.Namespace) -> None:
+    """Prints each row when it is measured, and writes all so far."""
+    rows: list[dict[str, Any]] = []
     for name, dtype in itertools.product(arguments.models, arguments.dtype):
         model = load(name, DTYPES[dtype])
         for samples, length in itertools.product(arguments.samples, arguments.lengths):
@@ -66,7 +70,9 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 | measure(model, samples, length, arguments.repeats)
             )
             print(row_of(rows[-1]), flush=True)
-    return rows
+            if arguments.out:
+                found = {"machine": machine(), "threads": arguments.threads, "versions": versions(), "rows": rows}
+                write_json(arguments.out, found)
 
 
 def row_of(row: dict[str, Any]) -> str:
@@ -78,7 +84,7 @@ def row_of(row: dict[str, Any]) -> str:
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["s", "m", SMOLLM], choices=["s", "m", SMOLLM])
+    parser.add_argument("--models", nargs="+", default=[*SIZES, SMOLLM], choices=[*SIZES, SMOLLM])
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--samples", nargs="+", type=int, default=[8, 32, 64, 256])
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128, 512])
@@ -89,10 +95,7 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     print("| model | dtype | samples | response tokens | seconds | tokens a second | keys and values, MB |")
     print("|---|---|---|---|---|---|---|")
-    rows = sweep(arguments)
-    if arguments.out:
-        found = {"cores": os.cpu_count(), "threads": arguments.threads, "versions": versions(), "rows": rows}
-        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    sweep(arguments)
 
 
 if __name__ == "__main__":

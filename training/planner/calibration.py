@@ -27,26 +27,26 @@ LEAST = 0.05
 """Of a constant, in priors: none becomes negative."""
 
 
-def fit(predict: Predict, measured: list[float]) -> Calibration:
-    """The constants with which `predict` comes nearest to `measured` seconds."""
+def fit(predict: Predict, measured: list[float], prior: Calibration = PRIOR, pull: float = PULL) -> Calibration:
+    """The constants with which `predict` comes nearest to `measured` seconds. No constant of `prior` may be 0."""
     seconds = np.array(measured)
     factors = np.ones(4)
     for _ in range(ROUNDS):
-        now = np.array(predict(scaled(factors)))
-        slopes = [(np.array(predict(scaled(factors + STEP * one))) - now) / STEP for one in np.eye(4)]
+        now = np.array(predict(scaled(factors, prior)))
+        slopes = [(np.array(predict(scaled(factors + STEP * one, prior))) - now) / STEP for one in np.eye(4)]
         jacobian = np.stack(slopes, axis=1)
-        rows = np.concatenate([jacobian / seconds[:, None], PULL * np.eye(4)])
-        wanted = np.concatenate([(seconds - now + jacobian @ factors) / seconds, PULL * np.ones(4)])
+        rows = np.concatenate([jacobian / seconds[:, None], pull * np.eye(4)])
+        wanted = np.concatenate([(seconds - now + jacobian @ factors) / seconds, pull * np.ones(4)])
         factors = np.maximum(np.linalg.lstsq(rows, wanted, rcond=None)[0], LEAST)
-    return scaled(factors)
+    return scaled(factors, prior)
 
 
-def scaled(factors: Array) -> Calibration:
-    """The prior with its constants multiplied; the first factor divides the compute share."""
+def scaled(factors: Array, prior: Calibration) -> Calibration:
+    """`prior` with its constants multiplied; the first factor divides the compute share."""
     slowness, launch, collective, controller = map(float, factors)
     return Calibration(
-        PRIOR.compute_share / slowness,
-        PRIOR.launch_seconds * launch,
-        PRIOR.collective_seconds * collective,
-        PRIOR.controller_seconds * controller,
+        prior.compute_share / slowness,
+        prior.launch_seconds * launch,
+        prior.collective_seconds * collective,
+        prior.controller_seconds * controller,
     )

@@ -27,6 +27,8 @@ from training.versions import processor, versions
 from training.watchdog import end_with_parent
 
 REPEATS = 7
+COLLECTIVES = 40
+"""In a row, with products between them."""
 LAYERS = (4, 20)
 """Of two stacks: the difference of their seconds is that of the layers between them."""
 
@@ -100,12 +102,25 @@ class Meter:
         return host.numel() * host.element_size() / self.seconds(lambda: there.copy_(host))
 
     def link(self) -> tuple[float, float]:
-        """Seconds of an all-reduce of one number over two ranks; bytes a second that a rank sends in a long one."""
-        number, many = (torch.ones(size, device=self.device) for size in (1, 2**22 * self.scale))
-        short = self.seconds(lambda: dist.all_reduce(number))
+        """Seconds of a collective over two ranks; bytes a second that a rank sends in a long one.
+
+        A collective stands between products, as in a model: ranks that come from other work wait for each other.
+        """
         size = self.ranks.size
+        many = torch.ones(2**22 * self.scale, device=self.device)
         sent = 2 * (size - 1) / size * many.numel() * many.element_size()
-        return short / log2(size), sent / (self.seconds(lambda: dist.all_reduce(many)) - short)
+        bandwidth = sent / self.seconds(lambda: dist.all_reduce(many))
+        rows, weights = (torch.ones(count, 512, device=self.device) for count in (16, 512))
+
+        def layers(with_collective: bool) -> None:
+            for _ in range(COLLECTIVES):
+                product = rows @ weights
+                if with_collective:
+                    dist.all_reduce(product)
+
+        both, alone = self.seconds(lambda: layers(True)), self.seconds(lambda: layers(False))
+        exchange = 2 * (size - 1) / size * rows.numel() * rows.element_size() / bandwidth
+        return max(0.0, (both - alone) / COLLECTIVES - exchange) / log2(size), bandwidth
 
     def launch_seconds(self) -> float:
         """To run one layer on one token, nearly without arithmetic."""
