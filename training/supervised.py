@@ -15,7 +15,7 @@ from training.stage import Stage
 
 
 class Task(Protocol):
-    """What differs between supervised fine-tuning and the reward model."""
+    """What differs between supervised fine-tuning, the reward model and DPO."""
 
     name: str
     engine: ZeroEngine
@@ -65,6 +65,8 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
             epoch, place = divmod(number, per_epoch)
             batch = batches_of_epoch(len(task.lengths), settings, stage.config.seed, epoch)[place]
             number += 1
+            if settings.dropout:
+                seed_dropout(stage, number)
             metrics = train_batch(stage, task, batch, settings.micro_batch_tokens, number)
             stage.metrics.write(number, metrics)
             bar.advance(f"loss {metrics['loss']:.3f}")
@@ -73,6 +75,11 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
             if settings.checkpoint_every and (number == total or number % settings.checkpoint_every == 0):
                 stage.checkpoints.save(number, task.engine.save, {"evaluation": evaluation})
     return evaluation
+
+
+def seed_dropout(stage: Stage, number: int) -> None:
+    """What an optimiser step drops is a function of (seed, step, rank) alone, so resuming needs no generator state."""
+    torch.manual_seed(random.Random(f"dropout/{stage.config.seed}/{number}/{stage.ranks.rank}").getrandbits(63))
 
 
 def resume(stage: Stage, task: Task) -> tuple[int, dict[str, float]]:
