@@ -56,6 +56,16 @@ def count_updates(rows: int, settings: StepSettings) -> int:
     return min(total, settings.max_steps) if settings.max_steps else total
 
 
+def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:
+    """The rows that any optimiser step of the whole step sees, in order."""
+    per_epoch, total = updates_per_epoch(rows, settings), count_updates(rows, settings)
+    seen: set[int] = set()
+    for epoch in range(-(-total // per_epoch)):
+        for batch in batches_of_epoch(rows, settings, seed, epoch)[: total - epoch * per_epoch]:
+            seen.update(batch)
+    return sorted(seen)
+
+
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
     per_epoch = updates_per_epoch(len(task.lengths), settings)

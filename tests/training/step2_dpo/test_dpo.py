@@ -39,6 +39,7 @@ CASES = {
     "dropout": [LORA, "dpo.dropout=0.2", "dpo.checkpoint_every=2"],
     "killed": [LORA, "dpo.dropout=0.2", "dpo.checkpoint_every=2"],
     "bf16": ["dtype=bf16"],
+    "short": ["dpo.max_steps=1"],
 }
 ALSO_ON_TWO_RANKS = ("plain", "zero 3", "lora")
 
@@ -240,6 +241,16 @@ def test_adapters_have_a_learning_rate_of_their_own(runs):
 def test_bf16_follows_fp32(runs):
     for ours, theirs in zip(training(runs, "plain"), training(runs, "bf16"), strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], abs=0.05)
+
+
+def test_the_reference_is_asked_about_the_pairs_that_are_trained_on(runs):
+    from safetensors.torch import load_file
+
+    values = load_file(runs / "1" / "short" / "step2_dpo" / "reference.safetensors")
+    assert values["train"].shape == (2, PAIRS) and values["eval"].shape == (2, HELD_OUT)
+    assert int(values["train"].isfinite().all(0).sum()) == BATCH  # one optimiser step
+    assert values["eval"].isfinite().all()
+    assert training(runs, "short")[0]["loss"] == training(runs, "plain")[0]["loss"]
 
 
 def test_the_result_says_how_it_went(runs):
