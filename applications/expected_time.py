@@ -26,7 +26,8 @@ PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPE
 
 @dataclass(frozen=True)
 class ExpectedTime:
-    """Of one optimiser step (steps 1 and 2; of DPO with what the reference says of its pairs) or one iteration (step 3), all rows as long as they may be."""
+    """Of one optimiser step (of DPO with what the reference says of its pairs) or one iteration (step 3), all rows as
+    long as they may be."""
 
     seconds: float
     by_kind: dict[str, float]
