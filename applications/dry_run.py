@@ -119,7 +119,8 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
 
 def _training(settings: OptimizerSettings) -> str:
     what = f"LoRA adapters of rank {settings.lora.rank}" if settings.lora.rank else "all weights"
-    extras = [f"learning rate {settings.learning_rate:g}", f"ZeRO stage {settings.zero_stage}"]
+    rate = settings.adapter_learning_rate if settings.lora.rank else settings.learning_rate
+    extras = [f"learning rate {rate:g}", f"ZeRO stage {settings.zero_stage}"]
     if settings.offload != "none":
         extras.append(f"offload of {settings.offload.replace('+', ' and ')}")
     if settings.gradient_checkpointing:

@@ -76,6 +76,10 @@ class OptimizerSettings(Settings):
             raise ValueError("offload=optimizer+parameters needs zero_stage 3")
         return self
 
+    @property
+    def adapter_learning_rate(self) -> float:
+        return self.lora.learning_rate or self.learning_rate
+
 
 class FrozenSettings(Settings):
     """Where the weights of a role that only scores lie."""

@@ -145,8 +145,7 @@ def no_reduction(*_: Any, **__: Any) -> None:
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only; adapters may have a learning rate of their own."""
-    rest = settings.learning_rate
-    adapters = settings.lora.learning_rate or rest
+    adapters, rest = settings.adapter_learning_rate, settings.learning_rate
     trained = [
         (adapters if "lora_" in name else rest, parameter)
         for name, parameter in model.named_parameters()

@@ -79,7 +79,7 @@ def require_scorer_family(directory: Path) -> None:
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise UserError(
             f"Models of type '{kind}' cannot be reward models (transformers has no score head for them): choose "
-            f"another one with --reward-model, or --method dpo, which needs none."
+            f"another one with --reward-model, or --set method=dpo, which needs none."
         )
 
 

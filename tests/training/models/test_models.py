@@ -150,7 +150,7 @@ def test_scores_do_not_depend_on_the_other_rows(family):
 
 def test_a_family_without_a_score_head_is_refused(tmp_path):
     FAMILIES["codegen"].save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"type 'codegen' cannot be reward models .*--method dpo"):
+    with pytest.raises(UserError, match=r"type 'codegen' cannot be reward models .*method=dpo"):
         require_scorer_family(tmp_path)
     FAMILIES["gptj"].save_pretrained(tmp_path)
     require_scorer_family(tmp_path)
