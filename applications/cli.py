@@ -8,7 +8,7 @@ import typer
 
 app = typer.Typer(
     name="rlhf-chat",
-    help="Train a chat model from human feedback: SFT -> reward model -> PPO -> chat.",
+    help="Train a chat model from human feedback: SFT -> reward model -> PPO -> chat, or SFT -> DPO -> chat.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +32,8 @@ def run(
     name: Annotated[str | None, typer.Option(help="The run is runs/NAME; default: the model's name.")] = None,
     data: Data = None,
     reward_model: RewardModel = None,
-    steps: Annotated[str, typer.Option(help="Which of the steps 1,2,3.")] = "1,2,3",
+    method: Annotated[str | None, typer.Option(help="What follows SFT: ppo (a reward model and PPO) or dpo.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Which of the steps 1,2,3 (of dpo: 1,2); default: all.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print models, batches, memory and commands; touch nothing.")] = False,
     config: Config = None,
     set_: Set = None,
@@ -46,10 +47,12 @@ def run(
     rlhf-chat run --model smollm2-135m --name demo
 
     rlhf-chat run --model opt-13b --dry-run
+
+    rlhf-chat run --model smollm2-135m --name direct --method dpo
     """
     from applications.commands import pipeline_command
 
-    pipeline_command(model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion)
+    pipeline_command(model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, method)
 
 
 @app.command()
@@ -93,6 +96,29 @@ def reward(
     from applications.commands import step_command
 
     step_command(2, run_directory, model, reward_model, data, config, set_, processes)
+
+
+@app.command()
+def dpo(
+    run_directory: RunPath,
+    sft_model: Annotated[str | None, typer.Option(help="A finished SFT model, instead of step 1 of the run.")] = None,
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    processes: Processes = None,
+    debug: Debug = False,
+) -> None:
+    """DPO instead of steps 2 and 3, in a run directory; with --sft-model in a new one.
+
+    rlhf-chat dpo runs/demo
+
+    rlhf-chat dpo runs/mine --sft-model my/sft --data pairs.jsonl
+    """
+    from applications.commands import step_command
+    from training.config import DPO_STEP
+
+    step_command(DPO_STEP, run_directory, model or sft_model, None, data, config, set_, processes, sft_model)
 
 
 @app.command()

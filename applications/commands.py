@@ -5,8 +5,8 @@ from pathlib import Path
 
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
-from training.config import EMBEDDED_DATA, RunConfig, load_config, merge
-from training.run_directory import STEP_NAMES, RunDirectory
+from training.config import DPO_STEP, EMBEDDED_DATA, RunConfig, load_config, merge
+from training.run_directory import COMPARED, STEP_NAMES, RunDirectory
 
 
 def resolve_settings(
@@ -63,23 +63,31 @@ def pipeline_command(
     name: str | None,
     data: str | None,
     reward_model: str | None,
-    steps: str,
+    steps: str | None,
     dry_run: bool,
     config: list[Path] | None,
     overrides: list[str] | None,
     seed: int | None,
     processes: int | None,
     fusion: str | None,
+    method: str | None = None,
 ) -> None:
     """`rlhf-chat run`."""
-    chosen = parse_steps(steps)
-    flags = {"data": data, "reward_model": reward_model, "seed": seed, "processes": processes, "fusion": fusion}
+    flags = {
+        "data": data,
+        "reward_model": reward_model,
+        "seed": seed,
+        "processes": processes,
+        "fusion": fusion,
+        "method": method,
+    }
     if model is None and config is None and name is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
     path = Path("runs") / (name or Path(model or "run").name)
     if name is not None and (Path(name).is_absolute() or len(Path(name).parts) > 1):
         path = Path(name)
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
+    chosen = parse_steps(steps, settings or RunDirectory(path).read_config())
     if dry_run:
         print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
         return
@@ -99,7 +107,7 @@ def step_command(
     trained_reward: str | None = None,
     fusion: str | None = None,
 ) -> None:
-    """`rlhf-chat sft | reward | rlhf`."""
+    """`rlhf-chat sft | reward | rlhf | dpo`."""
     flags = {
         "data": data,
         "reward_model": reward_model,
@@ -108,6 +116,8 @@ def step_command(
         "trained_reward_model": trained_reward,
         "fusion": fusion,
     }
+    if step == DPO_STEP and (model is not None or config):
+        flags["method"] = "dpo"  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
     execute(run_directory, settings, [step])
 
@@ -133,8 +143,9 @@ def execute(path: Path, settings: RunConfig | None, steps: list[int]) -> None:
 def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[int]) -> None:
     """A step whose input is missing is refused before anything is started, with the command that makes it."""
     needed = set()
-    if 3 in steps:
+    if COMPARED.keys() & set(steps):
         needed |= {1} if not config.sft_model else set()
+    if 3 in steps:
         needed |= {2} if not config.trained_reward_model else set()
     if 2 in steps and config.reward.initialize_from == "sft" and not config.sft_model:
         needed.add(1)
@@ -187,12 +198,16 @@ def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:
     return 0 if check_model(model, tp, dtype) else 1
 
 
-def parse_steps(text: str) -> list[int]:
-    """`1,2,3` -> [1, 2, 3], in order and without repeats."""
+def parse_steps(text: str | None, config: RunConfig) -> list[int]:
+    """`1,2` -> the first two steps of the run's method, in order and without repeats; all of them where None."""
+    if text is None:
+        return config.steps
+    places = range(1, len(config.steps) + 1)
     try:
-        steps = sorted({int(part) for part in text.split(",")})
+        chosen = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        steps = []
-    if not steps or not set(steps) <= set(STEP_NAMES):
-        raise UserError(f"--steps takes some of 1,2,3 separated by commas, not '{text}'.")
-    return steps
+        chosen = []
+    if not chosen or not set(chosen) <= set(places):
+        several = ",".join(map(str, places))
+        raise UserError(f"--steps takes some of {several} separated by commas, not '{text}' (method {config.method}).")
+    return [config.steps[place - 1] for place in chosen]

@@ -12,13 +12,18 @@ from pathlib import Path
 
 from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, scorer_source, size, verdict
-from training.config import FrozenSettings, OptimizerSettings, RunConfig
+from training.config import DPO_STEP, FrozenSettings, OptimizerSettings, RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
-from training.run_directory import STEP_NAMES
+from training.run_directory import STEP_NAMES, place_of
 
 __all__ = ["check_fits", "dry_run"]
 
-STEP_TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "RLHF with PPO"}
+STEP_TITLES = {
+    1: "supervised fine-tuning",
+    2: "reward model",
+    3: "RLHF with PPO",
+    DPO_STEP: "direct preference optimisation",
+}
 COLUMNS = 100
 _PHASE_ORDER = {"": 0, LOADING: 1, "generation": 2, "training": 3, "saving": 4}
 
@@ -39,7 +44,8 @@ def dry_run(
     lines += _machine_and_models(outlook)
     for step in steps:
         settings = _rlhf_step(outlook) if step == 3 else _supervised_step(outlook, step)
-        lines += ["", f"Step {step}: {STEP_TITLES[step]}", *settings, *_time(outlook, step), *_memory(outlook, step)]
+        title = f"Step {place_of(step)}: {STEP_TITLES[step]}"
+        lines += ["", title, *settings, *_time(outlook, step), *_memory(outlook, step)]
     lines += ["", *_where(outlook, run_directory), "", "Commands"]
     if isinstance(launch_commands, dict):
         lines += [f"  {shlex.join(launch_commands[step])}" for step in steps if step in launch_commands]
@@ -54,18 +60,19 @@ def _machine_and_models(outlook: Outlook) -> list[str]:
     where = (
         f"{config.processes} on this machine" if outlook.nodes == 1 else f"{config.processes} on {outlook.nodes} nodes"
     )
+    scorer = f"{scorer_source(config)}, {_parameters(outlook.scorer, scorer=True)}"
     return [
         _line("this machine", str(outlook.machine)),
         _line("processes", f"{where}, computing in {_dtype_name(outlook)}"),
         _line("actor", f"{config.sft_model or config.model}, {_parameters(outlook.actor)}"),
-        _line("reward, critic", f"{scorer_source(config)}, {_parameters(outlook.scorer, scorer=True)}"),
+        *([_line("reward, critic", scorer)] if {2, 3} & set(outlook.steps) else []),
         _line("data", f"{config.data.source}" + (f", at most {config.data.limit:,} rows" if config.data.limit else "")),
         _line("lengths", f"prompt {config.data.max_prompt_tokens} + response {config.data.max_response_tokens} tokens"),
     ]
 
 
 def _supervised_step(outlook: Outlook, step: int) -> list[str]:
-    settings = outlook.config.sft if step == 1 else outlook.config.reward
+    settings = outlook.config.supervised(step)
     unit = "rows" if step == 1 else "pairs"
     together = 1 if step == 1 else 2
     rows = rows_per_micro_batch(settings.micro_batch_tokens, outlook.length, together) // together
@@ -76,6 +83,7 @@ def _supervised_step(outlook: Outlook, step: int) -> list[str]:
     tokens = settings.batch_size * together * outlook.length
     return [
         _line("trains", _training(settings.optimizer)),
+        *([_line("reference", "the model before its first update, asked once")] if step == DPO_STEP else []),
         _line("batch", _batch(settings.batch_size, rows, outlook, unit)),
         _line("optimiser steps", updates),
         *_compute(outlook.shape_of(step), settings.optimizer, tokens),
@@ -111,7 +119,8 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
 
 def _training(settings: OptimizerSettings) -> str:
     what = f"LoRA adapters of rank {settings.lora.rank}" if settings.lora.rank else "all weights"
-    extras = [f"learning rate {settings.learning_rate:g}", f"ZeRO stage {settings.zero_stage}"]
+    rate = settings.adapter_learning_rate if settings.lora.rank else settings.learning_rate
+    extras = [f"learning rate {rate:g}", f"ZeRO stage {settings.zero_stage}"]
     if settings.offload != "none":
         extras.append(f"offload of {settings.offload.replace('+', ' and ')}")
     if settings.gradient_checkpointing:
@@ -153,8 +162,9 @@ def _time(outlook: Outlook, step: int) -> list[str]:
         return [_line("time", "unknown; `rlhf-chat profile` measures this machine, `rlhf-chat plan` costs others")]
     each = "an iteration" if step == 3 else "an optimiser step"
     text = f"about {duration(expected.seconds)} {each}"
-    if step == 3:
+    if len(expected.by_kind) > 1:
         text += f" ({', '.join(f'{kind} {duration(s)}' for kind, s in expected.by_kind.items())})"
+    if step == 3:
         text += f", {duration(expected.seconds * outlook.config.rlhf.iterations)} in all"
     lines = wrap(f"{text}, every row as long as it may be; rates: {expected.source}", COLUMNS - len(_line("", "")))
     return [_line("time", lines[0]), *(_line("", line) for line in lines[1:])]
@@ -194,7 +204,7 @@ def _where(outlook: Outlook, run_directory: Path) -> list[str]:
     state = "there already" if run_directory.exists() else "to be made"
     return [
         _line("run directory", f"{run_directory} ({state})"),
-        *(_line(f"step {step}", str(run_directory / STEP_NAMES[step] / "model")) for step in outlook.steps),
+        *(_line(f"step {place_of(step)}", str(run_directory / STEP_NAMES[step] / "model")) for step in outlook.steps),
         _line("disk", f"{needed} for models and checkpoints, {free} free"),
     ]
 

@@ -7,6 +7,7 @@ import torch
 from applications.fit import GIB, Outlook
 from applications.plan_request import workload_of
 from inference.errors import UserError
+from training.config import DPO_STEP
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
@@ -19,13 +20,14 @@ from training.planner.plan import Plan
 from training.planner.workload import Precision, Workload
 
 GPU_NAMES = {"H200": "h200", "H100": "h100", "A800": "a800-80g", "V100": "v100", "L40S": "l40s", "4090": "rtx-4090"}
-ALGORITHMS = {1: "sft", 2: "reward"}
+ALGORITHMS = {1: "sft", 2: "reward", DPO_STEP: "dpo"}
 PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class ExpectedTime:
-    """Of one optimiser step (steps 1 and 2) or one iteration (step 3), all rows as long as they may be."""
+    """Of one optimiser step (of DPO with what the reference says of its pairs) or one iteration (step 3), all rows as
+    long as they may be."""
 
     seconds: float
     by_kind: dict[str, float]
@@ -85,21 +87,20 @@ def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
 
 
 def _supervised(outlook: Outlook, step: int, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
-    settings = outlook.config.sft if step == 1 else outlook.config.reward
+    settings = outlook.config.supervised(step)
     graph, shape, optimizer = DataflowGraph.of(ALGORITHMS[step]), outlook.shape_of(step), settings.optimizer
     assert shape is not None
-    (role,) = graph.roles
-    data, rows = outlook.config.data, settings.batch_size * (2 if step == 2 else 1)  # a pair is two rows
+    data, rows = outlook.config.data, settings.batch_size * (1 if step == 1 else 2)  # a pair is two rows
     workload = Workload.of(
-        {role: shape},
+        dict.fromkeys(graph.roles, shape),
         rows,
         data.max_prompt_tokens,
         data.max_response_tokens,
         mini_batches=1,
         precision=PRECISIONS[outlook.dtype],
         checkpointing=optimizer.gradient_checkpointing,
-        lora={role: optimizer.lora},
+        lora=dict.fromkeys(graph.trained_roles, optimizer.lora),
     )
     graphs = AugmentedGraphs(graph, CallCosts(workload, cluster))
-    stages = {role: optimizer.zero_stage}
+    stages = dict.fromkeys(graph.roles, optimizer.zero_stage)
     return graphs, trainer_plan(graph, workload, outlook.ranks, stages, settings.micro_batch_tokens)

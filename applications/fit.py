@@ -15,6 +15,7 @@ from inference.errors import UserError
 from training.config import OptimizerSettings, RunConfig, merge, validate_config
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
 from training.models.loading import TORCH_DTYPES, resolve_dtype
+from training.run_directory import place_of
 
 GIB = 2**30
 CLUSTER_GPU = 80 * GIB
@@ -99,7 +100,7 @@ class Outlook:
 
     def memory(self, step: int) -> StepMemory | None:
         """None where a shape that the step needs is unknown."""
-        needed = {1: [self.actor], 2: [self.shape_of(2)], 3: [self.actor, self.scorer]}[step]
+        needed = [self.actor, self.scorer] if step == 3 else [self.shape_of(step)]
         if any(shape is None for shape in needed):
             return None
         known = self.actor or self.scorer
@@ -134,8 +135,8 @@ def check_fits(config: RunConfig, steps: Sequence[int], nodes: int = 1) -> None:
         held, has = memory.held(*outlook.machine.places), outlook.machine.per_process(config.processes)
         if held > has:
             raise UserError(
-                f"Step {step} cannot run here: weights, gradients and optimiser states take about {size(held)} per "
-                f"process, {_has(outlook)} {size(has)}; ways out: {ways_out(outlook)}."
+                f"Step {place_of(step)} cannot run here: weights, gradients and optimiser states take about "
+                f"{size(held)} per process, {_has(outlook)} {size(has)}; ways out: {ways_out(outlook)}."
             )
 
 
@@ -176,7 +177,7 @@ def verdict(outlook: Outlook, run_directory: Path) -> str:
     has = outlook.machine.per_process(outlook.config.processes)
     if need > has:
         return (
-            f"Verdict: does not fit here: step {step} needs about {size(need)} per process, {_has(outlook)} "
+            f"Verdict: does not fit here: step {place_of(step)} needs about {size(need)} per process, {_has(outlook)} "
             f"{size(has)}; ways out: {ways_out(outlook)}"
         )
     processes = outlook.config.processes
@@ -193,7 +194,7 @@ def verdict(outlook: Outlook, run_directory: Path) -> str:
             f"Verdict: does not fit here: the run directory takes up to {size(disk)}, {size(free)} are free; "
             f"ways out: another disk, or fewer checkpoints (checkpoint_every=0)"
         )
-    return f"Verdict: fits: step {step} needs most, about {size(need)} per process of {size(has)}"
+    return f"Verdict: fits: step {place_of(step)} needs most, about {size(need)} per process of {size(has)}"
 
 
 def _has(outlook: Outlook) -> str:
@@ -221,12 +222,13 @@ def _changes(outlook: Outlook) -> Iterator[tuple[str, Outlook]]:
         return {
             "sft": {"optimizer": values},
             "reward": {"optimizer": values},
+            "dpo": {"optimizer": values},
             "rlhf": {"actor": values, "critic": values},
         }
 
     lora = on_all({"lora": {"rank": 16}})
     short = {"data": {"max_prompt_tokens": 128, "max_response_tokens": 128}}
-    small = {step: {"micro_batch_tokens": 256} for step in ("sft", "reward", "rlhf")}
+    small = {step: {"micro_batch_tokens": 256} for step in ("sft", "reward", "dpo", "rlhf")}
     frugal = merge(merge(short, small), on_all({"gradient_checkpointing": True}))
     yield "shorter rows, small micro-batches and gradient checkpointing", outlook.with_settings(frugal)
     if outlook.machine.gpus:
@@ -245,6 +247,7 @@ def _more_ranks(outlook: Outlook) -> list[str]:
         "processes": 1,
         "sft": {"optimizer": three},
         "reward": {"optimizer": three},
+        "dpo": {"optimizer": three},
         "rlhf": four_roles,
     }
     ranks = 1
@@ -280,7 +283,7 @@ def disk_needed(outlook: Outlook) -> int:
             every, keep = config.rlhf.checkpoint_every, config.rlhf.keep_checkpoints
             trained = [(outlook.actor, config.rlhf.actor), (outlook.scorer, config.rlhf.critic)]
         else:
-            settings = config.sft if step == 1 else config.reward
+            settings = config.supervised(step)
             every, keep, trained = settings.checkpoint_every, settings.keep_checkpoints, []
             trained.append((outlook.shape_of(step), settings.optimizer))
         shape = outlook.shape_of(step)

@@ -1,4 +1,7 @@
-"""The one-command pipeline: prepare, step 1 -> 2 -> 3, compare. What is done is skipped, what is half done resumed."""
+"""The one-command pipeline: prepare, step 1 -> 2 -> 3 (or 1 -> DPO), compare.
+
+What is done is skipped, what is half done resumed.
+"""
 
 import time
 from pathlib import Path
@@ -7,22 +10,23 @@ from typing import Any
 from applications.launch import run_stage_script
 from applications.report_table import comparison_table
 from inference.errors import UserError
-from training.config import RunConfig
+from training.config import DPO_STEP, RunConfig
 from training.data.rows import read_rows, require_rows
 from training.metrics import Display, duration
-from training.run_directory import STEP_NAMES, RunDirectory
+from training.run_directory import COMPARED, STEP_NAMES, RunDirectory, place_of
 from training.versions import versions
 
-TITLES = {1: "Step 1 of 3: supervised fine-tuning", 2: "Step 2 of 3: reward model", 3: "Step 3 of 3: PPO"}
+TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO", DPO_STEP: "direct preference optimisation"}
 DOUBTFUL_ACCURACY = 0.55
 CHANGEABLE = {
+    "method",
     "micro_batch_tokens",
     "generation_batch",
     "gradient_checkpointing",
     "checkpoint_every",
     "keep_checkpoints",
 }
-"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what is computed.
+"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step computes.
 So may all of rlhf.fusion."""
 
 
@@ -70,7 +74,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, 
 
 
 def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None:
-    """Run the steps in order inside the locked run directory, then compare SFT and RLHF."""
+    """Run the steps in order inside the locked run directory, then compare SFT with RLHF or DPO."""
     display = Display()
     with run.locked():
         begun = time.monotonic()
@@ -85,27 +89,35 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
         training_seconds = 0.0
         for step in steps:
             training_seconds += run_step(run, config, step, display)
-        if 3 in steps and config.evaluation.prompts:
-            compare(run, display)
+        for step in COMPARED.keys() & set(steps):
+            if config.evaluation.prompts:
+                compare(run, step, display)
         display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
-        if 3 in steps or 1 in steps:
+        if steps != [2]:
             display.say(f"Talk to it: rlhf-chat chat {run.path}")
 
 
 def run_step(run: RunDirectory, config: RunConfig, step: int, display: Display) -> float:
     """One step, unless it is finished; returns the seconds it took now."""
-    directory = run.step(step)
+    directory, title = run.step(step), title_of(step, config)
     if directory.is_finished:
-        display.say(f"{TITLES[step]}: done already")
+        display.say(f"{title}: done already")
         return 0.0
     if step == 3:
         warn_of_doubtful_reward(run, display)
-    display.say(TITLES[step])
+    display.say(title)
     begun = time.monotonic()
     run_stage_script(STEP_NAMES[step], run, config.processes)
     seconds = time.monotonic() - begun
-    display.say(f"{TITLES[step]}: {duration(seconds)}, model in {directory.model}")
+    display.say(f"{title}: {duration(seconds)}, model in {directory.model}")
     return seconds
+
+
+def title_of(step: int, config: RunConfig) -> str:
+    """`Step 2 of 3: reward model`; a step that the run's method leaves out has no place in it."""
+    if step in config.steps:
+        return f"Step {config.steps.index(step) + 1} of {len(config.steps)}: {TITLES[step]}"
+    return f"Step {place_of(step)}: {TITLES[step]}"
 
 
 def warn_of_doubtful_reward(run: RunDirectory, display: Display) -> None:
@@ -119,12 +131,13 @@ def warn_of_doubtful_reward(run: RunDirectory, display: Display) -> None:
         )
 
 
-def compare(run: RunDirectory, display: Display) -> None:
-    """Answers of SFT and RLHF to held-out prompts, measured; the table is printed."""
+def compare(run: RunDirectory, step: int, display: Display) -> None:
+    """Answers of SFT and of the step's model to held-out prompts, measured; the table is printed."""
+    both = f"SFT and {COMPARED[step].upper()}"
     if not read_rows(run.data / "prompts_eval.jsonl"):
-        display.say("No prompts are held out, so SFT and RLHF are not compared: more rows, or a larger data.held_out.")
+        display.say(f"No prompts are held out, so {both} are not compared: more rows, or a larger data.held_out.")
         return
-    if not run.evaluation_file.exists():
-        display.say("Comparing SFT and RLHF on held-out prompts")
+    if not run.comparison_of(step)[0].exists():
+        display.say(f"Comparing {both} on held-out prompts")
         run_stage_script("evaluation", run, 1)
-    display.say(comparison_table(run))
+    display.say(comparison_table(run, step=step))

@@ -6,6 +6,7 @@ extended. Read at every start of the command, so nothing heavy is imported here.
 
 import copy
 import difflib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _family_and_size(name: str) -> tuple[str, float]:
     """`qwen2.5-0.5b` -> (`qwen2.5`, 0.5e9)."""
-    family, _, size = name.partition("-")
-    if family == "llama":  # llama-3.1-8b and llama-3.2-1b are one family
-        size = size.rpartition("-")[2]
-    unit = {"m": 1e6, "b": 1e9}.get(size[-1:], 0.0)
-    return family, float(size[:-1]) * unit if unit else 0.0
+    found = re.fullmatch(r"(.+?)(-[\d.]+)?-([\d.]+)([mb])(-mono)?", name)
+    if found is None:
+        return name, 0.0
+    family, _, number, unit, _ = found.groups()  # llama-3.1-8b and llama-3.2-1b are one family
+    return family, float(number) * {"m": 1e6, "b": 1e9}[unit]

@@ -2,14 +2,16 @@
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from training.config import DPO_STEP
 from training.data.rows import read_rows
-from training.run_directory import RunDirectory
+from training.run_directory import COMPARED, RunDirectory
 
 ROWS = (
     ("true upbeat score", "true_score", "{:.3f}"),
@@ -24,13 +26,17 @@ ROWS = (
 SHOWN_ANSWERS = 6
 
 
-def comparison_table(run: RunDirectory, width: int = 100) -> str:
-    """Reward accuracy, SFT beside RLHF, win rate and sample answers, as text."""
-    result = json.loads(run.evaluation_file.read_text())
+def comparison_table(run: RunDirectory, width: int = 100, step: int = 3) -> str:
+    """Accuracy on pairs, SFT beside the model of `step` (RLHF or DPO), win rate and sample answers, as text."""
+    evaluation_file, comparison_file = run.comparison_of(step)
+    result = json.loads(evaluation_file.read_text())
+    name = COMPARED[step]
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print()
     if run.step(2).is_finished:
         print_reward_accuracy(console, run.step(2).read_result())
+    if step == DPO_STEP and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
+        console.print(f"DPO: {accuracy:.1%} of held-out pairs ranked right by its implicit reward")
     sampling = result["sampling"]
     console.print(
         f"{result['prompts']} held-out prompts, temperature {sampling['temperature']:g}, "
@@ -39,22 +45,24 @@ def comparison_table(run: RunDirectory, width: int = 100) -> str:
     table = Table()
     table.add_column("")
     table.add_column("SFT", justify="right")
-    table.add_column("RLHF", justify="right")
+    table.add_column(name.upper(), justify="right")
     for label, key, form in ROWS:
         if key in result["sft"]:
-            table.add_row(label, form.format(result["sft"][key]), form.format(result["rlhf"][key]))
+            table.add_row(label, form.format(result["sft"][key]), form.format(result[name][key]))
     console.print(table)
-    win = result["win_rate"]
-    console.print(
-        f"RLHF beats SFT in {win['rate']:.1%} of prompts by {win['judge']} (95 % interval {win['low']:.1%} to "
-        f"{win['high']:.1%}; a tie counts half)"
-    )
+    if win := result.get("win_rate"):
+        console.print(
+            f"{name.upper()} beats SFT in {win['rate']:.1%} of prompts by {win['judge']} (95 % interval "
+            f"{win['low']:.1%} to {win['high']:.1%}; a tie counts half)"
+        )
+    else:
+        console.print("No win rate: nothing judges the answers (no reward model in this run, no known rule)")
     if unseen := result.get("win_rate_unseen_questions"):
         console.print(
             f"On the {unseen['prompts']} prompts under questions that no step was trained on: {unseen['rate']:.1%} "
             f"({unseen['low']:.1%} to {unseen['high']:.1%})"
         )
-    print_answers(console, run)
+    print_answers(console, comparison_file, name)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
@@ -71,10 +79,10 @@ def print_reward_accuracy(console: Console, result: dict[str, Any]) -> None:
     console.print(f"Reward model: {result['eval/accuracy']:.1%} of held-out pairs ranked right ({by_length})")
 
 
-def print_answers(console: Console, run: RunDirectory) -> None:
+def print_answers(console: Console, comparison_file: Path, name: str) -> None:
     table = Table(show_lines=True)
-    for name in ("prompt", "SFT", "RLHF"):
-        table.add_column(name, overflow="fold")
-    for row in read_rows(run.comparison_file)[:SHOWN_ANSWERS]:
-        table.add_row(Text(row["prompt"][-1]["content"]), Text(row["sft"]), Text(row["rlhf"]))  # no markup in them
+    for heading in ("prompt", "SFT", name.upper()):
+        table.add_column(heading, overflow="fold")
+    for row in read_rows(comparison_file)[:SHOWN_ANSWERS]:
+        table.add_row(Text(row["prompt"][-1]["content"]), Text(row["sft"]), Text(row[name]))  # no markup in them
     console.print(table)

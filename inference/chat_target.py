@@ -6,13 +6,18 @@ from pathlib import Path
 
 from inference.errors import UserError
 
-CHAT_STEPS = {"SFT": ("step1_sft", "sft"), "RLHF": ("step3_rlhf", "rlhf")}  # label: (directory, command)
+CHAT_STEPS = {  # label: (directory, command)
+    "SFT": ("step1_sft", "sft"),
+    "DPO": ("step2_dpo", "dpo"),
+    "RLHF": ("step3_rlhf", "rlhf"),
+}
 
 
 def find_chat_models(target: Path, compare: bool) -> list[tuple[str, Path]]:
-    """Labels and model directories: the newest finished step of a run, or SFT and RLHF to `compare`, or one model.
+    """Labels and model directories: a run's last finished step, or SFT and what followed it to `compare`, or one model.
 
-    Says on stderr when a run's step 3 is not finished yet. Raises UserError where there is nothing to talk to.
+    Says on stderr when neither step 3 nor DPO of a run is finished yet. Raises UserError where there is nothing to
+    talk to.
     """
     if not target.exists():
         raise UserError(f"{target} does not exist; give a run directory such as runs/demo, or a model directory.")
@@ -26,17 +31,23 @@ def find_chat_models(target: Path, compare: bool) -> list[tuple[str, Path]]:
             "train a model with rlhf-chat run, or give a Hugging Face model directory."
         )
     if compare:
-        raise UserError(f"{target} is one model; to compare SFT with RLHF, give the run directory that holds both.")
+        raise UserError(
+            f"{target} is one model; to compare SFT with RLHF or DPO, give the run directory that holds both."
+        )
     refuse_reward_model(target)
     return [(target.resolve().name, target)]
 
 
 def find_newest_model(run: Path) -> tuple[str, Path]:
-    if is_finished(run, "RLHF"):
-        return "RLHF", model_directory(run, "RLHF")
+    for label in ("RLHF", "DPO"):
+        if is_finished(run, label):
+            return label, model_directory(run, label)
     if is_finished(run, "SFT"):
+        label = label_after_sft(run)
+        step = "Step 2 (DPO)" if label == "DPO" else "Step 3"
         print(
-            f"Step 3 of {run} is not finished yet, so this is the SFT model (continue with rlhf-chat rlhf {run}).",
+            f"{step} of {run} is not finished yet, so this is the SFT model "
+            f"(continue with rlhf-chat {CHAT_STEPS[label][1]} {run}).",
             file=sys.stderr,
         )
         return "SFT", model_directory(run, "SFT")
@@ -46,10 +57,17 @@ def find_newest_model(run: Path) -> tuple[str, Path]:
 
 
 def find_both_models(run: Path) -> list[tuple[str, Path]]:
-    for label, (step, command) in CHAT_STEPS.items():
-        if not is_finished(run, label):
-            raise UserError(f"To compare, {run} needs {step}, which is not finished; run rlhf-chat {command} {run}.")
-    return [(label, model_directory(run, label)) for label in CHAT_STEPS]
+    """SFT and what followed it: RLHF or DPO, or both."""
+    finished = [label for label in CHAT_STEPS if is_finished(run, label)]
+    if "SFT" not in finished or finished == ["SFT"]:
+        step, command = CHAT_STEPS[label_after_sft(run) if finished == ["SFT"] else "SFT"]
+        raise UserError(f"To compare, {run} needs {step}, which is not finished; run rlhf-chat {command} {run}.")
+    return [(label, model_directory(run, label)) for label in finished]
+
+
+def label_after_sft(run: Path) -> str:
+    """What the run makes of the SFT model: DPO where that has begun."""
+    return "DPO" if model_directory(run, "DPO").parent.is_dir() else "RLHF"
 
 
 def model_directory(run: Path, label: str) -> Path:

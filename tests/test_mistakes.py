@@ -38,6 +38,9 @@ def sentence(monkeypatch, capsys, cwd, *arguments) -> str:
         (["sft", "nowhere"], "not a run directory"),
         (["chat", "nowhere"], "nowhere"),
         (["rlhf", "new", "--model", "tiny"], "rlhf-chat sft"),
+        (["dpo", "new", "--model", "tiny"], "rlhf-chat sft"),
+        (["run", "--model", "tiny", "--method", "dqo"], "method"),
+        (["run", "--model", "tiny", "--method", "dpo", "--steps", "3"], "--steps takes some of 1,2"),
     ],
 )
 def test_command_line(monkeypatch, capsys, tmp_path, arguments, expected):

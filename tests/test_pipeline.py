@@ -1,6 +1,7 @@
 """The real command on the `tiny` preset: files, lines, resume, two processes, two machines, chat."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import training
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
+from training.config import DPO_STEP
 from training.run_directory import RunDirectory
 
 
@@ -62,6 +64,30 @@ def test_first_update_invariants(tiny_run):
     checked = json.loads((tiny_run / "step3_rlhf" / "first_update.json").read_text())
     assert checked["generation_logprob_difference"] < 1e-4
     assert checked["ratio_error"] < 1e-4 and abs(checked["kl_old"]) < 1e-6
+
+
+def test_dpo_in_one_command(workplace):
+    """SFT, DPO, comparison without a reward model, chat; again, nothing is left to do."""
+    command = ("run", "--model", "tiny", "--name", "direct", "--method", "dpo")
+    done = rlhf_chat(*command, cwd=workplace)
+    assert done.code == 0, done.out[-3000:] + done.err[-3000:]
+    for line in ("Step 1 of 2", "Step 2 of 2: direct preference", "DPO beats SFT", "rlhf-chat chat runs/direct"):
+        assert line in done.out
+    assert "Step 3" not in done.out and "learned reward" not in done.out
+    run = RunDirectory(workplace / "runs" / "direct")
+    first, *_, last = [row for row in metrics(run, DPO_STEP) if "eval/loss" in row]
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and first["eval/margin"] == 0
+    assert last["eval/reward/chosen"] != 0
+    evaluation = json.loads((run.path / "evaluation_dpo.json").read_text())
+    assert evaluation["sft"]["kl"] == 0 and "learned_reward" not in evaluation["dpo"]
+    assert not (run.path / "step2_reward").exists() and not (run.path / "evaluation.json").exists()
+    assert torch.isfinite(
+        AutoModelForCausalLM.from_pretrained(run.step(DPO_STEP).model)(torch.tensor([[5]])).logits
+    ).all()
+    again = rlhf_chat("run", "--name", "direct", cwd=workplace)
+    assert again.code == 0 and again.out.count("done already") == 2
+    talk = rlhf_chat("chat", run.path, "--compare", "--max-tokens", 12, cwd=workplace, stdin="hello\n")
+    assert talk.code == 0 and "SFT" in talk.out and "DPO" in talk.out, talk.err
 
 
 def test_what_is_done_is_skipped(tiny_run, workplace):

@@ -40,10 +40,10 @@ PPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, CRITIC_SCORE, ACTOR_TRAIN,
 GRPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, ACTOR_TRAIN_ON_GROUPS)
 RLOO = GRPO
 """The same calls; what differs is a formula between them."""
-DPO = (
-    Call("reference", "score", ("pairs",), ("reference_logprobs",)),
-    Call("actor", "train", ("pairs", "reference_logprobs")),
-)
+REFERENCE_SCORE_PAIRS = Call("reference", "score", ("pairs",), ("reference_logprobs",))
+"""Once for each pair, before the first update, while the actor still is the reference."""
+ACTOR_TRAIN_ON_PAIRS = Call("actor", "train", ("pairs", "reference_logprobs"))
+DPO = (REFERENCE_SCORE_PAIRS, ACTOR_TRAIN_ON_PAIRS)
 SFT = (Call("actor", "train", ("rows",)),)
 REWARD = (Call("reward", "train", ("pairs",)),)
 ALGORITHMS = {"ppo": PPO, "grpo": GRPO, "rloo": RLOO, "dpo": DPO, "sft": SFT, "reward": REWARD}

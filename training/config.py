@@ -20,6 +20,8 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 EMBEDDED_DATA = "chitchat"
+DPO_STEP = 4
+"""The number of the step that `method: dpo` puts in the place of steps 2 and 3."""
 
 
 class Settings(BaseModel):
@@ -33,6 +35,8 @@ class LoRASettings(Settings):
     """LoRA scale: the adapter's output is multiplied by alpha / rank."""
     targets: str | list[str] = "all-linear"
     """Module names that get an adapter, or `all-linear`."""
+    learning_rate: float = Field(0.0, ge=0)
+    """Peak learning rate of the adapters; 0 takes the optimizer's, which a reward model's score head always has."""
 
 
 class OptimizerSettings(Settings):
@@ -71,6 +75,10 @@ class OptimizerSettings(Settings):
         if self.offload == "optimizer+parameters" and self.zero_stage != 3:
             raise ValueError("offload=optimizer+parameters needs zero_stage 3")
         return self
+
+    @property
+    def adapter_learning_rate(self) -> float:
+        return self.lora.learning_rate or self.learning_rate
 
 
 class FrozenSettings(Settings):
@@ -112,7 +120,7 @@ class DataSettings(Settings):
 
 
 class StepSettings(Settings):
-    """What steps 1 and 2 have in common."""
+    """What steps 1 and 2 (reward model, DPO) have in common."""
 
     batch_size: int = Field(32, ge=1)
     """Rows (pairs in step 2) in one optimiser step, over all ranks."""
@@ -130,6 +138,8 @@ class StepSettings(Settings):
     """Optimiser steps between checkpoints; 0 means none."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of activations and attention weights that training drops, wherever the family has dropout; 0 is off."""
     optimizer: OptimizerSettings = OptimizerSettings()
 
 
@@ -145,6 +155,16 @@ class RewardSettings(StepSettings):
     """Use only the first so many layers of the base checkpoint, for the critic too; 0 uses all."""
     normalize: bool = True
     """Shift and scale the scores so that human replies of held-out rows have mean 0 and standard deviation 1."""
+
+
+class DPOSettings(StepSettings):
+    beta: float = Field(0.1, gt=0)
+    """How dear it is to leave the reference: an implicit reward is beta times the log-ratio of policy and reference."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the pairs taken to be labelled the wrong way round (conservative DPO); 0 is DPO as published."""
+    length_normalized: bool = False
+    """Divide each log-ratio by its response's tokens, so that length earns nothing; wants a larger beta (2 to 10)."""
+    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-6)
 
 
 class KLSettings(Settings):
@@ -260,7 +280,7 @@ class RLHFSettings(Settings):
 
 class EvaluationSettings(Settings):
     prompts: int = Field(200, ge=0)
-    """Held-out prompts answered by the SFT and the RLHF model after step 3; 0 leaves the comparison out."""
+    """Held-out prompts answered by the SFT and the RLHF (or DPO) model in the end; 0 leaves the comparison out."""
     true_score: Literal["none", "upbeat"] = "none"
     """The rule behind the preference, when it is known: `upbeat` is the vaderSentiment lexicon."""
 
@@ -274,6 +294,8 @@ class RunConfig(Settings):
     """A finished SFT model used instead of step 1's; steps 2 and 3 then need no step 1."""
     trained_reward_model: str = ""
     """A finished reward model used instead of step 2's."""
+    method: Literal["ppo", "dpo"] = "ppo"
+    """What follows step 1: a reward model and PPO (steps 2 and 3), or DPO alone, straight from the pairs."""
     seed: int = Field(1, ge=0)
     """Seed of everything drawn at random."""
     dtype: Dtype = "auto"
@@ -287,6 +309,7 @@ class RunConfig(Settings):
     data: DataSettings = DataSettings()
     sft: SFTSettings = SFTSettings()
     reward: RewardSettings = RewardSettings()
+    dpo: DPOSettings = DPOSettings()
     rlhf: RLHFSettings = RLHFSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     architecture: dict[str, dict[str, Any]] = {}
@@ -299,7 +322,13 @@ class RunConfig(Settings):
         samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
         if samples < self.processes:
             raise ValueError(f"an iteration of {samples} samples leaves some of processes={self.processes} idle")
-        trained = (self.sft.optimizer, self.reward.optimizer, self.rlhf.actor, self.rlhf.critic)
+        trained = (
+            self.sft.optimizer,
+            self.reward.optimizer,
+            self.dpo.optimizer,
+            self.rlhf.actor,
+            self.rlhf.critic,
+        )
         if self.dtype == "fp16" and not all(optimizer.master_weights for optimizer in trained):
             raise ValueError("master_weights=false needs dtype bf16: fp16 cannot train without fp32 weights")
         if self.rlhf.min_response_tokens >= self.data.max_response_tokens:
@@ -308,6 +337,15 @@ class RunConfig(Settings):
                 f"data.max_response_tokens={self.data.max_response_tokens}"
             )
         return self
+
+    @property
+    def steps(self) -> list[int]:
+        """Numbers of the steps that the run's method has."""
+        return [1, DPO_STEP] if self.method == "dpo" else [1, 2, 3]
+
+    def supervised(self, step: int) -> StepSettings:
+        """Of a step that learns from rows: every one but 3."""
+        return {1: self.sft, 2: self.reward, DPO_STEP: self.dpo}[step]
 
     @property
     def reward_model_source(self) -> str:

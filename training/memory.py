@@ -185,15 +185,19 @@ def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1)
 def estimate_step_memory(
     step: int, config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int
 ) -> StepMemory:
-    """The memory of step 1, 2 or 3 on one of `ranks` ranks. `scorer` is the shape of reward model and critic."""
+    """The memory of a step on one of `ranks` ranks. `scorer` is the shape of reward model and critic.
+
+    DPO holds no reference: what it says was asked of the actor before the first update.
+    """
     if step == 3:
         return _rlhf_memory(config, actor, scorer, dtype, ranks)
-    if step == 1:
-        optimizer, shape, parameters = config.sft.optimizer, actor, actor.parameters
-        passes = _pass_parts(actor, config, config.sft, optimizer, dtype, "training", with_logits=True)
+    settings = config.supervised(step)
+    optimizer, together = settings.optimizer, 1 if step == 1 else 2
+    if step == 2:
+        shape, parameters = scorer, scorer.scorer_parameters
     else:
-        optimizer, shape, parameters = config.reward.optimizer, scorer, scorer.scorer_parameters
-        passes = _pass_parts(scorer, config, config.reward, optimizer, dtype, "training", rows_together=2)
+        shape, parameters = actor, actor.parameters
+    passes = _pass_parts(shape, config, settings, optimizer, dtype, "training", together, with_logits=step != 2)
     training = training_parts("", parameters, shape, optimizer, dtype, ranks, "training")
     saving = _saving_parts(parameters, _adapters(shape, optimizer) or parameters)
     return StepMemory((*training, *passes, *saving))

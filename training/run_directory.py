@@ -2,7 +2,7 @@
 
 runs/<name>/
   config.yaml  data/  evaluation.json  comparison.jsonl
-  step1_sft/  step2_reward/  step3_rlhf/
+  step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl)
     model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
 
@@ -20,10 +20,17 @@ from typing import Any
 import yaml
 
 from inference.errors import UserError
-from training.config import RunConfig, read_yaml, validate_config
+from training.config import DPO_STEP, RunConfig, read_yaml, validate_config
 
-STEP_NAMES = {1: "step1_sft", 2: "step2_reward", 3: "step3_rlhf"}
-STEP_COMMANDS = {1: "sft", 2: "reward", 3: "rlhf"}
+STEP_NAMES = {1: "step1_sft", 2: "step2_reward", 3: "step3_rlhf", DPO_STEP: "step2_dpo"}
+STEP_COMMANDS = {1: "sft", 2: "reward", 3: "rlhf", DPO_STEP: "dpo"}
+COMPARED = {3: "rlhf", DPO_STEP: "dpo"}
+"""The steps whose model is compared with SFT, and its name in the comparison."""
+
+
+def place_of(step: int) -> str:
+    """What follows the word `step` where people read it: `2`, `2 (DPO)`."""
+    return "2 (DPO)" if step == DPO_STEP else str(step)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,12 @@ class RunDirectory:
     @property
     def comparison_file(self) -> Path:
         return self.path / "comparison.jsonl"
+
+    def comparison_of(self, step: int) -> tuple[Path, Path]:
+        """Figures and answers of the comparison of SFT with the model of step 3 or DPO."""
+        if step == DPO_STEP:
+            return self.path / "evaluation_dpo.json", self.path / "comparison_dpo.jsonl"
+        return self.evaluation_file, self.comparison_file
 
     @property
     def lock_file(self) -> Path:

@@ -1,4 +1,4 @@
-"""What the three stage scripts share: arguments, ranks, run directory, settings, data, journals, the way errors end.
+"""What the stage scripts share: arguments, ranks, run directory, settings, data, journals, the way errors end.
 
 python training/step1_sft/main.py runs/demo                                   one process, settings from the run
 torchrun --nproc-per-node 2 training/step1_sft/main.py runs/new --config my.yaml --set sft.epochs=2
@@ -30,8 +30,14 @@ from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.hybrid_engine.layout import Layout
 from training.metrics import Display, Journal, NullJournal
-from training.models.loading import TORCH_DTYPES, require_same_tokens, resolve_dtype, save_model
-from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
+from training.models.loading import (
+    TORCH_DTYPES,
+    require_same_tokens,
+    require_scorer_family,
+    resolve_dtype,
+    save_model,
+)
+from training.run_directory import COMPARED, RunDirectory, StepDirectory, write_directory, write_json
 from training.versions import versions
 from training.watchdog import PARENT_VARIABLE
 
@@ -158,11 +164,13 @@ def run_preparation() -> int:
     def body() -> None:
         config = run.read_config()
         actor_name = config.sft_model or config.model
-        scorer_name = config.trained_reward_model or config.reward_model_source
         actor = ChatFormat.load(resolve_model(actor_name, display.say))
-        scorer = ChatFormat.load(resolve_model(scorer_name, display.say))
-        require_same_tokens(actor, scorer, actor_name, scorer_name)
-        require_generation_layout(config, resolve_model(actor_name, display.say))
+        if config.method == "ppo":
+            scorer_name = config.trained_reward_model or config.reward_model_source
+            scorer_directory = resolve_model(scorer_name, display.say)
+            require_scorer_family(scorer_directory)
+            require_same_tokens(actor, ChatFormat.load(scorer_directory), actor_name, scorer_name)
+            require_generation_layout(config, resolve_model(actor_name, display.say))
         prepare_data(config.data, config.seed, run.data, actor, display.say)
 
     return end_in_sentences(body, run.error_file)
@@ -180,12 +188,15 @@ def require_generation_layout(config: RunConfig, actor: Path) -> None:
 
 
 def run_evaluation(work: Callable[[Stage], object]) -> int:
-    """Like run_stage, for what comes after step 3 and takes one process."""
+    """Like run_stage, for what comes after step 3 or DPO and takes one process."""
     run = RunDirectory(parse_arguments().run_directory)
 
     def body() -> None:
         config = run.read_config()
-        work(make_stage(run, 3, config, start_ranks(config.threads)))
+        ranks = start_ranks(config.threads)
+        for step in COMPARED:
+            if run.step(step).is_finished and not run.comparison_of(step)[0].exists():
+                work(make_stage(run, step, config, ranks))
 
     return end_in_sentences(body, run.error_file)
 
@@ -215,7 +226,7 @@ def make_stage(run: RunDirectory, number: int, config: RunConfig, ranks: Ranks) 
         directory.error_file.unlink(missing_ok=True)
     quiet_libraries(directory.log_file, ranks.is_first)
     torch.manual_seed(config.seed)
-    keep = {1: config.sft.keep_checkpoints, 2: config.reward.keep_checkpoints, 3: config.rlhf.keep_checkpoints}[number]
+    keep = (config.rlhf if number == 3 else config.supervised(number)).keep_checkpoints
     return Stage(
         config=config,
         ranks=ranks,

@@ -15,7 +15,7 @@ from training.stage import Stage
 
 
 class Task(Protocol):
-    """What differs between supervised fine-tuning and the reward model."""
+    """What differs between supervised fine-tuning, the reward model and DPO."""
 
     name: str
     engine: ZeroEngine
@@ -56,6 +56,16 @@ def count_updates(rows: int, settings: StepSettings) -> int:
     return min(total, settings.max_steps) if settings.max_steps else total
 
 
+def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:
+    """The rows that any optimiser step of the whole step sees, in order."""
+    per_epoch, total = updates_per_epoch(rows, settings), count_updates(rows, settings)
+    seen: set[int] = set()
+    for epoch in range(-(-total // per_epoch)):
+        for batch in batches_of_epoch(rows, settings, seed, epoch)[: total - epoch * per_epoch]:
+            seen.update(batch)
+    return sorted(seen)
+
+
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
     per_epoch = updates_per_epoch(len(task.lengths), settings)
@@ -65,6 +75,8 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
             epoch, place = divmod(number, per_epoch)
             batch = batches_of_epoch(len(task.lengths), settings, stage.config.seed, epoch)[place]
             number += 1
+            if settings.dropout:
+                seed_dropout(stage, number)
             metrics = train_batch(stage, task, batch, settings.micro_batch_tokens, number)
             stage.metrics.write(number, metrics)
             bar.advance(f"loss {metrics['loss']:.3f}")
@@ -73,6 +85,11 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
             if settings.checkpoint_every and (number == total or number % settings.checkpoint_every == 0):
                 stage.checkpoints.save(number, task.engine.save, {"evaluation": evaluation})
     return evaluation
+
+
+def seed_dropout(stage: Stage, number: int) -> None:
+    """What an optimiser step drops is a function of (seed, step, rank) alone, so resuming needs no generator state."""
+    torch.manual_seed(random.Random(f"dropout/{stage.config.seed}/{number}/{stage.ranks.rank}").getrandbits(63))
 
 
 def resume(stage: Stage, task: Task) -> tuple[int, dict[str, float]]:

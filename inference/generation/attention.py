@@ -26,7 +26,14 @@ class Tokens(Protocol):
     """What the tokens of a packed row are to each other."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+        dropout: float = 0.0,
     ) -> Tensor:
         """(heads, tokens, head), keys and values with as many heads or fewer -> (tokens, heads, head)."""
         ...
@@ -44,27 +51,36 @@ class Sequences:
         return torch.cat([torch.arange(length, device=device) for length in self.lengths])[None]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+        dropout: float = 0.0,
     ) -> Tensor:
         if self.cache is not None:
             self.cache.write_prompts(layer, key, value, self.rows, self.lengths)
         dtype = query.dtype
         if dtype == torch.bfloat16 and query.device.type == "cpu":  # faster in fp32 there, as decoding is
             query, key, value = query.float(), key.float(), value.float()
-        return self._attend(query, key, value, scale, window).to(dtype)
+        return self._attend(query, key, value, scale, window, dropout).to(dtype)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, dropout: float
+    ) -> Tensor:
         key, value = repeat_heads(key, query.shape[0]), repeat_heads(value, query.shape[0])
         longest = max(self.lengths)
         if min(self.lengths) == longest:
             q, k, v = (t.unflatten(1, (-1, longest)).transpose(0, 1) for t in (query, key, value))  # (n, heads, ...)
-            return causal(q, k, v, scale, window).transpose(1, 2).flatten(0, 1)
+            return causal(q, k, v, scale, window, dropout).transpose(1, 2).flatten(0, 1)
         parts = [t.split(self.lengths, dim=1) for t in (query, key, value)]
         if query.is_cuda:  # few large kernels: what stands to the right of a sequence's end is not seen by it
             q, k, v = (torch.stack([pad(t, (0, 0, 0, longest - t.shape[1])) for t in part]) for part in parts)
-            seen = causal(q, k, v, scale, window).transpose(1, 2)
+            seen = causal(q, k, v, scale, window, dropout).transpose(1, 2)
             return torch.cat([row[:length] for row, length in zip(seen, self.lengths, strict=True)])
-        alone = (causal(q[None], k[None], v[None], scale, window)[0] for q, k, v in zip(*parts, strict=True))
+        alone = (causal(q[None], k[None], v[None], scale, window, dropout)[0] for q, k, v in zip(*parts, strict=True))
         return torch.cat([seen.transpose(0, 1) for seen in alone])
 
 
@@ -75,8 +91,16 @@ class NextTokens:
         self.cache, self.places = cache, places
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+        dropout: float = 0.0,
     ) -> Tensor:
+        """Without dropout, whatever is asked: only training has it."""
         keys, values = self.cache.append(
             layer, key.transpose(0, 1)[:, :, None], value.transpose(0, 1)[:, :, None], self.places
         )
@@ -93,14 +117,17 @@ def repeat_heads(heads: Tensor, count: int) -> Tensor:
     return heads if heads.shape[0] == count else heads.repeat_interleave(count // heads.shape[0], dim=0)
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+def causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, dropout: float = 0.0
+) -> Tensor:
     """Causal attention over (rows, heads, length, head); of the last `window` tokens only, if there is one."""
     length = query.shape[-2]
     if window is None or window >= length:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        return scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
     place = torch.arange(length, device=query.device)
     distance = place[:, None] - place
-    return scaled_dot_product_attention(query, key, value, (distance >= 0) & (distance < window), scale=scale)
+    seen = (distance >= 0) & (distance < window)
+    return scaled_dot_product_attention(query, key, value, seen, dropout_p=dropout, scale=scale)
 
 
 def packed_attention(
@@ -110,6 +137,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
     tokens: Tokens | None = None,
     **of_other_functions: Any,
@@ -120,7 +148,7 @@ def packed_attention(
     if any(of_other_functions.get(name) is not None for name in MORE_THAN_SOFTMAX):
         raise NotImplementedError(f"{type(module).__name__} needs more than a scaled softmax")
     layer: Any = module.layer_idx
-    return tokens.attend(layer, query[0], key[0], value[0], scaling, sliding_window)[None], None
+    return tokens.attend(layer, query[0], key[0], value[0], scaling, sliding_window, dropout)[None], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -7,6 +7,7 @@ import pytest
 
 from applications.commands import parse_steps
 from inference.errors import UserError
+from training.config import DPO_STEP, RunConfig
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
@@ -32,12 +33,24 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize(("text", "steps"), [("1,2,3", [1, 2, 3]), ("3,1", [1, 3]), ("2,2", [2])])
-def test_steps(text, steps):
-    assert parse_steps(text) == steps
+@pytest.mark.parametrize(
+    ("text", "method", "steps"),
+    [
+        ("1,2,3", "ppo", [1, 2, 3]),
+        ("3,1", "ppo", [1, 3]),
+        ("2,2", "ppo", [2]),
+        (None, "ppo", [1, 2, 3]),
+        (None, "dpo", [1, DPO_STEP]),
+        ("2", "dpo", [DPO_STEP]),
+    ],
+)
+def test_steps(text, method, steps):
+    assert parse_steps(text, RunConfig(model="tiny", method=method)) == steps
 
 
-@pytest.mark.parametrize("text", ["", "0", "1,4", "one", "1,,2"])
-def test_bad_steps(text):
-    with pytest.raises(UserError, match="--steps takes"):
-        parse_steps(text)
+@pytest.mark.parametrize(
+    ("text", "method"), [("", "ppo"), ("0", "ppo"), ("1,4", "ppo"), ("one", "ppo"), ("1,,2", "ppo"), ("3", "dpo")]
+)
+def test_bad_steps(text, method):
+    with pytest.raises(UserError, match="--steps takes some of 1,2"):
+        parse_steps(text, RunConfig(model="tiny", method=method))

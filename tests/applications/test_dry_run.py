@@ -12,7 +12,7 @@ from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, siz
 from applications.preset_store import load_preset, settings_for_model
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
-from training.config import RunConfig, load_config
+from training.config import DPO_STEP, RunConfig, load_config
 from training.planner.machine import profile_file
 
 COMMANDS = {1: ["python", "one.py", "a b"], 2: ["python", "two.py"], 3: ["python", "three.py"]}
@@ -70,6 +70,20 @@ def test_critic_warmup_and_lora_reference_are_shown(laptop, tmp_path):
     assert "LoRA adapters of rank" in line_of(text, "actor", "Step 3")
 
 
+def test_dpo_has_pairs_a_reference_and_no_reward_model(laptop, tmp_path):
+    config = config_of("opt-13b", "method=dpo", "processes=8")
+    text = dry_run(config, config.steps, tmp_path, COMMANDS | {DPO_STEP: ["python", "dpo.py"]})
+    assert "python dpo.py" in text and "reward, critic" not in text and "Step 3" not in text
+    # 64 pairs on 8 ranks: 8 each, and 4096 tokens hold 4 pairs of twice 512
+    assert "64 pairs = 4 in a micro-batch x 2 accumulated x 8 ranks" in line_of(text, "batch", "Step 2 (DPO)")
+    assert "asked once" in line_of(text, "reference", "Step 2 (DPO)")
+    # 8 operations (with recomputation) x 12.853e9 weights x 64 x 2 x 512 tokens
+    assert "6.7 PFLOP" in line_of(text, "compute", "Step 2 (DPO)")
+    assert "step2_dpo/model" in line_of(text, "step 2 (DPO)")
+    with pytest.raises(UserError, match=r"Step 2 \(DPO\) cannot run here"):
+        check_fits(config, [DPO_STEP])
+
+
 def test_time_comes_from_the_planner_where_rates_are_known(monkeypatch, tmp_path):
     """Eight H100 by their data sheet: what the plan of the trainer costs; twice the iterations take twice as long."""
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
@@ -79,6 +93,9 @@ def test_time_comes_from_the_planner_where_rates_are_known(monkeypatch, tmp_path
     assert found.seconds == pytest.approx(sum(found.by_kind.values()), rel=0.05)
     longer = expected_time(outlook.with_settings({"data": {"max_response_tokens": 512}}), 3)
     assert longer is not None and longer.by_kind["generate"] > 1.5 * found.by_kind["generate"]
+    pairs, dpo = (expected_time(outlook, step) for step in (2, DPO_STEP))
+    assert pairs is not None and set(pairs.by_kind) == {"train"}  # a reward model of 0.3 billion
+    assert dpo is not None and set(dpo.by_kind) == {"score", "train"} and dpo.seconds > pairs.seconds
     text = dry_run(outlook.config, [1, 2, 3], tmp_path, COMMANDS)
     assert "an optimiser step" in line_of(text, "time", "Step 2") and "in all" in " ".join(text.split())
 

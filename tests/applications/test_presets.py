@@ -49,6 +49,15 @@ PARAMETERS = {
     "pythia-2.8b": 2_775_208_960,
     "pythia-6.9b": 6_857_302_016,
     "pythia-12b": 11_846_072_320,
+    "gpt-neo-125m": 125_198_592,
+    "gpt-neo-1.3b": 1_315_575_808,
+    "gpt-neo-2.7b": 2_651_307_520,
+    "gpt-j-6b": 6.053e9,
+    # by hand from the widths and depths in the paper: 12 d^2 + 7 d a layer, two 51,200 d tables, an output bias
+    "codegen-350m-mono": 20 * (12 * 1024**2 + 7 * 1024) + 2 * 51_200 * 1024 + 51_200 + 2 * 1024,
+    "codegen-2b-mono": 32 * (12 * 2560**2 + 7 * 2560) + 2 * 51_200 * 2560 + 51_200 + 2 * 2560,
+    "codegen-6b-mono": 33 * (12 * 4096**2 + 7 * 4096) + 2 * 51_200 * 4096 + 51_200 + 2 * 4096,
+    "codegen-16b-mono": 34 * (12 * 6144**2 + 7 * 6144) + 2 * 51_200 * 6144 + 51_200 + 2 * 6144,
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
@@ -82,8 +91,9 @@ def test_preset_is_a_valid_configuration(name):
     assert max(vocabulary) - min(vocabulary) < 512, "actor and reward model must share a tokenizer"
     shape = PARAMETERS.get(name, 0)
     assert (config.sft.optimizer.zero_stage >= 2) == (shape >= 1.3e9 or name == "llama-3.2-1b")
-    assert (config.rlhf.actor.zero_stage == 3) == (shape >= 6.6e9)
+    assert (config.rlhf.actor.zero_stage == 3) == (config.dpo.optimizer.zero_stage == 3) == (shape >= 6e9)
     assert config.sft.optimizer.gradient_checkpointing == (shape >= 1.3e9 or name == "llama-3.2-1b")
+    assert config.method == ("dpo" if name.startswith("codegen") else "ppo")
     assert (config.sft.optimizer.lora.rank > 0) == (name == "smollm2-135m")
 
 
@@ -152,6 +162,9 @@ def test_unknown_preset_names_the_nearest():
 def test_smaller_presets_are_of_the_family_and_largest_first():
     assert smaller_presets("facebook/opt-2.7b") == ["opt-1.3b", "opt-350m", "opt-125m"]
     assert smaller_presets("llama-3.1-8b") == ["llama-3.2-3b", "llama-3.2-1b"]
+    assert smaller_presets("EleutherAI/gpt-neo-2.7b") == ["gpt-neo-1.3b", "gpt-neo-125m"]
+    assert smaller_presets("codegen-6b-mono") == ["codegen-2b-mono", "codegen-350m-mono"]
+    assert smaller_presets("gpt-j-6b") == []
     assert smaller_presets("someone/their-model") == []
 
 

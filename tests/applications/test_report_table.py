@@ -5,6 +5,7 @@ import json
 import pytest
 
 from applications.report_table import SHOWN_ANSWERS, comparison_table
+from training.config import DPO_STEP
 from training.run_directory import RunDirectory
 
 SFT = {
@@ -49,6 +50,26 @@ def make_run(
         run.step(2).model.mkdir(parents=True)
         run.step(2).result_file.write_text(json.dumps(reward))
     return run
+
+
+def test_a_dpo_run_has_its_own_column_and_no_win_rate_without_a_judge(tmp_path):
+    run = RunDirectory(tmp_path)
+    evaluation, comparison = run.comparison_of(DPO_STEP)
+    sft, dpo = ({k: v for k, v in each.items() if k != "learned_reward"} for each in (SFT, RLHF))
+    sampling = {"temperature": 0.7, "max_tokens": 48}
+    evaluation.write_text(json.dumps({"prompts": 80, "sampling": sampling, "sft": sft, "dpo": dpo}))
+    row = answer("Hi?", "Go.", "Hello!")
+    comparison.write_text(json.dumps({"prompt": row["prompt"], "sft": row["sft"], "dpo": row["rlhf"]}) + "\n")
+    run.step(DPO_STEP).path.mkdir()
+    run.step(DPO_STEP).result_file.write_text(json.dumps({"eval/accuracy": 0.625}))
+    text = comparison_table(run, width=120, step=DPO_STEP)
+    assert "RLHF" not in text and "learned reward" not in text
+    assert ["KL to SFT (nats a reply)", "0.00", "3.46"] in cells(text)
+    assert cells(text)[-1] == ["Hi?", "Go.", "Hello!"]
+    assert "62.5% of held-out pairs ranked right" in one_line(text) and "No win rate" in one_line(text)
+    result = json.loads(evaluation.read_text())
+    evaluation.write_text(json.dumps(result | {"win_rate": WIN}))
+    assert "DPO beats SFT in 76.2% of prompts" in one_line(comparison_table(run, width=120, step=DPO_STEP))
 
 
 def cells(text: str) -> list[list[str]]:

@@ -499,6 +499,21 @@ def test_a_run_gives_its_newest_model(run_directory, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_run_by_dpo(run_directory, capsys):
+    sft = finish(run_directory, "step1_sft")
+    (run_directory / "step2_dpo").mkdir()
+    assert find_chat_models(run_directory, compare=False) == [("SFT", sft)]
+    assert f"Step 2 (DPO) of {run_directory} is not finished yet" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"step2_dpo.*rlhf-chat dpo {run_directory}"):
+        find_chat_models(run_directory, compare=True)
+    dpo = finish(run_directory, "step2_dpo")
+    assert find_chat_models(run_directory, compare=False) == [("DPO", dpo)]
+    assert find_chat_models(run_directory, compare=True) == [("SFT", sft), ("DPO", dpo)]
+    rlhf = finish(run_directory, "step3_rlhf")
+    assert find_chat_models(run_directory, compare=False) == [("RLHF", rlhf)]
+    assert find_chat_models(run_directory, compare=True) == [("SFT", sft), ("DPO", dpo), ("RLHF", rlhf)]
+
+
 def test_a_step_without_its_result_is_not_finished(run_directory):
     sft = finish(run_directory, "step1_sft")
     rlhf = finish(run_directory, "step3_rlhf")

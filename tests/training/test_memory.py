@@ -7,7 +7,7 @@ import torch
 
 from applications.preset_store import load_preset
 from inference.errors import UserError
-from training.config import OptimizerSettings, RunConfig, load_config
+from training.config import DPO_STEP, OptimizerSettings, RunConfig, load_config
 from training.memory import Part, Shape, StepMemory, estimate_step_memory, rows_per_micro_batch, training_parts
 
 OPT_13B = 12_853_473_280
@@ -140,6 +140,22 @@ def test_step_2_trains_the_scorer_on_pairs(opt_13b, opt_350m):
     assert memory[("", "weights")] == 2 * OPT_350M
     assert memory[("training", "activations")] == 2 * 2 * 512 * 24 * 16 * 1024
     assert ("training", "logits") not in memory
+
+
+def test_dpo_trains_the_actor_on_pairs_and_holds_no_reference(opt_13b, opt_350m):
+    config = opt_config("dpo.optimizer.zero_stage=2", "dpo.micro_batch_tokens=2048")
+    memory = estimate_step_memory(DPO_STEP, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    tokens = 2 * 2 * 512  # two pairs
+    assert sizes(memory) == {
+        ("", "weights"): OPT_13B * 2,
+        ("", "gradients"): OPT_13B * 4 // 8,
+        ("", "optimiser states"): OPT_13B * 12 // 8,
+        ("loading", "weights, fp32"): OPT_13B * 4,
+        ("training", "activations"): 2 * tokens * (40 * 5120 + 16 * 5120),
+        ("training", "logits"): 16 * (4 * 256) * 50272,
+        ("saving", "trained weights, fp32"): OPT_13B * 4,
+        ("saving", "whole model, fp32 (first rank)"): OPT_13B * 4,
+    }
 
 
 def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):

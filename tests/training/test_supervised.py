@@ -2,7 +2,7 @@ import pytest
 
 from training.config import OptimizerSettings, StepSettings
 from training.hybrid_engine.zero_engine import learning_rate
-from training.supervised import batches_of_epoch, count_updates
+from training.supervised import batches_of_epoch, count_updates, rows_trained_on
 
 
 def test_an_epoch_uses_every_row_once_and_differs_from_the_next():
@@ -18,6 +18,14 @@ def test_a_short_last_batch_is_left_out_unless_it_is_the_only_one():
     settings = StepSettings(batch_size=5)
     assert [len(batch) for batch in batches_of_epoch(12, settings, 0, 0)] == [5, 5]
     assert [len(batch) for batch in batches_of_epoch(3, settings, 0, 0)] == [3]
+
+
+def test_rows_trained_on_are_those_of_the_batches():
+    settings = StepSettings(batch_size=4, epochs=3, max_steps=4)  # of 10 rows: two batches each of two epochs
+    batches = [batch for epoch in (0, 1) for batch in batches_of_epoch(10, settings, seed=5, epoch=epoch)]
+    assert rows_trained_on(10, settings, seed=5) == sorted({row for batch in batches for row in batch})
+    assert rows_trained_on(10, StepSettings(batch_size=4, max_steps=1), seed=5) == sorted(batches[0])
+    assert rows_trained_on(3, settings, seed=5) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("rows", "max_steps", "expected"), [(100, 0, 30), (100, 7, 7), (3, 0, 3), (100, 99, 30)])

@@ -8,6 +8,8 @@ from typing import Any, NotRequired, TypedDict
 
 from inference.chat_format import Message
 from inference.errors import UserError
+from training.config import DPO_STEP
+from training.run_directory import place_of
 
 
 class SFTRow(TypedDict):
@@ -68,10 +70,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in handle]
 
 
+_PAIRS = ("pairs", "prompts with a chosen and a rejected response")
 ROWS_OF_STEP = {
     1: ("sft", "prompts with a response, or messages"),
-    2: ("pairs", "prompts with a chosen and a rejected response"),
+    2: _PAIRS,
     3: ("prompts", "prompts"),
+    DPO_STEP: _PAIRS,
 }
 """Which rows each step trains on, and how to call them."""
 
@@ -82,6 +86,6 @@ def require_rows(directory: Path, step: int) -> None:
     file = directory / f"{kind}_train.jsonl"
     if file.stat().st_size == 0:
         raise UserError(
-            f"Step {step} needs {why}, and the data has none for it: "
-            f"choose another data.source, or give step {step} a larger share in data.split."
+            f"Step {place_of(step)} needs {why}, and the data has none for it: "
+            f"choose another data.source, or give step {place_of(step)} a larger share in data.split."
         )

@@ -29,12 +29,23 @@ M = TypeVar("M", bound=HasWeight)
 
 
 class ZeroEngine:
-    """Trains `model` in place. `total_steps` is how many updates the learning-rate schedule spans."""
+    """Trains `model` in place. `total_steps` is how many updates the learning-rate schedule spans.
+
+    `dropout` says that the model has some, which is on in updates alone: what is scored never sees it.
+    """
 
     def __init__(
-        self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype, total_steps: int, ranks: Ranks
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        dtype: torch.dtype,
+        total_steps: int,
+        ranks: Ranks,
+        dropout: bool = False,
     ):
         self.settings = settings
+        self.in_training_mode = dropout or settings.gradient_checkpointing
+        """While it updates: transformers recomputes in this mode only."""
         self.total_steps = total_steps
         self.ranks = ranks
         self.updates = 0
@@ -43,6 +54,8 @@ class ZeroEngine:
         if settings.gradient_checkpointing:
             cast(Any, model.model).gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(model, settings)
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        """Peak learning rate of each group, adapters first."""
         with redirect_stdout(io.StringIO()):  # it prints memory tables
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -71,12 +84,12 @@ class ZeroEngine:
 
         Each rank passes its own micro-batches, equally many; `loss` returns a micro-batch's share of the total loss,
         divided by the *global* count of tokens or pairs, so that neither micro-batches nor ranks change the gradient.
-        Returns grad_norm (before clipping) and lr.
+        Returns grad_norm (before clipping) and lr (of the adapters, where there are some).
         """
-        if self.settings.gradient_checkpointing:
+        if self.in_training_mode:
             self.engine.train()
-        rate = learning_rate(self.settings, self.updates, self.total_steps)
-        for group in self.engine.optimizer.param_groups:
+        rates = [learning_rate(self.settings, self.updates, self.total_steps, peak) for peak in self.peaks]
+        for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for place, micro_batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
@@ -87,7 +100,7 @@ class ZeroEngine:
         self.engine.eval()
         self.updates += 1
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
-        return {"grad_norm": float(norm or 0.0), "lr": rate}
+        return {"grad_norm": float(norm or 0.0), "lr": rates[0]}
 
     def _plain_gradient_norm(self) -> Tensor | None:
         """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages."""
@@ -131,11 +144,21 @@ def no_reduction(*_: Any, **__: Any) -> None:
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """AdamW with weight decay on matrices only; adapters may have a learning rate of their own."""
+    adapters, rest = settings.adapter_learning_rate, settings.learning_rate
+    trained = [
+        (adapters if "lora_" in name else rest, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for rate, p in trained if rate == peak and (p.ndim >= 2) == is_matrix],
+            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            "lr": peak,
+        }
+        for peak in dict.fromkeys((adapters, rest))
+        for is_matrix in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
     if settings.offload != "none" and torch.cuda.is_available():
@@ -145,14 +168,18 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
-def learning_rate(settings: OptimizerSettings, update: int, total: int) -> float:
-    """The rate of update 0 .. total - 1: a linear rise over the warm-up, then the schedule down to 0 after the last."""
+def learning_rate(settings: OptimizerSettings, update: int, total: int, peak: float | None = None) -> float:
+    """The rate of update 0 .. total - 1: a linear rise over the warm-up, then the schedule down to 0 after the last.
+
+    `peak` takes the place of the settings' own.
+    """
+    peak = settings.learning_rate if peak is None else peak
     warmup = math.ceil(settings.warmup * total)
     if update < warmup:
-        return settings.learning_rate * (update + 1) / warmup
+        return peak * (update + 1) / warmup
     done = (update - warmup) / max(1, total - warmup)
     if settings.schedule == "constant":
-        return settings.learning_rate
+        return peak
     if settings.schedule == "cosine":
-        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return settings.learning_rate * max(0.0, 1 - done)
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return peak * max(0.0, 1 - done)

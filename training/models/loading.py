@@ -13,6 +13,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
@@ -34,9 +35,14 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_causal_lm(directory: Path, chat_format: ChatFormat, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model whose embeddings hold all of the format's tokens; dropout off."""
-    model = _load(AutoModelForCausalLM, directory, dtype)
+def load_causal_lm(
+    directory: Path, chat_format: ChatFormat, dtype: torch.dtype, dropout: float = 0.0
+) -> PreTrainedModel:
+    """A causal language model whose embeddings hold all of the format's tokens.
+
+    `dropout` takes the place of the model's own; 0 switches it off.
+    """
+    model = _load(AutoModelForCausalLM, directory, dtype, dropout)
     changed = [name for name in _LOGIT_CHANGES if getattr(model.config, name, None) not in (None, 1.0)]
     if changed:
         raise UserError(f"Models of type '{model.config.model_type}' change their logits ({changed[0]}): unsupported.")
@@ -44,15 +50,18 @@ def load_causal_lm(directory: Path, chat_format: ChatFormat, dtype: torch.dtype)
     return model
 
 
-def load_scorer(directory: Path, chat_format: ChatFormat, dtype: torch.dtype, layers: int = 0) -> PreTrainedModel:
+def load_scorer(
+    directory: Path, chat_format: ChatFormat, dtype: torch.dtype, layers: int = 0, dropout: float = 0.0
+) -> PreTrainedModel:
     """A model with a linear head of one output a token (`score`); a fresh head is drawn from N(0, 1 / (d + 1)).
 
-    `layers` keeps only the first so many; 0 keeps all.
+    `layers` keeps only the first so many; 0 keeps all. `dropout` takes the place of the model's own; 0 switches it off.
     The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
     """
+    require_scorer_family(directory)
     fresh = not _has_score_head(directory)
     cut = {"num_hidden_layers": layers} if layers else {}
-    model = _load(AutoModelForSequenceClassification, directory, dtype, num_labels=1, **cut)
+    model = _load(AutoModelForSequenceClassification, directory, dtype, dropout, num_labels=1, **cut)
     if fresh:
         with torch.no_grad():
             head: Any = model.score
@@ -61,19 +70,32 @@ def load_scorer(directory: Path, chat_format: ChatFormat, dtype: torch.dtype, la
     return model
 
 
-def _load(loader: Any, directory: Path, dtype: torch.dtype, **values: int) -> PreTrainedModel:
+def require_scorer_family(directory: Path) -> None:
+    """Raise UserError for a family that transformers cannot give a score head (CodeGen)."""
+    try:
+        kind = AutoConfig.from_pretrained(directory, local_files_only=True).model_type
+    except (OSError, ValueError):
+        return  # what is wrong with the directory, loading it says
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise UserError(
+            f"Models of type '{kind}' cannot be reward models (transformers has no score head for them): choose "
+            f"another one with --reward-model, or --set method=dpo, which needs none."
+        )
+
+
+def _load(loader: Any, directory: Path, dtype: torch.dtype, dropout: float, **values: int) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(directory, **values)
         for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
             if hasattr(config, name):
-                setattr(config, name, 0.0)
+                setattr(config, name, dropout)
         model = loader.from_pretrained(directory, config=config, dtype=dtype)
     except Exception as error:  # safetensors, json and transformers each raise their own kinds
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"The model in {directory} cannot be loaded ({reason}); fetch or train it again.") from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+            module.p = dropout
     return model
 
 

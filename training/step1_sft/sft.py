@@ -25,8 +25,9 @@ def train(stage: Stage) -> None:
     encoded = within_budget([encode(row, chat_format, stage) for row in rows], settings.token_budget)
     total = count_updates(len(encoded), settings)
 
-    policy = Policy(load_causal_lm(source, chat_format, torch.float32), settings.optimizer.lora)
-    engine = ZeroEngine(policy.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
+    model = load_causal_lm(source, chat_format, torch.float32, settings.dropout)
+    policy = Policy(model, settings.optimizer.lora).to(stage.ranks.device)
+    engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     evaluated = [encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
     task = SFTTask(stage, engine, encoded, evaluated)
     evaluation = fit(stage, task, settings, total)

@@ -1,14 +1,13 @@
 """The reward model on top of the shared loop."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.token_pairs import TokenPair, rows_of
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
 from training.models.scorer import Scorer, at_last_token
@@ -24,13 +23,15 @@ def train(stage: Stage) -> None:
     source = initial_model(stage)
     chat_format = stage.chat_format(stage.model_directory(config.sft_model or config.model), source)
     rows, held_out = stage.rows(chat_format)
-    pairs = [Pair.encode(row, chat_format, stage) for row in rows]
+    pairs = [TokenPair.encode(row, chat_format, config.data) for row in rows]
     total = count_updates(len(pairs), settings)
 
-    scorer = Scorer(load_scorer(source, chat_format, torch.float32, settings.layers), settings.optimizer.lora)
+    model = load_scorer(source, chat_format, torch.float32, settings.layers, settings.dropout)
+    scorer = Scorer(model, settings.optimizer.lora)
     scorer.shift, scorer.scale = 0.0, 1.0
-    engine = ZeroEngine(scorer.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
-    evaluated = [Pair.encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
+    scorer = scorer.to(stage.ranks.device)
+    engine = ZeroEngine(scorer, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
+    evaluated = [TokenPair.encode(row, chat_format, config.data) for row in held_out[: settings.eval_rows]]
     task = RewardTask(stage, engine, pairs, evaluated)
     evaluation = fit(stage, task, settings, total)
 
@@ -47,36 +48,10 @@ def initial_model(stage: Stage) -> Path:
     return stage.earlier_model(1)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One prompt, two answers; int64 (length) each."""
-
-    prompt: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    is_unseen: bool = False
-    """Whether nothing was trained on under its question (embedded default only)."""
-
-    @classmethod
-    def encode(cls, row: dict, chat_format: ChatFormat, stage: Stage) -> "Pair":
-        data = stage.config.data
-        return cls(
-            torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
-            torch.tensor(chat_format.response_ids(row["chosen"], data.max_response_tokens)),
-            torch.tensor(chat_format.response_ids(row["rejected"], data.max_response_tokens)),
-            row.get("held_out_question", False),
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Of both rows together."""
-        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-
 class RewardTask:
     name = "Reward model"
 
-    def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[Pair], held_out: list[Pair]):
+    def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], held_out: list[TokenPair]):
         self.stage, self.engine, self.pairs, self.held_out = stage, engine, pairs, held_out
         self.lengths = [pair.tokens for pair in pairs]
 
@@ -147,10 +122,9 @@ class RewardTask:
         variance = max(sums["squares"] / sums["count"] - mean**2, 0.0)
         return {"score_shift": mean, "score_scale": max(variance**0.5, 1e-6)}
 
-    def _scores(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    def _scores(self, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""
-        rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-        batch = TokenBatch.of(rows, self.stage.ranks.device)
+        batch = TokenBatch.of(rows_of(pairs), self.stage.ranks.device)
         chosen, rejected = at_last_token(self.engine(batch), batch).chunk(2)
         return chosen, rejected
 

@@ -1,6 +1,7 @@
 """Policies and scorers of every family against plain transformers; padding, adapters, vocabulary, saving."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
+    CodeGenConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
@@ -20,7 +24,15 @@ from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from training.config import LoRASettings
 from training.data.batching import TokenBatch
-from training.models.loading import add_lora, fit_vocabulary, load_causal_lm, load_scorer, resolve_dtype, save_model
+from training.models.loading import (
+    add_lora,
+    fit_vocabulary,
+    load_causal_lm,
+    load_scorer,
+    require_scorer_family,
+    resolve_dtype,
+    save_model,
+)
 from training.models.policy import Policy, SelectedLogprobs
 from training.models.scorer import Scorer, at_last_token
 
@@ -32,9 +44,22 @@ FAMILIES = {
     "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=64, max_position_embeddings=64),
     "bloom": BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+    "gptj": GPTJConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,  # shorter than the rows
+        max_position_embeddings=64,
+    ),
+    "codegen": CodeGenConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
     "llama": LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=64),
     "qwen2": Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=64),
 }
+SCORERS = [family for family in FAMILIES if family != "codegen"]
+"""CodeGen has no score head in transformers."""
 CPU = torch.device("cpu")
 
 
@@ -90,6 +115,17 @@ def test_gradients_of_logprobs_are_those_of_autograd(temperature):
     assert torch.allclose(ours, logits.grad, atol=1e-6)
 
 
+def test_the_loss_of_bf16_logits_is_computed_in_fp32():
+    logits = (4 * torch.randn(50, 300, generator=torch.Generator().manual_seed(1))).bfloat16()
+    chosen = torch.randint(0, 300, (50,), generator=torch.Generator().manual_seed(2))
+    ours, _ = SelectedLogprobs.apply(logits.requires_grad_(), chosen, 1.0)
+    exact = logits.detach().double().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    assert ours.dtype == torch.float32
+    assert torch.allclose(ours.double(), exact, atol=1e-5)
+    in_bf16 = logits.detach().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    assert (in_bf16.double() - exact).abs().max() > 1e-3  # what would be lost
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_the_plain_model(family):
     ours, plain = Policy(make(family)), make(family)
@@ -102,7 +138,7 @@ def test_gradients_are_those_of_the_plain_model(family):
         assert torch.allclose(parameter.grad, reference.grad, atol=tolerance), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SCORERS)
 def test_scores_do_not_depend_on_the_other_rows(family):
     scorer = Scorer(make(family, AutoModelForSequenceClassification))
     batch = TokenBatch.of(ROWS, CPU)
@@ -110,6 +146,31 @@ def test_scores_do_not_depend_on_the_other_rows(family):
     for row, score in zip(ROWS, together, strict=True):
         alone = TokenBatch.of([row], CPU)
         assert torch.allclose(at_last_token(scorer(alone), alone)[0], score, atol=1e-5)
+
+
+def test_a_family_without_a_score_head_is_refused(tmp_path):
+    FAMILIES["codegen"].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"type 'codegen' cannot be reward models .*method=dpo"):
+        require_scorer_family(tmp_path)
+    FAMILIES["gptj"].save_pretrained(tmp_path)
+    require_scorer_family(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gptj", "gpt_neo", "codegen"])
+def test_adapters_go_into_every_linear_layer_and_learn(family):
+    policy = Policy(make(family), LoRASettings(rank=4))
+    linear = {name for name, module in make(family).named_modules() if isinstance(module, torch.nn.Linear)}
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert {name.partition(".lora_")[0] for name in trained} == linear - {"lm_head"}
+    batch, optimizer = TokenBatch.of(ROWS, CPU), torch.optim.Adam(trained.values(), 1e-2)
+    losses = []
+    for _ in range(4):
+        loss = -policy(batch)[0].mean()
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[3] < losses[0] - 0.1
 
 
 def test_score_shift_and_scale_come_from_the_configuration():
@@ -151,6 +212,19 @@ def test_dropout_is_off_everywhere(tiny):
     ids = tokens(20, 1)[None] + 100
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert all(getattr(model.config, name, 0) == 0 for name in ("dropout", "attention_dropout"))
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama", "gpt_neox", "bloom", "gptj", "gpt_neo", "codegen"])
+def test_dropout_is_in_training_mode_alone_and_as_asked(family, tiny, tmp_path):
+    """Also where attention weights are all that the family can drop (Llama)."""
+    chat_format = ChatFormat.load(tiny)
+    make(family).save_pretrained(tmp_path)
+    with patch("training.models.loading.fit_vocabulary"):  # the tokenizer is another family's
+        policy = Policy(load_causal_lm(tmp_path, chat_format, torch.float32, 0.3))
+    batch = TokenBatch.of(ROWS, CPU)
+    assert torch.allclose(policy.eval()(batch)[0], Policy(make(family)).eval()(batch)[0], atol=1e-5)
+    first, second = policy.train()(batch)[0], policy(batch)[0]
+    assert not torch.allclose(first, second, atol=1e-3)
 
 
 def test_without_adapter_the_policy_is_its_reference(tiny):

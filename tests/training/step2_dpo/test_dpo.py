@@ -1,0 +1,259 @@
+"""The whole step on the tiny model: against a second implementation, over micro-batches, stages and ranks, resumed."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+RATE, BATCH, EPOCHS, SEED, BETA = 1e-3, 4, 2, 3, 0.5
+PAIRS, HELD_OUT = 9, 3
+COMMON = [
+    f"seed={SEED}",
+    "dtype=fp32",
+    "data.max_prompt_tokens=24",
+    "data.max_response_tokens=12",
+    f"dpo.beta={BETA}",
+    f"dpo.batch_size={BATCH}",
+    f"dpo.epochs={EPOCHS}",
+    "dpo.eval_every=2",
+    "dpo.checkpoint_every=0",
+    f"dpo.optimizer.learning_rate={RATE}",
+    "dpo.optimizer.warmup=0",
+    "dpo.optimizer.epsilon=1e-5",
+    "dpo.optimizer.gradient_clipping=0",
+]
+LORA = "dpo.optimizer.lora.rank=4"
+CASES = {
+    "plain": [],
+    "small micro-batches": ["dpo.micro_batch_tokens=8"],
+    "zero 3": ["dpo.optimizer.zero_stage=3"],
+    "smoothed": ["dpo.label_smoothing=0.2"],
+    "normalized": ["dpo.length_normalized=true"],
+    "lora": [LORA, f"dpo.optimizer.learning_rate={2 * RATE}"],
+    "lora rate": [LORA, f"dpo.optimizer.lora.learning_rate={2 * RATE}"],
+    "dropout": [LORA, "dpo.dropout=0.2", "dpo.checkpoint_every=2"],
+    "killed": [LORA, "dpo.dropout=0.2", "dpo.checkpoint_every=2"],
+    "bf16": ["dtype=bf16"],
+    "short": ["dpo.max_steps=1"],
+}
+ALSO_ON_TWO_RANKS = ("plain", "zero 3", "lora")
+
+
+class Killed(Exception):
+    pass
+
+
+def make_rows(count: int, seed: int) -> list[dict]:
+    words = "I you like rice sea story very good bad day tell me about the world today please sleep walk".split()
+    draw = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return " ".join(draw.choices(words, k=draw.randint(1, longest)))
+
+    return [
+        {"prompt": [{"role": "user", "content": text(9)}], "chosen": text(6), "rejected": text(6)} for _ in range(count)
+    ]
+
+
+def write_data(run) -> None:
+    run.data.mkdir(parents=True)
+    for name, rows in (("train", make_rows(PAIRS, 1)), ("eval", make_rows(HELD_OUT, 2))):
+        (run.data / f"pairs_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run.data / "counts.json").write_text("{}")
+
+
+def train_everywhere(ranks, directory):
+    """Each case in a run directory of its own, which is left for the tests to read."""
+    from unittest.mock import patch
+
+    from inference.tiny_model import build_tiny_model
+    from training.config import DPO_STEP, load_config
+    from training.hybrid_engine.zero_engine import ZeroEngine
+    from training.run_directory import RunDirectory
+    from training.stage import make_stage
+    from training.step2_dpo import dpo, reference
+
+    sft = directory / "sft"
+    if ranks.is_first and not sft.exists():
+        build_tiny_model(sft)
+
+    def train(name: str) -> None:
+        run = RunDirectory(directory / str(ranks.size) / name)
+        if ranks.is_first and not run.data.exists():
+            write_data(run)
+            run.step(DPO_STEP).path.mkdir(parents=True)
+        ranks.barrier()
+        config = load_config([], [f"model={sft}", f"sft_model={sft}", *COMMON, *CASES[name]])
+        dpo.train(make_stage(run, DPO_STEP, config, ranks))
+
+    for name in CASES if ranks.size == 1 else ALSO_ON_TWO_RANKS:
+        if name == "killed":
+            update = ZeroEngine.update
+
+            def until_the_fourth(engine, *arguments, update=update):
+                if engine.updates == 3:
+                    raise Killed
+                return update(engine, *arguments)
+
+            try:
+                with patch.object(ZeroEngine, "update", until_the_fourth):
+                    train(name)
+            except Killed:
+                pass
+            with patch.object(reference, "score_pairs", side_effect=AssertionError("asked again")):
+                train(name)
+        else:
+            train(name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("dpo")
+    for size in (1, 2):
+        run_ranks(__file__, "train_everywhere", size, directory)
+    return directory
+
+
+def lines(runs: Path, name: str, ranks: int = 1) -> list[dict]:
+    """Of metrics.jsonl, without what a clock says."""
+    file = runs / str(ranks) / name / "step2_dpo" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_second"))} for row in rows]
+
+
+def training(runs: Path, name: str, ranks: int = 1) -> list[dict]:
+    return [row for row in lines(runs, name, ranks) if "loss" in row]
+
+
+def at_start(runs: Path, name: str) -> dict:
+    return lines(runs, name)[0]
+
+
+def logprobs_by_hand(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits[torch.arange(len(response)), response] - logits.exp().sum(-1).log()
+
+
+def train_by_hand(sft: Path, smoothing: float = 0.0, normalized: bool = False):
+    """Plain model, one response at a time, the formula of the paper, torch's AdamW, a linear schedule."""
+    from transformers import AutoModelForCausalLM
+
+    from inference.chat_format import ChatFormat
+    from training.config import DPOSettings
+    from training.supervised import batches_of_epoch
+
+    chat_format, policy = ChatFormat.load(sft), AutoModelForCausalLM.from_pretrained(sft).eval()
+    reference = AutoModelForCausalLM.from_pretrained(sft).eval()
+    optimizer = torch.optim.AdamW(policy.parameters(), RATE, (0.9, 0.95), 1e-5, weight_decay=0)
+    kinds = ("chosen", "rejected")
+    pairs = [
+        (chat_format.prompt_ids(row["prompt"], 24), [chat_format.response_ids(row[kind], 12) for kind in kinds])
+        for row in make_rows(PAIRS, 1)
+    ]
+    batches = [b for e in range(EPOCHS) for b in batches_of_epoch(PAIRS, DPOSettings(batch_size=BATCH), SEED, e)]
+    found = []
+    for number, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - number / len(batches))
+        losses, chosen_rewards = [], []
+        for row in batch:
+            prompt, responses = pairs[row]
+            rewards = []
+            for response in responses:
+                with torch.no_grad():
+                    before = logprobs_by_hand(reference, prompt, response).sum()
+                reward = BETA * (logprobs_by_hand(policy, prompt, response).sum() - before)
+                rewards.append(reward / len(response) if normalized else reward)
+            right = 1 / (1 + (rewards[1] - rewards[0]).exp())
+            losses.append(-(1 - smoothing) * right.log() - smoothing * (1 - right).log())
+            chosen_rewards.append(float(rewards[0].detach()))
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append((float(loss), sum(chosen_rewards) / len(batch)))
+    return found, policy
+
+
+@pytest.mark.parametrize(
+    ("name", "smoothing", "normalized"), [("plain", 0.0, False), ("smoothed", 0.2, False), ("normalized", 0.0, True)]
+)
+def test_training_is_that_of_a_second_implementation(runs, name, smoothing, normalized):
+    from transformers import AutoModelForCausalLM
+
+    expected, policy = train_by_hand(runs / "sft", smoothing, normalized)
+    rows = training(runs, name)
+    assert len(rows) == len(expected) == 4
+    for row, (loss, chosen) in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(loss, rel=1e-4)
+        assert row["reward/chosen"] == pytest.approx(chosen, rel=1e-3, abs=1e-5)
+        assert row["margin"] == pytest.approx(row["reward/chosen"] - row["reward/rejected"], abs=1e-5)
+    assert expected[-1][0] < math.log(2) - 0.01  # something was learned
+    saved = AutoModelForCausalLM.from_pretrained(runs / "1" / name / "step2_dpo" / "model")
+    for (key, ours), theirs in zip(saved.named_parameters(), policy.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-5), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_policy_begins_as_its_reference(runs, name):
+    first = at_start(runs, name)
+    assert first["number"] == 0
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["eval/margin"] == first["eval/reward/chosen"] == first["eval/accuracy"] == 0
+    assert first["eval/logprobs/chosen"] < -1
+    assert lines(runs, name)[-1]["eval/reward/chosen"] != 0
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("small micro-batches", 1), ("zero 3", 1), ("plain", 2), ("zero 3", 2), ("lora", 2)]
+)
+def test_training_does_not_depend_on_micro_batches_stage_or_ranks(runs, name, ranks):
+    base = lines(runs, "lora" if name == "lora" else "plain")
+    other = lines(runs, name, ranks)
+    assert len(base) == len(other)
+    for ours, theirs in zip(base, other, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)
+
+
+def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(runs):
+    assert lines(runs, "killed") == lines(runs, "dropout")
+    ours, theirs = (runs / "1" / name / "step2_dpo" for name in ("killed", "dropout"))
+    for file in ("model/model.safetensors", "reference.safetensors"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+
+
+def test_dropout_is_on_in_updates_alone(runs):
+    """Without it the first loss is log 2, and what held-out pairs get does not depend on it."""
+    assert training(runs, "lora")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(training(runs, "dropout")[0]["loss"] - math.log(2)) > 1e-3
+    assert at_start(runs, "dropout") == at_start(runs, "lora")
+
+
+def test_adapters_have_a_learning_rate_of_their_own(runs):
+    assert lines(runs, "lora rate") == lines(runs, "lora")
+    assert training(runs, "lora rate")[0]["lr"] == 2 * RATE
+
+
+def test_bf16_follows_fp32(runs):
+    for ours, theirs in zip(training(runs, "plain"), training(runs, "bf16"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], abs=0.05)
+
+
+def test_the_reference_is_asked_about_the_pairs_that_are_trained_on(runs):
+    from safetensors.torch import load_file
+
+    values = load_file(runs / "1" / "short" / "step2_dpo" / "reference.safetensors")
+    assert values["train"].shape == (2, PAIRS) and values["eval"].shape == (2, HELD_OUT)
+    assert int(values["train"].isfinite().all(0).sum()) == BATCH  # one optimiser step
+    assert values["eval"].isfinite().all()
+    assert training(runs, "short")[0]["loss"] == training(runs, "plain")[0]["loss"]
+
+
+def test_the_result_says_how_it_went(runs):
+    result = json.loads((runs / "1" / "plain" / "step2_dpo" / "result.json").read_text())
+    assert result["optimizer_steps"] == 4 and result["rows"] == PAIRS
+    assert result["eval/loss"] == lines(runs, "plain")[-1]["eval/loss"]

@@ -1,0 +1,106 @@
+"""Direct preference optimisation on top of the shared loop."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.chat_format import ChatFormat
+from training import calls
+from training.data.batching import plan_micro_batches
+from training.data.token_pairs import TokenPair
+from training.hybrid_engine.zero_engine import ZeroEngine
+from training.models.loading import load_causal_lm
+from training.models.policy import Policy
+from training.stage import Stage
+from training.step2_dpo.dpo_math import dpo_loss, implicit_rewards
+from training.step2_dpo.reference import reference_logprobs, response_logprobs
+from training.supervised import count_updates, fit
+
+
+def train(stage: Stage) -> None:
+    """The whole step: set up, ask the reference, fit, save."""
+    config, settings = stage.config, stage.config.dpo
+    source = stage.earlier_model(1)
+    chat_format = ChatFormat.load(source)
+    for note in chat_format.notes:
+        stage.display.say(note)
+    rows, held_out = stage.rows(chat_format)
+    pairs = [TokenPair.encode(row, chat_format, config.data) for row in rows]
+    evaluated = [TokenPair.encode(row, chat_format, config.data) for row in held_out[: settings.eval_rows]]
+    total = count_updates(len(pairs), settings)
+
+    model = load_causal_lm(source, chat_format, torch.float32, settings.dropout)
+    policy = Policy(model, settings.optimizer.lora).to(stage.ranks.device)
+    engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
+    made: dict[str, Any] = {"pairs": {"train": pairs, "eval": evaluated}}
+    evaluation: dict[str, float] = {}
+    for call in calls.DPO:
+        inputs = {key: made[key] for key in call.inputs}
+        if call.kind == "score":
+            made[call.outputs[0]] = reference_logprobs(stage, engine, **inputs)
+        else:
+            evaluation = fit(stage, DPOTask(stage, engine, **inputs), settings, total)
+
+    stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
+    stage.finish({"optimizer_steps": total, "rows": len(pairs), **evaluation})
+
+
+class DPOTask:
+    name = "DPO"
+
+    def __init__(
+        self,
+        stage: Stage,
+        engine: ZeroEngine,
+        pairs: dict[str, list[TokenPair]],
+        reference_logprobs: dict[str, Tensor],
+    ):
+        """Both have a `train` and an `eval` set."""
+        self.stage, self.engine, self.settings = stage, engine, stage.config.dpo
+        self.pairs, self.reference_logprobs = pairs, reference_logprobs
+        self.lengths = [pair.tokens for pair in pairs["train"]]
+
+    def size(self, rows: list[int]) -> int:
+        """Pairs."""
+        return len(rows)
+
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss of the pairs, and what the policy thinks of them."""
+        return self._losses("train", rows)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The same measures on held-out pairs."""
+        held_out = self.pairs["eval"]
+        if not held_out:
+            return {}
+        ranks = self.stage.ranks
+        plan = plan_micro_batches([pair.tokens for pair in held_out], self.settings.micro_batch_tokens, ranks.size)
+        sums: dict[str, float] = {}
+        for micro_batch in plan[ranks.rank]:
+            loss, measured = self._losses("eval", micro_batch.rows)
+            for name, value in {"loss": float(loss), **measured}.items():
+                sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
+        return {f"eval/{name}": value / len(held_out) for name, value in ranks.sum_values(sums).items()}
+
+    def _losses(self, name: str, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities."""
+        pairs, device = [self.pairs[name][row] for row in rows], self.stage.ranks.device
+        logprobs = response_logprobs(self.engine, pairs, device)
+        lengths = None
+        if self.settings.length_normalized:
+            lengths = torch.tensor([[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]], device=device)
+        reference = self.reference_logprobs[name][:, rows].to(device)
+        rewards = implicit_rewards(logprobs, reference, lengths, self.settings.beta)
+        margins = rewards[0] - rewards[1]
+        measured = {
+            "accuracy": (margins > 0).float().sum(),
+            "margin": margins.sum(),
+            "reward/chosen": rewards[0].sum(),
+            "reward/rejected": rewards[1].sum(),
+            "logprobs/chosen": logprobs[0].sum(),
+            "logprobs/rejected": logprobs[1].sum(),
+        }
+        values = torch.stack(list(measured.values())).tolist()
+        return dpo_loss(margins, self.settings.label_smoothing).sum(), dict(zip(measured, values, strict=True))

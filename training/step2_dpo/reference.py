@@ -1,0 +1,74 @@
+"""Log-probabilities of the reference: what the policy says before its first update, kept so that it is asked once."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.token_pairs import TokenPair, rows_of
+from training.hybrid_engine.zero_engine import ZeroEngine
+from training.stage import Stage
+from training.supervised import rows_trained_on
+
+REFERENCE_FILE = "reference.safetensors"
+
+
+def response_logprobs(engine: ZeroEngine, pairs: list[TokenPair], device: torch.device) -> Tensor:
+    """Of whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
+    rows = rows_of(pairs)
+    logprobs, _ = engine(TokenBatch.of(rows, device))
+    sums = [part.sum() for part in logprobs.split([len(response) for _, response in rows])]
+    return torch.stack(sums).view(2, -1)
+
+
+def reference_logprobs(stage: Stage, engine: ZeroEngine, pairs: dict[str, list[TokenPair]]) -> dict[str, Tensor]:
+    """For `train` and `eval` pairs float32 (2, pairs), on every rank: from the step's directory, else scored and kept.
+
+    NaN for pairs that no optimiser step will see. Must be called while `engine` still has the weights that it began
+    with; fresh adapters change nothing.
+    """
+    file = stage.directory.path / REFERENCE_FILE
+    kept = load_file(file) if file.exists() else {}
+    stage.ranks.barrier()  # all have looked before the first rank writes
+    if {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}:
+        return kept
+    train, held_out = pairs["train"], pairs["eval"]
+    needed = rows_trained_on(len(train), stage.config.dpo, stage.config.seed)
+    found = {
+        "train": score_pairs(stage, engine, train, needed),
+        "eval": score_pairs(stage, engine, held_out, list(range(len(held_out)))),
+    }
+    if stage.ranks.is_first:
+        save_whole(file, found)
+    return found
+
+
+@torch.no_grad()
+def score_pairs(stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], needed: list[int]) -> Tensor:
+    """Each rank scores its share of the `needed` rows, then all know all of it; float32 (2, pairs)."""
+    result = torch.full((2, len(pairs)), torch.nan)
+    if not needed:
+        return result
+    found = torch.zeros(2, len(needed))
+    budget = stage.config.dpo.micro_batch_tokens
+    plan = plan_micro_batches([pairs[row].tokens for row in needed], budget, stage.ranks.size)[stage.ranks.rank]
+    with stage.display.progress("Reference", len(plan)) as bar:
+        for micro_batch in plan:
+            values = response_logprobs(engine, [pairs[needed[i]] for i in micro_batch.rows], stage.ranks.device)
+            if micro_batch.weight:
+                found[:, micro_batch.rows] = values.cpu()
+            bar.advance()
+    result[:, needed] = stage.ranks.sum(found)
+    return result
+
+
+def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write beside the place, then move: the file is whole or not there."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    save_file(tensors, temporary)
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
