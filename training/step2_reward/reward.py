@@ -24,13 +24,13 @@ def train(stage: Stage) -> None:
     source = initial_model(stage)
     chat_format = stage.chat_format(stage.model_directory(config.sft_model or config.model), source)
     rows, held_out = stage.rows(chat_format)
-    pairs = [Pair.encode(row, chat_format, stage) for row in rows]
+    pairs = encode(rows, chat_format, stage)
     total = count_updates(len(pairs), settings)
 
     scorer = Scorer(load_scorer(source, chat_format, torch.float32, settings.layers), settings.optimizer.lora)
     scorer.shift, scorer.scale = 0.0, 1.0
     engine = ZeroEngine(scorer.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
-    evaluated = [Pair.encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
+    evaluated = encode(held_out[: settings.eval_rows], chat_format, stage)
     task = RewardTask(stage, engine, pairs, evaluated)
     evaluation = fit(stage, task, settings, total)
 
@@ -57,20 +57,18 @@ class Pair:
     is_unseen: bool = False
     """Whether nothing was trained on under its question (embedded default only)."""
 
-    @classmethod
-    def encode(cls, row: dict, chat_format: ChatFormat, stage: Stage) -> "Pair":
-        data = stage.config.data
-        return cls(
-            torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
-            torch.tensor(chat_format.response_ids(row["chosen"], data.max_response_tokens)),
-            torch.tensor(chat_format.response_ids(row["rejected"], data.max_response_tokens)),
-            row.get("held_out_question", False),
-        )
-
     @property
     def tokens(self) -> int:
         """Of both rows together."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def encode(rows: list[dict], chat_format: ChatFormat, stage: Stage) -> list[Pair]:
+    tokens = stage.tokens(rows, ("prompt", "chosen", "rejected"), chat_format)
+    return [
+        Pair(prompt, chosen, rejected, row.get("held_out_question", False))
+        for (prompt, chosen, rejected), row in zip(tokens, rows, strict=True)
+    ]
 
 
 class RewardTask:
