@@ -16,7 +16,10 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option(help="A preset (opt-13b, smollm2-135m, tiny, ...), hub id or directory.")]
 RewardModel = Annotated[str | None, typer.Option(help="Reward model and critic; default: the preset's, or --model.")]
-Data = Annotated[str | None, typer.Option(help="JSON-lines file with your own data (docs/data.md).")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="Your data: a file, directory or hub id; several are blended, =2 is a weight (docs/data.md)."),
+]
 Config = Annotated[list[Path] | None, typer.Option(help="YAML file with settings; may be given several times.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. --set rlhf.kl.target=4.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
@@ -254,6 +257,54 @@ def doctor(
     from applications.commands import doctor_command
 
     raise typer.Exit(doctor_command(model, tp, dtype, hub))
+
+
+data_app = typer.Typer(
+    help="Look at data before anything is trained on it (docs/data.md).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data")
+DataTarget = Annotated[str, typer.Argument(help="Data (a file, directory, hub id, chitchat), or a run directory.")]
+
+
+@data_app.command("show")
+def data_show(
+    target: DataTarget,
+    model: Model = None,
+    kind: Annotated[str | None, typer.Option(help="Only sft, pairs or prompts.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each kind.")] = 3,
+    set_: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Rows as the model sees them: its template, special tokens and cuts, with the trained tokens in colour.
+
+    rlhf-chat data show mine.jsonl --model smollm2-135m
+
+    rlhf-chat data show runs/demo --kind pairs --rows 10
+    """
+    from applications.data import show_command
+
+    show_command(target, model, kind, rows, set_)
+
+
+@data_app.command("lint")
+def data_lint(
+    target: DataTarget,
+    model: Model = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the findings as data.")] = False,
+    set_: Set = None,
+    debug: Debug = False,
+) -> None:
+    """What is doubtful about data: bad rows, duplicates, length bias, cuts, the tokenizer. Exit code 1 for errors.
+
+    rlhf-chat data lint mine.jsonl --model opt-125m
+
+    rlhf-chat data lint Dahoas/rm-static --model opt-125m --set data.limit=5000 --json
+    """
+    from applications.data import lint_command
+
+    raise typer.Exit(lint_command(target, model, json_, set_))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config import DPO_STEP, EMBEDDED_DATA, RunConfig, load_config, merge
+from training.data.sources import absolute
 from training.run_directory import COMPARED, STEP_NAMES, RunDirectory
 
 
@@ -26,14 +27,14 @@ def resolve_settings(
     if model is None and not config and run is not None and run.config_file.exists():
         stored = run.read_config().model_dump(mode="json")
         if "data" in given:
-            given["data"] = {"source": absolute(str(given["data"]))}
+            given["data"] = {"source": [absolute(text) for text in data_sources(given["data"])]}
         nest_fusion(given)
         return load_config([], overrides or [], stored, given)
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
         raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
     if "data" in given:
-        given["data"] = {"source": str(given["data"])}
+        given["data"] = {"source": data_sources(given["data"])}
     nest_fusion(given)
     base = settings_for_model(model) if model is not None else {}
     resolved = load_config(config or [], overrides or [], base, given)
@@ -42,7 +43,7 @@ def resolve_settings(
     # What a preset says of the embedded dialogues does not hold for other data.
     base = merge(base, {"evaluation": {"true_score": "none"}, "announce": ""})
     resolved = load_config(config or [], overrides or [], base, given)
-    resolved.data.source = absolute(resolved.data.source)
+    resolved.data.source = [absolute(text) for text in resolved.data.sources]
     return resolved
 
 
@@ -52,16 +53,15 @@ def nest_fusion(given: dict[str, object]) -> None:
         given["rlhf"] = {"fusion": {"mode": given.pop("fusion")}}
 
 
-def absolute(source: str) -> str:
-    """A data source that is a file or directory, as the stages find it from other working directories."""
-    file = Path(source).expanduser()
-    return str(file.resolve()) if file.exists() else source
+def data_sources(given: object) -> list[str]:
+    """The values of --data, which may be given several times."""
+    return [str(text) for text in given] if isinstance(given, list) else [str(given)]
 
 
 def pipeline_command(
     model: str | None,
     name: str | None,
-    data: str | None,
+    data: list[str] | None,
     reward_model: str | None,
     steps: str | None,
     dry_run: bool,
@@ -74,7 +74,7 @@ def pipeline_command(
 ) -> None:
     """`rlhf-chat run`."""
     flags = {
-        "data": data,
+        "data": data or None,
         "reward_model": reward_model,
         "seed": seed,
         "processes": processes,
@@ -99,7 +99,7 @@ def step_command(
     run_directory: Path,
     model: str | None,
     reward_model: str | None,
-    data: str | None,
+    data: list[str] | None,
     config: list[Path] | None,
     overrides: list[str] | None,
     processes: int | None,
@@ -109,7 +109,7 @@ def step_command(
 ) -> None:
     """`rlhf-chat sft | reward | rlhf | dpo`."""
     flags = {
-        "data": data,
+        "data": data or None,
         "reward_model": reward_model,
         "processes": processes,
         "sft_model": actor,

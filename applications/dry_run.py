@@ -66,7 +66,10 @@ def _machine_and_models(outlook: Outlook) -> list[str]:
         _line("processes", f"{where}, computing in {_dtype_name(outlook)}"),
         _line("actor", f"{config.sft_model or config.model}, {_parameters(outlook.actor)}"),
         *([_line("reward, critic", scorer)] if {2, 3} & set(outlook.steps) else []),
-        _line("data", f"{config.data.source}" + (f", at most {config.data.limit:,} rows" if config.data.limit else "")),
+        _line(
+            "data",
+            ", ".join(config.data.sources) + (f", at most {config.data.limit:,} rows" if config.data.limit else ""),
+        ),
         _line("lengths", f"prompt {config.data.max_prompt_tokens} + response {config.data.max_response_tokens} tokens"),
     ]
 

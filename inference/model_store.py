@@ -201,24 +201,27 @@ def _snapshot(source: str, weights: tuple[str, ...]) -> Path:
             with suppress(UserError):
                 check_model_directory(Path(partial), source)
                 return Path(partial)
-        raise UserError(_hub_sentence(source, error)) from error
+        raise UserError(hub_sentence(source, error)) from error
 
 
-def _hub_sentence(source: str, error: Exception) -> str:
-    """What is wrong and the way out, for an error of snapshot_download."""
+def hub_sentence(
+    source: str, error: Exception, noun: str = "model", local: str = "a local directory with --model DIR"
+) -> str:
+    """What is wrong and the way out, for an error of snapshot_download. `noun` is what `source` should be."""
     from huggingface_hub import constants, errors
 
     responses = (getattr(e, "response", None) for e in (error, error.__cause__))
     status = next((response.status_code for response in responses if response is not None), None)
-    local = "or use a local directory with --model DIR"
+    local = f"or use {local}"
+    page = f"{constants.ENDPOINT}/{'datasets/' if noun == 'data set' else ''}{source}"
     if _is_disk_full(error):
         return f"The disk is full: {source} needs room in {constants.HF_HUB_CACHE}, or set HF_HOME to another place."
     if isinstance(error, errors.GatedRepoError):
-        return f"{source} is gated: accept its terms at {constants.ENDPOINT}/{source} and set HF_TOKEN, {local}."
+        return f"{source} is gated: accept its terms at {page} and set HF_TOKEN, {local}."
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return (
-            f"There is no directory '{source}', and no model of that name on the hub that you may read: check the "
-            f"name, set HF_TOKEN if the model is private, {local}."
+            f"There is no directory '{source}', and no {noun} of that name on the hub that you may read: check the "
+            f"name, set HF_TOKEN if the {noun} is private, {local}."
         )
     if status in (401, 403):
         return f"The hub refuses {source} (HTTP {status}): set HF_TOKEN to a token that may read it, {local}."

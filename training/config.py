@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from inference.errors import UserError
 
@@ -103,8 +103,8 @@ class FrozenSettings(Settings):
 
 
 class DataSettings(Settings):
-    source: str = EMBEDDED_DATA
-    """`chitchat` (the embedded default), a JSON-lines file, or a directory of them."""
+    source: str | list[str] = EMBEDDED_DATA
+    """`chitchat` (the embedded default), a file, directory or hub id; a list blends several, `=2` is a weight."""
     split: tuple[float, float, float] = (2, 4, 4)
     """Shares of one data set that go to steps 1, 2 and 3, when one set serves all steps."""
     held_out: float = Field(0.05, gt=0, lt=0.5)
@@ -114,9 +114,23 @@ class DataSettings(Settings):
     max_response_tokens: int = Field(256, ge=2)
     """Longest response, its end-of-turn token included."""
     limit: int = Field(0, ge=0)
-    """Use at most this many rows (of the embedded default: dialogues) of the source; 0 means all."""
+    """Use at most this many rows (of the embedded default: dialogues) of each source; 0 means all."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.source] if isinstance(self.source, str) else self.source
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, source: str | list[str]) -> str | list[str]:
+        """A list of one is that one."""
+        if not source:
+            raise ValueError("is empty; give a file, a directory or a hub id")
+        if isinstance(source, list) and len(source) > 1 and EMBEDDED_DATA in source:
+            raise ValueError(f"'{EMBEDDED_DATA}' has a split of its own and cannot be blended with other sources")
+        return source[0] if isinstance(source, list) and len(source) == 1 else source
 
 
 class StepSettings(Settings):

@@ -27,6 +27,8 @@ from training.checkpoints import Checkpoints
 from training.config import RunConfig, load_config
 from training.data.prepare import prepare_data
 from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
+from training.data.token_cache import TokenCache, Tokens
+from training.data.token_pairs import PARTS, TokenPair
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.hybrid_engine.layout import Layout
 from training.metrics import Display, Journal, NullJournal
@@ -97,6 +99,20 @@ class Stage:
         require_rows(self.run.data, self.directory.number)
         kind, _ = ROWS_OF_STEP[self.directory.number]
         return read_rows(self.run.data / f"{kind}_train.jsonl"), read_rows(self.run.data / f"{kind}_eval.jsonl")
+
+    def tokens(self, rows: list[dict], parts: tuple[str, ...], chat_format: ChatFormat) -> list[Tokens]:
+        """The tokens of each row's `parts` (`prompt`, keys of answers); the first rank makes them, all read them."""
+        cache = TokenCache(self.run.path / "tokens", rows, parts, chat_format, self.config.data)
+        if self.ranks.is_first:
+            cache.fill()
+        self.ranks.barrier()
+        return cache.read()
+
+    def token_pairs(self, rows: list[dict], chat_format: ChatFormat) -> list[TokenPair]:
+        """Rows of pairs as tokens."""
+        return [
+            TokenPair.of(row, tokens) for row, tokens in zip(rows, self.tokens(rows, PARTS, chat_format), strict=True)
+        ]
 
     def save_trained(
         self,

@@ -139,3 +139,20 @@ def test_settings_are_laid_over_those_of_a_run(tmp_path):
 def test_nothing_given_leaves_a_run_its_own_settings():
     assert resolve(model=None) is None
     assert resolve(model=None, config=[], overrides=[], flags={"data": None, "seed": None}) is None
+
+
+def test_several_sources_keep_their_weights_and_revisions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.csv"):
+        write(tmp_path / name, "")
+    here = str(tmp_path.resolve())
+    given = ["a.jsonl", "b.csv=2", "Dahoas/rm-static@main=0.5"]
+    expected = [f"{here}/a.jsonl", f"{here}/b.csv=2", "Dahoas/rm-static@main=0.5"]
+    assert resolve(flags={"data": given}).data.source == expected
+    assert resolve(overrides=["data.source=[a.jsonl, b.csv=2, Dahoas/rm-static@main=0.5]"]).data.source == expected
+    assert resolve(flags={"data": ["a.jsonl"]}).data.source == f"{here}/a.jsonl"
+
+
+def test_the_embedded_data_cannot_be_blended():
+    with pytest.raises(UserError, match=r"data\.source: 'chitchat' has a split of its own and cannot be blended"):
+        resolve(flags={"data": ["chitchat", "a.jsonl"]})

@@ -57,7 +57,7 @@ class TokenBatch:
     lengths: list[int]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> "TokenBatch":
+    def of(cls, rows: Sequence[tuple[Tensor, ...]], device: torch.device) -> "TokenBatch":
         """From (prompt ids, response ids) pairs, each int64 (length) with at least one token."""
         ids = torch.cat([part for row in rows for part in row])
         response = torch.cat(

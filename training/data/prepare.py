@@ -7,14 +7,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from inference.chat_format import ChatFormat
+from inference.errors import UserError
 from training.config import EMBEDDED_DATA, DataSettings
+from training.data.blend import blend
 from training.data.chitchat import build_chitchat, load_dialogues
+from training.data.reading import SourceRows, read_sources
 from training.data.rows import RowSets, write_rows
 from training.data.split import kind_of, split_rows
-from training.data.user_files import read_user_files
 from training.run_directory import write_directory, write_json
 
 COUNTS_FILE = "counts.json"
+LEFT_OUT_FILE = "left_out.jsonl"
+PLACES_NAMED = 3
+"""How many places the terminal names for each reason; the rest are in the file."""
 SETS_OF_STEPS = {"step 1 (SFT)": "sft", "step 2 (reward)": "pairs", "step 3 (RLHF)": "prompts"}
 
 
@@ -27,16 +32,25 @@ class DataCounts:
     skipped: dict[str, int] = field(default_factory=dict)
     """Rows (of the embedded default: replies) that were left out, by reason."""
     notes: list[str] = field(default_factory=list)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """Where the first rows of each reason are."""
+    sources: list[str] = field(default_factory=list)
+    """Each source with what was found in it."""
 
     def lines(self) -> list[str]:
         """What the terminal shows."""
-        lines = [
+        lines = self.sources + [
             f"{step}: {self.rows.get(f'{name}_train', 0):,} rows, {self.rows.get(f'{name}_eval', 0):,} held out"
             for step, name in SETS_OF_STEPS.items()
         ]
         if self.skipped:
-            lines.append("left out: " + "; ".join(f"{reason} ({count:,})" for reason, count in self.skipped.items()))
+            lines.append("left out: " + "; ".join(self.reason(name, count) for name, count in self.skipped.items()))
         return lines + self.notes
+
+    def reason(self, name: str, count: int) -> str:
+        places = self.places.get(name, [])
+        more = ", ..." if places and count > len(places) else ""
+        return f"{name} ({count:,}{': ' if places else ''}{', '.join(places)}{more})"
 
 
 def prepare_data(
@@ -49,29 +63,55 @@ def prepare_data(
     counts_file = directory / COUNTS_FILE
     if counts_file.exists():
         return DataCounts(**json.loads(counts_file.read_text(encoding="utf-8")))
-    sets, counts = build_rows(settings, seed, chat_format)
+    sets, counts, left_out = build_rows(settings, seed, chat_format, report)
 
     def write(place: Path) -> None:
         for name, rows in sets.items():
             write_rows(place / f"{name}.jsonl", rows)
+        if left_out:
+            lines = [json.dumps({"place": place, "reason": reason}, ensure_ascii=False) for place, reason in left_out]
+            (place / LEFT_OUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(place / COUNTS_FILE, asdict(counts))
 
     write_directory(directory, write)
-    report(f"Data from {settings.source}")
+    report(f"Data from {', '.join(settings.sources)}")
     for line in counts.lines():
         report(f"  {line}")
     return counts
 
 
-def build_rows(settings: DataSettings, seed: int, chat_format: ChatFormat) -> tuple[RowSets, DataCounts]:
-    skipped: Counter[str]
-    notes: list[str] = []
+def build_rows(
+    settings: DataSettings, seed: int, chat_format: ChatFormat, report: Callable[[str], None]
+) -> tuple[RowSets, DataCounts, list[tuple[str, str]]]:
+    """The rows of each step, their counts, and place and reason of what was left out."""
     if settings.source == EMBEDDED_DATA:
         sets, skipped, notes = build_chitchat(load_dialogues(), settings, seed, chat_format)
-    else:
-        rows, skipped = read_user_files(settings)
-        sets = split_rows(rows, settings.split, settings.held_out, seed)
-        if any(kind_of(row) == "pair" for row in rows) and sum(share > 0 for share in settings.split) > 1:
-            shares = ":".join(f"{share:g}" for share in settings.split)
-            notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shares} (data.split)")
-    return sets, DataCounts({name: len(rows) for name, rows in sets.items()}, dict(skipped.most_common()), notes)
+        return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
+    found = read_sources(settings, report)
+    sets = split_and_blend(found, settings, seed)
+    notes = []
+    if any(kind_of(row) == "pair" for each in found for row in each.rows) and sum(s > 0 for s in settings.split) > 1:
+        shares = ":".join(f"{share:g}" for share in settings.split)
+        notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shares} (data.split)")
+    left_out = [(place, reason) for each in found for place, reason, _ in each.left_out]
+    reasons = Counter(reason for _, reason in left_out)
+    places = {reason: [at for at, why in left_out if why == reason][:PLACES_NAMED] for reason in reasons}
+    sources = [each.describe() for each in found]
+    return sets, DataCounts(count_rows(sets), dict(reasons.most_common()), notes, places, sources), left_out
+
+
+def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) -> RowSets:
+    """All sources together are shared out over steps and evaluation; then their weights count."""
+    rows = [row for each in found for row in each.rows]
+    if len(found) > 1:
+        for each in found:
+            for row in each.rows:
+                row["source"] = each.source.label
+    elif found[0].source.weight != 1:
+        raise UserError(f"{found[0].source} is the only source, so its weight says nothing: leave it out.")
+    sets = split_rows(rows, settings.split, settings.held_out, seed)
+    return blend(sets, {each.source.label: each.source.weight for each in found}, seed)
+
+
+def count_rows(sets: RowSets) -> dict[str, int]:
+    return {name: len(rows) for name, rows in sets.items()}

@@ -18,6 +18,7 @@ class SFTRow(TypedDict):
     prompt: list[Message]
     response: str
     held_out_question: NotRequired[bool]
+    source: NotRequired[str]
 
 
 class PairRow(TypedDict):
@@ -29,6 +30,7 @@ class PairRow(TypedDict):
     chosen_score: NotRequired[float]
     rejected_score: NotRequired[float]
     held_out_question: NotRequired[bool]
+    source: NotRequired[str]
 
 
 class PromptRow(TypedDict):
@@ -36,10 +38,11 @@ class PromptRow(TypedDict):
 
     prompt: list[Message]
     held_out_question: NotRequired[bool]
+    source: NotRequired[str]
 
 
 # What is not required comes with the embedded default: the true scores, and in evaluation rows whether nothing was
-# trained on under the row's question.
+# trained on under the row's question. `source` is there where there are several.
 Row = SFTRow | PairRow | PromptRow
 
 

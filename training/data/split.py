@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from inference.errors import UserError
-from training.data.rows import PairRow, Row, RowSets, SFTRow
+from training.data.rows import PairRow, PromptRow, Row, RowSets, SFTRow
 
 STEPS_OF_KIND = {"pair": (1, 2, 3), "sft": (1,), "prompt": (3,)}
 """The steps that rows of a kind serve. Where nothing else gives step 3 prompts, demonstrations serve it as well."""
@@ -106,11 +106,13 @@ def assign_steps(groups: dict[str, list[Row]], shares: dict[int, float], seed: i
 def add_rows(sets: RowSets, step: int, group: list[Row], evaluation: bool) -> None:
     """Append what `step` uses of the rows: responses (of pairs the chosen one), pairs, or prompts."""
     for row in group:
+        source: dict[str, str] = {"source": row["source"]} if "source" in row else {}
         if step == 1:
             response = cast(PairRow, row)["chosen"] if kind_of(row) == "pair" else cast(SFTRow, row)["response"]
             sft = sets.sft_eval if evaluation else sets.sft_train
-            sft.append({"prompt": row["prompt"], "response": response})
+            sft.append(cast(SFTRow, {"prompt": row["prompt"], "response": response, **source}))
         elif step == 2:
             (sets.pairs_eval if evaluation else sets.pairs_train).append(cast(PairRow, row))
         else:
-            (sets.prompts_eval if evaluation else sets.prompts_train).append({"prompt": row["prompt"]})
+            prompts = sets.prompts_eval if evaluation else sets.prompts_train
+            prompts.append(cast(PromptRow, {"prompt": row["prompt"], **source}))

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from inference.chat_format import ChatFormat
-from training.config import DataSettings
+PARTS = ("prompt", "chosen", "rejected")
+"""Of a row of pairs that become tokens."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,10 @@ class TokenPair:
     """Whether nothing was trained on under its question (embedded default only)."""
 
     @classmethod
-    def encode(cls, row: dict[str, Any], chat_format: ChatFormat, data: DataSettings) -> "TokenPair":
-        return cls(
-            torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
-            torch.tensor(chat_format.response_ids(row["chosen"], data.max_response_tokens)),
-            torch.tensor(chat_format.response_ids(row["rejected"], data.max_response_tokens)),
-            row.get("held_out_question", False),
-        )
+    def of(cls, row: dict[str, Any], tokens: Sequence[Tensor]) -> "TokenPair":
+        """Of a row and the tokens of its PARTS."""
+        prompt, chosen, rejected = tokens
+        return cls(prompt, chosen, rejected, row.get("held_out_question", False))
 
     @property
     def tokens(self) -> int:

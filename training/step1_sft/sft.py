@@ -7,11 +7,14 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.token_cache import Tokens
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
 from training.supervised import count_updates, fit
+
+PARTS = ("prompt", "response")
 
 
 def train(stage: Stage) -> None:
@@ -22,13 +25,13 @@ def train(stage: Stage) -> None:
     for note in chat_format.notes:
         stage.display.say(note)
     rows, held_out = stage.rows(chat_format)
-    encoded = within_budget([encode(row, chat_format, stage) for row in rows], settings.token_budget)
+    encoded = within_budget(stage.tokens(rows, PARTS, chat_format), settings.token_budget)
     total = count_updates(len(encoded), settings)
 
     model = load_causal_lm(source, chat_format, torch.float32, settings.dropout)
     policy = Policy(model, settings.optimizer.lora).to(stage.ranks.device)
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
-    evaluated = [encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
+    evaluated = stage.tokens(held_out[: settings.eval_rows], PARTS, chat_format)
     task = SFTTask(stage, engine, encoded, evaluated)
     evaluation = fit(stage, task, settings, total)
 
@@ -36,21 +39,11 @@ def train(stage: Stage) -> None:
     stage.finish({"optimizer_steps": total, "rows": len(encoded), **evaluation})
 
 
-Encoded = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
-
-
-def encode(row: dict, chat_format: ChatFormat, stage: Stage) -> Encoded:
-    data = stage.config.data
-    prompt = chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)
-    response = chat_format.response_ids(row["response"], data.max_response_tokens)
-    return torch.tensor(prompt), torch.tensor(response)
-
-
-def within_budget(rows: list[Encoded], token_budget: int) -> list[Encoded]:
+def within_budget(rows: list[Tokens], token_budget: int) -> list[Tokens]:
     """The first rows that together have at most `token_budget` tokens (0: all)."""
     if not token_budget:
         return rows
-    kept: list[Encoded] = []
+    kept: list[Tokens] = []
     tokens = 0
     for prompt, response in rows:
         tokens += len(prompt) + len(response)
@@ -63,7 +56,7 @@ def within_budget(rows: list[Encoded], token_budget: int) -> list[Encoded]:
 class SFTTask:
     name = "SFT"
 
-    def __init__(self, stage: Stage, engine: ZeroEngine, rows: list[Encoded], held_out: list[Encoded]):
+    def __init__(self, stage: Stage, engine: ZeroEngine, rows: list[Tokens], held_out: list[Tokens]):
         self.stage, self.engine, self.rows, self.held_out = stage, engine, rows, held_out
         self.lengths = [len(prompt) + len(response) for prompt, response in rows]
 
@@ -93,5 +86,5 @@ class SFTTask:
         loss = sums["loss"] / sums["tokens"]
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
 
-    def _batch(self, rows: list[Encoded]) -> TokenBatch:
+    def _batch(self, rows: list[Tokens]) -> TokenBatch:
         return TokenBatch.of(rows, self.stage.ranks.device)

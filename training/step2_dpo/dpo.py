@@ -20,14 +20,14 @@ from training.supervised import count_updates, fit
 
 def train(stage: Stage) -> None:
     """The whole step: set up, ask the reference, fit, save."""
-    config, settings = stage.config, stage.config.dpo
+    settings = stage.config.dpo
     source = stage.earlier_model(1)
     chat_format = ChatFormat.load(source)
     for note in chat_format.notes:
         stage.display.say(note)
     rows, held_out = stage.rows(chat_format)
-    pairs = [TokenPair.encode(row, chat_format, config.data) for row in rows]
-    evaluated = [TokenPair.encode(row, chat_format, config.data) for row in held_out[: settings.eval_rows]]
+    pairs = stage.token_pairs(rows, chat_format)
+    evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
     total = count_updates(len(pairs), settings)
 
     model = load_causal_lm(source, chat_format, torch.float32, settings.dropout)

@@ -23,7 +23,7 @@ def train(stage: Stage) -> None:
     source = initial_model(stage)
     chat_format = stage.chat_format(stage.model_directory(config.sft_model or config.model), source)
     rows, held_out = stage.rows(chat_format)
-    pairs = [TokenPair.encode(row, chat_format, config.data) for row in rows]
+    pairs = stage.token_pairs(rows, chat_format)
     total = count_updates(len(pairs), settings)
 
     model = load_scorer(source, chat_format, torch.float32, settings.layers, settings.dropout)
@@ -31,7 +31,7 @@ def train(stage: Stage) -> None:
     scorer.shift, scorer.scale = 0.0, 1.0
     scorer = scorer.to(stage.ranks.device)
     engine = ZeroEngine(scorer, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
-    evaluated = [TokenPair.encode(row, chat_format, config.data) for row in held_out[: settings.eval_rows]]
+    evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
     task = RewardTask(stage, engine, pairs, evaluated)
     evaluation = fit(stage, task, settings, total)
 

@@ -27,7 +27,7 @@ def train(stage: Stage) -> None:
     sft, reward = stage.earlier_model(1), stage.earlier_model(2)
     chat_format = stage.chat_format(sft, reward)
     rows, held_out = stage.rows(chat_format)
-    prompts = [encode_prompt(row, chat_format, config.data.max_prompt_tokens) for row in rows]
+    prompts = [prompt for (prompt,) in stage.tokens(rows, ("prompt",), chat_format)]
     fixed = [encode_prompt(row, chat_format, config.data.max_prompt_tokens) for row in (held_out or rows)]
 
     per_iteration = settings.ppo_epochs * settings.mini_batches

@@ -1,10 +1,7 @@
-import json
-
 import pytest
 
-from inference.errors import UserError
-from training.config import DataSettings
-from training.data.user_files import BadRow, parse_line, parse_row, read_user_files
+from training.data.files import BadRow, LeftOut, parse_line
+from training.data.formats import format_of, parse_row
 
 
 def user(text):
@@ -65,6 +62,8 @@ def test_pair_with_several_turns_in_the_common_beginning():
         {"prompt": "q", "completion": " r"},
         {"prompt": [user("q")], "completion": [assistant("r")]},
         {"messages": [user("q"), assistant("r")]},
+        {"text": "Human: q\n\nAssistant: r"},
+        {"prompt": "q", "completion": "r", "label": True},
     ],
 )
 def test_demonstrations(row):
@@ -97,7 +96,8 @@ def test_prompt_alone():
         (b'{"prompt": "\xff"}', "not UTF-8"),
         (b"[1]", "not a JSON object"),
         (b"null", "not a JSON object"),
-        (b'{"text": "x"}', "no known keys"),
+        (b'{"text": "x"}', "'text' is not of the form Human"),
+        (b'{"title": "x"}', "no known keys"),
         (b"{}", "no known keys"),
         (b'{"prompt": " "}', "'prompt' is empty"),
         (b'{"prompt": []}', "'prompt' is empty"),
@@ -131,7 +131,10 @@ def test_prompt_alone():
 )
 def test_bad_rows(line, reason):
     with pytest.raises(BadRow, match=reason):
-        parse_row(parse_line(line))
+        value = parse_line(line)
+        if isinstance(value, BadRow):
+            raise value
+        parse_row(value)
 
 
 def test_answers_that_are_two_messages_are_refused():
@@ -140,57 +143,23 @@ def test_answers_that_are_two_messages_are_refused():
         parse_row({"chosen": long, "rejected": [user("q"), assistant("x")]})
 
 
-def write(path, *rows):
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_refuse_names_file_line_reason_and_the_way_out(tmp_path):
-    source = write(tmp_path / "a.jsonl", {"prompt": "q"}, "\n", {"prompt": ""})
-    with pytest.raises(UserError, match=r"a\.jsonl, line 3: 'prompt' is empty; .*data\.bad_rows=skip"):
-        read_user_files(DataSettings(source=source))
-
-
-def test_skip_counts_by_reason(tmp_path):
-    source = write(tmp_path / "a.jsonl", {"prompt": "q"}, {"prompt": ""}, "oops\n", {"prompt": "  "})
-    rows, skipped = read_user_files(DataSettings(source=source, bad_rows="skip"))
-    assert rows == [{"prompt": [user("q")]}]
-    assert skipped == {"'prompt' is empty": 2, "the line is not JSON": 1}
-
-
-def test_directory_in_order_of_names_up_to_the_limit(tmp_path):
-    write(tmp_path / "b.jsonl", {"prompt": "3"})
-    write(tmp_path / "a.jsonl", {"prompt": "1"}, {"prompt": "2"})
-    write(tmp_path / "c.txt", "not read")
-    texts = [row["prompt"][0]["content"] for row in read_user_files(DataSettings(source=str(tmp_path)))[0]]
-    assert texts == ["1", "2", "3"]
-    rows, _ = read_user_files(DataSettings(source=str(tmp_path), limit=2))
-    assert len(rows) == 2
-
-
-def test_byte_order_mark_and_odd_line_separators(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n')
-    assert read_user_files(DataSettings(source=str(file)))[0] == [{"prompt": [user("a\u2028b")]}]
+@pytest.mark.parametrize("label", [False, 0, "False", "0"])
+def test_an_answer_that_is_labelled_as_bad_is_no_demonstration(label):
+    with pytest.raises(LeftOut, match="labelled as bad"):
+        parse_row({"prompt": "q", "completion": "r", "label": label})
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("row", "name"),
     [
-        ("empty.jsonl", "empty.jsonl gives no data, it is empty"),
-        ("bad.jsonl", "none of its rows can be used .the line is not JSON."),
-        ("folder", "has no .jsonl files"),
-        ("data.csv", "Parquet, CSV and other formats cannot be read yet"),
-        ("data.parquet", "to_json"),
-        ("org/hub-set", "There is no data source .*hub"),
-        ("missing.jsonl", "There is no data source"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference, text"),
+        ({"chosen": [user("q")], "rejected": []}, "preference with implicit prompt, messages"),
+        ({"prompt": [user("q")], "completion": [assistant("r")]}, "prompt-completion, messages"),
+        ({"prompt": "q", "completion": "r", "label": True}, "unpaired preference, text"),
+        ({"messages": [user("q")]}, "language modeling, messages"),
+        ({"text": "Human: q"}, "language modeling, text"),
+        ({"prompt": "q"}, "prompt-only, text"),
     ],
 )
-def test_sources_that_cannot_be_used(tmp_path, name, message):
-    (tmp_path / "folder").mkdir()
-    for file in ("empty.jsonl", "data.csv", "data.parquet"):
-        write(tmp_path / file, "")
-    write(tmp_path / "bad.jsonl", "x\n")
-    with pytest.raises(UserError, match=message) as error:
-        read_user_files(DataSettings(source=str(tmp_path / name), bad_rows="skip"))
-    assert "\n" not in str(error.value)
+def test_what_trl_calls_a_format(row, name):
+    assert format_of(row) == name

@@ -1,108 +1,35 @@
-"""A user's JSON-lines files -> rows. The formats are those of TRL, and each row says by its keys which it has.
+"""A value of a file -> rows. The formats are those of TRL, and each value says by its keys which it has.
 
     {"prompt": ..., "chosen": ..., "rejected": ...}    text or messages; without a prompt, chosen and rejected are
                                                        whole conversations with the same beginning
     {"messages": [...]}                                a conversation; each answer in it becomes a row
-    {"prompt": ..., "response": ...}                   or "completion"
+    {"text": ...}                                      a conversation as text
+    {"prompt": ..., "response": ...}                   or "completion"; with "label": true or false beside it (TRL's
+                                                       unpaired preference) only what is labelled true
     {"prompt": ...}                                    for step 3 only
 
 A message is {"role": "system" | "user" | "assistant", "content": text}. Text in the form of DeepSpeed-Chat's and
 Anthropic's sets, "Human: ... Assistant: ...", is read as a conversation.
 """
 
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from inference.chat_format import Message
-from inference.errors import UserError
-from training.config import DataSettings
+from training.data.files import BadRow, LeftOut
 from training.data.rows import PairRow, Row, SFTRow
 
 ROLES = ("system", "user", "assistant")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 KNOWN_KEYS = "prompt + chosen + rejected, messages, prompt + response, or prompt"
-
-
-class BadRow(Exception):
-    """What is wrong with a row, as the rest of a sentence; also the name under which it is counted."""
-
-
-def read_user_files(settings: DataSettings) -> tuple[list[Row], Counter[str]]:
-    """The rows of `settings.source`, a file or a directory of them, and how many were left out and why.
-
-    Raises UserError for what is not there or cannot be read, and for a bad row unless they are to be skipped.
-    """
-    source = settings.source
-    rows: list[Row] = []
-    skipped: Counter[str] = Counter()
-    used = 0
-    for place, line in read_lines(find_files(source)):
-        try:
-            rows += parse_row(parse_line(line))
-        except BadRow as error:
-            if settings.bad_rows == "refuse":
-                raise UserError(
-                    f"{place}: {error}; correct the row, or leave such rows out with --set data.bad_rows=skip."
-                ) from None
-            skipped[str(error)] += 1
-            continue
-        used += 1
-        if used == settings.limit:
-            break
-    if not rows:
-        reason = f"none of its rows can be used ({skipped.most_common(1)[0][0]})" if skipped else "it is empty"
-        raise UserError(f"{source} gives no data, {reason}; each line must be a JSON object with {KNOWN_KEYS}.")
-    return rows, skipped
-
-
-def find_files(source: str) -> list[Path]:
-    """The .jsonl files that `source` means, in the order of their names. Raises UserError with the way out."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.glob("*.jsonl") if file.is_file())
-        if not files:
-            raise UserError(f"The directory {source} has no .jsonl files; put the data there, one JSON object a line.")
-        return files
-    if not path.exists():
-        raise UserError(
-            f"There is no data source {source}: give 'chitchat', a .jsonl file, or a directory of them; data sets of a "
-            "hub must be saved first, with datasets.load_dataset(...).to_json('data.jsonl')."
-        )
-    if path.suffix != ".jsonl":
-        raise UserError(
-            f"{source} is not a .jsonl file; Parquet, CSV and other formats cannot be read yet, so save it with one "
-            "JSON object a line, for example with datasets.load_dataset(...).to_json('data.jsonl')."
-        )
-    return [path]
-
-
-def read_lines(files: list[Path]) -> Iterator[tuple[str, bytes]]:
-    """Each line that is not blank, with the name of its place."""
-    for file in files:
-        try:
-            with open(file, "rb") as handle:
-                for number, line in enumerate(handle, start=1):
-                    if line.strip():
-                        yield f"{file}, line {number}", line
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}); check its permissions.") from None
-
-
-def parse_line(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise BadRow("the line is not UTF-8 text") from None
-    except (ValueError, RecursionError):
-        raise BadRow("the line is not JSON") from None
+COLUMNS = ("prompt", "chosen", "rejected", "response", "completion", "label", "messages", "text")
+"""All keys that are looked at."""
+BAD_LABELS = ("false", "0", "0.0")
+"""A table has labels as text or numbers."""
 
 
 def parse_row(row: Any) -> list[Row]:
-    """The rows that one line gives: several for a conversation with several answers. Raises BadRow."""
+    """The rows that one value gives: several for a conversation with several answers. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow("the line is not a JSON object")
     if "chosen" in row or "rejected" in row:
@@ -111,10 +38,29 @@ def parse_row(row: Any) -> list[Row]:
         if key in row:
             return [parse_answer(row, key)]
     if "messages" in row:
-        return parse_conversation(row["messages"])
+        return parse_conversation(read_messages(row["messages"], "messages"))
     if "prompt" in row:
         return [{"prompt": check_prompt(read_prompt(row["prompt"]))}]
+    if "text" in row:
+        messages = read_transcript(check_text(row["text"], "text"))
+        if not messages:
+            raise BadRow("'text' is not of the form Human: ... Assistant: ...")
+        return parse_conversation(messages)
     raise BadRow(f"no known keys (there must be {KNOWN_KEYS})")
+
+
+def format_of(row: dict[str, Any]) -> str:
+    """What TRL calls the format of a value that parse_row takes, and how its texts are given."""
+    if "chosen" in row:
+        name, text = "preference" if "prompt" in row else "preference with implicit prompt", row["chosen"]
+    elif "response" in row or "completion" in row:
+        name, text = "prompt-completion", row["prompt"]
+        name = "unpaired preference" if "label" in row else name
+    elif "prompt" in row and "messages" not in row:
+        name, text = "prompt-only", row["prompt"]
+    else:
+        name, text = "language modeling", row.get("messages", "")
+    return f"{name}, {'messages' if isinstance(text, list) else 'text'}"
 
 
 def parse_pair(row: dict[str, Any]) -> PairRow:
@@ -139,6 +85,8 @@ def parse_pair(row: dict[str, Any]) -> PairRow:
 def parse_answer(row: dict[str, Any], key: str) -> SFTRow:
     if "prompt" not in row:
         raise BadRow(f"'{key}' without a prompt")
+    if str(row.get("label")).lower() in BAD_LABELS:
+        raise LeftOut("an answer that is labelled as bad, without a good one beside it")
     prompt = check_prompt(read_prompt(row["prompt"]))
     answer = read_answer(row[key], key, prompt)
     if not is_answer(answer):
@@ -146,8 +94,7 @@ def parse_answer(row: dict[str, Any], key: str) -> SFTRow:
     return {"prompt": prompt, "response": answer[0]["content"]}
 
 
-def parse_conversation(value: Any) -> list[Row]:
-    messages = read_messages(value, "messages")
+def parse_conversation(messages: list[Message]) -> list[Row]:
     if messages[-1]["role"] != "assistant":
         raise BadRow("the last message is not the assistant's")
     rows: list[Row] = [

@@ -1,0 +1,243 @@
+"""`rlhf-chat data show | lint`: what is in a data source or in a run's data, as the model sees it. Trains nothing."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoTokenizer
+
+from applications.commands import resolve_settings
+from applications.preset_store import settings_for_model
+from inference.chat_format import ChatFormat
+from inference.errors import UserError
+from inference.model_store import resolve_model
+from inference.quiet import quiet_transformers
+from training.config import EMBEDDED_DATA, DataSettings, RunConfig, load_config
+from training.data.chitchat import build_chitchat, load_dialogues
+from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_tokenizer, shared_prompts
+from training.data.prepare import COUNTS_FILE
+from training.data.reading import NAMES_OF_KINDS, read_source
+from training.data.rows import Row, RowSets, read_rows
+from training.data.sources import parse_source
+from training.data.split import kind_of
+from training.run_directory import RunDirectory
+
+KINDS = {"sft": "sft", "pairs": "pair", "prompts": "prompt"}
+"""What --kind takes -> kind_of a row."""
+
+
+@dataclass
+class Target:
+    """What a command looks at."""
+
+    settings: DataSettings
+    chat_format: ChatFormat | None = None
+    model: Path | None = None
+    train: dict[str, Lines] = field(default_factory=dict)
+    """By name: `sft`, `pairs`, `prompts`."""
+    evaluation: dict[str, Lines] = field(default_factory=dict)
+    """Of a run only: what it holds out."""
+    described: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str, bool]] = field(default_factory=list)
+
+
+def open_target(target: str, model: str | None, overrides: list[str] | None) -> Target:
+    """The rows of a run or of a source, with the tokenizer of its model. Raises UserError with the way out."""
+    run = RunDirectory(Path(target).expanduser())
+    if run.config_file.exists():
+        if overrides:
+            raise UserError(
+                f"{target} is a run and has settings of its own: leave --set out, or give its data instead."
+            )
+        config = run.read_config()
+        opened = with_model(config.data, model or config.sft_model or config.model)
+        if (run.data / COUNTS_FILE).exists():
+            return read_prepared(opened, run.data)
+    elif model is not None:
+        config = given_settings(resolve_settings(model, None, overrides, {"data": [target]}))
+        opened = with_model(config.data, config.model)
+    else:
+        data = {"data": {"source": [target]}}
+        opened = Target(load_config([], overrides or [], {"model": "none"}, data).data)
+    if opened.settings.source == EMBEDDED_DATA:
+        return read_embedded(opened)
+    return read_user_data(opened)
+
+
+def given_settings(config: RunConfig | None) -> RunConfig:
+    assert config is not None  # a model was given
+    return config
+
+
+def with_model(settings: DataSettings, source: str) -> Target:
+    path = resolve_model(settings_for_model(source)["model"], lambda line: print(line, file=sys.stderr))
+    with quiet_transformers():
+        return Target(settings, ChatFormat.load(path), path)
+
+
+def read_prepared(opened: Target, directory: Path) -> Target:
+    """The rows that a run's steps read."""
+    for name in KINDS:
+        for sets, part in ((opened.train, "train"), (opened.evaluation, "eval")):
+            file = directory / f"{name}_{part}.jsonl"
+            rows = read_rows(file)
+            if rows:
+                sets[name] = Lines(rows, [f"{file}, line {number}" for number in range(1, len(rows) + 1)])  # type: ignore[arg-type]
+    counts = json.loads((directory / COUNTS_FILE).read_text(encoding="utf-8"))
+    opened.described = [
+        *counts.get("sources", []),
+        *(f"left out: {reason} ({n:,})" for reason, n in counts["skipped"].items()),
+    ]
+    return opened
+
+
+def read_embedded(opened: Target) -> Target:
+    if opened.chat_format is None:
+        raise UserError(f"'{EMBEDDED_DATA}' is cut to a model's tokens: say for which, with --model smollm2-135m.")
+    sets: RowSets = build_chitchat(load_dialogues(), opened.settings, 1, opened.chat_format)[0]
+    for name, rows in sets.items():
+        kind, _, part = name.partition("_")
+        lines = Lines(rows, [f"{EMBEDDED_DATA} {name} {number}" for number in range(1, len(rows) + 1)])
+        (opened.train if part == "train" else opened.evaluation)[kind] = lines
+    return opened
+
+
+def read_user_data(opened: Target) -> Target:
+    """All sources, unsplit; bad rows are kept apart."""
+    settings = opened.settings.model_copy(update={"bad_rows": "skip"})
+    rows: list[Row] = []
+    places: list[str] = []
+    for text in settings.sources:
+        found = read_source(parse_source(text), settings, lambda line: print(line, file=sys.stderr))
+        rows += found.rows
+        places += found.places
+        opened.described.append(found.describe())
+        opened.left_out += found.left_out
+    for name, kind in KINDS.items():
+        chosen = [i for i, row in enumerate(rows) if kind_of(row) == kind]
+        if chosen:
+            opened.train[name] = Lines([rows[i] for i in chosen], [places[i] for i in chosen])
+    return opened
+
+
+# Show
+
+
+def show_command(target: str, model: str | None, kind: str | None, rows: int, overrides: list[str] | None) -> None:
+    """`rlhf-chat data show`."""
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"There are no rows of kind '{kind}': --kind takes {', '.join(KINDS)}.")
+    opened = open_target(target, model, overrides)
+    console = Console(soft_wrap=True, highlight=False)
+    for line in opened.described:
+        console.print(line, markup=False)
+    shown = {name: lines for name, lines in opened.train.items() if kind in (None, name)}
+    if not shown:
+        raise UserError(
+            f"{target} has no rows of kind '{kind}'." if kind else f"{target} has no rows that can be used."
+        )
+    console.print(legend(opened.chat_format is not None, console.is_terminal))
+    for lines in shown.values():
+        for row, place in zip(lines.rows[:rows], lines.places, strict=False):
+            console.print()
+            for text in show_row(row, place, opened, console.is_terminal):
+                console.print(text)
+
+
+def legend(has_tokens: bool, colours: bool) -> Text:
+    marks = "in colour" if colours else "between ⟦ and ⟧"
+    what = f"What is trained on stands {marks}; of pairs, both answers are scored."
+    return Text(what if has_tokens else f"{what} Give --model to see its template, tokens and cuts.", "italic")
+
+
+def show_row(row: Row, place: str, opened: Target, colours: bool) -> list[Text]:
+    """Title, and prompt with answer for each answer of a row."""
+    kind = kind_of(row)
+    title = [NAMES_OF_KINDS[kind].removesuffix("s"), place, *([row["source"]] if "source" in row else [])]
+    texts: list[Text] = []
+    prompt, cut = prompt_text(row, opened)
+    title += cut
+    for key in ANSWERS[kind]:
+        answer, cut = answer_text(row[key], opened)  # type: ignore[literal-required]
+        label = [Text(f"{key}:", "bold")] if kind == "pair" else []
+        title += [f"{key} {note}" for note in cut]
+        style = "red" if key == "rejected" else "green"
+        texts += [*label, Text(prompt, "dim") + (Text(answer, style) if colours else Text(f"⟦{answer}⟧"))]
+    return [Text(" · ".join(title), "bold cyan"), *(texts or [Text(prompt, "dim")])]
+
+
+def prompt_text(row: Row, opened: Target) -> tuple[str, list[str]]:
+    """The prompt as the model gets it, and how long it is and whether it was cut."""
+    if opened.chat_format is None:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in row["prompt"]) + "assistant: ", []
+    limit = opened.settings.max_prompt_tokens
+    ids = opened.chat_format.prompt_ids(row["prompt"], limit)
+    whole = len(opened.chat_format.prompt_ids(row["prompt"]))
+    return as_text(opened.chat_format, ids), [f"prompt {length(len(ids), whole)}"]
+
+
+def answer_text(text: str, opened: Target) -> tuple[str, list[str]]:
+    if opened.chat_format is None:
+        return text, []
+    whole = opened.chat_format.response_ids(text)
+    ids = whole[: opened.settings.max_response_tokens]
+    return as_text(opened.chat_format, ids), [length(len(ids), len(whole))]
+
+
+def length(shown: int, whole: int) -> str:
+    return f"{shown} tokens" if shown == whole else f"{shown} of {whole} tokens"
+
+
+def as_text(chat_format: ChatFormat, ids: list[int]) -> str:
+    """With special tokens."""
+    return str(chat_format.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+# Lint
+
+
+def lint_command(target: str, model: str | None, as_json: bool, overrides: list[str] | None) -> int:
+    """`rlhf-chat data lint`; returns the exit code: 1 where there are errors."""
+    opened = open_target(target, model, overrides)
+    findings = all_findings(opened)
+    errors = sum(finding.level == "error" for finding in findings)
+    counts = {name: len(lines.rows) for name, lines in opened.train.items()}
+    if as_json:
+        values = {"data": target, "rows": counts, "errors": errors, "findings": [each.as_dict() for each in findings]}
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+        return 1 if errors else 0
+    console = Console(soft_wrap=True, highlight=False)
+    for line in opened.described:
+        console.print(line, markup=False)
+    for finding in findings:
+        style = "bold red" if finding.level == "error" else "yellow"
+        places = f" ({', '.join(finding.places)}{', ...' if finding.count > len(finding.places) else ''})"
+        console.print(
+            Text(f"{finding.level}: ", style)
+            + Text(finding.check, "bold")
+            + f": {finding.sentence}"
+            + places * bool(finding.places)
+        )
+    if opened.chat_format is None:
+        console.print("Tokens were not looked at (cuts, rows without a trained token, the tokenizer): give --model.")
+    console.print(f"{sum(counts.values()):,} rows, {errors} errors, {len(findings) - errors} warnings")
+    return 1 if errors else 0
+
+
+def all_findings(opened: Target) -> list[Finding]:
+    """Errors first."""
+    findings = bad_rows(opened.left_out)
+    if not opened.train:
+        findings.append(Finding("error", "no rows", "there is no row to train on"))
+    for name, lines in opened.train.items():
+        findings += lint(lines, opened.chat_format, opened.settings)
+        if name in opened.evaluation:
+            findings += shared_prompts(lines, opened.evaluation[name])
+    if opened.model is not None and opened.chat_format is not None:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(opened.model))
+        findings += lint_tokenizer(tokenizer, opened.chat_format, opened.model)
+    return sorted(findings, key=lambda finding: finding.level != "error")

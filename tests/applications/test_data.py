@@ -1,0 +1,119 @@
+"""`rlhf-chat data show | lint`, in this process; the model is `tiny`."""
+
+import json
+
+import pytest
+
+from applications import cli
+from applications.data import lint_command, show_command
+from inference.errors import UserError
+from training.config import DataSettings, RunConfig
+from training.data.prepare import prepare_data
+from training.run_directory import RunDirectory
+
+PAIR = {"prompt": "How are you?", "chosen": "Very well!", "rejected": "Go away."}
+
+
+def write(file, *rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture
+def prepared(tmp_path, word_format):
+    """A run whose data are prepared and that has not trained yet."""
+    rows = [{**PAIR, "prompt": f"How is number {i}?"} for i in range(30)]
+    source = write(tmp_path / "rows.jsonl", *rows)
+    run = RunDirectory(tmp_path / "run")
+    run.write_config(RunConfig(model="tiny", data=DataSettings(source=source)), {})
+    prepare_data(DataSettings(source=source), 1, run.data, word_format, lambda line: None)
+    return run
+
+
+def test_show_marks_what_is_trained_on(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", {"prompt": "Name a colour.", "response": "Blue."}, PAIR)
+    show_command(source, "tiny", None, 1, None)
+    said = capsys.readouterr().out
+    assert f"{source}: 1 demonstrations, 1 pairs" in said
+    assert "Human: Name a colour.\n\nAssistant:⟦ Blue.<|endoftext|>⟧" in said or "⟦" in said
+    assert "chosen:" in said and "rejected:" in said and "Very well!" in said
+    assert said.count("⟦") == said.count("⟧") == 4  # the legend, one demonstration, two answers
+
+
+def test_show_says_what_is_cut(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", {"prompt": "Name a colour.", "response": "Blue. " * 50})
+    show_command(source, "tiny", "sft", 1, ["data.max_response_tokens=5"])
+    assert "response 5 of " in capsys.readouterr().out
+
+
+def test_show_without_a_model_shows_the_text(tmp_path, capsys):
+    show_command(write(tmp_path / "a.jsonl", PAIR, PAIR), None, "pairs", 1, None)
+    said = capsys.readouterr().out
+    assert "user: How are you?\nassistant: ⟦Very well!⟧" in said and "Give --model" in said
+    assert said.count("Very well!") == 1
+
+
+def test_show_reads_a_run(prepared, capsys):
+    show_command(str(prepared.path), None, "pairs", 2, None)
+    said = capsys.readouterr().out
+    assert said.count("pair · ") == 2 and "pairs_train.jsonl, line 2" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("pair", "--kind takes sft, pairs, prompts"), ("sft", "no rows of kind 'sft'")]
+)
+def test_kinds_that_are_not_there(tmp_path, kind, message):
+    with pytest.raises(UserError, match=message):
+        show_command(write(tmp_path / "a.jsonl", PAIR), None, kind, 1, None)
+
+
+def test_lint_exit_codes(tmp_path, capsys):
+    assert lint_command(write(tmp_path / "good.jsonl", PAIR), "tiny", False, None) == 0
+    assert "1 rows, 0 errors" in capsys.readouterr().out
+    assert lint_command(write(tmp_path / "twice.jsonl", PAIR, PAIR), None, False, None) == 0
+    assert "warning: duplicates: 1 rows" in capsys.readouterr().out
+    assert lint_command(write(tmp_path / "bad.jsonl", PAIR, {**PAIR, "chosen": ""}), None, False, None) == 1
+    said = capsys.readouterr().out
+    assert "error: bad row: 1 rows: 'chosen' is empty" in said and "bad.jsonl, line 2" in said
+
+
+def test_lint_as_data(tmp_path, capsys):
+    source = write(tmp_path / "bad.jsonl", PAIR, PAIR, {"prompt": 3})
+    assert lint_command(source, None, True, None) == 1
+    values = json.loads(capsys.readouterr().out)
+    assert values["rows"] == {"pairs": 2} and values["errors"] == 1
+    assert [(each["level"], each["check"]) for each in values["findings"]] == [
+        ("error", "bad row"),
+        ("warning", "duplicates"),
+    ]
+
+
+def test_lint_of_a_run_finds_a_prompt_on_both_sides(prepared, capsys):
+    assert lint_command(str(prepared.path), None, True, None) == 0
+    capsys.readouterr()
+    held_out = prepared.data / "pairs_eval.jsonl"
+    held_out.write_text(held_out.read_text() + (prepared.data / "pairs_train.jsonl").read_text().splitlines()[0] + "\n")
+    assert lint_command(str(prepared.path), None, True, None) == 1
+    assert json.loads(capsys.readouterr().out)["findings"][0]["check"] == "leak"
+
+
+def test_a_run_keeps_its_settings(prepared):
+    with pytest.raises(UserError, match="leave --set out"):
+        lint_command(str(prepared.path), None, False, ["data.limit=3"])
+
+
+def test_the_embedded_data_need_a_model():
+    with pytest.raises(UserError, match="--model smollm2-135m"):
+        lint_command("chitchat", None, False, None)
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "bad.jsonl", {"prompt": 3})
+    monkeypatch.setattr("sys.argv", ["rlhf-chat", "data", "lint", source])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1 and "error: no rows" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["rlhf-chat", "data", "show", str(tmp_path / "none.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "There is no data source" in capsys.readouterr().err

@@ -1,0 +1,128 @@
+import re
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from inference.chat_format import ChatFormat
+from training.config import DataSettings
+from training.data.lint import Lines, bad_rows, lint, lint_tokenizer, shared_prompts
+
+SETTINGS = DataSettings(max_prompt_tokens=12, max_response_tokens=4)
+
+
+WORDS = "a b c d e f w one two three four five six".split()
+
+
+@pytest.fixture(scope="module")
+def words():
+    """One token for each of these words."""
+    return ChatFormat(make_tokenizer("<pad>"))
+
+
+def make_tokenizer(pad):
+    vocabulary = ["<unk>", "</s>", "<pad>", "Human", "Assistant", ":", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    given = {} if pad is None else {"pad_token": pad}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", **given)
+
+
+def prompt(text):
+    return [{"role": "user", "content": text}]
+
+
+def pair(question, chosen, rejected):
+    return {"prompt": prompt(question), "chosen": chosen, "rejected": rejected}
+
+
+def lines(*rows):
+    return Lines(rows, [f"line {number}" for number in range(1, len(rows) + 1)])
+
+
+def findings(rows, chat_format=None):
+    return {(each.level, each.check): each for each in lint(rows, chat_format, SETTINGS)}
+
+
+def test_good_rows(words):
+    rows = lines(pair("a", "b", "c"), {"prompt": prompt("d"), "response": "e"}, {"prompt": prompt("f")})
+    assert findings(rows, words) == {}
+
+
+def test_chosen_is_rejected():
+    found = findings(lines(pair("a", "b", "c"), pair("a", "b", "b")))[("error", "chosen = rejected")]
+    assert (found.count, found.places) == (1, ("line 2",))
+
+
+def test_chosen_is_rejected_once_they_are_cut(words):
+    rows = lines(pair("a", "one two three four five", "one two three four six"), pair("a", "one two", "one six"))
+    found = findings(rows, words)[("error", "chosen = rejected")]
+    assert found.places == ("line 1",) and "max_response_tokens=4" in found.sentence
+
+
+def test_duplicates_and_contradictions():
+    rows = lines(pair("a", "b", "c"), pair("a", "b", "c"), pair("a", "c", "b"), {"prompt": prompt("a")})
+    found = findings(rows)
+    assert found[("warning", "duplicates")].places == ("line 2",)
+    assert found[("warning", "contradictions")].places == ("line 1", "line 2", "line 3")
+
+
+@pytest.mark.parametrize(
+    ("longer", "said"), [(14, "longer answer is chosen in 70%"), (5, "shorter .* in 75%"), (11, "")]
+)
+def test_length_bias(longer, said):
+    rows = [pair(f"q{i}", "long answer", "short") if i < longer else pair(f"q{i}", "b", "longer") for i in range(20)]
+    found = findings(lines(*rows, pair("equal", "x", "y"))).get(("warning", "length bias"))
+    assert (found is None) == (not said)
+    if found:
+        assert re.search(said, found.sentence) and found.count == 20
+
+
+def test_a_few_pairs_show_no_length_bias():
+    assert findings(lines(*[pair(f"q{i}", "long answer", "short") for i in range(19)])) == {}
+
+
+def test_truncation_counts_prompts_and_answers(words):
+    long = "w " * 20
+    rows = lines(
+        {"prompt": prompt(long), "response": "e"},
+        {"prompt": prompt("a"), "response": "one two three"},  # and the end of the turn: 4 tokens
+        {"prompt": prompt("a"), "response": "one two three four"},
+    )
+    found = [each for each in lint(rows, words, SETTINGS) if each.check == "truncation"]
+    assert [each.places for each in found] == [("line 1",), ("line 3",)]
+    assert "1 of 3 rows have a prompt over data.max_prompt_tokens=12" in found[0].sentence
+
+
+def test_an_answer_without_a_token(words):
+    rows = lines({"prompt": prompt("a"), "response": " "}, {"prompt": prompt("a"), "response": "b"})
+    found = findings(rows, words)[("error", "no trained token")]
+    assert found.places == ("line 1",)
+
+
+def test_bad_rows_are_errors_and_gaps_of_a_set_are_not():
+    found = bad_rows(
+        [("a, line 1", "it is {odd}", True), ("a, line 4", "it is {odd}", True), ("b, row 2", "a tie", False)]
+    )
+    assert [(each.level, each.check, each.count, each.sentence) for each in found] == [
+        ("error", "bad row", 2, "2 rows: it is {odd}"),
+        ("warning", "left out", 1, "1 rows: a tie"),
+    ]
+    assert found[0].places == ("a, line 1", "a, line 4")
+
+
+def test_prompts_on_both_sides():
+    train, held_out = lines(pair("a", "b", "c"), pair("d", "e", "f")), lines(pair("x", "y", "z"), pair("d", "y", "z"))
+    (found,) = shared_prompts(train, held_out)
+    assert (found.level, found.places) == ("error", ("line 2",))
+
+
+@pytest.mark.parametrize(
+    ("pad", "said"),
+    [(None, "without a pad token: <unk> is used"), ("</s>", "pad token ends the turn (</s>): <unk>"), ("<pad>", "")],
+)
+def test_the_pad_token(tmp_path, pad, said):
+    found = lint_tokenizer(make_tokenizer(pad), ChatFormat(make_tokenizer(pad)), tmp_path)
+    assert len(found) == bool(said)
+    if said:
+        assert said in found[0].sentence and found[0].level == "warning"

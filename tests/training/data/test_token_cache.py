@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from training.config import DataSettings
+from training.data.token_cache import TokenCache, fingerprint
+
+SETTINGS = DataSettings(max_prompt_tokens=8, max_response_tokens=3)
+ROWS = [
+    {"prompt": [{"role": "user", "content": "how are you"}], "chosen": "fine", "rejected": "go away now please"},
+    {"prompt": [{"role": "user", "content": "hi"}], "chosen": "hello there", "rejected": "no"},
+]
+PARTS = ("prompt", "chosen", "rejected")
+
+
+def cache(directory, word_format, rows=ROWS, parts=PARTS, settings=SETTINGS, small=0):
+    return TokenCache(directory / "tokens", rows, parts, word_format, settings, small)
+
+
+def as_lists(tokens):
+    return [[part.tolist() for part in row] for row in tokens]
+
+
+def test_what_is_read_is_what_was_made(tmp_path, word_format):
+    first = cache(tmp_path, word_format)
+    first.fill()
+    kept = cache(tmp_path, word_format).load()
+    expected = [
+        [
+            word_format.prompt_ids(row["prompt"], 8),
+            word_format.response_ids(row["chosen"], 3),
+            word_format.response_ids(row["rejected"], 3),
+        ]
+        for row in ROWS
+    ]
+    assert as_lists(kept) == expected == as_lists(first.make())
+    assert all(part.dtype == torch.int64 for row in kept for part in row)
+    assert [file.name for file in (tmp_path / "tokens").iterdir()] == [first.file.name]
+
+
+def test_a_full_cache_makes_nothing_again(tmp_path, word_format, monkeypatch):
+    cache(tmp_path, word_format).fill()
+    monkeypatch.setattr(TokenCache, "make", lambda self: pytest.fail("made again"))
+    again = cache(tmp_path, word_format)
+    again.fill()
+    assert len(again.read()) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": [{**ROWS[0], "chosen": "Fine"}, ROWS[1]]},
+        {"rows": ROWS[::-1]},
+        {"rows": ROWS[:1]},
+        {"parts": ("prompt", "chosen")},
+        {"settings": DataSettings(max_prompt_tokens=7, max_response_tokens=3)},
+        {"settings": DataSettings(max_prompt_tokens=8, max_response_tokens=4)},
+    ],
+)
+def test_other_content_has_another_file(tmp_path, word_format, change):
+    assert cache(tmp_path, word_format, **change).file != cache(tmp_path, word_format).file
+
+
+def test_what_is_not_tokenised_does_not_matter(tmp_path, word_format):
+    rows = [{**row, "source": "elsewhere"} for row in ROWS]
+    assert cache(tmp_path, word_format, rows=rows).file == cache(tmp_path, word_format).file
+
+
+def test_another_template_or_vocabulary_has_another_file(word_format, monkeypatch):
+    before = fingerprint(word_format)
+    monkeypatch.setattr(word_format.tokenizer, "chat_template", word_format.tokenizer.chat_template + " ")
+    changed = fingerprint(word_format)
+    monkeypatch.undo()
+    assert changed != before == fingerprint(word_format)
+
+
+def test_a_damaged_file_is_made_again(tmp_path, word_format):
+    first = cache(tmp_path, word_format)
+    first.fill()
+    whole = first.file.read_bytes()
+    first.file.write_bytes(whole[:-3])
+    assert as_lists(cache(tmp_path, word_format).read()) == as_lists(first.make())
+    cache(tmp_path, word_format).fill()
+    assert first.file.read_bytes() == whole
+
+
+def test_small_sets_are_not_kept(tmp_path, word_format):
+    small = cache(tmp_path, word_format, small=10_000)
+    small.fill()
+    assert not (tmp_path / "tokens").exists() and len(small.read()) == 2
+
+
+def test_a_directory_that_cannot_be_written_costs_nothing_but_time(tmp_path, word_format):
+    (tmp_path / "tokens").write_text("a file")
+    blocked = cache(tmp_path, word_format)
+    blocked.fill()
+    assert as_lists(blocked.read()) == as_lists(blocked.make())

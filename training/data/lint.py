@@ -1,0 +1,200 @@
+"""What is doubtful about rows before anything is trained on them. Errors spoil a training; warnings are to be known."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from inference.chat_format import ChatFormat
+from training.config import DataSettings
+from training.data.rows import Row
+from training.data.split import kind_of
+
+ANSWERS = {"pair": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
+"""The keys of a row's answers, by its kind."""
+PLACES_NAMED = 5
+LENGTH_BIAS = 0.6
+"""Share of pairs in which the longer answer (or the shorter one) is chosen, from which a reward model may learn it."""
+ENOUGH_PAIRS = 20
+"""With fewer a share says little."""
+MUCH_CUT = 0.01
+"""Share of rows that may be cut without a word."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Literal["error", "warning"]
+    check: str
+    """A short name, the same for every data set."""
+    sentence: str
+    count: int = 0
+    """Rows concerned."""
+    places: tuple[str, ...] = ()
+    """Where the first of them are."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Rows with their places."""
+
+    rows: Sequence[Row]
+    places: Sequence[str]
+
+    def where(self, test: Callable[[Row], bool]) -> list[str]:
+        return [place for row, place in zip(self.rows, self.places, strict=True) if test(row)]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A row in tokens (characters without a tokenizer)."""
+
+    prompt: int
+    answers: tuple[int, ...]
+    """Uncut, each with its end of turn."""
+    is_empty: bool = False
+    """Whether an answer has no token but the end of its turn."""
+    is_same: bool = False
+    """Whether different answers have the same tokens once they are cut."""
+
+    @classmethod
+    def of(cls, row: Row, chat_format: ChatFormat | None, settings: DataSettings) -> "Size":
+        texts = answers(row)
+        if chat_format is None:
+            return cls(0, tuple(len(text) for text in texts))
+        ids = [chat_format.response_ids(text) for text in texts]
+        cut = [tuple(tokens[: settings.max_response_tokens]) for tokens in ids]
+        return cls(
+            len(chat_format.prompt_ids(row["prompt"])),
+            tuple(len(tokens) for tokens in ids),
+            any(len(tokens) <= 1 for tokens in ids),
+            len(set(cut)) < len(set(texts)),
+        )
+
+
+def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -> list[Finding]:
+    """All findings in the rows; what needs tokens is left out without a `chat_format`."""
+    sizes = [Size.of(row, chat_format, settings) for row in lines.rows]
+    return [
+        *same_answers(lines),
+        *duplicates(lines),
+        *contradictions(lines),
+        *length_bias(lines, sizes),
+        *cut_rows(lines, sizes, settings) * (chat_format is not None),
+        *untrained_rows(lines, sizes, settings),
+    ]
+
+
+def found(level: Literal["error", "warning"], check: str, sentence: str, places: Sequence[str]) -> list[Finding]:
+    """One finding, or none where no place is concerned. `{n}` in the sentence is how many are."""
+    count = len(places)
+    return [Finding(level, check, sentence.format(n=f"{count:,}"), count, tuple(places[:PLACES_NAMED]))] * bool(places)
+
+
+def bad_rows(left_out: Iterable[tuple[str, str, bool]]) -> list[Finding]:
+    """What reading a source left out, by reason: an error, unless nothing is wrong with the row itself."""
+    places: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    for place, reason, wrong in left_out:
+        places[reason, wrong].append(place)
+    findings = []
+    for (reason, wrong), at in places.items():
+        name, level = ("bad row", "error") if wrong else ("left out", "warning")
+        findings += found(level, name, f"{{n}} rows: {reason.replace('{', '{{').replace('}', '}}')}", at)  # type: ignore[arg-type]
+    return findings
+
+
+def same_answers(lines: Lines) -> list[Finding]:
+    places = lines.where(lambda row: kind_of(row) == "pair" and row["chosen"] == row["rejected"])  # type: ignore[typeddict-item]
+    return found("error", "chosen = rejected", "{n} pairs have the same answer twice: nothing can be learnt", places)
+
+
+def duplicates(lines: Lines) -> list[Finding]:
+    seen: set[str] = set()
+    places = []
+    for row, place in zip(lines.rows, lines.places, strict=True):
+        text = json.dumps([row["prompt"], *answers(row)])
+        if text in seen:
+            places.append(place)
+        seen.add(text)
+    return found("warning", "duplicates", "{n} rows are there already: they count twice", places)
+
+
+def contradictions(lines: Lines) -> list[Finding]:
+    """Pairs whose answers stand the other way round in another pair."""
+    pairs = [json.dumps([row["prompt"], *answers(row)]) for row in lines.rows if kind_of(row) == "pair"]
+    known = set(pairs)
+
+    def is_reversed(row: Row) -> bool:
+        return kind_of(row) == "pair" and json.dumps([row["prompt"], *reversed(answers(row))]) in known
+
+    places = lines.where(lambda row: is_reversed(row) and answers(row)[0] != answers(row)[1])
+    return found("warning", "contradictions", "{n} pairs are there the other way round too", places)
+
+
+def length_bias(lines: Lines, sizes: Sequence[Size]) -> list[Finding]:
+    """Whether the lengths of the answers tell which is chosen. Equal lengths count for neither side."""
+    pairs = [size.answers for row, size in zip(lines.rows, sizes, strict=True) if kind_of(row) == "pair"]
+    longer, shorter = sum(chosen > rejected for chosen, rejected in pairs), sum(c < r for c, r in pairs)
+    total, most = longer + shorter, max(longer, shorter)
+    if total < ENOUGH_PAIRS or most < LENGTH_BIAS * total:
+        return []
+    which = "longer" if longer > shorter else "shorter"
+    sentence = (
+        f"the {which} answer is chosen in {most / total:.0%} of the pairs: a reward model may learn length instead"
+    )
+    return [Finding("warning", "length bias", sentence, total)]
+
+
+def cut_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) -> list[Finding]:
+    """Prompts that lose their beginning, and answers that lose their end."""
+    limits = settings.max_prompt_tokens, settings.max_response_tokens
+    prompts = [place for place, size in zip(lines.places, sizes, strict=True) if size.prompt > limits[0]]
+    cut = [place for place, size in zip(lines.places, sizes, strict=True) if max(size.answers, default=0) > limits[1]]
+    findings = []
+    for places, what in (
+        (prompts, f"a prompt over data.max_prompt_tokens={limits[0]}, which loses its oldest turns"),
+        (cut, f"an answer over data.max_response_tokens={limits[1]}, which is cut and has no end of turn"),
+    ):
+        if len(places) > MUCH_CUT * len(lines.rows):
+            findings += found("warning", "truncation", f"{{n}} of {len(lines.rows):,} rows have {what}", places)
+    return findings
+
+
+def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) -> list[Finding]:
+    """Answers that are nothing but the end of the turn, and pairs that are the same once they are cut."""
+    empty = [place for place, size in zip(lines.places, sizes, strict=True) if size.is_empty]
+    same = [place for place, size in zip(lines.places, sizes, strict=True) if size.is_same]
+    cut = f"{{n}} pairs differ only behind data.max_response_tokens={settings.max_response_tokens}, or in no token"
+    return [
+        *found("error", "no trained token", "{n} rows have an answer without a token to train on", empty),
+        *found("error", "chosen = rejected", cut, same),
+    ]
+
+
+def shared_prompts(train: Lines, evaluation: Lines) -> list[Finding]:
+    """Prompts that are both trained on and evaluated."""
+    trained = {json.dumps(row["prompt"]) for row in train.rows}
+    places = evaluation.where(lambda row: json.dumps(row["prompt"]) in trained)
+    return found("error", "leak", "{n} held-out rows have a prompt that is trained on too", places)
+
+
+def lint_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, directory: Path) -> list[Finding]:
+    """`tokenizer` as its files have it, before ChatFormat fills in what it lacks."""
+    spare = chat_format.tokenizer.pad_token
+    if tokenizer.pad_token_id is None:
+        why = f"{directory} has a tokenizer without a pad token: {spare} is used"
+    elif tokenizer.pad_token_id in (tokenizer.eos_token_id, chat_format.end_of_turn_id):
+        why = f"{directory} has a tokenizer whose pad token ends the turn ({tokenizer.pad_token}): {spare} is used"
+    else:
+        return []
+    return [Finding("warning", "pad token", why)]
+
+
+def answers(row: Row) -> list[str]:
+    return [row[key] for key in ANSWERS[kind_of(row)]]  # type: ignore[literal-required]

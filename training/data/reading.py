@@ -1,0 +1,120 @@
+"""Sources -> rows, each with its place, and a report of what was found in each source."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inference.errors import UserError
+from training.config import DataSettings
+from training.data.files import BadRow, Entry, LeftOut, find_files, read_file
+from training.data.formats import KNOWN_KEYS, format_of, parse_row
+from training.data.hub import fetch_files, matching
+from training.data.hub_sets import PLAIN, HubSet, find_set
+from training.data.rows import Row
+from training.data.sources import Source, parse_source
+from training.data.split import kind_of
+
+NAMES_OF_KINDS = {"pair": "pairs", "sft": "demonstrations", "prompt": "prompts"}
+
+
+@dataclass
+class SourceRows:
+    """What was read from one source."""
+
+    source: Source
+    rows: list[Row] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    """Of each row: its file and line, or row."""
+    formats: Counter[str] = field(default_factory=Counter)
+    """How many lines were in which format."""
+    left_out: list[tuple[str, str, bool]] = field(default_factory=list)
+    """Place and reason of each line that gave no row, and whether something was wrong with it."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return Counter(reason for _, reason, _ in self.left_out)
+
+    def describe(self) -> str:
+        """`rows.jsonl: 412 pairs (preference, text)`."""
+        kinds = Counter(kind_of(row) for row in self.rows)
+        counts = ", ".join(f"{count:,} {NAMES_OF_KINDS[kind]}" for kind, count in kinds.most_common())
+        formats = "; ".join(name for name, _ in self.formats.most_common())
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{self.source}: {counts or 'no rows'} ({formats or 'no format'}){notes}"
+
+
+def read_sources(settings: DataSettings, report: Callable[[str], None] = print) -> list[SourceRows]:
+    """All sources of `settings`, in their order.
+
+    Raises UserError for what is not there or cannot be read, for a bad row unless they are to be skipped, and for a
+    source without a row.
+    """
+    sources = [parse_source(text) for text in settings.sources]
+    if twice := [source.label for i, source in enumerate(sources) if source.label in {s.label for s in sources[:i]}]:
+        raise UserError(f"{twice[0]} is given twice as a data source: give it once, with a weight: {twice[0]}=2.")
+    found = [read_source(source, settings, report) for source in sources]
+    for each in found:
+        if not each.rows:
+            reasons = each.reasons.most_common(1)
+            why = f"none of its rows can be used ({reasons[0][0]})" if reasons else "it is empty"
+            raise UserError(f"{each.source} gives no data, {why}; each row must be an object with {KNOWN_KEYS}.")
+    return found
+
+
+def read_source(source: Source, settings: DataSettings, report: Callable[[str], None]) -> SourceRows:
+    """One source, which may turn out to have no row."""
+    result = SourceRows(source)
+    files, hub_set, result.notes = locate(source, report)
+    used = 0
+    for place, value in entries(files, hub_set):
+        try:
+            if isinstance(value, BadRow):
+                raise value
+            if isinstance(value, dict):
+                value = hub_set.adapt(value)
+            rows = parse_row(value)
+        except BadRow as error:
+            left_out = isinstance(error, LeftOut)
+            if settings.bad_rows == "refuse" and not left_out:
+                raise UserError(
+                    f"{place}: {error}; correct the row, or leave such rows out with --set data.bad_rows=skip."
+                ) from None
+            result.left_out.append((place, str(error), not left_out))
+            continue
+        result.rows += rows
+        result.places += [place] * len(rows)
+        result.formats[format_of(value)] += 1
+        used += 1
+        if used == settings.limit:
+            break
+    return result
+
+
+def entries(files: list[Path], hub_set: HubSet) -> Iterator[Entry]:
+    for file in files:
+        yield from read_file(file, hub_set.columns)
+
+
+def locate(source: Source, report: Callable[[str], None]) -> tuple[list[Path], HubSet, list[str]]:
+    """The files of a source, how its rows are read, and notes. Raises UserError with the way out."""
+    hub_set = None if source.path.exists() else find_set(source.name)
+    if hub_set is not None:
+        if source.copy is not None:
+            files = matching(source.copy, hub_set.files) if source.copy.is_dir() else []
+            if files:
+                return files, hub_set, []
+            files, notes = find_files(source.copy)
+            return files, hub_set, notes
+        files, where = fetch_files(source.name, hub_set.repository, source.at, hub_set.files, report)
+        return files, hub_set, [where]
+    if source.is_hub_id and source.copy is None:
+        files, where = fetch_files(source.name, source.name, source.at, (), report)
+        return files, PLAIN, [where]
+    if source.copy is None and source.at:
+        raise UserError(
+            f"There is no data source {source.name}: only data sets of the hub take a revision, owner/name@REVISION."
+        )
+    files, notes = find_files(source.copy or source.path)
+    return files, PLAIN, notes

@@ -1,0 +1,110 @@
+"""Rows -> tokens, kept on the disk under a name that follows from their content, so that they are made once.
+
+A file holds all tokens one behind the other and the length of each text (safetensors, int32). Its name is a hash of the
+rows, the tokenizer with its template, the lengths allowed, and the code that makes tokens: what differs in any of these
+has another file. Small sets are not kept, see `SMALL`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import inference.chat_format
+from inference.chat_format import ChatFormat
+from training.config import DataSettings
+
+SMALL = 2_000_000
+"""Characters below which making the tokens takes about a second (benchmarks/tokenising.py), so they are not kept."""
+
+Tokens = tuple[Tensor, ...]
+"""Of one row, a tensor for each of its texts: int64 (length)."""
+
+
+@dataclass
+class TokenCache:
+    directory: Path
+    rows: Sequence[dict[str, Any]]
+    parts: tuple[str, ...]
+    """Keys of a row: `prompt`, and those of its answers."""
+    chat_format: ChatFormat
+    settings: DataSettings
+    small: int = SMALL
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Of each row, all that its tokens depend on."""
+        return [json.dumps([row[part] for part in self.parts], ensure_ascii=False) for row in self.rows]
+
+    @cached_property
+    def file(self) -> Path:
+        key = hashlib.sha256(fingerprint(self.chat_format).encode())
+        limits = (self.settings.max_prompt_tokens, self.settings.max_response_tokens)
+        key.update(json.dumps([self.parts, limits]).encode())
+        for text in self.texts:
+            key.update(text.encode() + b"\n")
+        return self.directory / f"{key.hexdigest()[:32]}.safetensors"
+
+    def fill(self) -> None:
+        """Make the file, unless it is there or the rows are few. A disk that takes no file costs time, not the run."""
+        if sum(map(len, self.texts)) < self.small or self.load() is not None:
+            return
+        made = self.make()
+        flat = [part for row in made for part in row]
+        tensors = {"ids": torch.cat(flat).int(), "lengths": torch.tensor([len(part) for part in flat]).int()}
+        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary)
+            temporary.replace(self.file)
+        except (OSError, SafetensorError):
+            temporary.unlink(missing_ok=True)
+
+    def read(self) -> list[Tokens]:
+        """The tokens of each row, from the file where there is one."""
+        kept = self.load()
+        return self.make() if kept is None else kept
+
+    def make(self) -> list[Tokens]:
+        return [tuple(torch.tensor(self.tokens(row, part)) for part in self.parts) for row in self.rows]
+
+    def tokens(self, row: dict[str, Any], part: str) -> list[int]:
+        if part == "prompt":
+            return self.chat_format.prompt_ids(row[part], self.settings.max_prompt_tokens)
+        return self.chat_format.response_ids(row[part], self.settings.max_response_tokens)
+
+    def load(self) -> list[Tokens] | None:
+        """What the file holds; None where it is not there or not whole."""
+        try:
+            tensors = load_file(self.file)
+            texts = tensors["ids"].long().split(tensors["lengths"].tolist())
+        except (OSError, SafetensorError, KeyError, RuntimeError):
+            return None
+        width = len(self.parts)
+        rows = [tuple(texts[i : i + width]) for i in range(0, len(texts), width)]
+        return rows if len(rows) == len(self.rows) else None
+
+
+def fingerprint(chat_format: ChatFormat) -> str:
+    """A hash of all that turns text into tokens: tokenizer, template, end of a turn, and the code."""
+    tokenizer = chat_format.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = {
+        "tokenizer": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        "kind": type(tokenizer).__name__,
+        "template": tokenizer.chat_template,
+        "end": chat_format.end_of_turn_id,
+        "code": Path(inference.chat_format.__file__).read_text(encoding="utf-8"),
+        "versions": [version("tokenizers"), version("transformers")],
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
