@@ -214,13 +214,7 @@ def lint_command(target: str, model: str | None, as_json: bool, overrides: list[
         console.print(line, markup=False)
     for finding in findings:
         style = "bold red" if finding.level == "error" else "yellow"
-        places = f" ({', '.join(finding.places)}{', ...' if finding.count > len(finding.places) else ''})"
-        console.print(
-            Text(f"{finding.level}: ", style)
-            + Text(finding.check, "bold")
-            + f": {finding.sentence}"
-            + places * bool(finding.places)
-        )
+        console.print(Text(f"{finding.level}: ", style) + Text(finding.check, "bold") + f": {finding}")
     if opened.chat_format is None:
         console.print("Tokens were not looked at (cuts, rows without a trained token, the tokenizer): give --model.")
     console.print(f"{sum(counts.values()):,} rows, {errors} errors, {len(findings) - errors} warnings")

@@ -2,8 +2,7 @@
 
 python benchmarks/tokenising.py --model smollm2-135m --rows 1000 10000 76256
 
-The rows are made from the embedded dialogues: about 1,450 characters a pair, three turns and two answers of about 290
-each. That is near Dahoas/rm-static, whose card gives 1,467 bytes a row in four columns, and 76,256 rows.
+The rows are made from the embedded dialogues: three turns and two answers, about 2,000 characters a pair.
 """
 
 import argparse

@@ -6,7 +6,9 @@ import pytest
 
 from applications import cli
 from applications.data import lint_command, show_command
+from inference.chat_format import ChatFormat
 from inference.errors import UserError
+from inference.model_store import resolve_model
 from training.config import DataSettings, RunConfig
 from training.data.prepare import prepare_data
 from training.run_directory import RunDirectory
@@ -20,13 +22,14 @@ def write(file, *rows):
 
 
 @pytest.fixture
-def prepared(tmp_path, word_format):
+def prepared(tmp_path):
     """A run whose data are prepared and that has not trained yet."""
     rows = [{**PAIR, "prompt": f"How is number {i}?"} for i in range(30)]
     source = write(tmp_path / "rows.jsonl", *rows)
     run = RunDirectory(tmp_path / "run")
     run.write_config(RunConfig(model="tiny", data=DataSettings(source=source)), {})
-    prepare_data(DataSettings(source=source), 1, run.data, word_format, lambda line: None)
+    chat_format = ChatFormat.load(resolve_model("tiny", lambda line: None))
+    prepare_data(DataSettings(source=source), 1, run.data, chat_format, lambda line: None)
     return run
 
 
@@ -34,8 +37,8 @@ def test_show_marks_what_is_trained_on(tmp_path, capsys):
     source = write(tmp_path / "a.jsonl", {"prompt": "Name a colour.", "response": "Blue."}, PAIR)
     show_command(source, "tiny", None, 1, None)
     said = capsys.readouterr().out
-    assert f"{source}: 1 demonstrations, 1 pairs" in said
-    assert "Human: Name a colour.\n\nAssistant:⟦ Blue.<|endoftext|>⟧" in said or "⟦" in said
+    assert f"{source}: 1 demonstration, 1 pair" in said
+    assert "Name a colour.\n\nAssistant:⟦ Blue." in said
     assert "chosen:" in said and "rejected:" in said and "Very well!" in said
     assert said.count("⟦") == said.count("⟧") == 4  # the legend, one demonstration, two answers
 
@@ -71,10 +74,10 @@ def test_lint_exit_codes(tmp_path, capsys):
     assert lint_command(write(tmp_path / "good.jsonl", PAIR), "tiny", False, None) == 0
     assert "1 rows, 0 errors" in capsys.readouterr().out
     assert lint_command(write(tmp_path / "twice.jsonl", PAIR, PAIR), None, False, None) == 0
-    assert "warning: duplicates: 1 rows" in capsys.readouterr().out
+    assert "warning: duplicates: the same row is there before (1 row: " in capsys.readouterr().out
     assert lint_command(write(tmp_path / "bad.jsonl", PAIR, {**PAIR, "chosen": ""}), None, False, None) == 1
     said = capsys.readouterr().out
-    assert "error: bad row: 1 rows: 'chosen' is empty" in said and "bad.jsonl, line 2" in said
+    assert "error: bad row: 'chosen' is empty (1 row: " in said and "bad.jsonl, line 2" in said
 
 
 def test_lint_as_data(tmp_path, capsys):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
 from training.data.rows import Row
+from training.data.sources import parse_source
 from training.data.split import kind_of
 
 ANSWERS = {"pair": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
@@ -25,9 +26,12 @@ MUCH_CUT = 0.01
 """Share of rows that may be cut without a word."""
 
 
+Level = Literal["error", "warning"]
+
+
 @dataclass(frozen=True)
 class Finding:
-    level: Literal["error", "warning"]
+    level: Level
     check: str
     """A short name, the same for every data set."""
     sentence: str
@@ -35,6 +39,14 @@ class Finding:
     """Rows concerned."""
     places: tuple[str, ...] = ()
     """Where the first of them are."""
+
+    def __str__(self) -> str:
+        """The sentence with how many rows it is about, and the first of them."""
+        if not self.places:
+            return self.sentence
+        more = ", ..." if self.count > len(self.places) else ""
+        rows = "row" if self.count == 1 else "rows"
+        return f"{self.sentence} ({self.count:,} {rows}: {', '.join(self.places)}{more})"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,7 +95,7 @@ def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -
     sizes = [Size.of(row, chat_format, settings) for row in lines.rows]
     return [
         *same_answers(lines),
-        *duplicates(lines),
+        *duplicates(lines, settings),
         *contradictions(lines),
         *length_bias(lines, sizes),
         *cut_rows(lines, sizes, settings) * (chat_format is not None),
@@ -91,10 +103,9 @@ def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -
     ]
 
 
-def found(level: Literal["error", "warning"], check: str, sentence: str, places: Sequence[str]) -> list[Finding]:
-    """One finding, or none where no place is concerned. `{n}` in the sentence is how many are."""
-    count = len(places)
-    return [Finding(level, check, sentence.format(n=f"{count:,}"), count, tuple(places[:PLACES_NAMED]))] * bool(places)
+def found(level: Level, check: str, sentence: str, places: Sequence[str]) -> list[Finding]:
+    """One finding, or none where no place is concerned."""
+    return [Finding(level, check, sentence, len(places), tuple(places[:PLACES_NAMED]))] if places else []
 
 
 def bad_rows(left_out: Iterable[tuple[str, str, bool]]) -> list[Finding]:
@@ -104,37 +115,40 @@ def bad_rows(left_out: Iterable[tuple[str, str, bool]]) -> list[Finding]:
         places[reason, wrong].append(place)
     findings = []
     for (reason, wrong), at in places.items():
-        name, level = ("bad row", "error") if wrong else ("left out", "warning")
-        findings += found(level, name, f"{{n}} rows: {reason.replace('{', '{{').replace('}', '}}')}", at)  # type: ignore[arg-type]
+        findings += found("error", "bad row", reason, at) if wrong else found("warning", "left out", reason, at)
     return findings
 
 
 def same_answers(lines: Lines) -> list[Finding]:
-    places = lines.where(lambda row: kind_of(row) == "pair" and row["chosen"] == row["rejected"])  # type: ignore[typeddict-item]
-    return found("error", "chosen = rejected", "{n} pairs have the same answer twice: nothing can be learnt", places)
+    places = lines.where(lambda row: kind_of(row) == "pair" and len(set(answers(row))) == 1)
+    return found("error", "chosen = rejected", "a pair has the same answer twice, which teaches nothing", places)
 
 
-def duplicates(lines: Lines) -> list[Finding]:
+def duplicates(lines: Lines, settings: DataSettings) -> list[Finding]:
+    """Rows that are there before; those of a source whose weight repeats them aside."""
+    sources = [parse_source(text) for text in settings.sources]
+    repeated = {source.label for source in sources if source.weight > 1}
     seen: set[str] = set()
     places = []
     for row, place in zip(lines.rows, lines.places, strict=True):
         text = json.dumps([row["prompt"], *answers(row)])
-        if text in seen:
+        if text in seen and row.get("source") not in repeated:
             places.append(place)
         seen.add(text)
-    return found("warning", "duplicates", "{n} rows are there already: they count twice", places)
+    return found("warning", "duplicates", "the same row is there before", places)
 
 
 def contradictions(lines: Lines) -> list[Finding]:
     """Pairs whose answers stand the other way round in another pair."""
-    pairs = [json.dumps([row["prompt"], *answers(row)]) for row in lines.rows if kind_of(row) == "pair"]
-    known = set(pairs)
+    known = {json.dumps([row["prompt"], *answers(row)]) for row in lines.rows if kind_of(row) == "pair"}
 
     def is_reversed(row: Row) -> bool:
-        return kind_of(row) == "pair" and json.dumps([row["prompt"], *reversed(answers(row))]) in known
+        if kind_of(row) != "pair" or len(set(answers(row))) == 1:
+            return False
+        return json.dumps([row["prompt"], *reversed(answers(row))]) in known
 
-    places = lines.where(lambda row: is_reversed(row) and answers(row)[0] != answers(row)[1])
-    return found("warning", "contradictions", "{n} pairs are there the other way round too", places)
+    places = lines.where(is_reversed)
+    return found("warning", "contradictions", "the pair is there the other way round too", places)
 
 
 def length_bias(lines: Lines, sizes: Sequence[Size]) -> list[Finding]:
@@ -158,11 +172,12 @@ def cut_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) -> lis
     cut = [place for place, size in zip(lines.places, sizes, strict=True) if max(size.answers, default=0) > limits[1]]
     findings = []
     for places, what in (
-        (prompts, f"a prompt over data.max_prompt_tokens={limits[0]}, which loses its oldest turns"),
-        (cut, f"an answer over data.max_response_tokens={limits[1]}, which is cut and has no end of turn"),
+        (prompts, f"a prompt over data.max_prompt_tokens={limits[0]} loses its oldest turns"),
+        (cut, f"an answer over data.max_response_tokens={limits[1]} is cut and has no end of turn"),
     ):
-        if len(places) > MUCH_CUT * len(lines.rows):
-            findings += found("warning", "truncation", f"{{n}} of {len(lines.rows):,} rows have {what}", places)
+        share = len(places) / max(len(lines.rows), 1)
+        if share > MUCH_CUT:
+            findings += found("warning", "truncation", f"{what}: {share:.0%} of the rows", places)
     return findings
 
 
@@ -170,9 +185,9 @@ def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) 
     """Answers that are nothing but the end of the turn, and pairs that are the same once they are cut."""
     empty = [place for place, size in zip(lines.places, sizes, strict=True) if size.is_empty]
     same = [place for place, size in zip(lines.places, sizes, strict=True) if size.is_same]
-    cut = f"{{n}} pairs differ only behind data.max_response_tokens={settings.max_response_tokens}, or in no token"
+    cut = f"the answers differ only behind data.max_response_tokens={settings.max_response_tokens}, or in no token"
     return [
-        *found("error", "no trained token", "{n} rows have an answer without a token to train on", empty),
+        *found("error", "no trained token", "an answer has no token but the end of its turn", empty),
         *found("error", "chosen = rejected", cut, same),
     ]
 
@@ -181,7 +196,7 @@ def shared_prompts(train: Lines, evaluation: Lines) -> list[Finding]:
     """Prompts that are both trained on and evaluated."""
     trained = {json.dumps(row["prompt"]) for row in train.rows}
     places = evaluation.where(lambda row: json.dumps(row["prompt"]) in trained)
-    return found("error", "leak", "{n} held-out rows have a prompt that is trained on too", places)
+    return found("error", "leak", "a held-out row has a prompt that is trained on too", places)
 
 
 def lint_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, directory: Path) -> list[Finding]:

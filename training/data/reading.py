@@ -39,7 +39,9 @@ class SourceRows:
     def describe(self) -> str:
         """`rows.jsonl: 412 pairs (preference, text)`."""
         kinds = Counter(kind_of(row) for row in self.rows)
-        counts = ", ".join(f"{count:,} {NAMES_OF_KINDS[kind]}" for kind, count in kinds.most_common())
+        counts = ", ".join(
+            f"{count:,} {NAMES_OF_KINDS[kind].removesuffix('s' * (count == 1))}" for kind, count in kinds.most_common()
+        )
         formats = "; ".join(name for name, _ in self.formats.most_common())
         notes = "".join(f"; {note}" for note in self.notes)
         return f"{self.source}: {counts or 'no rows'} ({formats or 'no format'}){notes}"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from inference.chat_format import ChatFormat
 from training.config import DataSettings
 
 SMALL = 2_000_000
-"""Characters below which making the tokens takes about a second (benchmarks/tokenising.py), so they are not kept."""
+"""Characters below which making the tokens takes two or three seconds (benchmarks/tokenising.py); they are not kept."""
 
 Tokens = tuple[Tensor, ...]
 """Of one row, a tensor for each of its texts: int64 (length)."""
@@ -68,7 +69,8 @@ class TokenCache:
             save_file(tensors, temporary)
             temporary.replace(self.file)
         except (OSError, SafetensorError):
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
     def read(self) -> list[Tokens]:
         """The tokens of each row, from the file where there is one."""

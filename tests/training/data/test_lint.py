@@ -67,6 +67,13 @@ def test_duplicates_and_contradictions():
     assert found[("warning", "contradictions")].places == ("line 1", "line 2", "line 3")
 
 
+def test_rows_that_a_weight_repeats_are_no_duplicates():
+    rows = [{**pair("a", "b", "c"), "source": source} for source in ("x", "x", "y", "y")]
+    settings = DataSettings(source=["x=2", "y"])
+    (found,) = lint(lines(*rows), None, settings)
+    assert (found.check, found.places) == ("duplicates", ("line 3", "line 4"))
+
+
 @pytest.mark.parametrize(
     ("longer", "said"), [(14, "longer answer is chosen in 70%"), (5, "shorter .* in 75%"), (11, "")]
 )
@@ -91,7 +98,9 @@ def test_truncation_counts_prompts_and_answers(words):
     )
     found = [each for each in lint(rows, words, SETTINGS) if each.check == "truncation"]
     assert [each.places for each in found] == [("line 1",), ("line 3",)]
-    assert "1 of 3 rows have a prompt over data.max_prompt_tokens=12" in found[0].sentence
+    assert str(found[0]) == (
+        "a prompt over data.max_prompt_tokens=12 loses its oldest turns: 33% of the rows (1 row: line 1)"
+    )
 
 
 def test_an_answer_without_a_token(words):
@@ -105,8 +114,8 @@ def test_bad_rows_are_errors_and_gaps_of_a_set_are_not():
         [("a, line 1", "it is {odd}", True), ("a, line 4", "it is {odd}", True), ("b, row 2", "a tie", False)]
     )
     assert [(each.level, each.check, each.count, each.sentence) for each in found] == [
-        ("error", "bad row", 2, "2 rows: it is {odd}"),
-        ("warning", "left out", 1, "1 rows: a tie"),
+        ("error", "bad row", 2, "it is {odd}"),
+        ("warning", "left out", 1, "a tie"),
     ]
     assert found[0].places == ("a, line 1", "a, line 4")
 
@@ -119,7 +128,11 @@ def test_prompts_on_both_sides():
 
 @pytest.mark.parametrize(
     ("pad", "said"),
-    [(None, "without a pad token: <unk> is used"), ("</s>", "pad token ends the turn (</s>): <unk>"), ("<pad>", "")],
+    [
+        (None, "without a pad token: <|pad|> is used"),
+        ("</s>", "pad token ends the turn (</s>): <|pad|>"),
+        ("<pad>", ""),
+    ],
 )
 def test_the_pad_token(tmp_path, pad, said):
     found = lint_tokenizer(make_tokenizer(pad), ChatFormat(make_tokenizer(pad)), tmp_path)
