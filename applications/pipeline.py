@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from applications.launch import run_stage_script
-from applications.report_table import comparison_table
+from applications.report.page import write_report
+from applications.report_table import comparison_table, reward_accuracy_line
 from inference.errors import UserError
 from training.config import RunConfig
 from training.data.rows import read_rows, require_rows
@@ -23,7 +24,7 @@ CHANGEABLE = {
     "keep_checkpoints",
 }
 """Settings (last part of the key) that a run may go on with differently: memory and disk, not what is computed.
-So may all of rlhf.fusion."""
+So may all of rlhf.fusion and logging."""
 
 
 def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunConfig]:
@@ -46,7 +47,7 @@ def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunCon
     refused = [
         f"{key}: {old!r} there, {new!r} now"
         for key, (old, new) in changed.items()
-        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith("rlhf.fusion.")
+        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
     ]
     if refused:
         raise UserError(
@@ -87,6 +88,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
             training_seconds += run_step(run, config, step, display)
         if 3 in steps and config.evaluation.prompts:
             compare(run, display)
+        display.say(f"Report with curves and answers: {write_report(run)}")
         display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
         if 3 in steps or 1 in steps:
             display.say(f"Talk to it: rlhf-chat chat {run.path}")
@@ -105,6 +107,8 @@ def run_step(run: RunDirectory, config: RunConfig, step: int, display: Display) 
     run_stage_script(STEP_NAMES[step], run, config.processes)
     seconds = time.monotonic() - begun
     display.say(f"{TITLES[step]}: {duration(seconds)}, model in {directory.model}")
+    if step == 2 and (accuracy := reward_accuracy_line(directory.read_result())):
+        display.say(accuracy)
     return seconds
 
 
@@ -114,8 +118,10 @@ def warn_of_doubtful_reward(run: RunDirectory, display: Display) -> None:
     accuracy = reward.read_result().get("eval/accuracy") if reward.is_finished else None
     if accuracy is not None and accuracy < DOUBTFUL_ACCURACY:
         display.say(
-            f"Warning: the reward model ranks only {accuracy:.0%} of held-out pairs right. PPO will follow noise: "
-            f"train step 2 longer or on more pairs first (docs/step2_reward.md)."
+            f"Warning: the reward model ranks only {accuracy:.0%} of held-out pairs right, and a coin 50%. PPO will "
+            f"follow noise. Stop here (Ctrl-C) and train step 2 anew under another --name: more pairs, more "
+            f"reward.epochs or reward.max_steps, a higher reward.optimizer.learning_rate, or a larger --reward-model; "
+            f"and read twenty pairs: can you tell which is chosen? (docs/step2_reward.md)"
         )
 
 

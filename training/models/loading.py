@@ -50,7 +50,7 @@ def load_scorer(directory: Path, chat_format: ChatFormat, dtype: torch.dtype, la
     `layers` keeps only the first so many; 0 keeps all.
     The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
     """
-    fresh = not _has_score_head(directory)
+    fresh = not has_score_head(directory)
     cut = {"num_hidden_layers": layers} if layers else {}
     model = _load(AutoModelForSequenceClassification, directory, dtype, num_labels=1, **cut)
     if fresh:
@@ -77,7 +77,8 @@ def _load(loader: Any, directory: Path, dtype: torch.dtype, **values: int) -> Pr
     return model
 
 
-def _has_score_head(directory: Path) -> bool:
+def has_score_head(directory: Path) -> bool:
+    """Whether the model gives scores already, so that no fresh head is drawn for it."""
     architectures = json.loads((directory / "config.json").read_text()).get("architectures") or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
+from inference.generation.engine import GenerationEngine
+from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
 from training.supervised import count_updates, fit
+
+FIRST_ANSWER_TOKENS = 32
 
 
 def train(stage: Stage) -> None:
@@ -26,13 +30,26 @@ def train(stage: Stage) -> None:
     total = count_updates(len(encoded), settings)
 
     policy = Policy(load_causal_lm(source, chat_format, torch.float32), settings.optimizer.lora)
-    engine = ZeroEngine(policy.to(stage.ranks.device), settings.optimizer, stage.dtype, total, stage.ranks)
+    policy.to(stage.ranks.device)
+    if stage.ranks.is_first and stage.checkpoints.newest() is None:
+        say_first_answer(stage, policy, chat_format, (held_out or rows)[0])
+    engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks)
     evaluated = [encode(row, chat_format, stage) for row in held_out[: settings.eval_rows]]
     task = SFTTask(stage, engine, encoded, evaluated)
     evaluation = fit(stage, task, settings, total)
 
     stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
     stage.finish({"optimizer_steps": total, "rows": len(encoded), **evaluation})
+
+
+def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row: dict) -> None:
+    """What the untrained model answers: a template or tokenizer that does not fit shows here, before any training."""
+    prompt = torch.tensor(chat_format.prompt_ids(row["prompt"], stage.config.data.max_prompt_tokens))
+    engine = GenerationEngine(policy.model.eval(), chat_format.end_of_turn_id, chat_format.pad_id, slots=1)
+    greedy = SamplingSettings(min(FIRST_ANSWER_TOKENS, stage.config.data.max_response_tokens), temperature=0.0)
+    (sample,) = engine.generate([prompt], greedy, SamplingKey(stage.config.seed))
+    question, answer = row["prompt"][-1]["content"], chat_format.decode(sample.response_ids)
+    stage.display.say(f"SFT: before training, the answer to {question[:80]!r} is {answer!r}")
 
 
 Encoded = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
