@@ -6,7 +6,7 @@ from typing import Any
 
 from applications.launch import run_stage_script
 from applications.report.page import write_report
-from applications.report_table import comparison_table, reward_accuracy_line
+from applications.report_table import DOUBTFUL_ACCURACY, comparison_table, reward_accuracy_line
 from inference.errors import UserError
 from training.config import RunConfig
 from training.data.rows import read_rows, require_rows
@@ -15,7 +15,6 @@ from training.run_directory import STEP_NAMES, RunDirectory
 from training.versions import versions
 
 TITLES = {1: "Step 1 of 3: supervised fine-tuning", 2: "Step 2 of 3: reward model", 3: "Step 3 of 3: PPO"}
-DOUBTFUL_ACCURACY = 0.55
 CHANGEABLE = {
     "micro_batch_tokens",
     "generation_batch",

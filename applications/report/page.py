@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from applications.report.charts import Chart, Segment, interval, stacked_bar
 from applications.report.curves import PHASES, charts
-from applications.report_table import pair_of, table_rows
+from applications.report_table import DOUBTFUL_ACCURACY, pair_of, table_rows
 from inference.errors import UserError
 from training.config import RunConfig, validate_config
 from training.data.rows import read_rows
@@ -152,32 +152,28 @@ class Sign:
 
 
 def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]:
-    """What tells a policy that improved from one that fooled its reward; the bounds are those of docs/evaluation.md."""
+    """What tells a policy that improved from one that fooled its reward; the bounds are those of docs/report.md."""
     found = []
     checked = read_json(run.step(3).path / "first_update.json")
     if checked:
         found.append(Sign(True, f"First update checked: policy ratio 1 within {checked['ratio_error']:.1e}"))
     accuracy = run.step(2).read_result().get("eval/accuracy") if run.step(2).is_finished else None
     if accuracy is not None:
-        found.append(Sign(accuracy >= 0.55, f"Reward model right in {accuracy:.0%} of held-out pairs (at least 55%)"))
+        text = f"Reward model right in {accuracy:.0%} of held-out pairs (at least {DOUBTFUL_ACCURACY:.0%})"
+        found.append(Sign(accuracy >= DOUBTFUL_ACCURACY, text))
     if evaluation is None:
         return found
     theirs, ours = (evaluation[key] for key in pair_of(evaluation))
+    name = next(iter(pair_of(evaluation).values()))
     if "true_score" in ours and ours.get("learned_reward", 0) > theirs.get("learned_reward", 0):
         rose = ours["true_score"] > theirs["true_score"]
-        found.append(
-            Sign(rose, "True score rose with the learned reward" if rose else "Learned reward rose, true score did not")
+        text = (
+            "The true score rose with the learned reward" if rose else "The learned reward rose, the true score did not"
         )
-    for key, label, low, high in (
-        ("length", "Length of answers", 0.7, 1.3),
-        ("distinct_bigrams", "Variety (distinct bigrams)", 0.8, math.inf),
-        ("perplexity_untouched", "Perplexity under the untouched model", 0.0, 1.3),
-    ):
+        found.append(Sign(rose, text))
+    for key, label, low, high, bounds in RATIOS:
         ratio = ours[key] / theirs[key] if theirs[key] else 1.0
-        bounds = (
-            f"{low:g} to {high:g}" if low and high < math.inf else f"at least {low:g}" if low else f"at most {high:g}"
-        )
-        found.append(Sign(low <= ratio <= high, f"{label}: {ratio:.2f} of before ({bounds})"))
+        found.append(Sign(low <= ratio <= high, f"{label}: {ratio:.2f} times that of {name} ({bounds})"))
     share = ours["most_frequent_share"]
     found.append(Sign(share <= 0.03, f"Most frequent answer: {share:.1%} of all (at most 3%)"))
     return found

@@ -142,5 +142,5 @@ def test_adapters_that_do_not_exist_or_fit_nothing_are_sentences(tmp_path):
     with pytest.raises(UserError, match="fits no model"):
         export(run.path, tmp_path / "out", "adapter", "", "rlhf")
     run.step(3).result_file.unlink()
-    with pytest.raises(UserError, match="step3_rlhf of .* is not finished"):
+    with pytest.raises(UserError, match=r"step3_rlhf of .* is not finished"):
         export(run.path, tmp_path / "out", "merged", "", "rlhf")
