@@ -117,7 +117,7 @@ def warn_of_doubtful_reward(run: RunDirectory, display: Display) -> None:
     accuracy = reward.read_result().get("eval/accuracy") if reward.is_finished else None
     if accuracy is not None and accuracy < DOUBTFUL_ACCURACY:
         display.say(
-            f"Warning: the reward model ranks only {accuracy:.0%} of held-out pairs right, and a coin 50%. PPO will "
+            f"Warning: the reward model ranks only {accuracy:.1%} of held-out pairs right, a coin 50%. PPO will "
             f"follow noise. Stop here (Ctrl-C) and train step 2 anew under another --name: more pairs, more "
             f"reward.epochs or reward.max_steps, a higher reward.optimizer.learning_rate, or a larger --reward-model; "
             f"and read twenty pairs: can you tell which is chosen? (docs/step2_reward.md)"
