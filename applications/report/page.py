@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from applications.report.charts import Chart, Segment, interval, stacked_bar
+from applications.report.charts import Chart, Segment, interval, number, stacked_bar
 from applications.report.curves import PHASES, charts
 from applications.report_table import DOUBTFUL_ACCURACY, pair_of, table_rows
 from inference.errors import UserError
@@ -76,7 +76,7 @@ def render(run: RunDirectory) -> str:
         changed=changed_settings(config),
         settings=run.config_file.read_text(encoding="utf-8"),
         versions=stored.get("versions", {}),
-        counts=read_json(run.data / "counts.json"),
+        counts=read_json(run.data / "counts.json").get("rows", {}),
     )
 
 
@@ -156,7 +156,8 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
     found = []
     checked = read_json(run.step(3).path / "first_update.json")
     if checked:
-        found.append(Sign(True, f"First update checked: policy ratio 1 within {checked['ratio_error']:.1e}"))
+        apart = checked.get("generation_logprob_difference", checked["ratio_error"])
+        found.append(Sign(True, f"First update checked: generation and training {number(apart)} nats apart"))
     accuracy = run.step(2).read_result().get("eval/accuracy") if run.step(2).is_finished else None
     if accuracy is not None:
         text = f"Reward model right in {accuracy:.0%} of held-out pairs (at least {DOUBTFUL_ACCURACY:.0%})"
