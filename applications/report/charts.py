@@ -110,7 +110,8 @@ def axes(chart: Chart, frame: Frame, ticks: Sequence[float]) -> list[str]:
     for mark in chart.marks:
         y = frame.y(mark.value)
         parts.append(f'<line class="mark" {across} y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="axis" x="{LEFT + 3}" y="{y - 3:.1f}">{escape(mark.label)}</text>')
+        place = f'x="{frame.right - 3:.1f}" y="{y - 3:.1f}" text-anchor="end"'
+        parts.append(f'<text class="axis" {place}>{escape(mark.label)}</text>')
     return parts
 
 
