@@ -5,7 +5,7 @@ import string
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
