@@ -171,6 +171,63 @@ def chat(
     chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
 
 
+@app.command(name="eval")
+def evaluate(
+    run_directory: RunPath,
+    model: Annotated[
+        str, typer.Option(help="base, sft, rlhf, a run, model directory, preset or hub id; default: the newest.")
+    ] = "",
+    against: Annotated[str, typer.Option(help="The same; default: sft, or base where --model is sft.")] = "",
+    judge: Annotated[str, typer.Option(help="true, learned, or a reward model; default: true where it is known.")] = "",
+    prompts: Annotated[int, typer.Option(min=0, help="Held-out prompts; 0: evaluation.prompts.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as data.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model against another one: win rate, reward, KL, perplexity, accuracy of the reward model.
+
+    rlhf-chat eval runs/demo
+
+    rlhf-chat eval runs/demo --model runs/other --against base --judge learned
+    """
+    from applications.evaluate import evaluate
+
+    evaluate(run_directory, model, against, judge, prompts, json_)
+
+
+@app.command()
+def report(
+    run_directory: RunPath,
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: report.html in the run.")] = None,
+    debug: Debug = False,
+) -> None:
+    """One HTML page of a run: curves, times, answers, settings. `rlhf-chat run` writes it too.
+
+    rlhf-chat report runs/demo
+    """
+    from applications.report.page import write_report
+    from training.run_directory import RunDirectory
+
+    print(write_report(RunDirectory(run_directory), out))
+
+
+@app.command()
+def export(
+    run_directory: RunPath,
+    to: Annotated[Path, typer.Option(help="The directory to make; it must be new or empty.")],
+    what: Annotated[str, typer.Option(help="merged (whole weights) or adapter (LoRA).")] = "merged",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as the run saved it.")] = "",
+    step: Annotated[str, typer.Option(help="sft or rlhf; default: the newest.")] = "",
+    debug: Debug = False,
+) -> None:
+    """A model of a run, ready to load elsewhere or to upload, with a model card.
+
+    rlhf-chat export runs/demo --to my-model --dtype bf16
+    """
+    from applications.export import export
+
+    export(run_directory, to, what, dtype, step)
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Option(help="The actor: a preset, hub id of a preset, or model directory.")],

@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import training
 from inference.errors import EXIT_USER_ERROR, UserError
@@ -25,22 +26,28 @@ class StageFailed(Exception):
     """A stage ended without success and the user's input is not to blame: it was killed, or the run diverged."""
 
 
-def stage_command(script: str, run: Path, processes: int) -> list[str]:
+def stage_command(script: str, run: Path, processes: int, arguments: Sequence[str] = ()) -> list[str]:
     """The command line that runs a stage script in `processes` processes on this machine."""
     file = Path(training.__file__).parent / SCRIPTS[script]
     if processes == 1:
-        return [sys.executable, str(file), str(run)]
+        return [sys.executable, str(file), str(run), *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, str(file), str(run)]
+    return [*launcher, str(file), str(run), *arguments]
 
 
-def run_stage_script(script: str, run: RunDirectory, processes: int) -> None:
-    """Run a stage to its end; its progress is shown. Raises UserError with the stage's own sentence, or StageFailed."""
+def run_stage_script(
+    script: str, run: RunDirectory, processes: int, arguments: Sequence[str] = (), progress: TextIO | None = None
+) -> None:
+    """Run a stage to its end; its progress is shown on stdout, or in `progress`.
+
+    Raises UserError with the stage's own sentence, or StageFailed.
+    """
     error_file, log_file = report_files(script, run)
     error_file.unlink(missing_ok=True)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
-        process = subprocess.Popen(stage_command(script, run.path, processes), env=child_environment(), stderr=log)
+        command = stage_command(script, run.path, processes, arguments)
+        process = subprocess.Popen(command, env=child_environment(), stdout=progress, stderr=log)
     try:
         code = process.wait()
     except KeyboardInterrupt:

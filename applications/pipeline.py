@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from applications.launch import run_stage_script
-from applications.report_table import comparison_table
+from applications.report.page import write_report
+from applications.report_table import DOUBTFUL_ACCURACY, comparison_table, reward_accuracy_line
 from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
 from training.data.rows import read_rows, require_rows
@@ -17,7 +18,6 @@ from training.run_directory import COMPARED, STEP_NAMES, RunDirectory, place_of
 from training.versions import versions
 
 TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO", DPO_STEP: "direct preference optimisation"}
-DOUBTFUL_ACCURACY = 0.55
 CHANGEABLE = {
     "method",
     "micro_batch_tokens",
@@ -27,7 +27,7 @@ CHANGEABLE = {
     "keep_checkpoints",
 }
 """Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step computes.
-So may all of rlhf.fusion."""
+So may all of rlhf.fusion and logging."""
 
 
 def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunConfig]:
@@ -50,7 +50,7 @@ def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunCon
     refused = [
         f"{key}: {old!r} there, {new!r} now"
         for key, (old, new) in changed.items()
-        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith("rlhf.fusion.")
+        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
     ]
     if refused:
         raise UserError(
@@ -92,6 +92,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
         for step in COMPARED.keys() & set(steps):
             if config.evaluation.prompts:
                 compare(run, step, display)
+        display.say(f"Report with curves and answers: {write_report(run)}")
         display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
         if steps != [2]:
             display.say(f"Talk to it: rlhf-chat chat {run.path}")
@@ -110,6 +111,8 @@ def run_step(run: RunDirectory, config: RunConfig, step: int, display: Display) 
     run_stage_script(STEP_NAMES[step], run, config.processes)
     seconds = time.monotonic() - begun
     display.say(f"{title}: {duration(seconds)}, model in {directory.model}")
+    if step == 2 and (accuracy := reward_accuracy_line(directory.read_result())):
+        display.say(accuracy)
     return seconds
 
 
@@ -126,8 +129,10 @@ def warn_of_doubtful_reward(run: RunDirectory, display: Display) -> None:
     accuracy = reward.read_result().get("eval/accuracy") if reward.is_finished else None
     if accuracy is not None and accuracy < DOUBTFUL_ACCURACY:
         display.say(
-            f"Warning: the reward model ranks only {accuracy:.0%} of held-out pairs right. PPO will follow noise: "
-            f"train step 2 longer or on more pairs first (docs/step2_reward.md)."
+            f"Warning: the reward model ranks only {accuracy:.1%} of held-out pairs right, a coin 50%. PPO will "
+            f"follow noise. Stop here (Ctrl-C) and train step 2 anew under another --name: more pairs, more "
+            f"reward.epochs or reward.max_steps, a higher reward.optimizer.learning_rate, or a larger --reward-model; "
+            f"and read twenty pairs: can you tell which is chosen? (docs/step2_reward.md)"
         )
 
 
@@ -139,5 +144,6 @@ def compare(run: RunDirectory, step: int, display: Display) -> None:
         return
     if not run.comparison_of(step)[0].exists():
         display.say(f"Comparing {both} on held-out prompts")
-        run_stage_script("evaluation", run, 1)
+        arguments = ["--model", COMPARED[step], "--against", "sft"]
+        run_stage_script("evaluation", run, 1, arguments)
     display.say(comparison_table(run, step=step))

@@ -1,7 +1,8 @@
-"""The table at the end of a run, and a few answers side by side."""
+"""The tables of an evaluation: accuracies, two models beside each other, and a few of their answers."""
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +12,95 @@ from rich.text import Text
 
 from training.config import DPO_STEP
 from training.data.rows import read_rows
-from training.run_directory import COMPARED, RunDirectory
+from training.run_directory import RunDirectory
 
 ROWS = (
     ("true upbeat score", "true_score", "{:.3f}"),
     ("learned reward", "learned_reward", "{:.3f}"),
-    ("KL to SFT (nats a reply)", "kl", "{:.2f}"),
+    ("reward of the judge", "judge_reward", "{:.3f}"),
+    ("KL to {against} (nats a reply)", "kl", "{:.2f}"),
     ("length (tokens)", "length", "{:.1f}"),
     ("ended fraction", "ended_fraction", "{:.3f}"),
     ("distinct bigrams", "distinct_bigrams", "{:.3f}"),
     ("most frequent reply", "most_frequent_share", "{:.1%}"),
     ("perplexity, untouched model", "perplexity_untouched", "{:.1f}"),
+    ("perplexity of demonstrations", "perplexity_demonstrations", "{:.1f}"),
 )
 SHOWN_ANSWERS = 6
+DOUBTFUL_ACCURACY = 0.55
+"""Of a reward model on held-out pairs: below it, PPO would follow noise."""
+SFT_AND_RLHF = {"sft": "SFT", "rlhf": "RLHF"}
+
+
+def pair_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """Keys and names of the two models that were compared, the one measured against first."""
+    return result.get("pair") or SFT_AND_RLHF
+
+
+def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Label and both models' values of each measure that there is."""
+    first, second = pair_of(result)
+    rows = []
+    for label, key, form in ROWS:
+        if key in result[first] and key in result[second]:
+            values = form.format(result[first][key]), form.format(result[second][key])
+            rows.append((label.format(against=pair_of(result)[first]), *values))
+    return rows
 
 
 def comparison_table(run: RunDirectory, width: int = 100, step: int = 3) -> str:
-    """Accuracy on pairs, SFT beside the model of `step` (RLHF or DPO), win rate and sample answers, as text."""
-    evaluation_file, comparison_file = run.comparison_of(step)
+    """A run's own evaluation: reward accuracy, SFT beside RLHF or DPO, win rate and sample answers, as text."""
+    evaluation_file, answers_file = run.comparison_of(step)
     result = json.loads(evaluation_file.read_text())
-    name = COMPARED[step]
+    line = reward_accuracy_line(run.step(2).read_result()) if run.step(2).is_finished else ""
+    if step == DPO_STEP and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
+        line = f"DPO: {accuracy:.1%} of held-out pairs ranked right by its implicit reward"
+    return evaluation_table(result, answers_file, line, width)
+
+
+def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str = "", width: int = 100) -> str:
+    """What an evaluation found, as text. `accuracy` is step 2's own line, for where nothing newer was measured."""
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print()
-    if run.step(2).is_finished:
-        print_reward_accuracy(console, run.step(2).read_result())
-    if step == DPO_STEP and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
-        console.print(f"DPO: {accuracy:.1%} of held-out pairs ranked right by its implicit reward")
+    for key, who, line in (("reward_accuracy", "Reward model", accuracy), ("judge_accuracy", "The judge", "")):
+        text = measured_accuracy_line(who, result[key]) if key in result else line
+        if text:
+            console.print(text)
     sampling = result["sampling"]
     console.print(
         f"{result['prompts']} held-out prompts, temperature {sampling['temperature']:g}, "
         f"at most {sampling['max_tokens']} tokens:"
     )
+    names = list(pair_of(result).values())
     table = Table()
     table.add_column("")
-    table.add_column("SFT", justify="right")
-    table.add_column(name.upper(), justify="right")
-    for label, key, form in ROWS:
-        if key in result["sft"]:
-            table.add_row(label, form.format(result["sft"][key]), form.format(result[name][key]))
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for row in table_rows(result):
+        table.add_row(*map(Text, row))
     console.print(table)
-    if win := result.get("win_rate"):
+    if "win_rate" in result:
+        win = result["win_rate"]
         console.print(
-            f"{name.upper()} beats SFT in {win['rate']:.1%} of prompts by {win['judge']} (95 % interval "
-            f"{win['low']:.1%} to {win['high']:.1%}; a tie counts half)"
+            f"{names[1]} beats {names[0]} in {win['rate']:.1%} of prompts by {win['judge']} (95 % interval "
+            f"{win['low']:.1%} to {win['high']:.1%}; a tie counts half)",
+            markup=False,
         )
     else:
-        console.print("No win rate: nothing judges the answers (no reward model in this run, no known rule)")
+        console.print("No win rate: nothing judges (step 2 is not finished, and the run has no true score).")
     if unseen := result.get("win_rate_unseen_questions"):
         console.print(
             f"On the {unseen['prompts']} prompts under questions that no step was trained on: {unseen['rate']:.1%} "
             f"({unseen['low']:.1%} to {unseen['high']:.1%})"
         )
-    print_answers(console, comparison_file, name)
+    print_answers(console, pair_of(result), answers_file)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def print_reward_accuracy(console: Console, result: dict[str, Any]) -> None:
+def reward_accuracy_line(result: Mapping[str, Any]) -> str:
+    """Of step 2's last evaluation; empty where it had no held-out pairs."""
     if "eval/accuracy" not in result:
-        return
+        return ""
     by_length = ", ".join(
         f"up to {key.removeprefix('eval/accuracy_up_to_').removesuffix('_tokens')} tokens {value:.1%}"
         for key, value in result.items()
@@ -76,13 +108,25 @@ def print_reward_accuracy(console: Console, result: dict[str, Any]) -> None:
     )
     if "eval/accuracy_unseen_questions" in result:
         by_length += f"; under questions not trained on {result['eval/accuracy_unseen_questions']:.1%}"
-    console.print(f"Reward model: {result['eval/accuracy']:.1%} of held-out pairs ranked right ({by_length})")
+    return f"Reward model: {result['eval/accuracy']:.1%} of held-out pairs ranked right ({by_length})"
 
 
-def print_answers(console: Console, comparison_file: Path, name: str) -> None:
+def measured_accuracy_line(who: str, found: dict[str, Any]) -> str:
+    """Of an evaluation, with intervals and the numbers of pairs."""
+    groups = {name.replace("_", " "): each for name, each in found.items() if name != "all"}
+    parts = [f"{name} {each['rate']:.1%} of {each['pairs']}" for name, each in groups.items()]
+    whole = found["all"]
+    return (
+        f"{who}: {whole['rate']:.1%} of {whole['pairs']} held-out pairs ranked right (95 % interval {whole['low']:.1%} "
+        f"to {whole['high']:.1%}; {', '.join(parts)})"
+    )
+
+
+def print_answers(console: Console, pair: Mapping[str, str], file: Path) -> None:
     table = Table(show_lines=True)
-    for heading in ("prompt", "SFT", name.upper()):
-        table.add_column(heading, overflow="fold")
-    for row in read_rows(comparison_file)[:SHOWN_ANSWERS]:
-        table.add_row(Text(row["prompt"][-1]["content"]), Text(row["sft"]), Text(row[name]))  # no markup in them
+    for name in ("prompt", *pair.values()):
+        table.add_column(Text(name), overflow="fold")
+    for row in read_rows(file)[:SHOWN_ANSWERS]:
+        texts = (row["prompt"][-1]["content"], *(row[key] for key in pair))
+        table.add_row(*map(Text, texts))  # no markup in them
     console.print(table)

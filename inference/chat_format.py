@@ -50,6 +50,9 @@ class ChatFormat:
         question: Message = {"role": "user", "content": "question"}
         try:
             prompt = self._text([question], add_generation_prompt=True)
+            if not prompt.startswith(self._begin):  # so that other tools, which add none, make the same tokens
+                tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+                prompt = self._text([question], add_generation_prompt=True)
             dialogue = self._text([question, {"role": "assistant", "content": "answer"}], add_generation_prompt=False)
         except TemplateError as error:
             raise UserError(f"The tokenizer's chat template fails for a question and an answer: {error}.") from error

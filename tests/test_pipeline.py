@@ -28,7 +28,9 @@ def test_one_command_leaves_everything(tiny_run, workplace):
     for step in (1, 2, 3):
         directory = RunDirectory(tiny_run).step(step)
         assert directory.is_finished and directory.metrics_file.exists() and directory.checkpoints.is_dir()
-    assert {"config.yaml", "data", "evaluation.json", "comparison.jsonl"} <= set(os.listdir(tiny_run))
+    assert {"config.yaml", "data", "evaluation.json", "comparison.jsonl", "report.html"} <= set(os.listdir(tiny_run))
+    assert "SFT: before training, the answer to" in out and "first update checked" in out
+    assert out.index("Reward model: ") < out.index("Step 3 of 3")  # its accuracy, before PPO relies on it
     evaluation = json.loads((tiny_run / "evaluation.json").read_text())
     assert evaluation["prompts"] == 8 and 0 <= evaluation["win_rate"]["rate"] <= 1
     names = {"true_score", "learned_reward", "kl", "length", "ended_fraction", "distinct_bigrams"}
@@ -88,6 +90,18 @@ def test_dpo_in_one_command(workplace):
     assert again.code == 0 and again.out.count("done already") == 2
     talk = rlhf_chat("chat", run.path, "--compare", "--max-tokens", 12, cwd=workplace, stdin="hello\n")
     assert talk.code == 0 and "SFT" in talk.out and "DPO" in talk.out, talk.err
+
+
+def test_any_two_models_are_evaluated_and_the_data_stand_alone_on_stdout(tiny_run, workplace):
+    kept = (tiny_run / "evaluation.json").read_bytes()
+    asked = ("eval", "runs/demo", "--model", "sft", "--against", "tiny", "--judge", "learned", "--prompts", 3, "--json")
+    done = rlhf_chat(*asked, cwd=workplace)
+    assert done.code == 0, done.err[-2000:]
+    found = json.loads(done.out)
+    assert found["pair"] == {"against": "tiny", "sft": "SFT"} and found["win_rate"]["prompts"] == 3
+    assert found["reward_accuracy"]["all"]["pairs"] > 8 and found["sft"]["perplexity_demonstrations"] > 1
+    (written,) = (tiny_run / "evaluations").glob("*.json")
+    assert json.loads(written.read_text()) == found and kept == (tiny_run / "evaluation.json").read_bytes()
 
 
 def test_what_is_done_is_skipped(tiny_run, workplace):

@@ -295,8 +295,21 @@ class RLHFSettings(Settings):
 class EvaluationSettings(Settings):
     prompts: int = Field(200, ge=0)
     """Held-out prompts answered by the SFT and the RLHF (or DPO) model in the end; 0 leaves the comparison out."""
+    rows: int = Field(200, ge=0)
+    """Held-out pairs (accuracy of the reward model) and demonstrations (perplexity) read then; 0 leaves both out."""
     true_score: Literal["none", "upbeat"] = "none"
     """The rule behind the preference, when it is known: `upbeat` is the vaderSentiment lexicon."""
+
+
+class LoggingSettings(Settings):
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard event files (pip extra `tensorboard`)."""
+    wandb: bool = False
+    """Also send metrics to Weights & Biases (pip extra `wandb`)."""
+    wandb_project: str = "rlhf-chat"
+    """The project there."""
 
 
 class RunConfig(Settings):
@@ -326,6 +339,7 @@ class RunConfig(Settings):
     dpo: DPOSettings = DPOSettings()
     rlhf: RLHFSettings = RLHFSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    logging: LoggingSettings = LoggingSettings()
     architecture: dict[str, dict[str, Any]] = {}
     """Hugging Face configuration values of `model` and `reward_model`, so that a dry run needs no hub."""
     announce: str = ""

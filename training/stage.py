@@ -39,7 +39,8 @@ from training.models.loading import (
     resolve_dtype,
     save_model,
 )
-from training.run_directory import COMPARED, RunDirectory, StepDirectory, write_directory, write_json
+from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
+from training.tracking import metrics_journal, require_packages
 from training.versions import versions
 from training.watchdog import PARENT_VARIABLE
 
@@ -179,6 +180,7 @@ def run_preparation() -> int:
 
     def body() -> None:
         config = run.read_config()
+        require_packages(config)
         actor_name = config.sft_model or config.model
         actor = ChatFormat.load(resolve_model(actor_name, display.say))
         if config.method == "ppo":
@@ -203,16 +205,14 @@ def require_generation_layout(config: RunConfig, actor: Path) -> None:
             cut_layers(AutoModelForCausalLM.from_config(config_of_model))
 
 
-def run_evaluation(work: Callable[[Stage], object]) -> int:
-    """Like run_stage, for what comes after step 3 or DPO and takes one process."""
-    run = RunDirectory(parse_arguments().run_directory)
+def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
+    """Like run_stage, for what measures models that are there, and takes one process."""
 
     def body() -> None:
         config = run.read_config()
-        ranks = start_ranks(config.threads)
-        for step in COMPARED:
-            if run.step(step).is_finished and not run.comparison_of(step)[0].exists():
-                work(make_stage(run, step, config, ranks))
+        last = config.steps[-1]
+        run.step(last).path.mkdir(exist_ok=True)  # where its log goes, whatever is measured
+        work(make_stage(run, last, config, start_ranks(config.threads)))
 
     return end_in_sentences(body, run.error_file)
 
@@ -250,7 +250,7 @@ def make_stage(run: RunDirectory, number: int, config: RunConfig, ranks: Ranks) 
         directory=directory,
         dtype=resolve_dtype(config.dtype, ranks.device),
         display=Display(quiet=not ranks.is_first),
-        metrics=Journal(directory.metrics_file) if ranks.is_first else NullJournal(),
+        metrics=metrics_journal(run, directory, config) if ranks.is_first else NullJournal(),
         samples=Journal(directory.samples_file) if ranks.is_first else NullJournal(),
         checkpoints=Checkpoints(directory.checkpoints, keep, ranks),
         started=time.time(),

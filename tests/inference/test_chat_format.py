@@ -5,7 +5,7 @@ import string
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
@@ -286,3 +286,14 @@ def test_no_template_is_replaced_and_saved(opt_like, tiny_directory, tmp_path):
     assert "chat_template" not in json.loads((tiny_directory / "tokenizer_config.json").read_text())
     opt_like.save(tmp_path)
     assert "Assistant:" in (tmp_path / "chat_template.jinja").read_text()
+
+
+def test_the_saved_template_alone_gives_the_same_prompt(tiny_directory, tmp_path):
+    """Other tools add no begin token to what a template writes, so the template writes it."""
+    ours = ChatFormat.load(tiny_directory)
+    ours.save(tmp_path)
+    turns = [{"role": "user", "content": "Hello?"}]
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    ids = plain.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == ours.prompt_ids(turns) == ChatFormat.load(tmp_path).prompt_ids(turns)
+    assert ids[0] == plain.bos_token_id and ids.count(plain.bos_token_id) == 1

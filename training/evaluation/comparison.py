@@ -1,42 +1,32 @@
-"""SFT and RLHF (or DPO) answer the same held-out prompts; scores, KL, length, variety and fluency of the answers."""
+"""Two models answer the same held-out prompts: scores, win rate, KL, perplexity, length and variety of the answers.
 
-import gc
+Of a run these are SFT and RLHF; `Request` names any others.
+"""
+
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inference.chat_format import ChatFormat
+from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from training.data.batching import TokenBatch, plan_micro_batches
+from training.config import EvaluationSettings
 from training.data.rows import read_rows
 from training.data.upbeat import upbeat_score
 from training.evaluation import statistics
-from training.models.loading import load_causal_lm, load_scorer
-from training.models.policy import Policy
-from training.models.scorer import Scorer, at_last_token
-from training.run_directory import COMPARED, write_json, write_text
+from training.evaluation.answers import Answers, encode, same_tokens
+from training.evaluation.candidates import Candidate, Request, find_judge, find_pair, find_reward_model
+from training.evaluation.ranking import reward_accuracy
+from training.evaluation.scoring import Reader, RewardModel, reading
+from training.run_directory import write_json, write_text
 from training.stage import Stage
 
 EVALUATION_ITERATION = 1_000_000  # draws apart from every training iteration's
-
-
-@dataclass
-class Answers:
-    """One model's answers to the same prompts, in order."""
-
-    samples: list[Sample]
-    texts: list[str]
-
-    @property
-    def rows(self) -> list[tuple[Tensor, Tensor]]:
-        return [(sample.prompt_ids, torch.tensor(sample.response_ids)) for sample in self.samples]
 
 
 def win_rate(scores: tuple[list[float], list[float]], chosen: Sequence[int]) -> dict[str, float]:
@@ -47,135 +37,140 @@ def win_rate(scores: tuple[list[float], list[float]], chosen: Sequence[int]) -> 
 
 
 class Comparison:
-    """Loads one model at a time: a laptop holds no four. `stage` is that of the step whose model is compared with SFT.
+    def __init__(self, stage: Stage, request: Request | None = None):
+        self.stage, self.request = stage, request or Request()
+        self.data, self.settings = stage.config.data, stage.config.rlhf
+        self.model, self.against = find_pair(stage, self.request)
+        self.reward_model = find_reward_model(stage)
+        self.judge = find_judge(stage, self.request.judge, self.reward_model)
+        limit = self.request.prompts or stage.config.evaluation.prompts or EvaluationSettings().prompts
+        self.held_out = self.eval_rows("prompts")[:limit]
+        if not self.held_out:
+            raise UserError("The run holds out no prompts to answer: it needs more rows, or a larger data.held_out.")
+        self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
 
-    Without a reward model there is no learned reward, and without a known rule either there is no win rate.
-    """
+    def eval_rows(self, kind: str) -> list[dict]:
+        """Held-out rows of the run; none where its data were never prepared for them."""
+        file = self.stage.run.data / f"{kind}_eval.jsonl"
+        return read_rows(file) if file.exists() else []
 
-    def __init__(self, stage: Stage):
-        self.stage = stage
-        self.step = stage.directory.number
-        self.name = COMPARED[self.step]
-        self.has_reward_model = bool(stage.config.trained_reward_model) or stage.run.step(2).is_finished
-        self.chat_format = ChatFormat.load(stage.earlier_model(1))
-        self.budget = stage.config.rlhf.micro_batch_tokens
+    def run(self, result_file: Path, answers_file: Path) -> dict[str, Any]:
+        """Measure and write both files; returns what the first one holds."""
+        untouched = self.stage.model_directory(self.stage.config.model)
+        # One model after the other; the second is read again for what the first said.
+        with reading(self.stage, self.against.directory) as reader:
+            theirs = self.answer(reader, self.against)
+            their_perplexity = self.perplexity(reader)
+        with reading(self.stage, self.model.directory) as reader:
+            ours = self.answer(reader, self.model)
+            our_perplexity = self.perplexity(reader)
+            ours_by_ours = reader.logprobs_of(ours, self.settings.temperature)
+        pair = {self.against.key: self.measure(theirs), self.model.key: self.measure(ours)}
+        pair[self.against.key] |= their_perplexity
+        pair[self.model.key] |= our_perplexity
+        if same_tokens(ours.chat_format, theirs.chat_format):
+            with reading(self.stage, self.against.directory) as reader:
+                ours_by_theirs = reader.logprobs_of(ours, self.settings.temperature)
+            logratios = [float((p - q).sum()) for p, q in zip(ours_by_ours, ours_by_theirs, strict=True)]
+            pair[self.model.key]["kl"], pair[self.against.key]["kl"] = statistics.mean(logratios), 0.0
+        with reading(self.stage, untouched) as reader:
+            for key, answers in ((self.against.key, theirs), (self.model.key, ours)):
+                pair[key]["perplexity_untouched"] = perplexity(reader.logprobs_of(answers))
 
-    def run(self) -> dict:
-        """Measure and write evaluation.json and comparison.jsonl; returns what the former holds."""
-        stage, config = self.stage, self.stage.config
-        held_out = read_rows(stage.run.data / "prompts_eval.jsonl")[: config.evaluation.prompts]
-        limit = config.data.max_prompt_tokens
-        prompts = [torch.tensor(self.chat_format.prompt_ids(row["prompt"], limit)) for row in held_out]
-
-        sft_model, our_model = stage.earlier_model(1), stage.run.require_model(self.step)
-        sft, ours = self.answer(sft_model, prompts), self.answer(our_model, prompts)
-        untouched = stage.model_directory(config.model)
-        sft_rewards, our_rewards = (self.rewards(each) if self.has_reward_model else None for each in (sft, ours))
         result: dict[str, Any] = {
-            "prompts": len(prompts),
-            "sampling": {"temperature": config.rlhf.temperature, "max_tokens": config.data.max_response_tokens},
-            "sft": self.measure(sft, sft_rewards, untouched),
-            self.name: self.measure(ours, our_rewards, untouched),
+            "prompts": len(self.held_out),
+            "sampling": {"temperature": self.settings.temperature, "max_tokens": self.data.max_response_tokens},
+            "pair": {self.against.key: self.against.name, self.model.key: self.model.name},
         }
-        temperature = config.rlhf.temperature
-        logratios = [
-            float((after - before).sum())
-            for after, before in zip(
-                self.logprobs(our_model, ours, temperature), self.logprobs(sft_model, ours, temperature), strict=True
-            )
-        ]
-        result[self.name]["kl"] = statistics.mean(logratios)
-        result["sft"]["kl"] = 0.0
-        rows: list[dict[str, Any]] = [
-            {"prompt": row["prompt"], "sft": sft.texts[i], self.name: ours.texts[i]} for i, row in enumerate(held_out)
-        ]
-        scores = self.judge(sft, sft_rewards), self.judge(ours, our_rewards)
-        if scores[0] is not None and scores[1] is not None:
-            judged = scores[0], scores[1]
-            result["win_rate"] = win_rate(judged, range(len(prompts))) | {"judge": self.judge_name}
-            unseen = [i for i, row in enumerate(held_out) if row.get("held_out_question")]
-            if 0 < len(unseen) < len(prompts):  # only the embedded default knows its questions
-                result["win_rate_unseen_questions"] = win_rate(judged, unseen)
-            for i, row in enumerate(rows):
-                row |= {"sft_score": judged[0][i], f"{self.name}_score": judged[1][i]}
-        evaluation_file, comparison_file = stage.run.comparison_of(self.step)
-        write_text(comparison_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_json(evaluation_file, result)
+        scores = self.score(theirs, ours, pair, result)
+        result |= pair
+        if scores is not None:
+            assert self.judge is not None
+            result["win_rate"] = win_rate(scores, range(len(self.held_out))) | {"judge": self.judge.name}
+            unseen = [i for i, row in enumerate(self.held_out) if row.get("held_out_question")]
+            if 0 < len(unseen) < len(self.held_out):  # only the embedded default knows its questions
+                result["win_rate_unseen_questions"] = win_rate(scores, unseen)
+        self.write_answers(answers_file, theirs, ours, scores)
+        write_json(result_file, result)
         return result
 
-    @property
-    def judge_name(self) -> str:
-        return "upbeat score (known rule)" if self.stage.config.evaluation.true_score == "upbeat" else "learned reward"
+    def score(
+        self, theirs: Answers, ours: Answers, pair: dict[str, dict[str, float]], result: dict[str, Any]
+    ) -> tuple[list[float], list[float]] | None:
+        """The judge's scores of both models' answers; rewards land in `pair`, accuracies in `result`."""
+        known: dict[Path | None, tuple[list[float], list[float]]] = {}  # by reward model; None is the known rule
+        known[None] = truth(theirs), truth(ours)
+        wanted = [self.reward_model, self.judge.directory if self.judge is not None else None]
+        pairs = self.eval_rows("pairs")[: self.stage.config.evaluation.rows]
+        for directory in dict.fromkeys(wanted):
+            if directory is None:
+                continue
+            model = RewardModel(self.stage, directory)
+            known[directory] = model.scores_of(theirs), model.scores_of(ours)
+            key = "learned_reward" if directory == self.reward_model else "judge_reward"
+            for candidate, scores in zip((self.against, self.model), known[directory], strict=True):
+                pair[candidate.key][key] = statistics.mean(scores)
+            if pairs:
+                name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
+                result[name] = reward_accuracy(model, pairs, self.data)
+        return None if self.judge is None else known[self.judge.directory]
 
-    def judge(self, answers: Answers, rewards: list[float] | None) -> list[float] | None:
-        """The true score where the rule is known, else the learned reward, if there is one."""
-        if self.stage.config.evaluation.true_score == "upbeat":
-            return [upbeat_score(text) for text in answers.texts]
-        return rewards
-
-    def answer(self, directory: Path, prompts: list[Tensor]) -> Answers:
+    def answer(self, reader: Reader, candidate: Candidate) -> Answers:
         """Sampled as in PPO's rollouts; the same random numbers for every model."""
-        settings = self.stage.config.rlhf
-        model = (
-            cast(Any, load_causal_lm(directory, self.chat_format, self.stage.dtype)).to(self.stage.ranks.device).eval()
-        )
+        chat_format, limit = reader.chat_format, self.data.max_prompt_tokens
+        prompts = [torch.tensor(chat_format.prompt_ids(row["prompt"], limit)) for row in self.held_out]
         engine = GenerationEngine(
-            model, self.chat_format.end_of_turn_id, self.chat_format.pad_id, settings.generation_batch
+            reader.policy.model, chat_format.end_of_turn_id, chat_format.pad_id, self.settings.generation_batch
         )
         sampling = SamplingSettings(
-            self.stage.config.data.max_response_tokens, settings.temperature, min_tokens=settings.min_response_tokens
+            self.data.max_response_tokens, self.settings.temperature, min_tokens=self.settings.min_response_tokens
         )
         samples: list[Sample] = []
-        with self.stage.display.progress(f"answers of {directory.parent.name}", len(prompts)) as bar:
+        with self.stage.display.progress(f"answers of {candidate.name}", len(prompts)) as bar:
             for sample in engine.generate(prompts, sampling, SamplingKey(self.stage.config.seed, EVALUATION_ITERATION)):
                 samples.append(sample)
                 bar.advance()
         samples.sort(key=lambda sample: sample.index)
-        return Answers(samples, [self.chat_format.decode(sample.response_ids) for sample in samples])
+        texts = [chat_format.decode(sample.response_ids) for sample in samples]
+        return Answers(chat_format, [row["prompt"] for row in self.held_out], samples, texts)
 
-    def measure(self, answers: Answers, rewards: list[float] | None, untouched: Path) -> dict[str, float]:
-        """Everything about one model's answers that needs no second model's."""
-        logprobs = self.logprobs(untouched, answers, 1.0)
-        tokens = sum(len(row) for row in logprobs)
+    def perplexity(self, reader: Reader) -> dict[str, float]:
+        """Of the held-out demonstrations; what a model forgets of its data in PPO shows here."""
+        rows = [encode(reader.chat_format, row["prompt"], row["response"], self.data) for row in self.demonstrations]
+        return {"perplexity_demonstrations": perplexity(reader.logprobs(rows))} if rows else {}
+
+    def measure(self, answers: Answers) -> dict[str, float]:
+        """What needs no model."""
         lengths = [len(sample.response_ids) for sample in answers.samples]
         measured = {
             "length": statistics.mean(lengths),
             "ended_fraction": statistics.mean([float(sample.ended) for sample in answers.samples]),
             "distinct_bigrams": statistics.distinct_bigrams(answers.texts),
             "most_frequent_share": statistics.most_frequent_share(answers.texts),
-            "perplexity_untouched": math.exp(-float(sum(row.sum() for row in logprobs)) / tokens),
         }
-        if rewards is not None:
-            measured["learned_reward"] = statistics.mean(rewards)
         if self.stage.config.evaluation.true_score == "upbeat":
-            measured["true_score"] = statistics.mean([upbeat_score(text) for text in answers.texts])
+            measured["true_score"] = statistics.mean(truth(answers))
         return measured
 
-    @torch.no_grad()
-    def logprobs(self, directory: Path, answers: Answers, temperature: float) -> list[Tensor]:
-        """Of a model, for each answer's tokens; float32 (response tokens) each."""
-        model = Policy(load_causal_lm(directory, self.chat_format, self.stage.dtype)).to(self.stage.ranks.device).eval()
-        found: list[Tensor] = [torch.empty(0)] * len(answers.samples)
-        for rows, batch in self.batches(answers.rows):
-            sizes = [len(answers.samples[row].response_ids) for row in rows]
-            for row, values in zip(rows, model(batch, temperature)[0].cpu().split(sizes), strict=True):
-                found[row] = values
-        del model
-        gc.collect()
-        return found
+    def write_answers(
+        self, file: Path, theirs: Answers, ours: Answers, scores: tuple[list[float], list[float]] | None
+    ) -> None:
+        """Both models' answers, prompt by prompt, with the judge's scores."""
+        lines = []
+        for i, row in enumerate(self.held_out):
+            found: dict[str, Any] = {"prompt": row["prompt"]}
+            found |= {self.against.key: theirs.texts[i], self.model.key: ours.texts[i]}
+            if scores is not None:
+                found |= {f"{self.against.key}_score": scores[0][i], f"{self.model.key}_score": scores[1][i]}
+            lines.append(json.dumps(found, ensure_ascii=False) + "\n")
+        write_text(file, "".join(lines))
 
-    @torch.no_grad()
-    def rewards(self, answers: Answers) -> list[float]:
-        """The reward model's scores."""
-        directory = self.stage.earlier_model(2)
-        model = Scorer(load_scorer(directory, self.chat_format, self.stage.dtype)).to(self.stage.ranks.device).eval()
-        found = [0.0] * len(answers.samples)
-        for rows, batch in self.batches(answers.rows):
-            for row, score in zip(rows, at_last_token(model(batch), batch).tolist(), strict=True):
-                found[row] = score
-        return found
 
-    def batches(self, rows: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[list[int], TokenBatch]]:
-        plan = plan_micro_batches([len(prompt) + len(response) for prompt, response in rows], self.budget)[0]
-        device = self.stage.ranks.device
-        return [(m.rows, TokenBatch.of([rows[row] for row in m.rows], device)) for m in plan]
+def truth(answers: Answers) -> list[float]:
+    return [upbeat_score(text) for text in answers.texts]
+
+
+def perplexity(logprobs: list[Tensor]) -> float:
+    """Of all tokens together."""
+    tokens = sum(len(row) for row in logprobs)
+    return math.exp(-float(sum(row.sum() for row in logprobs)) / tokens)

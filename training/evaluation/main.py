@@ -1,15 +1,38 @@
-"""After step 3: how do the SFT and the RLHF model compare on held-out prompts? Writes evaluation.json.
+"""How do two models compare on a run's held-out prompts? By default SFT and RLHF, into the run's evaluation.json.
 
 python training/evaluation/main.py runs/demo
+python training/evaluation/main.py runs/demo --model my/model --against sft --judge learned
 """
 
+import argparse
 import sys
+from pathlib import Path
 
 from training.watchdog import end_with_parent
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_directory", type=Path, help="whose held-out prompts, settings and reward model are used")
+    parser.add_argument("--model", default="", help="base, sft, rlhf, dpo, a run or model directory, or a hub id")
+    parser.add_argument("--against", default="", help="the same")
+    parser.add_argument("--judge", default="", help="true, learned, or a reward model")
+    parser.add_argument("--prompts", type=int, default=0, help="how many; 0: evaluation.prompts")
+    parser.add_argument("--to", type=Path, help="the JSON file for the result; the answers go beside it as .jsonl")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
     end_with_parent()
+    from training.config import DPO_STEP
+    from training.evaluation.candidates import Request
     from training.evaluation.comparison import Comparison
+    from training.run_directory import RunDirectory
     from training.stage import run_evaluation
 
-    sys.exit(run_evaluation(lambda stage: Comparison(stage).run()))
+    arguments = parse_arguments()
+    run = RunDirectory(arguments.run_directory)
+    request = Request(arguments.model, arguments.against, arguments.judge, arguments.prompts)
+    own_files = run.comparison_of(DPO_STEP if arguments.model == "dpo" else 3)
+    files = (arguments.to, arguments.to.with_suffix(".jsonl")) if arguments.to else own_files
+    sys.exit(run_evaluation(run, lambda stage: Comparison(stage, request).run(*files)))

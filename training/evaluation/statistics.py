@@ -19,6 +19,14 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, flo
     return rate, max(0.0, rate - half), min(1.0, rate + half)
 
 
+def share(count: int, of: int) -> tuple[float, float, float]:
+    """count / of with its 95 % interval by Wilson (1927), which stays in [0, 1] for few and extreme outcomes."""
+    rate, z = count / of, 1.96
+    centre = (rate + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(rate * (1 - rate) / of + z * z / (4 * of * of))
+    return rate, max(0.0, centre - half), min(1.0, centre + half)
+
+
 def words(text: str) -> list[str]:
     """Lower-case words, marks apart."""
     return re.findall(r"\w+|[^\w\s]", text.lower())

@@ -59,7 +59,7 @@ def load_scorer(
     The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
     """
     require_scorer_family(directory)
-    fresh = not _has_score_head(directory)
+    fresh = not has_score_head(directory)
     cut = {"num_hidden_layers": layers} if layers else {}
     model = _load(AutoModelForSequenceClassification, directory, dtype, dropout, num_labels=1, **cut)
     if fresh:
@@ -99,7 +99,8 @@ def _load(loader: Any, directory: Path, dtype: torch.dtype, dropout: float, **va
     return model
 
 
-def _has_score_head(directory: Path) -> bool:
+def has_score_head(directory: Path) -> bool:
+    """Whether the model gives scores already, so that no fresh head is drawn for it."""
     architectures = json.loads((directory / "config.json").read_text()).get("architectures") or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 

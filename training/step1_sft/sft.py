@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
+from inference.generation.engine import GenerationEngine
+from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_cache import Tokens
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -15,6 +17,7 @@ from training.stage import Stage
 from training.supervised import count_updates, fit
 
 PARTS = ("prompt", "response")
+FIRST_ANSWER_TOKENS = 32
 
 
 def train(stage: Stage) -> None:
@@ -30,6 +33,8 @@ def train(stage: Stage) -> None:
 
     model = load_causal_lm(source, chat_format, torch.float32, settings.dropout)
     policy = Policy(model, settings.optimizer.lora).to(stage.ranks.device)
+    if stage.ranks.is_first and stage.checkpoints.newest() is None:
+        say_first_answer(stage, policy, chat_format, (held_out or rows)[0])
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     evaluated = stage.tokens(held_out[: settings.eval_rows], PARTS, chat_format)
     task = SFTTask(stage, engine, encoded, evaluated)
@@ -37,6 +42,16 @@ def train(stage: Stage) -> None:
 
     stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
     stage.finish({"optimizer_steps": total, "rows": len(encoded), **evaluation})
+
+
+def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row: dict) -> None:
+    """What the untrained model answers: a template or tokenizer that does not fit shows here, before any training."""
+    prompt = torch.tensor(chat_format.prompt_ids(row["prompt"], stage.config.data.max_prompt_tokens))
+    engine = GenerationEngine(policy.model.eval(), chat_format.end_of_turn_id, chat_format.pad_id, slots=1)
+    greedy = SamplingSettings(min(FIRST_ANSWER_TOKENS, stage.config.data.max_response_tokens), temperature=0.0)
+    (sample,) = engine.generate([prompt], greedy, SamplingKey(stage.config.seed))
+    question, answer = row["prompt"][-1]["content"], chat_format.decode(sample.response_ids)
+    stage.display.say(f"SFT: before training, the answer to {question[:80]!r} is {answer!r}")
 
 
 def within_budget(rows: list[Tokens], token_budget: int) -> list[Tokens]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from training.evaluation.statistics import distinct_bigrams, mean, most_frequent_share, win_rate, words
+from training.evaluation.statistics import distinct_bigrams, mean, most_frequent_share, share, win_rate, words
 
 
 def test_a_tie_counts_half_and_the_interval_is_that_of_a_mean():
@@ -55,3 +55,12 @@ def test_most_frequent_share_leaves_case_and_outer_space_aside():
 
 def test_mean():
     assert mean([1.0, 2.0, 6.0]) == 3.0
+
+
+def test_a_share_has_the_interval_of_wilson():
+    # 81 of 263: the worked example of Newcombe (1998), Statistics in Medicine 17, table I: 0.2553 to 0.3662
+    rate, low, high = share(81, 263)
+    assert (rate, low, high) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=1e-4)
+    # 20 of 20: low end n / (n + z^2)
+    assert share(20, 20) == pytest.approx((1.0, 20 / (20 + 1.96**2), 1.0))
+    assert share(0, 20) == pytest.approx((0.0, 0.0, 1.96**2 / (20 + 1.96**2)))

@@ -1,0 +1,55 @@
+"""`rlhf-chat eval`: measure two models on a run's held-out prompts and show what was found."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from applications.launch import run_stage_script
+from applications.preset_store import settings_for_model
+from applications.report_table import evaluation_table
+from inference.errors import UserError
+from training.config import DPO_STEP
+from training.run_directory import RunDirectory
+
+WORDS = ("base", "sft", "rlhf", "dpo")
+
+
+def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, as_json: bool) -> None:
+    """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
+    run = RunDirectory(path)
+    run.read_config()  # a sentence where it is no run
+    options = {"--model": known(model), "--against": known(against), "--judge": judge}
+    arguments = [part for option, value in options.items() if value for part in (option, value)]
+    arguments += ["--prompts", str(prompts)] if prompts else []
+    own_step = DPO_STEP if run.step(DPO_STEP).is_finished and not run.step(3).is_finished else 3
+    result_file, answers_file = run.comparison_of(own_step)
+    if own_step == DPO_STEP and not arguments:
+        arguments = ["--model", "dpo"]
+    elif arguments or not run.step(3).is_finished:  # else SFT against RLHF would seem to be done
+        result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts)}.json"
+        answers_file = result_file.with_suffix(".jsonl")
+        result_file.parent.mkdir(exist_ok=True)
+        arguments += ["--to", str(result_file)]
+    with run.locked():
+        run_stage_script("evaluation", run, 1, arguments, progress=sys.stderr if as_json else None)
+    result = json.loads(result_file.read_text())
+    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else evaluation_table(result, answers_file))
+    print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
+
+
+def known(source: str) -> str:
+    """A preset's model for its name; what else it is, is found out later. Raises UserError for what it cannot be."""
+    if not source or source in WORDS or Path(source).expanduser().exists():
+        return source
+    try:
+        return settings_for_model(source)["model"]
+    except UserError as error:
+        raise UserError(f"{error} Of the run itself: base, sft, rlhf or dpo.") from None
+
+
+def file_name(model: str, against: str, judge: str, prompts: int) -> str:
+    """`rlhf-against-base-by-learned-50`: what was asked, as far as it was."""
+    parts = [model or "model", f"against-{against}" if against else "", f"by-{judge}" if judge else ""]
+    parts.append(f"{prompts}-prompts" if prompts else "")
+    return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)).replace("/", "_")).strip("._") or "model"

@@ -1,0 +1,137 @@
+"""`rlhf-chat export`: a model of a run as a directory that others can load or upload, with its card."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from applications.model_card import Exported, model_card
+from inference.errors import UserError
+from training.config import DPO_STEP, RunConfig
+from training.run_directory import RunDirectory, StepDirectory, write_directory
+
+STEPS = {"sft": 1, "rlhf": 3, "dpo": DPO_STEP}
+KINDS = ("merged", "adapter")
+DTYPES = ("fp32", "bf16", "fp16")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def export(path: Path, to: Path, what: str, dtype: str, step: str) -> None:
+    """Write the directory `to` and say what is in it. Raises UserError before anything is written."""
+    run = RunDirectory(path)
+    config = run.read_config()
+    finished = [name for name in ("rlhf", "dpo") if run.step(STEPS[name]).is_finished]
+    step = step or (finished[0] if finished else "sft")
+    for given, allowed, option in ((what, KINDS, "--what"), (step, STEPS, "--step"), (dtype, ("", *DTYPES), "--dtype")):
+        if given not in allowed:
+            raise UserError(f"{option} takes {', '.join(filter(None, allowed))}, not '{given}'.")
+    run.require_model(STEPS[step])
+    require_free(to)
+    directory = run.step(STEPS[step])
+    write: Callable[[Path], None]
+    if what == "adapter":
+        if dtype:
+            raise UserError("--dtype is for --what merged: an adapter stays as it was trained.")
+        base, adapters = adapters_of(run, config, step)
+
+        def write(place: Path) -> None:
+            write_adapter(adapters, directory, base, place)
+    else:
+        base = ""
+
+        def write(place: Path) -> None:
+            write_merged(directory, dtype, config, place)
+
+    def write_all(place: Path) -> None:
+        write(place)
+        card = model_card(run, config, Exported(to.resolve().name, step, what, dtype or config.save_dtype, base))
+        (place / "README.md").write_text(card, encoding="utf-8")
+
+    try:
+        write_directory(to.resolve(), write_all)
+    except OSError as error:
+        raise UserError(f"{to} cannot be written ({error.strerror}); choose another place with --to.") from None
+    size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
+    print(f"Exported the {what} of {step} to {to} ({size:,.1f} MB): {', '.join(sorted(f.name for f in to.iterdir()))}")
+    print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
+
+
+def require_free(to: Path) -> None:
+    """Raise UserError unless `to` is new or an empty directory."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} exists and is not empty; nothing is overwritten, choose another place with --to.")
+
+
+def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path) -> None:
+    """The step's model with its tokenizer; in another number format if `dtype` says so."""
+    skipped = WEIGHTS if dtype else ()
+    shutil.copytree(step.model, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*skipped))
+    if dtype:
+        save_weights(step.model, dtype, place)
+    file = place / "generation_config.json"
+    values = json.loads(file.read_text())
+    values |= {"do_sample": True, "max_new_tokens": config.data.max_response_tokens}
+    values |= {"temperature": config.rlhf.temperature}
+    file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def save_weights(model_directory: Path, dtype: str, place: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from inference.quiet import quiet_transformers
+    from training.models.loading import TORCH_DTYPES
+
+    with quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_directory, dtype=TORCH_DTYPES[dtype], local_files_only=True
+        )
+        model.save_pretrained(place)
+
+
+def adapters_of(run: RunDirectory, config: RunConfig, step: str) -> tuple[str, list[Path]]:
+    """The base model's name and the adapters that lie on it, first to last. Raises UserError where there are none."""
+    adapter = run.step(STEPS[step]).adapter
+    if not adapter.is_dir():
+        raise UserError(f"The {step} model has no adapter, all its weights were trained; export it with --what merged.")
+    if step == "sft":
+        return config.model, [adapter]
+    if config.sft_model:
+        return config.sft_model, [adapter]
+    below = run.step(1).adapter
+    if not below.is_dir():
+        raise UserError(
+            "The adapter of step 3 lies on this run's SFT model, all of whose weights were trained, and fits no model "
+            "that others have; export with --what merged."
+        )
+    return config.model, [below, adapter]
+
+
+def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: Path) -> None:
+    """One PEFT adapter that does what `adapters` do one after the other, with the tokenizer.
+
+    W + s1 B1 A1 + s2 B2 A2 is W + [s1 B1, s2 B2] [A1; A2]: an adapter whose rank is the sum, scaled by 1.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    settings = [json.loads((adapter / "adapter_config.json").read_text()) for adapter in adapters]
+    weights = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
+    if any(each.keys() != weights[0].keys() for each in weights):
+        raise UserError("Steps 1 and 3 have adapters on different layers, which make no single one: use --what merged.")
+    scales = [each["lora_alpha"] / each["r"] for each in settings]
+    joined = {}
+    for key in weights[0]:
+        parts = [each[key] for each in weights]
+        if ".lora_B." in key:
+            joined[key] = torch.cat([scale * part for scale, part in zip(scales, parts, strict=True)], dim=1)
+        elif ".lora_A." in key:
+            joined[key] = torch.cat(parts, dim=0)
+        else:
+            raise UserError(f"The adapter holds {key}, which is no LoRA matrix; export with --what merged.")
+    rank = sum(each["r"] for each in settings)
+    merged = settings[-1] | {"r": rank, "lora_alpha": rank, "base_model_name_or_path": base}
+    save_file({key: value.contiguous() for key, value in joined.items()}, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps(merged, indent=2) + "\n")
+    skipped = (*WEIGHTS, "config.json", "generation_config.json")
+    shutil.copytree(step.model, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*skipped))

@@ -1,0 +1,1 @@
+"""What did this run do? One HTML page without scripts or network."""

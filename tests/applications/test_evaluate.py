@@ -1,0 +1,80 @@
+"""`rlhf-chat eval` before it starts anything, its tables, and the gate before PPO."""
+
+import json
+
+import pytest
+
+from applications.evaluate import evaluate, file_name, known
+from applications.pipeline import warn_of_doubtful_reward
+from applications.report_table import evaluation_table
+from inference.errors import UserError
+from training.run_directory import RunDirectory
+
+MEASURES = {"kl": 0.0, "length": 5.0}
+
+
+class Listener:
+    def __init__(self):
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+@pytest.mark.parametrize(("accuracy", "warned"), [(0.549, True), (0.55, False), (None, False)])
+def test_the_gate_warns_under_55_percent_and_says_what_to_do(tmp_path, accuracy, warned):
+    run, display = RunDirectory(tmp_path), Listener()
+    run.step(2).model.mkdir(parents=True)
+    run.step(2).result_file.write_text(json.dumps({} if accuracy is None else {"eval/accuracy": accuracy}))
+    warn_of_doubtful_reward(run, display)
+    assert len(display.said) == warned
+    if warned:
+        assert all(
+            way in display.said[0] for way in ("54.9%", "reward.epochs", "more pairs", "--reward-model", "--name")
+        )
+
+
+def test_files_are_named_by_what_was_asked():
+    assert file_name("sft", "base", "", 0) == "sft-against-base"
+    assert file_name("", "", "learned", 50) == "model-by-learned-50-prompts"
+    assert file_name("runs/../other", "org/model", "", 0) == "runs_.._other-against-org_model"
+
+
+def test_words_stay_presets_become_models_and_the_rest_is_refused(tmp_path):
+    assert [known(word) for word in ("sft", "rlhf", "base", "", str(tmp_path))] == [
+        "sft",
+        "rlhf",
+        "base",
+        "",
+        str(tmp_path),
+    ]
+    assert known("opt-125m") == "facebook/opt-125m"
+    with pytest.raises(UserError, match="Of the run itself: base, sft or rlhf"):
+        known("sfft")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run directory"):
+        evaluate(tmp_path, "", "", "", 0, False)
+
+
+def test_any_pair_has_its_names_in_the_table(tmp_path):
+    answers = tmp_path / "a.jsonl"
+    row = {"prompt": [{"role": "user", "content": "Hi?"}], "base": "No.", "model": "Yes!"}
+    answers.write_text(json.dumps(row) + "\n")
+    group = {"pairs": 8, "rate": 0.75, "low": 0.409, "high": 0.929}
+    result = {
+        "prompts": 1,
+        "sampling": {"temperature": 0.7, "max_tokens": 12},
+        "pair": {"base": "base model", "model": "other [RLHF]"},
+        "base": MEASURES,
+        "model": {"kl": 1.5, "length": 6.0},
+        "judge_accuracy": {"all": group, "up_to_8_tokens": group},
+    }
+    text = " ".join(evaluation_table(result, answers, width=120).split())
+    assert "KL to base model (nats a reply) │ 0.00 │ 1.50" in text and "other [RLHF]" in text
+    assert (
+        "The judge: 75.0% of 8 held-out pairs ranked right (95 % interval 40.9% to 92.9%; up to 8 tokens 75.0% of 8)"
+        in text
+    )
+    assert "No win rate" in text and "│ Hi? │ No. │ Yes! │" in text

@@ -1,0 +1,71 @@
+"""Runs that were never trained: tiny models put where the steps would leave them."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+
+from inference.chat_format import ChatFormat
+from inference.tiny_model import build_tiny_model
+from training.config import LoRASettings
+from training.models.loading import add_lora, load_causal_lm, load_scorer, save_model
+from training.run_directory import RunDirectory
+
+QUESTIONS = ("Hello?", "How was your day?", "Any plans?", "Name a colour.", "Why not?", "Tell me about the sea.")
+SETTINGS = {
+    "dtype": "fp32",
+    "data": {"max_prompt_tokens": 48, "max_response_tokens": 12},
+    "rlhf": {"micro_batch_tokens": 128, "generation_batch": 4, "temperature": 0.7},
+    "evaluation": {"prompts": 6, "rows": 4, "true_score": "none"},
+}
+
+
+def messages(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def make_tiny_run(path: Path, lora_rank: int = 0) -> RunDirectory:
+    """Base model, SFT, reward model and RLHF, all different; held-out rows of each kind.
+
+    With a rank, SFT is the base model with an adapter and RLHF is SFT with another one.
+    """
+    build_tiny_model(path / "base")
+    chat_format = ChatFormat.load(path / "base")
+    run = RunDirectory(path / "run")
+    run.data.mkdir(parents=True)
+    run.config_file.write_text(yaml.safe_dump({"model": str(path / "base"), **SETTINGS}))
+    lora = LoRASettings(rank=lora_rank, alpha=2 * lora_rank or 1)
+    for step, source, seed in ((1, path / "base", 1), (3, run.step(1).model, 2)):
+        run.step(step).path.mkdir(parents=True)
+        adapter = run.step(step).adapter if lora_rank else None
+        trained = shaken_weights(source, chat_format, lora, seed)
+        model = load_causal_lm(source, chat_format, torch.float32)
+        save_model(run.step(step).model, model, chat_format, trained, lora, torch.float32, None, adapter)
+        counted = {1: {"optimizer_steps": 4, "rows": 16}, 3: {"iterations": 3}}[step]
+        run.step(step).result_file.write_text(json.dumps({**counted, "seconds": 65.0}))
+    torch.manual_seed(3)
+    scorer, extra = load_scorer(path / "base", chat_format, torch.float32), {"score_shift": 0.5, "score_scale": 2.0}
+    save_model(run.step(2).model, scorer, chat_format, {}, LoRASettings(), torch.float32, extra)
+    run.step(2).result_file.write_text(json.dumps({"optimizer_steps": 5, "rows": 9, "seconds": 5.0}))
+    rows = {
+        "prompts": [{"prompt": messages(text)} for text in QUESTIONS],
+        "sft": [{"prompt": messages(text), "response": f"I say {text.lower()}"} for text in QUESTIONS],
+        "pairs": [{"prompt": messages(t), "chosen": "Good day to you.", "rejected": "No."} for t in QUESTIONS],
+    }
+    for kind, found in rows.items():
+        (run.data / f"{kind}_eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return run
+
+
+def shaken_weights(source: Path, chat_format: ChatFormat, lora: LoRASettings, seed: int) -> dict[str, torch.Tensor]:
+    """What training would have changed, a little off where it began."""
+    model = load_causal_lm(source, chat_format, torch.float32)
+    if lora.rank:
+        add_lora(model, lora)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: weight.detach() + 0.05 * torch.randn(weight.shape, generator=generator)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }

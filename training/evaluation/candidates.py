@@ -1,0 +1,97 @@
+"""What is compared: a model with a name for people and a key for the files; and who judges."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference.chat_target import find_chat_models, refuse_reward_model
+from inference.errors import UserError
+from training.config import DPO_STEP
+from training.models.loading import has_score_head
+from training.run_directory import COMPARED
+from training.stage import Stage
+
+NAMES = {"base": "base model", "sft": "SFT", "rlhf": "RLHF", "dpo": "DPO"}
+"""A run's own models, by the words for them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare; '' and 0 leave the choice to the run."""
+
+    model: str = ""
+    """base, sft, rlhf, dpo, a run directory (its newest model), a model directory or a hub id."""
+    against: str = ""
+    judge: str = ""
+    """true, learned, or a reward model's directory or hub id."""
+    prompts: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    key: str
+    name: str
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Judge:
+    name: str
+    directory: Path | None
+    """A reward model; None for the known rule."""
+
+
+def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
+    """The model and what it is measured against: by default RLHF or DPO against SFT, SFT against the base model."""
+    has_sft = bool(stage.config.sft_model) or stage.run.step(1).is_finished
+    trained = [name for step, name in COMPARED.items() if stage.run.step(step).is_finished]
+    source = request.model or (trained[0] if trained else "sft")
+    other = request.against or ("sft" if has_sft and source != "sft" else "base")
+    model, against = find_candidate(stage, source, "model"), find_candidate(stage, other, "against")
+    if model.directory.resolve() == against.directory.resolve():
+        raise UserError(f"{source} and {other} are the same model; give another one with --against.")
+    return model, against
+
+
+def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
+    """The model that `source` stands for. Raises UserError where it is not finished or cannot write."""
+    if source in NAMES:
+        directory = {
+            "base": lambda: stage.model_directory(stage.config.model),
+            "sft": lambda: stage.earlier_model(1),
+            "rlhf": lambda: stage.run.require_model(3),
+            "dpo": lambda: stage.run.require_model(DPO_STEP),
+        }[source]()
+        return Candidate(source, NAMES[source], directory)
+    path = Path(source).expanduser()
+    if (path / "config.yaml").is_file():
+        ((label, directory),) = find_chat_models(path, compare=False)
+        return Candidate(key, f"{path.resolve().name} ({label})", directory)
+    directory = stage.model_directory(source)
+    refuse_reward_model(directory)
+    return Candidate(key, source if not path.is_dir() else path.resolve().name, directory)
+
+
+def find_reward_model(stage: Stage) -> Path | None:
+    """The run's, if it has a finished one."""
+    given = stage.config.trained_reward_model or stage.run.step(2).is_finished
+    return stage.earlier_model(2) if given else None
+
+
+def find_judge(stage: Stage, wanted: str, reward_model: Path | None) -> Judge | None:
+    """Who says which of two answers is better: what is wanted, else the true score, else the learned reward.
+
+    None where the run has neither. Raises UserError where what is wanted is not there.
+    """
+    knows_truth = stage.config.evaluation.true_score == "upbeat"
+    if wanted == "true" and not knows_truth:
+        raise UserError("This run has no true score (evaluation.true_score); judge by --judge learned or a model.")
+    if wanted == "learned" and reward_model is None:
+        stage.run.require_model(2)
+    if wanted == "true" or (not wanted and knows_truth):
+        return Judge("upbeat score (known rule)", None)
+    if wanted in ("", "learned"):
+        return Judge("learned reward", reward_model) if reward_model is not None else None
+    directory = stage.model_directory(wanted)
+    if not has_score_head(directory):
+        raise UserError(f"{wanted} is no reward model (a sequence classifier with one label); it cannot judge.")
+    return Judge(f"reward of {Path(wanted).name}", directory)
