@@ -175,7 +175,7 @@ def train_by_hand(sft: Path, smoothing: float = 0.0, normalized: bool = False):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append((float(loss), sum(chosen_rewards) / len(batch)))
+        found.append((float(loss.detach()), sum(chosen_rewards) / len(batch)))
     return found, policy
 
 
