@@ -165,9 +165,8 @@ def serve(
     rlhf-chat serve runs/demo --host 0.0.0.0 --port 8080
     """
     from applications.serve import serve_command
-    from inference.serving.service import Limits
 
-    serve_command(target, host, port, token, Limits(slots, queue, context, max_tokens))
+    serve_command(target, host, port, token, slots, queue, context, max_tokens)
 
 
 @app.command()

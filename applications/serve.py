@@ -1,39 +1,46 @@
 """`rlhf-chat serve`: models of a run behind the OpenAI protocol, with a page to compare them."""
 
+from __future__ import annotations
+
 import secrets
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from applications.fit import Machine, size
-from inference.chat_model import ChatModel
 from inference.errors import UserError
-from inference.serving.app import create_app
+from inference.serving.listener import bind, is_loopback
 from inference.serving.served_models import find_served_models
-from inference.serving.server import Server, bind, is_loopback
-from inference.serving.service import Limits, Service
+
+if TYPE_CHECKING:
+    from inference.chat_model import ChatModel
+    from inference.serving.service import Limits, Service
 
 
-def serve_command(target: Path, host: str, port: int, token: str | None, limits: Limits) -> None:
+def serve_command(
+    target: Path, host: str, port: int, token: str | None, slots: int, queue: int, context: int, max_tokens: int
+) -> None:
     """`rlhf-chat serve`; returns after Ctrl-C. Raises UserError for what cannot be served, or not here."""
     found = find_served_models(target)
     token = choose_token(token, host)
-    listener = bind(host, port)  # before the models, which take longer
-    try:
+    with bind(host, port) as listener:  # before the models, which take longer
+        from applications.fit import size
+        from inference.chat_model import ChatModel
+        from inference.serving.app import create_app
+        from inference.serving.server import Server
+        from inference.serving.service import Limits, Service
+
+        limits = Limits(slots, queue, context, max_tokens)
         models = {name: ChatModel.load(path) for name, path in found.items()}
         check_context(models, limits)
         service = Service(models, limits)
-        cache_bytes = reserve_memory(service, models)
-    except BaseException:
-        listener.close()
-        raise
-    lines = [
-        f"Serving {' and '.join(models)} of {target}; the chat page is {page_address(listener, host, token)}",
-        f"OpenAI protocol: base URL {address(listener, host)}/v1, API key {token or 'of any kind'}",
-        f"Up to {limits.slots} answers of a model at a time, {limits.queue} waiting; {size(cache_bytes)} for keys and "
-        "values. Ctrl-C stops.",
-    ]
-    app = create_app(service, token, loopback_only=is_loopback(host))
-    Server(app, service, ready=lambda: print("\n".join(lines), flush=True)).run([listener])
+        lines = [
+            f"Serving {' and '.join(models)} of {target}; the chat page is {page_address(listener, host, token)}",
+            f"OpenAI protocol: base URL {address(listener, host)}/v1, API key {token or 'of any kind'}",
+            f"Up to {slots} answers of a model at a time, {queue} waiting; {size(reserve_memory(service, models))} for "
+            "keys and values. Ctrl-C stops.",
+        ]
+        app = create_app(service, token, loopback_only=is_loopback(host))
+        Server(app, service, ready=lambda: print("\n".join(lines), flush=True)).run([listener])
     print("Stopped.")
 
 
@@ -54,6 +61,8 @@ def check_context(models: dict[str, ChatModel], limits: Limits) -> None:
 
 def reserve_memory(service: Service, models: dict[str, ChatModel]) -> int:
     """Make the room for keys and values and return its bytes. Raises UserError where it is too much."""
+    from applications.fit import Machine, size
+
     way_out = "give fewer --slots or a smaller --context"
     try:
         cache_bytes = service.warm_up()

@@ -14,7 +14,8 @@ from inference.chat_model import ChatModel
 from inference.generation.sample import SamplingSettings
 from inference.serving.app import create_app
 from inference.serving.lane import Lane
-from inference.serving.server import Server, bind
+from inference.serving.listener import bind
+from inference.serving.server import Server
 from inference.serving.service import Limits, Service
 
 LIMITS = Limits(slots=4, queue=120, context=300, max_tokens=200)

@@ -6,7 +6,7 @@ import pytest
 
 from inference.errors import UserError
 from inference.serving.guard import is_loopback_name
-from inference.serving.server import bind, is_loopback
+from inference.serving.listener import bind, is_loopback
 from inference.serving.service import Service
 from tests.inference.serving.conftest import LIMITS, serving
 

@@ -89,6 +89,8 @@ def test_on_a_phone_and_in_the_dark(browser, served, pictures):
     browser.wait_for(IDLE)
     boxes = browser.run("[...document.querySelectorAll('.answer')].map(a => a.getBoundingClientRect().top)")
     assert boxes[0] < boxes[1]  # one under the other
+    last = "[...document.querySelectorAll('.answer')].at(-1).getBoundingClientRect().bottom"
+    assert browser.run(f"{last} <= document.querySelector('footer').getBoundingClientRect().top")  # what is new is seen
     assert browser.run("document.documentElement.scrollWidth") == 360
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 21)"
     unnamed = "[...document.querySelectorAll('input, textarea')].filter(field => !field.labels.length).length"
