@@ -229,6 +229,33 @@ def export(
 
 
 @app.command()
+def serve(
+    target: Annotated[Path, typer.Argument(help="A run directory (its models: sft and rlhf) or a model directory.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond this machine a token is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is a free one.")] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="RLHF_CHAT_TOKEN", help="API key to ask for; made up where one is needed.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Answers of a model drawn at the same time.")] = 8,
+    queue: Annotated[int, typer.Option(min=0, help="Answers of a model that wait; beyond it clients hear 429.")] = 128,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer; at most the model's.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    debug: Debug = False,
+) -> None:
+    """Serve trained models: the OpenAI protocol, and a page that shows SFT and RLHF side by side.
+
+    rlhf-chat serve runs/demo
+
+    rlhf-chat serve runs/demo --host 0.0.0.0 --port 8080
+    """
+    from applications.serve import serve_command
+
+    serve_command(target, host, port, token, slots, queue, context, max_tokens)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option(help="The actor: a preset, hub id of a preset, or model directory.")],
     reward_model: RewardModel = None,

@@ -14,12 +14,11 @@ from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.quiet import quiet_transformers
+from inference.text_pieces import TextPieces
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE_BYTES = 6 * 2**30
 """Weights beyond this stay in bf16 on a CPU: slower there, but half the memory."""
-BROKEN = "\ufffd"
-"""What a decoder writes for bytes that are not, or not yet, a character."""
 
 
 class ChatModel:
@@ -85,15 +84,13 @@ class ChatModel:
         settings = self._fit_answer(settings)
         prompt_limit = self.context_length - settings.max_tokens if self.context_length else 0
         prompt = torch.tensor(self.format.prompt_ids(messages, prompt_limit))
-        sent = text = ""
+        pieces, drawn = TextPieces(self.format.decode), list[int]()
         for sample in self.engine.stream(prompt, settings, SamplingKey(seed, turn)):
-            text = self.format.decode(sample.response_ids)
-            whole = text.rstrip(BROKEN)  # what follows may be the first bytes of a character
-            if len(whole) > len(sent):
-                yield whole[len(sent) :]
-                sent = whole
-        if len(text) > len(sent):
-            yield text[len(sent) :]
+            drawn = sample.response_ids
+            if piece := pieces.take(drawn):
+                yield piece
+        if rest := pieces.take(drawn, is_whole=True):
+            yield rest
 
     def _fit_answer(self, settings: SamplingSettings) -> SamplingSettings:
         """An answer takes at most half the context, so that the prompt has room."""

@@ -71,6 +71,10 @@ class Decoding:
                 self._decode(grown, most)
         return grown
 
+    def enqueue(self, sample: Sample) -> None:
+        """A new sample waits for its turn behind the others; the room of the decoding must be enough for it."""
+        self.scheduler.waiting.append(sample)
+
     @torch.inference_mode()
     def take(self, samples: Sequence[Sample], with_cache: bool) -> list[Tensor | None]:
         """Unfinished samples leave; for each the keys and values of all tokens but the newest (`KVCache.read`), or

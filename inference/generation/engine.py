@@ -94,6 +94,11 @@ class GenerationEngine:
         `may_end=False` forbids the end token: each sample goes to its limit. `room` is (samples, tokens of a sample)
         to keep free at least, for samples that come from elsewhere.
         """
+        return self.start_with(Draw(settings, key, self.end_id, may_end), samples, room)
+
+    def start_with(self, draw: Draw, samples: list[Sample], room: tuple[int, int] = (0, 0)) -> Decoding:
+        """`start` with a draw of the caller's; one that is not the same for all samples needs an engine without
+        graphs."""
         slots = min(self.slots, max(len(samples), room[0]))
         capacity = max([room[1], *(len(sample.prompt_ids) + sample.limit for sample in samples)])
         if not self.cache.fits(slots, capacity):
@@ -105,7 +110,7 @@ class GenerationEngine:
             Scheduler(samples, slots, self.prefill_tokens),
             self.cache,
             passes,
-            Draw(settings, key, self.end_id, may_end),
+            draw,
             self.stats,
             self._weights_in_use,
             self._replay,

@@ -1,0 +1,210 @@
+"""The web application: the OpenAI protocol's paths, the health of the server, and the page."""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from inference.serving.answers import Answers
+from inference.serving.errors import ApiError
+from inference.serving.guard import Guard
+from inference.serving.job import Job
+from inference.serving.request import parse_request
+from inference.serving.service import Desk, Service
+
+MOST_BYTES = 2**20
+"""Of a request."""
+READ_ANYWAY = 8 * MOST_BYTES
+"""A client that sends too much hears so only if it is heard out; what is longer still is cut off."""
+CLIENT_GONE = 499
+"""The status that a log shows for a client that left; nobody receives it."""
+BODY_SECONDS = 60
+"""In which a request must have arrived."""
+
+
+def create_app(service: Service, token: str | None = None, loopback_only: bool = True) -> Starlette:
+    """`token` is what `/v1` asks for; `loopback_only` turns away requests under other names than localhost."""
+    api = Api(service)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.stop)
+
+    return Starlette(
+        routes=[
+            Route("/", Page().show),
+            Route("/health", api.health),
+            Route("/v1/models", api.models),
+            Route("/v1/models/{name}", api.model),
+            Route("/v1/chat/completions", api.complete, methods=["POST"]),
+        ],
+        middleware=[Middleware(Guard, token=token, loopback_only=loopback_only)],
+        exception_handlers={
+            ApiError: show_error,
+            HTTPException: show_http_error,
+            ClientDisconnect: show_nothing,
+            Exception: show_failure,
+        },
+        lifespan=lifespan,
+    )
+
+
+class Api:
+    def __init__(self, service: Service):
+        self.service = service
+
+    async def health(self, request: Request) -> Response:
+        """503 while shutting down, so that a balancer looks elsewhere."""
+        models = {
+            name: {"running": desk.lane.running, "waiting": desk.lane.waiting, "slots": desk.lane.slots}
+            for name, desk in self.service.desks.items()
+        }
+        is_closing = self.service.is_closing
+        status = "shutting down" if is_closing else "ok"
+        return JSONResponse({"status": status, "models": models}, 503 if is_closing else 200)
+
+    async def models(self, request: Request) -> Response:
+        data = [describe(name, desk) for name, desk in self.service.desks.items()]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        return JSONResponse(describe(name, self.service.desk(name)))
+
+    async def complete(self, request: Request) -> Response:
+        # a page of another site cannot send this type without asking first, and is never told yes
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "Send the request with 'Content-Type: application/json'.")
+        wanted = parse_request(await read_body(request))
+        job = await self.service.begin(wanted)
+        answers = Answers(wanted, job)
+        if wanted.stream:
+            return EventStream(answers, self.service)
+        try:
+            return await until_gone(request, answers)
+        finally:
+            self.service.end(job)
+
+
+class EventStream(StreamingResponse):
+    """Ends its job whatever happens to the connection."""
+
+    def __init__(self, answers: Answers, service: Service):
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(answers.events(), headers=headers, media_type="text/event-stream")
+        self.job: Job = answers.job
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.service.end(self.job)
+
+
+async def until_gone(request: Request, answers: Answers) -> Response:
+    """The whole answer, or nothing if the client leaves before."""
+    answer, gone = asyncio.ensure_future(answers.body()), asyncio.ensure_future(disconnection(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(answer.result()) if answer.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+async def disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises ApiError for what is too large or does not come."""
+    body, size = [], 0
+    try:
+        announced = int(request.headers.get("content-length", 0))
+        async with asyncio.timeout(BODY_SECONDS):
+            if announced <= READ_ANYWAY:
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size <= MOST_BYTES:
+                        body.append(chunk)
+                    elif size > READ_ANYWAY:
+                        break
+    except TimeoutError:
+        raise ApiError(408, f"The request has not arrived within {BODY_SECONDS} s; send it again.") from None
+    if max(announced, size) > MOST_BYTES:
+        raise ApiError(413, f"The request is larger than {MOST_BYTES:,} bytes; shorten the conversation.")
+    return b"".join(body)
+
+
+def describe(name: str, desk: Desk) -> dict[str, object]:
+    """`context_length` is ours, the rest is OpenAI's."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": desk.created,
+        "owned_by": "rlhf-chat",
+        "context_length": desk.lane.context,
+    }
+
+
+class Page:
+    """The chat page, which may load nothing and talk to nobody but this server."""
+
+    def __init__(self) -> None:
+        self.html = (files("inference.serving") / "page.html").read_text(encoding="utf-8")
+        inline = {
+            tag: " ".join(
+                f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+                for text in re.findall(rf"<{tag}>(.*?)</{tag}>", self.html, re.DOTALL)
+            )
+            for tag in ("script", "style")
+        }
+        self.headers = {
+            "content-security-policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+            f"script-src {inline['script']}; style-src {inline['style']}; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "referrer-policy": "no-referrer",
+            "x-content-type-options": "nosniff",
+        }
+
+    async def show(self, request: Request) -> Response:
+        return HTMLResponse(self.html, headers=self.headers)
+
+
+async def show_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def show_http_error(request: Request, error: Exception) -> Response:
+    """Of Starlette's own: a path or a method that there is not."""
+    assert isinstance(error, HTTPException)
+    there = "GET /v1/models, POST /v1/chat/completions, GET /health and the page at /"
+    message = f"There is no {request.method} {request.url.path[:80]} here; there are {there}."
+    return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
+
+
+async def show_nothing(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+async def show_failure(request: Request, error: Exception) -> Response:
+    """The server's log has the traceback."""
+    return JSONResponse(ApiError(500, "The server has failed at this; its log says why.").body, 500)

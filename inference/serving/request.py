@@ -1,0 +1,131 @@
+"""The body of POST /v1/chat/completions -> a checked `ChatRequest`."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from inference.chat_format import Message
+from inference.generation.sample import SamplingSettings
+from inference.serving.errors import ApiError
+
+COLDEST = 1e-5
+"""Temperatures below are greedy: logits divided by less would overflow."""
+MOST_STOPS = 4
+IGNORED = frozenset(
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity "
+    "reasoning_effort parallel_tool_calls".split()
+)
+"""Change nothing about an answer, or nothing that there is here."""
+MEANS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+}
+"""Of the protocol, but not to be had here: only with values that ask for nothing."""
+
+
+def text_of(content: Any) -> Any:
+    """A message's parts of text as one text."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        raise ValueError("only parts of type 'text' can be read here")
+    texts = [part.get("text") for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a part of type 'text' needs a text")
+    return "".join(texts)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ChatMessage(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(text_of)]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class ChatRequest(Strict):
+    """What of a request decides its answer. `top_k` is ours, the rest is OpenAI's."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stop: list[str] = Field([], max_length=MOST_STOPS)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int = Field(1, ge=1)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def one_is_a_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def says_something(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError("a stop string cannot be empty")
+        return stop
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Longest answer that is asked for; `max_completion_tokens` is the newer name."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def conversation(self) -> list[Message]:
+        return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in self.messages]
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """How its tokens are drawn; how many is decided where the prompt's length is known."""
+        temperature = self.temperature if self.temperature >= COLDEST else 0.0
+        return SamplingSettings(0, temperature, self.top_p, self.top_k)
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Raises ApiError (400) with the name of what is wrong."""
+    try:
+        given = json.loads(body)
+        json.dumps(given, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The request body is not JSON in UTF-8 ({error}).", code="invalid_json") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, "The request body must be a JSON object.", code="invalid_json")
+    wanted = {}
+    for name, value in given.items():
+        if name in ChatRequest.model_fields:
+            if value is not None:  # clients send null for what they leave open
+                wanted[name] = value
+        elif name in MEANS_NOTHING:
+            if value is not None and value not in MEANS_NOTHING[name]:
+                message = f"This server has no '{name}'; leave it out."
+                raise ApiError(400, message, name, "unsupported_parameter")
+        elif name not in IGNORED:
+            raise ApiError(400, f"Unrecognized request argument: {name[:80]}.", name[:80], "unknown_parameter")
+    try:
+        return ChatRequest.model_validate(wanted)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{param}: {reason}.", param, "invalid_value") from None

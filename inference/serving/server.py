@@ -1,0 +1,57 @@
+"""The server's life, from start to Ctrl-C."""
+
+import asyncio
+import math
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from inference.serving.service import Service
+
+GRACE = 5.0
+"""Seconds that answers have to end in after Ctrl-C."""
+
+
+class Server(uvicorn.Server):
+    """Ends in order: at the first Ctrl-C answers may end, at the second they are cut off."""
+
+    def __init__(self, app: Starlette, service: Service, ready: Callable[[], None], grace: float = GRACE):
+        """`ready` is called when requests are taken; `grace` is in seconds."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=math.ceil(grace) + 2,  # for clients that do not read what they are sent
+            )
+        )
+        self._service, self._ready, self._grace = service, ready, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """In place of uvicorn's, which raises the signal again when all is done."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        closing = asyncio.create_task(self._service.close(self._grace))
+        await super().shutdown(sockets)
+        closing.cancel()
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            super().run(sockets)
+        finally:
+            self._service.stop()

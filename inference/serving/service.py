@@ -1,0 +1,191 @@
+"""Between the web layer and the worker, in the event loop: which models there are, who gets a place, who is told."""
+
+import asyncio
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+
+from inference.chat_format import ChatFormat
+from inference.chat_model import ChatModel
+from inference.errors import UserError
+from inference.generation.sample import SamplingKey
+from inference.serving.errors import ApiError
+from inference.serving.job import Failure, Job
+from inference.serving.lane import Lane, Told
+from inference.serving.request import ChatRequest
+from inference.serving.worker import Worker
+
+CLOSING = "The server is shutting down."
+LONGEST_WAIT = 60
+"""Seconds that a busy server asks clients to wait, at most."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one model may take."""
+
+    slots: int
+    """Answers drawn at the same time."""
+    queue: int
+    """Answers that wait for a slot."""
+    context: int
+    """Tokens of a prompt and its answer."""
+    max_tokens: int
+    """Tokens of an answer."""
+
+    @property
+    def places(self) -> int:
+        return self.slots + self.queue
+
+
+class Desk:
+    """What the event loop knows of one model."""
+
+    def __init__(self, model: ChatModel, limits: Limits):
+        context = min(limits.context, model.context_length or limits.context)
+        self.lane = Lane(model, limits.slots, context)
+        self.format: ChatFormat = deepcopy(model.format)  # a tokenizer must not be used in two threads
+        self.taken = 0
+        """Places of answers that are drawn or wait."""
+        self.seconds: deque[float] = deque(maxlen=32)
+        """What the last answers took, waiting included."""
+        self.created = int(time.time())
+
+    def retry_after(self, limits: Limits) -> int:
+        """Seconds in which a place should fall free, from the last answers."""
+        mean = sum(self.seconds) / len(self.seconds) if self.seconds else 1.0
+        return min(LONGEST_WAIT, max(1, math.ceil(mean / limits.places)))
+
+
+class Service:
+    """Made before the event loop runs; `start` and everything after it belong to the loop."""
+
+    def __init__(self, models: Mapping[str, ChatModel], limits: Limits):
+        self.limits = limits
+        self.desks = {name: Desk(model, limits) for name, model in models.items()}
+        self.is_closing = False
+        self._jobs: dict[Job, tuple[Desk, float]] = {}  # those that have places, and when they came
+        self._worker = Worker([desk.lane for desk in self.desks.values()], self._hear)
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
+
+    def warm_up(self) -> int:
+        """Make all memory of generation; returns the bytes of keys and values."""
+        return sum(desk.lane.warm_up() for desk in self.desks.values())
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._worker.start()
+
+    def stop(self) -> None:
+        self._worker.stop()
+        self._tokenizing.shutdown(cancel_futures=True)
+
+    async def close(self, grace: float) -> None:
+        """No more requests; what waits is turned away, what is being drawn has `grace` seconds to end."""
+        self.is_closing = True
+        self._drop_everywhere(waiting_only=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                while self._jobs:
+                    await asyncio.sleep(0.02)
+        self._drop_everywhere(waiting_only=False)
+
+    def desk(self, name: str) -> Desk:
+        if name not in self.desks:
+            there = " and ".join(self.desks)
+            raise ApiError(404, f"There is no model '{name[:80]}' here; there is {there}.", "model", "model_not_found")
+        return self.desks[name]
+
+    async def begin(self, request: ChatRequest) -> Job:
+        """The request on its way; its `events` come in. Must be followed by `end`.
+
+        Raises ApiError where it is not possible, or not now.
+        """
+        desk = self.desk(request.model)
+        if request.n > self.limits.slots:
+            raise ApiError(400, f"n can be at most {self.limits.slots} here, not {request.n}.", "n", "invalid_value")
+        self._check_answer_length(request)
+        if self.is_closing:
+            raise ApiError(503, CLOSING)
+        if desk.taken + request.n > self.limits.places:
+            wait = desk.retry_after(self.limits)
+            message = f"The server is busy: {desk.taken} answers are on their way; try again in {wait} s."
+            raise ApiError(429, message, code="busy", headers={"retry-after": str(wait)})
+        desk.taken += request.n
+        try:
+            job = await self._make_job(desk, request)
+            if self.is_closing:
+                raise ApiError(503, CLOSING)
+        except BaseException:
+            desk.taken -= request.n
+            raise
+        self._jobs[job] = desk, time.monotonic()
+        self._worker.submit(desk.lane, job)
+        return job
+
+    def end(self, job: Job) -> None:
+        """Nobody waits for the job any more: if it is not over it gives up its slots."""
+        if job in self._jobs:
+            desk, _ = self._jobs[job]
+            self._leave(job)
+            self._worker.drop(desk.lane, lambda other: other is job, Failure(499, "The client is gone."))
+
+    async def _make_job(self, desk: Desk, request: ChatRequest) -> Job:
+        try:
+            ids = await self._loop.run_in_executor(self._tokenizing, desk.format.prompt_ids, request.conversation)
+        except UserError as error:  # the chat template refuses the conversation
+            raise ApiError(400, str(error), "messages", "invalid_value") from None
+        room = desk.lane.context - len(ids)
+        wanted = request.wanted_tokens
+        if room < (wanted or 1):
+            answer = f" and the answer up to {wanted}" if wanted else ""
+            message = (
+                f"The messages have {len(ids)} tokens{answer}, but prompt and answer together have room for "
+                f"{desk.lane.context}; shorten the conversation{' or ask for fewer tokens' if wanted else ''}."
+            )
+            raise ApiError(400, message, "messages", "context_length_exceeded")
+        return Job(
+            ids,
+            request.settings,
+            SamplingKey(secrets.randbits(62) if request.seed is None else request.seed),
+            request.n,
+            wanted or min(room, self.limits.max_tokens),
+            request.stop,
+            desk.lane.model.format.decode,
+            request.stream,
+        )
+
+    def _check_answer_length(self, request: ChatRequest) -> None:
+        if (request.wanted_tokens or 0) > self.limits.max_tokens:
+            name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+            message = f"{name} can be at most {self.limits.max_tokens} here, not {request.wanted_tokens}."
+            raise ApiError(400, message, name, "invalid_value")
+
+    def _drop_everywhere(self, waiting_only: bool) -> None:
+        for desk in self.desks.values():
+            self._worker.drop(desk.lane, lambda job: not (waiting_only and job.has_begun), Failure(503, CLOSING))
+
+    def _hear(self, told: Told) -> None:
+        """In the worker's thread."""
+        if told:
+            with suppress(RuntimeError):  # the loop has been closed: nobody listens
+                self._loop.call_soon_threadsafe(self._pass_on, told)
+
+    def _pass_on(self, told: Told) -> None:
+        for job, event in told:
+            job.events.put_nowait(event)
+            if job in self._jobs and (isinstance(event, Failure) or job.is_over):
+                desk, began = self._jobs[job]
+                if job.is_over:
+                    desk.seconds.append(time.monotonic() - began)
+                self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        desk, _ = self._jobs.pop(job)
+        desk.taken -= len(job.choices)

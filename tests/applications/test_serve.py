@@ -1,0 +1,107 @@
+"""`rlhf-chat serve`: from the command to an answer and to Ctrl-C, and what it refuses."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from applications import cli
+from applications.serve import choose_token
+from inference.errors import UserError
+from inference.serving.served_models import find_served_models
+from inference.tiny_model import build_tiny_model
+
+CONFIG = '{"architectures": ["OPTForCausalLM"]}'
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run, as far as serving looks; step 1 has a real model."""
+    run = tmp_path_factory.mktemp("runs") / "demo"
+    build_tiny_model(run / "step1_sft" / "model")
+    finish(run, "step1_sft")
+    (run / "config.yaml").write_text("")
+    return run
+
+
+def finish(run: Path, step: str) -> None:
+    (run / step / "model").mkdir(parents=True, exist_ok=True)
+    config = run / step / "model" / "config.json"
+    if not config.exists():
+        config.write_text(CONFIG)
+    (run / step / "result.json").write_text("{}")
+
+
+def test_names_of_models(run, tmp_path, capsys):
+    assert find_served_models(run) == {"sft": run / "step1_sft" / "model"}
+    assert "so this is the SFT model" in capsys.readouterr().err
+    both = tmp_path / "both"
+    (both / "step3_rlhf").mkdir(parents=True)
+    (both / "config.yaml").write_text("")
+    finish(both, "step1_sft")
+    finish(both, "step3_rlhf")
+    assert list(find_served_models(both)) == ["sft", "rlhf"]
+    assert find_served_models(both / "step3_rlhf") == {"rlhf": both / "step3_rlhf" / "model"}
+    assert list(find_served_models(both / "step1_sft" / "model")) == ["sft"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text(CONFIG)
+    assert find_served_models(mine) == {"mine": mine}
+    with pytest.raises(UserError, match="does not exist"):
+        find_served_models(tmp_path / "nothing")
+
+
+def test_a_token_is_made_where_others_can_come_in():
+    assert choose_token(None, "127.0.0.1") is None
+    assert choose_token("mine", "127.0.0.1") == choose_token("mine", "0.0.0.0") == "mine"
+    made = choose_token(None, "0.0.0.0")
+    assert made is not None and len(made) >= 32 and made != choose_token(None, "0.0.0.0")
+    for bad in ("", " x", "ü"):
+        with pytest.raises(UserError, match="token"):
+            choose_token(bad, "127.0.0.1")
+
+
+def refusal(monkeypatch, capsys, *arguments: object) -> str:
+    monkeypatch.setattr("sys.argv", ["rlhf-chat", "serve", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in err
+    return err
+
+
+def test_what_cannot_be_served(monkeypatch, capsys, run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"Port {port} is in use" in refusal(monkeypatch, capsys, run, "--port", port)
+    assert "nowhere does not exist" in refusal(monkeypatch, capsys, "nowhere")
+    much = ("--port", 0, "--slots", 10**6, "--context", 512)
+    assert "give fewer --slots" in refusal(monkeypatch, capsys, run, *much)
+
+
+def test_from_start_to_ctrl_c(run):
+    program = Path(sys.executable).with_name("rlhf-chat")
+    command = [program, "serve", run, "--port", "0", "--slots", "2", "--token", "secret"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        first = process.stdout.readline()
+        found = re.search(r"Serving sft of .*; the chat page is (http://127\.0\.0\.1:\d+)/#token=secret", first)
+        assert found, first + process.stderr.read()
+        client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="secret")
+        messages = [{"role": "user", "content": "How are you?"}]
+        answer = client.chat.completions.create(model="sft", messages=messages, max_tokens=5, seed=1)
+        assert answer.usage.completion_tokens <= 5
+        with client.chat.completions.create(model="sft", messages=messages, stream=True, temperature=2) as stream:
+            next(iter(stream))
+            process.send_signal(signal.SIGINT)
+            assert list(stream)[-1].choices[0].finish_reason in ("stop", "length")  # it may end
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and out.rstrip().endswith("Stopped.") and "Traceback" not in err, err
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(found[1])
