@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, scorer_source, size, verdict
-from training.config import FrozenSettings, OptimizerSettings, RunConfig
+from training.config import FrozenSettings, OptimizerSettings, RLHFSettings, RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
 from training.run_directory import STEP_NAMES
 
@@ -58,10 +58,18 @@ def _machine_and_models(outlook: Outlook) -> list[str]:
         _line("this machine", str(outlook.machine)),
         _line("processes", f"{where}, computing in {_dtype_name(outlook)}"),
         _line("actor", f"{config.sft_model or config.model}, {_parameters(outlook.actor)}"),
-        _line("reward, critic", f"{scorer_source(config)}, {_parameters(outlook.scorer, scorer=True)}"),
+        *_scorers(outlook),
         _line("data", f"{config.data.source}" + (f", at most {config.data.limit:,} rows" if config.data.limit else "")),
         _line("lengths", f"prompt {config.data.max_prompt_tokens} + response {config.data.max_response_tokens} tokens"),
     ]
+
+
+def _scorers(outlook: Outlook) -> list[str]:
+    """What reward model and critic start from, those that there are."""
+    rlhf = outlook.config.rlhf
+    roles = ["reward"] * rlhf.has_reward_model + ["critic"] * rlhf.has_critic
+    source = f"{scorer_source(outlook.config)}, {_parameters(outlook.scorer, scorer=True)}"
+    return [_line(", ".join(roles), source)] if roles else []
 
 
 def _supervised_step(outlook: Outlook, step: int) -> list[str]:
@@ -90,11 +98,13 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     actor_updates = max(rlhf.iterations - rlhf.critic_warmup, 0) * rlhf.ppo_epochs * rlhf.mini_batches
     rows = rows_per_micro_batch(rlhf.micro_batch_tokens, outlook.length)
     steps = f"critic {updates:,}, actor {actor_updates:,}" if actor_updates != updates else f"{updates:,} of each"
+    if not rlhf.has_critic:
+        steps = f"{updates:,}"
     return [
-        _line("actor", _training(rlhf.actor)),
-        _line("critic", _training(rlhf.critic)),
+        _line("actor", _training(rlhf.actor) + (f", average with decay {rlhf.ema:g}" if rlhf.ema else "")),
+        _line("critic", _training(rlhf.critic) if rlhf.has_critic else f"none: advantages by {rlhf.advantage}"),
         _line("reference", "the actor with its adapters off" if rlhf.actor.lora.rank else _frozen(rlhf.reference)),
-        _line("reward", _frozen(rlhf.reward)),
+        *[_line("reward", line) for line in _rewards(rlhf)],
         _line(
             "iteration",
             f"{rlhf.prompts_per_iteration} prompts x {rlhf.samples_per_prompt} = {samples} samples, "
@@ -107,6 +117,14 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
         ),
         *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.length),
     ]
+
+
+def _rewards(rlhf: RLHFSettings) -> list[str]:
+    weights = rlhf.reward_weights
+    found = [_frozen(rlhf.reward)] if rlhf.has_reward_model else []
+    found += [f"{weights.function:g} x {rlhf.reward_function}"] if rlhf.reward_function and weights.function else []
+    found += [f"{weights.url:g} x {rlhf.reward_url}"] if rlhf.reward_url and weights.url else []
+    return found
 
 
 def _training(settings: OptimizerSettings) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from applications.commands import resolve_settings
 from applications.fit import find_shape, scorer_source
 from inference.errors import UserError
+from training.calls import rlhf_calls
 from training.config import RunConfig
 from training.memory import Shape
 from training.planner.augmented import AugmentedGraphs
@@ -78,17 +79,21 @@ def make_request(
     cluster = replace(Cluster.named(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
     # that constant is of ReaLHF's runtime, in which one process serves every call; ours has none
     cluster = replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
-    return Request(settings, AugmentedGraphs(DataflowGraph.of("ppo"), CallCosts(workload, cluster)), price)
+    graph = DataflowGraph(rlhf_calls(settings.rlhf.advantage, settings.rlhf.has_reward_model))
+    return Request(settings, AugmentedGraphs(graph, CallCosts(workload, cluster)), price)
 
 
 def workload_of(config: RunConfig, default: Precision) -> Workload:
     """One iteration of step 3; every response as long as it may be."""
     actor = require_shape(config.sft_model or config.model, config.architecture.get("model"))
-    scorer = require_shape(scorer_source(config), config.architecture.get("reward_model"))
     rlhf, data = config.rlhf, config.data
+    shapes = {"actor": actor, "reference": actor}
+    if rlhf.has_critic or rlhf.has_reward_model:
+        scorer = require_shape(scorer_source(config), config.architecture.get("reward_model"))
+        shapes |= {"critic": scorer, "reward": scorer}
     precision: Precision = default if config.dtype == "auto" else config.dtype
     return Workload.of(
-        {"actor": actor, "reference": actor, "critic": scorer, "reward": scorer},
+        shapes,
         samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
         prompt_tokens=data.max_prompt_tokens,
         response_tokens=data.max_response_tokens,

@@ -14,6 +14,7 @@ from training.run_directory import RunDirectory
 ROWS = (
     ("true upbeat score", "true_score", "{:.3f}"),
     ("learned reward", "learned_reward", "{:.3f}"),
+    ("reward, all sources", "reward", "{:.3f}"),
     ("KL to SFT (nats a reply)", "kl", "{:.2f}"),
     ("length (tokens)", "length", "{:.1f}"),
     ("ended fraction", "ended_fraction", "{:.3f}"),

@@ -139,3 +139,12 @@ def test_settings_are_laid_over_those_of_a_run(tmp_path):
 def test_nothing_given_leaves_a_run_its_own_settings():
     assert resolve(model=None) is None
     assert resolve(model=None, config=[], overrides=[], flags={"data": None, "seed": None}) is None
+
+
+def test_files_of_step_3_are_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "rows.jsonl").write_text("")
+    settings = resolve(overrides=["rlhf.reward_function=mine.py:score", "rlhf.ptx.source=rows.jsonl"])
+    assert settings.rlhf.reward_function == f"{tmp_path}/mine.py:score"
+    assert settings.rlhf.ptx.source == f"{tmp_path}/rows.jsonl"

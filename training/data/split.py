@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from inference.errors import UserError
-from training.data.rows import PairRow, Row, RowSets, SFTRow
+from training.data.rows import PairRow, PromptRow, Row, RowSets, SFTRow
 
 STEPS_OF_KIND = {"pair": (1, 2, 3), "sft": (1,), "prompt": (3,)}
 """The steps that rows of a kind serve. Where nothing else gives step 3 prompts, demonstrations serve it as well."""
@@ -113,4 +113,7 @@ def add_rows(sets: RowSets, step: int, group: list[Row], evaluation: bool) -> No
         elif step == 2:
             (sets.pairs_eval if evaluation else sets.pairs_train).append(cast(PairRow, row))
         else:
-            (sets.prompts_eval if evaluation else sets.prompts_train).append({"prompt": row["prompt"]})
+            prompt = PromptRow(prompt=row["prompt"])
+            if "extra" in row:
+                prompt["extra"] = cast(PromptRow, row)["extra"]
+            (sets.prompts_eval if evaluation else sets.prompts_train).append(prompt)

@@ -4,7 +4,7 @@
                                                        whole conversations with the same beginning
     {"messages": [...]}                                a conversation; each answer in it becomes a row
     {"prompt": ..., "response": ...}                   or "completion"
-    {"prompt": ...}                                    for step 3 only
+    {"prompt": ...}                                    for step 3 only; other keys go to the reward function
 
 A message is {"role": "system" | "user" | "assistant", "content": text}. Text in the form of DeepSpeed-Chat's and
 Anthropic's sets, "Human: ... Assistant: ...", is read as a conversation.
@@ -20,7 +20,7 @@ from typing import Any
 from inference.chat_format import Message
 from inference.errors import UserError
 from training.config import DataSettings
-from training.data.rows import PairRow, Row, SFTRow
+from training.data.rows import PairRow, PromptRow, Row, SFTRow
 
 ROLES = ("system", "user", "assistant")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -113,7 +113,9 @@ def parse_row(row: Any) -> list[Row]:
     if "messages" in row:
         return parse_conversation(row["messages"])
     if "prompt" in row:
-        return [{"prompt": check_prompt(read_prompt(row["prompt"]))}]
+        prompt = PromptRow(prompt=check_prompt(read_prompt(row["prompt"])))
+        extra = {key: value for key, value in row.items() if key != "prompt"}
+        return [{**prompt, "extra": extra} if extra else prompt]
     raise BadRow(f"no known keys (there must be {KNOWN_KEYS})")
 
 

@@ -20,6 +20,7 @@ from training.evaluation import statistics
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
 from training.models.scorer import Scorer, at_last_token
+from training.rewards import Rewards
 from training.run_directory import write_json, write_text
 from training.stage import Stage
 
@@ -52,6 +53,7 @@ class Comparison:
         self.stage = stage
         self.chat_format = ChatFormat.load(stage.earlier_model(1))
         self.budget = stage.config.rlhf.micro_batch_tokens
+        self.sources = Rewards(stage.config.rlhf, stage.ranks)
 
     def run(self) -> dict:
         """Measure and write evaluation.json and comparison.jsonl; returns what the former holds."""
@@ -64,7 +66,7 @@ class Comparison:
         sft_model, rlhf_model = stage.earlier_model(1), stage.run.require_model(3)
         sft, rlhf = self.answer(sft_model, prompts), self.answer(rlhf_model, prompts)
         untouched = stage.model_directory(config.model)
-        sft_rewards, rlhf_rewards = self.rewards(sft), self.rewards(rlhf)
+        sft_rewards, rlhf_rewards = self.rewards(sft, held_out), self.rewards(rlhf, held_out)
         result: dict[str, Any] = {
             "prompts": len(prompts),
             "sampling": {"temperature": config.rlhf.temperature, "max_tokens": config.data.max_response_tokens},
@@ -101,10 +103,12 @@ class Comparison:
 
     @property
     def judge_name(self) -> str:
-        return "upbeat score (known rule)" if self.stage.config.evaluation.true_score == "upbeat" else "learned reward"
+        if self.stage.config.evaluation.true_score == "upbeat":
+            return "upbeat score (known rule)"
+        return "reward" if self.sources.sources else "learned reward"
 
     def judge(self, answers: Answers, rewards: list[float]) -> list[float]:
-        """The true score where the rule is known, else the learned reward."""
+        """The true score where the rule is known, else what PPO was told to raise."""
         if self.stage.config.evaluation.true_score == "upbeat":
             return [upbeat_score(text) for text in answers.texts]
         return rewards
@@ -135,7 +139,7 @@ class Comparison:
         tokens = sum(len(row) for row in logprobs)
         lengths = [len(sample.response_ids) for sample in answers.samples]
         measured = {
-            "learned_reward": statistics.mean(rewards),
+            "reward" if self.sources.sources else "learned_reward": statistics.mean(rewards),
             "length": statistics.mean(lengths),
             "ended_fraction": statistics.mean([float(sample.ended) for sample in answers.samples]),
             "distinct_bigrams": statistics.distinct_bigrams(answers.texts),
@@ -159,8 +163,16 @@ class Comparison:
         gc.collect()
         return found
 
+    def rewards(self, answers: Answers, rows: list[dict]) -> list[float]:
+        """What PPO was told to raise: the reward model's scores, with or without those of the user's sources."""
+        of_model = self.learned_rewards(answers) if self.sources.has_model else []
+        if not self.sources.sources:
+            return of_model
+        prompts, extras = [row["prompt"] for row in rows], [row.get("extra", {}) for row in rows]
+        return self.sources.total(of_model, prompts, answers.texts, extras, group=1)[0]
+
     @torch.no_grad()
-    def rewards(self, answers: Answers) -> list[float]:
+    def learned_rewards(self, answers: Answers) -> list[float]:
         """The reward model's scores."""
         directory = self.stage.earlier_model(2)
         model = Scorer(load_scorer(directory, self.chat_format, self.stage.dtype)).to(self.stage.ranks.device).eval()

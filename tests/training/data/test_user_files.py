@@ -4,6 +4,7 @@ import pytest
 
 from inference.errors import UserError
 from training.config import DataSettings
+from training.data.split import split_rows
 from training.data.user_files import BadRow, parse_line, parse_row, read_user_files
 
 
@@ -82,6 +83,14 @@ def test_each_answer_of_a_conversation_is_a_row():
 def test_a_greeting_of_the_assistant_is_context_only():
     turns = [assistant("hello"), user("a"), assistant("b")]
     assert parse_row({"messages": turns}) == [{"prompt": turns[:2], "response": "b"}]
+
+
+def test_other_keys_of_a_prompt_are_kept_for_a_reward_function():
+    row = {"prompt": "2 + 2?", "answer": 4, "level": "easy"}
+    parsed = parse_row(row)
+    assert parsed == [{"prompt": [user("2 + 2?")], "extra": {"answer": 4, "level": "easy"}}]
+    sets = split_rows(parsed * 3, (1, 1, 1), 0.1, seed=0)
+    assert sets.prompts_train + sets.prompts_eval == parsed * 3
 
 
 def test_prompt_alone():
