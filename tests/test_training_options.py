@@ -95,7 +95,7 @@ def test_a_function_that_fails_loses_nothing(runs):
     whole, halted, _, failed, kept, error = runs
     assert failed.code == 2 and "Traceback" not in failed.err and len(failed.err.strip().splitlines()) == 1
     assert "mine.py:score failed (RuntimeError: the judge has left)" in failed.err
-    assert "line 11, in score" in error["traceback"]
+    assert "in score" in error["traceback"]
     assert kept == ["2"]  # although checkpoints are due every 10 iterations
     assert metrics(RunDirectory(halted), 3) == metrics(RunDirectory(whole), 3)
     for name in ("model", "ema_model"):
