@@ -29,7 +29,7 @@ def resolve_settings(
         if "data" in given:
             given["data"] = {"source": [absolute(text) for text in data_sources(given["data"])]}
         nest_fusion(given)
-        return load_config([], overrides or [], stored, given)
+        return found_from_anywhere(load_config([], overrides or [], stored, given))
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
         raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
@@ -39,12 +39,21 @@ def resolve_settings(
     base = settings_for_model(model) if model is not None else {}
     resolved = load_config(config or [], overrides or [], base, given)
     if resolved.data.source == EMBEDDED_DATA:
-        return resolved
+        return found_from_anywhere(resolved)
     # What a preset says of the embedded dialogues does not hold for other data.
     base = merge(base, {"evaluation": {"true_score": "none"}, "announce": ""})
     resolved = load_config(config or [], overrides or [], base, given)
     resolved.data.source = [absolute(text) for text in resolved.data.sources]
-    return resolved
+    return found_from_anywhere(resolved)
+
+
+def found_from_anywhere(config: RunConfig) -> RunConfig:
+    """Files that the settings of step 3 name, as the stages find them from other working directories."""
+    rlhf = config.rlhf
+    rlhf.ptx.source = absolute(rlhf.ptx.source) if rlhf.ptx.source else ""
+    file, colon, name = rlhf.reward_function.rpartition(":")
+    rlhf.reward_function = f"{absolute(file)}{colon}{name}" if file else ""
+    return config
 
 
 def nest_fusion(given: dict[str, object]) -> None:
@@ -124,9 +133,10 @@ def step_command(
 
 def execute(path: Path, settings: RunConfig | None, steps: list[int]) -> None:
     from applications.dry_run import check_fits
-    from applications.pipeline import open_run, run_pipeline
+    from applications.pipeline import needed_steps, open_run, run_pipeline
 
     run = RunDirectory(path)
+    steps = needed_steps(settings or run.read_config(), steps)
     if settings is not None and not run.config_file.exists():
         check_fits(settings, steps)
     is_new = not run.config_file.exists()
@@ -145,7 +155,7 @@ def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[int]
     needed = set()
     if COMPARED.keys() & set(steps):
         needed |= {1} if not config.sft_model else set()
-    if 3 in steps:
+    if 3 in steps and config.rlhf.has_reward_model:
         needed |= {2} if not config.trained_reward_model else set()
     if 2 in steps and config.reward.initialize_from == "sft" and not config.sft_model:
         needed.add(1)
@@ -156,7 +166,9 @@ def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[int]
 def print_dry_run(settings: RunConfig, steps: list[int], path: Path) -> None:
     from applications.dry_run import dry_run
     from applications.launch import stage_command
+    from applications.pipeline import needed_steps
 
+    steps = needed_steps(settings, steps)
     commands = {step: stage_command(STEP_NAMES[step], path, settings.processes) for step in steps}
     print(dry_run(settings, steps, path, commands))
 

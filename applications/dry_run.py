@@ -12,7 +12,7 @@ from pathlib import Path
 
 from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, scorer_source, size, verdict
-from training.config import DPO_STEP, FrozenSettings, OptimizerSettings, RunConfig
+from training.config import DPO_STEP, FrozenSettings, OptimizerSettings, RLHFSettings, RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
 from training.run_directory import STEP_NAMES, place_of
 
@@ -60,18 +60,29 @@ def _machine_and_models(outlook: Outlook) -> list[str]:
     where = (
         f"{config.processes} on this machine" if outlook.nodes == 1 else f"{config.processes} on {outlook.nodes} nodes"
     )
-    scorer = f"{scorer_source(config)}, {_parameters(outlook.scorer, scorer=True)}"
     return [
         _line("this machine", str(outlook.machine)),
         _line("processes", f"{where}, computing in {_dtype_name(outlook)}"),
         _line("actor", f"{config.sft_model or config.model}, {_parameters(outlook.actor)}"),
-        *([_line("reward, critic", scorer)] if {2, 3} & set(outlook.steps) else []),
+        *_scorers(outlook),
         _line(
             "data",
             ", ".join(config.data.sources) + (f", at most {config.data.limit:,} rows" if config.data.limit else ""),
         ),
         _line("lengths", f"prompt {config.data.max_prompt_tokens} + response {config.data.max_response_tokens} tokens"),
     ]
+
+
+def _scorers(outlook: Outlook) -> list[str]:
+    """What reward model and critic start from, those that there are."""
+    rlhf = outlook.config.rlhf
+    has_reward, has_critic = (
+        {2, 3} & set(outlook.steps) and rlhf.has_reward_model,
+        3 in outlook.steps and rlhf.has_critic,
+    )
+    roles = ["reward"] * bool(has_reward) + ["critic"] * has_critic
+    source = f"{scorer_source(outlook.config)}, {_parameters(outlook.scorer, scorer=True)}"
+    return [_line(", ".join(roles), source)] if roles else []
 
 
 def _supervised_step(outlook: Outlook, step: int) -> list[str]:
@@ -101,11 +112,13 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     actor_updates = max(rlhf.iterations - rlhf.critic_warmup, 0) * rlhf.ppo_epochs * rlhf.mini_batches
     rows = rows_per_micro_batch(rlhf.micro_batch_tokens, outlook.length)
     steps = f"critic {updates:,}, actor {actor_updates:,}" if actor_updates != updates else f"{updates:,} of each"
+    if not rlhf.has_critic:
+        steps = f"{updates:,}"
     return [
-        _line("actor", _training(rlhf.actor)),
-        _line("critic", _training(rlhf.critic)),
+        _line("actor", _training(rlhf.actor) + (f", average with decay {rlhf.ema:g}" if rlhf.ema else "")),
+        _line("critic", _training(rlhf.critic) if rlhf.has_critic else f"none: advantages by {rlhf.advantage}"),
         _line("reference", "the actor with its adapters off" if rlhf.actor.lora.rank else _frozen(rlhf.reference)),
-        _line("reward", _frozen(rlhf.reward)),
+        *[_line("reward", line) for line in _rewards(rlhf)],
         _line(
             "iteration",
             f"{rlhf.prompts_per_iteration} prompts x {rlhf.samples_per_prompt} = {samples} samples, "
@@ -118,6 +131,14 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
         ),
         *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.length),
     ]
+
+
+def _rewards(rlhf: RLHFSettings) -> list[str]:
+    weights = rlhf.reward_weights
+    found = [_frozen(rlhf.reward)] if rlhf.has_reward_model else []
+    found += [f"{weights.function:g} x {rlhf.reward_function}"] if rlhf.reward_function and weights.function else []
+    found += [f"{weights.url:g} x {rlhf.reward_url}"] if rlhf.reward_url and weights.url else []
+    return found
 
 
 def _training(settings: OptimizerSettings) -> str:

@@ -7,6 +7,7 @@ import torch
 from applications.fit import GIB, Outlook
 from applications.plan_request import workload_of
 from inference.errors import UserError
+from training.calls import rlhf_calls
 from training.config import DPO_STEP
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
@@ -77,9 +78,9 @@ def gpu_named(name: str, memory: int) -> str | None:
 
 def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     config, rlhf = outlook.config, outlook.config.rlhf
-    assert outlook.actor is not None and outlook.scorer is not None
+    assert outlook.actor is not None
     workload = workload_of(config, outlook.actor, outlook.scorer, PRECISIONS[outlook.dtype])
-    graph = DataflowGraph.of("ppo")
+    graph = DataflowGraph(rlhf_calls(rlhf.advantage, rlhf.has_reward_model))
     stages = {role: getattr(rlhf, role).zero_stage for role in graph.roles}
     tensor = rlhf.generation_tensor_parallel
     plan = trainer_plan(graph, workload, outlook.ranks, stages, rlhf.micro_batch_tokens, tensor)

@@ -100,7 +100,9 @@ class Outlook:
 
     def memory(self, step: int) -> StepMemory | None:
         """None where a shape that the step needs is unknown."""
-        needed = [self.actor, self.scorer] if step == 3 else [self.shape_of(step)]
+        rlhf = self.config.rlhf
+        scorers = [self.scorer] if rlhf.has_critic or rlhf.has_reward_model else []
+        needed = [self.actor, *scorers] if step == 3 else [self.shape_of(step)]
         if any(shape is None for shape in needed):
             return None
         known = self.actor or self.scorer
@@ -281,13 +283,18 @@ def disk_needed(outlook: Outlook) -> int:
         config = outlook.config
         if step == 3:
             every, keep = config.rlhf.checkpoint_every, config.rlhf.keep_checkpoints
-            trained = [(outlook.actor, config.rlhf.actor), (outlook.scorer, config.rlhf.critic)]
+            trained = [(outlook.actor, config.rlhf.actor)]
+            if config.rlhf.has_critic:
+                trained.append((outlook.scorer, config.rlhf.critic))
+            if config.rlhf.ema and outlook.actor is not None and every:
+                total += (keep + 1) * _trained_parameters(outlook.actor, config.rlhf.actor) * 4
         else:
             settings = config.supervised(step)
             every, keep, trained = settings.checkpoint_every, settings.keep_checkpoints, []
             trained.append((outlook.shape_of(step), settings.optimizer))
         shape = outlook.shape_of(step)
-        total += shape.parameters * TORCH_DTYPES[config.save_dtype].itemsize if shape is not None else 0
+        models = 2 if step == 3 and config.rlhf.ema else 1
+        total += models * shape.parameters * TORCH_DTYPES[config.save_dtype].itemsize if shape is not None else 0
         for trained_shape, optimizer in trained:
             if every and trained_shape is not None:
                 total += (keep + 1) * _checkpoint_bytes(trained_shape, optimizer, outlook.dtype)
@@ -296,9 +303,12 @@ def disk_needed(outlook: Outlook) -> int:
 
 def _checkpoint_bytes(shape: Shape, settings: OptimizerSettings, dtype: torch.dtype) -> int:
     """Trained weights and the optimiser's three fp32 numbers for each."""
+    return _trained_parameters(shape, settings) * (dtype.itemsize + 12)
+
+
+def _trained_parameters(shape: Shape, settings: OptimizerSettings) -> int:
     lora = settings.lora
-    trained = shape.lora_parameters(lora.rank, lora.targets) if lora.rank else shape.parameters
-    return trained * (dtype.itemsize + 12)
+    return shape.lora_parameters(lora.rank, lora.targets) if lora.rank else shape.parameters
 
 
 def nearest_existing(path: Path) -> Path:

@@ -57,7 +57,10 @@ def run_stage_script(
         return
     if error_file.exists():
         error = json.loads(error_file.read_text())
-        raise UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
+        raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
+        if "traceback" in error:  # of the user's own code; --debug shows it
+            raised.add_note(error["traceback"])
+        raise raised
     raise StageFailed(failure_sentence(script, run, code, log_file))
 
 

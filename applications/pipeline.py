@@ -25,9 +25,17 @@ CHANGEABLE = {
     "gradient_checkpointing",
     "checkpoint_every",
     "keep_checkpoints",
+    "reward_url",
+    "reward_timeout",
+    "reward_retries",
 }
-"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step computes.
-So may all of rlhf.fusion and logging."""
+"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step computes; and
+where the same scores come from. So may all of rlhf.fusion and logging."""
+
+
+def needed_steps(config: RunConfig, steps: list[int]) -> list[int]:
+    """`steps` without the reward model where nothing reads one, unless it was asked for alone."""
+    return steps if config.rlhf.has_reward_model or steps == [2] else [step for step in steps if step != 2]
 
 
 def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunConfig]:
@@ -80,6 +88,8 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
         begun = time.monotonic()
         if config.announce:
             display.say(config.announce)
+        if config.method == "ppo" and not config.rlhf.has_reward_model and steps != [2]:
+            display.say("Step 2 of 3 is left out: no reward model is used (rlhf.reward_weights.model=0)")
         if not all(run.step(step).is_finished for step in steps):
             display.say("Preparing models and data")
             run_stage_script("preparation", run, 1)

@@ -7,6 +7,7 @@ from typing import Any
 from applications.commands import resolve_settings
 from applications.fit import find_shape, scorer_source
 from inference.errors import UserError
+from training.calls import rlhf_calls
 from training.config import RunConfig
 from training.memory import Shape
 from training.planner.augmented import AugmentedGraphs
@@ -78,12 +79,16 @@ def make_request(
     settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
     assert settings is not None
     cluster = replace(cluster_of(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
+    rlhf = settings.rlhf
     actor = require_shape(settings.sft_model or settings.model, settings.architecture.get("model"))
-    scorer = require_shape(scorer_source(settings), settings.architecture.get("reward_model"))
+    scorer = None
+    if rlhf.has_critic or rlhf.has_reward_model:
+        scorer = require_shape(scorer_source(settings), settings.architecture.get("reward_model"))
     workload = workload_of(
         settings, actor, scorer, cluster.device.precision if settings.dtype == "auto" else settings.dtype
     )
-    return Request(settings, AugmentedGraphs(DataflowGraph.of("ppo"), CallCosts(workload, cluster)), price)
+    graph = DataflowGraph(rlhf_calls(rlhf.advantage, rlhf.has_reward_model))
+    return Request(settings, AugmentedGraphs(graph, CallCosts(workload, cluster)), price)
 
 
 def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
@@ -97,11 +102,14 @@ def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
     return replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
 
 
-def workload_of(config: RunConfig, actor: Shape, scorer: Shape, precision: Precision) -> Workload:
+def workload_of(config: RunConfig, actor: Shape, scorer: Shape | None, precision: Precision) -> Workload:
     """One iteration of step 3; every response as long as it may be. `scorer` is reward model and critic."""
     rlhf, data = config.rlhf, config.data
+    shapes = {"actor": actor, "reference": actor}
+    if scorer is not None:
+        shapes |= {"critic": scorer, "reward": scorer}
     return Workload.of(
-        {"actor": actor, "reference": actor, "critic": scorer, "reward": scorer},
+        shapes,
         samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
         prompt_tokens=data.max_prompt_tokens,
         response_tokens=data.max_response_tokens,

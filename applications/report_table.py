@@ -18,6 +18,7 @@ ROWS = (
     ("true upbeat score", "true_score", "{:.3f}"),
     ("learned reward", "learned_reward", "{:.3f}"),
     ("reward of the judge", "judge_reward", "{:.3f}"),
+    ("reward, all sources", "reward", "{:.3f}"),
     ("KL to {against} (nats a reply)", "kl", "{:.2f}"),
     ("length (tokens)", "length", "{:.1f}"),
     ("ended fraction", "ended_fraction", "{:.3f}"),

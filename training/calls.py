@@ -40,13 +40,28 @@ PPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, CRITIC_SCORE, ACTOR_TRAIN,
 GRPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, ACTOR_TRAIN_ON_GROUPS)
 RLOO = GRPO
 """The same calls; what differs is a formula between them."""
+REINFORCE_PLUS_PLUS = GRPO
 REFERENCE_SCORE_PAIRS = Call("reference", "score", ("pairs",), ("reference_logprobs",))
 """Once for each pair, before the first update, while the actor still is the reference."""
 ACTOR_TRAIN_ON_PAIRS = Call("actor", "train", ("pairs", "reference_logprobs"))
 DPO = (REFERENCE_SCORE_PAIRS, ACTOR_TRAIN_ON_PAIRS)
 SFT = (Call("actor", "train", ("rows",)),)
 REWARD = (Call("reward", "train", ("pairs",)),)
-ALGORITHMS = {"ppo": PPO, "grpo": GRPO, "rloo": RLOO, "dpo": DPO, "sft": SFT, "reward": REWARD}
+ALGORITHMS = {
+    "ppo": PPO,
+    "grpo": GRPO,
+    "rloo": RLOO,
+    "reinforce++": REINFORCE_PLUS_PLUS,
+    "dpo": DPO,
+    "sft": SFT,
+    "reward": REWARD,
+}
+
+
+def rlhf_calls(advantage: str, with_reward_model: bool = True) -> tuple[Call, ...]:
+    """What step 3 runs with an estimator of `rlhf.advantage`; without a reward model scores come with the data."""
+    calls = ALGORITHMS["ppo" if advantage == "gae" else advantage]
+    return calls if with_reward_model else tuple(call for call in calls if call != REWARD_SCORE)
 
 
 def with_recomputed_logprobs(calls: tuple[Call, ...]) -> tuple[Call, ...]:

@@ -192,6 +192,30 @@ class KLSettings(Settings):
     """Samples over which the adaptive controller acts (smaller reacts faster)."""
     stop: float = Field(0.0, ge=0)
     """End training before the update of an iteration whose KL in nats per response exceeds this; 0 never stops."""
+    place: Literal["auto", "reward", "loss"] = "auto"
+    """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: loss for grpo."""
+
+
+class RewardWeights(Settings):
+    """What each source of rewards counts in their sum."""
+
+    model: float = Field(1.0, ge=0)
+    """Of the reward model's score; at 0 no reward model is loaded and step 2 is not needed."""
+    function: float = Field(1.0, ge=0)
+    """Of what `rlhf.reward_function` returns."""
+    url: float = Field(1.0, ge=0)
+    """Of what `rlhf.reward_url` answers."""
+
+
+class PTXSettings(Settings):
+    """The SFT loss on demonstrations, mixed into the actor's PPO steps (InstructGPT's PPO-ptx)."""
+
+    coefficient: float = Field(0.0, ge=0)
+    """Weight of the SFT loss per token beside the policy loss (DeepSpeed-Chat: 27.8); 0 switches it off."""
+    source: str = ""
+    """JSON-lines file (or directory) of demonstrations; empty means those of step 1, data/sft_train.jsonl."""
+    rows: int = Field(0, ge=0)
+    """Demonstrations in each mini-batch, over all ranks; 0 means as many as it has samples."""
 
 
 class FusionSettings(Settings):
@@ -208,6 +232,8 @@ class FusionSettings(Settings):
 
 
 class RLHFSettings(Settings):
+    advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
+    """Estimator of the advantages: `gae` is PPO with a critic; the others need none (docs/step3_rlhf.md)."""
     iterations: int = Field(100, ge=1)
     """PPO rounds: each generates new samples and trains on them."""
     prompts_per_iteration: int = Field(64, ge=1)
@@ -230,6 +256,8 @@ class RLHFSettings(Settings):
     """The end-of-turn token is forbidden before this many tokens."""
     clip: float = Field(0.2, gt=0)
     """PPO's clip range of the policy ratio."""
+    ppo_kl_stop: float = Field(0.0, ge=0)
+    """End an iteration's updates when a mini-batch is this far from the old policy (k3, nats a token); 0 never does."""
     value_clip: float = Field(0.2, ge=0)
     """Clip range of the value function around its old prediction; 0 switches it off."""
     gamma: float = Field(1.0, gt=0, le=1)
@@ -237,13 +265,27 @@ class RLHFSettings(Settings):
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's lambda."""
     whiten_advantages: bool = True
-    """Give the advantages mean 0 and standard deviation 1 over the whole batch of an iteration."""
+    """Give advantages mean 0 and standard deviation 1 over an iteration's batch; gae and reinforce++ only."""
+    reward_function: str = ""
+    """`path/to/file.py:function` that scores responses, added to the reward model's score (docs/step3_rlhf.md)."""
+    reward_url: str = ""
+    """http(s) address that scores responses: POST {prompts, responses, rows} -> {scores}; added as well."""
+    reward_timeout: float = Field(60.0, gt=0)
+    """Seconds to wait for an answer of `reward_url`."""
+    reward_retries: int = Field(5, ge=0)
+    """Further tries when `reward_url` does not answer, with growing pauses."""
+    reward_weights: RewardWeights = RewardWeights()
     score_clip: float = Field(5.0, ge=0)
     """Scores are clipped to +- this; 0 switches it off."""
     missing_end_penalty: float = Field(1.0, ge=0)
     """Taken off the score of a response that has no end-of-turn token; 0 switches it off."""
     critic_warmup: int = Field(0, ge=0)
     """Iterations at the start in which only the critic learns."""
+    align_overflow: bool = True
+    """In fp16: when the gradient of actor or critic overflows, both skip that optimiser step."""
+    ema: DecayRate = 0.0
+    """Decay of a moving average of the actor's weights, saved as step3_rlhf/ema_model (try 0.99); 0 keeps none."""
+    ptx: PTXSettings = PTXSettings()
     old_logprobs: Literal["auto", "generation", "recompute"] = "auto"
     """Where the old policy's log-probabilities come from; auto keeps generation's in fp32 and recomputes otherwise."""
     fusion: FusionSettings = FusionSettings()
@@ -262,9 +304,25 @@ class RLHFSettings(Settings):
     """How many of the newest checkpoints are kept."""
 
     @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained; only `gae` needs values."""
+        return self.advantage == "gae"
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether the reward model of step 2 scores; else rewards come from a function or an address alone."""
+        return self.reward_weights.model > 0
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL penalty is a term of the actor's loss, not a part of the rewards."""
+        return self.kl.place == "loss" or (self.kl.place == "auto" and self.advantage == "grpo")
+
+    @property
     def divided_scorer(self) -> str:
         """A role that scores and is divided over the ranks by ZeRO 3, so that no rank can score alone; else ''."""
-        zero_3 = {role for role in ("actor", "critic", "reference", "reward") if getattr(self, role).zero_stage == 3}
+        roles = ["actor", "reference", *["critic"] * self.has_critic, *["reward"] * self.has_reward_model]
+        zero_3 = {role for role in roles if getattr(self, role).zero_stage == 3}
         if not self.actor.lora.rank:  # else the actor is the reference too
             zero_3 -= {"actor"}
         else:
@@ -280,6 +338,29 @@ class RLHFSettings(Settings):
             )
         if self.fusion.rows > self.generation_batch:
             raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_needs(self):
+        if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage={self.advantage} compares the samples of a prompt and needs samples_per_prompt of 2 or more"
+            )
+        if self.critic_warmup and not self.has_critic:
+            raise ValueError(f"critic_warmup={self.critic_warmup} needs a critic, and {self.advantage} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _something_rewards(self):
+        file, colon, name = self.reward_function.rpartition(":")
+        if self.reward_function and not (file.endswith(".py") and colon and name.isidentifier()):
+            raise ValueError(f"reward_function={self.reward_function} must be path/to/file.py:function")
+        if self.reward_url and not self.reward_url.startswith(("http://", "https://")):
+            raise ValueError(f"reward_url={self.reward_url} must begin with http:// or https://")
+        weights = self.reward_weights
+        used = (bool(self.reward_function) and weights.function) or (bool(self.reward_url) and weights.url)
+        if not self.has_reward_model and not used:
+            raise ValueError("reward_weights.model=0 leaves nothing that rewards; give reward_function or reward_url")
         return self
 
     @model_validator(mode="after")
@@ -368,8 +449,10 @@ class RunConfig(Settings):
 
     @property
     def steps(self) -> list[int]:
-        """Numbers of the steps that the run's method has."""
-        return [1, DPO_STEP] if self.method == "dpo" else [1, 2, 3]
+        """Numbers of the steps that the run's method has; without a reward model there is no step 2."""
+        if self.method == "dpo":
+            return [1, DPO_STEP]
+        return [1, 2, 3] if self.rlhf.has_reward_model else [1, 3]
 
     def supervised(self, step: int) -> StepSettings:
         """Of a step that learns from rows: every one but 3."""

@@ -207,9 +207,18 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
     rlhf, data = config.rlhf, config.data
     parts = [
         *training_parts("actor ", actor.parameters, actor, rlhf.actor, dtype, ranks, "actor training"),
-        *training_parts("critic ", scorer.scorer_parameters, scorer, rlhf.critic, dtype, ranks, "critic training"),
-        _frozen_part("reward weights", scorer.scorer_parameters, rlhf.reward, dtype, ranks),
     ]
+    if rlhf.has_critic:
+        size = scorer.scorer_parameters
+        parts += training_parts("critic ", size, scorer, rlhf.critic, dtype, ranks, "critic training")
+        parts += _pass_parts(scorer, config, rlhf, rlhf.critic, dtype, "critic training")
+    if rlhf.has_reward_model:
+        parts.append(_frozen_part("reward weights", scorer.scorer_parameters, rlhf.reward, dtype, ranks))
+    if rlhf.ema:
+        trained = _adapters(actor, rlhf.actor) or actor.parameters
+        divides = effective_zero_stage(rlhf.actor, dtype) >= 1
+        place: Place = "device" if rlhf.actor.offload == "none" else "host"
+        parts.append(Part("actor average, fp32", _share(trained * 4, ranks if divides else 1), place))
     if not rlhf.actor.lora.rank:  # with LoRA the reference is the actor, its adapters switched off
         parts.append(_frozen_part("reference weights", actor.parameters, rlhf.reference, dtype, ranks))
     tensor = rlhf.generation_tensor_parallel
@@ -224,7 +233,6 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
         Part("key-value cache", _share(actor.cache_values(rows * length) * dtype.itemsize, tensor), phase="generation"),
         Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation"),
         *_pass_parts(actor, config, rlhf, rlhf.actor, dtype, "actor training", with_logits=True),
-        *_pass_parts(scorer, config, rlhf, rlhf.critic, dtype, "critic training"),
         *_saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters),  # the critic is not kept
     ]
     return StepMemory(tuple(parts))

@@ -42,7 +42,9 @@ class Journal:
         write_text(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def read(self) -> list[dict[str, Any]]:
-        rows = []
+        rows: list[dict[str, Any]] = []
+        if not self.file.exists():
+            return rows
         with open(self.file, encoding="utf-8") as lines:
             for line in lines:
                 try:

@@ -121,6 +121,15 @@ class StepDirectory:
         return self.path / "adapter"
 
     @property
+    def ema_model(self) -> Path:
+        """Step 3 with rlhf.ema: the moving average of the actor."""
+        return self.path / "ema_model"
+
+    @property
+    def ema_adapter(self) -> Path:
+        return self.path / "ema_adapter"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

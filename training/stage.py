@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from inference.chat_format import ChatFormat
@@ -24,7 +25,8 @@ from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.checkpoints import Checkpoints
-from training.config import RunConfig, load_config
+from training.config import LoRASettings, RunConfig, load_config
+from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
 from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
 from training.data.token_cache import TokenCache, Tokens
@@ -39,6 +41,7 @@ from training.models.loading import (
     resolve_dtype,
     save_model,
 )
+from training.rewards import Rewards
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.tracking import metrics_journal, require_packages
 from training.versions import versions
@@ -84,10 +87,11 @@ class Stage:
         given = {1: self.config.sft_model, 2: self.config.trained_reward_model}[step]
         return self.model_directory(given) if given else self.run.require_model(step)
 
-    def chat_format(self, actor: Path, scorer: Path) -> ChatFormat:
+    def chat_format(self, actor: Path, scorer: Path | None) -> ChatFormat:
         """The actor's format, which all steps use. Raises UserError where the scorer's tokens mean something else."""
         chat_format = ChatFormat.load(actor)
-        require_same_tokens(chat_format, ChatFormat.load(scorer), str(actor), str(scorer))
+        if scorer is not None:
+            require_same_tokens(chat_format, ChatFormat.load(scorer), str(actor), str(scorer))
         for note in chat_format.notes:
             self.display.say(note)
         return chat_format
@@ -115,6 +119,10 @@ class Stage:
             TokenPair.of(row, tokens) for row, tokens in zip(rows, self.tokens(rows, PARTS, chat_format), strict=True)
         ]
 
+    def journal(self, name: str) -> Journal:
+        """A file of JSON lines in the step's directory; only the first rank writes it."""
+        return Journal(self.directory.path / name) if self.ranks.is_first else NullJournal()
+
     def save_trained(
         self,
         engine: "ZeroEngine",
@@ -123,15 +131,28 @@ class Stage:
         extra_config: dict[str, float] | None = None,
     ) -> None:
         """Write the step's model (and adapter): what `load` gives, with the engine's trained weights in it."""
-        trained = engine.trained_weights()
+        directory = self.directory
+        places = directory.model, directory.adapter
+        self.save_weights(engine.trained_weights(), engine.settings.lora, places, load, chat_format, extra_config)
+
+    def save_weights(
+        self,
+        weights: dict[str, Tensor],
+        lora: LoRASettings,
+        places: tuple[Path, Path],
+        load: Callable[[], PreTrainedModel],
+        chat_format: ChatFormat,
+        extra_config: dict[str, float] | None = None,
+    ) -> None:
+        """The first rank writes a model and its adapter to `places`: what `load` gives, with `weights` in it."""
         if not self.ranks.is_first:
             return
+        model, adapter = places
 
         def write(directory: Path) -> None:
-            lora, adapter = engine.settings.lora, self.directory.adapter
-            save_model(directory, load(), chat_format, trained, lora, self.storage_dtype, extra_config, adapter)
+            save_model(directory, load(), chat_format, weights, lora, self.storage_dtype, extra_config, adapter)
 
-        write_directory(self.directory.model, write)
+        write_directory(model, write)
 
     def finish(self, result: dict) -> None:
         """Mark the step as done. `result` is what later steps and people read."""
@@ -184,12 +205,18 @@ def run_preparation() -> int:
         actor_name = config.sft_model or config.model
         actor = ChatFormat.load(resolve_model(actor_name, display.say))
         if config.method == "ppo":
-            scorer_name = config.trained_reward_model or config.reward_model_source
-            scorer_directory = resolve_model(scorer_name, display.say)
-            require_scorer_family(scorer_directory)
-            require_same_tokens(actor, ChatFormat.load(scorer_directory), actor_name, scorer_name)
+            if config.rlhf.has_reward_model or config.rlhf.has_critic:
+                scorer_name = config.trained_reward_model or config.reward_model_source
+                scorer_directory = resolve_model(scorer_name, display.say)
+                require_scorer_family(scorer_directory)
+                require_same_tokens(actor, ChatFormat.load(scorer_directory), actor_name, scorer_name)
+            Rewards(
+                config.rlhf, Ranks(0, 1, torch.device("cpu"))
+            )  # a reward function that there is not is refused here
             require_generation_layout(config, resolve_model(actor_name, display.say))
         prepare_data(config.data, config.seed, run.data, actor, display.say)
+        if config.rlhf.ptx.coefficient:
+            demonstrations(config, run.data)
 
     return end_in_sentences(body, run.error_file)
 
@@ -226,7 +253,9 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_DIVERGED
         error_file.parent.mkdir(parents=True, exist_ok=True)
         if not error_file.exists():
-            write_json(error_file, {"sentence": str(error), "code": code})  # a launcher has exit codes of its own
+            notes = getattr(error, "__notes__", [])  # a traceback of the user's own code, for --debug
+            report = {"sentence": str(error), "code": code, **({"traceback": "\n".join(notes)} if notes else {})}
+            write_json(error_file, report)  # a launcher has exit codes of its own
         if PARENT_VARIABLE not in os.environ:  # else the command prints it
             print(error, file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -241,3 +241,14 @@ def test_a_reward_model_of_fewer_layers_is_counted_as_such():
     cut = load_config([], ["reward.layers=15"], values)
     layers = [Outlook.of(config, [2], 1).scorer.layers for config in (whole, cut)]
     assert layers == [30, 15]
+
+
+def test_only_the_roles_that_step_3_has_are_shown_and_counted(laptop, tmp_path):
+    given = ["rlhf.advantage=grpo", "rlhf.samples_per_prompt=2", "rlhf.ema=0.9"]
+    function = ["rlhf.reward_function=mine.py:score", "rlhf.reward_weights.model=0"]
+    text = dry_run(config_of("opt-125m", *given, *function), [1, 3], tmp_path, COMMANDS)
+    assert "none: advantages by grpo" in line_of(text, "critic") and "1 x mine.py:score" in line_of(text, "reward")
+    assert "average with decay 0.9" in text and "actor average, fp32" in text
+    assert "critic weights" not in text and "reward weights" not in text and "reward, critic" not in text
+    with_model = dry_run(config_of("opt-125m", *given), [1, 3], tmp_path, COMMANDS)
+    assert "reward weights" in with_model and "critic weights" not in with_model

@@ -113,3 +113,12 @@ def test_a_profile_is_hardware(tmp_path):
     data = json.loads(done.stdout)
     assert data["gpus_per_node"] == 2 and data["gpu"] == "this-machine"
     assert data["plans"][0]["seconds_per_iteration"] > 0
+
+
+def test_the_calls_of_the_settings_are_planned_and_no_others():
+    settings = ["rlhf.advantage=grpo", "rlhf.samples_per_prompt=2", "rlhf.reward_function=a.py:f"]
+    options = [option for setting in [*settings, "rlhf.reward_weights.model=0"] for option in ("--set", setting)]
+    done = run("--effort", "0.01", "--json", *options)
+    assert done.exit_code == 0, done.output
+    for plan in json.loads(done.stdout)["plans"]:
+        assert set(plan["calls"]) == {"actor_generate", "reference_score", "actor_train"}

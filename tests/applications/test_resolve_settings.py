@@ -156,3 +156,12 @@ def test_several_sources_keep_their_weights_and_revisions(tmp_path, monkeypatch)
 def test_the_embedded_data_cannot_be_blended():
     with pytest.raises(UserError, match=r"data\.source: 'chitchat' has a split of its own and cannot be blended"):
         resolve(flags={"data": ["chitchat", "a.jsonl"]})
+
+
+def test_files_of_step_3_are_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "rows.jsonl").write_text("")
+    settings = resolve(overrides=["rlhf.reward_function=mine.py:score", "rlhf.ptx.source=rows.jsonl"])
+    assert settings.rlhf.reward_function == f"{tmp_path}/mine.py:score"
+    assert settings.rlhf.ptx.source == f"{tmp_path}/rows.jsonl"

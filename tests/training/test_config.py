@@ -20,6 +20,11 @@ def test_later_layers_win_and_groups_are_merged(tmp_path):
         ("sft.epochs", "--set takes key=value, not 'sft.epochs'"),
         ("rlhf.mini_batches=65", "mini_batches=65 is more than the 64 samples of an iteration"),
         ("sft.optimizer.offload=optimizer", "offload=optimizer needs zero_stage 1, 2 or 3"),
+        ("rlhf.advantage=rloo", "advantage=rloo compares the samples of a prompt and needs samples_per_prompt of 2"),
+        ("rlhf.advantage=grpo", "advantage=grpo compares the samples of a prompt"),
+        ("rlhf.reward_function=mine", "must be path/to/file.py:function"),
+        ("rlhf.reward_url=localhost:80", "must begin with http:// or https://"),
+        ("rlhf.reward_weights.model=0", "leaves nothing that rewards; give reward_function or reward_url"),
     ],
 )
 def test_mistakes_get_one_sentence(override, sentence):
@@ -63,3 +68,26 @@ def test_fp16_needs_master_weights():
     with pytest.raises(UserError, match="fp16 cannot train without fp32 weights"):
         load_config([], ["model=m", "dtype=fp16", "rlhf.actor.master_weights=false"])
     assert not load_config([], ["model=m", "dtype=bf16", "rlhf.actor.master_weights=false"]).rlhf.actor.master_weights
+
+
+def test_critic_free_estimators_have_no_critic_to_warm_up_or_to_divide():
+    given = ["model=m", "rlhf.advantage=reinforce++", "rlhf.critic.zero_stage=3"]
+    with pytest.raises(UserError, match="critic_warmup=2 needs a critic, and reinforce"):
+        load_config([], [*given, "rlhf.critic_warmup=2"])
+    assert load_config([], given).rlhf.divided_scorer == ""
+    assert load_config([], ["model=m", "rlhf.critic.zero_stage=3"]).rlhf.divided_scorer == "critic"
+
+
+def test_without_a_reward_model_there_is_no_step_2_and_none_that_scores():
+    given = ["model=m", "rlhf.reward.zero_stage=3", "rlhf.reward_function=a.py:f"]
+    both, alone = load_config([], given), load_config([], [*given, "rlhf.reward_weights.model=0"])
+    assert (both.steps, both.rlhf.divided_scorer) == ([1, 2, 3], "reward")
+    assert (alone.steps, alone.rlhf.divided_scorer) == ([1, 3], "")
+
+
+def test_where_the_kl_penalty_acts():
+    grpo = ["model=m", "rlhf.samples_per_prompt=2", "rlhf.advantage=grpo"]
+    assert load_config([], grpo).rlhf.kl_in_loss
+    assert not load_config([], [*grpo, "rlhf.kl.place=reward"]).rlhf.kl_in_loss
+    assert not load_config([], ["model=m"]).rlhf.kl_in_loss
+    assert load_config([], ["model=m", "rlhf.kl.place=loss"]).rlhf.kl_in_loss

@@ -173,6 +173,16 @@ def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
     )
 
 
+def test_step_3_holds_what_its_estimator_and_rewards_need(opt_13b, opt_350m):
+    free = opt_config("rlhf.advantage=reinforce++", "rlhf.reward_weights.model=0", "rlhf.reward_function=a.py:f")
+    whole, memory = (estimate_step_memory(3, c, opt_13b, opt_350m, torch.bfloat16, 8) for c in (opt_config(), free))
+    gone = {name for name in sizes(whole) if name not in sizes(memory)}
+    assert {name for _, name in gone if not name.startswith("critic ")} <= {"reward weights", "activations"}
+    assert whole.held("device") - memory.held("device") == (6 + 12 / 8 + 2 / 8) * OPT_350M
+    averaged = estimate_step_memory(3, opt_config("rlhf.ema=0.9"), opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    assert averaged.held("device") - whole.held("device") == 4 * OPT_13B // 8
+
+
 def test_tensor_parallel_generation_keeps_a_part(opt_13b, opt_350m):
     config = opt_config("rlhf.generation_tensor_parallel=4")
     memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))

@@ -6,7 +6,7 @@
     {"text": ...}                                      a conversation as text
     {"prompt": ..., "response": ...}                   or "completion"; with "label": true or false beside it (TRL's
                                                        unpaired preference) only what is labelled true
-    {"prompt": ...}                                    for step 3 only
+    {"prompt": ...}                                    for step 3 only; other keys go to the reward function
 
 A message is {"role": "system" | "user" | "assistant", "content": text}. Text in the form of DeepSpeed-Chat's and
 Anthropic's sets, "Human: ... Assistant: ...", is read as a conversation.
@@ -17,7 +17,7 @@ from typing import Any
 
 from inference.chat_format import Message
 from training.data.files import BadRow, LeftOut
-from training.data.rows import PairRow, Row, SFTRow
+from training.data.rows import PairRow, PromptRow, Row, SFTRow
 
 ROLES = ("system", "user", "assistant")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -40,7 +40,9 @@ def parse_row(row: Any) -> list[Row]:
     if "messages" in row:
         return parse_conversation(read_messages(row["messages"], "messages"))
     if "prompt" in row:
-        return [{"prompt": check_prompt(read_prompt(row["prompt"]))}]
+        prompt = PromptRow(prompt=check_prompt(read_prompt(row["prompt"])))
+        extra = {key: value for key, value in row.items() if key != "prompt"}
+        return [{**prompt, "extra": extra} if extra else prompt]
     if "text" in row:
         messages = read_transcript(check_text(row["text"], "text"))
         if not messages:

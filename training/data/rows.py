@@ -37,6 +37,8 @@ class PromptRow(TypedDict):
     """Step 3: what the policy is asked."""
 
     prompt: list[Message]
+    extra: NotRequired[dict[str, Any]]
+    """The other keys of the user's row, for a reward function."""
     held_out_question: NotRequired[bool]
     source: NotRequired[str]
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
@@ -36,8 +37,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Judge:
     name: str
-    directory: Path | None
-    """A reward model; None for the known rule."""
+    source: Path | Literal["truth", "reward"]
+    """A reward model, the known rule, or all that PPO was told to raise."""
 
 
 def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
@@ -77,8 +78,9 @@ def find_reward_model(stage: Stage) -> Path | None:
     return stage.earlier_model(2) if given else None
 
 
-def find_judge(stage: Stage, wanted: str, reward_model: Path | None) -> Judge | None:
-    """Who says which of two answers is better: what is wanted, else the true score, else the learned reward.
+def find_judge(stage: Stage, wanted: str, reward_model: Path | None, has_own_sources: bool) -> Judge | None:
+    """Who says which of two answers is better: what is wanted, else the true score, else what PPO was told to raise:
+    the learned reward, or a sum with the user's own sources.
 
     None where the run has neither. Raises UserError where what is wanted is not there.
     """
@@ -88,7 +90,9 @@ def find_judge(stage: Stage, wanted: str, reward_model: Path | None) -> Judge | 
     if wanted == "learned" and reward_model is None:
         stage.run.require_model(2)
     if wanted == "true" or (not wanted and knows_truth):
-        return Judge("upbeat score (known rule)", None)
+        return Judge("upbeat score (known rule)", "truth")
+    if not wanted and has_own_sources:
+        return Judge("reward", "reward")
     if wanted in ("", "learned"):
         return Judge("learned reward", reward_model) if reward_model is not None else None
     directory = stage.model_directory(wanted)

@@ -23,6 +23,7 @@ from training.evaluation.answers import Answers, encode, same_tokens
 from training.evaluation.candidates import Candidate, Request, find_judge, find_pair, find_reward_model
 from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
+from training.rewards import Rewards
 from training.run_directory import write_json, write_text
 from training.stage import Stage
 
@@ -42,7 +43,8 @@ class Comparison:
         self.data, self.settings = stage.config.data, stage.config.rlhf
         self.model, self.against = find_pair(stage, self.request)
         self.reward_model = find_reward_model(stage)
-        self.judge = find_judge(stage, self.request.judge, self.reward_model)
+        self.rewards = Rewards(self.settings, stage.ranks)
+        self.judge = find_judge(stage, self.request.judge, self.reward_model, bool(self.rewards.sources))
         limit = self.request.prompts or stage.config.evaluation.prompts or EvaluationSettings().prompts
         self.held_out = self.eval_rows("prompts")[:limit]
         if not self.held_out:
@@ -98,12 +100,11 @@ class Comparison:
         self, theirs: Answers, ours: Answers, pair: dict[str, dict[str, float]], result: dict[str, Any]
     ) -> tuple[list[float], list[float]] | None:
         """The judge's scores of both models' answers; rewards land in `pair`, accuracies in `result`."""
-        known: dict[Path | None, tuple[list[float], list[float]]] = {}  # by reward model; None is the known rule
-        known[None] = truth(theirs), truth(ours)
-        wanted = [self.reward_model, self.judge.directory if self.judge is not None else None]
+        known: dict[Path | str, tuple[list[float], list[float]]] = {"truth": (truth(theirs), truth(ours))}
+        wanted = [self.reward_model, self.judge.source if self.judge is not None else None]
         pairs = self.eval_rows("pairs")[: self.stage.config.evaluation.rows]
         for directory in dict.fromkeys(wanted):
-            if directory is None:
+            if not isinstance(directory, Path):
                 continue
             model = RewardModel(self.stage, directory)
             known[directory] = model.scores_of(theirs), model.scores_of(ours)
@@ -113,7 +114,19 @@ class Comparison:
             if pairs:
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = reward_accuracy(model, pairs, self.data)
-        return None if self.judge is None else known[self.judge.directory]
+        if self.rewards.sources:
+            of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
+            totals = self.total(of_model[0], theirs), self.total(of_model[1], ours)
+            known["reward"] = totals
+            for candidate, scores in zip((self.against, self.model), totals, strict=True):
+                pair[candidate.key]["reward"] = statistics.mean(scores)
+        return None if self.judge is None else known[self.judge.source]
+
+    def total(self, of_model: list[float], answers: Answers) -> list[float]:
+        """The sum that PPO was told to raise, answer by answer."""
+        prompts = [row["prompt"] for row in self.held_out]
+        extras = [row.get("extra", {}) for row in self.held_out]
+        return self.rewards.total(of_model, prompts, answers.texts, extras, group=1)[0]
 
     def answer(self, reader: Reader, candidate: Candidate) -> Answers:
         """Sampled as in PPO's rollouts; the same random numbers for every model."""

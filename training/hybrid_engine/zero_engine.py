@@ -16,6 +16,12 @@ from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
 
 TAG = "state"
+OWN_WEIGHTS = (
+    "fp32_partitioned_groups_flat",  # ZeRO stage 3
+    "single_partition_of_fp32_groups",  # 1 and 2
+    "fp32_groups_flat_partition",  # 1 in bf16 with sums of gradients in fp32
+)
+"""Where DeepSpeed's optimisers keep this rank's part of the weights."""
 
 
 class HasWeight(Protocol):
@@ -86,15 +92,23 @@ class ZeroEngine:
         divided by the *global* count of tokens or pairs, so that neither micro-batches nor ranks change the gradient.
         Returns grad_norm (before clipping) and lr (of the adapters, where there are some).
         """
+        self.accumulate(micro_batches, loss)
+        return self.step()
+
+    def accumulate(self, micro_batches: Sequence[M], loss: Callable[[M], Tensor]) -> None:
+        """The first half of `update`: forward and backward passes."""
         if self.in_training_mode:
             self.engine.train()
-        rates = [learning_rate(self.settings, self.updates, self.total_steps, peak) for peak in self.peaks]
-        for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
         for place, micro_batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
             share = loss(micro_batch) * micro_batch.weight
             self.engine.backward(share * self.ranks.size)  # DeepSpeed takes the mean over ranks; the sum is meant
+
+    def step(self) -> dict[str, float]:
+        """The second half of `update`: the optimiser step on what was accumulated."""
+        rates = [learning_rate(self.settings, self.updates, self.total_steps, peak) for peak in self.peaks]
+        for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         plain_norm = self._plain_gradient_norm()
         self.engine.step()
         self.engine.eval()
@@ -108,6 +122,16 @@ class ZeroEngine:
             return None
         gradients = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
         return torch.stack(gradients).norm()
+
+    def own_weights(self) -> list[Tensor]:
+        """This rank's part of the trained weights, as the optimiser updates them: writing into them is training.
+
+        Flat fp32 tensors from ZeRO stage 1 on (bf16 without master weights), the parameters themselves at stage 0.
+        """
+        if self.engine.zero_optimization_stage() == 0:
+            return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        name = next(name for name in OWN_WEIGHTS if hasattr(self.engine.optimizer, name))
+        return list(getattr(self.engine.optimizer, name))
 
     def save(self, directory: Path) -> None:
         """Write what resuming needs. All ranks call it; frozen weights are left out, they come from their source."""

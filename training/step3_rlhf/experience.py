@@ -25,7 +25,7 @@ class Experience:
     reference_logprobs: Tensor
     values: Tensor
     score: float
-    """Of the reward model, as it is: not clipped, no penalty."""
+    """Of the reward model, or the weighted sum of all that rewards: not clipped, no penalty."""
 
     @classmethod
     def of(cls, sample: Sample) -> "Experience":
@@ -64,28 +64,32 @@ class Targets:
     total_score: Tensor  # (samples)
     advantages: Tensor
     returns: Tensor
+    """What the critic aims at; of no use without one."""
+    has_critic: bool
+    group: int
+    """Samples of a prompt, which stand together."""
 
     @classmethod
     def of(cls, experience: list[Experience], settings: RLHFSettings, kl_coefficient: float) -> "Targets":
-        """KL penalty, score, GAE, returns, whitening: over the whole batch, which every rank holds."""
+        """KL penalty, score, advantages, whitening: over the whole batch, which every rank holds."""
         logprobs = pad([e.logprobs for e in experience])
         reference = pad([e.reference_logprobs for e in experience])
         values = pad([e.values for e in experience])
         mask = pad([torch.ones(len(e.response)) for e in experience]).bool()
         score = torch.tensor([total_score(e, settings) for e in experience])
-        rewards = ppo_math.token_rewards(score, logprobs, reference, mask, kl_coefficient, settings.kl.centering)
-        advantages = ppo_math.generalized_advantages(rewards, values, mask, settings.gamma, settings.lam)
+        advantages = estimate_advantages(score, logprobs, reference, values, mask, settings, kl_coefficient)
         returns = advantages + values  # before whitening
-        if settings.whiten_advantages:
+        if settings.whiten_advantages and settings.advantage in ("gae", "reinforce++"):
             advantages = ppo_math.whiten(advantages, mask)
-        return cls(mask, logprobs, reference, values, score, advantages, returns)
+        group = settings.samples_per_prompt
+        return cls(mask, logprobs, reference, values, score, advantages, returns, settings.has_critic, group)
 
     def metrics(self, experience: list[Experience], kl_coefficient: float) -> dict[str, float]:
         """Metrics of the rollout, by the names that users of such trainers know."""
         scores = torch.tensor([e.score for e in experience])
         lengths = torch.tensor([float(len(e.response)) for e in experience])
         k3 = ppo_math.kl_k3(self.logprobs, self.reference_logprobs) * self.mask
-        return {
+        metrics = {
             "reward/score_mean": float(scores.mean()),
             "reward/score_std": float(scores.std(correction=0)),
             "reward/score_min": float(scores.min()),
@@ -95,19 +99,69 @@ class Targets:
             "kl/reference_k1": float(self.sequence_kl().mean()),
             "kl/reference_per_token": float(ppo_math.masked_mean(k3, self.mask)),
             "kl/coefficient": kl_coefficient,
-            "returns/mean": float(ppo_math.masked_mean(self.returns, self.mask)),
             "advantage/mean": float(ppo_math.masked_mean(self.advantages, self.mask)),
             "advantage/std": float(self.advantages[self.mask].std(correction=0)),
-            "value/mean": float(ppo_math.masked_mean(self.values, self.mask)),
-            "value/explained_variance": ppo_math.explained_variance(self.values, self.returns, self.mask),
             "response/length_mean": float(lengths.mean()),
             "response/length_max": float(lengths.max()),
             "response/ended_fraction": sum(e.ended for e in experience) / len(experience),
+            "response/distinct_bigrams": distinct_bigrams([e.response for e in experience]),
+            "reward/length_correlation": ppo_math.correlation(scores, lengths),
         }
+        if self.has_critic:
+            metrics |= {
+                "returns/mean": float(ppo_math.masked_mean(self.returns, self.mask)),
+                "value/mean": float(ppo_math.masked_mean(self.values, self.mask)),
+                "value/explained_variance": ppo_math.explained_variance(self.values, self.returns, self.mask),
+            }
+        if self.group > 1:
+            spread = self.total_score.view(-1, self.group).std(1, correction=0)
+            metrics["reward/group_std"] = float(spread.mean())
+            metrics["reward/groups_alike"] = float((spread == 0).float().mean())
+        return metrics
 
     def sequence_kl(self) -> Tensor:
         """k1 summed over each response; (samples)."""
         return (ppo_math.kl_k1(self.logprobs, self.reference_logprobs) * self.mask).sum(1)
+
+
+def estimate_advantages(
+    score: Tensor,
+    logprobs: Tensor,
+    reference: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    settings: RLHFSettings,
+    kl_coefficient: float,
+) -> Tensor:
+    """The switch of `rlhf.advantage`: scores (samples) and the rest (samples, tokens) -> (samples, tokens).
+
+    With the KL penalty in the loss, rewards are the scores alone.
+    """
+    coefficient = 0.0 if settings.kl_in_loss else kl_coefficient
+    group = settings.samples_per_prompt
+
+    def rewards(score: Tensor) -> Tensor:
+        return ppo_math.token_rewards(score, logprobs, reference, mask, coefficient, settings.kl.centering)
+
+    if settings.advantage == "gae":
+        return ppo_math.generalized_advantages(rewards(score), values, mask, settings.gamma, settings.lam)
+    if settings.advantage == "reinforce++":
+        return ppo_math.discounted_returns(rewards(ppo_math.less_group_mean(score, group)), mask, settings.gamma)
+    estimator = {"rloo": ppo_math.leave_one_out, "grpo": ppo_math.group_normalized}[settings.advantage]
+    return estimator(rewards(score).sum(1), group)[:, None] * mask  # one for all tokens of a sample
+
+
+def distinct_bigrams(responses: list[Tensor]) -> float:
+    """Different pairs of neighbouring tokens over all pairs, within each response; the mean over responses.
+
+    A response that repeats itself is near 0; one of fewer than two pairs is left out.
+    """
+    shares = []
+    for response in responses:
+        pairs = list(zip(response.tolist(), response.tolist()[1:], strict=False))
+        if len(pairs) > 1:
+            shares.append(len(set(pairs)) / len(pairs))
+    return sum(shares) / len(shares) if shares else 1.0
 
 
 def total_score(experience: Experience, settings: RLHFSettings) -> float:

@@ -65,6 +65,49 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     return advantages
 
 
+def leave_one_out(rewards: Tensor, group: int) -> Tensor:
+    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740, equation 8): less the mean of the other samples of the prompt.
+
+    (samples) -> (samples); the samples of a prompt stand together, `group` of them.
+    """
+    by_prompt = rewards.view(-1, group)
+    others = (by_prompt.sum(1, keepdim=True) - by_prompt) / (group - 1)
+    return (by_prompt - others).flatten()
+
+
+def group_normalized(rewards: Tensor, group: int) -> Tensor:
+    """GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): less the mean of the prompt's samples, over their
+    standard deviation (unbiased, plus 1e-4, as TRL and OpenRLHF take it).
+
+    (samples) -> (samples); the samples of a prompt stand together, `group` of them.
+    """
+    by_prompt = rewards.view(-1, group)
+    centred = by_prompt - by_prompt.mean(1, keepdim=True)
+    return (centred / (by_prompt.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def less_group_mean(rewards: Tensor, group: int) -> Tensor:
+    """The baseline of REINFORCE++ where a prompt has several samples; one sample alone is left as it is.
+
+    (samples) -> (samples); the samples of a prompt stand together, `group` of them.
+    """
+    by_prompt = rewards.view(-1, group)
+    return (by_prompt - by_prompt.mean(1, keepdim=True)).flatten() if group > 1 else rewards
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Each token's own reward and all that follow it, discounted; (samples, tokens). REINFORCE++ (Hu et al. 2025,
+    arXiv 2501.03262) takes these as advantages."""
+    return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson's; 0 where one of the two does not vary."""
+    a, b = first - first.mean(), second - second.mean()
+    spread = a.norm() * b.norm()
+    return float((a * b).sum() / spread) if spread > 0 else 0.0
+
+
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, equation 7, summed over tokens, and the ratio; flat tensors."""
     logratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)

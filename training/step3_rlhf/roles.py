@@ -1,4 +1,4 @@
-"""The four roles of step 3: actor, critic, reference, reward."""
+"""The roles of step 3: actor and reference always, critic and reward model where the settings have them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +16,7 @@ from training.deepspeed_config import deepspeed_config
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.generation_view import GenerationView
 from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.moving_average import MovingAverage
 from training.hybrid_engine.reallocation import tensor_parallel_of
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
@@ -24,17 +25,44 @@ from training.models.scorer import Scorer, at_last_token
 from training.stage import Stage
 
 
+def starting_scorer(stage: Stage) -> Path | None:
+    """What the reward model is and the critic starts as; None where there is neither.
+
+    Without a reward model the critic starts where step 2 would: from the reward model's base checkpoint or, with
+    reward.initialize_from=sft, from the SFT model, with a fresh head.
+    """
+    config = stage.config
+    if config.rlhf.has_reward_model or (config.rlhf.has_critic and config.trained_reward_model):
+        return stage.earlier_model(2)
+    if not config.rlhf.has_critic:
+        return None
+    if config.reward.initialize_from == "sft":
+        return stage.earlier_model(1)
+    return stage.model_directory(config.reward_model_source)
+
+
+def load_critic(stage: Stage, scorer: Path | None, chat_format: ChatFormat) -> Scorer:
+    """The critic as it starts, in fp32."""
+    assert scorer is not None
+    is_trained = stage.config.rlhf.has_reward_model or stage.config.trained_reward_model
+    layers = 0 if is_trained else stage.config.reward.layers
+    model = load_scorer(scorer, chat_format, torch.float32, layers)
+    return Scorer(model, stage.config.rlhf.critic.lora).to(stage.ranks.device)
+
+
 class Roles:
     """Actor and critic under ZeRO; reference and reward frozen. The critic starts as the reward model."""
 
-    def __init__(self, stage: Stage, sft: Path, reward: Path, chat_format: ChatFormat, updates: tuple[int, int]):
-        """`updates` are the optimiser steps that the learning rates of actor and critic span."""
+    def __init__(self, stage: Stage, sft: Path, scorer: Path | None, chat_format: ChatFormat, updates: tuple[int, int]):
+        """`scorer` is that of `starting_scorer`; `updates` the optimiser steps that the learning rates of actor and
+        critic span."""
         settings, ranks, dtype = stage.config.rlhf, stage.ranks, stage.dtype
         self.settings = settings
         actor = Policy(load_causal_lm(sft, chat_format, torch.float32), settings.actor.lora).to(ranks.device)
-        critic = Scorer(load_scorer(reward, chat_format, torch.float32), settings.critic.lora).to(ranks.device)
+        critic = load_critic(stage, scorer, chat_format) if settings.has_critic else None
         self.actor = ZeroEngine(actor, settings.actor, dtype, updates[0], ranks)
-        self.critic = ZeroEngine(critic, settings.critic, dtype, updates[1], ranks)
+        self._critic = None if critic is None else ZeroEngine(critic, settings.critic, dtype, updates[1], ranks)
+        self.ema = MovingAverage(self.actor, settings.ema) if settings.ema else None
         tensor = settings.generation_tensor_parallel
         self.generation_layout = Layout.over(ranks.size, tensor, settings.actor.zero_stage)
         parts = tensor_parallel_of(self.generation_layout) if tensor > 1 else None
@@ -44,12 +72,21 @@ class Roles:
         if not self.reference_is_actor:
             reference = Policy(load_causal_lm(sft, chat_format, dtype)).to(ranks.device)
             self._reference = freeze(reference, settings.reference, dtype)
-        scorer = Scorer(load_scorer(reward, chat_format, dtype)).to(ranks.device)
-        self._reward = freeze(scorer, settings.reward, dtype)
+        self._reward: nn.Module | None = None
+        if settings.has_reward_model:
+            assert scorer is not None
+            reward = Scorer(load_scorer(scorer, chat_format, dtype)).to(ranks.device)
+            self._reward = freeze(reward, settings.reward, dtype)
         frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]
         self._frozen_blocked = [
             BlockedWeights(role) for role, placed in frozen if role is not None and placed.zero_stage == 0
         ]
+
+    @property
+    def critic(self) -> ZeroEngine:
+        """Only `advantage=gae` has one."""
+        assert self._critic is not None
+        return self._critic
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -58,8 +95,8 @@ class Roles:
         Not the actor: old log-probabilities must round as in training.
         """
         blocked = list(self._frozen_blocked)
-        if self.critic.settings.zero_stage < 3:
-            blocked.append(BlockedWeights(self.critic.module))
+        if self._critic is not None and self._critic.settings.zero_stage < 3:
+            blocked.append(BlockedWeights(self._critic.module))
         with ExitStack() as stack:
             for weights in blocked:
                 stack.enter_context(weights.in_use())
@@ -86,6 +123,7 @@ class Roles:
     @torch.no_grad()
     def scores(self, batch: TokenBatch) -> Tensor:
         """Of the reward model at each sample's last token, float32 (rows)."""
+        assert self._reward is not None
         return at_last_token(self._reward(batch), batch)
 
     def score(self, role: str, batch: TokenBatch) -> Tensor:
@@ -101,11 +139,17 @@ class Roles:
     def save(self, directory: Path) -> None:
         """All ranks call it."""
         self.actor.save(directory / "actor")
-        self.critic.save(directory / "critic")
+        if self._critic is not None:
+            self._critic.save(directory / "critic")
+        if self.ema is not None:
+            self.ema.save(directory / "ema")
 
     def load(self, directory: Path) -> None:
         self.actor.load(directory / "actor")
-        self.critic.load(directory / "critic")
+        if self._critic is not None:
+            self._critic.load(directory / "critic")
+        if self.ema is not None:
+            self.ema.load(directory / "ema")
 
 
 def response_values(scores: Tensor, batch: TokenBatch) -> Tensor:

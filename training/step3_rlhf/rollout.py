@@ -10,7 +10,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from training.calls import PPO, with_recomputed_logprobs
+from training.calls import rlhf_calls, with_recomputed_logprobs
 from training.data.batching import plan_micro_batches
 from training.fusion.aside import Aside
 from training.fusion.board import Board
@@ -42,7 +42,8 @@ class Rollout:
         self.keeps_generation_logprobs = self.settings.old_logprobs == "generation" or (
             self.settings.old_logprobs == "auto" and stage.dtype == torch.float32 and whole_distribution
         )
-        self.calls = PPO if self.keeps_generation_logprobs else with_recomputed_logprobs(PPO)
+        calls = rlhf_calls(self.settings.advantage, self.settings.has_reward_model)
+        self.calls = calls if self.keeps_generation_logprobs else with_recomputed_logprobs(calls)
         """What an iteration runs, and what the planner plans."""
         self.engine: GenerationEngine | None = None
         self.forced_lengths: Callable[[int], list[int]] | None = None

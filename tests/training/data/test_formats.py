@@ -2,6 +2,7 @@ import pytest
 
 from training.data.files import BadRow, LeftOut, parse_line
 from training.data.formats import format_of, parse_row
+from training.data.split import split_rows
 
 
 def user(text):
@@ -81,6 +82,14 @@ def test_each_answer_of_a_conversation_is_a_row():
 def test_a_greeting_of_the_assistant_is_context_only():
     turns = [assistant("hello"), user("a"), assistant("b")]
     assert parse_row({"messages": turns}) == [{"prompt": turns[:2], "response": "b"}]
+
+
+def test_other_keys_of_a_prompt_are_kept_for_a_reward_function():
+    row = {"prompt": "2 + 2?", "answer": 4, "level": "easy"}
+    parsed = parse_row(row)
+    assert parsed == [{"prompt": [user("2 + 2?")], "extra": {"answer": 4, "level": "easy"}}]
+    sets = split_rows(parsed * 3, (1, 1, 1), 0.1, seed=0)
+    assert sets.prompts_train + sets.prompts_eval == parsed * 3
 
 
 def test_prompt_alone():

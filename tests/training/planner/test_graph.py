@@ -74,3 +74,14 @@ def test_an_unknown_algorithm():
 def test_the_trainer_can_declare_its_calls_without_torch_or_the_planner():
     code = "import sys, training.calls; print({'torch', 'numpy', 'training.planner'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo", "reinforce++"])
+@pytest.mark.parametrize("with_reward_model", [True, False])
+def test_what_step_3_runs_is_a_graph_with_the_roles_that_it_loads(advantage, with_reward_model):
+    graph = DataflowGraph(calls.rlhf_calls(advantage, with_reward_model))
+    roles = {"actor", "reference"}
+    roles |= {"critic"} if advantage == "gae" else set()
+    roles |= {"reward"} if with_reward_model else set()
+    assert set(graph.roles) == roles
+    assert graph.trained_roles == (("actor", "critic") if advantage == "gae" else ("actor",))

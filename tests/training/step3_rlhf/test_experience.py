@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.config import RLHFSettings
-from training.step3_rlhf.experience import Experience, Targets, total_score
+from training.step3_rlhf.experience import Experience, Targets, distinct_bigrams, total_score
 
 
 def make(index: int, logprobs: list[float], reference: list[float], score: float, ended: bool = True) -> Experience:
@@ -68,3 +68,67 @@ def test_length_and_ended_fraction():
     assert (metrics["response/length_mean"], metrics["response/length_max"]) == (3.0, 4.0)
     assert metrics["response/ended_fraction"] == 0.5
     assert (metrics["reward/score_mean"], metrics["reward/score_min"], metrics["reward/score_max"]) == (2.0, 1.0, 3.0)
+
+
+def two_prompts() -> list[Experience]:
+    """Two samples each; k1 of the first sample's two tokens is 0.5 each, else 0."""
+    return [
+        make(0, [-1.0, -1.0], [-1.5, -1.5], 2.0),
+        make(1, [-1.0], [-1.0], 1.0),
+        make(2, [-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0], -1.0),
+        make(3, [-1.0], [-1.0], 1.0),
+    ]
+
+
+def advantages_by(estimator: str, **settings) -> list[list[float]]:
+    settings = {"score_clip": 0, "whiten_advantages": False, "samples_per_prompt": 2, **settings}
+    targets = Targets.of(two_prompts(), RLHFSettings(advantage=estimator, **settings), kl_coefficient=1.0)
+    return [row[mask].tolist() for row, mask in zip(targets.advantages, targets.mask, strict=True)]
+
+
+def test_rloo_compares_whole_samples_penalty_included():
+    # rewards 2 - 0.5 - 0.5 = 1 and 1; -1 and 1
+    assert advantages_by("rloo") == [[0.0, 0.0], [0.0], [-2.0, -2.0, -2.0], [2.0]]
+    # without the penalty: 2 and 1
+    assert advantages_by("rloo", kl={"place": "loss"}) == [[1.0, 1.0], [-1.0], [-2.0, -2.0, -2.0], [2.0]]
+
+
+def test_grpo_normalises_the_scores_of_a_prompt_and_leaves_the_penalty_to_the_loss():
+    found = advantages_by("grpo")
+    first = 0.5 / (0.5**0.5 + 1e-4)  # scores 2 and 1: deviation sqrt(1 / 2)
+    second = 1 / (2**0.5 + 1e-4)  # scores -1 and 1: deviation sqrt(2)
+    expected = [[first, first], [-first], [-second] * 3, [second]]
+    for row, wanted in zip(found, expected, strict=True):
+        assert row == pytest.approx(wanted)
+    assert advantages_by("grpo", kl={"place": "reward"})[0] == [0.0, 0.0]  # rewards 1 and 1
+
+
+def test_reinforce_takes_the_penalty_to_come_and_whitens_over_the_batch():
+    # scores less the prompt's mean: 0.5, -0.5, -1, 1; the first sample pays 0.5 a token
+    assert advantages_by("reinforce++") == [[-0.5, 0.0], [-0.5], [-1.0, -1.0, -1.0], [1.0]]
+    assert advantages_by("reinforce++", samples_per_prompt=1)[3] == [1.0]  # no baseline but the whitening
+    whitened = advantages_by("reinforce++", whiten_advantages=True)
+    values = torch.tensor([value for row in whitened for value in row])
+    assert values.mean().item() == pytest.approx(0, abs=1e-6) and values.std(correction=0).item() == pytest.approx(1)
+
+
+def test_without_a_critic_nothing_is_said_of_values_and_groups_are_measured():
+    settings = RLHFSettings(advantage="rloo", samples_per_prompt=2, score_clip=0)
+    experience = two_prompts()
+    experience[1].score = 2.0  # as the other one of its prompt
+    metrics = Targets.of(experience, settings, 0.0).metrics(experience, 0.0)
+    assert not [name for name in metrics if name.startswith(("value/", "returns/"))]
+    assert metrics["reward/groups_alike"] == 0.5 and metrics["reward/group_std"] == 0.5  # deviations 0 and 1
+
+
+def test_distinct_bigrams_are_counted_within_a_response():
+    once, looping = torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 5, 6, 5])
+    assert distinct_bigrams([once]) == 1.0
+    assert distinct_bigrams([looping]) == 0.5  # 56 65 56 65
+    assert distinct_bigrams([once, once, looping, torch.tensor([7])]) == pytest.approx(2.5 / 3)
+
+
+def test_the_correlation_of_score_and_length():
+    experience = [make(i, [-1.0] * (i + 1), [-1.0] * (i + 1), float(-i)) for i in range(4)]
+    metrics = Targets.of(experience, SETTINGS, 0.0).metrics(experience, 0.0)
+    assert metrics["reward/length_correlation"] == pytest.approx(-1)

@@ -132,3 +132,36 @@ def test_adaptive_kl_follows_its_target_and_a_fixed_one_stays():
     fixed = ppo_math.KLController(coefficient=0.3, target=0.0, horizon=100.0)
     fixed.update(kl=50.0, samples=10)
     assert fixed.coefficient == 0.3
+
+
+def test_leave_one_out_takes_off_the_mean_of_the_others():
+    # first prompt: 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2; second prompt: all alike
+    found = ppo_math.leave_one_out(torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0]), 3)
+    assert found.tolist() == [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]
+
+
+def test_group_normalisation_has_one_mean_and_deviation_a_prompt():
+    # means 2 and 10; unbiased deviations sqrt(2) and 0
+    found = ppo_math.group_normalized(torch.tensor([1.0, 3.0, 10.0, 10.0]), 2)
+    one = 1 / (2**0.5 + 1e-4)
+    assert found.tolist() == pytest.approx([-one, one, 0.0, 0.0])
+
+
+def test_the_group_mean_is_no_baseline_for_a_single_sample():
+    rewards = torch.tensor([1.0, 3.0, 5.0, 5.0])
+    assert ppo_math.less_group_mean(rewards, 2).tolist() == [-1.0, 1.0, 0.0, 0.0]
+    assert ppo_math.less_group_mean(rewards, 1).tolist() == rewards.tolist()
+
+
+def test_returns_are_the_rewards_to_come_discounted():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rewards = torch.tensor([[1.0, 0.0, 4.0], [2.0, 0.0, 0.0]])
+    found = ppo_math.discounted_returns(rewards, mask, gamma=0.5)
+    assert found.tolist() == [[1 + 0.25 * 4, 0.5 * 4, 4.0], [2.0, 0.0, 0.0]]
+
+
+def test_correlation():
+    assert ppo_math.correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])) == pytest.approx(1)
+    # centred: (-1, 0, 1) and (0, 1, -1): -1 / (sqrt 2 * sqrt 2)
+    assert ppo_math.correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 1.0])) == pytest.approx(-0.5)
+    assert ppo_math.correlation(torch.tensor([1.0, 2.0]), torch.tensor([7.0, 7.0])) == 0

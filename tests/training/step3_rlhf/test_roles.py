@@ -1,14 +1,19 @@
 """The roles of step 3, on real DeepSpeed engines."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from benchmarks import work
 from benchmarks.work import Lengths, Size
 from inference.generation.cpu_weights import BlockedWeights
 from tests.ranks import run_ranks
+from training.config import load_config
 from training.data.batching import TokenBatch
+from training.step3_rlhf.roles import starting_scorer
 
 
 def score_inside_and_outside(ranks, directory):
@@ -52,3 +57,25 @@ def test_scoring_on_blocked_weights_gives_what_the_plain_ones_give(tmp_path):
         linear + 1,
         linear + 1,
     ]  # reference (output head), reward and critic (score head)
+
+
+FUNCTION = ["rlhf.reward_function=a.py:f", "rlhf.reward_weights.model=0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "step 2"),
+        (["trained_reward_model=t", "rlhf.reward_function=a.py:f"], "step 2"),  # which is t then
+        (["rlhf.advantage=reinforce++"], "step 2"),
+        (FUNCTION, "base"),
+        ([*FUNCTION, "reward.initialize_from=sft"], "step 1"),
+        ([*FUNCTION, "trained_reward_model=t"], "step 2"),
+        ([*FUNCTION, "rlhf.advantage=reinforce++"], "None"),
+        ([*FUNCTION, "rlhf.advantage=reinforce++", "trained_reward_model=t"], "None"),
+    ],
+)
+def test_what_reward_model_and_critic_start_as(given, expected):
+    config = load_config([], ["model=m", "reward_model=base", *given])
+    stage = SimpleNamespace(config=config, earlier_model=lambda step: Path(f"step {step}"), model_directory=Path)
+    assert str(starting_scorer(stage)) == expected

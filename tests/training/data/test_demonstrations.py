@@ -1,0 +1,32 @@
+"""Where the demonstrations of PPO-ptx come from."""
+
+import json
+
+import pytest
+
+from inference.errors import UserError
+from training.config import RunConfig
+from training.data.demonstrations import demonstrations
+
+
+def config(**ptx) -> RunConfig:
+    return RunConfig(model="m", data={"limit": 1}, rlhf={"ptx": ptx})
+
+
+def test_they_are_those_of_step_1_unless_a_file_is_named(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "a"}], "response": "b"}
+    (tmp_path / "sft_train.jsonl").write_text(json.dumps(row) + "\n")
+    assert demonstrations(config(), tmp_path) == [row]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": p, "response": "d"}) + "\n" for p in "xy") + '{"prompt": "z"}\n')
+    found = demonstrations(config(source=str(other)), tmp_path)
+    assert [row["prompt"][0]["content"] for row in found] == ["x", "y"]  # data.limit is for data.source
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_without_any_there_is_a_sentence(tmp_path, named):
+    (tmp_path / "sft_train.jsonl").write_text("")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "z"}\n')
+    source = str(tmp_path / "prompts.jsonl") if named else ""
+    with pytest.raises(UserError, match=r"rlhf\.ptx needs rows with a prompt and a response"):
+        demonstrations(config(source=source), tmp_path)
