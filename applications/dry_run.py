@@ -76,11 +76,9 @@ def _machine_and_models(outlook: Outlook) -> list[str]:
 def _scorers(outlook: Outlook) -> list[str]:
     """What reward model and critic start from, those that there are."""
     rlhf = outlook.config.rlhf
-    has_reward, has_critic = (
-        {2, 3} & set(outlook.steps) and rlhf.has_reward_model,
-        3 in outlook.steps and rlhf.has_critic,
-    )
-    roles = ["reward"] * bool(has_reward) + ["critic"] * has_critic
+    if not {2, 3} & set(outlook.steps):
+        return []
+    roles = ["reward"] * rlhf.has_reward_model + ["critic"] * rlhf.has_critic
     source = f"{scorer_source(outlook.config)}, {_parameters(outlook.scorer, scorer=True)}"
     return [_line(", ".join(roles), source)] if roles else []
 

@@ -26,8 +26,8 @@ class Panel:
     rows: Mapping[str, Sequence[Bar]]
 
 
-def gantt_svg(panels: Sequence[Panel], colours: Mapping[str, str]) -> str:
-    """The panels one below the other on one scale of seconds, with a legend; `colours` are by kind."""
+def gantt_svg(panels: Sequence[Panel], colours: Mapping[str, str], unit: str = "s") -> str:
+    """The panels one below the other on one scale of time, with a legend; `colours` are by kind."""
     longest = max(bar.end for panel in panels for bars in panel.rows.values() for bar in bars)
     scale = (WIDTH - LEFT - 20) / longest
     parts: list[str] = []
@@ -38,10 +38,10 @@ def gantt_svg(panels: Sequence[Panel], colours: Mapping[str, str]) -> str:
         for label, bars in panel.rows.items():
             parts.append(f'<text x="10" y="{top + ROW - 9}" {FONT}>{escape(label)}</text>')
             parts.append(f'<rect x="{LEFT}" y="{top}" width="{longest * scale:.1f}" height="{ROW}" fill="#f4f4f4"/>')
-            parts += [bar_svg(bar, top, scale, colours) for bar in bars]
+            parts += [bar_svg(bar, top, scale, colours, unit) for bar in bars]
             top += ROW + GAP
         top += GAP
-    parts += axis(top, longest, scale)
+    parts += axis(top, longest, scale, unit)
     top += 30
     for place, (kind, colour) in enumerate(colours.items()):
         x = LEFT + place * 110
@@ -56,17 +56,17 @@ def gantt_svg(panels: Sequence[Panel], colours: Mapping[str, str]) -> str:
     )
 
 
-def bar_svg(bar: Bar, top: float, scale: float, colours: Mapping[str, str]) -> str:
+def bar_svg(bar: Bar, top: float, scale: float, colours: Mapping[str, str], unit: str) -> str:
     x, width = LEFT + bar.start * scale, max(0.5, (bar.end - bar.start) * scale)
-    title = f"{bar.label or bar.kind}: {bar.start:.3f} to {bar.end:.3f} s"
+    title = f"{bar.label or bar.kind}: {bar.start:.3f} to {bar.end:.3f} {unit}"
     return (
         f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="{ROW}" fill="{colours[bar.kind]}">'
         f"<title>{escape(title)}</title></rect>"
     )
 
 
-def axis(top: float, longest: float, scale: float) -> list[str]:
-    """Ticks at round seconds, about ten of them."""
+def axis(top: float, longest: float, scale: float, unit: str) -> list[str]:
+    """Ticks at round times, about ten of them."""
     step = next(
         step
         for power in range(-4, 6)
@@ -77,5 +77,5 @@ def axis(top: float, longest: float, scale: float) -> list[str]:
     for place in range(int(longest / step) + 1):
         x = LEFT + place * step * scale
         parts.append(f'<line x1="{x:.1f}" y1="{top - 6}" x2="{x:.1f}" y2="{top}" stroke="#888"/>')
-        parts.append(f'<text x="{x:.1f}" y="{top + 14}" {FONT} text-anchor="middle">{place * step:g} s</text>')
+        parts.append(f'<text x="{x:.1f}" y="{top + 14}" {FONT} text-anchor="middle">{place * step:g} {unit}</text>')
     return parts

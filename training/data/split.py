@@ -115,5 +115,5 @@ def add_rows(sets: RowSets, step: int, group: list[Row], evaluation: bool) -> No
             (sets.pairs_eval if evaluation else sets.pairs_train).append(cast(PairRow, row))
         else:
             prompts = sets.prompts_eval if evaluation else sets.prompts_train
-            kept = {"extra": row["extra"]} if "extra" in row else {}
+            kept = {"extra": cast(PromptRow, row)["extra"]} if "extra" in row else {}
             prompts.append(cast(PromptRow, {"prompt": row["prompt"], **kept, **source}))

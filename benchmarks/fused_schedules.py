@@ -1,0 +1,235 @@
+"""Fused schedules of actor and critic training beside RLHFuse's published ones (arXiv 2409.13221).
+
+    python -m benchmarks.fused_schedules --csv tests/data/fused_schedule_instances.csv
+    python -m benchmarks.fused_schedules --csv FILE --only 1 --svg schedule.svg
+    python -m benchmarks.fused_schedules --csv FILE --beyond
+
+Model A runs device 0 -> N - 1, model B the other way, in copies where it has fewer stages; a backward takes twice its
+forward. Found schedules are checked by a second evaluator. Ends with 1 where a target is missed: serial 1F1B to the
+unit; the lower bound met within 20 s; peak memory at most 10 % above that of the published annealed schedule. An
+empty published cell is not compared. `--beyond` prints two more tables: schedules of several mini-batches
+without the barrier between them, and with backwards cut into input and weight gradients.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.gantt import Bar, Panel, gantt_svg
+from training.planner.fusion.baselines import interleaved_greedy, serial_1f1b
+from training.planner.fusion.bound import ROUNDING
+from training.planner.fusion.instance import KINDS, MODELS, Instance, Pipeline
+from training.planner.fusion.replay import check, replay
+from training.planner.fusion.schedule import Schedule
+from training.planner.fusion.search import SECONDS, Outcome, find_schedule
+
+SECONDS_TARGET, MEMORY_TARGET = 20, 1.10
+BACKWARD_TO_FORWARD = 2
+MINI_BATCHES, SPLIT_SHARE = 3, 0.5
+"""Of `--beyond`."""
+COLOURS = {
+    "A forward": "#7fb2e5",
+    "A backward": "#2f6fb3",
+    "A weight": "#17406b",
+    "B forward": "#f5c07a",
+    "B backward": "#d9822b",
+    "B weight": "#8a4b0f",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An instance and what was published about it; NaN where nothing was."""
+
+    name: str
+    instance: Instance
+    serial: float
+    greedy: float
+    annealed: float
+    bound: float
+    memory_serial: float
+    memory_annealed: float
+
+    @classmethod
+    def of(cls, line: dict[str, str]) -> "Row":
+        def pipeline(model: str) -> Pipeline:
+            forward = float(line[f"forward_{model}"])
+            return Pipeline(
+                int(line[f"stages_{model}"]),
+                int(line[f"microbatches_{model}"]),
+                forward,
+                BACKWARD_TO_FORWARD * forward,
+                float(line[f"activation_{model}"]),
+            )
+
+        published = ("serial_1f1b", "greedy_published", "annealed_published", "lower_bound", "memory_serial")
+        figures = [float(line.get(name) or math.nan) for name in (*published, "memory_annealed")]
+        return cls(line["id"], Instance(pipeline("a"), pipeline("b")), *figures)
+
+
+@dataclass(frozen=True)
+class Result:
+    row: Row
+    serial: Schedule
+    greedy: Schedule
+    outcome: Outcome
+
+    @property
+    def memory_factor(self) -> float:
+        """Against the published annealed schedule."""
+        return self.outcome.schedule.peak_memory / self.row.memory_annealed
+
+    @property
+    def missed(self) -> list[str]:
+        """Targets. Comparisons are such that NaN, nothing published, misses none."""
+        row, outcome = self.row, self.outcome
+        makespan = outcome.schedule.makespan
+        checks = {
+            "serial 1F1B": differs(self.serial.makespan, row.serial),
+            "serial memory": differs(self.serial.peak_memory, row.memory_serial),
+            "bound": not outcome.is_optimal and not makespan <= row.bound * (1 + ROUNDING),
+            "seconds": outcome.seconds > SECONDS_TARGET,
+            "memory": self.memory_factor > MEMORY_TARGET * (1 + ROUNDING),
+        }
+        return [f"{name} of {row.name}" for name, is_missed in checks.items() if is_missed]
+
+
+def differs(ours: float, published: float) -> bool:
+    return abs(ours - published) > ROUNDING * abs(published)
+
+
+def read_rows(file: Path) -> list[Row]:
+    with file.open() as lines:
+        return [Row.of(line) for line in csv.DictReader(lines)]
+
+
+def solve(row: Row, seed: int, seconds: float) -> Result:
+    outcome = find_schedule(row.instance, seed=seed, seconds=seconds)
+    checked(outcome.schedule)
+    return Result(row, serial_1f1b(row.instance), interleaved_greedy(row.instance), outcome)
+
+
+def checked(schedule: Schedule) -> None:
+    """By the second evaluator."""
+    check(schedule)
+    found = replay(schedule.instance, schedule.orders)
+    if differs(found[0], schedule.makespan) or differs(found[1], schedule.peak_memory):
+        raise AssertionError(f"two evaluators disagree: {found} and {schedule.makespan, schedule.peak_memory}")
+
+
+def number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.10g}"
+
+
+NAMES = "id|size|serial|publ.|greedy|publ.|fused|publ.|bound|publ.|serial B|fused B|publ.|short s|all s".split("|")
+WIDTHS = (4, 12, 6, 6, 6, 6, 6, 6, 6, 6, 8, 7, 6, 7, 6)
+
+
+def line_of(cells: Sequence[str]) -> str:
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def print_result(result: Result) -> None:
+    """Published figures stand behind ours; B is memory, `short` the time to the makespan: the rest went into memory."""
+    row, outcome, fused = result.row, result.outcome, result.outcome.schedule
+    a, b = row.instance.models
+    figures = (
+        *(result.serial.makespan, row.serial, result.greedy.makespan, row.greedy, fused.makespan, row.annealed),
+        *(outcome.lower_bound, row.bound, result.serial.peak_memory, fused.peak_memory, row.memory_annealed),
+    )
+    seconds = (f"{outcome.seconds_to_makespan:.1f}", f"{outcome.seconds:.1f}")
+    size = f"{a.stages}/{b.stages} {a.micro_batches}/{b.micro_batches}"
+    proved = "optimal" if outcome.is_optimal else "not proved to be optimal"
+    line = line_of([row.name, size, *map(number, figures), *seconds])
+    print(f"{line}  {proved}" + (", memory too" if outcome.is_memory_optimal else ""), flush=True)
+
+
+def print_summary(results: list[Result]) -> list[str]:
+    """Returns the targets that are missed."""
+    missed = [name for result in results for name in result.missed]
+    optimal = sum(result.outcome.is_optimal for result in results)
+    gains = [result.serial.makespan / result.outcome.schedule.makespan for result in results]
+    factors = [result.memory_factor for result in results if not math.isnan(result.memory_factor)]
+    print(
+        f"optimal in {optimal} of {len(results)}; {min(gains):.2f} to {max(gains):.2f} times faster than serial 1F1B; "
+        f"at most {max(result.outcome.seconds for result in results):.1f} s (target {SECONDS_TARGET})"
+    )
+    if factors:
+        print(
+            f"peak memory against the published annealed schedule: {min(factors):.2f} to {max(factors):.2f} "
+            f"(target {MEMORY_TARGET:.2f})"
+        )
+    print("MISSED: " + ", ".join(missed) if missed else "all targets met")
+    return missed
+
+
+def print_beyond(results: list[Result], mini_batches: int, share: float, seed: int, seconds: float) -> None:
+    """What more freedom brings. Both searches start from the fused schedule, so they are never worse."""
+    print(f"\n{mini_batches} mini-batches, without a barrier between them:")
+    print("  id  barrier     free    bound   memory     free")
+    for result in results:
+        barrier = result.outcome.schedule.repeated(mini_batches)
+        print_outcome(result, barrier, find_schedule(barrier.instance, seed, seconds=seconds, start=barrier))
+    print(f"\nbackwards split, {share:.0%} for the weight gradients:")
+    print("  id    whole    split    bound   memory    split")
+    for result in results:
+        whole = result.outcome.schedule.split(share)
+        print_outcome(result, whole, find_schedule(whole.instance, seed, seconds=seconds, start=whole))
+
+
+def print_outcome(result: Result, start: Schedule, outcome: Outcome) -> None:
+    found = outcome.schedule
+    checked(found)
+    figures = (start.makespan, found.makespan, outcome.lower_bound, start.peak_memory, found.peak_memory)
+    cells = " ".join(f"{number(figure):>8}" for figure in figures)
+    print(f"{result.row.name:>4} {cells}  {'optimal' if outcome.is_optimal else ''}", flush=True)
+
+
+def picture(result: Result) -> str:
+    panels = [
+        Panel(
+            f"Instance {result.row.name}, {name}: {schedule.makespan:g}, peak memory {schedule.peak_memory:g}",
+            {
+                f"device {device}": [
+                    Bar(f"{MODELS[each.model]} {KINDS[each.kind]}", each.start, each.end, str(each)) for each in row
+                ]
+                for device, row in enumerate(schedule.by_device)
+            },
+        )
+        for name, schedule in (("serial 1F1B", result.serial), ("fused", result.outcome.schedule))
+    ]
+    shown = {bar.kind for panel in panels for bars in panel.rows.values() for bar in bars}
+    return gantt_svg(panels, {kind: colour for kind, colour in COLOURS.items() if kind in shown}, unit="units")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True, help="a file of the published form")
+    parser.add_argument("--only", nargs="+", metavar="ID", help="these instances alone")
+    parser.add_argument("--seed", type=int, default=0, help="of the search")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a search")
+    parser.add_argument("--svg", type=Path, help="draw the first instance, serial and fused, into this file")
+    parser.add_argument("--beyond", action="store_true", help="also without barrier, and with split backwards")
+    options = parser.parse_args(arguments)
+    rows = [row for row in read_rows(options.csv) if not options.only or row.name in options.only]
+    if not rows:
+        parser.error(f"no such instance in {options.csv}: see its column id")
+    print(line_of(NAMES))
+    results = []
+    for row in rows:
+        results.append(solve(row, options.seed, options.seconds))
+        print_result(results[-1])
+    missed = print_summary(results)
+    if options.svg:
+        options.svg.write_text(picture(results[0]))
+    if options.beyond:
+        print_beyond(results, MINI_BATCHES, SPLIT_SHARE, options.seed, options.seconds)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

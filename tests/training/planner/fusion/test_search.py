@@ -1,0 +1,116 @@
+"""The search: exact on the smallest instances, the published bound met, and never worse with more freedom."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.fused_schedules import read_rows
+from training.planner.fusion.instance import Instance, Pipeline
+from training.planner.fusion.replay import check, replay
+from training.planner.fusion.search import find_schedule
+
+from .conftest import INSTANCES, with_cap
+from .test_bound import FILE, SMALLEST, best_of_all
+
+SMALL = INSTANCES["equal"]
+LITTLE = 100_000
+"""Effort: some tenths of a second."""
+
+
+@pytest.mark.parametrize("instance", SMALLEST)
+def test_the_best_of_all_schedules_is_found(instance):
+    found = find_schedule(instance, effort=LITTLE).schedule
+    check(found)
+    assert (found.makespan, found.peak_memory) == best_of_all(instance)
+
+
+def test_a_published_instance():
+    """8 and 4 stages, 8 and 4 micro-batches; 225 and 15.6 are the published bound, and the memory of serial 1F1B."""
+    row = next(row for row in read_rows(FILE) if row.name == "5")
+    outcome = find_schedule(row.instance, seconds=60)
+    check(outcome.schedule)
+    assert outcome.schedule.makespan == row.bound == 225 and outcome.is_optimal
+    assert outcome.schedule.peak_memory <= 1.1 * row.memory_annealed
+    assert replay(row.instance, outcome.schedule.orders) == (225, outcome.schedule.peak_memory)
+
+
+def test_every_kind_of_instance(instance):
+    outcome = find_schedule(instance, effort=LITTLE)
+    check(outcome.schedule)
+    assert outcome.lower_bound <= outcome.schedule.makespan + 1e-9
+    assert outcome.memory_bound <= outcome.schedule.peak_memory
+    assert replay(instance, outcome.schedule.orders)[0] == pytest.approx(outcome.schedule.makespan)
+
+
+def test_the_same_seed_gives_the_same_schedule():
+    one, same, other = (find_schedule(INSTANCES["copies"], seed, LITTLE) for seed in (3, 3, 4))
+    assert one.schedule == same.schedule and one.dispatched == same.dispatched
+    assert (other.dispatched, other.schedule) != (one.dispatched, one.schedule), "the seed matters"
+
+
+def test_the_memory_cap_is_kept():
+    free = find_schedule(SMALL, effort=LITTLE).schedule
+    capped = find_schedule(with_cap(SMALL, 0.75 * free.peak_memory), effort=LITTLE).schedule
+    check(capped)
+    assert capped.peak_memory <= 0.75 * free.peak_memory
+    assert capped.makespan > free.makespan, "memory at the shortest makespan was as small as can be"
+    tight = find_schedule(with_cap(SMALL, SMALL.a.activation + SMALL.b.activation), effort=LITTLE).schedule
+    check(tight)
+
+
+def test_a_cap_without_room_is_refused():
+    with pytest.raises(ValueError, match="room for one micro-batch of each model"):
+        with_cap(SMALL, 2)
+
+
+@pytest.mark.parametrize("name", ["equal", "copies", "no whole multiple"])
+def test_split_backwards_are_never_worse(name):
+    whole = find_schedule(INSTANCES[name], effort=LITTLE)
+    start = whole.schedule.split(0.5)
+    split = find_schedule(start.instance, effort=LITTLE, start=start)
+    check(split.schedule)
+    assert split.lower_bound <= whole.lower_bound + 1e-9
+    assert split.schedule.makespan <= whole.schedule.makespan + 1e-9
+
+
+def test_split_backwards_fill_what_whole_ones_cannot():
+    """Model B is nothing to speak of. A: 2 stages, 2 micro-batches, f = 1, b = 2. Whole: (2 + 1) x 3 = 9. In halves:
+    the last stage works from 1 to 7 (F B F B W W); the first does F F, and from 3 on B W B W, which ends at 7 too."""
+    instance = Instance(Pipeline(2, 2, 1, 2, 1), Pipeline(2, 1, 1e-6, 2e-6, 0))
+    assert find_schedule(instance, effort=LITTLE).schedule.makespan == pytest.approx(9, abs=1e-4)
+    assert find_schedule(instance.split(0.5), effort=LITTLE).schedule.makespan == pytest.approx(7, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["equal", "copies"])
+def test_without_the_barrier_mini_batches_are_never_slower(name):
+    one = find_schedule(INSTANCES[name], effort=LITTLE)
+    barrier = one.schedule.repeated(3)
+    check(barrier)
+    free = find_schedule(barrier.instance, effort=2 * LITTLE, start=barrier)
+    check(free.schedule)
+    assert barrier.makespan == pytest.approx(3 * one.schedule.makespan)
+    assert free.lower_bound <= free.schedule.makespan <= barrier.makespan
+    if name == "equal":  # else A alone takes as long as the schedule
+        assert free.lower_bound < 3 * one.lower_bound, "another mini-batch fills what the barrier leaves idle"
+        assert free.schedule.makespan < barrier.makespan
+
+
+def test_a_start_that_is_better_is_kept():
+    good = find_schedule(SMALL, effort=LITTLE)
+    again = find_schedule(SMALL, seed=1, effort=1, start=good.schedule)
+    assert (again.schedule.makespan, again.schedule.peak_memory) == (good.schedule.makespan, good.schedule.peak_memory)
+
+
+def test_times_may_be_fractions():
+    instance = Instance(Pipeline(4, 8, 0.37, 0.71, 1.3), Pipeline(2, 4, 0.113, 0.229, 0.7))
+    outcome = find_schedule(instance, effort=LITTLE)
+    check(outcome.schedule)
+    assert outcome.is_optimal
+
+
+def test_the_time_limit_ends_the_search():
+    large = Instance(Pipeline(16, 32, 2, 4, 1.64), Pipeline(16, 32, 1, 2, 1))
+    outcome = find_schedule(large, seconds=0.3)
+    check(outcome.schedule)
+    assert outcome.seconds < 3, "a schedule in the making is finished"
+    assert outcome.schedule.makespan < replace(large, mini_batches=1).a.serial + large.b.serial

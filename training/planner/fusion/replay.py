@@ -1,0 +1,105 @@
+"""A second look at schedules, independent of `schedule.py`: events in order of time, and rules checked one by one."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
+from training.planner.fusion.bound import ROUNDING
+from training.planner.fusion.instance import BACKWARD, FORWARD, Instance
+from training.planner.fusion.schedule import ImpossibleSchedule, Operation, Order, Schedule
+
+
+def replay(instance: Instance, orders: Sequence[Order]) -> tuple[float, float]:
+    """Makespan and peak memory of devices that work off their orders and tell each other when something has ended."""
+    arrived: Counter[tuple[int, int, int]] = Counter()  # what a device may do, by (device, model, kind)
+    done: Counter[tuple[int, int, int]] = Counter()
+    for device, model in itertools.product(range(instance.devices), range(2)):
+        if instance.before(model, device) is None:
+            arrived[device, model, FORWARD] = instance.micro_batches(model)
+    waiting = [list(reversed(order)) for order in orders]
+    alive = [[0, 0] for _ in orders]
+    running: list[tuple[float, int, int, int]] = []  # (end, device, model, kind)
+    idle = set(range(instance.devices))
+    now = peak = 0.0
+    while True:
+        for device in sorted(idle):
+            if not waiting[device]:
+                continue
+            model, kind = waiting[device][-1]
+            each = instance.models[model]
+            started = done[device, model, kind]  # first in, first out, and nothing of this kind is running here
+            steps_due = started // each.micro_batches * each.micro_batches if kind == FORWARD else 0
+            if started == arrived[device, model, kind] or done[device, model, each.kinds[-1]] < steps_due:
+                continue
+            waiting[device].pop()
+            idle.remove(device)
+            if kind == FORWARD:
+                alive[device][model] += 1
+                held = alive[device][0] * instance.a.activation + alive[device][1] * instance.b.activation
+                peak = max(peak, held)
+            heappush(running, (now + each.times[kind], device, model, kind))
+        if not running:
+            break
+        now = running[0][0]
+        while running and running[0][0] == now:
+            _, device, model, kind = heappop(running)
+            each = instance.models[model]
+            done[device, model, kind] += 1
+            idle.add(device)
+            alive[device][model] -= kind == each.kinds[-1]
+            following = instance.after(model, device) if kind == FORWARD else instance.before(model, device)
+            if kind == FORWARD and following is None:
+                arrived[device, model, BACKWARD] += 1
+            elif following is not None and kind in (FORWARD, BACKWARD):
+                arrived[following, model, kind] += 1
+            if kind == BACKWARD and each.weight:
+                arrived[device, model, each.kinds[-1]] += 1
+    if any(waiting):
+        raise ImpossibleSchedule("the devices wait for each other")
+    return now, peak
+
+
+def check(schedule: Schedule) -> None:
+    """Raises ImpossibleSchedule, with the reason, for what no devices could do or the instance does not allow."""
+    instance = schedule.instance
+    rounding = ROUNDING * schedule.makespan
+    known: dict[tuple[int, int, int, int], Operation] = {each[:4]: each for each in schedule.operations}
+    needed = {
+        (device, model, kind, micro_batch)
+        for device, (model, each) in itertools.product(range(instance.devices), enumerate(instance.models))
+        for kind, micro_batch in itertools.product(each.kinds, range(instance.micro_batches(model)))
+    }
+    if known.keys() != needed or len(known) != len(schedule.operations):
+        raise ImpossibleSchedule("an operation is missing, unknown or there twice")
+    for operation in schedule.operations:
+        device, model, kind, micro_batch, start, end = operation
+        if abs(end - start - instance.models[model].times[kind]) > rounding or start < -rounding:
+            raise ImpossibleSchedule(f"{operation} runs from {start:g} to {end:g}")
+        for key in _predecessors(instance, device, model, kind, micro_batch):
+            if known[key].end > start + rounding:
+                raise ImpossibleSchedule(f"{operation} starts at {start:g}, before the end of {known[key]}")
+    for row in schedule.by_device:
+        for one, other in itertools.pairwise(row):
+            if one.end > other.start + rounding:
+                raise ImpossibleSchedule(f"{other} starts at {other.start:g}, while {one} runs")
+    if schedule.peak_memory > instance.memory_cap * (1 + ROUNDING):
+        raise ImpossibleSchedule(f"memory is {schedule.peak_memory:g}, more than {instance.memory_cap:g}")
+
+
+def _predecessors(
+    instance: Instance, device: int, model: int, kind: int, micro_batch: int
+) -> list[tuple[int, int, int, int]]:
+    """What must have ended before: in the micro-batch, of the micro-batch before it, of the mini-batch before it."""
+    each = instance.models[model]
+    found = [(device, model, kind, micro_batch - 1)] if micro_batch else []
+    if kind != FORWARD:
+        found.append((device, model, kind - 1, micro_batch))
+    neighbour = {FORWARD: instance.before, BACKWARD: instance.after}.get(kind)
+    if neighbour is not None:
+        source = neighbour(model, device)
+        if source is not None:
+            found.append((source, model, kind, micro_batch))
+    if kind == FORWARD and micro_batch % each.micro_batches == 0 and micro_batch:
+        found.append((device, model, each.kinds[-1], micro_batch - 1))
+    return found

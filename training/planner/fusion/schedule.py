@@ -1,0 +1,182 @@
+"""A schedule: what each device does when, and how long and how much memory that takes."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS, MODELS, WEIGHT, Instance
+
+
+class Operation(NamedTuple):
+    """One bar of a Gantt chart."""
+
+    device: int
+    model: int
+    """0 is A, 1 is B."""
+    kind: int
+    """FORWARD, BACKWARD or WEIGHT."""
+    micro_batch: int
+    """From 0, in each copy of a model; counted on over the mini-batches."""
+    start: float
+    end: float
+
+    def __str__(self) -> str:
+        return f"{KINDS[self.kind]} of {MODELS[self.model]} {self.micro_batch} on device {self.device}"
+
+
+Order = list[tuple[int, int]]
+"""What a device does, one after the other: (model, kind). Micro-batches go first in, first out."""
+
+
+class ImpossibleSchedule(ValueError):
+    """The devices wait for each other, an operation is missing, or one stands where it cannot."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All operations of an instance with their times."""
+
+    instance: Instance
+    operations: tuple[Operation, ...]
+
+    @cached_property
+    def makespan(self) -> float:
+        return max(operation.end for operation in self.operations)
+
+    @cached_property
+    def by_device(self) -> list[list[Operation]]:
+        """Each device's operations in the order of their starts."""
+        rows: list[list[Operation]] = [[] for _ in range(self.instance.devices)]
+        for operation in sorted(self.operations, key=lambda operation: operation.start):
+            rows[operation.device].append(operation)
+        return rows
+
+    @property
+    def orders(self) -> list[Order]:
+        """What each device does, without times."""
+        return [[(operation.model, operation.kind) for operation in row] for row in self.by_device]
+
+    @cached_property
+    def device_memory(self) -> list[float]:
+        """The most that the activations alive on each device take at one time."""
+        return [self._peak(row) for row in self.by_device]
+
+    @property
+    def peak_memory(self) -> float:
+        return max(self.device_memory)
+
+    def repeated(self, mini_batches: int) -> "Schedule":
+        """One mini-batch after the other, both models together: the schedule with a barrier."""
+        if self.instance.mini_batches != 1:
+            raise ValueError("only the schedule of one mini-batch can be repeated")
+        models = self.instance.models
+        operations = [
+            operation._replace(
+                micro_batch=operation.micro_batch + place * models[operation.model].micro_batches,
+                start=operation.start + place * self.makespan,
+                end=operation.end + place * self.makespan,
+            )
+            for place in range(mini_batches)
+            for operation in self.operations
+        ]
+        return Schedule(self.instance.of_mini_batches(mini_batches), tuple(operations))
+
+    def split(self, share: float = 0.5) -> "Schedule":
+        """The same with every backward cut in two, the weight-gradient part right behind the other."""
+        instance = self.instance.split(share)
+        operations: list[Operation] = []
+        for operation in self.operations:
+            if operation.kind == BACKWARD:
+                middle = operation.start + instance.models[operation.model].backward
+                operations.append(operation._replace(end=middle))
+                operations.append(operation._replace(kind=WEIGHT, start=middle))
+            else:
+                operations.append(operation)
+        return Schedule(instance, tuple(operations))
+
+    def _peak(self, row: Iterable[Operation]) -> float:
+        models = self.instance.models
+        changes = []  # (time, -1 or 1, model): what ends at a time is freed before what begins then is taken
+        for operation in row:
+            if operation.kind == FORWARD:
+                changes.append((operation.start, 1, operation.model))
+            elif operation.kind == models[operation.model].kinds[-1]:
+                changes.append((operation.end, -1, operation.model))
+        alive = [0, 0]  # whole numbers, so that no rounding adds up
+        peak = 0.0
+        for _, change, model in sorted(changes):
+            alive[model] += change
+            peak = max(peak, sum(number * each.activation for number, each in zip(alive, models, strict=True)))
+        return peak
+
+
+def timed(instance: Instance, orders: Sequence[Order]) -> Schedule:
+    """Every operation as early as its device's order and its predecessors allow: the longest path to it.
+
+    Raises ImpossibleSchedule where the orders make a cycle or are not those of the instance.
+    """
+    operations, blocked = operations_of(instance, orders)
+    if blocked:
+        device, (model, kind) = min(blocked.items())
+        raise ImpossibleSchedule(
+            f"the devices wait for each other: device {device} for a {KINDS[kind]} of {MODELS[model]}"
+        )
+    found: dict[tuple[int, int, int], int] = {}
+    for operation in operations:
+        found[operation[:3]] = found.get(operation[:3], 0) + 1
+    for device, model, kind in itertools.product(range(instance.devices), range(2), range(3)):
+        needed = instance.micro_batches(model) if kind in instance.models[model].kinds else 0
+        there = found.get((device, model, kind), 0)
+        if there != needed:
+            name = f"{KINDS[kind]}s of {MODELS[model]}"
+            raise ImpossibleSchedule(f"device {device} has {there} {name} and needs {needed}")
+    return Schedule(instance, tuple(operations))
+
+
+def operations_of(instance: Instance, orders: Sequence[Order]) -> tuple[list[Operation], dict[int, tuple[int, int]]]:
+    """The operations of orders that need not be complete, and where devices wait for ever, what they wait for."""
+    ends: dict[tuple[int, int, int], list[float]] = {
+        (device, model, kind): []
+        for device, model, kind in itertools.product(range(instance.devices), range(2), range(3))
+    }
+    operations: list[Operation] = []
+    places, free = [0] * instance.devices, [0.0] * instance.devices
+    moved = True
+    while moved:
+        moved = False
+        for device, order in enumerate(orders):
+            while places[device] < len(order):
+                model, kind = order[places[device]]
+                ready = _ready(instance, ends, device, model, kind)
+                if ready is None:
+                    break
+                start = max(free[device], ready)
+                free[device] = end = start + instance.models[model].times[kind]
+                operations.append(Operation(device, model, kind, len(ends[device, model, kind]), start, end))
+                ends[device, model, kind].append(end)
+                places[device] += 1
+                moved = True
+    blocked = {device: order[places[device]] for device, order in enumerate(orders) if places[device] < len(order)}
+    return operations, blocked
+
+
+def _ready(
+    instance: Instance, ends: dict[tuple[int, int, int], list[float]], device: int, model: int, kind: int
+) -> float | None:
+    """When the predecessors on other devices, and in the micro-batch, have ended; None before that is known."""
+    number, each = len(ends[device, model, kind]), instance.models[model]
+    if kind == FORWARD:
+        if len(ends[device, model, each.kinds[-1]]) < number // each.micro_batches * each.micro_batches:
+            return None  # the optimiser step of the mini-batch before is still to come
+        source = instance.before(model, device)
+        found = None if source is None else ends[source, model, FORWARD]
+    elif kind == BACKWARD:
+        source = instance.after(model, device)
+        found = ends[device, model, FORWARD] if source is None else ends[source, model, BACKWARD]
+    else:
+        found = ends[device, model, BACKWARD]
+    if found is None:
+        return 0.0
+    return found[number] if number < len(found) else None
