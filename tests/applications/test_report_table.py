@@ -52,12 +52,15 @@ def make_run(
     return run
 
 
+DPO_PAIR = {"sft": "SFT", "dpo": "DPO"}
+
+
 def test_a_dpo_run_has_its_own_column_and_no_win_rate_without_a_judge(tmp_path):
     run = RunDirectory(tmp_path)
     evaluation, comparison = run.comparison_of(DPO_STEP)
     sft, dpo = ({k: v for k, v in each.items() if k != "learned_reward"} for each in (SFT, RLHF))
     sampling = {"temperature": 0.7, "max_tokens": 48}
-    evaluation.write_text(json.dumps({"prompts": 80, "sampling": sampling, "sft": sft, "dpo": dpo}))
+    evaluation.write_text(json.dumps({"prompts": 80, "sampling": sampling, "pair": DPO_PAIR, "sft": sft, "dpo": dpo}))
     row = answer("Hi?", "Go.", "Hello!")
     comparison.write_text(json.dumps({"prompt": row["prompt"], "sft": row["sft"], "dpo": row["rlhf"]}) + "\n")
     run.step(DPO_STEP).path.mkdir()

@@ -172,6 +172,8 @@ class Beam:
                 for forward in (slot, other)
                 if alive[forward]
             ]
+            if not frees:  # not even one fits
+                return None
             spare = min(spare, latest[slot][started[slot]] - min(frees))
         if spare < -loop.rounding:
             return None
