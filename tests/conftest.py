@@ -8,6 +8,20 @@ from pathlib import Path
 
 import pytest
 
+LONGEST = (
+    "test_switching",
+    "test_survival",
+    "test_training_options",
+    "test_zero_engine",
+    "test_exactness",
+    "test_pipeline",
+)
+"""Files that take a minute or more. They come first, so that none of them is left for one process at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @dataclass(frozen=True)
 class Done:

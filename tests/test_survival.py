@@ -7,10 +7,10 @@ import pytest
 from benchmarks.kill_and_resume import experiment
 
 
-@pytest.mark.parametrize(("processes", "steps"), [(1, [1, 2, 3]), (2, [3])])
-def test_killed_runs_end_with_the_same_weights_and_metrics(tmp_path, processes, steps, capsys):
+@pytest.mark.parametrize(("processes", "kills"), [(1, 1), (2, 1)])
+def test_killed_runs_end_with_the_same_weights_and_metrics(tmp_path, processes, kills, capsys):
     seed = random.SystemRandom().randrange(10**6)
     with capsys.disabled():
         print(f" [seed {seed}] ", end="", flush=True)
-    done = experiment(tmp_path, 1, processes, seed, steps=steps)
+    done = experiment(tmp_path, kills, processes, seed, steps=[1, 2, 3])
     assert done, "every step was over before its first kill"
