@@ -7,6 +7,7 @@ iterations after one that warms up. Balance over ranks is arithmetic: the larges
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -138,7 +139,8 @@ def main() -> int:
 
 def run_variant(name: str, arguments: list[str]) -> None:
     """benchmarks.our_ppo with one thing put back, in this process."""
-    VARIANTS[name][1]()
+    with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed's logger goes from its import on
+        VARIANTS[name][1]()
     sys.argv[1:] = arguments
     our_ppo.main()
 
