@@ -5,7 +5,8 @@ from pathlib import Path
 
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
-from training.config import DPO_STEP, EMBEDDED_DATA, RunConfig, load_config, merge
+from training.config import DPO_STEP, EMBEDDED_DATA, RunConfig
+from training.config_files import load_config, merge
 from training.data.sources import absolute
 from training.run_directory import COMPARED, STEP_NAMES, RunDirectory
 

@@ -15,7 +15,8 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.quiet import quiet_transformers
-from training.config import EMBEDDED_DATA, DataSettings, RunConfig, load_config
+from training.config import EMBEDDED_DATA, DataSettings, RunConfig
+from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_tokenizer, shared_prompts
 from training.data.prepare import COUNTS_FILE

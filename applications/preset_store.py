@@ -125,7 +125,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """As training.config.merge, whose import (pydantic) would take four times as long as all of this."""
+    """As training.config_files.merge, whose import (pydantic) would take four times as long as all of this."""
     result = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)

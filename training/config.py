@@ -1,18 +1,8 @@
-"""Every setting of a run, one pydantic model a stage.
+"""Every setting of a run with its default, one pydantic model a stage; config_files.py reads what people write."""
 
-An unknown key is an error that names the nearest right one. `load_config` merges, later wins:
-the defaults here, YAML files (a preset is one), then `key=value` pairs with dotted keys.
-"""
-
-import contextlib
-import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from inference.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 ZeroStage = Literal[0, 1, 2, 3]
@@ -461,82 +451,3 @@ class RunConfig(Settings):
     @property
     def reward_model_source(self) -> str:
         return self.reward_model or self.model
-
-
-def load_config(
-    files: list[Path],
-    overrides: list[str],
-    base: dict[str, Any] | None = None,
-    flags: dict[str, Any] | None = None,
-) -> RunConfig:
-    """Merge `base`, YAML `files`, dotted `key=value` `overrides` and `flags`, later wins. Raises UserError."""
-    merged: dict[str, Any] = dict(base or {})
-    for file in files:
-        merged = merge(merged, read_yaml(file))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"--set takes key=value, not '{override}'; for example --set rlhf.kl.coefficient=0.1")
-        try:
-            value: Any = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        value = "" if value is None else value  # `key=` empties a text
-        if isinstance(value, str):  # YAML reads 1e-5 as a string
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        for part in reversed(key.strip().split(".")):
-            value = {part: value}
-        merged = merge(merged, value)
-    return validate_config(merge(merged, flags or {}))
-
-
-def validate_config(values: dict[str, Any]) -> RunConfig:
-    """Build the RunConfig; the first thing wrong becomes one sentence."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, setting_keys(), n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists all settings."
-            raise UserError(f"There is no setting '{key}': {hint}") from None
-        if first["type"] == "missing":
-            raise UserError(f"The setting '{key}' is missing; give it with --{key} or --set {key}=...") from None
-        given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"Setting {key or 'values'}: {message}{given}.") from None
-
-
-def setting_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """All dotted keys, groups included."""
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += setting_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, group by group; neither is changed."""
-    result = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else value
-    return result
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The settings of a file, laid over those of the file beside it that `extends` names."""
-    try:
-        values = yaml.safe_load(Path(file).read_text())
-    except FileNotFoundError:
-        raise UserError(f"There is no configuration file {file}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds no settings: it must be a YAML mapping such as 'sft: {{epochs: 2}}'.")
-    below = values.pop("extends", None)
-    return values if below is None else merge(read_yaml(Path(file).with_name(f"{below}.yaml")), values)

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from training.config import OptimizerSettings, merge
+from training.config import OptimizerSettings
+from training.config_files import merge
 
 
 def deepspeed_config(settings: OptimizerSettings, dtype: torch.dtype, trained: bool = True) -> dict[str, Any]:

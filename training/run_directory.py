@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from inference.errors import UserError
-from training.config import DPO_STEP, RunConfig, read_yaml, validate_config
+from training.config import DPO_STEP, RunConfig
+from training.config_files import read_yaml, validate_config
 
 STEP_NAMES = {1: "step1_sft", 2: "step2_reward", 3: "step3_rlhf", DPO_STEP: "step2_dpo"}
 STEP_COMMANDS = {1: "sft", 2: "reward", 3: "rlhf", DPO_STEP: "dpo"}

@@ -25,7 +25,8 @@ from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.checkpoints import Checkpoints
-from training.config import LoRASettings, RunConfig, load_config
+from training.config import LoRASettings, RunConfig
+from training.config_files import load_config
 from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
 from training.data.rows import ROWS_OF_STEP, read_rows, require_rows

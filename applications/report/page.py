@@ -17,7 +17,8 @@ from applications.report.charts import Chart, Segment, interval, number, stacked
 from applications.report.curves import PHASES, charts
 from applications.report_table import DOUBTFUL_ACCURACY, pair_of, table_rows
 from inference.errors import UserError
-from training.config import DPO_STEP, RunConfig, validate_config
+from training.config import DPO_STEP, RunConfig
+from training.config_files import validate_config
 from training.data.rows import read_rows
 from training.metrics import Journal, duration
 from training.run_directory import STEP_NAMES, RunDirectory, StepDirectory, write_text

@@ -12,7 +12,8 @@ from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, siz
 from applications.preset_store import load_preset, settings_for_model
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
-from training.config import DPO_STEP, RunConfig, load_config
+from training.config import DPO_STEP, RunConfig
+from training.config_files import load_config
 from training.planner.machine import profile_file
 
 COMMANDS = {1: ["python", "one.py", "a b"], 2: ["python", "two.py"], 3: ["python", "three.py"]}

@@ -14,7 +14,7 @@ from applications.preset_store import (
 )
 from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
-from training.config import load_config
+from training.config_files import load_config
 from training.memory import Shape
 
 # Published parameter counts: model cards (safetensors totals, tied matrices once), Pythia paper table, OPT to 4 digits.

@@ -1,7 +1,8 @@
 import pytest
 
 from inference.errors import UserError
-from training.config import OptimizerSettings, load_config, merge, setting_keys
+from training.config import OptimizerSettings
+from training.config_files import load_config, merge, setting_keys
 
 
 def test_later_layers_win_and_groups_are_merged(tmp_path):

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from training.config import RunConfig, setting_keys
+from training.config import RunConfig
+from training.config_files import setting_keys
 from training.config_reference import description, groups, reference, settings_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

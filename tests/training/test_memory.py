@@ -7,7 +7,8 @@ import torch
 
 from applications.preset_store import load_preset
 from inference.errors import UserError
-from training.config import DPO_STEP, OptimizerSettings, RunConfig, load_config
+from training.config import DPO_STEP, OptimizerSettings, RunConfig
+from training.config_files import load_config
 from training.memory import Part, Shape, StepMemory, estimate_step_memory, rows_per_micro_batch, training_parts
 
 OPT_13B = 12_853_473_280

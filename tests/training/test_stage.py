@@ -4,7 +4,7 @@ import pytest
 from transformers import CodeGenConfig, OPTConfig
 
 from inference.errors import UserError
-from training.config import load_config
+from training.config_files import load_config
 from training.stage import require_generation_layout
 
 SMALL = {"vocab_size": 96, "num_attention_heads": 4}

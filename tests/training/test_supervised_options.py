@@ -32,7 +32,7 @@ def train(ranks, directory):
 
 def losses_of_steps(ranks, directory, tiny, extra) -> dict[str, dict[str, float]]:
     """Held-out loss before training and loss of the first update, by step."""
-    from training.config import load_config
+    from training.config_files import load_config
     from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step1_sft import sft

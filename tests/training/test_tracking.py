@@ -7,7 +7,7 @@ import pytest
 
 from inference.errors import UserError
 from training import tracking
-from training.config import load_config
+from training.config_files import load_config
 from training.run_directory import RunDirectory
 
 

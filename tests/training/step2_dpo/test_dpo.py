@@ -72,7 +72,8 @@ def train_everywhere(ranks, directory):
     from unittest.mock import patch
 
     from inference.tiny_model import build_tiny_model
-    from training.config import DPO_STEP, load_config
+    from training.config import DPO_STEP
+    from training.config_files import load_config
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.run_directory import RunDirectory
     from training.stage import make_stage

@@ -11,7 +11,7 @@ from benchmarks import work
 from benchmarks.work import Lengths, Size
 from inference.generation.cpu_weights import BlockedWeights
 from tests.ranks import run_ranks
-from training.config import load_config
+from training.config_files import load_config
 from training.data.batching import TokenBatch
 from training.step3_rlhf.roles import starting_scorer
 
