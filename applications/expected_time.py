@@ -83,7 +83,8 @@ def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     graph = DataflowGraph(rlhf_calls(rlhf.advantage, rlhf.has_reward_model))
     stages = {role: getattr(rlhf, role).zero_stage for role in graph.roles}
     tensor = rlhf.generation_tensor_parallel
-    plan = trainer_plan(graph, workload, outlook.ranks, stages, rlhf.micro_batch_tokens, tensor)
+    scoring = rlhf.scoring_tensor_parallel.model_dump()
+    plan = trainer_plan(graph, workload, outlook.ranks, stages, rlhf.micro_batch_tokens, tensor, scoring)
     return AugmentedGraphs(graph, CallCosts(workload, cluster)), plan
 
 

@@ -229,7 +229,7 @@ def _changes(outlook: Outlook) -> Iterator[tuple[str, Outlook]]:
             "rlhf": {"actor": values, "critic": values},
         }
 
-    lora = on_all({"lora": {"rank": 16}})
+    lora = merge(on_all({"lora": {"rank": 16}}), {"rlhf": {"scoring_tensor_parallel": {"reference": 1}}})
     short = {"data": {"max_prompt_tokens": 128, "max_response_tokens": 128}}
     small = {step: {"micro_batch_tokens": 256} for step in ("sft", "reward", "dpo", "rlhf")}
     frugal = merge(merge(short, small), on_all({"gradient_checkpointing": True}))
@@ -251,7 +251,11 @@ def _more_ranks(outlook: Outlook) -> list[str]:
         "sft": {"optimizer": three},
         "reward": {"optimizer": three},
         "dpo": {"optimizer": three},
-        "rlhf": four_roles,
+        "rlhf": {
+            **four_roles,
+            "scoring_tensor_parallel": dict.fromkeys(("reference", "reward", "critic"), 1),
+            "fusion": {"mode": "auto"},
+        },
     }
     ranks = 1
     while ranks <= 1024:

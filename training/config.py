@@ -208,6 +208,17 @@ class PTXSettings(Settings):
     """Demonstrations in each mini-batch, over all ranks; 0 means as many as it has samples."""
 
 
+class ScoringDegrees(Settings):
+    """Ranks that score together in a role, each with a part of its weights; each divides the number of ranks."""
+
+    reference: int = Field(1, ge=1)
+    """Of the reference; over 1 where it does not fit whole on a rank beside training."""
+    reward: int = Field(1, ge=1)
+    """Of the reward model, as for the reference."""
+    critic: int = Field(1, ge=1)
+    """Of the critic, which keeps a part of its weights for scoring then, beside those that it trains."""
+
+
 class FusionSettings(Settings):
     """Inter-stage fusion: samples are scored as they end, the long tail is gathered on few ranks. Same algorithm."""
 
@@ -240,6 +251,7 @@ class RLHFSettings(Settings):
     """Samples that one rank (one tensor-parallel group) decodes at the same time: slots, refilled as samples end."""
     generation_tensor_parallel: int = Field(1, ge=1)
     """Ranks that generate together, each with a part of the actor's weights; divides the number of ranks."""
+    scoring_tensor_parallel: ScoringDegrees = ScoringDegrees()
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities are taken at the same temperature."""
     min_response_tokens: int = Field(0, ge=0)
@@ -310,21 +322,36 @@ class RLHFSettings(Settings):
 
     @property
     def divided_scorer(self) -> str:
-        """A role that scores and is divided over the ranks by ZeRO 3, so that no rank can score alone; else ''."""
-        roles = ["actor", "reference", *["critic"] * self.has_critic, *["reward"] * self.has_reward_model]
-        zero_3 = {role for role in roles if getattr(self, role).zero_stage == 3}
-        if not self.actor.lora.rank:  # else the actor is the reference too
-            zero_3 -= {"actor"}
-        else:
-            zero_3 -= {"reference"}
-        return min(zero_3, default="")
+        """A role that scores and is divided over ranks, so that no rank can score alone; '' if there is none."""
+        reference = "actor" if self.actor.lora.rank else "reference"  # with LoRA the actor is the reference too
+        roles = [reference, *["critic"] * self.has_critic, *["reward"] * self.has_reward_model]
+        divided = [
+            role
+            for role in roles
+            if getattr(self, role).zero_stage == 3 or getattr(self.scoring_tensor_parallel, role, 1) > 1
+        ]
+        return min(divided, default="")
+
+    @model_validator(mode="after")
+    def _scoring_degrees_fit_the_roles(self):
+        degrees = self.scoring_tensor_parallel
+        if degrees.reference > 1 and self.actor.lora.rank:
+            raise ValueError("scoring_tensor_parallel.reference: with LoRA the actor is the reference; leave it at 1")
+        for role in ("reference", "reward"):
+            if getattr(degrees, role) > 1 and getattr(self, role).zero_stage == 3:
+                raise ValueError(
+                    f"scoring_tensor_parallel.{role} and {role}.zero_stage=3 both divide its weights; choose one"
+                )
+        if degrees.critic > 1 and not self.has_critic:
+            raise ValueError(f"scoring_tensor_parallel.critic needs a critic, and {self.advantage} has none")
+        return self
 
     @model_validator(mode="after")
     def _fusion_needs_whole_roles(self):
         if self.fusion.mode == "inter" and self.divided_scorer:
             raise ValueError(
-                f"fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} has "
-                f"zero_stage 3; use stage 0, 1 or 2 for it, or fusion.mode=none"
+                f"fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} is "
+                f"divided; use zero_stage 0, 1 or 2 and no tensor-parallel scoring for it, or fusion.mode=none"
             )
         if self.fusion.rows > self.generation_batch:
             raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")

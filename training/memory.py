@@ -205,6 +205,7 @@ def estimate_step_memory(
 
 def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int) -> StepMemory:
     rlhf, data = config.rlhf, config.data
+    scoring = rlhf.scoring_tensor_parallel
     parts = [
         *training_parts("actor ", actor.parameters, actor, rlhf.actor, dtype, ranks, "actor training"),
     ]
@@ -212,15 +213,21 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
         size = scorer.scorer_parameters
         parts += training_parts("critic ", size, scorer, rlhf.critic, dtype, ranks, "critic training")
         parts += _pass_parts(scorer, config, rlhf, rlhf.critic, dtype, "critic training")
+        if scoring.critic > 1:  # beside the weights that are trained
+            part = _share((size + _adapters(scorer, rlhf.critic)) * dtype.itemsize, scoring.critic)
+            parts.append(Part(f"critic weights to score, 1 of {scoring.critic} parts", part))
     if rlhf.has_reward_model:
-        parts.append(_frozen_part("reward weights", scorer.scorer_parameters, rlhf.reward, dtype, ranks))
+        size = scorer.scorer_parameters
+        parts.append(_frozen_part("reward weights", size, rlhf.reward, dtype, ranks, scoring.reward))
     if rlhf.ema:
         trained = _adapters(actor, rlhf.actor) or actor.parameters
         divides = effective_zero_stage(rlhf.actor, dtype) >= 1
         place: Place = "device" if rlhf.actor.offload == "none" else "host"
         parts.append(Part("actor average, fp32", _share(trained * 4, ranks if divides else 1), place))
     if not rlhf.actor.lora.rank:  # with LoRA the reference is the actor, its adapters switched off
-        parts.append(_frozen_part("reference weights", actor.parameters, rlhf.reference, dtype, ranks))
+        parts.append(
+            _frozen_part("reference weights", actor.parameters, rlhf.reference, dtype, ranks, scoring.reference)
+        )
     tensor = rlhf.generation_tensor_parallel
     if rlhf.actor.zero_stage == 3 or tensor > 1:  # GenerationView keeps a rank's part of the weights
         whole = actor.parameters + _adapters(actor, rlhf.actor)
@@ -238,9 +245,11 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
     return StepMemory(tuple(parts))
 
 
-def _frozen_part(name: str, parameters: int, settings: FrozenSettings, dtype: torch.dtype, ranks: int) -> Part:
+def _frozen_part(
+    name: str, parameters: int, settings: FrozenSettings, dtype: torch.dtype, ranks: int, tensor: int
+) -> Part:
     place: Place = "device" if settings.offload == "none" else "host"
-    return Part(name, _share(parameters * dtype.itemsize, ranks if settings.zero_stage == 3 else 1), place)
+    return Part(name, _share(parameters * dtype.itemsize, ranks if settings.zero_stage == 3 else tensor), place)
 
 
 def training_parts(

@@ -206,6 +206,7 @@ def run_preparation() -> int:
         actor_name = config.sft_model or config.model
         actor = ChatFormat.load(resolve_model(actor_name, display.say))
         if config.method == "ppo":
+            scorer_directory = None
             if config.rlhf.has_reward_model or config.rlhf.has_critic:
                 scorer_name = config.trained_reward_model or config.reward_model_source
                 scorer_directory = resolve_model(scorer_name, display.say)
@@ -214,7 +215,7 @@ def run_preparation() -> int:
             Rewards(
                 config.rlhf, Ranks(0, 1, torch.device("cpu"))
             )  # a reward function that there is not is refused here
-            require_generation_layout(config, resolve_model(actor_name, display.say))
+            require_layouts(config, resolve_model(actor_name, display.say), scorer_directory)
         prepare_data(config.data, config.seed, run.data, actor, display.say)
         if config.rlhf.ptx.coefficient:
             demonstrations(config, run.data)
@@ -222,15 +223,19 @@ def run_preparation() -> int:
     return end_in_sentences(body, run.error_file)
 
 
-def require_generation_layout(config: RunConfig, actor: Path) -> None:
-    """Raise UserError where the actor cannot be cut as asked for, before anything trains."""
-    tensor = config.rlhf.generation_tensor_parallel
-    Layout.over(config.processes, tensor)
-    if tensor > 1:
-        config_of_model = AutoConfig.from_pretrained(actor, local_files_only=True)
-        check_divides(config_of_model, tensor)
-        with torch.device("meta"):
-            cut_layers(AutoModelForCausalLM.from_config(config_of_model))
+def require_layouts(config: RunConfig, actor: Path, scorer: Path | None) -> None:
+    """Raise UserError where a model of step 3 cannot be cut as asked for, before anything trains."""
+    degrees = config.rlhf.scoring_tensor_parallel
+    asked = [(actor, config.rlhf.generation_tensor_parallel), (actor, degrees.reference)]
+    if scorer is not None:
+        asked += [(scorer, degrees.reward), (scorer, degrees.critic)]
+    for model, tensor in asked:
+        Layout.over(config.processes, tensor)
+        if tensor > 1:
+            config_of_model = AutoConfig.from_pretrained(model, local_files_only=True)
+            check_divides(config_of_model, tensor)
+            with torch.device("meta"):
+                cut_layers(AutoModelForCausalLM.from_config(config_of_model))
 
 
 def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:

@@ -143,6 +143,16 @@ def test_a_small_run_fits(laptop, tmp_path):
     check_fits(config_of("smollm2-135m"), [1, 2, 3])
 
 
+@pytest.mark.parametrize(
+    "setting", ["rlhf.fusion.mode=inter", "rlhf.scoring_tensor_parallel={reference: 2, reward: 2, critic: 2}"]
+)
+def test_ways_out_contradict_no_setting(laptop, tmp_path, setting):
+    """LoRA has no reference to cut, and ZeRO 3 leaves no role whole."""
+    whole = [f"rlhf.{role}.zero_stage=0" for role in ("actor", "critic", "reference", "reward")]
+    text = dry_run(config_of("opt-13b", *whole, "processes=2", setting), [1, 2, 3], tmp_path / "run", COMMANDS)
+    assert "does not fit" in text and "with ZeRO stage 3" in text
+
+
 def test_a_large_run_does_not_fit_and_says_what_would(laptop, tmp_path):
     config = config_of("opt-13b")
     found = " ".join(dry_run(config, [1, 2, 3], tmp_path, COMMANDS).split())

@@ -5,6 +5,20 @@ from training.config import OptimizerSettings
 from training.config_files import load_config, merge, setting_keys
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["rlhf.scoring_tensor_parallel.reference=2", "rlhf.actor.lora.rank=4"], "with LoRA the actor is the reference"),
+        (["rlhf.scoring_tensor_parallel.reward=2", "rlhf.reward.zero_stage=3"], "both divide its weights"),
+        (["rlhf.scoring_tensor_parallel.critic=2", "rlhf.advantage=rloo", "rlhf.samples_per_prompt=2"], "has none"),
+        (["rlhf.scoring_tensor_parallel.reward=2", "rlhf.fusion.mode=inter"], "reward is divided"),
+    ],
+)
+def test_scoring_degrees_that_fit_no_role_are_refused(settings, expected):
+    with pytest.raises(UserError, match=expected):
+        load_config([], ["model=m", *settings])
+
+
 def test_later_layers_win_and_groups_are_merged(tmp_path):
     (tmp_path / "low.yaml").write_text("model: a\nsft: {epochs: 2, batch_size: 8}\n")
     (tmp_path / "high.yaml").write_text("extends: low\nsft: {epochs: 3}\n")

@@ -184,6 +184,16 @@ def test_step_3_holds_what_its_estimator_and_rewards_need(opt_13b, opt_350m):
     assert averaged.held("device") - whole.held("device") == 4 * OPT_13B // 8
 
 
+def test_tensor_parallel_scoring_keeps_parts(opt_13b, opt_350m):
+    degrees = "rlhf.scoring_tensor_parallel={reference: 4, reward: 2, critic: 8}"
+    config = opt_config("rlhf.reference.zero_stage=0", "rlhf.reward.zero_stage=0", degrees)
+    memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))
+    assert memory[("", "reference weights")] == 2 * OPT_13B // 4
+    assert memory[("", "reward weights")] == 2 * OPT_350M // 2
+    assert memory[("", "critic weights")] == 2 * OPT_350M
+    assert memory[("", "critic weights to score, 1 of 8 parts")] == 2 * OPT_350M // 8
+
+
 def test_tensor_parallel_generation_keeps_a_part(opt_13b, opt_350m):
     config = opt_config("rlhf.generation_tensor_parallel=4")
     memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))

@@ -66,6 +66,9 @@ class TokenBatch:
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
         return cls(ids.to(device), response.to(device), lengths)
 
+    def to(self, device: torch.device) -> "TokenBatch":
+        return TokenBatch(self.ids.to(device), self.response.to(device), self.lengths)
+
     @property
     def predicting(self) -> Tensor:
         """Places of the tokens that each response token follows, int64 (response tokens)."""

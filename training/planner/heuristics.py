@@ -18,14 +18,19 @@ def trainer_plan(
     zero_stages: Mapping[str, int],
     micro_batch_tokens: int,
     tensor: int = 1,
+    scoring: Mapping[str, int] | None = None,
 ) -> Plan:
-    """What a step runs: every call on all ranks, data-parallel under the ZeRO stage of its role, generation
-    tensor-parallel; as many micro-batches as the token budget makes of a rank's rows."""
+    """What a step runs: every call on all ranks, data-parallel under the ZeRO stage of its role, generation and the
+    roles of `scoring` tensor-parallel in these degrees; as many micro-batches as the token budget makes of a rank's
+    rows."""
+    degrees = scoring or {}
     assignments = {}
     for call in graph.calls:
         zero_stage = zero_stages[call.role]
         if call.kind == "generate":
             layout = Layout.over(ranks, tensor)
+        elif call.kind == "score" and degrees.get(call.role, 1) > 1:
+            layout = Layout.over(ranks, degrees[call.role])
         else:
             layout = Layout.over(ranks, zero_stage=zero_stage if call.kind == "train" or zero_stage == 3 else 0)
         rows = -(-workload.rows(call.kind) // layout.data)

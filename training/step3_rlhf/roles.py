@@ -7,17 +7,20 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.cpu_weights import BlockedWeights
+from inference.tensor_parallel.group import TensorParallel
 from training.config import FrozenSettings
 from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.generation_view import GenerationView
+from training.hybrid_engine.group_scoring import GroupScoring
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.moving_average import MovingAverage
-from training.hybrid_engine.reallocation import tensor_parallel_of
+from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
@@ -63,24 +66,52 @@ class Roles:
         self.actor = ZeroEngine(actor, settings.actor, dtype, updates[0], ranks)
         self._critic = None if critic is None else ZeroEngine(critic, settings.critic, dtype, updates[1], ranks)
         self.ema = MovingAverage(self.actor, settings.ema) if settings.ema else None
-        tensor = settings.generation_tensor_parallel
+        tensor, scoring = settings.generation_tensor_parallel, settings.scoring_tensor_parallel
         self.generation_layout = Layout.over(ranks.size, tensor, settings.actor.zero_stage)
-        parts = tensor_parallel_of(self.generation_layout) if tensor > 1 else None
-        self.generator = GenerationView(self.actor, parts)
+        self._parts = {
+            degree: tensor_parallel_of(Layout.over(ranks.size, degree))
+            for degree in sorted({tensor, scoring.reference, scoring.reward, scoring.critic} - {1})
+        }
+        self.generator = GenerationView(self.actor, self._parts.get(tensor))
+        self._critic_view: Reallocation | None = None
+        self._critic_group: GroupScoring | None = None
+        if self._critic is not None and scoring.critic > 1:
+            part = self._part(scoring.critic)
+            self._critic_view = Reallocation(self._critic.language_model, part, ranks.device)
+            self._critic_group = GroupScoring(Scorer(cast(PreTrainedModel, self._critic_view.run())), part)
         self.reference_is_actor = settings.actor.lora.rank > 0
-        self._reference: nn.Module | None = None
+        self._reference: nn.Module | GroupScoring | None = None
         if not self.reference_is_actor:
-            reference = Policy(load_causal_lm(sft, chat_format, dtype)).to(ranks.device)
-            self._reference = freeze(reference, settings.reference, dtype)
-        self._reward: nn.Module | None = None
+            reference = Policy(load_causal_lm(sft, chat_format, dtype))
+            self._reference = self._frozen(reference, settings.reference, scoring.reference, stage)
+        self._reward: nn.Module | GroupScoring | None = None
         if settings.has_reward_model:
             assert scorer is not None
-            reward = Scorer(load_scorer(scorer, chat_format, dtype)).to(ranks.device)
-            self._reward = freeze(reward, settings.reward, dtype)
+            reward = Scorer(load_scorer(scorer, chat_format, dtype))
+            self._reward = self._frozen(reward, settings.reward, scoring.reward, stage)
         frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]
         self._frozen_blocked = [
-            BlockedWeights(role) for role, placed in frozen if role is not None and placed.zero_stage == 0
+            BlockedWeights(role.role if isinstance(role, GroupScoring) else role)
+            for role, placed in frozen
+            if role is not None and placed.zero_stage == 0
         ]
+
+    def _part(self, degree: int) -> TensorParallel:
+        """This rank's of a tensor-parallel group of so many; every rank is in one."""
+        part = self._parts[degree]
+        assert part is not None
+        return part
+
+    def _frozen(
+        self, role: Policy | Scorer, settings: FrozenSettings, degree: int, stage: Stage
+    ) -> nn.Module | GroupScoring:
+        """A role that only scores: whole on every rank, divided by ZeRO 3, or this rank's tensor-parallel part."""
+        if degree == 1:
+            return freeze(role.to(stage.ranks.device), settings, stage.dtype)
+        part = self._part(degree)
+        shard = Reallocation(role.model, part, stage.ranks.device).run()
+        role.model = cast(PreTrainedModel, shard)  # the whole one is forgotten here
+        return GroupScoring(freeze(role, settings, stage.dtype), part)
 
     @property
     def critic(self) -> ZeroEngine:
@@ -90,12 +121,15 @@ class Roles:
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Inside, reference, reward and critic have their weights in blocked order on a CPU, where they are whole.
+        """Inside, the critic that scores has the present weights, and reference, reward and critic have theirs in
+        blocked order on a CPU, where no ZeRO 3 divides them.
 
         Not the actor: old log-probabilities must round as in training.
         """
         blocked = list(self._frozen_blocked)
-        if self._critic is not None and self._critic.settings.zero_stage < 3:
+        if self._critic_view is not None:
+            blocked.append(BlockedWeights(self._critic_view.run()))
+        elif self._critic is not None and self._critic.settings.zero_stage < 3:
             blocked.append(BlockedWeights(self._critic.module))
         with ExitStack() as stack:
             for weights in blocked:
@@ -118,7 +152,8 @@ class Roles:
     @torch.no_grad()
     def values(self, batch: TokenBatch) -> Tensor:
         """Of the critic, float32 (response tokens)."""
-        return response_values(self.critic(batch), batch)
+        critic = self._critic_group or self.critic
+        return response_values(critic(batch), batch)
 
     @torch.no_grad()
     def scores(self, batch: TokenBatch) -> Tensor:

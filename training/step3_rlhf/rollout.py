@@ -80,7 +80,7 @@ class Rollout:
         divided = self.settings.divided_scorer
         if not divided and not self.keeps_generation_logprobs and self.settings.actor.zero_stage == 3:
             divided = "actor"  # old log-probabilities are computed anew
-        return f"ZeRO 3 divides the {divided}" if divided else ""
+        return f"the {divided} is divided over ranks" if divided else ""
 
     def run(self, prompts: list[Tensor], seats: list[int], number: int) -> list[Experience]:
         """All samples of iteration `number` in order, scored, on all ranks.

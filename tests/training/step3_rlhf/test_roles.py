@@ -59,6 +59,63 @@ def test_scoring_on_blocked_weights_gives_what_the_plain_ones_give(tmp_path):
     ]  # reference (output head), reward and critic (score head)
 
 
+LAYOUTS = {
+    "whole": {},
+    "generation, reference and reward in parts": {
+        "generation_tensor_parallel": 2,
+        "scoring_tensor_parallel": {"reference": 2, "reward": 2},
+    },
+    "critic in parts": {"scoring_tensor_parallel": {"critic": 2}},
+    "critic in parts, trained under ZeRO 3": {
+        "scoring_tensor_parallel": {"reference": 2, "reward": 2, "critic": 2},
+        "critic": {"zero_stage": 3},
+    },
+}
+
+
+def score_in_layouts(ranks, directory):
+    """By layout: what each role makes of this rank's rows before and after an iteration."""
+    from benchmarks import our_ppo
+    from training.config import RunConfig
+    from training.config_files import merge
+
+    if ranks.is_first:
+        work.build_models(directory / "models", Size(hidden=32, layers=2, heads=4, ffn=64))
+    ranks.barrier()
+    work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
+    lengths = Lengths(longest=5, spread=0.0)
+    rows = [[([5, 6, 7], [8, 9]), ([4], [3])], [([9, 8], [7, 6, 5, 4])]][ranks.rank]  # unlike, so that a mix-up shows
+    batch = TokenBatch.of([(torch.tensor(a), torch.tensor(b)) for a, b in rows], ranks.device)
+    found = {}
+    for number, (name, settings) in enumerate(LAYOUTS.items()):
+        config = our_ppo.make_config("tiny", lengths, "fp32", "fp32", iterations=2, threads=1)
+        config = RunConfig.model_validate(merge(config.model_dump(), {"processes": 2, "rlhf": settings}))
+        ppo = our_ppo.make_ppo(config, lengths, directory / f"run{number}", ranks)
+        roles, states = ppo.roles, []
+        for _ in range(2):
+            with roles.scoring():
+                calls = (roles.reference_logprobs, roles.scores, roles.values)
+                states.append([call(batch).tolist() for call in calls])
+            metrics, _ = ppo.iterate(1, check=False)
+        whole = sum(p.numel() for p in ppo.roles.actor.module.parameters())
+        held = sum(p.numel() for p in getattr(roles._reference, "role", roles._reference).parameters())
+        found[name] = states, metrics["value/loss"], held / whole
+    return found
+
+
+def test_roles_score_alike_in_layouts_of_their_own(tmp_path):
+    for found in run_ranks(__file__, "score_in_layouts", 2, tmp_path):
+        (before, after), loss, _ = found["whole"]
+        assert before[2] != after[2]  # the critic has learned in between
+        for name in LAYOUTS:
+            states, loss_there, held = found[name]
+            for there, whole in zip(states, (before, after), strict=True):
+                for values, expected in zip(there, whole, strict=True):
+                    assert values == pytest.approx(expected, abs=1e-5), name
+            assert loss_there == pytest.approx(loss, rel=1e-4)
+            assert (held < 0.75) == ("reference" in LAYOUTS[name].get("scoring_tensor_parallel", {}))
+
+
 FUNCTION = ["rlhf.reward_function=a.py:f", "rlhf.reward_weights.model=0"]
 
 
