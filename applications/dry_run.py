@@ -112,10 +112,11 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     steps = f"critic {updates:,}, actor {actor_updates:,}" if actor_updates != updates else f"{updates:,} of each"
     if not rlhf.has_critic:
         steps = f"{updates:,}"
+    reference = _frozen(rlhf.reference, rlhf.scoring_tensor_parallel.reference)
     return [
         _line("actor", _training(rlhf.actor) + (f", average with decay {rlhf.ema:g}" if rlhf.ema else "")),
         _line("critic", _training(rlhf.critic) if rlhf.has_critic else f"none: advantages by {rlhf.advantage}"),
-        _line("reference", "the actor with its adapters off" if rlhf.actor.lora.rank else _frozen(rlhf.reference)),
+        _line("reference", "the actor with its adapters off" if rlhf.actor.lora.rank else reference),
         *[_line("reward", line) for line in _rewards(rlhf)],
         _line(
             "iteration",
@@ -133,7 +134,7 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
 
 def _rewards(rlhf: RLHFSettings) -> list[str]:
     weights = rlhf.reward_weights
-    found = [_frozen(rlhf.reward)] if rlhf.has_reward_model else []
+    found = [_frozen(rlhf.reward, rlhf.scoring_tensor_parallel.reward)] if rlhf.has_reward_model else []
     found += [f"{weights.function:g} x {rlhf.reward_function}"] if rlhf.reward_function and weights.function else []
     found += [f"{weights.url:g} x {rlhf.reward_url}"] if rlhf.reward_url and weights.url else []
     return found
@@ -150,8 +151,10 @@ def _training(settings: OptimizerSettings) -> str:
     return ", ".join([what, *extras])
 
 
-def _frozen(settings: FrozenSettings) -> str:
+def _frozen(settings: FrozenSettings, tensor: int) -> str:
     where = "divided over the ranks (ZeRO stage 3)" if settings.zero_stage == 3 else "whole on each rank"
+    if tensor > 1:
+        where = f"tensor-parallel, 1 of {tensor} parts on each rank"
     return f"frozen, {where}" + (", offload of parameters" if settings.offload == "parameters" else "")
 
 
