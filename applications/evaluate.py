@@ -22,9 +22,8 @@ def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, as_
     options = {"--model": known(model), "--against": known(against), "--judge": judge}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
-    own_step = DPO_STEP if run.step(DPO_STEP).is_finished and not run.step(3).is_finished else 3
-    result_file, answers_file = run.comparison_of(own_step)
-    if own_step == DPO_STEP and not arguments:
+    result_file, answers_file = run.comparison_of(run.last_step)
+    if run.last_step == DPO_STEP and not arguments:
         arguments = ["--model", "dpo"]
     elif arguments or not run.step(3).is_finished:  # else SFT against RLHF would seem to be done
         result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts)}.json"

@@ -63,8 +63,7 @@ def cluster_here(outlook: Outlook) -> tuple[Cluster, str] | None:
     for name, memory in outlook.machine.gpus[:1]:
         device = gpu_named(name, memory)
         if device is not None:
-            cluster = Cluster.named(device, nodes, processes)
-            cluster = replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
+            cluster = Cluster.named(device, nodes, processes).without_controller
             return cluster, f"the data sheet of {device} and constants of A100 nodes"
     return None
 

@@ -21,6 +21,8 @@ from training.run_directory import place_of
 GIB = 2**30
 CLUSTER_GPU = 80 * GIB
 """Memory of the GPUs that a way out speaks of where this machine has none."""
+DEGREES = (1, 2, 4, 8)
+"""Tensor-parallel ones that a node of GPUs takes."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,8 @@ def _changes(outlook: Outlook) -> Iterator[tuple[str, Outlook]]:
 
 
 def _more_ranks(outlook: Outlook) -> list[str]:
-    """The fewest ranks on which the run fits with ZeRO stage 3, each with a GPU like those here (else 80 GiB)."""
+    """The fewest ranks on which the run fits with ZeRO stage 3, each with a GPU like those here (else 80 GiB); where
+    the actor does not fit whole on one to generate, tensor-parallel."""
     gpu = min((memory for _, memory in outlook.machine.gpus), default=CLUSTER_GPU)
     three = {"zero_stage": 3}
     four_roles = dict.fromkeys(("actor", "critic", "reference", "reward"), three)
@@ -259,11 +262,14 @@ def _more_ranks(outlook: Outlook) -> list[str]:
     }
     ranks = 1
     while ranks <= 1024:
-        changed = outlook.with_settings(divided, nodes=ranks)
-        peaks = [memory.peak("device") for step in outlook.steps if (memory := changed.memory(step)) is not None]
-        if peaks and max(peaks) <= gpu:
-            name = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
-            return [f"{name} of {size(gpu)} with ZeRO stage 3 ({size(max(peaks))} each)"]
+        for tensor in (degree for degree in DEGREES if degree <= ranks):
+            cut = {"rlhf": {"generation_tensor_parallel": tensor}}
+            changed = outlook.with_settings(merge(divided, cut), nodes=ranks)
+            peaks = [memory.peak("device") for step in outlook.steps if (memory := changed.memory(step)) is not None]
+            if peaks and max(peaks) <= gpu:
+                name = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
+                how = "" if tensor == 1 else f" and rlhf.generation_tensor_parallel={tensor}"
+                return [f"{name} of {size(gpu)} with ZeRO stage 3{how} ({size(max(peaks))} each)"]
         ranks *= 2
     return []
 

@@ -97,9 +97,7 @@ def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
     if gpu == THIS_MACHINE or gpu.endswith((".yaml", ".yml")):
         profile = read_profile(profile_file(gpus_per_node or 0) if gpu == THIS_MACHINE else Path(gpu))
         return replace(profile.cluster, nodes=nodes, devices_per_node=gpus_per_node or profile.ranks)
-    cluster = Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE)
-    # that constant is of ReaLHF's runtime, in which one process serves every call; ours has none
-    return replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
+    return Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE).without_controller
 
 
 def workload_of(config: RunConfig, actor: Shape, scorer: Shape | None, precision: Precision) -> Workload:

@@ -9,7 +9,6 @@ DeepSpeed-Chat wait for no controller, so that constant is 0.
 """
 
 import statistics
-from dataclasses import replace
 
 from applications.fit import find_shape
 from inference.errors import UserError
@@ -38,8 +37,7 @@ def predict(nodes: int, gpus: int, device: str, actor: str) -> Estimate:
     assert large is not None and small is not None
     shapes = {"actor": large, "reference": large, "critic": small, "reward": small}
     workload = Workload.of(shapes, BATCH, PROMPT_TOKENS, RESPONSE_TOKENS, mini_batches=1, precision="fp16")
-    cluster = Cluster.named(device, nodes, gpus)
-    cluster = replace(cluster, calibration=replace(cluster.calibration, controller_seconds=0.0))
+    cluster = Cluster.named(device, nodes, gpus).without_controller
     graphs = AugmentedGraphs(DataflowGraph.of("ppo"), CallCosts(workload, cluster))
     return estimate(deepspeed_chat_plan(graphs.graph, workload, cluster), graphs)
 

@@ -278,18 +278,20 @@ def training_parts(
         Part(f"{role}gradients", _share(trained * gradient_bytes, ranks if stage >= 2 else 1), off_device),
         Part(f"{role}optimiser states", _share(trained * optimizer_bytes, ranks if stage >= 1 else 1), off_device),
     ]
-    # a model is loaded whole on each rank, in fp32, before ZeRO divides it
-    parts.append(Part(f"{role}weights, fp32", parameters * 4, phase=LOADING))
-    if stage == 3:
+    if stage < 3:  # a model is loaded whole on each rank, in fp32
+        parts.append(Part(f"{role}weights, fp32", parameters * 4, phase=LOADING))
+    else:  # ZeRO 3 divides it while it comes from the first rank's main memory
+        whole = parameters * dtype.itemsize
+        parts.append(Part(f"{role}weights, whole (first rank)", whole, "host", LOADING, first_rank_only=True))
         gathered = min(parameters, MAX_LIVE_PARAMETERS) * dtype.itemsize
         parts.append(Part("weights gathered by ZeRO, at most", gathered, phase=phase))
     return parts
 
 
 def _saving_parts(parameters: int, trained: int) -> list[Part]:
-    """In the end every rank gathers what was trained, and the first puts it into a whole model; both in fp32."""
+    """In the end the first rank gathers what was trained and puts it into a whole model; both in fp32."""
     return [
-        Part("trained weights, fp32", trained * 4, "host", "saving"),
+        Part("trained weights, fp32 (first rank)", trained * 4, "host", "saving", first_rank_only=True),
         Part("whole model, fp32 (first rank)", parameters * 4, "host", "saving", first_rank_only=True),
     ]
 

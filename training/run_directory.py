@@ -54,6 +54,11 @@ class RunDirectory:
     def comparison_file(self) -> Path:
         return self.path / "comparison.jsonl"
 
+    @property
+    def last_step(self) -> int:
+        """The step whose model is compared with SFT: PPO, or DPO where it alone is finished."""
+        return DPO_STEP if self.step(DPO_STEP).is_finished and not self.step(3).is_finished else 3
+
     def comparison_of(self, step: int) -> tuple[Path, Path]:
         """Figures and answers of the comparison of SFT with the model of step 3 or DPO."""
         if step == DPO_STEP:

@@ -54,7 +54,7 @@ def render(run: RunDirectory) -> str:
     """The page. It holds no script and asks for nothing, and its policy forbids both."""
     config = run.read_config()
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
-    evaluation = read_json(run.comparison_of(last_step(run))[0]) or None
+    evaluation = read_json(run.comparison_of(run.last_step)[0]) or None
     rows = {step: read_metrics(run.step(step)) for step in STEP_NAMES}
     if not any(rows.values()):
         raise UserError(f"Nothing was trained in {run.path} yet; start with rlhf-chat run --name {run.path.name}.")
@@ -93,11 +93,6 @@ class StepPart:
     title: str
     is_finished: bool
     charts: list[Chart]
-
-
-def last_step(run: RunDirectory) -> int:
-    """The step whose model was compared with SFT: PPO, or DPO where there is no PPO."""
-    return DPO_STEP if run.step(DPO_STEP).is_finished and not run.step(3).is_finished else 3
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -246,7 +241,7 @@ class Exchange:
 
 def answers(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Exchange]:
     """The first held-out prompts with both models' answers, as the evaluation wrote them."""
-    comparison_file = run.comparison_of(last_step(run))[1]
+    comparison_file = run.comparison_of(run.last_step)[1]
     if evaluation is None or not comparison_file.exists():
         return []
     pair = pair_of(evaluation)

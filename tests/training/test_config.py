@@ -8,7 +8,10 @@ from training.config_files import load_config, merge, setting_keys
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["rlhf.scoring_tensor_parallel.reference=2", "rlhf.actor.lora.rank=4"], "with LoRA the actor is the reference"),
+        (
+            ["rlhf.scoring_tensor_parallel.reference=2", "rlhf.actor.lora.rank=4"],
+            "the actor is the reference",
+        ),
         (["rlhf.scoring_tensor_parallel.reward=2", "rlhf.reward.zero_stage=3"], "both divide its weights"),
         (["rlhf.scoring_tensor_parallel.critic=2", "rlhf.advantage=rloo", "rlhf.samples_per_prompt=2"], "has none"),
         (["rlhf.scoring_tensor_parallel.reward=2", "rlhf.fusion.mode=inter"], "reward is divided"),

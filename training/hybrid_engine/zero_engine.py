@@ -14,6 +14,7 @@ from training.config import OptimizerSettings
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
+from training.hybrid_engine.dividing import divide
 
 TAG = "state"
 OWN_WEIGHTS = (
@@ -35,7 +36,7 @@ M = TypeVar("M", bound=HasWeight)
 
 
 class ZeroEngine:
-    """Trains `model` in place. `total_steps` is how many updates the learning-rate schedule spans.
+    """Trains `model` in place, wherever it lies. `total_steps` is how many updates the learning-rate schedule spans.
 
     `dropout` says that the model has some, which is on in updates alone: what is scored never sees it.
     """
@@ -60,13 +61,16 @@ class ZeroEngine:
         if settings.gradient_checkpointing:
             cast(Any, model.model).gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(model, settings)
+        config = deepspeed_config(settings, dtype)
+        if settings.zero_stage == 3:
+            divide(model, config, dtype, ranks.device)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         """Peak learning rate of each group, adapters first."""
         with redirect_stdout(io.StringIO()):  # it prints memory tables
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=deepspeed_config(settings, dtype),
+                config=config,
                 dist_init_required=False,
             )
         if ranks.size == 1:  # nothing to reduce; DeepSpeed would copy all gradients into one buffer and back

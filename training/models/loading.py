@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -36,13 +38,14 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def load_causal_lm(
-    directory: Path, chat_format: ChatFormat, dtype: torch.dtype, dropout: float = 0.0
+    directory: Path, chat_format: ChatFormat, dtype: torch.dtype, dropout: float = 0.0, with_weights: bool = True
 ) -> PreTrainedModel:
     """A causal language model whose embeddings hold all of the format's tokens.
 
-    `dropout` takes the place of the model's own; 0 switches it off.
+    `dropout` takes the place of the model's own; 0 switches it off. Without weights the parameters are uninitialised:
+    another rank brings them.
     """
-    model = _load(AutoModelForCausalLM, directory, dtype, dropout)
+    model = _load(AutoModelForCausalLM, directory, dtype, dropout, with_weights)
     changed = [name for name in _LOGIT_CHANGES if getattr(model.config, name, None) not in (None, 1.0)]
     if changed:
         raise UserError(f"Models of type '{model.config.model_type}' change their logits ({changed[0]}): unsupported.")
@@ -51,17 +54,22 @@ def load_causal_lm(
 
 
 def load_scorer(
-    directory: Path, chat_format: ChatFormat, dtype: torch.dtype, layers: int = 0, dropout: float = 0.0
+    directory: Path,
+    chat_format: ChatFormat,
+    dtype: torch.dtype,
+    layers: int = 0,
+    dropout: float = 0.0,
+    with_weights: bool = True,
 ) -> PreTrainedModel:
     """A model with a linear head of one output a token (`score`); a fresh head is drawn from N(0, 1 / (d + 1)).
 
-    `layers` keeps only the first so many; 0 keeps all. `dropout` takes the place of the model's own; 0 switches it off.
+    `layers` keeps only the first so many; 0 keeps all. `dropout` and `with_weights` as in `load_causal_lm`.
     The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
     """
     require_scorer_family(directory)
     fresh = not has_score_head(directory)
     cut = {"num_hidden_layers": layers} if layers else {}
-    model = _load(AutoModelForSequenceClassification, directory, dtype, dropout, num_labels=1, **cut)
+    model = _load(AutoModelForSequenceClassification, directory, dtype, dropout, with_weights, num_labels=1, **cut)
     if fresh:
         with torch.no_grad():
             head: Any = model.score
@@ -83,19 +91,38 @@ def require_scorer_family(directory: Path) -> None:
         )
 
 
-def _load(loader: Any, directory: Path, dtype: torch.dtype, dropout: float, **values: int) -> PreTrainedModel:
+def _load(
+    loader: Any, directory: Path, dtype: torch.dtype, dropout: float, with_weights: bool, **values: int
+) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(directory, **values)
         for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
-        model = loader.from_pretrained(directory, config=config, dtype=dtype)
+        if with_weights:
+            model = loader.from_pretrained(directory, config=config, dtype=dtype)
+        else:
+            model = _without_weights(loader, config, dtype)
     except Exception as error:  # safetensors, json and transformers each raise their own kinds
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"The model in {directory} cannot be loaded ({reason}); fetch or train it again.") from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
+    return model
+
+
+def _without_weights(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with uninitialised parameters, which take no memory until somebody writes into them."""
+    with init_empty_weights(include_buffers=False):
+        model = loader.from_config(config, dtype=dtype)
+    model.tie_weights()
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False):
+            if old not in made:
+                made[old] = nn.Parameter(torch.empty_like(old, device="cpu"), old.requires_grad)
+            setattr(module, name, made[old])
     return model
 
 

@@ -4,7 +4,7 @@ Peak rates are the makers' data sheets: dense matrix products, one direction of 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inference.errors import UserError
 from training.planner.workload import Precision
@@ -108,6 +108,11 @@ class Cluster:
         if device not in DEVICES:
             raise UserError(f"There is no description of the device '{device}'; choose one of {', '.join(DEVICES)}.")
         return cls(DEVICES[device], nodes, devices_per_node)
+
+    @property
+    def without_controller(self) -> "Cluster":
+        """Under a runtime like ours, in which no process serves all calls."""
+        return replace(self, calibration=replace(self.calibration, controller_seconds=0.0))
 
     @property
     def size(self) -> int:

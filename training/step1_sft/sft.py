@@ -10,6 +10,7 @@ from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_cache import Tokens
+from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
@@ -31,10 +32,12 @@ def train(stage: Stage) -> None:
     encoded = within_budget(stage.tokens(rows, PARTS, chat_format), settings.token_budget)
     total = count_updates(len(encoded), settings)
 
-    model = load_causal_lm(source, chat_format, torch.float32, settings.dropout)
-    policy = Policy(model, settings.optimizer.lora).to(stage.ranks.device)
-    if stage.ranks.is_first and stage.checkpoints.newest() is None:
-        say_first_answer(stage, policy, chat_format, (held_out or rows)[0])
+    dtype, with_weights = loads(settings.optimizer.zero_stage, stage.dtype, stage.ranks)
+    model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
+    policy = Policy(model, settings.optimizer.lora)
+    fits = settings.optimizer.zero_stage < 3 or stage.ranks.device.type == "cpu"
+    if stage.ranks.is_first and fits and stage.checkpoints.newest() is None:
+        say_first_answer(stage, policy.to(stage.ranks.device), chat_format, (held_out or rows)[0])
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     evaluated = stage.tokens(held_out[: settings.eval_rows], PARTS, chat_format)
     task = SFTTask(stage, engine, encoded, evaluated)

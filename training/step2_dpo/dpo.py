@@ -9,6 +9,7 @@ from inference.chat_format import ChatFormat
 from training import calls
 from training.data.batching import plan_micro_batches
 from training.data.token_pairs import TokenPair
+from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
@@ -30,8 +31,9 @@ def train(stage: Stage) -> None:
     evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
     total = count_updates(len(pairs), settings)
 
-    model = load_causal_lm(source, chat_format, torch.float32, settings.dropout)
-    policy = Policy(model, settings.optimizer.lora).to(stage.ranks.device)
+    dtype, with_weights = loads(settings.optimizer.zero_stage, stage.dtype, stage.ranks)
+    model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
+    policy = Policy(model, settings.optimizer.lora)
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     made: dict[str, Any] = {"pairs": {"train": pairs, "eval": evaluated}}
     evaluation: dict[str, float] = {}

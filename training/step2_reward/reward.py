@@ -8,6 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_pairs import TokenPair, rows_of
+from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
 from training.models.scorer import Scorer, at_last_token
@@ -26,10 +27,10 @@ def train(stage: Stage) -> None:
     pairs = stage.token_pairs(rows, chat_format)
     total = count_updates(len(pairs), settings)
 
-    model = load_scorer(source, chat_format, torch.float32, settings.layers, settings.dropout)
+    dtype, with_weights = loads(settings.optimizer.zero_stage, stage.dtype, stage.ranks)
+    model = load_scorer(source, chat_format, dtype, settings.layers, settings.dropout, with_weights)
     scorer = Scorer(model, settings.optimizer.lora)
     scorer.shift, scorer.scale = 0.0, 1.0
-    scorer = scorer.to(stage.ranks.device)
     engine = ZeroEngine(scorer, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
     task = RewardTask(stage, engine, pairs, evaluated)

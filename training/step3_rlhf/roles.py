@@ -16,6 +16,7 @@ from training.config import FrozenSettings
 from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
 from training.hybrid_engine.deepspeed_setup import deepspeed
+from training.hybrid_engine.dividing import divide, loads
 from training.hybrid_engine.generation_view import GenerationView
 from training.hybrid_engine.group_scoring import GroupScoring
 from training.hybrid_engine.layout import Layout
@@ -45,12 +46,13 @@ def starting_scorer(stage: Stage) -> Path | None:
 
 
 def load_critic(stage: Stage, scorer: Path | None, chat_format: ChatFormat) -> Scorer:
-    """The critic as it starts, in fp32."""
+    """The critic as it starts."""
     assert scorer is not None
+    settings = stage.config.rlhf.critic
     is_trained = stage.config.rlhf.has_reward_model or stage.config.trained_reward_model
     layers = 0 if is_trained else stage.config.reward.layers
-    model = load_scorer(scorer, chat_format, torch.float32, layers)
-    return Scorer(model, stage.config.rlhf.critic.lora).to(stage.ranks.device)
+    dtype, with_weights = loads(settings.zero_stage, stage.dtype, stage.ranks)
+    return Scorer(load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights), settings.lora)
 
 
 class Roles:
@@ -61,9 +63,10 @@ class Roles:
         critic span."""
         settings, ranks, dtype = stage.config.rlhf, stage.ranks, stage.dtype
         self.settings = settings
-        actor = Policy(load_causal_lm(sft, chat_format, torch.float32), settings.actor.lora).to(ranks.device)
+        loaded, with_weights = loads(settings.actor.zero_stage, dtype, ranks)
+        actor = load_causal_lm(sft, chat_format, loaded, with_weights=with_weights)
+        self.actor = ZeroEngine(Policy(actor, settings.actor.lora), settings.actor, dtype, updates[0], ranks)
         critic = load_critic(stage, scorer, chat_format) if settings.has_critic else None
-        self.actor = ZeroEngine(actor, settings.actor, dtype, updates[0], ranks)
         self._critic = None if critic is None else ZeroEngine(critic, settings.critic, dtype, updates[1], ranks)
         self.ema = MovingAverage(self.actor, settings.ema) if settings.ema else None
         tensor, scoring = settings.generation_tensor_parallel, settings.scoring_tensor_parallel
@@ -82,12 +85,14 @@ class Roles:
         self.reference_is_actor = settings.actor.lora.rank > 0
         self._reference: nn.Module | GroupScoring | None = None
         if not self.reference_is_actor:
-            reference = Policy(load_causal_lm(sft, chat_format, dtype))
+            _, with_weights = loads(settings.reference.zero_stage, dtype, ranks)
+            reference = Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights))
             self._reference = self._frozen(reference, settings.reference, scoring.reference, stage)
         self._reward: nn.Module | GroupScoring | None = None
         if settings.has_reward_model:
             assert scorer is not None
-            reward = Scorer(load_scorer(scorer, chat_format, dtype))
+            _, with_weights = loads(settings.reward.zero_stage, dtype, ranks)
+            reward = Scorer(load_scorer(scorer, chat_format, dtype, with_weights=with_weights))
             self._reward = self._frozen(reward, settings.reward, scoring.reward, stage)
         frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]
         self._frozen_blocked = [
@@ -107,11 +112,11 @@ class Roles:
     ) -> nn.Module | GroupScoring:
         """A role that only scores: whole on every rank, divided by ZeRO 3, or this rank's tensor-parallel part."""
         if degree == 1:
-            return freeze(role.to(stage.ranks.device), settings, stage.dtype)
+            return freeze(role, settings, stage.dtype, stage.ranks.device)
         part = self._part(degree)
         shard = Reallocation(role.model, part, stage.ranks.device).run()
         role.model = cast(PreTrainedModel, shard)  # the whole one is forgotten here
-        return GroupScoring(freeze(role, settings, stage.dtype), part)
+        return GroupScoring(freeze(role, settings, stage.dtype, stage.ranks.device), part)
 
     @property
     def critic(self) -> ZeroEngine:
@@ -192,12 +197,13 @@ def response_values(scores: Tensor, batch: TokenBatch) -> Tensor:
     return scores[batch.predicting]
 
 
-def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype) -> nn.Module:
-    """A role that only scores: whole on every rank, or divided over the ranks by ZeRO 3."""
+def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A role that only scores: as it is on every rank's device, or divided over the ranks by ZeRO 3."""
     model.eval().requires_grad_(False)
     if settings.zero_stage == 0:
-        return model
+        return model.to(device)
     config = deepspeed_config(settings.as_optimizer, dtype, trained=False)
+    divide(model, config, dtype, device)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     engine.eval()  # returns nothing, unlike torch's
     return engine

@@ -1,0 +1,29 @@
+"""A model divided over the ranks by ZeRO 3 one parameter at a time, so that no device ever holds it whole.
+
+Only the first rank reads the weights, into main memory and in the number format that is computed with. The other ranks
+build the same model with uninitialised ones (memory that nobody touches takes no room); each parameter travels from the
+first rank, and every rank keeps its part.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.distributed import Ranks
+from training.hybrid_engine.deepspeed_setup import deepspeed
+
+
+def loads(zero_stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[torch.dtype, bool]:
+    """In which number format this rank loads a model that is trained in `dtype`, and whether it reads the weights."""
+    return (dtype, ranks.is_first) if zero_stage == 3 else (torch.float32, True)
+
+
+def divide(model: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Divide `model`, which lies in main memory, in place, as DeepSpeed's `config` says; its parameters are in `dtype`
+    then, its buffers as they were. All ranks call it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
