@@ -394,6 +394,7 @@ def data_lint(
 def main() -> None:
     """The console script: errors of the user become one sentence and exit code 2."""
     from applications.launch import StageFailed
+    from inference.disk import file_sentence
     from inference.errors import UserError
 
     try:
@@ -403,6 +404,12 @@ def main() -> None:
             raise
         print(f"rlhf-chat: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        sentence = file_sentence(error)
+        if sentence is None or "--debug" in sys.argv:
+            raise
+        print(f"rlhf-chat: {sentence}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nrlhf-chat: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -19,7 +19,7 @@ from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_tokenizer, shared_prompts
-from training.data.prepare import COUNTS_FILE
+from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.reading import NAMES_OF_KINDS, read_source
 from training.data.rows import Row, RowSets, read_rows
 from training.data.sources import parse_source
@@ -87,7 +87,7 @@ def read_prepared(opened: Target, directory: Path) -> Target:
             rows = read_rows(file)
             if rows:
                 sets[name] = Lines(rows, [f"{file}, line {number}" for number in range(1, len(rows) + 1)])  # type: ignore[arg-type]
-    counts = json.loads((directory / COUNTS_FILE).read_text(encoding="utf-8"))
+    counts = read_counts(directory)
     opened.described = [
         *counts.get("sources", []),
         *(f"left out: {reason} ({n:,})" for reason, n in counts["skipped"].items()),

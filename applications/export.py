@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from applications.model_card import Exported, model_card
+from inference.disk import writing
 from inference.errors import UserError
+from inference.untrusted import refuse_code
 from training.config import DPO_STEP, RunConfig
 from training.run_directory import RunDirectory, StepDirectory, write_directory
 
@@ -26,7 +28,7 @@ def export(path: Path, to: Path, what: str, dtype: str, step: str) -> None:
     for given, allowed, option in ((what, KINDS, "--what"), (step, STEPS, "--step"), (dtype, ("", *DTYPES), "--dtype")):
         if given not in allowed:
             raise UserError(f"{option} takes {', '.join(filter(None, allowed))}, not '{given}'.")
-    run.require_model(STEPS[step])
+    refuse_code(run.require_model(STEPS[step]))
     require_free(to)
     directory = run.step(STEPS[step])
     write: Callable[[Path], None]
@@ -48,10 +50,8 @@ def export(path: Path, to: Path, what: str, dtype: str, step: str) -> None:
         card = model_card(run, config, Exported(to.resolve().name, step, what, dtype or config.save_dtype, base))
         (place / "README.md").write_text(card, encoding="utf-8")
 
-    try:
+    with writing("the export", to, "or choose another place with --to"):
         write_directory(to.resolve(), write_all)
-    except OSError as error:
-        raise UserError(f"{to} cannot be written ({error.strerror}); choose another place with --to.") from None
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
     print(f"Exported the {what} of {step} to {to} ({size:,.1f} MB): {', '.join(sorted(f.name for f in to.iterdir()))}")
     print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
@@ -80,12 +80,19 @@ def save_weights(model_directory: Path, dtype: str, place: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from inference.quiet import quiet_transformers
-    from training.models.loading import TORCH_DTYPES
+    from training.models.loading import TORCH_DTYPES, unloadable
 
     with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_directory, dtype=TORCH_DTYPES[dtype], local_files_only=True
-        )
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                model_directory,
+                dtype=TORCH_DTYPES[dtype],
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+            )
+        except Exception as error:  # safetensors, json and transformers each raise their own kinds
+            raise unloadable(model_directory, error) from error
         model.save_pretrained(place)
 
 
@@ -113,10 +120,14 @@ def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: P
     W + s1 B1 A1 + s2 B2 A2 is W + [s1 B1, s2 B2] [A1; A2]: an adapter whose rank is the sum, scaled by 1.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    settings = [json.loads((adapter / "adapter_config.json").read_text()) for adapter in adapters]
-    weights = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
+    try:
+        settings = [json.loads((adapter / "adapter_config.json").read_text()) for adapter in adapters]
+        weights = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]  # no other format is read
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"The adapter of {step.path} cannot be read ({error}): export with --what merged.") from error
     if any(each.keys() != weights[0].keys() for each in weights):
         raise UserError("Steps 1 and 3 have adapters on different layers, which make no single one: use --what merged.")
     scales = [each["lora_alpha"] / each["r"] for each in settings]

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import training
 from inference.errors import EXIT_USER_ERROR, UserError
+from training.error_report import room_for_report
 from training.run_directory import STEP_COMMANDS, STEP_NAMES, RunDirectory
 from training.watchdog import PARENT_VARIABLE
 
@@ -43,22 +44,22 @@ def run_stage_script(
     Raises UserError with the stage's own sentence, or StageFailed.
     """
     error_file, log_file = report_files(script, run)
-    error_file.unlink(missing_ok=True)
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
-        command = stage_command(script, run.path, processes, arguments)
-        process = subprocess.Popen(command, env=child_environment(), stdout=progress, stderr=log)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        stop(process)
-        raise
+    with room_for_report(error_file):
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
+            command = stage_command(script, run.path, processes, arguments)
+            process = subprocess.Popen(command, env=child_environment(), stdout=progress, stderr=log)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            stop(process)
+            raise
     if code == 0:
         return
     if error_file.exists():
         error = json.loads(error_file.read_text())
         raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
-        if "traceback" in error:  # of the user's own code; --debug shows it
+        if "traceback" in error:  # --debug shows it
             raised.add_note(error["traceback"])
         raise raised
     raise StageFailed(failure_sentence(script, run, code, log_file))

@@ -1,6 +1,5 @@
 """The README.md of an exported model: what it is, how it was made, how it was measured, whose licence holds."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    evaluation_file, _ = run.comparison_of(DPO_STEP if exported.step == "dpo" else 3)
-    evaluation = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else None
+    evaluation = run.read_comparison(DPO_STEP if exported.step == "dpo" else 3)
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return environment.get_template("model_card.md.jinja").render(
         front_matter=yaml.safe_dump(front_matter(config, exported), sort_keys=False, allow_unicode=True).strip(),

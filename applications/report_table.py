@@ -1,7 +1,6 @@
 """The tables of an evaluation: accuracies, two models beside each other, and a few of their answers."""
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,8 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def comparison_table(run: RunDirectory, width: int = 100, step: int = 3) -> str:
     """A run's own evaluation: reward accuracy, SFT beside RLHF or DPO, win rate and sample answers, as text."""
-    evaluation_file, answers_file = run.comparison_of(step)
-    result = json.loads(evaluation_file.read_text())
+    _, answers_file = run.comparison_of(step)
+    result = run.read_comparison(step) or {}
     line = reward_accuracy_line(run.step(2).read_result()) if run.step(2).is_finished else ""
     if step == DPO_STEP and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
         line = f"DPO: {accuracy:.1%} of held-out pairs ranked right by its implicit reward"

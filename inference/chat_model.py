@@ -15,6 +15,7 @@ from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.quiet import quiet_transformers
 from inference.text_pieces import TextPieces
+from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE_BYTES = 6 * 2**30
@@ -39,6 +40,7 @@ class ChatModel:
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} is not a model: it has no config.json; give a Hugging Face model directory.")
         refuse_reward_model(directory)
+        refuse_code(directory)
         chat_format = ChatFormat.load(directory)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -48,10 +50,14 @@ class ChatModel:
                     dtype=choose_dtype(directory, dtype, device),
                     local_files_only=True,
                     output_loading_info=True,
+                    trust_remote_code=False,
+                    weights_only=True,
                 )
         except UserError:
             raise
         except Exception as error:  # transformers raises many kinds here, all of them about the directory's files
+            if is_unsafe_pickle(error):
+                raise UserError(unsafe_pickle(directory)) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
             raise UserError(f"{directory} is a damaged model ({reason}); copy it again or train it again.") from error
         model, report = loaded

@@ -4,7 +4,6 @@ What is built or converted here goes to the cache: as a whole, by renaming, or n
 own cache.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -16,8 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from inference.disk import is_disk_full
 from inference.errors import UserError
 from inference.model_package import convert_package, find_package
+from inference.untrusted import refuse_code
 
 Report = Callable[[str], None]
 
@@ -67,11 +68,13 @@ def is_local(source: str) -> bool:
 def check_model_directory(directory: Path, name: str = "") -> None:
     """Raise UserError, saying what is missing, unless `directory` has configuration, weights and tokenizer.
 
-    `name` is what the user calls it, where that is not its path.
+    What wants code of its own run is refused as well. `name` is what the user calls it, where that is not its path.
     """
     name = name or str(directory)
     try:
-        json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
     except FileNotFoundError:
         inner = next((file.parent for file in sorted(directory.glob("*/config.json"))), None)
         hint = f"did you mean {inner}?" if inner else "give a Hugging Face model directory or a hub id."
@@ -86,6 +89,7 @@ def check_model_directory(directory: Path, name: str = "") -> None:
         raise UserError(
             f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); put the model's tokenizer files there."
         )
+    refuse_code(directory, name)
 
 
 def _weights_complaint(directory: Path, weights: str) -> str:
@@ -133,7 +137,7 @@ def _cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
     except UserError:
         raise
     except Exception as error:  # a full disk shows as OSError, or as an error type of safetensors
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise UserError(f"The disk of {cache} is full; make room, or set RLHF_CHAT_CACHE elsewhere.") from error
         if isinstance(error, OSError):
             raise UserError(f"The cache {cache} cannot be used ({error}); set RLHF_CHAT_CACHE elsewhere.") from error
@@ -151,15 +155,6 @@ def _locked(file: Path, report: Report) -> Iterator[None]:
             report(f"Waiting for another process that prepares {file.stem}.")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether `error` or what caused it is 'no space left on device' (or the user's quota)."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _build_tiny(directory: Path) -> None:
@@ -214,7 +209,7 @@ def hub_sentence(
     status = next((response.status_code for response in responses if response is not None), None)
     local = f"or use {local}"
     page = f"{constants.ENDPOINT}/{'datasets/' if noun == 'data set' else ''}{source}"
-    if _is_disk_full(error):
+    if is_disk_full(error):
         return f"The disk is full: {source} needs room in {constants.HF_HUB_CACHE}, or set HF_HOME to another place."
     if isinstance(error, errors.GatedRepoError):
         return f"{source} is gated: accept its terms at {page} and set HF_TOKEN, {local}."

@@ -1,17 +1,23 @@
 """Checkpoints that appear whole or not at all; the newest few are kept."""
 
-import json
 import os
+import pickle
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from inference.disk import writing
 from inference.errors import UserError
 from training.distributed import Ranks
-from training.run_directory import publish_directory, write_json
+from training.run_directory import publish_directory, read_json, write_json
 
 STATE_FILE = "state.json"
+MISFITS = ("PytorchStreamReader", "loading state_dict", "size of tensor", "shape", "Invalid magic number")
+"""What RuntimeErrors of torch and DeepSpeed say of a file that is damaged or does not fit the model; others are about
+memory and peers."""
 
 
 class Checkpoints:
@@ -25,6 +31,17 @@ class Checkpoints:
     def save(self, number: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
         """All ranks call `write(directory)`; then the checkpoint gets its name, and old ones go."""
         temporary = self.directory / f".{number}.tmp"
+        older = self.numbers()[-1:]
+        goes_on = f"then the same command goes on from {f'checkpoint {older[0]}' if older else 'the start of the step'}"
+        try:
+            with writing(f"checkpoint {number}", self.directory, goes_on):
+                self._write(number, temporary, write, state)
+        except UserError:
+            if self.ranks.size == 1:  # other ranks may still be writing; `newest` removes it at the next start
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _write(self, number: int, temporary: Path, write: Callable[[Path], None], state: dict[str, Any]) -> None:
         if self.ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -46,18 +63,25 @@ class Checkpoints:
         return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdigit())
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Directory and state of the newest checkpoint, its files checked; None where there is none."""
+        """Directory and state of the newest checkpoint, its files checked; None where there is none.
+
+        What an earlier process left half written is removed.
+        """
+        if self.ranks.is_first:
+            for pattern in (".*.tmp", ".*.old"):
+                for left_over in self.directory.glob(pattern):
+                    shutil.rmtree(left_over, ignore_errors=True)
         numbers = self.numbers()
         if not numbers:
             return None
         directory = self.directory / str(numbers[-1])
-        way_out = f"delete {directory} to go on from {'the one before' if len(numbers) > 1 else 'the start'}"
+        way_out = self._way_out(directory)
         try:
-            state = json.loads((directory / STATE_FILE).read_text())
-        except (OSError, ValueError):
-            raise UserError(
-                f"The checkpoint {directory} is damaged ({STATE_FILE} cannot be read); {way_out}."
-            ) from None
+            state = read_json(directory / STATE_FILE, way_out)
+        except (OSError, UserError):
+            state = {}
+        if not {"number", "ranks", "files"} <= state.keys():
+            raise UserError(f"The checkpoint {directory} is damaged ({STATE_FILE} cannot be read); {way_out}.")
         for name, size in state["files"].items():
             file = directory / name
             if not file.is_file() or file.stat().st_size != size:
@@ -68,6 +92,35 @@ class Checkpoints:
                 f"{self.ranks.size}; use --processes {state['ranks']}, or {way_out}."
             )
         return directory, state
+
+    @contextmanager
+    def reading(self, directory: Path) -> Iterator[None]:
+        """Around the loading of the checkpoint `directory`: what is damaged or foreign in it becomes a UserError."""
+        try:
+            yield
+        except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            raise self._damaged(directory, error) from error
+        except pickle.UnpicklingError as error:
+            wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+            if wanted is None:
+                raise self._damaged(directory, error) from error
+            raise UserError(
+                f"The checkpoint {directory} would run {wanted[1]}, which none of rlhf-chat asks for, so it was not "
+                f"read: {self._way_out(directory)}, and go on only with runs of people you trust."
+            ) from error
+        except RuntimeError as error:
+            if not any(text in str(error) for text in MISFITS):
+                raise
+            raise self._damaged(directory, error) from error
+
+    def _damaged(self, directory: Path, error: Exception) -> UserError:
+        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0][:200].rstrip(".")
+        return UserError(
+            f"The checkpoint {directory} is damaged or of another model ({reason}); {self._way_out(directory)}."
+        )
+
+    def _way_out(self, directory: Path) -> str:
+        return f"delete {directory} to go on from {'the one before' if len(self.numbers()) > 1 else 'the start'}"
 
 
 def remove_directory(directory: Path) -> None:

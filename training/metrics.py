@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from inference.disk import GO_ON, writing
+from inference.errors import UserError
 from training.run_directory import write_text
 
 PLAIN_LINE_SECONDS = 10.0
@@ -31,8 +33,9 @@ class Journal:
         self.file = file
 
     def write(self, number: int, values: dict[str, Any]) -> None:
-        with open(self.file, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"number": number, **values}, ensure_ascii=False) + "\n")
+        line = json.dumps({"number": number, **values}, ensure_ascii=False) + "\n"
+        with writing("a line of it", self.file), open(self.file, "a", encoding="utf-8") as handle:
+            handle.write(line)
 
     def rewind(self, number: int) -> None:
         """Forget what was written after `number`, and a last line that a crash cut short."""
@@ -42,16 +45,27 @@ class Journal:
         write_text(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def read(self) -> list[dict[str, Any]]:
+        """The lines, without a last one that a crash cut short. Raises UserError for any other that is damaged."""
         rows: list[dict[str, Any]] = []
         if not self.file.exists():
             return rows
-        with open(self.file, encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    break
+        with open(self.file, "rb") as lines:
+            for place, line in enumerate(lines, 1):
+                row = read_line(line)
+                if row is not None:
+                    rows.append(row)
+                elif line.endswith(b"\n"):
+                    raise UserError(f"Line {place} of {self.file} is damaged: delete that line, {GO_ON}.")
         return rows
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """A journal's line; None where it is damaged."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("number"), int) else None
 
 
 class NullJournal(Journal):

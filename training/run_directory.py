@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,11 @@ class RunDirectory:
         if step == DPO_STEP:
             return self.path / "evaluation_dpo.json", self.path / "comparison_dpo.jsonl"
         return self.evaluation_file, self.comparison_file
+
+    def read_comparison(self, step: int) -> dict[str, Any] | None:
+        """The figures of `comparison_of`; None where there are none. Raises UserError where the file is damaged."""
+        file, _ = self.comparison_of(step)
+        return read_json(file, f"delete it, then rlhf-chat eval {self.path} makes it anew") if file.exists() else None
 
     @property
     def lock_file(self) -> Path:
@@ -164,7 +169,9 @@ class StepDirectory:
         return self.result_file.exists() and self.model.is_dir()
 
     def read_result(self) -> dict[str, Any]:
-        return json.loads(self.result_file.read_text())
+        """Raises UserError where the file is damaged."""
+        command = f"rlhf-chat {STEP_COMMANDS[self.number]} {self.path.parent}"
+        return read_json(self.result_file, f"delete it, then {command} ends the step anew from its last checkpoint")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -194,11 +201,29 @@ def hold_lock(file: Path, wait_seconds: float, busy: str) -> Iterator[None]:
 def write_text(file: Path, text: str) -> None:
     """Replace a file at once: a reader or a crash sees the old text or the new one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # ranks may write the same file at the same time
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from error  # of a full disk it knows no name
+
+
+def read_json(file: Path, way_out: str) -> dict[str, Any]:
+    """The object in a file. Raises UserError with the way out where it is damaged or missing."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {way_out}.") from None
+    except ValueError:  # no text, or no JSON
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged (it holds no JSON object): {way_out}.")
+    return values
 
 
 def write_json(file: Path, values: Any) -> None:
@@ -206,12 +231,16 @@ def write_json(file: Path, values: Any) -> None:
 
 
 def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill a directory beside its place, then move it there; an older one is replaced."""
+    """Fill a directory beside its place, then move it there; an older one is replaced. What fails leaves nothing."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    publish_directory(temporary, directory)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        publish_directory(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def publish_directory(temporary: Path, directory: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from inference.chat_format import ChatFormat
+from inference.disk import file_sentence, writing
 from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
 from inference.tensor_parallel.plan import check_divides, cut_layers
@@ -33,6 +35,7 @@ from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
 from training.data.token_cache import TokenCache, Tokens
 from training.data.token_pairs import PARTS, TokenPair
 from training.distributed import Ranks, start_ranks, stop_ranks
+from training.error_report import leave_report
 from training.hybrid_engine.layout import Layout
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
@@ -153,7 +156,8 @@ class Stage:
         def write(directory: Path) -> None:
             save_model(directory, load(), chat_format, weights, lora, self.storage_dtype, extra_config, adapter)
 
-        write_directory(model, write)
+        with writing(f"the model of {self.directory.path.name}", self.directory.path):
+            write_directory(model, write)
 
     def finish(self, result: dict) -> None:
         """Mark the step as done. `result` is what later steps and people read."""
@@ -255,15 +259,15 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
     try:
         body()
         return 0
-    except (UserError, Diverged) as error:
-        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_DIVERGED
-        error_file.parent.mkdir(parents=True, exist_ok=True)
-        if not error_file.exists():
-            notes = getattr(error, "__notes__", [])  # a traceback of the user's own code, for --debug
-            report = {"sentence": str(error), "code": code, **({"traceback": "\n".join(notes)} if notes else {})}
-            write_json(error_file, report)  # a launcher has exit codes of its own
+    except Exception as error:
+        sentence = str(error) if isinstance(error, UserError | Diverged) else file_sentence(error)
+        if sentence is None:
+            raise
+        code = EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_USER_ERROR
+        notes = getattr(error, "__notes__", []) or traceback.format_exception(error)  # for --debug
+        leave_report(error_file, sentence, code, "\n".join(notes))  # a launcher has exit codes of its own
         if PARENT_VARIABLE not in os.environ:  # else the command prints it
-            print(error, file=sys.stderr, flush=True)
+            print(sentence, file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them
         return code

@@ -100,7 +100,8 @@ def resume(stage: Stage, task: Task) -> tuple[int, dict[str, float]]:
         stage.samples.rewind(-1)
         return 0, validate(stage, task, 0)
     directory, state = checkpoint
-    task.engine.load(directory)
+    with stage.checkpoints.reading(directory):
+        task.engine.load(directory)
     stage.metrics.rewind(state["number"])
     stage.samples.rewind(state["number"])
     stage.display.say(f"{task.name}: going on after optimiser step {state['number']}")

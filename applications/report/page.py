@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from applications.report_table import DOUBTFUL_ACCURACY, pair_of, table_rows
 from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
 from training.config_files import validate_config
+from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
 from training.metrics import Journal, duration
-from training.run_directory import STEP_NAMES, RunDirectory, StepDirectory, write_text
+from training.run_directory import STEP_NAMES, RunDirectory, StepDirectory, read_json, write_text
 
 HERE = Path(__file__).parent
 SHOWN_ANSWERS = 8
@@ -54,7 +54,7 @@ def render(run: RunDirectory) -> str:
     """The page. It holds no script and asks for nothing, and its policy forbids both."""
     config = run.read_config()
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
-    evaluation = read_json(run.comparison_of(run.last_step)[0]) or None
+    evaluation = run.read_comparison(run.last_step)
     rows = {step: read_metrics(run.step(step)) for step in STEP_NAMES}
     if not any(rows.values()):
         raise UserError(f"Nothing was trained in {run.path} yet; start with rlhf-chat run --name {run.path.name}.")
@@ -84,7 +84,7 @@ def render(run: RunDirectory) -> str:
         changed=changed_settings(config),
         settings=run.config_file.read_text(encoding="utf-8"),
         versions=stored.get("versions", {}),
-        counts=read_json(run.data / "counts.json").get("rows", {}),
+        counts=read_counts(run.data).get("rows", {}) if (run.data / COUNTS_FILE).exists() else {},
     )
 
 
@@ -93,10 +93,6 @@ class StepPart:
     title: str
     is_finished: bool
     charts: list[Chart]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def read_metrics(step: StepDirectory) -> list[dict[str, Any]]:
@@ -162,7 +158,8 @@ class Sign:
 def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]:
     """What tells a policy that improved from one that fooled its reward; the bounds are those of docs/report.md."""
     found = []
-    checked = read_json(run.step(3).path / "first_update.json")
+    first_update = run.step(3).path / "first_update.json"
+    checked = read_json(first_update, "delete it") if first_update.exists() else {}
     if checked:
         apart = checked.get("generation_logprob_difference", checked["ratio_error"])
         found.append(Sign(True, f"First update checked: generation and training {number(apart)} nats apart"))

@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from inference.chat_format import ChatFormat
+from inference.disk import writing
 from inference.errors import UserError
 from training.config import EMBEDDED_DATA, DataSettings
 from training.data.blend import blend
@@ -14,7 +16,7 @@ from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.reading import SourceRows, read_sources
 from training.data.rows import RowSets, write_rows
 from training.data.split import kind_of, split_rows
-from training.run_directory import write_directory, write_json
+from training.run_directory import read_json, write_directory, write_json
 
 COUNTS_FILE = "counts.json"
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -62,7 +64,7 @@ def prepare_data(
     """
     counts_file = directory / COUNTS_FILE
     if counts_file.exists():
-        return DataCounts(**json.loads(counts_file.read_text(encoding="utf-8")))
+        return DataCounts(**read_counts(directory))
     sets, counts, left_out = build_rows(settings, seed, chat_format, report)
 
     def write(place: Path) -> None:
@@ -73,11 +75,17 @@ def prepare_data(
             (place / LEFT_OUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(place / COUNTS_FILE, asdict(counts))
 
-    write_directory(directory, write)
+    with writing("the prepared data", directory.parent):
+        write_directory(directory, write)
     report(f"Data from {', '.join(settings.sources)}")
     for line in counts.lines():
         report(f"  {line}")
     return counts
+
+
+def read_counts(directory: Path) -> dict[str, Any]:
+    """The values of DataCounts that a filled directory holds. Raises UserError where they are damaged."""
+    return read_json(directory / COUNTS_FILE, f"delete {directory}, which the next step makes anew")
 
 
 def build_rows(

@@ -70,9 +70,23 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `write_rows` wrote."""
-    with open(file, encoding="utf-8") as handle:  # not splitlines(): text may hold other line separators
-        return [json.loads(line) for line in handle]
+    """The rows of a file that `write_rows` wrote. Raises UserError for a line that is none."""
+    rows = []
+    with open(file, "rb") as handle:  # not splitlines(): text may hold other line separators
+        for place, line in enumerate(handle, 1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"Line {place} of {file} is damaged: delete {remade(file)}, which is then made anew.")
+            rows.append(row)
+    return rows
+
+
+def remade(file: Path) -> str:
+    """What to delete so that a command makes a damaged file of rows again: rows appear as a whole directory."""
+    return f"the directory {file.parent}" if file.parent.name == "data" else f"{file} and the .json file beside it"
 
 
 _PAIRS = ("pairs", "prompts with a chosen and a rejected response")

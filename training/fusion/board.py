@@ -1,10 +1,10 @@
-"""A notice board for the ranks of one rollout: small objects by name, counters, no collective calls.
+"""A notice board for the ranks of one rollout: small values by name, counters, no collective calls.
 
 Ranks that decode and ranks that score run at their own pace, so they cannot meet in collectives. The board lies in the
 key-value store that every process group of torch.distributed has anyway.
 """
 
-import pickle
+import json
 import time
 from datetime import timedelta
 from typing import Any
@@ -27,17 +27,17 @@ class Board:
         self.counters: set[str] = set()
 
     def post(self, key: str, notice: Any) -> None:
-        """Hang up a picklable object; each key once."""
-        self.store.set(key, pickle.dumps(notice))  # type: ignore[arg-type]  # bytes are what C++ takes
+        """Hang up what JSON can say (numbers come back exactly, tuples as lists); each key once."""
+        self.store.set(key, json.dumps(notice))
         self.mine.append(key)
 
     def has(self, key: str) -> bool:
         return self.store.check([key])
 
     def read(self, key: str) -> Any:
-        """The object under `key`; waits for it. Notices come from processes of this run alone."""
+        """The value under `key`; waits for it. JSON, because whoever reaches the port could hang up a notice."""
         self.store.wait([key], PATIENCE)
-        return pickle.loads(self.store.get(key))
+        return json.loads(self.store.get(key))
 
     def count(self, key: str, more: int = 1) -> int:
         """Add to a counter and return its new value; `more` 0 reads it."""

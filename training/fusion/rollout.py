@@ -9,7 +9,7 @@ them. Tokens do not depend on any of this: see `inference.generation.sampler`.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Generic, TypeVar
 
 import torch.distributed as dist
@@ -121,13 +121,17 @@ class FusedRollout(Generic[S]):
                 Unfinished(move.index, len(self.prompts[move.index]), move.length - len(self.prompts[move.index]))
                 for move in self.arriving
             ]
-            self.board.post(f"left/{self.tick}/{self.place.instance}", left + arriving)
+            notice = [astuple(each) for each in left + arriving]
+            self.board.post(f"left/{self.tick}/{self.place.instance}", notice)
 
     def _decision(self) -> Repacking | None:
         if self.tick == 1 or len(self.active) == 1:
             return None
         start = time.perf_counter()
-        left = {instance: self.board.read(f"left/{self.tick - 1}/{instance}") for instance in self.active}
+        left = {
+            instance: [Unfinished(*each) for each in self.board.read(f"left/{self.tick - 1}/{instance}")]
+            for instance in self.active
+        }
         self.timeline.add("idle", start, time.perf_counter())
         return decide(left, self.policy, self.remaining)
 

@@ -38,7 +38,7 @@ class MovingAverage:
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote with as many ranks."""
-        kept = torch.load(directory / f"{self.engine.ranks.rank}.pt", map_location="cpu")
+        kept = torch.load(directory / f"{self.engine.ranks.rank}.pt", map_location="cpu", weights_only=True)
         for average, part in zip(self.averages, kept, strict=True):
             average.copy_(part)
 

@@ -15,6 +15,7 @@ from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.dividing import divide
+from training.hybrid_engine.tensors_only import tensors_only
 
 TAG = "state"
 OWN_WEIGHTS = (
@@ -145,9 +146,10 @@ class ZeroEngine:
         )
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Go on from what `save` wrote. Nothing that the files ask for is run, see `tensors_only`."""
         frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
-        _, state = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not frozen)
+        with tensors_only():
+            _, state = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not frozen)
         self.updates = state["updates"]
 
     def trained_weights(self) -> dict[str, Tensor]:

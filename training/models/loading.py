@@ -1,6 +1,5 @@
 """Loading models of any supported family, with adapters, and writing them as plain Hugging Face directories."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
+from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
 from training.config import Dtype, LoRASettings
+from training.run_directory import read_json
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -66,8 +67,8 @@ def load_scorer(
     `layers` keeps only the first so many; 0 keeps all. `dropout` and `with_weights` as in `load_causal_lm`.
     The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
     """
-    require_scorer_family(directory)
     fresh = not has_score_head(directory)
+    require_scorer_family(directory)
     cut = {"num_hidden_layers": layers} if layers else {}
     model = _load(AutoModelForSequenceClassification, directory, dtype, dropout, with_weights, num_labels=1, **cut)
     if fresh:
@@ -94,18 +95,32 @@ def require_scorer_family(directory: Path) -> None:
 def _load(
     loader: Any, directory: Path, dtype: torch.dtype, dropout: float, with_weights: bool, **values: int
 ) -> PreTrainedModel:
+    refuse_code(directory)
+    missing: list[str] = []
     try:
-        config = AutoConfig.from_pretrained(directory, **values)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **values)
         for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
         if with_weights:
-            model = loader.from_pretrained(directory, config=config, dtype=dtype)
+            model, report = loader.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+            )
+            missing = sorted(key for key in report["missing_keys"] if not key.startswith("score."))  # a fresh head
         else:
             model = _without_weights(loader, config, dtype)
     except Exception as error:  # safetensors, json and transformers each raise their own kinds
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"The model in {directory} cannot be loaded ({reason}); fetch or train it again.") from error
+        raise unloadable(directory, error) from error
+    if missing:  # transformers would go on with random weights
+        raise UserError(
+            f"The model in {directory} is not complete: {len(missing)} weights are missing, for example {missing[0]}; "
+            f"{way_out(directory)}."
+        )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -126,9 +141,26 @@ def _without_weights(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) 
     return model
 
 
+def unloadable(directory: Path, error: Exception) -> UserError:
+    """The sentence for what transformers raised while it loaded a model; a UserError stays what it is."""
+    if isinstance(error, UserError):
+        return error
+    if is_unsafe_pickle(error):
+        return UserError(unsafe_pickle(directory))
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    return UserError(f"The model in {directory} cannot be loaded ({reason}); {way_out(directory)}.")
+
+
+def way_out(directory: Path) -> str:
+    """Of a damaged model: that of a finished step is written anew from the step's last checkpoint."""
+    if (directory.parent / "result.json").is_file():
+        return f"delete {directory} and give the command of its step again, which writes it anew"
+    return "fetch it again, or give another one"
+
+
 def has_score_head(directory: Path) -> bool:
-    """Whether the model gives scores already, so that no fresh head is drawn for it."""
-    architectures = json.loads((directory / "config.json").read_text()).get("architectures") or []
+    """Whether the model gives scores already, so that no fresh head is drawn for it. Raises UserError."""
+    architectures = read_json(directory / "config.json", way_out(directory)).get("architectures") or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 

@@ -130,9 +130,10 @@ class PPO:
             self.show_fixed_prompts(0)
             return 0, False
         directory, state = checkpoint
-        self.roles.load(directory)
-        self.kl.coefficient = state["kl_coefficient"]
-        self.rollout.fusion.restore(state["fusion"])
+        with self.stage.checkpoints.reading(directory):
+            self.roles.load(directory)
+            self.kl.coefficient = state["kl_coefficient"]
+            self.rollout.fusion.restore(state["fusion"])
         self.stage.metrics.rewind(state["number"])
         self.stage.samples.rewind(state["number"])
         updates.rewind(state["number"])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.full_disk import small_disk
 from training.config import DataSettings
 from training.data.token_cache import TokenCache, fingerprint
 
@@ -94,3 +95,12 @@ def test_a_directory_that_cannot_be_written_costs_nothing_but_time(tmp_path, wor
     blocked = cache(tmp_path, word_format)
     blocked.fill()
     assert as_lists(blocked.read()) == as_lists(blocked.make())
+
+
+def test_kept_tokens_on_a_full_disk(tmp_path, word_format):
+    with small_disk(tmp_path / "disk", 4):
+        (tmp_path / "disk" / "filler").write_bytes(b"x" * 4096)
+        full = cache(tmp_path / "disk", word_format)
+        full.fill()
+        assert as_lists(full.read()) == as_lists(full.make())
+        assert not list(full.directory.iterdir())

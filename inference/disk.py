@@ -1,0 +1,81 @@
+"""What a disk refuses, no room or no right to write: the sentence that says what was not written, and the way out."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from inference.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK = "the disk is full"
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "PyTorchFileWriter")
+"""torch.save loses the reason why a write failed, and says one of these."""
+LITTLE = 2**20
+"""Bytes; where fewer are free, that was the reason."""
+GO_ON = "then the same command goes on where it stopped"
+
+
+@contextmanager
+def writing(what: str, place: Path, then: str = GO_ON) -> Iterator[None]:
+    """Inside, a write that the disk refuses raises a UserError with `what` was not written at `place`.
+
+    `then` says how it goes on once that is put right. Errors of other kinds pass through.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # besides OSError, kinds of safetensors, tokenizers and torch
+        reason = disk_reason(error, place)
+        if reason is None:
+            raise
+        if reason == FULL_DISK:
+            sentence = f"The disk of {place} is full, so {what} could not be written: make room, {then}."
+        else:
+            sentence = f"{place} cannot be written ({reason}), {what} is not there: set that right, {then}."
+        raise UserError(sentence) from error
+
+
+def disk_reason(error: BaseException | None, place: Path) -> str | None:
+    """Why the disk of `place` refused, for `error` or what caused it; None where it is about something else."""
+    if is_disk_full(error):
+        return FULL_DISK
+    while error is not None:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            return error.strerror or os.strerror(error.errno)
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in TORCH_WRITER):
+            return FULL_DISK if free_bytes(place) < LITTLE else "a write failed"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def free_bytes(place: Path) -> int:
+    """Of the disk that `place` is on, or would be."""
+    there = next(above for above in (place, *place.absolute().parents) if above.exists())
+    return shutil.disk_usage(there).free
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error` or what caused it is 'no space left on device' (or the user's quota)."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def file_sentence(error: BaseException) -> str | None:
+    """The sentence for what the operating system says of a file; None for an error of another kind.
+
+    The last resort, at the boundaries: where it is known what was being written, `writing` says more.
+    """
+    named = isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike)
+    place = os.fspath(error.filename) if isinstance(error, OSError) and named else ""
+    if is_disk_full(error):
+        return f"The disk{f' of {place}' if place else ''} is full: make room, {GO_ON}."
+    if not place or not isinstance(error, OSError):
+        return None
+    return f"{place} cannot be used ({error.strerror}): check that place and its rights, {GO_ON}."
