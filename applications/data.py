@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from applications.commands import resolve_settings
 from applications.preset_store import settings_for_model
+from applications.settings import resolve_settings
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.model_store import resolve_model

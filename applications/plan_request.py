@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from applications.commands import resolve_settings
 from applications.fit import find_shape, scorer_source
+from applications.settings import resolve_settings
 from inference.errors import UserError
 from training.calls import rlhf_calls
 from training.config import RunConfig

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from applications.commands import resolve_settings
+from applications.settings import resolve_settings
 from inference.errors import UserError
 from training.run_directory import RunDirectory
 

@@ -1,0 +1,68 @@
+"""The settings of a run from what was given on the command line: preset, files, --set, options."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from applications.preset_store import settings_for_model
+from inference.errors import UserError
+from training.config import EMBEDDED_DATA, RunConfig
+from training.config_files import load_config, merge
+from training.data.sources import absolute
+from training.run_directory import RunDirectory
+
+
+def resolve_settings(
+    model: str | None,
+    config: list[Path] | None,
+    overrides: list[str] | None,
+    flags: Mapping[str, object],
+    run: RunDirectory | None = None,
+) -> RunConfig | None:
+    """Preset, then files, then --set, then flags; None when nothing was given, so that a run keeps its own.
+
+    Without a model or a file, what is given is laid over the settings of `run`.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    if model is None and not config and not overrides and not given:
+        return None
+    if model is None and not config and run is not None and run.config_file.exists():
+        stored = run.read_config().model_dump(mode="json")
+        if "data" in given:
+            given["data"] = {"source": [absolute(text) for text in data_sources(given["data"])]}
+        nest_fusion(given)
+        return found_from_anywhere(load_config([], overrides or [], stored, given))
+    if model is None and not config:
+        options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
+        raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
+    if "data" in given:
+        given["data"] = {"source": data_sources(given["data"])}
+    nest_fusion(given)
+    base = settings_for_model(model) if model is not None else {}
+    resolved = load_config(config or [], overrides or [], base, given)
+    if resolved.data.source == EMBEDDED_DATA:
+        return found_from_anywhere(resolved)
+    # What a preset says of the embedded dialogues does not hold for other data.
+    base = merge(base, {"evaluation": {"true_score": "none"}, "announce": ""})
+    resolved = load_config(config or [], overrides or [], base, given)
+    resolved.data.source = [absolute(text) for text in resolved.data.sources]
+    return found_from_anywhere(resolved)
+
+
+def found_from_anywhere(config: RunConfig) -> RunConfig:
+    """Files that the settings of step 3 name, as the stages find them from other working directories."""
+    rlhf = config.rlhf
+    rlhf.ptx.source = absolute(rlhf.ptx.source) if rlhf.ptx.source else ""
+    file, colon, name = rlhf.reward_function.rpartition(":")
+    rlhf.reward_function = f"{absolute(file)}{colon}{name}" if file else ""
+    return config
+
+
+def nest_fusion(given: dict[str, object]) -> None:
+    """Put the flag where the setting is."""
+    if "fusion" in given:
+        given["rlhf"] = {"fusion": {"mode": given.pop("fusion")}}
+
+
+def data_sources(given: object) -> list[str]:
+    """The values of --data, which may be given several times."""
+    return [str(text) for text in given] if isinstance(given, list) else [str(given)]
