@@ -12,7 +12,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from typer import BadParameter
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from applications.cli import app
@@ -92,8 +92,13 @@ def mistake_of(words: list[str]) -> str:
     return ""
 
 
+@cache
+def root_command() -> TyperGroup:
+    return get_command(app)
+
+
 def mistake_of_rlhf_chat(arguments: list[str]) -> str:
-    command, path = get_command(app), []
+    command, path = root_command(), []
     while isinstance(command, TyperGroup) and arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
         if name == "COMMAND":
@@ -111,20 +116,20 @@ def mistake_of_rlhf_chat(arguments: list[str]) -> str:
     return mistake_of_settings(given.get("model"), given.get("set_") or [], given.get("config") or [])
 
 
+@cache
 def command_names() -> list[str]:
     """`run`, ..., `data show`, ..."""
     names = []
-    for name, command in get_command(app).commands.items():
+    for name, command in root_command().commands.items():
         names += [f"{name} {below}" for below in command.commands] if isinstance(command, TyperGroup) else [name]
     return names
 
 
-def help_text(name: str) -> str:
-    """What `--help` says of a command, its options aside."""
-    command = get_command(app)
+def command_named(name: str) -> TyperCommand:
+    command = root_command()
     for part in name.split():
         command = command.commands[part]
-    return command.help
+    return command
 
 
 def mistake_of_settings(model: str | None, overrides: list[str], files: list[Path]) -> str:
@@ -157,6 +162,29 @@ def options_of(script: Path) -> frozenset[str]:
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
     added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
     return frozenset(arg.value for call in added for arg in call.args if isinstance(arg, ast.Constant))
+
+
+def wrong_options(text: str) -> list[str]:
+    """Options that stand alone between backticks, or behind a command's name, and that nothing of ours takes.
+
+    Those with an underscore are other tools'.
+    """
+    ours = {name: options_of_command(name) for name in command_names()}
+    scripts = [options_of(script) for script in (STAGE_OPTIONS, *(ROOT / "benchmarks").glob("*.py"))]
+    anywhere = frozenset().union(*ours.values(), *scripts)
+    wrong = []
+    for span in spans(text):
+        command = span.partition(" --")[0]
+        if span.startswith("--") or command in ours:
+            known = ours.get(command, anywhere)
+            wrong += [
+                option for option in re.findall(r"(?<!\S)--[a-z][\w-]*", span) if option not in known | {"--help"}
+            ]
+    return [option for option in wrong if "_" not in option]
+
+
+def options_of_command(name: str) -> frozenset[str]:
+    return frozenset(option for parameter in command_named(name).params for option in parameter.opts)
 
 
 def wrong_settings(text: str) -> list[str]:

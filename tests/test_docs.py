@@ -19,6 +19,11 @@ def test_commands_are_accepted(page):
 
 
 @EVERY_PAGE
+def test_options_exist(page):
+    assert pages.wrong_options(own_words(page)) == []
+
+
+@EVERY_PAGE
 def test_settings_exist(page):
     assert pages.wrong_settings(own_words(page)) == []
 
@@ -50,7 +55,7 @@ def test_examples_can_be_used(page):
 
 @pytest.mark.parametrize("name", pages.command_names())
 def test_help_has_two_examples_that_are_accepted(name):
-    text = f"```\n{pages.help_text(name)}\n```\n"
+    text = f"```\n{pages.command_named(name).help}\n```\n"
     assert len(pages.commands(text)) >= 2
     assert pages.wrong_commands(text) == []
 
@@ -94,6 +99,12 @@ def test_right_commands_are_accepted():
     )
     assert len(pages.commands(text)) == 5
     assert pages.wrong_commands(text) == []
+
+
+def test_wrong_options_are_found():
+    assert pages.wrong_options("`chat --compare`, `plan --gpu this-machine`, `--kills 5`, `--only_optimize_lora`") == []
+    wrong = "`chat --dry-run`, `data lint --kind sft`, `--kill 5 --seed 1`"
+    assert pages.wrong_options(wrong) == ["--dry-run", "--kind", "--kill"]
 
 
 def test_wrong_settings_are_found():
