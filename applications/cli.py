@@ -175,7 +175,7 @@ def chat(
 def evaluate(
     run_directory: RunPath,
     model: Annotated[
-        str, typer.Option(help="base, sft, rlhf, a run, model directory, preset or hub id; default: the newest.")
+        str, typer.Option(help="base, sft, rlhf, dpo, a run, model directory, preset or hub id; default: the newest.")
     ] = "",
     against: Annotated[str, typer.Option(help="The same; default: sft, or base where --model is sft.")] = "",
     judge: Annotated[str, typer.Option(help="true, learned, or a reward model; default: true where it is known.")] = "",
@@ -203,6 +203,8 @@ def report(
     """One HTML page of a run: curves, times, answers, settings. `rlhf-chat run` writes it too.
 
     rlhf-chat report runs/demo
+
+    rlhf-chat report runs/demo --out demo.html
     """
     from applications.report.page import write_report
     from training.run_directory import RunDirectory
@@ -216,12 +218,14 @@ def export(
     to: Annotated[Path, typer.Option(help="The directory to make; it must be new or empty.")],
     what: Annotated[str, typer.Option(help="merged (whole weights) or adapter (LoRA).")] = "merged",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as the run saved it.")] = "",
-    step: Annotated[str, typer.Option(help="sft or rlhf; default: the newest.")] = "",
+    step: Annotated[str, typer.Option(help="sft, rlhf or dpo; default: the newest.")] = "",
     debug: Debug = False,
 ) -> None:
     """A model of a run, ready to load elsewhere or to upload, with a model card.
 
     rlhf-chat export runs/demo --to my-model --dtype bf16
+
+    rlhf-chat export runs/demo --to my-adapter --what adapter
     """
     from applications.export import export
 
@@ -283,6 +287,8 @@ def plan(
     """The best execution plan for a model and a cluster, beside two common ones. Nothing is started.
 
     rlhf-chat plan --model opt-13b --reward-model opt-350m --nodes 2 --gpus-per-node 8 --gpu a100-80g --price 2.0
+
+    rlhf-chat plan --model opt-125m --gpu this-machine
     """
     from applications.plan import plan_command
 

@@ -53,7 +53,7 @@ def export(path: Path, to: Path, what: str, dtype: str, step: str) -> None:
     with writing("the export", to, "or choose another place with --to"):
         write_directory(to.resolve(), write_all)
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
-    print(f"Exported the {what} of {step} to {to} ({size:,.1f} MB): {', '.join(sorted(f.name for f in to.iterdir()))}")
+    print(f"Exported {step} ({what}) to {to} ({size:,.1f} MB): {', '.join(sorted(f.name for f in to.iterdir()))}")
     print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
 
 
@@ -79,6 +79,7 @@ def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path
 def save_weights(model_directory: Path, dtype: str, place: Path) -> None:
     from transformers import AutoModelForCausalLM
 
+    import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
     from inference.quiet import quiet_transformers
     from training.models.loading import TORCH_DTYPES, unloadable
 

@@ -139,6 +139,8 @@ class Part:
     place: Place = "device"
     phase: str = ""
     first_rank_only: bool = False
+    is_kept: bool = False
+    """Made in its phase, and held from then on to the end of the step."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class StepMemory:
         return sum(part.bytes for part in self.parts if part.place in places and not part.phase)
 
     def phases(self, *places: Place) -> dict[str, int]:
-        """Bytes that each phase adds while it lasts."""
+        """Bytes that each phase adds while it lasts; what is kept from it is left out."""
         return self._phases(1, *places)
 
     def peak(self, *places: Place) -> int:
@@ -166,7 +168,7 @@ class StepMemory:
     def _phases(self, processes: int, *places: Place) -> dict[str, int]:
         added: dict[str, int] = {}
         for part in self.parts:
-            if part.phase and part.place in places:
+            if part.phase and part.place in places and not part.is_kept:
                 times = 1 if part.first_rank_only else processes
                 added[part.phase] = added.get(part.phase, 0) + part.bytes * times
         return added
@@ -174,7 +176,8 @@ class StepMemory:
     def _peak(self, processes: int, *places: Place) -> int:
         phases = self._phases(processes, *places)
         loading = phases.pop(LOADING, 0)
-        return max(loading, self.held(*places) * processes + max(phases.values(), default=0))
+        kept = sum(part.bytes for part in self.parts if part.is_kept and part.place in places)
+        return max(loading, (self.held(*places) + kept) * processes + max(phases.values(), default=0))
 
 
 def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1) -> int:
@@ -236,8 +239,9 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
     length = data.max_prompt_tokens + data.max_response_tokens
     groups = max(1, ranks // tensor)
     rows = min(rlhf.generation_batch, -(-rlhf.prompts_per_iteration * rlhf.samples_per_prompt // groups))
-    parts += [
-        Part("key-value cache", _share(actor.cache_values(rows * length) * dtype.itemsize, tensor), phase="generation"),
+    keys_and_values = _share(actor.cache_values(rows * length) * dtype.itemsize, tensor)
+    parts += [  # GenerationEngine keeps its cache from one iteration to the next
+        Part("key-value cache, kept while training", keys_and_values, phase="generation", is_kept=True),
         Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation"),
         *_pass_parts(actor, config, rlhf, rlhf.actor, dtype, "actor training", with_logits=True),
         *_saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters),  # the critic is not kept

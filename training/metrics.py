@@ -139,7 +139,8 @@ class PlainBar(Bar):
             return
         self.shown = now
         left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
-        self.display.say(f"{self.name} {self.done}/{self.total} · {duration(left)} left · {text}")
+        parts = f"{self.name} {self.done}/{self.total}", f"{duration(left)} left", text
+        self.display.say(" · ".join(filter(None, parts)))
 
 
 def duration(seconds: float) -> str:

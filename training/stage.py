@@ -113,7 +113,7 @@ class Stage:
         """The tokens of each row's `parts` (`prompt`, keys of answers); the first rank makes them, all read them."""
         cache = TokenCache(self.run.path / "tokens", rows, parts, chat_format, self.config.data)
         if self.ranks.is_first:
-            cache.fill()
+            cache.fill(self.display)
         self.ranks.barrier()
         return cache.read()
 

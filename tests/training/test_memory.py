@@ -167,7 +167,9 @@ def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
     assert by_name[("", "reference weights")] == 2 * OPT_13B // 8
     assert by_name[("", "reward weights")] == 2 * OPT_350M // 8
     assert by_name[("", "critic weights")] == 2 * OPT_350M  # stage 1
-    assert by_name[("generation", "key-value cache")] == 2 * (16 * 512) * 40 * 2 * 5120  # 128 samples on 8 ranks
+    assert by_name[("generation", "key-value cache, kept while training")] == (
+        2 * (16 * 512) * 40 * 2 * 5120  # 128 samples on 8 ranks
+    )
     assert by_name[("generation", "logits to sample")] == 24 * 16 * 50272
     assert by_name[("loading", "actor weights, whole (first rank)")] == 2 * OPT_13B
     assert memory.held("device") == (
@@ -200,7 +202,7 @@ def test_tensor_parallel_generation_keeps_a_part(opt_13b, opt_350m):
     memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))
     assert memory[("", "actor weights to generate, 1 of 4 parts")] == 2 * OPT_13B // 4
     rows = 32  # of 128 samples on 2 groups, as many as there are slots
-    assert memory[("generation", "key-value cache")] == 2 * (rows * 512) * 40 * 2 * 5120 // 4
+    assert memory[("generation", "key-value cache, kept while training")] == 2 * (rows * 512) * 40 * 2 * 5120 // 4
 
 
 def test_lora_needs_no_second_copy(opt_13b, opt_350m):
@@ -231,6 +233,14 @@ def test_peak_takes_the_largest_phase_and_not_their_sum():
     assert memory.peak("device") == 17
     assert memory.peak("device", "host") == 18
     assert StepMemory((*parts, Part("e", 30, phase="loading"))).peak("device") == 30
+
+
+def test_what_a_phase_leaves_is_held_in_the_others():
+    parts = (Part("a", 10), Part("b", 5, phase="generation", is_kept=True), Part("c", 7, phase="training"))
+    memory = StepMemory(parts)
+    assert memory.held("device") == 10
+    assert memory.peak("device") == 22
+    assert StepMemory((*parts, Part("d", 30, phase="loading"))).peak("device") == 30
 
 
 def test_rows_per_micro_batch():

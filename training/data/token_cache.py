@@ -24,6 +24,7 @@ from torch import Tensor
 import inference.chat_format
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
+from training.metrics import Bar, Display
 
 SMALL = 2_000_000
 """Characters below which making the tokens takes two or three seconds (benchmarks/tokenising.py); they are not kept."""
@@ -56,11 +57,15 @@ class TokenCache:
             key.update(text.encode() + b"\n")
         return self.directory / f"{key.hexdigest()[:32]}.safetensors"
 
-    def fill(self) -> None:
-        """Make the file, unless it is there or the rows are few. A disk that takes no file costs time, not the run."""
+    def fill(self, display: Display | None = None) -> None:
+        """Make the file, unless it is there or the rows are few. A disk that takes no file costs time, not the run.
+
+        `display` shows how far it is: a million rows take the better part of an hour.
+        """
         if sum(map(len, self.texts)) < self.small or self.load() is not None:
             return
-        made = self.make()
+        with (display or Display(quiet=True)).progress("Tokens of rows", len(self.rows)) as bar:
+            made = self.make(bar)
         flat = [part for row in made for part in row]
         tensors = {"ids": torch.cat(flat).int(), "lengths": torch.tensor([len(part) for part in flat]).int()}
         temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
@@ -77,8 +82,13 @@ class TokenCache:
         kept = self.load()
         return self.make() if kept is None else kept
 
-    def make(self) -> list[Tokens]:
-        return [tuple(torch.tensor(self.tokens(row, part)) for part in self.parts) for row in self.rows]
+    def make(self, bar: Bar | None = None) -> list[Tokens]:
+        """The tokens of each row, made anew; `bar` takes a step a row."""
+        bar, made = bar or Bar(), []
+        for row in self.rows:
+            made.append(tuple(torch.tensor(self.tokens(row, part)) for part in self.parts))
+            bar.advance()
+        return made
 
     def tokens(self, row: dict[str, Any], part: str) -> list[int]:
         if part == "prompt":

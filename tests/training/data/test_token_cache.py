@@ -4,6 +4,7 @@ import torch
 from tests.full_disk import small_disk
 from training.config import DataSettings
 from training.data.token_cache import TokenCache, fingerprint
+from training.metrics import Display
 
 SETTINGS = DataSettings(max_prompt_tokens=8, max_response_tokens=3)
 ROWS = [
@@ -44,6 +45,14 @@ def test_a_full_cache_makes_nothing_again(tmp_path, word_format, monkeypatch):
     again = cache(tmp_path, word_format)
     again.fill()
     assert len(again.read()) == 2
+
+
+def test_making_tokens_shows_how_far_it_is(tmp_path, word_format, capsys):
+    cache(tmp_path, word_format).fill(Display())
+    assert capsys.readouterr().out == "Tokens of rows 2/2 · 0:00 left\n"
+    cache(tmp_path, word_format).fill(Display())
+    cache(tmp_path, word_format, rows=ROWS[:1], small=10_000).fill(Display())
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
