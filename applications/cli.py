@@ -14,6 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+EXIT_INTERRUPTED = 130
+TRAINING = ("run", "sft", "reward", "rlhf", "dpo")
+
 Model = Annotated[str | None, typer.Option(help="A preset (opt-13b, smollm2-135m, tiny, ...), hub id or directory.")]
 RewardModel = Annotated[str | None, typer.Option(help="Reward model and critic; default: the preset's, or --model.")]
 Data = Annotated[
@@ -403,9 +406,11 @@ def main() -> None:
             raise
         print(f"rlhf-chat: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:
-        print("\nrlhf-chat: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
+            goes_on = "; the same command goes on from the last checkpoint" * (sys.argv[1] in TRAINING)
+            print(f"\nrlhf-chat: stopped{goes_on}.", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
