@@ -408,7 +408,8 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
-            goes_on = "; the same command goes on from the last checkpoint" * (sys.argv[1] in TRAINING)
+            trains = sys.argv[1:2] and sys.argv[1] in TRAINING
+            goes_on = "; the same command goes on from the last checkpoint" if trains else ""
             print(f"\nrlhf-chat: stopped{goes_on}.", file=sys.stderr)
         raise
 
