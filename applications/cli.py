@@ -14,6 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+EXIT_INTERRUPTED = 130
+TRAINING = ("run", "sft", "reward", "rlhf", "dpo")
+
 Model = Annotated[str | None, typer.Option(help="A preset (opt-13b, smollm2-135m, tiny, ...), hub id or directory.")]
 RewardModel = Annotated[str | None, typer.Option(help="Reward model and critic; default: the preset's, or --model.")]
 Data = Annotated[
@@ -416,9 +419,12 @@ def main() -> None:
             raise
         print(f"rlhf-chat: {sentence}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nrlhf-chat: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
+            trains = sys.argv[1:2] and sys.argv[1] in TRAINING
+            goes_on = "; the same command goes on from the last checkpoint" if trains else ""
+            print(f"\nrlhf-chat: stopped{goes_on}.", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,20 @@ SCRIPTS = {
     **{name: f"{name}/main.py" for name in STEP_NAMES.values()},
     "evaluation": "evaluation/main.py",
 }
+OF_LAUNCHERS = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
+}
+_OF_RANK = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) ")
+_ERROR_LINE = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*Error\b.*)")
 STEP_OF_SCRIPT = {name: number for number, name in STEP_NAMES.items()}
 
 
@@ -47,6 +63,7 @@ def run_stage_script(
     with room_for_report(error_file):
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
+            begin = log.tell()
             command = stage_command(script, run.path, processes, arguments)
             process = subprocess.Popen(command, env=child_environment(), stdout=progress, stderr=log)
         try:
@@ -62,13 +79,19 @@ def run_stage_script(
         if "traceback" in error:  # --debug shows it
             raised.add_note(error["traceback"])
         raise raised
-    raise StageFailed(failure_sentence(script, run, code, log_file))
+    with open(log_file, "rb") as log_bytes:
+        log_bytes.seek(begin)
+        said = log_bytes.read().decode(errors="replace")
+    raise StageFailed(failure_sentence(script, run, code, log_file, said))
 
 
 def child_environment() -> dict[str, str]:
-    """PYTHONSAFEPATH keeps a `training` or `inference` folder of the user's working directory out of the imports."""
+    """PYTHONSAFEPATH keeps a `training` or `inference` folder of the user's working directory out of the imports.
+
+    What another launcher has set around this command (a cluster's job) is not for the processes that it starts.
+    """
     ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **ours}
+    return {**{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}, **ours}
 
 
 def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -> dict[str, Any]:
@@ -91,9 +114,8 @@ def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -
         if "error" in ended:
             raise UserError(ended["error"])
         if code or not ended:
-            lines = [line.strip() for line in log_file.read_text(errors="replace").splitlines()]
-            reason = next((line for line in reversed(lines) if "Error" in line), f"code {code}")
-            raise StageFailed(f"The {what} on {processes} processes broke off ({reason[:300]}).")
+            reason = last_error(log_file.read_text(errors="replace")) or f"code {code}"
+            raise StageFailed(f"The {what} on {processes} processes broke off ({reason}).")
         return ended
 
 
@@ -115,9 +137,44 @@ def stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path) -> str:
+def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path, said: str) -> str:
+    """Of a script that left no sentence of its own; `said` is what it wrote to its log."""
     step = STEP_OF_SCRIPT.get(script)
-    command = f"rlhf-chat {STEP_COMMANDS[step]} {run.path}" if step else "the same command"
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    memory = " Out of memory? Try a smaller micro_batch_tokens, LoRA, or a higher zero_stage." if code == -9 else ""
-    return f"{script} {how}; its log is {log_file}. {command} goes on from the last checkpoint.{memory}"
+    rank, code = first_dead_rank(said) or (None, code)
+    who = script if rank is None else f"rank {rank} of {script}"
+    if code < 0:
+        how = f"was killed by {signal_name(-code)}"
+        if code == -signal.SIGKILL:
+            how += ", most often because memory ran out"
+            if step:
+                how += " (try a smaller micro_batch_tokens, LoRA, a higher zero_stage or fewer --processes)"
+    else:
+        reason = last_error(said)
+        how = f"ended with code {code}" + (f" ({reason})" if reason else "")
+    goes_on = f"rlhf-chat {STEP_COMMANDS[step]} {run.path} goes on from the last checkpoint" if step else "try again"
+    return f"{who} {how}; {goes_on}, and the log is {log_file}."
+
+
+def first_dead_rank(said: str) -> tuple[int, int] | None:
+    """The rank that ended first and its exit code, as torchrun tells; None without torchrun.
+
+    Where one was killed and others failed because they missed it, all within a moment, it is the one that was killed.
+    """
+    ended = [(int(rank), int(code)) for rank, code in _OF_RANK.findall(said)]
+    killed = [(rank, code) for rank, code in ended if code < 0 and code != -signal.SIGTERM]
+    first = killed or ended
+    return first[-1] if first else None  # the root cause stands last
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL (signal 9)`."""
+    try:
+        return f"{signal.Signals(number).name} (signal {number})"
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def last_error(said: str) -> str:
+    """The last line that begins with the name of an error, the launcher's own apart."""
+    found = [match[1] for line in said.splitlines() if (match := _ERROR_LINE.match(line.strip()))]
+    return next((line[:300] for line in reversed(found) if "ChildFailedError" not in line), "")

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from applications.fit import Machine
 from applications.launch import run_stage_script
 from applications.report.page import write_report
 from applications.report_table import DOUBTFUL_ACCURACY, comparison_table, reward_accuracy_line
 from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
 from training.data.rows import read_rows, require_rows
+from training.distributed import require_gpus
 from training.metrics import Display, duration
 from training.run_directory import COMPARED, STEP_NAMES, RunDirectory, place_of
 from training.versions import versions
@@ -91,6 +93,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
         if config.method == "ppo" and not config.rlhf.has_reward_model and steps != [2]:
             display.say("Step 2 of 3 is left out: no reward model is used (rlhf.reward_weights.model=0)")
         if not all(run.step(step).is_finished for step in steps):
+            look_at_processes(config.processes, display)
             display.say("Preparing models and data")
             run_stage_script("preparation", run, 1)
             display.say(f"Prepared in {duration(time.monotonic() - begun)}")
@@ -106,6 +109,17 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
         display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
         if steps != [2]:
             display.say(f"Talk to it: rlhf-chat chat {run.path}")
+
+
+def look_at_processes(processes: int, display: Display) -> None:
+    """Raise UserError where there are GPUs but too few; more processes than cores only cost time, so that is said."""
+    require_gpus(processes)
+    machine = Machine.here()
+    if not machine.gpus and processes > machine.cores:
+        display.say(
+            f"Warning: {processes} processes share {machine.cores} core{'s' * (machine.cores > 1)} and wait for each "
+            f"other; --processes {machine.cores} is faster."
+        )
 
 
 def run_step(run: RunDirectory, config: RunConfig, step: int, display: Display) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from applications.files import write_text
 from applications.fit import Machine, size
 from applications.launch import run_on_ranks
-from inference.errors import UserError
+from training.distributed import require_gpus
 from training.planner.hardware import ACHIEVED_BANDWIDTH
 from training.planner.machine import MachineProfile, profile_file
 
@@ -14,8 +14,7 @@ def profile_command(processes: int | None, out: Path | None) -> None:
     """Raises UserError for more processes than GPUs."""
     gpus = len(Machine.here().gpus)
     ranks = processes or gpus or 1
-    if ranks > gpus > 0:
-        raise UserError(f"--processes {ranks} needs {ranks} GPUs, and this machine has {gpus}.")
+    require_gpus(ranks)
     print(f"Measuring with {ranks} process{'es' * (ranks > 1)}; other work spoils the figures.", flush=True)
     import training.planner.profile as script
 

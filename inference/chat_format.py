@@ -5,6 +5,7 @@ everywhere. Prompt and response are tokenised apart, as generation produces them
 between them, as byte-level ones do, the two together are the tokens of the whole text.
 """
 
+import re
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -25,6 +26,8 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 PAD_TOKEN = "<|pad|>"
+STAND_IN = "\ufdd0", "\ufdd1"
+"""Around a number, in the place of a special token's name in a message; Unicode has them for such uses."""
 
 
 class Message(TypedDict):
@@ -66,6 +69,8 @@ class ChatFormat:
             self._choose_pad(used=self._encode(dialogue))
         self.pad_id: int = tokenizer.pad_token_id
         self._special_ids.add(self.pad_id)
+        special = sorted(tokenizer.convert_ids_to_tokens(list(self._special_ids)), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, [*special, STAND_IN[0]])))
 
     @classmethod
     def load(cls, directory: str | Path) -> "ChatFormat":
@@ -92,6 +97,7 @@ class ChatFormat:
     def prompt_ids(self, messages: list[Message], max_tokens: int = 0) -> list[int]:
         """Tokens up to where the assistant's answer begins; 0 sets no limit.
 
+        What looks like a special token in a message is plain text: only the template begins and ends turns.
         Over `max_tokens` the oldest turns are dropped, so that the first one left is not the assistant's. A system
         message stays. If the last turn alone is too long, its text loses its beginning.
         """
@@ -129,7 +135,7 @@ class ChatFormat:
 
     def _cut_turn(self, system: list[Message], turn: Message, max_tokens: int) -> list[int]:
         """A prompt of one turn, whose text loses as many of its first tokens as it must."""
-        content = self._encode(turn["content"])
+        content = self._encode(turn["content"], plain=True)
         uncut = ids = self._render([*system, turn])
         while len(ids) > max_tokens:
             content = content[len(ids) - max_tokens :]
@@ -141,14 +147,26 @@ class ChatFormat:
         return ids
 
     def _render(self, messages: list[Message]) -> list[int]:
+        hidden: list[str] = []
+
+        def hide(found: re.Match[str]) -> str:
+            hidden.append(found[0])
+            return f"{STAND_IN[0]}{len(hidden) - 1}{STAND_IN[1]}"
+
+        shown = [Message(role=m["role"], content=self._special.sub(hide, m["content"])) for m in messages]
         try:
-            text = self._text(messages, add_generation_prompt=True)
+            text = self._text(shown, add_generation_prompt=True)
         except TemplateError as error:
             begin = messages[-1]["content"][:60] if messages else ""
             raise UserError(
                 f"The model's chat template refuses the conversation ending in '{begin}' ({error})."
             ) from error
-        return self._encode(text if text.startswith(self._begin) else self._begin + text)
+        text = text if text.startswith(self._begin) else self._begin + text
+        if not hidden:
+            return self._encode(text)
+        parts = re.split(f"{STAND_IN[0]}([0-9]+){STAND_IN[1]}", text)  # every second one is a number
+        encoded = (self._encode(hidden[int(p)], plain=True) if i % 2 else self._encode(p) for i, p in enumerate(parts))
+        return [token for part in encoded for token in part]
 
     def _text(self, messages: list[Message], add_generation_prompt: bool) -> str:
         turns = cast(list[dict[str, str]], messages)

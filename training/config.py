@@ -28,6 +28,13 @@ class LoRASettings(Settings):
     learning_rate: float = Field(0.0, ge=0)
     """Peak learning rate of the adapters; 0 takes the optimizer's, which a reward model's score head always has."""
 
+    @field_validator("targets")
+    @classmethod
+    def _some_targets(cls, targets: str | list[str]) -> str | list[str]:
+        if not targets or "" in ([targets] if isinstance(targets, str) else targets):
+            raise ValueError("is empty; give names of modules, or all-linear")
+        return targets
+
 
 class OptimizerSettings(Settings):
     """How one role's weights are trained."""
@@ -383,9 +390,10 @@ class RLHFSettings(Settings):
     @model_validator(mode="after")
     def _batch_divides(self):
         if self.mini_batches > self.prompts_per_iteration * self.samples_per_prompt:
+            samples = self.prompts_per_iteration * self.samples_per_prompt
             raise ValueError(
-                f"mini_batches={self.mini_batches} is more than the "
-                f"{self.prompts_per_iteration * self.samples_per_prompt} samples of an iteration"
+                f"mini_batches={self.mini_batches} is more than the {samples} samples of an iteration; use {samples} "
+                f"or fewer, or raise prompts_per_iteration to {-(-self.mini_batches // self.samples_per_prompt)}"
             )
         return self
 
@@ -447,7 +455,17 @@ class RunConfig(Settings):
     def _fits_together(self):
         samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
         if samples < self.processes:
-            raise ValueError(f"an iteration of {samples} samples leaves some of processes={self.processes} idle")
+            raise ValueError(
+                f"an iteration of {samples} samples leaves some of processes={self.processes} idle; use {samples} or "
+                f"fewer, or raise rlhf.prompts_per_iteration to {-(-self.processes // self.rlhf.samples_per_prompt)}"
+            )
+        for step in set(self.steps) - {3}:
+            name, batch = {1: "sft", 2: "reward", DPO_STEP: "dpo"}[step], self.supervised(step).batch_size
+            if batch < self.processes:
+                raise ValueError(
+                    f"{name}.batch_size={batch} leaves some of processes={self.processes} idle; use {batch} or fewer, "
+                    f"or raise {name}.batch_size to {self.processes}"
+                )
         trained = (
             self.sft.optimizer,
             self.reward.optimizer,

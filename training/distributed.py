@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from inference.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -56,6 +58,7 @@ def start_ranks(threads: int = 0) -> Ranks:
         ),
     )
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+    require_gpus(local_size)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -67,8 +70,25 @@ def start_ranks(threads: int = 0) -> Ranks:
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except dist.DistNetworkError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"The processes cannot meet at {where} ({str(error).splitlines()[0][:200]}): set MASTER_PORT "
+                f"(torchrun: --master-port) to a port that is free, or leave it out on one machine."
+            ) from error
     return Ranks(rank, size, device)
+
+
+def require_gpus(processes: int) -> None:
+    """Raise UserError where this machine has GPUs, but not one for each of its processes."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise UserError(
+            f"{processes} processes need {processes} GPUs, and this machine shows {gpus}: use --processes {gpus}, or "
+            f"let CUDA_VISIBLE_DEVICES show more."
+        )
 
 
 def stop_ranks() -> None:

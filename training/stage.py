@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 training/step1_sft/main.py runs/new --config my.yaml
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -19,14 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.disk import file_sentence, writing
 from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
-from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.checkpoints import Checkpoints
+from training.checks import require_fitting, require_positions
 from training.config import LoRASettings, RunConfig
 from training.config_files import load_config
 from training.data.demonstrations import demonstrations
@@ -36,7 +37,6 @@ from training.data.token_cache import TokenCache, Tokens
 from training.data.token_pairs import PARTS, TokenPair
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.error_report import leave_report
-from training.hybrid_engine.layout import Layout
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -84,7 +84,9 @@ class Stage:
         if self.ranks.is_first:
             resolve_model(source, self.display.say)
         self.ranks.barrier()
-        return resolve_model(source, lambda line: None)
+        directory = resolve_model(source, lambda line: None)
+        require_positions(source, directory, self.config.data)
+        return directory
 
     def earlier_model(self, step: int) -> Path:
         """The model that an earlier step left, or the finished one that the settings name instead."""
@@ -118,10 +120,17 @@ class Stage:
         return cache.read()
 
     def token_pairs(self, rows: list[dict], chat_format: ChatFormat) -> list[TokenPair]:
-        """Rows of pairs as tokens."""
-        return [
+        """Rows of pairs as tokens, without those that differ only beyond data.max_response_tokens."""
+        pairs = [
             TokenPair.of(row, tokens) for row, tokens in zip(rows, self.tokens(rows, PARTS, chat_format), strict=True)
         ]
+        kept = [pair for pair in pairs if pair.differs]
+        if len(kept) < len(pairs):
+            self.display.say(
+                f"{len(pairs) - len(kept)} of {len(pairs)} pairs are left out: chosen and rejected are the same in "
+                f"their first {self.config.data.max_response_tokens} tokens (data.max_response_tokens)"
+            )
+        return kept
 
     def journal(self, name: str) -> Journal:
         """A file of JSON lines in the step's directory; only the first rank writes it."""
@@ -174,7 +183,7 @@ class Stage:
         write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows})
         return Diverged(
             f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
-            f"{last}. The usual cure is a lower learning rate or dtype=fp32, in a run with another --name."
+            f"{last}; the usual cure is a lower learning rate or dtype=fp32, in a run with another --name."
         )
 
 
@@ -209,8 +218,8 @@ def run_preparation() -> int:
         require_packages(config)
         actor_name = config.sft_model or config.model
         actor = ChatFormat.load(resolve_model(actor_name, display.say))
+        scorer_directory = None
         if config.method == "ppo":
-            scorer_directory = None
             if config.rlhf.has_reward_model or config.rlhf.has_critic:
                 scorer_name = config.trained_reward_model or config.reward_model_source
                 scorer_directory = resolve_model(scorer_name, display.say)
@@ -219,27 +228,12 @@ def run_preparation() -> int:
             Rewards(
                 config.rlhf, Ranks(0, 1, torch.device("cpu"))
             )  # a reward function that there is not is refused here
-            require_layouts(config, resolve_model(actor_name, display.say), scorer_directory)
+        require_fitting(config, resolve_model(actor_name, display.say), scorer_directory)
         prepare_data(config.data, config.seed, run.data, actor, display.say)
         if config.rlhf.ptx.coefficient:
             demonstrations(config, run.data)
 
     return end_in_sentences(body, run.error_file)
-
-
-def require_layouts(config: RunConfig, actor: Path, scorer: Path | None) -> None:
-    """Raise UserError where a model of step 3 cannot be cut as asked for, before anything trains."""
-    degrees = config.rlhf.scoring_tensor_parallel
-    asked = [(actor, config.rlhf.generation_tensor_parallel), (actor, degrees.reference)]
-    if scorer is not None:
-        asked += [(scorer, degrees.reward), (scorer, degrees.critic)]
-    for model, tensor in asked:
-        Layout.over(config.processes, tensor)
-        if tensor > 1:
-            config_of_model = AutoConfig.from_pretrained(model, local_files_only=True)
-            check_divides(config_of_model, tensor)
-            with torch.device("meta"):
-                cut_layers(AutoModelForCausalLM.from_config(config_of_model))
 
 
 def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
@@ -259,12 +253,13 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
     try:
         body()
         return 0
-    except Exception as error:
-        sentence = str(error) if isinstance(error, UserError | Diverged) else file_sentence(error)
+    except Exception as raised:
+        error = raised if isinstance(raised, UserError | Diverged) else out_of_memory(raised)
+        sentence = file_sentence(raised) if error is None else str(error)
         if sentence is None:
             raise
         code = EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_USER_ERROR
-        notes = getattr(error, "__notes__", []) or traceback.format_exception(error)  # for --debug
+        notes = getattr(raised, "__notes__", []) or traceback.format_exception(raised)  # for --debug
         leave_report(error_file, sentence, code, "\n".join(notes))  # a launcher has exit codes of its own
         if PARENT_VARIABLE not in os.environ:  # else the command prints it
             print(sentence, file=sys.stderr, flush=True)
@@ -273,6 +268,18 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
         return code
     finally:
         stop_ranks()
+
+
+def out_of_memory(error: Exception) -> UserError | None:
+    """The sentence for an error of allocation, of a GPU or of main memory; None for other errors."""
+    text = str(error)
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
+        return None
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+    return UserError(
+        f"Memory ran out{f' (asked for {asked[1]} more)' if asked else ''}: go on with a smaller micro_batch_tokens, a "
+        f"smaller rlhf.generation_batch or gradient_checkpointing, or start a run with LoRA or a higher zero_stage."
+    )
 
 
 def make_stage(run: RunDirectory, number: int, config: RunConfig, ranks: Ranks) -> Stage:

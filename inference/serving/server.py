@@ -4,6 +4,7 @@ import asyncio
 import math
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -46,8 +47,15 @@ class Server(uvicorn.Server):
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        closing = asyncio.create_task(self._service.close(self._grace))
+        closing = asyncio.create_task(self._service.close(self._grace, is_hurried=lambda: self.force_exit))
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn goes at once; who is cut off should hear so
+            await closing
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    while self.server_state.connections:
+                        await asyncio.sleep(0.02)
+            await self.lifespan.shutdown()
         closing.cancel()
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:

@@ -5,7 +5,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -86,13 +86,14 @@ class Service:
         self._worker.stop()
         self._tokenizing.shutdown(cancel_futures=True)
 
-    async def close(self, grace: float) -> None:
-        """No more requests; what waits is turned away, what is being drawn has `grace` seconds to end."""
+    async def close(self, grace: float, is_hurried: Callable[[], bool]) -> None:
+        """No more requests; what waits is turned away, what is being drawn has `grace` seconds to end, or until
+        somebody `is_hurried`."""
         self.is_closing = True
         self._drop_everywhere(waiting_only=True)
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                while self._jobs:
+                while self._jobs and not is_hurried():
                     await asyncio.sleep(0.02)
         self._drop_everywhere(waiting_only=False)
 

@@ -1,11 +1,18 @@
-"""How a stage's error reaches the command."""
+"""How a stage's end reaches the command, whatever ended it."""
 
+import os
+import signal
 import sys
+import threading
+import time
 import traceback
 
+import psutil
 import pytest
 
-from applications import launch
+from applications import cli, commands, launch, pipeline
+from applications.fit import Machine
+from applications.launch import StageFailed, child_environment, first_dead_rank, last_error
 from inference.errors import UserError
 from training.run_directory import RunDirectory
 
@@ -24,3 +31,115 @@ def test_a_traceback_of_the_users_own_code_is_kept_beside_the_sentence(tmp_path,
         launch.run_stage_script("step3_rlhf", run, 1)
     assert str(raised.value) == "Your function failed."
     assert "line 7, in score" in "".join(traceback.format_exception(raised.value))  # what --debug shows
+
+
+DIES = """
+import os, signal, sys, time
+sys.stderr.write("ValueError: not what ended it\\n")
+if os.environ.get("RANK", "1") == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(600)  # as in a collective that will not end
+"""
+
+
+@pytest.mark.parametrize(("processes", "who"), [(1, "step1_sft"), (2, "rank 1 of step1_sft")])
+def test_a_process_that_is_killed_is_named_with_its_signal_and_the_way_on(tmp_path, monkeypatch, processes, who):
+    (tmp_path / "dies.py").write_text(DIES)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
+    monkeypatch.setattr(launch, "stage_command", lambda *_: [sys.executable, *launcher, str(tmp_path / "dies.py")])
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(StageFailed) as raised:
+        launch.run_stage_script("step1_sft", run, processes)
+    said = str(raised.value)
+    assert said.startswith(f"{who} was killed by SIGKILL (signal 9), most often because memory ran out (try a smaller ")
+    assert f"; rlhf-chat sft {run.path} goes on from the last checkpoint, and the log is {run.path}" in said
+    assert not processes_with(str(tmp_path / "dies.py"))
+
+
+def processes_with(argument: str) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if argument in (p.info["cmdline"] or [])]
+
+
+REPORT = """
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+[1]:
+  time      : 2026-01-01_00:00:00
+  host      : here
+  rank      : {0} (local_rank: {0})
+  exitcode  : {1} (pid: 12)
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:00
+  host      : here
+  rank      : {2} (local_rank: {2})
+  exitcode  : {3} (pid: 11)
+"""
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ((1, -9, 0, 1), (1, -9)),  # rank 0 failed because it missed rank 1
+        ((1, -15, 0, 1), (0, 1)),  # the launcher ended rank 1 after rank 0 had failed
+        ((1, 1, 0, 1), (0, 1)),
+    ],
+)
+def test_the_rank_that_is_to_blame(report, expected):
+    assert first_dead_rank(REPORT.format(*report)) == expected
+    assert first_dead_rank("no launcher") is None
+
+
+def test_the_last_error_of_a_log_is_not_the_launchers():
+    said = "[rank1]: RuntimeError: shapes (2, 3) differ\n" + REPORT.format(1, 1, 0, 1)
+    assert last_error(said) == "RuntimeError: shapes (2, 3) differ"
+    assert last_error("all is well") == ""
+
+
+def test_what_another_launcher_has_set_is_not_handed_on(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "7")
+    environment = child_environment()
+    assert "CUDA_VISIBLE_DEVICES" in environment
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & environment.keys()
+
+
+def test_more_processes_than_cores_are_slow_and_not_refused(monkeypatch):
+    said: list[str] = []
+    display = pipeline.Display(quiet=True)
+    monkeypatch.setattr(display, "say", said.append)
+    monkeypatch.setattr(pipeline.Machine, "here", lambda: Machine(cores=2, memory=2**30))
+    pipeline.look_at_processes(2, display)
+    assert not said
+    pipeline.look_at_processes(5, display)
+    assert said == ["Warning: 5 processes share 2 cores and wait for each other; --processes 2 is faster."]
+
+
+def ctrl_c_soon() -> None:
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    waits = [sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]
+    monkeypatch.setattr(launch, "stage_command", lambda *_: waits)
+    run = RunDirectory(tmp_path)
+    monkeypatch.setattr(commands, "step_command", lambda *_: launch.run_stage_script("step1_sft", run, 1))
+    monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", str(tmp_path)])
+    ctrl_c_soon()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\nrlhf-chat: stopped; the same command goes on from the last checkpoint.\n"
+    assert not processes_with(str(tmp_path))
+
+
+def test_ctrl_c_while_models_are_loaded_to_be_served(tmp_path, monkeypatch, capsys):
+    from inference.chat_model import ChatModel
+
+    (tmp_path / "config.json").write_text('{"architectures": ["OPTForCausalLM"]}')
+    monkeypatch.setattr(ChatModel, "load", lambda path: time.sleep(600))
+    monkeypatch.setattr("sys.argv", ["rlhf-chat", "serve", str(tmp_path), "--port", "0"])
+    ctrl_c_soon()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "\nrlhf-chat: stopped.\n"

@@ -36,7 +36,16 @@ def test_later_layers_win_and_groups_are_merged(tmp_path):
         ("sft.epoch=2", "There is no setting 'sft.epoch': did you mean 'sft.epochs'?"),
         ("sft.epochs=many", r"Setting sft.epochs: .*integer.* \(got 'many'\)"),
         ("sft.epochs", "--set takes key=value, not 'sft.epochs'"),
-        ("rlhf.mini_batches=65", "mini_batches=65 is more than the 64 samples of an iteration"),
+        (
+            "rlhf.mini_batches=65",
+            "is more than the 64 samples of an iteration; use 64 or fewer, or raise prompts_per_iteration to 65",
+        ),
+        (
+            "processes=65",
+            "leaves some of processes=65 idle; use 64 or fewer, or .*prompts_per_iteration to 65",
+        ),
+        ("processes=33", "sft.batch_size=32 .* idle; use 32 or fewer, or raise sft.batch_size to 33"),
+        ("sft.optimizer.lora.targets=[]", "is empty; give names of modules, or all-linear"),
         ("sft.optimizer.offload=optimizer", "offload=optimizer needs zero_stage 1, 2 or 3"),
         ("rlhf.advantage=rloo", "advantage=rloo compares the samples of a prompt and needs samples_per_prompt of 2"),
         ("rlhf.advantage=grpo", "advantage=grpo compares the samples of a prompt"),

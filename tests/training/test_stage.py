@@ -1,43 +1,93 @@
-"""What is refused before anything trains."""
+"""What the stage scripts share: pairs that teach nothing, memory that runs out, ranks that cannot begin."""
+
+import json
+import math
+import socket
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from transformers import CodeGenConfig, OPTConfig
+import torch
 
-from inference.errors import UserError
-from training.config_files import load_config
-from training.stage import require_layouts
-
-SMALL = {"vocab_size": 96, "num_attention_heads": 4}
-OPT = OPTConfig(**SMALL, hidden_size=32, num_hidden_layers=2, ffn_dim=64, word_embed_proj_dim=32)
-CODEGEN = CodeGenConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
-
-
-def check(directory, model, processes: int, tensor: int, setting: str = "generation_tensor_parallel") -> None:
-    model.save_pretrained(directory)
-    settings = ["model=any", f"processes={processes}", f"rlhf.{setting}={tensor}"]
-    require_layouts(load_config([], settings), directory, directory)
+from inference.errors import EXIT_USER_ERROR, UserError
+from training import distributed
+from training.config import DataSettings
+from training.distributed import require_gpus, start_ranks
+from training.run_directory import RunDirectory
+from training.stage import Diverged, Stage, end_in_sentences
+from training.step3_rlhf.update import Updates
 
 
-def test_degrees_that_fit_pass(tmp_path):
-    for processes, tensor in ((1, 1), (2, 2), (4, 2), (4, 4)):
-        check(tmp_path, OPT, processes, tensor)
+def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_counted():
+    texts = [("p", "ab", "cd"), ("p", "xy", "xy"), ("p", "xy", "xz")]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts]
+    said: list[str] = []
+    stage: Any = SimpleNamespace(
+        tokens=lambda rows, parts, form: [tuple(torch.tensor(list(row[p].encode())) for p in parts) for row in rows],
+        display=SimpleNamespace(say=said.append),
+        config=SimpleNamespace(data=DataSettings(max_response_tokens=2)),
+    )
+    kept = Stage.token_pairs(stage, rows, None)
+    assert [bytes(pair.rejected.tolist()) for pair in kept] == [b"cd", b"xz"]
+    assert said == [
+        "1 of 3 pairs are left out: chosen and rejected are the same in their first 2 tokens (data.max_response_tokens)"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("model", "processes", "tensor", "expected"),
+    ("error", "expected"),
     [
-        (OPT, 3, 2, "does not fill 3 ranks"),
-        (OPT, 3, 3, "cannot be cut into 3"),
-        (CODEGEN, 2, 2, "Models of type 'codegen' cannot be cut over ranks"),
+        (RuntimeError("[..] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), "64 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), "2.50 GiB"),
+        (MemoryError(), "Memory ran out: go on with a smaller micro_batch_tokens"),
     ],
 )
-def test_degrees_that_do_not_are_a_sentence(tmp_path, model, processes, tensor, expected):
-    with pytest.raises(UserError, match=expected):
-        check(tmp_path, model, processes, tensor)
+def test_memory_that_runs_out_is_a_sentence(tmp_path, error, expected):
+    def body() -> None:
+        raise error
+
+    assert end_in_sentences(body, tmp_path / "error.json") == EXIT_USER_ERROR
+    said = json.loads((tmp_path / "error.json").read_text())
+    assert said["code"] == EXIT_USER_ERROR and expected in said["sentence"] and "micro_batch_tokens" in said["sentence"]
 
 
-@pytest.mark.parametrize("role", ["reference", "reward", "critic"])
-def test_degrees_of_scoring_are_checked_too(tmp_path, role):
-    check(tmp_path, OPT, 2, 2, f"scoring_tensor_parallel.{role}")
-    with pytest.raises(UserError, match="cannot be cut into 3"):
-        check(tmp_path, OPT, 3, 3, f"scoring_tensor_parallel.{role}")
+def test_other_errors_keep_their_traceback(tmp_path):
+    def body() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        end_in_sentences(body, tmp_path / "error.json")
+    assert not (tmp_path / "error.json").exists()
+
+
+def test_a_loss_of_step_3_that_is_not_finite_names_iteration_rows_and_way_out(tmp_path):
+    stage: Any = SimpleNamespace(
+        directory=RunDirectory(tmp_path).step(3), checkpoints=SimpleNamespace(numbers=lambda: [2, 4])
+    )
+    stage.directory.path.mkdir()
+    stage.diverged = partial(Stage.diverged, stage)
+    updates: Any = SimpleNamespace(stage=stage)
+    Updates.require_finite(updates, torch.tensor(1.0), "The policy loss", 5, [1, 3])
+    for value in (math.nan, math.inf):
+        with pytest.raises(Diverged, match=r"policy loss is not a finite number at step3_rlhf 5; .*/4; .* lower"):
+            Updates.require_finite(updates, torch.tensor(value), "The policy loss", 5, [1, 3])
+    assert json.loads((tmp_path / "step3_rlhf" / "diverged.json").read_text())["rows"] == [1, 3]
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 2)
+    require_gpus(2)
+    with pytest.raises(UserError, match="3 processes need 3 GPUs, and this machine shows 2: use --processes 2, or let"):
+        require_gpus(3)
+    monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 0)
+    require_gpus(3)  # on the CPU processes share
+
+
+def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"cannot meet at 127\.0\.0\.1:{port} .*: set MASTER_PORT"):
+            start_ranks(threads=torch.get_num_threads())

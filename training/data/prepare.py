@@ -14,7 +14,7 @@ from training.config import EMBEDDED_DATA, DataSettings
 from training.data.blend import blend
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.reading import SourceRows, read_sources
-from training.data.rows import RowSets, write_rows
+from training.data.rows import PairRow, RowSets, write_rows
 from training.data.split import kind_of, split_rows
 from training.run_directory import read_json, write_directory, write_json
 
@@ -66,6 +66,7 @@ def prepare_data(
     if counts_file.exists():
         return DataCounts(**read_counts(directory))
     sets, counts, left_out = build_rows(settings, seed, chat_format, report)
+    require_difference(sets.pairs_train, settings, chat_format)
 
     def write(place: Path) -> None:
         for name, rows in sets.items():
@@ -86,6 +87,19 @@ def prepare_data(
 def read_counts(directory: Path) -> dict[str, Any]:
     """The values of DataCounts that a filled directory holds. Raises UserError where they are damaged."""
     return read_json(directory / COUNTS_FILE, f"delete {directory}, which the next step makes anew")
+
+
+def require_difference(pairs: list[PairRow], settings: DataSettings, chat_format: ChatFormat) -> None:
+    """Raise UserError where every chosen answer is the rejected one, as far as a model would read them."""
+    limit = settings.max_response_tokens
+    if pairs and all(
+        chat_format.response_ids(row["chosen"], limit) == chat_format.response_ids(row["rejected"], limit)
+        for row in pairs
+    ):  # ends at the first that differs
+        raise UserError(
+            f"In all {len(pairs)} pairs chosen and rejected are the same in their first {limit} tokens, so there is "
+            f"nothing to prefer: raise data.max_response_tokens, or choose other data."
+        )
 
 
 def build_rows(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -25,6 +26,11 @@ class TokenPair:
         """Of a row and the tokens of its PARTS."""
         prompt, chosen, rejected = tokens
         return cls(prompt, chosen, rejected, row.get("held_out_question", False))
+
+    @property
+    def differs(self) -> bool:
+        """Whether there is anything to prefer: cut to the longest response, two answers may be the same."""
+        return not torch.equal(self.chosen, self.rejected)
 
     @property
     def tokens(self) -> int:

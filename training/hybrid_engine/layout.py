@@ -35,7 +35,15 @@ class Layout:
     @classmethod
     def over(cls, size: int, tensor: int = 1, zero_stage: int = 0) -> "Layout":
         """Ranks 0 .. size - 1, tensor-parallel in groups of `tensor`. Raises UserError if that does not come out."""
-        return cls(tuple(range(size)), max(1, size // max(1, tensor)), tensor, zero_stage=zero_stage)
+        if tensor < 1 or size % tensor:
+            *most, last = [str(degree) for degree in range(1, size + 1) if size % degree == 0]
+            fitting = f"{', '.join(most)} or {last}" if most else last
+            more = -(-size // max(1, tensor)) * max(1, tensor)
+            raise UserError(
+                f"A tensor-parallel degree of {tensor} does not divide {size} process{'es' * (size > 1)}: take a "
+                f"degree of {fitting} (rlhf.generation_tensor_parallel), or --processes {more}."
+            )
+        return cls(tuple(range(size)), size // tensor, tensor, zero_stage=zero_stage)
 
     @property
     def is_whole(self) -> bool:

@@ -1,5 +1,6 @@
 """Loading models of any supported family, with adapters, and writing them as plain Hugging Face directories."""
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
@@ -23,6 +25,7 @@ from training.config import Dtype, LoRASettings
 from training.run_directory import read_json
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LINEAR = (torch.nn.Linear, Conv1D)
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -192,6 +195,7 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
     """Put adapters into `model` (in place) and freeze the rest; a score head stays trainable. Returns the PeftModel."""
     from peft import LoraConfig, TaskType, get_peft_model
 
+    require_lora_layers(model, settings)
     scorer = hasattr(model, "score")
     config = LoraConfig(
         r=settings.rank,
@@ -205,6 +209,31 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"lora.targets={settings.targets} does not fit this model ({reason}).") from error
+
+
+def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str = "lora.targets") -> None:
+    """Raise UserError where a target names no layer of `model`: PEFT ignores one if another one is found.
+
+    A list holds ends of names, a text is a regular expression over whole names, as in PEFT.
+    """
+    targets = settings.targets
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    try:
+        if isinstance(targets, str):
+            missing = [targets] if not any(re.fullmatch(targets, name) for name in names) else []
+        else:
+            missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    except re.error as error:
+        raise UserError(f"{key}={targets} is no regular expression ({error}); give a list of module names.") from None
+    if missing or not targets:
+        linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, LINEAR)}
+        fitting = ", ".join(sorted(linear - {"lm_head", "embed_out", "score"}))
+        raise UserError(
+            f"{key}={targets} does not fit this model, which has no layer {' or '.join(missing) or 'without a name'}: "
+            f"choose from {fitting}, or all-linear."
+        )
 
 
 def save_model(

@@ -125,8 +125,10 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(served, monkeypat
     assert served.service.desks["sft"].taken == 0
 
 
-@pytest.mark.parametrize(("grace", "is_whole"), [(20.0, True), (0.0, False)])
-def test_shutting_down(tiny_model_directory, slowly, grace, is_whole):
+@pytest.mark.parametrize(
+    ("grace", "is_forced", "is_whole"), [(20.0, False, True), (0.0, False, False), (20.0, True, False)]
+)
+def test_shutting_down(tiny_model_directory, slowly, caplog, grace, is_forced, is_whole):
     service = Service({"sft": ChatModel.load(tiny_model_directory)}, Limits(1, 5, LIMITS.context, LIMITS.max_tokens))
     lines: list[str] = []
     waiting: list[int] = []
@@ -143,10 +145,12 @@ def test_shutting_down(tiny_model_directory, slowly, grace, is_whole):
         other = threading.Thread(target=lambda: waiting.append(served.post(LONG, timeout=20).status_code))
         other.start()
         wait_for(lambda: served.health()["waiting"] == 1)
+        served.server.force_exit = is_forced  # as a second Ctrl-C does
     reader.join()
     other.join()
     assert waiting == [503]
     assert (lines[-1] == "data: [DONE]") == is_whole
     assert ("shutting down" in lines[-1]) != is_whole
+    assert not caplog.records
     with pytest.raises(httpx.ConnectError):
         served.post(LONG)

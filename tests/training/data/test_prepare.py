@@ -61,6 +61,18 @@ def test_missing_kinds_are_empty_files(tmp_path, word_format):
     require_rows(tmp_path / "data", 3)
 
 
+def test_pairs_that_are_the_same_where_a_model_reads_them(tmp_path, word_format):
+    rows = [{"prompt": f"q{i}", "chosen": f"one two three {i}", "rejected": "one two"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings(source=str(tmp_path / "a.jsonl"), split=(0, 1, 0), max_response_tokens=2)
+    sentence = r"In all 19 pairs chosen and rejected are the same in their first 2 tokens, .* raise data\.max_response"
+    with pytest.raises(UserError, match=sentence):
+        prepare_data(settings, 1, tmp_path / "data", word_format, print)
+    assert not (tmp_path / "data").exists()
+    settings.max_response_tokens = 3
+    assert prepare_data(settings, 1, tmp_path / "data", word_format, lambda line: None).rows["pairs_train"] == 19
+
+
 def test_left_out_rows_are_reported():
     counts = DataCounts(rows={"sft_train": 1234}, skipped={"the line is not JSON": 2}, notes=["a note"])
     assert counts.lines() == [

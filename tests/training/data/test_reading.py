@@ -183,6 +183,14 @@ def test_sources_that_cannot_be_used(tmp_path, name, message):
     assert "\n" not in str(error.value)
 
 
+def test_pairs_that_are_all_the_same(tmp_path):
+    write(tmp_path / "same.jsonl", *[{"prompt": f"q{i}", "chosen": "a", "rejected": "a "} for i in range(3)])
+    with pytest.raises(UserError, match=r"same\.jsonl, line 1: chosen and rejected are the same; correct the row, or"):
+        read(tmp_path / "same.jsonl")
+    with pytest.raises(UserError, match=r"none of its rows can be used \(chosen and rejected are the same\)"):
+        read(tmp_path / "same.jsonl", bad_rows="skip")
+
+
 def test_what_is_reported_of_a_source(tmp_path):
     turns = [*prompt("a"), {"role": "assistant", "content": "b"}, *prompt("c"), {"role": "assistant", "content": "d"}]
     source = write(tmp_path / "a.jsonl", *[PAIR] * 3, {"messages": turns})

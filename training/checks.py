@@ -1,0 +1,97 @@
+"""What is refused before anything trains: settings that do not fit the models."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from inference.errors import UserError
+from inference.tensor_parallel.plan import check_divides, cut_layers
+from training.config import DataSettings, LoRASettings, RunConfig
+from training.hybrid_engine.layout import Layout
+from training.models.loading import require_lora_layers
+
+STRETCHED = ("linear", "dynamic", "yarn")
+"""Kinds of rotary positions whose factor is not in the number of positions yet."""
+
+
+def require_fitting(config: RunConfig, actor: Path, scorer: Path | None) -> None:
+    """Raise UserError where settings of the run do not fit the actor or the scorer (reward model and critic)."""
+    require_positions(config.sft_model or config.model, actor, config.data)
+    if scorer is not None:
+        require_positions(config.trained_reward_model or config.reward_model_source, scorer, config.data)
+    if config.method == "ppo":
+        require_layouts(config, actor, scorer)
+    require_adapters(config, actor, scorer)
+
+
+def require_positions(name: str, directory: Path, settings: DataSettings) -> None:
+    """Raise UserError where a prompt and its response may be longer than what the model `name` was made for.
+
+    Learned positions end there with an error of the table, rotary ones with nonsense.
+    """
+    has, needed = positions(read_model_config(directory)), settings.max_prompt_tokens + settings.max_response_tokens
+    if 0 < has < needed:
+        response = min(settings.max_response_tokens, has // 2)
+        raise UserError(
+            f"data.max_prompt_tokens={settings.max_prompt_tokens} and data.max_response_tokens="
+            f"{settings.max_response_tokens} are {needed} tokens together, and {name} has {has} positions: lower them, "
+            f"for example to {has - response} and {response}, or choose a model with more."
+        )
+
+
+def positions(config: PretrainedConfig | None) -> int:
+    """Tokens that a model of this configuration can read; 0 where there is no bound, or none is known."""
+    text: Any = config.get_text_config() if config is not None else None
+    has = getattr(text, "max_position_embeddings", None) or 0
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in STRETCHED:
+        has = max(has, int((rope.get("original_max_position_embeddings") or has) * rope.get("factor", 1)))
+    return has
+
+
+def require_layouts(config: RunConfig, actor: Path, scorer: Path | None) -> None:
+    """Raise UserError where a model of step 3 cannot be cut as asked for."""
+    degrees = config.rlhf.scoring_tensor_parallel
+    asked = [(actor, config.rlhf.generation_tensor_parallel), (actor, degrees.reference)]
+    if scorer is not None:
+        asked += [(scorer, degrees.reward), (scorer, degrees.critic)]
+    for model, tensor in asked:
+        Layout.over(config.processes, tensor)
+        if tensor > 1:
+            config_of_model = AutoConfig.from_pretrained(model, local_files_only=True)
+            check_divides(config_of_model, tensor)
+            with torch.device("meta"):
+                cut_layers(AutoModelForCausalLM.from_config(config_of_model))
+
+
+def require_adapters(config: RunConfig, actor: Path, scorer: Path | None) -> None:
+    """Raise UserError where the LoRA targets of a role that the run's method trains name no layer of its model."""
+    of_actor = {"sft.optimizer": config.sft.optimizer.lora}
+    of_scorer: dict[str, LoRASettings] = {}
+    if config.method == "dpo":
+        of_actor["dpo.optimizer"] = config.dpo.optimizer.lora
+    else:
+        of_actor["rlhf.actor"] = config.rlhf.actor.lora
+        of_scorer = {"reward.optimizer": config.reward.optimizer.lora, "rlhf.critic": config.rlhf.critic.lora}
+    for loader, directory, roles in (
+        (AutoModelForCausalLM, actor, of_actor),
+        (AutoModelForSequenceClassification, scorer, of_scorer),
+    ):
+        named = {role: lora for role, lora in roles.items() if lora.rank and lora.targets != "all-linear"}
+        values = read_model_config(directory) if directory is not None and named else None
+        if values is None:
+            continue
+        with torch.device("meta"):
+            model = loader.from_config(values)
+        for role, lora in named.items():
+            require_lora_layers(model, lora, f"{role}.lora.targets")
+
+
+def read_model_config(directory: Path) -> PretrainedConfig | None:
+    """None where there is none that can be read: what is wrong with the directory, loading it says."""
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError):
+        return None
