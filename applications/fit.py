@@ -1,6 +1,5 @@
 """Does a run fit this machine, and if not, what would? Estimated from shapes: no weights, no hub, no data."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,12 @@ import torch
 
 from applications.preset_store import is_preset_architecture, known_architecture, smaller_presets
 from inference.errors import UserError
+from inference.untrusted import refuse_code
 from training.config import OptimizerSettings, RunConfig
 from training.config_files import merge, validate_config
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
 from training.models.loading import TORCH_DTYPES, resolve_dtype
-from training.run_directory import place_of
+from training.run_directory import place_of, read_json
 
 GIB = 2**30
 CLUSTER_GPU = 80 * GIB
@@ -162,10 +162,8 @@ def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0) -> Sha
     cut = {"num_hidden_layers": layers} if layers else {}
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
-        try:
-            return Shape.from_config_values({**json.loads(file.read_text()), **cut})
-        except ValueError as error:
-            raise UserError(f"{file} is not valid JSON ({error}); fetch or train the model again.") from error
+        refuse_code(file.parent)
+        return Shape.from_config_values({**read_json(file, "fetch or train the model again"), **cut})
     values = known_architecture(model)
     if values is None and given is not None and not is_preset_architecture(given):
         values = given  # a preset's values with another model's name are left over from before the name was changed

@@ -237,3 +237,20 @@ def test_no_permission_is_a_sentence_at_the_command(run, monkeypatch, capsys, tm
 
 def refuse(handle, *_):
     raise PermissionError(13, "Permission denied", handle.name)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("[1]", "config.json is damaged"),
+        ("{", "config.json is damaged"),
+        ('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}', "brings code of its own"),
+    ],
+)
+def test_a_run_and_its_dry_run_refuse_a_model_before_anything_is_made(
+    model, monkeypatch, capsys, tmp_path, config, expected
+):
+    (model / "config.json").write_text(config)
+    for more in ([], ["--dry-run"]):
+        said = sentence(monkeypatch, capsys, tmp_path, "run", "--model", model, "--name", "new", *more)
+        assert expected in said and not (tmp_path / "runs").exists()

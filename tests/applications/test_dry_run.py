@@ -221,7 +221,7 @@ def test_a_local_directory_tells_its_shape(laptop, tmp_path):
         dry_run(load_config([], [], {"model": str(tmp_path)}), [1], tmp_path, COMMANDS), "actor"
     )
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="it holds no JSON object"):
         find_shape(str(tmp_path), None)
 
 
