@@ -15,6 +15,8 @@ LONGEST = (
     "test_zero_engine",
     "test_exactness",
     "test_pipeline",
+    "test_full_disk_runs",
+    "test_readme",
 )
 """Files that take a minute or more. They come first, so that none of them is left for one process at the end."""
 
