@@ -356,9 +356,11 @@ class RLHFSettings(Settings):
     @model_validator(mode="after")
     def _fusion_needs_whole_roles(self):
         if self.fusion.mode == "inter" and self.divided_scorer:
+            is_zero_3 = getattr(self, self.divided_scorer).zero_stage == 3
             raise ValueError(
-                f"fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} is "
-                f"divided; use zero_stage 0, 1 or 2 and no tensor-parallel scoring for it, or fusion.mode=none"
+                f"fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} has "
+                f"{'zero_stage 3' if is_zero_3 else 'scoring_tensor_parallel over 1'}; use stage 0, 1 or 2 and whole "
+                f"weights for it, or fusion.mode=none"
             )
         if self.fusion.rows > self.generation_batch:
             raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")

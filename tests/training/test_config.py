@@ -14,7 +14,10 @@ from training.config_files import load_config, merge, setting_keys
         ),
         (["rlhf.scoring_tensor_parallel.reward=2", "rlhf.reward.zero_stage=3"], "both divide its weights"),
         (["rlhf.scoring_tensor_parallel.critic=2", "rlhf.advantage=rloo", "rlhf.samples_per_prompt=2"], "has none"),
-        (["rlhf.scoring_tensor_parallel.reward=2", "rlhf.fusion.mode=inter"], "reward is divided"),
+        (
+            ["rlhf.scoring_tensor_parallel.reward=2", "rlhf.fusion.mode=inter"],
+            "reward has scoring_tensor_parallel over 1",
+        ),
     ],
 )
 def test_scoring_degrees_that_fit_no_role_are_refused(settings, expected):
