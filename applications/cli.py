@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from applications.data_commands import data_app
+from applications.options import Config, Data, Debug, Fusion, Model, Processes, RewardModel, RunPath, Seed, Set
+
 app = typer.Typer(
     name="rlhf-chat",
     help="Train a chat model from human feedback: SFT -> reward model -> PPO -> chat, or SFT -> DPO -> chat.",
@@ -14,22 +17,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(data_app, name="data")
+
 EXIT_INTERRUPTED = 130
 TRAINING = ("run", "sft", "reward", "rlhf", "dpo")
-
-Model = Annotated[str | None, typer.Option(help="A preset (opt-13b, smollm2-135m, tiny, ...), hub id or directory.")]
-RewardModel = Annotated[str | None, typer.Option(help="Reward model and critic; default: the preset's, or --model.")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(help="Your data: a file, directory or hub id; several are blended, =2 is a weight (docs/data.md)."),
-]
-Config = Annotated[list[Path] | None, typer.Option(help="YAML file with settings; may be given several times.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. --set rlhf.kl.target=4.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Processes = Annotated[int | None, typer.Option(help="Processes on this machine, one a GPU.")]
-Fusion = Annotated[str | None, typer.Option(help="PPO scores samples as they end: none, inter or auto.")]
-RunPath = Annotated[Path, typer.Argument(help="A run directory, e.g. runs/demo.")]
-Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -350,54 +341,6 @@ def doctor(
     from applications.commands import doctor_command
 
     raise typer.Exit(doctor_command(model, tp, dtype, hub))
-
-
-data_app = typer.Typer(
-    help="Look at data before anything is trained on it (docs/data.md).",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-app.add_typer(data_app, name="data")
-DataTarget = Annotated[str, typer.Argument(help="Data (a file, directory, hub id, chitchat), or a run directory.")]
-
-
-@data_app.command("show")
-def data_show(
-    target: DataTarget,
-    model: Model = None,
-    kind: Annotated[str | None, typer.Option(help="Only sft, pairs or prompts.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of each kind.")] = 3,
-    set_: Set = None,
-    debug: Debug = False,
-) -> None:
-    """Rows as the model sees them: its template, special tokens and cuts, with the trained tokens in colour.
-
-    rlhf-chat data show mine.jsonl --model smollm2-135m
-
-    rlhf-chat data show runs/demo --kind pairs --rows 10
-    """
-    from applications.data import show_command
-
-    show_command(target, model, kind, rows, set_)
-
-
-@data_app.command("lint")
-def data_lint(
-    target: DataTarget,
-    model: Model = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the findings as data.")] = False,
-    set_: Set = None,
-    debug: Debug = False,
-) -> None:
-    """What is doubtful about data: bad rows, duplicates, length bias, cuts, the tokenizer. Exit code 1 for errors.
-
-    rlhf-chat data lint mine.jsonl --model opt-125m
-
-    rlhf-chat data lint Dahoas/rm-static --model opt-125m --set data.limit=5000 --json
-    """
-    from applications.data import lint_command
-
-    raise typer.Exit(lint_command(target, model, json_, set_))
 
 
 def main() -> None:
