@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -115,17 +116,24 @@ def test_more_processes_than_cores_are_slow_and_not_refused(monkeypatch):
     assert said == ["Warning: 5 processes share 2 cores and wait for each other; --processes 2 is faster."]
 
 
-def ctrl_c_soon() -> None:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+@pytest.fixture
+def ctrl_c_soon() -> Iterator[None]:
+    """SIGINT in half a second, also where it is ignored, as in jobs that a shell has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    yield
+    timer.join()
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("ctrl_c_soon")
 def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     waits = [sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]
     monkeypatch.setattr(launch, "stage_command", lambda *_: waits)
     run = RunDirectory(tmp_path)
     monkeypatch.setattr(commands, "step_command", lambda *_: launch.run_stage_script("step1_sft", run, 1))
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", str(tmp_path)])
-    ctrl_c_soon()
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130
@@ -133,13 +141,13 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, caps
     assert not processes_with(str(tmp_path))
 
 
+@pytest.mark.usefixtures("ctrl_c_soon")
 def test_ctrl_c_while_models_are_loaded_to_be_served(tmp_path, monkeypatch, capsys):
     from inference.chat_model import ChatModel
 
     (tmp_path / "config.json").write_text('{"architectures": ["OPTForCausalLM"]}')
     monkeypatch.setattr(ChatModel, "load", lambda path: time.sleep(600))
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "serve", str(tmp_path), "--port", "0"])
-    ctrl_c_soon()
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130 and capsys.readouterr().err == "\nrlhf-chat: stopped.\n"
