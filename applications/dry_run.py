@@ -12,8 +12,10 @@ from pathlib import Path
 
 from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, scorer_source, size, verdict
-from training.config import DPO_STEP, FrozenSettings, OptimizerSettings, RLHFSettings, RunConfig
+from training.config import DPO_STEP, RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
+from training.rlhf_settings import RLHFSettings
+from training.role_settings import FrozenSettings, OptimizerSettings
 from training.run_directory import STEP_NAMES, place_of
 
 __all__ = ["check_fits", "dry_run"]

@@ -12,10 +12,11 @@ import torch
 from applications.preset_store import is_preset_architecture, known_architecture, smaller_presets
 from inference.errors import UserError
 from inference.untrusted import refuse_code
-from training.config import OptimizerSettings, RunConfig
+from training.config import RunConfig
 from training.config_files import merge, validate_config
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
 from training.models.loading import TORCH_DTYPES, resolve_dtype
+from training.role_settings import OptimizerSettings
 from training.run_directory import place_of, read_json
 
 GIB = 2**30

@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, ranks: "Ranks", arguments: argparse.Namespace, directory: Path):
         from benchmarks import our_ppo
-        from training.config import FusionSettings
+        from training.rlhf_settings import FusionSettings
 
         self.ranks, self.lengths = ranks, LENGTHS[arguments.lengths]
         pairs = arguments.pairs + CALIBRATION

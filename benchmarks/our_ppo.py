@@ -18,7 +18,9 @@ from benchmarks import work
 from benchmarks.turns import Channel, serve
 from benchmarks.work import LENGTHS, MINI_BATCHES, PROMPT_TOKENS, SAMPLES, SIZES, Lengths
 from inference.errors import UserError
-from training.config import OptimizerSettings, RLHFSettings, RunConfig
+from training.config import RunConfig
+from training.rlhf_settings import RLHFSettings
+from training.role_settings import OptimizerSettings
 
 if TYPE_CHECKING:
     from training.distributed import Ranks

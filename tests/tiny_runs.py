@@ -8,8 +8,8 @@ import yaml
 
 from inference.chat_format import ChatFormat
 from inference.tiny_model import build_tiny_model
-from training.config import LoRASettings
 from training.models.loading import add_lora, load_causal_lm, load_scorer, save_model
+from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 
 QUESTIONS = ("Hello?", "How was your day?", "Any plans?", "Name a colour.", "Why not?", "Tell me about the sea.")

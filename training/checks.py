@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from inference.errors import UserError
 from inference.tensor_parallel.plan import check_divides, cut_layers
-from training.config import DataSettings, LoRASettings, RunConfig
+from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
 from training.models.loading import require_lora_layers
+from training.role_settings import LoRASettings
 
 STRETCHED = ("linear", "dynamic", "yarn")
 """Kinds of rotary positions whose factor is not in the number of positions yet."""

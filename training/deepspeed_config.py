@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from training.config import OptimizerSettings
 from training.config_files import merge
+from training.role_settings import OptimizerSettings
 
 
 def deepspeed_config(settings: OptimizerSettings, dtype: torch.dtype, trained: bool = True) -> dict[str, Any]:

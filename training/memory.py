@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from inference.errors import UserError
-from training.config import FrozenSettings, OptimizerSettings, RLHFSettings, RunConfig, StepSettings
+from training.config import RunConfig, StepSettings
 from training.deepspeed_config import effective_zero_stage
+from training.rlhf_settings import RLHFSettings
+from training.role_settings import FrozenSettings, OptimizerSettings
 
 Place = Literal["device", "host"]
 

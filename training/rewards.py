@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from inference.chat_format import Message
 from inference.errors import UserError
-from training.config import RLHFSettings
 from training.distributed import Ranks
+from training.rlhf_settings import RLHFSettings
 
 Row = dict[str, Any]
 LONGEST_PAUSE = 30.0

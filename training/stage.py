@@ -28,7 +28,7 @@ from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
 from training.checkpoints import Checkpoints
 from training.checks import require_fitting, require_positions
-from training.config import LoRASettings, RunConfig
+from training.config import RunConfig
 from training.config_files import load_config
 from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
@@ -46,6 +46,7 @@ from training.models.loading import (
     save_model,
 )
 from training.rewards import Rewards
+from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.tracking import metrics_journal, require_packages
 from training.versions import versions

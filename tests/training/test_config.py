@@ -1,8 +1,8 @@
 import pytest
 
 from inference.errors import UserError
-from training.config import OptimizerSettings
 from training.config_files import load_config, merge, setting_keys
+from training.role_settings import OptimizerSettings
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import torch
 
 from applications.preset_store import load_preset
 from inference.errors import UserError
-from training.config import DPO_STEP, OptimizerSettings, RunConfig
+from training.config import DPO_STEP, RunConfig
 from training.config_files import load_config
 from training.memory import Part, Shape, StepMemory, estimate_step_memory, rows_per_micro_batch, training_parts
+from training.role_settings import OptimizerSettings
 
 OPT_13B = 12_853_473_280
 OPT_350M = 331_196_416

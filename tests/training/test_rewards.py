@@ -10,9 +10,9 @@ import torch
 
 from inference.errors import UserError
 from training import rewards
-from training.config import RLHFSettings
 from training.distributed import Ranks
 from training.rewards import RewardEndpoint, RewardFailed, RewardFunction, Rewards
+from training.rlhf_settings import RLHFSettings
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 PROMPTS = [[{"role": "user", "content": text}] for text in ("two words", "three short words")]

@@ -1,7 +1,8 @@
 import pytest
 
-from training.config import OptimizerSettings, StepSettings
+from training.config import StepSettings
 from training.hybrid_engine.zero_engine import learning_rate
+from training.role_settings import OptimizerSettings
 from training.supervised import batches_of_epoch, count_updates, rows_trained_on
 
 

@@ -83,10 +83,10 @@ def token_batch(ranks):
 
 def largest_moves(ranks, tiny, chat_format, zero_stage: int) -> dict[str, float]:
     """AdamW's first update moves a weight by its learning rate, whatever the gradient."""
-    from training.config import LoRASettings, OptimizerSettings
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_scorer
     from training.models.scorer import Scorer
+    from training.role_settings import LoRASettings, OptimizerSettings
 
     torch.manual_seed(0)
     lora = LoRASettings(rank=4, learning_rate=ADAPTER_RATE)
@@ -103,9 +103,9 @@ def losses_of_family(ranks, family: str) -> list[float]:
     """Adapters under ZeRO 3 with recomputed activations, as the presets of large models train."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from training.config import LoRASettings, OptimizerSettings
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.policy import Policy
+    from training.role_settings import LoRASettings, OptimizerSettings
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=96, **FAMILIES[family]))

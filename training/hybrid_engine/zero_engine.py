@@ -10,12 +10,12 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from training.config import OptimizerSettings
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.dividing import divide
 from training.hybrid_engine.tensors_only import tensors_only
+from training.role_settings import OptimizerSettings
 
 TAG = "state"
 OWN_WEIGHTS = (

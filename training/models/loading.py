@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
-from training.config import Dtype, LoRASettings
+from training.config import Dtype
+from training.role_settings import LoRASettings
 from training.run_directory import read_json
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,10 +5,10 @@ from typing import cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from training.config import LoRASettings
 from training.data.batching import TokenBatch
 from training.models.loading import add_lora
 from training.models.packing import call_on_tokens, use_packing
+from training.role_settings import LoRASettings
 
 
 class Scorer(nn.Module):

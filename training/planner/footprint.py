@@ -8,7 +8,6 @@ import torch
 
 from inference.errors import UserError
 from training.calls import Call
-from training.config import OptimizerSettings
 from training.memory import (
     LOADING,
     MAX_LIVE_PARAMETERS,
@@ -22,6 +21,7 @@ from training.planner.graph import DataflowGraph
 from training.planner.hardware import GIB, Cluster
 from training.planner.plan import Assignment, Plan
 from training.planner.workload import Model, Precision, Workload
+from training.role_settings import OptimizerSettings
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCORING_BYTES_PER_LOGIT = 6

@@ -6,8 +6,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from training.config import LoRASettings
 from training.memory import Shape
+from training.role_settings import LoRASettings
 
 Precision = Literal["fp32", "bf16", "fp16"]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from inference.generation.sample import Sample
-from training.config import RLHFSettings
 from training.data.batching import TokenBatch
+from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf import ppo_math
 
 

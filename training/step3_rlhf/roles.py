@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from inference.chat_format import ChatFormat
 from inference.generation.cpu_weights import BlockedWeights
 from inference.tensor_parallel.group import TensorParallel
-from training.config import FrozenSettings
 from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
 from training.hybrid_engine.deepspeed_setup import deepspeed
@@ -26,6 +25,7 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
 from training.models.scorer import Scorer, at_last_token
+from training.role_settings import FrozenSettings
 from training.stage import Stage
 
 

@@ -7,7 +7,7 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 from benchmarks import work
 from benchmarks.work import Size
 from tests.ranks import run_ranks
-from training.config import FusionSettings
+from training.rlhf_settings import FusionSettings
 
 LENGTHS = work.LENGTHS["skew"]  # 2 to 128 tokens
 ITERATIONS = 5

@@ -19,10 +19,10 @@ DECAY, UPDATES = 0.7, 3
 
 def make_engine(ranks, model, stage: int, lora: int = 0, dtype=torch.float32):
     from inference.chat_format import ChatFormat
-    from training.config import LoRASettings, OptimizerSettings
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_causal_lm
     from training.models.policy import Policy
+    from training.role_settings import LoRASettings, OptimizerSettings
 
     torch.manual_seed(0)
     adapters = LoRASettings(rank=lora)

@@ -54,12 +54,12 @@ class MicroBatch:
 
 def switch_after_steps(ranks, directory):
     from tests.inference.tensor_parallel.families import build, randomise
-    from training.config import LoRASettings, OptimizerSettings
     from training.hybrid_engine.generation_view import GenerationView
     from training.hybrid_engine.layout import Layout
     from training.hybrid_engine.reallocation import tensor_parallel_of
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.policy import Policy
+    from training.role_settings import LoRASettings, OptimizerSettings
 
     parts = {degree: tensor_parallel_of(Layout.over(ranks.size, degree)) for degree in DEGREES}
     results = {}
@@ -96,10 +96,10 @@ def switch_after_steps(ranks, directory):
 
 def switch_frozen_roles(ranks, directory):
     from tests.inference.tensor_parallel.families import build
-    from training.config import FrozenSettings
     from training.hybrid_engine.layout import Layout
     from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of
     from training.models.scorer import Scorer
+    from training.role_settings import FrozenSettings
     from training.step3_rlhf.roles import freeze
 
     part = tensor_parallel_of(Layout.over(ranks.size, ranks.size))
@@ -125,12 +125,12 @@ def memory_of_a_switch(ranks, directory):
     from torch.profiler import profile
     from transformers import OPTConfig, OPTForCausalLM
 
-    from training.config import OptimizerSettings
     from training.hybrid_engine.generation_view import GenerationView
     from training.hybrid_engine.layout import Layout
     from training.hybrid_engine.reallocation import tensor_parallel_of
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.policy import Policy
+    from training.role_settings import OptimizerSettings
 
     config = OPTConfig(
         vocab_size=101, hidden_size=256, ffn_dim=1024, num_hidden_layers=12, num_attention_heads=8,

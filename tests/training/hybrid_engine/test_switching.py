@@ -23,9 +23,9 @@ def degrees(size):
 
 def make_engine(ranks, family, stage, dtype=torch.float32):
     from tests.inference.tensor_parallel.families import build, randomise
-    from training.config import LoRASettings, OptimizerSettings
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.policy import Policy
+    from training.role_settings import LoRASettings, OptimizerSettings
 
     lora = LoRASettings(rank=3 if "lora" in family else 0)
     settings = OptimizerSettings(learning_rate=1e-2, warmup=0, zero_stage=stage, lora=lora, schedule="constant")
@@ -67,8 +67,8 @@ def generate(ranks, engine, part, layout, slots, greedy=False):
 def plain_logprobs(family, engine, samples):
     """Of plain transformers, one sample at a time, for the weights that the engine has now."""
     from tests.inference.tensor_parallel.families import build
-    from training.config import LoRASettings
     from training.models.loading import add_lora
+    from training.role_settings import LoRASettings
 
     weights = whole_weights(engine.language_model)
     model = build(family.split()[0])

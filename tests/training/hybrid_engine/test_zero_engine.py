@@ -25,11 +25,11 @@ def train_everywhere(ranks, directory):
     """The matrix inside one process group: {case: {losses, grad_norms, weights}}."""
     from inference.chat_format import ChatFormat
     from inference.tiny_model import build_tiny_model
-    from training.config import LoRASettings, OptimizerSettings
     from training.data.batching import TokenBatch, plan_micro_batches
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_causal_lm
     from training.models.policy import Policy
+    from training.role_settings import LoRASettings, OptimizerSettings
 
     model = directory / f"tiny{ranks.size}"
     if ranks.is_first:

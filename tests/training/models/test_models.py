@@ -22,7 +22,6 @@ from transformers import (
 from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
-from training.config import LoRASettings
 from training.data.batching import TokenBatch
 from training.models.loading import (
     add_lora,
@@ -35,6 +34,7 @@ from training.models.loading import (
 )
 from training.models.policy import Policy, SelectedLogprobs
 from training.models.scorer import Scorer, at_last_token
+from training.role_settings import LoRASettings
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPT = {**SMALL, "ffn_dim": 64, "max_position_embeddings": 64, "dropout": 0.1, "word_embed_proj_dim": 32}

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from tests.training.planner.conftest import LARGE, graphs_on, ppo_workload
-from training.config import LoRASettings
 from training.hybrid_engine.layout import Layout
 from training.planner.collectives import links_of
 from training.planner.cost import CallCosts
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.plan import Assignment
 from training.planner.workload import Workload
+from training.role_settings import LoRASettings
 
 ONE = Assignment(Layout((0,)))
 GRAPHS = graphs_on(1, 8)

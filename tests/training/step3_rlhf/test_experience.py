@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.config import RLHFSettings
+from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf.experience import Experience, Targets, distinct_bigrams, total_score
 
 

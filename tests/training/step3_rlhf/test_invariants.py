@@ -12,12 +12,12 @@ from inference.generation.attention import Sequences
 from inference.generation.engine import GenerationEngine
 from inference.generation.kv_cache import Places
 from inference.generation.sample import SamplingKey, SamplingSettings
-from training.config import RLHFSettings
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.metrics import Display
 from training.models.packing import call_on_tokens
 from training.models.policy import Policy
+from training.rlhf_settings import RLHFSettings
 from training.stage import Diverged
 from training.step3_rlhf.experience import Experience, token_batch
 from training.step3_rlhf.invariants import check_first_update

@@ -114,9 +114,9 @@ def update_with_options(ranks, directory):
 @torch.no_grad()
 def offloaded_scores(ranks, models, experience) -> list[list[float]]:
     """Log-probabilities of a frozen model: whole, divided, divided and kept in main memory."""
-    from training.config import FrozenSettings
     from training.models.loading import load_causal_lm
     from training.models.policy import Policy
+    from training.role_settings import FrozenSettings
     from training.step3_rlhf.experience import token_batch
     from training.step3_rlhf.roles import freeze
 
@@ -220,8 +220,8 @@ def test_a_frozen_role_scores_alike_wherever_its_weights_lie(outcome):
 
 
 def test_offload_of_a_frozen_role_asks_deepspeed_for_main_memory():
-    from training.config import FrozenSettings
     from training.deepspeed_config import deepspeed_config
+    from training.role_settings import FrozenSettings
 
     for offload, expected in (("none", None), ("parameters", "cpu")):
         settings = FrozenSettings(zero_stage=3, offload=offload).as_optimizer

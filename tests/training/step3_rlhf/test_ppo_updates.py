@@ -24,7 +24,9 @@ def case_name(zero_stage: int, lora: int, budget: int) -> str:
 
 
 def make_config(model, zero_stage: int, lora: int, budget: int):
-    from training.config import LoRASettings, OptimizerSettings, RLHFSettings, RunConfig
+    from training.config import RunConfig
+    from training.rlhf_settings import RLHFSettings
+    from training.role_settings import LoRASettings, OptimizerSettings
 
     optimizer = OptimizerSettings(
         learning_rate=RATE,
@@ -51,8 +53,8 @@ def make_models(ranks, directory):
     """The SFT model and a reward model of the tiny kind; their directories."""
     from inference.chat_format import ChatFormat
     from inference.tiny_model import build_tiny_model
-    from training.config import LoRASettings
     from training.models.loading import load_scorer, save_model
+    from training.role_settings import LoRASettings
 
     sft, reward = directory / f"sft{ranks.size}", directory / f"reward{ranks.size}"
     if ranks.is_first:

@@ -1,0 +1,229 @@
+"""The settings of step 3: rollouts, rewards, KL penalty, fusion, updates, and its four roles."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from training.role_settings import DecayRate, FrozenSettings, OptimizerSettings, Settings
+
+
+class KLSettings(Settings):
+    coefficient: float = Field(0.05, ge=0)
+    """Weight of the per-token KL penalty towards the reference (its starting value when adaptive)."""
+    centering: float = Field(0.0, ge=0, le=1)
+    """Share of the mean KL per token that is taken off each token's penalty: at 1 short responses are not favoured."""
+    target: float = Field(0.0, ge=0)
+    """KL to the reference in nats per response that the controller steers to; 0 keeps the coefficient fixed."""
+    horizon: float = Field(10_000, gt=0)
+    """Samples over which the adaptive controller acts (smaller reacts faster)."""
+    stop: float = Field(0.0, ge=0)
+    """End training before the update of an iteration whose KL in nats per response exceeds this; 0 never stops."""
+    place: Literal["auto", "reward", "loss"] = "auto"
+    """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: loss for grpo."""
+
+
+class RewardWeights(Settings):
+    """What each source of rewards counts in their sum."""
+
+    model: float = Field(1.0, ge=0)
+    """Of the reward model's score; at 0 no reward model is loaded and step 2 is not needed."""
+    function: float = Field(1.0, ge=0)
+    """Of what `rlhf.reward_function` returns."""
+    url: float = Field(1.0, ge=0)
+    """Of what `rlhf.reward_url` answers."""
+
+
+class PTXSettings(Settings):
+    """The SFT loss on demonstrations, mixed into the actor's PPO steps (InstructGPT's PPO-ptx)."""
+
+    coefficient: float = Field(0.0, ge=0)
+    """Weight of the SFT loss per token beside the policy loss (DeepSpeed-Chat: 27.8); 0 switches it off."""
+    source: str = ""
+    """JSON-lines file (or directory) of demonstrations; empty means those of step 1, data/sft_train.jsonl."""
+    rows: int = Field(0, ge=0)
+    """Demonstrations in each mini-batch, over all ranks; 0 means as many as it has samples."""
+
+
+class ScoringDegrees(Settings):
+    """Ranks that score together in a role, each with a part of its weights; each divides the number of ranks."""
+
+    reference: int = Field(1, ge=1)
+    """Of the reference; over 1 where it does not fit whole on a rank beside training."""
+    reward: int = Field(1, ge=1)
+    """Of the reward model, as for the reference."""
+    critic: int = Field(1, ge=1)
+    """Of the critic, which keeps a part of its weights for scoring then, beside those that it trains."""
+
+
+class FusionSettings(Settings):
+    """Inter-stage fusion: samples are scored as they end, the long tail is gathered on few ranks. Same algorithm."""
+
+    mode: Literal["none", "inter", "auto"] = "auto"
+    """auto fuses where a simulation with measured costs says that it pays, and logs what it decided."""
+    threshold: int = Field(0, ge=0)
+    """Unfinished samples at which the tail is gathered; 0: the simulation chooses."""
+    rows: int = Field(0, ge=0)
+    """Samples that one rank (one tensor-parallel group) takes then, at most; 0: the simulation chooses."""
+    move: Literal["auto", "cache", "tokens"] = "auto"
+    """What travels with a sample: its keys and values, or only its tokens (a new prefill); auto takes the cheaper."""
+
+
+class RLHFSettings(Settings):
+    advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
+    """Estimator of the advantages: `gae` is PPO with a critic; the others need none (docs/step3_rlhf.md)."""
+    iterations: int = Field(100, ge=1)
+    """PPO rounds: each generates new samples and trains on them."""
+    prompts_per_iteration: int = Field(64, ge=1)
+    """Prompts of one iteration, over all ranks."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Responses generated for each prompt."""
+    mini_batches: int = Field(4, ge=1)
+    """Optimiser steps that one PPO epoch makes over an iteration's samples."""
+    ppo_epochs: int = Field(1, ge=1)
+    """Passes over an iteration's samples."""
+    micro_batch_tokens: int = Field(4096, ge=8)
+    """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
+    generation_batch: int = Field(32, ge=1)
+    """Samples that one rank (one tensor-parallel group) decodes at the same time: slots, refilled as samples end."""
+    generation_tensor_parallel: int = Field(1, ge=1)
+    """Ranks that generate together, each with a part of the actor's weights; divides the number of ranks."""
+    scoring_tensor_parallel: ScoringDegrees = ScoringDegrees()
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probabilities are taken at the same temperature."""
+    min_response_tokens: int = Field(0, ge=0)
+    """The end-of-turn token is forbidden before this many tokens."""
+    clip: float = Field(0.2, gt=0)
+    """PPO's clip range of the policy ratio."""
+    ppo_kl_stop: float = Field(0.0, ge=0)
+    """End an iteration's updates when a mini-batch is this far from the old policy (k3, nats a token); 0 never does."""
+    value_clip: float = Field(0.2, ge=0)
+    """Clip range of the value function around its old prediction; 0 switches it off."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE's lambda."""
+    whiten_advantages: bool = True
+    """Give advantages mean 0 and standard deviation 1 over an iteration's batch; gae and reinforce++ only."""
+    reward_function: str = ""
+    """`path/to/file.py:function` that scores responses, added to the reward model's score (docs/step3_rlhf.md)."""
+    reward_url: str = ""
+    """http(s) address that scores responses: POST {prompts, responses, rows} -> {scores}; added as well."""
+    reward_timeout: float = Field(60.0, gt=0)
+    """Seconds to wait for an answer of `reward_url`."""
+    reward_retries: int = Field(5, ge=0)
+    """Further tries when `reward_url` does not answer, with growing pauses."""
+    reward_weights: RewardWeights = RewardWeights()
+    score_clip: float = Field(5.0, ge=0)
+    """Scores are clipped to +- this; 0 switches it off."""
+    missing_end_penalty: float = Field(1.0, ge=0)
+    """Taken off the score of a response that has no end-of-turn token; 0 switches it off."""
+    critic_warmup: int = Field(0, ge=0)
+    """Iterations at the start in which only the critic learns."""
+    align_overflow: bool = True
+    """In fp16: when the gradient of actor or critic overflows, both skip that optimiser step."""
+    ema: DecayRate = 0.0
+    """Decay of a moving average of the actor's weights, saved as step3_rlhf/ema_model (try 0.99); 0 keeps none."""
+    ptx: PTXSettings = PTXSettings()
+    old_logprobs: Literal["auto", "generation", "recompute"] = "auto"
+    """Where the old policy's log-probabilities come from; auto keeps generation's in fp32 and recomputes otherwise."""
+    fusion: FusionSettings = FusionSettings()
+    kl: KLSettings = KLSettings()
+    actor: OptimizerSettings = OptimizerSettings(learning_rate=1e-6, epsilon=1e-5)
+    critic: OptimizerSettings = OptimizerSettings(learning_rate=9e-6, epsilon=1e-5)
+    reference: FrozenSettings = FrozenSettings()
+    reward: FrozenSettings = FrozenSettings()
+    samples_every: int = Field(10, ge=1)
+    """Iterations between looks at the fixed prompts in samples.jsonl."""
+    sample_prompts: int = Field(4, ge=1)
+    """How many fixed prompts those are."""
+    checkpoint_every: int = Field(10, ge=0)
+    """Iterations between checkpoints; 0 means none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints are kept."""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained; only `gae` needs values."""
+        return self.advantage == "gae"
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether the reward model of step 2 scores; else rewards come from a function or an address alone."""
+        return self.reward_weights.model > 0
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL penalty is a term of the actor's loss, not a part of the rewards."""
+        return self.kl.place == "loss" or (self.kl.place == "auto" and self.advantage == "grpo")
+
+    @property
+    def divided_scorer(self) -> str:
+        """A role that scores and is divided over ranks, so that no rank can score alone; '' if there is none."""
+        reference = "actor" if self.actor.lora.rank else "reference"  # with LoRA the actor is the reference too
+        roles = [reference, *["critic"] * self.has_critic, *["reward"] * self.has_reward_model]
+        divided = [
+            role
+            for role in roles
+            if getattr(self, role).zero_stage == 3 or getattr(self.scoring_tensor_parallel, role, 1) > 1
+        ]
+        return min(divided, default="")
+
+    @model_validator(mode="after")
+    def _scoring_degrees_fit_the_roles(self):
+        degrees = self.scoring_tensor_parallel
+        if degrees.reference > 1 and self.actor.lora.rank:
+            raise ValueError("scoring_tensor_parallel.reference: with LoRA the actor is the reference; leave it at 1")
+        for role in ("reference", "reward"):
+            if getattr(degrees, role) > 1 and getattr(self, role).zero_stage == 3:
+                raise ValueError(
+                    f"scoring_tensor_parallel.{role} and {role}.zero_stage=3 both divide its weights; choose one"
+                )
+        if degrees.critic > 1 and not self.has_critic:
+            raise ValueError(f"scoring_tensor_parallel.critic needs a critic, and {self.advantage} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _fusion_needs_whole_roles(self):
+        if self.fusion.mode == "inter" and self.divided_scorer:
+            is_zero_3 = getattr(self, self.divided_scorer).zero_stage == 3
+            raise ValueError(
+                f"fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} has "
+                f"{'zero_stage 3' if is_zero_3 else 'scoring_tensor_parallel over 1'}; use stage 0, 1 or 2 and whole "
+                f"weights for it, or fusion.mode=none"
+            )
+        if self.fusion.rows > self.generation_batch:
+            raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_needs(self):
+        if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage={self.advantage} compares the samples of a prompt and needs samples_per_prompt of 2 or more"
+            )
+        if self.critic_warmup and not self.has_critic:
+            raise ValueError(f"critic_warmup={self.critic_warmup} needs a critic, and {self.advantage} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _something_rewards(self):
+        file, colon, name = self.reward_function.rpartition(":")
+        if self.reward_function and not (file.endswith(".py") and colon and name.isidentifier()):
+            raise ValueError(f"reward_function={self.reward_function} must be path/to/file.py:function")
+        if self.reward_url and not self.reward_url.startswith(("http://", "https://")):
+            raise ValueError(f"reward_url={self.reward_url} must begin with http:// or https://")
+        weights = self.reward_weights
+        used = (bool(self.reward_function) and weights.function) or (bool(self.reward_url) and weights.url)
+        if not self.has_reward_model and not used:
+            raise ValueError("reward_weights.model=0 leaves nothing that rewards; give reward_function or reward_url")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self):
+        if self.mini_batches > self.prompts_per_iteration * self.samples_per_prompt:
+            samples = self.prompts_per_iteration * self.samples_per_prompt
+            raise ValueError(
+                f"mini_batches={self.mini_batches} is more than the {samples} samples of an iteration; use {samples} "
+                f"or fewer, or raise prompts_per_iteration to {-(-self.mini_batches // self.samples_per_prompt)}"
+            )
+        return self

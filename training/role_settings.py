@@ -1,0 +1,93 @@
+"""How the weights of one role are trained, or kept where the role only scores."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ZeroStage = Literal[0, 1, 2, 3]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class LoRASettings(Settings):
+    rank: int = Field(0, ge=0)
+    """Rank of the LoRA adapter; 0 trains all weights."""
+    alpha: int = Field(16, gt=0)
+    """LoRA scale: the adapter's output is multiplied by alpha / rank."""
+    targets: str | list[str] = "all-linear"
+    """Module names that get an adapter, or `all-linear`."""
+    learning_rate: float = Field(0.0, ge=0)
+    """Peak learning rate of the adapters; 0 takes the optimizer's, which a reward model's score head always has."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some_targets(cls, targets: str | list[str]) -> str | list[str]:
+        if not targets or "" in ([targets] if isinstance(targets, str) else targets):
+            raise ValueError("is empty; give names of modules, or all-linear")
+        return targets
+
+
+class OptimizerSettings(Settings):
+    """How one role's weights are trained."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of all optimiser steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    zero_stage: ZeroStage = 0
+    """DeepSpeed ZeRO stage: what is divided over the ranks (1 optimiser, 2 gradients too, 3 weights too)."""
+    master_weights: bool = True
+    """In bf16: keep the weights in fp32 too, and sum gradients in it. Without, less memory; small updates get lost."""
+    offload: Literal["none", "optimizer", "optimizer+parameters"] = "none"
+    """What ZeRO keeps in host memory (GPU runs; parameters need ZeRO stage 3)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoRASettings = LoRASettings()
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed configuration laid over ours, for what has no setting here."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self):
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3")
+        if self.offload == "optimizer+parameters" and self.zero_stage != 3:
+            raise ValueError("offload=optimizer+parameters needs zero_stage 3")
+        return self
+
+    @property
+    def adapter_learning_rate(self) -> float:
+        return self.lora.learning_rate or self.learning_rate
+
+
+class FrozenSettings(Settings):
+    """Where the weights of a role that only scores lie."""
+
+    zero_stage: Literal[0, 3] = 0
+    """0 keeps the weights whole on every rank, 3 divides them over the ranks."""
+    offload: Literal["none", "parameters"] = "none"
+    """`parameters` keeps them in host memory between uses (GPU runs; needs ZeRO stage 3)."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self):
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError("offload=parameters needs zero_stage 3")
+        return self
+
+    @property
+    def as_optimizer(self) -> OptimizerSettings:
+        """The same placement in the words that DeepSpeed's configuration is built from."""
+        offload: Literal["none", "optimizer+parameters"] = "none" if self.offload == "none" else "optimizer+parameters"
+        return OptimizerSettings(zero_stage=self.zero_stage, offload=offload)
