@@ -1,6 +1,7 @@
 """After optimiser steps the weights in another layout are the training weights, bitwise; the memory it takes."""
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -140,14 +141,16 @@ def memory_of_a_switch(ranks, directory):
     engine = ZeroEngine(Policy(OPTForCausalLM(config)), settings, torch.float32, 10, ranks)
     mine = batch(ranks, 0)
     engine.update([MicroBatch()], lambda _: -engine(mine)[0].mean() / 2)
-    view = GenerationView(engine, tensor_parallel_of(Layout.over(2, 2)))
-    with profile(profile_memory=True) as profiled:
-        view.refresh()
-    events = profiled.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    peak = max(itertools.accumulate(change for _, change in changes))
+    degree, peaks = tensor_parallel_of(Layout.over(2, 2)), []
+    views = [GenerationView(engine, degree) for _ in range(5)]  # all kept: none is freed while another is measured
+    for view in views:
+        with profile(profile_memory=True) as profiled:
+            view.refresh()
+        events = profiled.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        peaks.append(max(itertools.accumulate(change for _, change in changes)))
     model = sum(p.ds_numel * p.element_size() for p in engine.language_model.parameters())
-    return {"peak": peak, "model": model, "moved": vars(view.moved)}
+    return {"peaks": peaks, "model": model, "moved": vars(views[0].moved)}
 
 
 def run_all(ranks, directory):
@@ -205,4 +208,6 @@ def test_a_switch_needs_the_shard_and_a_few_layers(results):
     shard, layer = memory["moved"]["written_bytes"], memory["moved"]["largest_layer_bytes"]
     assert 0.5 * memory["model"] < shard < 0.52 * memory["model"]
     assert layer < memory["model"] / 11
-    assert memory["peak"] <= shard + 3.5 * layer  # DeepSpeed gathers a layer through buffers of its size
+    # DeepSpeed gathers a layer through buffers of its size, and the thread of gloo lets go of them when it comes to it
+    assert statistics.median(memory["peaks"]) <= shard + 2.5 * layer
+    assert max(memory["peaks"]) <= shard + 6 * layer
