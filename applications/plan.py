@@ -1,5 +1,6 @@
 """`rlhf-chat plan`: where each call of an iteration runs best, how long that takes, what it costs. Starts nothing."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def plan_command(
     for file, text in ((out, to_yaml(best.plan)), (svg, plan_report.as_svg(outcomes) if svg else "")):
         if file is not None:
             write_text(file, text)
+            print(f"Written to {file}", file=sys.stderr)
 
 
 def searched(request: Request, seed: int, effort: float, progress: Callable[[Progress], bool] | None) -> Outcome:
