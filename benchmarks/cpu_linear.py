@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from inference.generation.cpu_weights import blocked_linear
+from inference.generation.cpu_weights import blocked_product
 
 SETS = 12
 
@@ -51,7 +51,7 @@ def main() -> None:
             weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(SETS)]
             bias, x = torch.randn(outputs).to(dtype), torch.randn(rows, inputs).to(dtype)
             begun = time.perf_counter()
-            blocked = [blocked_linear(weight, bias) for weight in weights]
+            blocked = [blocked_product(weight, bias) for weight in weights]
             order = (time.perf_counter() - begun) / SETS * 1e6
             plain = microseconds([partial(linear, weight=weight, bias=bias) for weight in weights], x)
             ours = microseconds(blocked, x)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 ROWS = 32
 """Rows that the order is made for; others run on it too."""
+Forward = Callable[[Tensor], Tensor]
 MOST_BYTES = 4 * 2**30
 """Weights beyond this are left as they are: a second copy would cost more than it gives. A fixed bound, not what is
 free now: a resumed run must compute as the first one did."""
@@ -22,26 +23,33 @@ free now: a resumed run must compute as the first one did."""
 
 class BlockedWeights:
     """The weights of a model's linear layers in blocked order, or nothing where that is not to be had (no CPU, fp16,
-    a build without oneDNN) or too large."""
+    a build without oneDNN) or too large. A plain LoRA layer becomes three products, the last of which adds itself to
+    the first: with few rows PEFT's own steps take longer than the base layer."""
 
     def __init__(self, model: nn.Module):
-        self.forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
-        if can_block(model):
-            for module in model.modules():
-                if type(module) is nn.Linear:
-                    self.forwards.append((module, blocked_linear(module.weight, module.bias)))
-                elif type(module) is Conv1D:  # GPT-2's linear layer: its weight is (inputs, outputs)
-                    self.forwards.append((module, blocked_linear(module.weight.t().contiguous(), module.bias)))
+        self.forwards: dict[nn.Module, Forward] = {}
+        if not can_block(model):
+            return
+        parts_of_adapted: set[nn.Module] = set()
+        for module in model.modules():
+            if module in parts_of_adapted:
+                continue
+            if is_plain_lora(module):
+                layer: Any = module
+                self.forwards[layer] = adapted_linear(layer)
+                parts_of_adapted |= {layer.base_layer, *layer.lora_A.modules(), *layer.lora_B.modules()}
+            elif type(module) in (nn.Linear, Conv1D):
+                self.forwards[module] = blocked_linear(module)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside, the layers compute with the blocked weights. They know nothing of gradients."""
-        for module, forward in self.forwards:
+        for module, forward in self.forwards.items():
             module.forward = forward
         try:
             yield
         finally:
-            for module, _ in self.forwards:
+            for module in self.forwards:
                 del module.forward
 
 
@@ -55,13 +63,44 @@ def can_block(model: nn.Module) -> bool:
     )
 
 
-def blocked_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def is_plain_lora(layer: Any) -> bool:
+    """A LoRA layer of PEFT over a linear one, with one adapter in the same format and nothing else to it."""
+    if not hasattr(layer, "lora_A") or type(getattr(layer, "base_layer", None)) not in (nn.Linear, Conv1D):
+        return False
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.merged or layer.lora_variant or any(layer.lora_bias.values()):
+        return False
+    return layer.lora_A[names[0]].weight.dtype == layer.base_layer.weight.dtype
+
+
+def blocked_linear(layer: Any) -> Forward:
+    """What a linear layer or a Conv1D (whose weight is (inputs, outputs)) computes with its weights as they are now."""
+    weight, bias = layer.weight, layer.bias
+    return blocked_product(weight.t().contiguous() if type(layer) is Conv1D else weight, bias)
+
+
+def blocked_product(weight: Tensor, bias: Tensor | None) -> Forward:
     """x -> x weight^T + bias for this weight, (outputs, inputs), as it is now."""
     operators: Any = torch.ops.mkldnn
     blocked = operators._reorder_linear_weight(weight.detach(), ROWS)
-    linear = operators._linear_pointwise.default
+    pointwise = operators._linear_pointwise.default
 
     def forward(inputs: Tensor) -> Tensor:
-        return linear(inputs, blocked, bias, "none", [], "")
+        return pointwise(inputs, blocked, bias, "none", [], "")
+
+    return forward
+
+
+def adapted_linear(layer: Any) -> Forward:
+    """x -> base(x) + scale B A x for a plain LoRA layer as it is now; base(x) while it is disabled."""
+    (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
+    base, down = blocked_linear(layer.base_layer), blocked_linear(layer.lora_A[name])
+    operators: Any = torch.ops.mkldnn
+    up = operators._reorder_linear_weight(layer.lora_B[name].weight.detach() * layer.scaling[name], ROWS)
+    plus_product = operators._linear_pointwise.binary
+
+    def forward(inputs: Tensor) -> Tensor:
+        outputs = base(inputs)
+        return outputs if layer.disable_adapters else plus_product(down(inputs), outputs, up, None, "add")
 
     return forward

@@ -4,13 +4,14 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.generation import cpu_weights
-from inference.generation.cpu_weights import BlockedWeights
+from inference.generation.cpu_weights import BlockedWeights, is_plain_lora
 from inference.generation.engine import GenerationEngine
 from inference.generation.passes import right_pad
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
@@ -349,7 +350,6 @@ def test_wrapped_models_get_their_positions(model):
 
 @pytest.mark.parametrize("family", ["opt", "bloom"])
 def test_an_adapter_counts(family):
-    peft = pytest.importorskip("peft")
     plain = GenerationEngine(build_model(family), END, PAD)
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = peft.get_peft_model(build_model(family), config).eval()
@@ -405,6 +405,42 @@ def test_changed_weights_are_used_once_the_engine_knows_of_them():
         assert sample.response_ids == reference_greedy(model, prompt, 6)[0]
 
 
+def with_adapter(model):
+    """`model` with LoRA in all linear layers, not the nothing that it is at first."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocked_adapters_compute_what_those_of_peft_do(family, dtype):
+    model = build_model(family).to(dtype)
+    adapted = with_adapter(model).to(dtype)
+    ids = torch.cat(PROMPTS)[None, :30]
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits
+        blocked = BlockedWeights(model)
+        assert any(is_plain_lora(layer) for layer in blocked.forwards)
+        assert not any(".lora_" in name and layer in blocked.forwards for name, layer in model.named_modules())
+        with blocked.in_use():
+            ours = model(input_ids=ids).logits
+            with adapted.disable_adapter():
+                without = model(input_ids=ids).logits
+        with adapted.disable_adapter():
+            plain_without = model(input_ids=ids).logits
+    scale = float(plain.abs().max())
+    tolerance = scale * (1e-5 if dtype == torch.float32 else 0.05)
+    assert float((plain - plain_without).abs().max()) > 5 * tolerance  # the adapter is not nothing
+    assert torch.allclose(ours, plain, atol=tolerance)
+    assert torch.allclose(without, plain_without, atol=tolerance)
+
+
+def test_an_adapter_that_is_more_than_b_a_keeps_its_own_steps():
+    model = build_model("llama")
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).eval()
+    assert not any(is_plain_lora(layer) for layer in model.modules())
+
+
 def test_large_weights_are_not_copied(monkeypatch):
     monkeypatch.setattr(cpu_weights, "MOST_BYTES", 1000)
-    assert BlockedWeights(build_model("llama")).forwards == []
+    assert BlockedWeights(build_model("llama")).forwards == {}
