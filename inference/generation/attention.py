@@ -6,20 +6,27 @@ the keyword `tokens` down to the attention function, which asks it what each tok
 attention goes through the interface runs here as it is; `can_pack` says which do.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from inference.errors import UserError
 from inference.generation.kv_cache import KVCache, Places
 
 PACKED_ATTENTION = "rlhf_chat_packed"
 MORE_THAN_SOFTMAX = ("softcap", "s_aux")
 """Keywords that transformers gives to attention which is more than a scaled softmax (Gemma 2, gpt-oss)."""
+
+
+class NotHandedDown(ValueError):
+    """A call without the keyword `tokens`."""
 
 
 class Tokens(Protocol):
@@ -144,7 +151,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every attention layer; returns (1, tokens, heads, head)."""
     if tokens is None:
-        raise ValueError("packed attention needs the keyword `tokens`: call the model inside `packed(model)` with it")
+        raise NotHandedDown("packed attention needs the keyword `tokens`: call the model inside `packed` with it")
     if any(of_other_functions.get(name) is not None for name in MORE_THAN_SOFTMAX):
         raise NotImplementedError(f"{type(module).__name__} needs more than a scaled softmax")
     layer: Any = module.layer_idx
@@ -154,12 +161,62 @@ def packed_attention(
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
+_PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
 def can_pack(model: nn.Module) -> bool:
-    """Whether the family's attention goes through the interface and is a plain scaled softmax."""
+    """Whether the family's attention goes through the interface in every layer and is a plain scaled softmax."""
     config = getattr(model, "config", None)
     if config is None or not getattr(model, "_supports_attention_backend", False):
         return False
-    return getattr(config, "attn_logit_softcapping", None) is None and config.model_type != "gpt_oss"
+    if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
+        return False
+    if model not in _PACKS:
+        _PACKS[model] = hands_tokens_down(model)
+    return _PACKS[model]
+
+
+class Count:
+    """Counts the layers that ask, and answers with numbers that mean nothing."""
+
+    def __init__(self) -> None:
+        self.layers = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.layers += 1
+        return query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+
+
+def hands_tokens_down(model: Any) -> bool:
+    """Whether `tokens` reaches the attention function in every layer, tried on a model of the same shape without
+    memory. Some families say that they go through the interface and drop keywords (Nemotron) or do not (DiffLlama).
+    """
+    config = copy.deepcopy(model.config)
+    count = Count()
+    try:
+        with torch.device("meta"), torch.no_grad():
+            shape = type(model)(config)
+            shape.config._attn_implementation = PACKED_ATTENTION
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            getattr(shape, shape.base_model_prefix)(input_ids=ids, position_ids=ids, use_cache=False, tokens=count)
+    except NotHandedDown:
+        return False
+    except Exception:  # cannot be tried without memory (some mixtures of experts): what the family says must do
+        return True
+    return count.layers == config.get_text_config().num_hidden_layers
+
+
+def require_keys_and_values(model: nn.Module) -> None:
+    """Raise UserError for a model that keeps anything else of the tokens before, such as state-space layers do."""
+    config: Any = getattr(model, "config", None)
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(_KEYS_AND_VALUES)
+    if getattr(model, "_is_stateful", False) or kinds:
+        raise UserError(
+            f"Models of type '{config.model_type}' keep more of a text than keys and values "
+            f"({', '.join(sorted(kinds)) or 'a state'}), which is not supported: choose a model with attention in "
+            f"every layer."
+        )
 
 
 @contextmanager

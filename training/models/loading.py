@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
+from inference.generation.attention import require_keys_and_values
 from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
 from training.config import Dtype
 from training.role_settings import LoRASettings
@@ -27,7 +28,6 @@ from training.run_directory import read_json
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR = (torch.nn.Linear, Conv1D)
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -51,9 +51,6 @@ def load_causal_lm(
     another rank brings them.
     """
     model = _load(AutoModelForCausalLM, directory, dtype, dropout, with_weights)
-    changed = [name for name in _LOGIT_CHANGES if getattr(model.config, name, None) not in (None, 1.0)]
-    if changed:
-        raise UserError(f"Models of type '{model.config.model_type}' change their logits ({changed[0]}): unsupported.")
     fit_vocabulary(model, chat_format)
     return model
 
@@ -125,6 +122,7 @@ def _load(
             f"The model in {directory} is not complete: {len(missing)} weights are missing, for example {missing[0]}; "
             f"{way_out(directory)}."
         )
+    require_keys_and_values(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout

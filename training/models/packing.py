@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
 from training.data.batching import TokenBatch
 
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of families that change the logits after the output head; padded, those of all tokens are made then."""
+
 
 def use_packing(model: PreTrainedModel) -> None:
     """From now on `model` is called on packed rows, if its family allows it.
@@ -34,5 +37,8 @@ def call_on_tokens(model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor 
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(backbone.forward).parameters:  # BLOOM counts them from the mask
         inputs["position_ids"] = positions
+    if logits_at is not None and any(getattr(model.config, name, None) for name in LOGIT_CHANGES):
+        every: Any = model
+        return every(**inputs, use_cache=False).logits[mask.bool()][logits_at]
     hidden = backbone(**inputs, use_cache=False).last_hidden_state[mask.bool()]
     return hidden if logits_at is None else model.get_output_embeddings()(hidden[logits_at])

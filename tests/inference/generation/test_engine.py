@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from inference.errors import UserError
 from inference.generation import cpu_weights
+from inference.generation.attention import can_pack
 from inference.generation.cpu_weights import BlockedWeights, is_plain_lora
 from inference.generation.engine import GenerationEngine
 from inference.generation.passes import right_pad
@@ -40,8 +42,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                             "max_position_embeddings": 64}),
     "codegen": ("codegen", {**GPT, "rotary_dim": 4}),
     "gemma2": ("gemma2", {**LLAMA, "head_dim": 8, "sliding_window": 6}),
+    "cohere2": ("cohere2", {**LLAMA, "sliding_window": 6, "logit_scale": 0.25}),
+    "nemotron": ("nemotron", LLAMA),
+    "diffllama": ("diffllama", LLAMA),
+    "deepseek_v3": ("deepseek_v3", {**LLAMA, "num_key_value_heads": 4, "moe_intermediate_size": 32,
+                                    "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+                                    "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 16,
+                                    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}),
 }  # fmt: skip
-"""Of these, bloom, gptj, gpt_neo and codegen do not go through the attention interface; gemma2 caps its scores."""
+PADDED = {"bloom", "gptj", "gpt_neo", "codegen", "diffllama", "nemotron", "gemma2"}
+"""Those before nemotron do not go through the attention interface, nemotron drops keywords, gemma2 caps its scores."""
 
 
 def build_model(family: str) -> nn.Module:
@@ -346,6 +356,19 @@ def test_wrapped_models_get_their_positions(model):
     assert [(s.response_ids, s.logprobs) for s in wrapped] == [(s.response_ids, s.logprobs) for s in plain]
     scripted = GenerationEngine(Wrapper(ScriptedModel(COUNT_DOWN)), END, PAD)
     assert next(scripted.generate([torch.tensor([4])], GREEDY, KEY)).response_ids == [3, 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_pack_whose_attention_is_told_of_the_tokens(family):
+    assert can_pack(build_model(family)) == (family not in PADDED)
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_models_that_keep_more_than_keys_and_values_are_refused(family):
+    kinds = {"layer_types": ["conv", "full_attention"]} if family == "lfm2" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **IDS, **SIZES, **kinds))
+    with pytest.raises(UserError, match=f"type '{family}' keep more of a text than keys and values"):
+        list(GenerationEngine(model, END, PAD).generate(PROMPTS, GREEDY, KEY))
 
 
 @pytest.mark.parametrize("family", ["opt", "bloom"])

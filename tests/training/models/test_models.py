@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BloomConfig,
     CodeGenConfig,
+    Cohere2Config,
+    Gemma2Config,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
@@ -56,10 +58,21 @@ FAMILIES = {
     ),
     "codegen": CodeGenConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
     "llama": LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=64),
+    "gemma2": Gemma2Config(
+        **SMALL,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        final_logit_softcapping=3.0,  # far below the logits
+    ),
+    "cohere2": Cohere2Config(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, sliding_window=6, logit_scale=0.25, eos_token_id=2
+    ),
     "qwen2": Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=64),
 }
-SCORERS = [family for family in FAMILIES if family != "codegen"]
-"""CodeGen has no score head in transformers."""
+SCORERS = [family for family in FAMILIES if family not in ("codegen", "cohere2")]
+"""The others have no score head in transformers."""
 CPU = torch.device("cpu")
 
 
