@@ -10,7 +10,7 @@ from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
 from training.data.batching import TokenBatch
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings of families that change the logits after the output head; padded, those of all tokens are made then."""
+"""Settings of families that change the logits after the output head, which their own forward has to do then."""
 
 
 def use_packing(model: PreTrainedModel) -> None:
@@ -38,7 +38,9 @@ def call_on_tokens(model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor 
     if "position_ids" in inspect.signature(backbone.forward).parameters:  # BLOOM counts them from the mask
         inputs["position_ids"] = positions
     if logits_at is not None and any(getattr(model.config, name, None) for name in LOGIT_CHANGES):
-        every: Any = model
-        return every(**inputs, use_cache=False).logits[mask.bool()][logits_at]
+        row, column = mask.nonzero()[logits_at].unbind(1)
+        wanted, place = column.unique(return_inverse=True)
+        whole: Any = model
+        return whole(**inputs, use_cache=False, logits_to_keep=wanted).logits[row, place]
     hidden = backbone(**inputs, use_cache=False).last_hidden_state[mask.bool()]
     return hidden if logits_at is None else model.get_output_embeddings()(hidden[logits_at])
