@@ -374,8 +374,7 @@ def test_models_that_keep_more_than_keys_and_values_are_refused(family):
 @pytest.mark.parametrize("family", ["opt", "bloom"])
 def test_an_adapter_counts(family):
     plain = GenerationEngine(build_model(family), END, PAD)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    adapted = peft.get_peft_model(build_model(family), config).eval()
+    adapted = with_adapter(build_model(family))
     engine = GenerationEngine(adapted, END, PAD)
     samples = in_order(engine.generate(PROMPTS, GREEDY, KEY))
     for sample in samples:
