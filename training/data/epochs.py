@@ -5,7 +5,7 @@ from array import array
 
 
 class Epochs:
-    """The order of an epoch is a function of (salt, epoch) alone, so that resuming needs no cursor. The last order asked
+    """The order of an epoch is a function of (salt, epoch) alone, so that resuming needs no cursor. The last one asked
     for is kept: a million rows take half a second to shuffle."""
 
     def __init__(self, size: int, salt: str):
