@@ -17,6 +17,8 @@ from training.error_report import room_for_report
 from training.run_directory import STEP_COMMANDS, STEP_NAMES, RunDirectory
 from training.watchdog import PARENT_VARIABLE
 
+from applications.forking import ForkedScript, can_fork
+
 SCRIPTS = {
     "preparation": "preparation.py",
     **{name: f"{name}/main.py" for name in STEP_NAMES.values()},
@@ -65,7 +67,11 @@ def run_stage_script(
         with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
             begin = log.tell()
             command = stage_command(script, run.path, processes, arguments)
-            process = subprocess.Popen(command, env=child_environment(), stdout=progress, stderr=log)
+            process: subprocess.Popen | ForkedScript
+            if processes == 1 and can_fork():
+                process = ForkedScript(command[1:], child_environment(), progress, log)
+            else:
+                process = subprocess.Popen(command, env=child_environment(), stdout=progress, stderr=log)
         try:
             code = process.wait()
         except KeyboardInterrupt:
@@ -127,7 +133,7 @@ def report_files(script: str, run: RunDirectory) -> tuple[Path, Path]:
     return run.error_file, run.log_file
 
 
-def stop(process: subprocess.Popen) -> None:
+def stop(process: "subprocess.Popen | ForkedScript") -> None:
     """End a launcher; ranks that outlive it end themselves."""
     process.terminate()
     try:

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.warm import Command, Done, fork_all
 
 LONGEST = (
     "test_switching",
@@ -25,15 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-def rlhf_chat(*arguments: object, cwd: Path, stdin: str = "", timeout: float = 300, **environment: str) -> Done:
-    """Run the installed command as a user would."""
+def rlhf_chat(
+    *arguments: object, cwd: Path, stdin: str = "", timeout: float = 300, cold: bool = False, **environment: str
+) -> Done:
+    """Run the command as a user would; `cold` starts the installed one in an interpreter of its own."""
+    if not cold:
+        command = Command(tuple(map(str, arguments)))
+        return fork_all([command], [environment], cwd, stdin, timeout)[0]
     program = Path(sys.executable).with_name("rlhf-chat")
     done = subprocess.run(
         [str(program), *map(str, arguments)],

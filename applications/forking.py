@@ -1,0 +1,72 @@
+"""Scripts of one run fork from one process that has imported the libraries, so each of them starts at once."""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any, TextIO
+
+LIBRARIES = ["training.stage", "training.hybrid_engine.zero_engine", "training.step3_rlhf.ppo"]
+
+
+def can_fork() -> bool:
+    """Whether scripts may be forked: a GPU that a library has looked at does not survive it."""
+    return sys.platform == "linux" and not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
+
+
+def warm_context() -> Any:
+    """Where forks come from: this process if it has the libraries already, else a server that imports them."""
+    if set(LIBRARIES) <= sys.modules.keys():
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
+
+
+class ForkedScript:
+    """A running script, with the methods of subprocess.Popen that its callers use."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], progress: TextIO | None, log: TextIO):
+        """`command` is the script's path and its arguments. Its output goes to `progress` (stdout), errors to `log`."""
+        shown = progress.fileno() if progress is not None else 1
+        self._process = warm_context().Process(
+            target=run_script, args=(list(command), dict(environment), shown, log.name)
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, or minus the signal that ended it. Raises subprocess.TimeoutExpired."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked script", timeout or 0.0)
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def run_script(command: list[str], environment: dict[str, str], shown: int, log_file: str) -> None:
+    """In the forked process: what the interpreter would do with `command`."""
+    with open(log_file, "a") as log:
+        os.dup2(shown, 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        atexit._run_exitfuncs()  # a process that multiprocessing has made runs none
