@@ -1,43 +1,47 @@
 """Runs a function of a test module in a group of processes, as torchrun would start them."""
 
 import json
-import os
-import subprocess
-import sys
+import socket
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
+from tests.warm import fork_all
 
 
 def run_ranks(module_file: str, function: str, size: int, directory: Path, timeout: int = 900) -> list:
     """Call `function(ranks, directory)` of a test file in `size` processes; what each returns (JSON), by rank."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent), "PYTHONSAFEPATH": "1"}
-    launcher = [sys.executable, "-W", "ignore"]
-    if size > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command = [*launcher, str(HERE), module_file, function, str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environments = [
+        {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        for rank in range(size)
+    ]
+    rank = Rank(module_file, function, str(directory))
+    for done in fork_all([rank] * size, environments, directory, "", timeout):
+        assert done.code == 0, done.out[-3000:] + done.err[-6000:]
     return [json.loads((directory / f"{function}.{rank}.json").read_text()) for rank in range(size)]
 
 
-def main() -> None:
-    module_file, function, directory = sys.argv[1:]
-    import importlib.util
-    import logging
+@dataclass(frozen=True)
+class Rank:
+    module_file: str
+    function: str
+    directory: str
 
-    from training.distributed import start_ranks, stop_ranks
+    def __call__(self) -> None:
+        import importlib.util
+        import logging
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    spec = importlib.util.spec_from_file_location("module_under_ranks", module_file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    ranks = start_ranks(threads=1)
-    result = getattr(module, function)(ranks, Path(directory))
-    (Path(directory) / f"{function}.{ranks.rank}.json").write_text(json.dumps(result))
-    ranks.barrier()
-    stop_ranks()
+        from training.distributed import start_ranks, stop_ranks
 
-
-if __name__ == "__main__":
-    main()
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        spec = importlib.util.spec_from_file_location("module_under_ranks", self.module_file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        ranks = start_ranks(threads=1)
+        result = getattr(module, self.function)(ranks, Path(self.directory))
+        (Path(self.directory) / f"{self.function}.{ranks.rank}.json").write_text(json.dumps(result))
+        ranks.barrier()
+        stop_ranks()
