@@ -135,6 +135,8 @@ def show_command(target: str, model: str | None, kind: str | None, rows: int, ov
     console = Console(soft_wrap=True, highlight=False)
     for line in opened.described:
         console.print(line, markup=False)
+    for finding in bad_rows(opened.left_out):
+        console.print(f"{finding.check}: {finding}", markup=False)
     shown = {name: lines for name, lines in opened.train.items() if kind in (None, name)}
     if not shown:
         raise UserError(
