@@ -36,7 +36,7 @@ KNOWN_KEYS = (
     "instruction + output"
 )
 KEYS_NAMED = 6
-NOTHING = ("", [], {}, "[]", "{}", "null")
+NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
 """Values of a column that need no word when it is not used."""
 NOT_TRAINED = "no answer in it is to be trained on (weight 0, or train false)"
 GOOD_LABELS = frozenset(

@@ -63,7 +63,8 @@ def read_document(file: Path) -> Iterator[Entry]:
 
 def all_values(text: str) -> list[Any]:
     """The JSON values of a text, one behind the other."""
-    decoder, values, place = json.JSONDecoder(), [], 0
+    decoder, place = json.JSONDecoder(), 0
+    values: list[Any] = []
     while True:
         place += len(text[place:]) - len(text[place:].lstrip())
         if place == len(text):

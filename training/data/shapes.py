@@ -115,7 +115,7 @@ def prompt_from_messages(row: dict[str, Any]) -> None:
 
 def earlier_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """What the columns `system` and `history` say, which then are gone; a history of another kind stays."""
-    messages = []
+    messages: list[dict[str, Any]] = []
     for name in SYSTEMS:
         if isinstance(row.get(name), str) and not messages:
             text = row.pop(name)

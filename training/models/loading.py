@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.generation.attention import require_keys_and_values
+from inference.families import require_supported_family
 from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
 from training.config import Dtype
 from training.role_settings import LoRASettings
@@ -100,6 +100,7 @@ def _load(
     missing: list[str] = []
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **values)
+        require_supported_family(config)
         for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
@@ -122,7 +123,6 @@ def _load(
             f"The model in {directory} is not complete: {len(missing)} weights are missing, for example {missing[0]}; "
             f"{way_out(directory)}."
         )
-    require_keys_and_values(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
