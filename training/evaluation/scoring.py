@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from inference.errors import UserError
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.evaluation.answers import Answers, Row
 from training.models.loading import load_causal_lm, load_scorer
@@ -58,11 +57,7 @@ class RewardModel:
     def __init__(self, stage: Stage, directory: Path):
         self.stage = stage
         self.chat_format = ChatFormat.load(directory)
-        model = load_scorer(directory, self.chat_format, stage.dtype)
-        if not hasattr(model, "score"):
-            raise UserError(
-                f"Models of type '{model.config.model_type}' ({directory}) have no score at the last token."
-            )
+        model = load_scorer(directory, self.chat_format, stage.dtype, trained=True)
         self.scorer = Scorer(model).to(stage.ranks.device).eval()
 
     @torch.no_grad()
