@@ -17,6 +17,8 @@ from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory
 from training.stage import RefusedOnFirst, prepare_on_first
 
+WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.model=0")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
@@ -37,23 +39,20 @@ def test_settings_are_checked_against_the_processes_that_were_started(tmp_path):
     ("settings", "expected"),
     [
         (["trained_reward_model=TINY"], "TINY is no trained reward model: its weights hold no score head"),
-        (["trained_reward_model=TINY", "rlhf.reward_weights.model=0"], "TINY is no trained reward model"),  # the critic
+        (["trained_reward_model=TINY", *WITHOUT_MODEL], "TINY is no trained reward model"),  # where the critic starts
         (["reward.layers=3"], r"reward\.layers=3: the model has 2 layers"),
         (
             ["sft_model=LACKING"],
-            r"weights in LACKING are not those .* missing \(model\.decoder\.final_layer_norm\.bias\)",
+            r"weights in LACKING are not those .* missing \(model\.decoder\.final_layer_norm\.bias,",
         ),
-        (["reward_model=LACKING"], r"weights in LACKING are not those"),
+        (["reward_model=LACKING"], "weights in LACKING are not those"),
     ],
 )
 def test_models_that_cannot_train_are_refused_before_anything_is_made(tiny, tmp_path, settings, expected):
     lacking = shutil.copytree(tiny, tmp_path / "lacking")
     weights = load_file(lacking / "model.safetensors")
-    save_file(
-        {name: weights[name] for name in weights if "final_layer_norm.bias" not in name},
-        lacking / "model.safetensors",
-        {"format": "pt"},
-    )
+    kept = {name: weight for name, weight in weights.items() if "final_layer_norm.bias" not in name}
+    save_file(kept, lacking / "model.safetensors", {"format": "pt"})
     given = [text.replace("TINY", str(tiny)).replace("LACKING", str(lacking)) for text in ("model=TINY", *settings)]
     expected = expected.replace("TINY", str(tiny)).replace("LACKING", str(lacking))
     with pytest.raises(UserError, match=expected):
