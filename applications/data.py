@@ -227,10 +227,12 @@ def all_findings(opened: Target) -> list[Finding]:
     findings = bad_rows(opened.left_out)
     if not opened.train:
         findings.append(Finding("error", "no rows", "there is no row to train on"))
-    for name, lines in opened.train.items():
+    for lines in opened.train.values():
         findings += lint(lines, opened.chat_format, opened.settings)
-        if name in opened.evaluation:
-            findings += shared_prompts(lines, opened.evaluation[name])
+    rows = [row for lines in opened.train.values() for row in lines.rows]
+    places = [place for lines in opened.train.values() for place in lines.places]
+    for lines in opened.evaluation.values():
+        findings += shared_prompts(Lines(rows, places), lines)
     if opened.model is not None and opened.chat_format is not None:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(opened.model))
