@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
+from inference.errors import UserError
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.evaluation.answers import Answers, Row
 from training.models.loading import load_causal_lm, load_scorer

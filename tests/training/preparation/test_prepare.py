@@ -43,7 +43,7 @@ def test_settings_are_checked_against_the_processes_that_were_started(tmp_path):
         (["reward.layers=3"], r"reward\.layers=3: the model has 2 layers"),
         (
             ["sft_model=LACKING"],
-            r"weights in LACKING are not those .* missing \(model\.decoder\.final_layer_norm\.bias,",
+            r"weights in LACKING are not those .* missing \(model\.decoder\.final_layer",
         ),
         (["reward_model=LACKING"], "weights in LACKING are not those"),
     ],
