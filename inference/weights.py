@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from inference.errors import UserError
+from inference.families import text_config
 from inference.quiet import quiet_transformers
 from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
 
@@ -54,7 +55,7 @@ def read_weights(
             )
     except Exception as error:  # safetensors, json and transformers each raise their own kinds
         raise unloadable(directory, error, name) from error
-    composite = model.config.get_text_config() is not model.config
+    composite = text_config(model.config) is not model.config
     unexpected = {
         key
         for key in report["unexpected_keys"]

@@ -78,6 +78,11 @@ def build_chitchat(
 ) -> tuple[RowSets, Counter[str], list[str]]:
     """The rows, how many replies were left out and why, and notes. No dialogue is in both training and evaluation."""
     check_shares(settings.split)
+    if why := chat_format.refusal(next(prompts_for(Dialogue("", "Tea?", ["Yes."]), 0))):
+        raise UserError(
+            f"The dialogues of chitchat begin with a system message, which the model's chat template refuses ({why}): "
+            f"give data of your own with --data, or choose another model."
+        )
     rng = random.Random(f"{seed} chitchat")
     dialogues = sorted(dialogues, key=lambda dialogue: dialogue.name)
     rng.shuffle(dialogues)

@@ -109,7 +109,7 @@ def build_rows(
     if settings.source == EMBEDDED_DATA:
         sets, skipped, notes = build_chitchat(load_dialogues(), settings, seed, chat_format)
         return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
-    found = read_sources(settings, report)
+    found = read_sources(settings, report, chat_format)
     sets, repeats = split_and_blend(found, settings, seed)
     notes = []
     if repeats:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.config import DataSettings
 from training.data.files import BadRow, Entry, LeftOut, find_files, read_file
@@ -14,6 +15,7 @@ from training.data.hub_sets import PLAIN, HubSet, find_set
 from training.data.rows import Row
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
+from training.data.templates import require_accepted
 
 NAMES_OF_KINDS = {"pair": "pairs", "sft": "demonstrations", "prompt": "prompts"}
 
@@ -47,8 +49,10 @@ class SourceRows:
         return f"{self.source}: {counts or 'no rows'} ({formats or 'no format'}){notes}"
 
 
-def read_sources(settings: DataSettings, report: Callable[[str], None] = print) -> list[SourceRows]:
-    """All sources of `settings`, in their order.
+def read_sources(
+    settings: DataSettings, report: Callable[[str], None] = print, chat_format: ChatFormat | None = None
+) -> list[SourceRows]:
+    """All sources of `settings`, in their order. A row that the template of `chat_format` refuses is a bad one.
 
     Raises UserError for what is not there or cannot be read, for a bad row unless they are to be skipped, and for a
     source without a row.
@@ -56,7 +60,7 @@ def read_sources(settings: DataSettings, report: Callable[[str], None] = print) 
     sources = [parse_source(text) for text in settings.sources]
     if twice := [source.label for i, source in enumerate(sources) if source.label in {s.label for s in sources[:i]}]:
         raise UserError(f"{twice[0]} is given twice as a data source: give it once, with a weight: {twice[0]}=2.")
-    found = [read_source(source, settings, report) for source in sources]
+    found = [read_source(source, settings, report, chat_format) for source in sources]
     for each in found:
         if not each.rows:
             reasons = each.reasons.most_common(1)
@@ -65,7 +69,12 @@ def read_sources(settings: DataSettings, report: Callable[[str], None] = print) 
     return found
 
 
-def read_source(source: Source, settings: DataSettings, report: Callable[[str], None]) -> SourceRows:
+def read_source(
+    source: Source,
+    settings: DataSettings,
+    report: Callable[[str], None],
+    chat_format: ChatFormat | None = None,
+) -> SourceRows:
     """One source, which may turn out to have no row."""
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report)
@@ -77,6 +86,8 @@ def read_source(source: Source, settings: DataSettings, report: Callable[[str], 
             if isinstance(value, dict):
                 value = hub_set.adapt(value)
             rows = parse_row(value)
+            if chat_format is not None:
+                require_accepted(rows, chat_format)
         except BadRow as error:
             left_out = isinstance(error, LeftOut)
             if settings.bad_rows == "refuse" and not left_out:

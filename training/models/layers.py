@@ -1,10 +1,9 @@
 """The first layers of a model: its configuration, cut."""
 
-from typing import Any
-
 from transformers import PreTrainedConfig
 
 from inference.errors import UserError
+from inference.families import text_config
 
 NO_LAYERS = ("_token_id", "_token_ids", "architectures")
 """Ends of the names of lists that hold nothing for each layer, whatever their length."""
@@ -12,7 +11,7 @@ NO_LAYERS = ("_token_id", "_token_ids", "architectures")
 
 def keep_layers(config: PreTrainedConfig, layers: int) -> None:
     """Keep the first so many layers, and of every list with a value for each layer as many. Raises UserError."""
-    text: Any = config.get_text_config()
+    text = text_config(config)
     has = text.num_hidden_layers
     if layers > has:
         raise UserError(f"reward.layers={layers}: the model has {has} layers; keep that many, or 0 for all.")

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.generation.attention import require_keys_and_values
+from inference.families import require_supported_family, text_config
 from inference.untrusted import refuse_code
 from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
@@ -177,9 +177,11 @@ def _heads_named(directory: Path, trained: bool, name: str = "") -> Iterator[Non
 def _read_config(directory: Path, name: str = "", **values: int) -> PreTrainedConfig:
     refuse_code(directory, name)
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **values)
-    except Exception as error:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **values)
+    except Exception as error:  # json and transformers each raise their own kinds
         raise unloadable(directory, error, name) from error
+    require_supported_family(config)
+    return config
 
 
 def _load(
@@ -192,7 +194,7 @@ def _load(
     **allowed: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and which of the weights that it `may_miss` were made up."""
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
             if hasattr(part, name):
                 setattr(part, name, dropout)
@@ -203,7 +205,6 @@ def _load(
             model, made_up = _without_weights(loader, config, dtype), set()
         except Exception as error:
             raise unloadable(directory, error) from error
-    require_keys_and_values(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout

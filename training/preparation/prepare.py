@@ -31,7 +31,7 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
         Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu")))  # a reward function that there is not is refused here
     prepare_data(config.data, config.seed, run.data, chat_format, say)
     if config.rlhf.ptx.coefficient:
-        demonstrations(config, run.data)
+        demonstrations(config, run.data, chat_format)
 
 
 def prepare_models(config: RunConfig, processes: int, say: Say) -> ChatFormat:
