@@ -84,7 +84,7 @@ def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str =
         win = result["win_rate"]
         console.print(
             f"{names[1]} beats {names[0]} in {win['rate']:.1%} of prompts by {win['judge']} (95 % interval "
-            f"{win['low']:.1%} to {win['high']:.1%}; a tie counts half)",
+            f"{win['low']:.1%} to {win['high']:.1%}; a tie counts half{openings(win)})",
             markup=False,
         )
     else:
@@ -96,6 +96,13 @@ def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str =
         )
     print_answers(console, pair_of(result), answers_file)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def openings(win: Mapping[str, Any]) -> str:
+    """Says that prompts open alike, where some do: the interval is wider for it."""
+    return (
+        f"; {win['questions']} different openings" if "questions" in win and win["questions"] < win["prompts"] else ""
+    )
 
 
 def reward_accuracy_line(result: Mapping[str, Any]) -> str:

@@ -216,5 +216,6 @@ class RunConfig(Settings):
 
     @property
     def scorer_source(self) -> str:
-        """What reward model and critic are, or start from."""
-        return self.trained_reward_model or self.reward_model_source
+        """What reward model and critic are, or start from, as far as it is known before step 1."""
+        base = self.actor_source if self.reward.initialize_from == "sft" else self.reward_model_source
+        return self.trained_reward_model or base
