@@ -59,11 +59,7 @@ class RewardModel:
     def __init__(self, stage: Stage, directory: Path):
         self.stage, self.directory = stage, directory
         self.chat_format = ChatFormat.load(directory)
-        model = load_scorer(directory, self.chat_format, stage.dtype)
-        if not hasattr(model, "score"):
-            raise UserError(
-                f"Models of type '{model.config.model_type}' ({directory}) have no score at the last token."
-            )
+        model = load_scorer(directory, self.chat_format, stage.dtype, trained=True)
         self.scorer = Scorer(model).to(stage.ranks.device).eval()
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from training.config import RunConfig
 from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
 from training.distributed import Ranks
-from training.models.loading import require_same_tokens, require_scorer_family
+from training.models.loading import require_causal_lm, require_same_tokens, require_scorer
 from training.rewards import Rewards
 from training.run_directory import RunDirectory
 from training.tracking import require_packages
@@ -37,11 +37,13 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
 def prepare_models(config: RunConfig, processes: int, say: Say) -> ChatFormat:
     """Fetch the models, which must fit the settings and each other. Returns the actor's format, which all steps use."""
     actor = resolve_model(config.actor_source, say)
+    require_causal_lm(actor, config.actor_source)
     chat_format = ChatFormat.load(actor)
     scorer = None
     if config.needs_scorer:
         scorer = resolve_model(config.scorer_source, say)
-        require_scorer_family(scorer)
+        trained = bool(config.trained_reward_model)
+        require_scorer(scorer, config.scorer_source, trained, 0 if trained else config.reward.layers)
         require_same_tokens(chat_format, ChatFormat.load(scorer), config.actor_source, config.scorer_source)
     require_fitting(config, processes, actor, scorer)
     return chat_format

@@ -266,7 +266,7 @@ def test_a_run_or_a_directory_can_be_measured(stage, finished, tmp_path):
     [
         (Request(model="sft", against="sft"), "the same model"),
         (Request(judge="true"), "no true score"),
-        (Request(judge="BASE"), "is no reward model"),
+        (Request(judge="BASE"), "is no trained reward model"),
         (Request(model="REWARD"), "is a reward model"),
     ],
 )
