@@ -20,7 +20,7 @@ from training.watchdog import PARENT_VARIABLE
 from applications.forking import ForkedScript, can_fork
 
 SCRIPTS = {
-    "preparation": "preparation.py",
+    "preparation": "preparation/main.py",
     **{name: f"{name}/main.py" for name in STEP_NAMES.values()},
     "evaluation": "evaluation/main.py",
 }

@@ -39,7 +39,7 @@ class DataSettings(Settings):
     @classmethod
     def _check_source(cls, source: str | list[str]) -> str | list[str]:
         """A list of one is that one."""
-        if not source:
+        if not source or not all(text.strip() for text in ([source] if isinstance(source, str) else source)):
             raise ValueError("is empty; give a file, a directory or a hub id")
         if isinstance(source, list) and len(source) > 1 and EMBEDDED_DATA in source:
             raise ValueError(f"'{EMBEDDED_DATA}' has a split of its own and cannot be blended with other sources")
@@ -125,7 +125,7 @@ class RunConfig(Settings):
     """A finished reward model used instead of step 2's."""
     method: Literal["ppo", "dpo"] = "ppo"
     """What follows step 1: a reward model and PPO (steps 2 and 3), or DPO alone, straight from the pairs."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**63)
     """Seed of everything drawn at random."""
     dtype: Dtype = "auto"
     """Number format of the weights while computing; auto is bf16 where that is fast, else fp32 (fp16 on a GPU)."""
@@ -147,21 +147,16 @@ class RunConfig(Settings):
     announce: str = ""
     """A line that the command prints before it starts (presets say here how long they take)."""
 
+    @field_validator("model")
+    @classmethod
+    def _some_model(cls, model: str) -> str:
+        if not model.strip():
+            raise ValueError("is empty; give a preset, a hub id or a directory")
+        return model
+
     @model_validator(mode="after")
     def _fits_together(self):
-        samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
-        if samples < self.processes:
-            raise ValueError(
-                f"an iteration of {samples} samples leaves some of processes={self.processes} idle; use {samples} or "
-                f"fewer, or raise rlhf.prompts_per_iteration to {-(-self.processes // self.rlhf.samples_per_prompt)}"
-            )
-        for step in set(self.steps) - {3}:
-            name, batch = {1: "sft", 2: "reward", DPO_STEP: "dpo"}[step], self.supervised(step).batch_size
-            if batch < self.processes:
-                raise ValueError(
-                    f"{name}.batch_size={batch} leaves some of processes={self.processes} idle; use {batch} or fewer, "
-                    f"or raise {name}.batch_size to {self.processes}"
-                )
+        self.require_work_for(self.processes)
         trained = (
             self.sft.optimizer,
             self.reward.optimizer,
@@ -178,6 +173,22 @@ class RunConfig(Settings):
             )
         return self
 
+    def require_work_for(self, processes: int) -> None:
+        """Raise ValueError where an iteration or a batch leaves some of so many processes idle."""
+        samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
+        if samples < processes:
+            raise ValueError(
+                f"an iteration of {samples} samples leaves some of processes={processes} idle; use {samples} or "
+                f"fewer, or raise rlhf.prompts_per_iteration to {-(-processes // self.rlhf.samples_per_prompt)}"
+            )
+        for step in set(self.steps) - {3}:
+            name, batch = {1: "sft", 2: "reward", DPO_STEP: "dpo"}[step], self.supervised(step).batch_size
+            if batch < processes:
+                raise ValueError(
+                    f"{name}.batch_size={batch} leaves some of processes={processes} idle; use {batch} or fewer, "
+                    f"or raise {name}.batch_size to {processes}"
+                )
+
     @property
     def steps(self) -> list[int]:
         """Numbers of the steps that the run's method has; without a reward model there is no step 2."""
@@ -192,3 +203,19 @@ class RunConfig(Settings):
     @property
     def reward_model_source(self) -> str:
         return self.reward_model or self.model
+
+    @property
+    def actor_source(self) -> str:
+        """What steps 2 and 3 start from, as far as it is known before step 1."""
+        return self.sft_model or self.model
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether a reward model or a critic is trained or used."""
+        return self.method == "ppo" and (self.rlhf.has_reward_model or self.rlhf.has_critic)
+
+    @property
+    def scorer_source(self) -> str:
+        """What reward model and critic are, or start from, as far as it is known before step 1."""
+        base = self.actor_source if self.reward.initialize_from == "sft" else self.reward_model_source
+        return self.trained_reward_model or base
