@@ -7,7 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import BaseContext
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,9 +20,10 @@ def can_fork() -> bool:
 
 
 def warm_context() -> Any:
-    """Where forks come from: this process if it has the libraries already, else a server that imports them."""
-    if set(LIBRARIES) <= sys.modules.keys():
+    """Where forks come from: a server that imports the libraries, or this process if it is a fork of such a one."""
+    if multiprocessing.parent_process() is not None and set(LIBRARIES) <= sys.modules.keys():
         return multiprocessing.get_context("fork")
+    os.environ["PYTHONSAFEPATH"] = "1"  # the server imports nothing of the working directory's
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     return context
@@ -33,10 +34,8 @@ class ForkedScript:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], progress: TextIO | None, log: TextIO):
         """`command` is the script's path and its arguments. Its output goes to `progress` (stdout), errors to `log`."""
-        shown = progress.fileno() if progress is not None else 1
-        self._process = warm_context().Process(
-            target=run_script, args=(list(command), dict(environment), shown, log.name)
-        )
+        streams = Stream(progress.fileno() if progress is not None else 1), Stream(log.fileno())
+        self._process = warm_context().Process(target=run_script, args=(list(command), dict(environment), *streams))
         self._process.start()
 
     @property
@@ -57,16 +56,28 @@ class ForkedScript:
         self._process.kill()
 
 
-def run_script(command: list[str], environment: dict[str, str], shown: int, log_file: str) -> None:
+class Stream:
+    """An open file that a forked process has too."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"copy": reduction.DupFd(self.descriptor)}  # pickled on the way to the server alone
+
+    def become(self, descriptor: int) -> None:
+        os.dup2(self.copy.detach() if hasattr(self, "copy") else self.descriptor, descriptor)
+
+
+def run_script(command: list[str], environment: dict[str, str], progress: Stream, log: Stream) -> None:
     """In the forked process: what the interpreter would do with `command`."""
-    with open(log_file, "a") as log:
-        os.dup2(shown, 1)
-        os.dup2(log.fileno(), 2)
+    progress.become(1)
+    log.become(2)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = command
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
-        sys.stdout.flush()
         atexit._run_exitfuncs()  # a process that multiprocessing has made runs none
+        sys.stdout.flush()

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import training
+from applications.forking import ForkedScript, can_fork
 from inference.errors import EXIT_USER_ERROR, UserError
 from training.error_report import room_for_report
 from training.run_directory import STEP_COMMANDS, STEP_NAMES, RunDirectory
 from training.watchdog import PARENT_VARIABLE
-
-from applications.forking import ForkedScript, can_fork
 
 SCRIPTS = {
     "preparation": "preparation/main.py",
@@ -67,11 +66,7 @@ def run_stage_script(
         with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
             begin = log.tell()
             command = stage_command(script, run.path, processes, arguments)
-            process: subprocess.Popen | ForkedScript
-            if processes == 1 and can_fork():
-                process = ForkedScript(command[1:], child_environment(), progress, log)
-            else:
-                process = subprocess.Popen(command, env=child_environment(), stdout=progress, stderr=log)
+            process = start(command, processes == 1 and can_fork(), progress, log)
         try:
             code = process.wait()
         except KeyboardInterrupt:
@@ -89,6 +84,13 @@ def run_stage_script(
         log_bytes.seek(begin)
         said = log_bytes.read().decode(errors="replace")
     raise StageFailed(failure_sentence(script, run, code, log_file, said))
+
+
+def start(command: list[str], forks: bool, progress: TextIO | None, log: TextIO) -> subprocess.Popen | ForkedScript:
+    """Begin a script, in a fork or in an interpreter of its own."""
+    if forks:
+        return ForkedScript(command[1:], child_environment(), progress, log)
+    return subprocess.Popen(command, env=child_environment(), stdout=progress, stderr=log)
 
 
 def child_environment() -> dict[str, str]:
@@ -133,7 +135,7 @@ def report_files(script: str, run: RunDirectory) -> tuple[Path, Path]:
     return run.error_file, run.log_file
 
 
-def stop(process: "subprocess.Popen | ForkedScript") -> None:
+def stop(process: subprocess.Popen | ForkedScript) -> None:
     """End a launcher; ranks that outlive it end themselves."""
     process.terminate()
     try:

@@ -54,18 +54,24 @@ def start(directory: Path, step: int, processes: int, extra: list[str]) -> subpr
 
 
 def members(directory: Path) -> list[psutil.Process]:
-    """Processes that work on this run, the command first, ranks last."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status", "create_time"]):
-        line = process.info["cmdline"] or []
-        if str(directory) in line and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
-            found.append(process)
-    return sorted(found, key=lambda process: process.info["create_time"])
+    """Processes that work on this run and what they have started, the command first, ranks last."""
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        if str(directory) in (process.info["cmdline"] or []) and process.pid != os.getpid():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {process, *process.children(recursive=True)}
+    return sorted(filter(is_at_work, found), key=lambda process: process.create_time())
 
 
-def kill(running: subprocess.Popen, directory: Path, target: str) -> None:
+def is_at_work(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(running: subprocess.Popen, alive: list[psutil.Process], target: str) -> None:
     """SIGKILL to one part of the run."""
-    alive = members(directory)
     if target == "group":
         for process in alive:
             silently_kill(process)
@@ -83,10 +89,10 @@ def silently_kill(process: psutil.Process) -> None:
         process.send_signal(signal.SIGKILL)
 
 
-def wait_until_gone(directory: Path) -> None:
+def wait_until_gone(directory: Path, were_there: list[psutil.Process]) -> None:
     """Orphans end themselves; AssertionError if one lives on."""
     deadline = time.monotonic() + ORPHAN_SECONDS
-    while alive := members(directory):
+    while alive := members(directory) + list(filter(is_at_work, were_there)):
         if time.monotonic() > deadline:
             raise AssertionError(f"still running {ORPHAN_SECONDS:g} s after the kill: {[p.cmdline() for p in alive]}")
         time.sleep(0.1)
@@ -121,9 +127,10 @@ def torment(
         files = [f for f in RunDirectory(directory).step(step).path.rglob("*") if f.is_file()]
         newest = max(files, key=lambda f: f.stat().st_mtime, default=None)
         phase = str(newest.relative_to(directory)) if newest else "nothing written"
-        kill(running, directory, target)
+        alive = members(directory)
+        kill(running, alive, target)
         running.wait()
-        wait_until_gone(directory)
+        wait_until_gone(directory, alive)
         done.append(Kill(step, delay, target, phase))
     finish(directory, step, processes, extra)
     compare(undisturbed, victim, [step])

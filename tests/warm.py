@@ -55,7 +55,9 @@ def fork_all(
             if process.exitcode is None:
                 for other, _ in started:
                     other.kill()
-                raise TimeoutError(f"not over after {timeout} s: {Path(out).read_text()[-1000:]}{Path(err).read_text()}")
+                raise TimeoutError(
+                    f"not over after {timeout} s: {Path(out).read_text()[-1000:]}{Path(err).read_text()}"
+                )
             done.append(Done(process.exitcode, Path(out).read_text(), Path(err).read_text()))
         return done
 
@@ -71,9 +73,9 @@ def run(function: Callable[[], object], environment: dict[str, str], cwd: str, f
         descriptor = os.open(name, flags)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # multiprocessing has put an empty one there
     try:
-        function()
+        with open(0, encoding="utf-8", closefd=False) as sys.stdin:  # multiprocessing has put an empty one there
+            function()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

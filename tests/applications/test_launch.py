@@ -27,7 +27,10 @@ sys.exit(1)
 def test_a_traceback_of_the_users_own_code_is_kept_beside_the_sentence(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
     error_file = run.step(3).error_file
-    monkeypatch.setattr(launch, "stage_command", lambda *_: [sys.executable, "-c", FAILS, str(error_file)])
+    (tmp_path / "fails.py").write_text(FAILS)
+    monkeypatch.setattr(
+        launch, "stage_command", lambda *_: [sys.executable, str(tmp_path / "fails.py"), str(error_file)]
+    )
     with pytest.raises(UserError) as raised:
         launch.run_stage_script("step3_rlhf", run, 1)
     assert str(raised.value) == "Your function failed."
@@ -130,6 +133,7 @@ def ctrl_c_soon() -> Iterator[None]:
 @pytest.mark.usefixtures("ctrl_c_soon")
 def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     waits = [sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]
+    monkeypatch.setattr(launch, "can_fork", lambda: False)
     monkeypatch.setattr(launch, "stage_command", lambda *_: waits)
     run = RunDirectory(tmp_path)
     monkeypatch.setattr(commands, "step_command", lambda *_: launch.run_stage_script("step1_sft", run, 1))
