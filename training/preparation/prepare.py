@@ -26,6 +26,8 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
     """Fill the run's data/. `processes` is how many will train, on all nodes together. Raises UserError."""
     require_packages(config)
     require_processes(config, processes)
+    if warning := config.idle_warning(processes):
+        say(warning)
     chat_format = prepare_models(config, processes, say)
     if config.method == "ppo":
         Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu")))  # a reward function that there is not is refused here
