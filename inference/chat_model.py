@@ -28,7 +28,7 @@ class ChatModel:
     def __init__(self, model: PreTrainedModel, chat_format: ChatFormat):
         self.model = model.eval()
         self.format = chat_format
-        self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id)
+        self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id)
 
     @classmethod
     def load(cls, directory: Path, dtype: str = "auto") -> "ChatModel":
@@ -67,7 +67,7 @@ class ChatModel:
                 f"{directory} is not a complete language model: {len(missing)} weights are missing, for example "
                 f"{missing[0]}; copy it again or train it again."
             )
-        if chat_format.end_of_turn_id >= model.get_input_embeddings().num_embeddings:
+        if max(chat_format.end_ids) >= model.get_input_embeddings().num_embeddings:
             raise UserError(f"The tokenizer in {directory} has more tokens than the model; put the model's own there.")
         return cls(model.to(device), chat_format)
 

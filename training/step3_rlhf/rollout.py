@@ -238,7 +238,7 @@ class Rollout:
         model = self.roles.generator.refresh()
         if self.engine is None or self.engine.model is not model:
             chat_format, slots = self.chat_format, self.settings.generation_batch
-            self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id, slots)
+            self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots)
         self.engine.weights_changed()
         return self.engine
 
