@@ -18,7 +18,7 @@ from training.run_directory import STEP_COMMANDS, STEP_NAMES, RunDirectory
 from training.watchdog import PARENT_VARIABLE
 
 SCRIPTS = {
-    "preparation": "preparation.py",
+    "preparation": "preparation/main.py",
     **{name: f"{name}/main.py" for name in STEP_NAMES.values()},
     "evaluation": "evaluation/main.py",
 }

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, dialogue
+from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
 from inference.errors import UserError
 from inference.template_check import differences
 from inference.untrusted import refuse_code
@@ -105,6 +105,14 @@ class ChatFormat:
             return ids[-max_tokens:]
         return self._cut_turn(system, turns[0], max_tokens)
 
+    def refusal(self, messages: list[Message]) -> str:
+        """Why the template refuses a prompt, in its own words; empty where it takes it."""
+        try:
+            self.template.prompt(messages)
+        except Refused as refused:
+            return str(refused)
+        return ""
+
     def response_ids(self, text: str, max_tokens: int = 0) -> list[int]:
         """Tokens of an answer with its end-of-turn token; over `max_tokens` it is cut and the end token is lost.
 
@@ -112,7 +120,10 @@ class ChatFormat:
         token in `text` is plain text, so only the last token ends the turn.
         """
         (shown,), hidden = self._hide([Message(role="assistant", content=text)])
-        body = self.template.answer(shown["content"], self.ending)
+        try:
+            body = self.template.answer(shown["content"], self.ending)
+        except Refused as refused:
+            raise UserError(f"The model's chat template refuses the answer '{text[:60]}' ({refused}).") from None
         head = self._encode(self.template.lead_in)
         whole = self._encode_shown(self.template.lead_in + body, hidden)
         ids = whole[len(head) :] if whole[: len(head)] == head else self._encode_shown(body, hidden)
@@ -156,7 +167,13 @@ class ChatFormat:
 
     def _render(self, messages: list[Message]) -> list[int]:
         shown, hidden = self._hide(messages)
-        return self._encode_shown(self.template.prompt(shown), hidden)
+        try:
+            return self._encode_shown(self.template.prompt(shown), hidden)
+        except Refused as refused:
+            end = messages[-1]["content"][:60] if messages else ""
+            raise UserError(
+                f"The model's chat template refuses the conversation ending in '{end}' ({refused})."
+            ) from None
 
     def _hide(self, messages: list[Message]) -> tuple[list[Message], list[str]]:
         """The messages with stand-ins for what looks like special tokens, and that."""

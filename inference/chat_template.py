@@ -46,6 +46,10 @@ def dialogue(turns: int, system: str = "") -> list[Message]:
     return messages
 
 
+class Refused(Exception):
+    """What a template says against a conversation."""
+
+
 class ChatTemplate:
     """A tokenizer's template for chats without tools.
 
@@ -75,20 +79,14 @@ class ChatTemplate:
         return cast(str, templates["default"] if isinstance(templates, dict) else templates)
 
     def prompt(self, messages: list[Message]) -> str:
-        """All up to where the assistant's answer begins. Raises UserError where the template refuses, or loses text."""
+        """All up to where the assistant's answer begins. Raises Refused."""
         try:
             text = self._text(messages, add_generation_prompt=True)
         except Exception as error:  # templates are programs: they raise anything
-            begin = messages[-1]["content"][:60] if messages else ""
-            raise UserError(
-                f"The model's chat template refuses the conversation ending in '{begin}' ({reason(error)})."
-            ) from error
+            raise Refused(reason(error)) from error
         for message in messages:
             if not holds(text, without_thought(message)):
-                raise UserError(
-                    f"The model's chat template leaves out the {message['role']} message "
-                    f"'{message['content'].strip()[:60]}'; leave such messages out, or give the model another template."
-                )
+                raise Refused(f"it leaves out the {message['role']} message '{message['content'].strip()[:60]}'")
         return text if text.startswith(self.begin) else self.begin + text
 
     def finished(self, messages: list[Message]) -> str:
@@ -103,7 +101,7 @@ class ChatTemplate:
         try:
             whole = self.finished([self._question, Message(role="assistant", content=text)])
         except Exception as error:
-            raise UserError(f"The model's chat template refuses the answer '{text[:60]}' ({reason(error)}).") from error
+            raise Refused(reason(error)) from error
         start = self._prompt if whole.startswith(self._prompt) else self._before
         body = whole.removeprefix(start).removesuffix(self.behind)
         is_whole = whole.startswith(start) and whole.endswith(self.behind) and holds(self.lead_in + body, text)

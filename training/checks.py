@@ -17,13 +17,21 @@ STRETCHED = ("linear", "dynamic", "yarn")
 """Kinds of rotary positions whose factor is not in the number of positions yet."""
 
 
-def require_fitting(config: RunConfig, actor: Path, scorer: Path | None) -> None:
+def require_processes(config: RunConfig, processes: int) -> None:
+    """Raise UserError where settings do not fit as many processes as a launcher started, on all nodes together."""
+    try:
+        config.require_work_for(processes)
+    except ValueError as error:
+        raise UserError(f"{processes} processes were started, and {error}.") from None
+
+
+def require_fitting(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where settings of the run do not fit the actor or the scorer (reward model and critic)."""
     require_positions(config.sft_model or config.model, actor, config.data)
     if scorer is not None:
         require_positions(config.trained_reward_model or config.reward_model_source, scorer, config.data)
     if config.method == "ppo":
-        require_layouts(config, actor, scorer)
+        require_layouts(config, processes, actor, scorer)
     require_adapters(config, actor, scorer)
 
 
@@ -52,14 +60,14 @@ def positions(config: PretrainedConfig | None) -> int:
     return has
 
 
-def require_layouts(config: RunConfig, actor: Path, scorer: Path | None) -> None:
+def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where a model of step 3 cannot be cut as asked for."""
     degrees = config.rlhf.scoring_tensor_parallel
     asked = [(actor, config.rlhf.generation_tensor_parallel), (actor, degrees.reference)]
     if scorer is not None:
         asked += [(scorer, degrees.reward), (scorer, degrees.critic)]
     for model, tensor in asked:
-        Layout.over(config.processes, tensor)
+        Layout.over(processes, tensor)
         if tensor > 1:
             config_of_model = AutoConfig.from_pretrained(model, local_files_only=True)
             check_divides(config_of_model, tensor)

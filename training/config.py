@@ -149,19 +149,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
-        if samples < self.processes:
-            raise ValueError(
-                f"an iteration of {samples} samples leaves some of processes={self.processes} idle; use {samples} or "
-                f"fewer, or raise rlhf.prompts_per_iteration to {-(-self.processes // self.rlhf.samples_per_prompt)}"
-            )
-        for step in set(self.steps) - {3}:
-            name, batch = {1: "sft", 2: "reward", DPO_STEP: "dpo"}[step], self.supervised(step).batch_size
-            if batch < self.processes:
-                raise ValueError(
-                    f"{name}.batch_size={batch} leaves some of processes={self.processes} idle; use {batch} or fewer, "
-                    f"or raise {name}.batch_size to {self.processes}"
-                )
+        self.require_work_for(self.processes)
         trained = (
             self.sft.optimizer,
             self.reward.optimizer,
@@ -178,6 +166,22 @@ class RunConfig(Settings):
             )
         return self
 
+    def require_work_for(self, processes: int) -> None:
+        """Raise ValueError where an iteration or a batch leaves some of so many processes idle."""
+        samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
+        if samples < processes:
+            raise ValueError(
+                f"an iteration of {samples} samples leaves some of processes={processes} idle; use {samples} or "
+                f"fewer, or raise rlhf.prompts_per_iteration to {-(-processes // self.rlhf.samples_per_prompt)}"
+            )
+        for step in set(self.steps) - {3}:
+            name, batch = {1: "sft", 2: "reward", DPO_STEP: "dpo"}[step], self.supervised(step).batch_size
+            if batch < processes:
+                raise ValueError(
+                    f"{name}.batch_size={batch} leaves some of processes={processes} idle; use {batch} or fewer, "
+                    f"or raise {name}.batch_size to {processes}"
+                )
+
     @property
     def steps(self) -> list[int]:
         """Numbers of the steps that the run's method has; without a reward model there is no step 2."""
@@ -192,3 +196,19 @@ class RunConfig(Settings):
     @property
     def reward_model_source(self) -> str:
         return self.reward_model or self.model
+
+    @property
+    def actor_source(self) -> str:
+        """What steps 2 and 3 start from, as far as it is known before step 1."""
+        return self.sft_model or self.model
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether a reward model or a critic is trained or used."""
+        return self.method == "ppo" and (self.rlhf.has_reward_model or self.rlhf.has_critic)
+
+    @property
+    def scorer_source(self) -> str:
+        """What reward model and critic are, or start from, as far as it is known before step 1."""
+        base = self.actor_source if self.reward.initialize_from == "sft" else self.reward_model_source
+        return self.trained_reward_model or base

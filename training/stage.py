@@ -27,28 +27,26 @@ from inference.disk import file_sentence, writing
 from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
 from training.checkpoints import Checkpoints
-from training.checks import require_fitting, require_positions
+from training.checks import require_positions
 from training.config import RunConfig
 from training.config_files import load_config
-from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
 from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
 from training.data.token_cache import TokenCache, Tokens
-from training.data.token_pairs import PARTS, TokenPair
+from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
     require_same_tokens,
-    require_scorer_family,
     resolve_dtype,
     save_model,
 )
-from training.rewards import Rewards
+from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
-from training.tracking import metrics_journal, require_packages
+from training.tracking import metrics_journal
 from training.versions import versions
 from training.watchdog import PARENT_VARIABLE
 
@@ -58,6 +56,10 @@ if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the preparation does
 
 class Diverged(Exception):
     """A loss is no longer a number: where, on which rows, and the last good checkpoint."""
+
+
+class RefusedOnFirst(UserError):
+    """What the first rank refused, on the others: the first one prints it."""
 
 
 @dataclass
@@ -127,10 +129,7 @@ class Stage:
         ]
         kept = [pair for pair in pairs if pair.differs]
         if len(kept) < len(pairs):
-            self.display.say(
-                f"{len(pairs) - len(kept)} of {len(pairs)} pairs are left out: chosen and rejected are the same in "
-                f"their first {self.config.data.max_response_tokens} tokens (data.max_response_tokens)"
-            )
+            self.display.say(left_out(len(pairs) - len(kept), len(pairs), self.config.data.max_response_tokens))
         return kept
 
     def journal(self, name: str) -> Journal:
@@ -204,37 +203,41 @@ def run_stage(number: int, work: Callable[[Stage], None]) -> int:
         with directory.locked() if ranks.is_first else nullcontext():
             if not directory.is_finished:
                 directory.path.mkdir(parents=True, exist_ok=True)
+                if PARENT_VARIABLE not in os.environ:  # else the command has prepared the run
+                    prepare_on_first(config, run, ranks)
                 work(make_stage(run, number, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
 
 
 def run_preparation() -> int:
-    """Fetch the models and fill the run's data/, so that what can be refused is refused before anything trains."""
+    """The command's preparation, for the processes that it will start."""
     run = RunDirectory(parse_arguments().run_directory)
-    display = Display()
 
     def body() -> None:
         config = run.read_config()
-        require_packages(config)
-        actor_name = config.sft_model or config.model
-        actor = ChatFormat.load(resolve_model(actor_name, display.say))
-        scorer_directory = None
-        if config.method == "ppo":
-            if config.rlhf.has_reward_model or config.rlhf.has_critic:
-                scorer_name = config.trained_reward_model or config.reward_model_source
-                scorer_directory = resolve_model(scorer_name, display.say)
-                require_scorer_family(scorer_directory)
-                require_same_tokens(actor, ChatFormat.load(scorer_directory), actor_name, scorer_name)
-            Rewards(
-                config.rlhf, Ranks(0, 1, torch.device("cpu"))
-            )  # a reward function that there is not is refused here
-        require_fitting(config, resolve_model(actor_name, display.say), scorer_directory)
-        prepare_data(config.data, config.seed, run.data, actor, display.say)
-        if config.rlhf.ptx.coefficient:
-            demonstrations(config, run.data)
+        prepare(config, run, config.processes, Display().say)
 
     return end_in_sentences(body, run.error_file)
+
+
+def prepare_on_first(config: RunConfig, run: RunDirectory, ranks: Ranks) -> None:
+    """The first rank prepares, the others wait. What it refuses ends all of them with the same sentence."""
+    refused: Exception | None = None
+    sentence: str | None = ""
+    if ranks.is_first:
+        try:
+            prepare(config, run, ranks.size, Display().say)
+        except Exception as error:
+            refused, sentence = error, sentence_for(error)
+            if sentence is None:
+                raise
+    sentence = ranks.gather(sentence)[0]
+    ranks.barrier()  # the first rank does not end before the others have read it
+    if refused is not None:
+        raise refused
+    if sentence:
+        raise RefusedOnFirst(sentence)
 
 
 def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
@@ -255,20 +258,25 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
         body()
         return 0
     except Exception as raised:
-        error = raised if isinstance(raised, UserError | Diverged) else out_of_memory(raised)
-        sentence = file_sentence(raised) if error is None else str(error)
+        sentence = sentence_for(raised)
         if sentence is None:
             raise
-        code = EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_USER_ERROR
+        code = EXIT_DIVERGED if isinstance(raised, Diverged) else EXIT_USER_ERROR
         notes = getattr(raised, "__notes__", []) or traceback.format_exception(raised)  # for --debug
         leave_report(error_file, sentence, code, "\n".join(notes))  # a launcher has exit codes of its own
-        if PARENT_VARIABLE not in os.environ:  # else the command prints it
+        if PARENT_VARIABLE not in os.environ and not isinstance(raised, RefusedOnFirst):  # else another prints it
             print(sentence, file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them
         return code
     finally:
         stop_ranks()
+
+
+def sentence_for(error: Exception) -> str | None:
+    """What a person is told of `error`; None for what is nobody's mistake but ours."""
+    known = error if isinstance(error, UserError | Diverged) else out_of_memory(error)
+    return file_sentence(error) if known is None else str(known)
 
 
 def out_of_memory(error: Exception) -> UserError | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from training.config import StepSettings
 from training.data.batching import MicroBatch, plan_micro_batches
+from training.data.epochs import Epochs
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.stage import Stage
 
@@ -36,14 +37,16 @@ class Task(Protocol):
 
 
 def batches_of_epoch(rows: int, settings: StepSettings, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of each optimiser step of one epoch; a function of (seed, epoch) alone, so resuming needs no cursor.
+    """The rows of each optimiser step of one epoch; a last short batch is left out, unless it is the only one."""
+    epochs, per_epoch = Epochs(rows, f"{seed}"), updates_per_epoch(rows, settings)
+    return [batch_of_update(epochs, settings, number) for number in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
 
-    A last short batch is left out, unless it is the only one.
-    """
-    order = list(range(rows))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    batches = [order[i : i + settings.batch_size] for i in range(0, rows, settings.batch_size)]
-    return batches if len(batches) == 1 or len(batches[-1]) == settings.batch_size else batches[:-1]
+
+def batch_of_update(epochs: Epochs, settings: StepSettings, number: int) -> list[int]:
+    """The rows of optimiser step `number`, counted from 0 through all epochs."""
+    epoch, place = divmod(number, updates_per_epoch(epochs.size, settings))
+    begin = place * settings.batch_size
+    return epochs.order(epoch)[begin : begin + settings.batch_size].tolist()
 
 
 def updates_per_epoch(rows: int, settings: StepSettings) -> int:
@@ -68,12 +71,11 @@ def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:
 
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
-    per_epoch = updates_per_epoch(len(task.lengths), settings)
+    epochs = Epochs(len(task.lengths), f"{stage.config.seed}")
     number, evaluation = resume(stage, task)
     with stage.display.progress(task.name, total, number) as bar:
         while number < total:
-            epoch, place = divmod(number, per_epoch)
-            batch = batches_of_epoch(len(task.lengths), settings, stage.config.seed, epoch)[place]
+            batch = batch_of_update(epochs, settings, number)
             number += 1
             if settings.dropout:
                 seed_dropout(stage, number)

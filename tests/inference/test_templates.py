@@ -208,6 +208,8 @@ def test_messages_that_a_template_leaves_out_are_refused():
     assert only_turns.prompt_ids([question]) == only_last.prompt_ids([question])
     with pytest.raises(UserError, match=r"leaves out the system message 'Be kind\.'"):
         only_turns.prompt_ids([{"role": "system", "content": "Be kind."}, question])
+    assert only_turns.refusal([question]) == ""
+    assert "leaves out the system" in only_turns.refusal([{"role": "system", "content": "Be kind."}, question])
     with pytest.raises(UserError, match="leaves out the user message 'First'"):
         only_last.prompt_ids([{"role": "user", "content": "First"}, {"role": "assistant", "content": "A"}, question])
 

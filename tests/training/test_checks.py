@@ -18,8 +18,8 @@ LLAMA = LlamaConfig(**SMALL, hidden_size=32, num_hidden_layers=1, intermediate_s
 
 def check(directory, model, processes: int, tensor: int, setting: str = "generation_tensor_parallel") -> None:
     model.save_pretrained(directory)
-    settings = ["model=any", f"processes={processes}", f"rlhf.{setting}={tensor}"]
-    require_layouts(load_config([], settings), directory, directory)
+    settings = ["model=any", f"rlhf.{setting}={tensor}"]
+    require_layouts(load_config([], settings), processes, directory, directory)
 
 
 def test_degrees_that_fit_pass(tmp_path):

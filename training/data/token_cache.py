@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import inference.chat_format
+import inference.chat_template
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
 from training.metrics import Bar, Display
@@ -116,7 +117,10 @@ def fingerprint(chat_format: ChatFormat) -> str:
         "kind": type(tokenizer).__name__,
         "template": tokenizer.chat_template,
         "end": chat_format.end_of_turn_id,
-        "code": Path(inference.chat_format.__file__).read_text(encoding="utf-8"),
+        "code": [
+            Path(module.__file__).read_text(encoding="utf-8")
+            for module in (inference.chat_format, inference.chat_template)
+        ],
         "versions": [version("tokenizers"), version("transformers")],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

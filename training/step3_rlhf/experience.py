@@ -104,7 +104,6 @@ class Targets:
             "response/length_mean": float(lengths.mean()),
             "response/length_max": float(lengths.max()),
             "response/ended_fraction": sum(e.ended for e in experience) / len(experience),
-            "response/distinct_bigrams": distinct_bigrams([e.response for e in experience]),
             "reward/length_correlation": ppo_math.correlation(scores, lengths),
         }
         if self.has_critic:
@@ -149,19 +148,6 @@ def estimate_advantages(
         return ppo_math.discounted_returns(rewards(ppo_math.less_group_mean(score, group)), mask, settings.gamma)
     estimator = {"rloo": ppo_math.leave_one_out, "grpo": ppo_math.group_normalized}[settings.advantage]
     return estimator(rewards(score).sum(1), group)[:, None] * mask  # one for all tokens of a sample
-
-
-def distinct_bigrams(responses: list[Tensor]) -> float:
-    """Different pairs of neighbouring tokens over all pairs, within each response; the mean over responses.
-
-    A response that repeats itself is near 0; one of fewer than two pairs is left out.
-    """
-    shares = []
-    for response in responses:
-        pairs = list(zip(response.tolist(), response.tolist()[1:], strict=False))
-        if len(pairs) > 1:
-            shares.append(len(set(pairs)) / len(pairs))
-    return sum(shares) / len(shares) if shares else 1.0
 
 
 def total_score(experience: Experience, settings: RLHFSettings) -> float:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
+from training.evaluation.statistics import distinct_bigrams
 from training.metrics import Journal
 from training.models.loading import load_causal_lm
 from training.rewards import RewardFailed, Rewards
@@ -148,10 +149,12 @@ class PPO:
         begun = time.perf_counter()
         seats = self.choose_prompts(number)
         experience = self.rollout.run([self.prompts[seat] for seat in seats], seats, number)  # generate and score
-        of_sources = self.reward(experience, seats)
+        texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
+        of_sources = self.reward(experience, texts, seats)
         coefficient = self.kl.coefficient
         targets = Targets.of(experience, self.settings, coefficient)
         metrics = targets.metrics(experience, coefficient) | of_sources
+        metrics["response/distinct_bigrams"] = distinct_bigrams(texts)
         stop = 0 < self.settings.kl.stop < metrics["kl/reference"]
         if check:
             check_first_update(self.stage, self.roles, experience)
@@ -162,7 +165,7 @@ class PPO:
         metrics |= self.rollout.work() | self.rollout.fusion_metrics
         return metrics | self.timing(experience, time.perf_counter() - begun), stop
 
-    def reward(self, experience: list[Experience], seats: list[int]) -> dict[str, float]:
+    def reward(self, experience: list[Experience], texts: list[str], seats: list[int]) -> dict[str, float]:
         """Make each score the weighted sum of all that rewards; returns the mean of each source."""
         if not self.rewards.sources and self.settings.reward_weights.model == 1:
             return {}
@@ -170,7 +173,7 @@ class PPO:
             totals, means = self.rewards.total(
                 [e.score for e in experience],
                 [self.rows[seat]["prompt"] for seat in seats] if self.rewards.sources else [],
-                [self.chat_format.decode(e.response.tolist()) for e in experience],
+                texts,
                 [self.rows[seat].get("extra", {}) for seat in seats] if self.rewards.sources else [],
                 self.settings.samples_per_prompt,
             )

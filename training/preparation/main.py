@@ -1,6 +1,6 @@
 """Before the steps: fetch and convert the models, turn the data source into rows. One process, no training.
 
-python training/preparation.py runs/demo
+python training/preparation/main.py runs/demo
 """
 
 import sys

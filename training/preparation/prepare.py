@@ -1,0 +1,50 @@
+"""The one door to training: the command's preparation and the stage scripts go through it.
+
+Models and data are fetched, and what can be known before anything trains is refused here.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from inference.chat_format import ChatFormat
+from inference.model_store import resolve_model
+from training.checks import require_fitting, require_processes
+from training.config import RunConfig
+from training.data.demonstrations import demonstrations
+from training.data.prepare import prepare_data
+from training.distributed import Ranks
+from training.models.loading import require_causal_lm, require_same_format, require_same_tokens, require_scorer
+from training.rewards import Rewards
+from training.run_directory import RunDirectory
+from training.tracking import require_packages
+
+Say = Callable[[str], None]
+
+
+def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> None:
+    """Fill the run's data/. `processes` is how many will train, on all nodes together. Raises UserError."""
+    require_packages(config)
+    require_processes(config, processes)
+    chat_format = prepare_models(config, processes, say)
+    if config.method == "ppo":
+        Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu")))  # a reward function that there is not is refused here
+    prepare_data(config.data, config.seed, run.data, chat_format, say)
+    if config.rlhf.ptx.coefficient:
+        demonstrations(config, run.data, chat_format)
+
+
+def prepare_models(config: RunConfig, processes: int, say: Say) -> ChatFormat:
+    """Fetch the models, which must fit the settings and each other. Returns the actor's format, which all steps use."""
+    actor = resolve_model(config.actor_source, say)
+    require_causal_lm(actor, config.actor_source)
+    chat_format = ChatFormat.load(actor)
+    scorer = None
+    if config.needs_scorer:
+        scorer = resolve_model(config.scorer_source, say)
+        trained = bool(config.trained_reward_model)
+        require_scorer(scorer, config.scorer_source, trained, 0 if trained else config.reward.layers)
+        require = require_same_format if trained else require_same_tokens  # one that is to be trained learns to read
+        require(chat_format, ChatFormat.load(scorer), config.actor_source, config.scorer_source)
+    require_fitting(config, processes, actor, scorer)
+    return chat_format
