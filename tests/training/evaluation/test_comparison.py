@@ -140,11 +140,17 @@ def test_scores_stand_beside_the_answers_they_are_of(measured, stage, finished):
 
 
 def test_a_model_against_its_copy_is_a_tie_everywhere(stage, finished, tmp_path):
+    """Also where prompts share questions: turns of one conversation, and one question under two system messages."""
+    said = [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Why?"}]
+    system = {"role": "system", "content": "Be kind."}
+    prompts = [messages("Hello?"), messages("Hello? ") + said, [system, *messages("Hello?")], messages("Any plans?")]
+    stage = with_rows(stage, "prompts", [{"prompt": prompt} for prompt in prompts], tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(finished.step(3).model, copy)
     result = Comparison(stage, Request("rlhf", str(copy))).run(tmp_path / "r.json", tmp_path / "a.jsonl")
-    assert result["win_rate"]["rate"] == 0.5 and result["rlhf"]["kl"] == pytest.approx(0, abs=1e-5)
-    assert result["win_rate"]["low"] < 0.5 < result["win_rate"]["high"]
+    win = result["win_rate"]
+    assert (win["prompts"], win["questions"], win["rate"]) == (4, 2, 0.5) and win["low"] < 0.5 < win["high"]
+    assert result["rlhf"]["kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_same_answer_has_the_same_score_whatever_it_shares_a_batch_with(stage, finished):
@@ -183,10 +189,8 @@ def test_each_prompt_is_drawn_once(stage, tmp_path):
 
 
 def test_prompts_of_one_conversation_are_counted_as_alike():
-    """Three prompts that open alike (but for case and space), all won, and one other, lost."""
-    first = [{"prompt": messages(text)} for text in ("Hello?", " hello? ", "HELLO?")]
-    rows = [*first, {"prompt": messages("Why not?")}]
-    found = win_rate(([0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]), rows, range(4))
+    """Three prompts under one question, all won, and one under another, lost."""
+    found = win_rate(([0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]), ["a", "a", "a", "b"], range(4))
     assert (found["prompts"], found["questions"], found["rate"]) == (4, 2, 0.75)
     assert (found["low"], found["high"]) == pytest.approx(share(0.75, 1, 16 / 10)[1:])  # worth 1.6 prompts
 
