@@ -75,7 +75,7 @@ def set_dropout(config: PreTrainedConfig, share: float) -> None:
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             set_dropout(value, share)
-        elif "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+        elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0 if "layer" in name else share)
 
 
