@@ -29,7 +29,6 @@ NARROW: dict[str, int] = {
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 512),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "local_attention"), WINDOW),
-    "keep_window_size": WINDOW,
 }
 """The most that a setting of this name may be, at any depth."""
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

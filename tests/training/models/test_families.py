@@ -34,6 +34,15 @@ def tokens(length: int, seed: int) -> Tensor:
 ROWS = [(tokens(5, 1), tokens(7, 2)), (tokens(9, 3), tokens(3, 4)), (tokens(2, 5), tokens(4, 6))]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several are slower for models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model(request) -> Any:
     """Of a family that is supported, two layers."""
