@@ -39,6 +39,15 @@ def test_settings_are_checked_against_the_processes_that_were_started(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_idle_ranks_are_said_before_anything_is_fetched(tmp_path):
+    said: list[str] = []
+    (tmp_path / "config.json").write_text("{}")
+    config = load_config([], [f"model={tmp_path}", "sft.batch_size=64", "reward.batch_size=64"])
+    with pytest.raises(UserError):
+        prepare(config, RunDirectory(tmp_path), 64, said.append)
+    assert "leaves 48 of 64 ranks idle" in said[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
