@@ -14,13 +14,14 @@ from markupsafe import Markup
 
 from applications.report.charts import Chart, Segment, interval, number, stacked_bar
 from applications.report.curves import PHASES, charts
-from applications.report_table import DOUBTFUL_ACCURACY, pair_of, table_rows
+from applications.report_table import pair_of, table_rows
 from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
 from training.metrics import Journal, duration
+from training.rlhf_settings import DOUBTFUL_ACCURACY
 from training.run_directory import STEP_NAMES, RunDirectory, StepDirectory, read_json, write_text
 
 HERE = Path(__file__).parent
@@ -149,6 +150,15 @@ def with_interval(label: str, measured: Mapping[str, Any], colour: str) -> Inter
     return Interval(label, f"{rate:.1%} ({low:.1%} to {high:.1%})", interval(rate, low, high, colour))
 
 
+def reward_accuracy(run: RunDirectory) -> float | None:
+    """On held-out pairs: what step 2 found last, or step 3 of a reward model from elsewhere."""
+    if run.step(2).is_finished:
+        return run.step(2).read_result().get("eval/accuracy")
+    file = run.step(3).reward_accuracy_file
+    measured = read_json(file, "delete it") if file.exists() else {"pairs": 0}
+    return measured["accuracy"] if measured["pairs"] else None
+
+
 @dataclass(frozen=True)
 class Sign:
     is_good: bool
@@ -163,7 +173,7 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
     if checked:
         apart = checked.get("generation_logprob_difference", checked["ratio_error"])
         found.append(Sign(True, f"First update checked: generation and training {number(apart)} nats apart"))
-    accuracy = run.step(2).read_result().get("eval/accuracy") if run.step(2).is_finished else None
+    accuracy = reward_accuracy(run)
     if accuracy is not None:
         text = f"Reward model right in {accuracy:.0%} of held-out pairs (at least {DOUBTFUL_ACCURACY:.0%})"
         found.append(Sign(accuracy >= DOUBTFUL_ACCURACY, text))

@@ -13,9 +13,10 @@ from training.checks import require_fitting, require_processes
 from training.config import RunConfig
 from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
+from training.data.rows import read_rows
 from training.distributed import Ranks
 from training.models.loading import require_same_tokens, require_scorer_family
-from training.rewards import Rewards
+from training.rewards import Rewards, try_sources
 from training.run_directory import RunDirectory
 from training.tracking import require_packages
 
@@ -27,9 +28,10 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
     require_packages(config)
     require_processes(config, processes)
     chat_format = prepare_models(config, processes, say)
-    if config.method == "ppo":
-        Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu")))  # a reward function that there is not is refused here
+    rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu"))) if config.method == "ppo" else None
     prepare_data(config.data, config.seed, run.data, chat_format, say)
+    if rewards is not None and rewards.sources:
+        try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say)
     if config.rlhf.ptx.coefficient:
         demonstrations(config, run.data)
 
