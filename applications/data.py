@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.text import Text
@@ -18,12 +19,14 @@ from inference.quiet import quiet_transformers
 from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
+from training.data.entries import BadRow
 from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_tokenizer, shared_prompts
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.reading import NAMES_OF_KINDS, read_source
 from training.data.rows import Row, RowSets, read_rows
 from training.data.sources import parse_source
 from training.data.split import kind_of
+from training.data.templates import require_accepted
 from training.run_directory import RunDirectory
 
 KINDS = {"sft": "sft", "pairs": "pair", "prompts": "prompt"}
@@ -83,16 +86,33 @@ def read_prepared(opened: Target, directory: Path) -> Target:
     """The rows that a run's steps read."""
     for name in KINDS:
         for sets, part in ((opened.train, "train"), (opened.evaluation, "eval")):
-            file = directory / f"{name}_{part}.jsonl"
-            rows = read_rows(file)
-            if rows:
-                sets[name] = Lines(rows, [f"{file}, line {number}" for number in range(1, len(rows) + 1)])  # type: ignore[arg-type]
+            lines = accepted(opened, directory / f"{name}_{part}.jsonl")
+            if lines.rows:
+                sets[name] = lines
     counts = read_counts(directory)
     opened.described = [
         *counts.get("sources", []),
         *(f"left out: {reason} ({n:,})" for reason, n in counts["skipped"].items()),
     ]
     return opened
+
+
+def accepted(opened: Target, file: Path) -> Lines:
+    """The rows of a file that the model's template takes; others, of runs that began before it was asked, are kept
+    apart."""
+    rows: list[Row] = []
+    places: list[str] = []
+    for number, row in enumerate(cast(list[Row], read_rows(file)), 1):
+        place = f"{file}, line {number}"
+        try:
+            if opened.chat_format is not None:
+                require_accepted([row], opened.chat_format)
+        except BadRow as error:
+            opened.left_out.append((place, str(error), True))
+        else:
+            rows.append(row)
+            places.append(place)
+    return Lines(rows, places)
 
 
 def read_embedded(opened: Target) -> Target:
@@ -112,7 +132,7 @@ def read_user_data(opened: Target) -> Target:
     rows: list[Row] = []
     places: list[str] = []
     for text in settings.sources:
-        found = read_source(parse_source(text), settings, lambda line: print(line, file=sys.stderr))
+        found = read_source(parse_source(text), settings, lambda line: print(line, file=sys.stderr), opened.chat_format)
         rows += found.rows
         places += found.places
         opened.described.append(found.describe())
@@ -135,6 +155,8 @@ def show_command(target: str, model: str | None, kind: str | None, rows: int, ov
     console = Console(soft_wrap=True, highlight=False)
     for line in opened.described:
         console.print(line, markup=False)
+    for finding in bad_rows(opened.left_out):
+        console.print(f"{finding.check}: {finding}", markup=False)
     shown = {name: lines for name, lines in opened.train.items() if kind in (None, name)}
     if not shown:
         raise UserError(
@@ -227,10 +249,12 @@ def all_findings(opened: Target) -> list[Finding]:
     findings = bad_rows(opened.left_out)
     if not opened.train:
         findings.append(Finding("error", "no rows", "there is no row to train on"))
-    for name, lines in opened.train.items():
+    for lines in opened.train.values():
         findings += lint(lines, opened.chat_format, opened.settings)
-        if name in opened.evaluation:
-            findings += shared_prompts(lines, opened.evaluation[name])
+    rows = [row for lines in opened.train.values() for row in lines.rows]
+    places = [place for lines in opened.train.values() for place in lines.places]
+    for lines in opened.evaluation.values():
+        findings += shared_prompts(Lines(rows, places), lines)
     if opened.model is not None and opened.chat_format is not None:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(opened.model))

@@ -81,19 +81,12 @@ def save_weights(model_directory: Path, dtype: str, place: Path) -> None:
 
     import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
     from inference.quiet import quiet_transformers
-    from training.models.loading import TORCH_DTYPES, unloadable
+    from inference.weights import read_weights
+    from training.models.loading import TORCH_DTYPES
 
+    model: Any
+    model, _ = read_weights(AutoModelForCausalLM, model_directory, dtype=TORCH_DTYPES[dtype])
     with quiet_transformers():
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                model_directory,
-                dtype=TORCH_DTYPES[dtype],
-                local_files_only=True,
-                trust_remote_code=False,
-                weights_only=True,
-            )
-        except Exception as error:  # safetensors, json and transformers each raise their own kinds
-            raise unloadable(model_directory, error) from error
         model.save_pretrained(place)
 
 

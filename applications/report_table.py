@@ -52,7 +52,8 @@ def comparison_table(run: RunDirectory, width: int = 100, step: int = 3) -> str:
     result = run.read_comparison(step) or {}
     line = reward_accuracy_line(run.step(2).read_result()) if run.step(2).is_finished else ""
     if step == DPO_STEP and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
-        line = f"DPO: {accuracy:.1%} of held-out pairs ranked right by its implicit reward"
+        counted = counted_pairs(run.step(step).read_result(), accuracy)
+        line = f"DPO: {counted} ranked right by its implicit reward"
     return evaluation_table(result, answers_file, line, width)
 
 
@@ -81,7 +82,7 @@ def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str =
         win = result["win_rate"]
         console.print(
             f"{names[1]} beats {names[0]} in {win['rate']:.1%} of prompts by {win['judge']} (95 % interval "
-            f"{win['low']:.1%} to {win['high']:.1%}; a tie counts half)",
+            f"{win['low']:.1%} to {win['high']:.1%}; a tie counts half{openings(win)})",
             markup=False,
         )
     else:
@@ -95,6 +96,13 @@ def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str =
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
+def openings(win: Mapping[str, Any]) -> str:
+    """Says that prompts open alike, where some do: the interval is wider for it."""
+    return (
+        f"; {win['questions']} different openings" if "questions" in win and win["questions"] < win["prompts"] else ""
+    )
+
+
 def reward_accuracy_line(result: Mapping[str, Any]) -> str:
     """Of step 2's last evaluation; empty where it had no held-out pairs."""
     if "eval/accuracy" not in result:
@@ -106,7 +114,13 @@ def reward_accuracy_line(result: Mapping[str, Any]) -> str:
     )
     if "eval/accuracy_unseen_questions" in result:
         by_length += f"; under questions not trained on {result['eval/accuracy_unseen_questions']:.1%}"
-    return f"Reward model: {result['eval/accuracy']:.1%} of held-out pairs ranked right ({by_length})"
+    return f"Reward model: {counted_pairs(result, result['eval/accuracy'])} ranked right ({by_length})"
+
+
+def counted_pairs(result: Mapping[str, Any], accuracy: float) -> str:
+    """`86.0% of 200 held-out pairs`; runs of before do not say how many."""
+    count = f"{result['held_out']} " if "held_out" in result else ""
+    return f"{accuracy:.1%} of {count}held-out pairs"
 
 
 def measured_accuracy_line(who: str, found: dict[str, Any]) -> str:

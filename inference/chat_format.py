@@ -115,6 +115,14 @@ class ChatFormat:
             return ids[-max_tokens:]
         return self._cut_turn(system, turns[0], max_tokens)
 
+    def refusal(self, messages: list[Message]) -> str:
+        """Why the template refuses a prompt, in its own words; empty where it takes it."""
+        try:
+            self._text(messages, add_generation_prompt=True)
+        except Exception as error:  # a template fails as any code may: raise_exception, an index, a type
+            return str(error).strip().rstrip(".") or type(error).__name__
+        return ""
+
     def response_ids(self, text: str, max_tokens: int = 0) -> list[int]:
         """Tokens of an answer with its end-of-turn token; over `max_tokens` it is cut and the end token is lost.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -13,9 +13,8 @@ from inference.chat_target import refuse_reward_model
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
-from inference.quiet import quiet_transformers
 from inference.text_pieces import TextPieces
-from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
+from inference.weights import read_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE_BYTES = 6 * 2**30
@@ -40,36 +39,12 @@ class ChatModel:
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} is not a model: it has no config.json; give a Hugging Face model directory.")
         refuse_reward_model(directory)
-        refuse_code(directory)
         chat_format = ChatFormat.load(directory)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            with quiet_transformers():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    str(directory),
-                    dtype=choose_dtype(directory, dtype, device),
-                    local_files_only=True,
-                    output_loading_info=True,
-                    trust_remote_code=False,
-                    weights_only=True,
-                )
-        except UserError:
-            raise
-        except Exception as error:  # transformers raises many kinds here, all of them about the directory's files
-            if is_unsafe_pickle(error):
-                raise UserError(unsafe_pickle(directory)) from error
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
-            raise UserError(f"{directory} is a damaged model ({reason}); copy it again or train it again.") from error
-        model, report = loaded
-        if report["missing_keys"]:  # transformers would go on with random weights
-            missing = sorted(report["missing_keys"])
-            raise UserError(
-                f"{directory} is not a complete language model: {len(missing)} weights are missing, for example "
-                f"{missing[0]}; copy it again or train it again."
-            )
+        model, _ = read_weights(AutoModelForCausalLM, directory, dtype=choose_dtype(directory, dtype, device))
         if chat_format.end_of_turn_id >= model.get_input_embeddings().num_embeddings:
             raise UserError(f"The tokenizer in {directory} has more tokens than the model; put the model's own there.")
-        return cls(model.to(device), chat_format)
+        return cls(cast(Any, model).to(device), chat_format)
 
     @property
     def context_length(self) -> int:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from inference.errors import UserError
 from training.config import RunConfig, StepSettings
 from training.deepspeed_config import effective_zero_stage
 from training.rlhf_settings import RLHFSettings
@@ -39,7 +38,7 @@ LOADING = "loading"
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a causal language model."""
+    """The sizes of a causal language model; where its layers differ, those of the largest."""
 
     layers: int
     hidden: int
@@ -61,18 +60,19 @@ class Shape:
     def from_config_values(cls, values: dict[str, Any]) -> "Shape":
         """From Hugging Face configuration values with their `model_type`. The model is built without storage.
 
-        Raises UserError where transformers does not know such a causal language model.
+        Raises UserError where transformers makes no causal language model of them, or one that cannot be used here.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM  # a second that only this needs
+        from transformers import AutoConfig  # a second that only this needs
+
+        from inference.families import layer_values, meta_model, no_model, require_supported_family, text_config
 
         rest = {key: value for key, value in values.items() if key != "model_type"}
         try:
             config = AutoConfig.for_model(values.get("model_type", ""), **rest)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
         except Exception as error:  # transformers raises many kinds here, all of them about the values
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"These configuration values make no causal language model ({reason}).") from error
+            raise no_model(error) from error
+        require_supported_family(config)
+        model = meta_model(config)
         output = model.get_output_embeddings()
         own_output = output is not None and output.weight is not model.get_input_embeddings().weight
         linears = tuple(
@@ -80,17 +80,22 @@ class Shape:
             for name, module in model.named_modules()
             if module is not output and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
         )
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        ffn = next((size for name in _FFN_NAMES if (size := getattr(config, name, None))), 4 * hidden)
+        text = text_config(config)
+
+        def largest(*names: str) -> int:
+            return max(layer_values(config, *names), default=0)
+
+        hidden, heads = text.hidden_size, largest("num_attention_heads")
+        experts = largest("moe_intermediate_size") * largest("num_experts_per_tok")
         return cls(
-            layers=config.num_hidden_layers,
+            layers=text.num_hidden_layers,
             hidden=hidden,
-            ffn=ffn,
+            ffn=max(largest(*_FFN_NAMES) or 4 * hidden, experts),
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or hidden // heads,
-            vocabulary=config.vocab_size,
-            is_gated=any("gate" in name for name, _ in linears),
+            kv_heads=largest("num_key_value_heads") or heads,
+            head_dim=largest("qk_head_dim", "head_dim") or hidden // heads,
+            vocabulary=text.vocab_size,
+            is_gated=any("gate" in name for name, _ in model.named_parameters()),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             output_matrix=output.weight.numel() if own_output else 0,
             linears=linears,
@@ -129,7 +134,7 @@ class Shape:
         return tokens * self.layers * 2 * self.kv_heads * self.head_dim
 
 
-_FFN_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_FFN_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
 
 
 @dataclass(frozen=True)

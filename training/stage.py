@@ -33,7 +33,7 @@ from training.config_files import load_config
 from training.data.prepare import prepare_data
 from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
 from training.data.token_cache import TokenCache, Tokens
-from training.data.token_pairs import PARTS, TokenPair
+from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.metrics import Display, Journal, NullJournal
@@ -43,6 +43,7 @@ from training.models.loading import (
     resolve_dtype,
     save_model,
 )
+from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
@@ -129,10 +130,7 @@ class Stage:
         ]
         kept = [pair for pair in pairs if pair.differs]
         if len(kept) < len(pairs):
-            self.display.say(
-                f"{len(pairs) - len(kept)} of {len(pairs)} pairs are left out: chosen and rejected are the same in "
-                f"their first {self.config.data.max_response_tokens} tokens (data.max_response_tokens)"
-            )
+            self.display.say(left_out(len(pairs) - len(kept), len(pairs), self.config.data.max_response_tokens))
         return kept
 
     def journal(self, name: str) -> Journal:
@@ -330,7 +328,7 @@ def read_or_make_config(run: RunDirectory, arguments: argparse.Namespace) -> Run
     """An existing run keeps its settings; a new one gets them from the arguments (the first rank writes them)."""
     if not arguments.config and not arguments.set:
         return run.read_config()
-    config = load_config(arguments.config, arguments.set)
+    config = found_from_anywhere(load_config(arguments.config, arguments.set))
     if int(os.environ.get("RANK", 0)) != 0:
         return config
     if not run.config_file.exists():

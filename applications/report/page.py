@@ -138,25 +138,15 @@ def intervals(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[I
     for name, each in measured.get("reward_accuracy", {}).items():
         label = "reward model ranks pairs right" if name == "all" else f"… {name.replace('_', ' ')}"
         found.append(with_interval(label, each, "soft"))
-    if "reward_accuracy" not in measured and run.step(2).is_finished:
-        accuracy = run.step(2).read_result().get("eval/accuracy")
-        if accuracy is not None:
-            found.append(Interval("reward model ranks pairs right", f"{accuracy:.1%}", None))
+    accuracy = reward_accuracy(run, evaluation)
+    if "reward_accuracy" not in measured and accuracy is not None:
+        found.append(Interval("reward model ranks pairs right", f"{accuracy:.1%}", None))
     return found
 
 
 def with_interval(label: str, measured: Mapping[str, Any], colour: str) -> Interval:
     rate, low, high = (measured[key] for key in ("rate", "low", "high"))
     return Interval(label, f"{rate:.1%} ({low:.1%} to {high:.1%})", interval(rate, low, high, colour))
-
-
-def reward_accuracy(run: RunDirectory) -> float | None:
-    """On held-out pairs: what step 2 found last, or step 3 of a reward model from elsewhere."""
-    if run.step(2).is_finished:
-        return run.step(2).read_result().get("eval/accuracy")
-    file = run.step(3).reward_accuracy_file
-    measured = read_json(file, "delete it") if file.exists() else {"pairs": 0}
-    return measured["accuracy"] if measured["pairs"] else None
 
 
 @dataclass(frozen=True)
@@ -173,7 +163,7 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
     if checked:
         apart = checked.get("generation_logprob_difference", checked["ratio_error"])
         found.append(Sign(True, f"First update checked: generation and training {number(apart)} nats apart"))
-    accuracy = reward_accuracy(run)
+    accuracy = reward_accuracy(run, evaluation)
     if accuracy is not None:
         text = f"Reward model right in {accuracy:.0%} of held-out pairs (at least {DOUBTFUL_ACCURACY:.0%})"
         found.append(Sign(accuracy >= DOUBTFUL_ACCURACY, text))
@@ -190,9 +180,19 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
     for key, label, low, high, bounds in RATIOS:
         ratio = ours[key] / theirs[key] if theirs[key] else 1.0
         found.append(Sign(low <= ratio <= high, f"{label}: {ratio:.2f} times that of {name} ({bounds})"))
-    share = ours["most_frequent_share"]
-    found.append(Sign(share <= 0.03, f"Most frequent answer: {share:.1%} of all (at most 3%)"))
+    share, bound = ours["most_frequent_share"], max(0.03, 1 / evaluation["prompts"])  # once is not too often
+    found.append(Sign(share <= bound, f"Most frequent answer: {share:.1%} of all (at most {bound:.0%})"))
     return found
+
+
+def reward_accuracy(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> float | None:
+    """As it was measured last: by the evaluation, else before PPO, else in step 2; None if nowhere."""
+    if evaluation is not None and "reward_accuracy" in evaluation:
+        return evaluation["reward_accuracy"]["all"]["rate"]
+    file = run.step(3).reward_accuracy_file
+    if file.exists() and (measured := read_json(file, "delete it"))["pairs"]:
+        return measured["accuracy"]
+    return run.step(2).read_result().get("eval/accuracy") if run.step(2).is_finished else None
 
 
 # Where the time went

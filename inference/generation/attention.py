@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from inference.errors import UserError
+from inference.families import backbone_of, layer_kinds, layer_values, text_config
 from inference.generation.kv_cache import KVCache, Places
 
 PACKED_ATTENTION = "rlhf_chat_packed"
-MORE_THAN_SOFTMAX = ("softcap", "s_aux")
+MORE_THAN_SOFTMAX = ("softcap", "s_aux", "sinks", "position_bias")
 """Keywords that transformers gives to attention which is more than a scaled softmax (Gemma 2, gpt-oss)."""
 
 
 class NotHandedDown(ValueError):
     """A call without the keyword `tokens`."""
+
+
+class MoreThanSoftmax(NotImplementedError):
+    """A call for attention that is more than a scaled softmax over what came before."""
 
 
 class Tokens(Protocol):
@@ -152,8 +156,8 @@ def packed_attention(
     """The function that transformers calls in every attention layer; returns (1, tokens, heads, head)."""
     if tokens is None:
         raise NotHandedDown("packed attention needs the keyword `tokens`: call the model inside `packed` with it")
-    if any(of_other_functions.get(name) is not None for name in MORE_THAN_SOFTMAX):
-        raise NotImplementedError(f"{type(module).__name__} needs more than a scaled softmax")
+    if attention_mask is not None or any(of_other_functions.get(name) is not None for name in MORE_THAN_SOFTMAX):
+        raise MoreThanSoftmax(f"{type(module).__name__} needs more than a scaled softmax")
     layer: Any = module.layer_idx
     return tokens.attend(layer, query[0], key[0], value[0], scaling, sliding_window, dropout)[None], None
 
@@ -162,61 +166,60 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def can_pack(model: nn.Module) -> bool:
     """Whether the family's attention goes through the interface in every layer and is a plain scaled softmax."""
-    config = getattr(model, "config", None)
-    if config is None or not getattr(model, "_supports_attention_backend", False):
-        return False
-    if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
+    if getattr(model, "config", None) is None or not getattr(model, "_supports_attention_backend", False):
         return False
     if model not in _PACKS:
         _PACKS[model] = hands_tokens_down(model)
     return _PACKS[model]
 
 
-class Count:
-    """Counts the layers that ask, and answers with numbers that mean nothing."""
+class Asked:
+    """Notes which layers ask, and with which windows; answers with numbers that mean nothing."""
 
     def __init__(self) -> None:
-        self.layers = 0
+        self.layers: list[int] = []
+        self.windows = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        self.layers += 1
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, *_: Any
+    ) -> Tensor:
+        self.layers.append(layer)
+        self.windows += window is not None
         return query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
 
 
 def hands_tokens_down(model: Any) -> bool:
-    """Whether `tokens` reaches the attention function in every layer, tried on a model of the same shape without
-    memory. Some families say that they go through the interface and drop keywords (Nemotron) or do not (DiffLlama).
+    """Whether `tokens` reaches the attention function once in every layer, and a window with it where the layer has
+    one. Tried on a model of the same shape without memory.
+
+    Some families say that they go through the interface and drop keywords (Nemotron) or do not (DiffLlama), show
+    windows in a mask alone (Phi-3.5-MoE), or add something of their own (sinks, a mask).
     """
     config = copy.deepcopy(model.config)
-    count = Count()
+    asked = Asked()
     try:
         with torch.device("meta"), torch.no_grad():
-            shape = type(model)(config)
+            shape = type(model)(config).to(torch.bfloat16)  # grouped products have no shapes in fp32
             shape.config._attn_implementation = PACKED_ATTENTION
             ids = torch.zeros(1, 2, dtype=torch.long)
-            getattr(shape, shape.base_model_prefix)(input_ids=ids, position_ids=ids, use_cache=False, tokens=count)
-    except NotHandedDown:
+            backbone_of(shape)(input_ids=ids, position_ids=ids, use_cache=False, tokens=asked)
+    except (NotHandedDown, MoreThanSoftmax):
         return False
-    except Exception:  # cannot be tried without memory (some mixtures of experts): what the family says must do
-        return True
-    return count.layers == config.get_text_config().num_hidden_layers
+    except (NotImplementedError, RuntimeError):  # cannot be tried without memory (some mixtures of experts): what the
+        return True  # family says must do
+    layers = range(text_config(config).num_hidden_layers)
+    return sorted(asked.layers) == list(layers) and asked.windows >= expected_windows(config)
 
 
-def require_keys_and_values(model: nn.Module) -> None:
-    """Raise UserError for a model that keeps anything else of the tokens before, such as state-space layers do."""
-    config: Any = getattr(model, "config", None)
-    kinds = set(getattr(config, "layer_types", None) or ()) - set(_KEYS_AND_VALUES)
-    if getattr(model, "_is_stateful", False) or kinds:
-        raise UserError(
-            f"Models of type '{config.model_type}' keep more of a text than keys and values "
-            f"({', '.join(sorted(kinds)) or 'a state'}), which is not supported: choose a model with attention in "
-            f"every layer."
-        )
+def expected_windows(config: Any) -> int:
+    """Layers that see the last tokens only, by the configuration."""
+    if kinds := layer_kinds(config):
+        return kinds.count("sliding_attention")
+    return len(layer_values(config, "sliding_window"))
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from inference.generation.attention import NextTokens, Sequences, can_pack, packed, require_keys_and_values
+from inference.families import require_supported_family
+from inference.generation.attention import NextTokens, Sequences, can_pack, packed
 from inference.generation.kv_cache import KVCache, Places
 
 
@@ -31,8 +32,9 @@ class Passes(Protocol):
 
 def make_passes(model: nn.Module, cache: KVCache, pad_id: int) -> Passes:
     """Raises UserError for a model whose memory is not keys and values."""
-    inner = unwrapped(model)
-    require_keys_and_values(inner)
+    inner: Any = unwrapped(model)
+    if getattr(inner, "config", None) is not None:
+        require_supported_family(inner.config)
     return PackedPasses(inner, cache) if can_pack(inner) else PaddedPasses(inner, cache, pad_id)
 
 

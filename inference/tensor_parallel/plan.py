@@ -7,11 +7,12 @@ What neither names (norms, position embeddings, projections around the decoder, 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from inference.errors import UserError
+from inference.families import backbone_of, layer_values, text_config
 
 Kind = Literal["column", "key_value", "qkv", "row"]
 """column: each rank computes a run of the outputs, heads or neurons. key_value: the outputs of the key heads that the
@@ -70,9 +71,9 @@ class Heads:
 
     @classmethod
     def of(cls, config: Any) -> "Heads":
-        query = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // query
-        return cls(query, getattr(config, "num_key_value_heads", None) or query, size)
+        query = one_for_all_layers(config, "num_attention_heads")
+        size = one_for_all_layers(config, "head_dim") or text_config(config).hidden_size // query
+        return cls(query, one_for_all_layers(config, "num_key_value_heads") or query, size)
 
     def kept_keys(self, rank: int, size: int) -> list[int]:
         """The key/value heads that a rank keeps, one for each equally large group of its query heads."""
@@ -83,9 +84,17 @@ class Heads:
         return used  # groups would be unequal: each query head gets its own copy
 
 
+def one_for_all_layers(config: Any, *names: str) -> int:
+    """The first of these settings that there is; 0 without any. Raises UserError where layers differ in it."""
+    found = set(layer_values(config, *names))
+    if len(found) > 1:
+        raise no_plan(config, f"its layers differ in {names[0]}")
+    return next(iter(found), 0)
+
+
 def feed_forward_width(config: Any) -> int:
-    names = ("intermediate_size", "ffn_dim", "n_inner")
-    return next((width for name in names if (width := getattr(config, name, None))), 4 * config.hidden_size)
+    width = one_for_all_layers(config, "intermediate_size", "ffn_dim", "n_inner")
+    return width or 4 * text_config(config).hidden_size
 
 
 def check_divides(config: Any, size: int) -> None:
@@ -105,10 +114,11 @@ def check_divides(config: Any, size: int) -> None:
 def cut_layers(model: nn.Module) -> dict[str, Kind]:
     """The names of the layers of `model` that are cut, and how. Raises UserError for a family without a plan."""
     config: Any = model.config
-    plan = TABLE[config.model_type] if config.model_type in TABLE else plan_of_transformers(config)
-    prefix = str(model.base_model_prefix)
-    start = f"{prefix}." if hasattr(model, prefix) else ""
+    text = text_config(config)
+    plan = TABLE[config.model_type] if config.model_type in TABLE else plan_of_transformers(text)
+    decoder = backbone_of(model) if text is config else cast(Any, model).get_decoder()
     names = [name for name, _ in model.named_modules()]
+    start = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
     found: dict[str, Kind] = {}
     for pattern, kind in plan.items():
         matching = re.compile(re.escape(start + pattern).replace(r"\*", r"\d+"))

@@ -39,6 +39,7 @@ def make_run(
     directory, answers: list[dict], sft=SFT, rlhf=RLHF, reward: dict | None = None, unseen: dict | None = None
 ) -> RunDirectory:
     run = RunDirectory(directory)
+    run.path.mkdir(exist_ok=True)
     sampling = {"temperature": 0.7, "max_tokens": 48}
     result = {"prompts": 80, "sampling": sampling, "sft": sft, "rlhf": rlhf, "win_rate": WIN}
     if unseen is not None:
@@ -111,6 +112,15 @@ def test_win_rate_with_its_interval_and_judge(tmp_path):
     assert "RLHF beats SFT in 76.2% of prompts by learned reward (95 % interval 70.3% to 82.2%; a tie" in text
 
 
+def test_prompts_that_open_alike_are_said(tmp_path):
+    run = make_run(tmp_path, [])
+    result = json.loads(run.evaluation_file.read_text())
+    for questions, said in ((80, False), (12, True)):
+        result["win_rate"] |= {"prompts": 80, "questions": questions}
+        run.evaluation_file.write_text(json.dumps(result))
+        assert ("a tie counts half; 12 different openings)" in one_line(comparison_table(run))) == said
+
+
 def test_questions_that_were_never_trained_on_have_a_line_of_their_own(tmp_path):
     unseen = {"prompts": 33, "rate": 0.625, "low": 0.5, "high": 0.75}
     text = one_line(comparison_table(make_run(tmp_path, [], unseen=unseen)))
@@ -121,6 +131,8 @@ def test_questions_that_were_never_trained_on_have_a_line_of_their_own(tmp_path)
 def test_reward_accuracy_comes_from_the_finished_step_2(tmp_path):
     text = one_line(comparison_table(make_run(tmp_path, [], reward=ACCURACY)))
     assert "81.2% of held-out pairs ranked right (up to 8 tokens 75.0%, up to 99 tokens 90.0%)" in text
+    text = one_line(comparison_table(make_run(tmp_path / "counted", [], reward={**ACCURACY, "held_out": 32})))
+    assert "81.2% of 32 held-out pairs ranked right" in text
 
 
 def test_no_reward_accuracy_without_step_2(tmp_path):

@@ -211,8 +211,8 @@ def shrink_vocabulary(directory: Path) -> None:
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (truncate_weights, "damaged model"),
-        (remove_weights, "damaged model"),
+        (truncate_weights, "cannot be loaded"),
+        (remove_weights, "cannot be loaded"),
         (break_config, r"config\.json cannot be read"),
         (remove_config, "no config.json"),
         (remove_tokenizer, "no tokenizer files"),

@@ -21,7 +21,7 @@ from training.config import DataSettings
 from training.data.decency import is_decent, is_talk
 from training.data.pairs import Sample, make_pairs
 from training.data.rows import PromptRow, RowSets, SFTRow
-from training.data.split import check_shares
+from training.data.split import check_shares, keep_once, opening
 from training.data.upbeat import upbeat_score
 
 HELD_OUT_QUESTIONS = 6
@@ -78,6 +78,11 @@ def build_chitchat(
 ) -> tuple[RowSets, Counter[str], list[str]]:
     """The rows, how many replies were left out and why, and notes. No dialogue is in both training and evaluation."""
     check_shares(settings.split)
+    if why := chat_format.refusal(next(prompts_for(Dialogue("", "Tea?", ["Yes."]), 0))):
+        raise UserError(
+            f"The dialogues of chitchat begin with a system message, which the model's chat template refuses ({why}): "
+            f"give data of your own with --data, or choose another model."
+        )
     rng = random.Random(f"{seed} chitchat")
     dialogues = sorted(dialogues, key=lambda dialogue: dialogue.name)
     rng.shuffle(dialogues)
@@ -100,6 +105,7 @@ def build_chitchat(
     new_talk = flatten(reader.read(known[:evaluated]))
     new_questions = flatten(reader.read([dialogue for dialogue in dialogues if dialogue.question in held_out]))
     add_evaluation(sets, new_talk, new_questions, rng)
+    keep_once(sets)
     notes = [
         f"{len(known) - evaluated:,} dialogues to train on; held out: {evaluated:,} more, "
         f"and all {len(dialogues) - len(known):,} about {len(held_out)} of the {len(questions)} questions",
@@ -118,17 +124,17 @@ class Reader:
         self.left_out: Counter[str] = Counter()
         self._said: Counter[str] = Counter()
         self._known_replies: set[str] = set()
-        self._known_prompts: set[str] = set()
+        self._known_openings: set[str] = set()
 
     def read(self, dialogues: Iterable[Dialogue]) -> list[list[Sample]]:
         """The samples of each dialogue."""
         return [self._samples(dialogue) for dialogue in dialogues]
 
     def leave_out_known_talk(self, samples: Iterable[Iterable[Sample]]) -> None:
-        """From now on leave out replies and prompts that are in `samples`."""
+        """From now on leave out replies that are in `samples`, and contexts that begin as one there."""
         for sample in flatten(samples):
             self._known_replies.add(bare(sample.reply))
-            self._known_prompts.add(json.dumps(sample.prompt))
+            self._known_openings.add(opening(sample.prompt))
 
     def _samples(self, dialogue: Dialogue) -> list[Sample]:
         order = list(range(len(dialogue.turns)))
@@ -163,7 +169,7 @@ class Reader:
             return "context too long"
         if not is_talk(prompt[-1]["content"]):
             return "no words, or a link"
-        if json.dumps(prompt) in self._known_prompts:
+        if opening(prompt) in self._known_openings:
             return "held out, but said in training too"
         if not all(map(is_decent, [reply, *(message["content"] for message in prompt)])):
             return "rude words"

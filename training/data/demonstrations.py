@@ -3,19 +3,23 @@
 from pathlib import Path
 from typing import cast
 
+from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.config import RunConfig
 from training.data.reading import read_sources
 from training.data.rows import SFTRow, read_rows
+from training.data.split import opening
 
 
-def demonstrations(config: RunConfig, data: Path) -> list[SFTRow]:
-    """Rows with a prompt and a response, from `rlhf.ptx.source` or the run's `data`. Raises UserError without any."""
+def demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat | None = None) -> list[SFTRow]:
+    """Rows with a prompt and a response, from `rlhf.ptx.source` (without the questions that the run holds out) or the
+    run's `data`. Raises UserError without any."""
     source = config.rlhf.ptx.source
     if source:
         given = config.data.model_copy(update={"source": source, "limit": 0})
-        (read,) = read_sources(given, lambda _: None)
-        rows = [cast(SFTRow, row) for row in read.rows if "response" in row]
+        (read,) = read_sources(given, lambda _: None, chat_format)
+        held_out = {opening(row["prompt"]) for file in data.glob("*_eval.jsonl") for row in read_rows(file)}
+        rows = [cast(SFTRow, row) for row in read.rows if "response" in row and opening(row["prompt"]) not in held_out]
     else:
         rows = cast(list[SFTRow], read_rows(data / "sft_train.jsonl"))
     if not rows:

@@ -13,7 +13,7 @@ from inference.chat_format import ChatFormat
 from training.config import DataSettings
 from training.data.rows import Row
 from training.data.sources import parse_source
-from training.data.split import kind_of
+from training.data.split import choose_groups, kind_of
 
 ANSWERS = {"pair": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
 """The keys of a row's answers, by its kind."""
@@ -193,10 +193,11 @@ def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) 
 
 
 def shared_prompts(train: Lines, evaluation: Lines) -> list[Finding]:
-    """Prompts that are both trained on and evaluated."""
-    trained = {json.dumps(row["prompt"]) for row in train.rows}
-    places = evaluation.where(lambda row: json.dumps(row["prompt"]) in trained)
-    return found("error", "leak", "a held-out row has a prompt that is trained on too", places)
+    """Questions that are both trained on and evaluated, by the rule that shares rows out."""
+    group_of = choose_groups([*train.rows, *evaluation.rows])
+    trained = {group_of(row) for row in train.rows}
+    places = evaluation.where(lambda row: group_of(row) in trained)
+    return found("error", "leak", "a held-out row has a question that is trained on too", places)
 
 
 def lint_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, directory: Path) -> list[Finding]:

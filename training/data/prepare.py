@@ -15,7 +15,7 @@ from training.data.blend import blend
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.reading import SourceRows, read_sources
 from training.data.rows import PairRow, RowSets, write_rows
-from training.data.split import kind_of, split_rows
+from training.data.split import keep_once, kind_of, shuffle, split_rows
 from training.run_directory import read_json, write_directory, write_json
 
 COUNTS_FILE = "counts.json"
@@ -109,9 +109,11 @@ def build_rows(
     if settings.source == EMBEDDED_DATA:
         sets, skipped, notes = build_chitchat(load_dialogues(), settings, seed, chat_format)
         return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
-    found = read_sources(settings, report)
-    sets = split_and_blend(found, settings, seed)
+    found = read_sources(settings, report, chat_format)
+    sets, repeats = split_and_blend(found, settings, seed)
     notes = []
+    if repeats:
+        notes.append(f"each prompt or pair is in a set once: {repeats:,} repeats are left out")
     if any(kind_of(row) == "pair" for each in found for row in each.rows) and sum(s > 0 for s in settings.split) > 1:
         shares = ":".join(f"{share:g}" for share in settings.split)
         notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shares} (data.split)")
@@ -122,9 +124,12 @@ def build_rows(
     return sets, DataCounts(count_rows(sets), dict(reasons.most_common()), notes, places, sources), left_out
 
 
-def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) -> RowSets:
-    """All sources together are shared out over steps and evaluation; then their weights count."""
-    rows = [row for each in found for row in each.rows]
+def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) -> tuple[RowSets, int]:
+    """All sources together are shared out over steps and evaluation, each row once; then their weights count.
+
+    Also returns how many rows were there already. What several sources have is the one's with the largest weight.
+    """
+    rows = [row for each in sorted(found, key=lambda each: -each.source.weight) for row in each.rows]
     if len(found) > 1:
         for each in found:
             for row in each.rows:
@@ -132,7 +137,9 @@ def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) 
     elif found[0].source.weight != 1:
         raise UserError(f"{found[0].source} is the only source, so its weight says nothing: leave it out.")
     sets = split_rows(rows, settings.split, settings.held_out, seed)
-    return blend(sets, {each.source.label: each.source.weight for each in found}, seed)
+    repeats = keep_once(sets)
+    shuffle(sets, seed)
+    return blend(sets, {each.source.label: each.source.weight for each in found}, seed), repeats
 
 
 def count_rows(sets: RowSets) -> dict[str, int]:

@@ -5,15 +5,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.config import DataSettings
-from training.data.files import BadRow, Entry, LeftOut, find_files, read_file
-from training.data.formats import KNOWN_KEYS, format_of, parse_row
+from training.data.entries import BadRow, Entry, LeftOut
+from training.data.files import read_file
+from training.data.find_files import find_files
+from training.data.formats import KNOWN_KEYS, read_row
 from training.data.hub import fetch_files, matching
 from training.data.hub_sets import PLAIN, HubSet, find_set
 from training.data.rows import Row
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
+from training.data.templates import require_accepted
 
 NAMES_OF_KINDS = {"pair": "pairs", "sft": "demonstrations", "prompt": "prompts"}
 
@@ -47,8 +51,10 @@ class SourceRows:
         return f"{self.source}: {counts or 'no rows'} ({formats or 'no format'}){notes}"
 
 
-def read_sources(settings: DataSettings, report: Callable[[str], None] = print) -> list[SourceRows]:
-    """All sources of `settings`, in their order.
+def read_sources(
+    settings: DataSettings, report: Callable[[str], None] = print, chat_format: ChatFormat | None = None
+) -> list[SourceRows]:
+    """All sources of `settings`, in their order. A row that the template of `chat_format` refuses is a bad one.
 
     Raises UserError for what is not there or cannot be read, for a bad row unless they are to be skipped, and for a
     source without a row.
@@ -56,7 +62,7 @@ def read_sources(settings: DataSettings, report: Callable[[str], None] = print) 
     sources = [parse_source(text) for text in settings.sources]
     if twice := [source.label for i, source in enumerate(sources) if source.label in {s.label for s in sources[:i]}]:
         raise UserError(f"{twice[0]} is given twice as a data source: give it once, with a weight: {twice[0]}=2.")
-    found = [read_source(source, settings, report) for source in sources]
+    found = [read_source(source, settings, report, chat_format) for source in sources]
     for each in found:
         if not each.rows:
             reasons = each.reasons.most_common(1)
@@ -65,18 +71,25 @@ def read_sources(settings: DataSettings, report: Callable[[str], None] = print) 
     return found
 
 
-def read_source(source: Source, settings: DataSettings, report: Callable[[str], None]) -> SourceRows:
+def read_source(
+    source: Source,
+    settings: DataSettings,
+    report: Callable[[str], None],
+    chat_format: ChatFormat | None = None,
+) -> SourceRows:
     """One source, which may turn out to have no row."""
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report)
-    used = 0
+    used, unused = 0, set[str]()
     for place, value in entries(files, hub_set):
         try:
             if isinstance(value, BadRow):
                 raise value
             if isinstance(value, dict):
                 value = hub_set.adapt(value)
-            rows = parse_row(value)
+            read = read_row(value)
+            if chat_format is not None:
+                require_accepted(read.rows, chat_format)
         except BadRow as error:
             left_out = isinstance(error, LeftOut)
             if settings.bad_rows == "refuse" and not left_out:
@@ -85,12 +98,15 @@ def read_source(source: Source, settings: DataSettings, report: Callable[[str], 
                 ) from None
             result.left_out.append((place, str(error), not left_out))
             continue
-        result.rows += rows
-        result.places += [place] * len(rows)
-        result.formats[format_of(value)] += 1
+        result.rows += read.rows
+        result.places += [place] * len(read.rows)
+        result.formats[read.format] += 1
+        unused |= read.unused
         used += 1
         if used == settings.limit:
             break
+    if unused:
+        result.notes.append(f"not used: {', '.join(sorted(unused))}")
     return result
 
 
@@ -109,11 +125,11 @@ def locate(source: Source, report: Callable[[str], None]) -> tuple[list[Path], H
                 return files, hub_set, []
             files, notes = find_files(source.copy)
             return files, hub_set, notes
-        files, where = fetch_files(source.name, hub_set.repository, source.at, hub_set.files, report)
-        return files, hub_set, [where]
+        files, notes = fetch_files(source.name, hub_set.repository, source.at, hub_set.files, report)
+        return files, hub_set, notes
     if source.is_hub_id and source.copy is None:
-        files, where = fetch_files(source.name, source.name, source.at, (), report)
-        return files, PLAIN, [where]
+        files, notes = fetch_files(source.name, source.name, source.at, (), report)
+        return files, PLAIN, notes
     if source.copy is None and source.at:
         raise UserError(
             f"There is no data source {source.name}: only data sets of the hub take a revision, owner/name@REVISION."

@@ -1,7 +1,7 @@
 """Sharing a user's rows out: some are held out for evaluation, the rest go to the three steps.
 
-All rows with the same opening (everything up to the user's first message) stay together: the same prompt is never
-both trained on and evaluated, and nor are two parts of one conversation.
+All rows with the same question (the user's first message, however it is written) stay together, whatever their system
+message: no question is both trained on and evaluated, and nor are two parts of one conversation.
 """
 
 import hashlib
@@ -9,9 +9,11 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
+from inference.chat_format import Message
 from inference.errors import UserError
+from training.data.one_spelling import one_spelling
 from training.data.rows import PairRow, PromptRow, Row, RowSets, SFTRow
 
 STEPS_OF_KIND = {"pair": (1, 2, 3), "sft": (1,), "prompt": (3,)}
@@ -22,8 +24,8 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out
     """Share pairs out over the three steps, in proportion to `shares` (as DeepSpeed-Chat); demonstrations go to step 1
     and prompts to step 3. Demonstrations alone train step 1, and all their prompts serve step 3 too.
 
-    `held_out` is the share kept for evaluation, at least one row of each kind with two openings or more. Nothing is
-    trained on those rows, so they serve every step that they can.
+    `held_out` is the share of the questions kept for evaluation, at least one of each kind with two or more. Nothing is
+    trained on their rows, so they serve every step that they can. Rows are group by group, in their own order.
     """
     check_shares(shares)
     group_of = choose_groups(rows)
@@ -33,6 +35,9 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out
     aside: set[str] = set()
     for groups in kinds.values():
         aside |= hold_out(groups, held_out, seed)
+    for groups in kinds.values():  # what one kind holds out may be all that another has
+        if groups.keys() <= aside:
+            aside.remove(in_random_order(list(groups), f"{seed} hold out")[-1])
     sets = RowSets()
     for kind, groups in kinds.items():
         served = {step: shares[step - 1] for step in STEPS_OF_KIND[kind] if shares[step - 1] > 0}
@@ -44,8 +49,6 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out
     if kinds.keys() == {"sft"} and shares[2] > 0:
         for name, group in kinds["sft"].items():
             add_rows(sets, 3, group, evaluation=name in aside)
-    for name, chosen in sets.items():
-        random.Random(f"{seed} order {name}").shuffle(chosen)
     return sets
 
 
@@ -59,17 +62,47 @@ def kind_of(row: Row) -> str:
 
 
 def choose_groups(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """The function that names a row's group: its opening, or its whole prompt where all rows open alike."""
-    return whole_prompt if len({opening(row) for row in rows}) == 1 else opening
+    """The function that names a row's group: its question. Where all rows have the same one, the user's next messages
+    are looked at as well, and at last the whole prompt."""
+    for count in range(1, max((len(questions(row["prompt"])) for row in rows), default=0) + 1):
+        if len({opening(row["prompt"], count) for row in rows}) > 1:
+            return lambda row: opening(row["prompt"], count)
+    return lambda row: json.dumps([one_spelling(message["content"]) for message in row["prompt"]])
 
 
-def opening(row: Row) -> str:
-    roles = [message["role"] for message in row["prompt"]]
-    return json.dumps(row["prompt"][: roles.index("user") + 1])
+def questions(prompt: Sequence[Message]) -> list[str]:
+    return [message["content"] for message in prompt if message["role"] == "user"]
 
 
-def whole_prompt(row: Row) -> str:
-    return json.dumps(row["prompt"])
+def opening(prompt: Sequence[Message], count: int = 1) -> str:
+    """The user's first `count` messages in one spelling: what no row that is trained on shares with one held out."""
+    return "\n".join(one_spelling(text) for text in questions(prompt)[:count])
+
+
+def keep_once(sets: RowSets) -> int:
+    """Leave each row in a set once, the first of equal ones; returns how many went."""
+    gone = 0
+    for name, rows in sets.items():
+        first: dict[bytes, Row] = {}
+        for row in rows:
+            first.setdefault(identity(row, evaluation=name.endswith("_eval")), row)
+        gone += len(rows) - len(first)
+        rows[:] = first.values()
+    return gone
+
+
+def shuffle(sets: RowSets, seed: int) -> None:
+    for name, rows in sets.items():
+        random.Random(f"{seed} order {name}").shuffle(rows)
+
+
+def identity(row: Row, evaluation: bool) -> bytes:
+    """A hash of what two rows that are the same have in common; spaces around a message do not count, and in evaluation
+    nor does what a reward function is told beside a prompt."""
+    values = cast(dict[str, Any], row)
+    prompt = [(message["role"], message["content"].strip()) for message in row["prompt"]]
+    rest = [values.get(key) for key in ("response", "chosen", "rejected", *([] if evaluation else ["extra"]))]
+    return hashlib.sha256(json.dumps([prompt, rest], sort_keys=True, default=str).encode()).digest()
 
 
 def in_random_order(names: Sequence[str], salt: str) -> list[str]:
@@ -78,17 +111,13 @@ def in_random_order(names: Sequence[str], salt: str) -> list[str]:
 
 
 def hold_out(groups: dict[str, list[Row]], share: float, seed: int) -> set[str]:
-    """Names of groups with about `share` of all rows; groups larger than what is still wanted are passed over."""
+    """Names of about `share` of the groups; those that have more than that share of the rows are passed over."""
     if len(groups) < 2:
         return set()
-    wanted = max(1, round(share * sum(map(len, groups.values()))))
+    wanted, rows = max(1, round(share * len(groups))), share * sum(map(len, groups.values()))
     order = in_random_order(list(groups), f"{seed} hold out")
-    chosen: set[str] = set()
-    for name in order:
-        if len(groups[name]) <= wanted:
-            chosen.add(name)
-            wanted -= len(groups[name])
-    return chosen or {min(order, key=lambda name: len(groups[name]))}
+    chosen = [name for name in order if len(groups[name]) <= max(1, rows)][:wanted]
+    return set(chosen) or {min(order, key=lambda name: len(groups[name]))}
 
 
 def assign_steps(groups: dict[str, list[Row]], shares: dict[int, float], seed: int) -> dict[str, int]:

@@ -33,9 +33,22 @@ class TokenPair:
         return not torch.equal(self.chosen, self.rejected)
 
     @property
+    def longer(self) -> int:
+        """Tokens of the longer answer."""
+        return max(len(self.chosen), len(self.rejected))
+
+    @property
     def tokens(self) -> int:
         """Of both rows together."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def left_out(count: int, of: int, limit: int) -> str:
+    """The sentence about pairs that do not differ within data.max_response_tokens, which is `limit`."""
+    return (
+        f"{count} of {of} pairs are left out: chosen and rejected are the same in their first {limit} tokens "
+        f"(data.max_response_tokens)"
+    )
 
 
 def rows_of(pairs: Sequence[TokenPair]) -> list[tuple[Tensor, Tensor]]:

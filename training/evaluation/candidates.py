@@ -7,7 +7,7 @@ from typing import Literal
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
 from training.config import DPO_STEP
-from training.models.loading import has_score_head
+from training.models.loading import require_scorer
 from training.run_directory import COMPARED
 from training.stage import Stage
 
@@ -96,6 +96,5 @@ def find_judge(stage: Stage, wanted: str, reward_model: Path | None, has_own_sou
     if wanted in ("", "learned"):
         return Judge("learned reward", reward_model) if reward_model is not None else None
     directory = stage.model_directory(wanted)
-    if not has_score_head(directory):
-        raise UserError(f"{wanted} is no reward model (a sequence classifier with one label); it cannot judge.")
+    require_scorer(directory, wanted, trained=True)
     return Judge(f"reward of {Path(wanted).name}", directory)

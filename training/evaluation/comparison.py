@@ -4,7 +4,6 @@ Of a run these are SFT and RLHF; `Request` names any others.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from training.data.upbeat import upbeat_score
 from training.evaluation import statistics
 from training.evaluation.answers import Answers, encode, same_tokens
 from training.evaluation.candidates import Candidate, Request, find_judge, find_pair, find_reward_model
-from training.evaluation.ranking import reward_accuracy
+from training.evaluation.ranking import question, reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
 from training.rewards import Rewards
 from training.run_directory import write_json, write_text
@@ -30,11 +29,12 @@ from training.stage import Stage
 EVALUATION_ITERATION = 1_000_000  # draws apart from every training iteration's
 
 
-def win_rate(scores: tuple[list[float], list[float]], chosen: Sequence[int]) -> dict[str, float]:
-    """Of the second model over the first, on the chosen prompts."""
+def win_rate(scores: tuple[list[float], list[float]], rows: Sequence[dict], chosen: Sequence[int]) -> dict[str, float]:
+    """Of the second model over the first, on the chosen prompts; those that open alike are one conversation's."""
     theirs, ours = ([each[i] for i in chosen] for each in scores)
-    rate, low, high = statistics.win_rate(ours, theirs)
-    return {"prompts": len(chosen), "rate": rate, "low": low, "high": high}
+    questions = [question(rows[i]["prompt"]) for i in chosen]
+    rate, low, high = statistics.win_rate(ours, theirs, questions)
+    return {"prompts": len(chosen), "questions": len(set(questions)), "rate": rate, "low": low, "high": high}
 
 
 class Comparison:
@@ -46,7 +46,7 @@ class Comparison:
         self.rewards = Rewards(self.settings, stage.ranks)
         self.judge = find_judge(stage, self.request.judge, self.reward_model, bool(self.rewards.sources))
         limit = self.request.prompts or stage.config.evaluation.prompts or EvaluationSettings().prompts
-        self.held_out = self.eval_rows("prompts")[:limit]
+        self.held_out = distinct_prompts(self.eval_rows("prompts"))[:limit]
         if not self.held_out:
             raise UserError("The run holds out no prompts to answer: it needs more rows, or a larger data.held_out.")
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
@@ -77,7 +77,7 @@ class Comparison:
             pair[self.model.key]["kl"], pair[self.against.key]["kl"] = statistics.mean(logratios), 0.0
         with reading(self.stage, untouched) as reader:
             for key, answers in ((self.against.key, theirs), (self.model.key, ours)):
-                pair[key]["perplexity_untouched"] = perplexity(reader.logprobs_of(answers))
+                pair[key]["perplexity_untouched"] = perplexity_of(reader.logprobs_of(answers))
 
         result: dict[str, Any] = {
             "prompts": len(self.held_out),
@@ -88,10 +88,11 @@ class Comparison:
         result |= pair
         if scores is not None:
             assert self.judge is not None
-            result["win_rate"] = win_rate(scores, range(len(self.held_out))) | {"judge": self.judge.name}
+            everywhere = range(len(self.held_out))
+            result["win_rate"] = win_rate(scores, self.held_out, everywhere) | {"judge": self.judge.name}
             unseen = [i for i, row in enumerate(self.held_out) if row.get("held_out_question")]
             if 0 < len(unseen) < len(self.held_out):  # only the embedded default knows its questions
-                result["win_rate_unseen_questions"] = win_rate(scores, unseen)
+                result["win_rate_unseen_questions"] = win_rate(scores, self.held_out, unseen)
         self.write_answers(answers_file, theirs, ours, scores)
         write_json(result_file, result)
         return result
@@ -107,13 +108,13 @@ class Comparison:
             if not isinstance(directory, Path):
                 continue
             model = RewardModel(self.stage, directory)
-            known[directory] = model.scores_of(theirs), model.scores_of(ours)
+            known[directory] = model.scores_of_both(theirs, ours)
             key = "learned_reward" if directory == self.reward_model else "judge_reward"
             for candidate, scores in zip((self.against, self.model), known[directory], strict=True):
                 pair[candidate.key][key] = statistics.mean(scores)
-            if pairs:
+            if accuracy := reward_accuracy(model, pairs, self.data):
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
-                result[name] = reward_accuracy(model, pairs, self.data)
+                result[name] = accuracy
         if self.rewards.sources:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
             totals = self.total(of_model[0], theirs), self.total(of_model[1], ours)
@@ -150,7 +151,7 @@ class Comparison:
     def perplexity(self, reader: Reader) -> dict[str, float]:
         """Of the held-out demonstrations; what a model forgets of its data in PPO shows here."""
         rows = [encode(reader.chat_format, row["prompt"], row["response"], self.data) for row in self.demonstrations]
-        return {"perplexity_demonstrations": perplexity(reader.logprobs(rows))} if rows else {}
+        return {"perplexity_demonstrations": perplexity_of(reader.logprobs(rows))} if rows else {}
 
     def measure(self, answers: Answers) -> dict[str, float]:
         """What needs no model."""
@@ -183,7 +184,14 @@ def truth(answers: Answers) -> list[float]:
     return [upbeat_score(text) for text in answers.texts]
 
 
-def perplexity(logprobs: list[Tensor]) -> float:
+def perplexity_of(logprobs: list[Tensor]) -> float:
     """Of all tokens together."""
-    tokens = sum(len(row) for row in logprobs)
-    return math.exp(-float(sum(row.sum() for row in logprobs)) / tokens)
+    return statistics.perplexity(-float(torch.cat(logprobs).double().mean()))
+
+
+def distinct_prompts(rows: Sequence[dict]) -> list[dict]:
+    """Each prompt once: an answer that is counted twice says nothing new."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        found.setdefault(json.dumps(row["prompt"]), row)
+    return list(found.values())

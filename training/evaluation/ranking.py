@@ -1,44 +1,78 @@
 """How often a reward model ranks held-out pairs as people did, by the length of the longer answer."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import compress
 from typing import TypedDict
 
+from inference.chat_format import Message
 from training.config import DataSettings
+from training.data.token_pairs import TokenPair, left_out, rows_of
 from training.evaluation.answers import encode
 from training.evaluation.scoring import RewardModel
-from training.evaluation.statistics import share
+from training.evaluation.statistics import effective_size, share
 from training.step2_reward.reward import LENGTH_BUCKETS, length_bucket
 
 
 class Accuracy(TypedDict):
     pairs: int
+    questions: int
+    """Different ones; pairs under one are not independent, and the interval knows it."""
     rate: float
     low: float
     high: float
 
 
-def reward_accuracy(model: RewardModel, pairs: Sequence[dict], data: DataSettings) -> dict[str, Accuracy]:
-    """`all`, `up_to_N_tokens` for each length that occurs, `unseen_questions` where the data know them."""
-    rows = [
-        encode(model.chat_format, pair["prompt"], pair[side], data) for side in ("chosen", "rejected") for pair in pairs
-    ]
-    scores = model.scores(rows)
+def reward_accuracy(model: RewardModel, rows: Sequence[dict], data: DataSettings) -> dict[str, Accuracy]:
+    """`all`, `up_to_N_tokens` for each length that occurs, `unseen_questions` where the data know them.
+
+    As in step 2, pairs whose answers are the same within data.max_response_tokens are left out: there is nothing to
+    rank. Empty where no pair is left.
+    """
+    found = [(row, token_pair(model, row, data)) for row in rows]
+    kept = [(row, pair) for row, pair in found if pair.differs]
+    if len(kept) < len(found):
+        model.stage.display.say(left_out(len(found) - len(kept), len(found), data.max_response_tokens))
+    pairs = [pair for _, pair in kept]
+    scores = model.scores(rows_of(pairs))
     right = [a > b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
-    lengths = [max(len(rows[i][1]), len(rows[i + len(pairs)][1])) for i in range(len(pairs))]
-    unseen = [bool(pair.get("held_out_question")) for pair in pairs]
-    return accuracy_by_length(right, lengths, unseen)
+    lengths, unseen = [pair.longer for pair in pairs], [pair.is_unseen for pair in pairs]
+    return accuracy_by_length(right, lengths, unseen, [question(row["prompt"]) for row, _ in kept])
 
 
-def accuracy_by_length(right: Sequence[bool], lengths: Sequence[int], unseen: Sequence[bool]) -> dict[str, Accuracy]:
-    """One entry a pair in each: ranked right, tokens of the longer answer, question not trained on."""
-    groups = {"all": list(right)}
+def token_pair(model: RewardModel, row: dict, data: DataSettings) -> TokenPair:
+    """A row of pairs as `model` reads it, within the limits that training has too."""
+    prompt, chosen = encode(model.chat_format, row["prompt"], row["chosen"], data)
+    _, rejected = encode(model.chat_format, row["prompt"], row["rejected"], data)
+    return TokenPair.of(row, (prompt, chosen, rejected))
+
+
+def question(prompt: Sequence[Message]) -> str:
+    """What a conversation opened with: prompts that share it are not independent."""
+    first = next((message["content"] for message in prompt if message["role"] == "user"), "")
+    return " ".join(first.casefold().split())
+
+
+def accuracy_by_length(
+    right: Sequence[bool],
+    lengths: Sequence[int],
+    unseen: Sequence[bool],
+    questions: Sequence[Hashable] | None = None,
+) -> dict[str, Accuracy]:
+    """One entry a pair in each: ranked right, tokens of the longer answer, question not trained on, question (all are
+    different where it is left out)."""
+    questions = range(len(right)) if questions is None else questions
     buckets = [length_bucket(length) for length in lengths]
+    members = {"all": [True] * len(right)}
     for bucket in LENGTH_BUCKETS:
-        groups[f"up_to_{bucket}_tokens"] = [r for r, b in zip(right, buckets, strict=True) if b == bucket]
-    groups["unseen_questions"] = [r for r, u in zip(right, unseen, strict=True) if u]
-    return {name: accuracy(group) for name, group in groups.items() if group}
+        members[f"up_to_{bucket}_tokens"] = [each == bucket for each in buckets]
+    members["unseen_questions"] = list(unseen)
+    found = {}
+    for name, belongs in members.items():
+        if any(belongs):
+            found[name] = accuracy(list(compress(right, belongs)), list(compress(questions, belongs)))
+    return found
 
 
-def accuracy(right: Sequence[bool]) -> Accuracy:
-    rate, low, high = share(sum(right), len(right))
-    return {"pairs": len(right), "rate": rate, "low": low, "high": high}
+def accuracy(right: Sequence[bool], questions: Sequence[Hashable]) -> Accuracy:
+    rate, low, high = share(sum(right), len(right), effective_size(right, questions))
+    return {"pairs": len(right), "questions": len(set(questions)), "rate": rate, "low": low, "high": high}

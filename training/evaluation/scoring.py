@@ -1,6 +1,7 @@
 """Models that read answers: log-probabilities of a policy, scores of a reward model. One model in memory at a time."""
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,25 +57,38 @@ class RewardModel:
     """Scores answers, in whatever tokens they were generated."""
 
     def __init__(self, stage: Stage, directory: Path):
-        self.stage = stage
+        self.stage, self.directory = stage, directory
         self.chat_format = ChatFormat.load(directory)
-        model = load_scorer(directory, self.chat_format, stage.dtype)
-        if not hasattr(model, "score"):
-            raise UserError(
-                f"Models of type '{model.config.model_type}' ({directory}) have no score at the last token."
-            )
+        model = load_scorer(directory, self.chat_format, stage.dtype, trained=True)
         self.scorer = Scorer(model).to(stage.ranks.device).eval()
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Row]) -> list[float]:
-        found = [0.0] * len(rows)
-        for chosen, batch in batches(self.stage, rows):
-            for row, score in zip(chosen, at_last_token(self.scorer(batch), batch).tolist(), strict=True):
-                found[row] = score
-        return found
+        """Of each row's last token; the same row has the same score, whatever it shared a batch with.
+
+        Raises UserError where a score is no number.
+        """
+        keys = [(tuple(prompt.tolist()), tuple(response.tolist())) for prompt, response in rows]
+        different = dict(zip(keys, rows, strict=True))
+        order, found = list(different), dict.fromkeys(different, math.nan)
+        for chosen, batch in batches(self.stage, list(different.values())):
+            scores = at_last_token(self.scorer(batch), batch).tolist()
+            found.update(zip((order[row] for row in chosen), scores, strict=True))
+        if not all(map(math.isfinite, found.values())):
+            raise UserError(
+                f"The reward model in {self.directory} gives scores that are no finite numbers, so nothing can be "
+                f"judged by it; try dtype=fp32, or choose another one."
+            )
+        return [found[key] for key in keys]
 
     def scores_of(self, answers: Answers) -> list[float]:
         return self.scores(answers.rows(self.chat_format, self.stage.config.data))
+
+    def scores_of_both(self, theirs: Answers, ours: Answers) -> tuple[list[float], list[float]]:
+        """Of two models' answers; one that both gave has one score, so it is a tie."""
+        first, second = (answers.rows(self.chat_format, self.stage.config.data) for answers in (theirs, ours))
+        scores = self.scores([*first, *second])
+        return scores[: len(first)], scores[len(first) :]
 
 
 def batches(stage: Stage, rows: Sequence[Row]) -> Iterator[tuple[list[int], TokenBatch]]:

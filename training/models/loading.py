@@ -1,6 +1,8 @@
 """Loading models of any supported family, with adapters, and writing them as plain Hugging Face directories."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,13 +22,16 @@ from transformers.pytorch_utils import Conv1D
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.generation.attention import require_keys_and_values
-from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
+from inference.families import require_supported_family, text_config
+from inference.untrusted import refuse_code
+from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
+from training.models.layers import keep_layers
 from training.role_settings import LoRASettings
-from training.run_directory import read_json
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCORE_HEAD = ("score.weight",)
+LANGUAGE_HEAD = re.compile(r"^(\w+\.)?(lm_head|embed_out)\.")
 LINEAR = (torch.nn.Linear, Conv1D)
 
 
@@ -50,9 +55,15 @@ def load_causal_lm(
     `dropout` takes the place of the model's own; 0 switches it off. Without weights the parameters are uninitialised:
     another rank brings them.
     """
-    model = _load(AutoModelForCausalLM, directory, dtype, dropout, with_weights)
+    config = _read_config(directory)
+    model, _ = _load(AutoModelForCausalLM, directory, config, dtype, dropout, with_weights)
     fit_vocabulary(model, chat_format)
     return model
+
+
+def require_causal_lm(directory: Path, name: str = "") -> None:
+    """Raise UserError for what `load_causal_lm` refuses; no weights are read. `name` is what the user calls it."""
+    read_weights(AutoModelForCausalLM, directory, name, config=_read_config(directory, name), device_map="meta")
 
 
 def load_scorer(
@@ -62,17 +73,27 @@ def load_scorer(
     layers: int = 0,
     dropout: float = 0.0,
     with_weights: bool = True,
+    trained: bool = False,
 ) -> PreTrainedModel:
     """A model with a linear head of one output a token (`score`); a fresh head is drawn from N(0, 1 / (d + 1)).
 
-    `layers` keeps only the first so many; 0 keeps all. `dropout` and `with_weights` as in `load_causal_lm`.
+    `layers` keeps only the first so many; 0 keeps all. `dropout` and `with_weights` as in `load_causal_lm`. Of a
+    `trained` one the head is in the files: a fresh one gives scores at random.
     The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
     """
-    fresh = not has_score_head(directory)
-    require_scorer_family(directory)
-    cut = {"num_hidden_layers": layers} if layers else {}
-    model = _load(AutoModelForSequenceClassification, directory, dtype, dropout, with_weights, num_labels=1, **cut)
-    if fresh:
+    config = scorer_config(directory, layers)
+    with _heads_named(directory, trained):
+        model, made_up = _load(
+            AutoModelForSequenceClassification,
+            directory,
+            config,
+            dtype,
+            dropout,
+            with_weights,
+            may_miss=() if trained else SCORE_HEAD,
+            may_have=_beside_scorer(layers),
+        )
+    if made_up:
         with torch.no_grad():
             head: Any = model.score
             head.weight.normal_(0.0, (head.in_features + 1) ** -0.5)
@@ -80,53 +101,114 @@ def load_scorer(
     return model
 
 
-def require_scorer_family(directory: Path) -> None:
-    """Raise UserError for a family that transformers cannot give a score head (CodeGen)."""
-    try:
-        kind = AutoConfig.from_pretrained(directory, local_files_only=True).model_type
-    except (OSError, ValueError):
-        return  # what is wrong with the directory, loading it says
-    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        raise UserError(
-            f"Models of type '{kind}' cannot be reward models (transformers has no score head for them): choose "
-            f"another one with --reward-model, or --set method=dpo, which needs none."
+def require_scorer(directory: Path, name: str = "", trained: bool = False, layers: int = 0) -> None:
+    """Raise UserError for what `load_scorer` refuses; no weights are read. `name` is what the user calls it."""
+    with _heads_named(directory, trained, name):
+        read_weights(
+            AutoModelForSequenceClassification,
+            directory,
+            name,
+            may_miss=() if trained else SCORE_HEAD,
+            may_have=_beside_scorer(layers),
+            config=scorer_config(directory, layers, name),
+            device_map="meta",
         )
+
+
+def scorer_config(directory: Path, layers: int = 0, name: str = "") -> PreTrainedConfig:
+    """The configuration of a scorer with the first so many layers (0: all). Raises UserError where it cannot be one."""
+    config = _read_config(directory, name, num_labels=1)
+    require_scorer_family(config)
+    if layers:
+        keep_layers(config, layers)
+    return config
+
+
+def require_scorer_family(config: PreTrainedConfig) -> None:
+    """Raise UserError for a family that transformers gives no head that scores tokens (CodeGen, BERT)."""
+    has_head = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if has_head:
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForSequenceClassification.from_config(config)
+        except Exception:
+            return  # what is wrong with the configuration, loading it says
+        has_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
+    if not has_head:
+        raise UserError(
+            f"Models of type '{config.model_type}' cannot be reward models (transformers has no score head for them): "
+            f"choose another one with --reward-model, or --set method=dpo, which needs none."
+        )
+
+
+def _beside_scorer(layers: int) -> Callable[[str], bool]:
+    """Which weights a scorer leaves in the files: a language model's head, and the layers from `layers` on."""
+
+    def is_left(key: str) -> bool:
+        number = re.search(r"\.(\d+)\.", key)
+        return LANGUAGE_HEAD.search(key) is not None or (0 < layers <= int(number[1]) if number else False)
+
+    return is_left
+
+
+@contextmanager
+def _heads_named(directory: Path, trained: bool, name: str = "") -> Iterator[None]:
+    """Inside, wrong weights of a score head become a sentence about it."""
+    try:
+        yield
+    except WrongWeights as error:
+        name = name or str(directory)
+        labels = next((has[0] for key, has, _ in error.mismatched if key in SCORE_HEAD), 1)
+        if labels != 1:
+            raise UserError(
+                f"{name} is a classifier of {labels} labels, and a reward model has one: choose a model with one "
+                f"score, or begin step 2 with a language model (--reward-model)."
+            ) from None
+        if not trained or error.missing.isdisjoint(SCORE_HEAD):
+            raise
+        seen = f", but {some(error.unexpected)}" if error.unexpected else ""
+        raise UserError(
+            f"{name} is no trained reward model: its weights hold no score head ({SCORE_HEAD[0]}){seen}. With a head "
+            f"drawn at random PPO would follow noise: train one with rlhf-chat reward, or give a reward model whose "
+            f"head has that name."
+        ) from None
+
+
+def _read_config(directory: Path, name: str = "", **values: int) -> PreTrainedConfig:
+    refuse_code(directory, name)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **values)
+    except Exception as error:  # json and transformers each raise their own kinds
+        raise unloadable(directory, error, name) from error
+    require_supported_family(config)
+    return config
 
 
 def _load(
-    loader: Any, directory: Path, dtype: torch.dtype, dropout: float, with_weights: bool, **values: int
-) -> PreTrainedModel:
-    refuse_code(directory)
-    missing: list[str] = []
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **values)
+    loader: Any,
+    directory: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    dropout: float,
+    with_weights: bool,
+    **allowed: Any,
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and which of the weights that it `may_miss` were made up."""
+    for part in (config, text_config(config)):
         for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, dropout)
-        if with_weights:
-            model, report = loader.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                trust_remote_code=False,
-                weights_only=True,
-            )
-            missing = sorted(key for key in report["missing_keys"] if not key.startswith("score."))  # a fresh head
-        else:
-            model = _without_weights(loader, config, dtype)
-    except Exception as error:  # safetensors, json and transformers each raise their own kinds
-        raise unloadable(directory, error) from error
-    if missing:  # transformers would go on with random weights
-        raise UserError(
-            f"The model in {directory} is not complete: {len(missing)} weights are missing, for example {missing[0]}; "
-            f"{way_out(directory)}."
-        )
-    require_keys_and_values(model)
+            if hasattr(part, name):
+                setattr(part, name, dropout)
+    if with_weights:
+        model, made_up = read_weights(loader, directory, config=config, dtype=dtype, **allowed)
+    else:
+        try:
+            model, made_up = _without_weights(loader, config, dtype), set()
+        except Exception as error:
+            raise unloadable(directory, error) from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
-    return model
+    return model, made_up
 
 
 def _without_weights(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -141,29 +223,6 @@ def _without_weights(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) 
                 made[old] = nn.Parameter(torch.empty_like(old, device="cpu"), old.requires_grad)
             setattr(module, name, made[old])
     return model
-
-
-def unloadable(directory: Path, error: Exception) -> UserError:
-    """The sentence for what transformers raised while it loaded a model; a UserError stays what it is."""
-    if isinstance(error, UserError):
-        return error
-    if is_unsafe_pickle(error):
-        return UserError(unsafe_pickle(directory))
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
-    return UserError(f"The model in {directory} cannot be loaded ({reason}); {way_out(directory)}.")
-
-
-def way_out(directory: Path) -> str:
-    """Of a damaged model: that of a finished step is written anew from the step's last checkpoint."""
-    if (directory.parent / "result.json").is_file():
-        return f"delete {directory} and give the command of its step again, which writes it anew"
-    return "fetch it again, or give another one"
-
-
-def has_score_head(directory: Path) -> bool:
-    """Whether the model gives scores already, so that no fresh head is drawn for it. Raises UserError."""
-    architectures = read_json(directory / "config.json", way_out(directory)).get("architectures") or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def fit_vocabulary(model: PreTrainedModel, chat_format: ChatFormat) -> None:

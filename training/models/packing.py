@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from inference.families import backbone_of
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
 from training.data.batching import TokenBatch
 
@@ -25,7 +26,7 @@ def use_packing(model: PreTrainedModel) -> None:
 def call_on_tokens(model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor | None = None) -> Tensor:
     """What the model says of a batch: the last hidden states (tokens, hidden), or, with `logits_at`, places int64
     (n), the logits there (n, vocabulary)."""
-    backbone: Any = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     if model.config._attn_implementation == PACKED_ATTENTION:
         tokens = Sequences(batch.lengths)
         inputs = {"input_ids": batch.ids[None], "position_ids": tokens.positions(batch.ids.device), "tokens": tokens}

@@ -15,7 +15,7 @@ from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
 from training.data.rows import read_rows
 from training.distributed import Ranks
-from training.models.loading import require_same_tokens, require_scorer_family
+from training.models.loading import require_causal_lm, require_same_tokens, require_scorer
 from training.rewards import Rewards, try_sources
 from training.run_directory import RunDirectory
 from training.tracking import require_packages
@@ -33,17 +33,19 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
     if rewards is not None and rewards.sources:
         try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say)
     if config.rlhf.ptx.coefficient:
-        demonstrations(config, run.data)
+        demonstrations(config, run.data, chat_format)
 
 
 def prepare_models(config: RunConfig, processes: int, say: Say) -> ChatFormat:
     """Fetch the models, which must fit the settings and each other. Returns the actor's format, which all steps use."""
     actor = resolve_model(config.actor_source, say)
+    require_causal_lm(actor, config.actor_source)
     chat_format = ChatFormat.load(actor)
     scorer = None
     if config.needs_scorer:
         scorer = resolve_model(config.scorer_source, say)
-        require_scorer_family(scorer)
+        trained = bool(config.trained_reward_model)
+        require_scorer(scorer, config.scorer_source, trained, 0 if trained else config.reward.layers)
         require_same_tokens(chat_format, ChatFormat.load(scorer), config.actor_source, config.scorer_source)
     require_fitting(config, processes, actor, scorer)
     return chat_format

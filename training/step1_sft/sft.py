@@ -1,7 +1,5 @@
 """Supervised fine-tuning on top of the shared loop."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -10,6 +8,7 @@ from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_cache import Tokens
+from training.evaluation.statistics import perplexity
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
@@ -102,7 +101,7 @@ class SFTTask:
             sums["tokens"] += len(logprobs) * micro_batch.weight
         sums = ranks.sum_values(sums)
         loss = sums["loss"] / sums["tokens"]
-        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
+        return {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
 
     def _batch(self, rows: list[Tokens]) -> TokenBatch:
         return TokenBatch.of(rows, self.stage.ranks.device)

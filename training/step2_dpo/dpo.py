@@ -45,7 +45,7 @@ def train(stage: Stage) -> None:
             evaluation = fit(stage, DPOTask(stage, engine, **inputs), settings, total)
 
     stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
-    stage.finish({"optimizer_steps": total, "rows": len(pairs), **evaluation})
+    stage.finish({"optimizer_steps": total, "rows": len(pairs), "held_out": len(evaluated), **evaluation})
 
 
 class DPOTask:

@@ -36,11 +36,12 @@ def train(stage: Stage) -> None:
     task = RewardTask(stage, engine, pairs, evaluated)
     evaluation = fit(stage, task, settings, total)
 
-    scale = task.score_scale() if settings.normalize else {}
+    scale = task.score_scale() if settings.normalize else {"score_shift": 0.0, "score_scale": 1.0}
     stage.save_trained(
         engine, lambda: load_scorer(source, chat_format, torch.float32, settings.layers), chat_format, scale
     )
-    stage.finish({"optimizer_steps": total, "rows": len(pairs), **evaluation, **scale})
+    counted = {"optimizer_steps": total, "rows": len(pairs), "held_out": len(evaluated)}
+    stage.finish({**counted, **evaluation, **scale})
 
 
 def initial_model(stage: Stage) -> Path:
@@ -83,7 +84,7 @@ class RewardTask:
             chosen, rejected = self._scores(pairs)
             right = (chosen > rejected).float()
             for pair, ranked in zip(pairs, right.tolist(), strict=True):
-                length = length_bucket(max(len(pair.chosen), len(pair.rejected)))
+                length = length_bucket(pair.longer)
                 for bucket in (length, "unseen") if pair.is_unseen else (length,):
                     sums[f"right/{bucket}"] += ranked * micro_batch.weight
                     sums[f"pairs/{bucket}"] += micro_batch.weight

@@ -108,7 +108,6 @@ class Targets:
             "response/length_mean": float(lengths.mean()),
             "response/length_max": float(lengths.max()),
             "response/ended_fraction": sum(e.ended for e in experience) / len(experience),
-            "response/distinct_bigrams": distinct_bigrams([e.response for e in experience]),
         }
         if self.has_critic:
             metrics |= {
@@ -167,19 +166,6 @@ def score_metrics(raw: list[float], experience: list[Experience]) -> dict[str, f
             scores, torch.tensor([float(len(e.response)) for e in experience])
         ),
     }
-
-
-def distinct_bigrams(responses: list[Tensor]) -> float:
-    """Different pairs of neighbouring tokens over all pairs, within each response; the mean over responses.
-
-    A response that repeats itself is near 0; one of fewer than two pairs is left out.
-    """
-    shares = []
-    for response in responses:
-        pairs = list(zip(response.tolist(), response.tolist()[1:], strict=False))
-        if len(pairs) > 1:
-            shares.append(len(set(pairs)) / len(pairs))
-    return sum(shares) / len(shares) if shares else 1.0
 
 
 def total_score(experience: Experience, settings: RLHFSettings) -> float:

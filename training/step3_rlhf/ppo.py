@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
 from training.data.epochs import Epochs
+from training.evaluation.statistics import distinct_bigrams
 from training.hybrid_engine.kept_weights import KeptWeights
 from training.metrics import Journal
 from training.models.loading import load_causal_lm
@@ -193,10 +194,12 @@ class PPO:
         begun = time.perf_counter()
         seats = self.choose_prompts(number)
         experience = self.rollout.run([self.prompts[seat] for seat in seats], seats, number)  # generate and score
-        of_scores = self.reward(experience, seats)
+        texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
+        of_scores = self.reward(experience, texts, seats)
         coefficient = self.kl.coefficient
         targets = Targets.of(experience, self.settings, coefficient)
         metrics = targets.metrics(experience, coefficient) | of_scores
+        metrics["response/distinct_bigrams"] = distinct_bigrams(texts)
         stop = 0 < self.settings.kl.stop < metrics["kl/reference"]
         if check:
             check_first_update(self.stage, self.roles, experience)
@@ -209,14 +212,14 @@ class PPO:
         metrics |= self.rollout.work() | self.rollout.fusion_metrics
         return metrics | self.timing(experience, time.perf_counter() - begun), stop
 
-    def reward(self, experience: list[Experience], seats: list[int]) -> dict[str, float]:
+    def reward(self, experience: list[Experience], texts: list[str], seats: list[int]) -> dict[str, float]:
         """Make each score what PPO raises: of all that rewards, on one scale. Returns metrics of them as given."""
         rewards, asks = self.rewards, bool(self.rewards.sources)
         with self.rollout.timed("reward") if asks else nullcontext():
             rewarded = rewards.reward(
                 [e.score for e in experience],
                 [self.rows[seat]["prompt"] for seat in seats] if asks else [],
-                [self.chat_format.decode(e.response.tolist()) if asks else "" for e in experience],
+                texts,
                 [self.rows[seat].get("extra", {}) for seat in seats] if asks else [],
                 self.settings.samples_per_prompt,
             )

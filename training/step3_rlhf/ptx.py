@@ -43,7 +43,7 @@ class Demonstrations:
                 torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
                 torch.tensor(chat_format.response_ids(row["response"], data.max_response_tokens)),
             )
-            for row in demonstrations(stage.config, stage.run.data)
+            for row in demonstrations(stage.config, stage.run.data, chat_format)
         ]
         self.order = Epochs(len(self.rows), f"{stage.config.seed}/demonstrations")
 

@@ -49,10 +49,11 @@ def load_critic(stage: Stage, scorer: Path | None, chat_format: ChatFormat) -> S
     """The critic as it starts."""
     assert scorer is not None
     settings = stage.config.rlhf.critic
-    is_trained = stage.config.rlhf.has_reward_model or stage.config.trained_reward_model
-    layers = 0 if is_trained else stage.config.reward.layers
+    trained = stage.config.rlhf.has_reward_model or bool(stage.config.trained_reward_model)
+    layers = 0 if trained else stage.config.reward.layers
     dtype, with_weights = loads(settings.zero_stage, stage.dtype, stage.ranks)
-    return Scorer(load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights), settings.lora)
+    model = load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights, trained=trained)
+    return Scorer(model, settings.lora)
 
 
 class Roles:
@@ -96,7 +97,7 @@ class Roles:
         if settings.has_reward_model:
             assert scorer is not None
             _, with_weights = loads(settings.reward.zero_stage, dtype, ranks)
-            reward = Scorer(load_scorer(scorer, chat_format, dtype, with_weights=with_weights))
+            reward = Scorer(load_scorer(scorer, chat_format, dtype, with_weights=with_weights, trained=True))
             self.reward_is_normalized = hasattr(reward.model.config, "score_scale")
             self._reward = self._frozen(reward, settings.reward, scoring.reward, stage)
         frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]

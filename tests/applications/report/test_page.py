@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from applications.report.page import render, write_report
+from applications.report.page import render, reward_accuracy, signs, write_report
 from inference.errors import UserError
 from training.run_directory import RunDirectory
 
@@ -130,6 +130,26 @@ def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):
 
     text = render(make_run(tmp_path, rlhf=rlhf))
     assert set(re.findall(r'<li class="bad">(.*?)</li>', text)) == expected
+
+
+def test_an_answer_given_once_is_no_collapse_however_few_the_prompts(tmp_path):
+    run = make_run(tmp_path, rlhf={"most_frequent_share": 0.1})
+    evaluation = json.loads(run.evaluation_file.read_text())
+    for prompts, good in ((10, True), (20, False)):
+        run.evaluation_file.write_text(json.dumps(evaluation | {"prompts": prompts}))
+        sign = next(each for each in signs(run, run.read_comparison(3)) if each.text.startswith("Most frequent"))
+        assert sign.is_good == good
+
+
+def test_the_accuracy_is_the_one_measured_last_whoever_trained_the_reward_model(tmp_path):
+    run = make_run(tmp_path)
+    evaluation = run.read_comparison(3)
+    assert reward_accuracy(run, evaluation) == 0.81
+    measured = {"all": {"pairs": 9, "rate": 0.5, "low": 0.3, "high": 0.7}}
+    shutil.rmtree(run.step(2).path)
+    assert reward_accuracy(run, evaluation) is None
+    found = signs(run, {**evaluation, "reward_accuracy": measured})
+    assert [each.is_good for each in found if "Reward model right in 50%" in each.text] == [False]
 
 
 def test_a_half_finished_run_has_a_report_too(tmp_path):

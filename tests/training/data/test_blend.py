@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import pytest
@@ -71,3 +72,15 @@ def test_the_embedded_data_stand_alone():
     with pytest.raises(ValueError, match="cannot be blended"):
         DataSettings(source=["chitchat", "a.jsonl"])
     assert DataSettings(source=["chitchat"]).source == "chitchat"
+
+
+def test_a_row_of_two_sources_is_there_as_often_as_the_larger_weight_says(tmp_path, word_format):
+    for name in "ab":
+        lines = [{"prompt": f"q{i}", "response": "r"} for i in range(20)] * 3
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = DataSettings(source=[str(tmp_path / "a.jsonl"), f"{tmp_path / 'b.jsonl'}=2"])
+    said = []
+    prepare_data(settings, 1, tmp_path / "data", word_format, said.append)
+    for name, often in {"sft_train": 2, "sft_eval": 1, "prompts_train": 2, "prompts_eval": 1}.items():
+        assert set(names(read_rows(tmp_path / "data" / f"{name}.jsonl")).values()) == {often}
+    assert "each prompt or pair is in a set once: 200 repeats are left out" in said[-1]  # of 2 x 120 rows 40 are left

@@ -164,3 +164,14 @@ def test_the_package(word_format):
     settings = DataSettings(max_prompt_tokens=64, max_response_tokens=32, limit=300)
     sets, *_ = build_chitchat(dialogues, settings, 1, word_format)
     assert min(len(rows) for _, rows in sets.items()) >= 8, json.dumps({n: len(r) for n, r in sets.items()})
+
+
+def test_no_context_of_the_evaluation_opens_as_one_of_training(word_format):
+    dialogues = make_dialogues()
+    turns = ["train the river stone", "garden paper music"]
+    for place, dialogue in enumerate(dialogues):  # the same turn in every dialogue, written in three ways
+        opening = (turns[0], f" {turns[0].upper()}", f"{turns[0].replace(' ', '  ')}!")[place % 3]
+        dialogue.turns[:] = [opening, f"{turns[1]} {place}"]
+    sets, *_ = build_chitchat(dialogues, SETTINGS, 1, word_format)
+    said = [[row["prompt"][1]["content"].lower() for row in rows] for rows in (sets.prompts_train, sets.prompts_eval)]
+    assert sum("river" in text for text in said[0]) and not any("river" in text for text in said[1])

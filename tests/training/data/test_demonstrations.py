@@ -30,3 +30,11 @@ def test_without_any_there_is_a_sentence(tmp_path, named):
     source = str(tmp_path / "prompts.jsonl") if named else ""
     with pytest.raises(UserError, match=r"rlhf\.ptx needs rows with a prompt and a response"):
         demonstrations(config(source=source), tmp_path)
+
+
+def test_questions_that_the_run_holds_out_are_not_trained_on(tmp_path):
+    (tmp_path / "prompts_eval.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "What is tea?"}]}))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": p, "response": "d"}) + "\n" for p in ("what is  tea", "x")))
+    found = demonstrations(config(source=str(other)), tmp_path)
+    assert [row["prompt"][0]["content"] for row in found] == ["x"]

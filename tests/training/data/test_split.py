@@ -3,7 +3,9 @@ import json
 import pytest
 
 from inference.errors import UserError
-from training.data.split import split_rows
+from training.data.one_spelling import one_spelling
+from training.data.rows import RowSets
+from training.data.split import keep_once, split_rows
 
 
 def message(text):
@@ -103,3 +105,93 @@ def test_the_seed_decides():
 def test_impossible_shares(shares):
     with pytest.raises(UserError, match="three shares of 0 or more"):
         split_rows(pairs(3), shares, 0.1, seed=1)
+
+
+SPELLINGS = [
+    "What is tea?",
+    " what  is\ttea? \n",
+    "WHAT IS TEA",
+    "What\u00a0is tea\uff1f",  # a no-break space, a full-width mark
+    "What is te\u200ba?",  # an invisible sign
+    "\ufeffWhat is tea?",
+]
+
+
+def ask(text, *systems):
+    """The question under each system message, and under none."""
+    return [message(text), *([{"role": "system", "content": system}, *message(text)] for system in systems)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_question_is_on_one_side_however_it_is_written_and_whatever_system_message_is_before_it(seed):
+    rows = [
+        {"prompt": prompt, "response": f"answer {i}"}
+        for i in range(30)
+        for text in (f"{i}: {SPELLINGS[0]}", f" {i}:  {SPELLINGS[1 + i % 5].strip()} ")
+        for prompt in ask(text, "Be brief.", "Be kind.")
+    ]
+    sets = split_rows(rows, (1, 0, 0), held_out=0.2, seed=seed)
+    numbers = [{row["response"] for row in side} for side in (sets.sft_train, sets.sft_eval)]
+    assert len(numbers[1]) == 6 and not numbers[0] & numbers[1]
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_one_spelling(text):
+    assert one_spelling(text) == "what is tea"
+
+
+def test_different_questions_stay_apart():
+    different = ["cafe", "caf\u00e9", "2+2", "22", "?", "!?", "re-sign", "resign", "\u00df", "s"]
+    assert len({one_spelling(text) for text in different}) == len(different)
+    assert one_spelling("STRASSE") == one_spelling("stra\u00dfe")
+    assert one_spelling("cafe\u0301") == one_spelling("caf\u00e9")
+
+
+def test_turns_of_a_conversation_stay_together_where_all_open_alike():
+    hello = [*message("Hi"), {"role": "assistant", "content": "Hello!"}]
+    rows = []
+    for i in range(20):
+        second = [*hello, *message(f"q{i}")]
+        rows.append({"prompt": second, "response": f"{i}"})
+        third = [*second, {"role": "assistant", "content": f"{i}"}, *message("and?")]
+        rows.append({"prompt": third, "response": f"{i}"})
+    sets = split_rows(rows, (1, 0, 0), held_out=0.2, seed=1)
+    numbers = [{row["response"] for row in side} for side in (sets.sft_train, sets.sft_eval)]
+    assert [len(each) for each in numbers] == [16, 4] and not numbers[0] & numbers[1]
+
+
+def test_a_kind_of_which_everything_would_be_held_out_keeps_something_to_train_on():
+    for seed in range(20):
+        rows = [*pairs(3), {"prompt": message("q1"), "response": "r"}]
+        sets = split_rows(rows, (1, 1, 1), held_out=0.05, seed=seed)
+        assert "r" in {row["response"] for row in sets.sft_train}
+
+
+def test_questions_are_held_out_and_not_rows():
+    """Thirty of ten rows, ten of one: of forty questions 0.1 is four, and the rows are more or fewer."""
+    rows = [*pairs(30) * 10, *({"prompt": message(f"x{i}"), "chosen": "a", "rejected": "b"} for i in range(10))]
+    sets = split_rows(rows, (0, 1, 0), held_out=0.1, seed=1)
+    assert len(prompts_of(sets.pairs_eval)) == 4
+
+
+def test_a_question_with_most_of_the_rows_is_not_held_out():
+    for seed in range(40):
+        sets = split_rows([*pairs(1) * 100, *pairs(20)], (0, 1, 0), held_out=0.1, seed=seed)
+        assert len(sets.pairs_eval) == 2
+
+
+def test_a_row_is_in_a_set_once():
+    several = [{"prompt": message(f"q{i}"), "chosen": "a", "rejected": f"{j}"} for i in range(20) for j in range(10)]
+    sets = split_rows([*several, {"prompt": message("q1 "), "chosen": "a", "rejected": "0"}], (1, 1, 1), 0.1, seed=3)
+    assert keep_once(sets) > 0
+    for rows in (sets.prompts_train, sets.prompts_eval, sets.sft_train, sets.sft_eval):
+        assert len(rows) == len(prompts_of(rows))  # all chosen answers are alike
+    assert (len(sets.prompts_eval), len(sets.sft_eval), len(sets.pairs_eval)) == (2, 2, 20)
+    assert len(sets.pairs_train) == 10 * len(prompts_of(sets.pairs_train))
+
+
+def test_prompts_differ_by_what_a_reward_function_is_told_in_training_only():
+    told = [{"prompt": message("sort"), "extra": {"answer": i % 2}} for i in range(6)]
+    sets = RowSets(prompts_train=list(told), prompts_eval=list(told))
+    assert keep_once(sets) == 4 + 5
+    assert sets.prompts_train == told[:2] and sets.prompts_eval == told[:1]

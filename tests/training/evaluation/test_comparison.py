@@ -1,10 +1,13 @@
 """Two models on held-out prompts; the expected values come from plain transformers, one row at a time."""
 
+import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from inference.chat_format import ChatFormat
@@ -12,8 +15,13 @@ from inference.errors import UserError
 from tests.tiny_runs import QUESTIONS, messages
 from training.evaluation.answers import Answers, same_tokens
 from training.evaluation.candidates import Request
-from training.evaluation.comparison import Comparison
-from training.evaluation.ranking import accuracy_by_length
+from training.evaluation.comparison import Comparison, win_rate
+from training.evaluation.ranking import accuracy_by_length, reward_accuracy
+from training.evaluation.scoring import RewardModel, reading
+from training.evaluation.statistics import share
+from training.run_directory import RunDirectory
+from training.stage import Stage
+from training.step2_reward.reward import RewardTask
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +89,6 @@ def test_perplexity_of_the_demonstrations_is_that_of_plain_transformers(measured
 
 def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(stage, finished):
     comparison = Comparison(stage)
-    from training.evaluation.scoring import reading
-
     with reading(stage, comparison.model.directory) as reader:
         ours = comparison.answer(reader, comparison.model)
     sums = []
@@ -98,8 +104,6 @@ def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(stage, fini
 
 def test_rewards_are_scaled_scores_at_the_last_token(stage, finished):
     comparison = Comparison(stage)
-    from training.evaluation.scoring import RewardModel, reading
-
     with reading(stage, comparison.model.directory) as reader:
         ours = comparison.answer(reader, comparison.model)
     plain = AutoModelForSequenceClassification.from_pretrained(finished.step(2).model).eval()
@@ -110,6 +114,132 @@ def test_rewards_are_scaled_scores_at_the_last_token(stage, finished):
             hidden = plain.model(ids[None]).last_hidden_state[0, -1]
             expected.append((float(plain.score(hidden)) - 0.5) / 2.0)
     assert RewardModel(stage, finished.step(2).model).scores_of(ours) == pytest.approx(expected, abs=1e-5)
+
+
+def plain_scores(directory, prompts, responses) -> list[float]:
+    """One row at a time by plain transformers, less the shift, over the scale."""
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    found = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
+        found.append((float(model.score(hidden)) - 0.5) / 2.0)
+    return found
+
+
+def test_scores_stand_beside_the_answers_they_are_of(measured, stage, finished):
+    _, rows = measured
+    comparison = Comparison(stage)
+    for candidate in (comparison.model, comparison.against):
+        with reading(stage, candidate.directory) as reader:
+            answers = comparison.answer(reader, candidate)
+        assert [row[candidate.key] for row in rows] == answers.texts
+        prompts, responses = zip(*((s.prompt_ids.tolist(), s.response_ids) for s in answers.samples), strict=True)
+        expected = plain_scores(finished.step(2).model, prompts, responses)
+        assert [row[f"{candidate.key}_score"] for row in rows] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_against_its_copy_is_a_tie_everywhere(stage, finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.step(3).model, copy)
+    result = Comparison(stage, Request("rlhf", str(copy))).run(tmp_path / "r.json", tmp_path / "a.jsonl")
+    assert result["win_rate"]["rate"] == 0.5 and result["rlhf"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert result["win_rate"]["low"] < 0.5 < result["win_rate"]["high"]
+
+
+def test_the_same_answer_has_the_same_score_whatever_it_shares_a_batch_with(stage, finished):
+    model = RewardModel(stage, finished.step(2).model)
+    chat_format = model.chat_format
+    rows = [
+        (torch.tensor(chat_format.prompt_ids(messages(text))), torch.tensor(chat_format.response_ids(f"Well, {text}")))
+        for text in QUESTIONS
+    ]
+    scores = model.scores([*rows, *rows[::-1]])
+    assert scores[:6] == scores[6:][::-1] and len(set(scores)) == 6
+    assert model.scores([]) == []
+
+
+def test_a_judge_that_gives_no_number_is_refused(stage, finished, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(finished.step(2).model, broken)
+    weights = load_file(broken / "model.safetensors")
+    save_file({**weights, "score.weight": weights["score.weight"] * math.nan}, broken / "model.safetensors")
+    with pytest.raises(UserError, match="no finite numbers"):
+        Comparison(stage, Request(judge=str(broken))).run(tmp_path / "r.json", tmp_path / "a.jsonl")
+
+
+def with_rows(stage: Stage, kind: str, rows: list[dict], directory) -> Stage:
+    """The run with other held-out rows of a kind."""
+    run = RunDirectory(directory / "run")
+    shutil.copytree(stage.run.path, run.path, symlinks=True)
+    (run.data / f"{kind}_eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return dataclasses.replace(stage, run=run)
+
+
+def test_each_prompt_is_drawn_once(stage, tmp_path):
+    rows = [{"prompt": messages(text)} for text in (*["Hello?"] * 5, "Why not?", "Hello?", "Any plans?")]
+    comparison = Comparison(with_rows(stage, "prompts", rows, tmp_path), Request(prompts=3))
+    assert [row["prompt"][0]["content"] for row in comparison.held_out] == ["Hello?", "Why not?", "Any plans?"]
+
+
+def test_prompts_of_one_conversation_are_counted_as_alike():
+    """Three prompts that open alike (but for case and space), all won, and one other, lost."""
+    first = [{"prompt": messages(text)} for text in ("Hello?", " hello? ", "HELLO?")]
+    rows = [*first, {"prompt": messages("Why not?")}]
+    found = win_rate(([0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]), rows, range(4))
+    assert (found["prompts"], found["questions"], found["rate"]) == (4, 2, 0.75)
+    assert (found["low"], found["high"]) == pytest.approx(share(0.75, 1, 16 / 10)[1:])  # worth 1.6 prompts
+
+
+def make_pairs() -> list[dict]:
+    rows = [
+        {"prompt": messages(text), "chosen": f"Good day, {text}", "rejected": "No, I " * (i + 1)}
+        for i, text in enumerate(QUESTIONS)
+    ]
+    long = "one two three four five six seven eight nine ten eleven twelve"
+    rows[2] |= {"chosen": f"{long} yes", "rejected": f"{long} no"}  # the same in 12 tokens
+    rows[4] |= {"held_out_question": True}
+    rows[5] |= {"held_out_question": False}
+    return rows
+
+
+def test_accuracy_is_the_share_of_pairs_whose_chosen_answer_scores_higher(stage, finished):
+    """Against plain transformers; pairs that are the same after the cut are left out, and it is said."""
+    said, rows = [], make_pairs()
+    stage.display.say = said.append
+    found = reward_accuracy(RewardModel(stage, finished.step(2).model), rows, stage.config.data)
+    chat_format = ChatFormat.load(finished.step(2).model)
+    kept = [row for i, row in enumerate(rows) if i != 2]
+    prompts = [chat_format.prompt_ids(row["prompt"], 48) for row in kept]
+    scores = {
+        side: plain_scores(finished.step(2).model, prompts, [chat_format.response_ids(row[side], 12) for row in kept])
+        for side in ("chosen", "rejected")
+    }
+    right = [a > b for a, b in zip(scores["chosen"], scores["rejected"], strict=True)]
+    assert 0 < sum(right) < 5 and 2 * sum(right) != 5  # turned round it would be another
+    assert found["all"]["pairs"] == found["all"]["questions"] == 5
+    assert found["all"]["rate"] == pytest.approx(sum(right) / 5)
+    assert (found["unseen_questions"]["pairs"], found["unseen_questions"]["rate"]) == (1, float(right[3]))
+    assert "1 of 6 pairs are left out" in said[0]
+
+
+def test_the_evaluation_ranks_as_step_2_does(stage, finished):
+    """The accuracies of evaluation.json and of step 2's result.json have one definition."""
+    model, rows = RewardModel(stage, finished.step(2).model), make_pairs()
+    found = reward_accuracy(model, rows, stage.config.data)
+    pairs = stage.token_pairs(rows, model.chat_format)
+    step_2 = RewardTask(stage, model.scorer, [], pairs).evaluate()
+    names = {"all": "eval/accuracy", "unseen_questions": "eval/accuracy_unseen_questions"}
+    names |= {name: f"eval/accuracy_{name}" for name in found if name.startswith("up_to_")}
+    assert {names[name]: each["rate"] for name, each in found.items()} == pytest.approx(
+        {name: value for name, value in step_2.items() if name.startswith("eval/accuracy")}
+    )
+    assert step_2["eval/margin"] == pytest.approx(step_2["eval/chosen"] - step_2["eval/rejected"], abs=1e-6)
+
+
+def test_pairs_that_are_all_the_same_have_no_accuracy(stage, finished):
+    rows = [row | {"rejected": row["chosen"]} for row in make_pairs()]
+    assert reward_accuracy(RewardModel(stage, finished.step(2).model), rows, stage.config.data) == {}
 
 
 def test_a_model_against_the_base_model_by_another_judge(stage, finished, tmp_path):
@@ -132,7 +262,7 @@ def test_a_run_or_a_directory_can_be_measured(stage, finished, tmp_path):
     [
         (Request(model="sft", against="sft"), "the same model"),
         (Request(judge="true"), "no true score"),
-        (Request(judge="BASE"), "is no reward model"),
+        (Request(judge="BASE"), "is no trained reward model"),
         (Request(model="REWARD"), "is a reward model"),
     ],
 )

@@ -1,5 +1,6 @@
 """The one door to training: what is refused there, and that the stage scripts go through it on all ranks."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
@@ -14,6 +16,8 @@ from training.config_files import load_config
 from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory
 from training.stage import RefusedOnFirst, prepare_on_first
+
+WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.model=0")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,31 @@ def test_settings_are_checked_against_the_processes_that_were_started(tmp_path):
     with pytest.raises(UserError, match=sentence):
         prepare(config, RunDirectory(tmp_path), 2, print)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["trained_reward_model=TINY"], "TINY is no trained reward model: its weights hold no score head"),
+        (["trained_reward_model=TINY", *WITHOUT_MODEL], "TINY is no trained reward model"),  # where the critic starts
+        (["reward.layers=3"], r"reward\.layers=3: the model has 2 layers"),
+        (
+            ["sft_model=LACKING"],
+            r"weights in LACKING are not those .* missing \(model\.decoder\.final_layer",
+        ),
+        (["reward_model=LACKING"], "weights in LACKING are not those"),
+    ],
+)
+def test_models_that_cannot_train_are_refused_before_anything_is_made(tiny, tmp_path, settings, expected):
+    lacking = shutil.copytree(tiny, tmp_path / "lacking")
+    weights = load_file(lacking / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "final_layer_norm.bias" not in name}
+    save_file(kept, lacking / "model.safetensors", {"format": "pt"})
+    given = [text.replace("TINY", str(tiny)).replace("LACKING", str(lacking)) for text in ("model=TINY", *settings)]
+    expected = expected.replace("TINY", str(tiny)).replace("LACKING", str(lacking))
+    with pytest.raises(UserError, match=expected):
+        prepare(load_config([], given), RunDirectory(tmp_path / "run"), 1, print)
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_rank_ends_with_what_the_first_one_refuses(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.rlhf_settings import KLSettings, RLHFSettings
-from training.step3_rlhf.experience import Experience, Targets, distinct_bigrams, score_metrics, total_score
+from training.step3_rlhf.experience import Experience, Targets, score_metrics, total_score
 
 
 def make(index: int, logprobs: list[float], reference: list[float], score: float, ended: bool = True) -> Experience:
@@ -118,13 +118,6 @@ def test_without_a_critic_nothing_is_said_of_values_and_groups_are_measured():
     metrics = Targets.of(experience, settings, 0.0).metrics(experience, 0.0)
     assert not [name for name in metrics if name.startswith(("value/", "returns/"))]
     assert metrics["reward/groups_alike"] == 0.5 and metrics["reward/group_std"] == 0.5  # deviations 0 and 1
-
-
-def test_distinct_bigrams_are_counted_within_a_response():
-    once, looping = torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 5, 6, 5])
-    assert distinct_bigrams([once]) == 1.0
-    assert distinct_bigrams([looping]) == 0.5  # 56 65 56 65
-    assert distinct_bigrams([once, once, looping, torch.tensor([7])]) == pytest.approx(2.5 / 3)
 
 
 def test_the_correlation_of_score_and_length():

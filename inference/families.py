@@ -1,0 +1,108 @@
+"""Families of causal language models: which of them run here, and where their configurations keep the sizes.
+
+A configuration may hold those of several models (text, images); what is said of text stands in one inside it.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from inference.errors import UserError
+
+KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers that keep nothing of a text but its keys and values."""
+_ENCODERS = (
+    "bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "electra", "ernie", "megatron-bert",
+    "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+_DECODERS_OF_ENCODERS = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+    "prophetnet", "trocr", "whisper",
+)  # fmt: skip
+_REASONS = {
+    **dict.fromkeys(_ENCODERS, "read a text in both directions"),
+    **dict.fromkeys(_DECODERS_OF_ENCODERS, "are the half of an encoder-decoder that cannot do without the other half"),
+    "blt": "read bytes in patches instead of tokens",
+    "git": "write about an image and not about a text alone",
+}
+"""Why families cannot be used that transformers calls causal language models, and that keep keys and values."""
+
+
+def text_config(config: PreTrainedConfig) -> Any:
+    """The part of a configuration that describes the language model; often the whole."""
+    return config.get_text_config(decoder=True)
+
+
+def layer_values(config: PreTrainedConfig, *names: str) -> list[Any]:
+    """The first of these settings that a configuration has, for each layer; nothing where it has none of them."""
+    text = text_config(config)
+    for name in names:
+        try:
+            value = getattr(text, name, None)
+            values = value if isinstance(value, list | tuple) else [value]
+        except RuntimeError:  # layers differ, and transformers gives no value for all of them
+            values = [getattr(layer, name, None) for layer in text.per_layer_config]
+        if values and all(value is not None for value in values):
+            return list(values)
+    return []
+
+
+def longest_text(config: PreTrainedConfig) -> int:
+    """Tokens that a model of this configuration can read; 0 where there is no bound, or none is known."""
+    text = text_config(config)
+    has = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None) or 0
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # their factor is not in the number of positions yet
+        has = max(has, int((rope.get("original_max_position_embeddings") or has) * rope.get("factor", 1)))
+    if "chunked_attention" in layer_kinds(text):  # beyond its chunk a token sees less than we show it
+        has = min(has or text.attention_chunk_size, text.attention_chunk_size)
+    return has
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """What each layer is, where the family says it: `full_attention`, `linear_attention`, `conv` and so on."""
+    return list(getattr(text_config(config), "layer_types", None) or ())
+
+
+def require_supported_family(config: PreTrainedConfig) -> None:
+    """Raise UserError for a family that cannot be trained and generated here; its configuration says enough."""
+    reason = _REASONS.get(config.model_type)
+    if reason is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = "are no causal language models of transformers"
+    if reason is None:
+        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        states = sorted(set(layer_kinds(config)) - set(KEYS_AND_VALUES))
+        if states or family._is_stateful:
+            reason = f"keep more of a text than keys and values ({', '.join(states) or 'a state'})"
+        elif "past_key_values" not in inspect.signature(family.forward).parameters:
+            reason = "keep no keys and values of a text, or in a way of their own"
+        elif family.config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            reason = "are saved as a part that transformers does not open again"
+    if reason:
+        raise UserError(
+            f"Models of type '{config.model_type}' {reason}, so they can neither be trained nor answer here: choose a "
+            f"decoder with attention in every layer, for example of the Llama, Qwen 3, Mistral, Gemma or OPT family."
+        )
+
+
+def meta_model(config: PreTrainedConfig, loader: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The model of a configuration without memory. Raises UserError where transformers can make none of it."""
+    try:
+        with torch.device("meta"):
+            return loader.from_config(config)
+    except Exception as error:  # transformers raises many kinds here, all of them about the values
+        raise no_model(error) from error
+
+
+def no_model(error: Exception) -> UserError:
+    """The sentence for what transformers raised while it read configuration values."""
+    reason = (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
+    return UserError(f"These configuration values make no causal language model ({reason}).")
+
+
+def backbone_of(model: Any) -> Any:
+    """The model under its head; some families say another name of it than it has (Llama 4)."""
+    named = getattr(model, model.base_model_prefix, None)
+    return named if named is not None else model.get_decoder()

@@ -1,0 +1,284 @@
+"""Step 2 on the tiny model against a second implementation: plain transformers and torch, one answer at a time."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from inference.chat_format import ChatFormat
+from inference.tiny_model import build_tiny_model
+from tests.supervised_steps import (
+    BATCH,
+    LONGEST,
+    make_run,
+    metrics_of,
+    on_two_ranks,
+    prompt,
+    require_same_weights,
+    result_of,
+    settings_of,
+    stage_of,
+    text,
+    train_by_hand,
+    with_idle_micro_batch,
+)
+from training.models.loading import load_scorer, save_model
+from training.models.scorer import Scorer
+from training.role_settings import LoRASettings
+from training.run_directory import RunDirectory
+from training.step2_reward import reward
+from training.step2_reward.reward import RewardTask, length_bucket
+
+SIDES = ("chosen", "rejected")
+CASES = {
+    "plain": [],
+    "small micro-batches": ["reward.micro_batch_tokens=8"],
+    "not normalized": ["reward.normalize=false"],
+    "lora": ["reward.optimizer.lora.rank=4", "reward.optimizer.learning_rate=1e-2"],
+    "dropout": ["reward.dropout=0.3"],
+}
+
+
+def make_rows(count: int, seed: int) -> list[dict]:
+    draw = random.Random(seed)
+    return [{"prompt": prompt(draw), "chosen": text(draw, 6), "rejected": text(draw, 6)} for _ in range(count)]
+
+
+SAME = " ".join(["story"] * 30)
+TRAIN, HELD_OUT = make_rows(9, 1), make_rows(7, 2)
+CUT_ALIKE = {"prompt": HELD_OUT[0]["prompt"], "chosen": f"{SAME} good", "rejected": f"{SAME} bad"}
+for place in (1, 4, 5):
+    HELD_OUT[place]["held_out_question"] = True
+HELD_OUT[2]["held_out_question"] = False
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A scorer with a head that is known, and the shift and scale of an earlier training."""
+    directory = tmp_path_factory.mktemp("reward")
+    build_tiny_model(directory / "tiny")
+    chat_format = ChatFormat.load(directory / "tiny")
+    torch.manual_seed(5)
+    model = load_scorer(directory / "tiny", chat_format, torch.float32)
+    old = {"score_shift": 7.0, "score_scale": 3.0}
+    save_model(directory / "base", model, chat_format, {}, LoRASettings(), torch.float32, old)
+    return directory / "base"
+
+
+def settings(base: Path) -> list[str]:
+    return [f"model={base.parent / 'tiny'}", f"reward_model={base}", *settings_of("reward")]
+
+
+@pytest.fixture(scope="module")
+def runs(base, one_rank) -> dict[str, RunDirectory]:
+    """A finished step 2 of each case."""
+    found = {}
+    for name, extra in CASES.items():
+        run = make_run(base.parent / name.replace(" ", "_"), "pairs", [*TRAIN, CUT_ALIKE], [CUT_ALIKE, *HELD_OUT])
+        reward.train(stage_of(run, 2, [*settings(base), *extra], one_rank))
+        found[name] = run
+    return found
+
+
+def scores_by_hand(model, row: dict, chat_format: ChatFormat) -> list[torch.Tensor]:
+    """Of the chosen and of the rejected answer, at its last token."""
+    start = chat_format.prompt_ids(row["prompt"], 24)
+    answers = [chat_format.response_ids(row[side], LONGEST) for side in SIDES]
+    return [model(torch.tensor([start + answer])).logits[0, 0] for answer in answers]
+
+
+def loss_of_margins(margins: list[torch.Tensor]) -> torch.Tensor:
+    """log(1 + e^-margin), which is -log sigmoid(margin), a mean over pairs."""
+    return torch.stack([(1 + (-margin).exp()).log() for margin in margins]).mean()
+
+
+@torch.no_grad()
+def measure_by_hand(model, rows: list[dict], chat_format: ChatFormat) -> dict[str, float]:
+    scores = [[float(score) for score in scores_by_hand(model, row, chat_format)] for row in rows]
+    margins = [chosen - rejected for chosen, rejected in scores]
+    found = {
+        "eval/loss": float(loss_of_margins([torch.tensor(margin) for margin in margins])),
+        "eval/margin": sum(margins) / len(rows),
+        "eval/chosen": sum(chosen for chosen, _ in scores) / len(rows),
+        "eval/rejected": sum(rejected for _, rejected in scores) / len(rows),
+        "eval/accuracy": sum(margin > 0 for margin in margins) / len(rows),
+    }
+    groups: dict[str, list[bool]] = {}
+    for row, margin in zip(rows, margins, strict=True):
+        longer = max(len(chat_format.response_ids(row[side], LONGEST)) for side in SIDES)
+        groups.setdefault(f"up_to_{8 if longer <= 8 else 16}_tokens", []).append(margin > 0)
+        if row.get("held_out_question"):
+            groups.setdefault("unseen_questions", []).append(margin > 0)
+    assert len(groups) == 3
+    return found | {f"eval/accuracy_{name}": sum(right) / len(right) for name, right in groups.items()}
+
+
+@pytest.fixture(scope="module")
+def by_hand(base):
+    """Optimiser steps, evaluations and the trained model."""
+    chat_format = ChatFormat.load(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base).eval()
+    accuracies, margins_of_steps = [], []
+
+    def loss_of(batch: list[int]) -> torch.Tensor:
+        scores = [scores_by_hand(model, TRAIN[row], chat_format) for row in batch]
+        margins = [chosen - rejected for chosen, rejected in scores]
+        accuracies.append(sum(float(margin) > 0 for margin in margins) / BATCH)
+        margins_of_steps.append(sum(float(margin) for margin in margins) / BATCH)
+        return loss_of_margins(margins)
+
+    steps, evaluations = train_by_hand(
+        model, len(TRAIN), loss_of, lambda: measure_by_hand(model, HELD_OUT, chat_format)
+    )
+    for step, accuracy, margin in zip(steps, accuracies, margins_of_steps, strict=True):
+        step |= {"accuracy": accuracy, "margin": margin}
+    return steps, evaluations, model
+
+
+def test_training_is_that_of_a_second_implementation(runs, by_hand):
+    steps, evaluations, model = by_hand
+    found, evaluated = metrics_of(runs["plain"], 2)
+    assert len(found) == len(steps) == 4 and len(evaluated) == len(evaluations) == 3
+    for ours, theirs in zip([*found, *evaluated], [*steps, *evaluations], strict=True):
+        assert ours == pytest.approx(theirs | {"number": ours["number"]}, rel=1e-4, abs=1e-5)
+    require_same_weights(AutoModelForSequenceClassification.from_pretrained(runs["plain"].step(2).model), model)
+
+
+def test_the_second_implementation_tells_the_sides_apart(by_hand):
+    """What is turned round, or of another set of pairs, must be another number."""
+    steps, evaluations, _ = by_hand
+    last = evaluations[-1]
+    assert last["eval/accuracy"] not in (0.5, last["eval/accuracy_unseen_questions"])
+    unseen, seven = last["eval/accuracy_unseen_questions"] * 3, last["eval/accuracy"] * 7
+    assert unseen / 3 != pytest.approx((seven - unseen) / 4)  # those of the other questions
+    assert abs(last["eval/margin"]) > 0.01 and steps[-1]["loss"] != pytest.approx(steps[0]["loss"], rel=1e-3)
+
+
+@torch.no_grad()
+def scale_by_hand(model, rows: list[dict], chat_format: ChatFormat) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of chosen and rejected answers together."""
+    scores = [float(score) for row in rows for score in scores_by_hand(model, row, chat_format)]
+    mean = sum(scores) / len(scores)
+    return mean, math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
+
+
+def config_of(directory: Path) -> dict:
+    return json.loads((directory / "config.json").read_text())
+
+
+def test_shift_and_scale_are_mean_and_deviation_of_all_held_out_answers(runs, by_hand, base):
+    chat_format = ChatFormat.load(base)
+    shift, scale = scale_by_hand(by_hand[2], HELD_OUT, chat_format)
+    result, config = result_of(runs["plain"], 2), config_of(runs["plain"].step(2).model)
+    for found in (result, config):
+        assert (found["score_shift"], found["score_scale"]) == pytest.approx((shift, scale), rel=1e-4)
+    chosen = metrics_of(runs["plain"], 2)[1][-1]["eval/chosen"]
+    assert abs(shift - chosen) > 1e-3 and abs(scale - scale**2) > 1e-2  # what else it might be is another number
+
+
+def test_scaled_scores_of_human_answers_have_mean_0_and_deviation_1(runs, base):
+    """As step 3 reads the saved model."""
+    chat_format, directory = ChatFormat.load(base), runs["plain"].step(2).model
+    scorer = Scorer(load_scorer(directory, chat_format, torch.float32)).eval()
+    raw = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    scores = [
+        (float(score) - scorer.shift) / scorer.scale
+        for row in HELD_OUT
+        for score in scores_by_hand(raw, row, chat_format)
+    ]
+    assert sum(scores) / 14 == pytest.approx(0, abs=1e-4)
+    assert sum(score**2 for score in scores) / 14 == pytest.approx(1, abs=1e-4)
+
+
+def test_without_normalizing_the_scores_stay_raw_whatever_the_model_began_with(runs, base):
+    assert config_of(base)["score_shift"] == 7.0
+    result, config = result_of(runs["not normalized"], 2), config_of(runs["not normalized"].step(2).model)
+    for found in (result, config):
+        assert (found["score_shift"], found["score_scale"]) == (0.0, 1.0)
+    assert metrics_of(runs["not normalized"], 2) == metrics_of(runs["plain"], 2)
+
+
+def test_training_does_not_depend_on_micro_batches(runs):
+    for ours, theirs in zip(*(metrics_of(runs[name], 2) for name in ("plain", "small micro-batches")), strict=True):
+        for line, other in zip(ours, theirs, strict=True):
+            assert other == pytest.approx(line, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_saved_model_is_the_one_that_was_evaluated_last(runs, base, name):
+    """So adapters and head are merged once, dropout is off where it is evaluated, and the last weights are kept."""
+    run = runs[name]
+    model = AutoModelForSequenceClassification.from_pretrained(run.step(2).model).eval()
+    expected, result = measure_by_hand(model, HELD_OUT, ChatFormat.load(base)), result_of(run, 2)
+    assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert expected["eval/loss"] != pytest.approx(metrics_of(run, 2)[1][0]["eval/loss"], rel=1e-3)
+
+
+def test_pairs_that_are_the_same_after_the_cut_are_left_out(runs):
+    """One in each set; the expected values above were without them."""
+    assert result_of(runs["plain"], 2)["rows"] == len(TRAIN) and result_of(runs["plain"], 2)["held_out"] == 7
+
+
+def test_dropout_changes_what_is_trained(runs):
+    losses = [[line["loss"] for line in metrics_of(runs[name], 2)[0]] for name in ("plain", "dropout")]
+    assert abs(losses[0][0] - losses[1][0]) > 1e-3
+
+
+@pytest.fixture
+def task(runs, base, one_rank) -> RewardTask:
+    """Its engine is the model alone: measuring takes no more."""
+    stage = stage_of(
+        runs["plain"], 2, [*settings(base), "reward.micro_batch_tokens=40", "reward.eval_rows=5"], one_rank
+    )
+    chat_format = ChatFormat.load(base)
+    scorer = Scorer(load_scorer(base, chat_format, torch.float32)).eval()
+    scorer.shift, scorer.scale = 0.0, 1.0
+    return RewardTask(stage, scorer, stage.token_pairs(TRAIN, chat_format), stage.token_pairs(HELD_OUT, chat_format))
+
+
+@pytest.mark.parametrize("measure", [RewardTask.evaluate, RewardTask.score_scale])
+def test_an_idle_micro_batch_does_not_count(task, monkeypatch, measure):
+    expected = measure(task)
+    monkeypatch.setattr(reward, "plan_micro_batches", with_idle_micro_batch(reward.plan_micro_batches))
+    assert measure(task) == expected
+
+
+@pytest.mark.parametrize("measure", [RewardTask.evaluate, RewardTask.score_scale])
+def test_two_ranks_measure_the_mean_over_all_pairs(task, measure):
+    """Not the mean of their means."""
+    assert on_two_ranks(task, lambda: measure(task)) == pytest.approx(measure(task), rel=1e-5, abs=1e-6)
+
+
+def test_without_held_out_pairs_the_scale_is_that_of_the_first_training_pairs(task, base):
+    task.held_out = []
+    model = AutoModelForSequenceClassification.from_pretrained(base).eval()
+    found = task.score_scale()
+    expected = scale_by_hand(model, TRAIN[:5], ChatFormat.load(base))  # reward.eval_rows
+    assert (found["score_shift"], found["score_scale"]) == pytest.approx(expected, rel=1e-4)
+    assert task.evaluate() == {}
+
+
+def test_equal_scores_leave_a_scale_to_divide_by(task):
+    torch.nn.init.zeros_(task.engine.score_head.weight)
+    assert task.score_scale() == {"score_shift": 0.0, "score_scale": 1e-6}
+    assert task.evaluate()["eval/accuracy"] == 0.0  # a tie is not ranked right
+
+
+def test_gradients_are_those_of_plain_torch(task, base):
+    """Of the sum over pairs, before any optimiser."""
+    chat_format, model = ChatFormat.load(base), AutoModelForSequenceClassification.from_pretrained(base).eval()
+    scores = [scores_by_hand(model, TRAIN[row], chat_format) for row in (2, 5)]
+    (2 * loss_of_margins([chosen - rejected for chosen, rejected in scores])).backward()
+    loss, _ = task.loss([2, 5])
+    loss.backward()
+    theirs = dict(model.named_parameters())
+    for name, parameter in task.engine.model.named_parameters():
+        assert torch.allclose(parameter.grad, theirs[name].grad, atol=1e-6), name
+
+
+def test_buckets_hold_answers_up_to_their_size():
+    assert [length_bucket(tokens) for tokens in (1, 8, 9, 16, 256, 257, 5000)] == [8, 8, 16, 16, 256, 256, 256]
