@@ -163,7 +163,7 @@ def by_hand(models, experience, name: str) -> dict[str, torch.Tensor]:
                 prompt, response = DEMONSTRATIONS[row]
                 prompt = torch.tensor(chat_format.prompt_ids([{"role": "user", "content": prompt}]))
                 response = torch.tensor(chat_format.response_ids(response))
-                likelihood = likelihood + logprobs_by_hand(actor, prompt, response).sum()
+                likelihood = likelihood + logprobs_by_hand(actor, prompt, response, temperature=1.0).sum()
                 tokens += len(response)
             loss = loss - PTX * likelihood / tokens
         optimizer.zero_grad()

@@ -34,7 +34,7 @@ WARM = {
 }
 FREE = {
     **BASE,
-    "iterations": 7,
+    "iterations": 4,
     "ema": 0.5,
     "kl": {"stop": 1e6},
     "actor": {"learning_rate": 1e-2, "warmup": 0, "schedule": "constant"},
@@ -178,7 +178,7 @@ def run_together(ranks, directory):
     found = {}
     free = run_step(ranks, directory / "free", models, FREE)
     _, bound = bound_of(ranks.gather(getattr(free, "metrics", None))[0])
-    for zero, lora in ((0, 0), (1, 0), (3, 0), (3, 4)):  # stage 2 keeps weights as 1 does
+    for zero, lora in ((1, 0), (3, 0), (3, 4)):  # stage 2 keeps weights as 1 does
         actor = {**FREE["actor"], "zero_stage": zero, "lora": {"rank": lora}}
         place = directory / f"bound{zero}{lora}"
         seen = run_step(ranks, place, models, {**bound, "actor": actor, **({"kl": LOW} if lora else {})})
@@ -291,7 +291,7 @@ def test_the_average_goes_back_with_the_weights(alone):
     assert alone["bound"]["ema_model"] != alone["bound"]["model"]
 
 
-@pytest.mark.parametrize("case", ["0 0", "1 0", "3 0", "3 4"])
+@pytest.mark.parametrize("case", ["1 0", "3 0", "3 4"])
 def test_two_ranks_go_back_at_every_zero_stage(together, case):
     found = together[case]
     stopped = len(found["metrics"])
