@@ -48,6 +48,11 @@ class RunDirectory:
         return self.path / "data"
 
     @property
+    def inputs_file(self) -> Path:
+        """What the run was prepared from, as it was then."""
+        return self.path / "inputs.json"
+
+    @property
     def evaluation_file(self) -> Path:
         return self.path / "evaluation.json"
 

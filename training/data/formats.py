@@ -29,7 +29,7 @@ from training.data.messages import (
 )
 from training.data.plain import plain
 from training.data.rows import PairRow, PromptRow, Row, SFTRow
-from training.data.shapes import ANSWERS, LABELS, in_trls_columns
+from training.data.shapes import ANSWERS, LABELS, TEXTS, in_trls_columns
 
 KNOWN_KEYS = (
     "prompt + chosen + rejected, messages, prompt + response, or prompt; or ShareGPT's conversations, or Alpaca's "
@@ -77,9 +77,19 @@ def trl_row(value: Any) -> dict[str, Any]:
         value = {"messages": value}
     if not isinstance(value, dict):
         raise BadRow("the line is not a JSON object")
-    labels = {name: None for name in LABELS if name in value and plain(value[name]) is None}
+    for key, cell in value.items():
+        if isinstance(cell, bytes) and key in TEXTS:
+            require_utf8(cell, key)
+    labels = {name: None for name in value if str(name).strip().lower() in LABELS and plain(value[name]) is None}
     row = in_trls_columns({**plain(value), **labels})
     return row if any(name in row for name in ANSWERS) else {k: v for k, v in row.items() if v is not None}
+
+
+def require_utf8(cell: bytes, key: str) -> None:
+    try:
+        cell.decode()
+    except UnicodeDecodeError:
+        raise BadRow(f"'{key}' is not UTF-8 text") from None
 
 
 def parse_trl_row(row: dict[str, Any]) -> list[Row]:

@@ -81,7 +81,7 @@ def rows_of(value: Any, file: Path) -> list[Any]:
         if isinstance(value, list):
             return [value] if looks_like_messages(value) else value
         raise UserError(f"{file} must hold a list of objects, one for each row.")
-    lists = [name for name, rows in value.items() if is_list_of_rows(rows)]
+    lists = [name for name, rows in value.items() if is_list_of_rows(rows) and (len(value) == 1 or not is_known(value))]
     if len(lists) > 1:
         raise UserError(f"{file} has several lists of rows ({', '.join(lists[:5])}): save one in a file of its own.")
     if lists:

@@ -46,7 +46,7 @@ def in_trls_columns(row: dict[str, Any]) -> dict[str, Any]:
     for key in TEXTS:
         if key in row:
             row[key] = deserialised(row[key], key)
-    if isinstance(row.get("text"), list):
+    if isinstance(row.get("text"), list) and "prompt" not in row:
         row.setdefault("messages", row.pop("text"))
     if "prompt" not in row and ("chosen" in row or "rejected" in row):
         prompt_from_messages(row)

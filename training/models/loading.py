@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.families import require_supported_family, text_config
+from inference.template_check import same_rendering
 from inference.untrusted import refuse_code
 from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
@@ -249,6 +250,20 @@ def require_same_tokens(actor: ChatFormat, scorer: ChatFormat, actor_name: str, 
         )
 
 
+def require_same_format(actor: ChatFormat, scorer: ChatFormat, actor_name: str, scorer_name: str) -> None:
+    """A finished reward model knows the texts that its own template writes, and reads those of the actor's in step 3.
+
+    Raises UserError where they are not the same.
+    """
+    require_same_tokens(actor, scorer, actor_name, scorer_name)
+    if not same_rendering(actor, scorer):
+        raise UserError(
+            f"The reward model {scorer_name} has another chat template than the actor {actor_name}, and would score "
+            f"texts that it was not trained to read: train one from this data with rlhf-chat reward, or, if it was "
+            f"trained with the actor's template, put that into its directory (chat_template.jinja)."
+        )
+
+
 def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
     """Put adapters into `model` (in place) and freeze the rest; a score head stays trainable. Returns the PeftModel."""
     from peft import LoraConfig, TaskType, get_peft_model
@@ -322,7 +337,7 @@ def save_model(
     if model.can_generate():
         model.generation_config = GenerationConfig(
             bos_token_id=chat_format.tokenizer.bos_token_id,
-            eos_token_id=chat_format.end_of_turn_id,
+            eos_token_id=list(chat_format.end_ids) if len(chat_format.end_ids) > 1 else chat_format.end_of_turn_id,
             pad_token_id=chat_format.pad_id,
         )
     cast(Any, model).to(dtype).save_pretrained(directory)

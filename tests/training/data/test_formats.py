@@ -180,6 +180,8 @@ def test_an_answer_that_is_labelled_as_bad_is_no_demonstration(label):
 def test_a_label_that_says_neither_is_a_bad_row(label, shown):
     with pytest.raises(BadRow, match="which says neither good nor bad") as error:
         parse_row({"prompt": "q", "response": "r", "label": label})
+    with pytest.raises(BadRow, match="which says neither good nor bad"):
+        parse_row({"Prompt": "q", "Response": "r", " Label": label})
     assert f"the label is {shown}, " in str(error.value) and not isinstance(error.value, LeftOut)
 
 

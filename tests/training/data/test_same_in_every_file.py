@@ -178,7 +178,7 @@ def test_json_with_several_lists_is_refused(tmp_path):
 
 
 def test_json_with_one_conversation_is_one_row(tmp_path):
-    for value in ({"messages": MESSAGES}, MESSAGES):
+    for value in ({"messages": MESSAGES}, {"messages": MESSAGES, "notes": [{"by": "me"}]}, MESSAGES):
         (tmp_path / "a.json").write_text(json.dumps(value, indent=1))
         assert read(tmp_path / "a.json").rows == EXPECTED[1:2]
 
