@@ -84,7 +84,7 @@ def update_with_options(ranks, directory):
     from training import rewards
     from training.step3_rlhf.experience import Targets
 
-    rewards.Rewards.__init__ = lambda self, settings, ranks: None  # the experience is scored already
+    rewards.Rewards.__init__ = lambda self, *_: None  # the experience is scored already
     models = make_models(ranks, directory)
     experience = make_experience(models[0])
     weights, metrics = {}, {}
