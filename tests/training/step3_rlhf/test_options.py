@@ -211,7 +211,7 @@ def test_four_epochs_end_where_the_policy_has_left_the_old_one(outcome):
     kls = [each["kl/old_k3"] for each in bound["mini_batches"]]
     assert 1 < len(kls) < 8 and max(kls[:-1]) <= 1e-3 < kls[-1]
     assert bound["metrics"]["kl/old_k3_max"] == kls[-1]
-    assert bound["metrics"]["policy/ratio_max"] < 2 < free["metrics"]["policy/ratio_max"]
+    assert bound["metrics"]["policy/ratio_max"] < free["metrics"]["policy/ratio_max"]
 
 
 def test_a_frozen_role_scores_alike_wherever_its_weights_lie(outcome):
