@@ -60,7 +60,9 @@ class ChatFormat:
         self._special = re.compile("|".join(map(re.escape, [*special, STAND_IN[0]])))
         self._framing = self._special_ids & set(used)  # what the template may write around an answer
         self._shown_gap = self._decode(self._encode(self.template.gap))
-        self.notes += differences(self)
+        self.differences = list(differences(self))
+        """How trained rows differ from the template's own finished dialogues, in sentences; thoughts do not count."""
+        self.notes += self.differences
 
     @classmethod
     def load(cls, directory: str | Path, day: date | None = TRAINING_DATE) -> "ChatFormat":

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from inference.chat_format import ChatFormat, Message
 from inference.chat_target import refuse_reward_model
 from inference.errors import UserError
+from inference.families import longest_text
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.text_pieces import TextPieces
@@ -49,7 +50,7 @@ class ChatModel:
     @property
     def context_length(self) -> int:
         """Most tokens that prompt and answer may have together; 0 means no limit is known."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0
+        return longest_text(self.model.config)
 
     @property
     def description(self) -> str:

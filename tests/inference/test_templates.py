@@ -4,37 +4,17 @@ import json
 from datetime import datetime
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from inference.chat_format import ChatFormat
 from inference.chat_template import TRAINING_DATE
 from inference.errors import UserError
 from inference.text_pieces import TextPieces
-from tests.inference.templates import CHATML, CHATML_PROMPT, CHATML_TURN, FAMILIES, Family
+from tests.inference.templates import CHATML, CHATML_PROMPT, CHATML_TURN, FAMILIES, Family, bytes_tokenizer
 
 THOUGHT = "<think>\nhmm\n</think>\n\n"
 THINKING = ("qwen-3", "deepseek-r1", "open thought")
-
-
-def bytes_tokenizer(family: Family, **more) -> PreTrainedTokenizerFast:
-    """256 letters and the special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in family.special])
-    if family.begin:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{family.begin} $A", special_tokens=[(family.begin, tokenizer.token_to_id(family.begin))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=family.special[0],
-        bos_token=family.begin or None,
-        chat_template=family.template or None,
-        **more,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -285,12 +265,8 @@ def test_generation_config_and_tokenizer_name_the_ends(tmp_path, files, ends):
 
 
 def test_vocabulary_size_is_one_more_than_the_largest_id():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = {letter: i for i, letter in enumerate(alphabet)}
-    letters |= {"<|im_start|>": 300, "<|im_end|>": 301}
-    tokenizer = Tokenizer(models.BPE(letters, []))
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    form = ChatFormat(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML))
+    family = Family(CHATML, ("<|im_end|>", "<|im_start|>"), "<|im_end|>")
+    form = ChatFormat(bytes_tokenizer(family, {"<|im_start|>": 300, "<|im_end|>": 301}))
     assert len(form.tokenizer) == 259
     assert (form.pad_id, form.vocabulary_size) == (302, 303)
 

@@ -59,10 +59,12 @@ class RowSets:
     pairs_eval: list[PairRow] = field(default_factory=list)
     prompts_train: list[PromptRow] = field(default_factory=list)
     prompts_eval: list[PromptRow] = field(default_factory=list)
+    steps_share: bool = False
+    """Whether the training rows were too few to give each step some of its own."""
 
     def items(self) -> list[tuple[str, list[Row]]]:
         """Name and rows of each set."""
-        return [(each.name, getattr(self, each.name)) for each in fields(self)]
+        return [(each.name, getattr(self, each.name)) for each in fields(self) if each.name != "steps_share"]
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:

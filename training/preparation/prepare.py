@@ -35,6 +35,8 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
     """Fill the run's data/. `processes` is how many will train, on all nodes together. Raises UserError."""
     require_packages(config)
     require_processes(config, processes)
+    if warning := config.idle_warning(processes):
+        say(warning)
     if not run.data.exists():  # a run that began before such keys were refused goes on as it did
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         require_overlays(config, resolve_dtype(config.dtype, device))
