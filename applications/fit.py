@@ -11,7 +11,7 @@ import torch
 
 from applications.preset_store import is_preset_architecture, known_architecture, smaller_presets
 from inference.errors import UserError
-from inference.untrusted import refuse_code
+from inference.model_files import require_usable
 from training.config import RunConfig
 from training.config_files import merge, validate_config
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
@@ -163,7 +163,7 @@ def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0) -> Sha
     cut = {"num_hidden_layers": layers} if layers else {}
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
-        refuse_code(file.parent)
+        require_usable(file.parent)
         return Shape.from_config_values({**read_json(file, "fetch or train the model again"), **cut})
     values = known_architecture(model)
     if values is None and given is not None and not is_preset_architecture(given):

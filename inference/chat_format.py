@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inference.errors import UserError
-from inference.untrusted import refuse_code
+from inference.model_files import require_usable
 
 # The space belongs to the response: byte-level tokenizers have tokens for words with a space before them, and a model
 # has hardly ever seen a lone space followed by a word.
@@ -75,7 +75,7 @@ class ChatFormat:
     @classmethod
     def load(cls, directory: str | Path) -> "ChatFormat":
         """The format of a local model directory. Raises UserError where there is no usable tokenizer."""
-        refuse_code(Path(directory))
+        require_usable(Path(directory))
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds here, all of them about the directory's files

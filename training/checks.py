@@ -10,7 +10,7 @@ from inference.errors import UserError
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
-from training.models.loading import require_lora_layers
+from training.models.adapters import require_lora_layers
 from training.role_settings import LoRASettings
 
 STRETCHED = ("linear", "dynamic", "yarn")

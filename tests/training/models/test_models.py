@@ -26,8 +26,8 @@ from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from training.data.batching import TokenBatch
+from training.models.adapters import add_lora
 from training.models.loading import (
-    add_lora,
     fit_vocabulary,
     load_causal_lm,
     load_scorer,
