@@ -150,7 +150,7 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answers.")] = 0,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     debug: Debug = False,
 ) -> None:

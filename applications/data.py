@@ -19,7 +19,7 @@ from inference.quiet import quiet_transformers
 from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
-from training.data.files import BadRow
+from training.data.entries import BadRow
 from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_tokenizer, shared_prompts
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.reading import NAMES_OF_KINDS, read_source
@@ -155,6 +155,8 @@ def show_command(target: str, model: str | None, kind: str | None, rows: int, ov
     console = Console(soft_wrap=True, highlight=False)
     for line in opened.described:
         console.print(line, markup=False)
+    for finding in bad_rows(opened.left_out):
+        console.print(f"{finding.check}: {finding}", markup=False)
     shown = {name: lines for name, lines in opened.train.items() if kind in (None, name)}
     if not shown:
         raise UserError(

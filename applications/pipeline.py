@@ -15,6 +15,7 @@ from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
 from training.data.rows import read_rows, require_rows
 from training.distributed import require_gpus
+from training.inputs import changed_inputs
 from training.metrics import Display, duration
 from training.run_directory import COMPARED, STEP_NAMES, RunDirectory, place_of
 from training.versions import versions
@@ -90,6 +91,8 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
         begun = time.monotonic()
         if config.announce:
             display.say(config.announce)
+        for sentence in changed_inputs(run, config):
+            display.say(sentence)
         if config.method == "ppo" and not config.rlhf.has_reward_model and steps != [2]:
             display.say("Step 2 of 3 is left out: no reward model is used (rlhf.reward_weights.model=0)")
         if not all(run.step(step).is_finished for step in steps):

@@ -47,7 +47,7 @@ def settings_for_model(model: str) -> dict[str, Any]:
     path = Path(model).expanduser()
     is_name = "/" not in model and not model.startswith((".", "~"))
     if not is_name and path.is_dir():
-        return {"model": str(path)}
+        return {"model": str(path.resolve())}  # `./tiny` is not `tiny`
     name = _preset_of(model)
     if is_name:
         if name is not None:

@@ -7,7 +7,7 @@ from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config import EMBEDDED_DATA, RunConfig
 from training.config_files import load_config, merge
-from training.data.sources import absolute
+from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 
 
@@ -28,7 +28,7 @@ def resolve_settings(
     if model is None and not config and run is not None and run.config_file.exists():
         stored = run.read_config().model_dump(mode="json")
         if "data" in given:
-            given["data"] = {"source": [absolute(text) for text in data_sources(given["data"])]}
+            given["data"] = {"source": data_sources(given["data"])}
         nest_fusion(given)
         return found_from_anywhere(load_config([], overrides or [], stored, given))
     if model is None and not config:
@@ -44,17 +44,7 @@ def resolve_settings(
     # What a preset says of the embedded dialogues does not hold for other data.
     base = merge(base, {"evaluation": {"true_score": "none"}, "announce": ""})
     resolved = load_config(config or [], overrides or [], base, given)
-    resolved.data.source = [absolute(text) for text in resolved.data.sources]
     return found_from_anywhere(resolved)
-
-
-def found_from_anywhere(config: RunConfig) -> RunConfig:
-    """Files that the settings of step 3 name, as the stages find them from other working directories."""
-    rlhf = config.rlhf
-    rlhf.ptx.source = absolute(rlhf.ptx.source) if rlhf.ptx.source else ""
-    file, colon, name = rlhf.reward_function.rpartition(":")
-    rlhf.reward_function = f"{absolute(file)}{colon}{name}" if file else ""
-    return config
 
 
 def nest_fusion(given: dict[str, object]) -> None:

@@ -135,7 +135,7 @@ def command_named(name: str) -> TyperCommand:
 def mistake_of_settings(model: str | None, overrides: list[str], files: list[Path]) -> str:
     """Of a preset's name, and of `--set`; directories, hub ids and files of the reader's own are taken as right."""
     try:
-        named = model is not None and "/" not in model and model not in ("M", "NAME", "base", "sft", "rlhf", "dpo")
+        named = bool(model) and "/" not in model and model not in ("M", "NAME", "base", "sft", "rlhf", "dpo")
         base = settings_for_model(model) if named else {"model": "tiny"}
         load_config([ROOT / file for file in files if (ROOT / file).exists()], overrides, base)
     except UserError as error:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,10 @@ def on_two_ranks(task: Any, measure: Callable[[], dict[str, float]]) -> dict[str
 
 
 def with_idle_micro_batch(plan: Callable) -> Callable:
-    """`plan_micro_batches` for a rank that runs short: it repeats a row with weight 0."""
+    """`plan_micro_batches` for a rank that runs short: it goes through rows, here all of them, with weight 0."""
 
-    def planned(*arguments: Any) -> list[list[MicroBatch]]:
-        return [[*micro_batches, MicroBatch([0], weight=0.0)] for micro_batches in plan(*arguments)]
+    def planned(lengths: Sequence[int], *arguments: Any) -> list[list[MicroBatch]]:
+        idle = MicroBatch(list(range(len(lengths))), weight=0.0)
+        return [[*micro_batches, idle] for micro_batches in plan(lengths, *arguments)]
 
     return planned

@@ -39,7 +39,7 @@ class DataSettings(Settings):
     @classmethod
     def _check_source(cls, source: str | list[str]) -> str | list[str]:
         """A list of one is that one."""
-        if not source:
+        if not source or not all(text.strip() for text in ([source] if isinstance(source, str) else source)):
             raise ValueError("is empty; give a file, a directory or a hub id")
         if isinstance(source, list) and len(source) > 1 and EMBEDDED_DATA in source:
             raise ValueError(f"'{EMBEDDED_DATA}' has a split of its own and cannot be blended with other sources")
@@ -125,7 +125,7 @@ class RunConfig(Settings):
     """A finished reward model used instead of step 2's."""
     method: Literal["ppo", "dpo"] = "ppo"
     """What follows step 1: a reward model and PPO (steps 2 and 3), or DPO alone, straight from the pairs."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**63)
     """Seed of everything drawn at random."""
     dtype: Dtype = "auto"
     """Number format of the weights while computing; auto is bf16 where that is fast, else fp32 (fp16 on a GPU)."""
@@ -146,6 +146,13 @@ class RunConfig(Settings):
     """Hugging Face configuration values of `model` and `reward_model`, so that a dry run needs no hub."""
     announce: str = ""
     """A line that the command prints before it starts (presets say here how long they take)."""
+
+    @field_validator("model")
+    @classmethod
+    def _some_model(cls, model: str) -> str:
+        if not model.strip():
+            raise ValueError("is empty; give a preset, a hub id or a directory")
+        return model
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -1,7 +1,7 @@
 """Settings as people write them: YAML files, presets, `key=value` pairs, merged and checked.
 
 `load_config` merges, later wins: the defaults of config.py, YAML files (a preset is one), then `key=value` pairs with
-dotted keys. An unknown key is an error that names the nearest right one.
+dotted keys, which files may have too. An unknown key is an error that names the nearest right one.
 """
 
 import contextlib
@@ -14,6 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from inference.errors import UserError
 from training.config import RunConfig
+from training.yaml_text import KeyTwice, load_yaml, what_is_wrong
+
+OF_OTHERS = ("architecture", "versions")
+"""Groups whose keys are no settings of ours."""
 
 
 def load_config(
@@ -31,16 +35,19 @@ def load_config(
         if not equals:
             raise UserError(f"--set takes key=value, not '{override}'; for example --set rlhf.kl.coefficient=0.1")
         try:
-            value: Any = yaml.safe_load(text)
+            value: Any = load_yaml(text)
+        except KeyTwice as error:
+            raise UserError(f"--set {override}: {what_is_wrong(error)}.") from None
         except yaml.YAMLError:
             value = text
         value = "" if value is None else value  # `key=` empties a text
         if isinstance(value, str):  # YAML reads 1e-5 as a string
             with contextlib.suppress(ValueError):
                 value = float(value)
-        for part in reversed(key.strip().split(".")):
-            value = {part: value}
-        merged = merge(merged, value)
+        try:
+            merged = merge(merged, nested({key.strip(): value}))
+        except KeyTwice as error:
+            raise UserError(f"--set {override}: {what_is_wrong(error)}.") from None
     return validate_config(merge(merged, flags or {}))
 
 
@@ -57,6 +64,10 @@ def validate_config(values: dict[str, Any]) -> RunConfig:
             raise UserError(f"There is no setting '{key}': {hint}") from None
         if first["type"] == "missing":
             raise UserError(f"The setting '{key}' is missing; give it with --{key} or --set {key}=...") from None
+        if first["input"] is None:
+            raise UserError(f"The setting '{key}' has no value: give it one, or leave the key out.") from None
+        if first["type"] == "model_type":
+            raise UserError(f"'{key}' is a group of settings, as in {key}: {{...}} (got {first['input']!r}).") from None
         given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"Setting {key or 'values'}: {message}{given}.") from None
@@ -81,15 +92,46 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
+def nested(values: dict[Any, Any]) -> dict[Any, Any]:
+    """`values` with dotted keys as groups. Raises KeyTwice where a setting is then there twice."""
+    result: dict[Any, Any] = {}
+    for key, value in values.items():
+        value = nested(value) if isinstance(value, dict) and key not in OF_OTHERS else value
+        first, *rest = str(key).split(".") if isinstance(key, str) else [key]
+        for part in reversed(rest):
+            value = {part: value}
+        result[first] = join(result[first], value, str(first)) if first in result else value
+    return result
+
+
+def join(one: Any, other: Any, name: str) -> Any:
+    """Two groups in one."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        raise KeyTwice(problem=f"'{name}' is there twice: put both together")
+    shared = {key: join(one[key], other[key], f"{name}.{key}") for key in one.keys() & other.keys()}
+    return {**one, **other, **shared}
+
+
+def read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings of a file, laid over those of the file beside it that `extends` names."""
+    file = Path(file)
     try:
-        values = yaml.safe_load(Path(file).read_text())
+        values = load_yaml(file.read_text(encoding="utf-8"))
+        values = nested(values) if isinstance(values, dict) else values
     except FileNotFoundError:
         raise UserError(f"There is no configuration file {file}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    except OSError as error:
+        raise UserError(f"The configuration file {file} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not valid YAML: it is not UTF-8 text; save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {what_is_wrong(error)}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no settings: it must be a YAML mapping such as 'sft: {{epochs: 2}}'.")
     below = values.pop("extends", None)
-    return values if below is None else merge(read_yaml(Path(file).with_name(f"{below}.yaml")), values)
+    if below is None:
+        return values
+    other = file.with_name(f"{below}.yaml")
+    if other in (*extending, file):
+        raise UserError(f"{file} extends {other}, which extends it: leave one of the two out.")
+    return merge(read_yaml(other, (*extending, file)), values)

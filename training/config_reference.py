@@ -20,7 +20,7 @@ HEAD = """\
 Made by `python -m training.config_reference` from `training/config.py`; do not edit it by hand.
 
 A setting is a dotted key. It can be given on the command line (`--set rlhf.kl.coefficient=0.1`) or in a YAML file
-(`--config mine.yaml`), where the dots become nesting:
+(`--config mine.yaml`), where the dots may become nesting:
 
 ```yaml
 rlhf:
@@ -30,8 +30,10 @@ rlhf:
 
 Later wins: the defaults below, the preset that `--model` names, the files in their order, `--set` in its order, and
 last the options of the command itself (`--data`, `--reward-model`, `--seed`, `--processes`). A key that does not exist
-is an error that names the nearest one. A file may begin with `extends: other`, which reads `other.yaml` beside it
-first. The resolved settings of a run are in its `config.yaml`, with the versions of what ran.
+is an error that names the nearest one; so is a key that is twice in one file, for one of the two would be lost. Paths
+are kept absolute, as they are found from where the command is given. A file may begin with `extends: other`, which
+reads `other.yaml` beside it first. The resolved settings of a run are in its `config.yaml`, with the versions of what
+ran.
 
 The defaults below are those without a preset; the presets are in `applications/presets/`.
 """

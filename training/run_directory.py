@@ -22,6 +22,7 @@ import yaml
 from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
 from training.config_files import read_yaml, validate_config
+from training.paths import found_from_anywhere
 
 STEP_NAMES = {1: "step1_sft", 2: "step2_reward", 3: "step3_rlhf", DPO_STEP: "step2_dpo"}
 STEP_COMMANDS = {1: "sft", 2: "reward", 3: "rlhf", DPO_STEP: "dpo"}
@@ -45,6 +46,11 @@ class RunDirectory:
     @property
     def data(self) -> Path:
         return self.path / "data"
+
+    @property
+    def inputs_file(self) -> Path:
+        """What the run was prepared from, as it was then."""
+        return self.path / "inputs.json"
 
     @property
     def evaluation_file(self) -> Path:
@@ -92,7 +98,7 @@ class RunDirectory:
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml (make one with rlhf-chat run).")
         values = read_yaml(self.config_file)
         values.pop("versions", None)
-        return validate_config(values)
+        return found_from_anywhere(validate_config(values))  # older runs may have relative paths
 
     def write_config(self, config: RunConfig, versions: dict[str, str]) -> None:
         """Store the resolved settings with the versions of what ran."""

@@ -43,6 +43,7 @@ from training.models.loading import (
     resolve_dtype,
     save_model,
 )
+from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
@@ -327,7 +328,7 @@ def read_or_make_config(run: RunDirectory, arguments: argparse.Namespace) -> Run
     """An existing run keeps its settings; a new one gets them from the arguments (the first rank writes them)."""
     if not arguments.config and not arguments.set:
         return run.read_config()
-    config = load_config(arguments.config, arguments.set)
+    config = found_from_anywhere(load_config(arguments.config, arguments.set))
     if int(os.environ.get("RANK", 0)) != 0:
         return config
     if not run.config_file.exists():

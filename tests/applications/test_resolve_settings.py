@@ -6,6 +6,7 @@ import pytest
 
 from applications.settings import resolve_settings
 from inference.errors import UserError
+from training.config_files import load_config
 from training.run_directory import RunDirectory
 
 TINY = {"model": "tiny", "config": None, "overrides": None, "flags": {}}
@@ -165,3 +166,64 @@ def test_files_of_step_3_are_found_from_any_working_directory(tmp_path, monkeypa
     settings = resolve(overrides=["rlhf.reward_function=mine.py:score", "rlhf.ptx.source=rows.jsonl"])
     assert settings.rlhf.reward_function == f"{tmp_path}/mine.py:score"
     assert settings.rlhf.ptx.source == f"{tmp_path}/rows.jsonl"
+
+
+def make_models(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).mkdir(parents=True)
+
+
+@pytest.mark.parametrize("given", ["m", "./m", "m/", "~/m", "../home/m", "{home}/m"])
+def test_models_are_kept_with_absolute_paths(tmp_path, monkeypatch, given):
+    """From an option, a file and --set; a run then goes on from any directory."""
+    home = tmp_path.resolve() / "home"
+    make_models(home, "m", "elsewhere")
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    given, expected = given.format(home=home), str(home / "m")
+    assert resolve(model=given).model == expected
+    file = write(home / "mine.yaml", f"model: {given}\nsft_model: {given}\n")
+    by_file = resolve(model=None, config=[file])
+    assert (by_file.model, by_file.sft_model) == (expected, expected)
+    names = ["reward_model", "sft_model", "trained_reward_model"]
+    by_flags, by_set = (
+        resolve(flags=dict.fromkeys(names, given)),
+        resolve(overrides=[f"{name}={given}" for name in ["model", *names]]),
+    )
+    for settings in (by_flags, by_set):
+        assert [getattr(settings, name) for name in names] == [expected] * 3
+    assert by_set.model == expected
+
+
+def test_names_that_are_no_paths_stay_as_they_are(tmp_path, monkeypatch):
+    make_models(tmp_path, "tiny", "smollm2-135m", "package:mine")
+    monkeypatch.chdir(tmp_path)
+    assert resolve(model="tiny").model == "tiny"  # a preset, as before the directory was there
+    assert resolve(model="./tiny").model == str(tmp_path.resolve() / "tiny")
+    assert resolve(model="smollm2-135m").model != str(tmp_path.resolve() / "smollm2-135m")
+    assert resolve(overrides=["model=package:mine"]).model == "package:mine"
+    assert resolve(flags={"reward_model": "owner/name"}).reward_model == "owner/name"
+
+
+def test_what_is_laid_over_a_run_is_absolute_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_models(tmp_path, "m", "s")
+    write(tmp_path / "rows.jsonl", "")
+    run = RunDirectory(tmp_path / "run")
+    run.write_config(resolve(), {})
+    given = {"overrides": ["data.source=rows.jsonl", "reward_model=m"], "flags": {"sft_model": "./s"}}
+    settings = resolve(model=None, run=run, **given)
+    here = str(tmp_path.resolve())
+    assert settings.data.source == f"{here}/rows.jsonl"
+    assert (settings.reward_model, settings.sft_model) == (f"{here}/m", f"{here}/s")
+
+
+def test_a_run_that_kept_a_relative_path_goes_on_where_it_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_models(tmp_path, "m")
+    run = RunDirectory(tmp_path / "run")
+    run.write_config(load_config([], ["model=m"]), {})
+    assert "model: m\n" in run.config_file.read_text()
+    assert run.read_config() == resolve(model="./m", run=run)
+    monkeypatch.chdir(tmp_path.parent)
+    assert run.read_config().model == "m"

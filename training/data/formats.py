@@ -4,41 +4,103 @@
                                                        whole conversations with the same beginning
     {"messages": [...]}                                a conversation; each answer in it becomes a row
     {"text": ...}                                      a conversation as text
-    {"prompt": ..., "response": ...}                   or "completion"; with "label": true or false beside it (TRL's
-                                                       unpaired preference) only what is labelled true
+    {"prompt": ..., "response": ...}                   or "completion"; with a "label" beside it (TRL's unpaired
+                                                       preference) only what is labelled as good
     {"prompt": ...}                                    for step 3 only; other keys go to the reward function
 
-A message is {"role": "system" | "user" | "assistant", "content": text}. Text in the form of DeepSpeed-Chat's and
-Anthropic's sets, "Human: ... Assistant: ...", is read as a conversation.
+Other names of these columns are known to shapes.py, other spellings of messages to messages.py.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from inference.chat_format import Message
-from training.data.files import BadRow, LeftOut
+from training.data.entries import BadRow, LeftOut
+from training.data.messages import (
+    MESSAGE_KEYS,
+    check_text,
+    is_trained,
+    looks_like_messages,
+    message_items,
+    read_message,
+    read_messages,
+    read_transcript,
+)
+from training.data.plain import plain
 from training.data.rows import PairRow, PromptRow, Row, SFTRow
+from training.data.shapes import ANSWERS, LABELS, TEXTS, in_trls_columns
 
-ROLES = ("system", "user", "assistant")
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-KNOWN_KEYS = "prompt + chosen + rejected, messages, prompt + response, or prompt"
-COLUMNS = ("prompt", "chosen", "rejected", "response", "completion", "label", "messages", "text")
-"""All keys that are looked at."""
-BAD_LABELS = ("false", "0", "0.0")
-"""A table has labels as text or numbers."""
+KNOWN_KEYS = (
+    "prompt + chosen + rejected, messages, prompt + response, or prompt; or ShareGPT's conversations, or Alpaca's "
+    "instruction + output"
+)
+KEYS_NAMED = 6
+NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
+"""Values of a column that need no word when it is not used."""
+NOT_TRAINED = "no answer in it is to be trained on (weight 0, or train false)"
+GOOD_LABELS = frozenset(
+    "true t yes y 1 1.0 +1 good positive pos chosen accepted accept preferred desirable desired correct right win "
+    "like liked thumbs_up thumbsup thumb_up up upvote upvoted helpful 👍".split()
+)
+BAD_LABELS = frozenset(
+    "false f no n 0 0.0 -1 -1.0 bad negative neg rejected reject dispreferred undesirable undesired incorrect wrong "
+    "lose loss dislike disliked thumbs_down thumbsdown thumb_down down downvote downvoted unhelpful 👎".split()
+)
+"""Spellings of a label, in small letters and with _ between words."""
 
 
-def parse_row(row: Any) -> list[Row]:
-    """The rows that one value gives: several for a conversation with several answers. Raises BadRow."""
-    if not isinstance(row, dict):
+@dataclass(frozen=True)
+class ReadRow:
+    rows: list[Row]
+    """Several for a conversation with several answers."""
+    format: str
+    unused: frozenset[str] = frozenset()
+    """Keys that say nothing here; those of messages with `messages.` before them."""
+
+
+def read_row(value: Any) -> ReadRow:
+    """What one value of a file gives. Raises BadRow."""
+    row = trl_row(value)
+    rows = parse_trl_row(row)
+    return ReadRow(rows, format_of(row), unused_keys(row))
+
+
+def parse_row(value: Any) -> list[Row]:
+    """The rows that one value gives. Raises BadRow."""
+    return read_row(value).rows
+
+
+def trl_row(value: Any) -> dict[str, Any]:
+    """The value under TRL's names and without keys that have no value; only a label may have none."""
+    if looks_like_messages(value):
+        value = {"messages": value}
+    if not isinstance(value, dict):
         raise BadRow("the line is not a JSON object")
+    for key, cell in value.items():
+        if isinstance(cell, bytes) and key in TEXTS:
+            require_utf8(cell, key)
+    labels = {name: None for name in value if str(name).strip().lower() in LABELS and plain(value[name]) is None}
+    row = in_trls_columns({**plain(value), **labels})
+    return row if any(name in row for name in ANSWERS) else {k: v for k, v in row.items() if v is not None}
+
+
+def require_utf8(cell: bytes, key: str) -> None:
+    try:
+        cell.decode()
+    except UnicodeDecodeError:
+        raise BadRow(f"'{key}' is not UTF-8 text") from None
+
+
+def parse_trl_row(row: dict[str, Any]) -> list[Row]:
     if "chosen" in row or "rejected" in row:
         return [parse_pair(row)]
-    for key in ("response", "completion"):
+    for key in ANSWERS:
         if key in row:
             return [parse_answer(row, key)]
     if "messages" in row:
-        return parse_conversation(read_messages(row["messages"], "messages"))
+        require_good_label(row)
+        return parse_conversation(row["messages"])
     if "prompt" in row:
         prompt = PromptRow(prompt=check_prompt(read_prompt(row["prompt"])))
         extra = {key: value for key, value in row.items() if key != "prompt"}
@@ -48,21 +110,38 @@ def parse_row(row: Any) -> list[Row]:
         if not messages:
             raise BadRow("'text' is not of the form Human: ... Assistant: ...")
         return parse_conversation(messages)
-    raise BadRow(f"no known keys (there must be {KNOWN_KEYS})")
+    found = ", ".join(str(key)[:30] for key in list(row)[:KEYS_NAMED]) + ", ..." * (len(row) > KEYS_NAMED)
+    raise BadRow(f"no known keys ({f'found: {found}' if row else 'it is empty'}; there must be {KNOWN_KEYS})")
 
 
 def format_of(row: dict[str, Any]) -> str:
-    """What TRL calls the format of a value that parse_row takes, and how its texts are given."""
+    """What TRL calls the format of a row that parse_trl_row takes, and how its texts are given."""
     if "chosen" in row:
         name, text = "preference" if "prompt" in row else "preference with implicit prompt", row["chosen"]
-    elif "response" in row or "completion" in row:
-        name, text = "prompt-completion", row["prompt"]
-        name = "unpaired preference" if "label" in row else name
+    elif answer := next((key for key in ANSWERS if key in row), None):
+        name = "unpaired preference" if any(name in row for name in LABELS) else "prompt-completion"
+        text = row[answer]
     elif "prompt" in row and "messages" not in row:
         name, text = "prompt-only", row["prompt"]
     else:
         name, text = "language modeling", row.get("messages", "")
     return f"{name}, {'messages' if isinstance(text, list) else 'text'}"
+
+
+def unused_keys(row: dict[str, Any]) -> frozenset[str]:
+    """The keys that have a value and change nothing. Those beside a prompt alone all go to the reward function."""
+    if "chosen" in row:
+        used: tuple[str, ...] = ("prompt", "chosen", "rejected")
+    elif answer := next((key for key in ANSWERS if key in row), None):
+        used = ("prompt", answer, *LABELS)
+    elif "messages" in row:
+        used = ("messages", *LABELS)
+    else:
+        used = ("prompt",) if "prompt" in row else ("text",)
+    columns = set() if used == ("prompt",) else {key for key in row if key not in used and row[key] not in NOTHING}
+    messages = [item for key in used if isinstance(row.get(key), list) for item in row[key]]
+    inner = {key for item in messages for key, value in item.items() if key not in MESSAGE_KEYS and value}
+    return frozenset(columns | {f"messages.{key}" for key in inner})
 
 
 def parse_pair(row: dict[str, Any]) -> PairRow:
@@ -81,31 +160,60 @@ def parse_pair(row: dict[str, Any]) -> PairRow:
         raise BadRow("there is no prompt that both chosen and rejected answer")
     if not (is_answer(chosen) and is_answer(rejected)):
         raise BadRow("chosen and rejected are not each the prompt and one answer of the assistant")
+    for key in ("chosen", "rejected"):
+        require_trained(row[key], key)
     return {"prompt": check_prompt(prompt), "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
 
 
 def parse_answer(row: dict[str, Any], key: str) -> SFTRow:
     if "prompt" not in row:
         raise BadRow(f"'{key}' without a prompt")
-    if str(row.get("label")).lower() in BAD_LABELS:
-        raise LeftOut("an answer that is labelled as bad, without a good one beside it")
+    require_good_label(row)
     prompt = check_prompt(read_prompt(row["prompt"]))
     answer = read_answer(row[key], key, prompt)
     if not is_answer(answer):
         raise BadRow(f"'{key}' is not one answer of the assistant")
+    require_trained(row[key], key)
     return {"prompt": prompt, "response": answer[0]["content"]}
 
 
-def parse_conversation(messages: list[Message]) -> list[Row]:
+def require_trained(value: Any, key: str) -> None:
+    """Raise LeftOut for an answer that is marked as one not to be trained on."""
+    if not isinstance(value, str) and not is_trained(message_items(value, key)[-1]):
+        raise LeftOut(NOT_TRAINED)
+
+
+def require_good_label(row: dict[str, Any]) -> None:
+    """Raise LeftOut for an answer that is labelled as bad, and BadRow for a label that says neither."""
+    for name in LABELS:
+        if name not in row:
+            continue
+        label = re.sub("(?<=[a-z])[ -](?=[a-z])", "_", str(row[name]).strip().lower())
+        if label in BAD_LABELS:
+            raise LeftOut("an answer that is labelled as bad, without a good one beside it")
+        if label not in GOOD_LABELS:
+            shown = "empty" if row[name] is None else str(row[name])[:20]
+            raise BadRow(f"the {name} is {shown}, which says neither good nor bad; write true or false")
+
+
+def parse_conversation(value: Any) -> list[Row]:
+    """A row for each answer to a user that is to be trained on; the others are context only."""
+    items = message_items(value, "messages")
+    messages = [read_message(item) for item in items]
     if messages[-1]["role"] != "assistant":
         raise BadRow("the last message is not the assistant's")
-    rows: list[Row] = [
-        SFTRow(prompt=messages[:i], response=message["content"])
+    answers = [
+        i
         for i, message in enumerate(messages)
         if message["role"] == "assistant" and i > 0 and messages[i - 1]["role"] == "user"
     ]
-    if not rows:
+    if not answers:
         raise BadRow("no message of the assistant answers one of the user")
+    rows: list[Row] = [
+        SFTRow(prompt=messages[:i], response=messages[i]["content"]) for i in answers if is_trained(items[i])
+    ]
+    if not rows:
+        raise LeftOut(NOT_TRAINED)
     return rows
 
 
@@ -123,47 +231,6 @@ def read_answer(value: Any, key: str, prompt: list[Message]) -> list[Message]:
     else:
         messages = read_messages(value, key)
     return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
-
-
-def read_messages(value: Any, key: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise BadRow(f"'{key}' is not {'' if key == 'messages' else 'text or '}a list of messages")
-    if not value:
-        raise BadRow(f"'{key}' is empty")
-    messages: list[Message] = []
-    for item in value:
-        if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
-            raise BadRow(f"'{key}' has a message without role and content")
-        role = item["role"]
-        if role not in ROLES:
-            raise BadRow(f"the role {str(role)[:30]!r} is none of {', '.join(ROLES)}")
-        if role == "system" and messages:
-            raise BadRow("a system message is not the first")
-        messages.append({"role": role, "content": check_text(item["content"], "content")})
-    return messages
-
-
-def read_transcript(text: str) -> list[Message]:
-    """The turns of "Human: ... Assistant: ..."; none if the text is not of that form. An empty last turn is no turn."""
-    if not re.match(r"\s*Human:.*\n\s*Assistant:", text, re.DOTALL):
-        return []
-    parts = re.split(r"(?:^|\n)\s*(Human|Assistant):", text.strip())[1:]
-    turns = list(zip(parts[::2], parts[1::2], strict=True))
-    if not turns[-1][1].strip():
-        turns.pop()
-    return [{"role": SPEAKERS[name], "content": check_text(words, "a turn").strip()} for name, words in turns]
-
-
-def check_text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"'{key}' is not text")
-    if not value.strip():
-        raise BadRow(f"'{key}' is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # "\ud83d" alone: JSON allows it, no tokenizer takes it
-        raise BadRow(f"'{key}' has half a character") from None
-    return value
 
 
 def check_prompt(messages: list[Message]) -> list[Message]:

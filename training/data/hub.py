@@ -7,20 +7,20 @@ from pathlib import Path
 
 from inference.errors import UserError
 from inference.model_store import hub_sentence
-from training.data.files import data_files
+from training.data.find_files import choose_files, data_files, split_of
 from training.data.sources import FILE_ENDINGS
 
 CONVERTED = "refs/convert/parquet"
 """The branch on which the hub keeps every data set that it could load, also those of loading scripts, as Parquet."""
 ANY_FILE = tuple(f"*{ending}" for ending in FILE_ENDINGS) + tuple(f"*{ending}.gz" for ending in FILE_ENDINGS)
-TRAINING_FILES = tuple(f"{place}train*{pattern}" for place in ("", "*/") for pattern in ANY_FILE)
-"""`*` stands for `/` too, so this covers files in a folder whose name begins with `train`."""
+TRAINING_FILES = tuple(f"*[tT][rR][aA][iI][nN]{pattern}" for pattern in ANY_FILE)
+"""`*` stands for `/` too, so this covers files in a folder of that name, and some more."""
 
 
 def fetch_files(
     name: str, repository: str, revision: str, patterns: tuple[str, ...], report: Callable[[str], None]
-) -> tuple[list[Path], str]:
-    """The files of a data set's training rows, and a line that says where they are from. `name` is what a user typed.
+) -> tuple[list[Path], list[str]]:
+    """The files of a data set's training rows, and where they are from, and which. `name` is what a user typed.
 
     Tried in turn: `patterns` (where the set is known), files of a training split, any data files, and the converted
     branch. Raises UserError with the way out.
@@ -30,18 +30,24 @@ def fetch_files(
     if not revision:
         tries.append((CONVERTED, ("*/train/*.parquet", "*/partial-train/*.parquet")))
     for place, wanted in tries:
-        files, commit = snapshot(name, repository, place, wanted)
-        if files:
-            branch = f"{CONVERTED} at " if place == CONVERTED else ""
-            return one_configuration(repository, files) if place == CONVERTED else files, f"revision {branch}{commit}"
+        directory, files = snapshot(name, repository, place, wanted)
+        if wanted == TRAINING_FILES:
+            files = [file for file in files if split_of(file.relative_to(directory)) == "train"]
+        if not files:
+            continue
+        where = [f"revision {f'{CONVERTED} at ' if place == CONVERTED else ''}{directory.name[:12]}"]
+        if place == CONVERTED:
+            return one_configuration(repository, files), where
+        files, read = (files, []) if patterns else choose_files(directory, files)
+        return files, where + read
     raise UserError(
         f"{repository} has no data files that can be read here (it may be a loading script, which is never run): get "
         f"its rows as one of {', '.join(FILE_ENDINGS)}, and give --data {name}@FILE."
     )
 
 
-def snapshot(name: str, repository: str, revision: str, patterns: tuple[str, ...]) -> tuple[list[Path], str]:
-    """The files at a revision that fit, and its commit; none where a branch is not there."""
+def snapshot(name: str, repository: str, revision: str, patterns: tuple[str, ...]) -> tuple[Path, list[Path]]:
+    """The directory of a commit, which it is named after, and the files that fit; none where a branch is not there."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -53,12 +59,12 @@ def snapshot(name: str, repository: str, revision: str, patterns: tuple[str, ...
         )
     except errors.RevisionNotFoundError:
         if revision == CONVERTED:
-            return [], ""
+            return Path(), []
         raise UserError(f"{repository} has no revision '{revision}': give a branch, a tag or a whole commit.") from None
     except Exception as error:  # errors of the hub, of its HTTP library and of the disk
         copy = f"a copy: hf download --repo-type dataset {repository} --local-dir DIR, then --data {name}@DIR"
         raise UserError(hub_sentence(repository, error, "data set", copy)) from error
-    return matching(directory, patterns), directory.name[:12]
+    return directory, matching(directory, patterns)
 
 
 def matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from training.data.files import BadRow, LeftOut
-from training.data.formats import COLUMNS
+from training.data.entries import BadRow, LeftOut
 
 Adapter = Callable[[dict[str, Any]], dict[str, Any]]
 """A row of a set -> the same in one of TRL's formats."""
@@ -165,5 +164,5 @@ def same(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-PLAIN = HubSet("", (), "", COLUMNS, same)
+PLAIN = HubSet("", (), "", (), same)
 """Any other data."""

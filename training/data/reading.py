@@ -8,8 +8,10 @@ from pathlib import Path
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.config import DataSettings
-from training.data.files import BadRow, Entry, LeftOut, find_files, read_file
-from training.data.formats import KNOWN_KEYS, format_of, parse_row
+from training.data.entries import BadRow, Entry, LeftOut
+from training.data.files import read_file
+from training.data.find_files import find_files
+from training.data.formats import KNOWN_KEYS, read_row
 from training.data.hub import fetch_files, matching
 from training.data.hub_sets import PLAIN, HubSet, find_set
 from training.data.rows import Row
@@ -78,16 +80,16 @@ def read_source(
     """One source, which may turn out to have no row."""
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report)
-    used = 0
+    used, unused = 0, set[str]()
     for place, value in entries(files, hub_set):
         try:
             if isinstance(value, BadRow):
                 raise value
             if isinstance(value, dict):
                 value = hub_set.adapt(value)
-            rows = parse_row(value)
+            read = read_row(value)
             if chat_format is not None:
-                require_accepted(rows, chat_format)
+                require_accepted(read.rows, chat_format)
         except BadRow as error:
             left_out = isinstance(error, LeftOut)
             if settings.bad_rows == "refuse" and not left_out:
@@ -96,12 +98,15 @@ def read_source(
                 ) from None
             result.left_out.append((place, str(error), not left_out))
             continue
-        result.rows += rows
-        result.places += [place] * len(rows)
-        result.formats[format_of(value)] += 1
+        result.rows += read.rows
+        result.places += [place] * len(read.rows)
+        result.formats[read.format] += 1
+        unused |= read.unused
         used += 1
         if used == settings.limit:
             break
+    if unused:
+        result.notes.append(f"not used: {', '.join(sorted(unused))}")
     return result
 
 
@@ -120,11 +125,11 @@ def locate(source: Source, report: Callable[[str], None]) -> tuple[list[Path], H
                 return files, hub_set, []
             files, notes = find_files(source.copy)
             return files, hub_set, notes
-        files, where = fetch_files(source.name, hub_set.repository, source.at, hub_set.files, report)
-        return files, hub_set, [where]
+        files, notes = fetch_files(source.name, hub_set.repository, source.at, hub_set.files, report)
+        return files, hub_set, notes
     if source.is_hub_id and source.copy is None:
-        files, where = fetch_files(source.name, source.name, source.at, (), report)
-        return files, PLAIN, [where]
+        files, notes = fetch_files(source.name, source.name, source.at, (), report)
+        return files, PLAIN, notes
     if source.copy is None and source.at:
         raise UserError(
             f"There is no data source {source.name}: only data sets of the hub take a revision, owner/name@REVISION."

@@ -14,7 +14,7 @@ from inference.errors import UserError
 
 WEIGHT = re.compile(r"(?P<rest>.+)=(?P<weight>[0-9]*\.?[0-9]+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from inference.chat_format import ChatFormat
-from training.data.files import BadRow
+from training.data.entries import BadRow
 from training.data.rows import Row
 
 

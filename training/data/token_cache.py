@@ -30,7 +30,8 @@ SMALL = 2_000_000
 """Characters below which making the tokens takes two or three seconds (benchmarks/tokenising.py); they are not kept."""
 
 Tokens = tuple[Tensor, ...]
-"""Of one row, a tensor for each of its texts: int64 (length)."""
+"""Of one row, a tensor for each of its texts: int64 (length), in memory of its own. A view would take all rows along
+where it is sent or kept."""
 
 
 @dataclass
@@ -99,7 +100,7 @@ class TokenCache:
         """What the file holds; None where it is not there or not whole."""
         try:
             tensors = load_file(self.file)
-            texts = tensors["ids"].long().split(tensors["lengths"].tolist())
+            texts = [text.long() for text in tensors["ids"].split(tensors["lengths"].tolist())]
         except (OSError, SafetensorError, KeyError, RuntimeError):
             return None
         width = len(self.parts)

@@ -16,11 +16,12 @@ from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from training.config import EvaluationSettings
 from training.data.rows import read_rows
+from training.data.split import choose_groups, identity
 from training.data.upbeat import upbeat_score
 from training.evaluation import statistics
 from training.evaluation.answers import Answers, encode, same_tokens
 from training.evaluation.candidates import Candidate, Request, find_judge, find_pair, find_reward_model
-from training.evaluation.ranking import question, reward_accuracy
+from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
 from training.rewards import Rewards
 from training.run_directory import write_json, write_text
@@ -29,12 +30,14 @@ from training.stage import Stage
 EVALUATION_ITERATION = 1_000_000  # draws apart from every training iteration's
 
 
-def win_rate(scores: tuple[list[float], list[float]], rows: Sequence[dict], chosen: Sequence[int]) -> dict[str, float]:
-    """Of the second model over the first, on the chosen prompts; those that open alike are one conversation's."""
+def win_rate(
+    scores: tuple[list[float], list[float]], questions: Sequence[str], chosen: Sequence[int]
+) -> dict[str, float]:
+    """Of the second model over the first, on the chosen prompts; those of one question are not independent."""
     theirs, ours = ([each[i] for i in chosen] for each in scores)
-    questions = [question(rows[i]["prompt"]) for i in chosen]
-    rate, low, high = statistics.win_rate(ours, theirs, questions)
-    return {"prompts": len(chosen), "questions": len(set(questions)), "rate": rate, "low": low, "high": high}
+    groups = [questions[i] for i in chosen]
+    rate, low, high = statistics.win_rate(ours, theirs, groups)
+    return {"prompts": len(chosen), "questions": len(set(groups)), "rate": rate, "low": low, "high": high}
 
 
 class Comparison:
@@ -51,7 +54,7 @@ class Comparison:
             raise UserError("The run holds out no prompts to answer: it needs more rows, or a larger data.held_out.")
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
 
-    def eval_rows(self, kind: str) -> list[dict]:
+    def eval_rows(self, kind: str) -> list[Any]:
         """Held-out rows of the run; none where its data were never prepared for them."""
         file = self.stage.run.data / f"{kind}_eval.jsonl"
         return read_rows(file) if file.exists() else []
@@ -88,11 +91,12 @@ class Comparison:
         result |= pair
         if scores is not None:
             assert self.judge is not None
+            questions = list(map(choose_groups(self.held_out), self.held_out))
             everywhere = range(len(self.held_out))
-            result["win_rate"] = win_rate(scores, self.held_out, everywhere) | {"judge": self.judge.name}
+            result["win_rate"] = win_rate(scores, questions, everywhere) | {"judge": self.judge.name}
             unseen = [i for i, row in enumerate(self.held_out) if row.get("held_out_question")]
             if 0 < len(unseen) < len(self.held_out):  # only the embedded default knows its questions
-                result["win_rate_unseen_questions"] = win_rate(scores, self.held_out, unseen)
+                result["win_rate_unseen_questions"] = win_rate(scores, questions, unseen)
         self.write_answers(answers_file, theirs, ours, scores)
         write_json(result_file, result)
         return result
@@ -189,9 +193,9 @@ def perplexity_of(logprobs: list[Tensor]) -> float:
     return statistics.perplexity(-float(torch.cat(logprobs).double().mean()))
 
 
-def distinct_prompts(rows: Sequence[dict]) -> list[dict]:
-    """Each prompt once: an answer that is counted twice says nothing new."""
-    found: dict[str, dict] = {}
+def distinct_prompts(rows: Sequence[Any]) -> list[Any]:
+    """Each prompt once, also of runs whose data hold it several times: an answer counted twice says nothing new."""
+    found: dict[bytes, Any] = {}
     for row in rows:
-        found.setdefault(json.dumps(row["prompt"]), row)
+        found.setdefault(identity(row, evaluation=True), row)
     return list(found.values())

@@ -2,10 +2,10 @@
 
 from collections.abc import Hashable, Sequence
 from itertools import compress
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from inference.chat_format import Message
 from training.config import DataSettings
+from training.data.split import choose_groups
 from training.data.token_pairs import TokenPair, left_out, rows_of
 from training.evaluation.answers import encode
 from training.evaluation.scoring import RewardModel
@@ -22,7 +22,7 @@ class Accuracy(TypedDict):
     high: float
 
 
-def reward_accuracy(model: RewardModel, rows: Sequence[dict], data: DataSettings) -> dict[str, Accuracy]:
+def reward_accuracy(model: RewardModel, rows: Sequence[Any], data: DataSettings) -> dict[str, Accuracy]:
     """`all`, `up_to_N_tokens` for each length that occurs, `unseen_questions` where the data know them.
 
     As in step 2, pairs whose answers are the same within data.max_response_tokens are left out: there is nothing to
@@ -36,20 +36,15 @@ def reward_accuracy(model: RewardModel, rows: Sequence[dict], data: DataSettings
     scores = model.scores(rows_of(pairs))
     right = [a > b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
     lengths, unseen = [pair.longer for pair in pairs], [pair.is_unseen for pair in pairs]
-    return accuracy_by_length(right, lengths, unseen, [question(row["prompt"]) for row, _ in kept])
+    group_of = choose_groups(rows)
+    return accuracy_by_length(right, lengths, unseen, [group_of(row) for row, _ in kept])
 
 
-def token_pair(model: RewardModel, row: dict, data: DataSettings) -> TokenPair:
+def token_pair(model: RewardModel, row: Any, data: DataSettings) -> TokenPair:
     """A row of pairs as `model` reads it, within the limits that training has too."""
     prompt, chosen = encode(model.chat_format, row["prompt"], row["chosen"], data)
     _, rejected = encode(model.chat_format, row["prompt"], row["rejected"], data)
     return TokenPair.of(row, (prompt, chosen, rejected))
-
-
-def question(prompt: Sequence[Message]) -> str:
-    """What a conversation opened with: prompts that share it are not independent."""
-    first = next((message["content"] for message in prompt if message["role"] == "user"), "")
-    return " ".join(first.casefold().split())
 
 
 def accuracy_by_length(

@@ -10,6 +10,7 @@ import yaml
 from inference.errors import UserError
 from inference.model_store import cache_directory
 from training.planner.hardware import Calibration, Cluster, Device
+from training.yaml_text import load_yaml
 
 THIS_MACHINE = "this-machine"
 HEADER = "# A machine as measured by `rlhf-chat profile`: bytes, floating-point operations a second, bytes a second.\n"
@@ -60,7 +61,7 @@ def profile_file(ranks: int = 0) -> Path:
 def read_profile(file: Path) -> MachineProfile:
     """Raises UserError for a file that is not there or is no profile."""
     try:
-        return MachineProfile.from_values(yaml.safe_load(file.read_text()))
+        return MachineProfile.from_values(load_yaml(file.read_text()))
     except FileNotFoundError:
         raise UserError(f"There is no profile {file}; `rlhf-chat profile` measures this machine.") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:

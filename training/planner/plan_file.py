@@ -9,6 +9,7 @@ import yaml
 from inference.errors import UserError
 from training.hybrid_engine.layout import Layout
 from training.planner.plan import Assignment, Plan
+from training.yaml_text import load_yaml, what_is_wrong
 
 _COUNTS = ("data", "tensor", "pipeline", "zero_stage", "micro_batches")
 _KEYS = ("mesh", *_COUNTS, "offload")
@@ -29,9 +30,9 @@ def to_yaml(plan: Plan) -> str:
 def from_yaml(text: str) -> Plan:
     """Raises UserError with one sentence about the first thing wrong."""
     try:
-        blocks = yaml.safe_load(text)
+        blocks = load_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"The plan is not YAML ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"The plan is not YAML ({what_is_wrong(error)}).") from error
     if not isinstance(blocks, dict) or not blocks:
         raise UserError("The plan is empty; it needs a block for every call.")
     return Plan({str(name): _assignment(str(name), values) for name, values in blocks.items()})

@@ -14,9 +14,10 @@ from training.config import RunConfig
 from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
 from training.distributed import Ranks
+from training.inputs import inputs_of
 from training.models.loading import require_causal_lm, require_same_tokens, require_scorer
 from training.rewards import Rewards
-from training.run_directory import RunDirectory
+from training.run_directory import RunDirectory, write_json
 from training.tracking import require_packages
 
 Say = Callable[[str], None]
@@ -29,7 +30,10 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
     chat_format = prepare_models(config, processes, say)
     if config.method == "ppo":
         Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu")))  # a reward function that there is not is refused here
+    inputs = None if run.inputs_file.exists() else inputs_of(config)  # before they are read
     prepare_data(config.data, config.seed, run.data, chat_format, say)
+    if inputs is not None:
+        write_json(run.inputs_file, inputs)
     if config.rlhf.ptx.coefficient:
         demonstrations(config, run.data, chat_format)
 

@@ -1,7 +1,8 @@
 import pytest
 
-from training.data.files import BadRow, LeftOut, parse_line
-from training.data.formats import format_of, parse_row
+from training.data.entries import BadRow, LeftOut
+from training.data.formats import format_of, parse_row, read_row, trl_row
+from training.data.json_files import parse_line
 from training.data.split import split_rows
 
 
@@ -17,6 +18,7 @@ def system(text):
     return {"role": "system", "content": text}
 
 
+PAIR_OF_TEXTS = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 PAIR = {"prompt": [user("q")], "chosen": "good", "rejected": "bad"}
 
 
@@ -111,11 +113,12 @@ def test_prompt_alone():
         (b'{"prompt": " "}', "'prompt' is empty"),
         (b'{"prompt": []}', "'prompt' is empty"),
         (b'{"prompt": 3}', "'prompt' is not text or a list of messages"),
-        (b'{"prompt": null}', "'prompt' is not text or a list of messages"),
+        (b'{"prompt": null}', "no known keys .it is empty"),
+        (b'{"title": "x", "Body": "y"}', "no known keys .found: title, Body; there must be"),
         (b'{"prompt": "\\ud83d"}', "half a character"),
         (b'{"prompt": ["x"]}', "a message without role and content"),
         (b'{"prompt": [{"role": "user", "content": 1}]}', "'content' is not text"),
-        (b'{"prompt": [{"role": "tool", "content": "x"}]}', "the role 'tool' is none of system, user, assistant"),
+        (b'{"prompt": [{"role": "narrator", "content": "x"}]}', "the role 'narrator' is none of system, user, assist"),
         (b'{"prompt": [{"role": ["user"], "content": "x"}]}', "is none of system, user, assistant"),
         (b'{"prompt": [{"role": "assistant", "content": "x"}]}', "does not end with a message of the user"),
         (
@@ -152,10 +155,96 @@ def test_answers_that_are_two_messages_are_refused():
         parse_row({"chosen": long, "rejected": [user("q"), assistant("x")]})
 
 
-@pytest.mark.parametrize("label", [False, 0, "False", "0"])
+# Labels of unpaired feedback
+
+
+@pytest.mark.parametrize("label", [True, 1, 1.0, "True", "TRUE", "1", "1.0", "+1", " yes", "Good", "thumbs up", "👍"])
+def test_an_answer_that_is_labelled_as_good_is_a_demonstration(label):
+    assert parse_row({"prompt": "q", "completion": "r", "label": label}) == [{"prompt": [user("q")], "response": "r"}]
+
+
+@pytest.mark.parametrize(
+    "label", [False, 0, 0.0, -1, -1.0, "False", "0", "-1", "-1.0", "no", "Bad", "rejected", "thumbs-down", "👎"]
+)
 def test_an_answer_that_is_labelled_as_bad_is_no_demonstration(label):
-    with pytest.raises(LeftOut, match="labelled as bad"):
-        parse_row({"prompt": "q", "completion": "r", "label": label})
+    for key in ("label", "kto_tag"):
+        with pytest.raises(LeftOut, match="labelled as bad"):
+            parse_row({"prompt": "q", "completion": "r", key: label})
+        with pytest.raises(LeftOut, match="labelled as bad"):
+            parse_row({"messages": [user("q"), assistant("r")], key: label})
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"), [(None, "empty"), (float("nan"), "empty"), (2, "2"), (0.5, "0.5"), ("hm", "hm"), ([1], "[1]")]
+)
+def test_a_label_that_says_neither_is_a_bad_row(label, shown):
+    with pytest.raises(BadRow, match="which says neither good nor bad") as error:
+        parse_row({"prompt": "q", "response": "r", "label": label})
+    with pytest.raises(BadRow, match="which says neither good nor bad"):
+        parse_row({"Prompt": "q", "Response": "r", " Label": label})
+    assert f"the label is {shown}, " in str(error.value) and not isinstance(error.value, LeftOut)
+
+
+def test_a_label_that_is_empty_says_nothing_of_other_rows():
+    assert parse_row({"messages": [user("q"), assistant("r")], "label": None}) == parse_row(
+        {"prompt": "q", "response": "r"}
+    )
+    assert parse_row({"prompt": "q", "label": None}) == [{"prompt": [user("q")]}]
+    assert parse_row({"prompt": "q", "label": 7}) == [{"prompt": [user("q")], "extra": {"label": 7}}]
+
+
+# What has no value
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_key_without_a_value_is_absent(nothing):
+    assert parse_row({**PAIR_OF_TEXTS, "response": nothing, "messages": nothing}) == [PAIR]
+    assert parse_row({"prompt": "q", "response": "r", "chosen": nothing}) == parse_row({"prompt": "q", "response": "r"})
+    messages = [{**user("q"), "name": nothing, "weight": nothing}, {**assistant("r"), "tool_calls": nothing}]
+    assert parse_row({"prompt": nothing, "messages": messages}) == parse_row({"prompt": "q", "response": "r"})
+    extra = {"answer": nothing, "info": {"level": 1, "unit": nothing}, "values": [1, nothing]}
+    assert parse_row({"prompt": "q", **extra})[0]["extra"] == {"info": {"level": 1}, "values": [1, None]}
+
+
+# Which answers of a conversation are trained on
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"train": "false"}, {"loss": False}]
+)
+def test_an_answer_that_is_not_to_be_trained_on_is_context(mark):
+    turns = [user("a"), {**assistant("wrong"), **mark}, user("b"), {**assistant("right"), "weight": 1, "train": True}]
+    rows = parse_row({"messages": turns})
+    assert rows == [{"prompt": [user("a"), assistant("wrong"), user("b")], "response": "right"}]
+    with pytest.raises(LeftOut, match="no answer in it is to be trained on"):
+        parse_row({"messages": turns[:2]})
+    with pytest.raises(LeftOut, match="no answer in it is to be trained on"):
+        parse_row({"prompt": "a", "completion": turns[1:2]})
+    with pytest.raises(LeftOut, match="no answer in it is to be trained on"):
+        parse_row({"prompt": "a", "chosen": turns[1:2], "rejected": "no"})
+
+
+def test_a_weight_between_is_a_bad_row():
+    with pytest.raises(BadRow, match=r"the 'weight' of a message is 0\.5: only 0 and 1"):
+        parse_row({"messages": [user("a"), {**assistant("b"), "weight": 0.5}]})
+
+
+# Keys that say nothing
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "score": 1, "id": "x", "tags": []}, {"score", "id"}),
+        ({"prompt": "q", "response": "r", "label": True, "lang": "en", "system": ""}, {"lang"}),
+        ({"messages": [{**user("q"), "name": "Ann"}, {**assistant("r"), "weight": 1}]}, {"messages.name"}),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}], "id": 1}, {"id"}),
+        ({"prompt": "q", "answer": 4, "info": [{"a": 1}]}, set()),  # they go to the reward function
+        ({"prompt": "q", "response": "r", "history": "long ago"}, {"history"}),
+    ],
+)
+def test_keys_that_are_not_used(row, unused):
+    assert read_row(row).unused == unused
 
 
 @pytest.mark.parametrize(
@@ -171,4 +260,4 @@ def test_an_answer_that_is_labelled_as_bad_is_no_demonstration(label):
     ],
 )
 def test_what_trl_calls_a_format(row, name):
-    assert format_of(row) == name
+    assert format_of(trl_row(row)) == name

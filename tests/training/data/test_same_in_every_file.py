@@ -1,0 +1,199 @@
+"""The same rows in every kind of file, against the rows as JSON lines have them."""
+
+import csv
+import gzip
+import io
+import json
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+
+import pyarrow
+import pytest
+from datasets import Dataset, DatasetDict
+from pyarrow import feather, parquet
+
+from inference.errors import UserError
+from training.config import DataSettings
+from training.data.reading import read_sources
+
+MESSAGES = [{"role": "user", "content": 'a "q" it\'s'}, {"role": "assistant", "content": "r"}]
+MIXED = [
+    {"prompt": "q 007", "chosen": "True", "rejected": "NA"},
+    {"messages": MESSAGES},
+    {"prompt": "q2", "response": "3.10\nnull"},
+    {"prompt": "only, this", "ground_truth": "0042"},
+]
+KEYS = ("prompt", "chosen", "rejected", "messages", "response", "ground_truth")
+EXPECTED = [
+    {"prompt": [{"role": "user", "content": "q 007"}], "chosen": "True", "rejected": "NA"},
+    {"prompt": MESSAGES[:1], "response": "r"},
+    {"prompt": [{"role": "user", "content": "q2"}], "response": "3.10\nnull"},
+    {"prompt": [{"role": "user", "content": "only, this"}], "extra": {"ground_truth": "0042"}},
+]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def table(rows, separator=",", messages=json.dumps):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, KEYS, delimiter=separator)
+    writer.writeheader()
+    writer.writerows({**row, "messages": messages(row["messages"])} if "messages" in row else row for row in rows)
+    return out.getvalue()
+
+
+def arrow(rows):
+    return pyarrow.Table.from_pylist([{key: row.get(key) for key in KEYS} for row in rows])
+
+
+def columns(rows):
+    return {key: [row.get(key) for row in rows] for key in KEYS}
+
+
+WRITERS = {
+    "a.jsonl": lambda file: file.write_text(lines(MIXED)),
+    "nulls.jsonl": lambda file: file.write_text(lines(arrow(MIXED).to_pylist())),
+    "nan.jsonl": lambda file: file.write_text(lines([{**dict.fromkeys(KEYS, float("nan")), **row} for row in MIXED])),
+    "utf16.jsonl": lambda file: file.write_text(lines(MIXED), encoding="utf-16"),
+    "packed.jsonl": lambda file: file.write_bytes(gzip.compress(lines(MIXED).encode())),
+    "list.jsonl": lambda file: file.write_text(json.dumps(MIXED)),
+    "indented list.jsonl": lambda file: file.write_text(json.dumps(MIXED, indent=2)),
+    "indented.jsonl": lambda file: file.write_text("\n".join(json.dumps(row, indent=2) for row in MIXED)),
+    "a.json": lambda file: file.write_text(json.dumps(MIXED, indent=2)),
+    "lines.json": lambda file: file.write_text(lines(MIXED)),
+    "wrapped.json": lambda file: file.write_text(json.dumps({"version": 1, "data": MIXED})),
+    "map.json": lambda file: file.write_text(json.dumps({f"x{i}": row for i, row in enumerate(MIXED)})),
+    "columns.json": lambda file: file.write_text(json.dumps(columns(MIXED))),
+    "pandas.json": lambda file: file.write_text(
+        json.dumps({key: dict(enumerate(values)) for key, values in columns(MIXED).items()})
+    ),
+    "a.csv": lambda file: file.write_text(table(MIXED), newline=""),
+    "python.csv": lambda file: file.write_text(table(MIXED, messages=str), newline=""),
+    "mark.csv": lambda file: file.write_text("\ufeff" + table(MIXED), newline=""),
+    "semicolon.csv": lambda file: file.write_text(table(MIXED, ";"), newline=""),
+    "excel.csv": lambda file: file.write_text("sep=;\r\n" + table(MIXED, ";"), newline=""),
+    "tab.csv": lambda file: file.write_text(table(MIXED, "\t"), newline=""),
+    "bar.csv": lambda file: file.write_text(table(MIXED, "|"), newline=""),
+    "a.tsv": lambda file: file.write_text(table(MIXED, "\t"), newline=""),
+    "utf16.tsv": lambda file: file.write_text(table(MIXED, "\t"), newline="", encoding="utf-16"),
+    "a.parquet": lambda file: parquet.write_table(arrow(MIXED), file),
+    "dictionary.parquet": lambda file: parquet.write_table(
+        arrow(MIXED).set_column(0, "prompt", arrow(MIXED)["prompt"].dictionary_encode()), file
+    ),
+    "bytes.parquet": lambda file: parquet.write_table(
+        arrow(MIXED).set_column(0, "prompt", arrow(MIXED)["prompt"].cast(pyarrow.binary())), file
+    ),
+    "file.arrow": lambda file: feather.write_feather(arrow(MIXED), str(file), compression="uncompressed"),
+    "saved": lambda file: Dataset(arrow(MIXED)).save_to_disk(str(file)),
+    "splits": lambda file: DatasetDict(
+        train=Dataset(arrow(MIXED)), validation=Dataset(arrow([*MIXED, *MIXED]))
+    ).save_to_disk(str(file)),
+}
+
+
+def read(source):
+    (found,) = read_sources(DataSettings(source=str(source)), lambda line: None)
+    return found
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_same_rows(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert read(tmp_path / name).rows == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (4, 4),
+        (0.1, 0.1),
+        (True, True),
+        ("007", "007"),
+        (date(2026, 1, 31), "2026-01-31"),
+        (datetime(2026, 1, 31, 12, 30, tzinfo=UTC), "2026-01-31T12:30:00+00:00"),
+        (time(12, 30), "12:30:00"),
+        (timedelta(minutes=2), 120.0),
+        (Decimal("1.10"), 1.1),
+        (Decimal("0.12345678901234567890"), "0.12345678901234567890"),
+        (b"caf\xc3\xa9", "café"),
+        (b"\xff\x00", "/wA="),
+        ({"index": 1, "split": None, "when": date(2026, 1, 31)}, {"index": 1, "when": "2026-01-31"}),
+        ([Decimal("2"), Decimal("3.5")], [2.0, 3.5]),
+        ([{"a": 1, "b": None}, {"a": None, "b": 2}], [{"a": 1}, {"b": 2}]),
+    ],
+)
+def test_what_a_reward_function_gets(tmp_path, value, expected):
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "q", "x": value}]), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(lines([{"prompt": "q", "x": expected}]))
+    for name in ("a.parquet", "a.jsonl"):
+        extra = read(tmp_path / name).rows[0]["extra"]
+        assert extra == {"x": expected} and type(extra["x"]) is type(expected)
+        assert json.loads(json.dumps(extra)) == extra
+
+
+def test_a_map_is_an_object(tmp_path):
+    values = pyarrow.array([[("a", 1), ("b", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    parquet.write_table(pyarrow.table({"prompt": ["q"], "x": values}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet").rows[0]["extra"] == {"x": {"a": 1, "b": 2}}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
+def test_a_pointer_of_git_lfs(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS and not the file itself: run git lfs pull"):
+        read(tmp_path / name)
+
+
+# Tables in text, and JSON documents, of other kinds
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (",prompt,response\n0,a,b\n", [("a", "b")]),
+        ('prompt, response\na, "b, c"\n', [("a", "b, c")]),
+        ("prompt,response,\na,b,\n,,\n", [("a", "b")]),
+        ("prompt,response\na,b\nprompt,response\nc,d\n", [("a", "b"), ("c", "d")]),
+        ('Prompt;Response\n"a;b";"c ""d"""\n', [("a;b", 'c "d"')]),
+        ("prompt,response\ra,b\r", [("a", "b")]),
+    ],
+)
+def test_tables(tmp_path, content, rows):
+    (tmp_path / "a.csv").write_text(content, newline="")
+    assert [(row["prompt"][0]["content"], row["response"]) for row in read(tmp_path / "a.csv").rows] == rows
+
+
+def test_a_table_with_a_column_twice(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response,prompt\na,b,c\n")
+    with pytest.raises(UserError, match=r"a\.csv has two columns named 'prompt': give one of them another name"):
+        read(tmp_path / "a.csv")
+
+
+def test_json_with_several_lists_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"train": MIXED, "test": MIXED}))
+    with pytest.raises(UserError, match=r"a\.json has several lists of rows \(train, test\): save one in a file"):
+        read(tmp_path / "a.json")
+
+
+def test_json_with_one_conversation_is_one_row(tmp_path):
+    for value in ({"messages": MESSAGES}, {"messages": MESSAGES, "notes": [{"by": "me"}]}, MESSAGES):
+        (tmp_path / "a.json").write_text(json.dumps(value, indent=1))
+        assert read(tmp_path / "a.json").rows == EXPECTED[1:2]
+
+
+def test_lines_that_are_lists_of_messages(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines([MESSAGES, MESSAGES]))
+    assert read(tmp_path / "a.jsonl").rows == EXPECTED[1:2] * 2
+
+
+def test_a_first_line_that_is_broken_is_one_bad_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[oops\n" + lines(MIXED))
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: the line is not JSON"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_columns_that_are_not_used_are_named_once(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response,score,id\na,b,1,x\nc,d,2,y\n")
+    assert read(tmp_path / "a.csv").describe().endswith("(prompt-completion, text); not used: id, score")

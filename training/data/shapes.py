@@ -1,0 +1,173 @@
+"""The columns that people have -> those of TRL's formats, which formats.py reads.
+
+ShareGPT's {"conversations": [{"from": ..., "value": ...}]} and Alpaca's {"instruction", "input", "output"}; columns
+`system` and `history` beside a prompt; names in capitals; a table's index; OpenAI's preferences.
+"""
+
+import json
+from typing import Any
+
+from training.data.entries import BadRow
+from training.data.messages import (
+    NO_TOOLS,
+    content_of,
+    deserialised,
+    looks_like_messages,
+    message_items,
+    python_value,
+    read_transcript,
+    role_of,
+)
+
+TEXTS = ("prompt", "chosen", "rejected", "response", "completion", "messages", "text")
+"""The columns of TRL's formats, in which messages may stand."""
+LABELS = ("label", "kto_tag")
+CONVERSATIONS = ("conversations", "conversation")
+QUESTIONS = ("instruction", "question", "query")
+SYSTEMS = ("system", "system_prompt")
+ANSWERS = ("response", "completion")
+KNOWN_COLUMNS = frozenset([*TEXTS, *LABELS, *CONVERSATIONS, *QUESTIONS, *SYSTEMS]) | {
+    *("history", "input", "context", "output", "tools"),
+}
+"""All that are looked at."""
+INDEX_COLUMNS = ("", "unnamed: 0", "__index_level_0__")
+"""What pandas writes for the numbers of its rows."""
+
+
+def in_trls_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what is understood under TRL's names; all other columns stay. Raises BadRow."""
+    row = usual_names(row)
+    refuse_tools(row)
+    if "messages" not in row:
+        rename(row, CONVERSATIONS, "messages")
+    from_openai(row)
+    if not {"prompt", "messages"} & row.keys():
+        from_alpaca(row)
+    for key in TEXTS:
+        if key in row:
+            row[key] = deserialised(row[key], key)
+    if isinstance(row.get("text"), list) and "prompt" not in row:
+        row.setdefault("messages", row.pop("text"))
+    if "prompt" not in row and ("chosen" in row or "rejected" in row):
+        prompt_from_messages(row)
+    put_before(row, earlier_messages(row))
+    return row
+
+
+def usual_names(row: dict[str, Any]) -> dict[str, Any]:
+    """Known columns in small letters, and without the index of a table."""
+    result = {}
+    for name, value in row.items():
+        usual = name.strip().lower()
+        if usual not in INDEX_COLUMNS:
+            result[usual if usual in KNOWN_COLUMNS and usual not in row else name] = value
+    return result
+
+
+def rename(row: dict[str, Any], names: tuple[str, ...], new: str) -> None:
+    """The first of `names` that is there becomes `new`."""
+    for name in names:
+        if name in row:
+            row[new] = row.pop(name)
+            return
+
+
+def refuse_tools(row: dict[str, Any]) -> None:
+    if parsed(row.get("tools")):
+        raise BadRow(f"there are 'tools' beside the messages ({NO_TOOLS})")
+
+
+def from_openai(row: dict[str, Any]) -> None:
+    """{"input": {"messages": ...}, "preferred_output": ..., "non_preferred_output": ...}"""
+    given = row.get("input")
+    if isinstance(given, dict) and "messages" in given and "preferred_output" in row:
+        row["prompt"] = row.pop("input")["messages"]
+        rename(row, ("preferred_output",), "chosen")
+        rename(row, ("non_preferred_output",), "rejected")
+
+
+def from_alpaca(row: dict[str, Any]) -> None:
+    """The instruction and, in a paragraph of its own, its input are the prompt; `output` is the answer.
+
+    A question beside an answer under another name than these may be anything, so it is not taken.
+    """
+    if "chosen" in row or any(name in row for name in ANSWERS):
+        rename(row, QUESTIONS, "prompt")
+    elif "output" in row and not any(name in row for name in QUESTIONS):
+        rename(row, ("input",), "prompt")
+    else:
+        rename(row, ("instruction",), "prompt")
+    if "prompt" not in row:
+        return
+    if not {"chosen", *ANSWERS} & row.keys():
+        rename(row, ("output",), "response")
+    for name in ("input", "context"):
+        if isinstance(row.get(name), str) and isinstance(row["prompt"], str):
+            row["prompt"] = "\n\n".join(text for text in (row["prompt"], row.pop(name)) if text.strip())
+
+
+def prompt_from_messages(row: dict[str, Any]) -> None:
+    """`messages` beside a chosen and a rejected answer, as LLaMA-Factory has them."""
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict) and role_of(messages[-1]) == "user":
+        row["prompt"] = row.pop("messages")
+
+
+def earlier_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the columns `system` and `history` say, which then are gone; a history of another kind stays."""
+    messages: list[dict[str, Any]] = []
+    for name in SYSTEMS:
+        if isinstance(row.get(name), str) and not messages:
+            text = row.pop(name)
+            messages += [{"role": "system", "content": text}] if text.strip() else []
+    turns = history_turns(parsed(row.get("history")))
+    if turns is not None:
+        del row["history"]
+        messages += turns
+    return messages
+
+
+def history_turns(history: Any) -> list[dict[str, Any]] | None:
+    """The messages of [[question, answer], ...] or of a list of messages; None for anything else."""
+    if looks_like_messages(history):
+        return message_items(history, "history")
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        return None
+    if not all(isinstance(text, str) for turn in history for text in turn):
+        raise BadRow("'history' has a turn that is not a question and an answer")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
+
+
+def put_before(row: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+    """Let the prompt begin with the `earlier` messages, and so whatever is a whole conversation. Raises BadRow."""
+    if not earlier:
+        return
+    if isinstance(row.get("prompt"), str):
+        row["prompt"] = read_transcript(row["prompt"]) or [{"role": "user", "content": row["prompt"]}]
+    for key in TEXTS:
+        value = row.get(key)
+        if key in ("chosen", "rejected", "text") and isinstance(value, str) and "prompt" not in row:
+            value = read_transcript(value)
+        if isinstance(value, list) and (len(value) > 1 or key in ("prompt", "messages")):
+            row.pop(key)
+            row["messages" if key == "text" else key] = joined(earlier, message_items(value, key))
+
+
+def joined(earlier: list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    begins = [item for item in (earlier[0], messages[0]) if role_of(item) == "system"]
+    if len(begins) == 2 and content_of(begins[0]) != content_of(begins[1]):
+        raise BadRow("there are two system messages, one in the column 'system' and one among the messages")
+    rest = messages[1:] if role_of(messages[0]) == "system" else messages
+    return begins[:1] + [item for item in earlier if role_of(item) != "system"] + rest
+
+
+def parsed(value: Any) -> Any:
+    """A list or an object that a table's cell holds as text; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return python_value(text) or text.replace("None", "")

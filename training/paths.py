@@ -1,0 +1,29 @@
+"""Paths in the settings, as they are found from any working directory: a run goes on from elsewhere, and is moved."""
+
+from pathlib import Path
+
+from inference.model_store import TINY
+from training.config import EMBEDDED_DATA, RunConfig
+from training.data.sources import absolute, exists
+
+MODELS = ("model", "reward_model", "sft_model", "trained_reward_model")
+
+
+def found_from_anywhere(config: RunConfig) -> RunConfig:
+    """`config` with absolute paths to what is there now; other names (of hub, preset, package) stay."""
+    for name in MODELS:
+        setattr(config, name, absolute_model(getattr(config, name)))
+    if config.data.source != EMBEDDED_DATA:
+        config.data.source = [absolute(text) for text in config.data.sources]
+    rlhf = config.rlhf
+    rlhf.ptx.source = absolute(rlhf.ptx.source) if rlhf.ptx.source else ""
+    file, colon, name = rlhf.reward_function.rpartition(":")
+    rlhf.reward_function = f"{absolute(file)}{colon}{name}" if file else ""
+    return config
+
+
+def absolute_model(source: str) -> str:
+    """As resolve_model reads it: `tiny` and packages come first, then directories, then the hub."""
+    if not source or source == TINY or source.startswith("package:") or not exists(source):
+        return source
+    return str(Path(source).expanduser().resolve())
