@@ -1,20 +1,17 @@
 """What is refused before anything trains: settings that do not fit the models."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from inference.errors import UserError
+from inference.families import longest_text
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
 from training.models.adapters import require_lora_layers
 from training.role_settings import LoRASettings
-
-STRETCHED = ("linear", "dynamic", "yarn")
-"""Kinds of rotary positions whose factor is not in the number of positions yet."""
 
 
 def require_processes(config: RunConfig, processes: int) -> None:
@@ -40,7 +37,8 @@ def require_positions(name: str, directory: Path, settings: DataSettings) -> Non
 
     Learned positions end there with an error of the table, rotary ones with nonsense.
     """
-    has, needed = positions(read_model_config(directory)), settings.max_prompt_tokens + settings.max_response_tokens
+    config, needed = read_model_config(directory), settings.max_prompt_tokens + settings.max_response_tokens
+    has = longest_text(config) if config is not None else 0
     if 0 < has < needed:
         response = min(settings.max_response_tokens, has // 2)
         raise UserError(
@@ -48,16 +46,6 @@ def require_positions(name: str, directory: Path, settings: DataSettings) -> Non
             f"{settings.max_response_tokens} are {needed} tokens together, and {name} has {has} positions: lower them, "
             f"for example to {has - response} and {response}, or choose a model with more."
         )
-
-
-def positions(config: PretrainedConfig | None) -> int:
-    """Tokens that a model of this configuration can read; 0 where there is no bound, or none is known."""
-    text: Any = config.get_text_config() if config is not None else None
-    has = getattr(text, "max_position_embeddings", None) or 0
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in STRETCHED:
-        has = max(has, int((rope.get("original_max_position_embeddings") or has) * rope.get("factor", 1)))
-    return has
 
 
 def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:

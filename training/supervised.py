@@ -71,7 +71,10 @@ def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:
 
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
-    epochs = Epochs(len(task.lengths), f"{stage.config.seed}")
+    rows, ranks = len(task.lengths), stage.ranks.size
+    if rows < ranks:
+        stage.display.say(f"Warning: {rows} rows leave {ranks - rows} of {ranks} ranks idle: use --processes {rows}")
+    epochs = Epochs(rows, f"{stage.config.seed}")
     number, evaluation = resume(stage, task)
     with stage.display.progress(task.name, total, number) as bar:
         while number < total:

@@ -196,7 +196,7 @@ def test_begin_token_stands_once_where_the_template_writes_it(llama2_like):
             "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
             "<|im_start|>assistant\nI am well.<|im_end|>",
         ),
-        ("llama2_like", "<s>[INST] Hello there [/INST] I am well.</s>"),
+        ("llama2_like", "<s>[INST] Hello there [/INST] I am well. </s>"),  # as the template ends an answer
     ],
 )
 def test_prompt_and_response_are_the_tokens_of_the_whole(request, name, whole):

@@ -6,7 +6,8 @@ import pytest
 from transformers import BloomConfig, CodeGenConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from inference.errors import UserError
-from training.checks import positions, require_adapters, require_layouts, require_positions
+from inference.families import longest_text
+from training.checks import require_adapters, require_layouts, require_positions
 from training.config_files import load_config
 
 SMALL = {"vocab_size": 96, "num_attention_heads": 4}
@@ -60,11 +61,10 @@ def test_prompt_and_response_must_have_room_in_the_positions(tmp_path, model):
 
 
 def test_positions_without_a_bound_and_stretched_ones(tmp_path):
-    assert positions(BloomConfig(vocab_size=96, hidden_size=32, n_head=4)) == 0
-    assert positions(None) == 0
+    assert longest_text(BloomConfig(vocab_size=96, hidden_size=32, n_head=4)) == 0
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
-    assert positions(LlamaConfig(max_position_embeddings=512, rope_parameters=rope)) == 2048
-    assert positions(LlamaConfig(max_position_embeddings=2048, rope_parameters=rope)) == 2048
+    assert longest_text(LlamaConfig(max_position_embeddings=512, rope_parameters=rope)) == 2048
+    assert longest_text(LlamaConfig(max_position_embeddings=2048, rope_parameters=rope)) == 2048
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from inference.errors import UserError
+from inference.families import is_router, takes_adapter
 from training.role_settings import LoRASettings
-
-LINEAR = (nn.Linear, Conv1D)
 
 
 def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
@@ -26,6 +24,7 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
         target_modules=settings.targets,
         task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
         modules_to_save=["score"] if scorer else None,
+        exclude_modules=[name for name, layer in model.named_modules() if is_router(layer)] or None,
     )
     try:
         return get_peft_model(model, config)
@@ -44,14 +43,14 @@ def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str
     if targets == "all-linear":
         return
     listed = [targets] if isinstance(targets, str) else targets
-    layers = dict(model.named_modules())
+    layers = {name: layer for name, layer in model.named_modules() if not is_router(layer)}
     try:
         found = {target: [name for name in layers if is_target(name, target, targets)] for target in listed}
     except re.error as error:
         raise UserError(f"{key}={targets} is no regular expression ({error}); give a list of module names.") from None
     missing = [target for target, names in found.items() if not names]
     if missing or not targets:
-        linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, LINEAR)}
+        linear = {name.rpartition(".")[2] for name, layer in layers.items() if takes_adapter(layer)}
         fitting = ", ".join(sorted(linear - {"lm_head", "embed_out", "score"}))
         raise UserError(
             f"{key}={targets} does not fit this model, which has no layer {' or '.join(missing) or 'without a name'}: "

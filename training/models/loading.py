@@ -21,8 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.families import require_supported_family, text_config
+from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
+from inference.template_check import same_rendering
 from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
 from training.models.adapters import add_lora
@@ -193,10 +194,7 @@ def _load(
     **allowed: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and which of the weights that it `may_miss` were made up."""
-    for part in (config, text_config(config)):
-        for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
-            if hasattr(part, name):
-                setattr(part, name, dropout)
+    set_dropout(config, dropout)
     if with_weights:
         model, made_up = read_weights(loader, directory, config=config, dtype=dtype, **allowed)
     else:
@@ -248,6 +246,20 @@ def require_same_tokens(actor: ChatFormat, scorer: ChatFormat, actor_name: str, 
         )
 
 
+def require_same_format(actor: ChatFormat, scorer: ChatFormat, actor_name: str, scorer_name: str) -> None:
+    """A finished reward model knows the texts that its own template writes, and reads those of the actor's in step 3.
+
+    Raises UserError where they are not the same.
+    """
+    require_same_tokens(actor, scorer, actor_name, scorer_name)
+    if not same_rendering(actor, scorer):
+        raise UserError(
+            f"The reward model {scorer_name} has another chat template than the actor {actor_name}, and would score "
+            f"texts that it was not trained to read: train one from this data with rlhf-chat reward, or, if it was "
+            f"trained with the actor's template, put that into its directory (chat_template.jinja)."
+        )
+
+
 def save_model(
     directory: Path,
     model: PreTrainedModel,
@@ -276,7 +288,7 @@ def save_model(
     if model.can_generate():
         model.generation_config = GenerationConfig(
             bos_token_id=chat_format.tokenizer.bos_token_id,
-            eos_token_id=chat_format.end_of_turn_id,
+            eos_token_id=list(chat_format.end_ids) if len(chat_format.end_ids) > 1 else chat_format.end_of_turn_id,
             pad_token_id=chat_format.pad_id,
         )
     cast(Any, model).to(dtype).save_pretrained(directory)

@@ -49,7 +49,7 @@ def train(stage: Stage) -> None:
 def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row: dict) -> None:
     """What the untrained model answers: a template or tokenizer that does not fit shows here, before any training."""
     prompt = torch.tensor(chat_format.prompt_ids(row["prompt"], stage.config.data.max_prompt_tokens))
-    engine = GenerationEngine(policy.model.eval(), chat_format.end_of_turn_id, chat_format.pad_id, slots=1)
+    engine = GenerationEngine(policy.model.eval(), chat_format.end_ids, chat_format.pad_id, slots=1)
     greedy = SamplingSettings(min(FIRST_ANSWER_TOKENS, stage.config.data.max_response_tokens), temperature=0.0)
     (sample,) = engine.generate([prompt], greedy, SamplingKey(stage.config.seed))
     question, answer = row["prompt"][-1]["content"], chat_format.decode(sample.response_ids)

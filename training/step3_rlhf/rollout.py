@@ -11,7 +11,7 @@ from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from training.calls import rlhf_calls, with_recomputed_logprobs
-from training.data.batching import plan_micro_batches
+from training.data.batching import TokenBatch, plan_micro_batches
 from training.fusion.aside import Aside
 from training.fusion.board import Board
 from training.fusion.choice import NOMINAL, Choice, FusionChoice, Setting
@@ -182,7 +182,12 @@ class Rollout:
         """Start the forward passes of all roles on `rows`; what is returned waits for them and fills the rows in."""
         batch = token_batch(rows, self.ranks.device)
         sizes = [len(e.response) for e in rows]
-        found = {call.outputs[0]: self.roles.score(call.role, batch) for call in self.calls if call.kind == "score"}
+        taught = self.as_taught(rows) if self.settings.has_reward_model else batch
+        found = {
+            call.outputs[0]: self.roles.score(call.role, taught if call.role == "reward" else batch)
+            for call in self.calls
+            if call.kind == "score"
+        }
 
         def finish() -> list[Experience]:
             for key, values in found.items():
@@ -195,6 +200,11 @@ class Rollout:
             return rows
 
         return finish
+
+    def as_taught(self, rows: list[Experience]) -> TokenBatch:
+        """The rows as the reward model was trained to read them: with one end, whatever token ended a response."""
+        as_read = [(e.prompt, torch.tensor(self.chat_format.as_taught(e.response.tolist()))) for e in rows]
+        return TokenBatch.of(as_read, self.ranks.device)
 
     def _in_order(self, ours: list[Experience]) -> list[Experience]:
         return sorted((e for share in self.ranks.gather(ours) for e in share), key=lambda e: e.index)
@@ -238,7 +248,7 @@ class Rollout:
         model = self.roles.generator.refresh()
         if self.engine is None or self.engine.model is not model:
             chat_format, slots = self.chat_format, self.settings.generation_batch
-            self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id, slots)
+            self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots)
         self.engine.weights_changed()
         return self.engine
 

@@ -261,11 +261,25 @@ def test_prompts_are_prefilled_within_their_budget(model):
     assert len(samples) == len(PROMPTS)
 
 
-def test_other_tokens_can_end_a_sample():
-    settings = SamplingSettings(max_tokens=20, temperature=0, stop_ids=(6, 30))
-    engine = GenerationEngine(ScriptedModel(COUNT_DOWN), END, PAD)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_several_tokens_can_end_a_sample(graphs):
+    settings = SamplingSettings(max_tokens=20, temperature=0)
+    engine = GenerationEngine(ScriptedModel(COUNT_DOWN), (END, 6, 30), PAD, graphs=graphs)
     (sample,) = engine.generate([torch.tensor([9])], settings, KEY)
     assert sample.response_ids == [8, 7, 6] and sample.ended
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_none_of_the_end_tokens_is_drawn_before_the_minimum_or_where_nothing_may_end(graphs):
+    ends = (END, 6, 30)
+    engine = GenerationEngine(build_model("llama"), ends, PAD, graphs=graphs)
+    samples = engine.generate(PROMPTS * 3, SamplingSettings(max_tokens=30, min_tokens=9), KEY)
+    assert {sample.ended for sample in samples} == {True, False}
+    for sample in engine.generate(PROMPTS * 3, SamplingSettings(max_tokens=30, min_tokens=9), KEY):
+        early = sample.response_ids[: -1 if len(sample.response_ids) > 9 else None]
+        assert not {*ends} & {*early} and len(sample.response_ids) > 9
+    for sample in engine.generate(PROMPTS, SamplingSettings(max_tokens=1), KEY, lengths=[40] * len(PROMPTS)):
+        assert not {*ends} & {*sample.response_ids} and not sample.ended and len(sample.response_ids) == 40
 
 
 def test_forced_lengths(model):

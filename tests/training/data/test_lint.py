@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from inference.chat_format import ChatFormat
+from tests.inference.templates import FAMILIES, bytes_tokenizer
 from training.config import DataSettings
 from training.data.lint import Lines, bad_rows, lint, lint_tokenizer, shared_prompts
 
@@ -139,3 +140,11 @@ def test_the_pad_token(tmp_path, pad, said):
     assert len(found) == bool(said)
     if said:
         assert said in found[0].sentence and found[0].level == "warning"
+
+
+def test_a_template_that_writes_finished_dialogues_otherwise(tmp_path):
+    tokenizer = bytes_tokenizer(FAMILIES["zephyr"], pad_token="<unk>")
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}"
+    (found,) = lint_tokenizer(tokenizer, ChatFormat(tokenizer), tmp_path)
+    assert (found.level, found.check) == ("warning", "chat template")
+    assert "otherwise than its prompts" in found.sentence

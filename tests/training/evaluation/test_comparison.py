@@ -338,3 +338,9 @@ def test_accuracy_falls_into_the_bucket_of_the_longer_answer():
         "up_to_256_tokens": (1, 1.0),  # the last bucket holds all longer ones
         "unseen_questions": (1, 0.0),
     }
+
+
+def test_pairs_of_one_question_are_counted_as_alike():
+    found = accuracy_by_length([True] * 4, [8] * 4, [False] * 4, ["a", "a", "a", "b"])["all"]
+    assert (found["pairs"], found["questions"]) == (4, 2)
+    assert (found["rate"], found["low"], found["high"]) == share(4, 4, 16 / 10)  # worth 1.6 pairs
