@@ -118,7 +118,7 @@ def validate(stage: Stage, task: Task, number: int) -> dict[str, float]:
     evaluation = task.evaluate()
     stage.metrics.write(number, evaluation)
     shown = " · ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluation.items())
-    stage.display.say(f"{task.name} {number}: held-out {shown}")
+    stage.display.say(f"{task.name} {number}: held-out {shown or 'rows: none'}")
     return evaluation
 
 

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Makes tests/data/old_run/: a run directory of commit 6d4be00, finished, with the checkpoint in the middle of each step. Give the directory of a checkout of that commit (git worktree add DIRECTORY 6d4be00) and a python that runs it.
+# Makes tests/data/old_run: a run directory of commit 6d4be00, finished, with the checkpoint in the middle of each step.
+# The arguments are a checkout of that commit (git worktree add DIRECTORY 6d4be00) and a python that runs it.
 set -e
 checkout=$(realpath "$1") python=$(realpath -s "$2") target=$(realpath "$(dirname "$0")")/old_run
 place=$(mktemp -d); trap 'rm -rf "$place"' EXIT; cd "$place"
@@ -40,4 +41,5 @@ done
     run --model model --data pairs.jsonl --name old "${small[@]/#/--set=}"
 mv runs/old run && rmdir runs
 rm -rf run/*/checkpoints/2 run/log.txt run/*/log.txt run/.lock run/*/.lock
+grep -rl --include=*.yaml --include=*.json --include=*.html "$place" . | xargs sed -i "s#$place#/home/me#g"
 rm -rf "$target" && cp -r "$place" "$target"
