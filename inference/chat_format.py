@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
 from inference.errors import UserError
+from inference.model_files import require_usable
+from inference.quiet import quiet_transformers
 from inference.template_check import differences
-from inference.untrusted import refuse_code
 
 PAD_TOKEN = "<|pad|>"
 STAND_IN = "\ufdd0", "\ufdd1"
@@ -67,10 +69,13 @@ class ChatFormat:
     @classmethod
     def load(cls, directory: str | Path, day: date | None = TRAINING_DATE) -> "ChatFormat":
         """The format of a local model directory. Raises UserError where there is no usable tokenizer."""
-        refuse_code(Path(directory))
+        require_usable(Path(directory))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds here, all of them about the directory's files
+            if package := missing_package(Path(directory)):
+                raise UserError(f"The tokenizer in {directory} needs a package: pip install {package}.") from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{directory} holds no tokenizer that can be loaded ({reason}).") from error
         if not tokenizer.encode("Hello", add_special_tokens=False):
@@ -241,6 +246,18 @@ class ChatFormat:
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def missing_package(directory: Path) -> str:
+    """What reads the only file that a tokenizer has, where it is not installed; '' for other files."""
+    if (directory / "tokenizer.json").is_file():
+        return ""
+    for file in sorted(directory.glob("*.model")) + sorted(directory.glob("*.tiktoken")):
+        with open(file, "rb") as opened:
+            is_text = re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+", opened.readline(1000).strip())  # a token and its rank
+        package = "tiktoken" if is_text else "sentencepiece"
+        return package if find_spec(package) is None else ""
+    return ""
 
 
 def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -142,7 +142,7 @@ class Updates:
         def actor_passes() -> list[Pass]:
             passes = [Pass(micro_batch, actor_loss) for micro_batch in plan]
             if self.ptx is not None:
-                drawn = self.ptx.draw(update, settings.ptx.rows or len(chosen))
+                drawn = self.ptx.draw(*self.demonstrations_of(update, len(experience)))
 
                 def ptx_loss(micro_batch: MicroBatch) -> Tensor:
                     logprobs, _ = self.roles.actor(drawn.batch(micro_batch, self.ranks.device))
@@ -174,6 +174,15 @@ class Updates:
         shares = self.ranks.gather(sums)
         pooled = {name: (max if name.endswith("_max") else sum)(share[name] for share in shares) for name in sums}
         return pooled, result
+
+    def demonstrations_of(self, update: int, samples: int) -> tuple[int, int]:
+        """Where those of an optimiser step begin, counted through all updates of the run, and how many they are: each
+        begins where the one before ends, also where `samples` do not divide evenly."""
+        if self.settings.ptx.rows:
+            return update * self.settings.ptx.rows, self.settings.ptx.rows
+        passes, place = divmod(update, self.settings.mini_batches)
+        sizes = [len(range(each, samples, self.settings.mini_batches)) for each in range(place + 1)]
+        return passes * samples + sum(sizes[:-1]), sizes[-1]
 
     def step(self, jobs: list[tuple[ZeroEngine, list["Pass"]]]) -> tuple[list[dict[str, float]], bool]:
         """An optimiser step of each engine on the sum of its passes, and whether it was made.
