@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
 from inference.errors import UserError
+from inference.model_files import require_usable
 from inference.quiet import quiet_transformers
 from inference.template_check import differences
-from inference.untrusted import refuse_code
 
 PAD_TOKEN = "<|pad|>"
 STAND_IN = "\ufdd0", "\ufdd1"
@@ -70,7 +70,7 @@ class ChatFormat:
     @classmethod
     def load(cls, directory: str | Path, day: date | None = TRAINING_DATE) -> "ChatFormat":
         """The format of a local model directory. Raises UserError where there is no usable tokenizer."""
-        refuse_code(Path(directory))
+        require_usable(Path(directory))
         try:
             with quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
