@@ -10,7 +10,7 @@ from inference.families import longest_text
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
-from training.models.loading import require_lora_layers
+from training.models.adapters import require_lora_layers
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
 
