@@ -61,6 +61,7 @@ class ChatFormat:
         special = sorted(tokenizer.convert_ids_to_tokens(list(self._special_ids)), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, [*special, STAND_IN[0]])))
         self._framing = self._special_ids & set(used)  # what the template may write around an answer
+        self._head = self._encode(self.template.lead_in)
         self._shown_gap = self._decode(self._encode(self.template.gap))
         self.differences = list(differences(self))
         """How trained rows differ from the template's own finished dialogues, in sentences; thoughts do not count."""
@@ -131,7 +132,7 @@ class ChatFormat:
             body = self.template.answer(shown["content"], self.ending)
         except Refused as refused:
             raise UserError(f"The model's chat template refuses the answer '{text[:60]}' ({refused}).") from None
-        head = self._encode(self.template.lead_in)
+        head = self._head
         whole = self._encode_shown(self.template.lead_in + body, hidden)
         ids = whole[len(head) :] if whole[: len(head)] == head else self._encode_shown(body, hidden)
         if not (self._special_ids - self._framing).isdisjoint(ids) or self.end_of_turn_id in ids:
