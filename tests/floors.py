@@ -1,4 +1,4 @@
-"""The lowest versions that pyproject.toml allows, as requirements: `python tests/floors.py torch==2.13.0` keeps that one.
+"""The lowest versions that pyproject.toml allows, as requirements; `tests/floors.py torch==2.13.0` keeps that one.
 
 What is not ours to bound (the tests' own tools) is as requirements.txt has it.
 """
