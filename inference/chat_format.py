@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
 from inference.errors import UserError
+from inference.model_files import require_usable
+from inference.quiet import quiet_transformers
 from inference.template_check import differences
-from inference.untrusted import refuse_code
 
 PAD_TOKEN = "<|pad|>"
 STAND_IN = "\ufdd0", "\ufdd1"
@@ -59,6 +61,7 @@ class ChatFormat:
         special = sorted(tokenizer.convert_ids_to_tokens(list(self._special_ids)), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, [*special, STAND_IN[0]])))
         self._framing = self._special_ids & set(used)  # what the template may write around an answer
+        self._head = self._encode(self.template.lead_in)
         self._shown_gap = self._decode(self._encode(self.template.gap))
         self.differences = list(differences(self))
         """How trained rows differ from the template's own finished dialogues, in sentences; thoughts do not count."""
@@ -67,10 +70,13 @@ class ChatFormat:
     @classmethod
     def load(cls, directory: str | Path, day: date | None = TRAINING_DATE) -> "ChatFormat":
         """The format of a local model directory. Raises UserError where there is no usable tokenizer."""
-        refuse_code(Path(directory))
+        require_usable(Path(directory))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds here, all of them about the directory's files
+            if package := missing_package(Path(directory)):
+                raise UserError(f"The tokenizer in {directory} needs a package: pip install {package}.") from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{directory} holds no tokenizer that can be loaded ({reason}).") from error
         if not tokenizer.encode("Hello", add_special_tokens=False):
@@ -126,7 +132,7 @@ class ChatFormat:
             body = self.template.answer(shown["content"], self.ending)
         except Refused as refused:
             raise UserError(f"The model's chat template refuses the answer '{text[:60]}' ({refused}).") from None
-        head = self._encode(self.template.lead_in)
+        head = self._head
         whole = self._encode_shown(self.template.lead_in + body, hidden)
         ids = whole[len(head) :] if whole[: len(head)] == head else self._encode_shown(body, hidden)
         if not (self._special_ids - self._framing).isdisjoint(ids) or self.end_of_turn_id in ids:
@@ -241,6 +247,18 @@ class ChatFormat:
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def missing_package(directory: Path) -> str:
+    """What reads the only file that a tokenizer has, where it is not installed; '' for other files."""
+    if (directory / "tokenizer.json").is_file():
+        return ""
+    for file in sorted(directory.glob("*.model")) + sorted(directory.glob("*.tiktoken")):
+        with open(file, "rb") as opened:
+            is_text = re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+", opened.readline(1000).strip())  # a token and its rank
+        package = "tiktoken" if is_text else "sentencepiece"
+        return package if find_spec(package) is None else ""
+    return ""
 
 
 def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -85,7 +85,7 @@ class ChatTemplate:
         except Exception as error:  # templates are programs: they raise anything
             raise Refused(reason(error)) from error
         for message in messages:
-            if not holds(text, without_thought(message)):
+            if not holds(text, lasting_part(message)):
                 raise Refused(f"it leaves out the {message['role']} message '{message['content'].strip()[:60]}'")
         return text if text.startswith(self.begin) else self.begin + text
 
@@ -217,7 +217,9 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def without_thought(message: Message) -> str:
-    """What must be in a prompt: templates drop the thoughts of earlier answers."""
+def lasting_part(message: Message) -> str:
+    """What must be in a prompt: templates drop the thoughts of earlier answers, and obey words such as `/no_think`."""
     content = message["content"]
-    return re.split(r"</\w+>|\[/\w+\]", content)[-1] if message["role"] == "assistant" else content
+    if message["role"] == "assistant":
+        return re.split(r"</\w+>|\[/\w+\]", content)[-1]
+    return max(re.split(r"/(?:no_)?think\b", content), key=len)

@@ -194,6 +194,13 @@ def test_messages_that_a_template_leaves_out_are_refused():
         only_last.prompt_ids([{"role": "user", "content": "First"}, {"role": "assistant", "content": "A"}, question])
 
 
+def test_a_template_may_obey_a_word_of_a_message():
+    shown = "(m['content'] | replace('/no_think', ''))"
+    form = chatml(CHATML.replace("m['content']", shown))
+    with_word, without = ([{"role": "user", "content": f"Hello{word}"}] for word in (" /no_think", " "))
+    assert form.prompt_ids(with_word) == form.prompt_ids(without)
+
+
 def test_named_templates(tmp_path):
     family = FAMILIES["llama-3"]
     tokenizer = bytes_tokenizer(family)

@@ -28,8 +28,8 @@ from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 from training.data.batching import TokenBatch
+from training.models.adapters import add_lora
 from training.models.loading import (
-    add_lora,
     fit_vocabulary,
     load_causal_lm,
     load_scorer,
