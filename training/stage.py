@@ -125,9 +125,8 @@ class Stage:
 
     def token_pairs(self, rows: list[dict], chat_format: ChatFormat) -> list[TokenPair]:
         """Rows of pairs as tokens, without those that differ only beyond data.max_response_tokens."""
-        pairs = [
-            TokenPair.of(row, tokens) for row, tokens in zip(rows, self.tokens(rows, PARTS, chat_format), strict=True)
-        ]
+        tokens = self.tokens(rows, PARTS, chat_format)
+        pairs = [TokenPair.of(*each, place) for place, each in enumerate(zip(rows, tokens, strict=True))]
         kept = [pair for pair in pairs if pair.differs]
         if len(kept) < len(pairs):
             self.display.say(left_out(len(pairs) - len(kept), len(pairs), self.config.data.max_response_tokens))
@@ -176,12 +175,13 @@ class Stage:
         self.ranks.barrier()
 
     def diverged(self, number: int, what: str, rows: list[int]) -> Diverged:
-        """The error for a loss that is not finite; the batch is kept in diverged.json."""
+        """The error for a loss that is not finite. `rows` of the training data, from 0, are kept in diverged.json."""
         newest = self.checkpoints.numbers()[-1:]
         last = (
             f"the last good checkpoint is {self.directory.checkpoints / str(newest[0])}" if newest else "no checkpoint"
         )
-        write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows})
+        file = f"data/{ROWS_OF_STEP[self.directory.number][0]}_train.jsonl"
+        write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows, "file": file})
         return Diverged(
             f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
             f"{last}; the usual cure is a lower learning rate or dtype=fp32, in a run with another --name."

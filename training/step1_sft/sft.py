@@ -77,6 +77,9 @@ class SFTTask:
         self.stage, self.engine, self.rows, self.held_out = stage, engine, rows, held_out
         self.lengths = [len(prompt) + len(response) for prompt, response in rows]
 
+    def place(self, row: int) -> int:
+        return row
+
     def size(self, rows: list[int]) -> int:
         """Response tokens."""
         return sum(len(self.rows[row][1]) for row in rows)
