@@ -8,6 +8,7 @@ between them, as byte-level ones do, the two together are the tokens of the whol
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,8 @@ class ChatFormat:
         self.ending: str = behind.partition(end)[0] if end in behind else ""
         """What the template writes between an answer and the end of the turn."""
         used = self._encode(self.template.finished(dialogue(1)))
+        with suppress(Refused):
+            used += self._encode(self.template.prompt(dialogue(1, system="s-y-s-t-e-m")[:-1]))
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id == self.end_of_turn_id:
             self._choose_pad(used)
         self.pad_id: int = tokenizer.pad_token_id
@@ -213,7 +216,7 @@ class ChatFormat:
         without one, the end-of-sequence token."""
         added = self.tokenizer.added_tokens_decoder
         named = {i for i in added if not added[i].content.isspace()} | set(self.tokenizer.all_special_ids)
-        begins = {*self._encode(self.template.lead_in)} - {*self._encode(self.template.behind_question)}
+        begins = {*self._encode(self.template.lead_in)} - {*self._encode(self.template.between)}
         opening = (i for i in self._encode(self.template.opening) if i in named and i != self.tokenizer.bos_token_id)
         begins = begins | {next(opening, None), self.tokenizer.bos_token_id} - {self.tokenizer.eos_token_id}
         found = (i for i in self._encode(self.template.behind) if i in named and i not in begins)
@@ -235,7 +238,9 @@ class ChatFormat:
         special = special_ids(self.tokenizer)
         taken = {*used, self.end_of_turn_id, self.tokenizer.bos_token_id}
         for token_id in spare:
-            if token_id in special and token_id not in taken:
+            if token_id not in special or token_id in taken:
+                continue
+            if self.tokenizer.convert_ids_to_tokens(token_id) not in self.template.source:
                 self.tokenizer.pad_token_id = token_id
                 break
         else:
