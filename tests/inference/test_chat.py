@@ -15,15 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from inference.chat import Session, Terminal, change_settings, chat, check_settings, printable
+from inference.chat_format import ChatFormat
 from inference.chat_model import ChatModel
 from inference.chat_target import find_chat_models
 from inference.errors import UserError
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.serving.job import Job
 from inference.serving.lane import Lane
+from tests.inference.templates import CHATML, Family, bytes_tokenizer
 
 SETTINGS = SamplingSettings(max_tokens=24, temperature=0.7, top_p=0.95)
 WILD = SamplingSettings(max_tokens=60, temperature=1.0)  # the random model then writes raw bytes
@@ -169,6 +171,28 @@ def test_every_end_token_of_generation_config_ends_an_answer(damaged):
     while not lane.is_idle:
         told += lane.step()
     assert [(event.text, event.finish) for _, event in told] == [(text, "stop")]
+
+
+def test_a_pad_token_that_the_model_has_no_row_for_is_not_fed_to_it():
+    """Of a family that pads, as it comes: only training makes the row."""
+    family = Family(CHATML, ("<|im_end|>", "<|im_start|>"), "<|im_end|>")
+    form = ChatFormat(bytes_tokenizer(family))
+    config = BloomConfig(vocab_size=258, hidden_size=32, n_layer=1, n_head=2)
+    model = ChatModel(AutoModelForCausalLM.from_config(config), form)
+    assert form.pad_id == 258
+    prompts = [torch.tensor(form.prompt_ids(user(text))) for text in ("a", "hello there")]
+    samples = list(model.engine.generate(prompts, SamplingSettings(3), SamplingKey(0)))
+    lane = Lane(model, 2, 100)
+    lane.warm_up()
+    jobs = [
+        Job(prompt.tolist(), SamplingSettings(3), SamplingKey(0), 1, 3, [], form.decode, streams=False)
+        for prompt in prompts
+    ]
+    for job in jobs:
+        lane.admit(job)
+    while not lane.is_idle:
+        lane.step()
+    assert len(samples) == len(jobs) and all(job.is_over for job in jobs)
 
 
 def test_a_template_that_refuses_is_a_user_error(damaged):

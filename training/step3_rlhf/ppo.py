@@ -203,7 +203,7 @@ class PPO:
         stop = 0 < self.settings.kl.stop < metrics["kl/reference"]
         if check:
             check_first_update(self.stage, self.roles, experience)
-        self.updates.mini_batches = []
+        self.updates.mini_batches, self.updates.seats = [], seats
         if not stop:
             if self.inside is not None:
                 self.inside.keep()

@@ -98,7 +98,7 @@ class Roles:
             assert scorer is not None
             _, with_weights = loads(settings.reward.zero_stage, dtype, ranks)
             reward = Scorer(load_scorer(scorer, chat_format, dtype, with_weights=with_weights, trained=True))
-            self.reward_is_normalized = hasattr(reward.model.config, "score_scale")
+            self.reward_is_normalized = (reward.shift, reward.scale) != (0.0, 1.0)
             self._reward = self._frozen(reward, settings.reward, scoring.reward, stage)
         frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]
         self._frozen_blocked = [

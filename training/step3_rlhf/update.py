@@ -12,7 +12,7 @@ from torch import Tensor
 from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
 from training.hybrid_engine.overflow import step_together
 from training.hybrid_engine.zero_engine import ZeroEngine
-from training.stage import Stage
+from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, token_batch
 from training.step3_rlhf.ptx import Demonstrations
@@ -42,6 +42,8 @@ class Updates:
         self.stage, self.settings, self.ranks, self.roles = stage, stage.config.rlhf, stage.ranks, roles
         self.roles_trained, self.ptx = trained, ptx
         self.mini_batches: list[dict[str, float]] = []
+        self.seats: list[int] = []
+        """Places in the data of the prompts of an iteration's samples."""
 
     def run(
         self, experience: list[Experience], targets: Targets, number: int, kl_coefficient: float
@@ -168,7 +170,7 @@ class Updates:
         }
         norms = [value for name, value in result.items() if name.endswith("grad_norm")]
         if self.stage.dtype != torch.float16 and not all(map(math.isfinite, norms)):  # fp16 skips such steps by itself
-            raise self.stage.diverged(number, "The gradient is not finite", chosen)
+            raise self.diverged(number, "The gradient is not finite", chosen)
         if self.roles.ema is not None and stepped and any(prefix == "policy" for prefix, _, _ in jobs):
             self.roles.ema.update()
         shares = self.ranks.gather(sums)
@@ -197,4 +199,8 @@ class Updates:
 
     def require_finite(self, loss: Tensor, name: str, number: int, rows: list[int]) -> None:
         if not torch.isfinite(loss):
-            raise self.stage.diverged(number, f"{name} is not a finite number", rows)
+            raise self.diverged(number, f"{name} is not a finite number", rows)
+
+    def diverged(self, number: int, what: str, samples: list[int]) -> Diverged:
+        """Of samples of this iteration: their prompts' rows are named."""
+        return self.stage.diverged(number, what, sorted({self.seats[sample] for sample in samples}))
