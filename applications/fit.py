@@ -12,7 +12,7 @@ import torch
 from applications.preset_store import is_preset_architecture, known_architecture, smaller_presets
 from inference.errors import UserError
 from inference.families import config_of, require_supported_family
-from inference.untrusted import refuse_code
+from inference.model_files import require_usable
 from training.config import RunConfig
 from training.config_files import merge, validate_config
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
@@ -157,7 +157,7 @@ def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0, scores
     """
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
-        refuse_code(file.parent)
+        require_usable(file.parent)
         values: dict[str, Any] | None = read_json(file, "fetch or train the model again")
     else:
         values = known_architecture(model)

@@ -8,7 +8,9 @@ between them, as byte-level ones do, the two together are the tokens of the whol
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
 from inference.errors import UserError
+from inference.model_files import require_usable
+from inference.quiet import quiet_transformers
 from inference.template_check import differences
-from inference.untrusted import refuse_code
 
 PAD_TOKEN = "<|pad|>"
 STAND_IN = "\ufdd0", "\ufdd1"
@@ -50,6 +53,8 @@ class ChatFormat:
         self.ending: str = behind.partition(end)[0] if end in behind else ""
         """What the template writes between an answer and the end of the turn."""
         used = self._encode(self.template.finished(dialogue(1)))
+        with suppress(Refused):
+            used += self._encode(self.template.prompt(dialogue(1, system="s-y-s-t-e-m")[:-1]))
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id == self.end_of_turn_id:
             self._choose_pad(used)
         self.pad_id: int = tokenizer.pad_token_id
@@ -59,21 +64,30 @@ class ChatFormat:
         special = sorted(tokenizer.convert_ids_to_tokens(list(self._special_ids)), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, [*special, STAND_IN[0]])))
         self._framing = self._special_ids & set(used)  # what the template may write around an answer
+        self._head = self._encode(self.template.lead_in)
         self._shown_gap = self._decode(self._encode(self.template.gap))
-        self.notes += differences(self)
+        self.differences = list(differences(self))
+        """How trained rows differ from the template's own finished dialogues, in sentences; thoughts do not count."""
+        self.notes += self.differences
 
     @classmethod
     def load(cls, directory: str | Path, day: date | None = TRAINING_DATE) -> "ChatFormat":
         """The format of a local model directory. Raises UserError where there is no usable tokenizer."""
-        refuse_code(Path(directory))
+        require_usable(Path(directory))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds here, all of them about the directory's files
+            if package := missing_package(Path(directory)):
+                raise UserError(f"The tokenizer in {directory} needs a package: pip install {package}.") from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{directory} holds no tokenizer that can be loaded ({reason}).") from error
         if not tokenizer.encode("Hello", add_special_tokens=False):
             # transformers makes up an empty tokenizer where the files of one are missing
             raise UserError(f"{directory} has no tokenizer files; copy the model with its tokenizer again.")
+        of_processor = Path(directory) / "chat_template.json"  # where models that read images had theirs
+        if not tokenizer.chat_template and of_processor.is_file():
+            tokenizer.chat_template = read_values(of_processor).get("chat_template")
         return cls(tokenizer, generation_ends(Path(directory), tokenizer), day)
 
     def save(self, directory: str | Path) -> None:
@@ -124,7 +138,7 @@ class ChatFormat:
             body = self.template.answer(shown["content"], self.ending)
         except Refused as refused:
             raise UserError(f"The model's chat template refuses the answer '{text[:60]}' ({refused}).") from None
-        head = self._encode(self.template.lead_in)
+        head = self._head
         whole = self._encode_shown(self.template.lead_in + body, hidden)
         ids = whole[len(head) :] if whole[: len(head)] == head else self._encode_shown(body, hidden)
         if not (self._special_ids - self._framing).isdisjoint(ids) or self.end_of_turn_id in ids:
@@ -205,7 +219,7 @@ class ChatFormat:
         without one, the end-of-sequence token."""
         added = self.tokenizer.added_tokens_decoder
         named = {i for i in added if not added[i].content.isspace()} | set(self.tokenizer.all_special_ids)
-        begins = {*self._encode(self.template.lead_in)} - {*self._encode(self.template.behind_question)}
+        begins = {*self._encode(self.template.lead_in)} - {*self._encode(self.template.between)}
         opening = (i for i in self._encode(self.template.opening) if i in named and i != self.tokenizer.bos_token_id)
         begins = begins | {next(opening, None), self.tokenizer.bos_token_id} - {self.tokenizer.eos_token_id}
         found = (i for i in self._encode(self.template.behind) if i in named and i not in begins)
@@ -227,7 +241,9 @@ class ChatFormat:
         special = special_ids(self.tokenizer)
         taken = {*used, self.end_of_turn_id, self.tokenizer.bos_token_id}
         for token_id in spare:
-            if token_id in special and token_id not in taken:
+            if token_id not in special or token_id in taken:
+                continue
+            if str(self.tokenizer.convert_ids_to_tokens(token_id)) not in self.template.source:
                 self.tokenizer.pad_token_id = token_id
                 break
         else:
@@ -241,6 +257,28 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
 
 
+def missing_package(directory: Path) -> str:
+    """What reads the only file that a tokenizer has, where it is not installed; '' for other files."""
+    if (directory / "tokenizer.json").is_file():
+        return ""
+    for file in sorted(directory.glob("*.model")) + sorted(directory.glob("*.tiktoken")):
+        with open(file, "rb") as opened:
+            is_text = re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+", opened.readline(1000).strip())  # a token and its rank
+        package = "tiktoken" if is_text else "sentencepiece"
+        return package if find_spec(package) is None else ""
+    return ""
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy the model again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds no names with values; copy the model again.")
+    return values
+
+
 def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that generation_config.json lets an answer end with; without that file, those of config.json.
 
@@ -249,11 +287,7 @@ def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list
     for name, allowed in (("generation_config.json", None), ("config.json", special_ids(tokenizer))):
         if not (directory / name).is_file():
             continue
-        try:
-            values: Any = json.loads((directory / name).read_text(encoding="utf-8"))
-            found = values.get("eos_token_id")
-        except (ValueError, OSError, AttributeError) as error:
-            raise UserError(f"{directory / name} cannot be read ({error}); copy the model again.") from None
+        found = read_values(directory / name).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         return [i for i in ids if type(i) is int and (allowed is None or i in allowed)]
     return []

@@ -28,7 +28,7 @@ class ChatModel:
     def __init__(self, model: PreTrainedModel, chat_format: ChatFormat):
         self.model = model.eval()
         self.format = chat_format
-        self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id)
+        self.engine = GenerationEngine(model, chat_format.end_ids, self.pad_id)
 
     @classmethod
     def load(cls, directory: Path, dtype: str = "auto") -> "ChatModel":
@@ -46,6 +46,12 @@ class ChatModel:
         if max(chat_format.end_ids) >= model.get_input_embeddings().num_embeddings:
             raise UserError(f"The tokenizer in {directory} has more tokens than the model; put the model's own there.")
         return cls(cast(Any, model).to(device), chat_format)
+
+    @property
+    def pad_id(self) -> int:
+        """A token that the model has: one that was added for padding waits for training to give it a row."""
+        rows: int = self.model.get_input_embeddings().num_embeddings
+        return self.format.pad_id if self.format.pad_id < rows else self.format.end_of_turn_id
 
     @property
     def context_length(self) -> int:

@@ -8,7 +8,8 @@ import yaml
 
 from inference.chat_format import ChatFormat
 from inference.tiny_model import build_tiny_model
-from training.models.loading import add_lora, load_causal_lm, load_scorer, save_model
+from training.models.adapters import add_lora
+from training.models.loading import load_causal_lm, load_scorer, save_model
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 

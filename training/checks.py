@@ -10,7 +10,8 @@ from inference.families import longest_text
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
-from training.models.loading import require_lora_layers
+from training.models.adapters import require_lora_layers
+from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
 
 
@@ -28,8 +29,18 @@ def require_fitting(config: RunConfig, processes: int, actor: Path, scorer: Path
     if scorer is not None:
         require_positions(config.trained_reward_model or config.reward_model_source, scorer, config.data)
     if config.method == "ppo":
+        require_actor_learns(config.rlhf)
         require_layouts(config, processes, actor, scorer)
     require_adapters(config, actor, scorer)
+
+
+def require_actor_learns(settings: RLHFSettings) -> None:
+    """Raise UserError where the critic's warm-up takes all iterations: what step 3 leaves would be the SFT model."""
+    if settings.critic_warmup >= settings.iterations:
+        raise UserError(
+            f"rlhf.critic_warmup={settings.critic_warmup} leaves none of rlhf.iterations={settings.iterations} in "
+            f"which the actor learns; give more iterations, or rlhf.critic_warmup={settings.iterations // 10}."
+        )
 
 
 def require_positions(name: str, directory: Path, settings: DataSettings) -> None:
@@ -51,16 +62,26 @@ def require_positions(name: str, directory: Path, settings: DataSettings) -> Non
 def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where a model of step 3 cannot be cut as asked for."""
     degrees = config.rlhf.scoring_tensor_parallel
-    asked = [(actor, config.rlhf.generation_tensor_parallel), (actor, degrees.reference)]
+    asked = [
+        ("generation_tensor_parallel", actor, config.rlhf.generation_tensor_parallel),
+        ("scoring_tensor_parallel.reference", actor, degrees.reference),
+    ]
     if scorer is not None:
-        asked += [(scorer, degrees.reward), (scorer, degrees.critic)]
-    for model, tensor in asked:
-        Layout.over(processes, tensor)
+        asked += [
+            ("scoring_tensor_parallel.reward", scorer, degrees.reward),
+            ("scoring_tensor_parallel.critic", scorer, degrees.critic),
+        ]
+    for name, model, tensor in asked:
+        setting = f"rlhf.{name}"
+        Layout.over(processes, tensor, setting=setting)
         if tensor > 1:
             config_of_model = AutoConfig.from_pretrained(model, local_files_only=True)
-            check_divides(config_of_model, tensor)
-            with torch.device("meta"):
-                cut_layers(AutoModelForCausalLM.from_config(config_of_model))
+            try:
+                check_divides(config_of_model, tensor)
+                with torch.device("meta"):
+                    cut_layers(AutoModelForCausalLM.from_config(config_of_model))
+            except UserError as error:
+                raise UserError(f"{setting}={tensor}: {error}") from None
 
 
 def require_adapters(config: RunConfig, actor: Path, scorer: Path | None) -> None:

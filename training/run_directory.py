@@ -138,6 +138,11 @@ class StepDirectory:
         return self.path / "adapter"
 
     @property
+    def reward_accuracy_file(self) -> Path:
+        """Step 3: how the reward model ranks held-out pairs."""
+        return self.path / "reward_accuracy.json"
+
+    @property
     def ema_model(self) -> Path:
         """Step 3 with rlhf.ema: the moving average of the actor."""
         return self.path / "ema_model"

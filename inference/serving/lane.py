@@ -21,7 +21,7 @@ class Lane:
         self.model, self.slots, self.context = model, slots, context
         form = model.format
         # samples have settings of their own, which a captured step has not
-        self._engine = GenerationEngine(model.model, form.end_ids, form.pad_id, slots, graphs=False)
+        self._engine = GenerationEngine(model.model, form.end_ids, model.pad_id, slots, graphs=False)
         self._drawn: dict[int, tuple[Job, Choice]] = {}  # by the id of the sample
         self.running = self.waiting = 0
         """Answers; any thread may read them."""

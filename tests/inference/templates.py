@@ -2,6 +2,10 @@
 """Chat templates in the manner of well-known families, written for these tests, with the tokens that each needs."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 ALTERNATE = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -26,6 +30,26 @@ class Family:
     """`system` (where it is taken), one question `Q` and its answer `A`, written out by hand."""
     prompt_end: str = ""
     """What a prompt ends with."""
+
+
+def bytes_tokenizer(family: Family, ids: dict[str, int] | None = None, **more: Any) -> PreTrainedTokenizerFast:
+    """256 letters and the special tokens, some with `ids` of their own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)} | (ids or {}), []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in family.special])
+    if family.begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{family.begin} $A", special_tokens=[(family.begin, tokenizer.token_to_id(family.begin))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=family.special[0],
+        bos_token=family.begin or None,
+        chat_template=family.template or None,
+        **more,
+    )
 
 
 FAMILIES = {

@@ -281,6 +281,24 @@ def test_errors_are_sentences(tmp_path):
         ChatFormat(byte_level(["</s>"], refusing, eos_token="</s>"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "package"),
+    [
+        ("Llama", "tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece"),
+        ("T5", "spiece.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece"),
+        ("Llama", "tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"),
+    ],
+)
+def test_a_tokenizer_that_needs_a_package_names_it(tmp_path, monkeypatch, capfd, kind, name, content, package):
+    monkeypatch.setattr("inference.chat_format.find_spec", lambda name: None)
+    (tmp_path / name).write_bytes(content)
+    config = {"tokenizer_class": f"{kind}Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"needs a package: pip install {package}\.$"):
+        ChatFormat.load(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
 def test_no_template_is_replaced_and_saved(opt_like, tiny_directory, tmp_path):
     assert opt_like.notes == ["no chat template: using 'Human: ... Assistant: ...' with </s>"]
     assert "chat_template" not in json.loads((tiny_directory / "tokenizer_config.json").read_text())

@@ -4,37 +4,17 @@ import json
 from datetime import datetime
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from inference.chat_format import ChatFormat
 from inference.chat_template import TRAINING_DATE
 from inference.errors import UserError
 from inference.text_pieces import TextPieces
-from tests.inference.templates import CHATML, CHATML_PROMPT, CHATML_TURN, FAMILIES, Family
+from tests.inference.templates import CHATML, CHATML_PROMPT, CHATML_TURN, FAMILIES, Family, bytes_tokenizer
 
 THOUGHT = "<think>\nhmm\n</think>\n\n"
 THINKING = ("qwen-3", "deepseek-r1", "open thought")
-
-
-def bytes_tokenizer(family: Family, **more) -> PreTrainedTokenizerFast:
-    """256 letters and the special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in family.special])
-    if family.begin:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{family.begin} $A", special_tokens=[(family.begin, tokenizer.token_to_id(family.begin))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=family.special[0],
-        bos_token=family.begin or None,
-        chat_template=family.template or None,
-        **more,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +100,15 @@ def test_a_template_that_keeps_or_drops_thoughts_without_beginning_them(formats)
     )
     assert form.tokenizer.decode(form.response_ids(f"{THOUGHT}A")) == f"{THOUGHT}A<|end_of_sentence|>"
     assert form.tokenizer.decode(form.response_ids("A")) == "A<|end_of_sentence|>"
+
+
+@pytest.mark.parametrize("end", ["<think>\n\n</think>\n\n", "</think>"])
+def test_a_thought_that_the_prompt_has_ended_is_not_begun_again(end):
+    form = chatml(CHATML.replace("assistant\n", f"assistant\n{end}"))
+    for answer in ("A", f"{THOUGHT}A"):
+        text = form.tokenizer.decode(apart(form, conversation(1, answer)))
+        assert text == f"<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n{end}A1<|im_end|>"
+    assert [note for note in form.notes if "thoughts of answers are left out" in note]
 
 
 @pytest.mark.parametrize("name", [*THINKING, "channels"])
@@ -214,6 +203,13 @@ def test_messages_that_a_template_leaves_out_are_refused():
         only_last.prompt_ids([{"role": "user", "content": "First"}, {"role": "assistant", "content": "A"}, question])
 
 
+def test_a_template_may_obey_a_word_of_a_message():
+    shown = "(m['content'] | replace('/no_think', ''))"
+    form = chatml(CHATML.replace("m['content']", shown))
+    with_word, without = ([{"role": "user", "content": f"Hello{word}"}] for word in (" /no_think", " "))
+    assert form.prompt_ids(with_word) == form.prompt_ids(without)
+
+
 def test_named_templates(tmp_path):
     family = FAMILIES["llama-3"]
     tokenizer = bytes_tokenizer(family)
@@ -227,6 +223,23 @@ def test_named_templates(tmp_path):
     assert apart(again, conversation(2)) == apart(form, conversation(2))
 
 
+def test_the_template_of_a_processor_is_read(tmp_path):
+    tokenizer = bytes_tokenizer(FAMILIES["parts"])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": FAMILIES["parts"].template}))
+    form = ChatFormat.load(tmp_path)
+    assert apart(form, conversation(2)) == apart(ChatFormat(bytes_tokenizer(FAMILIES["parts"])), conversation(2))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_generation_config_is_a_sentence(tmp_path, content):
+    bytes_tokenizer(FAMILIES["chatml"]).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json .* copy the model again"):
+        ChatFormat.load(tmp_path)
+
+
 def test_what_begins_a_turn_does_not_end_one():
     turn = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '\n' }}"
     form = chatml("{% for m in messages %}" + turn + "{% endfor %}<|im_start|>assistant\n")
@@ -238,6 +251,14 @@ def test_an_end_of_turn_that_is_no_token_is_said():
     assert form.tokenizer.convert_ids_to_tokens(form.end_of_turn_id) == "<|endoftext|>"
     (note,) = of_template(form)
     assert "ends an answer with '<end>" in note and "<|endoftext|> ends it" in note
+
+
+def test_no_token_of_the_template_pads():
+    template = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}<|assistant|>"
+    family = Family(f"{{# <|system|> #}}{template}", ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"), "")
+    form = ChatFormat(bytes_tokenizer(family))
+    assert form.tokenizer.pad_token == "<|pad|>"
+    assert "<|endoftext|> ends it" in "".join(form.notes)  # and not what begins an answer
 
 
 def test_an_end_of_turn_that_is_not_marked_special():
@@ -285,12 +306,8 @@ def test_generation_config_and_tokenizer_name_the_ends(tmp_path, files, ends):
 
 
 def test_vocabulary_size_is_one_more_than_the_largest_id():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = {letter: i for i, letter in enumerate(alphabet)}
-    letters |= {"<|im_start|>": 300, "<|im_end|>": 301}
-    tokenizer = Tokenizer(models.BPE(letters, []))
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    form = ChatFormat(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML))
+    family = Family(CHATML, ("<|im_end|>", "<|im_start|>"), "<|im_end|>")
+    form = ChatFormat(bytes_tokenizer(family, {"<|im_start|>": 300, "<|im_end|>": 301}))
     assert len(form.tokenizer) == 259
     assert (form.pad_id, form.vocabulary_size) == (302, 303)
 

@@ -61,12 +61,18 @@ def data_files(root: Path) -> list[Path]:
 
 
 def saved_files(folder: Path) -> set[str] | None:
-    """The names that `Dataset.save_to_disk` noted; its folder may hold older files and caches too. Else None."""
+    """The names that `Dataset.save_to_disk` noted; its folder may hold older files and caches too. Else None.
+
+    Raises UserError where one of them is missing.
+    """
     try:
         state = json.loads((folder / "state.json").read_bytes())
-        return {each["filename"] for each in state["_data_files"]}
+        names = {each["filename"] for each in state["_data_files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    if missing := sorted(name for name in names if not (folder / name).exists()):
+        raise UserError(f"{folder} lacks {missing[0]}, which its state.json names: copy the data set again.")
+    return names
 
 
 def choose_files(root: Path, files: list[Path]) -> tuple[list[Path], list[str]]:

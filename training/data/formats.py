@@ -11,12 +11,13 @@
 Other names of these columns are known to shapes.py, other spellings of messages to messages.py.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from inference.chat_format import Message
-from training.data.entries import BadRow, LeftOut
+from training.data.entries import BadRow, LeftOut, printable
 from training.data.messages import (
     MESSAGE_KEYS,
     check_text,
@@ -104,6 +105,8 @@ def parse_trl_row(row: dict[str, Any]) -> list[Row]:
     if "prompt" in row:
         prompt = PromptRow(prompt=check_prompt(read_prompt(row["prompt"])))
         extra = {key: value for key, value in row.items() if key != "prompt"}
+        if printable(text := json.dumps(extra, ensure_ascii=False)) != text:
+            raise BadRow("a value beside the prompt has half a character")
         return [{**prompt, "extra": extra} if extra else prompt]
     if "text" in row:
         messages = read_transcript(check_text(row["text"], "text"))
@@ -141,7 +144,7 @@ def unused_keys(row: dict[str, Any]) -> frozenset[str]:
     columns = set() if used == ("prompt",) else {key for key in row if key not in used and row[key] not in NOTHING}
     messages = [item for key in used if isinstance(row.get(key), list) for item in row[key]]
     inner = {key for item in messages for key, value in item.items() if key not in MESSAGE_KEYS and value}
-    return frozenset(columns | {f"messages.{key}" for key in inner})
+    return frozenset(map(printable, columns | {f"messages.{key}" for key in inner}))
 
 
 def parse_pair(row: dict[str, Any]) -> PairRow:

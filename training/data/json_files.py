@@ -1,6 +1,7 @@
 """JSON lines, and JSON documents of several shapes. What the file holds counts, not which of the two names it has."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from inference.errors import UserError
 from training.data.entries import BadRow, Entry, open_bytes
 from training.data.messages import looks_like_messages
 from training.data.shapes import KNOWN_COLUMNS
+
+SPACE = re.compile(r"\s*")
 
 
 def read_json(file: Path, is_lines: bool) -> Iterator[Entry]:
@@ -66,7 +69,7 @@ def all_values(text: str) -> list[Any]:
     decoder, place = json.JSONDecoder(), 0
     values: list[Any] = []
     while True:
-        place += len(text[place:]) - len(text[place:].lstrip())
+        place = SPACE.match(text, place).end()  # type: ignore[union-attr]  # it always matches
         if place == len(text):
             return values
         value, place = decoder.raw_decode(text, place)

@@ -19,6 +19,7 @@ from training.data.sources import Source, parse_source
 from training.data.split import kind_of
 from training.data.templates import require_accepted
 
+KEYS_NAMED = 12
 NAMES_OF_KINDS = {"pair": "pairs", "sft": "demonstrations", "prompt": "prompts"}
 
 
@@ -106,7 +107,8 @@ def read_source(
         if used == settings.limit:
             break
     if unused:
-        result.notes.append(f"not used: {', '.join(sorted(unused))}")
+        more = f" and {len(unused) - KEYS_NAMED} more" if len(unused) > KEYS_NAMED else ""
+        result.notes.append(f"not used: {', '.join(sorted(unused)[:KEYS_NAMED])}{more}")
     return result
 
 

@@ -21,11 +21,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.families import is_router, require_supported_family, set_dropout, takes_adapter
+from inference.families import require_supported_family, set_dropout
+from inference.model_files import require_usable
 from inference.template_check import same_rendering
-from inference.untrusted import refuse_code
 from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
+from training.models.adapters import add_lora
 from training.models.layers import keep_layers
 from training.role_settings import LoRASettings
 
@@ -174,7 +175,7 @@ def _heads_named(directory: Path, trained: bool, name: str = "") -> Iterator[Non
 
 
 def _read_config(directory: Path, name: str = "", **values: int) -> PreTrainedConfig:
-    refuse_code(directory, name)
+    require_usable(directory, name)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **values)
     except Exception as error:  # json and transformers each raise their own kinds
@@ -256,52 +257,6 @@ def require_same_format(actor: ChatFormat, scorer: ChatFormat, actor_name: str, 
             f"The reward model {scorer_name} has another chat template than the actor {actor_name}, and would score "
             f"texts that it was not trained to read: train one from this data with rlhf-chat reward, or, if it was "
             f"trained with the actor's template, put that into its directory (chat_template.jinja)."
-        )
-
-
-def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
-    """Put adapters into `model` (in place) and freeze the rest; a score head stays trainable. Returns the PeftModel."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    require_lora_layers(model, settings)
-    scorer = hasattr(model, "score")
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=settings.targets,
-        task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
-        modules_to_save=["score"] if scorer else None,
-        exclude_modules=[name for name, layer in model.named_modules() if is_router(layer)] or None,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"lora.targets={settings.targets} does not fit this model ({reason}).") from error
-
-
-def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str = "lora.targets") -> None:
-    """Raise UserError where a target names no layer of `model`: PEFT ignores one if another one is found.
-
-    A list holds ends of names, a text is a regular expression over whole names, as in PEFT.
-    """
-    targets = settings.targets
-    if targets == "all-linear":
-        return
-    names = [name for name, layer in model.named_modules() if not is_router(layer)]
-    try:
-        if isinstance(targets, str):
-            missing = [targets] if not any(re.fullmatch(targets, name) for name in names) else []
-        else:
-            missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    except re.error as error:
-        raise UserError(f"{key}={targets} is no regular expression ({error}); give a list of module names.") from None
-    if missing or not targets:
-        linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if takes_adapter(layer)}
-        fitting = ", ".join(sorted(linear - {"lm_head", "embed_out", "score"}))
-        raise UserError(
-            f"{key}={targets} does not fit this model, which has no layer {' or '.join(missing) or 'without a name'}: "
-            f"choose from {fitting}, or all-linear."
         )
 
 

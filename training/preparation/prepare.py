@@ -13,6 +13,7 @@ from training.checks import require_fitting, require_processes
 from training.config import RunConfig
 from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
+from training.data.rows import read_rows
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.inputs import inputs_of
@@ -23,7 +24,7 @@ from training.models.loading import (
     require_scorer,
     resolve_dtype,
 )
-from training.rewards import Rewards
+from training.rewards import Rewards, try_sources
 from training.run_directory import RunDirectory, write_json
 from training.tracking import require_packages
 
@@ -40,12 +41,13 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         require_overlays(config, resolve_dtype(config.dtype, device))
     chat_format = prepare_models(config, processes, say)
-    if config.method == "ppo":
-        Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu")))  # a reward function that there is not is refused here
+    rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu"))) if config.method == "ppo" else None
     inputs = None if run.inputs_file.exists() else inputs_of(config)  # before they are read
     prepare_data(config.data, config.seed, run.data, chat_format, say)
     if inputs is not None:
         write_json(run.inputs_file, inputs)
+    if rewards is not None and rewards.sources:
+        try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say)
     if config.rlhf.ptx.coefficient:
         demonstrations(config, run.data, chat_format)
 

@@ -8,13 +8,13 @@ from inference.generation.own_draw import OwnDraw, OwnSample
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.tiny_model import build_tiny_model
 
-ENDS, PADS, SLOTS, ROOM = 1, 0, 3, 64
+ENDS, PADS, SLOTS, ROOM = (1, *range(100, 180)), 0, 3, 64
 SETTINGS = [
     SamplingSettings(20, 1.0),
     SamplingSettings(12, 0.0),
     SamplingSettings(16, 0.7, top_p=0.8),
     SamplingSettings(9, 1.3, top_k=20),
-    SamplingSettings(20, 1.0),
+    SamplingSettings(20, 1.0, min_tokens=15),
 ]
 
 
@@ -40,7 +40,7 @@ def test_each_gets_what_it_gets_by_itself(model):
         (drawn,) = engine.generate([sample.prompt_ids], sample.settings, sample.key, [sample.index])
         expected.append(drawn.response_ids)
     engine = GenerationEngine(model, ENDS, PADS, SLOTS, graphs=False)
-    decoding = engine.start_with(OwnDraw((ENDS,)), [], (SLOTS, ROOM))
+    decoding = engine.start_with(OwnDraw(ENDS), [], (SLOTS, ROOM))
     assert decoding.is_over and decoding.step(1) == []
     samples = [requested(place) for place in range(len(SETTINGS))]
     for sample in samples[:2]:
@@ -59,7 +59,7 @@ def test_each_gets_what_it_gets_by_itself(model):
 
 
 def test_a_sample_without_settings_is_refused(model):
-    decoding = GenerationEngine(model, ENDS, PADS, 1, graphs=False).start_with(OwnDraw((ENDS,)), [], (1, ROOM))
+    decoding = GenerationEngine(model, ENDS, PADS, 1, graphs=False).start_with(OwnDraw(ENDS), [], (1, ROOM))
     decoding.enqueue(Sample(0, torch.tensor([5]), 3))
     with pytest.raises(TypeError, match="OwnSample"):
         decoding.step(1)

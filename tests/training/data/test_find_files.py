@@ -82,5 +82,8 @@ def test_of_a_saved_data_set_its_own_files(tmp_path):
     make(tmp_path, "data-00000-of-00001.arrow", "data-00001-of-00002.arrow", "cache-1f2e.arrow", "dataset_info.json")
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     assert names(tmp_path)[0] == ["data-00000-of-00001.arrow"]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00002-of-00003.arrow"}]}))
+    with pytest.raises(UserError, match=r"lacks data-00002-of-00003\.arrow, which its state\.json names"):
+        find_files(tmp_path)
     (tmp_path / "state.json").write_text("{}")
     assert len(names(tmp_path)[0]) == 3

@@ -116,6 +116,9 @@ def test_prompt_alone():
         (b'{"prompt": null}', "no known keys .it is empty"),
         (b'{"title": "x", "Body": "y"}', "no known keys .found: title, Body; there must be"),
         (b'{"prompt": "\\ud83d"}', "half a character"),
+        (b'{"prompt": "q", "answer": "\\ud83d"}', "a value beside the prompt has half a character"),
+        (b'{"prompt": "q", "response": "r", "label": "\\ud83d"}', "the label is [?], which says neither"),
+        (b'{"\\ud83d": 1}', "no known keys .found: [?];"),
         (b'{"prompt": ["x"]}', "a message without role and content"),
         (b'{"prompt": [{"role": "user", "content": 1}]}', "'content' is not text"),
         (b'{"prompt": [{"role": "narrator", "content": "x"}]}', "the role 'narrator' is none of system, user, assist"),
@@ -239,6 +242,7 @@ def test_a_weight_between_is_a_bad_row():
         ({"prompt": "q", "response": "r", "label": True, "lang": "en", "system": ""}, {"lang"}),
         ({"messages": [{**user("q"), "name": "Ann"}, {**assistant("r"), "weight": 1}]}, {"messages.name"}),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}], "id": 1}, {"id"}),
+        ({"prompt": "q", "response": "r", "\ud83d": 1}, {"?"}),
         ({"prompt": "q", "answer": 4, "info": [{"a": 1}]}, set()),  # they go to the reward function
         ({"prompt": "q", "response": "r", "history": "long ago"}, {"history"}),
     ],

@@ -392,7 +392,7 @@ def test_a_data_set_without_a_training_split(hub):
     [
         ("Train.jsonl", ("Test.jsonl",)),
         ("hh_train.jsonl", ("hh_val.jsonl", "constraints.jsonl")),
-        ("TRAIN/a.jsonl", ("DEV/a.jsonl",)),
+        ("TRAIN/a.jsonl", ("DEV/b.jsonl",)),
         ("rows.jsonl", ("rows_test.jsonl", "constraints_eval.jsonl")),
     ],
 )
@@ -404,6 +404,8 @@ def test_held_out_files_of_the_hub_are_not_read(hub, read_file, left):
     found = read("org/mine")
     assert found.rows == [HH_PAIR]
     assert found.notes[1].startswith(f"read: {read_file}")
+    if "train" in read_file.lower():  # nor loaded
+        assert not any((hub[0].parent / "cache").rglob(Path(left[0]).name))
 
 
 def test_a_converted_data_set_with_several_configurations(hub):

@@ -171,6 +171,12 @@ def test_a_table_with_a_column_twice(tmp_path):
         read(tmp_path / "a.csv")
 
 
+def test_a_table_whose_names_are_not_utf8(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,response,\xe9t\xe9\na,b,c\n")
+    with pytest.raises(UserError, match=r"a\.csv is not UTF-8 text in the line with its columns' names"):
+        read(tmp_path / "a.csv")
+
+
 def test_json_with_several_lists_is_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"train": MIXED, "test": MIXED}))
     with pytest.raises(UserError, match=r"a\.json has several lists of rows \(train, test\): save one in a file"):
@@ -197,3 +203,5 @@ def test_a_first_line_that_is_broken_is_one_bad_row(tmp_path):
 def test_columns_that_are_not_used_are_named_once(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,response,score,id\na,b,1,x\nc,d,2,y\n")
     assert read(tmp_path / "a.csv").describe().endswith("(prompt-completion, text); not used: id, score")
+    (tmp_path / "a.jsonl").write_text(lines([{"prompt": "q", "response": "r", **{f"k{i:02}": 1 for i in range(15)}}]))
+    assert read(tmp_path / "a.jsonl").describe().endswith("k10, k11 and 3 more")

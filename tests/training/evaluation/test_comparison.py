@@ -100,6 +100,7 @@ def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(measured, s
             plain_logprobs(finished.step(step).model, sample.prompt_ids.tolist(), sample.response_ids, 0.7)
             for step in (3, 1)
         ]
+        assert sample.logprobs == pytest.approx(rows[0].tolist(), abs=1e-4)  # it was drawn at that temperature
         sums.append(float((rows[0] - rows[1]).sum()))
     assert result["rlhf"]["kl"] == pytest.approx(sum(sums) / 6, rel=1e-3) and result["sft"]["kl"] == 0.0
 
@@ -338,3 +339,9 @@ def test_accuracy_falls_into_the_bucket_of_the_longer_answer():
         "up_to_256_tokens": (1, 1.0),  # the last bucket holds all longer ones
         "unseen_questions": (1, 0.0),
     }
+
+
+def test_pairs_of_one_question_are_counted_as_alike():
+    found = accuracy_by_length([True] * 4, [8] * 4, [False] * 4, ["a", "a", "a", "b"])["all"]
+    assert (found["pairs"], found["questions"]) == (4, 2)
+    assert (found["rate"], found["low"], found["high"]) == share(4, 4, 16 / 10)  # worth 1.6 pairs

@@ -8,12 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from training.config_files import load_config
+from training.models.loading import load_scorer, require_same_format, save_model
 from training.preparation.prepare import prepare
+from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.stage import RefusedOnFirst, prepare_on_first
 
@@ -67,6 +71,21 @@ def test_models_that_cannot_train_are_refused_before_anything_is_made(tiny, tmp_
     with pytest.raises(UserError, match=expected):
         prepare(load_config([], given), RunDirectory(tmp_path / "run"), 1, print)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_that_read_other_texts_is_refused(tiny, tmp_path):
+    """The same tokenizer, another chat template: no matter which of the two has one."""
+    finished = tmp_path / "reward"
+    chat_format = ChatFormat.load(tiny)
+    scorer = load_scorer(tiny, chat_format, torch.float32)
+    chat_format.tokenizer.chat_template = chat_format.template.source.replace("Human: ", "User: ")
+    save_model(finished, scorer, chat_format, {}, LoRASettings(), torch.float32)
+    config = load_config([], [f"model={tiny}", f"trained_reward_model={finished}"])
+    with pytest.raises(UserError, match="another chat template than the actor") as raised:
+        prepare(config, RunDirectory(tmp_path / "run"), 1, print)
+    assert "chat_template.jinja" in str(raised.value) and not (tmp_path / "run").exists()
+    (finished / "chat_template.jinja").write_text(ChatFormat.load(tiny).template.source)
+    require_same_format(ChatFormat.load(tiny), ChatFormat.load(finished), "actor", "reward model")
 
 
 def test_every_rank_ends_with_what_the_first_one_refuses(tmp_path):

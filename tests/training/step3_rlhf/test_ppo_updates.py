@@ -16,7 +16,7 @@ ZERO_STAGES, RANKS_OF_LORA, BUDGETS = (0, 3), (0, 4), (32, 10_000)
 SAMPLES, SEED, NUMBER, RATE, CLIPPING = 9, 3, 1, 1e-3, 0.5
 EPOCHS, MINI_BATCHES = 2, 2
 SHIFT, SCALE = 0.3, 1.5
-KL_COEFFICIENT = 0.1
+KL_COEFFICIENT, TEMPERATURE = 0.1, 0.8
 
 
 def case_name(zero_stage: int, lora: int, budget: int) -> str:
@@ -41,6 +41,7 @@ def make_config(model, zero_stage: int, lora: int, budget: int):
         ppo_epochs=EPOCHS,
         mini_batches=MINI_BATCHES,
         micro_batch_tokens=budget,
+        temperature=TEMPERATURE,
         actor=optimizer,
         critic=optimizer,
         reference={"zero_stage": zero_stage},
@@ -106,8 +107,10 @@ def make_experience(sft):
     return experience
 
 
-def logprobs_by_hand(model, prompt: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
-    logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+def logprobs_by_hand(
+    model, prompt: torch.Tensor, response: torch.Tensor, temperature: float = TEMPERATURE
+) -> torch.Tensor:
+    logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1] / temperature
     return logits[torch.arange(len(response)), response] - logits.exp().sum(-1).log()
 
 
