@@ -85,6 +85,9 @@ class ChatFormat:
         if not tokenizer.encode("Hello", add_special_tokens=False):
             # transformers makes up an empty tokenizer where the files of one are missing
             raise UserError(f"{directory} has no tokenizer files; copy the model with its tokenizer again.")
+        of_processor = Path(directory) / "chat_template.json"  # where models that read images had theirs
+        if not tokenizer.chat_template and of_processor.is_file():
+            tokenizer.chat_template = read_values(of_processor).get("chat_template")
         return cls(tokenizer, generation_ends(Path(directory), tokenizer), day)
 
     def save(self, directory: str | Path) -> None:
@@ -240,7 +243,7 @@ class ChatFormat:
         for token_id in spare:
             if token_id not in special or token_id in taken:
                 continue
-            if self.tokenizer.convert_ids_to_tokens(token_id) not in self.template.source:
+            if str(self.tokenizer.convert_ids_to_tokens(token_id)) not in self.template.source:
                 self.tokenizer.pad_token_id = token_id
                 break
         else:
@@ -266,6 +269,16 @@ def missing_package(directory: Path) -> str:
     return ""
 
 
+def read_values(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy the model again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds no names with values; copy the model again.")
+    return values
+
+
 def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that generation_config.json lets an answer end with; without that file, those of config.json.
 
@@ -274,11 +287,7 @@ def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list
     for name, allowed in (("generation_config.json", None), ("config.json", special_ids(tokenizer))):
         if not (directory / name).is_file():
             continue
-        try:
-            values: Any = json.loads((directory / name).read_text(encoding="utf-8"))
-            found = values.get("eos_token_id")
-        except (ValueError, OSError, AttributeError) as error:
-            raise UserError(f"{directory / name} cannot be read ({error}); copy the model again.") from None
+        found = read_values(directory / name).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         return [i for i in ids if type(i) is int and (allowed is None or i in allowed)]
     return []

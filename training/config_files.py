@@ -126,6 +126,8 @@ def read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{file} is not valid YAML: it is not UTF-8 text; save it as UTF-8.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {what_is_wrong(error)}.") from None
+    except RecursionError:
+        raise UserError(f"{file} holds no settings: a block in it contains itself.") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no settings: it must be a YAML mapping such as 'sft: {{epochs: 2}}'.")
     below = values.pop("extends", None)

@@ -36,6 +36,7 @@ from training.data.token_cache import TokenCache, Tokens
 from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, is_lost_peer, start_ranks, stop_ranks
 from training.error_report import leave_report
+from training.inputs import changed_inputs
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -239,6 +240,8 @@ def prepare_on_first(config: RunConfig, run: RunDirectory, ranks: Ranks) -> None
     refused: Exception | None = None
     sentence: str | None = ""
     if ranks.is_first:
+        for changed in changed_inputs(run, config):
+            Display().say(changed)
         try:
             prepare(config, run, ranks.size, Display().say)
         except Exception as error:

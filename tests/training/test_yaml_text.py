@@ -89,6 +89,8 @@ def test_files_that_cannot_be_read(tmp_path):
         read(tmp_path, "sft:\n\tepochs: 2\n")
     with pytest.raises(UserError, match="which extends it"):
         read(tmp_path, "extends: mine\n")
+    with pytest.raises(UserError, match="a block in it contains itself"):
+        read(tmp_path, "sft: &a {optimizer: *a}\n")
 
 
 def test_plans_and_profiles_are_read_the_same_way(tmp_path):
