@@ -77,8 +77,13 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     stage.rows = lambda chat_format: (rows, rows[:1])
     stage.said = []
     stage.display.say = stage.said.append
-    seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[])
-    iterate = ppo.PPO.iterate
+    seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[], values=[])
+    iterate, rollout = ppo.PPO.iterate, ppo.Rollout.run
+
+    def noted(self, prompts, seats, number):
+        experience = rollout(self, prompts, seats, number)
+        seen.values.append(float(torch.cat([each.values for each in experience]).mean()))
+        return experience
 
     def watched(trainer, number, check):
         if number == killed_in:
@@ -96,7 +101,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
         seen.weights.append(norms(trainer.roles.actor.trained_weights()))
         return found
 
-    with patch.object(ppo.PPO, "iterate", watched):
+    with patch.object(ppo.PPO, "iterate", watched), patch.object(ppo.Rollout, "run", noted):
         try:
             ppo.train(stage)
         except Killed:
@@ -122,7 +127,7 @@ def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def told(seen: SimpleNamespace) -> dict:
     """What goes back to the test."""
-    names = ("metrics", "result", "model", "ema_model", "weights", "averages", "averaged")
+    names = ("metrics", "result", "model", "ema_model", "weights", "averages", "averaged", "values")
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
         "numbers": [len(seen.trainer.updates.mini_batches), seen.trainer.roles.critic_scale],
@@ -258,7 +263,8 @@ def test_scores_are_reported_as_given_and_learned_from_on_one_scale(alone):
     (_, (shift, scale)) = alone["warm"]["numbers"]  # the critic starts as the reward model, on the scale of its scores
     first = alone["warm"]["metrics"][0]
     assert shift == pytest.approx(first["reward/model_mean"], abs=1e-6) and scale != 1
-    assert abs(first["value/mean"]) < 5
+    assert first["value/mean"] == pytest.approx((alone["warm"]["values"][0] - shift) / scale, rel=1e-4)
+    assert alone["warm"]["metrics"][1]["value/mean"] == pytest.approx(alone["warm"]["values"][1], rel=1e-4)
 
 
 def test_no_model_outside_the_bound_is_left(alone):
