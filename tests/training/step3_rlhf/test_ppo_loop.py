@@ -31,6 +31,8 @@ WARM = {
     "ema": 0.5,
     "kl": {"coefficient": 0.1, "target": 0.5, "horizon": 10},
     "reward_weights": {"model": 0.5, "function": 2.0},
+    "temperature": 0.9,
+    "min_response_tokens": 3,
 }
 FREE = {
     **BASE,
@@ -42,6 +44,7 @@ FREE = {
     "checkpoint_every": 0,
 }
 """Whose KL shows where a bound ends another run."""
+SAMPLING = ("max_tokens", "temperature", "min_tokens")
 LOW = {"stop": 1e-3}
 TIMES = ("time/", "tokens_per_second", "memory/")
 
@@ -130,6 +133,8 @@ def told(seen: SimpleNamespace) -> dict:
     names = ("metrics", "result", "model", "ema_model", "weights", "averages", "averaged", "values")
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
+        "sampling": [getattr(seen.trainer.rollout.sampling, name) for name in SAMPLING],
+        "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl")],
         "numbers": [len(seen.trainer.updates.mini_batches), seen.trainer.roles.critic_scale],
     }
 
@@ -225,6 +230,17 @@ def test_the_actor_rests_in_the_warm_up_and_learns_after_it(alone):
         (True, True)
     ] * 3
     assert warm["model"] != warm["ema_model"]
+
+
+def test_samples_are_drawn_as_asked_and_the_ratio_starts_at_one(alone):
+    """With a least length, generation draws from another distribution: its log-probabilities are computed anew."""
+    assert alone["warm"]["sampling"] == [6, 0.9, 3]
+    assert alone["free"]["sampling"] == [6, 1.0, 0]
+    for run in ("warm", "free"):
+        lines = [line for line in alone[run]["updates"] if "kl/old_k3" in line]
+        first = [line["kl/old_k3"] for line in lines if line["mini_batch"] == 0]
+        second = [line["kl/old_k3"] for line in lines if line["mini_batch"] == 1]
+        assert max(first) < 1e-6 < min(second), run
 
 
 def test_the_schedules_end_with_the_run(alone):
