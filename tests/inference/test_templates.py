@@ -255,7 +255,8 @@ def test_an_end_of_turn_that_is_no_token_is_said():
 
 def test_no_token_of_the_template_pads():
     template = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}<|assistant|>"
-    family = Family(f"{{# <|system|> #}}{template}", ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"), "")
+    special = ("<|endoftext|>", "<|tool|>", "<|system|>", "<|user|>", "<|assistant|>")
+    family = Family(f"{template}{{% if tools %}}<|tool|>{{% endif %}}", special, "")
     form = ChatFormat(bytes_tokenizer(family))
     assert form.tokenizer.pad_token == "<|pad|>"
     assert "<|endoftext|> ends it" in "".join(form.notes)  # and not what begins an answer
