@@ -91,6 +91,23 @@ def test_files_that_cannot_be_read(tmp_path):
         read(tmp_path, "extends: mine\n")
 
 
+def test_numbers_are_what_they_look_like():
+    assert load_yaml("{a: 010, b: 2:4:4, c: -7, d: 0, e: 1_000, f: 0x10}") == {
+        **{"a": "010", "b": "2:4:4", "c": -7, "d": 0, "e": 1000, "f": 16}
+    }
+    assert load_config([], ["model=m", "seed=010"]).seed == 10
+    with pytest.raises(UserError, match=r"data\.split: must be a list, as in \[2, 4, 4\] \(got '2:4:4'\)"):
+        load_config([], ["model=m", "data.split=2:4:4"])
+    with pytest.raises(UserError, match=r"Setting data\.source: .*string \(got 123\)"):
+        load_config([], ["model=m", "data.source=123"])
+
+
+def test_a_block_that_stands_in_itself(tmp_path):
+    for text in ("sft: &a\n  optimizer: *a\n", "sft: " + "[" * 2000 + "]" * 2000):
+        with pytest.raises(UserError, match=r"mine\.yaml holds no settings: a block stands in itself"):
+            read(tmp_path, text)
+
+
 def test_plans_and_profiles_are_read_the_same_way(tmp_path):
     block = "generate:\n  mesh: 0\n"
     with pytest.raises(UserError, match=r"'generate' is there twice \(lines 1 and 3\)"):
