@@ -8,6 +8,7 @@ between them, as byte-level ones do, the two together are the tokens of the whol
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,8 @@ class ChatFormat:
         self.ending: str = behind.partition(end)[0] if end in behind else ""
         """What the template writes between an answer and the end of the turn."""
         used = self._encode(self.template.finished(dialogue(1)))
+        with suppress(Refused):
+            used += self._encode(self.template.prompt(dialogue(1, system="s-y-s-t-e-m")[:-1]))
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id == self.end_of_turn_id:
             self._choose_pad(used)
         self.pad_id: int = tokenizer.pad_token_id
@@ -82,6 +85,9 @@ class ChatFormat:
         if not tokenizer.encode("Hello", add_special_tokens=False):
             # transformers makes up an empty tokenizer where the files of one are missing
             raise UserError(f"{directory} has no tokenizer files; copy the model with its tokenizer again.")
+        of_processor = Path(directory) / "chat_template.json"  # where models that read images had theirs
+        if not tokenizer.chat_template and of_processor.is_file():
+            tokenizer.chat_template = read_values(of_processor).get("chat_template")
         return cls(tokenizer, generation_ends(Path(directory), tokenizer), day)
 
     def save(self, directory: str | Path) -> None:
@@ -213,7 +219,7 @@ class ChatFormat:
         without one, the end-of-sequence token."""
         added = self.tokenizer.added_tokens_decoder
         named = {i for i in added if not added[i].content.isspace()} | set(self.tokenizer.all_special_ids)
-        begins = {*self._encode(self.template.lead_in)} - {*self._encode(self.template.behind_question)}
+        begins = {*self._encode(self.template.lead_in)} - {*self._encode(self.template.between)}
         opening = (i for i in self._encode(self.template.opening) if i in named and i != self.tokenizer.bos_token_id)
         begins = begins | {next(opening, None), self.tokenizer.bos_token_id} - {self.tokenizer.eos_token_id}
         found = (i for i in self._encode(self.template.behind) if i in named and i not in begins)
@@ -235,7 +241,9 @@ class ChatFormat:
         special = special_ids(self.tokenizer)
         taken = {*used, self.end_of_turn_id, self.tokenizer.bos_token_id}
         for token_id in spare:
-            if token_id in special and token_id not in taken:
+            if token_id not in special or token_id in taken:
+                continue
+            if str(self.tokenizer.convert_ids_to_tokens(token_id)) not in self.template.source:
                 self.tokenizer.pad_token_id = token_id
                 break
         else:
@@ -261,6 +269,16 @@ def missing_package(directory: Path) -> str:
     return ""
 
 
+def read_values(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy the model again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds no names with values; copy the model again.")
+    return values
+
+
 def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that generation_config.json lets an answer end with; without that file, those of config.json.
 
@@ -269,11 +287,7 @@ def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list
     for name, allowed in (("generation_config.json", None), ("config.json", special_ids(tokenizer))):
         if not (directory / name).is_file():
             continue
-        try:
-            values: Any = json.loads((directory / name).read_text(encoding="utf-8"))
-            found = values.get("eos_token_id")
-        except (ValueError, OSError, AttributeError) as error:
-            raise UserError(f"{directory / name} cannot be read ({error}); copy the model again.") from None
+        found = read_values(directory / name).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         return [i for i in ids if type(i) is int and (allowed is None or i in allowed)]
     return []

@@ -6,6 +6,7 @@ and one that would lose what is said in a conversation is refused.
 
 import json
 import re
+from contextlib import suppress
 from datetime import date
 from typing import Any, TypedDict, cast
 
@@ -30,6 +31,8 @@ DIRECTIVES = "aAbBcdDeFHIjmMpSTUwWxXyY"
 """Of strftime."""
 OPENED = re.compile(r"\s*[<\[◁]\|?(think|thinking|thoughts?|reasoning)\|?[>\]▷]\s*", re.IGNORECASE)
 """The beginning of a thought."""
+CLOSED = re.compile(r"[<\[◁]\|?/(think|thinking|thoughts?|reasoning)\|?[>\]▷]\s*", re.IGNORECASE)
+"""The end of one."""
 
 
 class Message(TypedDict):
@@ -96,8 +99,11 @@ class ChatTemplate:
     def answer(self, text: str, ending: str) -> str:
         """What stands behind a prompt where `text` is the answer and `ending`, which ends the turn, begins.
 
-        As in a finished dialogue, but a thought stays, also where the template drops it, and ends once it has begun.
+        As in a finished dialogue, but a thought stays, also where the template drops it, and ends once it has begun;
+        where the prompt has ended it already there is none.
         """
+        if self._has_ended:
+            text = text[max((found.end() for found in CLOSED.finditer(text)), default=0) :]
         try:
             whole = self.finished([self._question, Message(role="assistant", content=text)])
         except Exception as error:
@@ -126,8 +132,8 @@ class ChatTemplate:
                 raise ValueError("it leaves out the answer; give the model another template")
             before, _, self.behind = whole.rpartition(answer["content"])
             bare = self._text([self._question], add_generation_prompt=False)
-            self.behind_question = bare.rpartition(self._question["content"])[2]
-            """What stands behind a question where no answer is asked for."""
+            self.between = self._between_turns() or bare.rpartition(self._question["content"])[2]
+            """What stands between an answer and the next question; of a template for one turn, behind a question."""
             if header := missing_header(bare, prompt, before):
                 source = self.source.removesuffix("\n")  # which a template does not write
                 literal = json.dumps(header, ensure_ascii=False)
@@ -148,6 +154,9 @@ class ChatTemplate:
         self.opened = self._extra.strip() if OPENED.fullmatch(self._extra) else ""
         """The beginning of a thought that stands at the end of every prompt, and not in finished dialogues."""
         self._closing = re.sub(r"(\w)", r"/\1", self.opened, count=1)
+        self._has_ended = re.search(CLOSED.pattern + "$", self.lead_in, re.IGNORECASE) is not None
+        if self._has_ended:
+            self.notes.append("prompts end the thought before an answer begins: thoughts of answers are left out")
         if self.opened:
             self.gap = f"\n{self._closing}\n\n"
             self.notes.append(f"prompts begin a thought ({self.opened}): an answer without one ends it first")
@@ -169,6 +178,13 @@ class ChatTemplate:
                 self.notes.append("the chat template reads lists of parts: each message is given as one part")
             return prompt
         raise failures[0]
+
+    def _between_turns(self) -> str:
+        """'' where the template refuses two turns."""
+        _, answer, question, _ = (message["content"] for message in dialogue(2))
+        with suppress(Exception):
+            return self.finished(dialogue(2)).partition(answer)[2].partition(question)[0]
+        return ""
 
     def _put(self, source: str) -> None:
         templates = self.tokenizer.chat_template

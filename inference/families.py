@@ -65,9 +65,9 @@ def longest_text(config: PreTrainedConfig) -> int:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # their factor is not in the number of positions yet
         has = max(has, int((rope.get("original_max_position_embeddings") or has) * rope.get("factor", 1)))
-    if "chunked_attention" in layer_kinds(text):  # beyond its chunk a token sees less than we show it
-        has = min(has or text.attention_chunk_size, text.attention_chunk_size)
-    return has
+    windows = [text.attention_chunk_size] if "chunked_attention" in layer_kinds(text) else []
+    windows += layer_values(text, "keep_window_size")  # Doge
+    return min([has, *windows] if has else windows, default=0)  # beyond them a token sees less than we show it
 
 
 def set_dropout(config: PreTrainedConfig, share: float) -> None:
@@ -75,7 +75,7 @@ def set_dropout(config: PreTrainedConfig, share: float) -> None:
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             set_dropout(value, share)
-        elif "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+        elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0 if "layer" in name else share)
 
 

@@ -44,7 +44,8 @@ def difference(form: "ChatFormat", messages: list[Message]) -> str:
         return "prompt and answer are tokenised apart: together they have fewer tokens"
     if theirs.startswith(ours):
         behind = theirs.removeprefix(ours)[:SHOWN]
-        return f"the chat template ends an answer with {behind!r}, which is no token of its own: here {end} ends it"
+        said = f"with {behind!r}, in which no token ends a turn" if behind else "with nothing"
+        return f"the chat template ends an answer {said}: here {end} ends it"
     if squeezed(THOUGHT.sub("", theirs)).startswith(squeezed(THOUGHT.sub("", ours))):
         return ""
     parting = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))

@@ -129,7 +129,7 @@ def read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {what_is_wrong(error)}.") from None
     except RecursionError:
-        raise UserError(f"{file} holds no settings: a block stands in itself, or hundreds in one another.") from None
+        raise UserError(f"{file} holds no settings: a block in it contains itself, or hundreds of others.") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no settings: it must be a YAML mapping such as 'sft: {{epochs: 2}}'.")
     below = values.pop("extends", None)

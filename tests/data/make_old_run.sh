@@ -34,7 +34,7 @@ small=(threads=1 dtype=fp32 data.max_prompt_tokens=40 data.max_response_tokens=8
     rlhf.iterations=2 rlhf.checkpoint_every=1 rlhf.keep_checkpoints=2 rlhf.prompts_per_iteration=4 rlhf.mini_batches=1
     rlhf.samples_every=1 rlhf.sample_prompts=1 rlhf.generation_batch=4)
 for step in sft reward; do
-    small+=("$step.max_steps=2" "$step.batch_size=4" "$step.eval_every=1" "$step.eval_rows=4" "$step.checkpoint_every=1"
+    small+=("$step.max_steps=2" "$step.batch_size=2" "$step.eval_every=1" "$step.eval_rows=4" "$step.checkpoint_every=1"
         "$step.keep_checkpoints=2")
 done
 "$python" -c 'import sys; sys.argv[0] = "rlhf-chat"; from applications.cli import main; main()' \

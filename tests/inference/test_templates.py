@@ -102,6 +102,15 @@ def test_a_template_that_keeps_or_drops_thoughts_without_beginning_them(formats)
     assert form.tokenizer.decode(form.response_ids("A")) == "A<|end_of_sentence|>"
 
 
+@pytest.mark.parametrize("end", ["<think>\n\n</think>\n\n", "</think>"])
+def test_a_thought_that_the_prompt_has_ended_is_not_begun_again(end):
+    form = chatml(CHATML.replace("assistant\n", f"assistant\n{end}"))
+    for answer in ("A", f"{THOUGHT}A"):
+        text = form.tokenizer.decode(apart(form, conversation(1, answer)))
+        assert text == f"<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n{end}A1<|im_end|>"
+    assert [note for note in form.notes if "thoughts of answers are left out" in note]
+
+
 @pytest.mark.parametrize("name", [*THINKING, "channels"])
 def test_a_stream_shows_no_empty_thought(formats, name):
     form = formats[name]
@@ -214,6 +223,23 @@ def test_named_templates(tmp_path):
     assert apart(again, conversation(2)) == apart(form, conversation(2))
 
 
+def test_the_template_of_a_processor_is_read(tmp_path):
+    tokenizer = bytes_tokenizer(FAMILIES["parts"])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": FAMILIES["parts"].template}))
+    form = ChatFormat.load(tmp_path)
+    assert apart(form, conversation(2)) == apart(ChatFormat(bytes_tokenizer(FAMILIES["parts"])), conversation(2))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_generation_config_is_a_sentence(tmp_path, content):
+    bytes_tokenizer(FAMILIES["chatml"]).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json .* copy the model again"):
+        ChatFormat.load(tmp_path)
+
+
 def test_what_begins_a_turn_does_not_end_one():
     turn = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '\n' }}"
     form = chatml("{% for m in messages %}" + turn + "{% endfor %}<|im_start|>assistant\n")
@@ -225,6 +251,15 @@ def test_an_end_of_turn_that_is_no_token_is_said():
     assert form.tokenizer.convert_ids_to_tokens(form.end_of_turn_id) == "<|endoftext|>"
     (note,) = of_template(form)
     assert "ends an answer with '<end>" in note and "<|endoftext|> ends it" in note
+
+
+def test_no_token_of_the_template_pads():
+    template = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}<|assistant|>"
+    special = ("<|endoftext|>", "<|tool|>", "<|system|>", "<|user|>", "<|assistant|>")
+    family = Family(f"{template}{{% if tools %}}<|tool|>{{% endif %}}", special, "")
+    form = ChatFormat(bytes_tokenizer(family))
+    assert form.tokenizer.pad_token == "<|pad|>"
+    assert "<|endoftext|> ends it" in "".join(form.notes)  # and not what begins an answer
 
 
 def test_an_end_of_turn_that_is_not_marked_special():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import BloomConfig, CodeGenConfig, GPT2Config, LlamaConfig, OPTConfig
+from transformers import AutoConfig, BloomConfig, CodeGenConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from inference.errors import UserError
 from inference.families import longest_text
@@ -79,6 +79,8 @@ def test_positions_without_a_bound_and_stretched_ones(tmp_path):
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
     assert longest_text(LlamaConfig(max_position_embeddings=512, rope_parameters=rope)) == 2048
     assert longest_text(LlamaConfig(max_position_embeddings=2048, rope_parameters=rope)) == 2048
+    assert longest_text(AutoConfig.for_model("llama4", text_config={"attention_chunk_size": 96})) == 96  # nested
+    assert longest_text(AutoConfig.for_model("doge", keep_window_size=64)) == 64
 
 
 @pytest.mark.parametrize(

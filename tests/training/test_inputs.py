@@ -4,10 +4,12 @@ import json
 import os
 
 import pytest
+import torch
 
 from applications import pipeline
-from training import inputs
+from training import inputs, stage
 from training.config_files import load_config
+from training.distributed import Ranks
 from training.inputs import changed_inputs, inputs_of
 from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory, write_json
@@ -91,3 +93,11 @@ def test_a_command_that_has_nothing_left_to_do_says_it(tmp_path, capsys, monkeyp
     said = capsys.readouterr().out
     assert said.count(f"{source} has changed since the run was prepared; the run keeps its rows (another --name") == 1
     assert "done already" in said
+
+
+def test_a_stage_script_says_it_too(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stage, "prepare", lambda *_: None)
+    (tmp_path / "a.jsonl").write_text("something else")
+    run, config = given
+    stage.prepare_on_first(config, run, Ranks(0, 1, torch.device("cpu")))
+    assert f"{tmp_path / 'a.jsonl'} has changed since" in capsys.readouterr().out

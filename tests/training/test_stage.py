@@ -15,7 +15,7 @@ from training import distributed
 from training.config import DataSettings
 from training.distributed import require_gpus, start_ranks
 from training.run_directory import RunDirectory
-from training.stage import Diverged, Stage, end_in_sentences
+from training.stage import Diverged, Stage, end_in_sentences, read_or_make_config
 from training.step3_rlhf.update import Updates
 
 
@@ -101,3 +101,16 @@ def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=rf"cannot meet at 127\.0\.0\.1:{port} .*: set MASTER_PORT"):
             start_ranks(threads=torch.get_num_threads())
+
+
+def test_a_stage_script_keeps_absolute_paths_as_the_command_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    run = RunDirectory(tmp_path / "run")
+    given = SimpleNamespace(config=[], set=["model=m", "data.source=rows.jsonl", "sft_model=./m"])
+    read_or_make_config(run, given)
+    stored = run.config_file.read_text()
+    here = tmp_path.resolve()
+    assert f"\nmodel: {here}/m\n" in f"\n{stored}" and f"sft_model: {here}/m\n" in stored
+    assert f"source: {here}/rows.jsonl\n" in stored

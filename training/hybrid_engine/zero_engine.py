@@ -51,6 +51,7 @@ class ZeroEngine:
         ranks: Ranks,
         dropout: bool = False,
     ):
+        ranks.barrier("loading the models")  # what comes then are collectives of DeepSpeed
         self.settings = settings
         self.in_training_mode = dropout or settings.gradient_checkpointing
         """While it updates: transformers recomputes in this mode only."""

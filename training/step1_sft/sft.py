@@ -35,7 +35,7 @@ def train(stage: Stage) -> None:
     model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
     policy = Policy(model, settings.optimizer.lora)
     fits = settings.optimizer.zero_stage < 3 or stage.ranks.device.type == "cpu"
-    if stage.ranks.is_first and fits and stage.checkpoints.newest() is None:
+    if stage.ranks.is_first and fits and not stage.checkpoints.numbers():
         say_first_answer(stage, policy.to(stage.ranks.device), chat_format, (held_out or rows)[0])
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     evaluated = stage.tokens(held_out[: settings.eval_rows], PARTS, chat_format)

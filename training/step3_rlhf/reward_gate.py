@@ -17,7 +17,8 @@ def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) ->
     if not stage.config.rlhf.has_reward_model:
         return
     file = stage.directory.reward_accuracy_file
-    known = stage.ranks.gather(file.exists())[0]
+    known = stage.ranks.tell(file.exists(), "a look at the reward model's accuracy")
+    stage.ranks.see(file)
     found = read_json(file, f"delete {file}") if known else measure(stage, roles, chat_format)
     if not known and stage.ranks.is_first:
         write_json(file, found)
@@ -27,6 +28,7 @@ def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) ->
 def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, float]:
     """Accuracy on the run's held-out pairs, and how many they are."""
     file = stage.run.data / "pairs_eval.jsonl"
+    stage.ranks.see(file)
     rows = read_rows(file) if file.exists() else []
     pairs = stage.token_pairs(rows[: stage.config.reward.eval_rows], chat_format) if rows else []
     plan = plan_micro_batches([pair.tokens for pair in pairs], stage.config.rlhf.micro_batch_tokens, stage.ranks.size)

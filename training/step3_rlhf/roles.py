@@ -56,6 +56,12 @@ def load_critic(stage: Stage, scorer: Path | None, chat_format: ChatFormat) -> S
     return Scorer(model, settings.lora)
 
 
+def load_reward(stage: Stage, scorer: Path, chat_format: ChatFormat) -> Scorer:
+    """The reward model, which has learned already."""
+    _, with_weights = loads(stage.config.rlhf.reward.zero_stage, stage.dtype, stage.ranks)
+    return Scorer(load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True))
+
+
 class Roles:
     """Actor and critic under ZeRO; reference and reward frozen. The critic starts as the reward model."""
 
@@ -96,8 +102,7 @@ class Roles:
         """By step 2, which leaves a scale in the reward model's config.json."""
         if settings.has_reward_model:
             assert scorer is not None
-            _, with_weights = loads(settings.reward.zero_stage, dtype, ranks)
-            reward = Scorer(load_scorer(scorer, chat_format, dtype, with_weights=with_weights, trained=True))
+            reward = load_reward(stage, scorer, chat_format)
             self.reward_is_normalized = (reward.shift, reward.scale) != (0.0, 1.0)
             self._reward = self._frozen(reward, settings.reward, scoring.reward, stage)
         frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]

@@ -125,6 +125,9 @@ def test_prompts_on_both_sides():
     train, held_out = lines(pair("a", "b", "c"), pair("d", "e", "f")), lines(pair("x", "y", "z"), pair("d", "y", "z"))
     (found,) = shared_prompts(train, held_out)
     assert (found.level, found.places) == ("error", ("line 2",))
+    same = {**pair("D ?", "y", "z"), "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": " D?"}]}
+    (found,) = shared_prompts(train, lines(pair("x", "y", "z"), same))
+    assert found.places == ("line 2",)  # written in another way, under a system message
 
 
 @pytest.mark.parametrize(

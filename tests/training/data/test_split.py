@@ -234,3 +234,23 @@ def test_every_step_with_a_share_gets_a_question(seed):
     used = [prompts_of(rows) for rows in (sets.sft_train, sets.pairs_train, sets.prompts_train)]
     assert len(set.union(*used)) == sum(map(len, used)) == 3
     assert split_rows(pairs(50), (0.001, 1, 0), 0.05, seed=seed).sft_train
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_one_kind_holds_out_no_other_trains_on(seed):
+    rows = [
+        *pairs(10),
+        *({"prompt": message(f" Q{i}?"), "response": "r"} for i in range(30)),
+        *({"prompt": [{"role": "system", "content": "s"}, *message(f"q{i} ")]} for i in range(5, 25)),
+    ]
+    sets = split_rows(rows, (1, 1, 1), held_out=0.1, seed=seed)
+    sides = [
+        {
+            one_spelling(row["prompt"][-1]["content"])
+            for name, rows in sets.items()
+            if name.endswith(end)
+            for row in rows
+        }
+        for end in ("train", "eval")
+    ]
+    assert len(sides[1]) >= 3 and not sides[0] & sides[1]

@@ -100,6 +100,7 @@ def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(measured, s
             plain_logprobs(finished.step(step).model, sample.prompt_ids.tolist(), sample.response_ids, 0.7)
             for step in (3, 1)
         ]
+        assert sample.logprobs == pytest.approx(rows[0].tolist(), abs=1e-4)  # it was drawn at that temperature
         sums.append(float((rows[0] - rows[1]).sum()))
     assert result["rlhf"]["kl"] == pytest.approx(sum(sums) / 6, rel=1e-3) and result["sft"]["kl"] == 0.0
 

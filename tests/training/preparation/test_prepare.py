@@ -93,12 +93,12 @@ def test_every_rank_ends_with_what_the_first_one_refuses(tmp_path):
     sent, meeting = [None, None], Barrier(2, timeout=60)
 
     def refused(rank: int) -> UserError:
-        def gather(value):
+        def tell(value, phase):
             sent[rank] = value
             meeting.wait()
-            return sent
+            return sent[0]
 
-        ranks: Any = SimpleNamespace(is_first=rank == 0, size=2, gather=gather, barrier=meeting.wait)
+        ranks: Any = SimpleNamespace(is_first=rank == 0, size=2, tell=tell, barrier=lambda phase: meeting.wait())
         with pytest.raises(UserError) as raised:
             prepare_on_first(config, run, ranks)
         return raised.value

@@ -61,6 +61,18 @@ def test_the_kl_penalty_lowers_the_advantage_of_tokens_that_leave_the_reference(
     assert targets.advantages.tolist() == [[-1.0, 0.0]]
 
 
+def test_gamma_and_lambda_are_told_apart():
+    # score 1 on the last of two tokens, values 0.5: delta of the last token 1 - 0.5 = 0.5, of the first
+    # 0.8 * 0.5 - 0.5 = -0.1, and 0.8 * 0.25 * 0.5 = 0.1 of what follows
+    experience = [make(0, [-1.0] * 2, [-1.0] * 2, 1.0)]
+    experience[0].values = torch.full((2,), 0.5)
+    settings = SETTINGS.model_copy(update={"gamma": 0.8, "lam": 0.25})
+    targets = Targets.of(experience, settings, 0.0)
+    assert targets.advantages[0].tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
+    discounted = RLHFSettings(advantage="reinforce++", gamma=0.8, lam=0.25, whiten_advantages=False)
+    assert Targets.of(experience, discounted, 0.0).advantages[0].tolist() == pytest.approx([0.8, 1.0], abs=1e-6)
+
+
 def test_length_and_ended_fraction():
     experience = [make(0, [-1.0] * 4, [-1.0] * 4, 3.0), make(1, [-1.0] * 2, [-1.0] * 2, 1.0, ended=False)]
     metrics = Targets.of(experience, SETTINGS, 0.0).metrics(experience, 0.0)

@@ -31,6 +31,8 @@ WARM = {
     "ema": 0.5,
     "kl": {"coefficient": 0.1, "target": 0.5, "horizon": 10},
     "reward_weights": {"model": 0.5, "function": 2.0},
+    "temperature": 0.9,
+    "min_response_tokens": 3,
 }
 FREE = {
     **BASE,
@@ -42,6 +44,7 @@ FREE = {
     "checkpoint_every": 0,
 }
 """Whose KL shows where a bound ends another run."""
+SAMPLING = ("max_tokens", "temperature", "min_tokens")
 LOW = {"stop": 1e-3}
 TIMES = ("time/", "tokens_per_second", "memory/")
 
@@ -77,8 +80,13 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     stage.rows = lambda chat_format: (rows, rows[:1])
     stage.said = []
     stage.display.say = stage.said.append
-    seen = SimpleNamespace(stage=stage, weights=[], averages=[], kept=[])
-    iterate = ppo.PPO.iterate
+    seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[], values=[])
+    iterate, rollout = ppo.PPO.iterate, ppo.Rollout.run
+
+    def noted(self, prompts, seats, number):
+        experience = rollout(self, prompts, seats, number)
+        seen.values.append(float(torch.cat([each.values for each in experience]).mean()))
+        return experience
 
     def watched(trainer, number, check):
         if number == killed_in:
@@ -91,11 +99,12 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
         found = iterate(trainer, number, check)
         if trainer.roles.ema is not None:
             del trainer.roles.ema.update
+            seen.averaged.append(norms(trainer.roles.ema.weights()))
         seen.averages.append(updates[0])
         seen.weights.append(norms(trainer.roles.actor.trained_weights()))
         return found
 
-    with patch.object(ppo.PPO, "iterate", watched):
+    with patch.object(ppo.PPO, "iterate", watched), patch.object(ppo.Rollout, "run", noted):
         try:
             ppo.train(stage)
         except Killed:
@@ -121,9 +130,11 @@ def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def told(seen: SimpleNamespace) -> dict:
     """What goes back to the test."""
-    names = ("metrics", "result", "model", "ema_model", "weights", "averages")
+    names = ("metrics", "result", "model", "ema_model", "weights", "averages", "averaged", "values")
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
+        "sampling": [getattr(seen.trainer.rollout.sampling, name) for name in SAMPLING],
+        "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl")],
         "numbers": [len(seen.trainer.updates.mini_batches), seen.trainer.roles.critic_scale],
     }
 
@@ -221,6 +232,17 @@ def test_the_actor_rests_in_the_warm_up_and_learns_after_it(alone):
     assert warm["model"] != warm["ema_model"]
 
 
+def test_samples_are_drawn_as_asked_and_the_ratio_starts_at_one(alone):
+    """With a least length, generation draws from another distribution: its log-probabilities are computed anew."""
+    assert alone["warm"]["sampling"] == [6, 0.9, 3]
+    assert alone["free"]["sampling"] == [6, 1.0, 0]
+    for run in ("warm", "free"):
+        lines = [line for line in alone[run]["updates"] if "kl/old_k3" in line]
+        first = [line["kl/old_k3"] for line in lines if line["mini_batch"] == 0]
+        second = [line["kl/old_k3"] for line in lines if line["mini_batch"] == 1]
+        assert max(first) < 1e-6 < min(second), run
+
+
 def test_the_schedules_end_with_the_run(alone):
     """Linear to 0: the actor's over 3 iterations of 2 optimiser steps, the critic's over 5."""
     actor = [line["policy/lr"] for line in alone["warm"]["metrics"][2:]]
@@ -257,7 +279,8 @@ def test_scores_are_reported_as_given_and_learned_from_on_one_scale(alone):
     (_, (shift, scale)) = alone["warm"]["numbers"]  # the critic starts as the reward model, on the scale of its scores
     first = alone["warm"]["metrics"][0]
     assert shift == pytest.approx(first["reward/model_mean"], abs=1e-6) and scale != 1
-    assert abs(first["value/mean"]) < 5
+    assert first["value/mean"] == pytest.approx((alone["warm"]["values"][0] - shift) / scale, rel=1e-4)
+    assert alone["warm"]["metrics"][1]["value/mean"] == pytest.approx(alone["warm"]["values"][1], rel=1e-4)
 
 
 def test_no_model_outside_the_bound_is_left(alone):
@@ -286,9 +309,9 @@ def test_a_run_that_was_killed_before_the_end_by_kl_keeps_the_same_model(alone):
 
 
 def test_the_average_goes_back_with_the_weights(alone):
-    """The shorter run makes the same updates, and one less in the end: that of a run of its length."""
-    assert alone["bound"]["ema_model"] == alone["shorter"]["ema_model"] != alone["free"]["ema_model"]
-    assert alone["bound"]["ema_model"] != alone["bound"]["model"]
+    for run, updated in (("bound", -1), ("shorter", 0)):  # the last iteration of `bound` makes no update
+        averaged = alone[run]["averaged"]
+        assert alone[run]["ema_model"] == averaged[updated - 2] != averaged[updated - 1], run
 
 
 @pytest.mark.parametrize("case", ["1 0", "3 0", "3 4"])
