@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,41 +95,51 @@ if os.environ.get("RANK") == "1":
 
 
 def start_two_agents(script: str, run: Path, *arguments: str, **environment: str) -> list[tuple[int, str]]:
-    """The README's line for two nodes, twice on this machine; how each agent ended, and what it said."""
+    """The README's line for two nodes, twice on this machine; how each agent ended, and what it said.
+
+    The first one is where they meet, and has rank 0.
+    """
+    port = free_port()
     file = Path(training.__file__).parent / script / "main.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "1"]
-    agents = [
-        subprocess.Popen(
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "1"]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
             [*launcher, *meeting, str(file), str(run), *arguments],
             env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for _ in range(2)
-    ]
+
+    agents = [start()]
+    while agents[0].poll() is None and not is_listening(port):
+        time.sleep(0.1)
+    agents.append(start())
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     return [(agent.returncode, text) for agent, text in zip(agents, said, strict=True)]
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes take two GPUs, or none")
 def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_after_a_node_was_lost(tiny_run, tmp_path):
     run, marker = tmp_path / "nodes", tmp_path / "died"
     (tmp_path / "sitecustomize.py").write_text(LATE_AND_DYING.format(run=str(run), marker=str(marker)))
+    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     preset = Path(applications.__file__).parent / "presets" / "tiny.yaml"
-    for script, arguments in (("step1_sft", ("--config", str(preset))), ("step2_reward", ())):
-        ended = start_two_agents(script, run, *arguments, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-        assert [code for code, _ in ended] == [0, 0], ended
-    assert sum(text.count("rows for step") for _, text in ended) <= 1
-    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    ended = start_two_agents("step3_rlhf", run, PYTHONPATH=path, DIES="1")
-    codes = sorted(code for code, _ in ended)
-    said = next(text for code, text in ended if code > 0)
-    assert marker.exists() and codes[0] == -9 and codes[1] > 0, ended
+    first = start_two_agents("step1_sft", run, "--config", str(preset), **environment)
+    second = start_two_agents("step2_reward", run, **environment)
+    assert [code for code, _ in first + second] == [0] * 4, first + second
+    assert sum(text.count("Data from chitchat") for _, text in first + second) == 1, "prepared once"
+    (code, said), (killed, _) = start_two_agents("step3_rlhf", run, DIES="1", **environment)
+    assert marker.exists() and killed == -9 and code > 0, said
     assert "Another process of this run, or its machine, is gone" in said and "go on from the last checkpoint" in said
-    ended = start_two_agents("step3_rlhf", run, PYTHONPATH=path)
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert sum("going on after iteration 1" in text for _, text in ended) == 1
+    third = start_two_agents("step3_rlhf", run, **environment)
+    assert [code for code, _ in third] == [0, 0] and "going on after iteration 1" in third[0][1], third
     for step in (1, 2, 3):
         assert_like_metrics(*(metrics(RunDirectory(place), step) for place in (tiny_run, run)))

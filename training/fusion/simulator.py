@@ -172,16 +172,15 @@ class Instance:
     def drop(self, index: int) -> tuple[Job, int] | None:
         """A sample that leaves, with its tokens so far; None if it has ended."""
         self._course = None
-        for place in (self.running, self.waiting):
-            for pair in place:
-                job = pair[1] if place is self.running else pair[0]
-                if job.index != index:
-                    continue
-                place.remove(pair)
-                if place is self.waiting:
-                    return pair
-                done = job.response - (pair[0] - self.steps)
+        for end, job in self.running:
+            if job.index == index:
+                self.running.remove((end, job))
+                done = job.response - (end - self.steps)
                 self.context -= job.prompt + done - 1
+                return job, done
+        for job, done in self.waiting:
+            if job.index == index:
+                self.waiting.remove((job, done))
                 return job, done
         return None
 
