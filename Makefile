@@ -1,10 +1,16 @@
 # make demo   sets up, then trains the laptop preset and prints what it achieved
 # make test   sets up, then lints, checks types and runs the tests
+# make floors runs the core of the tests with the lowest versions that pyproject.toml allows, in an environment of their
+#             own; FLOORS_KEPT="torch==2.13.0" takes these instead
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+FLOORS := .venv-floors
+CORE := tests/inference tests/training/data tests/training/models tests/training/preparation tests/training/step1_sft \
+	tests/training/step2_reward tests/training/step2_dpo tests/training/evaluation tests/training/test_old_run.py
+
+.PHONY: setup demo test floors lint clean
 
 setup: $(VENV)/.ready
 
@@ -25,5 +31,12 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+floors:
+	$(PYTHON) -m venv $(FLOORS)
+	$(PYTHON) tests/floors.py $(FLOORS_KEPT) >$(FLOORS)/requirements.txt
+	DS_BUILD_OPS=0 $(FLOORS)/bin/python -m pip install --quiet -r $(FLOORS)/requirements.txt
+	$(FLOORS)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(CORE)
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(FLOORS) build *.egg-info

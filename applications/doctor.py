@@ -18,6 +18,7 @@ from applications.preset_store import settings_for_model
 from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import EXIT_USER_ERROR, UserError
+from inference.families import longest_text
 from inference.generation.equality import Findings, Generated, Tolerance, TrainingLogprobs, Work, compare, generate
 from inference.model_store import check_model_directory, resolve_model
 from inference.quiet import quiet_transformers
@@ -85,9 +86,8 @@ def check_on(ranks: Ranks, directory: Path, dtype: torch.dtype, name: str) -> bo
     chat_format = ChatFormat.load(directory)
     with quiet_transformers():
         whole = load_causal_lm(directory, chat_format, dtype).eval()
-    config = whole.config.get_text_config()
     vocabulary = min(chat_format.vocabulary_size, cast(Any, whole.get_input_embeddings()).num_embeddings)
-    work = Work.of(vocabulary, chat_format.pad_id, getattr(config, "max_position_embeddings", 0) or 0)
+    work = Work.of(vocabulary, chat_format.pad_id, longest_text(whole.config))
     if ranks.size == 1:
         model: nn.Module = cast(Any, whole).to(ranks.device)
     else:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from applications.expected_time import expected_time
-from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, scorer_source, size, verdict
+from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, size, verdict
 from training.config import DPO_STEP, RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
 from training.rlhf_settings import RLHFSettings
@@ -53,7 +53,10 @@ def dry_run(
         lines += [f"  {shlex.join(launch_commands[step])}" for step in steps if step in launch_commands]
     else:
         lines.append(f"  {shlex.join(launch_commands)}")
-    lines += ["", *wrap(f"Memory does not count {NOT_COUNTED}."), "", *wrap(verdict(outlook, run_directory))]
+    lines += ["", *wrap(f"Memory does not count {NOT_COUNTED}.")]
+    if 3 in steps and (warning := config.idle_warning(outlook.ranks)):
+        lines += ["", *wrap(warning)]
+    lines += ["", *wrap(verdict(outlook, run_directory))]
     return "\n".join(lines)
 
 
@@ -81,7 +84,7 @@ def _scorers(outlook: Outlook) -> list[str]:
     if not {2, 3} & set(outlook.steps):
         return []
     roles = ["reward"] * rlhf.has_reward_model + ["critic"] * rlhf.has_critic
-    source = f"{scorer_source(outlook.config)}, {_parameters(outlook.scorer, scorer=True)}"
+    source = f"{outlook.config.scorer_source}, {_parameters(outlook.scorer, scorer=True)}"
     return [_line(", ".join(roles), source)] if roles else []
 
 

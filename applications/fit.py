@@ -11,11 +11,13 @@ import torch
 
 from applications.preset_store import is_preset_architecture, known_architecture, smaller_presets
 from inference.errors import UserError
-from inference.untrusted import refuse_code
+from inference.families import config_of, require_supported_family
+from inference.model_files import require_usable
 from training.config import RunConfig
 from training.config_files import merge, validate_config
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
-from training.models.loading import TORCH_DTYPES, resolve_dtype
+from training.models.layers import keep_layers
+from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
 from training.role_settings import OptimizerSettings
 from training.run_directory import place_of, read_json
 
@@ -78,12 +80,13 @@ class Outlook:
 
     @classmethod
     def of(cls, config: RunConfig, steps: Sequence[int], nodes: int) -> "Outlook":
-        actor = find_shape(config.sft_model or config.model, config.architecture.get("model"))
+        actor = find_shape(config.actor_source, config.architecture.get("model"))
         layers = 0 if config.trained_reward_model else config.reward.layers
-        if scorer_source(config) == (config.sft_model or config.model) and not layers:
+        if config.scorer_source == config.actor_source and not layers and not config.needs_scorer:
             scorer = actor
         else:
-            scorer = find_shape(scorer_source(config), config.architecture.get("reward_model"), layers)
+            given = config.architecture.get("reward_model")
+            scorer = find_shape(config.scorer_source, given, layers, config.needs_scorer)
         return cls(config, tuple(steps), nodes, Machine.here(), actor, scorer)
 
     @property
@@ -146,36 +149,36 @@ def check_fits(config: RunConfig, steps: Sequence[int], nodes: int = 1) -> None:
             )
 
 
-def scorer_source(config: RunConfig) -> str:
-    """Where reward model and critic come from."""
-    if config.trained_reward_model:
-        return config.trained_reward_model
-    if config.reward.initialize_from == "sft":
-        return config.sft_model or config.model
-    return config.reward_model_source
-
-
-def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0) -> Shape | None:
+def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0, scores: bool = False) -> Shape | None:
     """From a local directory's config.json, a preset with this model, or the user's own `given` values; else None.
 
-    `layers` replaces the number of layers; 0 keeps it.
+    `layers` keeps only the first so many; 0 keeps all. Raises UserError for a family that cannot be used, or that has
+    no head to score with where the model `scores`.
     """
-    cut = {"num_hidden_layers": layers} if layers else {}
     file = Path(model).expanduser() / "config.json"
     if file.is_file():
-        refuse_code(file.parent)
-        return Shape.from_config_values({**read_json(file, "fetch or train the model again"), **cut})
-    values = known_architecture(model)
-    if values is None and given is not None and not is_preset_architecture(given):
-        values = given  # a preset's values with another model's name are left over from before the name was changed
-    return None if values is None else Shape.from_config_values({**values, **cut})
+        require_usable(file.parent)
+        values: dict[str, Any] | None = read_json(file, "fetch or train the model again")
+    else:
+        values = known_architecture(model)
+        if values is None and given is not None and not is_preset_architecture(given):
+            values = given  # a preset's values with another model's name are left over from before the name was changed
+    if values is None:
+        return None
+    config = config_of(values)
+    require_supported_family(config)
+    if scores:
+        require_scorer_family(config)
+    if layers:
+        keep_layers(config, layers)
+    return Shape.of(config)
 
 
 def verdict(outlook: Outlook, run_directory: Path) -> str:
     """One line that begins with `Verdict:`."""
     largest = outlook.largest()
     if largest is None or any(outlook.memory(step) is None for step in outlook.steps):
-        unknown = outlook.config.model if outlook.actor is None else scorer_source(outlook.config)
+        unknown = outlook.config.model if outlook.actor is None else outlook.config.scorer_source
         return f"Verdict: unknown: the size of {unknown} is not known without the hub (a local directory would tell)"
     step, need = largest
     has = outlook.machine.per_process(outlook.config.processes)
@@ -189,8 +192,9 @@ def verdict(outlook: Outlook, run_directory: Path) -> str:
     host = max(memory.host_peak(processes) for memory in estimates)
     if outlook.machine.gpus and host > outlook.machine.memory:
         return (
-            f"Verdict: does not fit here: offloading and saving take about {size(host)} of main memory, this machine "
-            f"has {size(outlook.machine.memory)}; ways out: LoRA, no offload, fewer processes, or a smaller model"
+            f"Verdict: does not fit here: loading, offloading and saving take up to {size(host)} of main memory, this "
+            f"machine has {size(outlook.machine.memory)}; ways out: ZeRO stage 3 (one rank reads the model), LoRA, no "
+            f"offload, fewer processes, or a smaller model"
         )
     disk, free = disk_needed(outlook), shutil.disk_usage(nearest_existing(run_directory)).free
     if disk > free:

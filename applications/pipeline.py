@@ -10,11 +10,12 @@ from typing import Any
 from applications.fit import Machine
 from applications.launch import run_stage_script
 from applications.report.page import write_report
-from applications.report_table import DOUBTFUL_ACCURACY, comparison_table, reward_accuracy_line
+from applications.report_table import comparison_table, reward_accuracy_line
 from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
 from training.data.rows import read_rows, require_rows
 from training.distributed import require_gpus
+from training.inputs import changed_inputs
 from training.metrics import Display, duration
 from training.run_directory import COMPARED, STEP_NAMES, RunDirectory, place_of
 from training.versions import versions
@@ -90,6 +91,8 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
         begun = time.monotonic()
         if config.announce:
             display.say(config.announce)
+        for sentence in changed_inputs(run, config):
+            display.say(sentence)
         if config.method == "ppo" and not config.rlhf.has_reward_model and steps != [2]:
             display.say("Step 2 of 3 is left out: no reward model is used (rlhf.reward_weights.model=0)")
         if not all(run.step(step).is_finished for step in steps):
@@ -128,8 +131,6 @@ def run_step(run: RunDirectory, config: RunConfig, step: int, display: Display) 
     if directory.is_finished:
         display.say(f"{title}: done already")
         return 0.0
-    if step == 3:
-        warn_of_doubtful_reward(run, display)
     display.say(title)
     begun = time.monotonic()
     run_stage_script(STEP_NAMES[step], run, config.processes)
@@ -145,19 +146,6 @@ def title_of(step: int, config: RunConfig) -> str:
     if step in config.steps:
         return f"Step {config.steps.index(step) + 1} of {len(config.steps)}: {TITLES[step]}"
     return f"Step {place_of(step)}: {TITLES[step]}"
-
-
-def warn_of_doubtful_reward(run: RunDirectory, display: Display) -> None:
-    """The gate before PPO: a reward model that ranks little better than a coin teaches nothing good."""
-    reward = run.step(2)
-    accuracy = reward.read_result().get("eval/accuracy") if reward.is_finished else None
-    if accuracy is not None and accuracy < DOUBTFUL_ACCURACY:
-        display.say(
-            f"Warning: the reward model ranks only {accuracy:.1%} of held-out pairs right, a coin 50%. PPO will "
-            f"follow noise. Stop here (Ctrl-C) and train step 2 anew under another --name: more pairs, more "
-            f"reward.epochs or reward.max_steps, a higher reward.optimizer.learning_rate, or a larger --reward-model; "
-            f"and read twenty pairs: can you tell which is chosen? (docs/step2_reward.md)"
-        )
 
 
 def compare(run: RunDirectory, step: int, display: Display) -> None:

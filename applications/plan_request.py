@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from applications.fit import find_shape, scorer_source
+from applications.fit import find_shape
 from applications.settings import resolve_settings
 from inference.errors import UserError
 from training.calls import rlhf_calls
@@ -83,7 +83,7 @@ def make_request(
     actor = require_shape(settings.sft_model or settings.model, settings.architecture.get("model"))
     scorer = None
     if rlhf.has_critic or rlhf.has_reward_model:
-        scorer = require_shape(scorer_source(settings), settings.architecture.get("reward_model"))
+        scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))
     workload = workload_of(
         settings, actor, scorer, cluster.device.precision if settings.dtype == "auto" else settings.dtype
     )

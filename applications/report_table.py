@@ -27,8 +27,6 @@ ROWS = (
     ("perplexity of demonstrations", "perplexity_demonstrations", "{:.1f}"),
 )
 SHOWN_ANSWERS = 6
-DOUBTFUL_ACCURACY = 0.55
-"""Of a reward model on held-out pairs: below it, PPO would follow noise."""
 SFT_AND_RLHF = {"sft": "SFT", "rlhf": "RLHF"}
 
 

@@ -5,86 +5,90 @@ everywhere. Prompt and response are tokenised apart, as generation produces them
 between them, as byte-level ones do, the two together are the tokens of the whole text.
 """
 
+import json
 import re
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
 from inference.errors import UserError
-from inference.untrusted import refuse_code
+from inference.model_files import require_usable
+from inference.quiet import quiet_transformers
+from inference.template_check import differences
 
-# The space belongs to the response: byte-level tokenizers have tokens for words with a space before them, and a model
-# has hardly ever seen a lone space followed by a word.
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 PAD_TOKEN = "<|pad|>"
 STAND_IN = "\ufdd0", "\ufdd1"
 """Around a number, in the place of a special token's name in a message; Unicode has them for such uses."""
 
 
-class Message(TypedDict):
-    role: str
-    content: str
-
-
 class ChatFormat:
     """A tokenizer with a chat template, an end-of-turn token and a pad token that differs from it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        """Fill in what the tokenizer lacks; `notes` says what was filled in."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] = (), day: date | None = TRAINING_DATE
+    ):
+        """Fill in what the tokenizer lacks; `notes` says what was filled in, and what the template does otherwise.
+
+        `end_ids` end an answer beside the end of a turn; `day` is what a date in the template says, see `ChatTemplate`.
+        """
         self.tokenizer = tokenizer
-        self.notes: list[str] = []
         if tokenizer.eos_token is None:
             raise UserError("The tokenizer has no end-of-sequence token (eos_token); set one in tokenizer_config.json.")
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = DEFAULT_TEMPLATE
-            self.notes.append(f"no chat template: using 'Human: ... Assistant: ...' with {tokenizer.eos_token}")
-        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids |= set(tokenizer.all_special_ids)
         begins = tokenizer.encode("a", verbose=False)[:1] == [tokenizer.bos_token_id]
-        self._begin: str = tokenizer.bos_token if begins else ""  # OPT and Llama put one before each text
-        question: Message = {"role": "user", "content": "question"}
-        try:
-            prompt = self._text([question], add_generation_prompt=True)
-            if not prompt.startswith(self._begin):  # so that other tools, which add none, make the same tokens
-                tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-                prompt = self._text([question], add_generation_prompt=True)
-            dialogue = self._text([question, {"role": "assistant", "content": "answer"}], add_generation_prompt=False)
-        except TemplateError as error:
-            raise UserError(f"The tokenizer's chat template fails for a question and an answer: {error}.") from error
-        self._lead_in = prompt.rpartition("question")[2]  # what stands before every response
-        gap = dialogue.removeprefix(prompt).partition("answer")[0]
-        self._gap = gap if gap.isspace() else ""  # what a response begins with
-        self.end_of_turn_id: int = self._find_end_of_turn(behind=dialogue.rpartition("answer")[2])
+        begin: str = tokenizer.bos_token if begins else ""  # OPT and Llama put one before each text
+        self.template = ChatTemplate(tokenizer, begin, day)
+        self.notes = self.template.notes
+        ends = [tokenizer.eos_token_id, *end_ids]
+        self.end_of_turn_id: int = self._find_end_of_turn()
+        self._make_special(self.end_of_turn_id)
         tokenizer.eos_token_id = self.end_of_turn_id
+        end = tokenizer.eos_token
+        behind = self.template.behind
+        self.ending: str = behind.partition(end)[0] if end in behind else ""
+        """What the template writes between an answer and the end of the turn."""
+        used = self._encode(self.template.finished(dialogue(1)))
+        with suppress(Refused):
+            used += self._encode(self.template.prompt(dialogue(1, system="s-y-s-t-e-m")[:-1]))
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id == self.end_of_turn_id:
-            self._choose_pad(used=self._encode(dialogue))
+            self._choose_pad(used)
         self.pad_id: int = tokenizer.pad_token_id
-        self._special_ids.add(self.pad_id)
+        self.end_ids = tuple(dict.fromkeys([self.end_of_turn_id, *(i for i in ends if 0 <= i < self.vocabulary_size)]))
+        """All tokens that end an answer; the first one is the end of a turn, which training teaches."""
+        self._special_ids = special_ids(tokenizer)
         special = sorted(tokenizer.convert_ids_to_tokens(list(self._special_ids)), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, [*special, STAND_IN[0]])))
+        self._framing = self._special_ids & set(used)  # what the template may write around an answer
+        self._head = self._encode(self.template.lead_in)
+        self._shown_gap = self._decode(self._encode(self.template.gap))
+        self.differences = list(differences(self))
+        """How trained rows differ from the template's own finished dialogues, in sentences; thoughts do not count."""
+        self.notes += self.differences
 
     @classmethod
-    def load(cls, directory: str | Path) -> "ChatFormat":
+    def load(cls, directory: str | Path, day: date | None = TRAINING_DATE) -> "ChatFormat":
         """The format of a local model directory. Raises UserError where there is no usable tokenizer."""
-        refuse_code(Path(directory))
+        require_usable(Path(directory))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds here, all of them about the directory's files
+            if package := missing_package(Path(directory)):
+                raise UserError(f"The tokenizer in {directory} needs a package: pip install {package}.") from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{directory} holds no tokenizer that can be loaded ({reason}).") from error
         if not tokenizer.encode("Hello", add_special_tokens=False):
             # transformers makes up an empty tokenizer where the files of one are missing
             raise UserError(f"{directory} has no tokenizer files; copy the model with its tokenizer again.")
-        return cls(tokenizer)
+        of_processor = Path(directory) / "chat_template.json"  # where models that read images had theirs
+        if not tokenizer.chat_template and of_processor.is_file():
+            tokenizer.chat_template = read_values(of_processor).get("chat_template")
+        return cls(tokenizer, generation_ends(Path(directory), tokenizer), day)
 
     def save(self, directory: str | Path) -> None:
         self.tokenizer.save_pretrained(str(directory))
@@ -92,7 +96,7 @@ class ChatFormat:
     @property
     def vocabulary_size(self) -> int:
         """One more than the largest token id."""
-        return len(self.tokenizer)
+        return max(self.tokenizer.get_vocab().values()) + 1  # more than there are tokens where ids have gaps
 
     def prompt_ids(self, messages: list[Message], max_tokens: int = 0) -> list[int]:
         """Tokens up to where the assistant's answer begins; 0 sets no limit.
@@ -118,28 +122,49 @@ class ChatFormat:
     def refusal(self, messages: list[Message]) -> str:
         """Why the template refuses a prompt, in its own words; empty where it takes it."""
         try:
-            self._text(messages, add_generation_prompt=True)
-        except Exception as error:  # a template fails as any code may: raise_exception, an index, a type
-            return str(error).strip().rstrip(".") or type(error).__name__
+            self.template.prompt(messages)
+        except Refused as refused:
+            return str(refused)
         return ""
 
     def response_ids(self, text: str, max_tokens: int = 0) -> list[int]:
         """Tokens of an answer with its end-of-turn token; over `max_tokens` it is cut and the end token is lost.
 
-        What looks like a special token in `text` is plain text, so only the last token ends the turn.
+        The tokens are those of the template's finished dialogue, see `ChatTemplate.answer`. What looks like a special
+        token in `text` is plain text, so only the last token ends the turn.
         """
-        head = self._encode(self._lead_in)
-        whole = self._encode(self._lead_in + self._gap + text)
-        ids = whole[len(head) :]
-        if whole[: len(head)] != head or not self._special_ids.isdisjoint(ids):
-            ids = self._encode(self._gap + text, plain=True)
+        (shown,), hidden = self._hide([Message(role="assistant", content=text)])
+        try:
+            body = self.template.answer(shown["content"], self.ending)
+        except Refused as refused:
+            raise UserError(f"The model's chat template refuses the answer '{text[:60]}' ({refused}).") from None
+        head = self._head
+        whole = self._encode_shown(self.template.lead_in + body, hidden)
+        ids = whole[len(head) :] if whole[: len(head)] == head else self._encode_shown(body, hidden)
+        if not (self._special_ids - self._framing).isdisjoint(ids) or self.end_of_turn_id in ids:
+            ids = self._encode(self.template.gap + text, plain=True)
         ids.append(self.end_of_turn_id)
         return ids[:max_tokens] if max_tokens > 0 else ids
 
+    def finished_ids(self, messages: list[Message]) -> list[int]:
+        """The template's own tokens of a conversation that an answer ends."""
+        shown, hidden = self._hide(messages)
+        return self._encode_shown(self.template.finished(shown), hidden)
+
+    def as_taught(self, response_ids: Sequence[int]) -> list[int]:
+        """A response as training would have it: with the end of the turn in the place of another token that ends."""
+        ids = list(response_ids)
+        return [*ids[:-1], self.end_of_turn_id] if ids and ids[-1] in self.end_ids else ids
+
     def decode(self, ids: list[int]) -> str:
-        """Text of a response, without special tokens and without the space that the template puts before it."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text).removeprefix(self._gap)
+        """Text of a response, without special tokens and without what the template puts around an answer.
+
+        The text of some first tokens is the beginning of that of more.
+        """
+        text = self._decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
+        if self._shown_gap.startswith(text):
+            return ""
+        return text.removeprefix(self._shown_gap).removesuffix(self.ending)
 
     def _cut_turn(self, system: list[Message], turn: Message, max_tokens: int) -> list[int]:
         """A prompt of one turn, whose text loses as many of its first tokens as it must."""
@@ -155,42 +180,57 @@ class ChatFormat:
         return ids
 
     def _render(self, messages: list[Message]) -> list[int]:
+        shown, hidden = self._hide(messages)
+        try:
+            return self._encode_shown(self.template.prompt(shown), hidden)
+        except Refused as refused:
+            end = messages[-1]["content"][:60] if messages else ""
+            raise UserError(
+                f"The model's chat template refuses the conversation ending in '{end}' ({refused})."
+            ) from None
+
+    def _hide(self, messages: list[Message]) -> tuple[list[Message], list[str]]:
+        """The messages with stand-ins for what looks like special tokens, and that."""
         hidden: list[str] = []
 
         def hide(found: re.Match[str]) -> str:
             hidden.append(found[0])
             return f"{STAND_IN[0]}{len(hidden) - 1}{STAND_IN[1]}"
 
-        shown = [Message(role=m["role"], content=self._special.sub(hide, m["content"])) for m in messages]
-        try:
-            text = self._text(shown, add_generation_prompt=True)
-        except TemplateError as error:
-            begin = messages[-1]["content"][:60] if messages else ""
-            raise UserError(
-                f"The model's chat template refuses the conversation ending in '{begin}' ({error})."
-            ) from error
-        text = text if text.startswith(self._begin) else self._begin + text
+        return [Message(role=m["role"], content=self._special.sub(hide, m["content"])) for m in messages], hidden
+
+    def _encode_shown(self, text: str, hidden: list[str]) -> list[int]:
+        """Tokens of a text with stand-ins."""
         if not hidden:
             return self._encode(text)
         parts = re.split(f"{STAND_IN[0]}([0-9]+){STAND_IN[1]}", text)  # every second one is a number
         encoded = (self._encode(hidden[int(p)], plain=True) if i % 2 else self._encode(p) for i, p in enumerate(parts))
         return [token for part in encoded for token in part]
 
-    def _text(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        turns = cast(list[dict[str, str]], messages)
-        return cast(
-            str,
-            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt),
-        )
-
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         """Tokens of `text` and no others; `plain` reads no special tokens in it."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)
 
-    def _find_end_of_turn(self, behind: str) -> int:
-        """The special token in what the template puts `behind` an answer; without one, the end-of-sequence token."""
-        found = (token for token in self._encode(behind) if token in self._special_ids)
+    def _decode(self, ids: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _find_end_of_turn(self) -> int:
+        """The first token of its own kind that the template puts behind an answer, unless it begins answers too;
+        without one, the end-of-sequence token."""
+        added = self.tokenizer.added_tokens_decoder
+        named = {i for i in added if not added[i].content.isspace()} | set(self.tokenizer.all_special_ids)
+        begins = {*self._encode(self.template.lead_in)} - {*self._encode(self.template.between)}
+        opening = (i for i in self._encode(self.template.opening) if i in named and i != self.tokenizer.bos_token_id)
+        begins = begins | {next(opening, None), self.tokenizer.bos_token_id} - {self.tokenizer.eos_token_id}
+        found = (i for i in self._encode(self.template.behind) if i in named and i not in begins)
         return next(found, self.tokenizer.eos_token_id)
+
+    def _make_special(self, token_id: int) -> None:
+        """So that in a message it is plain text, and not shown in an answer."""
+        token = self.tokenizer.added_tokens_decoder.get(token_id)
+        if token is not None and not token.special:
+            token.special = True
+            self.tokenizer.add_special_tokens({"eos_token": token})
 
     def _choose_pad(self, used: list[int]) -> None:
         """A spare special token if the vocabulary has one that the template has not `used`, else a new one.
@@ -198,11 +238,56 @@ class ChatFormat:
         With a new one the model's embeddings have to grow.
         """
         spare = [self.tokenizer.unk_token_id, *sorted(self.tokenizer.added_tokens_decoder)]
+        special = special_ids(self.tokenizer)
         taken = {*used, self.end_of_turn_id, self.tokenizer.bos_token_id}
         for token_id in spare:
-            if token_id in self._special_ids and token_id not in taken:
+            if token_id not in special or token_id in taken:
+                continue
+            if str(self.tokenizer.convert_ids_to_tokens(token_id)) not in self.template.source:
                 self.tokenizer.pad_token_id = token_id
                 break
         else:
             self.tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+            if list(self.tokenizer.get_vocab().values()).count(self.tokenizer.pad_token_id) > 1:  # ids have gaps
+                raise UserError("The tokenizer has no pad token and no free id for one; give it a pad token.")
         self.notes.append(f"pad token: {self.tokenizer.pad_token} (must differ from the end-of-turn token)")
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def missing_package(directory: Path) -> str:
+    """What reads the only file that a tokenizer has, where it is not installed; '' for other files."""
+    if (directory / "tokenizer.json").is_file():
+        return ""
+    for file in sorted(directory.glob("*.model")) + sorted(directory.glob("*.tiktoken")):
+        with open(file, "rb") as opened:
+            is_text = re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+", opened.readline(1000).strip())  # a token and its rank
+        package = "tiktoken" if is_text else "sentencepiece"
+        return package if find_spec(package) is None else ""
+    return ""
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy the model again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds no names with values; copy the model again.")
+    return values
+
+
+def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that generation_config.json lets an answer end with; without that file, those of config.json.
+
+    Configurations have an end by default, so that config.json counts only where its ids are tokens of their own kind.
+    """
+    for name, allowed in (("generation_config.json", None), ("config.json", special_ids(tokenizer))):
+        if not (directory / name).is_file():
+            continue
+        found = read_values(directory / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        return [i for i in ids if type(i) is int and (allowed is None or i in allowed)]
+    return []

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from inference.chat_format import ChatFormat, Message
 from inference.chat_target import refuse_reward_model
 from inference.errors import UserError
+from inference.families import longest_text
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.text_pieces import TextPieces
@@ -27,7 +28,7 @@ class ChatModel:
     def __init__(self, model: PreTrainedModel, chat_format: ChatFormat):
         self.model = model.eval()
         self.format = chat_format
-        self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id)
+        self.engine = GenerationEngine(model, chat_format.end_ids, self.pad_id)
 
     @classmethod
     def load(cls, directory: Path, dtype: str = "auto") -> "ChatModel":
@@ -39,17 +40,23 @@ class ChatModel:
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} is not a model: it has no config.json; give a Hugging Face model directory.")
         refuse_reward_model(directory)
-        chat_format = ChatFormat.load(directory)
+        chat_format = ChatFormat.load(directory, day=None)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, _ = read_weights(AutoModelForCausalLM, directory, dtype=choose_dtype(directory, dtype, device))
-        if chat_format.end_of_turn_id >= model.get_input_embeddings().num_embeddings:
+        if max(chat_format.end_ids) >= model.get_input_embeddings().num_embeddings:
             raise UserError(f"The tokenizer in {directory} has more tokens than the model; put the model's own there.")
         return cls(cast(Any, model).to(device), chat_format)
 
     @property
+    def pad_id(self) -> int:
+        """A token that the model has: one that was added for padding waits for training to give it a row."""
+        rows: int = self.model.get_input_embeddings().num_embeddings
+        return self.format.pad_id if self.format.pad_id < rows else self.format.end_of_turn_id
+
+    @property
     def context_length(self) -> int:
         """Most tokens that prompt and answer may have together; 0 means no limit is known."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0
+        return longest_text(self.model.config)
 
     @property
     def description(self) -> str:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from inference.errors import UserError
+from inference.model_files import refuse_pointers
 
 CHAT_STEPS = {  # label: (directory, command)
     "SFT": ("step1_sft", "sft"),
@@ -82,6 +83,7 @@ def is_finished(run: Path, label: str) -> bool:
 
 def refuse_reward_model(directory: Path) -> None:
     """Raise UserError for a model that scores texts instead of writing them."""
+    refuse_pointers(directory)
     try:
         names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     except (ValueError, OSError, AttributeError) as error:

@@ -7,7 +7,15 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
 
 from inference.errors import UserError
 
@@ -26,6 +34,7 @@ _REASONS = {
     **dict.fromkeys(_DECODERS_OF_ENCODERS, "are the half of an encoder-decoder that cannot do without the other half"),
     "blt": "read bytes in patches instead of tokens",
     "git": "write about an image and not about a text alone",
+    "moshi": "write speech beside their text",
 }
 """Why families cannot be used that transformers calls causal language models, and that keep keys and values."""
 
@@ -56,9 +65,18 @@ def longest_text(config: PreTrainedConfig) -> int:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # their factor is not in the number of positions yet
         has = max(has, int((rope.get("original_max_position_embeddings") or has) * rope.get("factor", 1)))
-    if "chunked_attention" in layer_kinds(text):  # beyond its chunk a token sees less than we show it
-        has = min(has or text.attention_chunk_size, text.attention_chunk_size)
-    return has
+    windows = [text.attention_chunk_size] if "chunked_attention" in layer_kinds(text) else []
+    windows += layer_values(text, "keep_window_size")  # Doge
+    return min([has, *windows] if has else windows, default=0)  # beyond them a token sees less than we show it
+
+
+def set_dropout(config: PreTrainedConfig, share: float) -> None:
+    """Let every part of a configuration drop this share, whatever its family calls it, and no whole layers."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            set_dropout(value, share)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0 if "layer" in name else share)
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
@@ -87,6 +105,14 @@ def require_supported_family(config: PreTrainedConfig) -> None:
         )
 
 
+def config_of(values: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration that a config.json holds, with its `model_type`. Raises UserError where there is none such."""
+    try:
+        return AutoConfig.for_model(**{"model_type": "", **values})
+    except Exception as error:  # transformers raises many kinds here, all of them about the values
+        raise no_model(error) from error
+
+
 def meta_model(config: PreTrainedConfig, loader: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The model of a configuration without memory. Raises UserError where transformers can make none of it."""
     try:
@@ -100,6 +126,16 @@ def no_model(error: Exception) -> UserError:
     """The sentence for what transformers raised while it read configuration values."""
     reason = (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
     return UserError(f"These configuration values make no causal language model ({reason}).")
+
+
+def is_router(layer: nn.Module) -> bool:
+    """Whether a layer is a mixture's router that is called linear and gives more than a product (Llama 4)."""
+    return isinstance(layer, nn.Linear) and type(layer).__name__.endswith("Router")
+
+
+def takes_adapter(layer: nn.Module) -> bool:
+    """Whether a LoRA adapter can go to a layer."""
+    return isinstance(layer, nn.Linear | Conv1D) and not is_router(layer)
 
 
 def backbone_of(model: Any) -> Any:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from inference.disk import is_disk_full
 from inference.errors import UserError
+from inference.model_files import refuse_pointers, require_usable
 from inference.model_package import convert_package, find_package
-from inference.untrusted import refuse_code
 
 Report = Callable[[str], None]
 
@@ -28,6 +28,7 @@ SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
 TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")  # configuration, index and tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+OTHER_WEIGHTS = ("*.gguf", "consolidated*", "*.safetensors", "*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*.onnx")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -71,6 +72,7 @@ def check_model_directory(directory: Path, name: str = "") -> None:
     What wants code of its own run is refused as well. `name` is what the user calls it, where that is not its path.
     """
     name = name or str(directory)
+    refuse_pointers(directory, name)
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -89,7 +91,7 @@ def check_model_directory(directory: Path, name: str = "") -> None:
         raise UserError(
             f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); put the model's tokenizer files there."
         )
-    refuse_code(directory, name)
+    require_usable(directory, name)
 
 
 def _weights_complaint(directory: Path, weights: str) -> str:
@@ -98,15 +100,22 @@ def _weights_complaint(directory: Path, weights: str) -> str:
         return ""
     index = directory / f"{weights}.index.json"
     if not index.is_file():
-        return "no weights (*.safetensors or pytorch_model*.bin)"
+        return no_weights(directory)
     try:
         parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"an unreadable {index.name} ({error!r})"
     missing = sorted(part for part in parts if not (directory / part).is_file())
     if len(missing) == len(parts):
-        return "no weights (*.safetensors or pytorch_model*.bin)"
+        return no_weights(directory)
     return f"only {len(parts) - len(missing)} of {len(parts)} weights files, {missing[0]} is missing" if missing else ""
+
+
+def no_weights(directory: Path) -> str:
+    """That there are none, and which files of other formats there are instead."""
+    others = sorted(file.name for pattern in OTHER_WEIGHTS for file in directory.glob(pattern))
+    instead = f", only {others[0]}, which is not read here" if others else ""
+    return f"no weights (*.safetensors or pytorch_model*.bin){instead}"
 
 
 def _has_any(directory: Path, patterns: tuple[str, ...]) -> bool:

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from inference.errors import UserError
 from inference.families import text_config
+from inference.model_files import require_usable
 from inference.quiet import quiet_transformers
-from inference.untrusted import is_unsafe_pickle, refuse_code, unsafe_pickle
+from inference.untrusted import is_unsafe_pickle, unsafe_pickle
 
 OLD_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$|inv_freq$|position_ids$")
 """No weights: what older versions of transformers stored with them."""
@@ -41,7 +42,7 @@ def read_weights(
     directory; `options` are those of from_pretrained: with device_map="meta" all is checked and no weights are read.
     Raises UserError.
     """
-    refuse_code(directory, name)
+    require_usable(directory, name)
     try:
         with quiet_transformers():
             model, report = loader.from_pretrained(

@@ -1,4 +1,4 @@
-"""DeepSpeed's own launcher starts the stage scripts (torchrun's agents: test_pipeline.py)."""
+"""Other launchers start the stage scripts: DeepSpeed's own, and torchrun's agents, one a node."""
 
 import json
 import os
@@ -6,13 +6,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import applications
 import training
 from benchmarks.kill_and_resume import metrics
+from tests.test_pipeline import assert_like_metrics
 from training.run_directory import RunDirectory
 
 
@@ -54,3 +57,89 @@ def test_two_processes_by_the_deepspeed_launcher_train_as_one_does(tiny_run, tmp
         assert b["eval/loss"] == pytest.approx(a["eval/loss"], rel=1e-4)
     state = json.loads((run / "step1_sft" / "checkpoints" / "6" / "state.json").read_text())
     assert state["ranks"] == 2
+
+
+LATE_AND_DYING = """
+import builtins, io, os, time
+if os.environ.get("RANK") == "1":
+    stat, plain_open = os.stat, io.open
+
+    def require_old(path):  # as on a node that is told of new files a second later
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith({run!r}) and "/." not in os.fspath(path):
+            if time.time() - stat(path).st_mtime < 1.0:
+                raise FileNotFoundError(2, "not there yet", os.fspath(path))
+
+    def late_stat(path, *arguments, **named):
+        require_old(path)
+        return stat(path, *arguments, **named)
+
+    def late_open(path, mode="r", *arguments, **named):
+        if mode[0] == "r":
+            require_old(path)
+        return plain_open(path, mode, *arguments, **named)
+
+    os.stat, io.open, builtins.open = late_stat, late_open, late_open
+
+    if not os.path.exists({marker!r}) and os.environ.get("DIES"):
+        from training.checkpoints import Checkpoints
+        save = Checkpoints.save
+
+        def die(self, number, *arguments):
+            save(self, number, *arguments)
+            if number == 1:
+                plain_open({marker!r}, "w").close()
+                os.kill(os.getppid(), 9)  # the agent, as if the node were gone; its rank follows
+
+        Checkpoints.save = die
+"""
+
+
+def start_two_agents(script: str, run: Path, *arguments: str, **environment: str) -> list[tuple[int, str]]:
+    """The README's line for two nodes, twice on this machine; how each agent ended, and what it said.
+
+    The first one is where they meet, and has rank 0.
+    """
+    port = free_port()
+    file = Path(training.__file__).parent / script / "main.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "1"]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            [*launcher, *meeting, str(file), str(run), *arguments],
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    agents = [start()]
+    while agents[0].poll() is None and not is_listening(port):
+        time.sleep(0.1)
+    agents.append(start())
+    said = [agent.communicate(timeout=300)[0] for agent in agents]
+    return [(agent.returncode, text) for agent, text in zip(agents, said, strict=True)]
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes take two GPUs, or none")
+def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_after_a_node_was_lost(tiny_run, tmp_path):
+    run, marker = tmp_path / "nodes", tmp_path / "died"
+    (tmp_path / "sitecustomize.py").write_text(LATE_AND_DYING.format(run=str(run), marker=str(marker)))
+    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    preset = Path(applications.__file__).parent / "presets" / "tiny.yaml"
+    first = start_two_agents("step1_sft", run, "--config", str(preset), **environment)
+    second = start_two_agents("step2_reward", run, **environment)
+    assert [code for code, _ in first + second] == [0] * 4, first + second
+    assert sum(text.count("Data from chitchat") for _, text in first + second) == 1, "prepared once"
+    (code, said), (killed, _) = start_two_agents("step3_rlhf", run, DIES="1", **environment)
+    assert marker.exists() and killed == -9 and code > 0, said
+    assert "Another process of this run, or its machine, is gone" in said and "go on from the last checkpoint" in said
+    third = start_two_agents("step3_rlhf", run, **environment)
+    assert [code for code, _ in third] == [0, 0] and "going on after iteration 1" in third[0][1], third
+    for step in (1, 2, 3):
+        assert_like_metrics(*(metrics(RunDirectory(place), step) for place in (tiny_run, run)))

@@ -4,17 +4,12 @@ import json
 import math
 import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import training
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
 from training.config import DPO_STEP
@@ -137,28 +132,6 @@ def test_tensor_parallel_generation_under_zero_3_trains_as_one_process_does(tiny
     done = rlhf_chat("rlhf", run, cwd=workplace)
     assert done.code == 0, done.out[-2000:] + done.err[-3000:]
     assert_like_metrics(metrics(RunDirectory(tiny_run), 3), metrics(RunDirectory(run), 3))
-
-
-def test_two_machines_by_torchrun_agents(tiny_run, tmp_path):
-    """Two agents with one process each meet at an address, as on two nodes."""
-    run = tmp_path / "nodes"
-    run.mkdir()
-    shutil.copy(tiny_run / "config.yaml", run / "config.yaml")
-    shutil.copytree(tiny_run / "data", run / "data")
-    script = Path(training.__file__).parent / "step1_sft" / "main.py"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    environment = {**os.environ, "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    agents = [
-        subprocess.Popen([*launcher, "--node-rank", str(node), *address, str(script), str(run)], env=environment)
-        for node in (0, 1)
-    ]
-    assert [agent.wait(timeout=240) for agent in agents] == [0, 0]
-    ours, theirs = metrics(RunDirectory(tiny_run), 1), metrics(RunDirectory(run), 1)
-    assert theirs[-1]["eval/loss"] == pytest.approx(ours[-1]["eval/loss"], rel=1e-4)
 
 
 def test_chat_in_a_pipe(tiny_run, workplace):

@@ -8,7 +8,8 @@ import yaml
 
 from inference.chat_format import ChatFormat
 from inference.tiny_model import build_tiny_model
-from training.models.loading import add_lora, load_causal_lm, load_scorer, save_model
+from training.models.adapters import add_lora
+from training.models.loading import load_causal_lm, load_scorer, save_model
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 
@@ -49,7 +50,7 @@ def make_tiny_run(path: Path, lora_rank: int = 0) -> RunDirectory:
     save_model(run.step(2).model, scorer, chat_format, {}, LoRASettings(), torch.float32, extra)
     run.step(2).result_file.write_text(json.dumps({"optimizer_steps": 5, "rows": 9, "seconds": 5.0}))
     rows = {
-        "prompts": [{"prompt": messages(text)} for text in QUESTIONS],
+        "prompts": [{"prompt": messages(text), "held_out_question": i < 2} for i, text in enumerate(QUESTIONS)],
         "sft": [{"prompt": messages(text), "response": f"I say {text.lower()}"} for text in QUESTIONS],
         "pairs": [{"prompt": messages(t), "chosen": "Good day to you.", "rejected": "No."} for t in QUESTIONS],
     }

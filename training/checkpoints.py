@@ -13,6 +13,7 @@ from inference.disk import writing
 from inference.errors import UserError
 from training.distributed import Ranks
 from training.run_directory import publish_directory, read_json, write_json
+from training.shared_files import wait_until_seen
 
 STATE_FILE = "state.json"
 MISFITS = ("PytorchStreamReader", "loading state_dict", "size of tensor", "shape", "Invalid magic number")
@@ -45,16 +46,19 @@ class Checkpoints:
         if self.ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self.ranks.barrier()
+        self.ranks.see(temporary)
         write(temporary)
-        self.ranks.barrier()
+        found = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
+        of_ranks = self.ranks.gather(found, "saving a checkpoint")  # each sees what it has written
         if self.ranks.is_first:
-            files = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
+            files = {name: size for of_rank in of_ranks for name, size in of_rank.items()}
+            for name in files:
+                wait_until_seen(temporary / name)
             write_json(temporary / STATE_FILE, {**state, "number": number, "ranks": self.ranks.size, "files": files})
             publish_directory(temporary, self.directory / str(number))
             for old in self.numbers()[: -self.keep]:
                 remove_directory(self.directory / str(old))
-        self.ranks.barrier()
+        self.ranks.barrier("saving a checkpoint")
 
     def numbers(self) -> list[int]:
         """Numbers of the complete checkpoints, oldest first."""
@@ -71,10 +75,11 @@ class Checkpoints:
             for pattern in (".*.tmp", ".*.old"):
                 for left_over in self.directory.glob(pattern):
                     shutil.rmtree(left_over, ignore_errors=True)
-        numbers = self.numbers()
+        numbers = self.ranks.tell(self.numbers(), "a look at the checkpoints")
         if not numbers:
             return None
         directory = self.directory / str(numbers[-1])
+        self.ranks.see(directory / STATE_FILE)
         way_out = self._way_out(directory)
         try:
             state = read_json(directory / STATE_FILE, way_out)
@@ -82,6 +87,7 @@ class Checkpoints:
             state = {}
         if not {"number", "ranks", "files"} <= state.keys():
             raise UserError(f"The checkpoint {directory} is damaged ({STATE_FILE} cannot be read); {way_out}.")
+        self.ranks.see(*(directory / name for name in state["files"]))
         for name, size in state["files"].items():
             file = directory / name
             if not file.is_file() or file.stat().st_size != size:

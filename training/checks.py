@@ -1,20 +1,18 @@
 """What is refused before anything trains: settings that do not fit the models."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from inference.errors import UserError
+from inference.families import longest_text
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
-from training.models.loading import require_lora_layers
+from training.models.adapters import require_lora_layers
+from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
-
-STRETCHED = ("linear", "dynamic", "yarn")
-"""Kinds of rotary positions whose factor is not in the number of positions yet."""
 
 
 def require_processes(config: RunConfig, processes: int) -> None:
@@ -31,8 +29,18 @@ def require_fitting(config: RunConfig, processes: int, actor: Path, scorer: Path
     if scorer is not None:
         require_positions(config.trained_reward_model or config.reward_model_source, scorer, config.data)
     if config.method == "ppo":
+        require_actor_learns(config.rlhf)
         require_layouts(config, processes, actor, scorer)
     require_adapters(config, actor, scorer)
+
+
+def require_actor_learns(settings: RLHFSettings) -> None:
+    """Raise UserError where the critic's warm-up takes all iterations: what step 3 leaves would be the SFT model."""
+    if settings.critic_warmup >= settings.iterations:
+        raise UserError(
+            f"rlhf.critic_warmup={settings.critic_warmup} leaves none of rlhf.iterations={settings.iterations} in "
+            f"which the actor learns; give more iterations, or rlhf.critic_warmup={settings.iterations // 10}."
+        )
 
 
 def require_positions(name: str, directory: Path, settings: DataSettings) -> None:
@@ -40,7 +48,8 @@ def require_positions(name: str, directory: Path, settings: DataSettings) -> Non
 
     Learned positions end there with an error of the table, rotary ones with nonsense.
     """
-    has, needed = positions(read_model_config(directory)), settings.max_prompt_tokens + settings.max_response_tokens
+    config, needed = read_model_config(directory), settings.max_prompt_tokens + settings.max_response_tokens
+    has = longest_text(config) if config is not None else 0
     if 0 < has < needed:
         response = min(settings.max_response_tokens, has // 2)
         raise UserError(
@@ -50,29 +59,29 @@ def require_positions(name: str, directory: Path, settings: DataSettings) -> Non
         )
 
 
-def positions(config: PretrainedConfig | None) -> int:
-    """Tokens that a model of this configuration can read; 0 where there is no bound, or none is known."""
-    text: Any = config.get_text_config() if config is not None else None
-    has = getattr(text, "max_position_embeddings", None) or 0
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in STRETCHED:
-        has = max(has, int((rope.get("original_max_position_embeddings") or has) * rope.get("factor", 1)))
-    return has
-
-
 def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where a model of step 3 cannot be cut as asked for."""
     degrees = config.rlhf.scoring_tensor_parallel
-    asked = [(actor, config.rlhf.generation_tensor_parallel), (actor, degrees.reference)]
+    asked = [
+        ("generation_tensor_parallel", actor, config.rlhf.generation_tensor_parallel),
+        ("scoring_tensor_parallel.reference", actor, degrees.reference),
+    ]
     if scorer is not None:
-        asked += [(scorer, degrees.reward), (scorer, degrees.critic)]
-    for model, tensor in asked:
-        Layout.over(processes, tensor)
+        asked += [
+            ("scoring_tensor_parallel.reward", scorer, degrees.reward),
+            ("scoring_tensor_parallel.critic", scorer, degrees.critic),
+        ]
+    for name, model, tensor in asked:
+        setting = f"rlhf.{name}"
+        Layout.over(processes, tensor, setting=setting)
         if tensor > 1:
             config_of_model = AutoConfig.from_pretrained(model, local_files_only=True)
-            check_divides(config_of_model, tensor)
-            with torch.device("meta"):
-                cut_layers(AutoModelForCausalLM.from_config(config_of_model))
+            try:
+                check_divides(config_of_model, tensor)
+                with torch.device("meta"):
+                    cut_layers(AutoModelForCausalLM.from_config(config_of_model))
+            except UserError as error:
+                raise UserError(f"{setting}={tensor}: {error}") from None
 
 
 def require_adapters(config: RunConfig, actor: Path, scorer: Path | None) -> None:

@@ -189,6 +189,21 @@ class RunConfig(Settings):
                     f"or raise {name}.batch_size to {processes}"
                 )
 
+    def idle_warning(self, processes: int) -> str:
+        """A sentence where some of so many processes have no samples in a mini-batch of PPO, which only costs time."""
+        samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
+        smallest = samples // self.rlhf.mini_batches
+        if 3 not in self.steps or smallest >= processes:
+            return ""
+        fewer, prompts = (
+            max(samples // processes, 1),
+            -(-processes * self.rlhf.mini_batches // self.rlhf.samples_per_prompt),
+        )
+        return (
+            f"Warning: a mini-batch of {smallest} samples leaves {processes - smallest} of {processes} ranks idle in "
+            f"PPO's optimiser steps: use rlhf.mini_batches={fewer}, or rlhf.prompts_per_iteration={prompts}."
+        )
+
     @property
     def steps(self) -> list[int]:
         """Numbers of the steps that the run's method has; without a reward model there is no step 2."""

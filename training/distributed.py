@@ -1,7 +1,10 @@
 """The ranks of this run: started by torchrun or deepspeed (under Slurm: srun torchrun), or one process alone."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,43 +12,110 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inference.errors import UserError
+from training.roll_call import RollCall
+from training.shared_files import wait_until_seen
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for each other: the first one may download, tokenise or save for hours. A rank that has died ends
+the others sooner, by its connections or its launcher."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which rank this process is, of how many, and where it computes."""
+    """Which rank this process is, of how many, and where it computes.
+
+    What they say to each other here goes over the CPU (gloo), so that no rank waits inside of a GPU's kernel.
+    """
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Of the CPU; None: the process group."""
+    roll_call: RollCall | None = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
+    @property
+    def is_first_of_node(self) -> bool:
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+    def sum(self, values: Tensor, phase: str = "a sum over the ranks") -> Tensor:
         """Elementwise sum over all ranks; the same shape and the same result on each."""
+        values = values.cpu()
         if self.size > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.cpu()
+            with self._meeting(phase):
+                dist.all_reduce(values, group=self.group)
+        return values
 
     def sum_values(self, values: dict[str, float]) -> dict[str, float]:
         """Sum of named numbers (the same names on each rank), in double precision."""
         total = self.sum(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
 
-    def gather(self, value: Any) -> list[Any]:
-        """One picklable value of each rank, in rank order, on every rank."""
+    def gather(self, value: Any, phase: str = "what each rank found") -> list[Any]:
+        """One small picklable value of each rank, in rank order, on every rank. For tensors: `gather_flat`."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
+        with self._meeting(phase):
+            dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
-    def barrier(self) -> None:
+    def gather_on_first(self, value: Any, phase: str) -> list[Any]:
+        """One small picklable value of each rank, in rank order, on the first rank; empty on the others."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size if self.is_first else []
+        with self._meeting(phase):
+            dist.gather_object(value, gathered or None, 0, group=self.group)
+        return gathered
+
+    def gather_flat(self, values: Tensor, phase: str) -> list[Tensor]:
+        """A tensor (n) of each rank, n its own, on the CPU and in rank order, on every rank."""
+        if self.size == 1:
+            return [values]
+        with self._meeting(phase):
+            return gather_flat(values, self.size, self.group)
+
+    def tell(self, value: Any, phase: str) -> Any:
+        """The first rank's small picklable value, on every rank."""
+        if self.size == 1:
+            return value
+        told = [value]
+        with self._meeting(phase):
+            dist.broadcast_object_list(told, 0, group=self.group)
+        return told[0]
+
+    def see(self, *paths: Path) -> None:
+        """Return once this rank sees those of `paths` that the first one sees now; all ranks call it with the same.
+
+        Raises UserError where they do not show.
+        """
+        there = self.tell([path.exists() for path in paths] if self.is_first else None, "a look at the run directory")
+        for path, is_there in zip(paths, there, strict=True):
+            if is_there:
+                wait_until_seen(path)
+
+    def barrier(self, phase: str = "before going on together") -> None:
         if self.size > 1:
-            dist.barrier()
+            with self._meeting(phase):
+                dist.barrier(group=self.group)
+
+    def _meeting(self, phase: str) -> AbstractContextManager[None]:
+        return self.roll_call.meeting(phase) if self.roll_call else nullcontext()
+
+
+def gather_flat(values: Tensor, size: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """A tensor (n) of each rank of `group`, n its own, in rank order: two collectives, no pickle."""
+    lengths = values.new_empty(size, dtype=torch.int64)
+    dist.all_gather(list(lengths.split(1)), lengths.new_tensor([len(values)]), group=group)
+    gathered = values.new_empty(size, int(lengths.max()))
+    padded = torch.nn.functional.pad(values, (0, gathered.shape[1] - len(values)))
+    dist.all_gather(list(gathered.unbind(0)), padded, group=group)
+    return [row[:length] for row, length in zip(gathered, lengths.tolist(), strict=True)]
 
 
 def start_ranks(threads: int = 0) -> Ranks:
@@ -66,19 +136,33 @@ def start_ranks(threads: int = 0) -> Ranks:
     else:
         device = torch.device("cpu")
         backend = "gloo"
+    # Of groups made later without a time-out, as DeepSpeed makes them: torch's own are 10 and 30 minutes.
+    vars(dist.distributed_c10d).update(default_pg_timeout=PATIENCE, default_pg_nccl_timeout=PATIENCE)
     if size == 1:  # no port is opened, so none can be in use
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         try:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=PATIENCE)
         except dist.DistNetworkError as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
                 f"The processes cannot meet at {where} ({str(error).splitlines()[0][:200]}): set MASTER_PORT "
                 f"(torchrun: --master-port) to a port that is free, or leave it out on one machine."
             ) from error
-    return Ranks(rank, size, device)
+    if size == 1:
+        return Ranks(rank, size, device)
+    group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Ranks(rank, size, device, group, RollCall(rank, size, dist.distributed_c10d._get_default_store()))
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another process is gone."""
+    is_ours = isinstance(error, dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError)
+    return is_ours or (isinstance(error, RuntimeError) and any(text in str(error) for text in LOST))
 
 
 def require_gpus(processes: int) -> None:

@@ -10,15 +10,17 @@ for activations.
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from training.config import RunConfig, StepSettings
 from training.deepspeed_config import effective_zero_stage
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
+
+if TYPE_CHECKING:  # transformers takes a second to import
+    from transformers import PreTrainedConfig
 
 Place = Literal["device", "host"]
 
@@ -33,7 +35,7 @@ TRAINING_BYTES_PER_LOGIT = 16
 # the sampler holds per logit: three fp32 arrays, one cumulative sum in double precision, one copy for the mask
 SAMPLING_BYTES_PER_LOGIT = 24
 LOADING = "loading"
-"""The phase before anything else is held."""
+"""The last word of the phases that come before anything else is held: models are loaded one after the other."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,19 @@ class Shape:
 
     @classmethod
     def from_config_values(cls, values: dict[str, Any]) -> "Shape":
-        """From Hugging Face configuration values with their `model_type`. The model is built without storage.
+        """From Hugging Face configuration values with their `model_type`. Raises UserError as `of` does."""
+        from inference.families import config_of
 
-        Raises UserError where transformers makes no causal language model of them, or one that cannot be used here.
+        return cls.of(config_of(values))
+
+    @classmethod
+    def of(cls, config: "PreTrainedConfig") -> "Shape":
+        """From a configuration. The model is built without storage.
+
+        Raises UserError where transformers makes no causal language model of it, or one that cannot be used here.
         """
-        from transformers import AutoConfig  # a second that only this needs
+        from inference.families import layer_values, meta_model, require_supported_family, takes_adapter, text_config
 
-        from inference.families import layer_values, meta_model, no_model, require_supported_family, text_config
-
-        rest = {key: value for key, value in values.items() if key != "model_type"}
-        try:
-            config = AutoConfig.for_model(values.get("model_type", ""), **rest)
-        except Exception as error:  # transformers raises many kinds here, all of them about the values
-            raise no_model(error) from error
         require_supported_family(config)
         model = meta_model(config)
         output = model.get_output_embeddings()
@@ -78,7 +80,7 @@ class Shape:
         linears = tuple(
             (name, sum(module.weight.shape))
             for name, module in model.named_modules()
-            if module is not output and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+            if module is not output and takes_adapter(module)
         )
         text = text_config(config)
 
@@ -182,7 +184,7 @@ class StepMemory:
 
     def _peak(self, processes: int, *places: Place) -> int:
         phases = self._phases(processes, *places)
-        loading = phases.pop(LOADING, 0)
+        loading = max((phases.pop(phase) for phase in list(phases) if phase.endswith(LOADING)), default=0)
         kept = sum(part.bytes for part in self.parts if part.is_kept and part.place in places)
         return max(loading, (self.held(*places) + kept) * processes + max(phases.values(), default=0))
 
@@ -228,16 +230,14 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
             parts.append(Part(f"critic weights to score, 1 of {scoring.critic} parts", part))
     if rlhf.has_reward_model:
         size = scorer.scorer_parameters
-        parts.append(_frozen_part("reward weights", size, rlhf.reward, dtype, ranks, scoring.reward))
+        parts += _frozen_parts("reward", size, rlhf.reward, dtype, ranks, scoring.reward)
     if rlhf.ema:
         trained = _adapters(actor, rlhf.actor) or actor.parameters
         divides = effective_zero_stage(rlhf.actor, dtype) >= 1
         place: Place = "device" if rlhf.actor.offload == "none" else "host"
         parts.append(Part("actor average, fp32", _share(trained * 4, ranks if divides else 1), place))
     if not rlhf.actor.lora.rank:  # with LoRA the reference is the actor, its adapters switched off
-        parts.append(
-            _frozen_part("reference weights", actor.parameters, rlhf.reference, dtype, ranks, scoring.reference)
-        )
+        parts += _frozen_parts("reference", actor.parameters, rlhf.reference, dtype, ranks, scoring.reference)
     tensor = rlhf.generation_tensor_parallel
     if rlhf.actor.zero_stage == 3 or tensor > 1:  # GenerationView keeps a rank's part of the weights
         whole = actor.parameters + _adapters(actor, rlhf.actor)
@@ -256,11 +256,16 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
     return StepMemory(tuple(parts))
 
 
-def _frozen_part(
-    name: str, parameters: int, settings: FrozenSettings, dtype: torch.dtype, ranks: int, tensor: int
-) -> Part:
+def _frozen_parts(
+    role: str, parameters: int, settings: FrozenSettings, dtype: torch.dtype, ranks: int, tensor: int
+) -> list[Part]:
     place: Place = "device" if settings.offload == "none" else "host"
-    return Part(name, _share(parameters * dtype.itemsize, ranks if settings.zero_stage == 3 else tensor), place)
+    whole, divides = parameters * dtype.itemsize, settings.zero_stage == 3
+    where = "whole (first rank)" if divides else "whole"
+    return [
+        Part(f"{role} weights", _share(whole, ranks if divides else tensor), place),
+        Part(f"{role} weights, {where}", whole, "host", f"{role} {LOADING}", first_rank_only=divides),
+    ]
 
 
 def training_parts(
@@ -289,11 +294,12 @@ def training_parts(
         Part(f"{role}gradients", _share(trained * gradient_bytes, ranks if stage >= 2 else 1), off_device),
         Part(f"{role}optimiser states", _share(trained * optimizer_bytes, ranks if stage >= 1 else 1), off_device),
     ]
-    if stage < 3:  # a model is loaded whole on each rank, in fp32
-        parts.append(Part(f"{role}weights, fp32", parameters * 4, phase=LOADING))
+    loading = role + LOADING
+    if stage < 3:  # each rank reads the whole model into main memory, in fp32, and takes it to its device in `dtype`
+        parts.append(Part(f"{role}weights, fp32", parameters * 4, "host", loading))
     else:  # ZeRO 3 divides it while it comes from the first rank's main memory
         whole = parameters * dtype.itemsize
-        parts.append(Part(f"{role}weights, whole (first rank)", whole, "host", LOADING, first_rank_only=True))
+        parts.append(Part(f"{role}weights, whole (first rank)", whole, "host", loading, first_rank_only=True))
         gathered = min(parameters, MAX_LIVE_PARAMETERS) * dtype.itemsize
         parts.append(Part("weights gathered by ZeRO, at most", gathered, phase=phase))
     return parts

@@ -1,181 +1,105 @@
-"""Rewards that do not come from the reward model: a Python function of the user's, or an address that scores.
+"""What PPO is told to raise: the scores of the reward model and of the user's sources, weighed and on one scale."""
 
-Both get prompts as lists of messages, responses as text and, where they want them, the prompts' other keys in the data.
-"""
-
-import importlib.util
-import inspect
-import json
-import math
-import time
-import traceback
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from http.client import HTTPException
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 from inference.chat_format import Message
-from inference.errors import UserError
 from training.distributed import Ranks
+from training.reward_sources import NobodyAnswers, RewardEndpoint, RewardFailed, RewardFunction, Row, Source
 from training.rlhf_settings import RLHFSettings
+from training.running_statistics import RunningStatistics
 
-Row = dict[str, Any]
-LONGEST_PAUSE = 30.0
-"""Seconds between two tries."""
-
-
-class RewardFailed(UserError):
-    """A source of rewards did not give any."""
-
-
-class Source(Protocol):
-    """Gives one number for each response. Raises RewardFailed."""
-
-    @property
-    def name(self) -> str: ...
-
-    def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]: ...
-
-
-class RewardFunction:
-    """`path/to/file.py:function`, called with (prompts, responses), or (prompts, responses, rows) if it takes three."""
-
-    name = "function"
-
-    def __init__(self, spec: str):
-        """Load it. Raises UserError where there is no such function."""
-        self.spec = spec
-        place, _, name = spec.rpartition(":")
-        file = Path(place).expanduser()
-        if not file.is_file():
-            raise UserError(f"rlhf.reward_function={spec}: there is no file {file}; give path/to/file.py:function.")
-        module_spec = importlib.util.spec_from_file_location("rlhf_chat_reward_function", file)
-        assert module_spec is not None and module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        try:
-            module_spec.loader.exec_module(module)
-        except Exception as error:
-            raise failed(f"rlhf.reward_function={spec}: the file cannot be loaded", error) from error
-        function = getattr(module, name, None)
-        if not callable(function):
-            raise UserError(f"rlhf.reward_function={spec}: the file has no function {name}; name one that it has.")
-        self.function: Callable[..., Any] = function
-        try:
-            inspect.signature(function).bind([], [], [])
-            self.takes_rows = True
-        except TypeError:
-            self.takes_rows = False
-
-    def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]:
-        try:
-            found = self.function(prompts, responses, *([rows] if self.takes_rows else []))
-        except Exception as error:
-            raise failed(f"rlhf.reward_function={self.spec} failed", error) from error
-        return checked(found, len(responses), f"rlhf.reward_function={self.spec}")
+Parts = dict[str, tuple[list[float], float]]
+"""Scores and weight of each source, by its name."""
+TRIAL_RESPONSES = ("Yes, I think so.", "No.", "")
 
 
 @dataclass(frozen=True)
-class RewardEndpoint:
-    """POST {"prompts", "responses", "rows"} as JSON to `url`, which answers {"scores": [...]}."""
+class Rewarded:
+    """Of one iteration's responses, in their order."""
 
-    url: str
-    timeout: float
-    """Seconds."""
-    retries: int
-    name = "url"
-
-    def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]:
-        body = json.dumps({"prompts": prompts, "responses": responses, "rows": rows}).encode()
-        answer = self._ask(body)
-        try:
-            found = json.loads(answer)["scores"]
-        except (ValueError, KeyError, TypeError):
-            begin = answer[:80].decode(errors="replace")
-            raise RewardFailed(
-                f'rlhf.reward_url={self.url} must answer {{"scores": [...]}} as JSON, not {begin!r}; correct the '
-                f"server and give the same command again."
-            ) from None
-        return checked(found, len(responses), f"rlhf.reward_url={self.url}")
-
-    def _ask(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        for attempt in range(self.retries + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return response.read()
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {error.reason}"
-                if error.code < 500 and error.code != 429:  # the same question gets the same answer
-                    break
-            except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
-            if attempt < self.retries:
-                time.sleep(min(2.0**attempt, LONGEST_PAUSE))
-        raise RewardFailed(
-            f"rlhf.reward_url={self.url} gives no scores ({reason}, {attempt + 1} tries); see that it runs, then give "
-            f"the same command again."
-        )
-
-
-def failed(what: str, error: Exception) -> RewardFailed:
-    """The sentence for an error in the user's code; its traceback goes with it as a note."""
-    raised = RewardFailed(
-        f"{what} ({type(error).__name__}: {first_line(error)}); correct it and give the command again."
-    )
-    raised.add_note("".join(traceback.format_exception(error)))
-    return raised
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def checked(found: Any, count: int, source: str) -> list[float]:
-    """`found` as finite floats, one for each response. Raises RewardFailed."""
-    try:
-        scores = [float(score) for score in found]
-    except (TypeError, ValueError):
-        raise RewardFailed(f"{source} must return a list of numbers, not {str(found)[:80]!r}; correct it.") from None
-    if len(scores) != count:
-        raise RewardFailed(
-            f"{source} returned {len(scores)} scores for {count} responses; it must return one for each."
-        )
-    bad = next((score for score in scores if not math.isfinite(score)), None)
-    if bad is not None:
-        raise RewardFailed(f"{source} returned {bad}; every score must be a finite number.")
-    return scores
+    raw: list[float]
+    """The weighted sums of what the sources gave."""
+    scores: list[float]
+    """Those that PPO raises: normalised and clipped source by source."""
+    metrics: dict[str, float]
 
 
 class Rewards:
-    """What PPO is told to raise: the weighted sum of the reward model's scores and those of the user's sources."""
+    """What PPO is told to raise: the weighted sum of the reward model's scores and those of the user's sources.
 
-    def __init__(self, settings: RLHFSettings, ranks: Ranks):
-        self.ranks = ranks
-        self.weights = settings.reward_weights
+    A source that step 2 has not normalised is by the mean and deviation of all its scores so far
+    (rlhf.reward_normalization). Only normalised scores are clipped.
+    """
+
+    def __init__(self, settings: RLHFSettings, ranks: Ranks, model_is_normalized: bool = True):
+        self.settings, self.ranks, self.weights = settings, ranks, settings.reward_weights
         self.has_model = settings.has_reward_model
+        self.model_is_normalized = model_is_normalized
         self.sources: list[tuple[Source, float]] = []
         if settings.reward_function and self.weights.function:
             self.sources.append((RewardFunction(settings.reward_function), self.weights.function))
         if settings.reward_url and self.weights.url:
             endpoint = RewardEndpoint(settings.reward_url, settings.reward_timeout, settings.reward_retries)
             self.sources.append((endpoint, self.weights.url))
+        names = [*["model"] * (self.has_model and not model_is_normalized), *(s.name for s, _ in self.sources)]
+        runs = settings.reward_normalization == "running"
+        self.statistics = {name: RunningStatistics() for name in names} if runs else {}
+        """Of each source that they normalise, by its name."""
+
+    def reward(
+        self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
+    ) -> Rewarded:
+        """One iteration's rewards; the statistics take them in first. All ranks call it with the same and get the same.
+
+        Raises RewardFailed on all ranks where a source failed on one of them.
+        """
+        parts = self._parts(of_model, prompts, responses, rows, group)
+        for name, statistics in self.statistics.items():
+            statistics.update(parts[name][0])
+        metrics = means_of(parts) if self.sources or self.weights.model != 1 else {}
+        shaped, clipped = self._shape(parts)
+        metrics["reward/clipped_fraction"] = clipped / len(responses)
+        return Rewarded(weighted(parts, len(responses)), weighted(shaped, len(responses)), metrics)
 
     def total(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
     ) -> tuple[list[float], dict[str, float]]:
-        """Sums in the order of the responses, and the mean of each source. All ranks call it with the same and get it.
+        """Weighted sums of what the sources give, and the mean of each source; as `reward` otherwise."""
+        parts = self._parts(of_model, prompts, responses, rows, group)
+        return weighted(parts, len(responses)), means_of(parts)
 
-        Each rank asks for a part; the `group` responses of a prompt go into one question. Raises RewardFailed on all
-        ranks where one of them failed.
-        """
+    def state(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint keeps."""
+        return {name: statistics.as_dict() for name, statistics in self.statistics.items()}
+
+    def restore(self, state: dict[str, dict[str, Any]] | None) -> None:
+        """Go on from what `state` gave; a checkpoint without it is of a run that normalises nothing."""
+        self.statistics = {name: RunningStatistics(**values) for name, values in (state or {}).items()}
+
+    def _shape(self, parts: Parts) -> tuple[Parts, int]:
+        """Scores as PPO takes them, and how many responses have one that was clipped."""
+        shaped: Parts = {}
+        clipped: set[int] = set()
+        bound = self.settings.score_clip
+        for name, (scores, weight) in parts.items():
+            if name in self.statistics:
+                scores = self.statistics[name].normalized(scores)
+            if bound and (name in self.statistics or (name == "model" and self.model_is_normalized)):
+                clipped |= {place for place, score in enumerate(scores) if abs(score) > bound}
+                scores = [max(-bound, min(bound, score)) for score in scores]
+            shaped[name] = scores, weight
+        return shaped, len(clipped)
+
+    def _parts(
+        self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
+    ) -> Parts:
+        """Each rank asks for a part; the `group` responses of a prompt go into one question."""
         parts = {"model": (list(of_model), self.weights.model)} if self.has_model else {}
         for source, weight in self.sources:
             parts[source.name] = (self._ask(source, prompts, responses, rows, group), weight)
-        totals = [sum(weight * scores[i] for scores, weight in parts.values()) for i in range(len(responses))]
-        return totals, {f"reward/{name}_mean": sum(scores) / len(scores) for name, (scores, _) in parts.items()}
+        return parts
 
     def _ask(
         self, source: Source, prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
@@ -194,3 +118,32 @@ class Rewards:
                 raise share_found
             scores += share_found
         return scores
+
+
+def weighted(parts: Parts, count: int) -> list[float]:
+    return [sum(weight * scores[i] for scores, weight in parts.values()) for i in range(count)]
+
+
+def means_of(parts: Parts) -> dict[str, float]:
+    return {f"reward/{name}_mean": sum(scores) / len(scores) for name, (scores, _) in parts.items()}
+
+
+def try_sources(rewards: Rewards, rows: list[Row], say: Callable[[str], None]) -> None:
+    """Ask the user's sources once before anything trains, about made-up answers to the first prompts of the data.
+
+    Raises RewardFailed. An address where nobody answers yet is only named: it is needed in step 3.
+    """
+    group = rewards.settings.samples_per_prompt
+    rows = rows or [{"prompt": [{"role": "user", "content": "Hello!"}]}]
+    asked = [row for row in rows[: 2 if group > 1 else 3] for _ in range(group)]
+    responses = [TRIAL_RESPONSES[place % 3] for place in range(len(asked))]
+    for source, _ in rewards.sources:
+        if isinstance(source, RewardEndpoint):
+            source = replace(source, retries=0)
+        try:
+            source.scores([row["prompt"] for row in asked], responses, [row.get("extra", {}) for row in asked])
+        except NobodyAnswers as error:
+            say(f"Warning: {error} It is needed in step 3.")
+        except RewardFailed as error:
+            error.args = (f"{error} It was tried before training, on the answers {TRIAL_RESPONSES}.",)
+            raise

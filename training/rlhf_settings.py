@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from training.role_settings import DecayRate, FrozenSettings, OptimizerSettings, Settings
 
+DOUBTFUL_ACCURACY = 0.55
+"""Of a reward model on held-out pairs: below it, PPO would follow noise."""
+
 
 class KLSettings(Settings):
     coefficient: float = Field(0.05, ge=0)
@@ -17,7 +20,8 @@ class KLSettings(Settings):
     horizon: float = Field(10_000, gt=0)
     """Samples over which the adaptive controller acts (smaller reacts faster)."""
     stop: float = Field(0.0, ge=0)
-    """End training before the update of an iteration whose KL in nats per response exceeds this; 0 never stops."""
+    """End training when the KL in nats per response exceeds this, with the model of the iteration before, which was
+    inside; 0 never stops."""
     place: Literal["auto", "reward", "loss"] = "auto"
     """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: loss for grpo."""
 
@@ -113,8 +117,11 @@ class RLHFSettings(Settings):
     reward_retries: int = Field(5, ge=0)
     """Further tries when `reward_url` does not answer, with growing pauses."""
     reward_weights: RewardWeights = RewardWeights()
+    reward_normalization: Literal["running", "none"] = "running"
+    """Of scores that step 2 has not normalised (functions, addresses, other reward models): running makes their mean 0
+    and their standard deviation 1, over all seen so far; none takes them as they are."""
     score_clip: float = Field(5.0, ge=0)
-    """Scores are clipped to +- this; 0 switches it off."""
+    """Normalised scores are clipped to +- this, others never; 0 switches it off."""
     missing_end_penalty: float = Field(1.0, ge=0)
     """Taken off the score of a response that has no end-of-turn token; 0 switches it off."""
     critic_warmup: int = Field(0, ge=0)

@@ -57,7 +57,7 @@ class OptimizerSettings(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoRASettings = LoRASettings()
     deepspeed: dict[str, Any] = {}
-    """DeepSpeed configuration laid over ours, for what has no setting here."""
+    """DeepSpeed configuration laid over ours, for what has no setting here; a key that it would ignore is refused."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self):

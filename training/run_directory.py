@@ -48,6 +48,11 @@ class RunDirectory:
         return self.path / "data"
 
     @property
+    def inputs_file(self) -> Path:
+        """What the run was prepared from, as it was then."""
+        return self.path / "inputs.json"
+
+    @property
     def evaluation_file(self) -> Path:
         return self.path / "evaluation.json"
 
@@ -131,6 +136,11 @@ class StepDirectory:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def reward_accuracy_file(self) -> Path:
+        """Step 3: how the reward model ranks held-out pairs."""
+        return self.path / "reward_accuracy.json"
 
     @property
     def ema_model(self) -> Path:

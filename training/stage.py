@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import transformers
@@ -30,12 +30,13 @@ from training.checkpoints import Checkpoints
 from training.checks import require_positions
 from training.config import RunConfig
 from training.config_files import load_config
-from training.data.prepare import prepare_data
+from training.data.prepare import COUNTS_FILE, prepare_data
 from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
 from training.data.token_cache import TokenCache, Tokens
 from training.data.token_pairs import PARTS, TokenPair, left_out
-from training.distributed import Ranks, start_ranks, stop_ranks
+from training.distributed import Ranks, is_lost_peer, start_ranks, stop_ranks
 from training.error_report import leave_report
+from training.inputs import changed_inputs
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -47,6 +48,7 @@ from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
+from training.shared_files import wait_until_seen
 from training.tracking import metrics_journal
 from training.versions import versions
 from training.watchdog import PARENT_VARIABLE
@@ -84,10 +86,11 @@ class Stage:
         return TORCH_DTYPES[self.config.save_dtype]
 
     def model_directory(self, source: str) -> Path:
-        """The local directory of a model; the first rank fetches it, the others wait."""
-        if self.ranks.is_first:
-            resolve_model(source, self.display.say)
-        self.ranks.barrier()
+        """The local directory of a model; the first rank fetches it, then one of each other node, the others wait."""
+        for fetches in (self.ranks.is_first, self.ranks.is_first_of_node):
+            if fetches:
+                resolve_model(source, self.display.say)
+            self.ranks.barrier(f"fetching {source}")
         directory = resolve_model(source, lambda line: None)
         require_positions(source, directory, self.config.data)
         return directory
@@ -95,7 +98,11 @@ class Stage:
     def earlier_model(self, step: int) -> Path:
         """The model that an earlier step left, or the finished one that the settings name instead."""
         given = {1: self.config.sft_model, 2: self.config.trained_reward_model}[step]
-        return self.model_directory(given) if given else self.run.require_model(step)
+        if given:
+            return self.model_directory(given)
+        left = self.run.step(step)
+        self.ranks.see(left.result_file, left.model)
+        return self.run.require_model(step)
 
     def chat_format(self, actor: Path, scorer: Path | None) -> ChatFormat:
         """The actor's format, which all steps use. Raises UserError where the scorer's tokens mean something else."""
@@ -110,24 +117,27 @@ class Stage:
         """Training and evaluation rows of this step. Raises UserError where there is nothing to train on."""
         if self.ranks.is_first:
             prepare_data(self.config.data, self.config.seed, self.run.data, chat_format, self.display.say)
-        self.ranks.barrier()
-        require_rows(self.run.data, self.directory.number)
+        self.ranks.barrier("preparing the data")
         kind, _ = ROWS_OF_STEP[self.directory.number]
-        return read_rows(self.run.data / f"{kind}_train.jsonl"), read_rows(self.run.data / f"{kind}_eval.jsonl")
+        files = [self.run.data / f"{kind}_{part}.jsonl" for part in ("train", "eval")]
+        self.ranks.see(*files, self.run.data / COUNTS_FILE)
+        require_rows(self.run.data, self.directory.number)
+        train, held_out = map(read_rows, files)
+        return train, held_out
 
     def tokens(self, rows: list[dict], parts: tuple[str, ...], chat_format: ChatFormat) -> list[Tokens]:
         """The tokens of each row's `parts` (`prompt`, keys of answers); the first rank makes them, all read them."""
         cache = TokenCache(self.run.path / "tokens", rows, parts, chat_format, self.config.data)
         if self.ranks.is_first:
             cache.fill(self.display)
-        self.ranks.barrier()
+        self.ranks.barrier("making tokens of the rows")
+        self.ranks.see(cache.file)
         return cache.read()
 
     def token_pairs(self, rows: list[dict], chat_format: ChatFormat) -> list[TokenPair]:
         """Rows of pairs as tokens, without those that differ only beyond data.max_response_tokens."""
-        pairs = [
-            TokenPair.of(row, tokens) for row, tokens in zip(rows, self.tokens(rows, PARTS, chat_format), strict=True)
-        ]
+        tokens = self.tokens(rows, PARTS, chat_format)
+        pairs = [TokenPair.of(*each, place) for place, each in enumerate(zip(rows, tokens, strict=True))]
         kept = [pair for pair in pairs if pair.differs]
         if len(kept) < len(pairs):
             self.display.say(left_out(len(pairs) - len(kept), len(pairs), self.config.data.max_response_tokens))
@@ -159,29 +169,30 @@ class Stage:
         extra_config: dict[str, float] | None = None,
     ) -> None:
         """The first rank writes a model and its adapter to `places`: what `load` gives, with `weights` in it."""
-        if not self.ranks.is_first:
-            return
         model, adapter = places
 
         def write(directory: Path) -> None:
             save_model(directory, load(), chat_format, weights, lora, self.storage_dtype, extra_config, adapter)
 
-        with writing(f"the model of {self.directory.path.name}", self.directory.path):
-            write_directory(model, write)
+        if self.ranks.is_first:
+            with writing(f"the model of {self.directory.path.name}", self.directory.path):
+                write_directory(model, write)
+        self.ranks.barrier("saving the model")
 
     def finish(self, result: dict) -> None:
         """Mark the step as done. `result` is what later steps and people read."""
         if self.ranks.is_first:
             write_json(self.directory.result_file, {**result, "seconds": round(time.time() - self.started, 1)})
-        self.ranks.barrier()
+        self.ranks.barrier("the end of the step")
 
     def diverged(self, number: int, what: str, rows: list[int]) -> Diverged:
-        """The error for a loss that is not finite; the batch is kept in diverged.json."""
+        """The error for a loss that is not finite. `rows` of the training data, from 0, are kept in diverged.json."""
         newest = self.checkpoints.numbers()[-1:]
         last = (
             f"the last good checkpoint is {self.directory.checkpoints / str(newest[0])}" if newest else "no checkpoint"
         )
-        write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows})
+        file = f"data/{ROWS_OF_STEP[self.directory.number][0]}_train.jsonl"
+        write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows, "file": file})
         return Diverged(
             f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
             f"{last}; the usual cure is a lower learning rate or dtype=fp32, in a run with another --name."
@@ -198,14 +209,22 @@ def run_stage(number: int, work: Callable[[Stage], None]) -> int:
     directory = run.step(number)
 
     def body() -> None:
+        is_new = not run.config_file.exists()
         config = read_or_make_config(run, arguments)
         ranks = start_ranks(config.threads)
-        ranks.barrier()
+        ranks.barrier("the start")
         with directory.locked() if ranks.is_first else nullcontext():
-            if not directory.is_finished:
-                directory.path.mkdir(parents=True, exist_ok=True)
+            if not ranks.tell(directory.is_finished, "the lock of the step"):
+                if ranks.is_first:
+                    directory.path.mkdir(parents=True, exist_ok=True)
+                ranks.see(directory.path)
                 if PARENT_VARIABLE not in os.environ:  # else the command has prepared the run
-                    prepare_on_first(config, run, ranks)
+                    try:
+                        prepare_on_first(config, run, ranks)
+                    except UserError:
+                        if is_new and ranks.is_first and not run.data.exists():  # leave the name free for another try
+                            run.config_file.unlink()
+                        raise
                 work(make_stage(run, number, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
@@ -227,14 +246,16 @@ def prepare_on_first(config: RunConfig, run: RunDirectory, ranks: Ranks) -> None
     refused: Exception | None = None
     sentence: str | None = ""
     if ranks.is_first:
+        for changed in changed_inputs(run, config):
+            Display().say(changed)
         try:
             prepare(config, run, ranks.size, Display().say)
         except Exception as error:
             refused, sentence = error, sentence_for(error)
             if sentence is None:
                 raise
-    sentence = ranks.gather(sentence)[0]
-    ranks.barrier()  # the first rank does not end before the others have read it
+    sentence = ranks.tell(sentence, "fetching models and preparing the data")
+    ranks.barrier("preparing")  # the first rank does not end before the others have read it
     if refused is not None:
         raise refused
     if sentence:
@@ -255,23 +276,47 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
 
 def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
     """Run `body`; what it raises for the user lands in `error_file` and on stderr. Returns the exit code."""
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
         body()
         return 0
     except Exception as raised:
         sentence = sentence_for(raised)
         if sentence is None:
-            raise
+            if is_alone:
+                raise
+            end_without_sentence(raised)
         code = EXIT_DIVERGED if isinstance(raised, Diverged) else EXIT_USER_ERROR
         notes = getattr(raised, "__notes__", []) or traceback.format_exception(raised)  # for --debug
         leave_report(error_file, sentence, code, "\n".join(notes))  # a launcher has exit codes of its own
         if PARENT_VARIABLE not in os.environ and not isinstance(raised, RefusedOnFirst):  # else another prints it
             print(sentence, file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not is_alone:
             os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them
         return code
     finally:
         stop_ranks()
+
+
+def end_without_sentence(error: Exception) -> NoReturn:
+    """End one of several ranks at once: leaving the process group could wait for the others, which wait for this one.
+
+    Of a rank that only misses another one no traceback is kept, so that the log ends with what happened there.
+    """
+    if is_lost_peer(error):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        print(
+            f"Another process of this run, or its machine, is gone ({reason}): give the same command again to go on "
+            f"from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(1.0)  # a launcher shall see that one first
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def sentence_for(error: Exception) -> str | None:
@@ -327,6 +372,8 @@ def parse_arguments() -> argparse.Namespace:
 def read_or_make_config(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig:
     """An existing run keeps its settings; a new one gets them from the arguments (the first rank writes them)."""
     if not arguments.config and not arguments.set:
+        if int(os.environ.get("RANK", 0)) != 0:
+            wait_until_seen(run.config_file)  # where it is missing, the first rank says so
         return run.read_config()
     config = found_from_anywhere(load_config(arguments.config, arguments.set))
     if int(os.environ.get("RANK", 0)) != 0:

@@ -23,6 +23,10 @@ class Task(Protocol):
     lengths: list[int]
     """Tokens that each training row takes in a forward pass."""
 
+    def place(self, row: int) -> int:
+        """Of a training row in its file, counted from 0: rows that cannot be learned from may be left out."""
+        ...
+
     def size(self, rows: list[int]) -> int:
         """Units (tokens or pairs) that the loss of these rows is a mean over."""
         ...
@@ -71,7 +75,10 @@ def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:
 
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
-    epochs = Epochs(len(task.lengths), f"{stage.config.seed}")
+    rows, ranks = len(task.lengths), stage.ranks.size
+    if rows < ranks:
+        stage.display.say(f"Warning: {rows} rows leave {ranks - rows} of {ranks} ranks idle: use --processes {rows}")
+    epochs = Epochs(rows, f"{stage.config.seed}")
     number, evaluation = resume(stage, task)
     with stage.display.progress(task.name, total, number) as bar:
         while number < total:
@@ -115,7 +122,7 @@ def validate(stage: Stage, task: Task, number: int) -> dict[str, float]:
     evaluation = task.evaluate()
     stage.metrics.write(number, evaluation)
     shown = " · ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluation.items())
-    stage.display.say(f"{task.name} {number}: held-out {shown}")
+    stage.display.say(f"{task.name} {number}: held-out {shown or 'rows: none'}")
     return evaluation
 
 
@@ -130,14 +137,14 @@ def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, n
         rows = [batch[i] for i in micro_batch.rows]
         total, statistics = task.loss(rows)
         if not torch.isfinite(total):
-            raise stage.diverged(number, "The loss is not a finite number", rows)
+            raise stage.diverged(number, "The loss is not a finite number", [task.place(row) for row in rows])
         for name, value in {"loss": float(total), **statistics}.items():
             sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
         return total / size
 
     update = task.engine.update(plan[stage.ranks.rank], loss)
     if stage.dtype != torch.float16 and not math.isfinite(update["grad_norm"]):  # fp16 skips such steps by itself
-        raise stage.diverged(number, "The gradient is not finite", batch)
+        raise stage.diverged(number, "The gradient is not finite", [task.place(row) for row in batch])
     means = {name: value / size for name, value in stage.ranks.sum_values(sums).items()}
     seconds = time.perf_counter() - begun
     tokens = sum(task.lengths[row] for row in batch)

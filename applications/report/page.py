@@ -14,13 +14,14 @@ from markupsafe import Markup
 
 from applications.report.charts import Chart, Segment, interval, number, stacked_bar
 from applications.report.curves import PHASES, charts
-from applications.report_table import DOUBTFUL_ACCURACY, pair_of, table_rows
+from applications.report_table import pair_of, table_rows
 from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
 from training.metrics import Journal, duration
+from training.rlhf_settings import DOUBTFUL_ACCURACY
 from training.run_directory import STEP_NAMES, RunDirectory, StepDirectory, read_json, write_text
 
 HERE = Path(__file__).parent
@@ -185,9 +186,12 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
 
 
 def reward_accuracy(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> float | None:
-    """As it was measured last: by the evaluation, which reads any reward model, else in step 2; None if nowhere."""
+    """As it was measured last: by the evaluation, else before PPO, else in step 2; None if nowhere."""
     if evaluation is not None and "reward_accuracy" in evaluation:
         return evaluation["reward_accuracy"]["all"]["rate"]
+    file = run.step(3).reward_accuracy_file
+    if file.exists() and (measured := read_json(file, "delete it"))["pairs"]:
+        return measured["accuracy"]
     return run.step(2).read_result().get("eval/accuracy") if run.step(2).is_finished else None
 
 

@@ -32,19 +32,20 @@ class GenerationEngine:
     def __init__(
         self,
         model: nn.Module,
-        end_id: int,
+        end_ids: int | Sequence[int],
         pad_id: int,
         slots: int = 32,
         prefill_tokens: int = PREFILL_TOKENS,
         graphs: bool | None = None,
     ):
-        """`slots` is how many samples are decoded at the same time.
+        """Any of `end_ids` ends a sample. `slots` is how many samples are decoded at the same time.
 
         `graphs` lets decode steps follow each other without the host, on CUDA as graphs (`Replay`). None: on CUDA.
         It is for packed models; others decode as without it.
         """
         self.model = model
-        self.end_id, self.pad_id = end_id, pad_id
+        self.end_ids = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
+        self.pad_id = pad_id
         self.slots, self.prefill_tokens, self.graphs = slots, prefill_tokens, graphs
         self.cache = KVCache(0, 0)
         self._blocked: BlockedWeights | None = None
@@ -91,10 +92,10 @@ class GenerationEngine:
     ) -> Decoding:
         """The samples on their way, for callers that want each step in their hands; one at a time.
 
-        `may_end=False` forbids the end token: each sample goes to its limit. `room` is (samples, tokens of a sample)
+        `may_end=False` forbids the end tokens: each sample goes to its limit. `room` is (samples, tokens of a sample)
         to keep free at least, for samples that come from elsewhere.
         """
-        return self.start_with(Draw(settings, key, self.end_id, may_end), samples, room)
+        return self.start_with(Draw(settings, key, self.end_ids, may_end), samples, room)
 
     def start_with(self, draw: Draw, samples: list[Sample], room: tuple[int, int] = (0, 0)) -> Decoding:
         """`start` with a draw of the caller's; one that is not the same for all samples needs an engine without

@@ -25,8 +25,6 @@ FEW_SLOTS = 3
 STOPPING_SHARE = 20
 """One token in so many ends a response that is drawn again, so that responses end at different times."""
 SEED = 20231107
-NO_TOKEN = -1
-"""In place of the end token: responses have their full length, whatever the model is."""
 
 TrainingLogprobs = Callable[[Sequence[tuple[Tensor, Tensor]]], Tensor]
 """Rows of (prompt ids, response ids) -> log p of the response tokens at temperature 1, float32, row by row."""
@@ -172,21 +170,21 @@ def generate(model: nn.Module, work: Work) -> Generated:
     start = time.perf_counter()
     greedy = SamplingSettings(work.new_tokens, temperature=0)
     drawn = SamplingSettings(work.new_tokens, temperature=1)
-    ending = replace(drawn, stop_ids=work.stop_ids)
     forward = list(range(len(work.prompts)))
 
-    many, few = (GenerationEngine(model, NO_TOKEN, work.pad_id, slots) for slots in (len(forward), FEW_SLOTS))
+    many, few = (GenerationEngine(model, (), work.pad_id, slots) for slots in (len(forward), FEW_SLOTS))
 
     def run(engine: GenerationEngine, settings: SamplingSettings, order: list[int]) -> list[Sample]:
         samples = engine.generate([work.prompts[i] for i in order], settings, SamplingKey(SEED), indices=order)
         return sorted(samples, key=lambda sample: sample.index)
 
+    whole = run(many, greedy, forward), run(many, drawn, forward)  # nothing ends a response before its limit
+    many.end_ids = few.end_ids = work.stop_ids
     return Generated(
-        run(many, greedy, forward),
-        run(many, drawn, forward),
+        *whole,
         {
-            "samples drawn again in another order": run(many, ending, forward[::-1]),
-            f"samples drawn again on {FEW_SLOTS} slots": run(few, ending, forward),
+            "samples drawn again in another order": run(many, drawn, forward[::-1]),
+            f"samples drawn again on {FEW_SLOTS} slots": run(few, drawn, forward),
         },
         can_pack(unwrapped(model)),
         time.perf_counter() - start,

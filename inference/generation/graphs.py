@@ -41,7 +41,7 @@ class GraphKey(NamedTuple):
     rows: int
     context: int
     settings: SamplingSettings
-    end_id: int
+    end_ids: tuple[int, ...]
     may_end: bool
 
 
@@ -99,7 +99,7 @@ class Replay:
     def _prepared(self, rows: int, context: int, draw: Draw) -> Callable[[], None]:
         """The step as a graph, captured now if it is new; eager where that cannot be. The rows must be loaded."""
         step = partial(self.step, rows, context, draw)
-        key = GraphKey(rows, context, draw.settings, draw.end_id, draw.may_end)
+        key = GraphKey(rows, context, draw.settings, draw.end_ids, draw.may_end)
         if key not in self.graphs:
             if not self.captures:
                 return step

@@ -22,8 +22,8 @@ class OwnSample(Sample):
 class OwnDraw(Draw):
     """Each `OwnSample` gets the tokens that a decoding of its own, with its settings and key, would give it."""
 
-    def __init__(self, end_id: int):
-        super().__init__(SamplingSettings(max_tokens=0), SamplingKey(0), end_id, may_end=True)
+    def __init__(self, end_ids: tuple[int, ...]):
+        super().__init__(SamplingSettings(max_tokens=0), SamplingKey(0), end_ids, may_end=True)
 
     def __call__(self, logits: Tensor, samples: Sequence[Sample]) -> None:
         rows_of: dict[SamplingSettings, list[int]] = {}
@@ -38,6 +38,6 @@ class OwnDraw(Draw):
             seed, iteration, index, position = torch.tensor(numbers, device=logits.device).T
             wanted = logits if len(rows) == len(own) else logits[rows]
             key = RowKeys(seed, iteration)
-            tokens, logprobs = sample_tokens(wanted, settings, key, index, position, self.end_id)
+            tokens, logprobs = sample_tokens(wanted, settings, key, index, position, self.end_ids)
             for sample, token, logprob in zip(drawn, tokens.tolist(), logprobs.tolist(), strict=True):
                 self.write(sample, token, logprob)

@@ -15,9 +15,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
     min_tokens: int = 0
-    """The end token is forbidden before this many tokens."""
-    stop_ids: tuple[int, ...] = ()
-    """Tokens beside the end token that end a sample."""
+    """No token that ends a sample is drawn before this many."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Sample:
     limit: int
     """Most tokens of the response."""
     response_ids: list[int] = field(default_factory=list)
-    """With the end token, if it ended."""
+    """With the token that ended it, if it ended."""
     logprobs: list[float] = field(default_factory=list)
     """log p of each response token under the distribution that it was drawn from, temperature included."""
     ended: bool = False

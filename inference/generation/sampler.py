@@ -3,6 +3,7 @@
 So batch order, the number of ranks and where a sample runs cannot change what is drawn.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -46,7 +47,7 @@ def sample_tokens(
     key: Key,
     sample: Tensor,  # (rows) int64
     position: Tensor,  # (rows) int64: tokens of the response so far
-    end_id: int,
+    end_ids: Iterable[int],
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution.
 
@@ -58,7 +59,8 @@ def sample_tokens(
     if settings.min_tokens:
         too_early = position < settings.min_tokens
         logits = logits.clone()
-        logits[:, end_id] = logits[:, end_id].masked_fill(too_early, -torch.inf)
+        for end_id in end_ids:  # not all at once: a captured step takes no list from the host
+            logits[:, end_id] = logits[:, end_id].masked_fill(too_early, -torch.inf)
     if settings.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -106,9 +108,8 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 class Draw:
     """Draws the next token of samples and writes it into them."""
 
-    def __init__(self, settings: SamplingSettings, key: SamplingKey, end_id: int, may_end: bool):
-        self.settings, self.key, self.end_id, self.may_end = settings, key, end_id, may_end
-        self.end_ids = {end_id, *settings.stop_ids} if may_end else set()
+    def __init__(self, settings: SamplingSettings, key: SamplingKey, end_ids: tuple[int, ...], may_end: bool):
+        self.settings, self.key, self.end_ids, self.may_end = settings, key, end_ids, may_end
 
     def __call__(self, logits: Tensor, samples: list[Sample]) -> None:
         """From logits (samples, vocabulary)."""
@@ -118,12 +119,13 @@ class Draw:
             self.write(sample, token, logprob)
 
     def tokens(self, logits: Tensor, key: Key, sample: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """What `sample_tokens` gives, without the end token if nothing may end; changes the logits."""
+        """What `sample_tokens` gives, without the end tokens if nothing may end; changes the logits."""
         if not self.may_end:
-            logits[:, self.end_id].fill_(-torch.inf)
-        return sample_tokens(logits, self.settings, key, sample, position, self.end_id)
+            for end_id in self.end_ids:
+                logits[:, end_id].fill_(-torch.inf)
+        return sample_tokens(logits, self.settings, key, sample, position, self.end_ids)
 
     def write(self, sample: Sample, token: int, logprob: float) -> None:
         sample.response_ids.append(token)
         sample.logprobs.append(logprob)
-        sample.ended = token in self.end_ids
+        sample.ended = self.may_end and token in self.end_ids

@@ -21,7 +21,7 @@ class Lane:
         self.model, self.slots, self.context = model, slots, context
         form = model.format
         # samples have settings of their own, which a captured step has not
-        self._engine = GenerationEngine(model.model, form.end_of_turn_id, form.pad_id, slots, graphs=False)
+        self._engine = GenerationEngine(model.model, form.end_ids, model.pad_id, slots, graphs=False)
         self._drawn: dict[int, tuple[Job, Choice]] = {}  # by the id of the sample
         self.running = self.waiting = 0
         """Answers; any thread may read them."""
@@ -29,7 +29,7 @@ class Lane:
 
     def warm_up(self) -> int:
         """Draw two tokens at most, so that all memory is there; returns the bytes of keys and values."""
-        sample = OwnSample(0, torch.tensor([self._engine.end_id]), 2, settings=GREEDY, key=SamplingKey(0))
+        sample = OwnSample(0, torch.tensor(self._engine.end_ids[:1]), 2, settings=GREEDY, key=SamplingKey(0))
         self.decoding.enqueue(sample)
         while not sample.is_over:
             self.decoding.step(1)
@@ -78,7 +78,7 @@ class Lane:
         return [(job, failure) for job in jobs.values()]
 
     def _begin(self) -> None:
-        self.decoding = self._engine.start_with(OwnDraw(self._engine.end_id), [], (self.slots, self.context))
+        self.decoding = self._engine.start_with(OwnDraw(self._engine.end_ids), [], (self.slots, self.context))
 
     def _count(self) -> None:
         self.running = sum(bool(choice.sample.response_ids) for _, choice in self._drawn.values())

@@ -56,6 +56,17 @@ def test_show_without_a_model_shows_the_text(tmp_path, capsys):
     assert said.count("Very well!") == 1
 
 
+def test_show_says_why_other_rows_cannot_be_used(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", PAIR, {"prompt": ""}, {"Title": "x", "body": "y"})
+    show_command(source, None, None, 1, None)
+    said = capsys.readouterr().out
+    assert f"bad row: 'prompt' is empty (1 row: {source}, line 2)" in said
+    assert "bad row: no known keys (found: Title, body; there must be " in said and "Very well!" in said
+    with pytest.raises(UserError, match="has no rows that can be used"):
+        show_command(write(tmp_path / "b.jsonl", {"prompt": ""}), None, None, 1, None)
+    assert "bad row: 'prompt' is empty (1 row: " in capsys.readouterr().out
+
+
 def test_show_reads_a_run(prepared, capsys):
     show_command(str(prepared.path), None, "pairs", 2, None)
     said = capsys.readouterr().out

@@ -246,6 +246,21 @@ def test_size(bytes_, text):
     assert size(bytes_) == text
 
 
+def test_idle_ranks_are_said(laptop, tmp_path):
+    config = config_of("opt-125m", "processes=64", "rlhf.prompts_per_iteration=128", "rlhf.mini_batches=4")
+    text = dry_run(config, [1, 2, 3], tmp_path, COMMANDS)
+    assert "Warning: a mini-batch of 32 samples leaves 32 of 64 ranks idle" in text
+    assert "Warning" not in dry_run(config, [1], tmp_path, COMMANDS)
+
+
+def test_reading_the_model_in_each_process_may_not_fit_the_main_memory(monkeypatch, tmp_path):
+    node = Machine(cores=96, memory=96 * GIB, gpus=(("H100", 80 * GIB),) * 8)
+    config = config_of("opt-13b", "processes=8", "sft.optimizer.zero_stage=2")
+    outlook = outlook_on(node, config, monkeypatch, steps=(1,))
+    assert "take up to 383 GiB of main memory" in verdict(outlook, tmp_path)  # 8 x 4 bytes x 12.85 B
+    assert "of main memory" not in verdict(outlook_on(NODE, config, monkeypatch, steps=(1,)), tmp_path)
+
+
 def test_a_reward_model_of_fewer_layers_is_counted_as_such():
     values = settings_for_model("smollm2-135m")
     whole = load_config([], ["reward.layers=0"], values)

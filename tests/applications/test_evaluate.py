@@ -1,37 +1,14 @@
-"""`rlhf-chat eval` before it starts anything, its tables, and the gate before PPO."""
+"""`rlhf-chat eval` before it starts anything, and its tables."""
 
 import json
 
 import pytest
 
 from applications.evaluate import evaluate, file_name, known
-from applications.pipeline import warn_of_doubtful_reward
 from applications.report_table import evaluation_table
 from inference.errors import UserError
-from training.run_directory import RunDirectory
 
 MEASURES = {"kl": 0.0, "length": 5.0}
-
-
-class Listener:
-    def __init__(self):
-        self.said: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.said.append(line)
-
-
-@pytest.mark.parametrize(("accuracy", "warned"), [(0.549, True), (0.55, False), (None, False)])
-def test_the_gate_warns_under_55_percent_and_says_what_to_do(tmp_path, accuracy, warned):
-    run, display = RunDirectory(tmp_path), Listener()
-    run.step(2).model.mkdir(parents=True)
-    run.step(2).result_file.write_text(json.dumps({} if accuracy is None else {"eval/accuracy": accuracy}))
-    warn_of_doubtful_reward(run, display)
-    assert len(display.said) == warned
-    if warned:
-        assert all(
-            way in display.said[0] for way in ("54.9%", "reward.epochs", "more pairs", "--reward-model", "--name")
-        )
 
 
 def test_files_are_named_by_what_was_asked():

@@ -25,7 +25,7 @@ def our_greedy_tokens(directory, dtype) -> list[list[int]]:
     """From our engine, with the run's own model."""
     chat_format = ChatFormat.load(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-    engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id)
+    engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id)
     prompts = [torch.tensor(chat_format.prompt_ids(messages(text))) for text in QUESTIONS]
     samples = engine.generate(prompts, SamplingSettings(12, 0.0), SamplingKey(0))
     return [sample.response_ids for sample in sorted(samples, key=lambda sample: sample.index)]

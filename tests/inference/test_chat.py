@@ -15,13 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from inference.chat import Session, Terminal, change_settings, chat, check_settings, printable
+from inference.chat_format import ChatFormat
 from inference.chat_model import ChatModel
 from inference.chat_target import find_chat_models
 from inference.errors import UserError
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.serving.job import Job
+from inference.serving.lane import Lane
+from tests.inference.templates import CHATML, Family, bytes_tokenizer
 
 SETTINGS = SamplingSettings(max_tokens=24, temperature=0.7, top_p=0.95)
 WILD = SamplingSettings(max_tokens=60, temperature=1.0)  # the random model then writes raw bytes
@@ -143,6 +147,52 @@ def test_long_conversations_keep_within_the_context(model, monkeypatch):
 def test_an_answer_leaves_half_of_the_context_to_the_prompt(model):
     answer = "".join(model.reply(user("word " * 400), SamplingSettings(max_tokens=5000, min_tokens=5000), 1, 0))
     assert answer  # no position beyond the model's last was asked for
+
+
+def test_every_end_token_of_generation_config_ends_an_answer(damaged):
+    """In chat and in the server, which have engines of their own."""
+    question, greedy = user("How are you?"), SamplingSettings(max_tokens=20, temperature=0)
+    plain = ChatModel.load(damaged)
+    prompt = plain.format.prompt_ids(question)
+    *_, whole = plain.engine.stream(torch.tensor(prompt), greedy, SamplingKey(0))
+    end = whole.response_ids[5]
+    config = damaged / "generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": [plain.format.end_of_turn_id, end]}))
+    model = ChatModel.load(damaged)
+    *_, ended = model.engine.stream(torch.tensor(prompt), greedy, SamplingKey(0))
+    assert ended.ended and ended.response_ids == whole.response_ids[: whole.response_ids.index(end) + 1]
+    text = model.format.decode(ended.response_ids[:-1])
+    assert "".join(model.reply(question, greedy, 0, 0)) == text
+    lane = Lane(model, 1, 200)
+    lane.warm_up()
+    job = Job(prompt, greedy, SamplingKey(0), 1, 20, [], model.format.decode, streams=False)
+    lane.admit(job)
+    told = []
+    while not lane.is_idle:
+        told += lane.step()
+    assert [(event.text, event.finish) for _, event in told] == [(text, "stop")]
+
+
+def test_a_pad_token_that_the_model_has_no_row_for_is_not_fed_to_it():
+    """Of a family that pads, as it comes: only training makes the row."""
+    family = Family(CHATML, ("<|im_end|>", "<|im_start|>"), "<|im_end|>")
+    form = ChatFormat(bytes_tokenizer(family))
+    config = BloomConfig(vocab_size=258, hidden_size=32, n_layer=1, n_head=2)
+    model = ChatModel(AutoModelForCausalLM.from_config(config), form)
+    assert form.pad_id == 258
+    prompts = [torch.tensor(form.prompt_ids(user(text))) for text in ("a", "hello there")]
+    samples = list(model.engine.generate(prompts, SamplingSettings(3), SamplingKey(0)))
+    lane = Lane(model, 2, 100)
+    lane.warm_up()
+    jobs = [
+        Job(prompt.tolist(), SamplingSettings(3), SamplingKey(0), 1, 3, [], form.decode, streams=False)
+        for prompt in prompts
+    ]
+    for job in jobs:
+        lane.admit(job)
+    while not lane.is_idle:
+        lane.step()
+    assert len(samples) == len(jobs) and all(job.is_over for job in jobs)
 
 
 def test_a_template_that_refuses_is_a_user_error(damaged):

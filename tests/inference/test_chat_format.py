@@ -196,7 +196,7 @@ def test_begin_token_stands_once_where_the_template_writes_it(llama2_like):
             "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
             "<|im_start|>assistant\nI am well.<|im_end|>",
         ),
-        ("llama2_like", "<s>[INST] Hello there [/INST] I am well.</s>"),
+        ("llama2_like", "<s>[INST] Hello there [/INST] I am well. </s>"),  # as the template ends an answer
     ],
 )
 def test_prompt_and_response_are_the_tokens_of_the_whole(request, name, whole):
@@ -279,6 +279,24 @@ def test_errors_are_sentences(tmp_path):
     refusing = "{{ raise_exception('not for chat') }}"
     with pytest.raises(UserError, match="not for chat"):
         ChatFormat(byte_level(["</s>"], refusing, eos_token="</s>"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "package"),
+    [
+        ("Llama", "tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece"),
+        ("T5", "spiece.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece"),
+        ("Llama", "tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"),
+    ],
+)
+def test_a_tokenizer_that_needs_a_package_names_it(tmp_path, monkeypatch, capfd, kind, name, content, package):
+    monkeypatch.setattr("inference.chat_format.find_spec", lambda name: None)
+    (tmp_path / name).write_bytes(content)
+    config = {"tokenizer_class": f"{kind}Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"needs a package: pip install {package}\.$"):
+        ChatFormat.load(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 def test_no_template_is_replaced_and_saved(opt_like, tiny_directory, tmp_path):

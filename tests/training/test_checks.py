@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from transformers import BloomConfig, CodeGenConfig, GPT2Config, LlamaConfig, OPTConfig
+from transformers import AutoConfig, BloomConfig, CodeGenConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from inference.errors import UserError
-from training.checks import positions, require_adapters, require_layouts, require_positions
+from inference.families import longest_text
+from training.checks import require_actor_learns, require_adapters, require_layouts, require_positions
 from training.config_files import load_config
+from training.rlhf_settings import RLHFSettings
 
 SMALL = {"vocab_size": 96, "num_attention_heads": 4}
 OPT = OPTConfig(**SMALL, hidden_size=32, num_hidden_layers=2, ffn_dim=64, word_embed_proj_dim=32)
@@ -30,8 +32,8 @@ def test_degrees_that_fit_pass(tmp_path):
 @pytest.mark.parametrize(
     ("model", "processes", "tensor", "expected"),
     [
-        (OPT, 3, 2, "degree of 2 does not divide 3 processes: take a degree of 1 or 3 .* or --processes 4"),
-        (OPT, 1, 2, "degree of 2 does not divide 1 process: take a degree of 1 .* or --processes 2"),
+        (OPT, 3, 2, "degree of 2 does not divide 3 processes: take a degree of 1 or 3, or --processes 4"),
+        (OPT, 1, 2, "degree of 2 does not divide 1 process: take a degree of 1, or --processes 2"),
         (OPT, 3, 3, "cannot be cut into 3"),
         (CODEGEN, 2, 2, "Models of type 'codegen' cannot be cut over ranks"),
     ],
@@ -44,8 +46,21 @@ def test_degrees_that_do_not_are_a_sentence(tmp_path, model, processes, tensor, 
 @pytest.mark.parametrize("role", ["reference", "reward", "critic"])
 def test_degrees_of_scoring_are_checked_too(tmp_path, role):
     check(tmp_path, OPT, 2, 2, f"scoring_tensor_parallel.{role}")
-    with pytest.raises(UserError, match="cannot be cut into 3"):
+    setting = rf"^rlhf\.scoring_tensor_parallel\.{role}=3: "
+    with pytest.raises(UserError, match=f"{setting}.*cannot be cut into 3"):
         check(tmp_path, OPT, 3, 3, f"scoring_tensor_parallel.{role}")
+    with pytest.raises(UserError, match=f"{setting}.*does not divide 2 processes"):
+        check(tmp_path, OPT, 2, 3, f"scoring_tensor_parallel.{role}")
+    with pytest.raises(UserError, match=f"{setting[:-3]}2: .*'codegen' cannot be cut"):
+        check(tmp_path, CODEGEN, 2, 2, f"scoring_tensor_parallel.{role}")
+
+
+def test_a_warm_up_of_the_critic_leaves_the_actor_some_iterations():
+    settings = RLHFSettings(iterations=5, critic_warmup=4)
+    require_actor_learns(settings)
+    for warmup in (5, 6):
+        with pytest.raises(UserError, match=rf"critic_warmup={warmup} leaves none of rlhf.iterations=5"):
+            require_actor_learns(settings.model_copy(update={"critic_warmup": warmup}))
 
 
 @pytest.mark.parametrize("model", [OPTConfig(**SMALL, hidden_size=32, max_position_embeddings=512), GPT2, LLAMA])
@@ -60,11 +75,12 @@ def test_prompt_and_response_must_have_room_in_the_positions(tmp_path, model):
 
 
 def test_positions_without_a_bound_and_stretched_ones(tmp_path):
-    assert positions(BloomConfig(vocab_size=96, hidden_size=32, n_head=4)) == 0
-    assert positions(None) == 0
+    assert longest_text(BloomConfig(vocab_size=96, hidden_size=32, n_head=4)) == 0
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
-    assert positions(LlamaConfig(max_position_embeddings=512, rope_parameters=rope)) == 2048
-    assert positions(LlamaConfig(max_position_embeddings=2048, rope_parameters=rope)) == 2048
+    assert longest_text(LlamaConfig(max_position_embeddings=512, rope_parameters=rope)) == 2048
+    assert longest_text(LlamaConfig(max_position_embeddings=2048, rope_parameters=rope)) == 2048
+    assert longest_text(AutoConfig.for_model("llama4", text_config={"attention_chunk_size": 96})) == 96  # nested
+    assert longest_text(AutoConfig.for_model("doge", keep_window_size=64)) == 64
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from inference.errors import UserError
@@ -121,3 +123,15 @@ def test_where_the_kl_penalty_acts():
     assert not load_config([], [*grpo, "rlhf.kl.place=reward"]).rlhf.kl_in_loss
     assert not load_config([], ["model=m"]).rlhf.kl_in_loss
     assert load_config([], ["model=m", "rlhf.kl.place=loss"]).rlhf.kl_in_loss
+
+
+def test_ranks_that_a_mini_batch_leaves_idle_are_said():
+    config = load_config([], ["model=m", "rlhf.prompts_per_iteration=128", "rlhf.mini_batches=4"])
+    sentence = "a mini-batch of 32 samples leaves 32 of 64 ranks idle .* rlhf.mini_batches=2, or .*_per_iteration=256"
+    assert re.search(sentence, config.idle_warning(64))
+    assert config.idle_warning(32) == ""
+    config.rlhf.samples_per_prompt, config.rlhf.prompts_per_iteration = 2, 65  # 130 samples: mini-batches of 32 and 33
+    assert "leaves 1 of 33 ranks idle" in config.idle_warning(33)
+    assert "mini_batches=3, or rlhf.prompts_per_iteration=66" in config.idle_warning(33)  # 130 // 3 = 43, 132 // 4 = 33
+    config.method = "dpo"
+    assert config.idle_warning(64) == ""

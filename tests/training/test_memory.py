@@ -172,7 +172,7 @@ def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
         2 * (16 * 512) * 40 * 2 * 5120  # 128 samples on 8 ranks
     )
     assert by_name[("generation", "logits to sample")] == 24 * 16 * 50272
-    assert by_name[("loading", "actor weights, whole (first rank)")] == 2 * OPT_13B
+    assert by_name[("actor loading", "actor weights, whole (first rank)")] == 2 * OPT_13B
     assert memory.held("device") == (
         18 * OPT_13B // 8 + 2 * OPT_13B + 2 * OPT_13B // 8 + 6 * OPT_350M + 12 * OPT_350M // 8 + 2 * OPT_350M // 8
     )
@@ -182,7 +182,11 @@ def test_step_3_holds_what_its_estimator_and_rewards_need(opt_13b, opt_350m):
     free = opt_config("rlhf.advantage=reinforce++", "rlhf.reward_weights.model=0", "rlhf.reward_function=a.py:f")
     whole, memory = (estimate_step_memory(3, c, opt_13b, opt_350m, torch.bfloat16, 8) for c in (opt_config(), free))
     gone = {name for name in sizes(whole) if name not in sizes(memory)}
-    assert {name for _, name in gone if not name.startswith("critic ")} <= {"reward weights", "activations"}
+    assert {name for _, name in gone if not name.startswith("critic ")} <= {
+        "reward weights",
+        "reward weights, whole (first rank)",
+        "activations",
+    }
     assert whole.held("device") - memory.held("device") == (6 + 12 / 8 + 2 / 8) * OPT_350M
     averaged = estimate_step_memory(3, opt_config("rlhf.ema=0.9"), opt_13b, opt_350m, torch.bfloat16, ranks=8)
     assert averaged.held("device") - whole.held("device") == 4 * OPT_13B // 8
@@ -234,6 +238,17 @@ def test_peak_takes_the_largest_phase_and_not_their_sum():
     assert memory.peak("device") == 17
     assert memory.peak("device", "host") == 18
     assert StepMemory((*parts, Part("e", 30, phase="loading"))).peak("device") == 30
+
+
+def test_each_process_loads_into_main_memory_one_model_after_the_other(opt_13b, opt_350m):
+    for stage, loaded in ((0, 8 * 4), (3, 2)):  # fp32 in each of 8 processes; bf16 in the first alone
+        config = opt_config(f"rlhf.actor.zero_stage={stage}", "rlhf.reference.zero_stage=0", "rlhf.reward.zero_stage=0")
+        memory = estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+        assert all(part.place == "host" for part in memory.parts if part.phase.endswith("loading"))
+        read = {part.name: part.bytes for part in memory.parts if part.phase == "actor loading"}
+        assert list(read.values()) == [OPT_13B * (4 if stage == 0 else 2)]
+        reference = 8 * 2  # bytes a parameter: every process reads it whole
+        assert memory.host_peak(processes=8) == OPT_13B * max(loaded, reference, 8)  # 8: the first rank saves
 
 
 def test_what_a_phase_leaves_is_held_in_the_others():

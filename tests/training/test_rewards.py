@@ -1,143 +1,21 @@
-"""Rewards from a function and from an address."""
+"""The sum of all that rewards: weights, one scale, clipping, the trial before training."""
 
 import json
-import pickle
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 
-from inference.errors import UserError
-from training import rewards
+from tests.training.test_reward_sources import PROMPTS, RESPONSES, ROWS, endpoint, write  # noqa: F401
 from training.distributed import Ranks
-from training.rewards import RewardEndpoint, RewardFailed, RewardFunction, Rewards
+from training.reward_sources import RewardEndpoint, RewardFailed
+from training.rewards import Rewards, try_sources
 from training.rlhf_settings import RLHFSettings
+from training.running_statistics import RunningStatistics
 
 ONE = Ranks(0, 1, torch.device("cpu"))
-PROMPTS = [[{"role": "user", "content": text}] for text in ("two words", "three short words")]
-RESPONSES = ["yes", "no no"]
-ROWS = [{"answer": 3}, {}]
 
 
-def write(tmp_path, body: str, name: str = "score") -> str:
-    file = tmp_path / "mine.py"
-    file.write_text(body)
-    return f"{file}:{name}"
-
-
-def test_a_function_gets_messages_and_texts_and_rows_if_it_takes_them(tmp_path):
-    two = write(tmp_path, "def score(prompts, responses):\n return [len(p[0]['content']) for p in prompts]")
-    assert RewardFunction(two).scores(PROMPTS, RESPONSES, ROWS) == [9.0, 17.0]
-    three = write(
-        tmp_path, "def score(p, r, rows):\n return [row.get('answer', 0) + len(t) for t, row in zip(r, rows)]"
-    )
-    assert RewardFunction(three).scores(PROMPTS, RESPONSES, ROWS) == [6.0, 5.0]
-
-
-@pytest.mark.parametrize(
-    ("body", "name", "sentence"),
-    [
-        ("import nothing_of_that_name", "score", "cannot be loaded .ModuleNotFoundError"),
-        ("x = 1", "score", "has no function score"),
-        ("x = 1", "x", "has no function x"),
-    ],
-)
-def test_a_function_that_cannot_be_had_is_refused_at_once(tmp_path, body, name, sentence):
-    with pytest.raises(UserError, match=sentence):
-        Rewards(RLHFSettings(reward_function=write(tmp_path, body, name)), ONE)
-
-
-def test_a_file_that_there_is_not():
-    with pytest.raises(UserError, match=r"there is no file nowhere\.py"):
-        RewardFunction("nowhere.py:score")
-
-
-@pytest.mark.parametrize(
-    ("body", "sentence"),
-    [
-        ("raise KeyError('gold')", "failed .KeyError: 'gold'"),
-        ("return [1.0]", "returned 1 scores for 2 responses"),
-        ("return None", "must return a list of numbers"),
-        ("return ['a', 'b']", "must return a list of numbers"),
-        ("return [1.0, float('nan')]", "returned nan"),
-    ],
-)
-def test_what_a_function_does_wrong_is_a_sentence_that_names_it(tmp_path, body, sentence):
-    spec = write(tmp_path, f"def score(prompts, responses):\n    {body}\n")
-    with pytest.raises(RewardFailed, match=sentence) as raised:
-        RewardFunction(spec).scores(PROMPTS, RESPONSES, ROWS)
-    assert spec in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_the_traceback_goes_with_the_error_to_other_ranks(tmp_path):
-    spec = write(tmp_path, "def score(prompts, responses):\n    return 1 / 0\n")
-    with pytest.raises(RewardFailed) as raised:
-        RewardFunction(spec).scores(PROMPTS, RESPONSES, ROWS)
-    assert "return 1 / 0" in pickle.loads(pickle.dumps(raised.value)).__notes__[0]
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    """A server that gives the answers in `answers` one after another; what it was asked is in `asked`."""
-    pauses: list[float] = []
-    monkeypatch.setattr(rewards.time, "sleep", pauses.append)
-    monkeypatch.setenv("no_proxy", "*")
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            status, body = self.answers.pop(0)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
-
-        def log_message(self, *_):
-            pass
-
-    Handler.answers, Handler.asked, Handler.pauses = [], [], pauses
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    Handler.url = f"http://127.0.0.1:{server.server_port}/score"
-    yield Handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_an_address_is_asked_again_until_it_answers(endpoint):
-    endpoint.answers = [(503, {}), (500, {}), (200, {"scores": [0.5, 2]})]
-    assert RewardEndpoint(endpoint.url, 5, retries=2).scores(PROMPTS, RESPONSES, ROWS) == [0.5, 2.0]
-    assert endpoint.asked == [{"prompts": PROMPTS, "responses": RESPONSES, "rows": ROWS}] * 3
-    assert endpoint.pauses == [1.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("answers", "tries", "sentence"),
-    [
-        ([(503, {})] * 3, 3, "HTTP 503 .*3 tries"),
-        ([(404, {})] * 3, 1, "HTTP 404 .*1 tries"),
-        ([(200, b"<html>")], 1, "must answer .* not '<html>'"),
-        ([(200, {"score": [1, 2]})], 1, "must answer"),
-        ([(200, {"scores": [1]})], 1, "1 scores for 2 responses"),
-    ],
-)
-def test_an_address_that_gives_no_scores_is_named_in_a_sentence(endpoint, answers, tries, sentence):
-    endpoint.answers = list(answers)
-    with pytest.raises(RewardFailed, match=sentence) as raised:
-        RewardEndpoint(endpoint.url, 5, retries=2).scores(PROMPTS, RESPONSES, ROWS)
-    assert endpoint.url in str(raised.value) and len(endpoint.asked) == tries
-
-
-def test_an_address_where_nobody_listens(monkeypatch):
-    monkeypatch.setattr(rewards.time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(RewardFailed, match=r"refused.*2 tries"):
-        RewardEndpoint("http://127.0.0.1:9/score", 1, retries=1).scores(PROMPTS, RESPONSES, ROWS)
-
-
-def test_the_sum_is_weighted_and_each_source_has_a_mean(tmp_path, endpoint):
+def test_the_sum_is_weighted_and_each_source_has_a_mean(tmp_path, endpoint):  # noqa: F811
     endpoint.answers = [(200, {"scores": [10, 20]})]
     settings = RLHFSettings(
         reward_function=write(tmp_path, "def score(p, r):\n return [len(text) for text in r]"),  # 3, 5
@@ -182,3 +60,150 @@ def test_ranks_share_the_prompts_out_and_keep_the_samples_of_one_together(tmp_pa
         source = Rewards(settings, OtherRanks(rank, asked))
         source._ask(source.sources[0][0], [PROMPTS[0]] * 8, responses, [{}] * 8, group=2)
     assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], []]
+
+
+def by_text(tmp_path) -> str:
+    """A function that gives what the response says."""
+    return write(tmp_path, "def score(prompts, responses):\n    return [float(text) for text in responses]")
+
+
+def reward(rewards: Rewards, scores: list[float], of_model: list[float] | None = None):
+    texts = [repr(score) for score in scores]
+    return rewards.reward(of_model or [], [PROMPTS[0]] * len(texts), texts, [{}] * len(texts), group=1)
+
+
+def test_running_statistics_are_those_of_all_numbers_together():
+    statistics = RunningStatistics()
+    for batch in ([1.0, 2.0, 6.0], [], [7.0], [-4.0, 0.0]):  # mean 2, squares 1 + 0 + 16 + 25 + 36 + 4
+        statistics.update(batch)
+    assert (statistics.count, statistics.mean) == (6, pytest.approx(2.0))
+    assert statistics.deviation == pytest.approx((82 / 6) ** 0.5)
+    assert statistics.normalized([2.0, 2.0 + (82 / 6) ** 0.5]) == pytest.approx([0.0, 1.0])
+
+
+def test_numbers_that_differ_by_rounding_alone_are_not_spread_out():
+    statistics = RunningStatistics()
+    statistics.update([0.1 + 0.2, 0.3, 0.3])
+    assert statistics.normalized([0.1 + 0.2, 0.3]) == pytest.approx([0.0, 0.0], abs=1e-12)
+    statistics.update([0.0])
+    assert max(statistics.normalized([0.3])) > 0.5
+
+
+def test_a_function_of_0_to_100_keeps_its_differences(tmp_path):
+    settings = RLHFSettings(reward_function=by_text(tmp_path), reward_weights={"model": 0}, advantage="reinforce++")
+    given = [0.0, 50.0, 100.0, 90.0]  # mean 60, deviation sqrt((3600 + 100 + 1600 + 900) / 4)
+    found = reward(Rewards(settings, ONE), given)
+    deviation = 1550**0.5
+    assert found.raw == given and found.metrics["reward/function_mean"] == 60.0
+    assert found.scores == pytest.approx([(score - 60) / deviation for score in given])
+    assert found.metrics["reward/clipped_fraction"] == 0.0
+    as_they_are = settings.model_copy(update={"reward_normalization": "none"})
+    found = reward(Rewards(as_they_are, ONE), given)
+    assert found.scores == found.raw == given and found.metrics["reward/clipped_fraction"] == 0.0
+
+
+def test_the_statistics_go_on_from_iteration_to_iteration(tmp_path):
+    settings = RLHFSettings(reward_function=by_text(tmp_path), reward_weights={"model": 0}, advantage="reinforce++")
+    rewards = Rewards(settings, ONE)
+    reward(rewards, [0.0, 2.0])
+    resumed = Rewards(settings, ONE)
+    resumed.restore(json.loads(json.dumps(rewards.state())))
+    for each in (rewards, resumed):  # mean 1.5 of 0 2 1 3, squares 2.25 + 0.25 + 0.25 + 2.25
+        assert reward(each, [1.0, 3.0]).scores == pytest.approx([-0.5 / 1.25**0.5, 1.5 / 1.25**0.5])
+    assert resumed.state() == rewards.state()
+
+
+def test_a_run_from_before_goes_on_without(tmp_path):
+    settings = RLHFSettings(reward_function=by_text(tmp_path), reward_weights={"model": 0}, advantage="reinforce++")
+    rewards = Rewards(settings, ONE)
+    rewards.restore(None)
+    assert reward(rewards, [1.0, 30.0]).scores == [1.0, 30.0]
+
+
+def test_a_source_that_fails_leaves_the_statistics_as_they_were(tmp_path):
+    settings = RLHFSettings(reward_function=by_text(tmp_path), reward_weights={"model": 0}, advantage="reinforce++")
+    rewards = Rewards(settings, ONE)
+    reward(rewards, [0.0, 2.0])
+    before = rewards.state()
+    with pytest.raises(RewardFailed):
+        rewards.reward([], PROMPTS, ["1.0", "no number"], ROWS, group=1)
+    assert rewards.state() == before
+
+
+def test_only_normalised_scores_are_clipped_each_source_by_itself(tmp_path):
+    settings = RLHFSettings(
+        reward_function=by_text(tmp_path),
+        reward_weights={"model": 2.0, "function": 0.5},
+        reward_normalization="none",
+        score_clip=3.0,
+    )
+    of_model, own = [1.0, -4.0, 30.0, 3.0], [100.0, 0.0, -100.0, 7.0]
+    found = reward(Rewards(settings, ONE), own, of_model)
+    assert found.scores == [2.0 + 50, -6.0, 6.0 - 50, 6.0 + 3.5]
+    assert found.raw == [2.0 + 50, -8.0, 60.0 - 50, 6.0 + 3.5]
+    assert found.metrics["reward/clipped_fraction"] == 0.5
+    free = Rewards(settings.model_copy(update={"score_clip": 0.0}), ONE)
+    assert reward(free, own, of_model).scores == found.raw
+    foreign = Rewards(settings, ONE, model_is_normalized=False)  # it may score in tens
+    assert reward(foreign, own, of_model).scores == found.raw
+
+
+def test_a_reward_model_from_elsewhere_is_normalised_and_clipped_then():
+    settings = RLHFSettings(score_clip=1.5)
+    rewards = Rewards(settings, ONE, model_is_normalized=False)
+    found = rewards.reward([10.0, 10.0, 10.0, 50.0], PROMPTS * 2, [""] * 4, ROWS * 2, group=1)  # 20 and sqrt(300)
+    assert found.scores == pytest.approx([-10 / 300**0.5] * 3 + [1.5])
+    assert found.metrics == {"reward/clipped_fraction": 0.25}
+    own = Rewards(settings, ONE)
+    assert own.reward([1.0, 1.0, 1.0, 5.0], PROMPTS * 2, [""] * 4, ROWS * 2, group=1).scores == [1.0, 1.0, 1.0, 1.5]
+
+
+def try_function(tmp_path, body: str, rows: list[dict], **settings) -> list[str]:
+    said: list[str] = []
+    spec = write(tmp_path, f"def score(prompts, responses, rows):\n    {body}")
+    try_sources(Rewards(RLHFSettings(reward_function=spec, **settings), ONE), rows, said.append)
+    return said
+
+
+FIRST = [{"prompt": PROMPTS[0], "extra": {"answer": "42"}}]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("return [1.0] * 2", "returned 2 scores for 3 responses"),
+        ("return [float('nan')] * len(rows)", "returned nan"),
+        ("return [row['gold'] for row in rows]", "KeyError: 'gold'"),
+        ("return [1 / len(text) for text in responses]", "ZeroDivisionError"),  # an answer may be empty
+    ],
+)
+def test_what_is_wrong_with_a_function_shows_before_training(tmp_path, body, sentence):
+    with pytest.raises(RewardFailed, match=f"{sentence}.*tried before training"):
+        try_function(tmp_path, body, FIRST * 3)
+
+
+def test_a_function_is_tried_on_the_data(tmp_path):
+    told = write(
+        tmp_path, "seen = []\ndef score(p, r, rows):\n    seen.append((p, r, rows))\n    return [0.0] * len(r)"
+    )
+    rewards = Rewards(RLHFSettings(reward_function=told, samples_per_prompt=2), ONE)
+    try_sources(rewards, [*FIRST, {"prompt": PROMPTS[1]}, *FIRST], print)
+    ((prompts, responses, rows),) = rewards.sources[0][0].function.__globals__["seen"]
+    assert prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2 and rows == [{"answer": "42"}] * 2 + [{}] * 2
+    assert "" in responses and len(responses) == 4
+    assert try_function(tmp_path, "return [0.0 for row in rows]", []) == []  # without a row, one is made up
+
+
+def test_an_address_that_is_not_there_yet_is_only_named(tmp_path, endpoint):  # noqa: F811
+    said: list[str] = []
+    rewards = Rewards(RLHFSettings(reward_url=endpoint.url, reward_retries=3), ONE)
+    endpoint.answers = [(503, {})]
+    try_sources(rewards, FIRST, said.append)
+    assert len(endpoint.asked) == 1 and endpoint.url in said[0] and "step 3" in said[0]
+    endpoint.answers = [(200, {"scores": [1.0]})]
+    try_sources(rewards, FIRST, said.append)
+    for answer, sentence in (((200, {"scores": []}), "0 scores for 1"), ((404, {}), "HTTP 404")):
+        endpoint.answers = [answer]
+        with pytest.raises(RewardFailed, match=sentence):
+            try_sources(rewards, FIRST, said.append)
+    assert len(said) == 1

@@ -15,7 +15,7 @@ from training import distributed
 from training.config import DataSettings
 from training.distributed import require_gpus, start_ranks
 from training.run_directory import RunDirectory
-from training.stage import Diverged, Stage, end_in_sentences
+from training.stage import Diverged, Stage, end_in_sentences, read_or_make_config
 from training.step3_rlhf.update import Updates
 
 
@@ -67,12 +67,22 @@ def test_a_loss_of_step_3_that_is_not_finite_names_iteration_rows_and_way_out(tm
     )
     stage.directory.path.mkdir()
     stage.diverged = partial(Stage.diverged, stage)
-    updates: Any = SimpleNamespace(stage=stage)
+    updates: Any = SimpleNamespace(stage=stage, seats=[7, 9, 9, 4])
+    updates.diverged = partial(Updates.diverged, updates)
     Updates.require_finite(updates, torch.tensor(1.0), "The policy loss", 5, [1, 3])
     for value in (math.nan, math.inf):
         with pytest.raises(Diverged, match=r"policy loss is not a finite number at step3_rlhf 5; .*/4; .* lower"):
             Updates.require_finite(updates, torch.tensor(value), "The policy loss", 5, [1, 3])
-    assert json.loads((tmp_path / "step3_rlhf" / "diverged.json").read_text())["rows"] == [1, 3]
+    kept = json.loads((tmp_path / "step3_rlhf" / "diverged.json").read_text())
+    assert kept["rows"] == [4, 9] and kept["file"] == "data/prompts_train.jsonl"  # those of the prompts of samples 1, 3
+
+
+def test_pairs_know_their_rows_where_some_are_left_out():
+    same, other = torch.tensor([1]), torch.tensor([2])
+    config = SimpleNamespace(data=SimpleNamespace(max_response_tokens=1))
+    stage: Any = SimpleNamespace(config=config, display=SimpleNamespace(say=print))
+    stage.tokens = lambda rows, parts, chat_format: [(same, same, same), (same, same, other), (same, other, same)]
+    assert [pair.place for pair in Stage.token_pairs(stage, [{}, {}, {}], None)] == [1, 2]
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -91,3 +101,16 @@ def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=rf"cannot meet at 127\.0\.0\.1:{port} .*: set MASTER_PORT"):
             start_ranks(threads=torch.get_num_threads())
+
+
+def test_a_stage_script_keeps_absolute_paths_as_the_command_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    run = RunDirectory(tmp_path / "run")
+    given = SimpleNamespace(config=[], set=["model=m", "data.source=rows.jsonl", "sft_model=./m"])
+    read_or_make_config(run, given)
+    stored = run.config_file.read_text()
+    here = tmp_path.resolve()
+    assert f"\nmodel: {here}/m\n" in f"\n{stored}" and f"sft_model: {here}/m\n" in stored
+    assert f"source: {here}/rows.jsonl\n" in stored

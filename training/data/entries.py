@@ -13,8 +13,16 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+def printable(text: str) -> str:
+    """The text without half characters, which no terminal and no file takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 class BadRow(Exception):
     """What is wrong with a row, as the rest of a sentence; also the name under which it is counted."""
+
+    def __init__(self, reason: str):
+        super().__init__(printable(reason))
 
 
 class LeftOut(BadRow):

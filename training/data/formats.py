@@ -11,12 +11,13 @@
 Other names of these columns are known to shapes.py, other spellings of messages to messages.py.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from inference.chat_format import Message
-from training.data.entries import BadRow, LeftOut
+from training.data.entries import BadRow, LeftOut, printable
 from training.data.messages import (
     MESSAGE_KEYS,
     check_text,
@@ -29,7 +30,7 @@ from training.data.messages import (
 )
 from training.data.plain import plain
 from training.data.rows import PairRow, PromptRow, Row, SFTRow
-from training.data.shapes import ANSWERS, LABELS, in_trls_columns
+from training.data.shapes import ANSWERS, LABELS, TEXTS, in_trls_columns
 
 KNOWN_KEYS = (
     "prompt + chosen + rejected, messages, prompt + response, or prompt; or ShareGPT's conversations, or Alpaca's "
@@ -40,11 +41,11 @@ NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
 """Values of a column that need no word when it is not used."""
 NOT_TRAINED = "no answer in it is to be trained on (weight 0, or train false)"
 GOOD_LABELS = frozenset(
-    "true t yes y 1 1.0 +1 good positive pos chosen accepted accept preferred desirable desired correct right win "
+    "true t yes y 1 +1 good positive pos chosen accepted accept preferred desirable desired correct right win "
     "like liked thumbs_up thumbsup thumb_up up upvote upvoted helpful 👍".split()
 )
 BAD_LABELS = frozenset(
-    "false f no n 0 0.0 -1 -1.0 bad negative neg rejected reject dispreferred undesirable undesired incorrect wrong "
+    "false f no n 0 -1 bad negative neg rejected reject dispreferred undesirable undesired incorrect wrong "
     "lose loss dislike disliked thumbs_down thumbsdown thumb_down down downvote downvoted unhelpful 👎".split()
 )
 """Spellings of a label, in small letters and with _ between words."""
@@ -77,9 +78,19 @@ def trl_row(value: Any) -> dict[str, Any]:
         value = {"messages": value}
     if not isinstance(value, dict):
         raise BadRow("the line is not a JSON object")
-    labels = {name: None for name in LABELS if name in value and plain(value[name]) is None}
+    for key, cell in value.items():
+        if isinstance(cell, bytes) and key in TEXTS:
+            require_utf8(cell, key)
+    labels = {name: None for name in value if str(name).strip().lower() in LABELS and plain(value[name]) is None}
     row = in_trls_columns({**plain(value), **labels})
     return row if any(name in row for name in ANSWERS) else {k: v for k, v in row.items() if v is not None}
+
+
+def require_utf8(cell: bytes, key: str) -> None:
+    try:
+        cell.decode()
+    except UnicodeDecodeError:
+        raise BadRow(f"'{key}' is not UTF-8 text") from None
 
 
 def parse_trl_row(row: dict[str, Any]) -> list[Row]:
@@ -94,6 +105,8 @@ def parse_trl_row(row: dict[str, Any]) -> list[Row]:
     if "prompt" in row:
         prompt = PromptRow(prompt=check_prompt(read_prompt(row["prompt"])))
         extra = {key: value for key, value in row.items() if key != "prompt"}
+        if printable(text := json.dumps(extra, ensure_ascii=False)) != text:
+            raise BadRow("a value beside the prompt has half a character")
         return [{**prompt, "extra": extra} if extra else prompt]
     if "text" in row:
         messages = read_transcript(check_text(row["text"], "text"))
@@ -131,21 +144,20 @@ def unused_keys(row: dict[str, Any]) -> frozenset[str]:
     columns = set() if used == ("prompt",) else {key for key in row if key not in used and row[key] not in NOTHING}
     messages = [item for key in used if isinstance(row.get(key), list) for item in row[key]]
     inner = {key for item in messages for key, value in item.items() if key not in MESSAGE_KEYS and value}
-    return frozenset(columns | {f"messages.{key}" for key in inner})
+    return frozenset(map(printable, columns | {f"messages.{key}" for key in inner}))
 
 
 def parse_pair(row: dict[str, Any]) -> PairRow:
     for key in ("chosen", "rejected"):
         if key not in row:
             raise BadRow(f"'{key}' is missing")
-    prompt = read_prompt(row["prompt"]) if "prompt" in row else []
-    chosen = read_answer(row["chosen"], "chosen", prompt)
-    rejected = read_answer(row["rejected"], "rejected", prompt)
+    given = read_prompt(row["prompt"]) if "prompt" in row else []
+    chosen = whole_conversation(given, read_answer(row["chosen"], "chosen", given))
+    rejected = whole_conversation(given, read_answer(row["rejected"], "rejected", given))
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same")
-    if not (is_answer(chosen) and is_answer(rejected)):  # whole conversations: the prompt is how both begin
-        prompt = shared_start(chosen, rejected)
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    prompt = shared_start(chosen, rejected)
+    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise BadRow("there is no prompt that both chosen and rejected answer")
     if not (is_answer(chosen) and is_answer(rejected)):
@@ -160,8 +172,9 @@ def parse_answer(row: dict[str, Any], key: str) -> SFTRow:
         raise BadRow(f"'{key}' without a prompt")
     require_good_label(row)
     prompt = check_prompt(read_prompt(row["prompt"]))
-    answer = read_answer(row[key], key, prompt)
-    if not is_answer(answer):
+    conversation = whole_conversation(prompt, read_answer(row[key], key, prompt))
+    answer = conversation[len(prompt) :]
+    if not (starts_with(conversation, prompt) and is_answer(answer)):
         raise BadRow(f"'{key}' is not one answer of the assistant")
     require_trained(row[key], key)
     return {"prompt": prompt, "response": answer[0]["content"]}
@@ -179,6 +192,7 @@ def require_good_label(row: dict[str, Any]) -> None:
         if name not in row:
             continue
         label = re.sub("(?<=[a-z])[ -](?=[a-z])", "_", str(row[name]).strip().lower())
+        label = re.sub(r"\.0+$", "", label)  # 1.0 is 1
         if label in BAD_LABELS:
             raise LeftOut("an answer that is labelled as bad, without a good one beside it")
         if label not in GOOD_LABELS:
@@ -214,13 +228,23 @@ def read_prompt(value: Any) -> list[Message]:
 
 
 def read_answer(value: Any, key: str, prompt: list[Message]) -> list[Message]:
-    """The messages of an answer, without the `prompt` if they begin with it."""
-    if isinstance(value, str):
-        messages = [] if prompt else read_transcript(value)
-        messages = messages or [{"role": "assistant", "content": check_text(value, key).strip()}]
-    else:
-        messages = read_messages(value, key)
-    return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+    """The messages of an answer, or of the conversation that ends with it."""
+    if not isinstance(value, str):
+        return read_messages(value, key)
+    messages = read_transcript(value)
+    if messages and starts_with(messages, prompt):
+        return messages
+    return [{"role": "assistant", "content": check_text(value, key).strip()}]
+
+
+def whole_conversation(prompt: list[Message], answer: list[Message]) -> list[Message]:
+    """The prompt and what goes on from it, which may repeat it. What begins with another message stands for itself."""
+    goes_on = answer[0]["role"] == "assistant" and not starts_with(answer, prompt)
+    return prompt + answer if goes_on else answer
+
+
+def starts_with(messages: list[Message], first: list[Message]) -> bool:
+    return messages[: len(first)] == first
 
 
 def check_prompt(messages: list[Message]) -> list[Message]:

@@ -1,6 +1,7 @@
 """JSON lines, and JSON documents of several shapes. What the file holds counts, not which of the two names it has."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from inference.errors import UserError
 from training.data.entries import BadRow, Entry, open_bytes
 from training.data.messages import looks_like_messages
 from training.data.shapes import KNOWN_COLUMNS
+
+SPACE = re.compile(r"\s*")
 
 
 def read_json(file: Path, is_lines: bool) -> Iterator[Entry]:
@@ -38,11 +41,23 @@ def read_lines(file: Path) -> Iterator[Entry]:
 def parse_line(line: bytes) -> Any:
     """The value of a line of JSON, or a BadRow."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=once)
     except UnicodeDecodeError:
         return BadRow("the line is not UTF-8 text")
+    except BadRow as error:
+        return error
     except (ValueError, RecursionError):
         return BadRow("the line is not JSON")
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ. Raises BadRow where one is there twice: a value would be lost without a word."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow(f"'{twice[:30]}' is there twice in one object")
+    return value
 
 
 def read_document(file: Path) -> Iterator[Entry]:
@@ -53,6 +68,8 @@ def read_document(file: Path) -> Iterator[Entry]:
         values = all_values(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text; save it as UTF-8.") from None
+    except BadRow as error:
+        raise UserError(f"{file}: {error}; leave one of the two out.") from None
     except RecursionError:
         raise UserError(f"{file} is nested too deeply to be data; it must be a list of objects.") from None
     except json.JSONDecodeError as error:
@@ -63,10 +80,10 @@ def read_document(file: Path) -> Iterator[Entry]:
 
 def all_values(text: str) -> list[Any]:
     """The JSON values of a text, one behind the other."""
-    decoder, place = json.JSONDecoder(), 0
+    decoder, place = json.JSONDecoder(object_pairs_hook=once), 0
     values: list[Any] = []
     while True:
-        place += len(text[place:]) - len(text[place:].lstrip())
+        place = SPACE.match(text, place).end()  # type: ignore[union-attr]  # it always matches
         if place == len(text):
             return values
         value, place = decoder.raw_decode(text, place)
@@ -81,7 +98,7 @@ def rows_of(value: Any, file: Path) -> list[Any]:
         if isinstance(value, list):
             return [value] if looks_like_messages(value) else value
         raise UserError(f"{file} must hold a list of objects, one for each row.")
-    lists = [name for name, rows in value.items() if is_list_of_rows(rows)]
+    lists = [name for name, rows in value.items() if is_list_of_rows(rows) and (len(value) == 1 or not is_known(value))]
     if len(lists) > 1:
         raise UserError(f"{file} has several lists of rows ({', '.join(lists[:5])}): save one in a file of its own.")
     if lists:

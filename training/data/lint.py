@@ -85,7 +85,7 @@ class Size:
         return cls(
             len(chat_format.prompt_ids(row["prompt"])),
             tuple(len(tokens) for tokens in ids),
-            any(len(tokens) <= 1 for tokens in ids),
+            not all(text.strip() and len(tokens) > 1 for text, tokens in zip(texts, ids, strict=True)),
             len(set(cut)) < len(set(texts)),
         )
 
@@ -208,8 +208,9 @@ def lint_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, 
     elif tokenizer.pad_token_id in (tokenizer.eos_token_id, chat_format.end_of_turn_id):
         why = f"{directory} has a tokenizer whose pad token ends the turn ({tokenizer.pad_token}): {spare} is used"
     else:
-        return []
-    return [Finding("warning", "pad token", why)]
+        why = ""
+    other = [Finding("warning", "chat template", sentence) for sentence in chat_format.differences]
+    return other + [Finding("warning", "pad token", why)] * bool(why)
 
 
 def answers(row: Row) -> list[str]:

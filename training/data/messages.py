@@ -27,9 +27,10 @@ TRAINED_KEYS = ("weight", "train", "training", "trainable", "train_on_turn", "lo
 MESSAGE_KEYS = ("role", "from", "content", "value", *TRAINED_KEYS)
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
-SERIALISED = re.compile(r'\s*(?:"|array\()?\s*\[?\s*\{')
-ROLE_IN_TEXT = re.compile(r"""\\*['"](?:role|from)\\*['"]\s*:\s*\\*['"](\w+)\\*['"]""")
-CONTENT_IN_TEXT = re.compile(r"""\\*['"](?:content|value|tool_calls)\\*['"]\s*:""")
+SERIALISED = re.compile(r'\s*(?:"|array)?[\s(\[]*(?:\{|\[\s*[\w.]+\()')
+"""How a list of messages begins in JSON, Python and numpy; also `[Message(role=...)]`, which nothing can read."""
+ROLE_IN_TEXT = re.compile(r"""(?:\\*['"](?:role|from)\\*['"]\s*:|\brole=)\s*\\*['"](\w+)\\*['"]""")
+CONTENT_IN_TEXT = re.compile(r"""\\*['"](?:content|value|tool_calls)\\*['"]\s*:|\bcontent=""")
 
 
 def read_messages(value: Any, key: str) -> list[Message]:
@@ -40,15 +41,24 @@ def message_items(value: Any, key: str) -> list[dict[str, Any]]:
     """The messages of a list as they are in the file, without a system message that says nothing."""
     value = deserialised(value, key)
     if isinstance(value, dict):
-        value = [value]
+        value = turns_of_columns(value) or [value]
     if not isinstance(value, list):
         raise BadRow(f"'{key}' is not {'' if key == 'messages' else 'text or '}a list of messages")
     for place, item in enumerate(value):
         check_message(item, key, place)
-    items = [item for item in value if content_of(item) != "" or role_of(item) != "system"]
+    items = [item for item in value if str(content_of(item)).strip() or role_of(item) != "system"]
     if not items:
         raise BadRow(f"'{key}' is empty")
     return items
+
+
+def turns_of_columns(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of {"role": [...], "content": [...]}, as `datasets` keeps a sequence of objects; else none."""
+    columns = {name: cells for name, cells in value.items() if isinstance(cells, list)}
+    if not {"role", "from"} & columns.keys() or len({len(cells) for cells in columns.values()}) > 1:
+        return []
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
 
 
 def check_message(item: Any, key: str, place: int) -> None:
@@ -124,8 +134,21 @@ def deserialised(value: Any, key: str) -> Any:
         return deserialised(found, key)
     if found is None:
         raise BadRow(f"'{key}' is the text of a list of messages that is neither JSON nor Python; write it as JSON")
-    items = [found] if isinstance(found, dict) else found
+    items = unwrapped(found)
+    if not rest and items and all(isinstance(item, (list, tuple)) for item in items):
+        raise BadRow(f"'{key}' is the text of several lists of messages")
     return value if rest or not looks_like_messages(items) else items
+
+
+def unwrapped(value: Any) -> list[Any]:
+    """The list that stands in a list or an object of its own."""
+    while True:
+        if isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value.values())), list):
+            value = next(iter(value.values()))
+        elif isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], (list, tuple)):
+            value = value[0]
+        else:
+            return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def leading_value(text: str) -> tuple[Any, str]:
@@ -135,7 +158,7 @@ def leading_value(text: str) -> tuple[Any, str]:
         return value, text[end:].strip()
     except (ValueError, RecursionError):
         pass
-    closing = "]" if text.startswith("[") else "}"
+    closing = {"[": "]", "(": ")"}.get(text[:1], "}")
     ends = [found.end() for found in re.finditer(re.escape(closing), text)]
     for end in [*ends[-1:], *ends[:20]]:
         if (value := python_value(text[:end])) is not None:

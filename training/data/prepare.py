@@ -110,24 +110,21 @@ def build_rows(
         sets, skipped, notes = build_chitchat(load_dialogues(), settings, seed, chat_format)
         return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
     found = read_sources(settings, report, chat_format)
-    sets, repeats = split_and_blend(found, settings, seed)
-    notes = []
-    if repeats:
-        notes.append(f"each prompt or pair is in a set once: {repeats:,} repeats are left out")
-    if any(kind_of(row) == "pair" for each in found for row in each.rows) and sum(s > 0 for s in settings.split) > 1:
-        shares = ":".join(f"{share:g}" for share in settings.split)
-        notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shares} (data.split)")
+    sets, notes = split_and_blend(found, settings, seed)
     left_out = [(place, reason) for each in found for place, reason, _ in each.left_out]
     reasons = Counter(reason for _, reason in left_out)
-    places = {reason: [at for at, why in left_out if why == reason][:PLACES_NAMED] for reason in reasons}
+    places: dict[str, list[str]] = {reason: [] for reason in reasons}
+    for place, reason in left_out:
+        if len(places[reason]) < PLACES_NAMED:
+            places[reason].append(place)
     sources = [each.describe() for each in found]
     return sets, DataCounts(count_rows(sets), dict(reasons.most_common()), notes, places, sources), left_out
 
 
-def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) -> tuple[RowSets, int]:
+def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) -> tuple[RowSets, list[str]]:
     """All sources together are shared out over steps and evaluation, each row once; then their weights count.
 
-    Also returns how many rows were there already. What several sources have is the one's with the largest weight.
+    Also returns what a person should know about it. What several sources have is the one's with the largest weight.
     """
     rows = [row for each in sorted(found, key=lambda each: -each.source.weight) for row in each.rows]
     if len(found) > 1:
@@ -139,7 +136,13 @@ def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) 
     sets = split_rows(rows, settings.split, settings.held_out, seed)
     repeats = keep_once(sets)
     shuffle(sets, seed)
-    return blend(sets, {each.source.label: each.source.weight for each in found}, seed), repeats
+    notes = [f"each prompt or pair is in a set once: {repeats:,} repeats are left out"] if repeats else []
+    if sets.steps_share:
+        notes.append("too few questions to give each step some of its own: every step trains on all of them")
+    elif any(kind_of(row) == "pair" for row in rows) and sum(share > 0 for share in settings.split) > 1:
+        shares = ":".join(f"{share:g}" for share in settings.split)
+        notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shares} (data.split)")
+    return blend(sets, {each.source.label: each.source.weight for each in found}, seed), notes
 
 
 def count_rows(sets: RowSets) -> dict[str, int]:

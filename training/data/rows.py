@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -58,10 +59,12 @@ class RowSets:
     pairs_eval: list[PairRow] = field(default_factory=list)
     prompts_train: list[PromptRow] = field(default_factory=list)
     prompts_eval: list[PromptRow] = field(default_factory=list)
+    steps_share: bool = False
+    """Whether the training rows were too few to give each step some of its own."""
 
     def items(self) -> list[tuple[str, list[Row]]]:
         """Name and rows of each set."""
-        return [(each.name, getattr(self, each.name)) for each in fields(self)]
+        return [(each.name, getattr(self, each.name)) for each in fields(self) if each.name != "steps_share"]
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
@@ -69,11 +72,11 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
         handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `write_rows` wrote. Raises UserError for a line that is none."""
+def read_rows(file: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file that `write_rows` wrote, or its first `most`. Raises UserError for a line that is none."""
     rows = []
     with open(file, "rb") as handle:  # not splitlines(): text may hold other line separators
-        for place, line in enumerate(handle, 1):
+        for place, line in enumerate(islice(handle, most), 1):
             try:
                 row = json.loads(line.decode("utf-8"))
             except ValueError:

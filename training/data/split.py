@@ -7,7 +7,7 @@ message: no question is both trained on and evaluated, and nor are two parts of 
 import hashlib
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -41,10 +41,13 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out
     sets = RowSets()
     for kind, groups in kinds.items():
         served = {step: shares[step - 1] for step in STEPS_OF_KIND[kind] if shares[step - 1] > 0}
-        assigned = assign_steps({name: group for name, group in groups.items() if name not in aside}, served, seed)
+        trained = {name: group for name, group in groups.items() if name not in aside}
+        share_all = 0 < len(trained) < len(served)  # else a step would have none
+        sets.steps_share |= share_all
+        assigned = assign_steps(trained, served, seed)
         for name, group in groups.items():
             for step in served:
-                if name in aside or assigned[name] == step:
+                if name in aside or share_all or assigned[name] == step:
                     add_rows(sets, step, group, evaluation=name in aside)
     if kinds.keys() == {"sft"} and shares[2] > 0:
         for name, group in kinds["sft"].items():
@@ -121,7 +124,8 @@ def hold_out(groups: dict[str, list[Row]], share: float, seed: int) -> set[str]:
 
 
 def assign_steps(groups: dict[str, list[Row]], shares: dict[int, float], seed: int) -> dict[str, int]:
-    """The step of each group: always the one that is furthest behind its share of the rows."""
+    """The step of each group: always the one that is furthest behind its share of the rows. A step that would have none
+    gets one of the step with the most groups."""
     assigned: dict[str, int] = {}
     given = dict.fromkeys(shares, 0)
     for name in in_random_order(list(groups), f"{seed} steps") if shares else []:
@@ -129,6 +133,10 @@ def assign_steps(groups: dict[str, list[Row]], shares: dict[int, float], seed: i
         behind = {step: total * shares[step] / sum(shares.values()) - given[step] for step in shares}
         assigned[name] = max(behind, key=lambda step: behind[step])
         given[assigned[name]] += len(groups[name])
+    for step in shares.keys() - set(assigned.values()):
+        (most, count), *_ = Counter(assigned.values()).most_common(1) or [(step, 0)]
+        if count > 1:
+            assigned[next(name for name, owner in reversed(assigned.items()) if owner == most)] = step
     return assigned
 
 

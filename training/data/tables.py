@@ -63,19 +63,29 @@ def find_dialect(text: IO[str], usual: str) -> tuple[str, bool, int]:
 
 def column_names(file: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if not is_utf8(cells):
+        raise UserError(f"{file} is not UTF-8 text in the line with its columns' names; save it as UTF-8.")
+    refuse_twice(file, names)
+    return names
+
+
+def refuse_twice(file: Path, names: list[str]) -> None:
+    """Raise UserError for two columns of one name, of which a row would keep one without a word."""
     twice = [name for i, name in enumerate(names) if name in names[:i] and name.lower() not in INDEX_COLUMNS]
     if twice:
         raise UserError(f"{file} has two columns named '{twice[0]}': give one of them another name.")
-    return names
 
 
 def table_row(names: list[str], cells: list[str]) -> Any:
     if len(cells) != len(names):
         return BadRow(f"the row has {len(cells)} cells and the first line {len(names)}")
-    if any(
-        "\udc80" <= sign <= "\udcff" for cell in cells for sign in cell
-    ):  # what surrogateescape makes of other bytes
+    if not is_utf8(cells):
         return BadRow("the line is not UTF-8 text")
     if [cell.strip() for cell in cells] == names:
         return LeftOut("the names of the columns again")
     return {name: cell or None for name, cell in zip(names, cells, strict=True)}
+
+
+def is_utf8(cells: list[str]) -> bool:
+    """Whether there is none of the signs that surrogateescape makes of other bytes."""
+    return not any("\udc80" <= sign <= "\udcff" for cell in cells if not cell.isascii() for sign in cell)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import inference.chat_format
+import inference.chat_template
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
 from training.metrics import Bar, Display
@@ -29,8 +30,12 @@ from training.metrics import Bar, Display
 SMALL = 2_000_000
 """Characters below which making the tokens takes two or three seconds (benchmarks/tokenising.py); they are not kept."""
 
+CODE = (inference.chat_format, inference.chat_template)
+"""What makes tokens."""
+
 Tokens = tuple[Tensor, ...]
-"""Of one row, a tensor for each of its texts: int64 (length)."""
+"""Of one row, a tensor for each of its texts: int64 (length), in memory of its own. A view would take all rows along
+where it is sent or kept."""
 
 
 @dataclass
@@ -99,7 +104,7 @@ class TokenCache:
         """What the file holds; None where it is not there or not whole."""
         try:
             tensors = load_file(self.file)
-            texts = tensors["ids"].long().split(tensors["lengths"].tolist())
+            texts = [text.long() for text in tensors["ids"].split(tensors["lengths"].tolist())]
         except (OSError, SafetensorError, KeyError, RuntimeError):
             return None
         width = len(self.parts)
@@ -116,7 +121,7 @@ def fingerprint(chat_format: ChatFormat) -> str:
         "kind": type(tokenizer).__name__,
         "template": tokenizer.chat_template,
         "end": chat_format.end_of_turn_id,
-        "code": Path(inference.chat_format.__file__).read_text(encoding="utf-8"),
+        "code": [Path(f"{module.__file__}").read_text(encoding="utf-8") for module in CODE],
         "versions": [version("tokenizers"), version("transformers")],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

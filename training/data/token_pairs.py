@@ -20,12 +20,14 @@ class TokenPair:
     rejected: Tensor
     is_unseen: bool = False
     """Whether nothing was trained on under its question (embedded default only)."""
+    place: int = 0
+    """Of its row in the file, counted from 0."""
 
     @classmethod
-    def of(cls, row: dict[str, Any], tokens: Sequence[Tensor]) -> "TokenPair":
+    def of(cls, row: dict[str, Any], tokens: Sequence[Tensor], place: int = 0) -> "TokenPair":
         """Of a row and the tokens of its PARTS."""
         prompt, chosen, rejected = tokens
-        return cls(prompt, chosen, rejected, row.get("held_out_question", False))
+        return cls(prompt, chosen, rejected, row.get("held_out_question", False), place)
 
     @property
     def differs(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat, Message
 from inference.generation.sample import Sample
+from inference.template_check import same_rendering
 from training.config import DataSettings
 
 Row = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
@@ -22,10 +23,14 @@ class Answers:
     samples: list[Sample]
     texts: list[str]
 
-    def rows(self, reader: ChatFormat, data: DataSettings) -> list[Row]:
-        """As `reader` has them: the same tokens, or the text anew; no end token where the answer did not end."""
+    def rows(self, reader: ChatFormat, data: DataSettings, to_score: bool = False) -> list[Row]:
+        """As `reader` has them: the same tokens, or the text anew; no end token where the answer did not end.
+
+        A reward model reads an answer `to_score` with the end that it was taught, whatever token ended it.
+        """
         if same_tokens(reader, self.chat_format):
-            return [(sample.prompt_ids, torch.tensor(sample.response_ids)) for sample in self.samples]
+            as_read = self.chat_format.as_taught if to_score else list
+            return [(sample.prompt_ids, torch.tensor(as_read(sample.response_ids))) for sample in self.samples]
         rows = []
         for prompt, text, sample in zip(self.prompts, self.texts, self.samples, strict=True):
             prompt_ids, response_ids = reader.prompt_ids(prompt, data.max_prompt_tokens), reader.response_ids(text)
@@ -40,8 +45,8 @@ def same_tokens(a: ChatFormat, b: ChatFormat) -> bool:
     ours, theirs = a.tokenizer, b.tokenizer
     return (
         a.end_of_turn_id == b.end_of_turn_id
-        and ours.chat_template == theirs.chat_template
         and ours.get_vocab() == theirs.get_vocab()
+        and (ours.chat_template == theirs.chat_template or same_rendering(a, b))
     )
 
 

@@ -138,7 +138,7 @@ class Comparison:
         chat_format, limit = reader.chat_format, self.data.max_prompt_tokens
         prompts = [torch.tensor(chat_format.prompt_ids(row["prompt"], limit)) for row in self.held_out]
         engine = GenerationEngine(
-            reader.policy.model, chat_format.end_of_turn_id, chat_format.pad_id, self.settings.generation_batch
+            reader.policy.model, chat_format.end_ids, chat_format.pad_id, self.settings.generation_batch
         )
         sampling = SamplingSettings(
             self.data.max_response_tokens, self.settings.temperature, min_tokens=self.settings.min_response_tokens

@@ -10,6 +10,11 @@ Z = 1.96
 """Of a 95 % interval."""
 ENOUGH_GROUPS = 10
 """From so many on, the likeness of answers within a group is estimated."""
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
+)
+"""Characters of scripts that write words without a space between them."""
 
 
 def win_rate(
@@ -37,7 +42,7 @@ def win_interval(wins: float, losses: float, size: float) -> tuple[float, float]
     """
 
     def explains(difference: float) -> bool:
-        # losses in truth, were this the difference in truth: the larger root of equation (6)
+        # the likeliest share of losses, were this the difference in truth: the larger root of a quadratic
         a, c = 2.0, -losses * difference * (1 - difference)
         b = -wins - losses + (2 - wins + losses) * difference
         expected_losses = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
@@ -88,8 +93,8 @@ def effective_size(outcomes: Sequence[float], groups: Sequence[Hashable]) -> flo
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, marks apart."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+    """Lower-case words, marks apart; of scripts without spaces between words each character."""
+    return re.findall(rf"[^\W{UNSPACED}]+|[{UNSPACED}]|[^\w\s]", text.lower())
 
 
 def distinct_bigrams(replies: Sequence[str]) -> float:

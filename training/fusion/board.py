@@ -1,4 +1,4 @@
-"""A notice board for the ranks of one rollout: small values by name, counters, no collective calls.
+"""A notice board for the ranks of one rollout: values by name, counters, no collective calls.
 
 Ranks that decode and ranks that score run at their own pace, so they cannot meet in collectives. The board lies in the
 key-value store that every process group of torch.distributed has anyway.
@@ -6,23 +6,28 @@ key-value store that every process group of torch.distributed has anyway.
 
 import json
 import time
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
 
-PAUSE = 0.002
-"""Seconds between two looks at the board."""
-PATIENCE = timedelta(minutes=30)
-"""How long a notice may take; a peer that ends sooner ends the run through its launcher."""
+from training.roll_call import RollCall
+
+PAUSES = 0.0005, 0.005
+"""Seconds between two looks whether a notice is there, at first and after a while. A wait in the store itself would
+keep the roll call from the store."""
+BITS = 20
+"""Of a number in a tally, which is three of them in one counter."""
 
 
 class Board:
     """Notices of one rollout; `name` must be new for each, and the same on every rank."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, roll_call: RollCall | None = None):
         store = dist.distributed_c10d._get_default_store()
         self.store = dist.PrefixStore(f"board/{name}", store)
+        self.roll_call = roll_call
         self.mine: list[str] = []
         self.counters: set[str] = set()
 
@@ -34,18 +39,36 @@ class Board:
     def has(self, key: str) -> bool:
         return self.store.check([key])
 
-    def read(self, key: str) -> Any:
-        """The value under `key`; waits for it. JSON, because whoever reaches the port could hang up a notice."""
-        self.store.wait([key], PATIENCE)
+    def read(self, key: str, awaited: Mapping[int, str], phase: str) -> Any:
+        """The value under `key`; waits for it. JSON, because whoever reaches the port could hang up a notice.
+
+        `awaited` names the ranks that it hangs on, each with a key that says that the rank has done its part.
+        """
+
+        def missing() -> list[int]:
+            return [rank for rank, its_key in awaited.items() if not self.has(its_key)]
+
+        with self.roll_call.waiting(missing, phase) if self.roll_call else nullcontext():
+            pause, longest = PAUSES
+            while not self.has(key):
+                time.sleep(pause)
+                pause = min(1.2 * pause, longest)
         return json.loads(self.store.get(key))
+
+    def read_all(self, keys: Sequence[str]) -> list[Any]:
+        """The values under keys that are there, in one request."""
+        return [json.loads(notice) for notice in self.store.multi_get(list(keys))]
 
     def count(self, key: str, more: int = 1) -> int:
         """Add to a counter and return its new value; `more` 0 reads it."""
         self.counters.add(key)
         return self.store.add(key, more)
 
-    def pause(self) -> None:
-        time.sleep(PAUSE)
+    def tally(self, key: str, samples: int) -> tuple[int, int, int]:
+        """Add one that has `samples` left; returns how many came so far, their samples, and how many have any."""
+        found = self.count(key, 1 | samples << BITS | (samples > 0) << 2 * BITS)
+        mask = (1 << BITS) - 1
+        return found & mask, found >> BITS & mask, found >> 2 * BITS
 
     def clear(self, counters: bool) -> None:
         """Take down what this rank hung up, once nobody will read it any more; one rank takes down the counters."""

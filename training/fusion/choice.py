@@ -4,12 +4,13 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 from training.fusion.costs import Costs, Measured, fit
 from training.fusion.lengths import LengthStatistics
 from training.fusion.repacking import Policy
-from training.fusion.simulator import Job, Machine, fused, serial
+from training.fusion.simulator import Instance, Job, Machine, fused, fused_from, serial
 
 Mode = Literal["none", "inter", "auto"]
 WORTH = 0.02
@@ -22,7 +23,9 @@ FITTED = 4
 """Rollouts whose measurements the costs are fitted to."""
 DRAWS = 4
 """Imagined rollouts that a threshold is judged by."""
-THRESHOLDS = 12
+THRESHOLDS = 8
+FINALISTS = 4
+"""Policies that are judged by all imagined rollouts: the best ones of the first."""
 TICKS = 64
 """Ticks in a rollout, about."""
 NOMINAL = Costs(rows=(1,), step=(1.0,), per_context=0.0, prefill=(1.0, 0.0), score=(0.0, 1e-3))
@@ -75,7 +78,10 @@ class Choice:
 
 @dataclass
 class FusionChoice:
-    """Chooses before each rollout and learns after it; the same on every rank, kept in checkpoints."""
+    """Chooses before each rollout and learns after it; kept in checkpoints.
+
+    The first rank chooses and learns, and tells the others: `decided`, `take`. Lengths are known to all.
+    """
 
     setting: Setting
     lengths: LengthStatistics
@@ -143,6 +149,7 @@ class FusionChoice:
         machine = Machine(costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
         drawn = random.Random(f"{setting.seed}/fusion/{number}")
         rollouts = [self._imagined(drawn) for _ in range(DRAWS)]
+        begun = [[Instance(jobs, machine) for jobs in shares] for shares in rollouts]
         without = [serial(shares, machine) for shares in rollouts]
         expected_serial = sum(outcome.seconds for outcome in without) / DRAWS
         decoding = (
@@ -151,12 +158,15 @@ class FusionChoice:
         )
         tick = max(2 * costs.step_seconds(1), decoding / TICKS)
 
-        def seconds(policy: Policy) -> float:
-            outcomes = [fused(shares, machine, policy, self.lengths.remaining) for shares in rollouts]
-            return sum(outcome.seconds for outcome in outcomes) / DRAWS
+        remaining = cache(self.lengths.remaining)
+
+        def seconds(policy: Policy, draws: int = DRAWS) -> float:
+            outcomes = [fused_from(instances, policy, remaining) for instances in begun[:draws]]
+            return sum(outcome.seconds for outcome in outcomes) / draws
 
         policies = [self._policy(threshold, rows, tick) for threshold, rows in self._grid()]
-        best_seconds, best = min(((seconds(policy), policy) for policy in policies), key=lambda pair: pair[0])
+        finalists = sorted(policies, key=lambda policy: seconds(policy, draws=1))[:FINALISTS]
+        best_seconds, best = min(((seconds(policy), policy) for policy in finalists), key=lambda pair: pair[0])
         if self.current is not None and self.current.policy is not None:
             kept = replace(self.current.policy, tick=tick)
             if (kept_seconds := seconds(kept)) <= best_seconds * (1 + WORTH):
@@ -208,8 +218,7 @@ class FusionChoice:
         `shares` are its samples by the instance that began them; `by_prompt` the lengths of responses by prompt.
         """
         predicted = self.predict(shares)
-        self.lengths.add(by_prompt)
-        self.prompts = [job.prompt for jobs in shares for job in jobs]
+        self.note(shares, by_prompt)
         self.bandwidth, self.cache_bytes = bandwidth, cache_bytes
         if not self.is_warm:
             self.is_warm = True
@@ -222,6 +231,11 @@ class FusionChoice:
         if not predicted or abs(predicted / achieved - 1) > WRONG:
             self.refit()
         return predicted
+
+    def note(self, shares: Sequence[Sequence[Job]], by_prompt: dict[int, list[int]]) -> None:
+        """Lengths after a rollout."""
+        self.lengths.add(by_prompt)
+        self.prompts = [job.prompt for jobs in shares for job in jobs]
 
     def refit(self) -> None:
         """Costs from the last measurements; the next choice is made anew."""
@@ -243,24 +257,26 @@ class FusionChoice:
             return serial(shares, machine).seconds * (self.overlap or 1.0)
         return fused(shares, machine, self.current.policy, self.lengths.remaining).seconds
 
-    def as_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
-        current = None
-        if self.current is not None:
-            current = asdict(self.current)
+    def decided(self) -> dict[str, Any]:
+        """What ranks do not find by themselves."""
         return {
-            "lengths": self.lengths.as_dict(),
             "costs": self.costs.as_dict() if self.costs else None,
-            "current": current,
-            "prompts": self.prompts,
+            "current": asdict(self.current) if self.current is not None else None,
             "overlap": self.overlap,
         }
 
+    def take(self, decided: dict[str, Any]) -> None:
+        self.costs = Costs.from_dict(decided["costs"]) if decided["costs"] else None
+        self.overlap = decided["overlap"]
+        if (current := decided["current"]) is not None:
+            policy = Policy(**current["policy"]) if current["policy"] else None
+            self.current = Choice(**{**current, "policy": policy})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"lengths": self.lengths.as_dict(), "prompts": self.prompts, **self.decided()}
+
     def restore(self, values: dict[str, Any]) -> None:
         self.lengths.restore(values["lengths"])
-        self.costs = Costs.from_dict(values["costs"]) if values["costs"] else None
         self.prompts = list(values["prompts"])
-        self.overlap = values["overlap"]
-        if values["current"] is not None:
-            policy = values["current"]["policy"]
-            self.current = Choice(**{**values["current"], "policy": Policy(**policy) if policy else None})
+        self.take(values)

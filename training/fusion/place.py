@@ -28,3 +28,7 @@ class Place:
     def peer(self, instance: int) -> int:
         """The rank that holds the same part of the model in another instance."""
         return self.layout.tensor_groups[instance][self.tensor_rank]
+
+    def speaker(self, instance: int) -> int:
+        """The rank that speaks for an instance."""
+        return self.layout.tensor_groups[instance][0]

@@ -57,13 +57,15 @@ class Policy:
     interleaves: bool = False
     """Whether ranks that decode score too: beside decoding on CUDA, between decode steps elsewhere."""
 
+    def instances_for(self, samples: int, busy: int) -> int:
+        """How many of `busy` instances go on with `samples` unfinished ones."""
+        return min(busy, math.ceil(samples / self.rows)) if samples <= self.threshold else busy
+
 
 def decide(left: Mapping[int, Sequence[Unfinished]], policy: Policy, remaining: Remaining) -> Repacking | None:
     """What to do when the instances that decode have `left` these; None: go on."""
     busy = [instance for instance in sorted(left) if left[instance]]
-    total = sum(len(samples) for samples in left.values())
-    wanted = math.ceil(total / policy.rows) if total <= policy.threshold else len(busy)
-    wanted = min(wanted, len(busy))
+    wanted = policy.instances_for(sum(map(len, left.values())), len(busy))
     if wanted == len(left):
         return None
     work = {instance: sum(remaining(sample.response) for sample in left[instance]) for instance in busy}

@@ -1,10 +1,14 @@
 """One rollout with inter-stage fusion: samples are scored as they end, the long tail is gathered on few instances.
 
 Every instance decodes at its own pace. At each tick of its clock (predicted seconds, so that the same work ticks alike
-in every run) it reads what all others had left at their last tick, and all decide the same repacking. Nobody waits:
-a decision on the statuses of tick n is carried out by those who give samples away at tick n + 1, and by those who take
-them at tick n + 2. Ranks that have nothing left to decode claim units of ended samples, the longest first, and score
-them. Tokens do not depend on any of this: see `inference.generation.sampler`.
+in every run) it posts what it has left. Whoever is the last one to come to a tick decides for all, and reads what the
+others have left only where there can be a repacking. Nobody waits: a decision on the statuses of tick n is carried out
+by those who give samples away at tick n + 1, and by those who take them at tick n + 2. Ranks that have nothing left to
+decode draw tickets for units of ended samples and score them. Tokens do not depend on any of this: see
+`inference.generation.sampler`.
+
+Who gives posts the notices before sending, and all ranks send and receive in the order of the moves of a decision, so
+that a sending may wait for its receiver (as NCCL's first one to a peer does).
 """
 
 import time
@@ -67,9 +71,8 @@ class FusedRollout(Generic[S]):
         self.ended: list[Sample] = []
         self.arriving: list[Move] = []
         self.sends: list[tuple[dist.Work, Tensor]] = []
-        self.units: dict[int, list[Sample]] = {}
-        """Handed out by any instance and, as far as this rank knows, not claimed yet."""
-        self.units_seen = 0
+        self.ticket: int | None = None
+        """Number of the unit that this rank will score next."""
         self.scored: list[S] = []
 
     def run(self) -> list[S]:
@@ -78,11 +81,13 @@ class FusedRollout(Generic[S]):
         self.is_open = True
         self._hand_out(all_of_it=True)
         if self.place.speaks:
-            self.board.count("over")
+            self.board.post(f"over/{self.place.instance}", True)
+            if self.board.count("over") == self.place.layout.data:
+                self._end_units()
         with self.timeline.span("migrate"):
             for work, _ in self.sends:
                 work.wait()
-        while self._score() or not self._nothing_comes():
+        while self._score():
             pass
         self.scored += self.aside.collect()
         return self.scored
@@ -115,25 +120,41 @@ class FusedRollout(Generic[S]):
         self.ended += [sample for sample in grown if sample.is_over]
 
     def _post_status(self) -> None:
-        if self.place.speaks:
-            left = [Unfinished(s.index, len(s.prompt_ids), len(s.response_ids)) for s in self.decoding.unfinished]
-            arriving = [
-                Unfinished(move.index, len(self.prompts[move.index]), move.length - len(self.prompts[move.index]))
-                for move in self.arriving
-            ]
-            notice = [astuple(each) for each in left + arriving]
-            self.board.post(f"left/{self.tick}/{self.place.instance}", notice)
+        """The last one that comes to a tick decides for all."""
+        if not self.place.speaks or len(self.active) == 1:
+            return
+        left = [Unfinished(s.index, len(s.prompt_ids), len(s.response_ids)) for s in self.decoding.unfinished]
+        for move in self.arriving:
+            prompt = len(self.prompts[move.index])
+            left.append(Unfinished(move.index, prompt, move.length - prompt))
+        self.board.post(f"left/{self.tick}/{self.place.instance}", [astuple(each) for each in left])
+        came, samples, busy = self.board.tally(f"came/{self.tick}", len(left))
+        if came == len(self.active):
+            self._decide(samples, busy)
+
+    def _decide(self, samples: int, busy: int) -> None:
+        """On `samples` unfinished ones of all active instances, of which `busy` have some."""
+        repacking = None
+        if self.policy.instances_for(samples, busy) < len(self.active):
+            keys = [f"left/{self.tick}/{instance}" for instance in self.active]
+            notices = self.board.read_all(keys)
+            left = {
+                instance: [Unfinished(*each) for each in notice]
+                for instance, notice in zip(self.active, notices, strict=True)
+            }
+            repacking = decide(left, self.policy, self.remaining)
+        self.board.post(f"decision/{self.tick}", repacking and astuple(repacking))
 
     def _decision(self) -> Repacking | None:
         if self.tick == 1 or len(self.active) == 1:
             return None
-        start = time.perf_counter()
-        left = {
-            instance: [Unfinished(*each) for each in self.board.read(f"left/{self.tick - 1}/{instance}")]
-            for instance in self.active
-        }
-        self.timeline.add("idle", start, time.perf_counter())
-        return decide(left, self.policy, self.remaining)
+        with self.timeline.span("idle"):
+            came = {self.place.speaker(instance): f"left/{self.tick - 1}/{instance}" for instance in self.active}
+            told = self.board.read(f"decision/{self.tick - 1}", came, "generation")
+        if told is None:
+            return None
+        keepers, moves = told
+        return Repacking(tuple(keepers), tuple(Move(*move) for move in moves))
 
     def _carry_out(self, repacking: Repacking | None) -> None:
         if repacking is None:
@@ -148,21 +169,19 @@ class FusedRollout(Generic[S]):
         """Send samples away: tokens and log-probabilities over the board, keys and values from rank to rank."""
         with self.timeline.span("migrate"):
             unfinished = {sample.index: sample for sample in self.decoding.unfinished}
+            sending: list[tuple[Tensor, int]] = []
             for move in moves:
                 sample = unfinished.get(move.index)  # it may have ended since
-                kept = None
+                notice = kept = None
                 if sample is not None:
                     (kept,) = self.decoding.take([sample], with_cache=self.moves_cache(move.length))
-                    if kept is not None:
-                        peer = self.place.peer(move.target)
-                        self.sends.append((sent(dist.isend(kept, peer)), kept))
+                    notice = sample.response_ids, sample.logprobs, sample.limit, kept is not None
+                if kept is not None:
+                    sending.append((kept, self.place.peer(move.target)))
                 if self.place.speaks:
-                    notice = (
-                        None
-                        if sample is None
-                        else (sample.response_ids, sample.logprobs, sample.limit, kept is not None)
-                    )
                     self.board.post(f"move/{move.index}/{move.target}", notice)
+            for kept, peer in sending:  # receivers know of all of them by now
+                self.sends.append((sent(dist.isend(kept, peer)), kept))
 
     def _take(self) -> None:
         """Receive what was promised at the last tick."""
@@ -170,7 +189,8 @@ class FusedRollout(Generic[S]):
             return
         with self.timeline.span("migrate"):
             for move in self.arriving:
-                notice = self.board.read(f"move/{move.index}/{move.target}")
+                key = f"move/{move.index}/{move.target}"
+                notice = self.board.read(key, {self.place.speaker(move.source): key}, "generation")
                 if notice is None:
                     continue
                 response_ids, logprobs, limit, with_cache = notice
@@ -193,25 +213,38 @@ class FusedRollout(Generic[S]):
         units = [batch.rows for batch in fill_micro_batches(rows, lengths, self.policy.unit_tokens)]
         if not all_of_it and units and sum(lengths[row] for row in units[-1]) < self.policy.unit_tokens / 2:
             units.pop()
-        if self.place.speaks:
-            for unit in units:
+        if self.place.speaks and units:
+            first = self.board.count("units", len(units)) - len(units)
+            for number, unit in enumerate(units, first):
                 samples = [self.ended[row] for row in unit]
-                number = self.board.count("units") - 1
                 notice = [(s.index, s.response_ids, s.logprobs, s.limit, s.ended) for s in samples]
                 self.board.post(f"unit/{number}", notice)
         gone = {row for unit in units for row in unit}
         self.ended = [sample for row, sample in enumerate(self.ended) if row not in gone]
 
+    def _end_units(self) -> None:
+        """No unit will come: tell the tickets that are still out, at most one of each rank."""
+        units = self.board.count("units", 0)
+        for number in range(units, units + len(self.place.layout.mesh)):
+            self.board.post(f"unit/{number}", None)
+
     def _score(self, waits: bool = True) -> bool:
-        """Score the longest unit that is to be had, if there is one: short ones last let all ranks end together."""
-        self._look_for_units()
-        while self.units:
-            number = max(self.units, key=lambda number: (tokens_of(self.units[number]), -number))
-            samples = self.units.pop(number)
-            if self.board.count(f"claims/{number}") == 1:
-                break
-        else:
+        """Score the unit of this rank's ticket; False if none will come or, without `waits`, if none is there yet."""
+        if self.ticket is None:
+            self.ticket = self.board.count("tickets") - 1
+        unit = f"unit/{self.ticket}"
+        if not waits and not self.board.has(unit):
             return False
+        with self.timeline.span("idle"):
+            over = {self.place.speaker(instance): f"over/{instance}" for instance in range(self.place.layout.data)}
+            notice = self.board.read(unit, over, "generation")
+        if notice is None:
+            return False
+        self.ticket = None
+        samples = [
+            Sample(index, self.prompts[index], limit, response_ids, logprobs, ended)
+            for index, response_ids, logprobs, limit, ended in notice
+        ]
         with self.timeline.span("score"):
             begun = time.perf_counter()
             self.scored += self.aside.collect()
@@ -220,24 +253,6 @@ class FusedRollout(Generic[S]):
                 self.scored += self.aside.collect()
                 self.report.measured.append(Measured(time.perf_counter() - begun, scored=tokens_of(samples)))
         return True
-
-    def _look_for_units(self) -> None:
-        """Read the units that have been handed out since the last look."""
-        while self.board.has(f"unit/{self.units_seen}"):
-            self.units[self.units_seen] = [
-                Sample(index, self.prompts[index], limit, response_ids, logprobs, ended)
-                for index, response_ids, logprobs, limit, ended in self.board.read(f"unit/{self.units_seen}")
-            ]
-            self.units_seen += 1
-
-    def _nothing_comes(self) -> bool:
-        """Whether all instances are done and all units are claimed; rests a moment if not."""
-        with self.timeline.span("idle"):
-            over = self.board.count("over", 0) == self.place.layout.data
-            if over and not self.units and self.board.count("units", 0) == self.units_seen:
-                return True
-            self.board.pause()
-            return False
 
 
 def tokens_of(samples: list[Sample]) -> int:

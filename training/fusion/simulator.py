@@ -6,12 +6,16 @@ hundred operations whatever its lengths.
 
 import heapq
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 
 from inference.generation.engine import PREFILL_TOKENS
-from training.data.batching import fill_micro_batches, plan_micro_batches
+from training.data.batching import plan_micro_batches
 from training.fusion.costs import Costs
 from training.fusion.repacking import Policy, Remaining, Unfinished, decide
 from training.fusion.timeline import Span
@@ -42,6 +46,11 @@ class Machine:
     micro_batch_tokens: int = 4096
     """Of scoring without fusion."""
 
+    @cached_property
+    def step_seconds(self) -> list[float]:
+        """Of a decode step, without its context, by its rows."""
+        return [self.costs.step_seconds(rows) for rows in range(self.slots + 1)]
+
 
 @dataclass
 class Outcome:
@@ -63,37 +72,51 @@ class Outcome:
         return self.ranks * self.seconds - self.busy
 
 
-@dataclass
-class Running:
-    job: Job
-    done: int
-
-
 class Instance:
     """One instance that decodes: a clock, rows and a queue."""
 
     def __init__(self, jobs: Sequence[Job], machine: Machine):
         self.machine = machine
         self.clock = 0.0
-        self.waiting = deque(Running(job, 0) for job in jobs)
-        self.running: list[Running] = []
+        self.waiting = deque((job, 0) for job in jobs)
+        """Each with its tokens so far."""
+        self.running: list[tuple[int, Job]] = []
+        """Each with the number of the decode step that ends it; the first to end stands last."""
+        self.steps = 0
+        self.context = 0
+        """Tokens that the next step attends to."""
         self.ended: list[tuple[float, Job]] = []
         self.begun = 0.0
         """When the last step began."""
         self.ending_steps: list[float] = []
         """When the step began that ended each sample."""
+        self._course: Instance | None = None
 
     def copy(self) -> "Instance":
         other = Instance([], self.machine)
-        other.clock = self.clock
-        other.waiting = deque(replace(r) for r in self.waiting)
-        other.running = [replace(r) for r in self.running]
-        other.ended, other.begun, other.ending_steps = list(self.ended), self.begun, list(self.ending_steps)
+        other.__dict__.update(self.__dict__)
+        other.waiting, other.running = self.waiting.copy(), self.running.copy()
+        other.ended, other.ending_steps = self.ended.copy(), self.ending_steps.copy()
         return other
 
     @property
+    def course(self) -> "Instance":
+        """As it will be in the end, if no sample comes or goes."""
+        if self._course is None:
+            course = self.copy()
+            course.advance()
+            self._course = course
+        return self._course
+
+    @property
     def left(self) -> list[Unfinished]:
-        return [Unfinished(r.job.index, r.job.prompt, r.done) for r in (*self.running, *self.waiting)]
+        running = [(job, job.response - (end - self.steps)) for end, job in self.running]
+        return [Unfinished(job.index, job.prompt, done) for job, done in (*running, *self.waiting)]
+
+    def left_at(self, time: float) -> int:
+        """Samples that steps begun before `time` leave unfinished, if none comes or goes."""
+        ending = self.course.ending_steps
+        return len(ending) - bisect_left(ending, time)
 
     def advance(self, until: float = math.inf) -> None:
         """Make every step that begins before `until`."""
@@ -102,33 +125,35 @@ class Instance:
                 self._prefill()
             else:
                 self._decode(until)
-            for r in [r for r in self.running if r.done >= r.job.response]:
-                self.running.remove(r)
-                self.ended.append((self.clock, r.job))
+            while self.running and self.running[-1][0] <= self.steps:
+                _, job = self.running.pop()
+                self.context -= job.length - 1
+                self.ended.append((self.clock, job))
                 self.ending_steps.append(self.begun)
 
     def _prefill(self) -> None:
         tokens = 0
-        admitted: list[Running] = []
+        admitted: list[tuple[Job, int]] = []
         while self.waiting and len(self.running) + len(admitted) < self.machine.slots:
-            r = self.waiting[0]
-            more = r.job.prompt + max(0, r.done - 1)
+            job, done = self.waiting[0]
+            more = job.prompt + max(0, done - 1)
             if admitted and tokens + more > PREFILL_TOKENS:
                 break
             tokens += more
             admitted.append(self.waiting.popleft())
-        for r in admitted:
-            r.done = max(r.done, 1)
-        self.running += admitted
+        for job, done in admitted:
+            self._admit(job, max(done, 1))
         self.begun = self.clock
         self.clock += self.machine.costs.prefill_seconds(tokens)
 
+    def _admit(self, job: Job, done: int) -> None:
+        insort(self.running, (self.steps + job.response - done, job), key=lambda pair: -pair[0])
+        self.context += job.prompt + done - 1
+
     def _decode(self, until: float) -> None:
         """Steps up to the next end of a sample, or up to `until`."""
-        rows = len(self.running)
-        context = sum(r.job.prompt + r.done - 1 for r in self.running)
-        step, share = self.machine.costs.step_seconds(rows), self.machine.costs.per_context
-        count = min(r.job.response - r.done for r in self.running)
+        rows, context, count = len(self.running), self.context, self.running[-1][0] - self.steps
+        step, share = self.machine.step_seconds[rows], self.machine.costs.per_context
 
         def seconds(steps: int) -> float:
             return steps * step + share * (steps * context + rows * steps * (steps - 1) / 2)
@@ -141,17 +166,33 @@ class Instance:
             count = low
         self.begun = self.clock + seconds(count - 1)
         self.clock += seconds(count)
-        for r in self.running:
-            r.done += count
+        self.steps += count
+        self.context += rows * count
 
-    def drop(self, index: int) -> Running | None:
-        """None if the sample has ended."""
-        for place in (self.running, self.waiting):
-            for r in place:
-                if r.job.index == index:
-                    place.remove(r)
-                    return r
+    def drop(self, index: int) -> tuple[Job, int] | None:
+        """A sample that leaves, with its tokens so far; None if it has ended."""
+        self._course = None
+        for end, job in self.running:
+            if job.index == index:
+                self.running.remove((end, job))
+                done = job.response - (end - self.steps)
+                self.context -= job.prompt + done - 1
+                return job, done
+        for job, done in self.waiting:
+            if job.index == index:
+                self.waiting.remove((job, done))
+                return job, done
         return None
+
+    def take(self, job: Job, done: int) -> None:
+        """A sample that comes, with its keys and values or, where these are made anew faster, to be prefilled."""
+        self._course = None
+        tokens, costs = job.prompt + max(0, done - 1), self.machine.costs
+        if done and costs.moves_cache(tokens) and len(self.running) < self.machine.slots:
+            self.clock += costs.move_seconds(tokens)
+            self._admit(job, done)
+        else:
+            self.waiting.appendleft((job, done))
 
 
 def serial(shares: Sequence[Sequence[Job]], machine: Machine) -> Outcome:
@@ -174,91 +215,103 @@ def serial(shares: Sequence[Sequence[Job]], machine: Machine) -> Outcome:
 
 def fused(shares: Sequence[Sequence[Job]], machine: Machine, policy: Policy, remaining: Remaining) -> Outcome:
     """What `FusedRollout` does under a policy; ranks that decode do not score."""
-    costs = machine.costs
-    instances = dict(enumerate(Instance(jobs, machine) for jobs in shares))
+    return fused_from([Instance(jobs, machine) for jobs in shares], policy, remaining)
+
+
+def fused_from(begun: Sequence[Instance], policy: Policy, remaining: Remaining) -> Outcome:
+    """`fused`, from instances that are left as they are: policies share what comes before samples move."""
+    machine = begun[0].machine
+    instances = dict(enumerate(begun))
     active = dict(instances)
+    ends = endings(active)
     opened = math.inf
     tick, repackings, moved = 1, 0, 0
     while len(active) > 1:
-        tick = max(tick, first_tick(active, policy))
-        for instance in active.values():
-            instance.advance(tick * policy.tick)
-        left = {name: instance.left for name, instance in active.items()}
-        repacking = decide(left, policy, remaining)
+        tick = max(tick, first_tick(active, ends, policy))
+        time, later = tick * policy.tick, (tick + 1) * policy.tick
         tick += 1
-        if repacking is None:
-            if not any(left.values()):
-                break
+        left = {name: instance.left_at(time) for name, instance in active.items()}
+        total, busy = sum(left.values()), sum(map(bool, left.values()))
+        wanted = policy.instances_for(total, busy)
+        if wanted == len(active):
             continue
-        opened = min(opened, tick * policy.tick)
-        repackings += bool(repacking.moves)
+        if wanted == busy:  # nobody has to move
+            opened = min(opened, later)
+            active = {name: instance for name, instance in active.items() if left[name]}
+            continue
+        active = {name: instance.copy() for name, instance in active.items()}
+        instances |= active
         for instance in active.values():
-            instance.advance(tick * policy.tick)
+            instance.advance(time)
+        repacking = decide({name: instance.left for name, instance in active.items()}, policy, remaining)
+        if repacking is None:  # a sample that ends at the tick, to the rounding
+            continue
+        opened = min(opened, later)
+        repackings += 1
         for move in repacking.moves:
             source, target = active[move.source], instances[move.target]
-            r = source.drop(move.index)
-            if r is None:
+            source.advance(later)
+            given = source.drop(move.index)
+            if given is None:
                 continue
             moved += 1
             target.advance((tick + 1) * policy.tick)
-            target.clock = max(target.clock, tick * policy.tick)  # an empty one waits for the sample
-            tokens = r.job.prompt + max(0, r.done - 1)
-            if r.done and costs.moves_cache(tokens) and len(target.running) < machine.slots:
-                target.clock += costs.move_seconds(tokens)
-                target.running.append(r)
-            else:
-                target.waiting.appendleft(r)
+            target.clock = max(target.clock, later)  # an empty one waits for the sample
+            target.take(*given)
         active = {name: instances[name] for name in repacking.keepers}
-    for instance in instances.values():
-        instance.advance()
-    generated = max(instance.clock for instance in instances.values())
-    units = [unit for instance in instances.values() for unit in handed_out(instance, opened, policy)]
-    free = [(instances[rank // machine.tensor].clock, rank) for rank in range(len(shares) * machine.tensor)]
+        ends = endings(active)
+    courses = [instance.course for instance in instances.values()]
+    generated = max(course.clock for course in courses)
+    units = [unit for course in courses for unit in handed_out(course, opened, policy)]
+    free = [(courses[rank // machine.tensor].clock, rank) for rank in range(len(courses) * machine.tensor)]
     spans = [[Span("generate", 0.0, start)] for start, _ in free]
-    busy = sum(start for start, _ in free)
-    end = score_units(units, free, costs, spans)
-    busy += sum(span.end - span.start for rank in spans for span in rank[1:])
-    return Outcome(max(end, generated), generated, busy, len(spans), repackings, moved, spans)
+    busy_seconds = sum(start for start, _ in free)
+    end = score_units(units, free, machine.costs, spans)
+    busy_seconds += sum(span.end - span.start for rank in spans for span in rank[1:])
+    return Outcome(max(end, generated), generated, busy_seconds, len(spans), repackings, moved, spans)
 
 
-def first_tick(active: dict[int, Instance], policy: Policy) -> int:
+def endings(active: dict[int, Instance]) -> list[float]:
+    """When the steps begin that end the samples of these instances, in order."""
+    return sorted(time for instance in active.values() for time in instance.course.ending_steps)
+
+
+def first_tick(active: dict[int, Instance], ends: list[float], policy: Policy) -> int:
     """The first tick at which the counts of unfinished samples can lead to a repacking.
 
     Before tick n an instance makes every step that begins before then, so an end counts from when its step began.
     """
-    courses = {name: instance.copy() for name, instance in active.items()}
-    for course in courses.values():
-        course.advance()
-    began = sorted(t for name, course in courses.items() for t in course.ending_steps[len(active[name].ended) :])
-    total = len(began)
-    times = [course.begun if active[name].left else 0.0 for name, course in courses.items()]
-    for count in range(min(policy.threshold, total), 0, -1):
-        if math.ceil(count / policy.rows) < len(active):
-            times.append(began[total - count - 1] if count < total else 0.0)
-            break
+    times = [instance.course.begun for instance in active.values()]  # one is empty
+    count = min(policy.threshold, len(ends), policy.rows * (len(active) - 1))
+    if count:
+        times.append(ends[-count - 1] if count < len(ends) else 0.0)
     return math.floor(min(times) / policy.tick) + 1
 
 
 def handed_out(instance: Instance, opened: float, policy: Policy) -> list[tuple[float, int, int]]:
-    """Units of an instance: (when, a number that keeps them apart, tokens)."""
+    """Units of an instance that has ended: (when, a number that keeps them apart, tokens)."""
     units: list[tuple[float, int, int]] = []
-    kept: list[Job] = []
+    kept: list[int] = []  # lengths
 
     def hand_out(time: float, all_of_it: bool) -> None:
-        kept.sort(key=lambda job: -job.length)
-        lengths = [job.length for job in kept]
-        batches = fill_micro_batches(list(range(len(kept))), lengths, policy.unit_tokens)
-        sums = [sum(lengths[row] for row in batch.rows) for batch in batches]
-        rest = len(batches[-1].rows) if not all_of_it and sums and sums[-1] < policy.unit_tokens / 2 else 0
-        for tokens in sums[: -1 if rest else None]:
+        kept.sort(reverse=True)
+        first, tokens = 0, 0
+        for place, length in enumerate(kept):
+            if place > first and tokens + length > policy.unit_tokens:
+                units.append((time, len(units), tokens))
+                first, tokens = place, 0
+            tokens += length
+        if tokens and (all_of_it or tokens >= policy.unit_tokens / 2):
             units.append((time, len(units), tokens))
-        kept[:] = kept[len(kept) - rest :]
+            first = len(kept)
+        del kept[:first]
 
-    ready = [(max(opened, math.ceil(time / policy.tick) * policy.tick), job) for time, job in instance.ended]
-    for time in sorted({time for time, _ in ready if time < instance.clock}):
-        kept += [job for at, job in ready if at == time]
-        hand_out(time, all_of_it=False)
-    kept += [job for at, job in ready if at >= instance.clock]
+    tick = policy.tick
+    ready = [(max(opened, math.ceil(time / tick) * tick), job.length) for time, job in instance.ended]
+    for time, together in groupby(ready, key=itemgetter(0)):
+        kept += [length for _, length in together]
+        if time < instance.clock:
+            hand_out(time, all_of_it=False)
     hand_out(instance.clock, all_of_it=True)
     return units
 
@@ -266,19 +319,14 @@ def handed_out(instance: Instance, opened: float, policy: Policy) -> list[tuple[
 def score_units(
     units: list[tuple[float, int, int]], free: list[tuple[float, int]], costs: Costs, spans: list[list[Span]]
 ) -> float:
-    """The rank that is free first takes the longest unit that has been handed out; returns the end, adds spans."""
-    coming = deque(sorted(units))
-    ready: list[tuple[int, int]] = []  # (- tokens, a number): a heap
+    """The rank that is free first takes the next unit; returns the end, adds spans."""
     heapq.heapify(free)
     end = 0.0
-    for number in range(len(units)):
-        now, rank = heapq.heappop(free)
-        if not ready:
-            now = max(now, coming[0][0])
-        while coming and coming[0][0] <= now:
-            heapq.heappush(ready, (-coming.popleft()[2], number))
-        tokens = -heapq.heappop(ready)[0]
-        spans[rank].append(Span("score", now, now + costs.score_seconds(tokens)))
-        end = max(end, spans[rank][-1].end)
-        heapq.heappush(free, (spans[rank][-1].end, rank))
+    for time, _, tokens in sorted(units):
+        now, rank = free[0]
+        begin = max(now, time)
+        over = begin + costs.score_seconds(tokens)
+        heapq.heapreplace(free, (over, rank))
+        spans[rank].append(Span("score", begin, over))
+        end = max(end, over)
     return end

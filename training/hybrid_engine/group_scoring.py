@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from inference.tensor_parallel.group import TensorParallel
 from training.data.batching import TokenBatch
+from training.distributed import gather_flat
 
 
 class GroupScoring:
@@ -27,7 +27,12 @@ class GroupScoring:
 
     def _batches(self, batch: TokenBatch) -> list[TokenBatch]:
         """Those of all ranks of the group, in their order."""
-        received: list[Any] = [None] * self.tensor_parallel.size
-        sent = batch.to(torch.device("cpu"))
-        dist.all_gather_object(received, sent, group=self.tensor_parallel.group)
-        return [one.to(batch.ids.device) for one in received]
+        lengths = batch.ids.new_tensor([len(batch.lengths), *batch.lengths])
+        sent = torch.cat([lengths, batch.ids, batch.response.long()])
+        return [unpacked(words) for words in gather_flat(sent, self.tensor_parallel.size, self.tensor_parallel.group)]
+
+
+def unpacked(words: Tensor) -> TokenBatch:
+    rows = int(words[0])
+    ids, response = words[1 + rows :].view(2, -1)
+    return TokenBatch(ids, response.bool(), words[1 : 1 + rows].tolist())

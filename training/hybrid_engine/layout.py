@@ -33,15 +33,18 @@ class Layout:
             raise UserError(f"There is no ZeRO stage {self.zero_stage}; choose 0, 1, 2 or 3.")
 
     @classmethod
-    def over(cls, size: int, tensor: int = 1, zero_stage: int = 0) -> "Layout":
-        """Ranks 0 .. size - 1, tensor-parallel in groups of `tensor`. Raises UserError if that does not come out."""
+    def over(
+        cls, size: int, tensor: int = 1, zero_stage: int = 0, setting: str = "rlhf.generation_tensor_parallel"
+    ) -> "Layout":
+        """Ranks 0 .. size - 1, tensor-parallel in groups of `tensor`, which `setting` gave. Raises UserError if that
+        does not come out."""
         if tensor < 1 or size % tensor:
             *most, last = [str(degree) for degree in range(1, size + 1) if size % degree == 0]
             fitting = f"{', '.join(most)} or {last}" if most else last
             more = -(-size // max(1, tensor)) * max(1, tensor)
             raise UserError(
-                f"A tensor-parallel degree of {tensor} does not divide {size} process{'es' * (size > 1)}: take a "
-                f"degree of {fitting} (rlhf.generation_tensor_parallel), or --processes {more}."
+                f"{setting}={tensor}: a tensor-parallel degree of {tensor} does not divide {size} "
+                f"process{'es' * (size > 1)}: take a degree of {fitting}, or --processes {more}."
             )
         return cls(tuple(range(size)), size // tensor, tensor, zero_stage=zero_stage)
 

@@ -51,6 +51,7 @@ class ZeroEngine:
         ranks: Ranks,
         dropout: bool = False,
     ):
+        ranks.barrier("loading the models")  # what comes then are collectives of DeepSpeed
         self.settings = settings
         self.in_training_mode = dropout or settings.gradient_checkpointing
         """While it updates: transformers recomputes in this mode only."""
@@ -122,11 +123,14 @@ class ZeroEngine:
         return {"grad_norm": float(norm or 0.0), "lr": rates[0]}
 
     def _plain_gradient_norm(self) -> Tensor | None:
-        """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages."""
+        """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages.
+
+        In fp16 the gradient is still that of the scaled loss.
+        """
         if self.engine.zero_optimization_stage() > 0:
             return None
-        gradients = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
-        return torch.stack(gradients).norm()
+        gradients = [p.grad.float().norm() for p in self.module.parameters() if p.grad is not None]
+        return torch.stack(gradients).norm() / getattr(self.engine.optimizer, "loss_scale", 1.0)
 
     def own_weights(self) -> list[Tensor]:
         """This rank's part of the trained weights, as the optimiser updates them: writing into them is training.
@@ -137,6 +141,24 @@ class ZeroEngine:
             return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         name = next(name for name in OWN_WEIGHTS if hasattr(self.engine.optimizer, name))
         return list(getattr(self.engine.optimizer, name))
+
+    def held_weights(self) -> list[Tensor]:
+        """What this rank has of the trained weights: those of forward passes, and those that the optimiser updates."""
+        trained: list[Any] = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        stage = self.engine.zero_optimization_stage()
+        read = [parameter.ds_tensor if stage == 3 else parameter.data for parameter in trained]
+        return read if stage == 0 else [*read, *self.own_weights()]
+
+    @torch.no_grad()
+    def put_weights(self, kept: Sequence[Tensor]) -> None:
+        """Go back to copies of what `held_weights` gave. All ranks call it."""
+        divides = self.engine.zero_optimization_stage() == 3
+        if divides:  # small parameters stand whole on every rank, beside their shards
+            self.engine.optimizer.checkpoint_event_prologue()
+        for held, before in zip(self.held_weights(), kept, strict=True):
+            held.copy_(before)
+        if divides:
+            self.engine.optimizer.checkpoint_event_epilogue()
 
     def save(self, directory: Path) -> None:
         """Write what resuming needs. All ranks call it; frozen weights are left out, they come from their source."""

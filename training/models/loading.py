@@ -18,21 +18,21 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.families import require_supported_family, text_config
-from inference.untrusted import refuse_code
+from inference.families import require_supported_family, set_dropout
+from inference.model_files import require_usable
+from inference.template_check import same_rendering
 from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
+from training.models.adapters import add_lora
 from training.models.layers import keep_layers
 from training.role_settings import LoRASettings
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCORE_HEAD = ("score.weight",)
 LANGUAGE_HEAD = re.compile(r"^(\w+\.)?(lm_head|embed_out)\.")
-LINEAR = (torch.nn.Linear, Conv1D)
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -175,7 +175,7 @@ def _heads_named(directory: Path, trained: bool, name: str = "") -> Iterator[Non
 
 
 def _read_config(directory: Path, name: str = "", **values: int) -> PreTrainedConfig:
-    refuse_code(directory, name)
+    require_usable(directory, name)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **values)
     except Exception as error:  # json and transformers each raise their own kinds
@@ -194,10 +194,7 @@ def _load(
     **allowed: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and which of the weights that it `may_miss` were made up."""
-    for part in (config, text_config(config)):
-        for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"):
-            if hasattr(part, name):
-                setattr(part, name, dropout)
+    set_dropout(config, dropout)
     if with_weights:
         model, made_up = read_weights(loader, directory, config=config, dtype=dtype, **allowed)
     else:
@@ -249,48 +246,17 @@ def require_same_tokens(actor: ChatFormat, scorer: ChatFormat, actor_name: str, 
         )
 
 
-def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
-    """Put adapters into `model` (in place) and freeze the rest; a score head stays trainable. Returns the PeftModel."""
-    from peft import LoraConfig, TaskType, get_peft_model
+def require_same_format(actor: ChatFormat, scorer: ChatFormat, actor_name: str, scorer_name: str) -> None:
+    """A finished reward model knows the texts that its own template writes, and reads those of the actor's in step 3.
 
-    require_lora_layers(model, settings)
-    scorer = hasattr(model, "score")
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=settings.targets,
-        task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
-        modules_to_save=["score"] if scorer else None,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"lora.targets={settings.targets} does not fit this model ({reason}).") from error
-
-
-def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str = "lora.targets") -> None:
-    """Raise UserError where a target names no layer of `model`: PEFT ignores one if another one is found.
-
-    A list holds ends of names, a text is a regular expression over whole names, as in PEFT.
+    Raises UserError where they are not the same.
     """
-    targets = settings.targets
-    if targets == "all-linear":
-        return
-    names = [name for name, _ in model.named_modules()]
-    try:
-        if isinstance(targets, str):
-            missing = [targets] if not any(re.fullmatch(targets, name) for name in names) else []
-        else:
-            missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    except re.error as error:
-        raise UserError(f"{key}={targets} is no regular expression ({error}); give a list of module names.") from None
-    if missing or not targets:
-        linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, LINEAR)}
-        fitting = ", ".join(sorted(linear - {"lm_head", "embed_out", "score"}))
+    require_same_tokens(actor, scorer, actor_name, scorer_name)
+    if not same_rendering(actor, scorer):
         raise UserError(
-            f"{key}={targets} does not fit this model, which has no layer {' or '.join(missing) or 'without a name'}: "
-            f"choose from {fitting}, or all-linear."
+            f"The reward model {scorer_name} has another chat template than the actor {actor_name}, and would score "
+            f"texts that it was not trained to read: train one from this data with rlhf-chat reward, or, if it was "
+            f"trained with the actor's template, put that into its directory (chat_template.jinja)."
         )
 
 
@@ -322,7 +288,7 @@ def save_model(
     if model.can_generate():
         model.generation_config = GenerationConfig(
             bos_token_id=chat_format.tokenizer.bos_token_id,
-            eos_token_id=chat_format.end_of_turn_id,
+            eos_token_id=list(chat_format.end_ids) if len(chat_format.end_ids) > 1 else chat_format.end_of_turn_id,
             pad_token_id=chat_format.pad_id,
         )
     cast(Any, model).to(dtype).save_pretrained(directory)

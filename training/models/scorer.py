@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from training.data.batching import TokenBatch
-from training.models.loading import add_lora
+from training.models.adapters import add_lora
 from training.models.packing import call_on_tokens, use_packing
 from training.role_settings import LoRASettings
 

@@ -79,7 +79,7 @@ class Footprints:
         settings = OptimizerSettings(zero_stage=layout.zero_stage, lora=model.lora)
         dtype = DTYPES[self.workload.precision]
         parts = training_parts(f"{call.role} ", parameters, model.shape, settings, dtype, layout.data, call.name)
-        return [part for part in parts if part.phase != LOADING]  # shards are read from disk one at a time
+        return [part for part in parts if not part.phase.endswith(LOADING)]  # shards are read from disk one at a time
 
     def _passes(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
         """Activations, keys and values, logits of the largest pipeline stage."""

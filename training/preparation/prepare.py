@@ -13,10 +13,19 @@ from training.checks import require_fitting, require_processes
 from training.config import RunConfig
 from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
+from training.data.rows import read_rows
+from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
-from training.models.loading import require_causal_lm, require_same_tokens, require_scorer
-from training.rewards import Rewards
-from training.run_directory import RunDirectory
+from training.inputs import inputs_of
+from training.models.loading import (
+    require_causal_lm,
+    require_same_format,
+    require_same_tokens,
+    require_scorer,
+    resolve_dtype,
+)
+from training.rewards import Rewards, try_sources
+from training.run_directory import RunDirectory, write_json
 from training.tracking import require_packages
 
 Say = Callable[[str], None]
@@ -26,10 +35,19 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
     """Fill the run's data/. `processes` is how many will train, on all nodes together. Raises UserError."""
     require_packages(config)
     require_processes(config, processes)
+    if warning := config.idle_warning(processes):
+        say(warning)
+    if not run.data.exists():  # a run that began before such keys were refused goes on as it did
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        require_overlays(config, resolve_dtype(config.dtype, device))
     chat_format = prepare_models(config, processes, say)
-    if config.method == "ppo":
-        Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu")))  # a reward function that there is not is refused here
+    rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu"))) if config.method == "ppo" else None
+    inputs = None if run.inputs_file.exists() else inputs_of(config)  # before they are read
     prepare_data(config.data, config.seed, run.data, chat_format, say)
+    if inputs is not None:
+        write_json(run.inputs_file, inputs)
+    if rewards is not None and rewards.sources:
+        try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say)
     if config.rlhf.ptx.coefficient:
         demonstrations(config, run.data, chat_format)
 
@@ -44,6 +62,7 @@ def prepare_models(config: RunConfig, processes: int, say: Say) -> ChatFormat:
         scorer = resolve_model(config.scorer_source, say)
         trained = bool(config.trained_reward_model)
         require_scorer(scorer, config.scorer_source, trained, 0 if trained else config.reward.layers)
-        require_same_tokens(chat_format, ChatFormat.load(scorer), config.actor_source, config.scorer_source)
+        require = require_same_format if trained else require_same_tokens  # one that is to be trained learns to read
+        require(chat_format, ChatFormat.load(scorer), config.actor_source, config.scorer_source)
     require_fitting(config, processes, actor, scorer)
     return chat_format

@@ -35,7 +35,7 @@ def train(stage: Stage) -> None:
     model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
     policy = Policy(model, settings.optimizer.lora)
     fits = settings.optimizer.zero_stage < 3 or stage.ranks.device.type == "cpu"
-    if stage.ranks.is_first and fits and stage.checkpoints.newest() is None:
+    if stage.ranks.is_first and fits and not stage.checkpoints.numbers():
         say_first_answer(stage, policy.to(stage.ranks.device), chat_format, (held_out or rows)[0])
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
     evaluated = stage.tokens(held_out[: settings.eval_rows], PARTS, chat_format)
@@ -49,7 +49,7 @@ def train(stage: Stage) -> None:
 def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row: dict) -> None:
     """What the untrained model answers: a template or tokenizer that does not fit shows here, before any training."""
     prompt = torch.tensor(chat_format.prompt_ids(row["prompt"], stage.config.data.max_prompt_tokens))
-    engine = GenerationEngine(policy.model.eval(), chat_format.end_of_turn_id, chat_format.pad_id, slots=1)
+    engine = GenerationEngine(policy.model.eval(), chat_format.end_ids, chat_format.pad_id, slots=1)
     greedy = SamplingSettings(min(FIRST_ANSWER_TOKENS, stage.config.data.max_response_tokens), temperature=0.0)
     (sample,) = engine.generate([prompt], greedy, SamplingKey(stage.config.seed))
     question, answer = row["prompt"][-1]["content"], chat_format.decode(sample.response_ids)
@@ -76,6 +76,9 @@ class SFTTask:
     def __init__(self, stage: Stage, engine: ZeroEngine, rows: list[Tokens], held_out: list[Tokens]):
         self.stage, self.engine, self.rows, self.held_out = stage, engine, rows, held_out
         self.lengths = [len(prompt) + len(response) for prompt, response in rows]
+
+    def place(self, row: int) -> int:
+        return row
 
     def size(self, rows: list[int]) -> int:
         """Response tokens."""

@@ -63,6 +63,9 @@ class DPOTask:
         self.pairs, self.reference_logprobs = pairs, reference_logprobs
         self.lengths = [pair.tokens for pair in pairs["train"]]
 
+    def place(self, row: int) -> int:
+        return self.pairs["train"][row].place
+
     def size(self, rows: list[int]) -> int:
         """Pairs."""
         return len(rows)

@@ -31,8 +31,9 @@ def reference_logprobs(stage: Stage, engine: ZeroEngine, pairs: dict[str, list[T
     with; fresh adapters change nothing.
     """
     file = stage.directory.path / REFERENCE_FILE
+    stage.ranks.see(file)
     kept = load_file(file) if file.exists() else {}
-    stage.ranks.barrier()  # all have looked before the first rank writes
+    stage.ranks.barrier("a look at the reference")  # all have looked before the first rank writes
     if {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}:
         return kept
     train, held_out = pairs["train"], pairs["eval"]

@@ -57,6 +57,9 @@ class RewardTask:
         self.stage, self.engine, self.pairs, self.held_out = stage, engine, pairs, held_out
         self.lengths = [pair.tokens for pair in pairs]
 
+    def place(self, row: int) -> int:
+        return self.pairs[row].place
+
     def size(self, rows: list[int]) -> int:
         """Pairs."""
         return len(rows)

@@ -10,6 +10,9 @@ from training.data.batching import TokenBatch
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf import ppo_math
 
+ROUNDING = 1e-5
+"""Scores of a group that differ by less than this share of the largest one are alike."""
+
 
 @dataclass
 class Experience:
@@ -25,7 +28,7 @@ class Experience:
     reference_logprobs: Tensor
     values: Tensor
     score: float
-    """Of the reward model, or the weighted sum of all that rewards: not clipped, no penalty."""
+    """Of the reward model; once the other sources are asked, what PPO raises (training.rewards). No penalty in it."""
 
     @classmethod
     def of(cls, sample: Sample) -> "Experience":
@@ -61,7 +64,8 @@ class Targets:
     logprobs: Tensor
     reference_logprobs: Tensor
     values: Tensor
-    total_score: Tensor  # (samples)
+    total_score: Tensor  # (samples), the penalty for a missing end taken off
+    kl_penalty: Tensor  # (samples), in the rewards or in the loss
     advantages: Tensor
     returns: Tensor
     """What the critic aims at; of no use without one."""
@@ -77,24 +81,24 @@ class Targets:
         values = pad([e.values for e in experience])
         mask = pad([torch.ones(len(e.response)) for e in experience]).bool()
         score = torch.tensor([total_score(e, settings) for e in experience])
+        centering = 0.0 if settings.kl_in_loss else settings.kl.centering
+        penalty = -ppo_math.token_rewards(torch.zeros_like(score), logprobs, reference, mask, kl_coefficient, centering)
         advantages = estimate_advantages(score, logprobs, reference, values, mask, settings, kl_coefficient)
         returns = advantages + values  # before whitening
         if settings.whiten_advantages and settings.advantage in ("gae", "reinforce++"):
             advantages = ppo_math.whiten(advantages, mask)
         group = settings.samples_per_prompt
-        return cls(mask, logprobs, reference, values, score, advantages, returns, settings.has_critic, group)
+        return cls(
+            mask, logprobs, reference, values, score, penalty.sum(1), advantages, returns, settings.has_critic, group
+        )
 
     def metrics(self, experience: list[Experience], kl_coefficient: float) -> dict[str, float]:
         """Metrics of the rollout, by the names that users of such trainers know."""
-        scores = torch.tensor([e.score for e in experience])
         lengths = torch.tensor([float(len(e.response)) for e in experience])
         k3 = ppo_math.kl_k3(self.logprobs, self.reference_logprobs) * self.mask
         metrics = {
-            "reward/score_mean": float(scores.mean()),
-            "reward/score_std": float(scores.std(correction=0)),
-            "reward/score_min": float(scores.min()),
-            "reward/score_max": float(scores.max()),
-            "reward/total": float((self.total_score - kl_coefficient * self.sequence_kl()).mean()),
+            "reward/scaled_std": float(torch.tensor([e.score for e in experience]).std(correction=0)),
+            "reward/total": float((self.total_score - self.kl_penalty).mean()),
             "kl/reference": float(k3.sum(1).mean()),
             "kl/reference_k1": float(self.sequence_kl().mean()),
             "kl/reference_per_token": float(ppo_math.masked_mean(k3, self.mask)),
@@ -104,7 +108,6 @@ class Targets:
             "response/length_mean": float(lengths.mean()),
             "response/length_max": float(lengths.max()),
             "response/ended_fraction": sum(e.ended for e in experience) / len(experience),
-            "reward/length_correlation": ppo_math.correlation(scores, lengths),
         }
         if self.has_critic:
             metrics |= {
@@ -113,9 +116,10 @@ class Targets:
                 "value/explained_variance": ppo_math.explained_variance(self.values, self.returns, self.mask),
             }
         if self.group > 1:
-            spread = self.total_score.view(-1, self.group).std(1, correction=0)
-            metrics["reward/group_std"] = float(spread.mean())
-            metrics["reward/groups_alike"] = float((spread == 0).float().mean())
+            by_prompt = self.total_score.view(-1, self.group)
+            apart = by_prompt.amax(1) - by_prompt.amin(1)
+            metrics["reward/group_std"] = float(by_prompt.std(1, correction=0).mean())
+            metrics["reward/groups_alike"] = float((apart <= ROUNDING * by_prompt.abs().max()).float().mean())
         return metrics
 
     def sequence_kl(self) -> Tensor:
@@ -150,12 +154,23 @@ def estimate_advantages(
     return estimator(rewards(score).sum(1), group)[:, None] * mask  # one for all tokens of a sample
 
 
+def score_metrics(raw: list[float], experience: list[Experience]) -> dict[str, float]:
+    """Of the scores as their sources gave them, neither normalised nor clipped."""
+    scores = torch.tensor(raw)
+    return {
+        "reward/score_mean": float(scores.mean()),
+        "reward/score_std": float(scores.std(correction=0)),
+        "reward/score_min": float(scores.min()),
+        "reward/score_max": float(scores.max()),
+        "reward/length_correlation": ppo_math.correlation(
+            scores, torch.tensor([float(len(e.response)) for e in experience])
+        ),
+    }
+
+
 def total_score(experience: Experience, settings: RLHFSettings) -> float:
-    """The score that PPO sees: clipped, less the penalty for a response that did not end."""
-    score = experience.score
-    if settings.score_clip:
-        score = max(-settings.score_clip, min(settings.score_clip, score))
-    return score if experience.ended else score - settings.missing_end_penalty
+    """The score, less the penalty for a response that did not end."""
+    return experience.score - (0.0 if experience.ended else settings.missing_end_penalty)
 
 
 def pad(rows: list[Tensor]) -> Tensor:

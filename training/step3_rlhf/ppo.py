@@ -1,9 +1,10 @@
 """PPO for language models and its critic-free kin: set-up, the loop over iterations, one iteration on one screen."""
 
-import random
 import resource
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,15 +12,19 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
+from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
+from training.hybrid_engine.kept_weights import KeptWeights
 from training.metrics import Journal
 from training.models.loading import load_causal_lm
-from training.rewards import RewardFailed, Rewards
+from training.reward_sources import RewardFailed
+from training.rewards import Rewards
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
-from training.step3_rlhf.experience import Experience, Targets
+from training.step3_rlhf.experience import Experience, Targets, score_metrics
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
+from training.step3_rlhf.reward_gate import look_at_reward_model
 from training.step3_rlhf.roles import Roles, starting_scorer
 from training.step3_rlhf.rollout import Rollout
 from training.step3_rlhf.update import Updates
@@ -36,10 +41,11 @@ def train(stage: Stage) -> None:
     fixed = [encode_prompt(row, chat_format, config.data.max_prompt_tokens) for row in (held_out or rows)]
 
     per_iteration = settings.ppo_epochs * settings.mini_batches
-    actor_iterations = max(1, settings.iterations - settings.critic_warmup)
+    actor_iterations = settings.iterations - settings.critic_warmup
     roles = Roles(
         stage, sft, scorer, chat_format, (actor_iterations * per_iteration, settings.iterations * per_iteration)
     )
+    look_at_reward_model(stage, roles, chat_format)
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows)
     iterations = ppo.fit()
 
@@ -75,12 +81,15 @@ class PPO:
         kl = self.settings.kl
         self.kl = ppo_math.KLController(kl.coefficient, kl.target, kl.horizon)
         self.rollout = Rollout(stage, roles, chat_format)
-        self.rewards = Rewards(self.settings, stage.ranks)
+        self.rewards = Rewards(self.settings, stage.ranks, roles.reward_is_normalized)
         self.rows = rows or []
+        self.order = Epochs(len(prompts), f"{stage.config.seed}/prompts")
+        self.inside = KeptWeights(roles.actor, roles.ema) if kl.stop else None
+        """The model before the newest update, whose KL was within rlhf.kl.stop."""
         ptx = Demonstrations(stage, chat_format) if self.settings.ptx.coefficient else None
         calls = [call for call in self.rollout.calls if call.kind == "train"]
         self.updates = Updates(stage, roles, [call.role for call in calls], ptx)
-        self.watch = Watch()
+        self.watch = Watch(self.settings.missing_end_penalty)
         self.saved = 0
         """Iteration of the newest checkpoint."""
 
@@ -106,19 +115,50 @@ class PPO:
                     updates.write(number, mini_batch)
                 bar.advance(f"score {metrics['reward/score_mean']:.2f} · KL {metrics['kl/reference']:.2f}")
                 ends = stopped or number == settings.iterations
+                if ends and self.inside is not None:
+                    stopped = self.end_inside(self.inside, number, stopped)
                 if ends or number % settings.samples_every == 0:
                     self.show_fixed_prompts(number)
                 if settings.checkpoint_every and (ends or number % settings.checkpoint_every == 0):
                     self.save(number, stopped)
-        if stopped:
-            stage.display.say(f"PPO: stopped after iteration {number}: KL to the reference is over rlhf.kl.stop")
         return number
+
+    def end_inside(self, inside: KeptWeights, number: int, stopped: bool) -> bool:
+        """See to it that the model the step leaves is within rlhf.kl.stop: an update shows its KL only in the samples
+        that follow it, so the last one has to be measured. Returns whether one was taken back.
+        """
+        display, updated = self.stage.display, number - 1 if stopped else number
+        kl = None if stopped else self.measure_kl(number + 1)
+        if kl is not None and kl <= self.settings.kl.stop:
+            display.say(f"PPO: the KL of the last model is {kl:.2f} nats a response, within rlhf.kl.stop")
+            return False
+        which = ""
+        if inside.kept:
+            inside.put_back()
+            which = f"; the model is that of iteration {updated - 1}, the last one within it"
+        after = f"stopped after iteration {number}" if stopped else f"the update of iteration {number} is undone"
+        display.say(f"PPO: {after}: KL to the reference is over rlhf.kl.stop{which}")
+        return True
+
+    def measure_kl(self, number: int) -> float:
+        """Of the present actor to the reference, on the samples that iteration `number` would learn from."""
+        seats = self.choose_prompts(number)
+        experience = self.rollout.run([self.prompts[seat] for seat in seats], seats, number)
+        kls = [float(ppo_math.kl_k3(e.logprobs, e.reference_logprobs).sum()) for e in experience]
+        return sum(kls) / len(kls)
 
     def save(self, number: int, stopped: bool) -> None:
         """A checkpoint after iteration `number`."""
         fusion = self.rollout.fusion.as_dict()
         state = {"kl_coefficient": self.kl.coefficient, "stopped": stopped, "fusion": fusion}
-        self.stage.checkpoints.save(number, self.roles.save, state)
+        state |= {"rewards": self.rewards.state(), "critic_scale": self.roles.critic_scale}
+
+        def write(directory: Path) -> None:
+            self.roles.save(directory)
+            if self.inside is not None and self.inside.kept:
+                self.inside.save(directory / "inside")
+
+        self.stage.checkpoints.save(number, write, state)
         self.saved = number
 
     def resume(self, updates: Journal) -> tuple[int, bool]:
@@ -135,6 +175,11 @@ class PPO:
             self.roles.load(directory)
             self.kl.coefficient = state["kl_coefficient"]
             self.rollout.fusion.restore(state["fusion"])
+            self.rewards.restore(state.get("rewards"))
+            if state.get("critic_scale"):
+                self.roles.scale_critic(*state["critic_scale"])
+            if self.inside is not None and (directory / "inside").exists():
+                self.inside.load(directory / "inside")
         self.stage.metrics.rewind(state["number"])
         self.stage.samples.rewind(state["number"])
         updates.rewind(state["number"])
@@ -150,36 +195,43 @@ class PPO:
         seats = self.choose_prompts(number)
         experience = self.rollout.run([self.prompts[seat] for seat in seats], seats, number)  # generate and score
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
-        of_sources = self.reward(experience, texts, seats)
+        of_scores = self.reward(experience, texts, seats)
         coefficient = self.kl.coefficient
         targets = Targets.of(experience, self.settings, coefficient)
-        metrics = targets.metrics(experience, coefficient) | of_sources
+        metrics = targets.metrics(experience, coefficient) | of_scores
         metrics["response/distinct_bigrams"] = distinct_bigrams(texts)
         stop = 0 < self.settings.kl.stop < metrics["kl/reference"]
         if check:
             check_first_update(self.stage, self.roles, experience)
-        self.updates.mini_batches = []
+        self.updates.mini_batches, self.updates.seats = [], seats
         if not stop:
+            if self.inside is not None:
+                self.inside.keep()
             metrics |= self.update(experience, targets, number)
             self.kl.update(metrics["kl/reference"], len(experience))
         metrics |= self.rollout.work() | self.rollout.fusion_metrics
         return metrics | self.timing(experience, time.perf_counter() - begun), stop
 
     def reward(self, experience: list[Experience], texts: list[str], seats: list[int]) -> dict[str, float]:
-        """Make each score the weighted sum of all that rewards; returns the mean of each source."""
-        if not self.rewards.sources and self.settings.reward_weights.model == 1:
-            return {}
-        with self.rollout.timed("reward"):
-            totals, means = self.rewards.total(
+        """Make each score what PPO raises: of all that rewards, on one scale. Returns metrics of them as given."""
+        rewards, asks = self.rewards, bool(self.rewards.sources)
+        with self.rollout.timed("reward") if asks else nullcontext():
+            rewarded = rewards.reward(
                 [e.score for e in experience],
-                [self.rows[seat]["prompt"] for seat in seats] if self.rewards.sources else [],
+                [self.rows[seat]["prompt"] for seat in seats] if asks else [],
                 texts,
-                [self.rows[seat].get("extra", {}) for seat in seats] if self.rewards.sources else [],
+                [self.rows[seat].get("extra", {}) for seat in seats] if asks else [],
                 self.settings.samples_per_prompt,
             )
-        for e, total in zip(experience, totals, strict=True):
-            e.score = total
-        return means
+        metrics = score_metrics(rewarded.raw, experience) | rewarded.metrics
+        for e, score in zip(experience, rewarded.scores, strict=True):
+            e.score = score
+        of_model = rewards.statistics.get("model")
+        if of_model is not None and self.settings.has_critic and not self.roles.critic_scale:
+            self.roles.scale_critic(of_model.mean, of_model.deviation)
+            for e in experience:  # what it said before
+                e.values = (e.values - of_model.mean) / of_model.deviation
+        return metrics
 
     def watch_over(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
         """Say what looks like a collapse, each kind once; returns its metrics."""
@@ -193,14 +245,9 @@ class PPO:
 
         They come from epochs over all prompts, each epoch shuffled anew by (seed, epoch).
         """
-        chosen: list[int] = []
-        first = (number - 1) * self.settings.prompts_per_iteration
-        for place in range(first, first + self.settings.prompts_per_iteration):
-            epoch, seat = divmod(place, len(self.prompts))
-            order = list(range(len(self.prompts)))
-            random.Random(f"{self.stage.config.seed}/prompts/{epoch}").shuffle(order)
-            chosen += [order[seat]] * self.settings.samples_per_prompt
-        return chosen
+        count = self.settings.prompts_per_iteration
+        seats = self.order.rows((number - 1) * count, count)
+        return [seat for seat in seats for _ in range(self.settings.samples_per_prompt)]
 
     def update(self, experience: list[Experience], targets: Targets, number: int) -> dict[str, float]:
         """Every PPO epoch: mini-batches of shuffled samples, an optimiser step of actor and critic on each."""

@@ -1,6 +1,5 @@
 """PPO-ptx (Ouyang et al. 2022, arXiv 2203.02155, equation 2): demonstrations beside the samples of each mini-batch."""
 
-import random
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from training.data.batching import MicroBatch, TokenBatch
 from training.data.demonstrations import demonstrations
+from training.data.epochs import Epochs
 from training.stage import Stage
 
 Encoded = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
@@ -34,11 +34,10 @@ class Drawn:
 
 
 class Demonstrations:
-    """Rows in epochs, each shuffled by (seed, epoch): which ones an optimiser step sees depends on its number alone."""
+    """Rows in epochs, each shuffled by (seed, epoch): no row comes again before all others have come."""
 
     def __init__(self, stage: Stage, chat_format: ChatFormat):
         data = stage.config.data
-        self.seed = stage.config.seed
         self.rows: list[Encoded] = [
             (
                 torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
@@ -46,17 +45,8 @@ class Demonstrations:
             )
             for row in demonstrations(stage.config, stage.run.data, chat_format)
         ]
-        self.order: tuple[int, list[int]] = -1, []
-        """Epoch, and its order."""
+        self.order = Epochs(len(self.rows), f"{stage.config.seed}/demonstrations")
 
-    def draw(self, update: int, count: int) -> Drawn:
-        """The `count` rows of optimiser step `update`, counted from 0."""
-        drawn = []
-        for place in range(update * count, (update + 1) * count):
-            epoch, seat = divmod(place, len(self.rows))
-            if self.order[0] != epoch:
-                order = list(range(len(self.rows)))
-                random.Random(f"{self.seed}/demonstrations/{epoch}").shuffle(order)
-                self.order = epoch, order
-            drawn.append(self.rows[self.order[1][seat]])
-        return Drawn(drawn)
+    def draw(self, first: int, count: int) -> Drawn:
+        """`count` rows from place `first` on, counted from 0 through all epochs."""
+        return Drawn([self.rows[row] for row in self.order.rows(first, count)])

@@ -56,6 +56,12 @@ def load_critic(stage: Stage, scorer: Path | None, chat_format: ChatFormat) -> S
     return Scorer(model, settings.lora)
 
 
+def load_reward(stage: Stage, scorer: Path, chat_format: ChatFormat) -> Scorer:
+    """The reward model, which has learned already."""
+    _, with_weights = loads(stage.config.rlhf.reward.zero_stage, stage.dtype, stage.ranks)
+    return Scorer(load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True))
+
+
 class Roles:
     """Actor and critic under ZeRO; reference and reward frozen. The critic starts as the reward model."""
 
@@ -73,10 +79,12 @@ class Roles:
         tensor, scoring = settings.generation_tensor_parallel, settings.scoring_tensor_parallel
         self.generation_layout = Layout.over(ranks.size, tensor, settings.actor.zero_stage)
         self._parts = {
-            degree: tensor_parallel_of(Layout.over(ranks.size, degree))
+            degree: tensor_parallel_of(Layout.over(ranks.size, degree))  # checked in preparation
             for degree in sorted({tensor, scoring.reference, scoring.reward, scoring.critic} - {1})
         }
         self.generator = GenerationView(self.actor, self._parts.get(tensor))
+        self.critic_scale: tuple[float, float] | None = None
+        """Shift and scale that PPO gave it; None while it has its own."""
         self._critic_view: Reallocation | None = None
         self._critic_group: GroupScoring | None = None
         if self._critic is not None and scoring.critic > 1:
@@ -90,10 +98,12 @@ class Roles:
             reference = Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights))
             self._reference = self._frozen(reference, settings.reference, scoring.reference, stage)
         self._reward: nn.Module | GroupScoring | None = None
+        self.reward_is_normalized = True
+        """By step 2, which leaves a scale in the reward model's config.json."""
         if settings.has_reward_model:
             assert scorer is not None
-            _, with_weights = loads(settings.reward.zero_stage, dtype, ranks)
-            reward = Scorer(load_scorer(scorer, chat_format, dtype, with_weights=with_weights, trained=True))
+            reward = load_reward(stage, scorer, chat_format)
+            self.reward_is_normalized = (reward.shift, reward.scale) != (0.0, 1.0)
             self._reward = self._frozen(reward, settings.reward, scoring.reward, stage)
         frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]
         self._frozen_blocked = [
@@ -124,6 +134,13 @@ class Roles:
         """Only `advantage=gae` has one."""
         assert self._critic is not None
         return self._critic
+
+    def scale_critic(self, shift: float, scale: float) -> None:
+        """Give the critic, which starts as the reward model, the scale that the scores of that model got."""
+        self.critic_scale = shift, scale
+        group = [self._critic_group.role] if self._critic_group is not None else []
+        for critic in (self.critic.module, *group):
+            cast(Scorer, critic).shift, cast(Scorer, critic).scale = shift, scale
 
     @contextmanager
     def scoring(self) -> Iterator[None]:

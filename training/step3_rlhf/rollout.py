@@ -11,7 +11,7 @@ from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from training.calls import rlhf_calls, with_recomputed_logprobs
-from training.data.batching import plan_micro_batches
+from training.data.batching import TokenBatch, plan_micro_batches
 from training.fusion.aside import Aside
 from training.fusion.board import Board
 from training.fusion.choice import NOMINAL, Choice, FusionChoice, Setting
@@ -22,6 +22,7 @@ from training.fusion.simulator import Job
 from training.fusion.timeline import Timeline
 from training.stage import Stage
 from training.step3_rlhf.experience import Experience, token_batch
+from training.step3_rlhf.gathering import gather_experience, gather_scores
 from training.step3_rlhf.roles import Roles
 
 UNIT_TOKENS = {"cpu": 128, "cuda": 2048}
@@ -45,6 +46,9 @@ class Rollout:
         calls = rlhf_calls(self.settings.advantage, self.settings.has_reward_model)
         self.calls = calls if self.keeps_generation_logprobs else with_recomputed_logprobs(calls)
         """What an iteration runs, and what the planner plans."""
+        scored = [call.outputs[0] for call in self.calls if call.kind == "score"]
+        self.scored_numbers = [key for key in scored if key != "scores"]
+        """What scoring finds for each token; scores are one a sample."""
         self.engine: GenerationEngine | None = None
         self.forced_lengths: Callable[[int], list[int]] | None = None
         """For measuring: iteration -> the length of each response."""
@@ -88,20 +92,30 @@ class Rollout:
         `seats` are the places of the prompts in their data set: what is known of their lengths is known by these.
         """
         self.seconds, self.timeline, self.report = {}, Timeline(), Report()
-        choice = self.fusion.next(number)
-        if choice is not self.choice:
+        choice = self._choose(number)
+        if choice != self.choice:
             self.stage.display.say(f"PPO iteration {number}: {choice}")
             self.choice = choice
         shares = deal([self.fusion.lengths.expected(seat) for seat in seats], self.layout.data)
         begun = time.perf_counter()
         decoding = self._start(prompts, shares[self.place.instance], number, room=choice.policy is not None)
         if choice.policy is None:
-            experience = self.score(self.generate(decoding))
+            experience = self.score(self.generate(decoding, prompts))
         else:
             experience = self._fused(decoding, prompts, choice, number)
         if self._learns:
             self._learn(choice, shares, seats, experience, time.perf_counter() - begun, number)
         return experience
+
+    def _choose(self, number: int) -> Choice:
+        """One rank decides for all."""
+        if self.ranks.is_first:
+            self.fusion.next(number)
+        told = self.ranks.tell(self.fusion.decided(), "the choice of fusion")
+        if not self.ranks.is_first:
+            self.fusion.take(told)
+        assert self.fusion.current is not None
+        return self.fusion.current
 
     @property
     def _learns(self) -> bool:
@@ -121,7 +135,7 @@ class Rollout:
         free = (len(prompts), largest) if room else (0, 0)
         return engine.start(samples, self.sampling, key, may_end=self.forced_lengths is None, room=free)
 
-    def generate(self, decoding: Decoding) -> list[Experience]:
+    def generate(self, decoding: Decoding, prompts: list[Tensor]) -> list[Experience]:
         """Without fusion: all samples, in order, on all ranks."""
         with self.timed("generate"):
             ended: list[Sample] = []
@@ -133,7 +147,7 @@ class Rollout:
                 self.report.measured.append(Measured(end - start, work=decoding.work))
         with self.timed("gather"):
             ours = [Experience.of(sample) for sample in ended] if self.place.speaks else []  # its group has the same
-            return self._in_order(ours)
+            return gather_experience(self.ranks, ours, prompts, ["generation_logprobs"])
 
     def score(self, experience: list[Experience]) -> list[Experience]:
         """Without fusion: all samples scored, on all ranks; each rank computes a like part of them."""
@@ -148,12 +162,12 @@ class Rollout:
                 self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
                 scored += rows if micro_batch.weight else []
         with self.timed("gather"):
-            return self._in_order(scored)
+            return gather_scores(self.ranks, scored, experience, self.scored_numbers)
 
     def _fused(self, decoding: Decoding, prompts: list[Tensor], choice: Choice, number: int) -> list[Experience]:
         """Generation and scoring woven together; the same samples with the same numbers."""
         assert choice.policy is not None
-        board = Board(f"rollout/{number}")
+        board = Board(f"rollout/{number}", self.ranks.roll_call)
         aside = Aside(lambda samples: self.begin_scoring([Experience.of(s) for s in samples]), self.ranks.device)
         costs = self.fusion.costs or NOMINAL
         rollout = FusedRollout(
@@ -174,7 +188,8 @@ class Rollout:
             scored = rollout.run()
         self.report = rollout.report
         with self.timed("gather"):
-            experience = self._in_order(scored)
+            numbers = ["generation_logprobs", *self.scored_numbers]
+            experience = gather_experience(self.ranks, scored, prompts, numbers)
         board.clear(counters=self.ranks.is_first)  # all ranks have met in the gathering: nobody reads any more
         return experience
 
@@ -182,7 +197,12 @@ class Rollout:
         """Start the forward passes of all roles on `rows`; what is returned waits for them and fills the rows in."""
         batch = token_batch(rows, self.ranks.device)
         sizes = [len(e.response) for e in rows]
-        found = {call.outputs[0]: self.roles.score(call.role, batch) for call in self.calls if call.kind == "score"}
+        taught = self.as_taught(rows) if self.settings.has_reward_model else batch
+        found = {
+            call.outputs[0]: self.roles.score(call.role, taught if call.role == "reward" else batch)
+            for call in self.calls
+            if call.kind == "score"
+        }
 
         def finish() -> list[Experience]:
             for key, values in found.items():
@@ -196,8 +216,10 @@ class Rollout:
 
         return finish
 
-    def _in_order(self, ours: list[Experience]) -> list[Experience]:
-        return sorted((e for share in self.ranks.gather(ours) for e in share), key=lambda e: e.index)
+    def as_taught(self, rows: list[Experience]) -> TokenBatch:
+        """The rows as the reward model was trained to read them: with one end, whatever token ended a response."""
+        as_read = [(e.prompt, torch.tensor(self.chat_format.as_taught(e.response.tolist()))) for e in rows]
+        return TokenBatch.of(as_read, self.ranks.device)
 
     def _learn(
         self,
@@ -215,21 +237,29 @@ class Rollout:
         for seat, e in zip(seats, experience, strict=True):
             by_prompt.setdefault(seat, []).append(len(e.response))
         jobs = [[Job(i, len(experience[i].prompt), len(experience[i].response)) for i in share] for share in shares]
+        report = self.report
+        found = achieved, self.bandwidth, report.measured, report.repackings, report.moved
+        gathered = self.ranks.gather_on_first(found, "the costs of a rollout")
+        if not gathered:
+            self.fusion.note(jobs, by_prompt)
+            return
+        of_ranks, bandwidths, measured, repackings, moved = zip(*gathered, strict=True)
         assert self.engine is not None
         kept = self.engine.cache.empty(1)
-        gathered = self.ranks.gather((achieved, self.bandwidth, self.report.measured))
-        achieved = max(seconds for seconds, _, _ in gathered)
-        bandwidth = min(bandwidth for _, bandwidth, _ in gathered)
-        measured = [m for _, _, found in gathered for m in found]
+        achieved = max(of_ranks)
         predicted = self.fusion.learn(
-            jobs, by_prompt, achieved, measured, bandwidth, kept.numel() * kept.element_size()
+            jobs,
+            by_prompt,
+            achieved,
+            [m for of_rank in measured for m in of_rank],
+            min(bandwidths),
+            kept.numel() * kept.element_size(),
         )
         self.fusion_metrics = {"time/fusion_achieved": achieved, "time/fusion_predicted": predicted}
         if choice.policy is not None:
-            reports = self.ranks.gather(self.report)
             self.stage.display.say(
-                f"PPO iteration {number}: fusion: {max(r.repackings for r in reports)} repackings moved "
-                f"{sum(r.moved for r in reports) // self.layout.tensor} samples; generation and scoring took "
+                f"PPO iteration {number}: fusion: {max(repackings)} repackings moved "
+                f"{sum(moved) // self.layout.tensor} samples; generation and scoring took "
                 f"{achieved:.2f} s" + (f", {predicted:.2f} s predicted for these lengths" if predicted else "")
             )
 
@@ -238,7 +268,7 @@ class Rollout:
         model = self.roles.generator.refresh()
         if self.engine is None or self.engine.model is not model:
             chat_format, slots = self.chat_format, self.settings.generation_batch
-            self.engine = GenerationEngine(model, chat_format.end_of_turn_id, chat_format.pad_id, slots)
+            self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots)
         self.engine.weights_changed()
         return self.engine
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
 from training.hybrid_engine.overflow import step_together
 from training.hybrid_engine.zero_engine import ZeroEngine
-from training.stage import Stage
+from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, token_batch
 from training.step3_rlhf.ptx import Demonstrations
@@ -42,6 +42,8 @@ class Updates:
         self.stage, self.settings, self.ranks, self.roles = stage, stage.config.rlhf, stage.ranks, roles
         self.roles_trained, self.ptx = trained, ptx
         self.mini_batches: list[dict[str, float]] = []
+        self.seats: list[int] = []
+        """Places in the data of the prompts of an iteration's samples."""
 
     def run(
         self, experience: list[Experience], targets: Targets, number: int, kl_coefficient: float
@@ -142,7 +144,7 @@ class Updates:
         def actor_passes() -> list[Pass]:
             passes = [Pass(micro_batch, actor_loss) for micro_batch in plan]
             if self.ptx is not None:
-                drawn = self.ptx.draw(update, settings.ptx.rows or len(chosen))
+                drawn = self.ptx.draw(*self.demonstrations_of(update, len(experience)))
 
                 def ptx_loss(micro_batch: MicroBatch) -> Tensor:
                     logprobs, _ = self.roles.actor(drawn.batch(micro_batch, self.ranks.device))
@@ -168,12 +170,21 @@ class Updates:
         }
         norms = [value for name, value in result.items() if name.endswith("grad_norm")]
         if self.stage.dtype != torch.float16 and not all(map(math.isfinite, norms)):  # fp16 skips such steps by itself
-            raise self.stage.diverged(number, "The gradient is not finite", chosen)
+            raise self.diverged(number, "The gradient is not finite", chosen)
         if self.roles.ema is not None and stepped and any(prefix == "policy" for prefix, _, _ in jobs):
             self.roles.ema.update()
         shares = self.ranks.gather(sums)
         pooled = {name: (max if name.endswith("_max") else sum)(share[name] for share in shares) for name in sums}
         return pooled, result
+
+    def demonstrations_of(self, update: int, samples: int) -> tuple[int, int]:
+        """Where those of an optimiser step begin, counted through all updates of the run, and how many they are: each
+        begins where the one before ends, also where `samples` do not divide evenly."""
+        if self.settings.ptx.rows:
+            return update * self.settings.ptx.rows, self.settings.ptx.rows
+        passes, place = divmod(update, self.settings.mini_batches)
+        sizes = [len(range(each, samples, self.settings.mini_batches)) for each in range(place + 1)]
+        return passes * samples + sum(sizes[:-1]), sizes[-1]
 
     def step(self, jobs: list[tuple[ZeroEngine, list["Pass"]]]) -> tuple[list[dict[str, float]], bool]:
         """An optimiser step of each engine on the sum of its passes, and whether it was made.
@@ -188,4 +199,8 @@ class Updates:
 
     def require_finite(self, loss: Tensor, name: str, number: int, rows: list[int]) -> None:
         if not torch.isfinite(loss):
-            raise self.stage.diverged(number, f"{name} is not a finite number", rows)
+            raise self.diverged(number, f"{name} is not a finite number", rows)
+
+    def diverged(self, number: int, what: str, samples: list[int]) -> Diverged:
+        """Of samples of this iteration: their prompts' rows are named."""
+        return self.stage.diverged(number, what, sorted({self.seats[sample] for sample in samples}))

@@ -9,6 +9,10 @@ WINDOW = 5
 """Iterations that make a beginning, and a recent past."""
 KL_GROWTH, KL_FLOOR = 3.0, 5.0
 """KL to the reference this many times its recent mean, and over so many nats a response."""
+KL_PER_TOKEN = 0.5
+"""Nats a token, at KL_FLOOR or more a response: far from the reference, however slowly it got there."""
+KL_DRIFT, DRIFT_FLOOR = 5.0, 20.0
+"""KL to the reference this many times that of the beginning, and over so many nats a response."""
 LENGTH_CHANGE = 3.0
 """Responses this many times longer, or shorter, than in the beginning."""
 REPETITION = 0.5
@@ -17,32 +21,38 @@ CRITIC_PATIENCE = 10
 """Iterations in a row in which the critic explains less than a constant."""
 LENGTH_CORRELATION, CORRELATION_RISE = 0.5, 0.3
 """Correlation of score and length over the recent past, and how far over that of the beginning."""
-
-KINDS = ("kl", "length", "repetition", "critic", "length_reward")
+CLIPPED = 0.1
+"""Share of the scores beyond rlhf.score_clip."""
+PENALTY = 10.0
+"""The penalty for a missing end over the spread of the scores beside it."""
 
 
 class Watch:
     """Reads each iteration's metrics once, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, end_penalty: float = 0.0) -> None:
+        """`end_penalty` is rlhf.missing_end_penalty."""
+        self.end_penalty = end_penalty
         self.history: list[dict[str, float]] = []
         self.said: set[str] = set()
 
     def look(self, metrics: dict[str, float]) -> tuple[dict[str, float], list[str]]:
         """`warning/KIND` for every kind: 1 where it shows in this iteration, else 0; and the sentences of new ones."""
         self.history.append(metrics)
-        found = {
-            kind: sentence
-            for kind, sentence in zip(
-                KINDS,
-                (self._kl(), self._length(), self._repetition(), self._critic(), self._length_reward()),
-                strict=True,
-            )
-            if sentence
+        kinds = {
+            "kl": self._kl(),
+            "kl_far": self._kl_far(metrics),
+            "kl_drift": self._kl_drift(),
+            "length": self._length(),
+            "repetition": self._repetition(),
+            "critic": self._critic(),
+            "length_reward": self._length_reward(),
+            "clip": self._clip(metrics),
+            "end_penalty": self._end_penalty(metrics),
         }
-        new = [sentence for kind, sentence in found.items() if kind not in self.said]
-        self.said |= found.keys()
-        return {f"warning/{kind}": float(kind in found) for kind in KINDS}, new
+        new = [sentence for kind, sentence in kinds.items() if sentence and kind not in self.said]
+        self.said |= {kind for kind, sentence in kinds.items() if sentence}
+        return {f"warning/{kind}": float(bool(sentence)) for kind, sentence in kinds.items()}, new
 
     def _values(self, name: str) -> list[float]:
         return [metrics[name] for metrics in self.history if name in metrics]
@@ -54,6 +64,24 @@ class Watch:
         return (
             f"the KL to the reference jumped to {now:.1f} nats a response, from {fmean(before[-WINDOW:]):.1f}; raise "
             f"rlhf.kl.coefficient or lower the actor's learning rate"
+        )
+
+    def _kl_far(self, metrics: dict[str, float]) -> str:
+        now, each = metrics.get("kl/reference", 0.0), metrics.get("kl/reference_per_token", 0.0)
+        if now < KL_FLOOR or each < KL_PER_TOKEN:
+            return ""
+        return (
+            f"the policy is {each:.2f} nats a token from the reference ({now:.1f} a response), where a reward says "
+            f"little about it; raise rlhf.kl.coefficient, or bound it with rlhf.kl.stop"
+        )
+
+    def _kl_drift(self) -> str:
+        first, now = self._beginning("kl/reference")
+        if now < max(DRIFT_FLOOR, KL_DRIFT * first):
+            return ""
+        return (
+            f"the KL to the reference has grown to {now:.1f} nats a response, from {first:.1f} in the beginning; read "
+            f"samples.jsonl, raise rlhf.kl.coefficient, or bound it with rlhf.kl.stop"
         )
 
     def _length(self) -> str:
@@ -93,6 +121,24 @@ class Watch:
         return (
             f"scores follow length (correlation {now:.2f}, {first:.2f} in the beginning): the policy may fool the "
             f"reward with it; balance the pairs by length"
+        )
+
+    def _clip(self, metrics: dict[str, float]) -> str:
+        share = metrics.get("reward/clipped_fraction", 0.0)
+        if share <= CLIPPED:
+            return ""
+        return (
+            f"{share:.0%} of the responses have scores beyond rlhf.score_clip, which all count the same, so nothing is "
+            f"learned from their differences; raise it, or set it to 0"
+        )
+
+    def _end_penalty(self, metrics: dict[str, float]) -> str:
+        spread, ended = metrics.get("reward/scaled_std", 0.0), metrics.get("response/ended_fraction", 1.0)
+        if not 0 < ended < 1 or not 0 < spread * PENALTY < self.end_penalty:
+            return ""
+        return (
+            f"a missing end costs {self.end_penalty:g}, and the scores differ by {spread:.2g}: the policy learns to "
+            f"end and hardly anything else; lower rlhf.missing_end_penalty to about that"
         )
 
     def _beginning(self, name: str) -> tuple[float, float]:

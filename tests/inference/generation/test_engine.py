@@ -261,11 +261,25 @@ def test_prompts_are_prefilled_within_their_budget(model):
     assert len(samples) == len(PROMPTS)
 
 
-def test_other_tokens_can_end_a_sample():
-    settings = SamplingSettings(max_tokens=20, temperature=0, stop_ids=(6, 30))
-    engine = GenerationEngine(ScriptedModel(COUNT_DOWN), END, PAD)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_several_tokens_can_end_a_sample(graphs):
+    settings = SamplingSettings(max_tokens=20, temperature=0)
+    engine = GenerationEngine(ScriptedModel(COUNT_DOWN), (END, 6, 30), PAD, graphs=graphs)
     (sample,) = engine.generate([torch.tensor([9])], settings, KEY)
     assert sample.response_ids == [8, 7, 6] and sample.ended
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_none_of_the_end_tokens_is_drawn_before_the_minimum_or_where_nothing_may_end(graphs):
+    ends = (END, 6, 30)
+    engine = GenerationEngine(build_model("llama"), ends, PAD, graphs=graphs)
+    samples = engine.generate(PROMPTS * 3, SamplingSettings(max_tokens=30, min_tokens=9), KEY)
+    assert {sample.ended for sample in samples} == {True, False}
+    for sample in engine.generate(PROMPTS * 3, SamplingSettings(max_tokens=30, min_tokens=9), KEY):
+        early = sample.response_ids[: -1 if len(sample.response_ids) > 9 else None]
+        assert not {*ends} & {*early} and len(sample.response_ids) > 9
+    for sample in engine.generate(PROMPTS, SamplingSettings(max_tokens=1), KEY, lengths=[40] * len(PROMPTS)):
+        assert not {*ends} & {*sample.response_ids} and not sample.ended and len(sample.response_ids) == 40
 
 
 def test_forced_lengths(model):
@@ -390,6 +404,9 @@ def test_no_prompts_no_samples(model):
     assert list(GenerationEngine(model, END, PAD).generate([], GREEDY, KEY)) == []
 
 
+BLOCKED_DTYPES = [torch.float32] + [torch.bfloat16] * cpu_weights.blocks_bf16()
+
+
 def test_right_pad():
     ids, mask = right_pad([torch.tensor([5, 6, 7]), torch.tensor([8])], pad_id=PAD)
     assert ids.tolist() == [[5, 6, 7], [8, PAD, PAD]]
@@ -397,7 +414,7 @@ def test_right_pad():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES)
 def test_blocked_weights_compute_what_the_plain_ones_do(family, dtype):
     model = build_model(family).to(dtype)
     ids = torch.cat(PROMPTS)[None, :30]
@@ -434,7 +451,7 @@ def with_adapter(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES)
 def test_blocked_adapters_compute_what_those_of_peft_do(family, dtype):
     model = build_model(family).to(dtype)
     adapted = with_adapter(model).to(dtype)
@@ -461,6 +478,11 @@ def test_an_adapter_that_is_more_than_b_a_keeps_its_own_steps():
     model = build_model("llama")
     peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).eval()
     assert not any(is_plain_lora(layer) for layer in model.modules())
+
+
+def test_a_processor_that_does_not_block_bf16_computes_on_plain_weights(monkeypatch):
+    monkeypatch.setattr(cpu_weights, "blocks_bf16", lambda: False)
+    assert BlockedWeights(build_model("llama").to(torch.bfloat16)).forwards == {}
 
 
 def test_large_weights_are_not_copied(monkeypatch):

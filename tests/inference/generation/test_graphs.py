@@ -21,8 +21,9 @@ from tests.inference.generation.test_engine import END, KEY, PAD, PROMPTS, build
 
 REAL_GRAPH = torch.cuda.graph
 PACKED = ["llama", "opt", "opt-350m", "gpt2", "gpt_neox", "qwen3", "mistral"]
-GREEDY = SamplingSettings(max_tokens=20, temperature=0, stop_ids=(5, 9, 17, 30))
-DRAWN = SamplingSettings(max_tokens=20, temperature=1.3, top_k=30, top_p=0.9, min_tokens=4, stop_ids=(6, 30))
+GREEDY = SamplingSettings(max_tokens=20, temperature=0)
+DRAWN = SamplingSettings(max_tokens=20, temperature=1.3, top_k=30, top_p=0.9, min_tokens=4)
+ENDS = (END, 5)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def assert_same(samples: list[Sample], expected: list[Sample]) -> None:
 @pytest.mark.parametrize("slots", [3, 32])
 def test_the_samples_are_those_of_single_steps(family, settings, slots):
     model = build_model(family)
-    single, several = (GenerationEngine(model, END, PAD, slots, graphs=on) for on in (False, True))
+    single, several = (GenerationEngine(model, ENDS, PAD, slots, graphs=on) for on in (False, True))
     expected, samples = run(single, settings), run(several, settings)
     assert_same(samples, expected)
     assert settings == GREEDY or len({len(sample.response_ids) for sample in samples}) > 1
@@ -59,14 +60,14 @@ def test_forced_lengths():
     model = build_model("llama")
     lengths = [5, 1, 9, 20, 3, 7, 2, 4]
     expected, samples = (
-        run(GenerationEngine(model, END, PAD, 3, graphs=on), DRAWN, lengths=lengths) for on in (False, True)
+        run(GenerationEngine(model, ENDS, PAD, 3, graphs=on), DRAWN, lengths=lengths) for on in (False, True)
     )
     assert [len(sample.response_ids) for sample in samples] == lengths
     assert_same(samples, expected)
 
 
 def test_no_run_goes_beyond_a_limit_and_its_work_is_told():
-    decoding = GenerationEngine(build_model("llama"), END, PAD, graphs=True).start(
+    decoding = GenerationEngine(build_model("llama"), ENDS, PAD, graphs=True).start(
         [Sample(0, PROMPTS[0], 6), Sample(1, PROMPTS[4], 16)], DRAWN, KEY, may_end=False
     )
     works = []
@@ -84,7 +85,7 @@ def test_no_run_goes_beyond_a_limit_and_its_work_is_told():
 
 
 def test_tokens_behind_an_end_are_thrown_away_and_counted_as_work():
-    engine = GenerationEngine(build_model("llama"), END, PAD, graphs=True)
+    engine = GenerationEngine(build_model("llama"), ENDS, PAD, graphs=True)
     samples = run(engine, DRAWN)
     steps = rows = 0
     left = [len(sample.response_ids) - 1 for sample in samples]  # the first tokens come with the prefill
@@ -97,7 +98,7 @@ def test_tokens_behind_an_end_are_thrown_away_and_counted_as_work():
 
 
 def test_who_streams_gets_each_token_in_turn():
-    engine = GenerationEngine(build_model("llama"), END, PAD, graphs=True)
+    engine = GenerationEngine(build_model("llama"), ENDS, PAD, graphs=True)
     seen: list[int] = []
     samples = run(
         engine, GREEDY, on_token=lambda sample: seen.append(len(sample.response_ids)) if not sample.index else None
@@ -111,8 +112,8 @@ def test_who_streams_gets_each_token_in_turn():
 @pytest.mark.parametrize("with_cache", [True, False])
 def test_samples_move_to_and_fro(giver_graphs, with_cache):
     model = build_model("llama")
-    expected = run(GenerationEngine(model, END, PAD), DRAWN)
-    giver, taker = (GenerationEngine(model, END, PAD, 8, graphs=on) for on in (giver_graphs, not giver_graphs))
+    expected = run(GenerationEngine(model, ENDS, PAD), DRAWN)
+    giver, taker = (GenerationEngine(model, ENDS, PAD, 8, graphs=on) for on in (giver_graphs, not giver_graphs))
     halves = [[Sample(i, PROMPTS[i], DRAWN.max_tokens) for i in part] for part in (range(5), range(5, 8))]
     giving, taking = (e.start(half, DRAWN, KEY, room=(8, 40)) for e, half in zip((giver, taker), halves, strict=True))
     for decoding in (giving, taking):
@@ -158,7 +159,7 @@ def as_in_a_capture(monkeypatch):
 
 @pytest.mark.parametrize("family", PACKED)
 def test_a_step_never_waits_for_the_host(family, as_in_a_capture):
-    engine = GenerationEngine(build_model(family), END, PAD, 3, graphs=True)
+    engine = GenerationEngine(build_model(family), ENDS, PAD, 3, graphs=True)
     for settings in (GREEDY, DRAWN):
         assert len(run(engine, settings)) == len(PROMPTS)
     run(engine, DRAWN, lengths=[3] * len(PROMPTS))
@@ -203,7 +204,7 @@ def captured(monkeypatch) -> list[Recorded]:
 
 def test_graphs_are_made_once_and_serve_later_calls(captured):
     model = build_model("llama")
-    engine, single = (GenerationEngine(model, END, PAD, 3, graphs=on) for on in (True, False))
+    engine, single = (GenerationEngine(model, ENDS, PAD, 3, graphs=on) for on in (True, False))
     run(engine, DRAWN)
     made = len(captured)
     # 1, 2 and 3 rows; 8, 16, 24 and 31 tokens (the longest prompt has 11, a response at most 20)
@@ -219,7 +220,7 @@ def test_graphs_are_made_once_and_serve_later_calls(captured):
 
 def test_graphs_go_when_cache_or_weights_have_moved(captured):
     model = build_model("llama")
-    engine = GenerationEngine(model, END, PAD, 3, graphs=True)
+    engine = GenerationEngine(model, ENDS, PAD, 3, graphs=True)
 
     def replay_of(max_tokens: int) -> Replay:
         list(engine.generate(PROMPTS, SamplingSettings(max_tokens), KEY))
@@ -258,7 +259,7 @@ def test_a_capture_changes_nothing_that_was_loaded(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     samples = [Sample(i, PROMPTS[i], 9) for i in range(2)]
-    decoding = GenerationEngine(build_model("llama"), END, PAD, graphs=True).start(samples, GREEDY, KEY)
+    decoding = GenerationEngine(build_model("llama"), ENDS, PAD, graphs=True).start(samples, GREEDY, KEY)
     decoding.step()
     decoding.step(1)
     replay = decoding.replay
@@ -278,15 +279,15 @@ def test_a_capture_that_fails_is_told_once_and_costs_no_sample(monkeypatch, capl
     monkeypatch.setattr(Replay, "_capture", refuse)
     model = build_model("llama")
     with caplog.at_level(logging.WARNING):
-        samples = run(GenerationEngine(model, END, PAD, 3, graphs=True), DRAWN)
-    assert_same(samples, run(GenerationEngine(model, END, PAD, 3), DRAWN))
+        samples = run(GenerationEngine(model, ENDS, PAD, 3, graphs=True), DRAWN)
+    assert_same(samples, run(GenerationEngine(model, ENDS, PAD, 3), DRAWN))
     (record,) = caplog.records
     assert record.getMessage().endswith("operation not permitted when stream is capturing")
 
 
 def test_only_packed_models_and_by_default_only_cuda():
     def replay_of(family: str, on: bool | None) -> Replay | None:
-        return GenerationEngine(build_model(family), END, PAD, graphs=on).start([], GREEDY, KEY).replay
+        return GenerationEngine(build_model(family), ENDS, PAD, graphs=on).start([], GREEDY, KEY).replay
 
     assert replay_of("llama", True) is not None
     assert replay_of("llama", False) is None and replay_of("llama", None) is None
@@ -297,7 +298,7 @@ def test_only_packed_models_and_by_default_only_cuda():
 @pytest.mark.parametrize("family", PACKED)
 def test_captured_steps_give_what_eager_ones_give(family, caplog):
     model = build_model(family).cuda()
-    single, several = (GenerationEngine(model, END, PAD, 3, graphs=on) for on in (False, None))
+    single, several = (GenerationEngine(model, ENDS, PAD, 3, graphs=on) for on in (False, None))
     for settings in (GREEDY, DRAWN):
         for iteration in range(2):
             key = SamplingKey(11, iteration)

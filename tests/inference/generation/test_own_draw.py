@@ -8,13 +8,13 @@ from inference.generation.own_draw import OwnDraw, OwnSample
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.tiny_model import build_tiny_model
 
-ENDS, PADS, SLOTS, ROOM = 1, 0, 3, 64
+ENDS, PADS, SLOTS, ROOM = (1, *range(100, 180)), 0, 3, 64
 SETTINGS = [
     SamplingSettings(20, 1.0),
     SamplingSettings(12, 0.0),
     SamplingSettings(16, 0.7, top_p=0.8),
     SamplingSettings(9, 1.3, top_k=20),
-    SamplingSettings(20, 1.0),
+    SamplingSettings(20, 1.0, min_tokens=15),
 ]
 
 

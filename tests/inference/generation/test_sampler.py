@@ -71,7 +71,7 @@ def test_frequencies_match_the_probabilities():
     rows = 20_000
     logits = probabilities.log().expand(rows, -1)
     settings = SamplingSettings(max_tokens=1)
-    tokens, logprobs = sample_tokens(logits, settings, KEY, torch.arange(rows), torch.zeros(rows).long(), end_id=0)
+    tokens, logprobs = sample_tokens(logits, settings, KEY, torch.arange(rows), torch.zeros(rows).long(), end_ids=(0,))
     counts = torch.bincount(tokens, minlength=5).double()
     assert counts[1] == 0
     possible = probabilities > 0
@@ -84,7 +84,7 @@ def test_the_ends_of_the_interval_draw_no_impossible_token(monkeypatch, number, 
     monkeypatch.setattr(sampler, "uniform", lambda key, sample, position: torch.full((1,), number, dtype=torch.double))
     logits = torch.tensor([[0.0, 0.3, 0.7, 0.0]]).log()
     tokens, _ = sample_tokens(
-        logits, SamplingSettings(max_tokens=1), KEY, torch.zeros(1).long(), torch.zeros(1).long(), end_id=0
+        logits, SamplingSettings(max_tokens=1), KEY, torch.zeros(1).long(), torch.zeros(1).long(), end_ids=(0,)
     )
     assert tokens.tolist() == [expected]
 
@@ -92,7 +92,9 @@ def test_the_ends_of_the_interval_draw_no_impossible_token(monkeypatch, number, 
 def test_temperature_sharpens_and_its_logprobs_are_those_of_the_draw():
     logits = torch.tensor([[2.0, 1.0, 0.0]]).expand(10_000, -1)
     settings = SamplingSettings(max_tokens=1, temperature=0.5)
-    tokens, logprobs = sample_tokens(logits, settings, KEY, torch.arange(10_000), torch.zeros(10_000).long(), end_id=0)
+    tokens, logprobs = sample_tokens(
+        logits, settings, KEY, torch.arange(10_000), torch.zeros(10_000).long(), end_ids=(0,)
+    )
     weights = [math.exp(4), math.exp(2), 1.0]  # logits / 0.5
     expected = torch.tensor([weight / sum(weights) for weight in weights])
     assert chi_square(torch.bincount(tokens, minlength=3), expected * 10_000) < 13.8  # 2 degrees of freedom, p = 0.001
@@ -102,7 +104,7 @@ def test_temperature_sharpens_and_its_logprobs_are_those_of_the_draw():
 def test_greedy_takes_the_likeliest_at_temperature_one():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 0.0]])
     tokens, logprobs = sample_tokens(
-        logits, SamplingSettings(max_tokens=1, temperature=0), KEY, torch.arange(2), torch.zeros(2).long(), end_id=0
+        logits, SamplingSettings(max_tokens=1, temperature=0), KEY, torch.arange(2), torch.zeros(2).long(), end_ids=(0,)
     )
     assert tokens.tolist() == [1, 0]
     e = math.e
@@ -111,11 +113,11 @@ def test_greedy_takes_the_likeliest_at_temperature_one():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_end_token_is_forbidden_before_the_minimum(temperature):
-    logits = torch.tensor([[50.0, 0.0, 0.0]]).expand(4, -1).clone()
+def test_end_tokens_are_forbidden_before_the_minimum(temperature):
+    logits = torch.tensor([[50.0, 0.0, 0.0, 40.0]]).expand(4, -1).clone()
     kept = logits.clone()
     settings = SamplingSettings(max_tokens=9, min_tokens=2, temperature=temperature)
-    tokens, logprobs = sample_tokens(logits, settings, KEY, torch.arange(4), torch.arange(4), end_id=0)
+    tokens, logprobs = sample_tokens(logits, settings, KEY, torch.arange(4), torch.arange(4), end_ids=(0, 3))
     assert (tokens == 0).tolist() == [False, False, True, True]
     torch.testing.assert_close(logprobs[:2], torch.full((2,), math.log(0.5)))
     assert torch.equal(logits, kept)  # the caller's logits are not changed
@@ -151,7 +153,9 @@ def test_restrict_equals_brute_force(top_k, top_p):
 def test_a_draw_never_leaves_the_restricted_set():
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1)).expand(3_000, -1)
     settings = SamplingSettings(max_tokens=1, top_k=6, top_p=0.8)
-    tokens, logprobs = sample_tokens(logits, settings, KEY, torch.arange(3_000), torch.zeros(3_000).long(), end_id=0)
+    tokens, logprobs = sample_tokens(
+        logits, settings, KEY, torch.arange(3_000), torch.zeros(3_000).long(), end_ids=(0,)
+    )
     kept = restrict_by_hand(logits[0].tolist(), 6, 0.8)
     assert set(tokens.tolist()) == kept
     mass = sum(math.exp(logits[0, token]) for token in kept)

@@ -387,6 +387,27 @@ def test_a_data_set_without_a_training_split(hub):
     assert read("org/mine").rows == [HH_PAIR]
 
 
+@pytest.mark.parametrize(
+    ("read_file", "left"),
+    [
+        ("Train.jsonl", ("Test.jsonl",)),
+        ("hh_train.jsonl", ("hh_val.jsonl", "constraints.jsonl")),
+        ("TRAIN/a.jsonl", ("DEV/b.jsonl",)),
+        ("rows.jsonl", ("rows_test.jsonl", "constraints_eval.jsonl")),
+    ],
+)
+def test_held_out_files_of_the_hub_are_not_read(hub, read_file, left):
+    directory = repository(hub, "org/mine")
+    write_file(directory / read_file, [HH_ROW], None)
+    for name in left:
+        write_file(directory / name, [HH_ROW] * 3, None)
+    found = read("org/mine")
+    assert found.rows == [HH_PAIR]
+    assert found.notes[1].startswith(f"read: {read_file}")
+    if "train" in read_file.lower():  # nor loaded
+        assert not any((hub[0].parent / "cache").rglob(Path(left[0]).name))
+
+
 def test_a_converted_data_set_with_several_configurations(hub):
     repository(hub, "org/mine")
     for name in ("a", "b"):

@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from inference.chat_format import ChatFormat
+from tests.inference.templates import FAMILIES, bytes_tokenizer
 from training.config import DataSettings
 from training.data.lint import Lines, bad_rows, lint, lint_tokenizer, shared_prompts
 
@@ -124,6 +125,9 @@ def test_prompts_on_both_sides():
     train, held_out = lines(pair("a", "b", "c"), pair("d", "e", "f")), lines(pair("x", "y", "z"), pair("d", "y", "z"))
     (found,) = shared_prompts(train, held_out)
     assert (found.level, found.places) == ("error", ("line 2",))
+    same = {**pair("D ?", "y", "z"), "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": " D?"}]}
+    (found,) = shared_prompts(train, lines(pair("x", "y", "z"), same))
+    assert found.places == ("line 2",)  # written in another way, under a system message
 
 
 @pytest.mark.parametrize(
@@ -139,3 +143,11 @@ def test_the_pad_token(tmp_path, pad, said):
     assert len(found) == bool(said)
     if said:
         assert said in found[0].sentence and found[0].level == "warning"
+
+
+def test_a_template_that_writes_finished_dialogues_otherwise(tmp_path):
+    tokenizer = bytes_tokenizer(FAMILIES["zephyr"], pad_token="<unk>")
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}"
+    (found,) = lint_tokenizer(tokenizer, ChatFormat(tokenizer), tmp_path)
+    assert (found.level, found.check) == ("warning", "chat template")
+    assert "otherwise than its prompts" in found.sentence

@@ -46,6 +46,7 @@ PAIR_WITH_SYSTEM = {**PAIR, "prompt": [system("s"), user("q")]}
         ({"conversation": [user("q"), assistant("r")]}, DEMONSTRATION),
         ({"messages": [{"from": "User", "value": "q"}, {"from": "ChatGPT", "value": "r"}]}, DEMONSTRATION),
         ({"conversations": [human("q")], "chosen": gpt("good"), "rejected": gpt("bad")}, PAIR),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q", "r"], "weight": [None, 1]}}, DEMONSTRATION),
         # Alpaca
         ({"instruction": "q", "input": "", "output": "r"}, DEMONSTRATION),
         ({"instruction": "q", "output": "r", "text": "Below is an instruction ..."}, DEMONSTRATION),
@@ -93,6 +94,9 @@ PAIR_WITH_SYSTEM = {**PAIR, "prompt": [system("s"), user("q")]}
         ),
         ({"messages": [{"role": "developer", "content": "s"}, user("q"), assistant("r")]}, WITH_SYSTEM),
         ({"messages": [system(""), user("q"), assistant("r")]}, DEMONSTRATION),
+        ({"messages": [system(" \n"), user("q"), assistant("r")]}, DEMONSTRATION),
+        ({"system": "s", "input": "q", "chosen": "good", "rejected": "bad"}, PAIR_WITH_SYSTEM),  # as distilabel has it
+        ({"input": "q", "response": "r"}, DEMONSTRATION),
         ({"messages": [user([{"type": "text", "text": "q"}]), assistant("r")]}, DEMONSTRATION),
         ({"messages": [user("q"), {**assistant("r"), "tool_calls": []}], "tools": "[]"}, DEMONSTRATION),
         (
@@ -122,6 +126,8 @@ def test_shapes(row, expected):
             "is no text .image_url.: only",
         ),
         ({"system": "s", "prompt": [system("t"), user("q")], "response": "r"}, "there are two system messages"),
+        ({"messages": repr([[user("q")], [user("p")]])}, "'messages' is the text of several lists of messages"),
+        ({"prompt": "q", "response": b"\xff"}, "'response' is not UTF-8 text"),
         ({"question": "q", "answer": "a"}, "no known keys .found: question, answer"),
         ({"instruction": "q", "output": ""}, "'response' is empty"),
         ({"prompt": "q", "response": "r", "history": [["a", None]]}, "'history' has a turn that is not a"),
@@ -148,6 +154,9 @@ EXPECTED = [{"prompt": MESSAGES[:2], "response": "r"}]
         repr([{**message, "name": None} for message in MESSAGES]),
         repr([{"weight": 1, **message} for message in MESSAGES]),
         json.dumps(json.dumps(MESSAGES)),
+        repr(tuple(MESSAGES)),
+        repr([MESSAGES]),
+        json.dumps({"messages": MESSAGES}),
     ],
 )
 def test_messages_in_a_text(text):
@@ -170,6 +179,7 @@ def test_sharegpts_messages_and_single_ones_in_a_text():
         "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'r'}]",  # as numpy prints them
         "array([{'content': 'q', 'role': 'user'}], dtype=object)",
         "[{'role': 'user', 'content': 'it's'}]",
+        "[Message(role='user', content='q')]",
     ],
 )
 @pytest.mark.parametrize("key", ["prompt", "response", "chosen"])
@@ -186,6 +196,8 @@ def test_messages_in_a_text_that_cannot_be_read(text, key):
         '{"role": "admin", "content": "all"}',
         '[{"name": "user", "value": 3}]',
         "[{x",
+        "[print(x) for x in range(3)]",
+        '{"model": "m", "messages": [{"role": "user", "content": "hi"}]}',
         '{"from": "a@b.org", "value": 3}',
         "{% for message in messages %}{{ message['role'] }}",
     ],

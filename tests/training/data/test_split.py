@@ -114,6 +114,11 @@ SPELLINGS = [
     "What\u00a0is tea\uff1f",  # a no-break space, a full-width mark
     "What is te\u200ba?",  # an invisible sign
     "\ufeffWhat is tea?",
+    "**What is tea?**",
+    "## What is tea",
+    '- "What is tea?"',
+    "`What is tea;`",
+    "\u00bfWhat is tea,",
 ]
 
 
@@ -141,7 +146,23 @@ def test_one_spelling(text):
 
 
 def test_different_questions_stay_apart():
-    different = ["cafe", "caf\u00e9", "2+2", "22", "?", "!?", "re-sign", "resign", "\u00df", "s"]
+    different = [
+        "cafe",
+        "caf\u00e9",
+        "2+2",
+        "22",
+        "?",
+        "!?",
+        "re-sign",
+        "resign",
+        "c",
+        "c#",
+        "c++",
+        "5",
+        "-5",
+        "\u00df",
+        "s",
+    ]
     assert len({one_spelling(text) for text in different}) == len(different)
     assert one_spelling("STRASSE") == one_spelling("stra\u00dfe")
     assert one_spelling("cafe\u0301") == one_spelling("caf\u00e9")
@@ -195,3 +216,41 @@ def test_prompts_differ_by_what_a_reward_function_is_told_in_training_only():
     sets = RowSets(prompts_train=list(told), prompts_eval=list(told))
     assert keep_once(sets) == 4 + 5
     assert sets.prompts_train == told[:2] and sets.prompts_eval == told[:1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_too_few_questions_to_share_out_train_every_step(count):
+    sets = split_rows(pairs(count), (2, 4, 4), held_out=0.05, seed=1)
+    trained = max(1, count - 1)  # one of two or three is held out
+    assert sets.steps_share
+    assert [len(rows) for _, rows in sets.items()] == [trained, count - trained] * 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_step_with_a_share_gets_a_question(seed):
+    rows = [*pairs(4), *pairs(2) * 50]  # rows of two questions weigh more than all others
+    sets = split_rows(rows, (1, 4, 4), held_out=0.05, seed=seed)
+    assert not sets.steps_share and all((sets.sft_train, sets.pairs_train, sets.prompts_train))
+    used = [prompts_of(rows) for rows in (sets.sft_train, sets.pairs_train, sets.prompts_train)]
+    assert len(set.union(*used)) == sum(map(len, used)) == 3
+    assert split_rows(pairs(50), (0.001, 1, 0), 0.05, seed=seed).sft_train
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_one_kind_holds_out_no_other_trains_on(seed):
+    rows = [
+        *pairs(10),
+        *({"prompt": message(f" Q{i}?"), "response": "r"} for i in range(30)),
+        *({"prompt": [{"role": "system", "content": "s"}, *message(f"q{i} ")]} for i in range(5, 25)),
+    ]
+    sets = split_rows(rows, (1, 1, 1), held_out=0.1, seed=seed)
+    sides = [
+        {
+            one_spelling(row["prompt"][-1]["content"])
+            for name, rows in sets.items()
+            if name.endswith(end)
+            for row in rows
+        }
+        for end in ("train", "eval")
+    ]
+    assert len(sides[1]) >= 3 and not sides[0] & sides[1]

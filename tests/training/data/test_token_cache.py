@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -113,3 +115,13 @@ def test_kept_tokens_on_a_full_disk(tmp_path, word_format):
         full.fill()
         assert as_lists(full.read()) == as_lists(full.make())
         assert not list(full.directory.iterdir())
+
+
+def test_what_is_read_takes_no_other_row_along(tmp_path, word_format):
+    rows = [{"prompt": [{"role": "user", "content": f"how are you {i}"}]} for i in range(200)]
+    filled = cache(tmp_path, word_format, rows=rows, parts=("prompt",))
+    filled.fill()
+    for tokens in (filled.load(), filled.make()):
+        ((prompt,), *_) = tokens
+        assert prompt.untyped_storage().nbytes() == 8 * len(prompt)
+        assert len(pickle.dumps(prompt)) < 1000

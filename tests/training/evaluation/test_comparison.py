@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
+from inference.generation.sample import Sample
 from tests.tiny_runs import QUESTIONS, messages
+from training.config import DataSettings
 from training.evaluation.answers import Answers, same_tokens
 from training.evaluation.candidates import Request
 from training.evaluation.comparison import Comparison, win_rate
@@ -87,7 +89,8 @@ def test_perplexity_of_the_demonstrations_is_that_of_plain_transformers(measured
         assert result[key]["perplexity_demonstrations"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(stage, finished):
+def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(measured, stage, finished):
+    result, _ = measured
     comparison = Comparison(stage)
     with reading(stage, comparison.model.directory) as reader:
         ours = comparison.answer(reader, comparison.model)
@@ -97,8 +100,8 @@ def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(stage, fini
             plain_logprobs(finished.step(step).model, sample.prompt_ids.tolist(), sample.response_ids, 0.7)
             for step in (3, 1)
         ]
+        assert sample.logprobs == pytest.approx(rows[0].tolist(), abs=1e-4)  # it was drawn at that temperature
         sums.append(float((rows[0] - rows[1]).sum()))
-    result = comparison.run(finished.path / "again.json", finished.path / "again.jsonl")
     assert result["rlhf"]["kl"] == pytest.approx(sum(sums) / 6, rel=1e-3) and result["sft"]["kl"] == 0.0
 
 
@@ -127,16 +130,46 @@ def plain_scores(directory, prompts, responses) -> list[float]:
     return found
 
 
-def test_scores_stand_beside_the_answers_they_are_of(measured, stage, finished):
-    _, rows = measured
+def test_every_measure_is_of_the_models_own_answers(measured, stage, finished):
+    result, rows = measured
     comparison = Comparison(stage)
     for candidate in (comparison.model, comparison.against):
         with reading(stage, candidate.directory) as reader:
             answers = comparison.answer(reader, candidate)
         assert [row[candidate.key] for row in rows] == answers.texts
         prompts, responses = zip(*((s.prompt_ids.tolist(), s.response_ids) for s in answers.samples), strict=True)
-        expected = plain_scores(finished.step(2).model, prompts, responses)
-        assert [row[f"{candidate.key}_score"] for row in rows] == pytest.approx(expected, abs=1e-5)
+        scores = plain_scores(finished.step(2).model, prompts, responses)
+        assert [row[f"{candidate.key}_score"] for row in rows] == pytest.approx(scores, abs=1e-5)
+        found = result[candidate.key]
+        assert {name: found[name] for name in comparison.measure(answers)} == comparison.measure(answers)
+        base = finished.path.parent / "base"
+        logprobs = torch.cat([plain_logprobs(base, *ids) for ids in zip(prompts, responses, strict=True)])
+        assert found["perplexity_untouched"] == pytest.approx(math.exp(-float(logprobs.mean())), rel=1e-4)
+
+
+def test_measures_of_answers_by_hand(stage, finished):
+    """The end token counts in the length; an empty answer is an answer."""
+    chat_format = ChatFormat.load(finished.step(1).model)
+    told = [
+        ([7, 8, 9, chat_format.end_of_turn_id], "I am I am"),
+        ([7] * 12, "I am"),
+        ([chat_format.end_of_turn_id], ""),
+    ]
+    samples = [
+        Sample(i, torch.tensor([5]), 12, ids, [], ended=ids[-1] == chat_format.end_of_turn_id)
+        for i, (ids, _) in enumerate(told)
+    ]
+    found = Comparison(stage).measure(Answers(chat_format, [], samples, [text for _, text in told]))
+    expected = {"length": 17 / 3, "ended_fraction": 2 / 3, "distinct_bigrams": 2 / 4, "most_frequent_share": 1 / 3}
+    assert found == pytest.approx(expected)
+
+
+def test_the_win_rate_of_unseen_questions_is_that_of_their_prompts(measured):
+    result, rows = measured
+    outcomes = [(row["rlhf_score"] > row["sft_score"]) + 0.5 * (row["rlhf_score"] == row["sft_score"]) for row in rows]
+    found = result["win_rate_unseen_questions"]
+    assert (found["prompts"], found["rate"]) == (2, sum(outcomes[:2]) / 2)
+    assert sum(outcomes[:2]) / 2 != sum(outcomes[2:]) / 4  # the others'
 
 
 def test_a_model_against_its_copy_is_a_tie_everywhere(stage, finished, tmp_path):
@@ -283,9 +316,6 @@ def test_answers_are_read_by_their_text_where_tokens_differ(finished):
     tokenizer.chat_template = ours.tokenizer.chat_template.replace("Human: ", "Person: ")
     other = ChatFormat(tokenizer)
     assert same_tokens(ours, ChatFormat.load(finished.step(3).model)) and not same_tokens(ours, other)
-    from inference.generation.sample import Sample
-    from training.config import DataSettings
-
     prompt = messages("Hello?")
     told = [("Good day", True), ("Good day", False)]
     samples = [
@@ -309,3 +339,9 @@ def test_accuracy_falls_into_the_bucket_of_the_longer_answer():
         "up_to_256_tokens": (1, 1.0),  # the last bucket holds all longer ones
         "unseen_questions": (1, 0.0),
     }
+
+
+def test_pairs_of_one_question_are_counted_as_alike():
+    found = accuracy_by_length([True] * 4, [8] * 4, [False] * 4, ["a", "a", "a", "b"])["all"]
+    assert (found["pairs"], found["questions"]) == (4, 2)
+    assert (found["rate"], found["low"], found["high"]) == share(4, 4, 16 / 10)  # worth 1.6 pairs

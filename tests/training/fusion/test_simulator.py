@@ -201,7 +201,7 @@ def test_no_tick_is_skipped_at_which_something_is_decided(seed, threshold, monke
     shares, machine = random_shares(seed), Machine(COSTS, slots=4)  # a prefill takes many ticks
     asked = policy(threshold, 4, tick=5.3)
     outcome = fused(shares, machine, asked, to_come(shares))
-    monkeypatch.setattr(simulator, "first_tick", lambda active, policy: 1)
+    monkeypatch.setattr(simulator, "first_tick", lambda active, ends, policy: 1)
     assert fused(shares, machine, asked, to_come(shares)) == outcome
 
 

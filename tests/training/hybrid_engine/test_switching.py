@@ -67,7 +67,7 @@ def generate(ranks, engine, part, layout, slots, greedy=False):
 def plain_logprobs(family, engine, samples):
     """Of plain transformers, one sample at a time, for the weights that the engine has now."""
     from tests.inference.tensor_parallel.families import build
-    from training.models.loading import add_lora
+    from training.models.adapters import add_lora
     from training.role_settings import LoRASettings
 
     weights = whole_weights(engine.language_model)

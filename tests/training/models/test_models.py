@@ -13,6 +13,7 @@ from transformers import (
     CodeGenConfig,
     Cohere2Config,
     Gemma2Config,
+    GenerationConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
@@ -25,9 +26,10 @@ from transformers import (
 from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
+from tests.inference.templates import CHATML, Family, bytes_tokenizer
 from training.data.batching import TokenBatch
+from training.models.adapters import add_lora
 from training.models.loading import (
-    add_lora,
     fit_vocabulary,
     load_causal_lm,
     load_scorer,
@@ -281,6 +283,33 @@ def test_the_saved_model_computes_what_the_trained_one_did(tiny, tmp_path, score
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     assert ChatFormat.load(tmp_path / "m").end_of_turn_id == chat_format.end_of_turn_id
+
+
+def test_a_saved_model_keeps_all_that_ends_an_answer(tmp_path):
+    """Of a template whose end of turn is not the tokenizer's end of text: plain transformers stops at both."""
+    family = Family(CHATML, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_end|>")
+    bytes_tokenizer(family).save_pretrained(tmp_path / "base")
+    chat_format = ChatFormat.load(tmp_path / "base")
+    model = AutoModelForCausalLM.from_config(OPTConfig(**{**OPT, "vocab_size": 259}))
+    save_model(tmp_path / "m", model, chat_format, {}, LoRASettings(), torch.float32)
+    assert GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == [258, 256]
+    assert ChatFormat.load(tmp_path / "m").end_ids == chat_format.end_ids == (258, 256)
+
+
+def test_ids_with_gaps_fit_and_load_again(tmp_path):
+    """Letters below 256, two tokens at 300 and 301, and a pad token that is new."""
+    family = Family(CHATML, ("<|im_end|>", "<|im_start|>"), "<|im_end|>")
+    bytes_tokenizer(family, {"<|im_start|>": 300, "<|im_end|>": 301}).save_pretrained(tmp_path / "base")
+    chat_format = ChatFormat.load(tmp_path / "base")
+    assert (len(chat_format.tokenizer), chat_format.pad_id, chat_format.vocabulary_size) == (259, 302, 303)
+    model = AutoModelForCausalLM.from_config(OPTConfig(**{**OPT, "vocab_size": 302}))
+    model.save_pretrained(tmp_path / "base")
+    fitted = load_causal_lm(tmp_path / "base", chat_format, torch.float32)
+    assert fitted.get_input_embeddings().num_embeddings == 303
+    save_model(tmp_path / "m", fitted, chat_format, {}, LoRASettings(), torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = torch.tensor([[0, 301, chat_format.pad_id]])
+    assert torch.equal(again(ids).logits, fitted.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("tied", [True, False])

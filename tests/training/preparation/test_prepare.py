@@ -8,14 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from inference.errors import UserError
+from inference.chat_format import ChatFormat
+from inference.errors import EXIT_USER_ERROR, UserError
 from inference.tiny_model import build_tiny_model
+from training import stage
 from training.config_files import load_config
+from training.distributed import Ranks
+from training.models.loading import load_scorer, require_same_format, save_model
 from training.preparation.prepare import prepare
+from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.stage import RefusedOnFirst, prepare_on_first
+from training.watchdog import PARENT_VARIABLE
 
 WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.model=0")
 
@@ -33,6 +40,15 @@ def test_settings_are_checked_against_the_processes_that_were_started(tmp_path):
     with pytest.raises(UserError, match=sentence):
         prepare(config, RunDirectory(tmp_path), 2, print)
     assert not list(tmp_path.iterdir())
+
+
+def test_idle_ranks_are_said_before_anything_is_fetched(tmp_path):
+    said: list[str] = []
+    (tmp_path / "config.json").write_text("{}")
+    config = load_config([], [f"model={tmp_path}", "sft.batch_size=64", "reward.batch_size=64"])
+    with pytest.raises(UserError):
+        prepare(config, RunDirectory(tmp_path), 64, said.append)
+    assert "leaves 48 of 64 ranks idle" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -60,17 +76,32 @@ def test_models_that_cannot_train_are_refused_before_anything_is_made(tiny, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reward_model_that_read_other_texts_is_refused(tiny, tmp_path):
+    """The same tokenizer, another chat template: no matter which of the two has one."""
+    finished = tmp_path / "reward"
+    chat_format = ChatFormat.load(tiny)
+    scorer = load_scorer(tiny, chat_format, torch.float32)
+    chat_format.tokenizer.chat_template = chat_format.template.source.replace("Human: ", "User: ")
+    save_model(finished, scorer, chat_format, {}, LoRASettings(), torch.float32)
+    config = load_config([], [f"model={tiny}", f"trained_reward_model={finished}"])
+    with pytest.raises(UserError, match="another chat template than the actor") as raised:
+        prepare(config, RunDirectory(tmp_path / "run"), 1, print)
+    assert "chat_template.jinja" in str(raised.value) and not (tmp_path / "run").exists()
+    (finished / "chat_template.jinja").write_text(ChatFormat.load(tiny).template.source)
+    require_same_format(ChatFormat.load(tiny), ChatFormat.load(finished), "actor", "reward model")
+
+
 def test_every_rank_ends_with_what_the_first_one_refuses(tmp_path):
     config, run = load_config([], ["model=tiny", "sft.batch_size=1"]), RunDirectory(tmp_path)
     sent, meeting = [None, None], Barrier(2, timeout=60)
 
     def refused(rank: int) -> UserError:
-        def gather(value):
+        def tell(value, phase):
             sent[rank] = value
             meeting.wait()
-            return sent
+            return sent[0]
 
-        ranks: Any = SimpleNamespace(is_first=rank == 0, size=2, gather=gather, barrier=meeting.wait)
+        ranks: Any = SimpleNamespace(is_first=rank == 0, size=2, tell=tell, barrier=lambda phase: meeting.wait())
         with pytest.raises(UserError) as raised:
             prepare_on_first(config, run, ranks)
         return raised.value
@@ -79,3 +110,13 @@ def test_every_rank_ends_with_what_the_first_one_refuses(tmp_path):
         first, second = threads.map(refused, range(2))
     assert str(first) == str(second) and "2 processes were started" in str(first)
     assert not isinstance(first, RefusedOnFirst) and isinstance(second, RefusedOnFirst)  # one of them prints it
+
+
+def test_a_stage_that_is_refused_leaves_the_name_free(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(PARENT_VARIABLE, raising=False)
+    monkeypatch.setattr(stage, "start_ranks", lambda threads: Ranks(0, 1, torch.device("cpu")))
+    arguments = ["--set", f"model={tiny}", "--set", f"trained_reward_model={tiny}"]
+    monkeypatch.setattr("sys.argv", ["main.py", str(tmp_path / "run"), *arguments])
+    assert stage.run_stage(1, lambda stage: None) == EXIT_USER_ERROR
+    assert "is no trained reward model" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()

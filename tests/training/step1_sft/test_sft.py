@@ -46,6 +46,7 @@ def make_rows(count: int, seed: int) -> list[dict]:
 
 
 TRAIN, HELD_OUT = make_rows(9, 1), make_rows(3, 2)
+BEYOND_EVAL_ROWS = make_rows(2, 3)
 TRAIN[0]["response"] = " ".join(["story"] * 30)  # is cut, and has no end token
 
 
@@ -61,8 +62,9 @@ def runs(tiny, one_rank) -> dict[str, RunDirectory]:
     """A finished step 1 of each case."""
     found = {}
     for name, extra in CASES.items():
-        run = make_run(tiny.parent / name.replace(" ", "_"), "sft", TRAIN, HELD_OUT)
-        sft.train(stage_of(run, 1, [f"model={tiny}", *settings_of("sft"), *extra], one_rank))
+        run = make_run(tiny.parent / name.replace(" ", "_"), "sft", TRAIN, HELD_OUT + BEYOND_EVAL_ROWS)
+        settings = [f"model={tiny}", *settings_of("sft"), "sft.eval_rows=3", *extra]
+        sft.train(stage_of(run, 1, settings, one_rank))
         found[name] = run
     return found
 
@@ -71,30 +73,36 @@ def tokens_of(row: dict, chat_format: ChatFormat) -> tuple[list[int], list[int]]
     return chat_format.prompt_ids(row["prompt"], 24), chat_format.response_ids(row["response"], LONGEST)
 
 
-def loss_by_hand(model, rows: list[dict], chat_format: ChatFormat) -> torch.Tensor:
-    """Nats a response token: the sum over all rows' tokens, over their number."""
-    losses = []
+def by_hand(model, rows: list[dict], chat_format: ChatFormat) -> tuple[torch.Tensor, float]:
+    """Loss and entropy in nats a response token: the sums over all rows' tokens, over their number."""
+    losses, entropies = [], []
     for row in rows:
         prompt_ids, response_ids = tokens_of(row, chat_format)
         logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
         for place, token in enumerate(response_ids, start=len(prompt_ids)):
-            losses.append(logits[place - 1].exp().sum().log() - logits[place - 1, token])
-    return torch.stack(losses).sum() / len(losses)
+            chances = logits[place - 1].exp() / logits[place - 1].exp().sum()
+            losses.append(-chances[token].log())
+            entropies.append(-float((chances * chances.log()).sum().detach()))
+    return torch.stack(losses).sum() / len(losses), sum(entropies) / len(entropies)
 
 
 def held_out_loss(model, chat_format: ChatFormat) -> float:
     with torch.no_grad():
-        return float(loss_by_hand(model, HELD_OUT, chat_format))
+        return float(by_hand(model, HELD_OUT, chat_format)[0])
 
 
 def test_training_is_that_of_a_second_implementation(runs, tiny):
     chat_format, model = ChatFormat.load(tiny), AutoModelForCausalLM.from_pretrained(tiny).eval()
-    steps, evaluations = train_by_hand(
-        model,
-        len(TRAIN),
-        lambda batch: loss_by_hand(model, [TRAIN[row] for row in batch], chat_format),
-        lambda: {"loss": held_out_loss(model, chat_format)},
-    )
+    entropies = []
+
+    def loss_of(batch: list[int]) -> torch.Tensor:
+        loss, entropy = by_hand(model, [TRAIN[row] for row in batch], chat_format)
+        entropies.append(entropy)
+        return loss
+
+    steps, evaluations = train_by_hand(model, len(TRAIN), loss_of, lambda: {"loss": held_out_loss(model, chat_format)})
+    for step, entropy in zip(steps, entropies, strict=True):
+        step["entropy"] = entropy
     found, evaluated = metrics_of(runs["plain"], 1)
     assert len(found) == len(steps) == 4 and len(evaluated) == len(evaluations) == 3
     for ours, theirs in zip(found, steps, strict=True):

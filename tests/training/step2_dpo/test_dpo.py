@@ -160,7 +160,7 @@ def train_by_hand(sft: Path, smoothing: float = 0.0, normalized: bool = False):
     found = []
     for number, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = RATE * (1 - number / len(batches))
-        losses, chosen_rewards = [], []
+        losses, chosen_rewards, right_ones = [], [], 0
         for row in batch:
             prompt, responses = pairs[row]
             rewards = []
@@ -172,11 +172,12 @@ def train_by_hand(sft: Path, smoothing: float = 0.0, normalized: bool = False):
             right = 1 / (1 + (rewards[1] - rewards[0]).exp())
             losses.append(-(1 - smoothing) * right.log() - smoothing * (1 - right).log())
             chosen_rewards.append(float(rewards[0].detach()))
+            right_ones += int(rewards[0] > rewards[1])
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append((float(loss.detach()), sum(chosen_rewards) / len(batch)))
+        found.append((float(loss.detach()), sum(chosen_rewards) / len(batch), right_ones / len(batch)))
     return found, policy
 
 
@@ -189,7 +190,8 @@ def test_training_is_that_of_a_second_implementation(runs, name, smoothing, norm
     expected, policy = train_by_hand(runs / "sft", smoothing, normalized)
     rows = training(runs, name)
     assert len(rows) == len(expected) == 4
-    for row, (loss, chosen) in zip(rows, expected, strict=True):
+    for number, (row, (loss, chosen, accuracy)) in enumerate(zip(rows, expected, strict=True)):
+        assert number == 0 or row["accuracy"] == accuracy  # before the first update all margins are 0, but for rounding
         assert row["loss"] == pytest.approx(loss, rel=1e-4)
         assert row["reward/chosen"] == pytest.approx(chosen, rel=1e-3, abs=1e-5)
         assert row["margin"] == pytest.approx(row["reward/chosen"] - row["reward/rejected"], abs=1e-5)

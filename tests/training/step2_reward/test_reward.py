@@ -31,7 +31,7 @@ from training.models.scorer import Scorer
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.step2_reward import reward
-from training.step2_reward.reward import RewardTask, length_bucket
+from training.step2_reward.reward import RewardTask, initial_model, length_bucket
 
 SIDES = ("chosen", "rejected")
 CASES = {
@@ -70,7 +70,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def settings(base: Path) -> list[str]:
-    return [f"model={base.parent / 'tiny'}", f"reward_model={base}", *settings_of("reward")]
+    return [f"model={base.parent / 'tiny'}", f"reward_model={base}", *settings_of("reward"), "reward.eval_rows=8"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,8 @@ def runs(base, one_rank) -> dict[str, RunDirectory]:
     """A finished step 2 of each case."""
     found = {}
     for name, extra in CASES.items():
-        run = make_run(base.parent / name.replace(" ", "_"), "pairs", [*TRAIN, CUT_ALIKE], [CUT_ALIKE, *HELD_OUT])
+        held_out = [CUT_ALIKE, *HELD_OUT, *make_rows(2, 3)]  # two more than reward.eval_rows
+        run = make_run(base.parent / name.replace(" ", "_"), "pairs", [*TRAIN, CUT_ALIKE], held_out)
         reward.train(stage_of(run, 2, [*settings(base), *extra], one_rank))
         found[name] = run
     return found
@@ -278,6 +279,13 @@ def test_gradients_are_those_of_plain_torch(task, base):
     theirs = dict(model.named_parameters())
     for name, parameter in task.engine.model.named_parameters():
         assert torch.allclose(parameter.grad, theirs[name].grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("source", "expected"), [("base", "base"), ("sft", "tiny")])
+def test_training_begins_from_the_base_model_or_from_step_1(runs, base, one_rank, source, expected):
+    extra = [f"sft_model={base.parent / 'tiny'}", f"reward.initialize_from={source}"]
+    stage = stage_of(runs["plain"], 2, [*settings(base), *extra], one_rank)
+    assert initial_model(stage) == base.parent / expected
 
 
 def test_buckets_hold_answers_up_to_their_size():

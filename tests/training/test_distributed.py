@@ -1,0 +1,132 @@
+"""What two real processes say to each other: flat tensors, time-outs, who is waited for, files that show late."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from inference.errors import UserError
+from tests.ranks import run_ranks
+from training import roll_call, stage
+from training.distributed import PATIENCE, is_lost_peer
+from training.roll_call import RollCall, named
+from training.shared_files import wait_until_seen
+from training.stage import end_in_sentences
+
+GIVEN = [[7, 8, 9], []]
+
+
+def talk(ranks, directory: Path) -> dict:
+    """Called in processes of its own."""
+    from training.hybrid_engine.deepspeed_setup import deepspeed
+
+    gathered = ranks.gather_flat(torch.tensor(GIVEN[ranks.rank], dtype=torch.int32), "a test")
+    default = dist.group.WORLD
+    deepspeed.init_distributed()
+    groups = [dist.new_group([0, 1]), deepspeed.comm.new_group([0, 1]), default]
+    heard = io.StringIO()
+    store = dist.distributed_c10d._get_default_store()
+    hasty = dataclasses.replace(ranks, roll_call=RollCall(ranks.rank, 2, dist.PrefixStore("hasty", store), long=0.3))
+    with contextlib.redirect_stderr(heard):
+        hasty.barrier("in time")
+        time.sleep(2.0 if ranks.is_first else 0)
+        hasty.barrier("preparing the data")
+    file = directory / f"{ranks.rank}"  # the other one's shows late
+    threading.Timer(0.4 * ranks.rank, file.touch).start()
+    time.sleep(0.1)
+    begun = time.monotonic()
+    ranks.see(file)
+    return {
+        "gathered": [part.tolist() for part in gathered],
+        "sum": ranks.sum(torch.tensor([1.0 + ranks.rank])).tolist(),
+        "told": ranks.tell({"from": ranks.rank}, "a test"),
+        "on_first": ranks.gather_on_first(ranks.rank, "a test"),
+        "same_group": dist.group.WORLD is default,
+        "timeouts": [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups],
+        "log": heard.getvalue(),
+        "waited": time.monotonic() - begun,
+    }
+
+
+def test_two_processes(tmp_path):
+    first, second = run_ranks(__file__, "talk", 2, tmp_path)
+    for found in (first, second):
+        assert found["gathered"] == GIVEN and found["sum"] == [3.0] and found["told"] == {"from": 0}
+        assert found["same_group"] and set(found["timeouts"]) == {PATIENCE.total_seconds()}
+    assert first["on_first"] == [0, 1] and second["on_first"] == []
+    assert timedelta(hours=12) <= PATIENCE
+    lines = second["log"].splitlines()
+    assert lines[0].startswith("rank 1 has waited 0 s for rank 0 (preparing the data)") and 1 < len(lines) < 5
+    assert first["log"] == "" and second["waited"] >= 0.2
+
+
+def test_a_rank_that_gave_no_sign_of_life_ends_the_one_that_waits_for_it(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(roll_call.os, "_exit", lambda code: ended.set() if code == roll_call.EXIT_LOST else None)
+    store = dist.HashStore()
+    calls = RollCall(0, 3, store, long=0.1, silence=0.3)
+    shared = dist.PrefixStore("roll call", store)
+    shared.add("met/2", 1)
+    with calls.meeting("generation"):
+        for _ in range(10):  # rank 1 is late and alive
+            shared.add("alive/1", 1)
+            assert not ended.wait(0.06)
+        assert ended.wait(5.0)  # and then it is not
+    calls.stop()
+    said = capsys.readouterr().err
+    assert "rank 0 has waited 0 s for rank 1 (generation)" in said
+    assert "rank 0 ends: rank 1 gave no sign of life; the same command goes on from the last checkpoint" in said
+
+
+def test_many_ranks_are_counted():
+    assert named([3]) == "rank 3" and named([1, 2]) == "ranks 1, 2"
+    assert named(list(range(20))) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+
+
+def test_a_file_that_shows_late_is_waited_for_and_one_that_never_does_is_a_sentence(tmp_path):
+    late = tmp_path / "late"
+    threading.Timer(0.2, late.touch).start()
+    wait_until_seen(late, seconds=5)
+    with pytest.raises(UserError, match=r"does not see .*never, .* file system that all nodes share"):
+        wait_until_seen(tmp_path / "never", seconds=0.1)
+
+
+class Ended(BaseException):
+    pass
+
+
+def end(code: int) -> None:
+    raise Ended(code)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("weights"), "KeyError: 'weights'"),
+        (RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:5"), "is gone ([pair.cc:538] Connection"),
+        (dist.DistNetworkError("the server is gone"), "is gone (the server is gone): give the same command again"),
+    ],
+)
+def test_an_error_of_one_of_several_ranks_ends_it_at_once(monkeypatch, capsys, tmp_path, error, said):
+    """Leaving the process group may wait for the others, who wait for this rank."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(stage.time, "sleep", lambda seconds: None)
+    left = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: left.append("asked") or False)
+
+    def body() -> None:
+        raise error
+
+    with pytest.raises(Ended) as ended:
+        end_in_sentences(body, tmp_path / "error.json")
+    assert ended.value.args == (1,) and said in capsys.readouterr().err
+    assert is_lost_peer(error) == ("gone" in said) and not (tmp_path / "error.json").exists()

@@ -1,0 +1,42 @@
+"""Weights as they were at an earlier moment, to go back to, under ZeRO 0-3: each rank keeps what lies with it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.hybrid_engine.moving_average import MovingAverage
+from training.hybrid_engine.zero_engine import ZeroEngine
+
+
+class KeptWeights:
+    """Of a trained role and its moving average, in main memory.
+
+    The state of the optimiser is not kept: training ends with what is put back.
+    """
+
+    def __init__(self, engine: ZeroEngine, average: MovingAverage | None):
+        self.engine = engine
+        self.averages = average.averages if average is not None else []
+        self.kept: list[Tensor] = []
+        """Nothing, before the first `keep`."""
+
+    def keep(self) -> None:
+        held = [*self.engine.held_weights(), *self.averages]
+        self.kept = [tensor.detach().to("cpu", copy=True) for tensor in held]
+
+    def put_back(self) -> None:
+        """All ranks call it."""
+        weights = len(self.kept) - len(self.averages)
+        self.engine.put_weights(self.kept[:weights])
+        for average, before in zip(self.averages, self.kept[weights:], strict=True):
+            average.copy_(before)
+
+    def save(self, directory: Path) -> None:
+        """All ranks call it; each writes its part."""
+        directory.mkdir(exist_ok=True)
+        torch.save(self.kept, directory / f"{self.engine.ranks.rank}.pt")
+
+    def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote with as many ranks."""
+        self.kept = torch.load(directory / f"{self.engine.ranks.rank}.pt", map_location="cpu", weights_only=True)

@@ -1,0 +1,81 @@
+"""What a run was made from, as it was then: files that change later are named, for the run does not read them anew."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from training.config import EMBEDDED_DATA, RunConfig
+from training.data.sources import parse_source
+from training.run_directory import RunDirectory, read_json
+
+LARGE = 2**28
+"""Bytes from which size and time of a file stand for its content; a smaller one is read, a tenth of a second each."""
+KEPT = {
+    "data": "the run keeps its rows (another --name trains on the new ones)",
+    "models": "steps that are done keep what they made of the old one",
+    "reward_function": "iterations from now on are rewarded by the new one",
+}
+"""Kind of an input -> what its change means for the run."""
+
+Print = dict[str, Any]
+"""Of a file: size, time, and a hash of its content (empty for a large one)."""
+
+
+def inputs_of(config: RunConfig) -> dict[str, dict[str, dict[str, Print]]]:
+    """Kind -> path as the settings have it -> name in it -> Print. Only what lies on this machine by path is there."""
+    return {
+        kind: {str(path): {name: print_of(file) for name, file in files_in(path)} for path in dict.fromkeys(paths)}
+        for kind, paths in paths_of(config).items()
+        if paths
+    }
+
+
+def changed_inputs(run: RunDirectory, config: RunConfig) -> list[str]:
+    """A sentence for each input that is not as it was; what is gone is no news, and runs from before say nothing."""
+    if not run.inputs_file.exists():
+        return []
+    sentences = []
+    for kind, paths in read_json(run.inputs_file, "delete it, then changes of the run's data are not noticed").items():
+        for path, prints in paths.items():
+            now = dict(files_in(Path(path)))
+            if now and (now.keys() != prints.keys() or any(differs(file, prints[name]) for name, file in now.items())):
+                sentences.append(f"{path} has changed since the run was prepared; {KEPT[kind]}.")
+    return sentences
+
+
+def paths_of(config: RunConfig) -> dict[str, list[Path]]:
+    sources = [] if config.data.source == EMBEDDED_DATA else [parse_source(text) for text in config.data.sources]
+    file = config.rlhf.reward_function.rpartition(":")[0]
+    models = [config.model, config.reward_model, config.sft_model, config.trained_reward_model]
+    return {
+        "data": [source.copy or source.path for source in sources if (source.copy or source.path).exists()],
+        "models": [Path(name) for name in models if Path(name).is_absolute()],
+        "reward_function": [Path(file)] if file else [],
+    }
+
+
+def files_in(path: Path) -> Iterator[tuple[str, Path]]:
+    """Names and files: the file itself, or those in the directory and its folders, hidden ones aside."""
+    if path.is_file():
+        yield path.name, path
+    for file in sorted(path.rglob("*")) if path.is_dir() else []:
+        name = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            yield str(name), file
+
+
+def print_of(file: Path) -> Print:
+    status = file.stat()
+    content = hashlib.sha256(file.read_bytes()).hexdigest() if status.st_size < LARGE else ""
+    return {"size": status.st_size, "time": status.st_mtime_ns, "content": content}
+
+
+def differs(file: Path, before: Print) -> bool:
+    """Whether the content is another. A file that was only touched or copied is the same."""
+    status = file.stat()
+    if status.st_size != before["size"]:
+        return True
+    if status.st_mtime_ns == before["time"]:
+        return False
+    return not before["content"] or print_of(file)["content"] != before["content"]

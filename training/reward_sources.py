@@ -1,0 +1,178 @@
+"""What scores beside the reward model: a Python function of the user's, or an address.
+
+Both get prompts as lists of messages, responses as text and, where they want them, the prompts' other keys in the data.
+"""
+
+import copy
+import inspect
+import json
+import math
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Protocol
+
+from inference.chat_format import Message
+from inference.errors import UserError
+from training.user_code import UserFile
+
+Row = dict[str, Any]
+LONGEST_PAUSE = 30.0
+"""Seconds between two tries."""
+
+
+class RewardFailed(UserError):
+    """A source of rewards did not give any."""
+
+
+class NobodyAnswers(RewardFailed):
+    """An address may answer later."""
+
+
+class Source(Protocol):
+    """Gives one number for each response. Raises RewardFailed."""
+
+    @property
+    def name(self) -> str: ...
+
+    def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]: ...
+
+
+class RewardFunction:
+    """`path/to/file.py:function`, called with (prompts, responses), or (prompts, responses, rows) if it takes rows."""
+
+    name = "function"
+
+    def __init__(self, spec: str):
+        """Load it. Raises UserError where there is no such function."""
+        self.setting = f"rlhf.reward_function={spec}"
+        place, _, name = spec.rpartition(":")
+        file = Path(place).expanduser()
+        if not file.is_file():
+            raise UserError(f"{self.setting}: there is no file {file}; give path/to/file.py:function.")
+        self.file = UserFile(file)
+        with sentences(f"{self.setting}: the file cannot be loaded"):
+            module = self.file.load()
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise UserError(f"{self.setting}: the file has no function {name}; name one that it has.")
+        self.function: Callable[..., Any] = function
+        self.takes_rows = takes_rows(function, self.setting)
+
+    def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]:
+        given = copy.deepcopy((prompts, responses, rows))  # theirs to change
+        with sentences(f"{self.setting} failed"), self.file.running():
+            found = self.function(*(given if self.takes_rows else given[:2]))
+            if isinstance(found, Iterator):
+                found = list(found)
+        return checked(found, len(responses), self.setting)
+
+
+def takes_rows(function: Callable[..., Any], setting: str) -> bool:
+    """Whether `function` takes what the data say beside the prompts. Raises UserError for one that we cannot call."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a built-in
+        return False
+    given = list(signature.parameters.values())
+    third = given[2] if len(given) > 2 else None
+    wants = third is not None and (third.name == "rows" or third.default in (None, inspect.Parameter.empty))
+    for count in (3, 2) if wants or any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in given) else (2,):
+        try:
+            signature.bind(*[[]] * count)
+            return count == 3
+        except TypeError:
+            continue
+    raise UserError(
+        f"{setting} is defined as {getattr(function, '__name__', 'it')}{signature}; it must take (prompts, responses) "
+        f"or (prompts, responses, rows)."
+    )
+
+
+@dataclass(frozen=True)
+class RewardEndpoint:
+    """POST {"prompts", "responses", "rows"} as JSON to `url`, which answers {"scores": [...]}."""
+
+    url: str
+    timeout: float
+    """Seconds."""
+    retries: int
+    name = "url"
+
+    def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]:
+        body = json.dumps({"prompts": prompts, "responses": responses, "rows": rows}).encode()
+        answer = self._ask(body)
+        try:
+            found = json.loads(answer)["scores"]
+        except (ValueError, KeyError, TypeError):
+            begin = answer[:80].decode(errors="replace")
+            raise RewardFailed(
+                f'rlhf.reward_url={self.url} must answer {{"scores": [...]}} as JSON, not {begin!r}; correct the '
+                f"server and give the same command again."
+            ) from None
+        return checked(found, len(responses), f"rlhf.reward_url={self.url}")
+
+    def _ask(self, body: bytes) -> bytes:
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        kind: type[RewardFailed] = NobodyAnswers
+        for attempt in range(self.retries + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return response.read()
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code} {error.reason}"
+                if error.code < 500 and error.code != 429:  # the same question gets the same answer
+                    kind = RewardFailed
+                    break
+            except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            if attempt < self.retries:
+                time.sleep(min(2.0**attempt, LONGEST_PAUSE))
+        raise kind(
+            f"rlhf.reward_url={self.url} gives no scores ({reason}, {attempt + 1} tries); see that it runs, then give "
+            f"the same command again."
+        )
+
+
+@contextmanager
+def sentences(what: str) -> Iterator[None]:
+    """What the user's code inside raises becomes RewardFailed, its traceback a note; Ctrl-C stays what it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit would end the run without a word
+        raised = RewardFailed(f"{what} ({reason_of(error)}); correct it and give the command again.")
+        raised.add_note("".join(traceback.format_exception(error)))
+        raise raised from error
+
+
+def reason_of(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it ended the program, sys.exit({'' if error.code is None else repr(error.code)})"
+    line = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def checked(found: Any, count: int, source: str) -> list[float]:
+    """`found` as finite floats, one for each response. Raises RewardFailed."""
+    try:
+        if isinstance(found, str | bytes | dict | set):  # their letters, keys or members might pass for numbers
+            raise TypeError
+        scores = [float(score) for score in found]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of a tensor of several dimensions
+        raise RewardFailed(f"{source} must return a list of numbers, not {str(found)[:80]!r}; correct it.") from None
+    if len(scores) != count:
+        raise RewardFailed(
+            f"{source} returned {len(scores)} scores for {count} responses; it must return one for each."
+        )
+    bad = next((score for score in scores if not math.isfinite(score)), None)
+    if bad is not None:
+        raise RewardFailed(f"{source} returned {bad}; every score must be a finite number.")
+    return scores

@@ -1,0 +1,58 @@
+"""Before PPO: does the reward model rank held-out pairs better than a coin? Whoever trained it."""
+
+import torch
+
+from inference.chat_format import ChatFormat
+from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.rows import read_rows
+from training.data.token_pairs import rows_of
+from training.rlhf_settings import DOUBTFUL_ACCURACY
+from training.run_directory import read_json, write_json
+from training.stage import Stage
+from training.step3_rlhf.roles import Roles
+
+
+def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) -> None:
+    """Measure the accuracy, say it, and keep it for later starts in reward_accuracy.json. All ranks call it."""
+    if not stage.config.rlhf.has_reward_model:
+        return
+    file = stage.directory.reward_accuracy_file
+    known = stage.ranks.tell(file.exists(), "a look at the reward model's accuracy")
+    stage.ranks.see(file)
+    found = read_json(file, f"delete {file}") if known else measure(stage, roles, chat_format)
+    if not known and stage.ranks.is_first:
+        write_json(file, found)
+    stage.display.say(sentence(found["accuracy"], found["pairs"]))
+
+
+def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, float]:
+    """Accuracy on the run's held-out pairs, and how many they are."""
+    file = stage.run.data / "pairs_eval.jsonl"
+    stage.ranks.see(file)
+    rows = read_rows(file) if file.exists() else []
+    pairs = stage.token_pairs(rows[: stage.config.reward.eval_rows], chat_format) if rows else []
+    plan = plan_micro_batches([pair.tokens for pair in pairs], stage.config.rlhf.micro_batch_tokens, stage.ranks.size)
+    right = 0.0
+    with roles.scoring():
+        for micro_batch in plan[stage.ranks.rank] if pairs else []:
+            batch = TokenBatch.of(rows_of([pairs[row] for row in micro_batch.rows]), stage.ranks.device)
+            chosen, rejected = roles.scores(batch).chunk(2)
+            right += float((chosen > rejected).sum()) * micro_batch.weight
+    right = float(stage.ranks.sum(torch.tensor([right]))[0])
+    return {"accuracy": right / max(1, len(pairs)), "pairs": len(pairs)}
+
+
+def sentence(accuracy: float, pairs: float) -> str:
+    if not pairs:
+        return (
+            "Warning: the data hold out no pairs of a chosen and a rejected answer, so it is not known how well the "
+            "reward model ranks answers; PPO follows it unseen."
+        )
+    if accuracy >= DOUBTFUL_ACCURACY:
+        return f"Reward model: {accuracy:.1%} of {pairs} held-out pairs ranked right"
+    return (
+        f"Warning: the reward model ranks only {accuracy:.1%} of {pairs} held-out pairs right, a coin 50%. PPO will "
+        f"follow noise. Stop here (Ctrl-C) and give another one with --reward, or train step 2 anew under another "
+        f"--name: more pairs, more reward.epochs or reward.max_steps, a higher reward.optimizer.learning_rate, or a "
+        f"larger --reward-model; and read twenty pairs: can you tell which is chosen? (docs/step2_reward.md)"
+    )
