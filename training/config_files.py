@@ -57,7 +57,7 @@ def validate_config(values: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))  # kinds of a union
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, setting_keys(), n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists all settings."
@@ -66,6 +66,8 @@ def validate_config(values: dict[str, Any]) -> RunConfig:
             raise UserError(f"The setting '{key}' is missing; give it with --{key} or --set {key}=...") from None
         if first["input"] is None:
             raise UserError(f"The setting '{key}' has no value: give it one, or leave the key out.") from None
+        if first["type"] == "tuple_type":
+            raise UserError(f"Setting {key}: must be a list, as in [2, 4, 4] (got {first['input']!r}).") from None
         if first["type"] == "model_type":
             raise UserError(f"'{key}' is a group of settings, as in {key}: {{...}} (got {first['input']!r}).") from None
         given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
@@ -127,7 +129,7 @@ def read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {what_is_wrong(error)}.") from None
     except RecursionError:
-        raise UserError(f"{file} holds no settings: a block in it contains itself.") from None
+        raise UserError(f"{file} holds no settings: a block in it contains itself, or hundreds of others.") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no settings: it must be a YAML mapping such as 'sft: {{epochs: 2}}'.")
     below = values.pop("extends", None)

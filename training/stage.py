@@ -209,6 +209,7 @@ def run_stage(number: int, work: Callable[[Stage], None]) -> int:
     directory = run.step(number)
 
     def body() -> None:
+        is_new = not run.config_file.exists()
         config = read_or_make_config(run, arguments)
         ranks = start_ranks(config.threads)
         ranks.barrier("the start")
@@ -218,7 +219,12 @@ def run_stage(number: int, work: Callable[[Stage], None]) -> int:
                     directory.path.mkdir(parents=True, exist_ok=True)
                 ranks.see(directory.path)
                 if PARENT_VARIABLE not in os.environ:  # else the command has prepared the run
-                    prepare_on_first(config, run, ranks)
+                    try:
+                        prepare_on_first(config, run, ranks)
+                    except UserError:
+                        if is_new and ranks.is_first and not run.data.exists():  # leave the name free for another try
+                            run.config_file.unlink()
+                        raise
                 work(make_stage(run, number, config, ranks))
 
     return end_in_sentences(body, directory.error_file)

@@ -1,5 +1,6 @@
 """YAML that people write. A key that is there twice is no YAML: one of its two values would be lost without a word."""
 
+import re
 from typing import Any
 
 import yaml
@@ -23,6 +24,14 @@ class _Loader(yaml.SafeLoader):
                 raise KeyTwice(problem=f"'{key.value}' is there twice ({where}): put both together")
             lines[name] = line
         return node
+
+    def number_as_written(self, node: yaml.ScalarNode) -> Any:
+        """YAML 1.1 reads 2:4:4 as seconds and 010 as 8, which nobody means."""
+        text = str(self.construct_scalar(node))
+        return text if re.match(r"[-+]?\d+:|[-+]?0\d", text) else self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.number_as_written)
 
 
 def load_yaml(text: str) -> Any:

@@ -93,6 +93,17 @@ def test_files_that_cannot_be_read(tmp_path):
         read(tmp_path, "sft: &a {optimizer: *a}\n")
 
 
+def test_numbers_are_what_they_look_like():
+    assert load_yaml("{a: 010, b: 2:4:4, c: -7, d: 0, e: 1_000, f: 0x10}") == {
+        **{"a": "010", "b": "2:4:4", "c": -7, "d": 0, "e": 1000, "f": 16}
+    }
+    assert load_config([], ["model=m", "seed=010"]).seed == 10
+    with pytest.raises(UserError, match=r"data\.split: must be a list, as in \[2, 4, 4\] \(got '2:4:4'\)"):
+        load_config([], ["model=m", "data.split=2:4:4"])
+    with pytest.raises(UserError, match=r"Setting data\.source: .*string \(got 123\)"):
+        load_config([], ["model=m", "data.source=123"])
+
+
 def test_plans_and_profiles_are_read_the_same_way(tmp_path):
     block = "generate:\n  mesh: 0\n"
     with pytest.raises(UserError, match=r"'generate' is there twice \(lines 1 and 3\)"):

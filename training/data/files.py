@@ -7,7 +7,7 @@ from inference.errors import UserError
 from training.data.entries import Entry, open_bytes, refuse_pointer
 from training.data.find_files import ending
 from training.data.json_files import read_json
-from training.data.tables import SEPARATORS, read_table
+from training.data.tables import SEPARATORS, read_table, refuse_twice
 
 ARROW_ROWS = 1000
 """Rows that are turned into Python objects at a time."""
@@ -38,7 +38,9 @@ def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Entry]:
     try:
         with open_bytes(file) as handle:
             source = parquet.ParquetFile(handle)
-            wanted = [name for name in source.schema_arrow.names if name in columns] or None
+            names = source.schema_arrow.names
+            refuse_twice(file, names)
+            wanted = [name for name in names if name in columns] or None
             yield from numbered(file, source.iter_batches(ARROW_ROWS, columns=wanted))
     except pyarrow.ArrowException as error:
         raise damaged(file, "Parquet", error) from None
@@ -53,10 +55,13 @@ def read_arrow(file: Path) -> Iterator[Entry]:
         with open_bytes(file) as handle:
             if handle.read(6) == b"ARROW1":
                 source = ipc.open_file(handle)
+                names = source.schema.names
                 batches = (source.get_batch(i) for i in range(source.num_record_batches))
             else:
                 handle.seek(0)
-                batches = iter(ipc.open_stream(handle))
+                stream = ipc.open_stream(handle)
+                batches, names = iter(stream), stream.schema.names
+            refuse_twice(file, names)
             parts = (batch.slice(at, ARROW_ROWS) for batch in batches for at in range(0, batch.num_rows, ARROW_ROWS))
             yield from numbered(file, parts)
     except pyarrow.ArrowException as error:

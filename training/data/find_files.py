@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 from inference.errors import UserError
 from training.data.sources import FILE_ENDINGS
 
+PACKED = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z")
+"""Files that may hold data and are not read."""
+PART = re.compile(r"(.*?)-?\d+(-of-0*(\d+)\..*)")
+"""`train-00000-of-00002.parquet`, as `datasets` and the hub name the parts of a split."""
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What `datasets` and the hub write beside the data."""
 MORE = "(set|data|split|file|part|row)?s?"
@@ -41,9 +46,13 @@ def find_files(path: Path) -> tuple[list[Path], list[str]]:
             raise UserError(f"{path} is none of {kinds} (or one of them with .gz): save the data in one of these.")
         return [path], []
     files = data_files(path)
-    if not files:
-        raise UserError(f"The directory {path} has no data files ({kinds}); put the data there.")
-    return choose_files(path, files)
+    packed = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in PACKED]
+    unread = [f"{listed(path, packed)}: not read, as packed otherwise than with gzip"] if packed else []
+    if not files or (packed and all(split_of(file.relative_to(path)) == "held out" for file in files)):
+        why = f"; {unread[0]}" if packed else ""
+        raise UserError(f"The directory {path} has no data files to train on ({kinds}){why}; put the data there.")
+    read, notes = choose_files(path, files)
+    return read, notes + missing_parts(read) + unread
 
 
 def data_files(root: Path) -> list[Path]:
@@ -93,6 +102,16 @@ def choose_files(root: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
     left = [file for file in files if file not in read]
     why = ", as not of the training split" if any(splits[file] != wanted for file in left) else ""
     return read, [f"read: {listed(root, read)}" + (f"; not read{why}: {listed(root, left)}" if left else "")]
+
+
+def missing_parts(files: list[Path]) -> list[str]:
+    """Which splits of several files are not there as a whole, by what the names of their parts say."""
+    parts = Counter(match.groups() for file in files if (match := PART.fullmatch(str(file))))
+    return [
+        f"only {there} of {count} parts of {Path(name).name}"
+        for (name, _, count), there in parts.items()
+        if there < int(count)
+    ]
 
 
 def split_of(file: Path) -> str:

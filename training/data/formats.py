@@ -41,11 +41,11 @@ NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
 """Values of a column that need no word when it is not used."""
 NOT_TRAINED = "no answer in it is to be trained on (weight 0, or train false)"
 GOOD_LABELS = frozenset(
-    "true t yes y 1 1.0 +1 good positive pos chosen accepted accept preferred desirable desired correct right win "
+    "true t yes y 1 +1 good positive pos chosen accepted accept preferred desirable desired correct right win "
     "like liked thumbs_up thumbsup thumb_up up upvote upvoted helpful 👍".split()
 )
 BAD_LABELS = frozenset(
-    "false f no n 0 0.0 -1 -1.0 bad negative neg rejected reject dispreferred undesirable undesired incorrect wrong "
+    "false f no n 0 -1 bad negative neg rejected reject dispreferred undesirable undesired incorrect wrong "
     "lose loss dislike disliked thumbs_down thumbsdown thumb_down down downvote downvoted unhelpful 👎".split()
 )
 """Spellings of a label, in small letters and with _ between words."""
@@ -151,14 +151,13 @@ def parse_pair(row: dict[str, Any]) -> PairRow:
     for key in ("chosen", "rejected"):
         if key not in row:
             raise BadRow(f"'{key}' is missing")
-    prompt = read_prompt(row["prompt"]) if "prompt" in row else []
-    chosen = read_answer(row["chosen"], "chosen", prompt)
-    rejected = read_answer(row["rejected"], "rejected", prompt)
+    given = read_prompt(row["prompt"]) if "prompt" in row else []
+    chosen = whole_conversation(given, read_answer(row["chosen"], "chosen", given))
+    rejected = whole_conversation(given, read_answer(row["rejected"], "rejected", given))
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same")
-    if not (is_answer(chosen) and is_answer(rejected)):  # whole conversations: the prompt is how both begin
-        prompt = shared_start(chosen, rejected)
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    prompt = shared_start(chosen, rejected)
+    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise BadRow("there is no prompt that both chosen and rejected answer")
     if not (is_answer(chosen) and is_answer(rejected)):
@@ -173,8 +172,9 @@ def parse_answer(row: dict[str, Any], key: str) -> SFTRow:
         raise BadRow(f"'{key}' without a prompt")
     require_good_label(row)
     prompt = check_prompt(read_prompt(row["prompt"]))
-    answer = read_answer(row[key], key, prompt)
-    if not is_answer(answer):
+    conversation = whole_conversation(prompt, read_answer(row[key], key, prompt))
+    answer = conversation[len(prompt) :]
+    if not (starts_with(conversation, prompt) and is_answer(answer)):
         raise BadRow(f"'{key}' is not one answer of the assistant")
     require_trained(row[key], key)
     return {"prompt": prompt, "response": answer[0]["content"]}
@@ -192,6 +192,7 @@ def require_good_label(row: dict[str, Any]) -> None:
         if name not in row:
             continue
         label = re.sub("(?<=[a-z])[ -](?=[a-z])", "_", str(row[name]).strip().lower())
+        label = re.sub(r"\.0+$", "", label)  # 1.0 is 1
         if label in BAD_LABELS:
             raise LeftOut("an answer that is labelled as bad, without a good one beside it")
         if label not in GOOD_LABELS:
@@ -227,13 +228,23 @@ def read_prompt(value: Any) -> list[Message]:
 
 
 def read_answer(value: Any, key: str, prompt: list[Message]) -> list[Message]:
-    """The messages of an answer, without the `prompt` if they begin with it."""
-    if isinstance(value, str):
-        messages = [] if prompt else read_transcript(value)
-        messages = messages or [{"role": "assistant", "content": check_text(value, key).strip()}]
-    else:
-        messages = read_messages(value, key)
-    return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+    """The messages of an answer, or of the conversation that ends with it."""
+    if not isinstance(value, str):
+        return read_messages(value, key)
+    messages = read_transcript(value)
+    if messages and starts_with(messages, prompt):
+        return messages
+    return [{"role": "assistant", "content": check_text(value, key).strip()}]
+
+
+def whole_conversation(prompt: list[Message], answer: list[Message]) -> list[Message]:
+    """The prompt and what goes on from it, which may repeat it. What begins with another message stands for itself."""
+    goes_on = answer[0]["role"] == "assistant" and not starts_with(answer, prompt)
+    return prompt + answer if goes_on else answer
+
+
+def starts_with(messages: list[Message], first: list[Message]) -> bool:
+    return messages[: len(first)] == first
 
 
 def check_prompt(messages: list[Message]) -> list[Message]:

@@ -41,11 +41,23 @@ def read_lines(file: Path) -> Iterator[Entry]:
 def parse_line(line: bytes) -> Any:
     """The value of a line of JSON, or a BadRow."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=once)
     except UnicodeDecodeError:
         return BadRow("the line is not UTF-8 text")
+    except BadRow as error:
+        return error
     except (ValueError, RecursionError):
         return BadRow("the line is not JSON")
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ. Raises BadRow where one is there twice: a value would be lost without a word."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow(f"'{twice[:30]}' is there twice in one object")
+    return value
 
 
 def read_document(file: Path) -> Iterator[Entry]:
@@ -56,6 +68,8 @@ def read_document(file: Path) -> Iterator[Entry]:
         values = all_values(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text; save it as UTF-8.") from None
+    except BadRow as error:
+        raise UserError(f"{file}: {error}; leave one of the two out.") from None
     except RecursionError:
         raise UserError(f"{file} is nested too deeply to be data; it must be a list of objects.") from None
     except json.JSONDecodeError as error:
@@ -66,7 +80,7 @@ def read_document(file: Path) -> Iterator[Entry]:
 
 def all_values(text: str) -> list[Any]:
     """The JSON values of a text, one behind the other."""
-    decoder, place = json.JSONDecoder(), 0
+    decoder, place = json.JSONDecoder(object_pairs_hook=once), 0
     values: list[Any] = []
     while True:
         place = SPACE.match(text, place).end()  # type: ignore[union-attr]  # it always matches

@@ -46,7 +46,7 @@ def message_items(value: Any, key: str) -> list[dict[str, Any]]:
         raise BadRow(f"'{key}' is not {'' if key == 'messages' else 'text or '}a list of messages")
     for place, item in enumerate(value):
         check_message(item, key, place)
-    items = [item for item in value if content_of(item) != "" or role_of(item) != "system"]
+    items = [item for item in value if str(content_of(item)).strip() or role_of(item) != "system"]
     if not items:
         raise BadRow(f"'{key}' is empty")
     return items

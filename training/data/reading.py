@@ -81,7 +81,7 @@ def read_source(
     """One source, which may turn out to have no row."""
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report)
-    used, unused = 0, set[str]()
+    used, unused, extra = 0, set[str](), set[str]()
     for place, value in entries(files, hub_set):
         try:
             if isinstance(value, BadRow):
@@ -103,12 +103,14 @@ def read_source(
         result.places += [place] * len(read.rows)
         result.formats[read.format] += 1
         unused |= read.unused
+        extra.update(*(row.get("extra", ()) for row in read.rows))
         used += 1
         if used == settings.limit:
             break
-    if unused:
-        more = f" and {len(unused) - KEYS_NAMED} more" if len(unused) > KEYS_NAMED else ""
-        result.notes.append(f"not used: {', '.join(sorted(unused)[:KEYS_NAMED])}{more}")
+    for keys, what in ((unused, "not used"), (extra, "for a reward function only")):
+        if keys:
+            more = f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
+            result.notes.append(f"{what}: {', '.join(sorted(keys)[:KEYS_NAMED])}{more}")
     return result
 
 

@@ -91,10 +91,11 @@ def from_alpaca(row: dict[str, Any]) -> None:
 
     A question beside an answer under another name than these may be anything, so it is not taken.
     """
-    if "chosen" in row or any(name in row for name in ANSWERS):
-        rename(row, QUESTIONS, "prompt")
-    elif "output" in row and not any(name in row for name in QUESTIONS):
+    answered = {"chosen", "output", *ANSWERS} & row.keys()
+    if answered and not any(name in row for name in QUESTIONS):
         rename(row, ("input",), "prompt")
+    elif answered - {"output"}:
+        rename(row, QUESTIONS, "prompt")
     else:
         rename(row, ("instruction",), "prompt")
     if "prompt" not in row:

@@ -65,10 +65,15 @@ def column_names(file: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     if not is_utf8(cells):
         raise UserError(f"{file} is not UTF-8 text in the line with its columns' names; save it as UTF-8.")
+    refuse_twice(file, names)
+    return names
+
+
+def refuse_twice(file: Path, names: list[str]) -> None:
+    """Raise UserError for two columns of one name, of which a row would keep one without a word."""
     twice = [name for i, name in enumerate(names) if name in names[:i] and name.lower() not in INDEX_COLUMNS]
     if twice:
         raise UserError(f"{file} has two columns named '{twice[0]}': give one of them another name.")
-    return names
 
 
 def table_row(names: list[str], cells: list[str]) -> Any:

@@ -77,6 +77,21 @@ def test_only_held_out_files(tmp_path):
     assert find_files(tmp_path / "test.jsonl") == ([tmp_path / "test.jsonl"], [])  # as it was asked for
 
 
+def test_parts_that_are_missing_are_said(tmp_path):
+    make(tmp_path, *(f"data/train-0000{i}-of-00003.parquet" for i in (0, 2)), "data/test-00000-of-00002.parquet")
+    assert names(tmp_path)[1][1:] == ["only 2 of 3 parts of train"]
+    make(tmp_path, "data/train-00001-of-00003.parquet")
+    assert names(tmp_path)[1][1:] == []
+
+
+def test_files_that_are_packed_otherwise_are_said(tmp_path):
+    make(tmp_path, "train.jsonl.zst", "test.jsonl")
+    with pytest.raises(UserError, match=r"no data files to train on .*; train\.jsonl\.zst: not read, as packed other"):
+        find_files(tmp_path)
+    make(tmp_path, "train.jsonl")
+    assert names(tmp_path)[1][1:] == ["train.jsonl.zst: not read, as packed otherwise than with gzip"]
+
+
 def test_of_a_saved_data_set_its_own_files(tmp_path):
     """`map` leaves caches there, and an older save with more parts leaves those."""
     make(tmp_path, "data-00000-of-00001.arrow", "data-00001-of-00002.arrow", "cache-1f2e.arrow", "dataset_info.json")

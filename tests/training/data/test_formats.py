@@ -31,6 +31,11 @@ PAIR = {"prompt": [user("q")], "chosen": "good", "rejected": "bad"}
         {"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
         {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
         {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"},
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant:",
+            "chosen": "\n\nHuman: q\n\nAssistant: good",
+            "rejected": "\n\nHuman: q\n\nAssistant: bad",
+        },
         {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
         {
             "prompt": "q",
@@ -56,6 +61,23 @@ def test_pair_with_several_turns_in_the_common_beginning():
     assert parse_row(row) == [{**PAIR, "prompt": start}]
     text = "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     assert parse_row({"prompt": text, "chosen": "good", "rejected": "bad"}) == [{**PAIR, "prompt": start}]
+
+
+@pytest.mark.parametrize("prompt", ["a", [user("a")], "c"])
+def test_pair_whose_conversations_go_on_behind_the_prompt(prompt):
+    """As in orpo-dpo-mix, where the prompt is the first or the last question of several."""
+    start = [user("a"), assistant("b"), user("c")]
+    row = {"prompt": prompt, "chosen": [*start, assistant("good")], "rejected": [*start, assistant("bad")]}
+    assert parse_row(row) == [{**PAIR, "prompt": start}]
+    if prompt != "c":
+        assert parse_row({**row, "chosen": row["chosen"][1:]}) == [{**PAIR, "prompt": start}]
+
+
+def test_an_answer_that_quotes_another_dialogue_is_text():
+    quoted = "Human: x\n\nAssistant: y"
+    assert parse_row({"prompt": "q", "response": quoted}) == [{"prompt": [user("q")], "response": quoted}]
+    with pytest.raises(BadRow, match="not one answer"):
+        parse_row({"prompt": "q", "response": [user("x"), assistant("y")]})
 
 
 @pytest.mark.parametrize(
@@ -161,7 +183,9 @@ def test_answers_that_are_two_messages_are_refused():
 # Labels of unpaired feedback
 
 
-@pytest.mark.parametrize("label", [True, 1, 1.0, "True", "TRUE", "1", "1.0", "+1", " yes", "Good", "thumbs up", "👍"])
+@pytest.mark.parametrize(
+    "label", [True, 1, 1.0, "True", "TRUE", "1", "1.0", "1.00", "+1", " yes", "Good", "thumbs up", "👍"]
+)
 def test_an_answer_that_is_labelled_as_good_is_a_demonstration(label):
     assert parse_row({"prompt": "q", "completion": "r", "label": label}) == [{"prompt": [user("q")], "response": "r"}]
 

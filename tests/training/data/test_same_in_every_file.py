@@ -165,10 +165,24 @@ def test_tables(tmp_path, content, rows):
     assert [(row["prompt"][0]["content"], row["response"]) for row in read(tmp_path / "a.csv").rows] == rows
 
 
-def test_a_table_with_a_column_twice(tmp_path):
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.arrow"])
+def test_a_table_with_a_column_twice(tmp_path, name):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "response", "prompt"])
     (tmp_path / "a.csv").write_text("prompt,response,prompt\na,b,c\n")
-    with pytest.raises(UserError, match=r"a\.csv has two columns named 'prompt': give one of them another name"):
-        read(tmp_path / "a.csv")
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(UserError, match=rf"{name} has two columns named 'prompt': give one of them another name"):
+        read(tmp_path / name)
+
+
+def test_a_key_twice_in_json_is_a_bad_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "response": "b", "prompt": "c"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: 'prompt' is there twice in one object; correct the row"):
+        read(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text('[{"prompt": "a", "prompt": "c"}]')
+    with pytest.raises(UserError, match=r"a\.json: 'prompt' is there twice in one object; leave one of the two out"):
+        read(tmp_path / "a.json")
 
 
 def test_a_table_whose_names_are_not_utf8(tmp_path):
@@ -205,3 +219,5 @@ def test_columns_that_are_not_used_are_named_once(tmp_path):
     assert read(tmp_path / "a.csv").describe().endswith("(prompt-completion, text); not used: id, score")
     (tmp_path / "a.jsonl").write_text(lines([{"prompt": "q", "response": "r", **{f"k{i:02}": 1 for i in range(15)}}]))
     assert read(tmp_path / "a.jsonl").describe().endswith("k10, k11 and 3 more")
+    (tmp_path / "a.jsonl").write_text(lines([{"prompt": "q", "output": "r"}, {"prompt": "p", "score": 1}]))
+    assert read(tmp_path / "a.jsonl").describe().endswith("only, text); for a reward function only: output, score")

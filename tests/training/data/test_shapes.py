@@ -94,6 +94,9 @@ PAIR_WITH_SYSTEM = {**PAIR, "prompt": [system("s"), user("q")]}
         ),
         ({"messages": [{"role": "developer", "content": "s"}, user("q"), assistant("r")]}, WITH_SYSTEM),
         ({"messages": [system(""), user("q"), assistant("r")]}, DEMONSTRATION),
+        ({"messages": [system(" \n"), user("q"), assistant("r")]}, DEMONSTRATION),
+        ({"system": "s", "input": "q", "chosen": "good", "rejected": "bad"}, PAIR_WITH_SYSTEM),  # as distilabel has it
+        ({"input": "q", "response": "r"}, DEMONSTRATION),
         ({"messages": [user([{"type": "text", "text": "q"}]), assistant("r")]}, DEMONSTRATION),
         ({"messages": [user("q"), {**assistant("r"), "tool_calls": []}], "tools": "[]"}, DEMONSTRATION),
         (

@@ -114,6 +114,11 @@ SPELLINGS = [
     "What\u00a0is tea\uff1f",  # a no-break space, a full-width mark
     "What is te\u200ba?",  # an invisible sign
     "\ufeffWhat is tea?",
+    "**What is tea?**",
+    "## What is tea",
+    '- "What is tea?"',
+    "`What is tea;`",
+    "\u00bfWhat is tea,",
 ]
 
 
@@ -141,7 +146,23 @@ def test_one_spelling(text):
 
 
 def test_different_questions_stay_apart():
-    different = ["cafe", "caf\u00e9", "2+2", "22", "?", "!?", "re-sign", "resign", "\u00df", "s"]
+    different = [
+        "cafe",
+        "caf\u00e9",
+        "2+2",
+        "22",
+        "?",
+        "!?",
+        "re-sign",
+        "resign",
+        "c",
+        "c#",
+        "c++",
+        "5",
+        "-5",
+        "\u00df",
+        "s",
+    ]
     assert len({one_spelling(text) for text in different}) == len(different)
     assert one_spelling("STRASSE") == one_spelling("stra\u00dfe")
     assert one_spelling("cafe\u0301") == one_spelling("caf\u00e9")

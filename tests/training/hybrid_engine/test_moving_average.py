@@ -44,8 +44,18 @@ def train(ranks, engine, number: int) -> None:
     engine.update(plan_micro_batches([10] * 4, 20, ranks.size)[ranks.rank], loss)
 
 
+@torch.no_grad()
+def look(ranks, engine, average) -> list[torch.Tensor]:
+    """What the engine says of a row, its weights and their average."""
+    from training.data.batching import TokenBatch
+
+    batch = TokenBatch.of([(torch.tensor([5, 6]), torch.tensor([7, 8]))], ranks.device)
+    return [engine(batch)[0].clone(), *engine.trained_weights().values(), *average.weights().values()]
+
+
 def average_everywhere(ranks, directory):
     from inference.tiny_model import build_tiny_model
+    from training.hybrid_engine.kept_weights import KeptWeights
     from training.hybrid_engine.moving_average import MovingAverage
 
     model = directory / "tiny"
@@ -72,10 +82,15 @@ def average_everywhere(ranks, directory):
         average.save(place / "ema")
         ranks.barrier()
         shards = sum(part.numel() for part in average.averages)
+        kept, before = KeptWeights(engine, average), look(ranks, engine, average)
+        kept.keep()
 
         train(ranks, engine, UPDATES)  # one that nobody stopped, and one that goes on from what was saved
         average.update()
         expected = average.weights()
+        moved = look(ranks, engine, average)
+        kept.put_back()
+        back = look(ranks, engine, average)
         engine.load(place / "engine")
         average.load(place / "ema")
         train(ranks, engine, UPDATES)
@@ -86,6 +101,7 @@ def average_everywhere(ranks, directory):
             "moved": max((float((present[name] - by_hand[name]).abs().max()) for name in by_hand), default=1.0),
             "untouched": untouched,
             "resumed": all(torch.equal(again[name], expected[name]) for name in expected),
+            "back": [all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) for after in (back, moved)],
             "shards": shards,
             "weights": sum(weight.numel() for weight in ours.values()),
             "dtypes": sorted({str(part.dtype) for part in average.averages}),
@@ -146,6 +162,11 @@ def test_each_rank_averages_its_own_part(averages):
 def test_reading_the_average_leaves_the_weights_and_a_resumed_one_is_the_same_bit_for_bit(averages):
     for found in averages:
         assert all(case["untouched"] and case["resumed"] for case in found.values())
+
+
+def test_weights_and_average_go_back_to_what_was_kept(averages):
+    for found in averages:
+        assert all(case["back"] == [True, False] for case in found.values())
 
 
 def test_an_overflow_of_one_engine_keeps_both_from_stepping_and_the_next_step_is_made(tmp_path):

@@ -165,12 +165,13 @@ def outputs_of_parts(whole: Any, ids: Tensor, degree: int) -> list[Tensor]:
     return outputs
 
 
-SHARING = {
-    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 4},
+VARIANTS = {
+    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 4},  # the last layers take keys of earlier ones
     "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 4},
+    "phimoe": {"sliding_window": WINDOW},  # in a mask alone
 }
 
 
-@pytest.mark.parametrize("family", SHARING)
-def test_layers_that_share_keys_and_values_generate_as_in_transformers(family):
-    TestFamily().test_generated_as_by_transformers(build(narrow_config(family, **SHARING[family])))
+@pytest.mark.parametrize("family", VARIANTS)
+def test_variants_of_a_family_generate_as_in_transformers(family):
+    TestFamily().test_generated_as_by_transformers(build(narrow_config(family, **VARIANTS[family])))

@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from inference.chat_format import ChatFormat
-from inference.errors import UserError
+from inference.errors import EXIT_USER_ERROR, UserError
 from inference.tiny_model import build_tiny_model
+from training import stage
 from training.config_files import load_config
+from training.distributed import Ranks
 from training.models.loading import load_scorer, require_same_format, save_model
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.stage import RefusedOnFirst, prepare_on_first
+from training.watchdog import PARENT_VARIABLE
 
 WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.model=0")
 
@@ -107,3 +110,13 @@ def test_every_rank_ends_with_what_the_first_one_refuses(tmp_path):
         first, second = threads.map(refused, range(2))
     assert str(first) == str(second) and "2 processes were started" in str(first)
     assert not isinstance(first, RefusedOnFirst) and isinstance(second, RefusedOnFirst)  # one of them prints it
+
+
+def test_a_stage_that_is_refused_leaves_the_name_free(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(PARENT_VARIABLE, raising=False)
+    monkeypatch.setattr(stage, "start_ranks", lambda threads: Ranks(0, 1, torch.device("cpu")))
+    arguments = ["--set", f"model={tiny}", "--set", f"trained_reward_model={tiny}"]
+    monkeypatch.setattr("sys.argv", ["main.py", str(tmp_path / "run"), *arguments])
+    assert stage.run_stage(1, lambda stage: None) == EXIT_USER_ERROR
+    assert "is no trained reward model" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()
