@@ -114,12 +114,14 @@ def test_two_processes_train_as_one_does(tiny_run, workplace):
 
 
 def assert_like_metrics(ours: list[dict], theirs: list[dict]) -> None:
+    """Within rounding; pairs give no gradient to what their two scores have in common, which may drift a little."""
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name in a:
             if isinstance(a[name], float) and not name.startswith("work/"):  # two ranks may have twice the slots
-                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+                drifts = 10 if name in ("eval/chosen", "eval/rejected") else 1
+                assert b[name] == pytest.approx(a[name], rel=drifts * 1e-4, abs=1e-5), name
 
 
 def test_tensor_parallel_generation_under_zero_3_trains_as_one_process_does(tiny_run, workplace):
