@@ -7,8 +7,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 
 FLOORS := .venv-floors
-CORE := tests/inference tests/training/data tests/training/models tests/training/preparation tests/training/step1_sft \
-	tests/training/step2_reward tests/training/step2_dpo tests/training/evaluation tests/training/test_old_run.py
+CORE := tests/inference/test_chat_format.py tests/inference/test_model_files.py tests/training/test_checks.py \
+	tests/training/test_old_run.py tests/training/models/test_models.py tests/training/models/test_scorers.py \
+	tests/training/models/test_adapters.py tests/training/preparation tests/training/step1_sft tests/training/step2_reward
 
 .PHONY: setup demo test floors lint clean
 

@@ -175,7 +175,7 @@ def run(good_run, tmp_path):
         ("config.yaml", "model: [", ["report"], "config.yaml is not valid YAML"),
         ("config.yaml", "\x00\x01", ["eval"], "config.yaml is not valid YAML"),
         ("config.yaml", "7", ["run", "--name"], "config.yaml holds no settings"),
-        ("config.yaml", "model: x\nsft: 7", ["sft"], "Setting sft"),
+        ("config.yaml", "model: x\nsft: 7", ["sft"], "'sft' is a group of settings"),
         ("step3_rlhf/model/config.json", "{", ["chat"], "config.json cannot be read"),
     ],
 )

@@ -22,9 +22,11 @@ free now: a resumed run must compute as the first one did."""
 
 
 class BlockedWeights:
-    """The weights of a model's linear layers in blocked order, or nothing where that is not to be had (no CPU, fp16,
-    a build without oneDNN) or too large. A plain LoRA layer becomes three products, the last of which adds itself to
-    the first: with few rows PEFT's own steps take longer than the base layer."""
+    """The weights of a model's linear layers in blocked order, or nothing where that cannot be had or is too large.
+
+    A plain LoRA layer becomes three products, the last of which adds itself to the first: with few rows PEFT's own
+    steps take longer than the base layer.
+    """
 
     def __init__(self, model: nn.Module):
         self.forwards: dict[nn.Module, Forward] = {}
@@ -57,10 +59,16 @@ def can_block(model: nn.Module) -> bool:
     weight = next(model.parameters())
     return (
         weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and blocks_bf16()))
         and sum(p.numel() * p.element_size() for p in model.parameters()) <= MOST_BYTES
     )
+
+
+def blocks_bf16() -> bool:
+    """Whether oneDNN computes in bf16 on this processor; without AVX-512 it does not."""
+    operators: Any = torch.ops.mkldnn
+    return operators._is_mkldnn_bf16_supported()
 
 
 def is_plain_lora(layer: Any) -> bool:

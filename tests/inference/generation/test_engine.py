@@ -404,6 +404,9 @@ def test_no_prompts_no_samples(model):
     assert list(GenerationEngine(model, END, PAD).generate([], GREEDY, KEY)) == []
 
 
+BLOCKED_DTYPES = [torch.float32] + [torch.bfloat16] * cpu_weights.blocks_bf16()
+
+
 def test_right_pad():
     ids, mask = right_pad([torch.tensor([5, 6, 7]), torch.tensor([8])], pad_id=PAD)
     assert ids.tolist() == [[5, 6, 7], [8, PAD, PAD]]
@@ -411,7 +414,7 @@ def test_right_pad():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES)
 def test_blocked_weights_compute_what_the_plain_ones_do(family, dtype):
     model = build_model(family).to(dtype)
     ids = torch.cat(PROMPTS)[None, :30]
@@ -448,7 +451,7 @@ def with_adapter(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES)
 def test_blocked_adapters_compute_what_those_of_peft_do(family, dtype):
     model = build_model(family).to(dtype)
     adapted = with_adapter(model).to(dtype)
@@ -475,6 +478,11 @@ def test_an_adapter_that_is_more_than_b_a_keeps_its_own_steps():
     model = build_model("llama")
     peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).eval()
     assert not any(is_plain_lora(layer) for layer in model.modules())
+
+
+def test_a_processor_that_does_not_block_bf16_computes_on_plain_weights(monkeypatch):
+    monkeypatch.setattr(cpu_weights, "blocks_bf16", lambda: False)
+    assert BlockedWeights(build_model("llama").to(torch.bfloat16)).forwards == {}
 
 
 def test_large_weights_are_not_copied(monkeypatch):
