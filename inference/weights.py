@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from inference.errors import UserError
 from inference.families import text_config
@@ -57,7 +57,8 @@ def read_weights(
             )
     except Exception as error:  # safetensors, json and transformers each raise their own kinds
         raise unloadable(directory, error, name) from error
-    composite = text_config(model.config) is not model.config
+    whole = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    composite = text_config(whole) is not whole  # of some families the model knows only its own part (Llama 4)
     unexpected = {
         key
         for key in report["unexpected_keys"]

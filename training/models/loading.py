@@ -228,7 +228,19 @@ def _load(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
+    freeze_other_parts(model)
     return model, made_up
+
+
+def freeze_other_parts(model: PreTrainedModel) -> None:
+    """Freeze what text does not pass through (a vision tower), which weight decay alone would change."""
+    if model.config.get_text_config() is model.config:
+        return
+    score = getattr(model, "score", None)
+    read = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings(), score)
+    trained = {parameter for part in read if isinstance(part, nn.Module) for parameter in part.parameters()}
+    for parameter in set(model.parameters()) - trained:
+        parameter.requires_grad_(False)
 
 
 def _without_weights(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 from inference.errors import UserError
 from inference.families import meta_model, require_supported_family, set_dropout
@@ -19,6 +19,7 @@ from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.tensor_parallel.group import TensorParallel
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from inference.tensor_parallel.shard import empty_shard, parameter_cuts
+from inference.weights import read_weights
 from tests.families import FAMILIES, UNBUILDABLE, VOCABULARY, WINDOW, build, narrow_config
 from training.data.batching import TokenBatch
 from training.models.policy import Policy
@@ -175,3 +176,16 @@ VARIANTS = {
 @pytest.mark.parametrize("family", VARIANTS)
 def test_variants_of_a_family_generate_as_in_transformers(family):
     TestFamily().test_generated_as_by_transformers(build(narrow_config(family, **VARIANTS[family])))
+
+
+def test_the_language_model_of_a_directory_with_other_parts_is_opened(tmp_path):
+    config = narrow_config(
+        "llama4", vision_config={"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 128}
+    )
+    config.vision_config.num_attention_heads, config.vision_config.vision_output_dim = 4, 32
+    config.vision_config.projector_input_dim = config.vision_config.projector_output_dim = 32
+    whole = Llama4ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path)
+    opened, _ = read_weights(AutoModelForCausalLM, tmp_path)
+    theirs = whole.language_model.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in opened.state_dict().items())
