@@ -27,7 +27,7 @@ DEFAULT_TEMPLATE = (
 TRAINING_DATE = date(2024, 7, 26)
 """What a template that asks for the date is told in training: a run gives the same on every day. It is the date that
 Llama 3's templates fall back to."""
-DIRECTIVES = "aAbBcdDeFHIjmMpSTUwWxXyY"
+DIRECTIVES = "aAbBcdDeFGHIjmMpSTuUVwWxXyY"
 """Of strftime."""
 OPENED = re.compile(r"\s*[<\[◁]\|?(think|thinking|thoughts?|reasoning)\|?[>\]▷]\s*", re.IGNORECASE)
 """The beginning of a thought."""

@@ -156,6 +156,7 @@ def test_a_date_is_that_of_training_or_of_the_clock(monkeypatch):
         ("strftime_now('%Y-%m-%d')", "2024-07-26"),
         ("strftime_now('%-d %B %Y, %A')", "26 July 2024, Friday"),
         ("strftime_now(form)", "07/26/24"),
+        ("strftime_now(format='%G-W%V')", "2024-W30"),
         ("said()", "26.7."),
     ],
 )
