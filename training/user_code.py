@@ -4,7 +4,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,8 @@ class UserFile:
         try:
             yield
         finally:
-            self.surroundings = surroundings()
+            with suppress(FileNotFoundError):  # of a directory that it went to and removed
+                self.surroundings = surroundings()
             surround(*ours)
             sys.argv = arguments
             if self.folder in sys.path:

@@ -88,6 +88,16 @@ def test_its_own_working_directory_is_not_ours(folder):
     assert scores(folder, body) == [1.0, 1.0] and os.getcwd() == here
 
 
+def test_a_directory_that_it_removes_under_itself_is_nobodys(folder):
+    here = os.getcwd()
+    body = (
+        "import os, tempfile\n"
+        "def score(p, r):\n"
+        "    with tempfile.TemporaryDirectory() as place:\n        os.chdir(place)\n    return [1.0] * len(r)\n"
+    )
+    assert scores(folder, body) == [1.0, 1.0] and os.getcwd() == here
+
+
 def test_the_command_line_is_that_of_the_file_alone(folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "runs/demo"])
     body = (
