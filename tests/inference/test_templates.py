@@ -181,7 +181,7 @@ def chatml(template, **more) -> ChatFormat:
     [
         (CHATML.replace("m['content']", "''"), "leaves out the question"),
         ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "leaves out the answer"),
-        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "can only concatenate str"),
+        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "can only concatenate str.*; give .* another"),
         ("{% for m in messages %}", "Unexpected end of template"),
         ({"tool_use": CHATML, "rag": CHATML}, r"several chat templates \(rag, tool_use\) and none is called default"),
     ],
