@@ -68,12 +68,14 @@ class UserFile:
         return name if found is None or found.origin == str(self.file) else other
 
 
-def surroundings() -> tuple[str, bool, torch.dtype]:
-    """What code can change for all of a process: the working directory, gradients, the number format of new tensors."""
-    return os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype()
+def surroundings() -> tuple[str, bool, torch.dtype, torch.device]:
+    """What code can change for all of a process: the working directory, gradients, format and device of new tensors."""
+    return os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
 
 
-def surround(directory: str, gradients: bool, dtype: torch.dtype) -> None:
+def surround(directory: str, gradients: bool, dtype: torch.dtype, device: torch.device) -> None:
     os.chdir(directory)
     torch.set_grad_enabled(gradients)
     torch.set_default_dtype(dtype)
+    if device != torch.get_default_device():
+        torch.set_default_device(None if device.type == "cpu" else device)  # one that is set costs in every call

@@ -111,11 +111,13 @@ def test_the_command_line_is_that_of_the_file_alone(folder, monkeypatch):
 def test_what_it_sets_in_torch_is_for_itself(folder):
     body = (
         "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
-        "def score(p, r):\n"
-        "    return [float(torch.is_grad_enabled()), float(torch.ones(1).dtype == torch.float64)]\n"
+        "torch.set_default_device('meta')\n"
+        "def score(p, r):\n    made = torch.ones(1)\n"
+        "    return [float(torch.is_grad_enabled()), float(made.is_meta and made.dtype == torch.float64)]\n"
     )
     assert scores(folder, body) == [0.0, 1.0]
-    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    made = torch.ones(1)
+    assert torch.is_grad_enabled() and made.dtype == torch.float32 and made.device.type == "cpu"
 
 
 def test_its_functions_go_through_pickle_and_a_pool_of_processes(folder):
