@@ -140,6 +140,9 @@ def run_all(monkeypatch, lengths: list[list[int]], policy: Policy, tensor: int =
     for thread in threads:
         thread.join(2 * PATIENCE)
     assert not failed and not [thread for thread in threads if thread.is_alive()], failed
+    for rollout in rollouts:
+        rollout.board.clear()
+    assert store.num_keys() == 0  # a board of the same name would begin anew
     return rollouts, asked
 
 
