@@ -72,7 +72,7 @@ def run_stage_script(
         except KeyboardInterrupt:
             stop(process)
             raise
-    if code == 0:
+    if code == 0 and has_result(script, run):
         return
     if error_file.exists():
         error = json.loads(error_file.read_text())
@@ -145,6 +145,12 @@ def stop(process: subprocess.Popen | ForkedScript) -> None:
         process.wait()
 
 
+def has_result(script: str, run: RunDirectory) -> bool:
+    """Whether it has done its work: a user's code that ends the process (os._exit) may say 0 as well."""
+    step = STEP_OF_SCRIPT.get(script)
+    return run.step(step).is_finished if step else script != "preparation" or run.data.exists()
+
+
 def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path, said: str) -> str:
     """Of a script that left no sentence of its own; `said` is what it wrote to its log."""
     step = STEP_OF_SCRIPT.get(script)
@@ -158,7 +164,7 @@ def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path, 
                 how += " (try a smaller micro_batch_tokens, LoRA, a higher zero_stage or fewer --processes)"
     else:
         reason = last_error(said)
-        how = f"ended with code {code}" + (f" ({reason})" if reason else "")
+        how = f"ended with code {code}" + (f" ({reason})" if reason else "") + " and left no result" * (code == 0)
     goes_on = f"rlhf-chat {STEP_COMMANDS[step]} {run.path} goes on from the last checkpoint" if step else "try again"
     return f"{who} {how}; {goes_on}, and the log is {log_file}."
 

@@ -27,7 +27,7 @@ DEFAULT_TEMPLATE = (
 TRAINING_DATE = date(2024, 7, 26)
 """What a template that asks for the date is told in training: a run gives the same on every day. It is the date that
 Llama 3's templates fall back to."""
-DIRECTIVES = "aAbBcdDeFHIjmMpSTUwWxXyY"
+DIRECTIVES = "aAbBcdDeFGHIjmMpSTuUVwWxXyY"
 """Of strftime."""
 OPENED = re.compile(r"\s*[<\[◁]\|?(think|thinking|thoughts?|reasoning)\|?[>\]▷]\s*", re.IGNORECASE)
 """The beginning of a thought."""
@@ -129,7 +129,7 @@ class ChatTemplate:
                 prompt = self.begin + prompt
             whole = self.finished([self._question, answer])
             if answer["content"] not in whole:
-                raise ValueError("it leaves out the answer; give the model another template")
+                raise ValueError("it leaves out the answer")
             before, _, self.behind = whole.rpartition(answer["content"])
             bare = self._text([self._question], add_generation_prompt=False)
             self.between = self._between_turns() or bare.rpartition(self._question["content"])[2]
@@ -142,7 +142,8 @@ class ChatTemplate:
                 prompt += header
         except Exception as error:
             raise UserError(
-                f"The tokenizer's chat template fails for a question and an answer: {reason(error)}."
+                f"The tokenizer's chat template fails for a question and an answer: {reason(error)}; give the model "
+                f"another template (chat_template.jinja in its directory)."
             ) from error
         self._prompt, self._before = prompt, before
         self.opening = prompt.rpartition(self._question["content"])[0]
@@ -170,7 +171,7 @@ class ChatTemplate:
             try:
                 prompt = self._text([self._question], add_generation_prompt=True)
                 if self._question["content"] not in prompt:
-                    raise ValueError("it leaves out the question; give the model another template")
+                    raise ValueError("it leaves out the question")
             except Exception as error:
                 failures.append(error)
                 continue

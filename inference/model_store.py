@@ -19,6 +19,7 @@ from inference.disk import is_disk_full
 from inference.errors import UserError
 from inference.model_files import refuse_pointers, require_usable
 from inference.model_package import convert_package, find_package
+from inference.untrusted import refuse_adapter
 
 Report = Callable[[str], None]
 
@@ -73,6 +74,7 @@ def check_model_directory(directory: Path, name: str = "") -> None:
     """
     name = name or str(directory)
     refuse_pointers(directory, name)
+    refuse_adapter(directory, name)
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if not isinstance(values, dict):

@@ -17,11 +17,7 @@ def refuse_code(directory: Path, name: str = "") -> None:
     `name` is what the user calls it, where that is not its path.
     """
     name = name or str(directory)
-    if (directory / "adapter_config.json").is_file():  # transformers would load the model that this file names
-        raise UserError(
-            f"{name} holds an adapter (adapter_config.json), which is no whole model: merge it into its base model, "
-            f"for one of a run with rlhf-chat export, and give the merged one."
-        )
+    refuse_adapter(directory, name)
     for file in ("config.json", "tokenizer_config.json"):
         try:
             values = json.loads((directory / file).read_text(encoding="utf-8"))
@@ -32,6 +28,15 @@ def refuse_code(directory: Path, name: str = "") -> None:
                 f"{name} brings code of its own (auto_map in {file}), which is never run here: choose another model, "
                 f"or take auto_map out of a copy of it, which loads if transformers knows its type by itself."
             )
+
+
+def refuse_adapter(directory: Path, name: str) -> None:
+    """Raise UserError for a directory with an adapter: transformers would load the model that its file names."""
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{name} holds an adapter (adapter_config.json), which is no whole model: merge it into its base model, "
+            f"for one of a run with rlhf-chat export, and give the merged one."
+        )
 
 
 def is_unsafe_pickle(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
@@ -100,7 +101,7 @@ def unloadable(directory: Path, error: Exception, name: str = "") -> UserError:
         return error
     if is_unsafe_pickle(error):
         return UserError(unsafe_pickle(directory))
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    reason = shorten(str(error).strip() or type(error).__name__, 200, placeholder=" ...").rstrip(".")
     return UserError(f"The model in {name or directory} cannot be loaded ({reason}); {way_out(directory)}.")
 
 

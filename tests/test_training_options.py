@@ -18,9 +18,9 @@ def score(prompts, responses, rows):
     if counter:
         with open(counter, "a") as file:
             file.write("x")
-        if os.path.getsize(counter) == 3:
+        if os.path.getsize(counter) == 4:  # iteration 3, after the trial before training
             raise RuntimeError("the judge has left")
-    assert len(prompts) == len(responses) == 8 and prompts[0][-1]["role"] == "user"
+    assert len(prompts) == len(responses) in (4, 8) and prompts[0][-1]["role"] == "user"
     return [len(set(response)) / 10 for response in responses]
 """
 SETTINGS = {

@@ -11,7 +11,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -63,30 +63,44 @@ class RewardFunction:
         if not callable(function):
             raise UserError(f"{self.setting}: the file has no function {name}; name one that it has.")
         self.function: Callable[..., Any] = function
-        self.takes_rows = takes_rows(function, self.setting)
+        self.way = way_to_call(function, self.setting)
 
     def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]:
         given = copy.deepcopy((prompts, responses, rows))  # theirs to change
         with sentences(f"{self.setting} failed"), self.file.running():
-            found = self.function(*(given if self.takes_rows else given[:2]))
+            found = self.way(self.function, *given)
             if isinstance(found, Iterator):
                 found = list(found)
         return checked(found, len(responses), self.setting)
 
 
-def takes_rows(function: Callable[..., Any], setting: str) -> bool:
-    """Whether `function` takes what the data say beside the prompts. Raises UserError for one that we cannot call."""
+def without_rows(call: Callable[..., Any], prompts: list, responses: list, rows: list) -> Any:
+    return call(prompts, responses)
+
+
+def with_rows(call: Callable[..., Any], prompts: list, responses: list, rows: list) -> Any:
+    return call(prompts, responses, rows)
+
+
+def with_named_rows(call: Callable[..., Any], prompts: list, responses: list, rows: list) -> Any:
+    return call(prompts, responses, rows=rows)
+
+
+def way_to_call(function: Callable[..., Any], setting: str) -> Callable[..., Any]:
+    """How: with what the data say beside the prompts, if `function` takes that. Raises UserError where no way fits."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # of a built-in
-        return False
+        return without_rows
     given = list(signature.parameters.values())
-    third = given[2] if len(given) > 2 else None
-    wants = third is not None and (third.name == "rows" or third.default in (None, inspect.Parameter.empty))
-    for count in (3, 2) if wants or any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in given) else (2,):
+    ways: list[Callable[..., Any]] = [with_named_rows] if "rows" in signature.parameters else []
+    third_is_free = any(p.default is None or p.default is p.empty for p in given[2:3])
+    if third_is_free or any(p.kind == p.VAR_POSITIONAL for p in given):
+        ways.append(with_rows)
+    for way in (*ways, without_rows):
         try:
-            signature.bind(*[[]] * count)
-            return count == 3
+            way(signature.bind, [], [], [])
+            return way
         except TypeError:
             continue
     raise UserError(
@@ -163,7 +177,7 @@ def reason_of(error: BaseException) -> str:
 def checked(found: Any, count: int, source: str) -> list[float]:
     """`found` as finite floats, one for each response. Raises RewardFailed."""
     try:
-        if isinstance(found, str | bytes | dict | set):  # their letters, keys or members might pass for numbers
+        if isinstance(found, str | bytes | bytearray | Mapping | Set):  # their members might pass for numbers
             raise TypeError
         scores = [float(score) for score in found]
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of a tensor of several dimensions

@@ -4,10 +4,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+
+import torch
 
 
 class UserFile:
@@ -16,20 +18,24 @@ class UserFile:
     def __init__(self, file: Path):
         self.file = file.absolute()
         self.folder = str(file.resolve().parent)
-        self.directory = os.getcwd()
-        """Where its code works: it may go elsewhere, and we do not go with it."""
+        self.surroundings = surroundings()
+        """In which its code works: it may change them, and ours stay."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, what lies in the file's folder can be imported, and the working directory is that of its code."""
-        ours = os.getcwd()
+        """Inside, what lies in the file's folder can be imported, the command line holds nothing but the file, and the
+        surroundings are those of its code."""
+        ours, arguments = surroundings(), sys.argv
         sys.path.insert(0, self.folder)
-        os.chdir(self.directory)
+        sys.argv = [str(self.file)]
+        surround(*self.surroundings)
         try:
             yield
         finally:
-            self.directory = os.getcwd()
-            os.chdir(ours)
+            with suppress(FileNotFoundError):  # of a directory that it went to and removed
+                self.surroundings = surroundings()
+            surround(*ours)
+            sys.argv = arguments
             if self.folder in sys.path:
                 sys.path.remove(self.folder)
 
@@ -60,3 +66,16 @@ class UserFile:
             return name if getattr(sys.modules[name], "__file__", None) == str(self.file) else other
         found = importlib.util.find_spec(name)
         return name if found is None or found.origin == str(self.file) else other
+
+
+def surroundings() -> tuple[str, bool, torch.dtype, torch.device]:
+    """What code can change for all of a process: the working directory, gradients, format and device of new tensors."""
+    return os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+
+
+def surround(directory: str, gradients: bool, dtype: torch.dtype, device: torch.device) -> None:
+    os.chdir(directory)
+    torch.set_grad_enabled(gradients)
+    torch.set_default_dtype(dtype)
+    if device != torch.get_default_device():
+        torch.set_default_device(None if device.type == "cpu" else device)  # one that is set costs in every call

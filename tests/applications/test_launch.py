@@ -37,6 +37,18 @@ def test_a_traceback_of_the_users_own_code_is_kept_beside_the_sentence(tmp_path,
     assert "line 7, in score" in "".join(traceback.format_exception(raised.value))  # what --debug shows
 
 
+@pytest.mark.parametrize("script", ["preparation", "step3_rlhf"])
+def test_code_0_without_a_result_is_a_failure(tmp_path, monkeypatch, script):
+    monkeypatch.setattr(launch, "stage_command", lambda *_: ["true"])  # as os._exit(0) in a reward file
+    run = RunDirectory(tmp_path)
+    with pytest.raises(StageFailed, match=f"^{script} ended with code 0 and left no result; "):
+        launch.run_stage_script(script, run, 1)
+    run.data.mkdir()
+    run.step(3).model.mkdir(parents=True)
+    run.step(3).result_file.write_text("{}")
+    launch.run_stage_script(script, run, 1)
+
+
 DIES = """
 import os, signal, sys, time
 sys.stderr.write("ValueError: not what ended it\\n")

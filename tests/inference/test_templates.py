@@ -156,6 +156,7 @@ def test_a_date_is_that_of_training_or_of_the_clock(monkeypatch):
         ("strftime_now('%Y-%m-%d')", "2024-07-26"),
         ("strftime_now('%-d %B %Y, %A')", "26 July 2024, Friday"),
         ("strftime_now(form)", "07/26/24"),
+        ("strftime_now(format='%G-W%V')", "2024-W30"),
         ("said()", "26.7."),
     ],
 )
@@ -180,7 +181,7 @@ def chatml(template, **more) -> ChatFormat:
     [
         (CHATML.replace("m['content']", "''"), "leaves out the question"),
         ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "leaves out the answer"),
-        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "can only concatenate str"),
+        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "can only concatenate str.*; give .* another"),
         ("{% for m in messages %}", "Unexpected end of template"),
         ({"tool_use": CHATML, "rag": CHATML}, r"several chat templates \(rag, tool_use\) and none is called default"),
     ],

@@ -96,4 +96,7 @@ def test_an_adapter_does_not_load_the_model_that_it_names(model, tmp_path):
     for load in (resolve_model_of, *loaders(chat_format)):
         with pytest.raises(UserError, match=r"holds an adapter .* merge it"):
             load(model)
+    (model / "config.json").unlink()  # as PEFT writes it
+    with pytest.raises(UserError, match=r"holds an adapter .* merge it"):
+        resolve_model_of(model)
     assert not (tmp_path / "trace").exists()

@@ -5,6 +5,7 @@ import pickle
 import sys
 
 import pytest
+import torch
 
 from inference.errors import UserError
 from training.reward_sources import RewardFailed, RewardFunction
@@ -87,6 +88,38 @@ def test_its_own_working_directory_is_not_ours(folder):
     assert scores(folder, body) == [1.0, 1.0] and os.getcwd() == here
 
 
+def test_a_directory_that_it_removes_under_itself_is_nobodys(folder):
+    here = os.getcwd()
+    body = (
+        "import os, tempfile\n"
+        "def score(p, r):\n"
+        "    with tempfile.TemporaryDirectory() as place:\n        os.chdir(place)\n    return [1.0] * len(r)\n"
+    )
+    assert scores(folder, body) == [1.0, 1.0] and os.getcwd() == here
+
+
+def test_the_command_line_is_that_of_the_file_alone(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "runs/demo"])
+    body = (
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--weight', type=float, default=2)\n"
+        "WEIGHT = parser.parse_args().weight\n"
+        "def score(p, r):\n    return [WEIGHT + parser.parse_args().weight] * len(r)\n"
+    )
+    assert scores(folder, body) == [4.0, 4.0] and sys.argv == ["main.py", "runs/demo"]
+
+
+def test_what_it_sets_in_torch_is_for_itself(folder):
+    body = (
+        "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
+        "torch.set_default_device('meta')\n"
+        "def score(p, r):\n    made = torch.ones(1)\n"
+        "    return [float(torch.is_grad_enabled()), float(made.is_meta and made.dtype == torch.float64)]\n"
+    )
+    assert scores(folder, body) == [0.0, 1.0]
+    made = torch.ones(1)
+    assert torch.is_grad_enabled() and made.dtype == torch.float32 and made.device.type == "cpu"
+
+
 def test_its_functions_go_through_pickle_and_a_pool_of_processes(folder):
     body = (
         "import multiprocessing\nfrom concurrent.futures import ProcessPoolExecutor\nclass Rule:\n    word = 'red'\n"
@@ -124,10 +157,12 @@ def test_a_file_that_was_changed_is_loaded_anew(folder):
         ("from .. import above\n", "cannot be loaded .ImportError: attempted relative import"),
         ("def score(p): return [0.0]\n", r"is defined as score\(p\); it must take \(prompts, responses\) or"),
         ("def score(p, r, rows, model): return [0.0]\n", r"is defined as score\(p, r, rows, model\); it must take"),
-        ("def score(p, r, *, rows): return [0.0]\n", "it must take"),
+        ("def score(p, r, *, words): return [0.0]\n", "it must take"),
         ("async def score(p, r): return [0.0, 1.0]\n", "must return a list of numbers"),
         ("def score(p, r): return '12'\n", "must return a list of numbers, not '12'"),
         ("def score(p, r): return {0: 1.0, 1: 2.0}\n", "must return a list of numbers"),
+        ("def score(p, r): return {1.0, 2.0}\n", "must return a list of numbers"),
+        ("def score(p, r): return frozenset((1.0, 2.0))\n", "must return a list of numbers"),
         ("def score(p, r): return [None, 1.0]\n", "must return a list of numbers"),
         ("def score(p, r): return [10**400, 1.0]\n", "must return a list of numbers"),
         ("import torch\ndef score(p, r): return torch.zeros(2, 2)\n", "must return a list of numbers"),
@@ -155,14 +190,20 @@ def test_ctrl_c_in_it_is_ours(folder):
         ("p, r, extras", 3),
         ("p, r, rows=None", 3),
         ("p, r, extras=None", 3),
+        ("p, r, *, rows", 3),
+        ("p, r, weight=1.0, rows=None", 3),
+        ("p, r, rows, /", 3),
+        ("p, r, table=numpy.zeros(2)", 2),
         ("*all", 3),
         ("p, r, weight=1.0", 2),  # rows would be multiplied
         ("p, r, **others", 2),
     ],
 )
 def test_rows_go_to_a_function_that_takes_them(folder, signature, given):
-    body = f"def score({signature}):\n    found = locals()\n    return [sum(map(is_rows, found.values()))] * 2\n"
-    body += "def is_rows(value):\n    return value == [{}, {}] or (isinstance(value, tuple) and len(value) == 3)\n"
+    body = f"import numpy\ndef score({signature}):\n"
+    body += "    found = locals()\n    return [sum(map(is_rows, found.values()))] * 2\n"
+    body += "def is_rows(value):\n    kind = type(value)\n"
+    body += "    return kind is list and value == [{}, {}] or kind is tuple and len(value) == 3\n"
     assert scores(folder, body) == [float(given == 3)] * 2
 
 

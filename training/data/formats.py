@@ -14,7 +14,7 @@ Other names of these columns are known to shapes.py, other spellings of messages
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from inference.chat_format import Message
 from training.data.entries import BadRow, LeftOut, printable
@@ -30,7 +30,7 @@ from training.data.messages import (
 )
 from training.data.plain import plain
 from training.data.rows import PairRow, PromptRow, Row, SFTRow
-from training.data.shapes import ANSWERS, LABELS, TEXTS, in_trls_columns
+from training.data.shapes import ANSWERS, LABELS, TEXTS, in_trls_columns, usual_name
 
 KNOWN_KEYS = (
     "prompt + chosen + rejected, messages, prompt + response, or prompt; or ShareGPT's conversations, or Alpaca's "
@@ -58,13 +58,16 @@ class ReadRow:
     format: str
     unused: frozenset[str] = frozenset()
     """Keys that say nothing here; those of messages with `messages.` before them."""
+    extra: frozenset[str] = frozenset()
+    """Keys beside a prompt, which a reward function gets."""
 
 
 def read_row(value: Any) -> ReadRow:
     """What one value of a file gives. Raises BadRow."""
     row = trl_row(value)
     rows = parse_trl_row(row)
-    return ReadRow(rows, format_of(row), unused_keys(row))
+    extra = frozenset(cast(PromptRow, rows[0]).get("extra", ()))
+    return ReadRow(rows, format_of(row), unused_keys(row), extra)
 
 
 def parse_row(value: Any) -> list[Row]:
@@ -81,8 +84,9 @@ def trl_row(value: Any) -> dict[str, Any]:
     for key, cell in value.items():
         if isinstance(cell, bytes) and key in TEXTS:
             require_utf8(cell, key)
-    labels = {name: None for name in value if str(name).strip().lower() in LABELS and plain(value[name]) is None}
-    row = in_trls_columns({**plain(value), **labels})
+    row = plain(value)
+    labels = {name: None for name in value.keys() - row.keys() if usual_name(str(name)) in LABELS}
+    row = in_trls_columns({**row, **labels})
     return row if any(name in row for name in ANSWERS) else {k: v for k, v in row.items() if v is not None}
 
 
@@ -143,7 +147,8 @@ def unused_keys(row: dict[str, Any]) -> frozenset[str]:
         used = ("prompt",) if "prompt" in row else ("text",)
     columns = set() if used == ("prompt",) else {key for key in row if key not in used and row[key] not in NOTHING}
     messages = [item for key in used if isinstance(row.get(key), list) for item in row[key]]
-    inner = {key for item in messages for key, value in item.items() if key not in MESSAGE_KEYS and value}
+    others = set().union(*messages) - MESSAGE_KEYS
+    inner = {key for key in others if any(item.get(key) for item in messages)}
     return frozenset(map(printable, columns | {f"messages.{key}" for key in inner}))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_lines(file: Path) -> Iterator[Entry]:
 def parse_line(line: bytes) -> Any:
     """The value of a line of JSON, or a BadRow."""
     try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=once)
+        return DECODER.decode(line.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError:
         return BadRow("the line is not UTF-8 text")
     except BadRow as error:
@@ -58,6 +59,9 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise BadRow(f"'{twice[:30]}' is there twice in one object")
     return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=once)
 
 
 def read_document(file: Path) -> Iterator[Entry]:
@@ -80,13 +84,13 @@ def read_document(file: Path) -> Iterator[Entry]:
 
 def all_values(text: str) -> list[Any]:
     """The JSON values of a text, one behind the other."""
-    decoder, place = json.JSONDecoder(object_pairs_hook=once), 0
+    place = 0
     values: list[Any] = []
     while True:
         place = SPACE.match(text, place).end()  # type: ignore[union-attr]  # it always matches
         if place == len(text):
             return values
-        value, place = decoder.raw_decode(text, place)
+        value, place = DECODER.raw_decode(text, place)
         values.append(value)
 
 

@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import warnings
+from functools import lru_cache
 from typing import Any
 
 from inference.chat_format import Message
@@ -24,7 +25,7 @@ TOOL_ROLE = re.compile("(tool|function)s?([_-](call|response|result|output)s?)?|
 NO_TOOLS = "tools are not supported"
 TRAINED_KEYS = ("weight", "train", "training", "trainable", "train_on_turn", "loss")
 """Keys of a message that say whether its answer is trained on."""
-MESSAGE_KEYS = ("role", "from", "content", "value", *TRAINED_KEYS)
+MESSAGE_KEYS = frozenset(("role", "from", "content", "value", *TRAINED_KEYS))
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 SERIALISED = re.compile(r'\s*(?:"|array)?[\s(\[]*(?:\{|\[\s*[\w.]+\()')
@@ -46,7 +47,7 @@ def message_items(value: Any, key: str) -> list[dict[str, Any]]:
         raise BadRow(f"'{key}' is not {'' if key == 'messages' else 'text or '}a list of messages")
     for place, item in enumerate(value):
         check_message(item, key, place)
-    items = [item for item in value if str(content_of(item)).strip() or role_of(item) != "system"]
+    items = [item for item in value if role_of(item) != "system" or str(content_of(item)).strip()]
     if not items:
         raise BadRow(f"'{key}' is empty")
     return items
@@ -65,13 +66,14 @@ def check_message(item: Any, key: str, place: int) -> None:
     if not isinstance(item, dict):
         raise BadRow(f"'{key}' has a message without role and content")
     role = item.get("role", item.get("from"))
-    if item.get("tool_calls") or item.get("function_call") or TOOL_ROLE.fullmatch(str(role)):
+    usual = role_of(item)
+    if item.get("tool_calls") or item.get("function_call") or (usual not in ROLES and TOOL_ROLE.fullmatch(str(role))):
         raise BadRow(f"'{key}' has a message that calls or answers a tool ({NO_TOOLS})")
     if role is None or content_of(item) is None:
         raise BadRow(f"'{key}' has a message without role and content")
-    if role_of(item) not in ROLES:
+    if usual not in ROLES:
         raise BadRow(f"the role {str(role)[:30]!r} is none of {', '.join(ROLES)}")
-    if role_of(item) == "system" and place > 0:
+    if usual == "system" and place > 0:
         raise BadRow("a system message is not the first")
 
 
@@ -80,12 +82,17 @@ def read_message(item: dict[str, Any]) -> Message:
 
 
 def role_of(item: dict[str, Any]) -> str:
-    role = str(item.get("role", item.get("from")))
+    role = item["role"] if "role" in item else item.get("from")
+    return usual_role(role if isinstance(role, str) else str(role))
+
+
+@lru_cache(1000)
+def usual_role(role: str) -> str:
     return SAME_ROLES.get(role.strip().lower(), role)
 
 
 def content_of(item: dict[str, Any]) -> Any:
-    return item.get("content", item.get("value"))
+    return item["content"] if "content" in item else item.get("value")
 
 
 def text_of(content: Any) -> Any:
@@ -102,7 +109,9 @@ def text_of(content: Any) -> Any:
 def is_trained(item: dict[str, Any]) -> bool:
     """Whether an answer is trained on, or only context for what follows. Raises BadRow for a weight between."""
     for key in TRAINED_KEYS:
-        value = str(item.get(key, "true")).lower()
+        if key not in item:
+            continue
+        value = str(item[key]).lower()
         if value in ("false", "0", "0.0", "no"):
             return False
         if value not in ("true", "1", "1.0", "yes"):

@@ -10,14 +10,18 @@ INVISIBLE = re.compile(
 """Signs that change nothing a reader sees: soft hyphens, joiners, directions, fillers, variants, tags."""
 PLAIN = str.maketrans("\u2018\u2019\u02bc\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "'''\"\"------")
 """Quotation marks and dashes as word processors set them."""
-AROUND = re.compile(r"""^(?:[-+] |[\s"'`*_#>(\[\u00bf\u00a1])+|[\s.,;:?!"'`*_)\]\u3001\u3002]+$""")
+BEFORE = " \"'`*_#>([\u00bf\u00a1"
+BEHIND = " .,;:?!\"'`*_)]\u3001\u3002"
 """Marks around a text: of its end, quotation, Markdown."""
 
 
 def one_spelling(text: str) -> str:
     """`text` without what case, Unicode form, spaces and the marks around it make different."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).translate(PLAIN)
-    text = unicodedata.normalize("NFKC", text.casefold())  # folding a sign may take it apart
+    text = text.casefold() if text.isascii() else one_alphabet(text)
     bare = " ".join(text.split())
-    return AROUND.sub("", bare) or bare
+    return bare.removeprefix("- ").lstrip(BEFORE).rstrip(BEHIND) or bare
+
+
+def one_alphabet(text: str) -> str:
+    text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).translate(PLAIN)
+    return unicodedata.normalize("NFKC", text.casefold())  # folding a sign may take it apart

@@ -13,14 +13,18 @@ def plain(value: Any) -> Any:
     Keys without a value are left out, also further in: a table has a value for every column of every row, and JSON
     lines only for those that a row has.
     """
+    if isinstance(value, dict):
+        return {
+            str(key): new
+            for key, old in value.items()
+            if (new := old if type(old) is str else plain(old)) is not None  # most are text
+        }
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
         return None if math.isnan(value) else value
-    if isinstance(value, dict):
-        return {str(key): new for key, old in value.items() if (new := plain(old)) is not None}
     if isinstance(value, (list, tuple)):
-        if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):  # a map of Arrow
+        if value and isinstance(value[0], tuple) and all(len(item) == 2 for item in value):  # a map of Arrow
             return plain(dict(value))
         return [plain(item) for item in value]
     return plain_scalar(value)

@@ -103,7 +103,7 @@ def read_source(
         result.places += [place] * len(read.rows)
         result.formats[read.format] += 1
         unused |= read.unused
-        extra.update(*(row.get("extra", ()) for row in read.rows))
+        extra |= read.extra
         used += 1
         if used == settings.limit:
             break

@@ -5,6 +5,7 @@ ShareGPT's {"conversations": [{"from": ..., "value": ...}]} and Alpaca's {"instr
 """
 
 import json
+from functools import lru_cache
 from typing import Any
 
 from training.data.entries import BadRow
@@ -58,10 +59,15 @@ def usual_names(row: dict[str, Any]) -> dict[str, Any]:
     """Known columns in small letters, and without the index of a table."""
     result = {}
     for name, value in row.items():
-        usual = name.strip().lower()
+        usual = usual_name(name)
         if usual not in INDEX_COLUMNS:
             result[usual if usual in KNOWN_COLUMNS and usual not in row else name] = value
     return result
+
+
+@lru_cache(1000)
+def usual_name(column: str) -> str:
+    return column.strip().lower()
 
 
 def rename(row: dict[str, Any], names: tuple[str, ...], new: str) -> None:

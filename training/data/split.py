@@ -68,7 +68,8 @@ def choose_groups(rows: Sequence[Row]) -> Callable[[Row], str]:
     """The function that names a row's group: its question. Where all rows have the same one, the user's next messages
     are looked at as well, and at last the whole prompt."""
     for count in range(1, max((len(questions(row["prompt"])) for row in rows), default=0) + 1):
-        if len({opening(row["prompt"], count) for row in rows}) > 1:
+        first = opening(rows[0]["prompt"], count)
+        if any(opening(row["prompt"], count) != first for row in rows):
             return lambda row: opening(row["prompt"], count)
     return lambda row: json.dumps([one_spelling(message["content"]) for message in row["prompt"]])
 
@@ -86,7 +87,7 @@ def keep_once(sets: RowSets) -> int:
     """Leave each row in a set once, the first of equal ones; returns how many went."""
     gone = 0
     for name, rows in sets.items():
-        first: dict[bytes, Row] = {}
+        first: dict[Any, Row] = {}
         for row in rows:
             first.setdefault(identity(row, evaluation=name.endswith("_eval")), row)
         gone += len(rows) - len(first)
@@ -99,13 +100,13 @@ def shuffle(sets: RowSets, seed: int) -> None:
         random.Random(f"{seed} order {name}").shuffle(rows)
 
 
-def identity(row: Row, evaluation: bool) -> bytes:
-    """A hash of what two rows that are the same have in common; spaces around a message do not count, and in evaluation
-    nor does what a reward function is told beside a prompt."""
+def identity(row: Row, evaluation: bool) -> tuple[Any, ...]:
+    """What two rows that are the same have in common; spaces around a message do not count, and in evaluation nor does
+    what a reward function is told beside a prompt."""
     values = cast(dict[str, Any], row)
-    prompt = [(message["role"], message["content"].strip()) for message in row["prompt"]]
-    rest = [values.get(key) for key in ("response", "chosen", "rejected", *([] if evaluation else ["extra"]))]
-    return hashlib.sha256(json.dumps([prompt, rest], sort_keys=True, default=str).encode()).digest()
+    prompt = tuple((message["role"], message["content"].strip()) for message in row["prompt"])
+    extra = "" if evaluation or "extra" not in values else json.dumps(values["extra"], sort_keys=True, default=str)
+    return prompt, values.get("response"), values.get("chosen"), values.get("rejected"), extra
 
 
 def in_random_order(names: Sequence[str], salt: str) -> list[str]:

@@ -9,9 +9,9 @@ from training.data.rows import Row
 
 def require_accepted(rows: Sequence[Row], chat_format: ChatFormat) -> None:
     """Raise BadRow where the template refuses a prompt, with the way out that there is."""
-    for row in reversed(rows):  # of a conversation the longest prompt comes last, and says most
-        if why := chat_format.refusal(row["prompt"]):
-            what = "the model's chat template refuses the row"
-            if row["prompt"][0]["role"] == "system" and not chat_format.refusal(row["prompt"][1:]):
-                what = "the model's chat template refuses a system message, whose text can stand before the question"
-            raise BadRow(f"{what} ({why})")
+    prompt = rows[-1]["prompt"]  # of a conversation the longest, which begins with all the others
+    if why := chat_format.refusal(prompt):
+        what = "the model's chat template refuses the row"
+        if prompt[0]["role"] == "system" and not chat_format.refusal(prompt[1:]):
+            what = "the model's chat template refuses a system message, whose text can stand before the question"
+        raise BadRow(f"{what} ({why})")

@@ -195,7 +195,7 @@ def perplexity_of(logprobs: list[Tensor]) -> float:
 
 def distinct_prompts(rows: Sequence[Any]) -> list[Any]:
     """Each prompt once, also of runs whose data hold it several times: an answer counted twice says nothing new."""
-    found: dict[bytes, Any] = {}
+    found: dict[tuple[Any, ...], Any] = {}
     for row in rows:
         found.setdefault(identity(row, evaluation=True), row)
     return list(found.values())

@@ -70,8 +70,8 @@ class Board:
         mask = (1 << BITS) - 1
         return found & mask, found >> BITS & mask, found >> 2 * BITS
 
-    def clear(self, counters: bool) -> None:
-        """Take down what this rank hung up, once nobody will read it any more; one rank takes down the counters."""
-        for key in [*self.mine, *(self.counters if counters else ())]:
+    def clear(self) -> None:
+        """Take down what this rank hung up and counted on, once nobody will read it any more."""
+        for key in [*self.mine, *self.counters]:
             self.store.delete_key(key)
-        self.mine = []
+        self.mine, self.counters = [], set()

@@ -23,6 +23,7 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
+from inference.quiet import quiet_transformers
 from inference.template_check import same_rendering
 from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
@@ -57,13 +58,33 @@ def load_causal_lm(
     """
     config = _read_config(directory)
     model, _ = _load(AutoModelForCausalLM, directory, config, dtype, dropout, with_weights)
+    require_tied(model, directory)
     fit_vocabulary(model, chat_format)
     return model
 
 
 def require_causal_lm(directory: Path, name: str = "") -> None:
     """Raise UserError for what `load_causal_lm` refuses; no weights are read. `name` is what the user calls it."""
-    read_weights(AutoModelForCausalLM, directory, name, config=_read_config(directory, name), device_map="meta")
+    config = _read_config(directory, name)
+    model, _ = read_weights(AutoModelForCausalLM, directory, name, config=config, device_map="meta")
+    if untied(model):  # their files have both, of which only the values tell
+        model, _ = read_weights(AutoModelForCausalLM, directory, name, config=config)
+    require_tied(model, directory, name)
+
+
+def untied(model: PreTrainedModel) -> list[str]:
+    """Weights that are others' by the configuration, and are not."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    return [name for name, other in tied if model.get_parameter(name) is not model.get_parameter(other)]
+
+
+def require_tied(model: PreTrainedModel, directory: Path, name: str = "") -> None:
+    """Raise UserError where embeddings and head differ that should be one, as other tools and other ranks make them."""
+    if apart := untied(model):
+        raise UserError(
+            f"The config.json of {name or directory} says that {some(apart)} and the embeddings are the same weights, "
+            f'and its files hold two that differ: write "tie_word_embeddings": false into a copy of it.'
+        )
 
 
 def load_scorer(
@@ -158,7 +179,8 @@ def _heads_named(directory: Path, trained: bool, name: str = "") -> Iterator[Non
         yield
     except WrongWeights as error:
         name = name or str(directory)
-        labels = next((has[0] for key, has, _ in error.mismatched if key in SCORE_HEAD), 1)
+        heads = ((has, wanted) for key, has, wanted in error.mismatched if key in SCORE_HEAD)
+        labels = next((has[0] for has, wanted in heads if has[1:] == wanted[1:]), 1)
         if labels != 1:
             raise UserError(
                 f"{name} is a classifier of {labels} labels, and a reward model has one: choose a model with one "
@@ -177,7 +199,8 @@ def _heads_named(directory: Path, trained: bool, name: str = "") -> Iterator[Non
 def _read_config(directory: Path, name: str = "", **values: int) -> PreTrainedConfig:
     require_usable(directory, name)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **values)
+        with quiet_transformers():  # of labels that num_labels replaces
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **values)
     except Exception as error:  # json and transformers each raise their own kinds
         raise unloadable(directory, error, name) from error
     require_supported_family(config)

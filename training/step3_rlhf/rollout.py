@@ -190,7 +190,7 @@ class Rollout:
         with self.timed("gather"):
             numbers = ["generation_logprobs", *self.scored_numbers]
             experience = gather_experience(self.ranks, scored, prompts, numbers)
-        board.clear(counters=self.ranks.is_first)  # all ranks have met in the gathering: nobody reads any more
+        board.clear()  # all ranks have met in the gathering: nobody reads any more
         return experience
 
     def begin_scoring(self, rows: list[Experience]) -> Callable[[], list[Experience]]:

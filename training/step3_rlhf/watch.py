@@ -21,6 +21,8 @@ CRITIC_PATIENCE = 10
 """Iterations in a row in which the critic explains less than a constant."""
 LENGTH_CORRELATION, CORRELATION_RISE = 0.5, 0.3
 """Correlation of score and length over the recent past, and how far over that of the beginning."""
+ALIKE, NO_SPREAD = 3, 1e-6
+"""Iterations in a row whose scores do not differ, and a deviation that is none."""
 CLIPPED = 0.1
 """Share of the scores beyond rlhf.score_clip."""
 PENALTY = 10.0
@@ -47,6 +49,7 @@ class Watch:
             "repetition": self._repetition(),
             "critic": self._critic(),
             "length_reward": self._length_reward(),
+            "alike": self._alike(),
             "clip": self._clip(metrics),
             "end_penalty": self._end_penalty(metrics),
         }
@@ -121,6 +124,19 @@ class Watch:
         return (
             f"scores follow length (correlation {now:.2f}, {first:.2f} in the beginning): the policy may fool the "
             f"reward with it; balance the pairs by length"
+        )
+
+    def _alike(self) -> str:
+        recent = self.history[-ALIKE:]
+        differ = any(
+            metrics.get("reward/scaled_std", 1.0) > NO_SPREAD and metrics.get("reward/groups_alike", 0.0) < 1
+            for metrics in recent
+        )
+        if len(recent) < ALIKE or differ:
+            return ""
+        return (
+            f"in {ALIKE} iterations no answer had another score than those it is compared with, so the policy follows "
+            f"noise and penalties; see what gives the scores (samples.jsonl), or compare more answers"
         )
 
     def _clip(self, metrics: dict[str, float]) -> str:

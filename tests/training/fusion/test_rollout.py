@@ -181,3 +181,6 @@ def test_each_unit_is_read_once_and_each_rank_is_told_the_end_once(monkeypatch):
     rollouts, asked = run_all(monkeypatch, [[10] * 8, [12] * 8, [14] * 8], policy(0, 8))
     units = rollouts[0].board.count("units", 0)
     assert units >= 6 and asked["unit"] == units + 3
+    for rollout in rollouts:
+        rollout.board.clear()
+    assert rollouts[0].board.store.num_keys() == 0  # a board of the same name begins anew

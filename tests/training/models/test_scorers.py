@@ -1,6 +1,8 @@
 """The door for scorers: a trained one has its head in the files, under its name; other weights are a sentence."""
 
+import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -137,6 +139,7 @@ def test_several_labels_are_no_score(reward_model, tmp_path, labels, trained):
         (of_two_layers, r"no score head \(score\.weight\), but score\.0\.weight, score\.2\.weight"),
         (lambda weights: weights.update({"score.bias": torch.full((1,), 100.0)}), r"no place for \(score\.bias\)"),
         (lambda weights: weights.pop("model.norm.weight"), r"missing \(model\.norm\.weight\)"),
+        (lambda weights: weights.update({"score.weight": torch.ones(16)}), r"score\.weight has the shape \(16,\), not"),
     ],
 )
 def test_a_trained_scorer_with_other_weights_is_refused(reward_model, tmp_path, change, expected):
@@ -166,6 +169,33 @@ def test_a_language_model_with_other_weights_is_refused_everywhere(language_mode
     for refuse in (require_causal_lm, load, ChatModel.load):
         with pytest.raises(UserError, match=expected):
             refuse(place)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_should_be_the_embeddings_is_refused_where_it_differs(language_model, tmp_path, equal):
+    """One rank alone would load it untied, as transformers does; those that read no weights would tie it."""
+
+    def change(weights) -> None:
+        if equal:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    place = changed(language_model, tmp_path / "m", change)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    load = partial(load_causal_lm, chat_format=ChatFormat.load(place), dtype=torch.float32)
+    refused = pytest.raises(UserError, match=r'lm_head\.weight .* differ: .*embeddings": false')
+    for refuse in (require_causal_lm, load):
+        with nullcontext() if equal else refused:
+            refuse(place)
+
+
+def test_a_reason_of_several_lines_is_told_whole(language_model, tmp_path):
+    place = changed(language_model, tmp_path / "m", lambda weights: None)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"\(2\) must be equal to the number of `layer_types` \(3\)") as raised:
+        require_causal_lm(place)
+    assert "\n" not in str(raised.value)
 
 
 def test_buffers_of_older_versions_are_no_weights(language_model, tmp_path):

@@ -13,6 +13,7 @@ HEALTHY = {
     "reward/length_correlation": 0.1,
     "reward/clipped_fraction": 0.0,
     "reward/scaled_std": 1.0,
+    "reward/groups_alike": 0.2,
     "response/ended_fraction": 0.9,
 }
 END_PENALTY = 1.0
@@ -42,6 +43,8 @@ def watch_run(**courses: list[float]) -> tuple[list[dict[str, float]], list[list
         ("repetition", "response_distinct_bigrams", [0.9] * 5 + [0.5, 0.4], 6),
         ("critic", "value_explained_variance", [-0.1] * 12, 9),  # ten in a row
         ("length_reward", "reward_length_correlation", [0.1] * 5 + [0.6] * 5, 9),
+        ("alike", "reward_scaled_std", [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], 5),  # three in a row
+        ("alike", "reward_groups_alike", [1.0, 0.9, 1.0, 1.0, 1.0, 1.0], 4),  # each group in itself
         ("clip", "reward_clipped_fraction", [0.1, 0.11, 0.5], 1),
         ("end_penalty", "reward_scaled_std", [0.11, 0.09, 0.09], 1),  # ten of them are less than the penalty
     ],
@@ -62,7 +65,7 @@ def test_each_kind_shows_in_the_metrics_and_is_said_once(kind, metric, course, f
         ("kl_reference", [6.0] * 20),
         ("kl_reference", [0.1, 2.0, 5.0, 8.0, *(8.0 + n for n in range(1, 12))]),  # 19 nats a response: usual
         ("kl_reference_per_token", [0.9] * 20),  # of two nats a response
-        ("reward_scaled_std", [0.0] * 20),  # scores without any difference: nothing is drowned
+        ("reward_scaled_std", [0.0, 0.0, 1.0] * 7),  # rare successes; scores without any difference drown in nothing
         ("response_ended_fraction", [0.0, 1.0] * 10),
         ("value_explained_variance", [-0.1] * 9 + [0.01] + [-0.1] * 9),
         ("reward_length_correlation", [0.6] * 20),  # it has always been so
