@@ -8,15 +8,16 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import reduction
-from pathlib import Path
 from typing import Any, TextIO
 
 LIBRARIES = ["training.stage", "training.hybrid_engine.zero_engine", "training.step3_rlhf.ppo"]
 
 
 def can_fork() -> bool:
-    """Whether scripts may be forked: a GPU that a library has looked at does not survive it."""
-    return sys.platform == "linux" and not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
+    """Whether scripts may be forked: an accelerator that a library has looked at does not survive it."""
+    import torch
+
+    return sys.platform == "linux" and not torch.accelerator.is_available()
 
 
 def warm_context() -> Any:

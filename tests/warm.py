@@ -32,6 +32,7 @@ def context() -> Any:
     """Starts with the first fork that is asked for; each worker of pytest has one."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ["PYTHONSAFEPATH"] = "1"  # the server must not import from the working directory
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # nor begin to use a GPU
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOADED)
     return found

@@ -45,3 +45,8 @@ def test_how_a_script_ends(tmp_path):
     waits.kill()
     assert waits.wait(timeout=10) == -signal.SIGKILL
     assert forked(tmp_path, "pass").wait(timeout=120) == 0
+
+
+def test_nothing_is_forked_beside_an_accelerator(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert not can_fork()
