@@ -39,7 +39,8 @@ def test_a_traceback_of_the_users_own_code_is_kept_beside_the_sentence(tmp_path,
 
 @pytest.mark.parametrize("script", ["preparation", "step3_rlhf"])
 def test_code_0_without_a_result_is_a_failure(tmp_path, monkeypatch, script):
-    monkeypatch.setattr(launch, "stage_command", lambda *_: ["true"])  # as os._exit(0) in a reward file
+    (tmp_path / "ends.py").write_text("import os; os._exit(0)")  # as in a reward file
+    monkeypatch.setattr(launch, "stage_command", lambda *_: [sys.executable, str(tmp_path / "ends.py")])
     run = RunDirectory(tmp_path)
     with pytest.raises(StageFailed, match=f"^{script} ended with code 0 and left no result; "):
         launch.run_stage_script(script, run, 1)
