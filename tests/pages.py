@@ -78,7 +78,8 @@ def mistake_of(words: list[str]) -> str:
         return mistake_of_rlhf_chat(arguments)
     if program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        return "" if set(arguments) <= set(targets) else "no such target"
+        asked = {argument for argument in arguments if "=" not in argument}  # not a variable
+        return "" if asked <= set(targets) else "no such target"
     if program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         asked = re.findall(r"\.\[(\w+)]", " ".join(arguments))
