@@ -17,7 +17,7 @@ from applications.launch import run_on_ranks
 from applications.preset_store import settings_for_model
 from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
-from inference.errors import EXIT_USER_ERROR, UserError
+from inference.errors import EXIT_USER_ERROR, UserError, reason
 from inference.families import longest_text
 from inference.generation.equality import Findings, Generated, Tolerance, TrainingLogprobs, Work, compare, generate
 from inference.model_store import check_model_directory, resolve_model
@@ -75,8 +75,9 @@ def check_cut(directory: Path, degree: int) -> None:
         with quiet_transformers(), torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     except Exception as error:  # transformers raises many kinds here, all of them about config.json
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
-        raise UserError(f"The config.json of {directory} cannot be used ({reason}); copy the model again.") from error
+        raise UserError(
+            f"The config.json of {directory} cannot be used ({reason(error)}); copy the model again."
+        ) from error
     empty_shard(shape, TensorParallel(0, degree))
 
 

@@ -24,9 +24,14 @@ def warm_context() -> Any:
     """Where forks come from: a server that imports the libraries, or this process if it is a fork of such a one."""
     if multiprocessing.parent_process() is not None and set(LIBRARIES) <= sys.modules.keys():
         return multiprocessing.get_context("fork")
+    return fork_server(LIBRARIES)
+
+
+def fork_server(modules: list[str]) -> Any:
+    """The context of a server that has imported `modules`; it starts with the first process."""
     os.environ["PYTHONSAFEPATH"] = "1"  # the server imports nothing of the working directory's
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
+    context.set_forkserver_preload(modules)
     return context
 
 
@@ -38,10 +43,6 @@ class ForkedScript:
         streams = Stream(progress.fileno() if progress is not None else 1), Stream(log.fileno())
         self._process = warm_context().Process(target=run_script, args=(list(command), dict(environment), *streams))
         self._process.start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code, or minus the signal that ended it. Raises subprocess.TimeoutExpired."""

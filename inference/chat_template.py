@@ -12,7 +12,7 @@ from typing import Any, TypedDict, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from inference.errors import UserError
+from inference.errors import UserError, reason
 
 # The space belongs to the response: byte-level tokenizers have tokens for words with a space before them, and a model
 # has hardly ever seen a lone space followed by a word.
@@ -212,10 +212,6 @@ class ChatTemplate:
             return self.source
         replaced = "".join(f" | replace('%{d}', '{self.day.strftime('%' + d)}')" for d in ("-d", "-m", *DIRECTIVES))
         return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{self.source}"
-
-
-def reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def missing_header(bare: str, prompt: str, before: str) -> str:

@@ -9,3 +9,8 @@ class UserError(Exception):
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
+
+
+def reason(error: Exception) -> str:
+    """What an error of a library says, for a sentence of ours: the first line, at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from inference.disk import is_disk_full
-from inference.errors import UserError
+from inference.errors import UserError, reason
 from inference.model_files import refuse_pointers, require_usable
 from inference.model_package import convert_package, find_package
 from inference.untrusted import refuse_adapter
@@ -238,5 +238,4 @@ def hub_sentence(
     unreachable = errors.LocalEntryNotFoundError | ConnectionError | TimeoutError
     if isinstance(error, unreachable) or type(error).__module__.startswith("http"):
         return f"There is no directory '{source}', and the hub cannot be reached for it: check the network, {local}."
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
-    return f"Loading {source} from the hub failed ({reason}): try again, {local}."
+    return f"Loading {source} from the hub failed ({reason(error)}): try again, {local}."

@@ -1,8 +1,5 @@
 """What all tests share: the command, and one finished run of the `tiny` preset."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,8 @@ from tests.warm import Command, Done, fork_all
 LONGEST = (
     "test_switching",
     "test_survival",
+    "test_survival_of_ranks",
+    "test_launchers",
     "test_training_options",
     "test_zero_engine",
     "test_exactness",
@@ -26,24 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
-def rlhf_chat(
-    *arguments: object, cwd: Path, stdin: str = "", timeout: float = 300, cold: bool = False, **environment: str
-) -> Done:
-    """Run the command as a user would; `cold` starts the installed one in an interpreter of its own."""
-    if not cold:
-        command = Command(tuple(map(str, arguments)))
-        return fork_all([command], [environment], cwd, stdin, timeout)[0]
-    program = Path(sys.executable).with_name("rlhf-chat")
-    done = subprocess.run(
-        [str(program), *map(str, arguments)],
-        cwd=cwd,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
+def rlhf_chat(*arguments: object, cwd: Path, stdin: str = "", timeout: float = 300, **environment: str) -> Done:
+    """Run the command as a user would."""
+    return fork_all([Command(tuple(map(str, arguments)))], [environment], cwd, stdin, timeout)[0]
 
 
 @pytest.fixture(scope="session")

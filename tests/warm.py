@@ -1,10 +1,9 @@
 """Commands and ranks of tests, forked from one process that has the libraries loaded.
 
 An interpreter that imports transformers and DeepSpeed takes 10 seconds of a core, a fork none. What must be seen from a
-cold start (import errors, launchers) is started cold: `rlhf_chat(..., cold=True)`, test_readme.py, test_launchers.py.
+cold start (import errors, launchers) is started cold: test_readme.py, test_launchers.py.
 """
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from applications.forking import LIBRARIES
+from applications.forking import LIBRARIES, fork_server
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = [*LIBRARIES, "applications.commands", "transformers.models.llama.modeling_llama", "tests.warm"]
@@ -31,11 +30,8 @@ class Done:
 def context() -> Any:
     """Starts with the first fork that is asked for; each worker of pytest has one."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ["PYTHONSAFEPATH"] = "1"  # the server must not import from the working directory
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # nor begin to use a GPU
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(PRELOADED)
-    return found
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the server must not begin to use a GPU
+    return fork_server(PRELOADED)
 
 
 def fork_all(
