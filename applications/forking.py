@@ -1,6 +1,7 @@
 """Scripts of one run fork from one process that has imported the libraries, so each of them starts at once."""
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -73,6 +74,7 @@ class Stream:
 
 def run_script(command: list[str], environment: dict[str, str], progress: Stream, log: Stream) -> None:
     """In the forked process: what the interpreter would do with `command`."""
+    gc.freeze()  # a collection would copy every page of the libraries' objects
     progress.become(1)
     log.become(2)
     os.environ.clear()
