@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ def close_sockets() -> None:
 
 def start_python(arguments: list[str], environment: dict[str, str], output: Stream, log: Stream) -> None:
     """What an interpreter does: a sitecustomize.py, then the script or module."""
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False  # temporary directories of the parent
     os.environ.clear()
     os.environ.update(environment)
     for place in filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)):
