@@ -12,14 +12,14 @@ def test_killed_runs_end_with_the_same_weights_and_metrics(tmp_path, capsys):
 
 
 def require_survival(directory, processes, capsys):
-    """One kill a step; the first run and the first that is killed start cold, the others fork."""
+    """One kill a step; the first command that is killed starts cold, the others fork."""
     seed = random.SystemRandom().randrange(10**6)
     with capsys.disabled():
         print(f" [seed {seed}] ", end="", flush=True)
     begun = itertools.count()
 
     def start(arguments, log_file):
-        return start_cold(arguments, log_file) if next(begun) < 2 else Forked(Command(tuple(arguments)), log_file)
+        return start_cold(arguments, log_file) if next(begun) == 1 else Forked(Command(tuple(arguments)), log_file)
 
     experiment = Experiment(directory, 1, processes, seed, start=start)
     assert experiment.run([1, 2, 3]), "every step was over before its first kill"
