@@ -9,7 +9,6 @@ from typing import Any
 
 from applications.fit import Machine
 from applications.launch import run_stage_script
-from applications.report.page import write_report
 from applications.report_table import comparison_table, reward_accuracy_line
 from inference.errors import UserError
 from training.config import DPO_STEP, RunConfig
@@ -108,6 +107,8 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[int]) -> None
         for step in COMPARED.keys() & set(steps):
             if config.evaluation.prompts:
                 compare(run, step, display)
+        from applications.report.page import write_report  # draws: a second to import
+
         display.say(f"Report with curves and answers: {write_report(run)}")
         display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
         if steps != [2]:
