@@ -4,8 +4,8 @@ matplotlib takes a second to import, so this module is imported where a picture 
 """
 
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 from xml.etree import ElementTree
@@ -18,7 +18,7 @@ FONT_SIZE = 12
 GROUND, INK, GRID, ROW_COLOUR = "#ffffff", "#1b1f24", "#dcdcd7", "#f7f7f5"
 DARK = {GROUND: "#14171b", INK: "#e7e8ea", GRID: "#3a4048", ROW_COLOUR: "#1b1f24"}
 """What they are where the reader prefers it dark; all other colours have to be legible on both grounds."""
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": FONT_SIZE,
@@ -58,9 +58,11 @@ ElementTree.register_namespace("", SVG[1:-1])
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
-def drawing() -> AbstractContextManager[None]:
+@contextmanager
+def drawing() -> Iterator[None]:
     """Within it, or in a function that it decorates, what is drawn has our style."""
-    return rc_context(STYLE)
+    with rc_context(STYLE):
+        yield
 
 
 def svg(

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from training.pictures import GRID, INK, SVG, drawing, svg
 
 WIDTH, HEIGHT = 340, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 34
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34
 LINE = 16
 """Of the legend."""
 THICK = 24
@@ -75,18 +75,28 @@ def line_chart(chart: Chart, name: str) -> Markup:
     xs = sorted({x for each in series for x, _ in each.points})
     for mark in chart.marks:
         axes.axhline(mark.value, color=COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
-        place = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 3), "textcoords": "offset points"}
-        axes.annotate(mark.label, (1, mark.value), ha="right", fontsize=11, gid="mark", **place)
+        axes.annotate(
+            mark.label,
+            (1, mark.value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            gid="mark",
+        )
     axes.set_xlim(*((xs[0], xs[-1]) if xs[0] < xs[-1] else (xs[0] - 1, xs[0] + 1)))
     axes.set_xlabel(chart.x_label, labelpad=2)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ticks = value_ticks(*axes.dataLim.intervaly, chart.from_zero)
+    low, high = axes.dataLim.intervaly
+    ticks = value_ticks(low, high, chart.from_zero)
     axes.set(yticks=ticks, ylim=(ticks[0], ticks[-1]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, place: number(value))
     axes.grid(axis="y", clip_on=False)
-    legend = axes.legend(loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=picture.transFigure, ncols=columns)
-    legend.set_gid("legend")
+    legend = axes.legend(
+        loc="upper left", bbox_to_anchor=(0, 1 - 3 / HEIGHT), bbox_transform=picture.transFigure, ncols=columns
+    )
+    legend.set_gid("key")
     root = svg(picture, name, VARIABLES)
     root[:] = [*readouts(series, xs, axes), *root]
     return inline(
@@ -201,7 +211,8 @@ def stacked_bar(segments: Sequence[Segment], longest: float) -> Markup:
     """Seconds one behind the other; `longest` fills the whole width."""
     picture, axes = strip()
     axes.set(xlim=(0, longest), ylim=(-1, 1))
-    start, titles = 0.0, {}
+    start = 0.0
+    titles: dict[str, str] = {}
     for each in segments:
         (bar,) = axes.barh(
             0, each.seconds, 2, start, color=COLOURS[each.colour], clip_on=False, gid=f"part {len(titles)}"

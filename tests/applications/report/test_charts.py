@@ -102,8 +102,8 @@ def test_the_legend_has_each_line_with_its_last_value_in_a_place_of_its_own():
     svg = drawn(
         *(Series(name, [(0, 0.0), (1, 1.5)], colour) for name, colour in zip(("x", "y", "z"), "abc", strict=True))
     )
-    legend = svg.find(f"{SVG}g[@class='legend']")
-    assert texts(svg, f"{SVG}g[@class='legend']") == ["x 1.5", "y 1.5", "z 1.5"]
+    legend = svg.find(f"{SVG}g[@class='key']")
+    assert texts(svg, f"{SVG}g[@class='key']") == ["x 1.5", "y 1.5", "z 1.5"]
     assert len({(each.get("x"), each.get("y")) for each in legend.iter(f"{SVG}text")}) == 3
     assert [each.get("stroke") for each in legend.iter(f"{SVG}path")] == ["var(--a)", "var(--b)", "var(--c)"]
 

@@ -247,9 +247,9 @@ def test_a_browser_lays_it_out_at_every_width_and_asks_for_nothing(page, complai
 def test_values_show_under_the_pointer(page, report):
     page.goto(report.as_uri())
     chart = page.locator("svg.chart").first
-    strip, legend = chart.locator(".hit").nth(3), chart.locator(".legend text").first
-    expect(strip.locator("text")).to_be_hidden()
-    expect(legend).to_be_visible()
-    strip.hover()
-    expect(strip.locator("text")).to_be_visible()
-    expect(legend).to_be_hidden()
+    value, key = chart.locator(".hit text").nth(3), chart.locator(".key text").first
+    expect(value).to_be_hidden()
+    expect(key).to_be_visible()
+    chart.locator(".hit rect").nth(3).hover()
+    expect(value).to_be_visible()
+    expect(key).to_be_hidden()
