@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from training.pictures import GRID, INK, SVG, drawing, svg
 
 WIDTH, HEIGHT = 340, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 37
 LINE = 16
 """Of the legend."""
 THICK = 24
