@@ -102,9 +102,10 @@ class RewardTask:
             sums["eval/margin"] += float((chosen - rejected).sum()) * weight
             sums["eval/chosen"] += float(chosen.sum()) * weight
             sums["eval/rejected"] += float(rejected.sum()) * weight
-        sums, right, counts = (ranks.sum_values(each) for each in (sums, right, counts))
-        means = {name: value / counts["eval/accuracy"] for name, value in sums.items()}
-        return means | {name: right[name] / count for name, count in counts.items() if count}
+        found = ranks.sum_values(sums | right | {f"pairs of {name}": count for name, count in counts.items()})
+        counts = {name: found[f"pairs of {name}"] for name in right}
+        means = {name: found[name] / counts["eval/accuracy"] for name in sums}
+        return means | {name: found[name] / count for name, count in counts.items() if count}
 
     @torch.no_grad()
     def score_scale(self) -> dict[str, float]:
