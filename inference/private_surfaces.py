@@ -1,0 +1,77 @@
+"""What `inference` asks of torch, transformers and DeepSpeed beyond their public surface; no other module of it does.
+
+Each function says why, and in which version it was read. `tests/inference/test_private_surfaces.py` asks the installed
+libraries for each, and fails where one has changed it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps its hooks: DeepSpeed's hold the engine, which a copy of the module must not. torch 2.13.0."""
+
+
+def attention_of(config: Any) -> str:
+    """The name of the attention function that a model of this configuration calls. transformers 5.23.0."""
+    return config._attn_implementation
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let the model call another one. The public `set_attn_implementation` goes over all modules, and we change it at
+    each decode step. transformers 5.23.0."""
+    config._attn_implementation = name
+
+
+def goes_through_interface(model: nn.Module) -> bool:
+    """Whether the family says that its attention goes through AttentionInterface. transformers 5.23.0."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def keeps_a_state(family: Any) -> bool:
+    """Whether a class of models keeps a state instead of keys and values; nothing public says so. transformers
+    5.23.0."""
+    return family._is_stateful
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Under ZeRO 3 a parameter is empty between uses and keeps its shape aside. DeepSpeed 0.19.8."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_divided(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO 3 has divided a parameter over the ranks. DeepSpeed 0.19.8."""
+    return hasattr(parameter, "ds_shape")
+
+
+def put_plain_parameters(module: nn.Module) -> None:
+    """Take out the dictionary that ZeRO 3 puts in place of a module's, which gathers what is read from it. torch 2.13.0
+    keeps the parameters there."""
+    module._parameters = dict(module._parameters)
+
+
+def blocks_bf16() -> bool:
+    """Whether oneDNN computes in bf16 on this processor; without AVX-512 it does not. torch 2.13.0."""
+    return _onednn()._is_mkldnn_bf16_supported()
+
+
+def in_blocked_order(weight: Tensor, rows: int) -> Tensor:
+    """A linear layer's weight, (outputs, inputs), in the order that oneDNN likes for that many rows. Public functions
+    make it anew in each call. torch 2.13.0."""
+    return _onednn()._reorder_linear_weight(weight, rows)
+
+
+def linear_on_blocked() -> Callable[..., Tensor]:
+    """(x, blocked weight, bias, "none", [], "") -> x weight^T + bias. torch 2.13.0."""
+    return _onednn()._linear_pointwise.default
+
+
+def linear_and_sum_on_blocked() -> Callable[..., Tensor]:
+    """(x, other, blocked weight, None, "add") -> x weight^T + other. torch 2.13.0."""
+    return _onednn()._linear_pointwise.binary
+
+
+def _onednn() -> Any:
+    return torch.ops.mkldnn
