@@ -1,5 +1,8 @@
 """The private surfaces of torch and transformers that `inference` relies on are as they were read."""
 
+import sys
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
@@ -81,3 +84,21 @@ def test_a_whole_parameter_has_its_own_shape(model):
     assert private_surfaces.whole_shape(parameter) == tuple(parameter.shape)
     assert not private_surfaces.is_divided(parameter)
     assert can_pack(model)
+
+
+def test_the_deferred_compiler_leaves_functions_and_becomes_the_real_one_for_all_else(monkeypatch):
+    import torch._dynamo
+
+    real = {name: import_module(name) for name in (private_surfaces.COMPILER, private_surfaces.ITEMS)}
+    compiler, items = (private_surfaces.Deferred(name) for name in real)
+    for stand_in in (compiler, items):
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    monkeypatch.setattr(private_surfaces, "import_module", real.__getitem__)
+    for mark in private_surfaces.MARKS:
+        assert callable(getattr(torch._dynamo, mark)), f"torch._dynamo.{mark} is gone"
+        assert getattr(compiler, mark)(len) is len
+    assert compiler.disable(None, recursive=True, reason="")(len) is len
+    assert sys.modules[compiler.__name__] is compiler
+    assert type(items.TransformGetItemToIndex()) is real[private_surfaces.ITEMS].TransformGetItemToIndex
+    assert private_surfaces.COMPILER not in sys.modules, "the stand-in must make way for the real module"
+    assert compiler.config is real[private_surfaces.COMPILER].config
