@@ -21,6 +21,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 EXIT_INTERRUPTED = 130
+SFTModel = Annotated[str | None, typer.Option(help="A finished SFT model, instead of step 1 of the run.")]
 OWN_MODELS = ", ".join(step.command for step in WRITING)
 
 
@@ -101,9 +102,7 @@ def add_other_method(step: Step) -> None:
 
     def command(
         run_directory: RunPath,
-        sft_model: Annotated[
-            str | None, typer.Option(help="A finished SFT model, instead of step 1 of the run.")
-        ] = None,
+        sft_model: SFTModel = None,
         model: Model = None,
         data: Data = None,
         config: Config = None,
@@ -132,7 +131,7 @@ for other in COMPARED:
 @app.command()
 def rlhf(
     run_directory: RunPath,
-    actor: Annotated[str | None, typer.Option(help="A finished SFT model, instead of step 1 of the run.")] = None,
+    actor: SFTModel = None,
     reward: Annotated[str | None, typer.Option(help="A finished reward model, instead of step 2 of the run.")] = None,
     model: Model = None,
     data: Data = None,

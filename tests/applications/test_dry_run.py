@@ -17,7 +17,7 @@ from training.config_files import load_config
 from training.planner.machine import profile_file
 from training.steps import DPO, PPO, REWARD, SFT
 
-COMMANDS = {1: ["python", "one.py", "a b"], 2: ["python", "two.py"], 3: ["python", "three.py"]}
+COMMANDS = {SFT: ["python", "one.py", "a b"], REWARD: ["python", "two.py"], PPO: ["python", "three.py"]}
 LAPTOP = Machine(cores=2, memory=24 * GIB)
 NODE = Machine(cores=96, memory=2048 * GIB, gpus=(("H100", 80 * GIB),) * 8)
 
@@ -158,7 +158,7 @@ def test_a_large_run_does_not_fit_and_says_what_would(laptop, tmp_path):
     config = config_of("opt-13b")
     found = " ".join(dry_run(config, [SFT, REWARD, PPO], tmp_path, COMMANDS).split())
     # a weight of the actor: 18 bytes, 2 for its copy that generates, 2 for the reference, 8 while saving: 30 x 12.853e9
-    # critic 18 and reward 2 bytes x 331e6; keys and values 32 x 512 x 40 x 2 x 5120 x 2: together 406e9 = 378 GiB
+    # critic 18 and reward 2 bytes x 331e6; keys and values 32 x 512 x 40 x 2 x 5120 x REWARD: together 406e9 = 378 GiB
     assert "Verdict: does not fit here: step 3 needs about 378 GiB per process, this machine has 24 GiB" in found
     assert "GPUs of 80 GiB with ZeRO stage 3" in found and "--model opt-" in found
     with pytest.raises(UserError, match=r"Step 1 cannot run here.*about 215 GiB per process, this machine has 24 GiB"):
