@@ -75,7 +75,7 @@ def test_the_win_rate_is_that_of_the_scores_beside_the_answers(measured):
 def test_perplexity_of_the_demonstrations_is_that_of_plain_transformers(measured, finished):
     result, _ = measured
     chat_format = ChatFormat.load(finished.step(SFT).model)
-    for key, step in (("sft", 1), ("rlhf", 3)):
+    for key, step in (("sft", SFT), ("rlhf", PPO)):
         found = torch.cat(
             [
                 plain_logprobs(
