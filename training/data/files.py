@@ -1,12 +1,16 @@
 """Files -> the values in them, one for each row, with the name of its place. What a value means is not known here."""
 
 from collections.abc import Iterable, Iterator
+from lzma import LZMAError
 from pathlib import Path
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 from inference.errors import UserError
 from training.data.entries import Entry, open_bytes, refuse_pointer
-from training.data.find_files import ending
+from training.data.find_files import is_saved
 from training.data.json_files import read_json
+from training.data.sources import ending
 from training.data.tables import SEPARATORS, read_table, refuse_twice
 
 ARROW_ROWS = 1000
@@ -18,7 +22,9 @@ def read_file(file: Path, columns: Iterable[str] = ()) -> Iterator[Entry]:
     kind = ending(file)
     try:
         refuse_pointer(file)
-        if kind == ".parquet":
+        if is_saved(file):
+            yield from read_saved(file.parent)
+        elif kind == ".parquet":
             yield from read_parquet(file, columns)
         elif kind == ".arrow":
             yield from read_arrow(file)
@@ -26,7 +32,7 @@ def read_file(file: Path, columns: Iterable[str] = ()) -> Iterator[Entry]:
             yield from read_table(file, SEPARATORS[kind])
         else:
             yield from read_json(file, is_lines=kind != ".json")
-    except (OSError, EOFError) as error:  # gzip's too
+    except (OSError, EOFError, ZlibError, LZMAError, BadZipFile) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{file} cannot be read ({reason}); check its permissions, or copy it again.") from None
 
@@ -43,11 +49,23 @@ def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Entry]:
             wanted = [name for name in names if name in columns] or None
             yield from numbered(file, source.iter_batches(ARROW_ROWS, columns=wanted))
     except pyarrow.ArrowException as error:
-        raise damaged(file, "Parquet", error) from None
+        raise damaged(file, "Parquet file", error) from None
+
+
+def read_saved(folder: Path) -> Iterator[Entry]:
+    """A data set of `Dataset.save_to_disk`."""
+    import pyarrow
+    from datasets import load_from_disk
+
+    try:
+        batches = load_from_disk(str(folder)).with_format("arrow").iter(ARROW_ROWS)
+        yield from numbered(folder, batches)
+    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
+        raise damaged(folder, "saved data set", error) from None
 
 
 def read_arrow(file: Path) -> Iterator[Entry]:
-    """A file of `Dataset.save_to_disk`: Arrow's stream, or its file with a table of contents at the end."""
+    """Arrow's stream, or its file with a table of contents at the end."""
     import pyarrow
     from pyarrow import ipc
 
@@ -65,7 +83,7 @@ def read_arrow(file: Path) -> Iterator[Entry]:
             parts = (batch.slice(at, ARROW_ROWS) for batch in batches for at in range(0, batch.num_rows, ARROW_ROWS))
             yield from numbered(file, parts)
     except pyarrow.ArrowException as error:
-        raise damaged(file, "Arrow", error) from None
+        raise damaged(file, "Arrow file", error) from None
 
 
 def numbered(file: Path, batches: Iterable) -> Iterator[Entry]:
@@ -75,4 +93,4 @@ def numbered(file: Path, batches: Iterable) -> Iterator[Entry]:
 
 def damaged(file: Path, kind: str, error: Exception) -> UserError:
     reason = str(error).splitlines()[0].rstrip(".")
-    return UserError(f"{file} is not a whole {kind} file ({reason}); copy it again.")
+    return UserError(f"{file} is not a whole {kind} ({reason}); copy it again.")

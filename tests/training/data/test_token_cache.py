@@ -1,7 +1,10 @@
 import pickle
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.full_disk import small_disk
 from training.config import DataSettings
@@ -115,6 +118,23 @@ def test_kept_tokens_on_a_full_disk(tmp_path, word_format):
         full.fill()
         assert as_lists(full.read()) == as_lists(full.make())
         assert not list(full.directory.iterdir())
+
+
+def test_a_million_rows_are_mapped_and_a_batch_reads_its_own(tmp_path, word_format):
+    rows = 1_000_000
+    kept = cache(tmp_path, word_format, rows=range(rows), parts=("prompt", "response"))
+    kept.content = "hash", rows
+    kept.directory.mkdir()
+    save_file({"ids": torch.arange(4 * rows).int(), "lengths": torch.tensor([3, 1]).int().repeat(rows)}, kept.file)
+    tokens = kept.load()
+    assert kept.file.name in Path("/proc/self/maps").read_text()
+    seconds = []
+    for start in range(5):
+        begun = time.process_time()
+        batch = [tokens[row] for row in range(start, rows, rows // 64)]
+        seconds.append(time.process_time() - begun)
+    assert min(seconds) < 0.005
+    assert len(tokens) == rows and as_lists(batch[:1]) == [[[16, 17, 18], [19]]]
 
 
 def test_what_is_read_takes_no_other_row_along(tmp_path, word_format):
