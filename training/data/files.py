@@ -6,7 +6,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
-from inference.errors import UserError
+from inference.errors import UserError, reason
 from training.data.entries import Entry, open_bytes, refuse_pointer
 from training.data.find_files import is_saved
 from training.data.json_files import read_json
@@ -33,8 +33,8 @@ def read_file(file: Path, columns: Iterable[str] = ()) -> Iterator[Entry]:
         else:
             yield from read_json(file, is_lines=kind != ".json")
     except (OSError, EOFError, ZlibError, LZMAError, BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{file} cannot be read ({reason}); check its permissions, or copy it again.") from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{file} cannot be read ({why}); check its permissions, or copy it again.") from None
 
 
 def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Entry]:
@@ -49,7 +49,7 @@ def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Entry]:
             wanted = [name for name in names if name in columns] or None
             yield from numbered(file, source.iter_batches(ARROW_ROWS, columns=wanted))
     except pyarrow.ArrowException as error:
-        raise damaged(file, "Parquet file", error) from None
+        raise damaged(file, "Parquet", error) from None
 
 
 def read_saved(folder: Path) -> Iterator[Entry]:
@@ -58,10 +58,14 @@ def read_saved(folder: Path) -> Iterator[Entry]:
     from datasets import load_from_disk
 
     try:
-        batches = load_from_disk(str(folder)).with_format("arrow").iter(ARROW_ROWS)
-        yield from numbered(folder, batches)
+        for part in folder.glob("*.arrow"):
+            refuse_pointer(part)
+        yield from numbered(folder, load_from_disk(str(folder)).with_format("arrow").iter(ARROW_ROWS))
     except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
-        raise damaged(folder, "saved data set", error) from None
+        raise UserError(
+            f"The data set that was saved in {folder} cannot be read ({reason(error)}): copy it again or, if it was "
+            f"saved by a newer version of datasets, install that."
+        ) from None
 
 
 def read_arrow(file: Path) -> Iterator[Entry]:
@@ -83,7 +87,7 @@ def read_arrow(file: Path) -> Iterator[Entry]:
             parts = (batch.slice(at, ARROW_ROWS) for batch in batches for at in range(0, batch.num_rows, ARROW_ROWS))
             yield from numbered(file, parts)
     except pyarrow.ArrowException as error:
-        raise damaged(file, "Arrow file", error) from None
+        raise damaged(file, "Arrow", error) from None
 
 
 def numbered(file: Path, batches: Iterable) -> Iterator[Entry]:
@@ -92,5 +96,4 @@ def numbered(file: Path, batches: Iterable) -> Iterator[Entry]:
 
 
 def damaged(file: Path, kind: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0].rstrip(".")
-    return UserError(f"{file} is not a whole {kind} ({reason}); copy it again.")
+    return UserError(f"{file} is not a whole {kind} file ({reason(error)}); copy it again.")

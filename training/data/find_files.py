@@ -1,6 +1,5 @@
 """A path -> the data files that it means. Of a directory with splits only the training split is read."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -131,6 +130,7 @@ def words(name: str) -> list[str]:
 
 
 def listed(root: Path, files: Iterable[Path]) -> str:
-    names = [file.relative_to(root).as_posix() for file in files]
+    shown = [file.with_name("*.arrow") if is_saved(file) else file for file in files]
+    names = [file.relative_to(root).as_posix() for file in shown]
     more = f" and {len(names) - FILES_NAMED} more" if len(names) > FILES_NAMED else ""
     return ", ".join(names[:FILES_NAMED]) + more

@@ -98,6 +98,6 @@ def test_of_a_saved_data_set_its_own_files(tmp_path):
     make(tmp_path, "data-00000-of-00001.arrow", "data-00001-of-00002.arrow", "cache-1f2e.arrow", "dataset_info.json")
     assert len(names(tmp_path)[0]) == 3
     make(tmp_path, "state.json")
-    assert names(tmp_path)[0] == ["state.json"]
+    assert names(tmp_path) == (["state.json"], ["read: *.arrow"])
     make(tmp_path / "more", "state.json", "rows.jsonl")
     assert names(tmp_path / "more")[0] == ["rows.jsonl", "state.json"]

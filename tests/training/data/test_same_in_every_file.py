@@ -196,13 +196,16 @@ def test_a_saved_data_set(tmp_path):
     whole = (folder / "data-00002-of-00003.arrow").read_bytes()
     for content in (whole[: len(whole) // 2], b""):
         (folder / "data-00002-of-00003.arrow").write_bytes(content)
-        with pytest.raises(UserError, match=r"saved \[1\] is not a whole saved data set \(.*\); copy it again"):
+        with pytest.raises(UserError, match=r"saved in .*saved \[1\] cannot be read \(.*\): copy it again or"):
             read(folder)
+    (folder / "data-00002-of-00003.arrow").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(UserError, match=r"data-00002-of-00003\.arrow is a pointer of Git LFS"):
+        read(folder)
     (folder / "data-00002-of-00003.arrow").unlink()
-    with pytest.raises(UserError, match=r"saved \[1\] is not a whole saved data set \(.*data-00002-of-00003.arrow"):
+    with pytest.raises(UserError, match=r"saved \[1\] cannot be read \(.*data-00002-of-00003\.arrow"):
         read(folder)
     (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"saved \[1\] is not a whole saved data set"):
+    with pytest.raises(UserError, match=r"saved \[1\] cannot be read"):
         read(folder)
 
 
