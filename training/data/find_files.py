@@ -41,8 +41,9 @@ def find_files(path: Path) -> tuple[list[Path], list[str]]:
         if is_unread(path):
             raise UserError(f"{path} is packed in a way that is not read: unpack it, and give what was in it.")
         if ending(path) not in FILE_ENDINGS:
-            packed = ", ".join(PACKINGS)
-            raise UserError(f"{path} is none of {kinds} (also with {packed}): save the data in one of these.")
+            raise UserError(
+                f"{path} is none of {kinds} (also with {', '.join(PACKINGS)}): save the data in one of these."
+            )
         return [path], []
     files = data_files(path)
     packed = list(filter(is_unread, sorted(path.rglob("*"))))
