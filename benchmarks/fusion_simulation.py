@@ -224,6 +224,7 @@ def curves_svg(title: str, curves: Mapping[str, Mapping[int, float]]) -> str:
         axes = picture.add_subplot(xlabel="threshold")
         axes.set_title(title, wrap=True)
         axes.grid(axis="y")
+        axes.margins(y=0.05)
         axes.axhline(1, color=INK, linewidth=1)
         axes.axvline(PUBLISHED_BEST * SAMPLES, color=INK, linewidth=1, linestyle="--", gid="published")
         for (label, curve), colour in zip(curves.items(), cycle(COLOURS), strict=False):
