@@ -26,7 +26,8 @@ from typing import Protocol
 
 import psutil
 
-from training.run_directory import STEP_NAMES, RunDirectory
+from training.run_directory import RunDirectory
+from training.steps import METHODS, Step
 
 ORPHAN_SECONDS = 15.0
 UNEQUAL_METRICS = ("time/", "memory/", "tokens_per_second")
@@ -35,7 +36,7 @@ TARGETS = ("command", "launcher", "rank", "group")
 
 @dataclass
 class Kill:
-    step: int
+    step: Step
     after_seconds: float
     target: str
     phase: str
@@ -124,32 +125,24 @@ class Experiment:
         self.draw = random.Random(self.seed)
         self.undisturbed, self.victim = (RunDirectory(self.directory / name) for name in ("undisturbed", "victim"))
 
-    def run(self, steps: list[int]) -> list[Kill]:
+    def run(self, steps: list[Step]) -> list[Kill]:
         """The whole comparison. Returns what was killed when."""
         return [kill for step in steps for kill in self.torment(step, self.finish(self.undisturbed, step))]
 
-    def begin(self, run: RunDirectory, step: int) -> Running:
+    def begin(self, run: RunDirectory, step: Step) -> Running:
         # what --fusion auto chooses depends on measured seconds: two runs may round differently
-        settings = [
-            "--processes",
-            str(self.processes),
-            "--fusion",
-            "none",
-            "--set",
-            "evaluation.prompts=0",
-            *self.extra,
-        ]
-        command = ["run", "--model", "tiny", "--name", str(run.path), "--steps", str(step), *settings]
+        command = ["run", "--model", "tiny", "--name", str(run.path), "--steps", str(step.number), "--fusion", "none"]
+        command += ["--processes", str(self.processes), "--set", "evaluation.prompts=0", *self.extra]
         return self.start(command, run.path.with_suffix(".log"))
 
-    def finish(self, run: RunDirectory, step: int) -> float:
+    def finish(self, run: RunDirectory, step: Step) -> float:
         """Run the step to its end; returns the seconds. AssertionError with the log's end if it fails."""
         begun = time.monotonic()
         if self.begin(run, step).wait() != 0:
             raise AssertionError(run.path.with_suffix(".log").read_text()[-3000:])
         return time.monotonic() - begun
 
-    def torment(self, step: int, seconds: float) -> list[Kill]:
+    def torment(self, step: Step, seconds: float) -> list[Kill]:
         """Kill the victim's step at moments up to `seconds` after its start.
 
         A step that ends before its next kill is compared with the undisturbed one and begun anew; so is the last one.
@@ -179,26 +172,26 @@ class Experiment:
         return done
 
 
-def weights(run: RunDirectory, step: int) -> dict[str, str]:
+def weights(run: RunDirectory, step: Step) -> dict[str, str]:
     """SHA-256 of each weights file of the step's model."""
     files = sorted(run.step(step).model.glob("*.safetensors"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def metrics(run: RunDirectory, step: int) -> list[dict]:
+def metrics(run: RunDirectory, step: Step) -> list[dict]:
     """Rows of metrics.jsonl without timings and memory."""
     rows = [json.loads(line) for line in run.step(step).metrics_file.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(UNEQUAL_METRICS)} for row in rows]
 
 
-def compare(undisturbed: RunDirectory, victim: RunDirectory, steps: list[int]) -> None:
+def compare(undisturbed: RunDirectory, victim: RunDirectory, steps: list[Step]) -> None:
     """AssertionError at the first difference."""
     for step in steps:
         ours, theirs = metrics(undisturbed, step), metrics(victim, step)
-        assert len(ours) == len(theirs), f"{STEP_NAMES[step]}: {len(ours)} rows of metrics against {len(theirs)}"
+        assert len(ours) == len(theirs), f"{step.folder}: {len(ours)} rows of metrics against {len(theirs)}"
         for a, b in zip(ours, theirs, strict=True):
-            assert a == b, f"{STEP_NAMES[step]} metrics differ: {a} against {b}"
-        assert weights(undisturbed, step) == weights(victim, step), f"{STEP_NAMES[step]}: weights differ"
+            assert a == b, f"{step.folder} metrics differ: {a} against {b}"
+        assert weights(undisturbed, step) == weights(victim, step), f"{step.folder}: weights differ"
 
 
 def main() -> None:
@@ -210,9 +203,9 @@ def main() -> None:
     arguments = parser.parse_args()
     directory = (arguments.directory / f"{arguments.processes}-{arguments.seed}-{os.getpid()}").resolve()
     directory.mkdir(parents=True)
-    kills = Experiment(directory, arguments.kills, arguments.processes, arguments.seed).run([1, 2, 3])
+    kills = Experiment(directory, arguments.kills, arguments.processes, arguments.seed).run(list(METHODS["ppo"]))
     for one in kills:
-        print(f"{STEP_NAMES[one.step]}  {one.target:8s} after {one.after_seconds:5.1f} s, last written: {one.phase}")
+        print(f"{one.step.folder}  {one.target:8s} after {one.after_seconds:5.1f} s, last written: {one.phase}")
     print(f"{len(kills)} kills, seed {arguments.seed}, {arguments.processes} process(es): weights and metrics equal")
 
 

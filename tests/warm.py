@@ -28,6 +28,7 @@ PRELOADED = [
     *LIBRARIES,
     "applications.commands",
     "torch.distributed.run",
+    "applications.report.page",
     "transformers.models.llama.modeling_llama",
     "tests.warm",
 ]
