@@ -1,6 +1,5 @@
 """Scripts of one run fork from one process that has imported the libraries, so each of them starts at once."""
 
-import atexit
 import multiprocessing
 import os
 import runpy
@@ -73,6 +72,8 @@ class Stream:
 
 def run_script(command: list[str], environment: dict[str, str], progress: Stream, log: Stream) -> None:
     """In the forked process: what the interpreter would do with `command`."""
+    from training.private_surfaces import run_exit_functions
+
     progress.become(1)
     log.become(2)
     os.environ.clear()
@@ -81,5 +82,5 @@ def run_script(command: list[str], environment: dict[str, str], progress: Stream
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # a process that multiprocessing has made runs none
+        run_exit_functions()
         sys.stdout.flush()

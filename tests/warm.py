@@ -16,7 +16,13 @@ from typing import Any
 from applications.forking import LIBRARIES, fork_server
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOADED = [*LIBRARIES, "applications.commands", "transformers.models.llama.modeling_llama", "tests.warm"]
+PRELOADED = [
+    *LIBRARIES,
+    "applications.commands",
+    "applications.report.page",
+    "transformers.models.llama.modeling_llama",
+    "tests.warm",
+]
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from training.checks import require_positions
 from training.config import RunConfig
 from training.config_files import load_config
 from training.data.prepare import COUNTS_FILE, prepare_data
-from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
-from training.data.token_cache import TokenCache, Tokens
+from training.data.rows import read_rows, require_rows
+from training.data.token_cache import TokenCache, TokenRows
 from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, is_lost_peer, start_ranks, stop_ranks
 from training.error_report import leave_report
@@ -49,6 +49,7 @@ from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.shared_files import wait_until_seen
+from training.steps import Step
 from training.tracking import metrics_journal
 from training.versions import versions
 from training.watchdog import PARENT_VARIABLE
@@ -95,10 +96,9 @@ class Stage:
         require_positions(source, directory, self.config.data)
         return directory
 
-    def earlier_model(self, step: int) -> Path:
+    def earlier_model(self, step: Step) -> Path:
         """The model that an earlier step left, or the finished one that the settings name instead."""
-        given = {1: self.config.sft_model, 2: self.config.trained_reward_model}[step]
-        if given:
+        if given := self.config.given_model(step):
             return self.model_directory(given)
         left = self.run.step(step)
         self.ranks.see(left.result_file, left.model)
@@ -118,14 +118,14 @@ class Stage:
         if self.ranks.is_first:
             prepare_data(self.config.data, self.config.seed, self.run.data, chat_format, self.display.say)
         self.ranks.barrier("preparing the data")
-        kind, _ = ROWS_OF_STEP[self.directory.number]
-        files = [self.run.data / f"{kind}_{part}.jsonl" for part in ("train", "eval")]
+        step = self.directory.step
+        files = [self.run.data / f"{step.rows.name}_{part}.jsonl" for part in ("train", "eval")]
         self.ranks.see(*files, self.run.data / COUNTS_FILE)
-        require_rows(self.run.data, self.directory.number)
+        require_rows(self.run.data, step)
         train, held_out = map(read_rows, files)
         return train, held_out
 
-    def tokens(self, rows: list[dict], parts: tuple[str, ...], chat_format: ChatFormat) -> list[Tokens]:
+    def tokens(self, rows: list[dict], parts: tuple[str, ...], chat_format: ChatFormat) -> TokenRows:
         """The tokens of each row's `parts` (`prompt`, keys of answers); the first rank makes them, all read them."""
         cache = TokenCache(self.run.path / "tokens", rows, parts, chat_format, self.config.data)
         if self.ranks.is_first:
@@ -191,7 +191,7 @@ class Stage:
         last = (
             f"the last good checkpoint is {self.directory.checkpoints / str(newest[0])}" if newest else "no checkpoint"
         )
-        file = f"data/{ROWS_OF_STEP[self.directory.number][0]}_train.jsonl"
+        file = f"data/{self.directory.step.rows.name}_train.jsonl"
         write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows, "file": file})
         return Diverged(
             f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
@@ -199,14 +199,14 @@ class Stage:
         )
 
 
-def run_stage(number: int, work: Callable[[Stage], None]) -> int:
-    """Parse the arguments, set up, do `work` unless step `number` is done already, turn errors into sentences.
+def run_stage(step: Step, work: Callable[[Stage], None]) -> int:
+    """Parse the arguments, set up, do `work` unless the step is done already, turn errors into sentences.
 
     Returns the exit code: 0, 2 for what the user can put right, 3 for a run that diverged.
     """
     arguments = parse_arguments()
     run = RunDirectory(arguments.run_directory)
-    directory = run.step(number)
+    directory = run.step(step)
 
     def body() -> None:
         is_new = not run.config_file.exists()
@@ -225,7 +225,7 @@ def run_stage(number: int, work: Callable[[Stage], None]) -> int:
                         if is_new and ranks.is_first and not run.data.exists():  # leave the name free for another try
                             run.config_file.unlink()
                         raise
-                work(make_stage(run, number, config, ranks))
+                work(make_stage(run, step, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
 
@@ -337,13 +337,12 @@ def out_of_memory(error: Exception) -> UserError | None:
     )
 
 
-def make_stage(run: RunDirectory, number: int, config: RunConfig, ranks: Ranks) -> Stage:
-    directory = run.step(number)
+def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -> Stage:
+    directory = run.step(step)
     if ranks.is_first:
         directory.error_file.unlink(missing_ok=True)
     quiet_libraries(directory.log_file, ranks.is_first)
     torch.manual_seed(config.seed)
-    keep = (config.rlhf if number == 3 else config.supervised(number)).keep_checkpoints
     return Stage(
         config=config,
         ranks=ranks,
@@ -353,7 +352,7 @@ def make_stage(run: RunDirectory, number: int, config: RunConfig, ranks: Ranks) 
         display=Display(quiet=not ranks.is_first),
         metrics=metrics_journal(run, directory, config) if ranks.is_first else NullJournal(),
         samples=Journal(directory.samples_file) if ranks.is_first else NullJournal(),
-        checkpoints=Checkpoints(directory.checkpoints, keep, ranks),
+        checkpoints=Checkpoints(directory.checkpoints, config.of_step(step).keep_checkpoints, ranks),
         started=time.time(),
     )
 
