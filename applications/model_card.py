@@ -12,8 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from applications.report_table import measured_accuracy_line, pair_of, reward_accuracy_line, table_rows
 from inference.model_package import find_package
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
+from training.evaluation.guard_rails import guard_signs, verdict
 from training.metrics import duration
 from training.run_directory import RunDirectory
+from training.starts import versions_of
 from training.steps import METHODS, REWARD, SFT, Step
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -51,7 +53,9 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported) -> str:
         names=list(pair_of(evaluation).values()) if evaluation else [],
         measures=table_rows(evaluation) if evaluation else [],
         accuracy=accuracy_line(run, evaluation),
-        versions=stored.get("versions", {}),
+        verdict=verdict,
+        bad=[s.text for s in guard_signs(evaluation, *pair_of(evaluation)) if not s.is_good] if evaluation else [],
+        versions=versions_of(run, exported.step, stored.get("versions", {})),
     )
 
 

@@ -37,7 +37,7 @@ from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, is_lost_peer, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.inputs import changed_inputs
-from training.metrics import Display, Journal, NullJournal
+from training.metrics import WARNING, Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
     require_same_tokens,
@@ -49,6 +49,7 @@ from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.shared_files import wait_until_seen
+from training.starts import record_start
 from training.steps import Step
 from training.tracking import metrics_journal
 from training.versions import versions
@@ -225,6 +226,8 @@ def run_stage(step: Step, work: Callable[[Stage], None]) -> int:
                         if is_new and ranks.is_first and not run.data.exists():  # leave the name free for another try
                             run.config_file.unlink()
                         raise
+                if ranks.is_first:
+                    record_start(run, step.folder, config, ranks.size)
                 work(make_stage(run, step, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
@@ -236,7 +239,8 @@ def run_preparation() -> int:
 
     def body() -> None:
         config = run.read_config()
-        prepare(config, run, config.processes, Display().say)
+        prepare(config, run, config.processes, Display(log=run.log_file).say)
+        record_start(run, "preparation", config, 1)
 
     return end_in_sentences(body, run.error_file)
 
@@ -246,10 +250,11 @@ def prepare_on_first(config: RunConfig, run: RunDirectory, ranks: Ranks) -> None
     refused: Exception | None = None
     sentence: str | None = ""
     if ranks.is_first:
+        display = Display(log=run.log_file)
         for changed in changed_inputs(run, config):
-            Display().say(changed)
+            display.say(f"{WARNING}{changed}")
         try:
-            prepare(config, run, ranks.size, Display().say)
+            prepare(config, run, ranks.size, display.say)
         except Exception as error:
             refused, sentence = error, sentence_for(error)
             if sentence is None:
@@ -269,7 +274,9 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
         config = run.read_config()
         last = config.steps[-1]
         run.step(last).path.mkdir(exist_ok=True)  # where its log goes, whatever is measured
-        work(make_stage(run, last, config, start_ranks(config.threads)))
+        ranks = start_ranks(config.threads)
+        record_start(run, "evaluation", config, ranks.size)
+        work(make_stage(run, last, config, ranks))
 
     return end_in_sentences(body, run.error_file)
 
@@ -349,7 +356,7 @@ def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -
         run=run,
         directory=directory,
         dtype=resolve_dtype(config.dtype, ranks.device),
-        display=Display(quiet=not ranks.is_first),
+        display=Display(quiet=not ranks.is_first, log=directory.log_file if ranks.is_first else None),
         metrics=metrics_journal(run, directory, config) if ranks.is_first else NullJournal(),
         samples=Journal(directory.samples_file) if ranks.is_first else NullJournal(),
         checkpoints=Checkpoints(directory.checkpoints, config.of_step(step).keep_checkpoints, ranks),
