@@ -74,21 +74,17 @@ def step_command(
 
 def execute(path: Path, settings: RunConfig | None, steps: list[int]) -> None:
     from applications.dry_run import check_fits
-    from applications.pipeline import needed_steps, open_run, run_pipeline
+    from applications.pipeline import needed_steps, run_pipeline
+    from training.opening import open_run
 
     run = RunDirectory(path)
     steps = needed_steps(settings or run.read_config(), steps)
     if settings is not None and not run.config_file.exists():
         check_fits(settings, steps)
-    is_new = not run.config_file.exists()
-    run, stored = open_run(path, settings)
-    try:
-        require_earlier_steps(run, stored, steps)
-        run_pipeline(run, stored, steps)
-    except UserError:
-        if is_new and not run.data.exists():  # nothing was made yet: leave the name free for another try
-            run.config_file.unlink()
-        raise
+    with run.locked():
+        config = open_run(run, settings)
+        require_earlier_steps(run, config, steps)
+        run_pipeline(run, config, steps)
 
 
 def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[int]) -> None:
