@@ -10,27 +10,27 @@ from applications.model_card import Exported, model_card
 from inference.disk import writing
 from inference.errors import UserError
 from inference.untrusted import refuse_code
-from training.config import DPO_STEP, RunConfig
+from training.config import RunConfig
 from training.run_directory import RunDirectory, StepDirectory, write_directory
+from training.steps import COMPARED, SFT, WRITING, Step, step_of
 
-STEPS = {"sft": 1, "rlhf": 3, "dpo": DPO_STEP}
 KINDS = ("merged", "adapter")
 DTYPES = ("fp32", "bf16", "fp16")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def export(path: Path, to: Path, what: str, dtype: str, step: str) -> None:
+def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     """Write the directory `to` and say what is in it. Raises UserError before anything is written."""
     run = RunDirectory(path)
     config = run.read_config()
-    finished = [name for name in ("rlhf", "dpo") if run.step(STEPS[name]).is_finished]
-    step = step or (finished[0] if finished else "sft")
-    for given, allowed, option in ((what, KINDS, "--what"), (step, STEPS, "--step"), (dtype, ("", *DTYPES), "--dtype")):
+    steps = ("", *(each.command for each in WRITING))
+    for given, allowed, option in ((what, KINDS, "--what"), (name, steps, "--step"), (dtype, ("", *DTYPES), "--dtype")):
         if given not in allowed:
             raise UserError(f"{option} takes {', '.join(filter(None, allowed))}, not '{given}'.")
-    refuse_code(run.require_model(STEPS[step]))
+    step = step_of(name) if name else next((each for each in COMPARED if run.step(each).is_finished), SFT)
+    refuse_code(run.require_model(step))
     require_free(to)
-    directory = run.step(STEPS[step])
+    directory = run.step(step)
     write: Callable[[Path], None]
     if what == "adapter":
         if dtype:
@@ -53,7 +53,8 @@ def export(path: Path, to: Path, what: str, dtype: str, step: str) -> None:
     with writing("the export", to, "or choose another place with --to"):
         write_directory(to.resolve(), write_all)
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
-    print(f"Exported {step} ({what}) to {to} ({size:,.1f} MB): {', '.join(sorted(f.name for f in to.iterdir()))}")
+    files = ", ".join(sorted(file.name for file in to.iterdir()))
+    print(f"Exported {step.command} ({what}) to {to} ({size:,.1f} MB): {files}")
     print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
 
 
@@ -90,16 +91,16 @@ def save_weights(model_directory: Path, dtype: str, place: Path) -> None:
         model.save_pretrained(place)
 
 
-def adapters_of(run: RunDirectory, config: RunConfig, step: str) -> tuple[str, list[Path]]:
+def adapters_of(run: RunDirectory, config: RunConfig, step: Step) -> tuple[str, list[Path]]:
     """The base model's name and the adapters that lie on it, first to last. Raises UserError where there are none."""
-    adapter = run.step(STEPS[step]).adapter
+    adapter = run.step(step).adapter
     if not adapter.is_dir():
-        raise UserError(f"The {step} model has no adapter, all its weights were trained; export it with --what merged.")
-    if step == "sft":
+        raise UserError(f"The {step.name} model has no adapter, all its weights were trained: use --what merged.")
+    if not step.starts_from:
         return config.model, [adapter]
     if config.sft_model:
         return config.sft_model, [adapter]
-    below = run.step(1).adapter
+    below = run.step(SFT).adapter
     if not below.is_dir():
         raise UserError(
             "The adapter of step 3 lies on this run's SFT model, all of whose weights were trained, and fits no model "

@@ -11,21 +11,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from applications.report_table import measured_accuracy_line, pair_of, reward_accuracy_line, table_rows
 from inference.model_package import find_package
-from training.config import DPO_STEP, EMBEDDED_DATA, RunConfig
+from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.metrics import duration
 from training.run_directory import RunDirectory
+from training.steps import METHODS, REWARD, SFT, Step
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PACKAGE = "package:"
-TAGS = {"sft": ["sft"], "rlhf": ["rlhf", "ppo"], "dpo": ["dpo"]}
-STEPS_TO = {"sft": (1,), "rlhf": (1, 2, 3), "dpo": (1, DPO_STEP)}
 
 
 @dataclass(frozen=True)
 class Exported:
     name: str
-    step: str
-    """sft, rlhf or dpo."""
+    step: Step
     what: str
     """merged or adapter."""
     dtype: str
@@ -38,7 +36,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    evaluation = run.read_comparison(DPO_STEP if exported.step == "dpo" else 3)
+    evaluation = run.read_comparison(exported.step if exported.step.compared_with else run.last_step)
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return environment.get_template("model_card.md.jinja").render(
         front_matter=yaml.safe_dump(front_matter(config, exported), sort_keys=False, allow_unicode=True).strip(),
@@ -47,6 +45,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported) -> str:
         base=public_name(config.model),
         origin=find_package(config.model).origin if config.model.startswith(PACKAGE) else "",
         data=data_text(config),
+        path=", ".join(step.title for step in steps_to(exported.step)),
         steps=step_rows(run, config, exported.step),
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
@@ -61,7 +60,7 @@ def front_matter(config: RunConfig, exported: Exported) -> dict[str, Any]:
     values: dict[str, Any] = {
         "library_name": "peft" if exported.what == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["rlhf-chat", *TAGS[exported.step]],
+        "tags": list(dict.fromkeys(filter(None, ("rlhf-chat", exported.step.command, exported.step.method)))),
     }
     if config.model.startswith(PACKAGE):
         licence = re.search(r"licence ([\w.-]+[\w])", find_package(config.model).origin)
@@ -89,27 +88,37 @@ def data_text(config: RunConfig) -> str:
     return f"{', '.join(map(public_name, config.data.sources))} (not part of this directory)"
 
 
-def step_rows(run: RunDirectory, config: RunConfig, step: str) -> list[tuple[str, str, str]]:
+def steps_to(step: Step) -> tuple[Step, ...]:
+    return METHODS[step.method] if step.method else (SFT,)
+
+
+def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[str, str, str]]:
     """Name, settings and outcome of each step that led to the model."""
-    sft, reward, rlhf, dpo = config.sft, config.reward, config.rlhf, config.dpo
-    settings = {
-        1: f"{optimizer_text(sft.optimizer)}, batch {sft.batch_size}, {sft.epochs} epoch(s)",
-        2: f"{optimizer_text(reward.optimizer)}, batch {reward.batch_size} pairs, {reward.epochs} epoch(s)",
-        3: f"{optimizer_text(rlhf.actor)} (critic {rlhf.critic.learning_rate:g}), "
-        f"{rlhf.prompts_per_iteration * rlhf.samples_per_prompt} samples an iteration, clip {rlhf.clip:g}, "
-        f"KL coefficient {rlhf.kl.coefficient:g}, temperature {rlhf.temperature:g}",
-        DPO_STEP: f"{optimizer_text(dpo.optimizer)}, batch {dpo.batch_size} pairs, {dpo.epochs} epoch(s), "
-        f"beta {dpo.beta:g}",
-    }
-    given = {1: config.sft_model, 2: config.trained_reward_model}
-    titles = {1: "1 supervised fine-tuning", 2: "2 reward model", 3: "3 PPO", DPO_STEP: "2 DPO"}
     found = []
-    for number in STEPS_TO[step]:
-        if given.get(number):
-            found.append((titles[number], f"not trained here: {public_name(given[number])}", ""))
-        elif run.step(number).is_finished:
-            found.append((titles[number], settings[number], outcome(run.step(number).read_result())))
+    for each in steps_to(step):
+        title = f"{each.number} {each.title}"
+        if given := config.given_model(each):
+            found.append((title, f"not trained here: {public_name(given)}", ""))
+        elif run.step(each).is_finished:
+            found.append((title, settings_text(config, each), outcome(run.step(each).read_result())))
     return found
+
+
+def settings_text(config: RunConfig, step: Step) -> str:
+    if not step.draws_samples:
+        settings = config.supervised(step)
+        own = (name for name in type(settings).model_fields if name not in StepSettings.model_fields)
+        values = {name.replace("_", " "): getattr(settings, name) for name in own}
+        return (
+            f"{optimizer_text(settings.optimizer)}, batch {settings.batch_size} {step.rows.unit}, "
+            f"{settings.epochs} epoch(s)" + "".join(f", {name} {value}" for name, value in values.items() if value)
+        )
+    rlhf = config.rlhf
+    return (
+        f"{optimizer_text(rlhf.actor)} (critic {rlhf.critic.learning_rate:g}), "
+        f"{rlhf.prompts_per_iteration * rlhf.samples_per_prompt} samples an iteration, clip {rlhf.clip:g}, "
+        f"KL coefficient {rlhf.kl.coefficient:g}, temperature {rlhf.temperature:g}"
+    )
 
 
 def optimizer_text(optimizer: Any) -> str:
@@ -129,4 +138,4 @@ def accuracy_line(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> st
     """How well the reward model ranks; empty where nobody measured it."""
     if evaluation and "reward_accuracy" in evaluation:
         return measured_accuracy_line("Reward model", evaluation["reward_accuracy"])
-    return reward_accuracy_line(run.step(2).read_result()) if run.step(2).is_finished else ""
+    return reward_accuracy_line(run.step(REWARD).read_result()) if run.step(REWARD).is_finished else ""

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import psutil
 
-from training.run_directory import STEP_NAMES, RunDirectory
+from training.run_directory import RunDirectory
+from training.steps import METHODS, Step
 
 ORPHAN_SECONDS = 15.0
 UNEQUAL_METRICS = ("time/", "memory/", "tokens_per_second")
@@ -33,20 +34,20 @@ TARGETS = ("command", "launcher", "rank", "group")
 
 @dataclass
 class Kill:
-    step: int
+    step: Step
     after_seconds: float
     target: str
     phase: str
     """The newest file of the step when the kill came: tells loading from training from saving."""
 
 
-def command(directory: Path, step: int, processes: int, extra: list[str]) -> list[str]:
+def command(directory: Path, step: Step, processes: int, extra: list[str]) -> list[str]:
     program = [sys.executable, "-P", "-m", "applications.cli", "run", "--model", "tiny", "--name", str(directory)]
     # what --fusion auto chooses depends on measured seconds: two runs may round differently
-    return [*program, "--steps", str(step), "--processes", str(processes), "--fusion", "none", *extra]
+    return [*program, "--steps", str(step.number), "--processes", str(processes), "--fusion", "none", *extra]
 
 
-def start(directory: Path, step: int, processes: int, extra: list[str]) -> subprocess.Popen:
+def start(directory: Path, step: Step, processes: int, extra: list[str]) -> subprocess.Popen:
     with open(directory.with_suffix(".log"), "a") as log:
         return subprocess.Popen(
             command(directory, step, processes, extra), stdout=log, stderr=log, start_new_session=True
@@ -101,7 +102,7 @@ def wait_until_gone(directory: Path, were_there: list[psutil.Process]) -> None:
 def torment(
     undisturbed: RunDirectory,
     victim: RunDirectory,
-    step: int,
+    step: Step,
     kills: int,
     processes: int,
     seconds: float,
@@ -137,7 +138,7 @@ def torment(
     return done
 
 
-def finish(directory: Path, step: int, processes: int, extra: list[str]) -> float:
+def finish(directory: Path, step: Step, processes: int, extra: list[str]) -> float:
     """Run the step to its end; returns the seconds. AssertionError with the log's end if it fails."""
     begun = time.monotonic()
     running = start(directory, step, processes, extra)
@@ -146,30 +147,30 @@ def finish(directory: Path, step: int, processes: int, extra: list[str]) -> floa
     return time.monotonic() - begun
 
 
-def weights(run: RunDirectory, step: int) -> dict[str, str]:
+def weights(run: RunDirectory, step: Step) -> dict[str, str]:
     """SHA-256 of each weights file of the step's model."""
     files = sorted(run.step(step).model.glob("*.safetensors"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def metrics(run: RunDirectory, step: int) -> list[dict]:
+def metrics(run: RunDirectory, step: Step) -> list[dict]:
     """Rows of metrics.jsonl without timings and memory."""
     rows = [json.loads(line) for line in run.step(step).metrics_file.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(UNEQUAL_METRICS)} for row in rows]
 
 
-def compare(undisturbed: RunDirectory, victim: RunDirectory, steps: list[int]) -> None:
+def compare(undisturbed: RunDirectory, victim: RunDirectory, steps: list[Step]) -> None:
     """AssertionError at the first difference."""
     for step in steps:
         ours, theirs = metrics(undisturbed, step), metrics(victim, step)
-        assert len(ours) == len(theirs), f"{STEP_NAMES[step]}: {len(ours)} rows of metrics against {len(theirs)}"
+        assert len(ours) == len(theirs), f"{step.folder}: {len(ours)} rows of metrics against {len(theirs)}"
         for a, b in zip(ours, theirs, strict=True):
-            assert a == b, f"{STEP_NAMES[step]} metrics differ: {a} against {b}"
-        assert weights(undisturbed, step) == weights(victim, step), f"{STEP_NAMES[step]}: weights differ"
+            assert a == b, f"{step.folder} metrics differ: {a} against {b}"
+        assert weights(undisturbed, step) == weights(victim, step), f"{step.folder}: weights differ"
 
 
 def experiment(
-    directory: Path, kills: int, processes: int, seed: int, steps: list[int], extra: list[str] | None = None
+    directory: Path, kills: int, processes: int, seed: int, steps: list[Step], extra: list[str] | None = None
 ) -> list[Kill]:
     """The whole comparison; `kills` a step. Returns what was killed when."""
     extra = [*(extra or []), "--set", "evaluation.prompts=0"]
@@ -191,9 +192,9 @@ def main() -> None:
     arguments = parser.parse_args()
     directory = (arguments.directory / f"{arguments.processes}-{arguments.seed}-{os.getpid()}").resolve()
     directory.mkdir(parents=True)
-    kills = experiment(directory, arguments.kills, arguments.processes, arguments.seed, [1, 2, 3])
+    kills = experiment(directory, arguments.kills, arguments.processes, arguments.seed, list(METHODS["ppo"]))
     for one in kills:
-        print(f"{STEP_NAMES[one.step]}  {one.target:8s} after {one.after_seconds:5.1f} s, last written: {one.phase}")
+        print(f"{one.step.folder}  {one.target:8s} after {one.after_seconds:5.1f} s, last written: {one.phase}")
     print(f"{len(kills)} kills, seed {arguments.seed}, {arguments.processes} process(es): weights and metrics equal")
 
 

@@ -21,6 +21,7 @@ from inference.errors import UserError
 from training.config import RunConfig
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import OptimizerSettings
+from training.steps import PPO, REWARD, SFT
 
 if TYPE_CHECKING:
     from training.distributed import Ranks
@@ -62,9 +63,9 @@ def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks
     from training.step3_rlhf.roles import Roles
 
     run = RunDirectory(directory)
-    run.step(3).path.mkdir(parents=True, exist_ok=True)
-    stage = make_stage(run, 3, config, ranks)
-    actor, reward = stage.earlier_model(1), stage.earlier_model(2)
+    run.step(PPO).path.mkdir(parents=True, exist_ok=True)
+    stage = make_stage(run, PPO, config, ranks)
+    actor, reward = stage.earlier_model(SFT), stage.earlier_model(REWARD)
     chat_format = stage.chat_format(actor, reward)
     updates = config.rlhf.iterations * MINI_BATCHES
     prompts = list(work.prompts(config.rlhf.iterations))

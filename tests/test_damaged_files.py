@@ -23,6 +23,7 @@ from training.distributed import Ranks
 from training.metrics import Journal
 from training.models.loading import load_causal_lm, load_scorer
 from training.run_directory import RunDirectory
+from training.steps import SFT
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_a_damaged_row_is_named(tmp_path, line):
 @pytest.fixture(scope="module")
 def good_run(tmp_path_factory):
     run = make_tiny_run(tmp_path_factory.mktemp("run"))
-    Journal(run.step(1).metrics_file).write(1, {"loss": 0.5})
+    Journal(run.step(SFT).metrics_file).write(1, {"loss": 0.5})
     return run.path
 
 

@@ -17,6 +17,7 @@ import training
 from benchmarks.kill_and_resume import metrics
 from tests.test_pipeline import assert_like_metrics
 from training.run_directory import RunDirectory
+from training.steps import METHODS, SFT
 
 
 def free_port() -> int:
@@ -51,7 +52,7 @@ def test_two_processes_by_the_deepspeed_launcher_train_as_one_does(tiny_run, tmp
     script = Path(training.__file__).parent / "step1_sft" / "main.py"
     done = start_with_deepspeed(script, run, 2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    ours, theirs = ([row for row in metrics(RunDirectory(path), 1) if "eval/loss" in row] for path in (tiny_run, run))
+    ours, theirs = ([row for row in metrics(RunDirectory(path), SFT) if "eval/loss" in row] for path in (tiny_run, run))
     assert [row["number"] for row in theirs] == [row["number"] for row in ours] == [0, 3, 6]
     for a, b in zip(ours, theirs, strict=True):
         assert b["eval/loss"] == pytest.approx(a["eval/loss"], rel=1e-4)
@@ -141,7 +142,7 @@ def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_after
     assert "Another process of this run, or its machine, is gone" in said and "go on from the last checkpoint" in said
     third = start_two_agents("step3_rlhf", run, **environment)
     assert [code for code, _ in third] == [0, 0] and "going on after iteration 1" in third[0][1], third
-    for step in (1, 2, 3):
+    for step in METHODS["ppo"]:
         ours, theirs = (metrics(RunDirectory(place), step) for place in (tiny_run, run))
         for row in (*ours, *theirs):  # pairs give no gradient to what their scores have in common: it is rounding
             row.pop("eval/chosen", None), row.pop("eval/rejected", None)

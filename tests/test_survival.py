@@ -3,6 +3,7 @@
 import random
 
 from benchmarks.kill_and_resume import experiment
+from training.steps import METHODS
 
 
 def test_killed_runs_end_with_the_same_weights_and_metrics(tmp_path, capsys):
@@ -14,4 +15,6 @@ def require_survival(directory, processes, capsys):
     seed = random.SystemRandom().randrange(10**6)
     with capsys.disabled():
         print(f" [seed {seed}] ", end="", flush=True)
-    assert experiment(directory, 1, processes, seed, steps=[1, 2, 3]), "every step was over before its first kill"
+    assert experiment(directory, 1, processes, seed, steps=list(METHODS["ppo"])), (
+        "every step was over before its first kill"
+    )

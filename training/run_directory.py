@@ -2,7 +2,7 @@
 
 runs/<name>/
   config.yaml  data/  evaluation.json  comparison.jsonl  report.html
-  step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl)
+  step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl; steps.py)
     model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
 
@@ -19,19 +19,10 @@ import yaml
 
 from inference.errors import UserError
 from inference.locks import hold_lock
-from training.config import DPO_STEP, RunConfig
+from training.config import RunConfig
 from training.config_files import read_yaml, validate_config
 from training.paths import found_from_anywhere
-
-STEP_NAMES = {1: "step1_sft", 2: "step2_reward", 3: "step3_rlhf", DPO_STEP: "step2_dpo"}
-STEP_COMMANDS = {1: "sft", 2: "reward", 3: "rlhf", DPO_STEP: "dpo"}
-COMPARED = {3: "rlhf", DPO_STEP: "dpo"}
-"""The steps whose model is compared with SFT, and its name in the comparison."""
-
-
-def place_of(step: int) -> str:
-    """What follows the word `step` where people read it: `2`, `2 (DPO)`."""
-    return "2 (DPO)" if step == DPO_STEP else str(step)
+from training.steps import COMPARED, Step
 
 
 @dataclass(frozen=True)
@@ -52,25 +43,16 @@ class RunDirectory:
         return self.path / "inputs.json"
 
     @property
-    def evaluation_file(self) -> Path:
-        return self.path / "evaluation.json"
+    def last_step(self) -> Step:
+        """The step whose model is compared with SFT: PPO, or another where it alone is finished."""
+        return next((step for step in COMPARED if self.step(step).is_finished), COMPARED[0])
 
-    @property
-    def comparison_file(self) -> Path:
-        return self.path / "comparison.jsonl"
+    def comparison_of(self, step: Step) -> tuple[Path, Path]:
+        """Figures and answers of the comparison of SFT with the model of `step`."""
+        figures, answers = step.comparison_files
+        return self.path / figures, self.path / answers
 
-    @property
-    def last_step(self) -> int:
-        """The step whose model is compared with SFT: PPO, or DPO where it alone is finished."""
-        return DPO_STEP if self.step(DPO_STEP).is_finished and not self.step(3).is_finished else 3
-
-    def comparison_of(self, step: int) -> tuple[Path, Path]:
-        """Figures and answers of the comparison of SFT with the model of step 3 or DPO."""
-        if step == DPO_STEP:
-            return self.path / "evaluation_dpo.json", self.path / "comparison_dpo.jsonl"
-        return self.evaluation_file, self.comparison_file
-
-    def read_comparison(self, step: int) -> dict[str, Any] | None:
+    def read_comparison(self, step: Step) -> dict[str, Any] | None:
         """The figures of `comparison_of`; None where there are none. Raises UserError where the file is damaged."""
         file, _ = self.comparison_of(step)
         return read_json(file, f"delete it, then rlhf-chat eval {self.path} makes it anew") if file.exists() else None
@@ -89,8 +71,8 @@ class RunDirectory:
         """Of the preparation and the comparison."""
         return self.path / "log.txt"
 
-    def step(self, number: int) -> "StepDirectory":
-        return StepDirectory(self.path / STEP_NAMES[number], number)
+    def step(self, step: Step) -> "StepDirectory":
+        return StepDirectory(self.path / step.folder, step)
 
     def read_config(self) -> RunConfig:
         if not self.config_file.exists():
@@ -105,13 +87,12 @@ class RunDirectory:
         values = {**config.model_dump(mode="json"), "versions": versions}
         write_text(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
-    def require_model(self, step: int) -> Path:
+    def require_model(self, step: Step) -> Path:
         """The finished model of an earlier step, or the sentence that says how to get it."""
         directory = self.step(step)
         if not directory.is_finished:
             raise UserError(
-                f"{STEP_NAMES[step]} of {self.path} is not finished; run it first: "
-                f"rlhf-chat {STEP_COMMANDS[step]} {self.path}"
+                f"{step.folder} of {self.path} is not finished; run it first: rlhf-chat {step.command} {self.path}"
             )
         return directory.model
 
@@ -150,7 +131,7 @@ class RunDirectory:
 @dataclass(frozen=True)
 class StepDirectory:
     path: Path
-    number: int
+    step: Step
 
     @property
     def model(self) -> Path:
@@ -204,7 +185,7 @@ class StepDirectory:
 
     def read_result(self) -> dict[str, Any]:
         """Raises UserError where the file is damaged."""
-        command = f"rlhf-chat {STEP_COMMANDS[self.number]} {self.path.parent}"
+        command = f"rlhf-chat {self.step.command} {self.path.parent}"
         return read_json(self.result_file, f"delete it, then {command} ends the step anew from its last checkpoint")
 
     @contextmanager

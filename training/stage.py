@@ -33,7 +33,7 @@ from training.checks import require_positions
 from training.config import RunConfig
 from training.config_files import load_config
 from training.data.prepare import COUNTS_FILE, prepare_data
-from training.data.rows import ROWS_OF_STEP, read_rows, require_rows
+from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache, Tokens
 from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
@@ -51,6 +51,7 @@ from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
+from training.steps import Step
 from training.tracking import metrics_journal
 from training.watchdog import PARENT_VARIABLE
 
@@ -101,10 +102,9 @@ class Stage:
         require_positions(source, directory, self.config.data)
         return directory
 
-    def earlier_model(self, step: int) -> Path:
+    def earlier_model(self, step: Step) -> Path:
         """The model that an earlier step left, or the finished one that the settings name instead."""
-        given = {1: self.config.sft_model, 2: self.config.trained_reward_model}[step]
-        if given:
+        if given := self.config.given_model(step):
             return self.model_directory(given)
         left = self.run.step(step)
         self.ranks.see(left.result_file, left.model)
@@ -124,10 +124,10 @@ class Stage:
         if self.ranks.is_first:
             prepare_data(self.config.data, self.config.seed, self.run.data, chat_format, self.display.say)
         self.ranks.barrier("preparing the data")
-        kind, _ = ROWS_OF_STEP[self.directory.number]
-        files = [self.run.data / f"{kind}_{part}.jsonl" for part in ("train", "eval")]
+        step = self.directory.step
+        files = [self.run.data / f"{step.rows.name}_{part}.jsonl" for part in ("train", "eval")]
         self.ranks.see(*files, self.run.data / COUNTS_FILE)
-        require_rows(self.run.data, self.directory.number)
+        require_rows(self.run.data, step)
         train, held_out = map(read_rows, files)
         return train, held_out
 
@@ -197,7 +197,7 @@ class Stage:
         last = (
             f"the last good checkpoint is {self.directory.checkpoints / str(newest[0])}" if newest else "no checkpoint"
         )
-        file = f"data/{ROWS_OF_STEP[self.directory.number][0]}_train.jsonl"
+        file = f"data/{self.directory.step.rows.name}_train.jsonl"
         write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows, "file": file})
         return Diverged(
             f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
@@ -205,14 +205,14 @@ class Stage:
         )
 
 
-def run_stage(number: int, work: Callable[[Stage], None]) -> int:
-    """Parse the arguments, set up, do `work` unless step `number` is done already, turn errors into sentences.
+def run_stage(step: Step, work: Callable[[Stage], None]) -> int:
+    """Parse the arguments, set up, do `work` unless the step is done already, turn errors into sentences.
 
     Returns the exit code: 0, 2 for what the user can put right, 3 for a run that diverged.
     """
     arguments = parse_arguments()
     run = RunDirectory(arguments.run_directory)
-    directory = run.step(number)
+    directory = run.step(step)
 
     def body() -> None:
         ranks = start_ranks()
@@ -222,7 +222,7 @@ def run_stage(number: int, work: Callable[[Stage], None]) -> int:
             if config is not None:
                 share_cores(config.threads)
                 ranks.see(directory.path)
-                work(make_stage(run, number, config, ranks))
+                work(make_stage(run, step, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
 
@@ -356,13 +356,12 @@ def out_of_memory(error: Exception) -> UserError | None:
     )
 
 
-def make_stage(run: RunDirectory, number: int, config: RunConfig, ranks: Ranks) -> Stage:
-    directory = run.step(number)
+def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -> Stage:
+    directory = run.step(step)
     if ranks.is_first:
         directory.error_file.unlink(missing_ok=True)
     quiet_libraries(directory.log_file, ranks.is_first)
     torch.manual_seed(config.seed)
-    keep = (config.rlhf if number == 3 else config.supervised(number)).keep_checkpoints
     return Stage(
         config=config,
         ranks=ranks,
@@ -372,7 +371,7 @@ def make_stage(run: RunDirectory, number: int, config: RunConfig, ranks: Ranks) 
         display=Display(quiet=not ranks.is_first),
         metrics=metrics_journal(run, directory, config) if ranks.is_first else NullJournal(),
         samples=Journal(directory.samples_file) if ranks.is_first else NullJournal(),
-        checkpoints=Checkpoints(directory.checkpoints, keep, ranks),
+        checkpoints=Checkpoints(directory.checkpoints, config.of_step(step).keep_checkpoints, ranks),
         started=time.time(),
     )
 

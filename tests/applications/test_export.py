@@ -14,6 +14,7 @@ from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
+from training.steps import PPO, SFT
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,10 @@ def front_matter(directory) -> dict:
     return yaml.safe_load((directory / "README.md").read_text().split("---\n")[1])
 
 
-@pytest.mark.parametrize(("step", "number"), [("rlhf", 3), ("sft", 1)])
-def test_the_merged_model_generates_the_same_tokens_in_transformers(run, tmp_path, step, number):
-    export(run.path, tmp_path / "out", "merged", "", step)
-    assert their_greedy_tokens(tmp_path / "out") == our_greedy_tokens(run.step(number).model, torch.float32)
+@pytest.mark.parametrize("step", [PPO, SFT])
+def test_the_merged_model_generates_the_same_tokens_in_transformers(run, tmp_path, step):
+    export(run.path, tmp_path / "out", "merged", "", step.command)
+    assert their_greedy_tokens(tmp_path / "out") == our_greedy_tokens(run.step(step).model, torch.float32)
     assert front_matter(tmp_path / "out")["library_name"] == "transformers"
     values = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (values["temperature"], values["max_new_tokens"], values["do_sample"]) == (0.7, 12, True)
@@ -61,22 +62,22 @@ def test_the_merged_model_generates_the_same_tokens_in_transformers(run, tmp_pat
 def test_another_number_format_is_in_the_files(run, tmp_path):
     export(run.path, tmp_path / "out", "merged", "bf16", "")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    original = AutoModelForCausalLM.from_pretrained(run.step(3).model)
+    original = AutoModelForCausalLM.from_pretrained(run.step(PPO).model)
     assert model.dtype == torch.bfloat16
     for ours, theirs in zip(original.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours.to(torch.bfloat16), theirs)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
-@pytest.mark.parametrize(("step", "number", "rank"), [("sft", 1, 2), ("rlhf", 3, 4)])
-def test_the_adapter_on_the_base_model_is_the_merged_model(run, tmp_path, step, number, rank):
+@pytest.mark.parametrize(("step", "rank"), [(SFT, 2), (PPO, 4)])
+def test_the_adapter_on_the_base_model_is_the_merged_model(run, tmp_path, step, rank):
     """That of PPO lies on SFT's, so the two become one of twice the rank."""
-    export(run.path, tmp_path / "out", "adapter", "", step)
+    export(run.path, tmp_path / "out", "adapter", "", step.command)
     base = AutoModelForCausalLM.from_pretrained(run.path.parent / "base")
     adapted = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     assert adapted.peft_config["default"].r == rank
-    ids = torch.tensor([ChatFormat.load(run.step(1).model).prompt_ids(messages(QUESTIONS[5]))])
-    merged = AutoModelForCausalLM.from_pretrained(run.step(number).model).eval()
+    ids = torch.tensor([ChatFormat.load(run.step(SFT).model).prompt_ids(messages(QUESTIONS[5]))])
+    merged = AutoModelForCausalLM.from_pretrained(run.step(step).model).eval()
     plain = AutoModelForCausalLM.from_pretrained(run.path.parent / "base").eval()
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
@@ -93,7 +94,7 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
         "rlhf": {"kl": 1.25, "length": 11.0},
         "win_rate": {"prompts": 6, "rate": 0.75, "low": 0.5, "high": 1.0, "judge": "learned reward"},
     }
-    run.evaluation_file.write_text(json.dumps(evaluation))
+    run.comparison_of(PPO)[0].write_text(json.dumps(evaluation))
     export(run.path, tmp_path / "mine", "merged", "", "rlhf")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "# mine\n" in card
@@ -106,7 +107,7 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
     ):
         assert line in card
     assert str(run.path.parent) not in card and "`base`" in card
-    run.evaluation_file.unlink()
+    run.comparison_of(PPO)[0].unlink()
 
 
 @pytest.mark.parametrize(
@@ -138,9 +139,9 @@ def test_adapters_that_do_not_exist_or_fit_nothing_are_sentences(tmp_path):
     run = make_tiny_run(tmp_path)
     with pytest.raises(UserError, match="has no adapter"):
         export(run.path, tmp_path / "out", "adapter", "", "rlhf")
-    run.step(3).adapter.mkdir()
+    run.step(PPO).adapter.mkdir()
     with pytest.raises(UserError, match="fits no model"):
         export(run.path, tmp_path / "out", "adapter", "", "rlhf")
-    run.step(3).result_file.unlink()
+    run.step(PPO).result_file.unlink()
     with pytest.raises(UserError, match=r"step3_rlhf of .* is not finished"):
         export(run.path, tmp_path / "out", "merged", "", "rlhf")

@@ -5,6 +5,7 @@ import pytest
 from inference.errors import UserError
 from training.config_files import load_config, merge, setting_keys
 from training.role_settings import OptimizerSettings
+from training.steps import PPO, REWARD, SFT
 
 
 @pytest.mark.parametrize(
@@ -113,8 +114,8 @@ def test_critic_free_estimators_have_no_critic_to_warm_up_or_to_divide():
 def test_without_a_reward_model_there_is_no_step_2_and_none_that_scores():
     given = ["model=m", "rlhf.reward.zero_stage=3", "rlhf.reward_function=a.py:f"]
     both, alone = load_config([], given), load_config([], [*given, "rlhf.reward_weights.model=0"])
-    assert (both.steps, both.rlhf.divided_scorer) == ([1, 2, 3], "reward")
-    assert (alone.steps, alone.rlhf.divided_scorer) == ([1, 3], "")
+    assert (both.steps, both.rlhf.divided_scorer) == ([SFT, REWARD, PPO], "reward")
+    assert (alone.steps, alone.rlhf.divided_scorer) == ([SFT, PPO], "")
 
 
 def test_where_the_kl_penalty_acts():

@@ -18,6 +18,7 @@ from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.stage import Diverged, Stage, end_in_sentences, given_settings
 from training.step3_rlhf.update import Updates
+from training.steps import PPO
 
 
 def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_counted():
@@ -64,7 +65,7 @@ def test_other_errors_keep_their_traceback(tmp_path):
 
 def test_a_loss_of_step_3_that_is_not_finite_names_iteration_rows_and_way_out(tmp_path):
     stage: Any = SimpleNamespace(
-        directory=RunDirectory(tmp_path).step(3), checkpoints=SimpleNamespace(numbers=lambda: [2, 4])
+        directory=RunDirectory(tmp_path).step(PPO), checkpoints=SimpleNamespace(numbers=lambda: [2, 4])
     )
     stage.directory.path.mkdir()
     stage.diverged = partial(Stage.diverged, stage)

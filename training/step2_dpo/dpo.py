@@ -16,13 +16,14 @@ from training.models.policy import Policy
 from training.stage import Stage
 from training.step2_dpo.dpo_math import dpo_loss, implicit_rewards
 from training.step2_dpo.reference import reference_logprobs, response_logprobs
+from training.steps import SFT
 from training.supervised import count_updates, fit
 
 
 def train(stage: Stage) -> None:
     """The whole step: set up, ask the reference, fit, save."""
     settings = stage.config.dpo
-    source = stage.earlier_model(1)
+    source = stage.earlier_model(SFT)
     chat_format = ChatFormat.load(source)
     for note in chat_format.notes:
         stage.display.say(note)

@@ -13,6 +13,7 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
 from training.models.scorer import Scorer, at_last_token
 from training.stage import Stage
+from training.steps import SFT
 from training.supervised import count_updates, fit
 
 LENGTH_BUCKETS = (8, 16, 32, 64, 128, 256)
@@ -47,7 +48,7 @@ def train(stage: Stage) -> None:
 def initial_model(stage: Stage) -> Path:
     if stage.config.reward.initialize_from == "base":
         return stage.model_directory(stage.config.reward_model_source)
-    return stage.earlier_model(1)
+    return stage.earlier_model(SFT)
 
 
 class RewardTask:

@@ -29,12 +29,13 @@ from training.step3_rlhf.roles import Roles, starting_scorer
 from training.step3_rlhf.rollout import Rollout
 from training.step3_rlhf.update import Updates
 from training.step3_rlhf.watch import Watch
+from training.steps import SFT
 
 
 def train(stage: Stage) -> None:
     """The whole step: set up, iterate, save."""
     config, settings = stage.config, stage.config.rlhf
-    sft, scorer = stage.earlier_model(1), starting_scorer(stage)
+    sft, scorer = stage.earlier_model(SFT), starting_scorer(stage)
     chat_format = stage.chat_format(sft, scorer)
     rows, held_out = stage.rows(chat_format)
     prompts = [prompt for (prompt,) in stage.tokens(rows, ("prompt",), chat_format)]

@@ -11,6 +11,7 @@ import yaml
 from applications.report.page import render, reward_accuracy, signs, write_report
 from inference.errors import UserError
 from training.run_directory import RunDirectory
+from training.steps import METHODS, PPO, REWARD, SFT
 
 ATTACK = "</p><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & more"
 LONG = "wordwithoutanybreak" * 30
@@ -37,30 +38,30 @@ def make_run(path, evaluated: bool = True, rlhf: dict | None = None, attack: str
     run.path.mkdir()
     settings = {"model": "tiny", "seed": 7, "rlhf": {"kl": {"stop": 9.0}}, "versions": {"torch": "2.13.0"}}
     run.config_file.write_text(yaml.safe_dump(settings))
-    for step in (1, 2, 3):
+    for step in METHODS["ppo"]:
         run.step(step).model.mkdir(parents=True)
-        run.step(step).result_file.write_text(json.dumps({"seconds": 60.0 * step, "eval/accuracy": 0.81}))
-    run.step(1).metrics_file.write_text(
+        run.step(step).result_file.write_text(json.dumps({"seconds": 60.0 * step.number, "eval/accuracy": 0.81}))
+    run.step(SFT).metrics_file.write_text(
         lines([{"number": n, "loss": 4 - n / 50, "time/train": 0.5, "tokens_per_second": 900.0} for n in range(1, 100)])
         + lines([{"number": 99, "eval/loss": 2.2, "eval/perplexity": 9.0}])
     )
-    run.step(2).metrics_file.write_text(lines([{"number": n, "loss": 0.6, "accuracy": 0.7} for n in range(9)]))
+    run.step(REWARD).metrics_file.write_text(lines([{"number": n, "loss": 0.6, "accuracy": 0.7} for n in range(9)]))
     ppo = {"reward/score_std": 0.5, "kl/reference": 1.5, "response/length_mean": 14.0, "time/generate": 3.0}
-    run.step(3).metrics_file.write_text(
+    run.step(PPO).metrics_file.write_text(
         lines([{"number": n, "reward/score_mean": n / 10, "policy/entropy": float("nan"), **ppo} for n in range(1, 18)])
     )
-    run.step(3).samples_file.write_text(
+    run.step(PPO).samples_file.write_text(
         lines([{"number": n, "prompt": attack, "response": f"{attack} {n}"} for n in (0, 8, 17)])
     )
-    (run.step(3).path / "first_update.json").write_text(json.dumps({"ratio_error": 1e-7, "kl_old": 0.0}))
+    (run.step(PPO).path / "first_update.json").write_text(json.dumps({"ratio_error": 1e-7, "kl_old": 0.0}))
     if evaluated:
         rlhf = {**MEASURES, "learned_reward": 1.5, "true_score": 0.7, "kl": 2.5, **(rlhf or {})}
         sampling = {"temperature": 0.8, "max_tokens": 32}
         result = {"prompts": 40, "sampling": sampling, "sft": MEASURES, "rlhf": rlhf, "win_rate": WIN}
-        run.evaluation_file.write_text(json.dumps(result))
+        run.comparison_of(PPO)[0].write_text(json.dumps(result))
         prompt = [{"role": "system", "content": attack}, {"role": "user", "content": "Hi"}]
         answers = {"prompt": prompt, "sft": attack, "rlhf": LONG, "sft_score": 0.25, "rlhf_score": 0.5}
-        run.comparison_file.write_text(lines([answers] * 12))
+        run.comparison_of(PPO)[1].write_text(lines([answers] * 12))
     return run
 
 
@@ -134,19 +135,19 @@ def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):
 
 def test_an_answer_given_once_is_no_collapse_however_few_the_prompts(tmp_path):
     run = make_run(tmp_path, rlhf={"most_frequent_share": 0.1})
-    evaluation = json.loads(run.evaluation_file.read_text())
+    evaluation = json.loads(run.comparison_of(PPO)[0].read_text())
     for prompts, good in ((10, True), (20, False)):
-        run.evaluation_file.write_text(json.dumps(evaluation | {"prompts": prompts}))
-        sign = next(each for each in signs(run, run.read_comparison(3)) if each.text.startswith("Most frequent"))
+        run.comparison_of(PPO)[0].write_text(json.dumps(evaluation | {"prompts": prompts}))
+        sign = next(each for each in signs(run, run.read_comparison(PPO)) if each.text.startswith("Most frequent"))
         assert sign.is_good == good
 
 
 def test_the_accuracy_is_the_one_measured_last_whoever_trained_the_reward_model(tmp_path):
     run = make_run(tmp_path)
-    evaluation = run.read_comparison(3)
+    evaluation = run.read_comparison(PPO)
     assert reward_accuracy(run, evaluation) == 0.81
     measured = {"all": {"pairs": 9, "rate": 0.5, "low": 0.3, "high": 0.7}}
-    shutil.rmtree(run.step(2).path)
+    shutil.rmtree(run.step(REWARD).path)
     assert reward_accuracy(run, evaluation) is None
     found = signs(run, {**evaluation, "reward_accuracy": measured})
     assert [each.is_good for each in found if "Reward model right in 50%" in each.text] == [False]
@@ -154,8 +155,8 @@ def test_the_accuracy_is_the_one_measured_last_whoever_trained_the_reward_model(
 
 def test_a_half_finished_run_has_a_report_too(tmp_path):
     run = make_run(tmp_path, evaluated=False)
-    shutil.rmtree(run.step(3).path)
-    run.step(2).result_file.unlink()
+    shutil.rmtree(run.step(PPO).path)
+    run.step(REWARD).result_file.unlink()
     text = render(run)
     assert "(not finished)" in text and "Step 3: PPO" not in text and "held-out prompts get" not in text
 
@@ -165,7 +166,7 @@ def test_a_run_without_a_step_and_a_place_that_cannot_be_written_are_sentences(t
     with pytest.raises(UserError, match="cannot be written"):
         write_report(run, tmp_path / "nowhere" / "report.html")
     assert write_report(run) == run.path / "report.html"
-    for step in (1, 2, 3):
+    for step in METHODS["ppo"]:
         shutil.rmtree(run.step(step).path)
     with pytest.raises(UserError, match="Nothing was trained"):
         render(run)

@@ -23,6 +23,7 @@ from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.stage import RefusedOnFirst, decided_by_first
+from training.steps import SFT
 from training.watchdog import PARENT_VARIABLE
 
 WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.model=0")
@@ -118,6 +119,6 @@ def test_a_stage_that_is_refused_leaves_the_name_free(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(stage, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
     arguments = ["--set", f"model={tiny}", "--set", f"trained_reward_model={tiny}"]
     monkeypatch.setattr("sys.argv", ["main.py", str(tmp_path / "run"), *arguments])
-    assert stage.run_stage(1, lambda stage: None) == EXIT_USER_ERROR
+    assert stage.run_stage(SFT, lambda stage: None) == EXIT_USER_ERROR
     assert "is no trained reward model" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

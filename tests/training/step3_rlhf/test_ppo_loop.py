@@ -10,6 +10,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.training.step3_rlhf.test_ppo_updates import make_models
+from training.steps import PPO
 
 PROMPTS = 5
 """In the data; iterations take three at a time, so epochs end within iterations."""
@@ -73,8 +74,8 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
         }
     )
     run = RunDirectory(directory)
-    run.step(3).path.mkdir(parents=True, exist_ok=True)
-    stage = make_stage(run, 3, config, ranks)
+    run.step(PPO).path.mkdir(parents=True, exist_ok=True)
+    stage = make_stage(run, PPO, config, ranks)
     prompts = [[{"role": "user", "content": f"{'very ' * n}short?"}] for n in range(PROMPTS)]
     rows = [{"prompt": prompt, "extra": {"number": n}} for n, prompt in enumerate(prompts)]
     stage.rows = lambda chat_format: (rows, rows[:1])
@@ -110,10 +111,10 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
         except Killed:
             return seen
     if ranks.is_first:
-        seen.metrics = [json.loads(line) for line in (run.step(3).path / "metrics.jsonl").read_text().splitlines()]
-        seen.result = run.step(3).read_result()
-        seen.model = norms(saved(run.step(3).model))
-        seen.ema_model = norms(saved(run.step(3).ema_model)) if settings.get("ema") else None
+        seen.metrics = [json.loads(line) for line in (run.step(PPO).path / "metrics.jsonl").read_text().splitlines()]
+        seen.result = run.step(PPO).read_result()
+        seen.model = norms(saved(run.step(PPO).model))
+        seen.ema_model = norms(saved(run.step(PPO).ema_model)) if settings.get("ema") else None
     return seen
 
 
