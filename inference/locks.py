@@ -18,23 +18,19 @@ NOT_KNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 """What flock says on a file system that has no locks."""
 
 
-class Busy(UserError):
-    """Another process holds the lock."""
-
-
 @contextmanager
 def hold_lock(
     file: Path, busy: str, wait_seconds: float = math.inf, waits: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
     """Hold the exclusive lock `file`; its directory is made. `waits` is called once if it has to wait.
 
-    Raises Busy, whose sentence begins with `busy`, where another process still holds it after `wait_seconds`.
+    Raises UserError, which begins with `busy`, where another process still holds it after `wait_seconds`.
     """
     deadline, waited = time.monotonic() + wait_seconds, False
     with ExitStack() as held:
         while (holder := _take(file, held)) is not None:
             if time.monotonic() >= deadline:
-                raise Busy(f"{busy}{holder}; wait until it has ended, or stop it.")
+                raise UserError(f"{busy}{holder}; wait until it has ended, or stop it.")
             if not waited:
                 waits()
                 waited = True

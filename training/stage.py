@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from inference.chat_format import ChatFormat
 from inference.disk import file_sentence, writing
 from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
-from inference.locks import Busy
 from inference.model_store import resolve_model
 from training.checkpoints import Checkpoints
 from training.checks import require_positions
@@ -306,9 +305,9 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
             end_without_sentence(raised)
         code = EXIT_DIVERGED if isinstance(raised, Diverged) else EXIT_USER_ERROR
         notes = getattr(raised, "__notes__", []) or traceback.format_exception(raised)  # for --debug
-        if PARENT_VARIABLE in os.environ or not isinstance(raised, Busy | RefusedOnFirst):
-            leave_report(error_file, sentence, code, "\n".join(notes))  # a launcher has exit codes of its own
-        if PARENT_VARIABLE not in os.environ and not isinstance(raised, RefusedOnFirst):  # else another prints it
+        if PARENT_VARIABLE in os.environ:  # the command prints it: a launcher between them has exit codes of its own
+            leave_report(error_file, sentence, code, "\n".join(notes))
+        elif not isinstance(raised, RefusedOnFirst):  # else another rank prints it
             print(sentence, file=sys.stderr, flush=True)
         if not is_alone:
             os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import socket
 from functools import partial
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from training.run_directory import RunDirectory
 from training.stage import Diverged, Stage, end_in_sentences, given_settings
 from training.step3_rlhf.update import Updates
 from training.steps import PPO
+from training.watchdog import PARENT_VARIABLE
 
 
 def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_counted():
@@ -45,7 +47,9 @@ def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_cou
         (MemoryError(), "Memory ran out: go on with a smaller micro_batch_tokens"),
     ],
 )
-def test_memory_that_runs_out_is_a_sentence(tmp_path, error, expected):
+def test_memory_that_runs_out_is_a_sentence(tmp_path, monkeypatch, error, expected):
+    monkeypatch.setenv(PARENT_VARIABLE, str(os.getpid()))
+
     def body() -> None:
         raise error
 
