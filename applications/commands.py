@@ -119,6 +119,9 @@ def chat_command(
     from inference.chat_target import find_chat_models
 
     found = find_chat_models(target, compare)
+    from inference.private_surfaces import import_transformers_lightly
+
+    import_transformers_lightly()
     from inference.chat import chat
     from inference.chat_model import ChatModel
     from inference.generation.sample import SamplingSettings

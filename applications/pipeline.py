@@ -7,7 +7,6 @@ import time
 
 from applications.fit import Machine
 from applications.launch import run_stage_script
-from applications.report.page import write_report
 from applications.report_table import comparison_table, reward_accuracy_line
 from training.config import RunConfig
 from training.data.rows import read_rows, require_rows
@@ -46,6 +45,8 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
     for step in steps:
         if step.compared_with and config.evaluation.prompts:
             compare(run, step, display)
+    from applications.report.page import write_report  # draws: a second to import
+
     display.say(f"Report with curves and answers: {write_report(run)}")
     display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
     if not all(step.leaves_scorer for step in steps):

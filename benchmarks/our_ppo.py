@@ -70,7 +70,7 @@ def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks
     updates = config.rlhf.iterations * MINI_BATCHES
     prompts = list(work.prompts(config.rlhf.iterations))
     ppo = PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, prompts[:1])
-    ppo.rollout.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
+    ppo.rollouts.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
     return ppo
 
 
@@ -78,7 +78,7 @@ def iterate(ppo: "PPO", number: int, lengths: Lengths) -> dict[str, float]:
     """One iteration, counted from 0; seconds by phase. AssertionError where another work was done."""
     begun = time.perf_counter()
     # No check of the first update: forced lengths forbid the end token, so generation draws from p / (1 - p(end)).
-    metrics, _ = ppo.iterate(number + 1, check=False)
+    metrics = ppo.iterate(number + 1, check=False).metrics
     ppo.stage.metrics.write(number + 1, metrics)
     total = time.perf_counter() - begun
     tokens = round(metrics["response/length_mean"] * SAMPLES)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
+from tests.pages import ROOT, written_metrics
 from training.run_directory import RunDirectory
 from training.steps import DPO, METHODS, PPO
 
@@ -53,6 +54,15 @@ def test_metrics_have_the_names_people_know(tiny_run):
     assert set(expected) <= set(rows[0])
     raw = [json.loads(line) for line in (tiny_run / "step3_rlhf" / "metrics.jsonl").read_text().splitlines()]
     assert {"time/generate", "time/score", "time/train", "tokens_per_second", "memory/peak_gb"} <= set(raw[0])
+
+
+def test_every_metric_is_on_its_page_and_found_in_the_trainers(tiny_run):
+    for step in ("step1_sft", "step2_reward", "step3_rlhf"):
+        lines = (tiny_run / step / "metrics.jsonl").read_text().splitlines()
+        names = {name for line in lines for name in json.loads(line)} - {"number"}
+        text = (ROOT / "docs" / f"{step}.md").read_text(encoding="utf-8")
+        assert names and names <= written_metrics(), step
+        assert not [name for name in names if f"`{name}`" not in text], step
 
 
 def test_first_update_invariants(tiny_run):

@@ -1,5 +1,6 @@
 """Commands and stage scripts that start at one instant: one of them works, the others say so and touch nothing."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -10,37 +11,41 @@ import pytest
 from applications import cli, pipeline
 from inference.errors import UserError
 from tests.warm import fork_all
-from training import stage
+from training import stage as scripts
 from training.run_directory import RunDirectory
 from training.steps import SFT
 
 
 @dataclass(frozen=True)
 class Start:
-    """A command or script whose work is replaced: it is written down and takes a moment."""
+    """A command or script whose work is replaced: it is written down and lasts until the other three have ended."""
 
     arguments: tuple[str, ...]
     at: float
     refused: bool = False
 
     def __call__(self) -> None:
-        pipeline.run_pipeline = lambda run, config, steps: self.work(run, config.seed)
-        stage.ORPHANS_END = 0.3
-        stage.prepare = lambda config, run, processes, say: self.work(run, config.seed)
+        pipeline.run_pipeline = lambda run, config, steps: self.work(config.seed)
+        scripts.prepare = lambda config, run, processes, say: None
+        scripts.ORPHANS_END = 0.3
         sys.argv = ["rlhf-chat" if self.arguments[0] == "run" else "main.py", *self.arguments]
         time.sleep(max(0.0, self.at - time.time()))
-        if self.arguments[0] == "run":
-            cli.main()
-        else:
-            sys.exit(stage.run_stage(SFT, lambda stage: time.sleep(1.5)))
+        try:
+            if self.arguments[0] == "run":
+                cli.main()
+            else:
+                sys.exit(scripts.run_stage(SFT, lambda stage: self.work(stage.config.seed)))
+        finally:
+            Path(f"ended-{os.getpid()}").touch()
 
-    def work(self, run: RunDirectory, seed: int) -> None:
+    def work(self, seed: int) -> None:
         with open("worked", "a") as worked:
             worked.write(f"{seed}\n")
-        time.sleep(0.3)
+        until = time.time() + 10
+        while len(list(Path().glob("ended-*"))) < 3 and time.time() < until:
+            time.sleep(0.05)
         if self.refused:
             raise UserError("The data are bad.")
-        run.data.mkdir()
 
 
 def start_four(arguments: list[tuple[str, ...]], cwd: Path, refused: bool = False) -> list[tuple[int, str]]:
@@ -61,7 +66,8 @@ def test_of_four_commands_one_trains(tmp_path, differ):
 
 def test_four_refused_commands_leave_nothing(tmp_path):
     ended = start_four([("run", "--model", "tiny", "--name", "x")] * 4, tmp_path, refused=True)
-    assert [code for code, _ in ended] == [2] * 4 and any("The data are bad." in said for _, said in ended)
+    assert [code for code, _ in ended] == [2] * 4
+    assert sum("The data are bad." in said for _, said in ended) == 1 and len((tmp_path / "worked").read_text()) == 2
     assert not (tmp_path / "runs").exists()
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inference.errors import UserError
+from training.private_surfaces import default_store, wait_at_most
 from training.roll_call import RollCall
 from training.shared_files import wait_until_seen
 
@@ -141,8 +142,7 @@ def start_ranks(threads: int = 0) -> Ranks:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    # Of groups made later without a time-out, as DeepSpeed makes them: torch's own are 10 and 30 minutes.
-    vars(dist.distributed_c10d).update(default_pg_timeout=PATIENCE, default_pg_nccl_timeout=PATIENCE)
+    wait_at_most(PATIENCE)
     if size == 1:  # no port is opened, so none can be in use
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -158,7 +158,7 @@ def start_ranks(threads: int = 0) -> Ranks:
     if size == 1:
         return Ranks(rank, size, device)
     group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Ranks(rank, size, device, group, RollCall(rank, size, dist.distributed_c10d._get_default_store()))
+    return Ranks(rank, size, device, group, RollCall(rank, size, default_store()))
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")

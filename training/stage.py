@@ -33,7 +33,7 @@ from training.config import RunConfig
 from training.config_files import load_config
 from training.data.prepare import COUNTS_FILE, prepare_data
 from training.data.rows import read_rows, require_rows
-from training.data.token_cache import TokenCache, Tokens
+from training.data.token_cache import TokenCache, TokenRows
 from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
 from training.error_report import leave_report
@@ -130,7 +130,7 @@ class Stage:
         train, held_out = map(read_rows, files)
         return train, held_out
 
-    def tokens(self, rows: list[dict], parts: tuple[str, ...], chat_format: ChatFormat) -> list[Tokens]:
+    def tokens(self, rows: list[dict], parts: tuple[str, ...], chat_format: ChatFormat) -> TokenRows:
         """The tokens of each row's `parts` (`prompt`, keys of answers); the first rank makes them, all read them."""
         cache = TokenCache(self.run.path / "tokens", rows, parts, chat_format, self.config.data)
         if self.ranks.is_first:

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from contextlib import ExitStack
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_one_holds_it_and_the_next_one_can(known, tmp_path):
     file, waited = tmp_path / "new" / "lock", []
     with hold_lock(file, "It is taken", 0):
         with (
-            pytest.raises(UserError, match="^It is taken; wait until it has ended"),
+            pytest.raises(UserError, match=r"^It is taken; wait until it has ended"),
             hold_lock(file, "It is taken", 0.3, lambda: waited.append(1)),
         ):
             pass
@@ -40,8 +41,8 @@ def test_one_holds_it_and_the_next_one_can(known, tmp_path):
 
 def test_a_lock_that_its_holder_has_removed_is_not_held(known, tmp_path):
     file = tmp_path / "lock"
-    with hold_lock(file, "first", 0):
-        old = open(file, "a")  # as of somebody who came before it was removed
+    with hold_lock(file, "first", 0), ExitStack() as stack:
+        old = stack.enter_context(open(file, "a"))  # as of somebody who came before it was removed
         file.unlink()
         assert not locks._is_there(file, old)
     with hold_lock(file, "second", 0), pytest.raises(UserError), hold_lock(file, "third", 0):
@@ -67,5 +68,5 @@ def test_without_any_lock_nothing_begins(known, tmp_path, monkeypatch):
             raise FileNotFoundError(2, "no such names")
 
     monkeypatch.setattr(locks.socket, "socket", NoNames)
-    with pytest.raises(UserError, match="lies on a file system without locks, .* choose a place on another one"):
+    with pytest.raises(UserError, match=r"lies on a file system without locks, .* choose a place on another one"):
         hold_lock(tmp_path / "lock", "", 0).__enter__()

@@ -73,12 +73,13 @@ def test_a_loss_of_step_3_that_is_not_finite_names_iteration_rows_and_way_out(tm
     )
     stage.directory.path.mkdir()
     stage.diverged = partial(Stage.diverged, stage)
-    updates: Any = SimpleNamespace(stage=stage, seats=[7, 9, 9, 4])
+    updates: Any = SimpleNamespace(stage=stage)
+    batch: Any = SimpleNamespace(number=5, seats=[7, 9, 9, 4])
     updates.diverged = partial(Updates.diverged, updates)
-    Updates.require_finite(updates, torch.tensor(1.0), "The policy loss", 5, [1, 3])
+    Updates.require_finite(updates, torch.tensor(1.0), "The policy loss", batch, [1, 3])
     for value in (math.nan, math.inf):
         with pytest.raises(Diverged, match=r"policy loss is not a finite number at step3_rlhf 5; .*/4; .* lower"):
-            Updates.require_finite(updates, torch.tensor(value), "The policy loss", 5, [1, 3])
+            Updates.require_finite(updates, torch.tensor(value), "The policy loss", batch, [1, 3])
     kept = json.loads((tmp_path / "step3_rlhf" / "diverged.json").read_text())
     assert kept["rows"] == [4, 9] and kept["file"] == "data/prompts_train.jsonl"  # those of the prompts of samples 1, 3
 

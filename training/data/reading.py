@@ -1,7 +1,9 @@
 """Sources -> rows, each with its place, and a report of what was found in each source."""
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,13 +65,26 @@ def read_sources(
     sources = [parse_source(text) for text in settings.sources]
     if twice := [source.label for i, source in enumerate(sources) if source.label in {s.label for s in sources[:i]}]:
         raise UserError(f"{twice[0]} is given twice as a data source: give it once, with a weight: {twice[0]}=2.")
-    found = [read_source(source, settings, report, chat_format) for source in sources]
+    with without_collecting():
+        found = [read_source(source, settings, report, chat_format) for source in sources]
     for each in found:
         if not each.rows:
             reasons = each.reasons.most_common(1)
             why = f"none of its rows can be used ({reasons[0][0]})" if reasons else "it is empty"
             raise UserError(f"{each.source} gives no data, {why}; each row must be an object with {KNOWN_KEYS}.")
     return found
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Spare the search for circles among rows, which have none: a quarter of the time that reading takes."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def read_source(

@@ -29,6 +29,7 @@ from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
 from training.models.adapters import add_lora
 from training.models.layers import keep_layers
+from training.private_surfaces import multiplies_bf16
 from training.role_settings import LoRASettings
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,8 +45,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return TORCH_DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
 
 
 def load_causal_lm(

@@ -19,6 +19,17 @@ from training.step2_dpo.reference import reference_logprobs, response_logprobs
 from training.steps import SFT
 from training.supervised import count_updates, fit
 
+HELD_OUT = {
+    "loss": "eval/loss",
+    "accuracy": "eval/accuracy",
+    "margin": "eval/margin",
+    "reward/chosen": "eval/reward/chosen",
+    "reward/rejected": "eval/reward/rejected",
+    "logprobs/chosen": "eval/logprobs/chosen",
+    "logprobs/rejected": "eval/logprobs/rejected",
+}
+"""The metric of held-out pairs for each one of training pairs."""
+
 
 def train(stage: Stage) -> None:
     """The whole step: set up, ask the reference, fit, save."""
@@ -88,7 +99,7 @@ class DPOTask:
             loss, measured = self._losses("eval", micro_batch.rows)
             for name, value in {"loss": float(loss), **measured}.items():
                 sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
-        return {f"eval/{name}": value / len(held_out) for name, value in ranks.sum_values(sums).items()}
+        return {HELD_OUT[name]: value / len(held_out) for name, value in ranks.sum_values(sums).items()}
 
     def _losses(self, name: str, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities."""

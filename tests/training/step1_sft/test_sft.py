@@ -24,7 +24,7 @@ from tests.supervised_steps import (
     train_by_hand,
     with_idle_micro_batch,
 )
-from training.data.token_cache import Tokens
+from training.data.token_cache import TokenRows
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.run_directory import RunDirectory
@@ -150,9 +150,8 @@ def task(runs, tiny, one_rank) -> SFTTask:
     stage = stage_of(runs["plain"], SFT, [f"model={tiny}", *settings_of("sft"), "sft.micro_batch_tokens=30"], one_rank)
     chat_format = ChatFormat.load(tiny)
     policy = Policy(load_causal_lm(tiny, chat_format, torch.float32)).eval()
-    return SFTTask(
-        stage, policy, [], stage.tokens(TRAIN, sft.PARTS, chat_format)
-    )  # nine rows, in several micro-batches
+    rows = stage.tokens(TRAIN, sft.PARTS, chat_format)
+    return SFTTask(stage, policy, rows.first(0), rows)  # nine rows, in several micro-batches
 
 
 def test_an_idle_micro_batch_does_not_count(task, monkeypatch):
@@ -167,10 +166,10 @@ def test_two_ranks_measure_the_mean_over_all_tokens(task):
 
 
 def test_without_held_out_rows_nothing_is_measured(task):
-    task.held_out = []
+    task.held_out = task.rows
     assert task.evaluate() == {}
 
 
 def test_the_token_budget_takes_the_first_rows_that_fit():
-    rows: list[Tokens] = [(torch.zeros(3), torch.zeros(length)) for length in (2, 4, 1)]  # 5, 7 and 4 tokens
+    rows = TokenRows(torch.zeros(16).int(), torch.tensor([[3, 2], [3, 4], [3, 1]]).int())  # 5, 7 and 4 tokens
     assert [len(within_budget(rows, budget)) for budget in (0, 16, 15, 12, 11, 1)] == [3, 3, 2, 2, 1, 1]

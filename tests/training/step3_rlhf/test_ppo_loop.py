@@ -60,6 +60,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step3_rlhf import ppo
+    from training.step3_rlhf.rollout import Rollout
 
     sft, reward, _ = models
     config = RunConfig.model_validate(
@@ -82,10 +83,10 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     stage.said = []
     stage.display.say = stage.said.append
     seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[], values=[])
-    iterate, rollout = ppo.PPO.iterate, ppo.Rollout.run
+    iterate, score = ppo.PPO.iterate, Rollout.score
 
-    def noted(self, prompts, seats, number):
-        experience = rollout(self, prompts, seats, number)
+    def noted(self, experience):
+        experience = score(self, experience)
         seen.values.append(float(torch.cat([each.values for each in experience]).mean()))
         return experience
 
@@ -98,6 +99,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
             average = trainer.roles.ema.update
             trainer.roles.ema.update = lambda: (updates.__setitem__(0, updates[0] + 1), average())
         found = iterate(trainer, number, check)
+        seen.mini_batches = found.mini_batches
         if trainer.roles.ema is not None:
             del trainer.roles.ema.update
             seen.averaged.append(norms(trainer.roles.ema.weights()))
@@ -105,7 +107,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
         seen.weights.append(norms(trainer.roles.actor.trained_weights()))
         return found
 
-    with patch.object(ppo.PPO, "iterate", watched), patch.object(ppo.Rollout, "run", noted):
+    with patch.object(ppo.PPO, "iterate", watched), patch.object(Rollout, "score", noted):
         try:
             ppo.train(stage)
         except Killed:
@@ -134,9 +136,9 @@ def told(seen: SimpleNamespace) -> dict:
     names = ("metrics", "result", "model", "ema_model", "weights", "averages", "averaged", "values")
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
-        "sampling": [getattr(seen.trainer.rollout.sampling, name) for name in SAMPLING],
+        "sampling": [getattr(seen.trainer.rollouts.sampling, name) for name in SAMPLING],
         "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl")],
-        "numbers": [len(seen.trainer.updates.mini_batches), seen.trainer.roles.critic_scale],
+        "numbers": [len(seen.mini_batches), seen.trainer.roles.critic_scale],
     }
 
 
@@ -186,6 +188,8 @@ def run_together(ranks, directory):
     """Two processes: the end by KL at every ZeRO stage, and with adapters."""
     from transformers import AutoModelForCausalLM
 
+    from training.step3_rlhf.clock import Clock
+
     models = make_models(ranks, directory)
     found = {}
     free = run_step(ranks, directory / "free", models, FREE)
@@ -195,7 +199,8 @@ def run_together(ranks, directory):
         place = directory / f"bound{zero}{lora}"
         seen = run_step(ranks, place, models, {**bound, "actor": actor, **({"kl": LOW} if lora else {})})
         with torch.no_grad():  # what the engine answers with now, beside what was saved of it
-            batch = seen.trainer.rollout.run(seen.trainer.prompts[:4], [0, 1, 2, 3], 1)
+            rollout = seen.trainer.rollouts.start(seen.trainer.prompts[:4], [0, 1, 2, 3], 1, Clock())
+            batch = rollout.score(rollout.generate())
         if ranks.is_first:
             model = AutoModelForCausalLM.from_pretrained(place / "step3_rlhf" / "model").eval()
             apart = 0.0
