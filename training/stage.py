@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import transformers
@@ -85,6 +85,11 @@ class Stage:
     def storage_dtype(self) -> torch.dtype:
         """Number format of the models that the run leaves behind."""
         return TORCH_DTYPES[self.config.save_dtype]
+
+    @property
+    def settings(self) -> Any:
+        """Those of the step."""
+        return self.config.of_step(self.directory.step)
 
     def model_directory(self, source: str) -> Path:
         """The local directory of a model; the first rank fetches it, then one of each other node, the others wait."""
