@@ -119,15 +119,18 @@ def chat_command(
     from inference.chat_target import find_chat_models
 
     found = find_chat_models(target, compare)
-    from inference.private_surfaces import import_transformers_lightly
+    from inference.collecting import without_collecting
 
-    import_transformers_lightly()
-    from inference.chat import chat
-    from inference.chat_model import ChatModel
-    from inference.generation.sample import SamplingSettings
+    with without_collecting():
+        from inference.private_surfaces import import_transformers_lightly
 
-    settings = SamplingSettings(max_tokens, temperature, top_p, top_k)
-    chat([(label, ChatModel.load(path)) for label, path in found], settings, seed, system)
+        import_transformers_lightly()
+        from inference.chat import chat
+        from inference.chat_model import ChatModel
+        from inference.generation.sample import SamplingSettings
+
+        models = [(label, ChatModel.load(path)) for label, path in found]
+    chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
 
 
 def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:

@@ -91,6 +91,11 @@ class Stage:
         """Number format of the models that the run leaves behind."""
         return TORCH_DTYPES[self.config.save_dtype]
 
+    @property
+    def settings(self) -> Any:
+        """Those of the step."""
+        return self.config.of_step(self.directory.step)
+
     def model_directory(self, source: str) -> Path:
         """The local directory of a model; the first rank fetches it, then one of each other node, the others wait."""
         for fetches in (self.ranks.is_first, self.ranks.is_first_of_node):
