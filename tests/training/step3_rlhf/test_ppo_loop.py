@@ -54,13 +54,14 @@ class Killed(Exception):
     """In place of a kill."""
 
 
-def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> SimpleNamespace:
-    """All of step 3 in `directory`, or up to the middle of iteration `killed_in`; what is left of it."""
+def run_step(ranks, directory, models, settings: dict, killed_in: int = 0, terminated_in: int = 0) -> SimpleNamespace:
+    """All of step 3 in `directory`, up to the middle of iteration `killed_in`, or to SIGTERM in one; what is left."""
     from training.config import RunConfig
     from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step3_rlhf import ppo
     from training.step3_rlhf.rollout import Rollout
+    from training.termination import TERMINATION, Terminated
 
     sft, reward, _ = models
     config = RunConfig.model_validate(
@@ -93,6 +94,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     def watched(trainer, number, check):
         if number == killed_in:
             raise Killed
+        TERMINATION.is_asked = number == terminated_in
         seen.trainer = trainer
         updates = [0]
         if trainer.roles.ema is not None:
@@ -110,7 +112,8 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     with patch.object(ppo.PPO, "iterate", watched), patch.object(Rollout, "score", noted):
         try:
             ppo.train(stage)
-        except Killed:
+        except (Killed, Terminated):
+            TERMINATION.is_asked = False
             return seen
     if ranks.is_first:
         seen.metrics = [json.loads(line) for line in (run.step(PPO).path / "metrics.jsonl").read_text().splitlines()]
@@ -152,8 +155,10 @@ def run_alone(ranks, directory):
     found = {}
     models = sft, foreign, chat_format
     found["warm"] = told(run_step(ranks, directory / "warm", models, warm))
+    ended = run_step(ranks, directory / "killed", models, {**warm, "checkpoint_every": 0}, terminated_in=2)
+    kept = ended.stage.checkpoints.numbers()
     run_step(ranks, directory / "killed", models, warm, killed_in=4)
-    found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm))
+    found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm)) | {"terminated": kept}
     models = sft, reward, chat_format
     found["free"] = told(run_step(ranks, directory / "free", models, FREE))
     stopped, bound = bound_of(found["free"]["metrics"])
@@ -270,6 +275,7 @@ def test_the_coefficient_follows_the_kl_of_each_iteration(alone):
 def test_a_run_that_was_killed_ends_as_one_that_was_not(alone):
     """To the bit: weights, average, coefficient, and the statistics that bring rewards onto one scale."""
     whole, resumed = alone["warm"], alone["warm, killed"]
+    assert resumed["terminated"] == [2]
     assert learning(resumed["metrics"]) == learning(whole["metrics"])
     assert (resumed["model"], resumed["ema_model"]) == (whole["model"], whole["ema_model"])
     assert resumed["result"]["kl_coefficient"] == whole["result"]["kl_coefficient"]
