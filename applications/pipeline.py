@@ -30,9 +30,10 @@ CHANGEABLE = {
     "reward_url",
     "reward_timeout",
     "reward_retries",
+    "measure",
 }
-"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step computes; and
-where the same scores come from. So may all of rlhf.fusion and logging."""
+"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step learns; where
+the same scores come from; whether KL is measured. So may all of rlhf.fusion and logging."""
 
 
 def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
