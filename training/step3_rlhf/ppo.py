@@ -48,6 +48,11 @@ def train(stage: Stage) -> None:
         stage, sft, scorer, chat_format, (actor_iterations * per_iteration, settings.iterations * per_iteration)
     )
     look_at_reward_model(stage, roles, chat_format)
+    if not settings.has_reference:
+        stage.display.say(
+            "PPO: rlhf.kl has no coefficient, target or stop, so no reference is loaded: KL to it is not measured, and "
+            "the warnings of it are off (rlhf.kl.measure=true brings both back)"
+        )
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows)
     iterations = ppo.fit()
 
@@ -128,7 +133,8 @@ class PPO:
                 stage.metrics.write(number, metrics)
                 for mini_batch in iteration.mini_batches:
                     updates.write(number, mini_batch)
-                bar.advance(f"score {metrics['reward/score_mean']:.2f} · KL {metrics['kl/reference']:.2f}")
+                kl = f" · KL {metrics['kl/reference']:.2f}" if settings.has_reference else ""
+                bar.advance(f"score {metrics['reward/score_mean']:.2f}{kl}")
                 ends = stopped or number == settings.iterations
                 if ends and self.inside is not None:
                     stopped = self.end_inside(self.inside, number, stopped)
@@ -235,14 +241,15 @@ class PPO:
             check_first_update(self.stage, self.roles, experience)
 
         # update
-        stopped = 0 < settings.kl.stop < metrics["kl/reference"]
+        kl = metrics.get("kl/reference", 0.0)
+        stopped = 0 < settings.kl.stop < kl
         update = Update()
         if not stopped:
             if self.inside is not None:
                 self.inside.keep()
             with clock.phase("time/train"), clock.timeline.span("train"):
                 update = self.updates.run(Batch(number, experience, targets, seats, coefficient))
-            self.kl.update(metrics["kl/reference"], len(experience))
+            self.kl.update(kl, len(experience))
 
         # log
         metrics |= update.metrics | self.rollouts.work() | of_rollout | self.timing(experience, clock)
