@@ -85,6 +85,7 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
     epochs = Epochs(rows, f"{stage.config.seed}")
     number, evaluation = resume(stage, task)
     before = next((row for row in stage.metrics.read() if "eval/loss" in row), None)  # others than the first rank: None
+    stage.expect_checkpoints("optimiser step")
     with stage.display.progress(task.name, total, number) as bar:
         while number < total:
             batch = batch_of_update(epochs, settings, number)
@@ -100,8 +101,11 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
                     before = None  # once is enough
             else:
                 stage.metrics.write(number, metrics)
-            if settings.checkpoint_every and (number == total or number % settings.checkpoint_every == 0):
+            ended = stage.told_to_end()
+            if ended or (settings.checkpoint_every and (number == total or number % settings.checkpoint_every == 0)):
                 stage.checkpoints.save(number, task.engine.save, {"evaluation": evaluation})
+            if ended:
+                raise stage.terminated(number)
     return evaluation
 
 

@@ -1,15 +1,15 @@
 """A run says which of its inputs changed since, as was missed in hiyouga/LlamaFactory #7085."""
 
+import argparse
 import json
 import os
+from contextlib import ExitStack
 
 import pytest
-import torch
 
 from applications import pipeline
 from training import inputs, stage
 from training.config_files import load_config
-from training.distributed import Ranks
 from training.inputs import changed_inputs, code_of, inputs_of
 from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory, write_json
@@ -132,5 +132,8 @@ def test_a_stage_script_says_it_too(given, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stage, "prepare", lambda *_: None)
     (tmp_path / "a.jsonl").write_text("something else")
     run, config = given
-    stage.prepare_on_first(config, run, Ranks(0, 1, torch.device("cpu")))
-    assert f"{tmp_path / 'a.jsonl'} has changed since" in capsys.readouterr().out
+    run.write_config(config, {})
+    with ExitStack() as held:
+        stage.enter(run, run.step(SFT), argparse.Namespace(config=[], set=[]), 1, held)
+    said = f"Warning: {tmp_path / 'a.jsonl'} has changed since"
+    assert said in capsys.readouterr().out and said in run.log_file.read_text()

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ def train(stage: Stage) -> None:
         engine, lambda: load_scorer(source, chat_format, torch.float32, settings.layers), chat_format, scale
     )
     counted = {"optimizer_steps": total, "rows": len(pairs), "held_out": len(evaluated)}
-    group_of = choose_groups(held_out[: settings.eval_rows])
-    ranking = task.ranking([group_of(held_out[pair.place]) for pair in evaluated])
+    rows_of_pairs: list[Any] = [held_out[pair.place] for pair in evaluated]
+    ranking = task.ranking([*map(choose_groups(rows_of_pairs), rows_of_pairs)])
     stage.finish({**counted, **evaluation, **scale, "reward_accuracy": ranking})
 
 
