@@ -117,6 +117,7 @@ class PPO:
         settings, stage = self.settings, self.stage
         updates = stage.journal("updates.jsonl")
         number, stopped = self.resume(updates)
+        stage.expect_checkpoints("iteration")
         checked = False
         with stage.display.progress("PPO", settings.iterations, number) as bar:
             while number < settings.iterations and not stopped:
@@ -139,8 +140,11 @@ class PPO:
                     stopped = self.end_inside(self.inside, number, stopped)
                 if ends or number % settings.samples_every == 0:
                     self.show_fixed_prompts(number)
-                if settings.checkpoint_every and (ends or number % settings.checkpoint_every == 0):
+                terminated = stage.told_to_end()
+                if terminated or (settings.checkpoint_every and (ends or number % settings.checkpoint_every == 0)):
                     self.save(number, stopped)
+                if terminated:
+                    raise stage.terminated(number)
         return number
 
     def end_inside(self, inside: KeptWeights, number: int, stopped: bool) -> bool:

@@ -64,13 +64,14 @@ class Killed(Exception):
     """In place of a kill."""
 
 
-def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> SimpleNamespace:
-    """All of step 3 in `directory`, or up to the middle of iteration `killed_in`; what is left of it."""
+def run_step(ranks, directory, models, settings: dict, killed_in: int = 0, terminated_in: int = 0) -> SimpleNamespace:
+    """All of step 3 in `directory`, up to the middle of iteration `killed_in`, or to SIGTERM in one; what is left."""
     from training.config import RunConfig
     from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step3_rlhf import ppo, roles
     from training.step3_rlhf.rollout import Rollout
+    from training.termination import TERMINATION, Terminated
 
     sft, reward, _ = models
     config = RunConfig.model_validate(
@@ -103,6 +104,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     def watched(trainer, number, check):
         if number == killed_in:
             raise Killed
+        TERMINATION.is_asked = number == terminated_in
         seen.trainer = trainer
         updates = [0]
         if trainer.roles.ema is not None:
@@ -129,7 +131,8 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     ):
         try:
             ppo.train(stage)
-        except Killed:
+        except (Killed, Terminated):
+            TERMINATION.is_asked = False
             return seen
     seen.loaded = loads.call_count
     if ranks.is_first:
@@ -183,8 +186,10 @@ def run_alone(ranks, directory):
     found = {}
     models = sft, foreign, chat_format
     found["warm"] = told(run_step(ranks, directory / "warm", models, warm))
+    ended = run_step(ranks, directory / "killed", models, {**warm, "checkpoint_every": 0}, terminated_in=2)
+    kept = ended.stage.checkpoints.numbers()
     run_step(ranks, directory / "killed", models, warm, killed_in=4)
-    found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm))
+    found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm)) | {"terminated": kept}
     models = sft, reward, chat_format
     run_step(ranks, directory / "no-kl", models, NO_KL, killed_in=2)
     found["no kl, killed"] = told(run_step(ranks, directory / "no-kl", models, NO_KL))
@@ -307,6 +312,7 @@ def test_the_coefficient_follows_the_kl_of_each_iteration(alone):
 def test_a_run_that_was_killed_ends_as_one_that_was_not(alone):
     """To the bit: weights, average, coefficient, and the statistics that bring rewards onto one scale."""
     whole, resumed = alone["warm"], alone["warm, killed"]
+    assert resumed["terminated"] == [2]
     assert learning(resumed["metrics"]) == learning(whole["metrics"])
     assert (resumed["model"], resumed["ema_model"]) == (whole["model"], whole["ema_model"])
     assert resumed["result"]["kl_coefficient"] == whole["result"]["kl_coefficient"]
