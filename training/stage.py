@@ -312,7 +312,6 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
 
 def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
     """Run `body`; what it raises for the user lands in `error_file` and on stderr. Returns the exit code."""
-    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     TERMINATION.report = partial(report, error_file, EXIT_TERMINATED)
     try:
         grace()
@@ -320,13 +319,13 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
         return 0
     except Terminated as ended:
         TERMINATION.report(str(ended))
-        if not is_alone:
+        if not is_alone():
             os._exit(EXIT_TERMINATED)
         return EXIT_TERMINATED
     except Exception as raised:
         sentence = sentence_for(raised)
         if sentence is None:
-            if is_alone:
+            if is_alone():
                 raise
             end_without_sentence(raised)
         code = EXIT_DIVERGED if isinstance(raised, Diverged) else EXIT_USER_ERROR
@@ -335,11 +334,15 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
             leave_report(error_file, sentence, code, "\n".join(notes))
         elif not isinstance(raised, RefusedOnFirst):  # else another rank prints it
             print(sentence, file=sys.stderr, flush=True)
-        if not is_alone:
+        if not is_alone():
             os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them
         return code
     finally:
         stop_ranks()
+
+
+def is_alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def report(error_file: Path, code: int, sentence: str) -> None:

@@ -15,7 +15,7 @@ from inference.errors import EXIT_USER_ERROR, UserError
 from training import distributed
 from training.config import DataSettings
 from training.config_files import load_config
-from training.distributed import require_gpus, start_ranks
+from training.distributed import require_gpus, require_loopback, start_ranks
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.stage import Diverged, Stage, end_in_sentences, given_settings
@@ -100,6 +100,16 @@ def test_more_processes_than_gpus(monkeypatch):
         require_gpus(3)
     monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 0)
     require_gpus(3)  # on the CPU processes share
+
+
+def test_without_a_loopback_interface(monkeypatch):
+    def unreachable(address, timeout):
+        raise OSError(101, "Network is unreachable")
+
+    require_loopback()
+    monkeypatch.setattr(distributed.socket, "create_connection", unreachable)
+    with pytest.raises(UserError, match=r"no loopback interface \(127\.0\.0\.1: Network is unreachable\), .* lo up"):
+        require_loopback()
 
 
 def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
