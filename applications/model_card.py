@@ -13,6 +13,7 @@ from applications.report_table import measured_accuracy_line, pair_of, reward_ac
 from inference.model_package import find_package
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.evaluation.guard_rails import guard_signs, verdict
+from training.lineage import base_model, origin_of
 from training.metrics import duration
 from training.run_directory import RunDirectory
 from training.starts import versions_of
@@ -38,6 +39,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    config = config.model_copy(update={"model": exported.base or base_model(config) or config.model})
     evaluation = run.read_comparison(exported.step if exported.step.compared_with else run.last_step)
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return environment.get_template("model_card.md.jinja").render(
@@ -102,7 +104,8 @@ def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[st
     for each in steps_to(step):
         title = f"{each.number} {each.title}"
         if given := config.given_model(each):
-            found.append((title, f"not trained here: {public_name(given)}", ""))
+            origin = origin_of(given)
+            found.append((title, f"not trained here: {origin.name if origin else public_name(given)}", ""))
         elif run.step(each).is_finished:
             found.append((title, settings_text(config, each), outcome(run.step(each).read_result())))
     return found

@@ -26,6 +26,7 @@ ROWS = (
     ("distinct bigrams", "distinct_bigrams", "{:z.3f}"),
     ("most frequent reply", "most_frequent_share", "{:.1%}"),
     ("perplexity, untouched model", "perplexity_untouched", "{:z.1f}"),
+    ("perplexity, SFT model", "perplexity_sft_model", "{:z.1f}"),
     ("perplexity of demonstrations", "perplexity_demonstrations", "{:z.1f}"),
 )
 SHOWN_ANSWERS = 6
@@ -85,6 +86,8 @@ def evaluation_table(
         f"{result['prompts']} held-out prompts, temperature {sampling['temperature']:g}, "
         f"at most {sampling['max_tokens']} tokens:"
     )
+    for sentence in result.get("trained_elsewhere", []):
+        console.print(Text(sentence))
     names = list(pair_of(result).values())
     table = Table()
     table.add_column("")

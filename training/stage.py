@@ -38,6 +38,7 @@ from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.inputs import changed_inputs
+from training.lineage import inherit
 from training.metrics import WARNING, Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -128,7 +129,7 @@ class Stage:
     def rows(self, chat_format: ChatFormat) -> tuple[list[dict], list[dict]]:
         """Training and evaluation rows of this step. Raises UserError where there is nothing to train on."""
         if self.ranks.is_first:
-            prepare_data(self.config.data, self.config.seed, self.run.data, chat_format, self.display.say)
+            prepare_data(self.config.data, self.config.split_seed, self.run.data, chat_format, self.display.say)
         self.ranks.barrier("preparing the data")
         step = self.directory.step
         files = [self.run.data / f"{step.rows.name}_{part}.jsonl" for part in ("train", "eval")]
@@ -318,7 +319,6 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
 
 def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
     """Run `body`; what it raises for the user lands in `error_file` and on stderr. Returns the exit code."""
-    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     TERMINATION.report = partial(report, error_file, EXIT_TERMINATED)
     try:
         grace()
@@ -326,13 +326,13 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
         return 0
     except Terminated as ended:
         TERMINATION.report(str(ended))
-        if not is_alone:
+        if not is_alone():
             os._exit(EXIT_TERMINATED)
         return EXIT_TERMINATED
     except Exception as raised:
         sentence = sentence_for(raised)
         if sentence is None:
-            if is_alone:
+            if is_alone():
                 raise
             end_without_sentence(raised)
         code = EXIT_DIVERGED if isinstance(raised, Diverged) else EXIT_USER_ERROR
@@ -341,11 +341,15 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
             leave_report(error_file, sentence, code, "\n".join(notes))
         elif not isinstance(raised, RefusedOnFirst):  # else another rank prints it
             print(sentence, file=sys.stderr, flush=True)
-        if not is_alone:
+        if not is_alone():
             os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them
         return code
     finally:
         stop_ranks()
+
+
+def is_alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def report(error_file: Path, code: int, sentence: str) -> None:
@@ -435,7 +439,7 @@ def parse_arguments() -> argparse.Namespace:
 def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:
     """What the arguments say; None: the run keeps its own. Raises UserError where neither is there."""
     if arguments.config or arguments.set:
-        return found_from_anywhere(load_config(arguments.config, arguments.set))
+        return inherit(found_from_anywhere(load_config(arguments.config, arguments.set)), run)
     run.read_config()
     return None
 

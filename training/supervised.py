@@ -14,6 +14,7 @@ from training.data.batching import MicroBatch, plan_micro_batches
 from training.data.epochs import Epochs
 from training.evaluation.guard_rails import DOUBTFUL_ACCURACY
 from training.hybrid_engine.zero_engine import ZeroEngine
+from training.launchers import processes_option
 from training.metrics import WARNING
 from training.stage import Stage
 from training.steps import Step
@@ -81,7 +82,8 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
     rows, ranks, step = len(task.lengths), stage.ranks.size, stage.directory.step
     if rows < ranks:
-        stage.display.say(f"Warning: {rows} rows leave {ranks - rows} of {ranks} ranks idle: use --processes {rows}")
+        idle = f"{rows} rows leave {ranks - rows} of {ranks} ranks idle"
+        stage.display.say(f"Warning: {idle}: use {processes_option(rows)}")
     epochs = Epochs(rows, f"{stage.config.seed}")
     number, evaluation = resume(stage, task)
     before = next((row for row in stage.metrics.read() if "eval/loss" in row), None)  # others than the first rank: None

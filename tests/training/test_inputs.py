@@ -1,6 +1,5 @@
 """A run says which of its inputs changed since, as was missed in hiyouga/LlamaFactory #7085."""
 
-import argparse
 import json
 import os
 from contextlib import ExitStack
@@ -133,7 +132,8 @@ def test_a_stage_script_says_it_too(given, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.jsonl").write_text("something else")
     run, config = given
     run.write_config(config, {})
+    monkeypatch.setattr("sys.argv", ["main.py", str(run.path)])
     with ExitStack() as held:
-        stage.enter(run, run.step(SFT), argparse.Namespace(config=[], set=[]), 1, held)
+        stage.enter(run, run.step(SFT), stage.parse_arguments(), 1, held)
     said = f"Warning: {tmp_path / 'a.jsonl'} has changed since"
     assert said in capsys.readouterr().out and said in run.log_file.read_text()
