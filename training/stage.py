@@ -50,7 +50,7 @@ from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
-from training.steps import Step
+from training.steps import STEPS, Step
 from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
 from training.tracking import metrics_journal
 from training.watchdog import PARENT_VARIABLE
@@ -259,7 +259,7 @@ def enter(
             if not directory.is_finished:
                 for changed in changed_inputs(run, config):
                     Display().say(changed)
-                prepare(config, run, processes, Display().say)
+                prepare(config, run, processes, Display().say, [directory.step])
     if directory.is_finished:
         return None
     directory.path.mkdir(exist_ok=True)
@@ -268,11 +268,16 @@ def enter(
 
 def run_preparation() -> int:
     """The command's preparation, for the processes that it will start."""
-    run = RunDirectory(parse_arguments().run_directory)
+    parser = argparse.ArgumentParser(description="Fetch the models and make the data of a run.")
+    parser.add_argument("run_directory", type=Path)
+    parser.add_argument("steps", nargs="*", help="those that follow now, as sft; default: all of the run")
+    arguments = parser.parse_args()
+    run = RunDirectory(arguments.run_directory)
 
     def body() -> None:
         config = run.read_config()
-        prepare(config, run, config.processes, Display().say)
+        steps = [step for step in STEPS if step.command in arguments.steps]
+        prepare(config, run, config.processes, Display().say, steps)
 
     return end_in_sentences(body, run.error_file)
 
