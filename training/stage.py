@@ -38,6 +38,7 @@ from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.inputs import changed_inputs
+from training.lineage import inherit
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -127,7 +128,7 @@ class Stage:
     def rows(self, chat_format: ChatFormat) -> tuple[list[dict], list[dict]]:
         """Training and evaluation rows of this step. Raises UserError where there is nothing to train on."""
         if self.ranks.is_first:
-            prepare_data(self.config.data, self.config.seed, self.run.data, chat_format, self.display.say)
+            prepare_data(self.config.data, self.config.split_seed, self.run.data, chat_format, self.display.say)
         self.ranks.barrier("preparing the data")
         step = self.directory.step
         files = [self.run.data / f"{step.rows.name}_{part}.jsonl" for part in ("train", "eval")]
@@ -436,7 +437,7 @@ def parse_arguments() -> argparse.Namespace:
 def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:
     """What the arguments say; None: the run keeps its own. Raises UserError where neither is there."""
     if arguments.config or arguments.set:
-        return found_from_anywhere(load_config(arguments.config, arguments.set))
+        return inherit(found_from_anywhere(load_config(arguments.config, arguments.set)), run)
     run.read_config()
     return None
 

@@ -17,6 +17,7 @@ from training.data.rows import read_rows
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.inputs import inputs_of
+from training.lineage import sources_of, trained_elsewhere
 from training.models.loading import (
     require_causal_lm,
     require_same_format,
@@ -47,7 +48,9 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, step
     chat_format = prepare_models(config, processes, say)
     rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu"))) if config.method == "ppo" else None
     inputs = None if run.inputs_file.exists() else inputs_of(config)  # before they are read
-    prepare_data(config.data, config.seed, run.data, chat_format, say)
+    prepare_data(config.data, config.split_seed, run.data, chat_format, say)
+    for sentence in trained_elsewhere(run, sources_of(config)):
+        say(sentence)
     if inputs is not None:
         write_json(run.inputs_file, inputs)
     if rewards is not None and rewards.sources:
