@@ -8,6 +8,7 @@ import typer
 
 from applications.data_commands import data_app
 from applications.options import Config, Data, Debug, Fusion, Model, Processes, RewardModel, RunPath, Seed, Set
+from training.steps import COMPARED, METHODS, PPO, REWARD, SFT, STEPS, WRITING, Step
 
 app = typer.Typer(
     name="rlhf-chat",
@@ -20,7 +21,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 EXIT_INTERRUPTED = 130
-TRAINING = ("run", "sft", "reward", "rlhf", "dpo")
+SFTModel = Annotated[str | None, typer.Option(help="A finished SFT model, instead of step 1 of the run.")]
+OWN_MODELS = ", ".join(step.command for step in WRITING)
 
 
 @app.command()
@@ -29,7 +31,7 @@ def run(
     name: Annotated[str | None, typer.Option(help="The run is runs/NAME; default: the model's name.")] = None,
     data: Data = None,
     reward_model: RewardModel = None,
-    method: Annotated[str | None, typer.Option(help="What follows SFT: ppo (a reward model and PPO) or dpo.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"What follows SFT: {' or '.join(METHODS)}.")] = None,
     steps: Annotated[str | None, typer.Option(help="Which of the steps 1,2,3 (of dpo: 1,2); default: all.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print models, batches, memory and commands; touch nothing.")] = False,
     config: Config = None,
@@ -70,7 +72,7 @@ def sft(
     """
     from applications.commands import step_command
 
-    step_command(1, run_directory, model, None, data, config, set_, processes)
+    step_command(SFT, run_directory, model, None, data, config, set_, processes)
 
 
 @app.command()
@@ -92,36 +94,44 @@ def reward(
     """
     from applications.commands import step_command
 
-    step_command(2, run_directory, model, reward_model, data, config, set_, processes)
+    step_command(REWARD, run_directory, model, reward_model, data, config, set_, processes)
 
 
-@app.command()
-def dpo(
-    run_directory: RunPath,
-    sft_model: Annotated[str | None, typer.Option(help="A finished SFT model, instead of step 1 of the run.")] = None,
-    model: Model = None,
-    data: Data = None,
-    config: Config = None,
-    set_: Set = None,
-    processes: Processes = None,
-    debug: Debug = False,
-) -> None:
-    """DPO instead of steps 2 and 3, in a run directory; with --sft-model in a new one.
+def add_other_method(step: Step) -> None:
+    """The command of a step that takes the place of the reward model and PPO."""
 
-    rlhf-chat dpo runs/demo
+    def command(
+        run_directory: RunPath,
+        sft_model: SFTModel = None,
+        model: Model = None,
+        data: Data = None,
+        config: Config = None,
+        set_: Set = None,
+        processes: Processes = None,
+        debug: Debug = False,
+    ) -> None:
+        from applications.commands import step_command
 
-    rlhf-chat dpo runs/mine --sft-model my/sft --data pairs.jsonl
+        step_command(step, run_directory, model or sft_model, None, data, config, set_, processes, sft_model)
+
+    command.__doc__ = f"""{step.name} ({step.title}) instead of steps 2 and 3; with --sft-model in a new run directory.
+
+    rlhf-chat {step.command} runs/demo
+
+    rlhf-chat {step.command} runs/mine --sft-model my/sft --data {step.rows.name}.jsonl
     """
-    from applications.commands import step_command
-    from training.config import DPO_STEP
+    app.command(name=step.command)(command)
 
-    step_command(DPO_STEP, run_directory, model or sft_model, None, data, config, set_, processes, sft_model)
+
+for other in COMPARED:
+    if not other.draws_samples:
+        add_other_method(other)
 
 
 @app.command()
 def rlhf(
     run_directory: RunPath,
-    actor: Annotated[str | None, typer.Option(help="A finished SFT model, instead of step 1 of the run.")] = None,
+    actor: SFTModel = None,
     reward: Annotated[str | None, typer.Option(help="A finished reward model, instead of step 2 of the run.")] = None,
     model: Model = None,
     data: Data = None,
@@ -139,7 +149,7 @@ def rlhf(
     """
     from applications.commands import step_command
 
-    step_command(3, run_directory, model or actor, None, data, config, set_, processes, actor, reward, fusion)
+    step_command(PPO, run_directory, model or actor, None, data, config, set_, processes, actor, reward, fusion)
 
 
 @app.command()
@@ -169,7 +179,7 @@ def chat(
 def evaluate(
     run_directory: RunPath,
     model: Annotated[
-        str, typer.Option(help="base, sft, rlhf, dpo, a run, model directory, preset or hub id; default: the newest.")
+        str, typer.Option(help=f"base, {OWN_MODELS}, a run, model directory, preset or hub id; default: the newest.")
     ] = "",
     against: Annotated[str, typer.Option(help="The same; default: sft, or base where --model is sft.")] = "",
     judge: Annotated[str, typer.Option(help="true, learned, or a reward model; default: true where it is known.")] = "",
@@ -212,7 +222,9 @@ def export(
     to: Annotated[Path, typer.Option(help="The directory to make; it must be new or empty.")],
     what: Annotated[str, typer.Option(help="merged (whole weights) or adapter (LoRA).")] = "merged",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as the run saved it.")] = "",
-    step: Annotated[str, typer.Option(help="sft, rlhf or dpo; default: the newest.")] = "",
+    step: Annotated[
+        str, typer.Option(help=f"{', '.join(each.command for each in STEPS)}; default: the newest that writes.")
+    ] = "",
     debug: Debug = False,
 ) -> None:
     """A model of a run, ready to load elsewhere or to upload, with a model card.
@@ -220,6 +232,8 @@ def export(
     rlhf-chat export runs/demo --to my-model --dtype bf16
 
     rlhf-chat export runs/demo --to my-adapter --what adapter
+
+    rlhf-chat export runs/demo --to my-reward --step reward
     """
     from applications.export import export
 
@@ -364,7 +378,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
-            trains = sys.argv[1:2] and sys.argv[1] in TRAINING
+            trains = sys.argv[1:2] and sys.argv[1] in ("run", *(step.command for step in STEPS))
             goes_on = "; the same command goes on from the last checkpoint" if trains else ""
             print(f"\nrlhf-chat: stopped{goes_on}.", file=sys.stderr)
         raise

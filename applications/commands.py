@@ -4,8 +4,9 @@ from pathlib import Path
 
 from applications.settings import resolve_settings
 from inference.errors import UserError
-from training.config import DPO_STEP, RunConfig
-from training.run_directory import COMPARED, STEP_NAMES, RunDirectory
+from training.config import RunConfig
+from training.run_directory import RunDirectory
+from training.steps import STEPS, Step
 
 
 def pipeline_command(
@@ -45,7 +46,7 @@ def pipeline_command(
 
 
 def step_command(
-    step: int,
+    step: Step,
     run_directory: Path,
     model: str | None,
     reward_model: str | None,
@@ -66,51 +67,41 @@ def step_command(
         "trained_reward_model": trained_reward,
         "fusion": fusion,
     }
-    if step == DPO_STEP and (model is not None or config):
-        flags["method"] = "dpo"  # a run that begins so goes on so
+    if step.method and (model is not None or config):
+        flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
     execute(run_directory, settings, [step])
 
 
-def execute(path: Path, settings: RunConfig | None, steps: list[int]) -> None:
+def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
     from applications.dry_run import check_fits
-    from applications.pipeline import needed_steps, open_run, run_pipeline
+    from applications.pipeline import needed_steps, run_pipeline
+    from training.opening import open_run
 
     run = RunDirectory(path)
     steps = needed_steps(settings or run.read_config(), steps)
     if settings is not None and not run.config_file.exists():
         check_fits(settings, steps)
-    is_new = not run.config_file.exists()
-    run, stored = open_run(path, settings)
-    try:
-        require_earlier_steps(run, stored, steps)
-        run_pipeline(run, stored, steps)
-    except UserError:
-        if is_new and not run.data.exists():  # nothing was made yet: leave the name free for another try
-            run.config_file.unlink()
-        raise
+    with run.locked():
+        config = open_run(run, settings)
+        require_earlier_steps(run, config, steps)
+        run_pipeline(run, config, steps)
 
 
-def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[int]) -> None:
+def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
     """A step whose input is missing is refused before anything is started, with the command that makes it."""
-    needed = set()
-    if COMPARED.keys() & set(steps):
-        needed |= {1} if not config.sft_model else set()
-    if 3 in steps and config.rlhf.has_reward_model:
-        needed |= {2} if not config.trained_reward_model else set()
-    if 2 in steps and config.reward.initialize_from == "sft" and not config.sft_model:
-        needed.add(1)
-    for step in sorted(needed - set(steps)):
-        run.require_model(step)
+    for earlier in STEPS:
+        if earlier not in steps and any(earlier in config.earlier_steps(step) for step in steps):
+            run.require_model(earlier)
 
 
-def print_dry_run(settings: RunConfig, steps: list[int], path: Path) -> None:
+def print_dry_run(settings: RunConfig, steps: list[Step], path: Path) -> None:
     from applications.dry_run import dry_run
     from applications.launch import stage_command
     from applications.pipeline import needed_steps
 
     steps = needed_steps(settings, steps)
-    commands = {step: stage_command(STEP_NAMES[step], path, settings.processes) for step in steps}
+    commands = {step: stage_command(step.folder, path, settings.processes) for step in steps}
     print(dry_run(settings, steps, path, commands))
 
 
@@ -128,12 +119,18 @@ def chat_command(
     from inference.chat_target import find_chat_models
 
     found = find_chat_models(target, compare)
-    from inference.chat import chat
-    from inference.chat_model import ChatModel
-    from inference.generation.sample import SamplingSettings
+    from inference.collecting import without_collecting
 
-    settings = SamplingSettings(max_tokens, temperature, top_p, top_k)
-    chat([(label, ChatModel.load(path)) for label, path in found], settings, seed, system)
+    with without_collecting():
+        from inference.private_surfaces import import_transformers_lightly
+
+        import_transformers_lightly()
+        from inference.chat import chat
+        from inference.chat_model import ChatModel
+        from inference.generation.sample import SamplingSettings
+
+        models = [(label, ChatModel.load(path)) for label, path in found]
+    chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
 
 
 def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:
@@ -151,7 +148,7 @@ def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:
     return 0 if check_model(model, tp, dtype) else 1
 
 
-def parse_steps(text: str | None, config: RunConfig) -> list[int]:
+def parse_steps(text: str | None, config: RunConfig) -> list[Step]:
     """`1,2` -> the first two steps of the run's method, in order and without repeats; all of them where None."""
     if text is None:
         return config.steps

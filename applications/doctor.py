@@ -21,6 +21,7 @@ from inference.errors import EXIT_USER_ERROR, UserError, reason
 from inference.families import longest_text
 from inference.generation.equality import Findings, Generated, Tolerance, TrainingLogprobs, Work, compare, generate
 from inference.model_store import check_model_directory, resolve_model
+from inference.private_surfaces import attention_of, set_attention
 from inference.quiet import quiet_transformers
 from inference.tensor_parallel.group import TensorParallel, join_groups
 from inference.tensor_parallel.shard import empty_shard
@@ -119,12 +120,12 @@ def training_forward(model: Any) -> TrainingLogprobs:
     """The log-probabilities that step 3 trains on, from `model` as it is."""
 
     def logprobs(rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        before = model.config._attn_implementation
+        before = attention_of(model.config)
         try:
             with torch.no_grad():
                 return Policy(model)(TokenBatch.of(rows, model.device))[0]
         finally:
-            model.config._attn_implementation = before  # a policy packs its rows for good
+            set_attention(model.config, before)  # a policy packs its rows for good
 
     return logprobs
 

@@ -12,29 +12,23 @@ from pathlib import Path
 
 from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, size, verdict
-from training.config import DPO_STEP, RunConfig
+from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
-from training.run_directory import STEP_NAMES, place_of
+from training.steps import Step
 
 __all__ = ["check_fits", "dry_run"]
 
-STEP_TITLES = {
-    1: "supervised fine-tuning",
-    2: "reward model",
-    3: "RLHF with PPO",
-    DPO_STEP: "direct preference optimisation",
-}
 COLUMNS = 100
 _PHASE_ORDER = {"": 0, LOADING: 1, "generation": 2, "training": 3, "saving": 4}
 
 
 def dry_run(
     config: RunConfig,
-    steps: Sequence[int],
+    steps: Sequence[Step],
     run_directory: Path,
-    launch_commands: dict[int, list[str]] | list[str],
+    launch_commands: dict[Step, list[str]] | list[str],
     nodes: int = 1,
 ) -> str:
     """The text that `--dry-run` prints: models, batches, optimiser steps, memory, disk, commands and a verdict.
@@ -45,8 +39,8 @@ def dry_run(
     lines = ["Dry run: nothing is written, nothing is fetched, nothing is started.", ""]
     lines += _machine_and_models(outlook)
     for step in steps:
-        settings = _rlhf_step(outlook) if step == 3 else _supervised_step(outlook, step)
-        title = f"Step {place_of(step)}: {STEP_TITLES[step]}"
+        settings = _rlhf_step(outlook) if step.draws_samples else _supervised_step(outlook, step)
+        title = f"Step {step.label}: {step.title}"
         lines += ["", title, *settings, *_time(outlook, step), *_memory(outlook, step)]
     lines += ["", *_where(outlook, run_directory), "", "Commands"]
     if isinstance(launch_commands, dict):
@@ -54,7 +48,7 @@ def dry_run(
     else:
         lines.append(f"  {shlex.join(launch_commands)}")
     lines += ["", *wrap(f"Memory does not count {NOT_COUNTED}.")]
-    if 3 in steps and (warning := config.idle_warning(outlook.ranks)):
+    if any(step.draws_samples for step in steps) and (warning := config.idle_warning(outlook.ranks)):
         lines += ["", *wrap(warning)]
     lines += ["", *wrap(verdict(outlook, run_directory))]
     return "\n".join(lines)
@@ -81,17 +75,16 @@ def _machine_and_models(outlook: Outlook) -> list[str]:
 def _scorers(outlook: Outlook) -> list[str]:
     """What reward model and critic start from, those that there are."""
     rlhf = outlook.config.rlhf
-    if not {2, 3} & set(outlook.steps):
+    if not any(step.leaves_scorer or step.draws_samples for step in outlook.steps):
         return []
     roles = ["reward"] * rlhf.has_reward_model + ["critic"] * rlhf.has_critic
     source = f"{outlook.config.scorer_source}, {_parameters(outlook.scorer, scorer=True)}"
     return [_line(", ".join(roles), source)] if roles else []
 
 
-def _supervised_step(outlook: Outlook, step: int) -> list[str]:
+def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
     settings = outlook.config.supervised(step)
-    unit = "rows" if step == 1 else "pairs"
-    together = 1 if step == 1 else 2
+    unit, together = step.rows.unit, step.rows.answers
     rows = rows_per_micro_batch(settings.micro_batch_tokens, outlook.length, together) // together
     if settings.max_steps:
         updates = f"{settings.max_steps:,}, or {settings.epochs} x {unit} / {settings.batch_size} if that is less"
@@ -100,7 +93,7 @@ def _supervised_step(outlook: Outlook, step: int) -> list[str]:
     tokens = settings.batch_size * together * outlook.length
     return [
         _line("trains", _training(settings.optimizer)),
-        *([_line("reference", "the model before its first update, asked once")] if step == DPO_STEP else []),
+        *([_line("reference", "the model before its first update, asked once")] if step.has_reference else []),
         _line("batch", _batch(settings.batch_size, rows, outlook, unit)),
         _line("optimiser steps", updates),
         *_compute(outlook.shape_of(step), settings.optimizer, tokens),
@@ -185,16 +178,16 @@ def _compute(shape: Shape | None, settings: OptimizerSettings, tokens: int) -> l
     return [_line("compute", f"at most {text} {unit} an optimiser step, attention not counted")]
 
 
-def _time(outlook: Outlook, step: int) -> list[str]:
+def _time(outlook: Outlook, step: Step) -> list[str]:
     """By the planner's cost model, where the rates of this machine are known."""
     expected = expected_time(outlook, step)
     if expected is None:
         return [_line("time", "unknown; `rlhf-chat profile` measures this machine, `rlhf-chat plan` costs others")]
-    each = "an iteration" if step == 3 else "an optimiser step"
+    each = "an iteration" if step.draws_samples else "an optimiser step"
     text = f"about {duration(expected.seconds)} {each}"
     if len(expected.by_kind) > 1:
         text += f" ({', '.join(f'{kind} {duration(s)}' for kind, s in expected.by_kind.items())})"
-    if step == 3:
+    if step.draws_samples:
         text += f", {duration(expected.seconds * outlook.config.rlhf.iterations)} in all"
     lines = wrap(f"{text}, every row as long as it may be; rates: {expected.source}", COLUMNS - len(_line("", "")))
     return [_line("time", lines[0]), *(_line("", line) for line in lines[1:])]
@@ -209,7 +202,7 @@ def duration(seconds: float) -> str:
     return f"{amount:.1f} {unit}" if amount < 9.95 else f"{amount:.0f} {unit}"
 
 
-def _memory(outlook: Outlook, step: int) -> list[str]:
+def _memory(outlook: Outlook, step: Step) -> list[str]:
     memory = outlook.memory(step)
     if memory is None:
         return [_line("memory", "unknown without the hub")]
@@ -234,7 +227,7 @@ def _where(outlook: Outlook, run_directory: Path) -> list[str]:
     state = "there already" if run_directory.exists() else "to be made"
     return [
         _line("run directory", f"{run_directory} ({state})"),
-        *(_line(f"step {place_of(step)}", str(run_directory / STEP_NAMES[step] / "model")) for step in outlook.steps),
+        *(_line(f"step {step.label}", str(run_directory / step.folder / "model")) for step in outlook.steps),
         _line("disk", f"{needed} for models and checkpoints, {free} free"),
     ]
 

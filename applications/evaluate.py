@@ -9,10 +9,10 @@ from applications.launch import run_stage_script
 from applications.preset_store import settings_for_model
 from applications.report_table import evaluation_table
 from inference.errors import UserError
-from training.config import DPO_STEP
 from training.run_directory import RunDirectory
+from training.steps import WRITING
 
-WORDS = ("base", "sft", "rlhf", "dpo")
+WORDS = ("base", *(step.command for step in WRITING))
 
 
 def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, as_json: bool) -> None:
@@ -23,14 +23,14 @@ def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, as_
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
     result_file, answers_file = run.comparison_of(run.last_step)
-    if run.last_step == DPO_STEP and not arguments:
-        arguments = ["--model", "dpo"]
-    elif arguments or not run.step(3).is_finished:  # else SFT against RLHF would seem to be done
+    if run.step(run.last_step).is_finished and not arguments:
+        arguments = ["--model", run.last_step.command]
+    else:  # the run's own comparison would seem to be done
         result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts)}.json"
         answers_file = result_file.with_suffix(".jsonl")
-        result_file.parent.mkdir(exist_ok=True)
         arguments += ["--to", str(result_file)]
     with run.locked():
+        result_file.parent.mkdir(exist_ok=True)
         run_stage_script("evaluation", run, 1, arguments, progress=sys.stderr if as_json else None)
     result = json.loads(result_file.read_text())
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else evaluation_table(result, answers_file))
@@ -44,7 +44,7 @@ def known(source: str) -> str:
     try:
         return settings_for_model(source)["model"]
     except UserError as error:
-        raise UserError(f"{error} Of the run itself: base, sft, rlhf or dpo.") from None
+        raise UserError(f"{error} Of the run itself: {', '.join(WORDS)}.") from None
 
 
 def file_name(model: str, against: str, judge: str, prompts: int) -> str:

@@ -8,7 +8,6 @@ from applications.fit import GIB, Outlook
 from applications.plan_request import workload_of
 from inference.errors import UserError
 from training.calls import rlhf_calls
-from training.config import DPO_STEP
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
@@ -19,15 +18,15 @@ from training.planner.heuristics import trainer_plan
 from training.planner.machine import profile_file, read_profile
 from training.planner.plan import Plan
 from training.planner.workload import Precision, Workload
+from training.steps import Step
 
 GPU_NAMES = {"H200": "h200", "H100": "h100", "A800": "a800-80g", "V100": "v100", "L40S": "l40s", "4090": "rtx-4090"}
-ALGORITHMS = {1: "sft", 2: "reward", DPO_STEP: "dpo"}
 PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class ExpectedTime:
-    """Of one optimiser step (of DPO with what the reference says of its pairs) or one iteration (step 3), all rows as
+    """Of one optimiser step (with what a reference says of its rows) or one iteration, all rows as
     long as they may be."""
 
     seconds: float
@@ -37,14 +36,14 @@ class ExpectedTime:
     """Where the rates come from."""
 
 
-def expected_time(outlook: Outlook, step: int) -> ExpectedTime | None:
+def expected_time(outlook: Outlook, step: Step) -> ExpectedTime | None:
     """None where no rates of this machine are known, a shape is missing, or the batch leaves ranks without work."""
     known = cluster_here(outlook)
     if known is None or outlook.memory(step) is None:
         return None
     cluster, source = known
     try:
-        graphs, plan = _ppo(outlook, cluster) if step == 3 else _supervised(outlook, step, cluster)
+        graphs, plan = _ppo(outlook, cluster) if step.draws_samples else _supervised(outlook, step, cluster)
         found = estimate(plan, graphs)
     except UserError:
         return None
@@ -87,11 +86,11 @@ def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     return AugmentedGraphs(graph, CallCosts(workload, cluster)), plan
 
 
-def _supervised(outlook: Outlook, step: int, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
+def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     settings = outlook.config.supervised(step)
-    graph, shape, optimizer = DataflowGraph.of(ALGORITHMS[step]), outlook.shape_of(step), settings.optimizer
+    graph, shape, optimizer = DataflowGraph.of(step.command), outlook.shape_of(step), settings.optimizer
     assert shape is not None
-    data, rows = outlook.config.data, settings.batch_size * (1 if step == 1 else 2)  # a pair is two rows
+    data, rows = outlook.config.data, settings.batch_size * step.rows.answers
     workload = Workload.of(
         dict.fromkeys(graph.roles, shape),
         rows,

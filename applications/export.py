@@ -10,34 +10,34 @@ from typing import Any
 from applications.model_card import Exported, is_hub_id, model_card
 from inference.disk import writing
 from inference.errors import UserError
-from inference.older_versions import rewrite_config, rewrite_tokenizer
+from inference.older_versions import SCORER, rewrite_config, rewrite_tokenizer
 from inference.untrusted import refuse_code
-from training.config import DPO_STEP, RunConfig
+from training.config import RunConfig
 from training.run_directory import RunDirectory, StepDirectory, write_directory
+from training.steps import COMPARED, SFT, STEPS, Step, step_of
 
-STEPS = {"sft": 1, "reward": 2, "rlhf": 3, "dpo": DPO_STEP}
 KINDS = ("merged", "adapter")
 DTYPES = ("fp32", "bf16", "fp16")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def export(path: Path, to: Path, what: str, dtype: str, step: str) -> None:
+def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     """Write the directory `to` and say what is in it. Raises UserError before anything is written."""
     run = RunDirectory(path)
     config = run.read_config()
-    finished = [name for name in ("rlhf", "dpo") if run.step(STEPS[name]).is_finished]
-    step = step or (finished[0] if finished else "sft")
-    for given, allowed, option in ((what, KINDS, "--what"), (step, STEPS, "--step"), (dtype, ("", *DTYPES), "--dtype")):
+    steps = ("", *(each.command for each in STEPS))
+    for given, allowed, option in ((what, KINDS, "--what"), (name, steps, "--step"), (dtype, ("", *DTYPES), "--dtype")):
         if given not in allowed:
             raise UserError(f"{option} takes {', '.join(filter(None, allowed))}, not '{given}'.")
-    refuse_code(run.require_model(STEPS[step]))
+    step = step_of(name) if name else next((each for each in COMPARED if run.step(each).is_finished), SFT)
+    refuse_code(run.require_model(step))
     require_free(to)
-    directory = run.step(STEPS[step])
+    directory = run.step(step)
     write: Callable[[Path], None]
     if what == "adapter":
         if dtype:
             raise UserError("--dtype is for --what merged: an adapter stays as it was trained.")
-        if step == "reward":
+        if step.leaves_scorer:
             raise UserError("A reward model is exported whole, its score head is no part of an adapter: --what merged.")
         base, adapters = adapters_of(run, config, step)
 
@@ -47,19 +47,20 @@ def export(path: Path, to: Path, what: str, dtype: str, step: str) -> None:
         base, adapters = "", []
 
         def write(place: Path) -> None:
-            write_merged(directory, dtype, config, place, step == "reward")
+            write_merged(directory, dtype, config, place, step.leaves_scorer)
 
     def write_all(place: Path) -> None:
         write(place)
         lies_on = base_directory(adapters[0]) if adapters else None
         exported = Exported(to.resolve().name, step, what, dtype or config.save_dtype, base, lies_on)
-        card = model_card(run, config, exported)
+        card = model_card(run, config, exported, place)
         (place / "README.md").write_text(card, encoding="utf-8")
 
     with writing("the export", to, "or choose another place with --to"):
         write_directory(to.resolve(), write_all)
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
-    print(f"Exported {step} ({what}) to {to} ({size:,.1f} MB): {', '.join(sorted(f.name for f in to.iterdir()))}")
+    files = ", ".join(sorted(file.name for file in to.iterdir()))
+    print(f"Exported {step.command} ({what}) to {to} ({size:,.1f} MB): {files}")
     print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
 
 
@@ -75,13 +76,14 @@ def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path
     shutil.copytree(step.model, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*skipped))
     if dtype:
         save_weights(step.model, dtype, place, is_scorer)
-    rewrite_config(place)  # of what an older version of ours has saved
-    rewrite_tokenizer(place)
-    if is_scorer:
+    if is_scorer:  # all is as step 2 saves it, unless an older version of ours did
         from inference.chat_format import ChatFormat
 
+        rewrite_config(place, **SCORER)
         ChatFormat.load(step.model).save(place, scored=True)
         return
+    rewrite_config(place)
+    rewrite_tokenizer(place)
     file = place / "generation_config.json"
     values = json.loads(file.read_text())
     values |= {"do_sample": True, "max_new_tokens": config.data.max_response_tokens}
@@ -104,16 +106,16 @@ def save_weights(model_directory: Path, dtype: str, place: Path, is_scorer: bool
         model.save_pretrained(place)
 
 
-def adapters_of(run: RunDirectory, config: RunConfig, step: str) -> tuple[str, list[Path]]:
+def adapters_of(run: RunDirectory, config: RunConfig, step: Step) -> tuple[str, list[Path]]:
     """The base model's name and the adapters that lie on it, first to last. Raises UserError where there are none."""
-    adapter = run.step(STEPS[step]).adapter
+    adapter = run.step(step).adapter
     if not adapter.is_dir():
-        raise UserError(f"The {step} model has no adapter, all its weights were trained; export it with --what merged.")
-    if step == "sft":
+        raise UserError(f"The {step.name} model has no adapter, all its weights were trained: use --what merged.")
+    if not step.starts_from:
         return config.model, [adapter]
     if config.sft_model:
         return config.sft_model, [adapter]
-    below = run.step(1).adapter
+    below = run.step(SFT).adapter
     if not below.is_dir():
         raise UserError(
             "The adapter of step 3 lies on this run's SFT model, all of whose weights were trained, and fits no model "

@@ -14,12 +14,14 @@ from inference.errors import UserError
 from inference.families import config_of, require_supported_family
 from inference.model_files import require_usable
 from training.config import RunConfig
-from training.config_files import merge, validate_config
+from training.config_files import validate_config
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
+from training.merging import merge
 from training.models.layers import keep_layers
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
 from training.role_settings import OptimizerSettings
-from training.run_directory import place_of, read_json
+from training.run_directory import read_json
+from training.steps import STEPS, Step
 
 GIB = 2**30
 CLUSTER_GPU = 80 * GIB
@@ -72,14 +74,14 @@ class Outlook:
     """One configuration on a number of ranks, with the shapes that are known."""
 
     config: RunConfig
-    steps: tuple[int, ...]
+    steps: tuple[Step, ...]
     nodes: int
     machine: Machine
     actor: Shape | None
     scorer: Shape | None
 
     @classmethod
-    def of(cls, config: RunConfig, steps: Sequence[int], nodes: int) -> "Outlook":
+    def of(cls, config: RunConfig, steps: Sequence[Step], nodes: int) -> "Outlook":
         actor = find_shape(config.actor_source, config.architecture.get("model"))
         layers = 0 if config.trained_reward_model else config.reward.layers
         if config.scorer_source == config.actor_source and not layers and not config.needs_scorer:
@@ -101,15 +103,15 @@ class Outlook:
     def length(self) -> int:
         return self.config.data.max_prompt_tokens + self.config.data.max_response_tokens
 
-    def shape_of(self, step: int) -> Shape | None:
-        """The model that a step leaves (step 3: the actor)."""
-        return self.scorer if step == 2 else self.actor
+    def shape_of(self, step: Step) -> Shape | None:
+        """The model that a step leaves."""
+        return self.scorer if step.leaves_scorer else self.actor
 
-    def memory(self, step: int) -> StepMemory | None:
+    def memory(self, step: Step) -> StepMemory | None:
         """None where a shape that the step needs is unknown."""
         rlhf = self.config.rlhf
         scorers = [self.scorer] if rlhf.has_critic or rlhf.has_reward_model else []
-        needed = [self.actor, *scorers] if step == 3 else [self.shape_of(step)]
+        needed = [self.actor, *scorers] if step.draws_samples else [self.shape_of(step)]
         if any(shape is None for shape in needed):
             return None
         known = self.actor or self.scorer
@@ -117,18 +119,18 @@ class Outlook:
         actor, scorer = self.actor or known, self.scorer or known  # the one that the step does not need is not read
         return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks)
 
-    def largest(self) -> tuple[int, int] | None:
+    def largest(self) -> tuple[Step, int] | None:
         """The step whose processes need most, and their bytes."""
         estimates = [(step, memory) for step in self.steps if (memory := self.memory(step)) is not None]
-        peaks = [(memory.peak(*self.machine.places), step) for step, memory in estimates]
-        return (max(peaks)[1], max(peaks)[0]) if peaks else None
+        peaks = [(step, memory.peak(*self.machine.places)) for step, memory in estimates]
+        return max(peaks, key=lambda peak: (peak[1], peak[0].number), default=None)
 
     def with_settings(self, values: dict[str, Any], nodes: int = 0) -> "Outlook":
         config = validate_config(merge(self.config.model_dump(), values))
         return Outlook(config, self.steps, nodes or self.nodes, self.machine, self.actor, self.scorer)
 
 
-def check_fits(config: RunConfig, steps: Sequence[int], nodes: int = 1) -> None:
+def check_fits(config: RunConfig, steps: Sequence[Step], nodes: int = 1) -> None:
     """Raise UserError where what a step holds all through is more than the memory of this machine.
 
     Only the clearly impossible: phases such as generation and backward passes are not counted. A start for several
@@ -144,7 +146,7 @@ def check_fits(config: RunConfig, steps: Sequence[int], nodes: int = 1) -> None:
         held, has = memory.held(*outlook.machine.places), outlook.machine.per_process(config.processes)
         if held > has:
             raise UserError(
-                f"Step {place_of(step)} cannot run here: weights, gradients and optimiser states take about "
+                f"Step {step.label} cannot run here: weights, gradients and optimiser states take about "
                 f"{size(held)} per process, {_has(outlook)} {size(has)}; ways out: {ways_out(outlook)}."
             )
 
@@ -184,7 +186,7 @@ def verdict(outlook: Outlook, run_directory: Path) -> str:
     has = outlook.machine.per_process(outlook.config.processes)
     if need > has:
         return (
-            f"Verdict: does not fit here: step {place_of(step)} needs about {size(need)} per process, {_has(outlook)} "
+            f"Verdict: does not fit here: step {step.label} needs about {size(need)} per process, {_has(outlook)} "
             f"{size(has)}; ways out: {ways_out(outlook)}"
         )
     processes = outlook.config.processes
@@ -202,7 +204,7 @@ def verdict(outlook: Outlook, run_directory: Path) -> str:
             f"Verdict: does not fit here: the run directory takes up to {size(disk)}, {size(free)} are free; "
             f"ways out: another disk, or fewer checkpoints (checkpoint_every=0)"
         )
-    return f"Verdict: fits: step {place_of(step)} needs most, about {size(need)} per process of {size(has)}"
+    return f"Verdict: fits: step {step.label} needs most, about {size(need)} per process of {size(has)}"
 
 
 def _has(outlook: Outlook) -> str:
@@ -227,22 +229,21 @@ def _changes(outlook: Outlook) -> Iterator[tuple[str, Outlook]]:
     """What can be changed on the same machine, one thing at a time, then together."""
 
     def on_all(values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "sft": {"optimizer": values},
-            "reward": {"optimizer": values},
-            "dpo": {"optimizer": values},
-            "rlhf": {"actor": values, "critic": values},
-        }
+        return {**_on_supervised(values), "rlhf": {"actor": values, "critic": values}}
 
     lora = merge(on_all({"lora": {"rank": 16}}), {"rlhf": {"scoring_tensor_parallel": {"reference": 1}}})
     short = {"data": {"max_prompt_tokens": 128, "max_response_tokens": 128}}
-    small = {step: {"micro_batch_tokens": 256} for step in ("sft", "reward", "dpo", "rlhf")}
+    small = {step.command: {"micro_batch_tokens": 256} for step in STEPS}
     frugal = merge(merge(short, small), on_all({"gradient_checkpointing": True}))
     yield "shorter rows, small micro-batches and gradient checkpointing", outlook.with_settings(frugal)
     if outlook.machine.gpus:
         yield "offload=optimizer", outlook.with_settings(on_all({"zero_stage": 2, "offload": "optimizer"}))
     yield "LoRA (rlhf.actor.lora.rank=16 and its like)", outlook.with_settings(lora)
     yield "LoRA with shorter rows, small micro-batches and checkpointing", outlook.with_settings(merge(lora, frugal))
+
+
+def _on_supervised(values: dict[str, Any]) -> dict[str, Any]:
+    return {step.command: {"optimizer": values} for step in STEPS if not step.draws_samples}
 
 
 def _more_ranks(outlook: Outlook) -> list[str]:
@@ -254,9 +255,7 @@ def _more_ranks(outlook: Outlook) -> list[str]:
     divided = {
         "dtype": str(outlook.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"),
         "processes": 1,
-        "sft": {"optimizer": three},
-        "reward": {"optimizer": three},
-        "dpo": {"optimizer": three},
+        **_on_supervised(three),
         "rlhf": {
             **four_roles,
             "scoring_tensor_parallel": dict.fromkeys(("reference", "reward", "critic"), 1),
@@ -295,7 +294,7 @@ def disk_needed(outlook: Outlook) -> int:
     total = 0
     for step in outlook.steps:
         config = outlook.config
-        if step == 3:
+        if step.draws_samples:
             every, keep = config.rlhf.checkpoint_every, config.rlhf.keep_checkpoints
             trained = [(outlook.actor, config.rlhf.actor)]
             if config.rlhf.has_critic:
@@ -307,7 +306,7 @@ def disk_needed(outlook: Outlook) -> int:
             every, keep, trained = settings.checkpoint_every, settings.keep_checkpoints, []
             trained.append((outlook.shape_of(step), settings.optimizer))
         shape = outlook.shape_of(step)
-        models = 2 if step == 3 and config.rlhf.ema else 1
+        models = 2 if step.draws_samples and config.rlhf.ema else 1
         total += models * shape.parameters * TORCH_DTYPES[config.save_dtype].itemsize if shape is not None else 0
         for trained_shape, optimizer in trained:
             if every and trained_shape is not None:

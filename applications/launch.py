@@ -15,12 +15,13 @@ import training
 from applications.forking import ForkedScript, can_fork
 from inference.errors import EXIT_USER_ERROR, UserError
 from training.error_report import room_for_report
-from training.run_directory import STEP_COMMANDS, STEP_NAMES, RunDirectory
+from training.run_directory import RunDirectory
+from training.steps import STEPS
 from training.watchdog import PARENT_VARIABLE
 
 SCRIPTS = {
     "preparation": "preparation/main.py",
-    **{name: f"{name}/main.py" for name in STEP_NAMES.values()},
+    **{step.folder: f"{step.folder}/main.py" for step in STEPS},
     "evaluation": "evaluation/main.py",
 }
 OF_LAUNCHERS = {
@@ -37,7 +38,7 @@ OF_LAUNCHERS = {
 }
 _OF_RANK = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) ")
 _ERROR_LINE = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*Error\b.*)")
-STEP_OF_SCRIPT = {name: number for number, name in STEP_NAMES.items()}
+STEP_OF_SCRIPT = {step.folder: step for step in STEPS}
 
 
 class StageFailed(Exception):
@@ -165,7 +166,7 @@ def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path, 
     else:
         reason = last_error(said)
         how = f"ended with code {code}" + (f" ({reason})" if reason else "") + " and left no result" * (code == 0)
-    goes_on = f"rlhf-chat {STEP_COMMANDS[step]} {run.path} goes on from the last checkpoint" if step else "try again"
+    goes_on = f"rlhf-chat {step.command} {run.path} goes on from the last checkpoint" if step else "try again"
     return f"{who} {how}; {goes_on}, and the log is {log_file}."
 
 

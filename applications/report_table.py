@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from training.config import DPO_STEP
 from training.data.rows import read_rows
 from training.run_directory import RunDirectory
+from training.steps import PPO, REWARD, Step
 
 ROWS = (
     ("true upbeat score", "true_score", "{:.3f}"),
@@ -46,14 +46,14 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def comparison_table(run: RunDirectory, width: int = 100, step: int = 3) -> str:
+def comparison_table(run: RunDirectory, width: int = 100, step: Step = PPO) -> str:
     """A run's own evaluation: reward accuracy, SFT beside RLHF or DPO, win rate and sample answers, as text."""
     _, answers_file = run.comparison_of(step)
     result = run.read_comparison(step) or {}
-    line = reward_accuracy_line(run.step(2).read_result()) if run.step(2).is_finished else ""
-    if step == DPO_STEP and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
+    line = reward_accuracy_line(run.step(REWARD).read_result()) if run.step(REWARD).is_finished else ""
+    if step.has_reference and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
         counted = counted_pairs(run.step(step).read_result(), accuracy)
-        line = f"DPO: {counted} ranked right by its implicit reward"
+        line = f"{step.name}: {counted} ranked right by its implicit reward"
     return evaluation_table(result, answers_file, line, width)
 
 

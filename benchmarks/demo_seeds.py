@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.run_directory import RunDirectory
+from training.steps import METHODS, PPO, REWARD
 from training.versions import versions
 
 
@@ -56,10 +57,10 @@ TARGETS = {
 
 def measures(run: RunDirectory) -> dict[str, float]:
     """One run's figures by the keys of TARGETS."""
-    evaluation = json.loads(run.evaluation_file.read_text())
+    evaluation = json.loads(run.comparison_of(PPO)[0].read_text())
     sft, rlhf, win = evaluation["sft"], evaluation["rlhf"], evaluation["win_rate"]
     return {
-        "reward accuracy": run.step(2).read_result()["eval/accuracy"],
+        "reward accuracy": run.step(REWARD).read_result()["eval/accuracy"],
         "win rate": win["rate"],
         "interval": win["low"],
         "true score SFT": sft["true_score"],
@@ -72,7 +73,7 @@ def measures(run: RunDirectory) -> dict[str, float]:
         "bigram ratio": rlhf["distinct_bigrams"] / sft["distinct_bigrams"],
         "most frequent": rlhf["most_frequent_share"],
         "perplexity ratio": rlhf["perplexity_untouched"] / sft["perplexity_untouched"],
-        "minutes": sum(run.step(step).read_result()["seconds"] for step in (1, 2, 3)) / 60,
+        "minutes": sum(run.step(step).read_result()["seconds"] for step in METHODS["ppo"]) / 60,
     }
 
 
@@ -94,7 +95,7 @@ def main() -> int:
     found = {}
     for seed in arguments.seeds:
         run = RunDirectory((arguments.directory / f"demo-seed-{seed}").resolve())
-        if not run.evaluation_file.exists():
+        if not run.comparison_of(PPO)[0].exists():
             program = [sys.executable, "-P", "-m", "applications.cli", "run", "--name", str(run.path)]
             subprocess.run([*program, "--model", arguments.model, "--seed", str(seed)], check=True)
         found[seed] = measures(run)

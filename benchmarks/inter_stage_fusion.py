@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CALIBRATION = 2
 """Pairs that come before those that count."""
-COLOURS = {"generate": "#4c78a8", "score": "#f58518", "migrate": "#e45756", "idle": "#d8d8d8", "train": "#54a24b"}
+COLOURS = {"generate": "#4c78a8", "score": "#d66c0f", "migrate": "#de4b45", "idle": "#878c92", "train": "#3f9142"}
 
 
 class Bench:
@@ -52,23 +52,26 @@ class Bench:
 
     def rollout(self, number: int, choice: "Choice", trains: bool = False) -> dict[str, Any]:
         """Generate and score the samples of pair `number` (and train on them)."""
-        rollout = self.ppo.rollout
-        rollout.forced_lengths = lambda _: self.lengths.of(number)
-        rollout.fusion.current = choice
-        rollout.fusion.next = lambda _: choice
-        seats = self.ppo.choose_prompts(number + 1)
+        from training.step3_rlhf.clock import Clock
+
+        rollouts = self.ppo.rollouts
+        rollouts.forced_lengths = lambda _: self.lengths.of(number)
+        rollouts.fusion.chooser.current = choice
+        rollouts.fusion.chooser.next = lambda _: choice
         self.ranks.barrier()
         if trains:
-            self.ppo.iterate(number + 1, check=False)
+            iteration = self.ppo.iterate(number + 1, check=False)
+            metrics, clock = iteration.metrics, iteration.clock
         else:
-            rollout.run([self.ppo.prompts[seat] for seat in seats], seats, number + 1)
-        assert rollout.choice is not None
-        spans = self.ranks.gather(rollout.timeline.spans)
+            seats, clock = self.ppo.choose_prompts(number + 1), Clock()
+            rollout = rollouts.start([self.ppo.prompts[seat] for seat in seats], seats, number + 1, clock)
+            experience = rollout.generate_and_score() if rollout.is_fused else rollout.score(rollout.generate())
+            metrics = rollout.learn(experience)
         return {
-            "achieved": rollout.fusion_metrics["time/fusion_achieved"],
-            "predicted": rollout.fusion_metrics["time/fusion_predicted"],
-            "choice": str(rollout.choice),
-            "spans": spans,
+            "achieved": metrics.get("time/fusion_achieved"),
+            "predicted": metrics.get("time/fusion_predicted"),
+            "choice": str(choice),
+            "spans": self.ranks.gather(clock.timeline.spans),
         }
 
 
@@ -77,7 +80,7 @@ def measure(ranks: "Ranks", arguments: argparse.Namespace, directory: Path) -> d
     from training.fusion.choice import Choice
 
     bench = Bench(ranks, arguments, directory)
-    fusion = bench.ppo.rollout.fusion
+    fusion = bench.ppo.rollouts.fusion.chooser
     off = Choice(None, "off in every other rollout of this benchmark")
     costs = calibrated(bench, off, arguments.costs)
     fusion.costs = costs
@@ -100,7 +103,7 @@ def calibrated(bench: Bench, off: "Choice", file: Path | None) -> "Costs":
     """Costs measured on pair 1 (pair 0 warms up), or those of another run."""
     from training.fusion.costs import Costs
 
-    fusion = bench.ppo.rollout.fusion
+    fusion = bench.ppo.rollouts.fusion.chooser
     bench.rollout(0, off)
     fusion.costs = None if file is None else Costs.from_dict(json.loads(file.read_text()))
     bench.rollout(1, off)

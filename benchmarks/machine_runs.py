@@ -80,7 +80,7 @@ def run_rank(run: MachineRun, iterations: int) -> None:
         rows = []
         for number in range(iterations + 1):
             ranks.barrier()
-            metrics, _ = ppo.iterate(number + 1, check=False)
+            metrics = ppo.iterate(number + 1, check=False).metrics
             rows.append({phase: metrics.get(f"time/{phase}", 0.0) for phase in PHASES})
         shares = ranks.gather(rows[1:])
         ranks.barrier()

@@ -21,6 +21,7 @@ from inference.errors import UserError
 from training.config import RunConfig
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import OptimizerSettings
+from training.steps import PPO, REWARD, SFT
 
 if TYPE_CHECKING:
     from training.distributed import Ranks
@@ -62,14 +63,14 @@ def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks
     from training.step3_rlhf.roles import Roles
 
     run = RunDirectory(directory)
-    run.step(3).path.mkdir(parents=True, exist_ok=True)
-    stage = make_stage(run, 3, config, ranks)
-    actor, reward = stage.earlier_model(1), stage.earlier_model(2)
+    run.step(PPO).path.mkdir(parents=True, exist_ok=True)
+    stage = make_stage(run, PPO, config, ranks)
+    actor, reward = stage.earlier_model(SFT), stage.earlier_model(REWARD)
     chat_format = stage.chat_format(actor, reward)
     updates = config.rlhf.iterations * MINI_BATCHES
     prompts = list(work.prompts(config.rlhf.iterations))
     ppo = PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, prompts[:1])
-    ppo.rollout.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
+    ppo.rollouts.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
     return ppo
 
 
@@ -77,7 +78,7 @@ def iterate(ppo: "PPO", number: int, lengths: Lengths) -> dict[str, float]:
     """One iteration, counted from 0; seconds by phase. AssertionError where another work was done."""
     begun = time.perf_counter()
     # No check of the first update: forced lengths forbid the end token, so generation draws from p / (1 - p(end)).
-    metrics, _ = ppo.iterate(number + 1, check=False)
+    metrics = ppo.iterate(number + 1, check=False).metrics
     ppo.stage.metrics.write(number + 1, metrics)
     total = time.perf_counter() - begun
     tokens = round(metrics["response/length_mean"] * SAMPLES)

@@ -46,7 +46,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
         ppo = our_ppo.make_ppo(make_config(arguments), lengths, directory, ranks)
         rows = []
         for number in range(arguments.iterations + 1):
-            metrics, _ = ppo.iterate(number + 1, check=False)
+            metrics = ppo.iterate(number + 1, check=False).metrics
             rows.append({phase: metrics[f"time/{phase}"] for phase in PHASES} | {"total": sum_of_times(metrics)})
         moved = vars(ppo.roles.generator.moved)
         weights = sum(p.numel() * p.element_size() for p in whole_parameters(ppo.roles.actor.language_model))

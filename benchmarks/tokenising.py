@@ -59,7 +59,7 @@ def main() -> None:
     settings = DataSettings(max_prompt_tokens=512, max_response_tokens=256)
     for count in arguments.rows:
         rows = make_rows(count)
-        characters = sum(len(text) for text in TokenCache(Path(), rows, PARTS, chat_format, settings).texts)
+        _, characters = TokenCache(Path(), rows, PARTS, chat_format, settings).content
         made, read, size = measure(rows, chat_format, settings)
         print(
             f"{count:,} pairs, {characters / 1e6:.1f} M characters: made and kept in {made:.1f} s, found and read in "

@@ -1,23 +1,33 @@
 """What `rlhf-chat chat TARGET` talks to: models of a run directory, or one model. Imports nothing heavy."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from inference.errors import UserError
 from inference.model_files import refuse_pointers
 
-CHAT_STEPS = {  # label: (directory, command)
-    "SFT": ("step1_sft", "sft"),
-    "DPO": ("step2_dpo", "dpo"),
-    "RLHF": ("step3_rlhf", "rlhf"),
-}
+USUAL = ("step1_sft", "step3_rlhf")
+SCORER = "step2_reward"
+"""Folders of a run; others are those of methods that take the place of the last step (step2_dpo)."""
+
+
+def chat_steps(run: Path) -> dict[str, str]:
+    """Names of the models that the run has or is to have, first to last, and the folders of their steps."""
+    begun = {each.name for each in run.glob("step*") if re.fullmatch(r"step\d+_[a-z0-9]+", each.name)} - {SCORER}
+    return {command_of(folder).upper(): folder for folder in sorted({*USUAL, *begun})}
+
+
+def command_of(folder: str) -> str:
+    """`step3_rlhf` -> `rlhf`, which makes it and names its model."""
+    return folder.partition("_")[2]
 
 
 def find_chat_models(target: Path, compare: bool) -> list[tuple[str, Path]]:
     """Labels and model directories: a run's last finished step, or SFT and what followed it to `compare`, or one model.
 
-    Says on stderr when neither step 3 nor DPO of a run is finished yet. Raises UserError where there is nothing to
+    Says on stderr when nothing after SFT is finished yet. Raises UserError where there is nothing to
     talk to.
     """
     if not target.exists():
@@ -40,45 +50,42 @@ def find_chat_models(target: Path, compare: bool) -> list[tuple[str, Path]]:
 
 
 def find_newest_model(run: Path) -> tuple[str, Path]:
-    for label in ("RLHF", "DPO"):
-        if is_finished(run, label):
-            return label, model_directory(run, label)
-    if is_finished(run, "SFT"):
-        label = label_after_sft(run)
-        step = "Step 2 (DPO)" if label == "DPO" else "Step 3"
+    steps = chat_steps(run)
+    finished = [name for name, folder in steps.items() if is_finished(run / folder)]
+    if not finished:
+        raise UserError(
+            f"{run} has no finished model to talk to; train one with rlhf-chat run --name {run.resolve().name}."
+        )
+    if finished == ["SFT"]:
+        folder = folder_after_sft(steps)
+        number, command = folder.removeprefix("step").partition("_")[0], command_of(folder)
         print(
-            f"{step} of {run} is not finished yet, so this is the SFT model "
-            f"(continue with rlhf-chat {CHAT_STEPS[label][1]} {run}).",
+            f"Step {number}{'' if folder in USUAL else f' ({command.upper()})'} of {run} is not finished yet, so this "
+            f"is the SFT model (continue with rlhf-chat {command} {run}).",
             file=sys.stderr,
         )
-        return "SFT", model_directory(run, "SFT")
-    raise UserError(
-        f"{run} has no finished model to talk to; train one with rlhf-chat run --name {run.resolve().name}."
-    )
+    return finished[-1], run / steps[finished[-1]] / "model"
 
 
 def find_both_models(run: Path) -> list[tuple[str, Path]]:
     """SFT and what followed it: RLHF or DPO, or both."""
-    finished = [label for label in CHAT_STEPS if is_finished(run, label)]
+    steps = chat_steps(run)
+    finished = [name for name, folder in steps.items() if is_finished(run / folder)]
     if "SFT" not in finished or finished == ["SFT"]:
-        step, command = CHAT_STEPS[label_after_sft(run) if finished == ["SFT"] else "SFT"]
-        raise UserError(f"To compare, {run} needs {step}, which is not finished; run rlhf-chat {command} {run}.")
-    return [(label, model_directory(run, label)) for label in finished]
+        missing = folder_after_sft(steps) if finished == ["SFT"] else steps["SFT"]
+        command = f"rlhf-chat {command_of(missing)} {run}"
+        raise UserError(f"To compare, {run} needs {missing}, which is not finished; run {command}.")
+    return [(name, run / steps[name] / "model") for name in finished]
 
 
-def label_after_sft(run: Path) -> str:
-    """What the run makes of the SFT model: DPO where that has begun."""
-    return "DPO" if model_directory(run, "DPO").parent.is_dir() else "RLHF"
+def folder_after_sft(steps: dict[str, str]) -> str:
+    """What the run makes of the SFT model: where another method has begun, that one's."""
+    return next((folder for folder in steps.values() if folder not in USUAL), USUAL[-1])
 
 
-def model_directory(run: Path, label: str) -> Path:
-    return run / CHAT_STEPS[label][0] / "model"
-
-
-def is_finished(run: Path, label: str) -> bool:
+def is_finished(step: Path) -> bool:
     """A step writes result.json last."""
-    directory = model_directory(run, label)
-    return directory.is_dir() and (directory.parent / "result.json").is_file()
+    return (step / "model").is_dir() and (step / "result.json").is_file()
 
 
 def refuse_reward_model(directory: Path) -> None:

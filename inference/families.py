@@ -18,6 +18,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from inference.errors import UserError
+from inference.private_surfaces import keeps_a_state
 
 KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers that keep nothing of a text but its keys and values."""
@@ -92,7 +93,7 @@ def require_supported_family(config: PreTrainedConfig) -> None:
     if reason is None:
         family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         states = sorted(set(layer_kinds(config)) - set(KEYS_AND_VALUES))
-        if states or family._is_stateful:
+        if states or keeps_a_state(family):
             reason = f"keep more of a text than keys and values ({', '.join(states) or 'a state'})"
         elif "past_key_values" not in inspect.signature(family.forward).parameters:
             reason = "keep no keys and values of a text, or in a way of their own"

@@ -11,20 +11,22 @@ from typing import Any
 
 READ_BY_OLDER = frozenset(
     "bloom codegen cohere cohere2 falcon gemma gemma2 gemma3 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox "
-    "gptj granite llama mistral mixtral mpt opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm "
+    "gptj granite llama mistral mpt opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm "
     "starcoder2".split()
 )
 """Families (`model_type`) of which 4.57 made the same tokens, logits and scores (`make older`)."""
 ABSOLUTE_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo")
 """Families in which plain transformers counts positions from the first token, padding or not."""
+SCORER = {"problem_type": "regression"}
+"""In the configuration of a reward model, so that a pipeline leaves the score as it is."""
 OF_THIS_MACHINE = ("is_local", "local_files_only", "_name_or_path", "_model_name_or_path")
 """What loading leaves behind, and says nothing of the model."""
 SAME_IN_BOTH = ("rope_theta", "partial_rotary_factor")
 
 
-def rewrite_config(directory: Path) -> None:
-    """config.json of a saved model, in place."""
-    rewrite(directory / "config.json", old_names)
+def rewrite_config(directory: Path, **more: Any) -> None:
+    """config.json of a saved model, in place, with `more` in it."""
+    rewrite(directory / "config.json", lambda values: old_names(values | more))
 
 
 def has_old_names(directory: Path) -> bool:
@@ -57,9 +59,11 @@ def old_names(values: dict[str, Any]) -> dict[str, Any]:
 
 def old_rope(kind: str, rope: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of a family as 4 has them: base, share of a head's width, scaling."""
-    if "full_attention" in rope:  # one for each kind of layer
-        whole, sliding = rope["full_attention"], rope.get("sliding_attention") or {}
-        return {"rope_theta": whole["rope_theta"], "rope_local_base_freq": sliding.get("rope_theta")} | scaling(whole)
+    whole, sliding = rope.get("full_attention"), rope.get("sliding_attention")
+    if whole and sliding:  # one for each kind of layer
+        return {"rope_theta": whole["rope_theta"], "rope_local_base_freq": sliding["rope_theta"]} | scaling(whole)
+    if "rope_theta" not in rope:  # other kinds of layers, which 4 does not know
+        return {}
     base, share = ("rotary_emb_base", "rotary_pct") if kind.startswith("gpt_neox") else SAME_IN_BOTH
     names = dict(zip(SAME_IN_BOTH, (base, share), strict=True))
     return {old: rope[new] for new, old in names.items() if new in rope} | scaling(rope)

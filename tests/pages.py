@@ -264,29 +264,46 @@ def repository() -> frozenset[str]:
 
 
 def wrong_names(text: str) -> list[str]:
-    """Names of code, metrics and keys between backticks that no file of the project has: `snake_case`, `CamelCase`,
-    `CAPITALS`, `group/metric`."""
+    """Names of code and keys between backticks that no file of the project has: `snake_case`, `CamelCase`,
+    `CAPITALS`."""
     known = words_of_code()
     wrong = []
     for span in spans(text):
         bare = span.partition("(")[0].partition("=")[0]
-        is_metric = re.fullmatch(
-            r"(kl|policy|value|reward|returns|advantage|response|time|work|eval|ptx|update)/\w+", bare
-        )
         is_name = re.fullmatch(r"[A-Za-z]\w*(\.\w+)?", bare) and re.search(r"_|[a-z][A-Z]|^[A-Z]{3}", bare)
-        if (is_metric or is_name) and not is_file_name(bare):
-            wrong += [
-                span
-                for word in re.split(r"[/.]", bare)
-                if word not in known | NAMES_OF_LIBRARIES and not measured(word, known)
-            ]
+        if is_name and not is_file_name(bare):
+            wrong += [span for word in bare.split(".") if word not in known | NAMES_OF_LIBRARIES]
     return wrong
 
 
-def measured(word: str, known: frozenset[str]) -> bool:
-    """Metrics put together while running: `score_mean`, `accuracy_up_to_N_tokens`."""
-    stem, _, end = word.rpartition("_")
-    return (stem in known and end in known) or word == "accuracy_up_to_N_tokens"
+def wrong_metrics(text: str) -> list[str]:
+    """Metrics between backticks (`group/metric`, and what the tables of metrics begin with) that no trainer writes."""
+    groups = {name.split("/")[0] for name in written_metrics() if "/" in name}
+    named = [span for span in spans(text) if re.fullmatch(rf"({'|'.join(groups)})/\w[\w/]*", span)]
+    for section in re.findall(r"^## Metrics$(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE):
+        named += [name for row in re.findall(r"^\|([^|]*)\|", section, re.MULTILINE) for name in spans(row)]
+    return sorted({name for name in named if name not in written_metrics() and not name.endswith("/...")})
+
+
+@cache
+def written_metrics() -> frozenset[str]:
+    """Every metric that is written out as a whole where `training` makes it: as a key or value of a dictionary, as what
+    is assigned to, as a phase that is timed."""
+    found: set[str] = set()
+    for file in (ROOT / "training").rglob("*.py"):
+        code = file.read_text(encoding="utf-8")
+        if not re.search(r'"[a-z]+/\w+"|"grad_norm"', code):  # parsing all takes seconds
+            continue
+        for node in ast.walk(ast.parse(code)):
+            made: list[ast.AST | None] = []
+            if isinstance(node, ast.Dict):
+                made = [*node.keys, *node.values]
+            elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+                made = [node.slice]
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("fromkeys", "phase"):
+                made = [each for argument in node.args for each in ast.walk(argument)]
+            found |= {each.value for each in made if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+    return frozenset(found)
 
 
 @cache

@@ -16,6 +16,7 @@ from training.data.batching import MicroBatch
 from training.distributed import Ranks
 from training.run_directory import RunDirectory
 from training.stage import Stage, make_stage
+from training.steps import Step
 from training.supervised import batches_of_epoch
 
 RATE, DECAY, CLIPPING, WARMUP = 1e-3, 0.5, 0.5, 0.5
@@ -62,7 +63,7 @@ def make_run(directory: Path, kind: str, train: list[dict], held_out: list[dict]
     return run
 
 
-def stage_of(run: RunDirectory, step: int, settings: list[str], ranks: Ranks) -> Stage:
+def stage_of(run: RunDirectory, step: Step, settings: list[str], ranks: Ranks) -> Stage:
     """A quiet one."""
     run.step(step).path.mkdir(parents=True, exist_ok=True)
     stage = make_stage(run, step, load_config([], settings), ranks)
@@ -70,14 +71,14 @@ def stage_of(run: RunDirectory, step: int, settings: list[str], ranks: Ranks) ->
     return stage
 
 
-def metrics_of(run: RunDirectory, step: int) -> tuple[list[dict], list[dict]]:
+def metrics_of(run: RunDirectory, step: Step) -> tuple[list[dict], list[dict]]:
     """Lines of optimiser steps and of evaluations, without what a clock says."""
     lines = [json.loads(line) for line in run.step(step).metrics_file.read_text().splitlines()]
     lines = [{name: value for name, value in line.items() if not name.startswith(CLOCK)} for line in lines]
     return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
 
 
-def result_of(run: RunDirectory, step: int) -> dict[str, Any]:
+def result_of(run: RunDirectory, step: Step) -> dict[str, Any]:
     return json.loads(run.step(step).result_file.read_text())
 
 

@@ -23,6 +23,7 @@ from training.distributed import Ranks
 from training.metrics import Journal
 from training.models.loading import load_causal_lm, load_scorer
 from training.run_directory import RunDirectory
+from training.steps import SFT
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_a_damaged_row_is_named(tmp_path, line):
 @pytest.fixture(scope="module")
 def good_run(tmp_path_factory):
     run = make_tiny_run(tmp_path_factory.mktemp("run"))
-    Journal(run.step(1).metrics_file).write(1, {"loss": 0.5})
+    Journal(run.step(SFT).metrics_file).write(1, {"loss": 0.5})
     return run.path
 
 
@@ -196,8 +197,8 @@ def test_an_export_of_damaged_weights_leaves_nothing(run, monkeypatch, capsys, t
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run", "--model", "tiny", "--name", "/proc/none/run"], "/proc/none/run cannot be written"),
-        (["run", "--model", "tiny", "--name", "FILE/run"], "FILE/run cannot be written .Not a directory"),
+        (["run", "--model", "tiny", "--name", "/proc/none/run"], "/proc/none cannot be used .No such file"),
+        (["run", "--model", "tiny", "--name", "FILE/run"], "FILE.* cannot be used .Not a directory"),
         (["sft", "FILE", "--model", "tiny"], "exists and is not a run directory"),
         (["report", "RUN", "--out", "/proc/none/page.html"], "page.html cannot be written"),
         (["export", "RUN", "--to", "/proc/none/out"], "/proc/none/out cannot be written .*--to"),
@@ -230,7 +231,7 @@ def test_a_run_directory_that_refuses(run, monkeypatch, capsys, tmp_path):
 
 
 def test_no_permission_is_a_sentence_at_the_command(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("training.run_directory.fcntl.flock", refuse)
+    monkeypatch.setattr("inference.locks.fcntl.flock", refuse)
     said = sentence(monkeypatch, capsys, tmp_path, "sft", run)
     assert f"{run / '.lock'} cannot be used (Permission denied)" in said
 

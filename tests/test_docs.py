@@ -44,6 +44,11 @@ def test_names_are_those_of_the_code(page):
 
 
 @EVERY_PAGE
+def test_metrics_are_found_in_the_trainers_as_they_are_written(page):
+    assert pages.wrong_metrics(own_words(page)) == []
+
+
+@EVERY_PAGE
 def test_examples_can_be_used(page):
     text = page.read_text(encoding="utf-8")
     assert pages.wrong_imports(text) == []
@@ -130,10 +135,15 @@ def test_wrong_paths_and_names_are_found():
         "`training/stage.py`, `stage.py`, mine.py:score, `gone.py`, `tests/nowhere`, `benchmarks/results/fusion_*.json`"
     )
     assert pages.wrong_paths(text) == ["gone.py", "tests/nowhere"]
-    text = "`GenerationEngine`, `SAMPLES_PER_DIALOGUE`, `kl/reference_k1`, `reward/score_std`, `PPO.iterate`"
-    assert pages.wrong_names(text) == []
-    text = "`GenerationMachine`, `kl/referrence`, `PPO.iterrate_it`, `NO_SUCH_THING`"
-    assert pages.wrong_names(text) == ["GenerationMachine", "kl/referrence", "PPO.iterrate_it", "NO_SUCH_THING"]
+    assert pages.wrong_names("`GenerationEngine`, `SAMPLES_PER_DIALOGUE`, `PPO.iterate`") == []
+    text = "`GenerationMachine`, `PPO.iterrate_it`, `NO_SUCH_THING`"
+    assert pages.wrong_names(text) == ["GenerationMachine", "PPO.iterrate_it", "NO_SUCH_THING"]
+
+
+def test_wrong_metrics_are_found():
+    table = "## Metrics\n\n| name | |\n|---|---|\n| `{}`, `eval/loss` | the `loss` of |\n\n## More\n| `gone` | |\n"
+    assert pages.wrong_metrics("`kl/reference_k1`, `warning/...`, `data/counts.json`" + table.format("grad_norm")) == []
+    assert pages.wrong_metrics("`kl/referrence`\n" + table.format("grad")) == ["grad", "kl/referrence"]
 
 
 def test_wrong_imports_are_found():

@@ -12,15 +12,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
-from training.config import DPO_STEP
+from tests.pages import ROOT, written_metrics
 from training.run_directory import RunDirectory
+from training.steps import DPO, METHODS, PPO
 
 
 def test_one_command_leaves_everything(tiny_run, workplace):
     out = (workplace / "output.txt").read_text()
     for line in ("Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "held-out", "RLHF beats SFT", "rlhf-chat chat runs/demo"):
         assert line in out
-    for step in (1, 2, 3):
+    for step in METHODS["ppo"]:
         directory = RunDirectory(tiny_run).step(step)
         assert directory.is_finished and directory.metrics_file.exists() and directory.checkpoints.is_dir()
     assert {"config.yaml", "data", "evaluation.json", "comparison.jsonl", "report.html"} <= set(os.listdir(tiny_run))
@@ -44,7 +45,7 @@ def test_models_open_in_plain_transformers(tiny_run):
 
 
 def test_metrics_have_the_names_people_know(tiny_run):
-    rows = metrics(RunDirectory(tiny_run), 3)
+    rows = metrics(RunDirectory(tiny_run), PPO)
     expected = """reward/score_mean reward/score_std reward/score_min reward/score_max reward/total kl/reference
         kl/reference_per_token kl/old_k1 kl/old_k3 policy/loss policy/clip_fraction policy/entropy policy/ratio_mean
         policy/ratio_max policy/grad_norm policy/lr value/loss value/clip_fraction value/explained_variance value/mean
@@ -55,8 +56,17 @@ def test_metrics_have_the_names_people_know(tiny_run):
     assert {"time/generate", "time/score", "time/train", "tokens_per_second", "memory/peak_gb"} <= set(raw[0])
 
 
+def test_every_metric_is_on_its_page_and_found_in_the_trainers(tiny_run):
+    for step in ("step1_sft", "step2_reward", "step3_rlhf"):
+        lines = (tiny_run / step / "metrics.jsonl").read_text().splitlines()
+        names = {name for line in lines for name in json.loads(line)} - {"number"}
+        text = (ROOT / "docs" / f"{step}.md").read_text(encoding="utf-8")
+        assert names and names <= written_metrics(), step
+        assert not [name for name in names if f"`{name}`" not in text], step
+
+
 def test_first_update_invariants(tiny_run):
-    first = metrics(RunDirectory(tiny_run), 3)[0]
+    first = metrics(RunDirectory(tiny_run), PPO)[0]
     assert first["kl/reference"] == pytest.approx(0, abs=1e-6)  # the actor still is the reference
     checked = json.loads((tiny_run / "step3_rlhf" / "first_update.json").read_text())
     assert checked["generation_logprob_difference"] < 1e-4
@@ -72,15 +82,13 @@ def test_dpo_in_one_command(workplace):
         assert line in done.out
     assert "Step 3" not in done.out and "learned reward" not in done.out
     run = RunDirectory(workplace / "runs" / "direct")
-    first, *_, last = [row for row in metrics(run, DPO_STEP) if "eval/loss" in row]
+    first, *_, last = [row for row in metrics(run, DPO) if "eval/loss" in row]
     assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and first["eval/margin"] == 0
     assert last["eval/reward/chosen"] != 0
     evaluation = json.loads((run.path / "evaluation_dpo.json").read_text())
     assert evaluation["sft"]["kl"] == 0 and "learned_reward" not in evaluation["dpo"]
     assert not (run.path / "step2_reward").exists() and not (run.path / "evaluation.json").exists()
-    assert torch.isfinite(
-        AutoModelForCausalLM.from_pretrained(run.step(DPO_STEP).model)(torch.tensor([[5]])).logits
-    ).all()
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(run.step(DPO).model)(torch.tensor([[5]])).logits).all()
     again = rlhf_chat("run", "--name", "direct", cwd=workplace)
     assert again.code == 0 and again.out.count("done already") == 2
     talk = rlhf_chat("chat", run.path, "--compare", "--max-tokens", 12, cwd=workplace, stdin="hello\n")
@@ -109,7 +117,7 @@ def test_what_is_done_is_skipped(tiny_run, workplace):
 def test_two_processes_train_as_one_does(tiny_run, workplace):
     done = rlhf_chat("run", "--model", "tiny", "--name", "two", "--processes", 2, cwd=workplace)
     assert done.code == 0, done.out[-2000:] + done.err[-3000:]
-    for step in (1, 2, 3):
+    for step in METHODS["ppo"]:
         assert_like_metrics(*(metrics(RunDirectory(workplace / "runs" / name), step) for name in ("demo", "two")))
 
 
@@ -133,7 +141,7 @@ def test_tensor_parallel_generation_under_zero_3_trains_as_one_process_does(tiny
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     done = rlhf_chat("rlhf", run, cwd=workplace)
     assert done.code == 0, done.out[-2000:] + done.err[-3000:]
-    assert_like_metrics(metrics(RunDirectory(tiny_run), 3), metrics(RunDirectory(run), 3))
+    assert_like_metrics(metrics(RunDirectory(tiny_run), PPO), metrics(RunDirectory(run), PPO))
 
 
 def test_chat_in_a_pipe(tiny_run, workplace):

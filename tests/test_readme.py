@@ -13,6 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"<!-- test -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+NOT_FOR_CHAT = {
+    "accelerate", "datasets", "deepspeed", "peft", "scipy", "sklearn", "torch._dynamo", "torch._inductor",
+    "torch.distributed.tensor", "training.stage",
+}  # fmt: skip
+"""To import them takes a second or more, and a chat needs none of them."""
+
+
 @pytest.fixture(scope="module")
 def fresh_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("readme")
@@ -30,10 +37,13 @@ def test_command(block, fresh_directory):
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=fresh_directory,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, **({"PYTHONPROFILEIMPORTTIME": "1"} if "rlhf-chat chat" in block else {})},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.strip()
+    if "rlhf-chat chat" in block:
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "torch" in imported and not imported & NOT_FOR_CHAT

@@ -9,6 +9,7 @@ import yaml
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
 from training.run_directory import RunDirectory
+from training.steps import PPO
 
 FUNCTION = """
 import os
@@ -86,7 +87,7 @@ def test_no_critic_is_kept_and_the_average_is_a_model_of_its_own(runs):
     assert (step / "ema_model" / "tokenizer.json").exists()
     weights = [(step / name / "model.safetensors").read_bytes() for name in ("model", "ema_model")]
     assert weights[0] != weights[1]
-    row = metrics(RunDirectory(runs[0]), 3)[-1]
+    row = metrics(RunDirectory(runs[0]), PPO)[-1]
     assert row["reward/function_mean"] == pytest.approx(row["reward/score_mean"]) and row["ptx/loss"] > 0
     assert not [name for name in row if name.startswith("value/")]
 
@@ -97,7 +98,7 @@ def test_a_function_that_fails_loses_nothing(runs):
     assert "mine.py:score failed (RuntimeError: the judge has left)" in failed.err
     assert "in score" in error["traceback"]
     assert kept == ["2"]  # although checkpoints are due every 10 iterations
-    assert metrics(RunDirectory(halted), 3) == metrics(RunDirectory(whole), 3)
+    assert metrics(RunDirectory(halted), PPO) == metrics(RunDirectory(whole), PPO)
     for name in ("model", "ema_model"):
         files = [run / "step3_rlhf" / name / "model.safetensors" for run in (whole, halted)]
         assert files[0].read_bytes() == files[1].read_bytes(), name

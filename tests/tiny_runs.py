@@ -13,6 +13,7 @@ from training.models.adapters import add_lora
 from training.models.loading import load_causal_lm, load_scorer, save_model
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
+from training.steps import PPO, REWARD, SFT
 
 QUESTIONS = ("Hello?", "How was your day?", "Any plans?", "Name a colour.", "Why not?", "Tell me about the sea.")
 SETTINGS = {
@@ -40,19 +41,19 @@ def make_tiny_run(
     run.data.mkdir(parents=True)
     run.config_file.write_text(yaml.safe_dump({"model": str(path / "base"), **SETTINGS}))
     lora = LoRASettings(rank=lora_rank, alpha=2 * lora_rank or 1)
-    for step, source, seed in ((1, path / "base", 1), (3, run.step(1).model, 2)):
+    for step, source, seed in ((SFT, path / "base", 1), (PPO, run.step(SFT).model, 2)):
         run.step(step).path.mkdir(parents=True)
         adapter = run.step(step).adapter if lora_rank else None
         trained = shaken_weights(source, chat_format, lora, seed)
         model = load_causal_lm(source, chat_format, torch.float32)
         save_model(run.step(step).model, model, chat_format, trained, lora, torch.float32, None, adapter)
-        counted = {1: {"optimizer_steps": 4, "rows": 16}, 3: {"iterations": 3}}[step]
+        counted = {"iterations": 3} if step.draws_samples else {"optimizer_steps": 4, "rows": 16}
         run.step(step).result_file.write_text(json.dumps({**counted, "seconds": 65.0}))
     if has_reward:
         torch.manual_seed(3)
         scorer, extra = load_scorer(path / "base", chat_format, torch.float32), {"score_shift": 0.5, "score_scale": 2.0}
-        save_model(run.step(2).model, scorer, chat_format, {}, LoRASettings(), torch.float32, extra)
-        run.step(2).result_file.write_text(json.dumps({"optimizer_steps": 5, "rows": 9, "seconds": 5.0}))
+        save_model(run.step(REWARD).model, scorer, chat_format, {}, LoRASettings(), torch.float32, extra)
+        run.step(REWARD).result_file.write_text(json.dumps({"optimizer_steps": 5, "rows": 9, "seconds": 5.0}))
     rows = {
         "prompts": [{"prompt": messages(text), "held_out_question": i < 2} for i, text in enumerate(QUESTIONS)],
         "sft": [{"prompt": messages(text), "response": f"I say {text.lower()}"} for text in QUESTIONS],

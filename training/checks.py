@@ -13,6 +13,7 @@ from training.hybrid_engine.layout import Layout
 from training.models.adapters import require_lora_layers
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
+from training.steps import METHODS
 
 
 def require_processes(config: RunConfig, processes: int) -> None:
@@ -86,13 +87,14 @@ def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path
 
 def require_adapters(config: RunConfig, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where the LoRA targets of a role that the run's method trains name no layer of its model."""
-    of_actor = {"sft.optimizer": config.sft.optimizer.lora}
+    of_actor: dict[str, LoRASettings] = {}
     of_scorer: dict[str, LoRASettings] = {}
-    if config.method == "dpo":
-        of_actor["dpo.optimizer"] = config.dpo.optimizer.lora
-    else:
-        of_actor["rlhf.actor"] = config.rlhf.actor.lora
-        of_scorer = {"reward.optimizer": config.reward.optimizer.lora, "rlhf.critic": config.rlhf.critic.lora}
+    for step in METHODS[config.method]:
+        if step.draws_samples:
+            of_actor["rlhf.actor"], of_scorer["rlhf.critic"] = config.rlhf.actor.lora, config.rlhf.critic.lora
+        else:
+            roles = of_scorer if step.leaves_scorer else of_actor
+            roles[f"{step.command}.optimizer"] = config.supervised(step).optimizer.lora
     for loader, directory, roles in (
         (AutoModelForCausalLM, actor, of_actor),
         (AutoModelForSequenceClassification, scorer, of_scorer),

@@ -6,13 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import OptimizerSettings, Settings
+from training.steps import METHODS, REWARD, SFT, STEPS, Method, Step
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 EMBEDDED_DATA = "chitchat"
-DPO_STEP = 4
-"""The number of the step that `method: dpo` puts in the place of steps 2 and 3."""
 
 
 class DataSettings(Settings):
@@ -123,7 +122,7 @@ class RunConfig(Settings):
     """A finished SFT model used instead of step 1's; steps 2 and 3 then need no step 1."""
     trained_reward_model: str = ""
     """A finished reward model used instead of step 2's."""
-    method: Literal["ppo", "dpo"] = "ppo"
+    method: Method = "ppo"
     """What follows step 1: a reward model and PPO (steps 2 and 3), or DPO alone, straight from the pairs."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Seed of everything drawn at random."""
@@ -157,13 +156,8 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _fits_together(self):
         self.require_work_for(self.processes)
-        trained = (
-            self.sft.optimizer,
-            self.reward.optimizer,
-            self.dpo.optimizer,
-            self.rlhf.actor,
-            self.rlhf.critic,
-        )
+        supervised = [self.supervised(step).optimizer for step in STEPS if not step.draws_samples]
+        trained = (*supervised, self.rlhf.actor, self.rlhf.critic)
         if self.dtype == "fp16" and not all(optimizer.master_weights for optimizer in trained):
             raise ValueError("master_weights=false needs dtype bf16: fp16 cannot train without fp32 weights")
         if self.rlhf.min_response_tokens >= self.data.max_response_tokens:
@@ -181,19 +175,19 @@ class RunConfig(Settings):
                 f"an iteration of {samples} samples leaves some of processes={processes} idle; use {samples} or "
                 f"fewer, or raise rlhf.prompts_per_iteration to {-(-processes // self.rlhf.samples_per_prompt)}"
             )
-        for step in set(self.steps) - {3}:
-            name, batch = {1: "sft", 2: "reward", DPO_STEP: "dpo"}[step], self.supervised(step).batch_size
+        for step in self.steps:
+            batch = processes if step.draws_samples else self.supervised(step).batch_size
             if batch < processes:
                 raise ValueError(
-                    f"{name}.batch_size={batch} leaves some of processes={processes} idle; use {batch} or fewer, "
-                    f"or raise {name}.batch_size to {processes}"
+                    f"{step.command}.batch_size={batch} leaves some of processes={processes} idle; use {batch} or "
+                    f"fewer, or raise {step.command}.batch_size to {processes}"
                 )
 
     def idle_warning(self, processes: int) -> str:
         """A sentence where some of so many processes have no samples in a mini-batch of PPO, which only costs time."""
         samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
         smallest = samples // self.rlhf.mini_batches
-        if 3 not in self.steps or smallest >= processes:
+        if self.method != "ppo" or smallest >= processes:
             return ""
         fewer, prompts = (
             max(samples // processes, 1),
@@ -205,15 +199,30 @@ class RunConfig(Settings):
         )
 
     @property
-    def steps(self) -> list[int]:
-        """Numbers of the steps that the run's method has; without a reward model there is no step 2."""
-        if self.method == "dpo":
-            return [1, DPO_STEP]
-        return [1, 2, 3] if self.rlhf.has_reward_model else [1, 3]
+    def steps(self) -> list[Step]:
+        """Those of the run's method; the reward model only where one is used."""
+        return [step for step in METHODS[self.method] if not step.leaves_scorer or self.rlhf.has_reward_model]
 
-    def supervised(self, step: int) -> StepSettings:
-        """Of a step that learns from rows: every one but 3."""
-        return {1: self.sft, 2: self.reward, DPO_STEP: self.dpo}[step]
+    def of_step(self, step: Step) -> Any:
+        """The settings of a step."""
+        return getattr(self, step.command)
+
+    def supervised(self, step: Step) -> StepSettings:
+        """The settings of a step that learns from rows."""
+        settings = self.of_step(step)
+        assert isinstance(settings, StepSettings)
+        return settings
+
+    def given_model(self, step: Step) -> str:
+        """The finished model that is used instead of what the step would leave; else empty."""
+        return getattr(self, step.given_by) if step.given_by else ""
+
+    def earlier_steps(self, step: Step) -> list[Step]:
+        """The steps that must have left a model before `step` begins."""
+        needed = [each for each in step.starts_from if not each.leaves_scorer or self.rlhf.has_reward_model]
+        if step is REWARD and self.reward.initialize_from == "sft":
+            needed.append(SFT)
+        return [each for each in needed if not self.given_model(each)]
 
     @property
     def reward_model_source(self) -> str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inference.errors import UserError
+from training.private_surfaces import default_store, wait_at_most
 from training.roll_call import RollCall
 from training.shared_files import wait_until_seen
 
@@ -118,26 +119,30 @@ def gather_flat(values: Tensor, size: int, group: dist.ProcessGroup | None) -> l
     return [row[:length] for row, length in zip(gathered, lengths.tolist(), strict=True)]
 
 
+def share_cores(threads: int = 0) -> None:
+    """Compute with so many threads in this process; 0 divides the cores among this machine's processes."""
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size()))
+
+
+def local_size() -> int:
+    """Processes of the run on this machine."""
+    variables = "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"  # of torchrun, of deepspeed, of neither
+    return int(next(filter(None, map(os.environ.get, variables)), 1))
+
+
 def start_ranks(threads: int = 0) -> Ranks:
-    """Join the process group. `threads` is for one process; 0 divides the cores among this machine's processes."""
+    """Join the process group. `threads` are those of `share_cores`."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = (
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(
-            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size  # torchrun, deepspeed, neither
-        ),
-    )
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
-    require_gpus(local_size)
+    share_cores(threads)
+    require_gpus(local_size())
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "nccl"
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    # Of groups made later without a time-out, as DeepSpeed makes them: torch's own are 10 and 30 minutes.
-    vars(dist.distributed_c10d).update(default_pg_timeout=PATIENCE, default_pg_nccl_timeout=PATIENCE)
+    wait_at_most(PATIENCE)
     if size == 1:  # no port is opened, so none can be in use
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -153,7 +158,7 @@ def start_ranks(threads: int = 0) -> Ranks:
     if size == 1:
         return Ranks(rank, size, device)
     group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Ranks(rank, size, device, group, RollCall(rank, size, dist.distributed_c10d._get_default_store()))
+    return Ranks(rank, size, device, group, RollCall(rank, size, default_store()))
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")

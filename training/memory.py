@@ -18,6 +18,7 @@ from training.config import RunConfig, StepSettings
 from training.deepspeed_config import effective_zero_stage
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
+from training.steps import Step
 
 if TYPE_CHECKING:  # transformers takes a second to import
     from transformers import PreTrainedConfig
@@ -195,21 +196,18 @@ def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1)
 
 
 def estimate_step_memory(
-    step: int, config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int
+    step: Step, config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int
 ) -> StepMemory:
     """The memory of a step on one of `ranks` ranks. `scorer` is the shape of reward model and critic.
 
     DPO holds no reference: what it says was asked of the actor before the first update.
     """
-    if step == 3:
+    if step.draws_samples:
         return _rlhf_memory(config, actor, scorer, dtype, ranks)
     settings = config.supervised(step)
-    optimizer, together = settings.optimizer, 1 if step == 1 else 2
-    if step == 2:
-        shape, parameters = scorer, scorer.scorer_parameters
-    else:
-        shape, parameters = actor, actor.parameters
-    passes = _pass_parts(shape, config, settings, optimizer, dtype, "training", together, with_logits=step != 2)
+    optimizer, scores = settings.optimizer, step.leaves_scorer
+    shape, parameters = (scorer, scorer.scorer_parameters) if scores else (actor, actor.parameters)
+    passes = _pass_parts(shape, config, settings, optimizer, dtype, "training", step.rows.answers, not scores)
     training = training_parts("", parameters, shape, optimizer, dtype, ranks, "training")
     saving = _saving_parts(parameters, _adapters(shape, optimizer) or parameters)
     return StepMemory((*training, *passes, *saving))

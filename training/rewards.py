@@ -12,6 +12,8 @@ from training.running_statistics import RunningStatistics
 
 Parts = dict[str, tuple[list[float], float]]
 """Scores and weight of each source, by its name."""
+MEANS = {"model": "reward/model_mean", "function": "reward/function_mean", "url": "reward/url_mean"}
+"""The metric of each source."""
 TRIAL_RESPONSES = ("Yes, I think so.", "No.", "")
 
 
@@ -125,7 +127,7 @@ def weighted(parts: Parts, count: int) -> list[float]:
 
 
 def means_of(parts: Parts) -> dict[str, float]:
-    return {f"reward/{name}_mean": sum(scores) / len(scores) for name, (scores, _) in parts.items()}
+    return {MEANS[name]: sum(scores) / len(scores) for name, (scores, _) in parts.items()}
 
 
 def try_sources(rewards: Rewards, rows: list[Row], say: Callable[[str], None]) -> None:

@@ -2,15 +2,13 @@
 
 runs/<name>/
   config.yaml  data/  evaluation.json  comparison.jsonl  report.html
-  step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl)
+  step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl; steps.py)
     model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
 
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,19 +18,11 @@ from typing import Any
 import yaml
 
 from inference.errors import UserError
-from training.config import DPO_STEP, RunConfig
+from inference.locks import hold_lock
+from training.config import RunConfig
 from training.config_files import read_yaml, validate_config
 from training.paths import found_from_anywhere
-
-STEP_NAMES = {1: "step1_sft", 2: "step2_reward", 3: "step3_rlhf", DPO_STEP: "step2_dpo"}
-STEP_COMMANDS = {1: "sft", 2: "reward", 3: "rlhf", DPO_STEP: "dpo"}
-COMPARED = {3: "rlhf", DPO_STEP: "dpo"}
-"""The steps whose model is compared with SFT, and its name in the comparison."""
-
-
-def place_of(step: int) -> str:
-    """What follows the word `step` where people read it: `2`, `2 (DPO)`."""
-    return "2 (DPO)" if step == DPO_STEP else str(step)
+from training.steps import COMPARED, Step
 
 
 @dataclass(frozen=True)
@@ -53,25 +43,16 @@ class RunDirectory:
         return self.path / "inputs.json"
 
     @property
-    def evaluation_file(self) -> Path:
-        return self.path / "evaluation.json"
+    def last_step(self) -> Step:
+        """The step whose model is compared with SFT: PPO, or another where it alone is finished."""
+        return next((step for step in COMPARED if self.step(step).is_finished), COMPARED[0])
 
-    @property
-    def comparison_file(self) -> Path:
-        return self.path / "comparison.jsonl"
+    def comparison_of(self, step: Step) -> tuple[Path, Path]:
+        """Figures and answers of the comparison of SFT with the model of `step`."""
+        figures, answers = step.comparison_files
+        return self.path / figures, self.path / answers
 
-    @property
-    def last_step(self) -> int:
-        """The step whose model is compared with SFT: PPO, or DPO where it alone is finished."""
-        return DPO_STEP if self.step(DPO_STEP).is_finished and not self.step(3).is_finished else 3
-
-    def comparison_of(self, step: int) -> tuple[Path, Path]:
-        """Figures and answers of the comparison of SFT with the model of step 3 or DPO."""
-        if step == DPO_STEP:
-            return self.path / "evaluation_dpo.json", self.path / "comparison_dpo.jsonl"
-        return self.evaluation_file, self.comparison_file
-
-    def read_comparison(self, step: int) -> dict[str, Any] | None:
+    def read_comparison(self, step: Step) -> dict[str, Any] | None:
         """The figures of `comparison_of`; None where there are none. Raises UserError where the file is damaged."""
         file, _ = self.comparison_of(step)
         return read_json(file, f"delete it, then rlhf-chat eval {self.path} makes it anew") if file.exists() else None
@@ -90,8 +71,8 @@ class RunDirectory:
         """Of the preparation and the comparison."""
         return self.path / "log.txt"
 
-    def step(self, number: int) -> "StepDirectory":
-        return StepDirectory(self.path / STEP_NAMES[number], number)
+    def step(self, step: Step) -> "StepDirectory":
+        return StepDirectory(self.path / step.folder, step)
 
     def read_config(self) -> RunConfig:
         if not self.config_file.exists():
@@ -106,28 +87,51 @@ class RunDirectory:
         values = {**config.model_dump(mode="json"), "versions": versions}
         write_text(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
-    def require_model(self, step: int) -> Path:
+    def require_model(self, step: Step) -> Path:
         """The finished model of an earlier step, or the sentence that says how to get it."""
         directory = self.step(step)
         if not directory.is_finished:
             raise UserError(
-                f"{STEP_NAMES[step]} of {self.path} is not finished; run it first: "
-                f"rlhf-chat {STEP_COMMANDS[step]} {self.path}"
+                f"{step.folder} of {self.path} is not finished; run it first: rlhf-chat {step.command} {self.path}"
             )
         return directory.model
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for one command. Raises UserError while another one works in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with hold_lock(self.lock_file, wait_seconds=0, busy=f"{self.path} is in use by another command"):
-            yield
+    def locked(self, wait_seconds: float = 0) -> Iterator[None]:
+        """Hold the run, and make its directory, for one command: nobody else writes there or cleans up.
+
+        What is refused inside before there are data leaves nothing of a new run, so that its name is free for another
+        try. Raises UserError while another command works in it, and where something else is there.
+        """
+        there = {file.name for file in self.path.iterdir()} if self.path.is_dir() else set()
+        ours = {self.config_file.name, self.error_file.name, self.log_file.name}  # the last two of a refused one
+        if (self.path.exists() and not self.path.is_dir()) or (
+            self.config_file.name not in there and any(not name.startswith(".") for name in there - ours)
+        ):
+            raise UserError(f"{self.path} exists and is not a run directory; choose another place with --name.")
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            with hold_lock(self.lock_file, f"{self.path} is in use by another command", wait_seconds):
+                is_new = not self.config_file.exists()
+                try:
+                    yield
+                except UserError:
+                    if is_new and not self.data.exists():
+                        locks = *self.path.glob(".step*.lock"), self.lock_file
+                        for file in (self.config_file, self.error_file, self.log_file, *locks):
+                            file.unlink(missing_ok=True)
+                    raise
+        except UserError:
+            for path in made:
+                with suppress(OSError):  # something is in it
+                    path.rmdir()
+            raise
 
 
 @dataclass(frozen=True)
 class StepDirectory:
     path: Path
-    number: int
+    step: Step
 
     @property
     def model(self) -> Path:
@@ -181,32 +185,15 @@ class StepDirectory:
 
     def read_result(self) -> dict[str, Any]:
         """Raises UserError where the file is damaged."""
-        command = f"rlhf-chat {STEP_COMMANDS[self.number]} {self.path.parent}"
+        command = f"rlhf-chat {self.step.command} {self.path.parent}"
         return read_json(self.result_file, f"delete it, then {command} ends the step anew from its last checkpoint")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait_seconds: float = 30) -> Iterator[None]:
         """Hold the step for one training process group; waits for orphans of a killed command to end themselves."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        busy = f"{self.path} is still being written by another process"
-        with hold_lock(self.path / ".lock", wait_seconds=30, busy=busy):
+        file = self.path.with_name(f".{self.path.name}.lock")
+        with hold_lock(file, f"{self.path} is still being written by another process", wait_seconds):
             yield
-
-
-@contextmanager
-def hold_lock(file: Path, wait_seconds: float, busy: str) -> Iterator[None]:
-    """An exclusive lock that ends with the process, however it ends."""
-    with open(file, "a") as handle:
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise UserError(f"{busy}; wait until it has ended, or stop it.") from None
-                time.sleep(0.1)
-        yield
 
 
 def write_text(file: Path, text: str) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from applications.report.charts import Chart, Mark, Series
-from training.config import DPO_STEP, RunConfig
+from training.config import RunConfig
+from training.steps import Step
 
 Rows = Sequence[Mapping[str, Any]]
 PHASES = {
@@ -19,10 +20,9 @@ PHASES = {
 """Phases of an iteration and their colours; what is not here is `other`."""
 
 
-def charts(step: int, rows: Rows, config: RunConfig) -> list[Chart]:
+def charts(step: Step, rows: Rows, config: RunConfig) -> list[Chart]:
     """The curves of a step that have points."""
-    of_step = {1: sft_charts, 2: reward_charts, DPO_STEP: dpo_charts}
-    found = of_step[step](rows) if step in of_step else ppo_charts(rows, config)
+    found = ppo_charts(rows, config) if step.draws_samples else supervised_charts(rows, step.loss)
     return [each for each in found if any(line.points for line in each.series)]
 
 
@@ -37,37 +37,20 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def sft_charts(rows: Rows) -> list[Chart]:
+def supervised_charts(rows: Rows, unit: str) -> list[Chart]:
+    """Whatever a step measures of these."""
     x = "optimiser step"
     loss = series(rows, "loss", "train", "soft"), series(rows, "eval/loss", "held-out")
-    return [
-        Chart("Loss", "nats a response token", loss, x),
-        Chart("Perplexity", "of held-out demonstrations", [series(rows, "eval/perplexity", "perplexity")], x),
-        speed(rows, x),
-    ]
-
-
-def reward_charts(rows: Rows) -> list[Chart]:
-    x = "optimiser step"
     accuracy = series(rows, "accuracy", "train", "soft"), series(rows, "eval/accuracy", "held-out")
-    loss = series(rows, "loss", "train", "soft"), series(rows, "eval/loss", "held-out")
     scores = series(rows, "eval/chosen", "chosen"), series(rows, "eval/rejected", "rejected", "b")
-    return [
-        Chart("Accuracy", "share of pairs ranked right", accuracy, x, [Mark(0.5, "a coin")]),
-        Chart("Loss", "-log sigmoid of the margin", loss, x),
-        Chart("Scores", "mean of held-out answers, raw", scores, x),
-    ]
-
-
-def dpo_charts(rows: Rows) -> list[Chart]:
-    x = "optimiser step"
-    accuracy = series(rows, "accuracy", "train", "soft"), series(rows, "eval/accuracy", "held-out")
-    loss = series(rows, "loss", "train", "soft"), series(rows, "eval/loss", "held-out")
     rewards = series(rows, "eval/reward/chosen", "chosen"), series(rows, "eval/reward/rejected", "rejected", "b")
     return [
-        Chart("Accuracy", "share of pairs ranked right by the implicit reward", accuracy, x, [Mark(0.5, "a coin")]),
-        Chart("Loss", "-log sigmoid of the margin", loss, x),
+        Chart("Accuracy", "share of pairs ranked right", accuracy, x, [Mark(0.5, "a coin")]),
+        Chart("Loss", unit, loss, x),
+        Chart("Perplexity", "of held-out demonstrations", [series(rows, "eval/perplexity", "perplexity")], x),
+        Chart("Scores", "mean of held-out answers, raw", scores, x),
         Chart("Implicit rewards", "mean of held-out answers", rewards, x),
+        speed(rows, x),
     ]
 
 

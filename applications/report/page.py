@@ -12,17 +12,18 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from applications.report.charts import Chart, Segment, interval, number, stacked_bar
+from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
 from applications.report_table import pair_of, table_rows
 from inference.errors import UserError
-from training.config import DPO_STEP, RunConfig
+from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
 from training.metrics import Journal, duration
 from training.rlhf_settings import DOUBTFUL_ACCURACY
-from training.run_directory import STEP_NAMES, RunDirectory, StepDirectory, read_json, write_text
+from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
+from training.steps import PPO, REWARD, STEPS, Step
 
 HERE = Path(__file__).parent
 SHOWN_ANSWERS = 8
@@ -32,12 +33,6 @@ RATIOS = (
     ("perplexity_untouched", "Perplexity under the untouched model", 0.0, 1.3, "at most 1.3"),
 )
 """Measures of the model over those of the one before: key, name, bounds, how to call them."""
-STEP_TITLES = {
-    1: "Step 1: supervised fine-tuning",
-    2: "Step 2: reward model",
-    3: "Step 3: PPO",
-    DPO_STEP: "Step 2: direct preference optimisation",
-}
 
 
 def write_report(run: RunDirectory, out: Path | None = None) -> Path:
@@ -56,7 +51,7 @@ def render(run: RunDirectory) -> str:
     config = run.read_config()
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     evaluation = run.read_comparison(run.last_step)
-    rows = {step: read_metrics(run.step(step)) for step in STEP_NAMES}
+    rows = {step: read_metrics(run.step(step)) for step in STEPS}
     if not any(rows.values()):
         raise UserError(f"Nothing was trained in {run.path} yet; start with rlhf-chat run --name {run.path.name}.")
     css = (HERE / "style.css").read_text(encoding="utf-8")
@@ -64,12 +59,13 @@ def render(run: RunDirectory) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html").render(
+        line_chart=line_chart,
         css=Markup(css),
         css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
         name=run.path.resolve().name,
         config=config,
         steps=[
-            StepPart(STEP_TITLES[step], run.step(step).is_finished, charts(step, rows[step], config))
+            StepPart(title_of(step), run.step(step).is_finished, charts(step, rows[step], config))
             for step in rows
             if rows[step] or step in config.steps
         ],
@@ -94,6 +90,10 @@ class StepPart:
     title: str
     is_finished: bool
     charts: list[Chart]
+
+
+def title_of(step: Step) -> str:
+    return f"Step {step.number}: {step.title}"
 
 
 def read_metrics(step: StepDirectory) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def intervals(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[I
     measured = evaluation or {}
     for key, label in (("win_rate", "win rate"), ("win_rate_unseen_questions", "win rate, questions not trained on")):
         if key in measured:
-            found.append(with_interval(label, measured[key], "rlhf"))
+            found.append(with_interval(label, measured[key], "a"))
     for name, each in measured.get("reward_accuracy", {}).items():
         label = "reward model ranks pairs right" if name == "all" else f"… {name.replace('_', ' ')}"
         found.append(with_interval(label, each, "soft"))
@@ -146,7 +146,7 @@ def intervals(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[I
 
 def with_interval(label: str, measured: Mapping[str, Any], colour: str) -> Interval:
     rate, low, high = (measured[key] for key in ("rate", "low", "high"))
-    return Interval(label, f"{rate:.1%} ({low:.1%} to {high:.1%})", interval(rate, low, high, colour))
+    return Interval(label, f"{rate:.1%} ({low:.1%} to {high:.1%})", interval(rate, low, high, colour, label))
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Sign:
 def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]:
     """What tells a policy that improved from one that fooled its reward; the bounds are those of docs/report.md."""
     found = []
-    first_update = run.step(3).path / "first_update.json"
+    first_update = run.step(PPO).path / "first_update.json"
     checked = read_json(first_update, "delete it") if first_update.exists() else {}
     if checked:
         apart = checked.get("generation_logprob_difference", checked["ratio_error"])
@@ -189,10 +189,10 @@ def reward_accuracy(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> 
     """As it was measured last: by the evaluation, else before PPO, else in step 2; None if nowhere."""
     if evaluation is not None and "reward_accuracy" in evaluation:
         return evaluation["reward_accuracy"]["all"]["rate"]
-    file = run.step(3).reward_accuracy_file
+    file = run.step(PPO).reward_accuracy_file
     if file.exists() and (measured := read_json(file, "delete it"))["pairs"]:
         return measured["accuracy"]
-    return run.step(2).read_result().get("eval/accuracy") if run.step(2).is_finished else None
+    return run.step(REWARD).read_result().get("eval/accuracy") if run.step(REWARD).is_finished else None
 
 
 # Where the time went
@@ -206,7 +206,7 @@ class Time:
     parts: list[Segment]
 
 
-def times(run: RunDirectory, rows: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Time]:
+def times(run: RunDirectory, rows: Mapping[Step, Sequence[Mapping[str, Any]]]) -> list[Time]:
     """Seconds of each finished step by phase; what the phases leave is loading, evaluating and saving."""
     found = []
     whole = {step: run.step(step).read_result().get("seconds", 0.0) for step in rows if run.step(step).is_finished}
@@ -225,7 +225,7 @@ def times(run: RunDirectory, rows: Mapping[int, Sequence[Mapping[str, Any]]]) ->
         whole[step] = max(whole[step], sum(sums.values()))  # a resumed step counts from its last start
         found.append((step, sorted(parts, key=lambda part: part.colour == "soft")))
     longest = max([*whole.values(), 1e-9])
-    return [Time(STEP_TITLES[step], duration(whole[step]), stacked_bar(parts, longest), parts) for step, parts in found]
+    return [Time(title_of(step), duration(whole[step]), stacked_bar(parts, longest), parts) for step, parts in found]
 
 
 # Answers
@@ -284,7 +284,7 @@ class Course:
 
 
 def courses(run: RunDirectory) -> list[Course]:
-    file = run.step(3).samples_file
+    file = run.step(PPO).samples_file
     by_prompt: dict[str, list[tuple[int, str]]] = {}
     for row in Journal(file).read() if file.exists() else []:
         by_prompt.setdefault(row["prompt"], []).append((row["number"], row["response"]))

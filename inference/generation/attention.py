@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from inference.families import backbone_of, layer_kinds, layer_values, text_config
 from inference.generation.kv_cache import KVCache, Places
+from inference.private_surfaces import attention_of, goes_through_interface, set_attention
 
 PACKED_ATTENTION = "rlhf_chat_packed"
 MORE_THAN_SOFTMAX = ("softcap", "s_aux", "sinks", "position_bias")
@@ -170,7 +171,7 @@ _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def can_pack(model: nn.Module) -> bool:
     """Whether the family's attention goes through the interface in every layer and is a plain scaled softmax."""
-    if getattr(model, "config", None) is None or not getattr(model, "_supports_attention_backend", False):
+    if getattr(model, "config", None) is None or not goes_through_interface(model):
         return False
     if model not in _PACKS:
         _PACKS[model] = hands_tokens_down(model)
@@ -204,7 +205,7 @@ def hands_tokens_down(model: Any) -> bool:
     try:
         with torch.device("meta"), torch.no_grad():
             shape = type(model)(config).to(torch.bfloat16)  # grouped products have no shapes in fp32
-            shape.config._attn_implementation = PACKED_ATTENTION
+            set_attention(shape.config, PACKED_ATTENTION)
             ids = torch.zeros(1, 2, dtype=torch.long)
             backbone_of(shape)(input_ids=ids, position_ids=ids, use_cache=False, tokens=asked)
     except (NotHandedDown, MoreThanSoftmax):
@@ -226,9 +227,9 @@ def expected_windows(config: Any) -> int:
 def packed(model: nn.Module) -> Iterator[None]:
     """Inside, the model's attention takes packed rows."""
     config: Any = model.config
-    before = config._attn_implementation
-    config._attn_implementation = PACKED_ATTENTION
+    before = attention_of(config)
+    set_attention(config, PACKED_ATTENTION)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        set_attention(config, before)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from inference.private_surfaces import blocks_bf16, in_blocked_order, linear_and_sum_on_blocked, linear_on_blocked
+
 ROWS = 32
 """Rows that the order is made for; others run on it too."""
 Forward = Callable[[Tensor], Tensor]
@@ -65,12 +67,6 @@ def can_block(model: nn.Module) -> bool:
     )
 
 
-def blocks_bf16() -> bool:
-    """Whether oneDNN computes in bf16 on this processor; without AVX-512 it does not."""
-    operators: Any = torch.ops.mkldnn
-    return operators._is_mkldnn_bf16_supported()
-
-
 def is_plain_lora(layer: Any) -> bool:
     """A LoRA layer of PEFT over a linear one, with one adapter in the same format and nothing else to it."""
     if not hasattr(layer, "lora_A") or type(getattr(layer, "base_layer", None)) not in (nn.Linear, Conv1D):
@@ -89,12 +85,10 @@ def blocked_linear(layer: Any) -> Forward:
 
 def blocked_product(weight: Tensor, bias: Tensor | None) -> Forward:
     """x -> x weight^T + bias for this weight, (outputs, inputs), as it is now."""
-    operators: Any = torch.ops.mkldnn
-    blocked = operators._reorder_linear_weight(weight.detach(), ROWS)
-    pointwise = operators._linear_pointwise.default
+    blocked, product = in_blocked_order(weight.detach(), ROWS), linear_on_blocked()
 
     def forward(inputs: Tensor) -> Tensor:
-        return pointwise(inputs, blocked, bias, "none", [], "")
+        return product(inputs, blocked, bias, "none", [], "")
 
     return forward
 
@@ -103,9 +97,8 @@ def adapted_linear(layer: Any) -> Forward:
     """x -> base(x) + scale B A x for a plain LoRA layer as it is now; base(x) while it is disabled."""
     (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
     base, down = blocked_linear(layer.base_layer), blocked_linear(layer.lora_A[name])
-    operators: Any = torch.ops.mkldnn
-    up = operators._reorder_linear_weight(layer.lora_B[name].weight.detach() * layer.scaling[name], ROWS)
-    plus_product = operators._linear_pointwise.binary
+    up = in_blocked_order(layer.lora_B[name].weight.detach() * layer.scaling[name], ROWS)
+    plus_product = linear_and_sum_on_blocked()
 
     def forward(inputs: Tensor) -> Tensor:
         outputs = base(inputs)

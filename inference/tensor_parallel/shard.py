@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from inference.errors import UserError
+from inference.private_surfaces import HOOKS, put_plain_parameters, whole_shape
 from inference.tensor_parallel.cut import Cut, even, rows_of
 from inference.tensor_parallel.group import TensorParallel
 from inference.tensor_parallel.layers import (
@@ -24,7 +25,6 @@ from inference.tensor_parallel.layers import (
 )
 from inference.tensor_parallel.plan import Heads, Kind, check_divides, cut_layers, no_plan
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head")
 _WIDTHS = ("split_size", "embed_dim", "hidden_size", "all_head_size")
 
@@ -67,14 +67,9 @@ def empty_shard(
     return shard, pieces
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Under ZeRO 3 a parameter is empty between uses and keeps its shape aside."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def copy_structure(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy with other parameters (`memo`: id of the old -> new) and without hooks, which hold the engine."""
-    hooks = [(module, {name: getattr(module, name) for name in _HOOKS}) for module in model.modules()]
+    hooks = [(module, {name: getattr(module, name) for name in HOOKS}) for module in model.modules()]
     for module, kept in hooks:
         vars(module).update({name: type(hook)() for name, hook in kept.items()})
     try:
@@ -83,7 +78,7 @@ def copy_structure(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for module, kept in hooks:
             vars(module).update(kept)
     for module in copied.modules():
-        module._parameters = dict(module._parameters)  # ZeRO 3 puts a dictionary of its own there
+        put_plain_parameters(module)
     return copied
 
 

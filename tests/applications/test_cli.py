@@ -7,7 +7,8 @@ import pytest
 
 from applications.commands import parse_steps
 from inference.errors import UserError
-from training.config import DPO_STEP, RunConfig
+from training.config import RunConfig
+from training.steps import DPO, PPO, REWARD, SFT
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
@@ -36,12 +37,12 @@ def processor_seconds() -> float:
 @pytest.mark.parametrize(
     ("text", "method", "steps"),
     [
-        ("1,2,3", "ppo", [1, 2, 3]),
-        ("3,1", "ppo", [1, 3]),
-        ("2,2", "ppo", [2]),
-        (None, "ppo", [1, 2, 3]),
-        (None, "dpo", [1, DPO_STEP]),
-        ("2", "dpo", [DPO_STEP]),
+        ("1,2,3", "ppo", [SFT, REWARD, PPO]),
+        ("3,1", "ppo", [SFT, PPO]),
+        ("2,2", "ppo", [REWARD]),
+        (None, "ppo", [SFT, REWARD, PPO]),
+        (None, "dpo", [SFT, DPO]),
+        ("2", "dpo", [DPO]),
     ],
 )
 def test_steps(text, method, steps):

@@ -26,7 +26,7 @@ def test_words_stay_presets_become_models_and_the_rest_is_refused(tmp_path):
         str(tmp_path),
     ]
     assert known("opt-125m") == "facebook/opt-125m"
-    with pytest.raises(UserError, match="Of the run itself: base, sft, rlhf or dpo"):
+    with pytest.raises(UserError, match="Of the run itself: base, sft, rlhf, dpo"):
         known("sfft")
 
 

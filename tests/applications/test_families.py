@@ -13,6 +13,7 @@ from inference.errors import UserError
 from inference.families import meta_model, require_supported_family
 from tests.families import FAMILIES, UNBUILDABLE, narrow_config
 from training.config_files import load_config
+from training.steps import PPO, REWARD, SFT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
 LISTED = set(re.findall(r"[\w-]+", PAGE.partition("## Run")[2].partition("## Refused")[0]))
@@ -27,7 +28,7 @@ def test_the_dry_run_of_a_family_ends_well_or_with_a_sentence(family, tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
     settings = load_config([], [f"model={tmp_path}", "method=dpo"])
     try:
-        text = dry_run(settings, [1], tmp_path / "run", ["train"])
+        text = dry_run(settings, [SFT], tmp_path / "run", ["train"])
     except UserError as refused:
         assert "\n" not in str(refused) and family not in LISTED
         return
@@ -51,7 +52,7 @@ def test_fewer_layers_of_a_nested_or_listed_configuration(family, tmp_path):
 def test_a_reward_model_needs_a_head_in_the_dry_run_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(narrow_config("codegen").to_dict()))
     with pytest.raises(UserError, match="type 'codegen' cannot be reward models"):
-        dry_run(load_config([], [f"model={tmp_path}"]), [1, 2, 3], tmp_path / "run", ["train"])
+        dry_run(load_config([], [f"model={tmp_path}"]), [SFT, REWARD, PPO], tmp_path / "run", ["train"])
 
 
 def test_what_is_no_language_model_is_refused():

@@ -16,6 +16,7 @@ from applications.fit import Machine
 from applications.launch import StageFailed, child_environment, first_dead_rank, last_error
 from inference.errors import UserError
 from training.run_directory import RunDirectory
+from training.steps import PPO
 
 FAILS = """
 import json, sys
@@ -26,7 +27,7 @@ sys.exit(1)
 
 def test_a_traceback_of_the_users_own_code_is_kept_beside_the_sentence(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
-    error_file = run.step(3).error_file
+    error_file = run.step(PPO).error_file
     (tmp_path / "fails.py").write_text(FAILS)
     monkeypatch.setattr(
         launch, "stage_command", lambda *_: [sys.executable, str(tmp_path / "fails.py"), str(error_file)]
@@ -45,8 +46,8 @@ def test_code_0_without_a_result_is_a_failure(tmp_path, monkeypatch, script):
     with pytest.raises(StageFailed, match=f"^{script} ended with code 0 and left no result; "):
         launch.run_stage_script(script, run, 1)
     run.data.mkdir()
-    run.step(3).model.mkdir(parents=True)
-    run.step(3).result_file.write_text("{}")
+    run.step(PPO).model.mkdir(parents=True)
+    run.step(PPO).result_file.write_text("{}")
     launch.run_stage_script(script, run, 1)
 
 

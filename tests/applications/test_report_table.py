@@ -5,8 +5,8 @@ import json
 import pytest
 
 from applications.report_table import SHOWN_ANSWERS, comparison_table
-from training.config import DPO_STEP
 from training.run_directory import RunDirectory
+from training.steps import DPO, PPO, REWARD
 
 SFT = {
     "learned_reward": -0.25,
@@ -44,12 +44,12 @@ def make_run(
     result = {"prompts": 80, "sampling": sampling, "sft": sft, "rlhf": rlhf, "win_rate": WIN}
     if unseen is not None:
         result["win_rate_unseen_questions"] = unseen
-    run.evaluation_file.write_text(json.dumps(result))
+    run.comparison_of(PPO)[0].write_text(json.dumps(result))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-    run.comparison_file.write_text(lines, encoding="utf-8", newline="\n")
+    run.comparison_of(PPO)[1].write_text(lines, encoding="utf-8", newline="\n")
     if reward is not None:
-        run.step(2).model.mkdir(parents=True)
-        run.step(2).result_file.write_text(json.dumps(reward))
+        run.step(REWARD).model.mkdir(parents=True)
+        run.step(REWARD).result_file.write_text(json.dumps(reward))
     return run
 
 
@@ -58,22 +58,22 @@ DPO_PAIR = {"sft": "SFT", "dpo": "DPO"}
 
 def test_a_dpo_run_has_its_own_column_and_no_win_rate_without_a_judge(tmp_path):
     run = RunDirectory(tmp_path)
-    evaluation, comparison = run.comparison_of(DPO_STEP)
+    evaluation, comparison = run.comparison_of(DPO)
     sft, dpo = ({k: v for k, v in each.items() if k != "learned_reward"} for each in (SFT, RLHF))
     sampling = {"temperature": 0.7, "max_tokens": 48}
     evaluation.write_text(json.dumps({"prompts": 80, "sampling": sampling, "pair": DPO_PAIR, "sft": sft, "dpo": dpo}))
     row = answer("Hi?", "Go.", "Hello!")
     comparison.write_text(json.dumps({"prompt": row["prompt"], "sft": row["sft"], "dpo": row["rlhf"]}) + "\n")
-    run.step(DPO_STEP).path.mkdir()
-    run.step(DPO_STEP).result_file.write_text(json.dumps({"eval/accuracy": 0.625}))
-    text = comparison_table(run, width=120, step=DPO_STEP)
+    run.step(DPO).path.mkdir()
+    run.step(DPO).result_file.write_text(json.dumps({"eval/accuracy": 0.625}))
+    text = comparison_table(run, width=120, step=DPO)
     assert "RLHF" not in text and "learned reward" not in text
     assert ["KL to SFT (nats a reply)", "0.00", "3.46"] in cells(text)
     assert cells(text)[-1] == ["Hi?", "Go.", "Hello!"]
     assert "62.5% of held-out pairs ranked right" in one_line(text) and "No win rate" in one_line(text)
     result = json.loads(evaluation.read_text())
     evaluation.write_text(json.dumps(result | {"win_rate": WIN}))
-    assert "DPO beats SFT in 76.2% of prompts" in one_line(comparison_table(run, width=120, step=DPO_STEP))
+    assert "DPO beats SFT in 76.2% of prompts" in one_line(comparison_table(run, width=120, step=DPO))
 
 
 def cells(text: str) -> list[list[str]]:
@@ -114,10 +114,10 @@ def test_win_rate_with_its_interval_and_judge(tmp_path):
 
 def test_prompts_that_open_alike_are_said(tmp_path):
     run = make_run(tmp_path, [])
-    result = json.loads(run.evaluation_file.read_text())
+    result = json.loads(run.comparison_of(PPO)[0].read_text())
     for questions, said in ((80, False), (12, True)):
         result["win_rate"] |= {"prompts": 80, "questions": questions}
-        run.evaluation_file.write_text(json.dumps(result))
+        run.comparison_of(PPO)[0].write_text(json.dumps(result))
         assert ("a tie counts half; 12 different openings)" in one_line(comparison_table(run))) == said
 
 

@@ -3,8 +3,10 @@ import re
 import pytest
 
 from inference.errors import UserError
-from training.config_files import load_config, merge, setting_keys
+from training.config_files import load_config, setting_keys
+from training.merging import merge
 from training.role_settings import OptimizerSettings
+from training.steps import PPO, REWARD, SFT
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,15 @@ def test_later_layers_win_and_groups_are_merged(tmp_path):
     ("override", "sentence"),
     [
         ("sft.epoch=2", "There is no setting 'sft.epoch': did you mean 'sft.epochs'?"),
+        ("sft.learning_rate=1", "'sft.learning_rate': did you mean 'sft.optimizer.learning_rate'.$"),
+        ("sft.lr=1", "did you mean 'sft.optimizer.learning_rate'.$"),
+        ("rlhf.learning_rate=1", "did you mean 'rlhf.actor.learning_rate' or 'rlhf.critic.learning_rate'.$"),
+        ("rlhf.critic.optimizer.lora.rank=1", "did you mean 'rlhf.critic.lora.rank'.$"),
+        ("epochs=2", "did you mean 'sft.epochs', 'reward.epochs' or 'dpo.epochs'.$"),
+        ("kl.coefficient=0.1", "There is no setting 'kl.coefficient': did you mean 'rlhf.kl.coefficient'.$"),
+        ("rlhf.kl_coef=0.1", "did you mean 'rlhf.kl.coefficient'.$"),
+        ("modle=a", "did you mean 'model'.$"),
+        ("output_dir=a", "There is no setting 'output_dir': docs/configuration.md lists all settings.$"),
         ("sft.epochs=many", r"Setting sft.epochs: .*integer.* \(got 'many'\)"),
         ("sft.epochs", "--set takes key=value, not 'sft.epochs'"),
         (
@@ -113,8 +124,8 @@ def test_critic_free_estimators_have_no_critic_to_warm_up_or_to_divide():
 def test_without_a_reward_model_there_is_no_step_2_and_none_that_scores():
     given = ["model=m", "rlhf.reward.zero_stage=3", "rlhf.reward_function=a.py:f"]
     both, alone = load_config([], given), load_config([], [*given, "rlhf.reward_weights.model=0"])
-    assert (both.steps, both.rlhf.divided_scorer) == ([1, 2, 3], "reward")
-    assert (alone.steps, alone.rlhf.divided_scorer) == ([1, 3], "")
+    assert (both.steps, both.rlhf.divided_scorer) == ([SFT, REWARD, PPO], "reward")
+    assert (alone.steps, alone.rlhf.divided_scorer) == ([SFT, PPO], "")
 
 
 def test_where_the_kl_penalty_acts():

@@ -13,6 +13,7 @@ from training.distributed import Ranks
 from training.inputs import changed_inputs, inputs_of
 from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory, write_json
+from training.steps import SFT
 
 
 @pytest.fixture
@@ -76,20 +77,22 @@ def test_what_is_gone_and_runs_from_before_are_no_news(given, tmp_path):
 
 
 def test_a_command_that_has_nothing_left_to_do_says_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "write_report", lambda run: "no report of a step that was never trained")
+    monkeypatch.setattr(
+        "applications.report.page.write_report", lambda run: "no report of a step that was never trained"
+    )
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"q{i}", "response": "r"}) + "\n" for i in range(20)))
     config = load_config([], ["model=tiny", f"data.source={source}"])
     run = RunDirectory(tmp_path / "run")
     run.write_config(config, {})
     prepare(config, run, 1, lambda line: None)
-    step = run.step(1)
+    step = run.step(SFT)
     step.model.mkdir(parents=True)
     write_json(step.result_file, {})
-    pipeline.run_pipeline(run, config, [1])
+    pipeline.run_pipeline(run, config, [SFT])
     assert "has changed" not in capsys.readouterr().out
     source.write_text('{"prompt": "new", "response": "new"}\n')
-    pipeline.run_pipeline(run, config, [1])
+    pipeline.run_pipeline(run, config, [SFT])
     said = capsys.readouterr().out
     assert said.count(f"{source} has changed since the run was prepared; the run keeps its rows (another --name") == 1
     assert "done already" in said

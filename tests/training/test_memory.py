@@ -7,10 +7,11 @@ import torch
 
 from applications.preset_store import load_preset
 from inference.errors import UserError
-from training.config import DPO_STEP, RunConfig
+from training.config import RunConfig
 from training.config_files import load_config
 from training.memory import Part, Shape, StepMemory, estimate_step_memory, rows_per_micro_batch, training_parts
 from training.role_settings import OptimizerSettings
+from training.steps import DPO, PPO, REWARD, SFT
 
 OPT_13B = 12_853_473_280
 OPT_350M = 331_196_416
@@ -117,7 +118,7 @@ def test_bf16_without_master_weights_holds_less(opt_13b, stage, bytes_a_weight):
 
 
 def test_step_1_of_opt_13b_on_8_ranks(opt_13b, opt_350m):
-    memory = estimate_step_memory(1, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    memory = estimate_step_memory(SFT, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
     tokens = 4096  # 8 rows of 512
     assert sizes(memory) == {
         ("", "weights"): OPT_13B * 2 // 8,
@@ -139,7 +140,7 @@ def test_step_1_of_opt_13b_on_8_ranks(opt_13b, opt_350m):
 
 def test_step_2_trains_the_scorer_on_pairs(opt_13b, opt_350m):
     config = opt_config("reward.micro_batch_tokens=600")  # not even one pair of 512: one pair is taken
-    memory = sizes(estimate_step_memory(2, config, opt_13b, opt_350m, torch.bfloat16, ranks=1))
+    memory = sizes(estimate_step_memory(REWARD, config, opt_13b, opt_350m, torch.bfloat16, ranks=1))
     assert memory[("", "weights")] == 2 * OPT_350M
     assert memory[("training", "activations")] == 2 * 2 * 512 * 24 * 16 * 1024
     assert ("training", "logits") not in memory
@@ -147,7 +148,7 @@ def test_step_2_trains_the_scorer_on_pairs(opt_13b, opt_350m):
 
 def test_dpo_trains_the_actor_on_pairs_and_holds_no_reference(opt_13b, opt_350m):
     config = opt_config("dpo.optimizer.zero_stage=2", "dpo.micro_batch_tokens=2048")
-    memory = estimate_step_memory(DPO_STEP, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    memory = estimate_step_memory(DPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
     tokens = 2 * 2 * 512  # two pairs
     assert sizes(memory) == {
         ("", "weights"): OPT_13B * 2,
@@ -162,7 +163,7 @@ def test_dpo_trains_the_actor_on_pairs_and_holds_no_reference(opt_13b, opt_350m)
 
 
 def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
-    memory = estimate_step_memory(3, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    memory = estimate_step_memory(PPO, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
     by_name = sizes(memory)
     assert by_name[("", "actor weights to generate, whole")] == 2 * OPT_13B
     assert by_name[("", "reference weights")] == 2 * OPT_13B // 8
@@ -180,7 +181,7 @@ def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
 
 def test_step_3_holds_what_its_estimator_and_rewards_need(opt_13b, opt_350m):
     free = opt_config("rlhf.advantage=reinforce++", "rlhf.reward_weights.model=0", "rlhf.reward_function=a.py:f")
-    whole, memory = (estimate_step_memory(3, c, opt_13b, opt_350m, torch.bfloat16, 8) for c in (opt_config(), free))
+    whole, memory = (estimate_step_memory(PPO, c, opt_13b, opt_350m, torch.bfloat16, 8) for c in (opt_config(), free))
     gone = {name for name in sizes(whole) if name not in sizes(memory)}
     assert {name for _, name in gone if not name.startswith("critic ")} <= {
         "reward weights",
@@ -188,14 +189,14 @@ def test_step_3_holds_what_its_estimator_and_rewards_need(opt_13b, opt_350m):
         "activations",
     }
     assert whole.held("device") - memory.held("device") == (6 + 12 / 8 + 2 / 8) * OPT_350M
-    averaged = estimate_step_memory(3, opt_config("rlhf.ema=0.9"), opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    averaged = estimate_step_memory(PPO, opt_config("rlhf.ema=0.9"), opt_13b, opt_350m, torch.bfloat16, ranks=8)
     assert averaged.held("device") - whole.held("device") == 4 * OPT_13B // 8
 
 
 def test_tensor_parallel_scoring_keeps_parts(opt_13b, opt_350m):
     degrees = "rlhf.scoring_tensor_parallel={reference: 4, reward: 2, critic: 8}"
     config = opt_config("rlhf.reference.zero_stage=0", "rlhf.reward.zero_stage=0", degrees)
-    memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))
+    memory = sizes(estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))
     assert memory[("", "reference weights")] == 2 * OPT_13B // 4
     assert memory[("", "reward weights")] == 2 * OPT_350M // 2
     assert memory[("", "critic weights")] == 2 * OPT_350M
@@ -204,7 +205,7 @@ def test_tensor_parallel_scoring_keeps_parts(opt_13b, opt_350m):
 
 def test_tensor_parallel_generation_keeps_a_part(opt_13b, opt_350m):
     config = opt_config("rlhf.generation_tensor_parallel=4")
-    memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))
+    memory = sizes(estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=8))
     assert memory[("", "actor weights to generate, 1 of 4 parts")] == 2 * OPT_13B // 4
     rows = 32  # of 128 samples on 2 groups, as many as there are slots
     assert memory[("generation", "key-value cache, kept while training")] == 2 * (rows * 512) * 40 * 2 * 5120 // 4
@@ -212,7 +213,7 @@ def test_tensor_parallel_generation_keeps_a_part(opt_13b, opt_350m):
 
 def test_lora_needs_no_second_copy(opt_13b, opt_350m):
     config = opt_config("rlhf.actor.lora.rank=16", "rlhf.actor.zero_stage=2", "rlhf.reward.zero_stage=0")
-    memory = sizes(estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=1))
+    memory = sizes(estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=1))
     adapters = 16 * 40 * (4 * (5120 + 5120) + 2 * (5120 + 20480))
     assert memory[("", "actor weights")] == 2 * (OPT_13B + adapters)
     assert memory[("", "actor gradients")] == 4 * adapters
@@ -225,8 +226,8 @@ def test_offload_moves_bytes_to_the_host(opt_13b, opt_350m):
     plain = opt_config()
     for offload, moved in (("optimizer", 16), ("optimizer+parameters", 18)):
         config = opt_config(f"sft.optimizer.offload={offload}")
-        before = estimate_step_memory(1, plain, opt_13b, opt_350m, torch.bfloat16, ranks=8)
-        after = estimate_step_memory(1, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+        before = estimate_step_memory(SFT, plain, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+        after = estimate_step_memory(SFT, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
         assert after.held("host") == OPT_13B * moved // 8
         assert after.held("device") == OPT_13B * (18 - moved) // 8
         assert after.peak("device", "host") == before.peak("device", "host")
@@ -243,7 +244,7 @@ def test_peak_takes_the_largest_phase_and_not_their_sum():
 def test_each_process_loads_into_main_memory_one_model_after_the_other(opt_13b, opt_350m):
     for stage, loaded in ((0, 8 * 4), (3, 2)):  # fp32 in each of 8 processes; bf16 in the first alone
         config = opt_config(f"rlhf.actor.zero_stage={stage}", "rlhf.reference.zero_stage=0", "rlhf.reward.zero_stage=0")
-        memory = estimate_step_memory(3, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+        memory = estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
         assert all(part.place == "host" for part in memory.parts if part.phase.endswith("loading"))
         read = {part.name: part.bytes for part in memory.parts if part.phase == "actor loading"}
         assert list(read.values()) == [OPT_13B * (4 if stage == 0 else 2)]

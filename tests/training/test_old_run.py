@@ -21,9 +21,10 @@ from training.run_directory import RunDirectory
 from training.step1_sft import sft
 from training.step2_reward import reward
 from training.step3_rlhf import ppo
+from training.steps import PPO, REWARD, SFT
 
 OLD = Path(__file__).parents[1] / "data" / "old_run"
-STEPS = {1: sft.train, 2: reward.train, 3: ppo.train}
+TRAIN = {SFT: sft.train, REWARD: reward.train, PPO: ppo.train}
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,14 @@ def test_serve(run):
 
 
 def test_eval(run):
-    measuring = stage.make_stage(run, 3, run.read_config(), Ranks(0, 1, torch.device("cpu")))
+    measuring = stage.make_stage(run, PPO, run.read_config(), Ranks(0, 1, torch.device("cpu")))
     measuring.display.quiet = True
     Comparison(measuring).run(run.path / "again.json", run.path / "again.jsonl")
     again, before = (json.loads((run.path / name).read_text()) for name in ("again.json", "evaluation.json"))
     assert again["pair"] == before["pair"] and again["prompts"] == before["prompts"]
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", TRAIN, ids=lambda step: step.command)
 def test_a_step_goes_on_from_the_middle_to_the_same_end(run, one_rank, monkeypatch, step):
     directory = run.step(step)
     assert (directory.checkpoints / "1").is_dir()
@@ -84,7 +85,7 @@ def test_a_step_goes_on_from_the_middle_to_the_same_end(run, one_rank, monkeypat
     monkeypatch.setattr(sys, "argv", ["main.py", "run"])
     monkeypatch.setattr(stage, "start_ranks", lambda threads: one_rank)
     monkeypatch.setattr(stage, "stop_ranks", lambda: None)
-    assert stage.run_stage(step, STEPS[step]) == 0
+    assert stage.run_stage(step, TRAIN[step]) == 0
     metrics, old = (file.read_text().splitlines() for file in (directory.metrics_file, OLD / directory.metrics_file))
     first = [line for line in old if json.loads(line)["number"] <= 1]
     assert first == metrics[: len(first)] and json.loads(metrics[-1])["number"] == 2  # it did not begin anew

@@ -11,6 +11,7 @@ from training.checkpoints import Checkpoints
 from training.distributed import Ranks
 from training.metrics import Journal
 from training.run_directory import RunDirectory, write_directory, write_text
+from training.steps import SFT
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -32,7 +33,7 @@ def test_a_run_is_locked_for_one_command_at_a_time(tmp_path):
 
 def test_missing_step_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r"step1_sft of .* is not finished; run it first: rlhf-chat sft"):
-        RunDirectory(tmp_path).require_model(1)
+        RunDirectory(tmp_path).require_model(SFT)
 
 
 def test_directories_appear_whole_or_not_at_all(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import socket
 from functools import partial
 from types import SimpleNamespace
@@ -14,9 +15,12 @@ from inference.errors import EXIT_USER_ERROR, UserError
 from training import distributed
 from training.config import DataSettings
 from training.distributed import require_gpus, start_ranks
+from training.opening import open_run
 from training.run_directory import RunDirectory
-from training.stage import Diverged, Stage, end_in_sentences, read_or_make_config
+from training.stage import Diverged, Stage, end_in_sentences, given_settings
 from training.step3_rlhf.update import Updates
+from training.steps import PPO
+from training.watchdog import PARENT_VARIABLE
 
 
 def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_counted():
@@ -43,7 +47,9 @@ def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_cou
         (MemoryError(), "Memory ran out: go on with a smaller micro_batch_tokens"),
     ],
 )
-def test_memory_that_runs_out_is_a_sentence(tmp_path, error, expected):
+def test_memory_that_runs_out_is_a_sentence(tmp_path, monkeypatch, error, expected):
+    monkeypatch.setenv(PARENT_VARIABLE, str(os.getpid()))
+
     def body() -> None:
         raise error
 
@@ -63,16 +69,17 @@ def test_other_errors_keep_their_traceback(tmp_path):
 
 def test_a_loss_of_step_3_that_is_not_finite_names_iteration_rows_and_way_out(tmp_path):
     stage: Any = SimpleNamespace(
-        directory=RunDirectory(tmp_path).step(3), checkpoints=SimpleNamespace(numbers=lambda: [2, 4])
+        directory=RunDirectory(tmp_path).step(PPO), checkpoints=SimpleNamespace(numbers=lambda: [2, 4])
     )
     stage.directory.path.mkdir()
     stage.diverged = partial(Stage.diverged, stage)
-    updates: Any = SimpleNamespace(stage=stage, seats=[7, 9, 9, 4])
+    updates: Any = SimpleNamespace(stage=stage)
+    batch: Any = SimpleNamespace(number=5, seats=[7, 9, 9, 4])
     updates.diverged = partial(Updates.diverged, updates)
-    Updates.require_finite(updates, torch.tensor(1.0), "The policy loss", 5, [1, 3])
+    Updates.require_finite(updates, torch.tensor(1.0), "The policy loss", batch, [1, 3])
     for value in (math.nan, math.inf):
         with pytest.raises(Diverged, match=r"policy loss is not a finite number at step3_rlhf 5; .*/4; .* lower"):
-            Updates.require_finite(updates, torch.tensor(value), "The policy loss", 5, [1, 3])
+            Updates.require_finite(updates, torch.tensor(value), "The policy loss", batch, [1, 3])
     kept = json.loads((tmp_path / "step3_rlhf" / "diverged.json").read_text())
     assert kept["rows"] == [4, 9] and kept["file"] == "data/prompts_train.jsonl"  # those of the prompts of samples 1, 3
 
@@ -109,7 +116,8 @@ def test_a_stage_script_keeps_absolute_paths_as_the_command_does(tmp_path, monke
     (tmp_path / "rows.jsonl").write_text("")
     run = RunDirectory(tmp_path / "run")
     given = SimpleNamespace(config=[], set=["model=m", "data.source=rows.jsonl", "sft_model=./m"])
-    read_or_make_config(run, given)
+    with run.locked():
+        open_run(run, given_settings(run, given))
     stored = run.config_file.read_text()
     here = tmp_path.resolve()
     assert f"\nmodel: {here}/m\n" in f"\n{stored}" and f"sft_model: {here}/m\n" in stored

@@ -37,6 +37,7 @@ def losses_of_steps(ranks, directory, tiny, extra) -> dict[str, dict[str, float]
     from training.stage import make_stage
     from training.step1_sft import sft
     from training.step2_reward import reward
+    from training.steps import REWARD, SFT
 
     run = RunDirectory(directory)
     run.data.mkdir(parents=True)
@@ -49,11 +50,11 @@ def losses_of_steps(ranks, directory, tiny, extra) -> dict[str, dict[str, float]
     limits = [f"{step}.{name}=1" for step in ("sft", "reward") for name in ("max_steps", "checkpoint_every")]
     config = load_config([], [f"model={tiny}", "dtype=fp32", *limits, *extra])
     found = {}
-    for number, step in ((1, sft), (2, reward)):
-        run.step(number).path.mkdir()
-        step.train(make_stage(run, number, config, ranks))
-        lines = [json.loads(line) for line in run.step(number).metrics_file.read_text().splitlines()]
-        found[run.step(number).path.name] = {"held out": lines[0]["eval/loss"], "training": lines[1]["loss"]}
+    for step, module in ((SFT, sft), (REWARD, reward)):
+        run.step(step).path.mkdir()
+        module.train(make_stage(run, step, config, ranks))
+        lines = [json.loads(line) for line in run.step(step).metrics_file.read_text().splitlines()]
+        found[step.folder] = {"held out": lines[0]["eval/loss"], "training": lines[1]["loss"]}
     return found
 
 

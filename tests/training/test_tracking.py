@@ -9,12 +9,13 @@ from inference.errors import UserError
 from training import tracking
 from training.config_files import load_config
 from training.run_directory import RunDirectory
+from training.steps import SFT
 
 
 def journal(path, *settings: str):
     run = RunDirectory(path)
-    run.step(1).path.mkdir(parents=True, exist_ok=True)
-    return tracking.metrics_journal(run, run.step(1), load_config([], ["model=any", *settings]))
+    run.step(SFT).path.mkdir(parents=True, exist_ok=True)
+    return tracking.metrics_journal(run, run.step(SFT), load_config([], ["model=any", *settings]))
 
 
 def test_tensorboard_reads_what_was_written_and_forgets_what_was_rewound(tmp_path):

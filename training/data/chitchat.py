@@ -223,7 +223,7 @@ def share_out(
     training: list[list[Sample]], shares: tuple[float, float, float], rng: random.Random
 ) -> tuple[RowSets, bool]:
     """The training rows, and whether the steps had to share dialogues. A step whose share is 0 gets nothing."""
-    bounds = [round(len(training) * sum(shares[:step]) / sum(shares)) for step in range(4)]
+    bounds = [round(len(training) * sum(shares[:place]) / sum(shares)) for place in range(4)]
     sets = training_rows([flatten(training[start:end]) for start, end in pairwise(bounds)], rng)
     counts = (len(sets.sft_train), len(sets.pairs_train), len(sets.prompts_train))
     if all(count >= ENOUGH_ROWS for count, share in zip(counts, shares, strict=True) if share > 0):

@@ -1,13 +1,16 @@
 """What a file gives: values with the names of their places, or why there is none. Files are opened here."""
 
+import bz2
 import gzip
 import io
+import lzma
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
+from zipfile import ZipFile
 
 from inference.errors import UserError
 
-GZIP = b"\x1f\x8b"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 """What such a file begins with: what Excel calls Unicode text, and what PowerShell writes."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -36,14 +39,36 @@ Entry = tuple[str, Any]
 def open_bytes(file: Path) -> IO[bytes]:
     """The content, unpacked, and as UTF-8 where it was UTF-16."""
     with open(file, "rb") as raw:
-        unpack: Any = gzip.open if file.suffix == ".gz" or raw.read(len(GZIP)) == GZIP else open
-    opened = cast(IO[bytes], unpack(file, "rb"))
+        begin = raw.read(6)
+    unpack = next((unpack for mark, unpack in UNPACK.items() if begin.startswith(mark)), open)
+    opened: IO[bytes] = unpack(file, "rb")
     if opened.read(2) in UTF16:
         with opened:
             opened.seek(0)
             return io.BytesIO(opened.read().decode("utf-16", errors="replace").encode())
     opened.seek(0)
     return opened
+
+
+def open_member(file: Path, mode: str) -> IO[bytes]:
+    """The only file in a zip file. Raises UserError where there are several, or it cannot be unpacked."""
+    archive = ZipFile(file)
+    names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    if len(names) != 1:
+        raise UserError(f"{file} has {len(names)} files in it: unpack it, and give one of them or their directory.")
+    try:
+        return archive.open(names[0])
+    except (RuntimeError, NotImplementedError) as error:  # a password, another kind of packing
+        raise UserError(f"{file} cannot be unpacked ({error}); unpack it yourself.") from None
+
+
+UNPACK: dict[bytes, Callable[[Path, str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"PK\3\4": open_member,
+}
+"""What packed files begin with, and who opens them. The file's name does not count."""
 
 
 def refuse_pointer(file: Path) -> None:

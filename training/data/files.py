@@ -1,12 +1,16 @@
 """Files -> the values in them, one for each row, with the name of its place. What a value means is not known here."""
 
 from collections.abc import Iterable, Iterator
+from lzma import LZMAError
 from pathlib import Path
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
-from inference.errors import UserError
+from inference.errors import UserError, reason
 from training.data.entries import Entry, open_bytes, refuse_pointer
-from training.data.find_files import ending
+from training.data.find_files import is_saved
 from training.data.json_files import read_json
+from training.data.sources import ending
 from training.data.tables import SEPARATORS, read_table, refuse_twice
 
 ARROW_ROWS = 1000
@@ -18,7 +22,9 @@ def read_file(file: Path, columns: Iterable[str] = ()) -> Iterator[Entry]:
     kind = ending(file)
     try:
         refuse_pointer(file)
-        if kind == ".parquet":
+        if is_saved(file):
+            yield from read_saved(file.parent)
+        elif kind == ".parquet":
             yield from read_parquet(file, columns)
         elif kind == ".arrow":
             yield from read_arrow(file)
@@ -26,9 +32,9 @@ def read_file(file: Path, columns: Iterable[str] = ()) -> Iterator[Entry]:
             yield from read_table(file, SEPARATORS[kind])
         else:
             yield from read_json(file, is_lines=kind != ".json")
-    except (OSError, EOFError) as error:  # gzip's too
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{file} cannot be read ({reason}); check its permissions, or copy it again.") from None
+    except (OSError, EOFError, ZlibError, LZMAError, BadZipFile) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{file} cannot be read ({why}); check its permissions, or copy it again.") from None
 
 
 def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Entry]:
@@ -46,8 +52,24 @@ def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Entry]:
         raise damaged(file, "Parquet", error) from None
 
 
+def read_saved(folder: Path) -> Iterator[Entry]:
+    """A data set of `Dataset.save_to_disk`."""
+    import pyarrow
+    from datasets import load_from_disk
+
+    try:
+        for part in folder.glob("*.arrow"):
+            refuse_pointer(part)
+        yield from numbered(folder, load_from_disk(str(folder)).with_format("arrow").iter(ARROW_ROWS))
+    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"The data set that was saved in {folder} cannot be read ({reason(error)}): copy it again or, if it was "
+            f"saved by a newer version of datasets, install that."
+        ) from None
+
+
 def read_arrow(file: Path) -> Iterator[Entry]:
-    """A file of `Dataset.save_to_disk`: Arrow's stream, or its file with a table of contents at the end."""
+    """Arrow's stream, or its file with a table of contents at the end."""
     import pyarrow
     from pyarrow import ipc
 
@@ -74,5 +96,4 @@ def numbered(file: Path, batches: Iterable) -> Iterator[Entry]:
 
 
 def damaged(file: Path, kind: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0].rstrip(".")
-    return UserError(f"{file} is not a whole {kind} file ({reason}); copy it again.")
+    return UserError(f"{file} is not a whole {kind} file ({reason(error)}); copy it again.")

@@ -1,6 +1,5 @@
 """A path -> the data files that it means. Of a directory with splits only the training split is read."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -8,13 +7,15 @@ from itertools import pairwise
 from pathlib import Path
 
 from inference.errors import UserError
-from training.data.sources import FILE_ENDINGS
+from training.data.sources import FILE_ENDINGS, PACKINGS, ending
 
-PACKED = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z")
-"""Files that may hold data and are not read."""
+UNREAD = (".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
+"""Files that may hold data and are not read; of zip files those whose name does not say what is in them."""
 PART = re.compile(r"(.*?)-?\d+(-of-0*(\d+)\..*)")
 """`train-00000-of-00002.parquet`, as `datasets` and the hub name the parts of a split."""
-NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+SAVED = "state.json"
+"""Stands for the data set in its directory, where `Dataset.save_to_disk` wrote it."""
+NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 """What `datasets` and the hub write beside the data."""
 MORE = "(set|data|split|file|part|row)?s?"
 TRAINING = re.compile(f"(train|training){MORE}")
@@ -23,11 +24,6 @@ HELD_OUT = re.compile(
 )
 """The words of `datasets` for its splits, and some more that people write."""
 FILES_NAMED = 3
-
-
-def ending(file: Path) -> str:
-    """`.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
-    return (file.with_suffix("") if file.suffix.lower() == ".gz" else file).suffix.lower()
 
 
 def find_files(path: Path) -> tuple[list[Path], list[str]]:
@@ -42,12 +38,16 @@ def find_files(path: Path) -> tuple[list[Path], list[str]]:
         )
     kinds = ", ".join(FILE_ENDINGS)
     if not path.is_dir():
+        if is_unread(path):
+            raise UserError(f"{path} is packed in a way that is not read: unpack it, and give what was in it.")
         if ending(path) not in FILE_ENDINGS:
-            raise UserError(f"{path} is none of {kinds} (or one of them with .gz): save the data in one of these.")
+            raise UserError(
+                f"{path} is none of {kinds} (also with {', '.join(PACKINGS)}): save the data in one of these."
+            )
         return [path], []
     files = data_files(path)
-    packed = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in PACKED]
-    unread = [f"{listed(path, packed)}: not read, as packed otherwise than with gzip"] if packed else []
+    packed = list(filter(is_unread, sorted(path.rglob("*"))))
+    unread = [f"{listed(path, packed)}: not read, unpack it first"] if packed else []
     if not files or (packed and all(split_of(file.relative_to(path)) == "held out" for file in files)):
         why = f"; {unread[0]}" if packed else ""
         raise UserError(f"The directory {path} has no data files to train on ({kinds}){why}; put the data there.")
@@ -55,8 +55,15 @@ def find_files(path: Path) -> tuple[list[Path], list[str]]:
     return read, notes + missing_parts(read) + unread
 
 
+def is_unread(file: Path) -> bool:
+    return ending(file) not in FILE_ENDINGS and (file.suffix.lower() in UNREAD or ending(file) in UNREAD)
+
+
 def data_files(root: Path) -> list[Path]:
-    """All data files in a directory and its folders, in the order of their names, hidden ones aside."""
+    """All data files in a directory and its folders, in the order of their names, hidden ones aside.
+
+    Of a folder of `Dataset.save_to_disk` it is SAVED alone: older files and caches may lie there too.
+    """
     files = [
         file
         for file in sorted(root.rglob("*"))
@@ -65,23 +72,12 @@ def data_files(root: Path) -> list[Path]:
         and file.name not in NOT_DATA
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
     ]
-    saved = {folder: saved_files(folder) for folder in {file.parent for file in files}}
-    return [file for file in files if saved[file.parent] is None or file.name in (saved[file.parent] or ())]
+    saved = {file.parent for file in files if is_saved(file)}
+    return [file for file in files if is_saved(file) or file.parent not in saved]
 
 
-def saved_files(folder: Path) -> set[str] | None:
-    """The names that `Dataset.save_to_disk` noted; its folder may hold older files and caches too. Else None.
-
-    Raises UserError where one of them is missing.
-    """
-    try:
-        state = json.loads((folder / "state.json").read_bytes())
-        names = {each["filename"] for each in state["_data_files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if missing := sorted(name for name in names if not (folder / name).exists()):
-        raise UserError(f"{folder} lacks {missing[0]}, which its state.json names: copy the data set again.")
-    return names
+def is_saved(file: Path) -> bool:
+    return file.name == SAVED and (file.parent / "dataset_info.json").exists()
 
 
 def choose_files(root: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
@@ -135,6 +131,7 @@ def words(name: str) -> list[str]:
 
 
 def listed(root: Path, files: Iterable[Path]) -> str:
-    names = [file.relative_to(root).as_posix() for file in files]
+    shown = [file.with_name("*.arrow") if is_saved(file) else file for file in files]
+    names = [file.relative_to(root).as_posix() for file in shown]
     more = f" and {len(names) - FILES_NAMED} more" if len(names) > FILES_NAMED else ""
     return ", ".join(names[:FILES_NAMED]) + more

@@ -8,11 +8,11 @@ from pathlib import Path
 from inference.errors import UserError
 from inference.model_store import hub_sentence
 from training.data.find_files import choose_files, data_files, split_of
-from training.data.sources import FILE_ENDINGS
+from training.data.sources import FILE_ENDINGS, PACKINGS
 
 CONVERTED = "refs/convert/parquet"
 """The branch on which the hub keeps every data set that it could load, also those of loading scripts, as Parquet."""
-ANY_FILE = tuple(f"*{ending}" for ending in FILE_ENDINGS) + tuple(f"*{ending}.gz" for ending in FILE_ENDINGS)
+ANY_FILE = tuple(f"*{ending}{packing}" for ending in FILE_ENDINGS for packing in ("", *PACKINGS))
 TRAINING_FILES = tuple(f"*[tT][rR][aA][iI][nN]{pattern}" for pattern in ANY_FILE)
 """`*` stands for `/` too, so this covers files in a folder of that name, and some more."""
 

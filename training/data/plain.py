@@ -6,6 +6,8 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
+TEXT = frozenset([str])
+
 
 def plain(value: Any) -> Any:
     """`value` in text, numbers, truth values, lists and objects; what has no value (null, NaN) is None.
@@ -14,18 +16,16 @@ def plain(value: Any) -> Any:
     lines only for those that a row has.
     """
     if isinstance(value, dict):
-        return {
-            str(key): new
-            for key, old in value.items()
-            if (new := old if type(old) is str else plain(old)) is not None  # most are text
-        }
+        if TEXT.issuperset(map(type, value.values())):  # as of most messages
+            return value
+        return {key: new for key, old in value.items() if (new := plain(old)) is not None}
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, (list, tuple)):
         if value and isinstance(value[0], tuple) and all(len(item) == 2 for item in value):  # a map of Arrow
-            return plain(dict(value))
+            return plain({str(key): item for key, item in value})
         return [plain(item) for item in value]
     return plain_scalar(value)
 

@@ -17,12 +17,12 @@ from training.data.reading import SourceRows, read_sources
 from training.data.rows import PairRow, RowSets, write_rows
 from training.data.split import keep_once, kind_of, shuffle, split_rows
 from training.run_directory import read_json, write_directory, write_json
+from training.steps import METHODS
 
 COUNTS_FILE = "counts.json"
 LEFT_OUT_FILE = "left_out.jsonl"
 PLACES_NAMED = 3
 """How many places the terminal names for each reason; the rest are in the file."""
-SETS_OF_STEPS = {"step 1 (SFT)": "sft", "step 2 (reward)": "pairs", "step 3 (RLHF)": "prompts"}
 
 
 @dataclass
@@ -42,8 +42,9 @@ class DataCounts:
     def lines(self) -> list[str]:
         """What the terminal shows."""
         lines = self.sources + [
-            f"{step}: {self.rows.get(f'{name}_train', 0):,} rows, {self.rows.get(f'{name}_eval', 0):,} held out"
-            for step, name in SETS_OF_STEPS.items()
+            f"step {step.number} ({step.title}): {self.rows.get(f'{step.rows.name}_train', 0):,} rows, "
+            f"{self.rows.get(f'{step.rows.name}_eval', 0):,} held out"
+            for step in METHODS["ppo"]
         ]
         if self.skipped:
             lines.append("left out: " + "; ".join(self.reason(name, count) for name, count in self.skipped.items()))

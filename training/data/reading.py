@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inference.chat_format import ChatFormat
+from inference.collecting import without_collecting
 from inference.errors import UserError
 from training.config import DataSettings
 from training.data.entries import BadRow, Entry, LeftOut
@@ -63,7 +64,8 @@ def read_sources(
     sources = [parse_source(text) for text in settings.sources]
     if twice := [source.label for i, source in enumerate(sources) if source.label in {s.label for s in sources[:i]}]:
         raise UserError(f"{twice[0]} is given twice as a data source: give it once, with a weight: {twice[0]}=2.")
-    found = [read_source(source, settings, report, chat_format) for source in sources]
+    with without_collecting():
+        found = [read_source(source, settings, report, chat_format) for source in sources]
     for each in found:
         if not each.rows:
             reasons = each.reasons.most_common(1)

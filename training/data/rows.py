@@ -9,8 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 from inference.chat_format import Message
 from inference.errors import UserError
-from training.config import DPO_STEP
-from training.run_directory import place_of
+from training.steps import Step
 
 
 class SFTRow(TypedDict):
@@ -92,22 +91,11 @@ def remade(file: Path) -> str:
     return f"the directory {file.parent}" if file.parent.name == "data" else f"{file} and the .json file beside it"
 
 
-_PAIRS = ("pairs", "prompts with a chosen and a rejected response")
-ROWS_OF_STEP = {
-    1: ("sft", "prompts with a response, or messages"),
-    2: _PAIRS,
-    3: ("prompts", "prompts"),
-    DPO_STEP: _PAIRS,
-}
-"""Which rows each step trains on, and how to call them."""
-
-
-def require_rows(directory: Path, step: int) -> None:
+def require_rows(directory: Path, step: Step) -> None:
     """Raise UserError where a run's data directory has nothing for `step` to train on."""
-    kind, why = ROWS_OF_STEP[step]
-    file = directory / f"{kind}_train.jsonl"
+    file = directory / f"{step.rows.name}_train.jsonl"
     if file.stat().st_size == 0:
         raise UserError(
-            f"Step {place_of(step)} needs {why}, and the data has none for it: "
-            f"choose another data.source, or give step {place_of(step)} a larger share in data.split."
+            f"Step {step.label} needs {step.rows.contents}, and the data has none for it: "
+            f"choose another data.source, or give step {step.label} a larger share in data.split."
         )

@@ -15,6 +15,13 @@ from inference.errors import UserError
 WEIGHT = re.compile(r"(?P<rest>.+)=(?P<weight>[0-9]*\.?[0-9]+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKINGS = (".gz", ".bz2", ".xz", ".zip")
+"""What may stand behind them."""
+
+
+def ending(file: Path) -> str:
+    """`.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
+    return (file.with_suffix("") if file.suffix.lower() in PACKINGS else file).suffix.lower()
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,7 @@ class Source:
 
     @property
     def is_hub_id(self) -> bool:
-        ending = self.path.with_suffix("") if self.name.endswith(".gz") else self.path
-        return bool(HUB_ID.fullmatch(self.name)) and not self.path.exists() and ending.suffix not in FILE_ENDINGS
+        return bool(HUB_ID.fullmatch(self.name)) and not self.path.exists() and ending(self.path) not in FILE_ENDINGS
 
     @property
     def label(self) -> str:

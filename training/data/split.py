@@ -16,8 +16,10 @@ from inference.errors import UserError
 from training.data.one_spelling import one_spelling
 from training.data.rows import PairRow, PromptRow, Row, RowSets, SFTRow
 
-STEPS_OF_KIND = {"pair": (1, 2, 3), "sft": (1,), "prompt": (3,)}
-"""The steps that rows of a kind serve. Where nothing else gives step 3 prompts, demonstrations serve it as well."""
+USES = {"pair": ("sft", "pairs", "prompts"), "sft": ("sft",), "prompt": ("prompts",)}
+"""What rows of a kind can be, by their use in training. Where nothing else gives prompts, demonstrations do as well."""
+SHARES = ("sft", "pairs", "prompts")
+"""What the shares of data.split are of."""
 
 
 def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out: float, seed: int) -> RowSets:
@@ -40,18 +42,18 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out
             aside.remove(in_random_order(list(groups), f"{seed} hold out")[-1])
     sets = RowSets()
     for kind, groups in kinds.items():
-        served = {step: shares[step - 1] for step in STEPS_OF_KIND[kind] if shares[step - 1] > 0}
+        served = {use: share for use, share in zip(SHARES, shares, strict=True) if use in USES[kind] and share > 0}
         trained = {name: group for name, group in groups.items() if name not in aside}
         share_all = 0 < len(trained) < len(served)  # else a step would have none
         sets.steps_share |= share_all
-        assigned = assign_steps(trained, served, seed)
+        assigned = assign_uses(trained, served, seed)
         for name, group in groups.items():
-            for step in served:
-                if name in aside or share_all or assigned[name] == step:
-                    add_rows(sets, step, group, evaluation=name in aside)
+            for use in served:
+                if name in aside or share_all or assigned[name] == use:
+                    add_rows(sets, use, group, evaluation=name in aside)
     if kinds.keys() == {"sft"} and shares[2] > 0:
         for name, group in kinds["sft"].items():
-            add_rows(sets, 3, group, evaluation=name in aside)
+            add_rows(sets, "prompts", group, evaluation=name in aside)
     return sets
 
 
@@ -124,32 +126,32 @@ def hold_out(groups: dict[str, list[Row]], share: float, seed: int) -> set[str]:
     return set(chosen) or {min(order, key=lambda name: len(groups[name]))}
 
 
-def assign_steps(groups: dict[str, list[Row]], shares: dict[int, float], seed: int) -> dict[str, int]:
-    """The step of each group: always the one that is furthest behind its share of the rows. A step that would have none
-    gets one of the step with the most groups."""
-    assigned: dict[str, int] = {}
+def assign_uses(groups: dict[str, list[Row]], shares: dict[str, float], seed: int) -> dict[str, str]:
+    """The use of each group: always the one that is furthest behind its share of the rows. A use that would have none
+    gets one of the use with the most groups."""
+    assigned: dict[str, str] = {}
     given = dict.fromkeys(shares, 0)
     for name in in_random_order(list(groups), f"{seed} steps") if shares else []:
         total = sum(given.values()) + len(groups[name])
-        behind = {step: total * shares[step] / sum(shares.values()) - given[step] for step in shares}
-        assigned[name] = max(behind, key=lambda step: behind[step])
+        behind = {use: total * shares[use] / sum(shares.values()) - given[use] for use in shares}
+        assigned[name] = max(behind, key=lambda use: behind[use])
         given[assigned[name]] += len(groups[name])
-    for step in shares.keys() - set(assigned.values()):
-        (most, count), *_ = Counter(assigned.values()).most_common(1) or [(step, 0)]
+    for use in (each for each in shares if each not in assigned.values()):
+        (most, count), *_ = Counter(assigned.values()).most_common(1) or [(use, 0)]
         if count > 1:
-            assigned[next(name for name, owner in reversed(assigned.items()) if owner == most)] = step
+            assigned[next(name for name, owner in reversed(assigned.items()) if owner == most)] = use
     return assigned
 
 
-def add_rows(sets: RowSets, step: int, group: list[Row], evaluation: bool) -> None:
-    """Append what `step` uses of the rows: responses (of pairs the chosen one), pairs, or prompts."""
+def add_rows(sets: RowSets, use: str, group: list[Row], evaluation: bool) -> None:
+    """Append what is used of the rows: responses (of pairs the chosen one), pairs, or prompts."""
     for row in group:
         source: dict[str, str] = {"source": row["source"]} if "source" in row else {}
-        if step == 1:
+        if use == "sft":
             response = cast(PairRow, row)["chosen"] if kind_of(row) == "pair" else cast(SFTRow, row)["response"]
             sft = sets.sft_eval if evaluation else sets.sft_train
             sft.append(cast(SFTRow, {"prompt": row["prompt"], "response": response, **source}))
-        elif step == 2:
+        elif use == "pairs":
             (sets.pairs_eval if evaluation else sets.pairs_train).append(cast(PairRow, row))
         else:
             prompts = sets.prompts_eval if evaluation else sets.prompts_train

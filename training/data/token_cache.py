@@ -1,13 +1,15 @@
 """Rows -> tokens, kept on the disk under a name that follows from their content, so that they are made once.
 
-A file holds all tokens one behind the other and the length of each text (safetensors, int32). Its name is a hash of the
-rows, the tokenizer with its template, the lengths allowed, and the code that makes tokens: what differs in any of these
-has another file. Small sets are not kept, see `SMALL`.
+A file holds all tokens one behind the other and the length of each text (safetensors, int32). It is mapped and not
+loaded: processes of a machine share it. Its name is a hash of the rows, the tokenizer with its template, the lengths
+allowed, and the code that makes tokens: what differs in any of these has another file. Small sets are not kept, see
+`SMALL`.
 """
 
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,6 +41,28 @@ Tokens = tuple[Tensor, ...]
 where it is sent or kept."""
 
 
+class TokenRows(Sequence[Tokens]):
+    """The tokens of rows, which lie one behind the other."""
+
+    def __init__(self, ids: Tensor, lengths: Tensor):
+        """`ids` int32 (tokens); `lengths` int32 (rows, texts of a row)."""
+        self.ids, self.lengths = ids, lengths
+        self.sizes = lengths.sum(1)  # (rows) int64
+        self.ends = self.sizes.cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: Any) -> Any:
+        """The Tokens of one row; no slices."""
+        end = int(self.ends[row])
+        texts = self.ids[end - int(self.sizes[row]) : end].split(self.lengths[row].tolist())
+        return tuple(text.long() for text in texts)
+
+    def first(self, count: int) -> "TokenRows":
+        return TokenRows(self.ids, self.lengths[:count])
+
+
 @dataclass
 class TokenCache:
     directory: Path
@@ -49,30 +74,32 @@ class TokenCache:
     small: int = SMALL
 
     @cached_property
-    def texts(self) -> list[str]:
-        """Of each row, all that its tokens depend on."""
-        return [json.dumps([row[part] for part in self.parts], ensure_ascii=False) for row in self.rows]
-
-    @cached_property
-    def file(self) -> Path:
+    def content(self) -> tuple[str, int]:
+        """A hash of all that the tokens depend on, and how many characters they are made of."""
         key = hashlib.sha256(fingerprint(self.chat_format).encode())
         limits = (self.settings.max_prompt_tokens, self.settings.max_response_tokens)
         key.update(json.dumps([self.parts, limits]).encode())
-        for text in self.texts:
+        characters = 0
+        for row in self.rows:
+            text = json.dumps([row[part] for part in self.parts], ensure_ascii=False)
             key.update(text.encode() + b"\n")
-        return self.directory / f"{key.hexdigest()[:32]}.safetensors"
+            characters += len(text)
+        return key.hexdigest()[:32], characters
+
+    @property
+    def file(self) -> Path:
+        return self.directory / f"{self.content[0]}.safetensors"
 
     def fill(self, display: Display | None = None) -> None:
         """Make the file, unless it is there or the rows are few. A disk that takes no file costs time, not the run.
 
         `display` shows how far it is: a million rows take the better part of an hour.
         """
-        if sum(map(len, self.texts)) < self.small or self.load() is not None:
+        if self.content[1] < self.small or self.load() is not None:
             return
         with (display or Display(quiet=True)).progress("Tokens of rows", len(self.rows)) as bar:
             made = self.make(bar)
-        flat = [part for row in made for part in row]
-        tensors = {"ids": torch.cat(flat).int(), "lengths": torch.tensor([len(part) for part in flat]).int()}
+        tensors = {"ids": made.ids, "lengths": made.lengths.flatten()}
         temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -82,34 +109,39 @@ class TokenCache:
             with suppress(OSError):
                 temporary.unlink()
 
-    def read(self) -> list[Tokens]:
+    def read(self) -> TokenRows:
         """The tokens of each row, from the file where there is one."""
         kept = self.load()
         return self.make() if kept is None else kept
 
-    def make(self, bar: Bar | None = None) -> list[Tokens]:
+    def make(self, bar: Bar | None = None) -> TokenRows:
         """The tokens of each row, made anew; `bar` takes a step a row."""
-        bar, made = bar or Bar(), []
+        bar, ids, lengths = bar or Bar(), array("i"), array("i")
         for row in self.rows:
-            made.append(tuple(torch.tensor(self.tokens(row, part)) for part in self.parts))
+            for part in self.parts:
+                tokens = self.tokens(row, part)
+                ids.extend(tokens)
+                lengths.append(len(tokens))
             bar.advance()
-        return made
+        return self.rows_of(*(torch.from_numpy(np.array(values, np.int32)) for values in (ids, lengths)))
 
     def tokens(self, row: dict[str, Any], part: str) -> list[int]:
         if part == "prompt":
             return self.chat_format.prompt_ids(row[part], self.settings.max_prompt_tokens)
         return self.chat_format.response_ids(row[part], self.settings.max_response_tokens)
 
-    def load(self) -> list[Tokens] | None:
+    def load(self) -> TokenRows | None:
         """What the file holds; None where it is not there or not whole."""
         try:
-            tensors = load_file(self.file)
-            texts = [text.long() for text in tensors["ids"].split(tensors["lengths"].tolist())]
+            tensors = load_file(self.file)  # which maps it
+            made = self.rows_of(tensors["ids"], tensors["lengths"])
         except (OSError, SafetensorError, KeyError, RuntimeError):
             return None
-        width = len(self.parts)
-        rows = [tuple(texts[i : i + width]) for i in range(0, len(texts), width)]
-        return rows if len(rows) == len(self.rows) else None
+        return made if int(made.sizes.sum()) == len(made.ids) else None
+
+    def rows_of(self, ids: Tensor, lengths: Tensor) -> TokenRows:
+        """`lengths` is int32 (texts of all rows). Raises RuntimeError where they are not as many as the rows have."""
+        return TokenRows(ids, lengths.reshape(len(self.rows), len(self.parts)))
 
 
 def fingerprint(chat_format: ChatFormat) -> str:

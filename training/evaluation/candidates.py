@@ -6,12 +6,11 @@ from typing import Literal
 
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
-from training.config import DPO_STEP
 from training.models.loading import require_scorer
-from training.run_directory import COMPARED
 from training.stage import Stage
+from training.steps import COMPARED, REWARD, SFT, WRITING, step_of
 
-NAMES = {"base": "base model", "sft": "SFT", "rlhf": "RLHF", "dpo": "DPO"}
+NAMES = {"base": "base model", **{step.command: step.name for step in WRITING}}
 """A run's own models, by the words for them."""
 
 
@@ -20,7 +19,7 @@ class Request:
     """What to compare; '' and 0 leave the choice to the run."""
 
     model: str = ""
-    """base, sft, rlhf, dpo, a run directory (its newest model), a model directory or a hub id."""
+    """One of NAMES, a run directory (its newest model), a model directory or a hub id."""
     against: str = ""
     judge: str = ""
     """true, learned, or a reward model's directory or hub id."""
@@ -43,8 +42,8 @@ class Judge:
 
 def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
     """The model and what it is measured against: by default RLHF or DPO against SFT, SFT against the base model."""
-    has_sft = bool(stage.config.sft_model) or stage.run.step(1).is_finished
-    trained = [name for step, name in COMPARED.items() if stage.run.step(step).is_finished]
+    has_sft = bool(stage.config.sft_model) or stage.run.step(SFT).is_finished
+    trained = [step.command for step in COMPARED if stage.run.step(step).is_finished]
     source = request.model or (trained[0] if trained else "sft")
     other = request.against or ("sft" if has_sft and source != "sft" else "base")
     model, against = find_candidate(stage, source, "model"), find_candidate(stage, other, "against")
@@ -56,12 +55,8 @@ def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
 def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
     """The model that `source` stands for. Raises UserError where it is not finished or cannot write."""
     if source in NAMES:
-        directory = {
-            "base": lambda: stage.model_directory(stage.config.model),
-            "sft": lambda: stage.earlier_model(1),
-            "rlhf": lambda: stage.run.require_model(3),
-            "dpo": lambda: stage.run.require_model(DPO_STEP),
-        }[source]()
+        base = source == "base"
+        directory = stage.model_directory(stage.config.model) if base else stage.earlier_model(step_of(source))
         return Candidate(source, NAMES[source], directory)
     path = Path(source).expanduser()
     if (path / "config.yaml").is_file():
@@ -74,8 +69,8 @@ def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
 
 def find_reward_model(stage: Stage) -> Path | None:
     """The run's, if it has a finished one."""
-    given = stage.config.trained_reward_model or stage.run.step(2).is_finished
-    return stage.earlier_model(2) if given else None
+    given = stage.config.trained_reward_model or stage.run.step(REWARD).is_finished
+    return stage.earlier_model(REWARD) if given else None
 
 
 def find_judge(stage: Stage, wanted: str, reward_model: Path | None, has_own_sources: bool) -> Judge | None:
@@ -88,7 +83,7 @@ def find_judge(stage: Stage, wanted: str, reward_model: Path | None, has_own_sou
     if wanted == "true" and not knows_truth:
         raise UserError("This run has no true score (evaluation.true_score); judge by --judge learned or a model.")
     if wanted == "learned" and reward_model is None:
-        stage.run.require_model(2)
+        stage.run.require_model(REWARD)
     if wanted == "true" or (not wanted and knows_truth):
         return Judge("upbeat score (known rule)", "truth")
     if not wanted and has_own_sources:

@@ -14,7 +14,7 @@ from training.watchdog import end_with_parent
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_directory", type=Path, help="whose held-out prompts, settings and reward model are used")
-    parser.add_argument("--model", default="", help="base, sft, rlhf, dpo, a run or model directory, or a hub id")
+    parser.add_argument("--model", default="", help="base, a step (sft, rlhf ...), a run or model directory, a hub id")
     parser.add_argument("--against", default="", help="the same")
     parser.add_argument("--judge", default="", help="true, learned, or a reward model")
     parser.add_argument("--prompts", type=int, default=0, help="how many; 0: evaluation.prompts")
@@ -24,15 +24,16 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     end_with_parent()
-    from training.config import DPO_STEP
     from training.evaluation.candidates import Request
     from training.evaluation.comparison import Comparison
     from training.run_directory import RunDirectory
     from training.stage import run_evaluation
+    from training.steps import COMPARED
 
     arguments = parse_arguments()
     run = RunDirectory(arguments.run_directory)
     request = Request(arguments.model, arguments.against, arguments.judge, arguments.prompts)
-    own_files = run.comparison_of(DPO_STEP if arguments.model == "dpo" else 3)
+    compared = [step for step in COMPARED if step.command == arguments.model] or COMPARED
+    own_files = run.comparison_of(compared[0])
     files = (arguments.to, arguments.to.with_suffix(".jsonl")) if arguments.to else own_files
     sys.exit(run_evaluation(run, lambda stage: Comparison(stage, request).run(*files)))

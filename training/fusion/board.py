@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from training.private_surfaces import default_store
 from training.roll_call import RollCall
 
 PAUSES = 0.0005, 0.005
@@ -25,8 +26,7 @@ class Board:
     """Notices of one rollout; `name` must be new for each, and the same on every rank."""
 
     def __init__(self, name: str, roll_call: RollCall | None = None):
-        store = dist.distributed_c10d._get_default_store()
-        self.store = dist.PrefixStore(f"board/{name}", store)
+        self.store = dist.PrefixStore(f"board/{name}", default_store())
         self.roll_call = roll_call
         self.mine: list[str] = []
         self.counters: set[str] = set()

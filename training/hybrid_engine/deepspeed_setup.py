@@ -9,10 +9,9 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.utils.tensor_fragment import fragment_address
 
-# DeepSpeed compiles a shared-memory all-reduce on first use on a CPU: half a minute and a C++ compiler that a laptop
-# may not have. gloo does the same work.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from training.private_surfaces import without_shared_memory
 
-__all__ = ["deepspeed", "fragment_address"]
+without_shared_memory(deepspeed)
+
+__all__ = ["deepspeed"]

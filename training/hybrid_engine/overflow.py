@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from training.hybrid_engine.zero_engine import ZeroEngine
+from training.private_surfaces import has_overflow, overflow_replacements
 
 
 def step_together(engines: Sequence[ZeroEngine]) -> tuple[list[dict[str, float]], bool]:
@@ -25,21 +26,10 @@ def step_together(engines: Sequence[ZeroEngine]) -> tuple[list[dict[str, float]]
     return results, not skipped
 
 
-def has_overflow(optimizer: Any) -> bool:
-    """What DeepSpeed's optimiser would find when stepping; the same on every rank. Some forget it after one look."""
-    if hasattr(optimizer, "overflow_checker"):  # stage 0
-        return bool(optimizer.overflow_checker.check())
-    return bool(optimizer.has_overflow())
-
-
 @contextmanager
 def forced(optimizer: Any, overflow: bool, keeps_scale: bool) -> Iterator[None]:
     """Inside, the optimiser finds `overflow` when it looks, and does not lower its loss scale if it `keeps_scale`."""
-    checker = getattr(optimizer, "overflow_checker", None)
-    places = [(checker, "check")] if checker is not None else [(optimizer, "has_overflow")]
-    replaced: list[tuple[Any, str, Any]] = [(*place, lambda *_, **__: overflow) for place in places]
-    if keeps_scale:
-        replaced.append((optimizer, "_update_scale", lambda *_, **__: None))
+    replaced = overflow_replacements(optimizer, overflow, keeps_scale)
     for owner, name, function in replaced:
         setattr(owner, name, function)  # in front of the class's method
     try:

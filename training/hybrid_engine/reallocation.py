@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from inference.private_surfaces import is_divided
 from inference.tensor_parallel.group import TensorParallel, join_groups
 from inference.tensor_parallel.shard import Piece, empty_shard
 from training.hybrid_engine.deepspeed_setup import deepspeed
@@ -40,7 +41,7 @@ class Reallocation:
         self.source = source
         self.tensor_parallel = tensor_parallel
         self.device = device
-        self.is_partitioned = any(hasattr(parameter, "ds_shape") for parameter in source.parameters())
+        self.is_partitioned = any(is_divided(parameter) for parameter in source.parameters())
         self.layouts_agree = tensor_parallel.size == 1 and not self.is_partitioned
         self.moved = Moved(0, 0, 0, 0.0)
         self._shard: nn.Module | None = None

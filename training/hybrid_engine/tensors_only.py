@@ -7,29 +7,23 @@ from contextlib import contextmanager
 
 import torch
 
-from training.hybrid_engine.deepspeed_setup import deepspeed, fragment_address
+from training.hybrid_engine.deepspeed_setup import deepspeed
+from training.private_surfaces import classes_in_checkpoints
 
-ALLOWED = (
-    OrderedDict,
-    deepspeed.runtime.fp16.loss_scaler.LossScaler,
-    deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler,
-    deepspeed.runtime.zero.config.ZeroStageEnum,
-    fragment_address,
-)
-"""What our checkpoints hold besides tensors, numbers and texts. To build one of these classes does nothing else."""
 FORCED = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Inside, torch.load builds tensors, plain values and what is ALLOWED, and raises UnpicklingError for all else.
+    """Inside, torch.load builds tensors, plain values and what DeepSpeed puts beside them, and raises
+    UnpicklingError for all else.
 
     By the environment, because DeepSpeed calls it with `weights_only=False`, which nothing else overrides.
     """
     before = {name: os.environ.get(name) for name in FORCED}
     os.environ.update(FORCED)
     try:
-        with torch.serialization.safe_globals(list(ALLOWED)):
+        with torch.serialization.safe_globals([OrderedDict, *classes_in_checkpoints(deepspeed)]):
             yield
     finally:
         for name, value in before.items():

@@ -15,15 +15,10 @@ from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.dividing import divide
 from training.hybrid_engine.tensors_only import tensors_only
+from training.private_surfaces import begin_writing, end_writing, own_part, own_weights, reduce_nothing
 from training.role_settings import OptimizerSettings
 
 TAG = "state"
-OWN_WEIGHTS = (
-    "fp32_partitioned_groups_flat",  # ZeRO stage 3
-    "single_partition_of_fp32_groups",  # 1 and 2
-    "fp32_groups_flat_partition",  # 1 in bf16 with sums of gradients in fp32
-)
-"""Where DeepSpeed's optimisers keep this rank's part of the weights."""
 
 
 class HasWeight(Protocol):
@@ -75,8 +70,8 @@ class ZeroEngine:
                 config=config,
                 dist_init_required=False,
             )
-        if ranks.size == 1:  # nothing to reduce; DeepSpeed would copy all gradients into one buffer and back
-            self.engine.buffered_allreduce_fallback = no_reduction
+        if ranks.size == 1:
+            reduce_nothing(self.engine)
         self.engine.eval()  # dropout stays off: old and new log-probabilities must come from one function
 
     @property
@@ -139,26 +134,25 @@ class ZeroEngine:
         """
         if self.engine.zero_optimization_stage() == 0:
             return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        name = next(name for name in OWN_WEIGHTS if hasattr(self.engine.optimizer, name))
-        return list(getattr(self.engine.optimizer, name))
+        return own_weights(self.engine.optimizer)
 
     def held_weights(self) -> list[Tensor]:
         """What this rank has of the trained weights: those of forward passes, and those that the optimiser updates."""
-        trained: list[Any] = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         stage = self.engine.zero_optimization_stage()
-        read = [parameter.ds_tensor if stage == 3 else parameter.data for parameter in trained]
+        read = [own_part(parameter) if stage == 3 else parameter.data for parameter in trained]
         return read if stage == 0 else [*read, *self.own_weights()]
 
     @torch.no_grad()
     def put_weights(self, kept: Sequence[Tensor]) -> None:
         """Go back to copies of what `held_weights` gave. All ranks call it."""
         divides = self.engine.zero_optimization_stage() == 3
-        if divides:  # small parameters stand whole on every rank, beside their shards
-            self.engine.optimizer.checkpoint_event_prologue()
+        if divides:
+            begin_writing(self.engine.optimizer)
         for held, before in zip(self.held_weights(), kept, strict=True):
             held.copy_(before)
         if divides:
-            self.engine.optimizer.checkpoint_event_epilogue()
+            end_writing(self.engine.optimizer)
 
     def save(self, directory: Path) -> None:
         """Write what resuming needs. All ranks call it; frozen weights are left out, they come from their source."""
@@ -189,10 +183,6 @@ class ZeroEngine:
                     continue
                 weights[name] = (parameter.data if full is None else full).detach().float().cpu().clone()
         return weights
-
-
-def no_reduction(*_: Any, **__: Any) -> None:
-    """In place of an all-reduce over one rank."""
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:

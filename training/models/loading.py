@@ -24,13 +24,14 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
-from inference.older_versions import rewrite_config
+from inference.older_versions import SCORER, rewrite_config
 from inference.quiet import quiet_transformers
 from inference.template_check import same_rendering
 from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
 from training.models.adapters import add_lora
 from training.models.layers import keep_layers
+from training.private_surfaces import multiplies_bf16
 from training.role_settings import LoRASettings
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,8 +47,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return TORCH_DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
 
 
 def load_causal_lm(
@@ -331,8 +331,6 @@ def save_model(
             eos_token_id=list(chat_format.end_ids) if len(chat_format.end_ids) > 1 else chat_format.end_of_turn_id,
             pad_token_id=chat_format.pad_id,
         )
-    else:
-        model.config.problem_type = "regression"  # so that a pipeline leaves the score as it is
     cast(Any, model).to(dtype).save_pretrained(directory)
-    rewrite_config(directory)
+    rewrite_config(directory, **({} if model.can_generate() else SCORER))
     chat_format.save(directory, scored=not model.can_generate())

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from inference.families import backbone_of
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
+from inference.private_surfaces import attention_of, set_attention
 from training.data.batching import TokenBatch
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -20,14 +21,14 @@ def use_packing(model: PreTrainedModel) -> None:
     For good, not for the length of a call: gradient checkpointing runs the forward pass again in the backward pass.
     """
     if can_pack(model):
-        model.config._attn_implementation = PACKED_ATTENTION
+        set_attention(model.config, PACKED_ATTENTION)
 
 
 def call_on_tokens(model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor | None = None) -> Tensor:
     """What the model says of a batch: the last hidden states (tokens, hidden), or, with `logits_at`, places int64
     (n), the logits there (n, vocabulary)."""
     backbone = backbone_of(model)
-    if model.config._attn_implementation == PACKED_ATTENTION:
+    if attention_of(model.config) == PACKED_ATTENTION:
         tokens = Sequences(batch.lengths)
         inputs = {"input_ids": batch.ids[None], "position_ids": tokens.positions(batch.ids.device), "tokens": tokens}
         if logits_at is None:

@@ -17,5 +17,6 @@ if __name__ == "__main__":
     end_with_parent()  # before the heavy imports: a killed command must not leave a loading process behind
     from training.stage import run_stage
     from training.step1_sft.sft import train
+    from training.steps import SFT
 
-    sys.exit(run_stage(1, train))
+    sys.exit(run_stage(SFT, train))

@@ -7,7 +7,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.token_cache import Tokens
+from training.data.token_cache import TokenRows, Tokens
 from training.evaluation.statistics import perplexity
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -56,33 +56,24 @@ def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row:
     stage.display.say(f"SFT: before training, the answer to {question[:80]!r} is {answer!r}")
 
 
-def within_budget(rows: list[Tokens], token_budget: int) -> list[Tokens]:
-    """The first rows that together have at most `token_budget` tokens (0: all)."""
-    if not token_budget:
-        return rows
-    kept: list[Tokens] = []
-    tokens = 0
-    for prompt, response in rows:
-        tokens += len(prompt) + len(response)
-        if kept and tokens > token_budget:
-            break
-        kept.append((prompt, response))
-    return kept
+def within_budget(rows: TokenRows, token_budget: int) -> TokenRows:
+    """The first rows that together have at most `token_budget` tokens (0: all), but one at least."""
+    return rows.first(max(1, int((rows.ends <= token_budget).sum()))) if token_budget else rows
 
 
 class SFTTask:
     name = "SFT"
 
-    def __init__(self, stage: Stage, engine: ZeroEngine, rows: list[Tokens], held_out: list[Tokens]):
+    def __init__(self, stage: Stage, engine: ZeroEngine, rows: TokenRows, held_out: TokenRows):
         self.stage, self.engine, self.rows, self.held_out = stage, engine, rows, held_out
-        self.lengths = [len(prompt) + len(response) for prompt, response in rows]
+        self.lengths: list[int] = rows.sizes.tolist()
 
     def place(self, row: int) -> int:
         return row
 
     def size(self, rows: list[int]) -> int:
         """Response tokens."""
-        return sum(len(self.rows[row][1]) for row in rows)
+        return int(self.rows.lengths[rows, 1].sum())
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
         """Summed negative log-likelihood of the response tokens."""
@@ -92,7 +83,7 @@ class SFTTask:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss per response token and perplexity on held-out rows."""
-        lengths = [len(prompt) + len(response) for prompt, response in self.held_out]
+        lengths = self.held_out.sizes.tolist()
         if not lengths:
             return {}
         ranks = self.stage.ranks

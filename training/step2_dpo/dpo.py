@@ -16,13 +16,25 @@ from training.models.policy import Policy
 from training.stage import Stage
 from training.step2_dpo.dpo_math import dpo_loss, implicit_rewards
 from training.step2_dpo.reference import reference_logprobs, response_logprobs
+from training.steps import SFT
 from training.supervised import count_updates, fit
+
+HELD_OUT = {
+    "loss": "eval/loss",
+    "accuracy": "eval/accuracy",
+    "margin": "eval/margin",
+    "reward/chosen": "eval/reward/chosen",
+    "reward/rejected": "eval/reward/rejected",
+    "logprobs/chosen": "eval/logprobs/chosen",
+    "logprobs/rejected": "eval/logprobs/rejected",
+}
+"""The metric of held-out pairs for each one of training pairs."""
 
 
 def train(stage: Stage) -> None:
     """The whole step: set up, ask the reference, fit, save."""
-    settings = stage.config.dpo
-    source = stage.earlier_model(1)
+    settings = stage.settings
+    source = stage.earlier_model(SFT)
     chat_format = ChatFormat.load(source)
     for note in chat_format.notes:
         stage.display.say(note)
@@ -59,7 +71,7 @@ class DPOTask:
         reference_logprobs: dict[str, Tensor],
     ):
         """Both have a `train` and an `eval` set."""
-        self.stage, self.engine, self.settings = stage, engine, stage.config.dpo
+        self.stage, self.engine, self.settings = stage, engine, stage.settings
         self.pairs, self.reference_logprobs = pairs, reference_logprobs
         self.lengths = [pair.tokens for pair in pairs["train"]]
 
@@ -87,7 +99,7 @@ class DPOTask:
             loss, measured = self._losses("eval", micro_batch.rows)
             for name, value in {"loss": float(loss), **measured}.items():
                 sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
-        return {f"eval/{name}": value / len(held_out) for name, value in ranks.sum_values(sums).items()}
+        return {HELD_OUT[name]: value / len(held_out) for name, value in ranks.sum_values(sums).items()}
 
     def _losses(self, name: str, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities."""

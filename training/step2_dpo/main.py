@@ -17,8 +17,8 @@ from training.watchdog import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()
-    from training.config import DPO_STEP
     from training.stage import run_stage
     from training.step2_dpo.dpo import train
+    from training.steps import DPO
 
-    sys.exit(run_stage(DPO_STEP, train))
+    sys.exit(run_stage(DPO, train))

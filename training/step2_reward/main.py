@@ -16,5 +16,6 @@ if __name__ == "__main__":
     end_with_parent()
     from training.stage import run_stage
     from training.step2_reward.reward import train
+    from training.steps import REWARD
 
-    sys.exit(run_stage(2, train))
+    sys.exit(run_stage(REWARD, train))

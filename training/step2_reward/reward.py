@@ -13,9 +13,19 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
 from training.models.scorer import Scorer, at_last_token
 from training.stage import Stage
+from training.steps import SFT
 from training.supervised import count_updates, fit
 
-LENGTH_BUCKETS = (8, 16, 32, 64, 128, 256)
+ACCURACY_UP_TO = {
+    8: "eval/accuracy_up_to_8_tokens",
+    16: "eval/accuracy_up_to_16_tokens",
+    32: "eval/accuracy_up_to_32_tokens",
+    64: "eval/accuracy_up_to_64_tokens",
+    128: "eval/accuracy_up_to_128_tokens",
+    256: "eval/accuracy_up_to_256_tokens",
+}
+"""The metric of pairs whose longer answer has up to so many tokens, from the bucket before on."""
+LENGTH_BUCKETS = tuple(ACCURACY_UP_TO)
 
 
 def train(stage: Stage) -> None:
@@ -47,7 +57,7 @@ def train(stage: Stage) -> None:
 def initial_model(stage: Stage) -> Path:
     if stage.config.reward.initialize_from == "base":
         return stage.model_directory(stage.config.reward_model_source)
-    return stage.earlier_model(1)
+    return stage.earlier_model(SFT)
 
 
 class RewardTask:
@@ -78,36 +88,25 @@ class RewardTask:
             return {}
         ranks = self.stage.ranks
         lengths = [pair.tokens for pair in self.held_out]
-        names = ["loss", "margin", "chosen", "rejected", "right", "pairs"]
-        buckets = [f"{kind}/{bucket}" for bucket in (*LENGTH_BUCKETS, "unseen") for kind in ("right", "pairs")]
-        sums = dict.fromkeys(names + buckets, 0.0)
+        sums = dict.fromkeys(("eval/loss", "eval/margin", "eval/chosen", "eval/rejected"), 0.0)
+        right = dict.fromkeys(("eval/accuracy", *ACCURACY_UP_TO.values(), "eval/accuracy_unseen_questions"), 0.0)
+        counts = dict.fromkeys(right, 0.0)
         plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
         for micro_batch in plan[ranks.rank]:
-            pairs = [self.held_out[row] for row in micro_batch.rows]
+            pairs, weight = [self.held_out[row] for row in micro_batch.rows], micro_batch.weight
             chosen, rejected = self._scores(pairs)
-            right = (chosen > rejected).float()
-            for pair, ranked in zip(pairs, right.tolist(), strict=True):
-                length = length_bucket(pair.longer)
-                for bucket in (length, "unseen") if pair.is_unseen else (length,):
-                    sums[f"right/{bucket}"] += ranked * micro_batch.weight
-                    sums[f"pairs/{bucket}"] += micro_batch.weight
-            sums["loss"] -= float(logsigmoid(chosen - rejected).sum()) * micro_batch.weight
-            sums["margin"] += float((chosen - rejected).sum()) * micro_batch.weight
-            sums["chosen"] += float(chosen.sum()) * micro_batch.weight
-            sums["rejected"] += float(rejected.sum()) * micro_batch.weight
-            sums["right"] += float(right.sum()) * micro_batch.weight
-            sums["pairs"] += len(pairs) * micro_batch.weight
-        sums = ranks.sum_values(sums)
-        count = sums["pairs"]
-        result = {f"eval/{name}": sums[name] / count for name in ("loss", "margin", "chosen", "rejected")}
-        result["eval/accuracy"] = sums["right"] / count
-        for bucket in LENGTH_BUCKETS:
-            if sums[f"pairs/{bucket}"]:
-                name = f"eval/accuracy_up_to_{bucket}_tokens"
-                result[name] = sums[f"right/{bucket}"] / sums[f"pairs/{bucket}"]
-        if sums["pairs/unseen"]:
-            result["eval/accuracy_unseen_questions"] = sums["right/unseen"] / sums["pairs/unseen"]
-        return result
+            for pair, ranked in zip(pairs, (chosen > rejected).tolist(), strict=True):
+                for name in accuracies_of(pair):
+                    right[name] += ranked * weight
+                    counts[name] += weight
+            sums["eval/loss"] -= float(logsigmoid(chosen - rejected).sum()) * weight
+            sums["eval/margin"] += float((chosen - rejected).sum()) * weight
+            sums["eval/chosen"] += float(chosen.sum()) * weight
+            sums["eval/rejected"] += float(rejected.sum()) * weight
+        found = ranks.sum_values(sums | right | {f"pairs of {name}": count for name, count in counts.items()})
+        counts = {name: found[f"pairs of {name}"] for name in right}
+        means = {name: found[name] / counts["eval/accuracy"] for name in sums}
+        return means | {name: found[name] / count for name, count in counts.items() if count}
 
     @torch.no_grad()
     def score_scale(self) -> dict[str, float]:
@@ -132,6 +131,12 @@ class RewardTask:
         batch = TokenBatch.of(rows_of(pairs), self.stage.ranks.device)
         chosen, rejected = at_last_token(self.engine(batch), batch).chunk(2)
         return chosen, rejected
+
+
+def accuracies_of(pair: TokenPair) -> list[str]:
+    """The metrics that a held-out pair counts in."""
+    names = ["eval/accuracy", ACCURACY_UP_TO[length_bucket(pair.longer)]]
+    return [*names, "eval/accuracy_unseen_questions"] if pair.is_unseen else names
 
 
 def length_bucket(tokens: int) -> int:

@@ -14,9 +14,12 @@ ROUNDING = 1e-5
 """Scores of a group that differ by less than this share of the largest one are alike."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Experience:
-    """One sample with everything PPO needs of it; tensors on the CPU, (response tokens) unless said otherwise."""
+    """One sample with everything PPO needs of it; tensors on the CPU, (response tokens) unless said otherwise.
+
+    What is learnt of it later comes as a copy (`dataclasses.replace`).
+    """
 
     index: int
     prompt: Tensor  # (prompt tokens) int64
@@ -69,9 +72,6 @@ class Targets:
     advantages: Tensor
     returns: Tensor
     """What the critic aims at; of no use without one."""
-    has_critic: bool
-    group: int
-    """Samples of a prompt, which stand together."""
 
     @classmethod
     def of(cls, experience: list[Experience], settings: RLHFSettings, kl_coefficient: float) -> "Targets":
@@ -87,12 +87,24 @@ class Targets:
         returns = advantages + values  # before whitening
         if settings.whiten_advantages and settings.advantage in ("gae", "reinforce++"):
             advantages = ppo_math.whiten(advantages, mask)
-        group = settings.samples_per_prompt
-        return cls(
-            mask, logprobs, reference, values, score, penalty.sum(1), advantages, returns, settings.has_critic, group
+        return cls(mask, logprobs, reference, values, score, penalty.sum(1), advantages, returns)
+
+    def of_tokens(self, rows: list[int], device: torch.device) -> "TokenTargets":
+        """Those of some samples, token by token."""
+        mask = self.mask[rows]
+
+        def flat(padded: Tensor) -> Tensor:
+            return padded[rows][mask].to(device)
+
+        return TokenTargets(
+            flat(self.logprobs),
+            flat(self.reference_logprobs),
+            flat(self.values),
+            flat(self.advantages),
+            flat(self.returns),
         )
 
-    def metrics(self, experience: list[Experience], kl_coefficient: float) -> dict[str, float]:
+    def metrics(self, experience: list[Experience], settings: RLHFSettings, kl_coefficient: float) -> dict[str, float]:
         """Metrics of the rollout, by the names that users of such trainers know."""
         lengths = torch.tensor([float(len(e.response)) for e in experience])
         k3 = ppo_math.kl_k3(self.logprobs, self.reference_logprobs) * self.mask
@@ -109,14 +121,14 @@ class Targets:
             "response/length_max": float(lengths.max()),
             "response/ended_fraction": sum(e.ended for e in experience) / len(experience),
         }
-        if self.has_critic:
+        if settings.has_critic:
             metrics |= {
                 "returns/mean": float(ppo_math.masked_mean(self.returns, self.mask)),
                 "value/mean": float(ppo_math.masked_mean(self.values, self.mask)),
                 "value/explained_variance": ppo_math.explained_variance(self.values, self.returns, self.mask),
             }
-        if self.group > 1:
-            by_prompt = self.total_score.view(-1, self.group)
+        if settings.samples_per_prompt > 1:
+            by_prompt = self.total_score.view(-1, settings.samples_per_prompt)
             apart = by_prompt.amax(1) - by_prompt.amin(1)
             metrics["reward/group_std"] = float(by_prompt.std(1, correction=0).mean())
             metrics["reward/groups_alike"] = float((apart <= ROUNDING * by_prompt.abs().max()).float().mean())
@@ -125,6 +137,17 @@ class Targets:
     def sequence_kl(self) -> Tensor:
         """k1 summed over each response; (samples)."""
         return (ppo_math.kl_k1(self.logprobs, self.reference_logprobs) * self.mask).sum(1)
+
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """The targets of some samples, one behind the other; (response tokens) each."""
+
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
 def estimate_advantages(

@@ -4,6 +4,7 @@ Every rank has all prompts, so that none travels: what is sent grows with the re
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,14 +54,14 @@ def gather_scores(
     """`experience`, which every rank has in order, with the scores and `numbers` that ranks have found for `ours`."""
     if ranks.size == 1:
         return in_order(ours)
+    scored = list(experience)
     for words in ranks.gather_flat(pack(ours, numbers, with_tokens=False), "the scores of an iteration"):
         index, _, lengths, scores, tokens = unpack(words, len(numbers))
         rows = [row.view(torch.float32).split(lengths) for row in tokens]
         for place, i in enumerate(index):
-            experience[i].score = scores[place]
-            for name, row in zip(numbers, rows, strict=True):
-                setattr(experience[i], name, row[place])
-    return experience
+            of_token = {name: row[place] for name, row in zip(numbers, rows, strict=True)}
+            scored[i] = replace(experience[i], score=scores[place], **of_token)
+    return scored
 
 
 def pack(ours: list[Experience], numbers: Sequence[str], with_tokens: bool) -> Tensor:

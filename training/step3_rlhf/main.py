@@ -18,5 +18,6 @@ if __name__ == "__main__":
     end_with_parent()
     from training.stage import run_stage
     from training.step3_rlhf.ppo import train
+    from training.steps import PPO
 
-    sys.exit(run_stage(3, train))
+    sys.exit(run_stage(PPO, train))

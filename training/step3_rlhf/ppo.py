@@ -2,8 +2,8 @@
 
 import resource
 import sys
-import time
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,20 +21,22 @@ from training.reward_sources import RewardFailed
 from training.rewards import Rewards
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
+from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
 from training.step3_rlhf.reward_gate import look_at_reward_model
 from training.step3_rlhf.roles import Roles, starting_scorer
-from training.step3_rlhf.rollout import Rollout
-from training.step3_rlhf.update import Updates
+from training.step3_rlhf.rollout import Rollouts
+from training.step3_rlhf.update import Batch, Update, Updates
 from training.step3_rlhf.watch import Watch
+from training.steps import SFT
 
 
 def train(stage: Stage) -> None:
     """The whole step: set up, iterate, save."""
     config, settings = stage.config, stage.config.rlhf
-    sft, scorer = stage.earlier_model(1), starting_scorer(stage)
+    sft, scorer = stage.earlier_model(SFT), starting_scorer(stage)
     chat_format = stage.chat_format(sft, scorer)
     rows, held_out = stage.rows(chat_format)
     prompts = [prompt for (prompt,) in stage.tokens(rows, ("prompt",), chat_format)]
@@ -63,6 +65,18 @@ def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor
     return torch.tensor(chat_format.prompt_ids(row["prompt"], max_tokens))
 
 
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration gave."""
+
+    metrics: dict[str, float]
+    mini_batches: list[dict[str, float]]
+    """The metrics of each one."""
+    stopped: bool
+    """The KL to the reference was over rlhf.kl.stop: no update was made, and training ends here."""
+    clock: Clock
+
+
 class PPO:
     """The trainer. Everything random is a function of (seed, iteration), so a checkpoint holds weights and numbers."""
 
@@ -80,15 +94,15 @@ class PPO:
         self.chat_format, self.prompts, self.fixed_prompts = chat_format, prompts, fixed_prompts
         kl = self.settings.kl
         self.kl = ppo_math.KLController(kl.coefficient, kl.target, kl.horizon)
-        self.rollout = Rollout(stage, roles, chat_format)
+        self.rollouts = Rollouts(stage, roles, chat_format)
         self.rewards = Rewards(self.settings, stage.ranks, roles.reward_is_normalized)
         self.rows = rows or []
         self.order = Epochs(len(prompts), f"{stage.config.seed}/prompts")
         self.inside = KeptWeights(roles.actor, roles.ema) if kl.stop else None
         """The model before the newest update, whose KL was within rlhf.kl.stop."""
         ptx = Demonstrations(stage, chat_format) if self.settings.ptx.coefficient else None
-        calls = [call for call in self.rollout.calls if call.kind == "train"]
-        self.updates = Updates(stage, roles, [call.role for call in calls], ptx)
+        trained = [call.role for call in self.rollouts.calls if call.kind == "train"]
+        self.updates = Updates(stage, roles, trained, ptx)
         self.watch = Watch(self.settings.missing_end_penalty)
         self.saved = 0
         """Iteration of the newest checkpoint."""
@@ -103,15 +117,15 @@ class PPO:
             while number < settings.iterations and not stopped:
                 number += 1
                 try:
-                    metrics, stopped = self.iterate(number, check=not checked)
+                    iteration = self.iterate(number, check=not checked)
                 except RewardFailed:  # nothing of what was learned is lost
                     if settings.checkpoint_every and self.saved < number - 1:
                         self.save(number - 1, stopped=False)
                     raise
-                checked = True
-                metrics |= self.watch_over(number, metrics)
+                checked, stopped = True, iteration.stopped
+                metrics = iteration.metrics | self.watch_over(number, iteration.metrics)
                 stage.metrics.write(number, metrics)
-                for mini_batch in self.updates.mini_batches:
+                for mini_batch in iteration.mini_batches:
                     updates.write(number, mini_batch)
                 bar.advance(f"score {metrics['reward/score_mean']:.2f} · KL {metrics['kl/reference']:.2f}")
                 ends = stopped or number == settings.iterations
@@ -143,13 +157,14 @@ class PPO:
     def measure_kl(self, number: int) -> float:
         """Of the present actor to the reference, on the samples that iteration `number` would learn from."""
         seats = self.choose_prompts(number)
-        experience = self.rollout.run([self.prompts[seat] for seat in seats], seats, number)
+        rollout = self.rollouts.start([self.prompts[seat] for seat in seats], seats, number, Clock())
+        experience = rollout.generate_and_score() if rollout.is_fused else rollout.score(rollout.generate())
         kls = [float(ppo_math.kl_k3(e.logprobs, e.reference_logprobs).sum()) for e in experience]
         return sum(kls) / len(kls)
 
     def save(self, number: int, stopped: bool) -> None:
         """A checkpoint after iteration `number`."""
-        fusion = self.rollout.fusion.as_dict()
+        fusion = self.rollouts.fusion.chooser.as_dict()
         state = {"kl_coefficient": self.kl.coefficient, "stopped": stopped, "fusion": fusion}
         state |= {"rewards": self.rewards.state(), "critic_scale": self.roles.critic_scale}
 
@@ -174,7 +189,7 @@ class PPO:
         with self.stage.checkpoints.reading(directory):
             self.roles.load(directory)
             self.kl.coefficient = state["kl_coefficient"]
-            self.rollout.fusion.restore(state["fusion"])
+            self.rollouts.fusion.chooser.restore(state["fusion"])
             self.rewards.restore(state.get("rewards"))
             if state.get("critic_scale"):
                 self.roles.scale_critic(*state["critic_scale"])
@@ -189,33 +204,52 @@ class PPO:
         self.stage.display.say(f"PPO: going on after iteration {state['number']}")
         return state["number"], state["stopped"]
 
-    def iterate(self, number: int, check: bool) -> tuple[dict[str, float], bool]:
-        """One iteration; returns its metrics and whether training ends here (KL over the bound: no update is made)."""
-        begun = time.perf_counter()
+    def iterate(self, number: int, check: bool) -> Iteration:
+        """Iteration `number`: prompts, generate, score, advantages, update, log. `check` looks at the first update."""
+        settings, coefficient, clock = self.settings, self.kl.coefficient, Clock()
+
+        # prompts
         seats = self.choose_prompts(number)
-        experience = self.rollout.run([self.prompts[seat] for seat in seats], seats, number)  # generate and score
+        prompts = [self.prompts[seat] for seat in seats]
+
+        # generate and score: each sample when it has ended, or all samples after one another
+        rollout = self.rollouts.start(prompts, seats, number, clock)
+        if rollout.is_fused:
+            experience = rollout.generate_and_score()
+        else:
+            experience = rollout.generate()
+            experience = rollout.score(experience)
+        of_rollout = rollout.learn(experience)
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
-        of_scores = self.reward(experience, texts, seats)
-        coefficient = self.kl.coefficient
-        targets = Targets.of(experience, self.settings, coefficient)
-        metrics = targets.metrics(experience, coefficient) | of_scores
+        experience, of_scores = self.reward(experience, texts, seats, clock)
+
+        # advantages
+        targets = Targets.of(experience, settings, coefficient)
+        metrics = targets.metrics(experience, settings, coefficient) | of_scores
         metrics["response/distinct_bigrams"] = distinct_bigrams(texts)
-        stop = 0 < self.settings.kl.stop < metrics["kl/reference"]
         if check:
             check_first_update(self.stage, self.roles, experience)
-        self.updates.mini_batches, self.updates.seats = [], seats
-        if not stop:
+
+        # update
+        stopped = 0 < settings.kl.stop < metrics["kl/reference"]
+        update = Update()
+        if not stopped:
             if self.inside is not None:
                 self.inside.keep()
-            metrics |= self.update(experience, targets, number)
+            with clock.phase("time/train"), clock.timeline.span("train"):
+                update = self.updates.run(Batch(number, experience, targets, seats, coefficient))
             self.kl.update(metrics["kl/reference"], len(experience))
-        metrics |= self.rollout.work() | self.rollout.fusion_metrics
-        return metrics | self.timing(experience, time.perf_counter() - begun), stop
 
-    def reward(self, experience: list[Experience], texts: list[str], seats: list[int]) -> dict[str, float]:
-        """Make each score what PPO raises: of all that rewards, on one scale. Returns metrics of them as given."""
+        # log
+        metrics |= update.metrics | self.rollouts.work() | of_rollout | self.timing(experience, clock)
+        return Iteration(metrics, update.mini_batches, stopped, clock)
+
+    def reward(
+        self, experience: list[Experience], texts: list[str], seats: list[int], clock: Clock
+    ) -> tuple[list[Experience], dict[str, float]]:
+        """The experience with the scores that PPO raises: of all that rewards, on one scale. And metrics of them."""
         rewards, asks = self.rewards, bool(self.rewards.sources)
-        with self.rollout.timed("reward") if asks else nullcontext():
+        with clock.phase("time/reward") if asks else nullcontext():
             rewarded = rewards.reward(
                 [e.score for e in experience],
                 [self.rows[seat]["prompt"] for seat in seats] if asks else [],
@@ -224,14 +258,13 @@ class PPO:
                 self.settings.samples_per_prompt,
             )
         metrics = score_metrics(rewarded.raw, experience) | rewarded.metrics
-        for e, score in zip(experience, rewarded.scores, strict=True):
-            e.score = score
+        experience = [replace(e, score=score) for e, score in zip(experience, rewarded.scores, strict=True)]
         of_model = rewards.statistics.get("model")
         if of_model is not None and self.settings.has_critic and not self.roles.critic_scale:
-            self.roles.scale_critic(of_model.mean, of_model.deviation)
-            for e in experience:  # what it said before
-                e.values = (e.values - of_model.mean) / of_model.deviation
-        return metrics
+            shift, scale = of_model.mean, of_model.deviation
+            self.roles.scale_critic(shift, scale)
+            experience = [replace(e, values=(e.values - shift) / scale) for e in experience]  # what it said before
+        return experience, metrics
 
     def watch_over(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
         """Say what looks like a collapse, each kind once; returns its metrics."""
@@ -249,29 +282,28 @@ class PPO:
         seats = self.order.rows((number - 1) * count, count)
         return [seat for seat in seats for _ in range(self.settings.samples_per_prompt)]
 
-    def update(self, experience: list[Experience], targets: Targets, number: int) -> dict[str, float]:
-        """Every PPO epoch: mini-batches of shuffled samples, an optimiser step of actor and critic on each."""
-        with self.rollout.timed("train"), self.rollout.timeline.span("train"):
-            return self.updates.run(experience, targets, number, self.kl.coefficient)
-
     def show_fixed_prompts(self, number: int) -> None:
         """What the actor answers now to the same few held-out prompts, into samples.jsonl. All ranks call it."""
-        engine = self.rollout.generation_engine()
+        engine = self.rollouts.generation_engine()
         key = SamplingKey(self.stage.config.seed, 0)
         samples = sorted(
-            engine.generate(self.fixed_prompts, self.rollout.sampling, key), key=lambda sample: sample.index
+            engine.generate(self.fixed_prompts, self.rollouts.sampling, key), key=lambda sample: sample.index
         )
         for sample in sorted(samples, key=lambda sample: sample.index):
             prompt = self.chat_format.decode(sample.prompt_ids.tolist())
             response = self.chat_format.decode(sample.response_ids)
             self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": sample.ended})
 
-    def timing(self, experience: list[Experience], seconds: float) -> dict[str, float]:
+    def timing(self, experience: list[Experience], clock: Clock) -> dict[str, float]:
         """Seconds by phase, tokens generated a second, and this process's peak memory."""
-        phases = {f"time/{name}": value for name, value in self.rollout.seconds.items()}
-        tokens = sum(len(e.response) for e in experience)
+        seconds, tokens = clock.elapsed(), sum(len(e.response) for e in experience)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self.ranks.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        other = seconds - sum(self.rollout.seconds.values())
-        return {**phases, "time/other": other, "tokens_per_second": tokens / seconds, "memory/peak_gb": peak / 1e9}
+        other = seconds - sum(clock.seconds.values())
+        return {
+            **clock.seconds,
+            "time/other": other,
+            "tokens_per_second": tokens / seconds,
+            "memory/peak_gb": peak / 1e9,
+        }

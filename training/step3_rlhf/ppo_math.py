@@ -6,7 +6,7 @@ Names are those of the papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE
 shape (tokens). All are float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -126,6 +126,57 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
     acted = outside & (clipped > unclipped)
     return 0.5 * torch.maximum(unclipped, clipped).sum(), acted
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of some tokens, summed, and what is reported of it by the names of the metrics."""
+
+    total: Tensor
+    sums: dict[str, Tensor]
+    """What the metric is a mean of, token by token or summed."""
+    largest: dict[str, Tensor] = field(default_factory=dict)
+    """What the metric is the largest value of, token by token."""
+
+
+def actor_loss(
+    logprobs: Tensor,
+    entropy: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    advantages: Tensor,
+    clip: float,
+    kl_coefficient: float | None,
+) -> Loss:
+    """The clipped surrogate and, unless it is in the rewards (`kl_coefficient` None), the KL penalty (k3); flat."""
+    loss, ratio = policy_loss(logprobs, old_logprobs, advantages, clip)
+    sums = {
+        "policy/loss": loss,
+        "policy/entropy": entropy,
+        "policy/ratio_mean": ratio,
+        "policy/clip_fraction": ((ratio - 1).abs() > clip).float(),
+        "kl/old_k1": kl_k1(old_logprobs, logprobs),
+        "kl/old_k3": kl_k3(old_logprobs, logprobs),
+    }
+    if kl_coefficient is not None:
+        k3 = kl_k3(logprobs, reference_logprobs)
+        loss = loss + kl_coefficient * k3.sum()
+        sums["policy/kl_penalty"] = kl_coefficient * k3
+    return Loss(loss, sums, {"policy/ratio_max": ratio})
+
+
+def critic_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Loss:
+    """The clipped squared error; flat tensors."""
+    loss, clipped = value_loss(values, old_values, returns, clip)
+    return Loss(loss, {"value/loss": loss, "value/clip_fraction": clipped.float()})
+
+
+def ptx_loss(logprobs: Tensor, demonstrated: int, tokens: int) -> Loss:
+    """The negative log-likelihood of demonstrations (InstructGPT's PPO-ptx), a mean over the `demonstrated` tokens of
+    an optimiser step. It is reported times `tokens`, by which all sums of that step are divided; flat.
+    """
+    loss = -logprobs.sum() / demonstrated
+    return Loss(loss, {"ptx/loss": loss * tokens})
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

@@ -27,6 +27,7 @@ from training.models.policy import Policy
 from training.models.scorer import Scorer, at_last_token
 from training.role_settings import FrozenSettings
 from training.stage import Stage
+from training.steps import REWARD, SFT
 
 
 def starting_scorer(stage: Stage) -> Path | None:
@@ -37,11 +38,11 @@ def starting_scorer(stage: Stage) -> Path | None:
     """
     config = stage.config
     if config.rlhf.has_reward_model or (config.rlhf.has_critic and config.trained_reward_model):
-        return stage.earlier_model(2)
+        return stage.earlier_model(REWARD)
     if not config.rlhf.has_critic:
         return None
     if config.reward.initialize_from == "sft":
-        return stage.earlier_model(1)
+        return stage.earlier_model(SFT)
     return stage.model_directory(config.reward_model_source)
 
 

@@ -3,20 +3,95 @@
 import itertools
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
 from training.hybrid_engine.overflow import step_together
-from training.hybrid_engine.zero_engine import ZeroEngine
 from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
-from training.step3_rlhf.experience import Experience, Targets, token_batch
-from training.step3_rlhf.ptx import Demonstrations
+from training.step3_rlhf.experience import Experience, Targets, TokenTargets, token_batch
+from training.step3_rlhf.ptx import Demonstrations, Drawn
 from training.step3_rlhf.roles import Roles, response_values
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one iteration learns from; every rank has all of it."""
+
+    number: int
+    """Of the iteration."""
+    experience: list[Experience]
+    targets: Targets
+    seats: list[int]
+    """Places in the data of the samples' prompts."""
+    kl_coefficient: float
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """What one optimiser step of each trained role sees, over all ranks."""
+
+    batch: Batch
+    rows: list[int]
+    """Its samples, by their places in the batch."""
+    update: int
+    """Number of the optimiser step, counted from 0 through the run."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.batch.experience[row].length for row in self.rows]
+
+    @property
+    def tokens(self) -> int:
+        """Of all responses."""
+        return sum(len(self.batch.experience[row].response) for row in self.rows)
+
+    def part(self, micro_batch: MicroBatch, device: torch.device) -> tuple[list[int], TokenBatch, TokenTargets]:
+        """A micro-batch: its samples' places in the batch, what the models read, and what the losses aim at."""
+        rows = [self.rows[i] for i in micro_batch.rows]
+        experience = [self.batch.experience[row] for row in rows]
+        return rows, token_batch(experience, device), self.batch.targets.of_tokens(rows, device)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of losses, by the names of the metrics: sums over response tokens, and largest values."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: ppo_math.Loss, weight: float) -> None:
+        """Those of a micro-batch."""
+        for name, value in loss.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach().sum()) * weight
+        for name, value in loss.largest.items():
+            self.largest[name] = max(self.largest.get(name, 0.0), float(value.detach().max()))
+
+    def means(self, tokens: int) -> dict[str, float]:
+        """A response token, of so many; the largest values as they are."""
+        return {name: value / tokens for name, value in self.sums.items()} | self.largest
+
+
+def pooled(parts: Sequence[Statistics]) -> Statistics:
+    """Of ranks or mini-batches that have the same names."""
+    return Statistics(
+        {name: sum(part.sums[name] for part in parts) for name in parts[0].sums},
+        {name: max(part.largest[name] for part in parts) for name in parts[0].largest},
+    )
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the updates of an iteration gave; nothing where there were none."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    mini_batches: list[dict[str, float]] = field(default_factory=list)
+    """The metrics of each one."""
 
 
 @dataclass(frozen=True)
@@ -35,147 +110,103 @@ class Pass:
 
 
 class Updates:
-    """Of the run; `mini_batches` are the statistics of each one of the present iteration."""
+    """Those of a run. The losses themselves are in `ppo_math`."""
 
     def __init__(self, stage: Stage, roles: Roles, trained: list[str], ptx: Demonstrations | None):
-        """`trained` names the roles that are, in order."""
+        """`trained` names the roles that are."""
         self.stage, self.settings, self.ranks, self.roles = stage, stage.config.rlhf, stage.ranks, roles
-        self.roles_trained, self.ptx = trained, ptx
-        self.mini_batches: list[dict[str, float]] = []
-        self.seats: list[int] = []
-        """Places in the data of the prompts of an iteration's samples."""
+        self.trained, self.ptx = trained, ptx
 
-    def run(
-        self, experience: list[Experience], targets: Targets, number: int, kl_coefficient: float
-    ) -> dict[str, float]:
+    def run(self, batch: Batch) -> Update:
         """Every PPO epoch: mini-batches of shuffled samples, an optimiser step of actor and critic on each.
 
         Ends before its time where a mini-batch shows that the policy has left the old one by rlhf.ppo_kl_stop.
         """
         settings = self.settings
-        self.mini_batches = []
-        totals: dict[str, float] = {}
-        last: dict[str, float] = {}
+        statistics: list[Statistics] = []
+        steps: list[dict[str, float]] = []
+        rows: list[dict[str, float]] = []
         tokens = 0
         for epoch, place in itertools.product(range(settings.ppo_epochs), range(settings.mini_batches)):
-            order = list(range(len(experience)))
-            random.Random(f"{self.stage.config.seed}/samples/{number}/{epoch}").shuffle(order)
-            chosen = order[place :: settings.mini_batches]
-            update = ((number - 1) * settings.ppo_epochs + epoch) * settings.mini_batches + place
-            sums, of_steps = self.mini_batch(chosen, experience, targets, number, update, kl_coefficient)
-            size = sum(len(experience[row].response) for row in chosen)
-            means = {name: value if name.endswith("_max") else value / size for name, value in sums.items()}
-            self.mini_batches.append({"epoch": epoch, "mini_batch": place, **means, **of_steps})
-            for name, value in sums.items():
-                kept = totals.get(name, 0.0)
-                totals[name] = max(kept, value) if name.endswith("_max") else kept + value
-            last |= of_steps
-            tokens += size
-            if 0 < settings.ppo_kl_stop < means.get("kl/old_k3", 0.0):
+            order = list(range(len(batch.experience)))
+            random.Random(f"{self.stage.config.seed}/samples/{batch.number}/{epoch}").shuffle(order)
+            update = ((batch.number - 1) * settings.ppo_epochs + epoch) * settings.mini_batches + place
+            mini_batch = MiniBatch(batch, order[place :: settings.mini_batches], update)
+            found, step = self.mini_batch(mini_batch)
+            statistics.append(found)
+            steps.append(step)
+            rows.append({"epoch": epoch, "mini_batch": place, **found.means(mini_batch.tokens), **step})
+            tokens += mini_batch.tokens
+            if 0 < settings.ppo_kl_stop < rows[-1].get("kl/old_k3", 0.0):
                 break
-        means = {name: value if name.endswith("_max") else value / tokens for name, value in totals.items()}
-        if "kl/old_k3" in means:  # not in the critic's warm-up
-            means["kl/old_k3_max"] = max(mini_batch["kl/old_k3"] for mini_batch in self.mini_batches)
-        return means | last | {"update/mini_batches": len(self.mini_batches)}
+        metrics = pooled(statistics).means(tokens) | steps[-1] | {"update/mini_batches": len(rows)}
+        if "kl/old_k3" in metrics:  # not in the critic's warm-up
+            metrics["kl/old_k3_max"] = max(row["kl/old_k3"] for row in rows)
+        return Update(metrics, rows)
 
-    def mini_batch(
-        self,
-        chosen: list[int],
-        experience: list[Experience],
-        targets: Targets,
-        number: int,
-        update: int,
-        kl_coefficient: float,
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """One optimiser step of each trained role, number `update` of the run.
-
-        Returns statistics summed over the response tokens of all ranks (largest ones of `..._max`), and what the steps
-        themselves gave.
-        """
-        settings = self.settings
-        lengths = [experience[row].length for row in chosen]
-        plan = plan_micro_batches(lengths, settings.micro_batch_tokens, self.ranks.size)[self.ranks.rank]
-        tokens = sum(len(experience[row].response) for row in chosen)  # of all ranks
-        sums: dict[str, float] = {}
-
-        def note(weight: float, **statistics: Tensor) -> None:
-            for name, value in statistics.items():
-                name = name.replace("_", "/", 1)
-                sums[name] = sums.get(name, 0.0) + float(value.detach().sum()) * weight
-
-        def gather(micro_batch: MicroBatch) -> tuple[list[int], TokenBatch, Tensor]:
-            rows = [chosen[i] for i in micro_batch.rows]
-            return rows, token_batch([experience[row] for row in rows], self.ranks.device), targets.mask[rows]
-
-        def flat(padded: Tensor, rows: list[int], mask: Tensor) -> Tensor:
-            return padded[rows][mask].to(self.ranks.device)
-
-        def actor_loss(micro_batch: MicroBatch) -> Tensor:
-            rows, batch, mask = gather(micro_batch)
-            logprobs, entropy = self.roles.actor(batch, settings.temperature)
-            old = flat(targets.logprobs, rows, mask)
-            loss, ratio = ppo_math.policy_loss(logprobs, old, flat(targets.advantages, rows, mask), settings.clip)
-            self.require_finite(loss, "The policy loss", number, rows)
-            note(
-                micro_batch.weight,
-                policy_loss=loss,
-                policy_entropy=entropy,
-                policy_ratio_mean=ratio,
-                policy_clip_fraction=((ratio - 1).abs() > settings.clip).float(),
-                kl_old_k1=ppo_math.kl_k1(old, logprobs),
-                kl_old_k3=ppo_math.kl_k3(old, logprobs),
-            )
-            sums["policy/ratio_max"] = max(sums.get("policy/ratio_max", 0.0), float(ratio.detach().max()))
-            if settings.kl_in_loss:
-                k3 = ppo_math.kl_k3(logprobs, flat(targets.reference_logprobs, rows, mask))
-                loss = loss + kl_coefficient * k3.sum()
-                note(micro_batch.weight, policy_kl_penalty=kl_coefficient * k3)
-            return loss / tokens
-
-        def critic_loss(micro_batch: MicroBatch) -> Tensor:
-            rows, batch, mask = gather(micro_batch)
-            values = response_values(self.roles.critic(batch), batch)
-            old, returns = flat(targets.values, rows, mask), flat(targets.returns, rows, mask)
-            loss, clipped = ppo_math.value_loss(values, old, returns, settings.value_clip)
-            self.require_finite(loss, "The value loss", number, rows)
-            note(micro_batch.weight, value_loss=loss, value_clip_fraction=clipped.float())
-            return loss / tokens
-
-        def actor_passes() -> list[Pass]:
-            passes = [Pass(micro_batch, actor_loss) for micro_batch in plan]
+    def mini_batch(self, mini_batch: MiniBatch) -> tuple[Statistics, dict[str, float]]:
+        """One optimiser step of each trained role: the statistics of all ranks, and what the steps themselves gave."""
+        settings, ours = self.settings, Statistics()
+        plan = plan_micro_batches(mini_batch.lengths, settings.micro_batch_tokens, self.ranks.size)[self.ranks.rank]
+        passes: dict[str, list[Pass]] = {}
+        if "actor" in self.trained and mini_batch.batch.number > settings.critic_warmup:
+            passes["actor"] = [Pass(each, partial(self.actor_loss, mini_batch, ours)) for each in plan]
             if self.ptx is not None:
-                drawn = self.ptx.draw(*self.demonstrations_of(update, len(experience)))
-
-                def ptx_loss(micro_batch: MicroBatch) -> Tensor:
-                    logprobs, _ = self.roles.actor(drawn.batch(micro_batch, self.ranks.device))
-                    loss = -logprobs.sum() / drawn.tokens
-                    note(micro_batch.weight, ptx_loss=loss * tokens)  # a mean already
-                    return settings.ptx.coefficient * loss
-
-                shares = plan_micro_batches(drawn.lengths, settings.micro_batch_tokens, self.ranks.size)
-                passes += [Pass(micro_batch, ptx_loss) for micro_batch in shares[self.ranks.rank]]
-            return passes
-
-        jobs = []
-        for role in self.roles_trained:
-            if role == "critic":
-                jobs.append(("value", self.roles.critic, [Pass(micro_batch, critic_loss) for micro_batch in plan]))
-            elif number > settings.critic_warmup:
-                jobs.append(("policy", self.roles.actor, actor_passes()))
-        steps, stepped = self.step([(engine, passes) for _, engine, passes in jobs])
-        result = {
-            f"{prefix}/{name}": value
-            for (prefix, _, _), step in zip(jobs, steps, strict=True)
-            for name, value in step.items()
-        }
-        norms = [value for name, value in result.items() if name.endswith("grad_norm")]
-        if self.stage.dtype != torch.float16 and not all(map(math.isfinite, norms)):  # fp16 skips such steps by itself
-            raise self.diverged(number, "The gradient is not finite", chosen)
-        if self.roles.ema is not None and stepped and any(prefix == "policy" for prefix, _, _ in jobs):
+                passes["actor"] += self.ptx_passes(self.ptx, mini_batch, ours)
+        if "critic" in self.trained:
+            passes["critic"] = [Pass(each, partial(self.critic_loss, mini_batch, ours)) for each in plan]
+        steps, stepped = self.step(passes)
+        found: dict[str, float] = {}
+        if actor := steps.get("actor"):
+            found |= {"policy/grad_norm": actor["grad_norm"], "policy/lr": actor["lr"]}
+        if critic := steps.get("critic"):
+            found |= {"value/grad_norm": critic["grad_norm"], "value/lr": critic["lr"]}
+        finite = all(math.isfinite(step["grad_norm"]) for step in steps.values())
+        if self.stage.dtype != torch.float16 and not finite:  # fp16 skips such steps by itself
+            raise self.diverged("The gradient is not finite", mini_batch.batch, mini_batch.rows)
+        if self.roles.ema is not None and stepped and "actor" in steps:
             self.roles.ema.update()
-        shares = self.ranks.gather(sums)
-        pooled = {name: (max if name.endswith("_max") else sum)(share[name] for share in shares) for name in sums}
-        return pooled, result
+        return pooled(self.ranks.gather(ours)), found
+
+    def actor_loss(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Tensor:
+        """A micro-batch's share of the actor's mean loss a token."""
+        settings, batch = self.settings, mini_batch.batch
+        rows, tokens, targets = mini_batch.part(micro_batch, self.ranks.device)
+        logprobs, entropy = self.roles.actor(tokens, settings.temperature)
+        loss = ppo_math.actor_loss(
+            logprobs,
+            entropy,
+            targets.logprobs,
+            targets.reference_logprobs,
+            targets.advantages,
+            settings.clip,
+            batch.kl_coefficient if settings.kl_in_loss else None,
+        )
+        self.require_finite(loss.total, "The policy loss", batch, rows)
+        statistics.add(loss, micro_batch.weight)
+        return loss.total / mini_batch.tokens
+
+    def critic_loss(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Tensor:
+        """A micro-batch's share of the critic's mean loss a token."""
+        rows, tokens, targets = mini_batch.part(micro_batch, self.ranks.device)
+        values = response_values(self.roles.critic(tokens), tokens)
+        loss = ppo_math.critic_loss(values, targets.values, targets.returns, self.settings.value_clip)
+        self.require_finite(loss.total, "The value loss", mini_batch.batch, rows)
+        statistics.add(loss, micro_batch.weight)
+        return loss.total / mini_batch.tokens
+
+    def ptx_loss(self, drawn: Drawn, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Tensor:
+        """A micro-batch's share of the mean loss of the demonstrations, weighed."""
+        logprobs, _ = self.roles.actor(drawn.batch(micro_batch, self.ranks.device))
+        loss = ppo_math.ptx_loss(logprobs, drawn.tokens, mini_batch.tokens)
+        statistics.add(loss, micro_batch.weight)
+        return self.settings.ptx.coefficient * loss.total
+
+    def ptx_passes(self, ptx: Demonstrations, mini_batch: MiniBatch, statistics: Statistics) -> list[Pass]:
+        """This rank's, over the demonstrations of an optimiser step."""
+        drawn = ptx.draw(*self.demonstrations_of(mini_batch.update, len(mini_batch.batch.experience)))
+        plan = plan_micro_batches(drawn.lengths, self.settings.micro_batch_tokens, self.ranks.size)[self.ranks.rank]
+        return [Pass(each, partial(self.ptx_loss, drawn, mini_batch, statistics)) for each in plan]
 
     def demonstrations_of(self, update: int, samples: int) -> tuple[int, int]:
         """Where those of an optimiser step begin, counted through all updates of the run, and how many they are: each
@@ -186,21 +217,23 @@ class Updates:
         sizes = [len(range(each, samples, self.settings.mini_batches)) for each in range(place + 1)]
         return passes * samples + sum(sizes[:-1]), sizes[-1]
 
-    def step(self, jobs: list[tuple[ZeroEngine, list["Pass"]]]) -> tuple[list[dict[str, float]], bool]:
-        """An optimiser step of each engine on the sum of its passes, and whether it was made.
+    def step(self, passes: dict[str, list[Pass]]) -> tuple[dict[str, dict[str, float]], bool]:
+        """An optimiser step of each role on the sum of its passes: what each gave, and whether it was made.
 
-        In fp16 with rlhf.align_overflow all engines step, or none.
+        In fp16 with rlhf.align_overflow all roles step, or none.
         """
-        if self.stage.dtype != torch.float16 or not self.settings.align_overflow or len(jobs) == 1:
-            return [engine.update(passes, Pass.run) for engine, passes in jobs], True
-        for engine, passes in jobs:
-            engine.accumulate(passes, Pass.run)
-        return step_together([engine for engine, _ in jobs])
+        engines = {role: self.roles.critic if role == "critic" else self.roles.actor for role in passes}
+        if self.stage.dtype != torch.float16 or not self.settings.align_overflow or len(passes) == 1:
+            return {role: engine.update(passes[role], Pass.run) for role, engine in engines.items()}, True
+        for role, engine in engines.items():
+            engine.accumulate(passes[role], Pass.run)
+        steps, stepped = step_together(list(engines.values()))
+        return dict(zip(engines, steps, strict=True)), stepped
 
-    def require_finite(self, loss: Tensor, name: str, number: int, rows: list[int]) -> None:
+    def require_finite(self, loss: Tensor, name: str, batch: Batch, rows: list[int]) -> None:
         if not torch.isfinite(loss):
-            raise self.diverged(number, f"{name} is not a finite number", rows)
+            raise self.diverged(f"{name} is not a finite number", batch, rows)
 
-    def diverged(self, number: int, what: str, samples: list[int]) -> Diverged:
-        """Of samples of this iteration: their prompts' rows are named."""
-        return self.stage.diverged(number, what, sorted({self.seats[sample] for sample in samples}))
+    def diverged(self, what: str, batch: Batch, rows: list[int]) -> Diverged:
+        """Of samples of an iteration: their prompts' rows are named."""
+        return self.stage.diverged(batch.number, what, sorted({batch.seats[row] for row in rows}))

@@ -39,23 +39,23 @@ class Watch:
         self.said: set[str] = set()
 
     def look(self, metrics: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-        """`warning/KIND` for every kind: 1 where it shows in this iteration, else 0; and the sentences of new ones."""
+        """Metrics of every kind, 1 where it shows in this iteration, else 0; and the sentences of new ones."""
         self.history.append(metrics)
-        kinds = {
-            "kl": self._kl(),
-            "kl_far": self._kl_far(metrics),
-            "kl_drift": self._kl_drift(),
-            "length": self._length(),
-            "repetition": self._repetition(),
-            "critic": self._critic(),
-            "length_reward": self._length_reward(),
-            "alike": self._alike(),
-            "clip": self._clip(metrics),
-            "end_penalty": self._end_penalty(metrics),
+        found = {
+            "warning/kl": self._kl(),
+            "warning/kl_far": self._kl_far(metrics),
+            "warning/kl_drift": self._kl_drift(),
+            "warning/length": self._length(),
+            "warning/repetition": self._repetition(),
+            "warning/critic": self._critic(),
+            "warning/length_reward": self._length_reward(),
+            "warning/alike": self._alike(),
+            "warning/clip": self._clip(metrics),
+            "warning/end_penalty": self._end_penalty(metrics),
         }
-        new = [sentence for kind, sentence in kinds.items() if sentence and kind not in self.said]
-        self.said |= {kind for kind, sentence in kinds.items() if sentence}
-        return {f"warning/{kind}": float(bool(sentence)) for kind, sentence in kinds.items()}, new
+        new = [sentence for name, sentence in found.items() if sentence and name not in self.said]
+        self.said |= {name for name, sentence in found.items() if sentence}
+        return {name: float(bool(sentence)) for name, sentence in found.items()}, new
 
     def _values(self, name: str) -> list[float]:
         return [metrics[name] for metrics in self.history if name in metrics]

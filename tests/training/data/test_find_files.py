@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from inference.errors import UserError
@@ -84,21 +82,22 @@ def test_parts_that_are_missing_are_said(tmp_path):
     assert names(tmp_path)[1][1:] == []
 
 
-def test_files_that_are_packed_otherwise_are_said(tmp_path):
-    make(tmp_path, "train.jsonl.zst", "test.jsonl")
-    with pytest.raises(UserError, match=r"no data files to train on .*; train\.jsonl\.zst: not read, as packed other"):
+@pytest.mark.parametrize("name", ["train.jsonl.zst", "train.zip", "train.tar.gz"])
+def test_files_that_are_packed_otherwise_are_said(tmp_path, name):
+    make(tmp_path, name, "test.jsonl")
+    with pytest.raises(UserError, match=rf"no data files to train on .*; {name}: not read, unpack it first"):
         find_files(tmp_path)
-    make(tmp_path, "train.jsonl")
-    assert names(tmp_path)[1][1:] == ["train.jsonl.zst: not read, as packed otherwise than with gzip"]
+    with pytest.raises(UserError, match=rf"{name} is packed in a way that is not read: unpack it, and give"):
+        find_files(tmp_path / name)
+    make(tmp_path, "train.jsonl.xz")
+    assert names(tmp_path)[1][1:] == [f"{name}: not read, unpack it first"]
 
 
 def test_of_a_saved_data_set_its_own_files(tmp_path):
     """`map` leaves caches there, and an older save with more parts leaves those."""
     make(tmp_path, "data-00000-of-00001.arrow", "data-00001-of-00002.arrow", "cache-1f2e.arrow", "dataset_info.json")
-    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    assert names(tmp_path)[0] == ["data-00000-of-00001.arrow"]
-    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00002-of-00003.arrow"}]}))
-    with pytest.raises(UserError, match=r"lacks data-00002-of-00003\.arrow, which its state\.json names"):
-        find_files(tmp_path)
-    (tmp_path / "state.json").write_text("{}")
     assert len(names(tmp_path)[0]) == 3
+    make(tmp_path, "state.json")
+    assert names(tmp_path) == (["state.json"], ["read: *.arrow"])
+    make(tmp_path / "more", "state.json", "rows.jsonl")
+    assert names(tmp_path / "more")[0] == ["rows.jsonl", "state.json"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pyarrow
 import pytest
+from datasets import Dataset, DatasetDict
 from huggingface_hub import constants, errors
 from pyarrow import parquet
 
@@ -385,6 +386,13 @@ def test_any_other_data_set_in_trls_formats(hub):
 def test_a_data_set_without_a_training_split(hub):
     write_file(repository(hub, "org/mine") / "rows.jsonl", [HH_ROW], None)
     assert read("org/mine").rows == [HH_PAIR]
+
+
+def test_a_data_set_that_was_saved_and_then_put_on_the_hub(hub):
+    rows = {"train": Dataset.from_list([HH_ROW]), "test": Dataset.from_list([HH_ROW] * 3)}
+    DatasetDict(rows).save_to_disk(str(repository(hub, "org/mine")))
+    found = read("org/mine")
+    assert found.rows == [HH_PAIR] and found.notes[1] == "read: train/*.arrow"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from inference.errors import UserError
 from training.config import DataSettings
 from training.data.prepare import DataCounts, prepare_data
 from training.data.rows import read_rows, require_rows, write_rows
+from training.steps import PPO, REWARD
 
 FILES = ["pairs_eval", "pairs_train", "prompts_eval", "prompts_train", "sft_eval", "sft_train"]
 
@@ -23,7 +24,7 @@ def test_files_counts_and_report(tmp_path, word_format):
     assert sorted(file.name for file in directory.iterdir()) == ["counts.json", *(f"{name}.jsonl" for name in FILES)]
     assert counts.rows == {name: len(read_rows(directory / f"{name}.jsonl")) for name in counts.rows}
     assert (counts.rows["sft_train"], counts.rows["pairs_train"], counts.rows["prompts_train"]) == (9, 9, 18)
-    assert "step 2 (reward): 9 rows, 4 held out" in "\n".join(lines)
+    assert "step 2 (reward model): 9 rows, 4 held out" in "\n".join(lines)
 
 
 def test_done_once(tmp_path, word_format):
@@ -57,8 +58,8 @@ def test_missing_kinds_are_empty_files(tmp_path, word_format):
     prepare_data(DataSettings(source=str(tmp_path / "a.jsonl")), 1, tmp_path / "data", word_format, lambda line: None)
     assert read_rows(tmp_path / "data" / "pairs_train.jsonl") == []
     with pytest.raises(UserError, match="Step 2 needs prompts with a chosen and a rejected response"):
-        require_rows(tmp_path / "data", 2)
-    require_rows(tmp_path / "data", 3)
+        require_rows(tmp_path / "data", REWARD)
+    require_rows(tmp_path / "data", PPO)
 
 
 def test_pairs_that_are_the_same_where_a_model_reads_them(tmp_path, word_format):
@@ -76,9 +77,9 @@ def test_pairs_that_are_the_same_where_a_model_reads_them(tmp_path, word_format)
 def test_left_out_rows_are_reported():
     counts = DataCounts(rows={"sft_train": 1234}, skipped={"the line is not JSON": 2}, notes=["a note"])
     assert counts.lines() == [
-        "step 1 (SFT): 1,234 rows, 0 held out",
-        "step 2 (reward): 0 rows, 0 held out",
-        "step 3 (RLHF): 0 rows, 0 held out",
+        "step 1 (supervised fine-tuning): 1,234 rows, 0 held out",
+        "step 2 (reward model): 0 rows, 0 held out",
+        "step 3 (PPO): 0 rows, 0 held out",
         "left out: the line is not JSON (2)",
         "a note",
     ]

@@ -1,3 +1,4 @@
+import gc
 import gzip
 import json
 
@@ -36,6 +37,7 @@ def test_refuse_names_file_line_reason_and_the_way_out(tmp_path):
     source = write(tmp_path / "a.jsonl", {"prompt": "q"}, "\n", {"prompt": ""})
     with pytest.raises(UserError, match=r"a\.jsonl, line 3: 'prompt' is empty; .*data\.bad_rows=skip"):
         read(source)
+    assert gc.isenabled()
 
 
 def test_skip_counts_by_reason_and_keeps_the_places(tmp_path):

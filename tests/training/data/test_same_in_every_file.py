@@ -1,9 +1,13 @@
 """The same rows in every kind of file, against the rows as JSON lines have them."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
+import random
+import zipfile
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 
@@ -48,6 +52,12 @@ def arrow(rows):
     return pyarrow.Table.from_pylist([{key: row.get(key) for key in KEYS} for row in rows])
 
 
+def zipped(file, content, *more):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("rows/a", "__MACOSX/rows/._a", *more):
+            archive.writestr(name, content)
+
+
 def columns(rows):
     return {key: [row.get(key) for row in rows] for key in KEYS}
 
@@ -58,6 +68,9 @@ WRITERS = {
     "nan.jsonl": lambda file: file.write_text(lines([{**dict.fromkeys(KEYS, float("nan")), **row} for row in MIXED])),
     "utf16.jsonl": lambda file: file.write_text(lines(MIXED), encoding="utf-16"),
     "packed.jsonl": lambda file: file.write_bytes(gzip.compress(lines(MIXED).encode())),
+    "a.jsonl.bz2": lambda file: file.write_bytes(bz2.compress(lines(MIXED).encode())),
+    "a.csv.xz": lambda file: file.write_bytes(lzma.compress(table(MIXED).encode())),
+    "utf16.json.zip": lambda file: zipped(file, json.dumps(MIXED).encode("utf-16")),
     "list.jsonl": lambda file: file.write_text(json.dumps(MIXED)),
     "indented list.jsonl": lambda file: file.write_text(json.dumps(MIXED, indent=2)),
     "indented.jsonl": lambda file: file.write_text("\n".join(json.dumps(row, indent=2) for row in MIXED)),
@@ -93,8 +106,8 @@ WRITERS = {
 }
 
 
-def read(source):
-    (found,) = read_sources(DataSettings(source=str(source)), lambda line: None)
+def read(source, **settings):
+    (found,) = read_sources(DataSettings(source=str(source), **settings), lambda line: None)
     return found
 
 
@@ -144,6 +157,56 @@ def test_a_pointer_of_git_lfs(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS and not the file itself: run git lfs pull"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("pack", "name"), [(gzip.compress, "a.jsonl.gz"), (bz2.compress, "a.jsonl.bz2"), (lzma.compress, "a.jsonl.xz")]
+)
+def test_packed_files_that_are_damaged(tmp_path, pack, name):
+    """Cut, and with other bytes in the middle."""
+    whole = pack(random.Random(1).randbytes(9000).hex().encode())
+    for content in (whole[:5000], whole[:4000] + bytes(50) + whole[4050:]):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} cannot be read .*; check its permissions, or copy it again"):
+            read(tmp_path / name)
+
+
+def test_zip_files_that_cannot_be_read(tmp_path):
+    file = tmp_path / "a.jsonl.zip"
+    zipped(file, lines(MIXED), "rows/b")
+    with pytest.raises(UserError, match=r"a\.jsonl\.zip has 2 files in it: unpack it, and give one of them"):
+        read(file)
+    zipped(file, lines(MIXED * 9))
+    whole = file.read_bytes()
+    for content in (whole[:-30], whole.replace(b"rows/a", b"rows/c", 1)):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.jsonl\.zip cannot be read"):
+            read(file)
+    file.write_bytes(whole.replace(b"\x08\0", b"\x63\0"))  # another kind of packing
+    with pytest.raises(UserError, match=r"a\.jsonl\.zip cannot be unpacked"):
+        read(file)
+
+
+def test_a_saved_data_set(tmp_path):
+    """Rows are counted as the data set itself counts them, not in each of its files."""
+    folder = tmp_path / "saved [1]"
+    Dataset.from_dict({"prompt": ["a", "b", " "]}).save_to_disk(str(folder), num_shards=3)
+    (folder / "cache-1f.arrow").write_bytes((folder / "data-00000-of-00003.arrow").read_bytes())
+    assert read(folder, bad_rows="skip").left_out == [(f"{folder}, row 3", "'prompt' is empty", True)]
+    whole = (folder / "data-00002-of-00003.arrow").read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        (folder / "data-00002-of-00003.arrow").write_bytes(content)
+        with pytest.raises(UserError, match=r"saved in .*saved \[1\] cannot be read \(.*\): copy it again or"):
+            read(folder)
+    (folder / "data-00002-of-00003.arrow").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(UserError, match=r"data-00002-of-00003\.arrow is a pointer of Git LFS"):
+        read(folder)
+    (folder / "data-00002-of-00003.arrow").unlink()
+    with pytest.raises(UserError, match=r"saved \[1\] cannot be read \(.*data-00002-of-00003\.arrow"):
+        read(folder)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"saved \[1\] cannot be read"):
+        read(folder)
 
 
 # Tables in text, and JSON documents, of other kinds

@@ -1,7 +1,10 @@
 import pickle
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save, save_file
 
 from tests.full_disk import small_disk
 from training.config import DataSettings
@@ -89,8 +92,10 @@ def test_a_damaged_file_is_made_again(tmp_path, word_format):
     first = cache(tmp_path, word_format)
     first.fill()
     whole = first.file.read_bytes()
-    first.file.write_bytes(whole[:-3])
-    assert as_lists(cache(tmp_path, word_format).read()) == as_lists(first.make())
+    made = first.make()
+    for content in (whole[:-3], save({"ids": made.ids[:-1], "lengths": made.lengths.flatten()})):
+        first.file.write_bytes(content)
+        assert as_lists(cache(tmp_path, word_format).read()) == as_lists(made)
     cache(tmp_path, word_format).fill()
     assert first.file.read_bytes() == whole
 
@@ -115,6 +120,25 @@ def test_kept_tokens_on_a_full_disk(tmp_path, word_format):
         full.fill()
         assert as_lists(full.read()) == as_lists(full.make())
         assert not list(full.directory.iterdir())
+
+
+def test_a_million_rows_are_mapped_and_a_batch_reads_its_own(tmp_path, word_format):
+    rows = 1_000_000
+    kept = cache(tmp_path, word_format, rows=range(rows), parts=("prompt", "response"))
+    kept.content = "hash", rows
+    kept.directory.mkdir()
+    save_file({"ids": torch.arange(4 * rows).int(), "lengths": torch.tensor([3, 1]).int().repeat(rows)}, kept.file)
+    tokens = kept.load()
+    places = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if kept.file.name in line]
+    mapped = [range(*(int(end, 16) for end in place.split("-"))) for place in places]
+    assert any(tokens.ids.data_ptr() in each for each in mapped)
+    seconds = []
+    for start in range(5):
+        begun = time.process_time()
+        batch = [tokens[row] for row in range(start, rows, rows // 64)]
+        seconds.append(time.process_time() - begun)
+    assert min(seconds) < 0.005
+    assert len(tokens) == rows and as_lists(batch[:1]) == [[[16, 17, 18], [19]]]
 
 
 def test_what_is_read_takes_no_other_row_along(tmp_path, word_format):

@@ -5,6 +5,7 @@ from tests.tiny_runs import make_tiny_run
 from training.distributed import Ranks
 from training.run_directory import RunDirectory
 from training.stage import Stage, make_stage
+from training.steps import PPO
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +15,6 @@ def finished(tmp_path_factory) -> RunDirectory:
 
 @pytest.fixture
 def stage(finished) -> Stage:
-    stage = make_stage(finished, 3, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
+    stage = make_stage(finished, PPO, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
     stage.display.quiet = True
     return stage

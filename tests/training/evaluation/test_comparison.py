@@ -24,6 +24,7 @@ from training.evaluation.statistics import share
 from training.run_directory import RunDirectory
 from training.stage import Stage
 from training.step2_reward.reward import RewardTask
+from training.steps import PPO, REWARD, SFT
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def measured(finished, tmp_path_factory):
     from training.distributed import Ranks
     from training.stage import make_stage
 
-    stage = make_stage(finished, 3, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
+    stage = make_stage(finished, PPO, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
     stage.display.quiet = True
     out = tmp_path_factory.mktemp("out")
     result = Comparison(stage).run(out / "result.json", out / "answers.jsonl")
@@ -73,8 +74,8 @@ def test_the_win_rate_is_that_of_the_scores_beside_the_answers(measured):
 
 def test_perplexity_of_the_demonstrations_is_that_of_plain_transformers(measured, finished):
     result, _ = measured
-    chat_format = ChatFormat.load(finished.step(1).model)
-    for key, step in (("sft", 1), ("rlhf", 3)):
+    chat_format = ChatFormat.load(finished.step(SFT).model)
+    for key, step in (("sft", SFT), ("rlhf", PPO)):
         found = torch.cat(
             [
                 plain_logprobs(
@@ -98,7 +99,7 @@ def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(measured, s
     for sample in ours.samples:
         rows = [
             plain_logprobs(finished.step(step).model, sample.prompt_ids.tolist(), sample.response_ids, 0.7)
-            for step in (3, 1)
+            for step in (PPO, SFT)
         ]
         assert sample.logprobs == pytest.approx(rows[0].tolist(), abs=1e-4)  # it was drawn at that temperature
         sums.append(float((rows[0] - rows[1]).sum()))
@@ -109,14 +110,14 @@ def test_rewards_are_scaled_scores_at_the_last_token(stage, finished):
     comparison = Comparison(stage)
     with reading(stage, comparison.model.directory) as reader:
         ours = comparison.answer(reader, comparison.model)
-    plain = AutoModelForSequenceClassification.from_pretrained(finished.step(2).model).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(finished.step(REWARD).model).eval()
     expected = []
     for sample in ours.samples:
         ids = torch.cat([sample.prompt_ids, torch.tensor(sample.response_ids)])
         with torch.no_grad():
             hidden = plain.model(ids[None]).last_hidden_state[0, -1]
             expected.append((float(plain.score(hidden)) - 0.5) / 2.0)
-    assert RewardModel(stage, finished.step(2).model).scores_of(ours) == pytest.approx(expected, abs=1e-5)
+    assert RewardModel(stage, finished.step(REWARD).model).scores_of(ours) == pytest.approx(expected, abs=1e-5)
 
 
 def plain_scores(directory, prompts, responses) -> list[float]:
@@ -138,7 +139,7 @@ def test_every_measure_is_of_the_models_own_answers(measured, stage, finished):
             answers = comparison.answer(reader, candidate)
         assert [row[candidate.key] for row in rows] == answers.texts
         prompts, responses = zip(*((s.prompt_ids.tolist(), s.response_ids) for s in answers.samples), strict=True)
-        scores = plain_scores(finished.step(2).model, prompts, responses)
+        scores = plain_scores(finished.step(REWARD).model, prompts, responses)
         assert [row[f"{candidate.key}_score"] for row in rows] == pytest.approx(scores, abs=1e-5)
         found = result[candidate.key]
         assert {name: found[name] for name in comparison.measure(answers)} == comparison.measure(answers)
@@ -149,7 +150,7 @@ def test_every_measure_is_of_the_models_own_answers(measured, stage, finished):
 
 def test_measures_of_answers_by_hand(stage, finished):
     """The end token counts in the length; an empty answer is an answer."""
-    chat_format = ChatFormat.load(finished.step(1).model)
+    chat_format = ChatFormat.load(finished.step(SFT).model)
     told = [
         ([7, 8, 9, chat_format.end_of_turn_id], "I am I am"),
         ([7] * 12, "I am"),
@@ -179,7 +180,7 @@ def test_a_model_against_its_copy_is_a_tie_everywhere(stage, finished, tmp_path)
     prompts = [messages("Hello?"), messages("Hello? ") + said, [system, *messages("Hello?")], messages("Any plans?")]
     stage = with_rows(stage, "prompts", [{"prompt": prompt} for prompt in prompts], tmp_path)
     copy = tmp_path / "copy"
-    shutil.copytree(finished.step(3).model, copy)
+    shutil.copytree(finished.step(PPO).model, copy)
     result = Comparison(stage, Request("rlhf", str(copy))).run(tmp_path / "r.json", tmp_path / "a.jsonl")
     win = result["win_rate"]
     assert (win["prompts"], win["questions"], win["rate"]) == (4, 2, 0.5) and win["low"] < 0.5 < win["high"]
@@ -187,7 +188,7 @@ def test_a_model_against_its_copy_is_a_tie_everywhere(stage, finished, tmp_path)
 
 
 def test_the_same_answer_has_the_same_score_whatever_it_shares_a_batch_with(stage, finished):
-    model = RewardModel(stage, finished.step(2).model)
+    model = RewardModel(stage, finished.step(REWARD).model)
     chat_format = model.chat_format
     rows = [
         (torch.tensor(chat_format.prompt_ids(messages(text))), torch.tensor(chat_format.response_ids(f"Well, {text}")))
@@ -200,7 +201,7 @@ def test_the_same_answer_has_the_same_score_whatever_it_shares_a_batch_with(stag
 
 def test_a_judge_that_gives_no_number_is_refused(stage, finished, tmp_path):
     broken = tmp_path / "broken"
-    shutil.copytree(finished.step(2).model, broken)
+    shutil.copytree(finished.step(REWARD).model, broken)
     weights = load_file(broken / "model.safetensors")
     save_file({**weights, "score.weight": weights["score.weight"] * math.nan}, broken / "model.safetensors")
     with pytest.raises(UserError, match="no finite numbers"):
@@ -244,12 +245,14 @@ def test_accuracy_is_the_share_of_pairs_whose_chosen_answer_scores_higher(stage,
     """Against plain transformers; pairs that are the same after the cut are left out, and it is said."""
     said, rows = [], make_pairs()
     stage.display.say = said.append
-    found = reward_accuracy(RewardModel(stage, finished.step(2).model), rows, stage.config.data)
-    chat_format = ChatFormat.load(finished.step(2).model)
+    found = reward_accuracy(RewardModel(stage, finished.step(REWARD).model), rows, stage.config.data)
+    chat_format = ChatFormat.load(finished.step(REWARD).model)
     kept = [row for i, row in enumerate(rows) if i != 2]
     prompts = [chat_format.prompt_ids(row["prompt"], 48) for row in kept]
     scores = {
-        side: plain_scores(finished.step(2).model, prompts, [chat_format.response_ids(row[side], 12) for row in kept])
+        side: plain_scores(
+            finished.step(REWARD).model, prompts, [chat_format.response_ids(row[side], 12) for row in kept]
+        )
         for side in ("chosen", "rejected")
     }
     right = [a > b for a, b in zip(scores["chosen"], scores["rejected"], strict=True)]
@@ -262,7 +265,7 @@ def test_accuracy_is_the_share_of_pairs_whose_chosen_answer_scores_higher(stage,
 
 def test_the_evaluation_ranks_as_step_2_does(stage, finished):
     """The accuracies of evaluation.json and of step 2's result.json have one definition."""
-    model, rows = RewardModel(stage, finished.step(2).model), make_pairs()
+    model, rows = RewardModel(stage, finished.step(REWARD).model), make_pairs()
     found = reward_accuracy(model, rows, stage.config.data)
     pairs = stage.token_pairs(rows, model.chat_format)
     step_2 = RewardTask(stage, model.scorer, [], pairs).evaluate()
@@ -276,11 +279,11 @@ def test_the_evaluation_ranks_as_step_2_does(stage, finished):
 
 def test_pairs_that_are_all_the_same_have_no_accuracy(stage, finished):
     rows = [row | {"rejected": row["chosen"]} for row in make_pairs()]
-    assert reward_accuracy(RewardModel(stage, finished.step(2).model), rows, stage.config.data) == {}
+    assert reward_accuracy(RewardModel(stage, finished.step(REWARD).model), rows, stage.config.data) == {}
 
 
 def test_a_model_against_the_base_model_by_another_judge(stage, finished, tmp_path):
-    request = Request(model="sft", against="base", judge=str(finished.step(2).model), prompts=3)
+    request = Request(model="sft", against="base", judge=str(finished.step(REWARD).model), prompts=3)
     result = Comparison(stage, request).run(tmp_path / "r.json", tmp_path / "a.jsonl")
     assert result["pair"] == {"base": "base model", "sft": "SFT"} and result["prompts"] == 3
     assert result["win_rate"]["judge"] == "reward of model"
@@ -289,7 +292,7 @@ def test_a_model_against_the_base_model_by_another_judge(stage, finished, tmp_pa
 
 
 def test_a_run_or_a_directory_can_be_measured(stage, finished, tmp_path):
-    request = Request(model=str(finished.path), against=str(finished.step(1).model), prompts=2)
+    request = Request(model=str(finished.path), against=str(finished.step(SFT).model), prompts=2)
     result = Comparison(stage, request).run(tmp_path / "r.json", tmp_path / "a.jsonl")
     assert result["pair"] == {"against": "model", "model": "run (RLHF)"}
 
@@ -304,18 +307,18 @@ def test_a_run_or_a_directory_can_be_measured(stage, finished, tmp_path):
     ],
 )
 def test_what_cannot_be_compared_is_a_sentence(stage, finished, request_, expected):
-    places = {"BASE": str(finished.path.parent / "base"), "REWARD": str(finished.step(2).model)}
+    places = {"BASE": str(finished.path.parent / "base"), "REWARD": str(finished.step(REWARD).model)}
     given = {name: places.get(value, value) for name, value in vars(request_).items()}
     with pytest.raises(UserError, match=expected):
         Comparison(stage, Request(**given))
 
 
 def test_answers_are_read_by_their_text_where_tokens_differ(finished):
-    ours = ChatFormat.load(finished.step(1).model)
-    tokenizer = AutoTokenizer.from_pretrained(finished.step(1).model)
+    ours = ChatFormat.load(finished.step(SFT).model)
+    tokenizer = AutoTokenizer.from_pretrained(finished.step(SFT).model)
     tokenizer.chat_template = ours.tokenizer.chat_template.replace("Human: ", "Person: ")
     other = ChatFormat(tokenizer)
-    assert same_tokens(ours, ChatFormat.load(finished.step(3).model)) and not same_tokens(ours, other)
+    assert same_tokens(ours, ChatFormat.load(finished.step(PPO).model)) and not same_tokens(ours, other)
     prompt = messages("Hello?")
     told = [("Good day", True), ("Good day", False)]
     samples = [

@@ -16,6 +16,7 @@ from tests.supervised_steps import make_run, metrics_of, prompt, result_of, sett
 from training.config_files import load_config
 from training.preparation.prepare import prepare_models
 from training.step1_sft import sft
+from training.steps import SFT
 
 LORA = "sft.optimizer.lora.rank=4"
 FAMILIES = {
@@ -70,12 +71,12 @@ def test_a_family_learns_and_its_saved_model_is_the_trained_one(family, tokenize
     ]
     prepare_models(load_config([], settings), 1, print)
     run = make_run(tmp_path / "run", "sft", rows, rows[:3])
-    sft.train(stage_of(run, 1, settings, one_rank))
+    sft.train(stage_of(run, SFT, settings, one_rank))
 
-    _, evaluations = metrics_of(run, 1)
+    _, evaluations = metrics_of(run, SFT)
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
-    saved = ChatModel.load(run.step(1).model).model
-    assert mean_loss(saved, rows[:3], tokenizer) == pytest.approx(result_of(run, 1)["eval/loss"], rel=1e-4)
+    saved = ChatModel.load(run.step(SFT).model).model
+    assert mean_loss(saved, rows[:3], tokenizer) == pytest.approx(result_of(run, SFT)["eval/loss"], rel=1e-4)
     for name, weight in begun.named_parameters():
         if re.search("vision|multi_modal", name):  # weight decay alone would change them
             assert torch.equal(saved.get_parameter(name), weight), name

@@ -24,12 +24,13 @@ from tests.supervised_steps import (
     train_by_hand,
     with_idle_micro_batch,
 )
-from training.data.token_cache import Tokens
+from training.data.token_cache import TokenRows
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.run_directory import RunDirectory
 from training.step1_sft import sft
 from training.step1_sft.sft import SFTTask, within_budget
+from training.steps import SFT
 
 LORA = ["sft.optimizer.lora.rank=4", "sft.optimizer.learning_rate=1e-2"]
 CASES = {
@@ -64,7 +65,7 @@ def runs(tiny, one_rank) -> dict[str, RunDirectory]:
     for name, extra in CASES.items():
         run = make_run(tiny.parent / name.replace(" ", "_"), "sft", TRAIN, HELD_OUT + BEYOND_EVAL_ROWS)
         settings = [f"model={tiny}", *settings_of("sft"), "sft.eval_rows=3", *extra]
-        sft.train(stage_of(run, 1, settings, one_rank))
+        sft.train(stage_of(run, SFT, settings, one_rank))
         found[name] = run
     return found
 
@@ -103,7 +104,7 @@ def test_training_is_that_of_a_second_implementation(runs, tiny):
     steps, evaluations = train_by_hand(model, len(TRAIN), loss_of, lambda: {"loss": held_out_loss(model, chat_format)})
     for step, entropy in zip(steps, entropies, strict=True):
         step["entropy"] = entropy
-    found, evaluated = metrics_of(runs["plain"], 1)
+    found, evaluated = metrics_of(runs["plain"], SFT)
     assert len(found) == len(steps) == 4 and len(evaluated) == len(evaluations) == 3
     for ours, theirs in zip(found, steps, strict=True):
         assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-4)
@@ -112,7 +113,7 @@ def test_training_is_that_of_a_second_implementation(runs, tiny):
         assert ours["eval/perplexity"] == pytest.approx(math.exp(theirs["loss"]), rel=1e-3)
     assert [line["number"] for line in evaluated] == [0, 2, 4]
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]
-    require_same_weights(AutoModelForCausalLM.from_pretrained(runs["plain"].step(1).model), model)
+    require_same_weights(AutoModelForCausalLM.from_pretrained(runs["plain"].step(SFT).model), model)
 
 
 def test_the_end_of_the_turn_is_learned_unless_the_answer_was_cut(tiny):
@@ -122,7 +123,7 @@ def test_the_end_of_the_turn_is_learned_unless_the_answer_was_cut(tiny):
 
 
 def test_training_does_not_depend_on_micro_batches(runs):
-    for ours, theirs in zip(*(metrics_of(runs[name], 1) for name in ("plain", "small micro-batches")), strict=True):
+    for ours, theirs in zip(*(metrics_of(runs[name], SFT) for name in ("plain", "small micro-batches")), strict=True):
         for line, other in zip(ours, theirs, strict=True):
             assert other == pytest.approx(line, rel=1e-4)
 
@@ -131,27 +132,26 @@ def test_training_does_not_depend_on_micro_batches(runs):
 def test_the_saved_model_is_the_one_that_was_evaluated_last(runs, tiny, name):
     """So adapters are merged once, dropout is off where it is evaluated, and the last weights are kept."""
     run = runs[name]
-    loss = held_out_loss(AutoModelForCausalLM.from_pretrained(run.step(1).model).eval(), ChatFormat.load(tiny))
-    assert result_of(run, 1)["eval/loss"] == pytest.approx(loss, rel=1e-4)
-    assert result_of(run, 1)["eval/loss"] == metrics_of(run, 1)[1][-1]["eval/loss"]
-    assert loss < metrics_of(run, 1)[1][0]["eval/loss"] - 0.01
-    assert result_of(run, 1)["optimizer_steps"] == 4 and result_of(run, 1)["rows"] == len(TRAIN)
+    loss = held_out_loss(AutoModelForCausalLM.from_pretrained(run.step(SFT).model).eval(), ChatFormat.load(tiny))
+    assert result_of(run, SFT)["eval/loss"] == pytest.approx(loss, rel=1e-4)
+    assert result_of(run, SFT)["eval/loss"] == metrics_of(run, SFT)[1][-1]["eval/loss"]
+    assert loss < metrics_of(run, SFT)[1][0]["eval/loss"] - 0.01
+    assert result_of(run, SFT)["optimizer_steps"] == 4 and result_of(run, SFT)["rows"] == len(TRAIN)
 
 
 def test_dropout_changes_what_is_trained(runs):
-    losses = [[line["loss"] for line in metrics_of(runs[name], 1)[0]] for name in ("plain", "dropout")]
+    losses = [[line["loss"] for line in metrics_of(runs[name], SFT)[0]] for name in ("plain", "dropout")]
     assert abs(losses[0][0] - losses[1][0]) > 1e-3
 
 
 @pytest.fixture
 def task(runs, tiny, one_rank) -> SFTTask:
     """Its engine is the model alone: evaluating takes no more."""
-    stage = stage_of(runs["plain"], 1, [f"model={tiny}", *settings_of("sft"), "sft.micro_batch_tokens=30"], one_rank)
+    stage = stage_of(runs["plain"], SFT, [f"model={tiny}", *settings_of("sft"), "sft.micro_batch_tokens=30"], one_rank)
     chat_format = ChatFormat.load(tiny)
     policy = Policy(load_causal_lm(tiny, chat_format, torch.float32)).eval()
-    return SFTTask(
-        stage, policy, [], stage.tokens(TRAIN, sft.PARTS, chat_format)
-    )  # nine rows, in several micro-batches
+    rows = stage.tokens(TRAIN, sft.PARTS, chat_format)
+    return SFTTask(stage, policy, rows.first(0), rows)  # nine rows, in several micro-batches
 
 
 def test_an_idle_micro_batch_does_not_count(task, monkeypatch):
@@ -166,10 +166,10 @@ def test_two_ranks_measure_the_mean_over_all_tokens(task):
 
 
 def test_without_held_out_rows_nothing_is_measured(task):
-    task.held_out = []
+    task.held_out = task.rows
     assert task.evaluate() == {}
 
 
 def test_the_token_budget_takes_the_first_rows_that_fit():
-    rows: list[Tokens] = [(torch.zeros(3), torch.zeros(length)) for length in (2, 4, 1)]  # 5, 7 and 4 tokens
+    rows = TokenRows(torch.zeros(16).int(), torch.tensor([[3, 2], [3, 4], [3, 1]]).int())  # 5, 7 and 4 tokens
     assert [len(within_budget(rows, budget)) for budget in (0, 16, 15, 12, 11, 1)] == [3, 3, 2, 2, 1, 1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from training.steps import DPO
 
 RATE, BATCH, EPOCHS, SEED, BETA = 1e-3, 4, 2, 3, 0.5
 PAIRS, HELD_OUT = 9, 3
@@ -72,7 +73,6 @@ def train_everywhere(ranks, directory):
     from unittest.mock import patch
 
     from inference.tiny_model import build_tiny_model
-    from training.config import DPO_STEP
     from training.config_files import load_config
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.run_directory import RunDirectory
@@ -87,10 +87,10 @@ def train_everywhere(ranks, directory):
         run = RunDirectory(directory / str(ranks.size) / name)
         if ranks.is_first and not run.data.exists():
             write_data(run)
-            run.step(DPO_STEP).path.mkdir(parents=True)
+            run.step(DPO).path.mkdir(parents=True)
         ranks.barrier()
         config = load_config([], [f"model={sft}", f"sft_model={sft}", *COMMON, *CASES[name]])
-        dpo.train(make_stage(run, DPO_STEP, config, ranks))
+        dpo.train(make_stage(run, DPO, config, ranks))
 
     for name in CASES if ranks.size == 1 else ALSO_ON_TWO_RANKS:
         if name == "killed":

@@ -32,6 +32,7 @@ from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.step2_reward import reward
 from training.step2_reward.reward import RewardTask, initial_model, length_bucket
+from training.steps import REWARD
 
 SIDES = ("chosen", "rejected")
 CASES = {
@@ -80,7 +81,7 @@ def runs(base, one_rank) -> dict[str, RunDirectory]:
     for name, extra in CASES.items():
         held_out = [CUT_ALIKE, *HELD_OUT, *make_rows(2, 3)]  # two more than reward.eval_rows
         run = make_run(base.parent / name.replace(" ", "_"), "pairs", [*TRAIN, CUT_ALIKE], held_out)
-        reward.train(stage_of(run, 2, [*settings(base), *extra], one_rank))
+        reward.train(stage_of(run, REWARD, [*settings(base), *extra], one_rank))
         found[name] = run
     return found
 
@@ -142,11 +143,11 @@ def by_hand(base):
 
 def test_training_is_that_of_a_second_implementation(runs, by_hand):
     steps, evaluations, model = by_hand
-    found, evaluated = metrics_of(runs["plain"], 2)
+    found, evaluated = metrics_of(runs["plain"], REWARD)
     assert len(found) == len(steps) == 4 and len(evaluated) == len(evaluations) == 3
     for ours, theirs in zip([*found, *evaluated], [*steps, *evaluations], strict=True):
         assert ours == pytest.approx(theirs | {"number": ours["number"]}, rel=1e-4, abs=1e-5)
-    require_same_weights(AutoModelForSequenceClassification.from_pretrained(runs["plain"].step(2).model), model)
+    require_same_weights(AutoModelForSequenceClassification.from_pretrained(runs["plain"].step(REWARD).model), model)
 
 
 def test_the_second_implementation_tells_the_sides_apart(by_hand):
@@ -174,16 +175,16 @@ def config_of(directory: Path) -> dict:
 def test_shift_and_scale_are_mean_and_deviation_of_all_held_out_answers(runs, by_hand, base):
     chat_format = ChatFormat.load(base)
     shift, scale = scale_by_hand(by_hand[2], HELD_OUT, chat_format)
-    result, config = result_of(runs["plain"], 2), config_of(runs["plain"].step(2).model)
+    result, config = result_of(runs["plain"], REWARD), config_of(runs["plain"].step(REWARD).model)
     for found in (result, config):
         assert (found["score_shift"], found["score_scale"]) == pytest.approx((shift, scale), rel=1e-4)
-    chosen = metrics_of(runs["plain"], 2)[1][-1]["eval/chosen"]
+    chosen = metrics_of(runs["plain"], REWARD)[1][-1]["eval/chosen"]
     assert abs(shift - chosen) > 1e-3 and abs(scale - scale**2) > 1e-2  # what else it might be is another number
 
 
 def test_scaled_scores_of_human_answers_have_mean_0_and_deviation_1(runs, base):
     """As step 3 reads the saved model."""
-    chat_format, directory = ChatFormat.load(base), runs["plain"].step(2).model
+    chat_format, directory = ChatFormat.load(base), runs["plain"].step(REWARD).model
     scorer = Scorer(load_scorer(directory, chat_format, torch.float32)).eval()
     raw = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     scores = [
@@ -197,14 +198,16 @@ def test_scaled_scores_of_human_answers_have_mean_0_and_deviation_1(runs, base):
 
 def test_without_normalizing_the_scores_stay_raw_whatever_the_model_began_with(runs, base):
     assert config_of(base)["score_shift"] == 7.0
-    result, config = result_of(runs["not normalized"], 2), config_of(runs["not normalized"].step(2).model)
+    result, config = result_of(runs["not normalized"], REWARD), config_of(runs["not normalized"].step(REWARD).model)
     for found in (result, config):
         assert (found["score_shift"], found["score_scale"]) == (0.0, 1.0)
-    assert metrics_of(runs["not normalized"], 2) == metrics_of(runs["plain"], 2)
+    assert metrics_of(runs["not normalized"], REWARD) == metrics_of(runs["plain"], REWARD)
 
 
 def test_training_does_not_depend_on_micro_batches(runs):
-    for ours, theirs in zip(*(metrics_of(runs[name], 2) for name in ("plain", "small micro-batches")), strict=True):
+    for ours, theirs in zip(
+        *(metrics_of(runs[name], REWARD) for name in ("plain", "small micro-batches")), strict=True
+    ):
         for line, other in zip(ours, theirs, strict=True):
             assert other == pytest.approx(line, rel=1e-4, abs=1e-5)
 
@@ -213,19 +216,19 @@ def test_training_does_not_depend_on_micro_batches(runs):
 def test_the_saved_model_is_the_one_that_was_evaluated_last(runs, base, name):
     """So adapters and head are merged once, dropout is off where it is evaluated, and the last weights are kept."""
     run = runs[name]
-    model = AutoModelForSequenceClassification.from_pretrained(run.step(2).model).eval()
-    expected, result = measure_by_hand(model, HELD_OUT, ChatFormat.load(base)), result_of(run, 2)
+    model = AutoModelForSequenceClassification.from_pretrained(run.step(REWARD).model).eval()
+    expected, result = measure_by_hand(model, HELD_OUT, ChatFormat.load(base)), result_of(run, REWARD)
     assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert expected["eval/loss"] != pytest.approx(metrics_of(run, 2)[1][0]["eval/loss"], rel=1e-3)
+    assert expected["eval/loss"] != pytest.approx(metrics_of(run, REWARD)[1][0]["eval/loss"], rel=1e-3)
 
 
 def test_pairs_that_are_the_same_after_the_cut_are_left_out(runs):
     """One in each set; the expected values above were without them."""
-    assert result_of(runs["plain"], 2)["rows"] == len(TRAIN) and result_of(runs["plain"], 2)["held_out"] == 7
+    assert result_of(runs["plain"], REWARD)["rows"] == len(TRAIN) and result_of(runs["plain"], REWARD)["held_out"] == 7
 
 
 def test_dropout_changes_what_is_trained(runs):
-    losses = [[line["loss"] for line in metrics_of(runs[name], 2)[0]] for name in ("plain", "dropout")]
+    losses = [[line["loss"] for line in metrics_of(runs[name], REWARD)[0]] for name in ("plain", "dropout")]
     assert abs(losses[0][0] - losses[1][0]) > 1e-3
 
 
@@ -233,7 +236,7 @@ def test_dropout_changes_what_is_trained(runs):
 def task(runs, base, one_rank) -> RewardTask:
     """Its engine is the model alone: measuring takes no more."""
     stage = stage_of(
-        runs["plain"], 2, [*settings(base), "reward.micro_batch_tokens=40", "reward.eval_rows=5"], one_rank
+        runs["plain"], REWARD, [*settings(base), "reward.micro_batch_tokens=40", "reward.eval_rows=5"], one_rank
     )
     chat_format = ChatFormat.load(base)
     scorer = Scorer(load_scorer(base, chat_format, torch.float32)).eval()
@@ -284,7 +287,7 @@ def test_gradients_are_those_of_plain_torch(task, base):
 @pytest.mark.parametrize(("source", "expected"), [("base", "base"), ("sft", "tiny")])
 def test_training_begins_from_the_base_model_or_from_step_1(runs, base, one_rank, source, expected):
     extra = [f"sft_model={base.parent / 'tiny'}", f"reward.initialize_from={source}"]
-    stage = stage_of(runs["plain"], 2, [*settings(base), *extra], one_rank)
+    stage = stage_of(runs["plain"], REWARD, [*settings(base), *extra], one_rank)
     assert initial_model(stage) == base.parent / expected
 
 

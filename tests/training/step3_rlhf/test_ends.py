@@ -13,7 +13,7 @@ from training.calls import rlhf_calls
 from training.config import DataSettings
 from training.evaluation.answers import Answers
 from training.step3_rlhf.experience import Experience, total_score
-from training.step3_rlhf.rollout import Rollout
+from training.step3_rlhf.rollout import Rollouts
 
 PROMPT = torch.tensor([65, 66])
 TAUGHT, OTHER = 258, 256  # <|im_end|>, <|endoftext|>
@@ -39,15 +39,17 @@ def test_the_reward_model_reads_the_end_that_it_was_taught_and_the_others_what_w
         read[role] = batch.ids.tolist()
         return torch.zeros(3 if role == "reward" else 7)
 
-    rollout: Any = SimpleNamespace(
-        ranks=SimpleNamespace(device=torch.device("cpu")),
+    rollouts: Any = SimpleNamespace(
+        stage=SimpleNamespace(
+            ranks=SimpleNamespace(device=torch.device("cpu")),
+            config=SimpleNamespace(rlhf=SimpleNamespace(has_reward_model=True)),
+        ),
         chat_format=chat_format,
         calls=rlhf_calls("gae", True),
-        settings=SimpleNamespace(has_reward_model=True),
         roles=SimpleNamespace(score=score),
     )
-    rollout.as_taught = lambda rows: Rollout.as_taught(rollout, rows)
-    rows = Rollout.begin_scoring(rollout, [Experience.of(sample) for sample in samples()])()
+    rollouts.as_taught = lambda rows: Rollouts.as_taught(rollouts, rows)
+    rows = Rollouts.begin_scoring(rollouts, [Experience.of(sample) for sample in samples()])()
     drawn = [65, 66, 70, TAUGHT, 65, 66, 71, 72, OTHER, 65, 66, 73, 74]
     assert read["reference"] == read["critic"] == drawn
     assert read["reward"] == [TAUGHT if token == OTHER else token for token in drawn]

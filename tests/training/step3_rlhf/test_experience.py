@@ -1,6 +1,7 @@
 """What PPO makes of scored samples; expected values by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_a_missing_end_costs_a_fixed_penalty():
 def test_kl_is_averaged_over_real_tokens_not_padding():
     # sample 1: three tokens with k1 = 0.1 each; sample 2: one token with k1 = 0.5
     experience = [make(0, [-1.0] * 3, [-1.1] * 3, 0.0), make(1, [-1.0], [-1.5], 0.0)]
-    metrics = Targets.of(experience, SETTINGS, 0.1).metrics(experience, 0.1)
+    metrics = Targets.of(experience, SETTINGS, 0.1).metrics(experience, SETTINGS, 0.1)
     assert metrics["kl/reference_k1"] == pytest.approx((0.3 + 0.5) / 2)
     k3 = [math.exp(-0.1) - 1 + 0.1, math.exp(-0.5) - 1 + 0.5]
     assert metrics["kl/reference"] == pytest.approx((3 * k3[0] + k3[1]) / 2, abs=1e-6)
@@ -64,8 +65,7 @@ def test_the_kl_penalty_lowers_the_advantage_of_tokens_that_leave_the_reference(
 def test_gamma_and_lambda_are_told_apart():
     # score 1 on the last of two tokens, values 0.5: delta of the last token 1 - 0.5 = 0.5, of the first
     # 0.8 * 0.5 - 0.5 = -0.1, and 0.8 * 0.25 * 0.5 = 0.1 of what follows
-    experience = [make(0, [-1.0] * 2, [-1.0] * 2, 1.0)]
-    experience[0].values = torch.full((2,), 0.5)
+    experience = [replace(make(0, [-1.0] * 2, [-1.0] * 2, 1.0), values=torch.full((2,), 0.5))]
     settings = SETTINGS.model_copy(update={"gamma": 0.8, "lam": 0.25})
     targets = Targets.of(experience, settings, 0.0)
     assert targets.advantages[0].tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
@@ -75,7 +75,7 @@ def test_gamma_and_lambda_are_told_apart():
 
 def test_length_and_ended_fraction():
     experience = [make(0, [-1.0] * 4, [-1.0] * 4, 3.0), make(1, [-1.0] * 2, [-1.0] * 2, 1.0, ended=False)]
-    metrics = Targets.of(experience, SETTINGS, 0.0).metrics(experience, 0.0)
+    metrics = Targets.of(experience, SETTINGS, 0.0).metrics(experience, SETTINGS, 0.0)
     assert (metrics["response/length_mean"], metrics["response/length_max"]) == (3.0, 4.0)
     assert metrics["response/ended_fraction"] == 0.5
     assert metrics["reward/scaled_std"] == 1.0  # of the scores 3 and 1, without the penalty
@@ -126,8 +126,8 @@ def test_reinforce_takes_the_penalty_to_come_and_whitens_over_the_batch():
 def test_without_a_critic_nothing_is_said_of_values_and_groups_are_measured():
     settings = RLHFSettings(advantage="rloo", samples_per_prompt=2)
     experience = two_prompts()
-    experience[1].score = 2.0  # as the other one of its prompt
-    metrics = Targets.of(experience, settings, 0.0).metrics(experience, 0.0)
+    experience[1] = replace(experience[1], score=2.0)  # as the other one of its prompt
+    metrics = Targets.of(experience, settings, 0.0).metrics(experience, settings, 0.0)
     assert not [name for name in metrics if name.startswith(("value/", "returns/"))]
     assert metrics["reward/groups_alike"] == 0.5 and metrics["reward/group_std"] == 0.5  # deviations 0 and 1
 
@@ -150,10 +150,10 @@ def test_the_total_is_the_sum_of_what_the_tokens_get():
     experience = [make(0, [-1.0] * 3, [-1.1] * 3, 2.0), make(1, [-1.0], [-1.5], 1.0, ended=False)]
     for centering, penalties in ((0.0, (0.3, 0.5)), (1.0, (0.3 - 0.6, 0.5 - 0.2)), (0.5, (0.0, 0.4))):
         settings = SETTINGS.model_copy(update={"kl": KLSettings(centering=centering)})
-        metrics = Targets.of(experience, settings, 0.1).metrics(experience, 0.1)
+        metrics = Targets.of(experience, settings, 0.1).metrics(experience, settings, 0.1)
         assert metrics["reward/total"] == pytest.approx((2.0 - 0.1 * penalties[0] + 0.0 - 0.1 * penalties[1]) / 2)
     in_the_loss = SETTINGS.model_copy(update={"kl": KLSettings(centering=1.0, place="loss")})  # nothing to centre there
-    metrics = Targets.of(experience, in_the_loss, 0.1).metrics(experience, 0.1)
+    metrics = Targets.of(experience, in_the_loss, 0.1).metrics(experience, in_the_loss, 0.1)
     assert metrics["reward/total"] == pytest.approx((2.0 - 0.03 + 0.0 - 0.05) / 2)
 
 
@@ -164,4 +164,5 @@ def test_groups_are_alike_whatever_rounding_says(size):
     apart = [0.3 * size, 0.3 * size, 0.301 * size]
     experience = [make(i, [-1.0], [-1.0], score) for i, score in enumerate(alike + apart)]
     settings = RLHFSettings(advantage="rloo", samples_per_prompt=3)
-    assert Targets.of(experience, settings, 0.0).metrics(experience, 0.0)["reward/groups_alike"] == pytest.approx(2 / 3)
+    metrics = Targets.of(experience, settings, 0.0).metrics(experience, settings, 0.0)
+    assert metrics["reward/groups_alike"] == pytest.approx(2 / 3)

@@ -54,8 +54,9 @@ def test_after_generation_there_are_its_own_log_probabilities_and_nothing_else()
 def test_scores_go_to_the_samples_that_every_rank_has(numbers):
     known = [dataclasses.replace(experience_of(i), score=9.0, **dict.fromkeys(ALL, torch.zeros(0))) for i in range(4)]
     sent = [pack([experience_of(i) for i in share], numbers, with_tokens=False) for share in SHARES]
-    assert gather_scores(ranks_that_send(sent), [], known, numbers) is known
-    for e in known:
+    scored = gather_scores(ranks_that_send(sent), [], known, numbers)
+    assert len(scored) == len(known)
+    for e in scored:
         expected = everything(experience_of(e.index))
         assert everything(e) == {**expected, **{name: [] for name in ALL if name not in numbers}}
     assert [len(words) for words in sent] == [9 + 4 * len(numbers), 1, 9 + 6 * len(numbers)]  # no response ids

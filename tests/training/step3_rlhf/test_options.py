@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.training.step3_rlhf.test_ppo_updates import (
-    NUMBER,
     RATE,
     SEED,
+    batch_of,
     logprobs_by_hand,
     make_config,
     make_experience,
@@ -29,7 +30,7 @@ DEMONSTRATIONS = [
 def change(config, **settings):
     """The config with other settings of step 3, checked."""
     from training.config import RunConfig
-    from training.config_files import merge
+    from training.merging import merge
 
     return RunConfig.model_validate(merge(config.model_dump(), {"rlhf": settings}))
 
@@ -93,9 +94,8 @@ def update_with_options(ranks, directory):
         config = change(base, **make_case(name, stage))
         ppo = make_ppo(ranks, directory, config, models)
         assert ppo.roles._critic is None and ppo.roles._reward is None
-        ppo.kl.coefficient = COEFFICIENT
         targets = Targets.of(experience, config.rlhf, COEFFICIENT)
-        metrics[f"{name} {stage}"] = ppo.update(experience, targets, NUMBER)
+        metrics[f"{name} {stage}"] = ppo.updates.run(batch_of(experience, targets, COEFFICIENT)).metrics
         weights[f"{name} {stage}"] = ppo.roles.actor.trained_weights()
     if ranks.is_first:
         torch.save(weights, directory / "options.pt")
@@ -104,10 +104,10 @@ def update_with_options(ranks, directory):
     for bound in (0.0, 1e-3):
         plain = change(make_config(models[0], 0, 0, 40), ppo_epochs=4, ppo_kl_stop=bound, actor={"learning_rate": 3e-3})
         ppo = make_ppo(ranks, directory, plain, models)
-        for each in experience:  # as in a run: the ratio is 1 before the first update
-            each.logprobs = each.generation_logprobs
-        targets = Targets.of(experience, plain.rlhf, COEFFICIENT)
-        stops[bound] = {"metrics": ppo.update(experience, targets, NUMBER), "mini_batches": ppo.updates.mini_batches}
+        # as in a run: the ratio is 1 before the first update
+        fresh = [replace(each, logprobs=each.generation_logprobs) for each in experience]
+        targets = Targets.of(fresh, plain.rlhf, COEFFICIENT)
+        stops[bound] = vars(ppo.updates.run(batch_of(fresh, targets, COEFFICIENT)))
     return {"metrics": metrics, "stops": stops, "offload": offloaded_scores(ranks, models, experience)}
 
 

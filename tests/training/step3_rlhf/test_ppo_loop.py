@@ -10,6 +10,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.training.step3_rlhf.test_ppo_updates import make_models
+from training.steps import PPO
 
 PROMPTS = 5
 """In the data; iterations take three at a time, so epochs end within iterations."""
@@ -59,6 +60,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step3_rlhf import ppo
+    from training.step3_rlhf.rollout import Rollout
 
     sft, reward, _ = models
     config = RunConfig.model_validate(
@@ -73,18 +75,18 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
         }
     )
     run = RunDirectory(directory)
-    run.step(3).path.mkdir(parents=True, exist_ok=True)
-    stage = make_stage(run, 3, config, ranks)
+    run.step(PPO).path.mkdir(parents=True, exist_ok=True)
+    stage = make_stage(run, PPO, config, ranks)
     prompts = [[{"role": "user", "content": f"{'very ' * n}short?"}] for n in range(PROMPTS)]
     rows = [{"prompt": prompt, "extra": {"number": n}} for n, prompt in enumerate(prompts)]
     stage.rows = lambda chat_format: (rows, rows[:1])
     stage.said = []
     stage.display.say = stage.said.append
     seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[], values=[])
-    iterate, rollout = ppo.PPO.iterate, ppo.Rollout.run
+    iterate, score = ppo.PPO.iterate, Rollout.score
 
-    def noted(self, prompts, seats, number):
-        experience = rollout(self, prompts, seats, number)
+    def noted(self, experience):
+        experience = score(self, experience)
         seen.values.append(float(torch.cat([each.values for each in experience]).mean()))
         return experience
 
@@ -97,6 +99,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
             average = trainer.roles.ema.update
             trainer.roles.ema.update = lambda: (updates.__setitem__(0, updates[0] + 1), average())
         found = iterate(trainer, number, check)
+        seen.mini_batches = found.mini_batches
         if trainer.roles.ema is not None:
             del trainer.roles.ema.update
             seen.averaged.append(norms(trainer.roles.ema.weights()))
@@ -104,16 +107,16 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
         seen.weights.append(norms(trainer.roles.actor.trained_weights()))
         return found
 
-    with patch.object(ppo.PPO, "iterate", watched), patch.object(ppo.Rollout, "run", noted):
+    with patch.object(ppo.PPO, "iterate", watched), patch.object(Rollout, "score", noted):
         try:
             ppo.train(stage)
         except Killed:
             return seen
     if ranks.is_first:
-        seen.metrics = [json.loads(line) for line in (run.step(3).path / "metrics.jsonl").read_text().splitlines()]
-        seen.result = run.step(3).read_result()
-        seen.model = norms(saved(run.step(3).model))
-        seen.ema_model = norms(saved(run.step(3).ema_model)) if settings.get("ema") else None
+        seen.metrics = [json.loads(line) for line in (run.step(PPO).path / "metrics.jsonl").read_text().splitlines()]
+        seen.result = run.step(PPO).read_result()
+        seen.model = norms(saved(run.step(PPO).model))
+        seen.ema_model = norms(saved(run.step(PPO).ema_model)) if settings.get("ema") else None
     return seen
 
 
@@ -133,9 +136,9 @@ def told(seen: SimpleNamespace) -> dict:
     names = ("metrics", "result", "model", "ema_model", "weights", "averages", "averaged", "values")
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
-        "sampling": [getattr(seen.trainer.rollout.sampling, name) for name in SAMPLING],
+        "sampling": [getattr(seen.trainer.rollouts.sampling, name) for name in SAMPLING],
         "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl")],
-        "numbers": [len(seen.trainer.updates.mini_batches), seen.trainer.roles.critic_scale],
+        "numbers": [len(seen.mini_batches), seen.trainer.roles.critic_scale],
     }
 
 
@@ -185,6 +188,8 @@ def run_together(ranks, directory):
     """Two processes: the end by KL at every ZeRO stage, and with adapters."""
     from transformers import AutoModelForCausalLM
 
+    from training.step3_rlhf.clock import Clock
+
     models = make_models(ranks, directory)
     found = {}
     free = run_step(ranks, directory / "free", models, FREE)
@@ -194,7 +199,8 @@ def run_together(ranks, directory):
         place = directory / f"bound{zero}{lora}"
         seen = run_step(ranks, place, models, {**bound, "actor": actor, **({"kl": LOW} if lora else {})})
         with torch.no_grad():  # what the engine answers with now, beside what was saved of it
-            batch = seen.trainer.rollout.run(seen.trainer.prompts[:4], [0, 1, 2, 3], 1)
+            rollout = seen.trainer.rollouts.start(seen.trainer.prompts[:4], [0, 1, 2, 3], 1, Clock())
+            batch = rollout.score(rollout.generate())
         if ranks.is_first:
             model = AutoModelForCausalLM.from_pretrained(place / "step3_rlhf" / "model").eval()
             apart = 0.0

@@ -115,6 +115,36 @@ def test_value_loss_takes_the_worse_of_clipped_and_unclipped():
     assert ppo_math.value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), clip=0)[0].item() == 0
 
 
+@pytest.mark.parametrize("coefficient", [None, 0.5])
+def test_the_actors_loss_and_what_is_reported_of_it(coefficient):
+    logprobs = torch.log(torch.tensor([1.5, 1.0]))
+    reference = logprobs + torch.log(torch.tensor([2.0, 1.0]))  # k3: 2 - 1 - log 2, and 0
+    entropy, advantages = torch.tensor([0.7, 0.1]), torch.tensor([1.0, -1])
+    loss = ppo_math.actor_loss(logprobs, entropy, torch.zeros(2), reference, advantages, 0.2, coefficient)
+    sums = {name: float(value.sum()) for name, value in loss.sums.items()}
+    expected = {
+        "policy/loss": -1.2 + 1,  # max(-1.5, -1.2), max(1, 1)
+        "policy/entropy": 0.8,
+        "policy/ratio_mean": 2.5,
+        "policy/clip_fraction": 1,
+        "kl/old_k1": -math.log(1.5),
+        "kl/old_k3": 0.5 - math.log(1.5),
+    }
+    penalty = {} if coefficient is None else {"policy/kl_penalty": 0.5 * (1 - math.log(2))}
+    assert sums == pytest.approx(expected | penalty, abs=1e-6)
+    assert float(loss.total) == pytest.approx(-0.2 + penalty.get("policy/kl_penalty", 0.0), abs=1e-6)
+    assert float(loss.largest["policy/ratio_max"].max()) == pytest.approx(1.5)
+
+
+def test_the_critics_loss_and_that_of_demonstrations():
+    loss = ppo_math.critic_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 3.0]), torch.tensor([1.0, 2.0]), 0.2)
+    # token 1: 0 against (0.2 - 1)^2, so clipping acts; token 2: 1
+    assert float(loss.total) == float(loss.sums["value/loss"]) == pytest.approx(0.5 * (0.64 + 1))
+    assert loss.sums["value/clip_fraction"].tolist() == [1, 0]
+    loss = ppo_math.ptx_loss(torch.tensor([-1.0, -3.0]), demonstrated=8, tokens=10)
+    assert float(loss.total) == 0.5 and float(loss.sums["ptx/loss"]) == 5
+
+
 def test_explained_variance():
     returns = torch.tensor([[1.0, 2, 3], [4, 5, 999]])
     assert ppo_math.explained_variance(returns.clone(), returns, MASK) == pytest.approx(1.0)

@@ -110,6 +110,12 @@ def make_experience(sft):
     return experience
 
 
+def batch_of(experience, targets, kl_coefficient: float):
+    from training.step3_rlhf.update import Batch
+
+    return Batch(NUMBER, experience, targets, list(range(len(experience))), kl_coefficient)
+
+
 def logprobs_by_hand(
     model, prompt: torch.Tensor, response: torch.Tensor, temperature: float = TEMPERATURE
 ) -> torch.Tensor:
@@ -215,7 +221,7 @@ def update_everywhere(ranks, directory):
             return {call.__name__: call(batch).tolist() for call in seen}
 
         before = look()
-        metrics = ppo.update(experience, targets, NUMBER)
+        metrics = ppo.updates.run(batch_of(experience, targets, KL_COEFFICIENT)).metrics
         results[case_name(*case)] = {"before": before, "after": look(), "metrics": metrics}
         weights[case_name(*case)] = {
             "actor": roles.actor.trained_weights(),

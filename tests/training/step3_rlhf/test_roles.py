@@ -77,7 +77,7 @@ def score_in_layouts(ranks, directory):
     """By layout: what each role makes of this rank's rows before and after an iteration."""
     from benchmarks import our_ppo
     from training.config import RunConfig
-    from training.config_files import merge
+    from training.merging import merge
 
     if ranks.is_first:
         work.build_models(directory / "models", Size(hidden=32, layers=2, heads=4, ffn=64))
@@ -96,7 +96,7 @@ def score_in_layouts(ranks, directory):
             with roles.scoring():
                 calls = (roles.reference_logprobs, roles.scores, roles.values)
                 states.append([call(batch).tolist() for call in calls])
-            metrics, _ = ppo.iterate(1, check=False)
+            metrics = ppo.iterate(1, check=False).metrics
         whole = sum(p.numel() for p in ppo.roles.actor.module.parameters())
         held = sum(p.numel() for p in getattr(roles._reference, "role", roles._reference).parameters())
         found[name] = states, metrics["value/loss"], held / whole

@@ -1,0 +1,103 @@
+"""What `training` and `applications` ask of torch, DeepSpeed and Python beyond their public surface; only here.
+
+Each function says why, and in which version it was read. `tests/training/test_private_surfaces.py` asks the installed
+libraries for each, and fails where one has changed it.
+"""
+
+import atexit
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+OWN_WEIGHTS = (
+    "fp32_partitioned_groups_flat",  # ZeRO stage 3
+    "single_partition_of_fp32_groups",  # 1 and 2
+    "fp32_groups_flat_partition",  # 1 in bf16 with sums of gradients in fp32
+)
+"""Where DeepSpeed's optimisers keep this rank's part of the weights; its public functions give one parameter at a
+time, through collectives. DeepSpeed 0.19.8."""
+
+
+def without_shared_memory(deepspeed: Any) -> None:
+    """DeepSpeed compiles a shared-memory all-reduce on first use on a CPU: half a minute and a C++ compiler that a
+    laptop may not have. gloo does the same work. No setting says so. DeepSpeed 0.19.8."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def classes_in_checkpoints(deepspeed: Any) -> list[type]:
+    """What DeepSpeed's checkpoints hold besides tensors, numbers and texts. To build one does nothing else.
+    DeepSpeed 0.19.8."""
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    scaler = deepspeed.runtime.fp16.loss_scaler
+    return [scaler.LossScaler, scaler.DynamicLossScaler, deepspeed.runtime.zero.config.ZeroStageEnum, fragment_address]
+
+
+def reduce_nothing(engine: Any) -> None:
+    """For one rank, where DeepSpeed would copy all gradients into one buffer and back. DeepSpeed 0.19.8."""
+    engine.buffered_allreduce_fallback = lambda *_, **__: None
+
+
+def own_weights(optimizer: Any) -> list[Tensor]:
+    """This rank's flat part of the weights of an optimiser of ZeRO stage 1 to 3: writing into them is training."""
+    name = next(name for name in OWN_WEIGHTS if hasattr(optimizer, name))
+    return list(getattr(optimizer, name))
+
+
+def own_part(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter under ZeRO 3, as forward passes read it. DeepSpeed 0.19.8."""
+    divided: Any = parameter
+    return divided.ds_tensor
+
+
+def begin_writing(optimizer: Any) -> None:
+    """Before weights are written under ZeRO 3: small parameters, which stand whole on every rank beside their shards,
+    are divided. It is what DeepSpeed does before it saves and loads. DeepSpeed 0.19.8."""
+    optimizer.checkpoint_event_prologue()
+
+
+def end_writing(optimizer: Any) -> None:
+    """After it, they are made whole. DeepSpeed 0.19.8."""
+    optimizer.checkpoint_event_epilogue()
+
+
+def has_overflow(optimizer: Any) -> bool:
+    """What an optimiser would find when stepping; the same on every rank. Some forget it after one look.
+    DeepSpeed 0.19.8."""
+    if hasattr(optimizer, "overflow_checker"):  # stage 0
+        return bool(optimizer.overflow_checker.check())
+    return bool(optimizer.has_overflow())
+
+
+def overflow_replacements(optimizer: Any, overflow: bool, keeps_scale: bool) -> list[tuple[Any, str, Callable]]:
+    """Object, method, and what to put in front of it, so that an optimiser finds `overflow` when it looks, and does not
+    lower its loss scale if it `keeps_scale`. DeepSpeed 0.19.8."""
+    checker = getattr(optimizer, "overflow_checker", None)
+    owner, name = (checker, "check") if checker is not None else (optimizer, "has_overflow")
+    found: list[tuple[Any, str, Callable]] = [(owner, name, lambda *_, **__: overflow)]
+    return [*found, (optimizer, "_update_scale", lambda *_, **__: None)] if keeps_scale else found
+
+
+def wait_at_most(patience: timedelta) -> None:
+    """The time-out of groups made later without one, as DeepSpeed makes them: torch's own are 10 and 30 minutes.
+    torch 2.13.0."""
+    vars(dist.distributed_c10d).update(default_pg_timeout=patience, default_pg_nccl_timeout=patience)
+
+
+def default_store() -> dist.Store:
+    """The key-value store that every process group has; nothing public gives it. torch 2.13.0."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bf16 fast. torch 2.13.0."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def run_exit_functions() -> None:
+    """What an interpreter does when it ends, and a process that multiprocessing has made does not. Python 3.11."""
+    atexit._run_exitfuncs()

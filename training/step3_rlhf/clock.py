@@ -1,0 +1,29 @@
+"""Where the time of an iteration goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from training.fusion.timeline import Timeline
+
+
+class Clock:
+    """Runs from when it is made; `seconds` are by phase, under the names of the metrics."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.timeline = Timeline()
+
+    @contextmanager
+    def phase(self, metric: str) -> Iterator[None]:
+        """Count the seconds inside; a phase that comes again adds to them."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[metric] = self.seconds.get(metric, 0.0) + time.perf_counter() - begun
+
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self.begun
