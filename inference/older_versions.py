@@ -71,6 +71,10 @@ def old_rope(kind: str, rope: dict[str, Any]) -> dict[str, Any]:
 
 def scaling(rope: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in rope.items() if key not in SAME_IN_BOTH}
+    if (
+        rest.get("rope_type") == "longrope"
+    ):  # Phi 3 takes these three and no others; the rest stands beside rope_scaling
+        rest = {"type": "longrope", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     return {"rope_scaling": rest} if rest.keys() - {"rope_type"} else {}
 
 

@@ -19,6 +19,11 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     [
         ("llama", {"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5}),
         ("llama", {"rope_theta": 5e5, **LLAMA3}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        (
+            "phi3",
+            {"rope_theta": 1e4, "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor": 4.0},
+            {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        ),
         ("phi", {"rope_theta": 1e4, "partial_rotary_factor": 0.4}, {"rope_theta": 1e4, "partial_rotary_factor": 0.4}),
         ("gpt_neox", {"rope_theta": 2e4, "partial_rotary_factor": 0.5}, {"rotary_emb_base": 2e4, "rotary_pct": 0.5}),
         (
