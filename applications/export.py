@@ -61,6 +61,8 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
     files = ", ".join(sorted(file.name for file in to.iterdir()))
     print(f"Exported {step.command} ({what}) to {to} ({size:,.1f} MB): {files}")
+    if adapters and not is_hub_id(base):
+        print("adapter_config.json names the base by its path here: write there what others call it.")
     print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
 
 

@@ -350,3 +350,16 @@ def test_the_template_of_a_reward_model_ends_where_it_is_read(formats, tmp_path,
         "<think>" in scored_otherwise(again) if name == "deepseek-r1" else again.end_of_turn_id == form.end_of_turn_id
     )
     assert again.pad_id == form.pad_id != form.end_of_turn_id
+
+
+def test_the_template_of_a_reward_model_says_the_date_of_training(tmp_path):
+    dated = Family(
+        "{{ strftime_now('%d %b %Y') }}" + CHATML, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_end|>"
+    )
+    form = ChatFormat(bytes_tokenizer(dated))
+    form.save(tmp_path, scored=True)
+    finished = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(conversation(1), return_dict=False)
+    assert finished == apart(form, conversation(1))
+    again = ChatFormat.load(tmp_path)
+    again.save(tmp_path / "again", scored=True)
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == (tmp_path / "chat_template.jinja").read_text()
