@@ -51,6 +51,7 @@ from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.steps import Step
+from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
 from training.tracking import metrics_journal
 from training.watchdog import PARENT_VARIABLE
 
@@ -189,6 +190,18 @@ class Stage:
                 write_directory(model, write)
         self.ranks.barrier("saving the model")
 
+    def expect_checkpoints(self, unit: str) -> None:
+        """From now on SIGTERM waits, within its grace, until an optimiser step or iteration (`unit`) has ended."""
+        TERMINATION.unit, TERMINATION.newest = unit, partial(goes_on, self.checkpoints)
+
+    def told_to_end(self) -> bool:
+        """Whether SIGTERM has come to any rank; all ranks call it, at the end of each optimiser step or iteration."""
+        return bool(self.ranks.sum(torch.tensor([float(TERMINATION.is_asked)]), "whether to go on"))
+
+    def terminated(self, number: int) -> Terminated:
+        """The end after a checkpoint that SIGTERM has asked for."""
+        return Terminated(f"Ended by SIGTERM after {TERMINATION.unit} {number}: {goes_on(self.checkpoints)}.")
+
     def finish(self, result: dict) -> None:
         """Mark the step as done. `result` is what later steps and people read."""
         if self.ranks.is_first:
@@ -299,9 +312,16 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
 def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
     """Run `body`; what it raises for the user lands in `error_file` and on stderr. Returns the exit code."""
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    TERMINATION.report = partial(report, error_file, EXIT_TERMINATED)
     try:
+        grace()
         body()
         return 0
+    except Terminated as ended:
+        TERMINATION.report(str(ended))
+        if not is_alone:
+            os._exit(EXIT_TERMINATED)
+        return EXIT_TERMINATED
     except Exception as raised:
         sentence = sentence_for(raised)
         if sentence is None:
@@ -319,6 +339,20 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
         return code
     finally:
         stop_ranks()
+
+
+def report(error_file: Path, code: int, sentence: str) -> None:
+    """How SIGTERM has ended this rank."""
+    if PARENT_VARIABLE in os.environ:
+        leave_report(error_file, sentence, code)
+    say(sentence)
+
+
+def goes_on(checkpoints: Checkpoints) -> str:
+    """From where the same command does."""
+    newest = checkpoints.numbers()[-1:]
+    where = f"from {checkpoints.directory / str(newest[0])}" if newest else "from the start of the step"
+    return f"the same command goes on {where}"
 
 
 def end_without_sentence(error: Exception) -> NoReturn:

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from training.termination import TERMINATION
 from training.watchdog import end_with_parent
 
 
@@ -24,6 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     end_with_parent()
+    TERMINATION.answer()
     from training.evaluation.candidates import Request
     from training.evaluation.comparison import Comparison
     from training.run_directory import RunDirectory

@@ -140,7 +140,7 @@ def test_the_better_answer_is_marked(tags):
 )
 def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):
     run = make_run(tmp_path, rlhf=rlhf)
-    assert {each.text for each in signs(run, run.read_comparison(3)) if not each.is_good} == expected
+    assert {each.text for each in signs(run, run.read_comparison(PPO)) if not each.is_good} == expected
 
 
 def test_an_answer_given_once_is_no_collapse_however_few_the_prompts(tmp_path):
