@@ -48,8 +48,8 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 32,
     },
 }
-LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-"""Of Phi 3, which takes no other; half of a head's width of 16."""
+LONG = {"rope_type": "longrope", "short_factor": [2.0] * 8, "long_factor": [4.0] * 8}
+"""Of Phi 3, which takes no other; half of a head's width of 16. The longest row of a batch says which factors count."""
 TEMPLATE = {"llama": "llama-3", "qwen2": "qwen-2.5", "qwen3": "qwen-3", "mistral": "mistral", "phi3": "phi-3"}
 BARE = replace(TEMPLATES["opt"], special=("</s>",))
 """No token of it can pad: one is added, and embeddings grow."""
@@ -63,7 +63,7 @@ def cases_of(kind: str) -> dict[str, dict[str, Any]]:
         names = ROPES if kind in ("llama", "qwen2", "qwen3", "gpt_neox") else ("theta", "linear")
         cases = {f"{kind} {name}": {"rope_parameters": {"rope_theta": THETA} | ROPES[name]} for name in names}
     if kind == "phi3":
-        longrope = {"rope_parameters": LONG, "original_max_position_embeddings": 32}
+        longrope = {"rope_parameters": LONG, "original_max_position_embeddings": 256}
         cases = {"phi3 theta": cases["phi3 theta"], "phi3 longrope": longrope}
     return cases | ({f"{kind} grown": {"vocab_size": 257}} if kind in ("gpt2", "gpt_neox", "llama", "qwen2") else {})
 
