@@ -15,6 +15,7 @@ from inference.model_package import find_package
 from inference.model_store import TINY
 from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
+from training.lineage import base_model, origin_of
 from training.metrics import duration
 from training.run_directory import RunDirectory
 from training.steps import DEMONSTRATIONS, METHODS, REWARD, Step
@@ -45,7 +46,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
     comparison = run.read_comparison(step if step.compared_with else run.last_step)
     evaluation = None if step.leaves_scorer else comparison
     values = json.loads((run.step(step).model / "config.json").read_text(encoding="utf-8"))
-    source = base_model(config, step)
+    source = began_with(config, exported)
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return environment.get_template("model_card.md.jinja").render(
         front_matter=yaml.safe_dump(front_matter(config, exported), sort_keys=False, allow_unicode=True).strip(),
@@ -79,7 +80,7 @@ def front_matter(config: RunConfig, exported: Exported) -> dict[str, Any]:
         "pipeline_tag": "text-classification" if exported.step.leaves_scorer else "text-generation",
         "tags": list(dict.fromkeys(filter(None, ("rlhf-chat", *tags, exported.step.method)))),
     }
-    source = base_model(config, exported.step)
+    source = began_with(config, exported)
     if source.startswith(PACKAGE):
         licence = re.search(r"licence ([\w.-]+[\w])", find_package(source).origin)
         values |= {"license": licence[1].lower()} if licence else {}
@@ -88,10 +89,11 @@ def front_matter(config: RunConfig, exported: Exported) -> dict[str, Any]:
     return values
 
 
-def base_model(config: RunConfig, step: Step) -> str:
+def began_with(config: RunConfig, exported: Exported) -> str:
     """The model that training began with."""
-    is_from_base = step.leaves_scorer and config.reward.initialize_from == "base"
-    return config.reward_model_source if is_from_base else config.model
+    if exported.step.leaves_scorer and config.reward.initialize_from == "base":
+        return config.reward_model_source
+    return exported.base or base_model(config) or config.model
 
 
 def aim_of(step: Step) -> str:
@@ -138,7 +140,8 @@ def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[st
     for each in steps_to(step):
         title = f"{each.number} {each.title}"
         if given := config.given_model(each):
-            found.append((title, f"not trained here: {public_name(given)}", ""))
+            origin = origin_of(given)
+            found.append((title, f"not trained here: {origin.name if origin else public_name(given)}", ""))
         elif run.step(each).is_finished:
             found.append((title, settings_text(config, each), outcome(run.step(each).read_result())))
     return found

@@ -143,6 +143,14 @@ def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):
     assert {each.text for each in signs(run, run.read_comparison(PPO)) if not each.is_good} == expected
 
 
+def test_under_the_sft_model_perplexity_guards_nothing(tmp_path):
+    run = make_run(tmp_path)
+    file = run.comparison_of(PPO)[0]
+    file.write_text(file.read_text().replace("perplexity_untouched", "perplexity_sft_model"))
+    texts = [each.text for each in signs(run, run.read_comparison(PPO))]
+    assert any(text.startswith("Variety") for text in texts) and not any("erplexity" in text for text in texts)
+
+
 def test_an_answer_given_once_is_no_collapse_however_few_the_prompts(tmp_path):
     run = make_run(tmp_path, rlhf={"most_frequent_share": 0.1})
     evaluation = json.loads(run.comparison_of(PPO)[0].read_text())
