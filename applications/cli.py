@@ -358,9 +358,15 @@ def main() -> None:
     from applications.launch import StageFailed
     from inference.disk import file_sentence
     from inference.errors import UserError
+    from inference.streams import guard_output
 
+    guard_output(ends=True)
     try:
-        app()
+        try:
+            app()
+        except SystemExit:
+            sys.stdout.flush()  # here, where a full disk is a sentence
+            raise
     except (UserError, StageFailed) as error:
         if "--debug" in sys.argv:
             raise

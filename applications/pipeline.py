@@ -20,6 +20,7 @@ from training.metrics import Display, duration
 from training.run_directory import RunDirectory
 from training.steps import REWARD, Step
 from training.versions import versions
+from training.watchdog import outlive_terminal
 
 CHANGEABLE = {
     "method",
@@ -86,7 +87,8 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, 
 
 def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
     """Run the steps in order inside the locked run directory, then compare SFT with RLHF or DPO."""
-    display = Display()
+    outlive_terminal()
+    display = Display(log=run.log_file)
     with run.locked():
         begun = time.monotonic()
         if config.announce:

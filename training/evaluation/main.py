@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    end_with_parent()
+    begin_script()
     from training.evaluation.candidates import Request
     from training.evaluation.comparison import Comparison
     from training.run_directory import RunDirectory

@@ -5,10 +5,10 @@ python training/preparation/main.py runs/demo
 
 import sys
 
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 if __name__ == "__main__":
-    end_with_parent()
+    begin_script()
     from training.stage import run_preparation
 
     sys.exit(run_preparation())

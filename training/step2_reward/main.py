@@ -10,10 +10,10 @@ label whose score is read at the end-of-turn token. The loss is that of Bradley 
 
 import sys
 
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 if __name__ == "__main__":
-    end_with_parent()
+    begin_script()
     from training.stage import run_stage
     from training.step2_reward.reward import train
     from training.steps import REWARD
