@@ -1,17 +1,19 @@
 # make demo   sets up, then trains the laptop preset and prints what it achieved
-# make test   sets up, then lints, checks types and runs the tests
+# make test   sets up, then lints, checks types and runs the tests, side by side
+# make quick  runs the tests that the changes since main touch
 # make floors runs the core of the tests with the lowest versions that pyproject.toml allows, in an environment of their
 #             own; FLOORS_KEPT="torch==2.13.0" takes these instead
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
+PYTEST := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 FLOORS := .venv-floors
 CORE := tests/inference/test_chat_format.py tests/inference/test_model_files.py tests/training/test_checks.py \
 	tests/training/test_old_run.py tests/training/models/test_models.py tests/training/models/test_scorers.py \
 	tests/training/models/test_adapters.py tests/training/preparation tests/training/step1_sft tests/training/step2_reward
 
-.PHONY: setup demo test floors lint clean
+.PHONY: setup demo test pytest quick floors lint clean
 
 setup: $(VENV)/.ready
 
@@ -29,8 +31,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy applications training inference
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: setup
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) $$($(BIN)/python -m tests.touched)
 
 floors:
 	$(PYTHON) -m venv $(FLOORS)

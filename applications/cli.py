@@ -114,7 +114,7 @@ def add_other_method(step: Step) -> None:
 
         step_command(step, run_directory, model or sft_model, None, data, config, set_, processes, sft_model)
 
-    command.__doc__ = f"""{step.title.capitalize()} instead of steps 2 and 3, in a run; with --sft-model in a new one.
+    command.__doc__ = f"""{step.name} ({step.title}) instead of steps 2 and 3; with --sft-model in a new run directory.
 
     rlhf-chat {step.command} runs/demo
 

@@ -75,21 +75,17 @@ def step_command(
 
 def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
     from applications.dry_run import check_fits
-    from applications.pipeline import needed_steps, open_run, run_pipeline
+    from applications.pipeline import needed_steps, run_pipeline
+    from training.opening import open_run
 
     run = RunDirectory(path)
     steps = needed_steps(settings or run.read_config(), steps)
     if settings is not None and not run.config_file.exists():
         check_fits(settings, steps)
-    is_new = not run.config_file.exists()
-    run, stored = open_run(path, settings)
-    try:
-        require_earlier_steps(run, stored, steps)
-        run_pipeline(run, stored, steps)
-    except UserError:
-        if is_new and not run.data.exists():  # nothing was made yet: leave the name free for another try
-            run.config_file.unlink()
-        raise
+    with run.locked():
+        config = open_run(run, settings)
+        require_earlier_steps(run, config, steps)
+        run_pipeline(run, config, steps)
 
 
 def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
@@ -123,15 +119,18 @@ def chat_command(
     from inference.chat_target import find_chat_models
 
     found = find_chat_models(target, compare)
-    from inference.private_surfaces import import_transformers_lightly
+    from inference.collecting import without_collecting
 
-    import_transformers_lightly()
-    from inference.chat import chat
-    from inference.chat_model import ChatModel
-    from inference.generation.sample import SamplingSettings
+    with without_collecting():
+        from inference.private_surfaces import import_transformers_lightly
 
-    settings = SamplingSettings(max_tokens, temperature, top_p, top_k)
-    chat([(label, ChatModel.load(path)) for label, path in found], settings, seed, system)
+        import_transformers_lightly()
+        from inference.chat import chat
+        from inference.chat_model import ChatModel
+        from inference.generation.sample import SamplingSettings
+
+        models = [(label, ChatModel.load(path)) for label, path in found]
+    chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
 
 
 def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:

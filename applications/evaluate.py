@@ -28,9 +28,9 @@ def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, as_
     else:  # the run's own comparison would seem to be done
         result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts)}.json"
         answers_file = result_file.with_suffix(".jsonl")
-        result_file.parent.mkdir(exist_ok=True)
         arguments += ["--to", str(result_file)]
     with run.locked():
+        result_file.parent.mkdir(exist_ok=True)
         run_stage_script("evaluation", run, 1, arguments, progress=sys.stderr if as_json else None)
     result = json.loads(result_file.read_text())
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else evaluation_table(result, answers_file))

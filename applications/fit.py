@@ -14,8 +14,9 @@ from inference.errors import UserError
 from inference.families import config_of, require_supported_family
 from inference.model_files import require_usable
 from training.config import RunConfig
-from training.config_files import merge, validate_config
+from training.config_files import validate_config
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
+from training.merging import merge
 from training.models.layers import keep_layers
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
 from training.role_settings import OptimizerSettings

@@ -1,5 +1,6 @@
 """Scripts of one run fork from one process that has imported the libraries, so each of them starts at once."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -9,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import reduction
 from typing import Any, TextIO
 
-LIBRARIES = ["training.stage", "training.hybrid_engine.zero_engine", "training.step3_rlhf.ppo"]
+OF_FIRST_ENGINE = "deepspeed.runtime.zero.muon.muon_optimizer"
+"""DeepSpeed imports it with the first engine, and with it torch's compiler, which takes seconds."""
+LIBRARIES = ["training.stage", "training.hybrid_engine.zero_engine", "training.step3_rlhf.ppo", OF_FIRST_ENGINE]
 
 
 def can_fork() -> bool:
@@ -74,6 +77,7 @@ def run_script(command: list[str], environment: dict[str, str], progress: Stream
     """In the forked process: what the interpreter would do with `command`."""
     from training.private_surfaces import run_exit_functions
 
+    gc.freeze()  # a collection would copy every page of the libraries' objects
     progress.become(1)
     log.become(2)
     os.environ.clear()

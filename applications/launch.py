@@ -100,7 +100,7 @@ def child_environment() -> dict[str, str]:
     What another launcher has set around this command (a cluster's job) is not for the processes that it starts.
     """
     ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ours["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"  # not SIGHUP: training outlives its terminal
+    ours["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"  # not SIGHUP: training outlives its terminal
     return {**{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}, **ours}
 
 

@@ -4,14 +4,10 @@ What is done is skipped, what is half done resumed.
 """
 
 import time
-from pathlib import Path
-from typing import Any
 
 from applications.fit import Machine
 from applications.launch import run_stage_script
-from applications.report.page import write_report
 from applications.report_table import comparison_table, reward_accuracy_line
-from inference.errors import UserError
 from training.config import RunConfig
 from training.data.rows import read_rows, require_rows
 from training.distributed import require_gpus
@@ -19,22 +15,7 @@ from training.inputs import changed_inputs
 from training.metrics import Display, duration
 from training.run_directory import RunDirectory
 from training.steps import REWARD, Step
-from training.versions import versions
 from training.watchdog import outlive_terminal
-
-CHANGEABLE = {
-    "method",
-    "micro_batch_tokens",
-    "generation_batch",
-    "gradient_checkpointing",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "reward_url",
-    "reward_timeout",
-    "reward_retries",
-}
-"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step computes; and
-where the same scores come from. So may all of rlhf.fusion and logging."""
 
 
 def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
@@ -42,78 +23,36 @@ def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
     return [step for step in steps if config.rlhf.has_reward_model or step is not REWARD] or steps
 
 
-def open_run(path: Path, config: RunConfig | None) -> tuple[RunDirectory, RunConfig]:
-    """The run at `path` with its settings; a new one is made from `config`. Raises UserError where they disagree."""
-    run = RunDirectory(path)
-    if not run.config_file.exists():
-        if config is None:
-            raise UserError(f"{path} is not a run directory; start a run with rlhf-chat run --model NAME.")
-        if path.exists() and (not path.is_dir() or set(path.iterdir()) - {run.lock_file, run.error_file, run.log_file}):
-            raise UserError(f"{path} exists and is not a run directory; choose another place with --name.")
-        try:
-            run.write_config(config, versions())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose another place with --name.") from None
-        return run, config
-    stored = run.read_config()
-    if config is None or config == stored:
-        return run, stored
-    changed = differences(stored.model_dump(), config.model_dump())
-    refused = [
-        f"{key}: {old!r} there, {new!r} now"
-        for key, (old, new) in changed.items()
-        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
-    ]
-    if refused:
-        raise UserError(
-            f"{path} was made with other settings ({', '.join(refused[:3])}); choose another --name, or give only "
-            f"the run directory to go on with its own settings."
-        )
-    with run.locked():
-        run.write_config(config, versions())
-    return run, config
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ -> both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key, value in old.items():
-        if isinstance(value, dict) and isinstance(new[key], dict):
-            found |= differences(value, {**dict.fromkeys(value), **new[key]}, f"{prefix}{key}.")
-        elif value != new[key]:
-            found[prefix + key] = (value, new[key])
-    return found
-
-
 def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
-    """Run the steps in order inside the locked run directory, then compare SFT with RLHF or DPO."""
+    """Run the steps in order in the run directory, which is locked, then compare SFT with RLHF or DPO."""
     outlive_terminal()
     display = Display(log=run.log_file)
-    with run.locked():
-        begun = time.monotonic()
-        if config.announce:
-            display.say(config.announce)
-        for sentence in changed_inputs(run, config):
-            display.say(sentence)
-        if config.method == "ppo" and not config.rlhf.has_reward_model and REWARD not in steps:
-            display.say("Step 2 of 3 is left out: no reward model is used (rlhf.reward_weights.model=0)")
-        if not all(run.step(step).is_finished for step in steps):
-            look_at_processes(config.processes, display)
-            display.say("Preparing models and data")
-            run_stage_script("preparation", run, 1)
-            display.say(f"Prepared in {duration(time.monotonic() - begun)}")
-            for step in steps:
-                require_rows(run.data, step)
-        training_seconds = 0.0
+    begun = time.monotonic()
+    if config.announce:
+        display.say(config.announce)
+    for sentence in changed_inputs(run, config):
+        display.say(sentence)
+    if config.method == "ppo" and not config.rlhf.has_reward_model and REWARD not in steps:
+        display.say("Step 2 of 3 is left out: no reward model is used (rlhf.reward_weights.model=0)")
+    if not all(run.step(step).is_finished for step in steps):
+        look_at_processes(config.processes, display)
+        display.say("Preparing models and data")
+        run_stage_script("preparation", run, 1)
+        display.say(f"Prepared in {duration(time.monotonic() - begun)}")
         for step in steps:
-            training_seconds += run_step(run, config, step, display)
-        for step in steps:
-            if step.compared_with and config.evaluation.prompts:
-                compare(run, step, display)
-        display.say(f"Report with curves and answers: {write_report(run)}")
-        display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
-        if not all(step.leaves_scorer for step in steps):
-            display.say(f"Talk to it: rlhf-chat chat {run.path}")
+            require_rows(run.data, step)
+    training_seconds = 0.0
+    for step in steps:
+        training_seconds += run_step(run, config, step, display)
+    for step in steps:
+        if step.compared_with and config.evaluation.prompts:
+            compare(run, step, display)
+    from applications.report.page import write_report  # draws: a second to import
+
+    display.say(f"Report with curves and answers: {write_report(run)}")
+    display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
+    if not all(step.leaves_scorer for step in steps):
+        display.say(f"Talk to it: rlhf-chat chat {run.path}")
 
 
 def look_at_processes(processes: int, display: Display) -> None:

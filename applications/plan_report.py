@@ -28,12 +28,12 @@ LETTERS = {
 OTHER = {"reallocation": ">", "offload": "^"}
 COLOURS = {
     "actor_generate": "#4c78a8",
-    "reference_score": "#f2cf5b",
-    "reward_score": "#f58518",
+    "reference_score": "#ab8b09",
+    "reward_score": "#d66c0f",
     "critic_score": "#b279a2",
-    "actor_train": "#54a24b",
-    "critic_train": "#88d27a",
-    "reallocation": "#e45756",
+    "actor_train": "#3f9142",
+    "critic_train": "#289e8f",
+    "reallocation": "#de4b45",
     "offload": "#9d755d",
 }
 SHOWN_ITERATION = 2

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from inference.errors import UserError
+from training.merging import merge
+from training.near_names import did_you_mean, likeness
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -85,16 +87,27 @@ def smaller_presets(model: str) -> list[str]:
 
 
 def _unknown_model(model: str) -> str:
-    near = difflib.get_close_matches(model.lower(), preset_names(), n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'?" if near else f"presets are {', '.join(preset_names())}."
-    return f"'{model}' is no preset and no directory (a hub id has the form owner/name): {hint}"
+    return f"'{model}' is no preset and no directory (a hub id has the form owner/name): {_near(model)}"
+
+
+def _near(given: str) -> str:
+    """The presets that begin so; else the nearest one whose family is written alike, for `gpt2` is no `opt-2.7b`."""
+    name = given.lower()
+    near = [preset for preset in preset_names() if preset.startswith(name)]
+    if not near:
+        alike = [preset for preset in preset_names() if likeness(_letters(name), _letters(preset)) > 0.75]
+        near = difflib.get_close_matches(name, alike, n=1, cutoff=0.65)
+    return did_you_mean(near, f"presets are {', '.join(preset_names())}.")
+
+
+def _letters(name: str) -> str:
+    """`opt-` of `opt-1.3b`."""
+    return re.sub("[0-9].*", "", name)
 
 
 def _preset_named(name: str) -> str:
     if name.lower() not in preset_names():
-        near = difflib.get_close_matches(name.lower(), preset_names(), n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(preset_names())}."
-        raise UserError(f"There is no preset '{name}': {hint}")
+        raise UserError(f"There is no preset '{name}': {_near(name)}")
     return name.lower()
 
 
@@ -121,16 +134,7 @@ def _read(name: str) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where built in, is ten times as fast
     values = yaml.load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), Loader=loader)
     below = values.pop("extends", None)
-    return values if below is None else _merge(_read(below), values)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """As training.config_files.merge, whose import (pydantic) would take four times as long as all of this."""
-    result = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merge(result[key], value) if both else value
-    return result
+    return values if below is None else merge(_read(below), values)
 
 
 def _family_and_size(name: str) -> tuple[str, float]:

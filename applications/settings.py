@@ -6,7 +6,8 @@ from pathlib import Path
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config import EMBEDDED_DATA, RunConfig
-from training.config_files import load_config, merge
+from training.config_files import load_config
+from training.merging import merge
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 

@@ -32,12 +32,12 @@ BACKWARD_TO_FORWARD = 2
 MINI_BATCHES, SPLIT_SHARE = 3, 0.5
 """Of `--beyond`."""
 COLOURS = {
-    "A forward": "#7fb2e5",
-    "A backward": "#2f6fb3",
-    "A weight": "#17406b",
-    "B forward": "#f5c07a",
-    "B backward": "#d9822b",
-    "B weight": "#8a4b0f",
+    "A forward": "#2597cf",
+    "A backward": "#387ecd",
+    "A weight": "#7459c8",
+    "B forward": "#ab8b09",
+    "B backward": "#d66c0f",
+    "B weight": "#a9552a",
 }
 
 

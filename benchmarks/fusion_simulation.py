@@ -22,7 +22,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from html import escape
+from itertools import cycle
 from pathlib import Path
 
 from training.fusion.choice import FusionChoice, Setting
@@ -30,7 +30,6 @@ from training.fusion.costs import Costs
 from training.fusion.lengths import LengthStatistics
 from training.fusion.repacking import Policy
 from training.fusion.simulator import Job, Machine, Outcome, fused, serial
-from training.gantt import FONT
 
 LABEL = "SIMULATION, not a measurement"
 INSTANCES, SAMPLES, PROMPT_TOKENS = 32, 512, 256
@@ -211,50 +210,35 @@ def curve_table(curves: Mapping[str, Mapping[int, float]], step: int) -> str:
     return "\n".join([*lines, "| best | " + " | ".join(found) + " |"])
 
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 960, 420, 60, 40, 200, 50
-"""Pixels: of the picture, and of its margins."""
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756")
+COLOURS = ("#4c78a8", "#d66c0f", "#3f9142", "#de4b45")
 
 
 def curves_svg(title: str, curves: Mapping[str, Mapping[int, float]]) -> str:
     """Gain over threshold, a line for each; the best of each is marked, and where the published best lies."""
-    low = math.floor(10 * min(gain for curve in curves.values() for gain in curve.values())) / 10
-    high = math.ceil(10 * max(gain for curve in curves.values() for gain in curve.values())) / 10
+    from matplotlib.figure import Figure
 
-    def x(threshold: float) -> float:
-        return LEFT + threshold / SAMPLES * (WIDTH - LEFT - RIGHT)
+    from training.pictures import INK, as_file, drawing
 
-    def y(gain: float) -> float:
-        return HEIGHT - BOTTOM - (gain - low) / max(high - low, 0.1) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<text x="{LEFT}" y="22" {FONT} font-weight="bold">{escape(title)}</text>']
-    for tenth in range(round(10 * low), round(10 * high) + 1):
-        at, colour = y(tenth / 10), "#888" if tenth == 10 else "#e4e4e4"
-        parts.append(f'<line x1="{LEFT}" y1="{at:.1f}" x2="{x(SAMPLES):.1f}" y2="{at:.1f}" stroke="{colour}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" {FONT} text-anchor="end">{tenth / 10:.1f}</text>')
-    for share in range(0, 101, 20):
-        at, label = x(share / 100 * SAMPLES), f"{share / 100 * SAMPLES:.0f} ({share} %)"
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 28}" {FONT} text-anchor="middle">{label}</text>')
-    parts.append(f'<text x="{x(SAMPLES / 2):.1f}" y="{HEIGHT - 8}" {FONT} text-anchor="middle">threshold</text>')
-    at = x(PUBLISHED_BEST * SAMPLES)
-    parts.append(
-        f'<line x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{HEIGHT - BOTTOM}" stroke="#888" stroke-dasharray="4 4">'
-        "<title>the published best lies near here</title></line>"
-    )
-    for place, (label, curve) in enumerate(curves.items()):
-        colour, best = COLOURS[place % len(COLOURS)], best_of(curve)
-        points = " ".join(f"{x(threshold):.1f},{y(gain):.1f}" for threshold, gain in curve.items())
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts.append(f'<circle cx="{x(best):.1f}" cy="{y(curve[best]):.1f}" r="4" fill="{colour}"/>')
-        top = TOP + 20 * place
-        parts.append(f'<rect x="{WIDTH - RIGHT + 20}" y="{top}" width="14" height="14" fill="{colour}"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT + 40}" y="{top + 12}" {FONT}>{escape(label)}</text>')
-    frame = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">\n'
-        + "\n".join([frame, *parts])
-        + "\n</svg>\n"
-    )
+    with drawing():
+        picture = Figure((480 / 72, 320 / 72), layout="constrained")
+        axes = picture.add_subplot(xlabel="threshold")
+        axes.set_title(title, wrap=True)
+        axes.grid(axis="y")
+        axes.margins(y=0.05)
+        axes.axhline(1, color=INK, linewidth=1)
+        axes.axvline(PUBLISHED_BEST * SAMPLES, color=INK, linewidth=1, linestyle="--", gid="published")
+        for (label, curve), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+            best = list(curve).index(best_of(curve))
+            axes.plot(curve.keys(), curve.values(), color=colour, label=label, marker="o", markevery=[best], gid=label)
+        shares = [share / 100 for share in range(0, 101, 20)]
+        axes.set_xticks(
+            [share * SAMPLES for share in shares], [f"{share * SAMPLES:.0f} ({share:.0%})" for share in shares]
+        )
+        axes.set_xlim(0, SAMPLES)
+        picture.legend(loc="outside lower left", ncols=2)
+        return as_file(
+            picture, "curves", {"published": "the published best lies near here"} | {each: each for each in curves}
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

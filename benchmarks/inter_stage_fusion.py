@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CALIBRATION = 2
 """Pairs that come before those that count."""
-COLOURS = {"generate": "#4c78a8", "score": "#f58518", "migrate": "#e45756", "idle": "#d8d8d8", "train": "#54a24b"}
+COLOURS = {"generate": "#4c78a8", "score": "#d66c0f", "migrate": "#de4b45", "idle": "#878c92", "train": "#3f9142"}
 
 
 class Bench:

@@ -19,8 +19,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -41,24 +43,32 @@ class Kill:
     """The newest file of the step when the kill came: tells loading from training from saving."""
 
 
-def command(directory: Path, step: Step, processes: int, extra: list[str]) -> list[str]:
-    program = [sys.executable, "-P", "-m", "applications.cli", "run", "--model", "tiny", "--name", str(directory)]
-    # what --fusion auto chooses depends on measured seconds: two runs may round differently
-    return [*program, "--steps", str(step.number), "--processes", str(processes), "--fusion", "none", *extra]
+class Running(Protocol):
+    """What is used of subprocess.Popen."""
+
+    pid: int
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
 
 
-def start(directory: Path, step: Step, processes: int, extra: list[str]) -> subprocess.Popen:
-    with open(directory.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(
-            command(directory, step, processes, extra), stdout=log, stderr=log, start_new_session=True
-        )
+Start = Callable[[list[str], Path], Running]
+"""Runs rlhf-chat with arguments, as the leader of a session; what it says is appended to a file."""
 
 
-def members(directory: Path) -> list[psutil.Process]:
-    """Processes that work on this run and what they have started, the command first, ranks last."""
+def start_cold(arguments: list[str], log_file: Path) -> Running:
+    program = [sys.executable, "-P", "-m", "applications.cli"]
+    with open(log_file, "a") as log:
+        return subprocess.Popen([*program, *arguments], stdout=log, stderr=log, start_new_session=True)
+
+
+def members(directory: Path, command: int = 0) -> list[psutil.Process]:
+    """Processes that work on this run and what they started, the command (a number) first, ranks last."""
     found = set()
     for process in psutil.process_iter(["cmdline"]):
-        if str(directory) in (process.info["cmdline"] or []) and process.pid != os.getpid():
+        works = process.pid == command or str(directory) in (process.info["cmdline"] or [])
+        if works and process.pid != os.getpid():
             with contextlib.suppress(psutil.NoSuchProcess):
                 found |= {process, *process.children(recursive=True)}
     return sorted(filter(is_at_work, found), key=lambda process: process.create_time())
@@ -71,7 +81,7 @@ def is_at_work(process: psutil.Process) -> bool:
         return False
 
 
-def kill(running: subprocess.Popen, alive: list[psutil.Process], target: str) -> None:
+def kill(running: Running, alive: list[psutil.Process], target: str) -> None:
     """SIGKILL to one part of the run."""
     if target == "group":
         for process in alive:
@@ -80,7 +90,7 @@ def kill(running: subprocess.Popen, alive: list[psutil.Process], target: str) ->
     children = [process for process in alive if process.pid != running.pid]
     chosen = {"command": None, "launcher": children[:1], "rank": children[-1:]}[target]
     if not chosen:
-        running.send_signal(signal.SIGKILL)
+        running.kill()
     else:
         silently_kill(chosen[0])
 
@@ -99,52 +109,67 @@ def wait_until_gone(directory: Path, were_there: list[psutil.Process]) -> None:
         time.sleep(0.1)
 
 
-def torment(
-    undisturbed: RunDirectory,
-    victim: RunDirectory,
-    step: Step,
-    kills: int,
-    processes: int,
-    seconds: float,
-    draw: random.Random,
-    extra: list[str],
-) -> list[Kill]:
-    """Kill the step `kills` times at moments up to `seconds` after its start.
+@dataclass
+class Experiment:
+    """A run that nobody disturbs and its victim, both in `directory`."""
 
-    A step that ends before its next kill is compared with the undisturbed one and begun anew; so is the last one.
-    """
-    done: list[Kill] = []
-    directory = victim.path
-    while len(done) < kills:
-        running = start(directory, step, processes, extra)
-        delay, target = draw.uniform(0.3, seconds), draw.choice(TARGETS)
-        try:
-            running.wait(timeout=delay)
-            compare(undisturbed, victim, [step])
-            shutil.rmtree(victim.step(step).path)
-            continue
-        except subprocess.TimeoutExpired:
-            pass
-        files = [f for f in RunDirectory(directory).step(step).path.rglob("*") if f.is_file()]
-        newest = max(files, key=lambda f: f.stat().st_mtime, default=None)
-        phase = str(newest.relative_to(directory)) if newest else "nothing written"
-        alive = members(directory)
-        kill(running, alive, target)
-        running.wait()
-        wait_until_gone(directory, alive)
-        done.append(Kill(step, delay, target, phase))
-    finish(directory, step, processes, extra)
-    compare(undisturbed, victim, [step])
-    return done
+    directory: Path
+    kills: int
+    """In each step."""
+    processes: int
+    seed: int
+    extra: list[str] = field(default_factory=list)
+    start: Start = start_cold
 
+    def __post_init__(self) -> None:
+        self.draw = random.Random(self.seed)
+        self.undisturbed, self.victim = (RunDirectory(self.directory / name) for name in ("undisturbed", "victim"))
 
-def finish(directory: Path, step: Step, processes: int, extra: list[str]) -> float:
-    """Run the step to its end; returns the seconds. AssertionError with the log's end if it fails."""
-    begun = time.monotonic()
-    running = start(directory, step, processes, extra)
-    if running.wait() != 0:
-        raise AssertionError(directory.with_suffix(".log").read_text()[-3000:])
-    return time.monotonic() - begun
+    def run(self, steps: list[Step]) -> list[Kill]:
+        """The whole comparison. Returns what was killed when."""
+        return [kill for step in steps for kill in self.torment(step, self.finish(self.undisturbed, step))]
+
+    def begin(self, run: RunDirectory, step: Step) -> Running:
+        # what --fusion auto chooses depends on measured seconds: two runs may round differently
+        command = ["run", "--model", "tiny", "--name", str(run.path), "--steps", str(step.number), "--fusion", "none"]
+        command += ["--processes", str(self.processes), "--set", "evaluation.prompts=0", *self.extra]
+        return self.start(command, run.path.with_suffix(".log"))
+
+    def finish(self, run: RunDirectory, step: Step) -> float:
+        """Run the step to its end; returns the seconds. AssertionError with the log's end if it fails."""
+        begun = time.monotonic()
+        if self.begin(run, step).wait() != 0:
+            raise AssertionError(run.path.with_suffix(".log").read_text()[-3000:])
+        return time.monotonic() - begun
+
+    def torment(self, step: Step, seconds: float) -> list[Kill]:
+        """Kill the victim's step at moments up to `seconds` after its start.
+
+        A step that ends before its next kill is compared with the undisturbed one and begun anew; so is the last one.
+        """
+        done: list[Kill] = []
+        directory = self.victim.path
+        while len(done) < self.kills:
+            running = self.begin(self.victim, step)
+            delay, target = self.draw.uniform(0.3, seconds), self.draw.choice(TARGETS)
+            try:
+                running.wait(timeout=delay)
+                compare(self.undisturbed, self.victim, [step])
+                shutil.rmtree(self.victim.step(step).path)
+                continue
+            except subprocess.TimeoutExpired:
+                pass
+            files = [f for f in self.victim.step(step).path.rglob("*") if f.is_file()]
+            newest = max(files, key=lambda f: f.stat().st_mtime, default=None)
+            phase = str(newest.relative_to(directory)) if newest else "nothing written"
+            alive = members(directory, running.pid)
+            kill(running, alive, target)
+            running.wait()
+            wait_until_gone(directory, alive)
+            done.append(Kill(step, delay, target, phase))
+        self.finish(self.victim, step)
+        compare(self.undisturbed, self.victim, [step])
+        return done
 
 
 def weights(run: RunDirectory, step: Step) -> dict[str, str]:
@@ -169,20 +194,6 @@ def compare(undisturbed: RunDirectory, victim: RunDirectory, steps: list[Step]) 
         assert weights(undisturbed, step) == weights(victim, step), f"{step.folder}: weights differ"
 
 
-def experiment(
-    directory: Path, kills: int, processes: int, seed: int, steps: list[Step], extra: list[str] | None = None
-) -> list[Kill]:
-    """The whole comparison; `kills` a step. Returns what was killed when."""
-    extra = [*(extra or []), "--set", "evaluation.prompts=0"]
-    draw = random.Random(seed)
-    undisturbed, victim = directory / "undisturbed", directory / "victim"
-    done = []
-    for step in steps:
-        seconds = finish(undisturbed, step, processes, extra)
-        done += torment(RunDirectory(undisturbed), RunDirectory(victim), step, kills, processes, seconds, draw, extra)
-    return done
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="kills in each step")
@@ -192,7 +203,7 @@ def main() -> None:
     arguments = parser.parse_args()
     directory = (arguments.directory / f"{arguments.processes}-{arguments.seed}-{os.getpid()}").resolve()
     directory.mkdir(parents=True)
-    kills = experiment(directory, arguments.kills, arguments.processes, arguments.seed, list(METHODS["ppo"]))
+    kills = Experiment(directory, arguments.kills, arguments.processes, arguments.seed).run(list(METHODS["ppo"]))
     for one in kills:
         print(f"{one.step.folder}  {one.target:8s} after {one.after_seconds:5.1f} s, last written: {one.phase}")
     print(f"{len(kills)} kills, seed {arguments.seed}, {arguments.processes} process(es): weights and metrics equal")

@@ -4,19 +4,20 @@ What is built or converted here goes to the cache: as a whole, by renaming, or n
 own cache.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from inference.disk import is_disk_full
 from inference.errors import UserError, reason
+from inference.locks import hold_lock
 from inference.model_files import refuse_pointers, require_usable
 from inference.model_package import convert_package, find_package
 from inference.untrusted import refuse_adapter
@@ -134,8 +135,8 @@ def _cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
     if target.is_dir():
         return target
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{name}.lock", report):
+        waits = partial(report, f"Waiting for another process that prepares {name}.")
+        with hold_lock(cache / f"{name}.lock", f"{target} is being made by another process", waits=waits):
             if target.is_dir():  # another process built it while this one waited
                 return target
             for left_over in cache.glob(f"{name}.part-*"):  # of a killed process: who writes holds the lock
@@ -154,18 +155,6 @@ def _cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
             raise UserError(f"The cache {cache} cannot be used ({error}); set RLHF_CHAT_CACHE elsewhere.") from error
         raise
     return target
-
-
-@contextmanager
-def _locked(file: Path, report: Report) -> Iterator[None]:
-    """Hold an exclusive lock on `file`; the system lifts it when the process ends, however it ends."""
-    with open(file, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"Waiting for another process that prepares {file.stem}.")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _build_tiny(directory: Path) -> None:

@@ -1,8 +1,11 @@
-"""What all tests share: the command, and one finished run of the `tiny` preset."""
+"""What all tests share: the command, one finished run of the `tiny` preset, and a browser."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.warm import Command, Done, fork_all
 
@@ -47,3 +50,31 @@ def tiny_run(workplace) -> Path:
     assert done.code == 0, done.out[-3000:] + done.err[-3000:]
     (workplace / "output.txt").write_text(done.out)
     return workplace / "runs" / "demo"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Of the machine, without a window; where there is none the test is skipped."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"none of {', '.join(names)} is installed")
+    expect.set_options(timeout=20_000)
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=program)
+
+
+@pytest.fixture
+def page(chromium) -> Iterator[Page]:
+    page = chromium.new_page()
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def complaints(page) -> list[str]:
+    """Errors of the page: exceptions, and what its security policy refused."""
+    found: list[str] = []
+    page.on("pageerror", lambda error: found.append(str(error)))
+    page.on("console", lambda said: found.append(said.text) if said.type == "error" else None)
+    return found

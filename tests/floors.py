@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ("setuptools", "pytest", "pytest-timeout", "pytest-xdist", "psutil", "openai", "httpx")
+TOOLS = ("setuptools", "pytest", "pytest-timeout", "pytest-xdist", "psutil", "openai", "httpx", "playwright")
 
 
 def floors(dependencies: list[str], kept: list[str]) -> list[str]:

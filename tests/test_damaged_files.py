@@ -197,8 +197,8 @@ def test_an_export_of_damaged_weights_leaves_nothing(run, monkeypatch, capsys, t
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run", "--model", "tiny", "--name", "/proc/none/run"], "/proc/none/run cannot be written"),
-        (["run", "--model", "tiny", "--name", "FILE/run"], "FILE/run cannot be written .Not a directory"),
+        (["run", "--model", "tiny", "--name", "/proc/none/run"], "/proc/none cannot be used .No such file"),
+        (["run", "--model", "tiny", "--name", "FILE/run"], "FILE.* cannot be used .Not a directory"),
         (["sft", "FILE", "--model", "tiny"], "exists and is not a run directory"),
         (["report", "RUN", "--out", "/proc/none/page.html"], "page.html cannot be written"),
         (["export", "RUN", "--to", "/proc/none/out"], "/proc/none/out cannot be written .*--to"),
@@ -231,7 +231,7 @@ def test_a_run_directory_that_refuses(run, monkeypatch, capsys, tmp_path):
 
 
 def test_no_permission_is_a_sentence_at_the_command(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("training.run_directory.fcntl.flock", refuse)
+    monkeypatch.setattr("inference.locks.fcntl.flock", refuse)
     said = sentence(monkeypatch, capsys, tmp_path, "sft", run)
     assert f"{run / '.lock'} cannot be used (Permission denied)" in said
 

@@ -6,7 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import applications
 import training
 from benchmarks.kill_and_resume import metrics
 from tests.test_pipeline import assert_like_metrics
+from tests.warm import Forked, Python
 from training.run_directory import RunDirectory
 from training.steps import METHODS, SFT
 
@@ -95,31 +97,34 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def start_two_agents(script: str, run: Path, *arguments: str, **environment: str) -> list[tuple[int, str]]:
+def start_two_agents(start: Callable, script: str, run: Path, *arguments: str, **environment: str):
     """The README's line for two nodes, twice on this machine; how each agent ended, and what it said.
 
-    The first one is where they meet, and has rank 0.
+    The first one is where they meet, and has rank 0. `start` begins an interpreter: `start_cold` or `start_fork`.
     """
     port = free_port()
     file = Path(training.__file__).parent / script / "main.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "1"]
+    logs = [run.with_name(f"{script}.{port}.{node}.log") for node in (0, 1)]
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment}
+    first = start([*launcher, *meeting, str(file), str(run), *arguments], logs[0], environment)
+    while not is_listening(port):
+        with suppress(subprocess.TimeoutExpired):
+            first.wait(timeout=0.1)
+            break
+    second = start([*launcher, *meeting, str(file), str(run), *arguments], logs[1], environment)
+    codes = [agent.wait(timeout=300) for agent in (first, second)]
+    return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            [*launcher, *meeting, str(file), str(run), *arguments],
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
-    agents = [start()]
-    while agents[0].poll() is None and not is_listening(port):
-        time.sleep(0.1)
-    agents.append(start())
-    said = [agent.communicate(timeout=300)[0] for agent in agents]
-    return [(agent.returncode, text) for agent, text in zip(agents, said, strict=True)]
+def start_cold(arguments: list[str], log_file: Path, environment: dict[str, str]) -> subprocess.Popen:
+    with open(log_file, "w") as log:
+        return subprocess.Popen([sys.executable, *arguments], env={**os.environ, **environment}, stdout=log, stderr=log)
+
+
+def start_fork(arguments: list[str], log_file: Path, environment: dict[str, str]) -> Forked:
+    return Forked(Python(tuple(arguments)), log_file, **environment)
 
 
 def is_listening(port: int) -> bool:
@@ -133,14 +138,14 @@ def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_after
     (tmp_path / "sitecustomize.py").write_text(LATE_AND_DYING.format(run=str(run), marker=str(marker)))
     environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     preset = Path(applications.__file__).parent / "presets" / "tiny.yaml"
-    first = start_two_agents("step1_sft", run, "--config", str(preset), **environment)
-    second = start_two_agents("step2_reward", run, **environment)
+    first = start_two_agents(start_cold, "step1_sft", run, "--config", str(preset), **environment)
+    second = start_two_agents(start_fork, "step2_reward", run, **environment)
     assert [code for code, _ in first + second] == [0] * 4, first + second
     assert sum(text.count("Data from chitchat") for _, text in first + second) == 1, "prepared once"
-    (code, said), (killed, _) = start_two_agents("step3_rlhf", run, DIES="1", **environment)
+    (code, said), (killed, _) = start_two_agents(start_fork, "step3_rlhf", run, DIES="1", **environment)
     assert marker.exists() and killed == -9 and code > 0, said
     assert "Another process of this run, or its machine, is gone" in said and "go on from the last checkpoint" in said
-    third = start_two_agents("step3_rlhf", run, **environment)
+    third = start_two_agents(start_fork, "step3_rlhf", run, **environment)
     assert [code for code, _ in third] == [0, 0] and "going on after iteration 1" in third[0][1], third
     for step in METHODS["ppo"]:
         ours, theirs = (metrics(RunDirectory(place), step) for place in (tiny_run, run))

@@ -1,22 +1,37 @@
 """Commands and ranks of tests, forked from one process that has the libraries loaded.
 
 An interpreter that imports transformers and DeepSpeed takes 10 seconds of a core, a fork none. What must be seen from a
-cold start (import errors, launchers) is started cold: test_readme.py, test_launchers.py.
+cold start (import errors, launchers) is started cold: test_readme.py, test_launchers.py, test_survival.py.
 """
 
+import gc
+import importlib.util
+import inspect
 import os
+import stat
+import subprocess
 import sys
 import tempfile
+import traceback
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from applications.forking import LIBRARIES, fork_server
+from applications.forking import LIBRARIES, ForkedScript, Stream, can_fork, fork_server, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOADED = [*LIBRARIES, "applications.commands", "transformers.models.llama.modeling_llama", "tests.warm"]
+PRELOADED = [
+    *LIBRARIES,
+    "applications.commands",
+    "torch.distributed.run",
+    "applications.report.page",
+    "transformers.models.llama.modeling_llama",
+    "tests.warm",
+]
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,7 @@ def fork_all(
 
 def run(function: Callable[[], object], environment: dict[str, str], cwd: str, files: list[str]) -> None:
     """In the forked process."""
+    gc.freeze()
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
@@ -87,5 +103,93 @@ class Command:
     def __call__(self) -> None:
         from applications.cli import main
 
+        fork_python()
         sys.argv = ["rlhf-chat", *self.arguments]
         main()
+
+
+@dataclass(frozen=True)
+class Python:
+    """`python` with its arguments."""
+
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> None:
+        fork_python()
+        start_python(list(self.arguments), dict(os.environ), Stream(1), Stream(2))
+
+
+class Forked(ForkedScript):
+    """A command at work, as the leader of a session; what it says is appended to a file."""
+
+    def __init__(self, function: Callable[[], object], log_file: Path, **environment: str):
+        streams = [os.devnull, str(log_file), str(log_file)]
+        arguments = (function, {**os.environ, **environment}, os.getcwd(), streams)
+        self._process = context().Process(target=run, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+
+def fork_python() -> None:
+    """From now on what this process starts with `python` is a fork of it: torchrun's agent, and in there the ranks."""
+    if not can_fork():
+        return
+    start_cold = subprocess.Popen._execute_child
+    signature = inspect.signature(start_cold)
+
+    def execute_child(popen: subprocess.Popen, *given: Any) -> None:
+        told = signature.bind(popen, *given).arguments
+        program, *arguments = told["args"]
+        is_piped = {told["p2cwrite"], told["c2pread"], told["errread"]} != {-1}
+        if program != sys.executable or is_piped or told["cwd"]:
+            return start_cold(popen, *given)
+        popen.pid = os.fork()
+        if popen.pid:
+            popen._child_created = True
+            return None
+        if told["start_new_session"]:
+            os.setsid()
+        close_sockets()
+        streams = (
+            Stream(own if own != -1 else of_parent) for own, of_parent in ((told["c2pwrite"], 1), (told["errwrite"], 2))
+        )
+        os._exit(exit_code(lambda: start_python(arguments, dict(told["env"] or os.environ), *streams)))
+
+    subprocess.Popen._execute_child = execute_child
+
+
+def close_sockets() -> None:
+    """Those of the parent, which would stay open here after its death."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+
+
+def start_python(arguments: list[str], environment: dict[str, str], output: Stream, log: Stream) -> None:
+    """What an interpreter does: a sitecustomize.py, then the script or module."""
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False  # temporary directories of the parent
+    os.environ.clear()
+    os.environ.update(environment)
+    for place in filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)):
+        if (custom := Path(place) / "sitecustomize.py").exists():
+            exec(custom.read_text(), {"__name__": "sitecustomize"})
+    arguments = [argument for argument in arguments if argument != "-u"]
+    if arguments[0] == "-m":
+        arguments = [importlib.util.find_spec(arguments[1]).origin, *arguments[2:]]
+    run_script(arguments, environment, output, log)
+
+
+def exit_code(function: Callable[[], object]) -> int:
+    """With which an interpreter would end."""
+    try:
+        function()
+        return 0
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stderr.flush()

@@ -1,11 +1,10 @@
 """Settings as people write them: YAML files, presets, `key=value` pairs, merged and checked.
 
 `load_config` merges, later wins: the defaults of config.py, YAML files (a preset is one), then `key=value` pairs with
-dotted keys, which files may have too. An unknown key is an error that names the nearest right one.
+dotted keys, which files may have too. An unknown key is an error that names the nearest right ones.
 """
 
 import contextlib
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from inference.errors import UserError
 from training.config import RunConfig
+from training.merging import merge
+from training.near_names import did_you_mean, near_keys
 from training.yaml_text import KeyTwice, load_yaml, what_is_wrong
 
 OF_OTHERS = ("architecture", "versions")
@@ -59,8 +60,11 @@ def validate_config(values: dict[str, Any]) -> RunConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))  # kinds of a union
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, setting_keys(), n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists all settings."
+            value = first["input"]
+            while isinstance(value, dict) and len(value) == 1:
+                ((part, value),) = value.items()
+                key += f".{part}"
+            hint = did_you_mean(near_keys(key, setting_keys()), "docs/configuration.md lists all settings.")
             raise UserError(f"There is no setting '{key}': {hint}") from None
         if first["type"] == "missing":
             raise UserError(f"The setting '{key}' is missing; give it with --{key} or --set {key}=...") from None
@@ -83,15 +87,6 @@ def setting_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += setting_keys(field.annotation, f"{prefix}{name}.")
     return keys
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, group by group; neither is changed."""
-    result = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else value
-    return result
 
 
 def nested(values: dict[Any, Any]) -> dict[Any, Any]:

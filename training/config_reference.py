@@ -6,6 +6,8 @@ python -m training.config_reference > docs/configuration.md
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
@@ -13,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from training.config import RunConfig
+from training.config_files import setting_keys
 
 HEAD = """\
 # Configuration reference
@@ -35,7 +38,8 @@ are kept absolute, as they are found from where the command is given. A file may
 reads `other.yaml` beside it first. The resolved settings of a run are in its `config.yaml`, with the versions of what
 ran.
 
-The defaults below are those without a preset; the presets are in `applications/presets/`.
+The defaults below are those without a preset; the presets are in `applications/presets/`. Each holds whatever else of
+its group is set, and wherever: `--set rlhf.actor.zero_stage=1` leaves the actor's learning rate at its own default.
 """
 
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -55,8 +59,6 @@ class Group:
     model: type[BaseModel]
     places: list[str] = field(default_factory=list)
     """Dotted prefixes; "" is the top."""
-    defaults: list[BaseModel | None] = field(default_factory=list)
-    """At each place; None where the class has no default (the top, whose `model` is required)."""
 
 
 def reference() -> str:
@@ -68,18 +70,23 @@ def groups() -> list[Group]:
     """Every settings class once, in the order in which RunConfig reaches them."""
     found: dict[type[BaseModel], Group] = {}
 
-    def visit(model: type[BaseModel], place: str, default: BaseModel | None) -> None:
-        group = found.setdefault(model, Group(model))
-        group.places.append(place)
-        group.defaults.append(default)
+    def visit(model: type[BaseModel], place: str) -> None:
+        found.setdefault(model, Group(model)).places.append(place)
         for name, info in model.model_fields.items():
-            inner_model = group_model(info)
-            if inner_model is not None:
-                inner = info.default if default is None else getattr(default, name)
-                visit(inner_model, f"{place}.{name}".lstrip("."), inner)
+            inner = group_model(info)
+            if inner is not None:
+                visit(inner, f"{place}.{name}".lstrip("."))
 
-    visit(RunConfig, "", None)
+    visit(RunConfig, "")
     return list(found.values())
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """Dotted key of every setting -> its value in a run of which only the model is given."""
+    config = RunConfig(model=REQUIRED)
+    values = {key: attrgetter(key)(config) for key in setting_keys()}
+    return {key: value for key, value in values.items() if not isinstance(value, BaseModel)}
 
 
 def settings_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
@@ -140,7 +147,7 @@ def default_text(group: Group, name: str, info: FieldInfo) -> str:
     """The default; where places differ, the commonest first and then each other place with its own."""
     if info.is_required():
         return REQUIRED
-    values = [info.default if default is None else getattr(default, name) for default in group.defaults]
+    values = [defaults()[f"{place}.{name}".lstrip(".")] for place in group.places]
     usual = max(values, key=values.count)
     others = [f"`{place}`: {show(value)}" for place, value in zip(group.places, values, strict=True) if value != usual]
     return "; ".join([show(usual), *others])

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from training.config_files import merge
+from training.merging import merge
 from training.role_settings import OptimizerSettings
 
 

@@ -119,19 +119,24 @@ def gather_flat(values: Tensor, size: int, group: dist.ProcessGroup | None) -> l
     return [row[:length] for row, length in zip(gathered, lengths.tolist(), strict=True)]
 
 
+def share_cores(threads: int = 0) -> None:
+    """Compute with so many threads in this process; 0 divides the cores among this machine's processes."""
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size()))
+
+
+def local_size() -> int:
+    """Processes of the run on this machine."""
+    variables = "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"  # of torchrun, of deepspeed, of neither
+    return int(next(filter(None, map(os.environ.get, variables)), 1))
+
+
 def start_ranks(threads: int = 0) -> Ranks:
-    """Join the process group. `threads` is for one process; 0 divides the cores among this machine's processes."""
+    """Join the process group. `threads` are those of `share_cores`."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = (
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(
-            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size  # torchrun, deepspeed, neither
-        ),
-    )
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
-    require_gpus(local_size)
+    share_cores(threads)
+    require_gpus(local_size())
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "nccl"
     else:

@@ -40,8 +40,7 @@ def kept_room(file: Path) -> Path:
 def leave_report(file: Path, sentence: str, code: int, traceback: str = "") -> None:
     """Write the report, unless another rank has; on a full disk into the room that was kept, without `traceback`."""
     report = {"sentence": sentence, "code": code}
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # a run that was refused leaves no directory
         if file.exists():
             return
         try:

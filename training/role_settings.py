@@ -4,12 +4,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from training.merging import merge
+
 ZeroStage = Literal[0, 1, 2, 3]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_groups_over_their_defaults(cls, given: Any) -> Any:
+        """What is given of a group lies over the group's default in this place, which need not be its class's."""
+        if not isinstance(given, dict):
+            return given
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name in given}
+        groups = {name: group.model_dump() for name, group in defaults.items() if isinstance(group, Settings)}
+        return merge(groups, given)
 
 
 class LoRASettings(Settings):

@@ -6,11 +6,9 @@ runs/<name>/
     model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
 
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 import yaml
 
 from inference.errors import UserError
+from inference.locks import hold_lock
 from training.config import RunConfig
 from training.config_files import read_yaml, validate_config
 from training.paths import found_from_anywhere
@@ -98,11 +97,35 @@ class RunDirectory:
         return directory.model
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for one command. Raises UserError while another one works in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with hold_lock(self.lock_file, wait_seconds=0, busy=f"{self.path} is in use by another command"):
-            yield
+    def locked(self, wait_seconds: float = 0) -> Iterator[None]:
+        """Hold the run, and make its directory, for one command: nobody else writes there or cleans up.
+
+        What is refused inside before there are data leaves nothing of a new run, so that its name is free for another
+        try. Raises UserError while another command works in it, and where something else is there.
+        """
+        there = {file.name for file in self.path.iterdir()} if self.path.is_dir() else set()
+        ours = {self.config_file.name, self.error_file.name, self.log_file.name}  # the last two of a refused one
+        if (self.path.exists() and not self.path.is_dir()) or (
+            self.config_file.name not in there and any(not name.startswith(".") for name in there - ours)
+        ):
+            raise UserError(f"{self.path} exists and is not a run directory; choose another place with --name.")
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            with hold_lock(self.lock_file, f"{self.path} is in use by another command", wait_seconds):
+                is_new = not self.config_file.exists()
+                try:
+                    yield
+                except UserError:
+                    if is_new and not self.data.exists():
+                        locks = *self.path.glob(".step*.lock"), self.lock_file
+                        for file in (self.config_file, self.error_file, self.log_file, *locks):
+                            file.unlink(missing_ok=True)
+                    raise
+        except UserError:
+            for path in made:
+                with suppress(OSError):  # something is in it
+                    path.rmdir()
+            raise
 
 
 @dataclass(frozen=True)
@@ -166,28 +189,11 @@ class StepDirectory:
         return read_json(self.result_file, f"delete it, then {command} ends the step anew from its last checkpoint")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait_seconds: float = 30) -> Iterator[None]:
         """Hold the step for one training process group; waits for orphans of a killed command to end themselves."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        busy = f"{self.path} is still being written by another process"
-        with hold_lock(self.path / ".lock", wait_seconds=30, busy=busy):
+        file = self.path.with_name(f".{self.path.name}.lock")
+        with hold_lock(file, f"{self.path} is still being written by another process", wait_seconds):
             yield
-
-
-@contextmanager
-def hold_lock(file: Path, wait_seconds: float, busy: str) -> Iterator[None]:
-    """An exclusive lock that ends with the process, however it ends."""
-    with open(file, "a") as handle:
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise UserError(f"{busy}; wait until it has ended, or stop it.") from None
-                time.sleep(0.1)
-        yield
 
 
 def write_text(file: Path, text: str) -> None:

@@ -12,10 +12,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import transformers
@@ -34,7 +35,7 @@ from training.data.prepare import COUNTS_FILE, prepare_data
 from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache, TokenRows
 from training.data.token_pairs import PARTS, TokenPair, left_out
-from training.distributed import Ranks, is_lost_peer, start_ranks, stop_ranks
+from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.inputs import changed_inputs
 from training.metrics import Display, Journal, NullJournal
@@ -44,18 +45,22 @@ from training.models.loading import (
     resolve_dtype,
     save_model,
 )
+from training.opening import open_run
 from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
-from training.shared_files import wait_until_seen
 from training.steps import Step
 from training.tracking import metrics_journal
-from training.versions import versions
 from training.watchdog import PARENT_VARIABLE
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the preparation does without
     from training.hybrid_engine.zero_engine import ZeroEngine
+
+
+T = TypeVar("T")
+ORPHANS_END = 2.0
+"""Seconds in which the ranks of a killed launcher have ended themselves; a new one takes longer to start."""
 
 
 class Diverged(Exception):
@@ -85,6 +90,11 @@ class Stage:
     def storage_dtype(self) -> torch.dtype:
         """Number format of the models that the run leaves behind."""
         return TORCH_DTYPES[self.config.save_dtype]
+
+    @property
+    def settings(self) -> Any:
+        """Those of the step."""
+        return self.config.of_step(self.directory.step)
 
     def model_directory(self, source: str) -> Path:
         """The local directory of a model; the first rank fetches it, then one of each other node, the others wait."""
@@ -209,25 +219,38 @@ def run_stage(step: Step, work: Callable[[Stage], None]) -> int:
     directory = run.step(step)
 
     def body() -> None:
-        is_new = not run.config_file.exists()
-        config = read_or_make_config(run, arguments)
-        ranks = start_ranks(config.threads)
-        ranks.barrier("the start")
-        with directory.locked() if ranks.is_first else nullcontext():
-            if not ranks.tell(directory.is_finished, "the lock of the step"):
-                if ranks.is_first:
-                    directory.path.mkdir(parents=True, exist_ok=True)
+        ranks = start_ranks()
+        with ExitStack() as held:
+            decide = partial(enter, run, directory, arguments, ranks.size, held)
+            config = decided_by_first(ranks, decide, "fetching models and preparing the data")
+            if config is not None:
+                share_cores(config.threads)
                 ranks.see(directory.path)
-                if PARENT_VARIABLE not in os.environ:  # else the command has prepared the run
-                    try:
-                        prepare_on_first(config, run, ranks)
-                    except UserError:
-                        if is_new and ranks.is_first and not run.data.exists():  # leave the name free for another try
-                            run.config_file.unlink()
-                        raise
                 work(make_stage(run, step, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
+
+
+def enter(
+    run: RunDirectory, directory: StepDirectory, arguments: argparse.Namespace, processes: int, held: ExitStack
+) -> RunConfig | None:
+    """The settings, once this process holds the step until `held` ends, and the run is prepared; None: it is done."""
+    if PARENT_VARIABLE in os.environ:  # the command holds the run and has prepared it
+        held.enter_context(directory.locked())
+        config = run.read_config()
+    else:
+        settings = given_settings(run, arguments)
+        with run.locked(ORPHANS_END):
+            config = open_run(run, settings)
+            held.enter_context(directory.locked(ORPHANS_END))
+            if not directory.is_finished:
+                for changed in changed_inputs(run, config):
+                    Display().say(changed)
+                prepare(config, run, processes, Display().say)
+    if directory.is_finished:
+        return None
+    directory.path.mkdir(exist_ok=True)
+    return config
 
 
 def run_preparation() -> int:
@@ -241,25 +264,24 @@ def run_preparation() -> int:
     return end_in_sentences(body, run.error_file)
 
 
-def prepare_on_first(config: RunConfig, run: RunDirectory, ranks: Ranks) -> None:
-    """The first rank prepares, the others wait. What it refuses ends all of them with the same sentence."""
-    refused: Exception | None = None
-    sentence: str | None = ""
+def decided_by_first(ranks: Ranks, decide: Callable[[], T], phase: str) -> T:
+    """What the first rank decides, on all. What it refuses ends all of them with the same sentence."""
+    decided: Any = None
+    refused, sentence = None, ""
     if ranks.is_first:
-        for changed in changed_inputs(run, config):
-            Display().say(changed)
         try:
-            prepare(config, run, ranks.size, Display().say)
+            decided = decide()
         except Exception as error:
-            refused, sentence = error, sentence_for(error)
-            if sentence is None:
+            if (known := sentence_for(error)) is None:
                 raise
-    sentence = ranks.tell(sentence, "fetching models and preparing the data")
-    ranks.barrier("preparing")  # the first rank does not end before the others have read it
+            refused, sentence = error, known
+    decided, sentence = ranks.tell((decided, sentence), phase)
+    ranks.barrier(phase)  # the first rank does not end before the others have read it
     if refused is not None:
         raise refused
     if sentence:
         raise RefusedOnFirst(sentence)
+    return decided
 
 
 def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
@@ -288,8 +310,9 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
             end_without_sentence(raised)
         code = EXIT_DIVERGED if isinstance(raised, Diverged) else EXIT_USER_ERROR
         notes = getattr(raised, "__notes__", []) or traceback.format_exception(raised)  # for --debug
-        leave_report(error_file, sentence, code, "\n".join(notes))  # a launcher has exit codes of its own
-        if PARENT_VARIABLE not in os.environ and not isinstance(raised, RefusedOnFirst):  # else another prints it
+        if PARENT_VARIABLE in os.environ:  # the command prints it: a launcher between them has exit codes of its own
+            leave_report(error_file, sentence, code, "\n".join(notes))
+        elif not isinstance(raised, RefusedOnFirst):  # else another rank prints it
             print(sentence, file=sys.stderr, flush=True)
         if not is_alone:
             os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them
@@ -368,20 +391,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_or_make_config(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig:
-    """An existing run keeps its settings; a new one gets them from the arguments (the first rank writes them)."""
-    if not arguments.config and not arguments.set:
-        if int(os.environ.get("RANK", 0)) != 0:
-            wait_until_seen(run.config_file)  # where it is missing, the first rank says so
-        return run.read_config()
-    config = found_from_anywhere(load_config(arguments.config, arguments.set))
-    if int(os.environ.get("RANK", 0)) != 0:
-        return config
-    if not run.config_file.exists():
-        run.write_config(config, versions())
-    elif run.read_config() != config:
-        raise UserError(f"{run.path} was made with other settings; choose another directory, or leave them out.")
-    return config
+def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:
+    """What the arguments say; None: the run keeps its own. Raises UserError where neither is there."""
+    if arguments.config or arguments.set:
+        return found_from_anywhere(load_config(arguments.config, arguments.set))
+    run.read_config()
+    return None
 
 
 def quiet_libraries(log_file: Path, first: bool) -> None:

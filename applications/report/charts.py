@@ -1,29 +1,41 @@
-"""Charts as inline SVG: coloured by CSS classes, read by hovering, without scripts."""
+"""Charts of a page, drawn by matplotlib: coloured by the page's style sheet, read by hovering, without scripts."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, SubElement
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 360, 200
-LEFT, TOP, BOTTOM = 42, 16, 26
+from training.pictures import GRID, INK, SVG, drawing, svg
+
+WIDTH, HEIGHT = 340, 200
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 37
+LINE = 16
+"""Of the legend."""
+THICK = 24
+"""Of a bar and of an interval."""
 MOST_POINTS = 60
 """More than these are averaged in groups."""
 FEW_POINTS = 12
 """Up to so many are drawn as dots too."""
-LETTER = 6.1
-"""Pixels of an average letter at the charts' font size."""
-LINE = 13
-"""Pixels between two labels, at least."""
+COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "soft": "#868e99"}
+VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)", COLOURS["soft"]: "var(--faint)"} | {
+    COLOURS[name]: f"var(--{name})" for name in "abc"
+}
+"""What takes the place of the colours, so that the style sheet decides."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `colour` is a class of the style sheet: a, b, c or soft."""
+    """One line. `colour` is one of COLOURS."""
 
     label: str
     points: Sequence[Point]
@@ -49,132 +61,106 @@ class Chart:
     marks: Sequence[Mark] = ()
     from_zero: bool = False
 
-    def __html__(self) -> Markup:
-        return line_chart(self)
 
-
-@dataclass(frozen=True)
-class Frame:
-    """Where values lie in the picture."""
-
-    first: float
-    last: float
-    low: float
-    high: float
-    right: float
-
-    def x(self, value: float) -> float:
-        return LEFT + (value - self.first) / (self.last - self.first) * (self.right - LEFT)
-
-    def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - BOTTOM - TOP)
-
-
-def line_chart(chart: Chart) -> Markup:
-    """The chart as an <svg>; series without points are left out."""
+@drawing()
+def line_chart(chart: Chart, name: str) -> Markup:
+    """The chart as an <svg>; series without points are left out. `name` is its own in the page."""
     series = [thinned(each) for each in chart.series if each.points]
-    xs = sorted({x for each in series for x, _ in each.points})
-    ticks = nice_ticks(*value_range(series, chart.marks, chart.from_zero), 4)
-    first, last = (xs[0], xs[-1]) if xs[0] < xs[-1] else (xs[0] - 1, xs[0] + 1)
-    frame = Frame(first, last, ticks[0], ticks[-1], WIDTH - label_width(series))
-    parts = axes(chart, frame, ticks)
+    columns = min(len(series), 2)
+    top = TOP + LINE * math.ceil(len(series) / columns)
+    picture = Figure((WIDTH / 72, HEIGHT / 72))
+    axes = picture.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, 1 - (LEFT + RIGHT) / WIDTH, 1 - (top + BOTTOM) / HEIGHT))
     for each in series:
-        parts += drawn(each, frame)
-    parts += end_labels(series, frame)
-    parts += readouts(series, xs, frame, chart.x_label)
-    summary = f"{chart.title}: " + "; ".join(
-        f"{each.label} from {number(each.points[0][1])} to {number(each.points[-1][1])}" for each in series
-    )
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">'
-        + "".join(parts)
-        + "</svg>"
-    )
-
-
-def axes(chart: Chart, frame: Frame, ticks: Sequence[float]) -> list[str]:
-    """Grid lines with their values, round places below, the meaning of the latter, and the marks."""
-    across = f'x1="{LEFT}" x2="{frame.right:.1f}"'
-    parts = []
-    for tick in ticks:
-        y = frame.y(tick)
-        parts.append(f'<line class="grid" {across} y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in nice_ticks(frame.first, frame.last, 4):
-        if frame.first <= tick <= frame.last and tick == round(tick):
-            place = f'x="{frame.x(tick):.1f}" y="{HEIGHT - BOTTOM + 13}"'
-            parts.append(f'<text class="tick" {place} text-anchor="middle">{number(tick)}</text>')
-    middle = (LEFT + frame.right) / 2
-    label = escape(chart.x_label)
-    parts.append(f'<text class="axis" x="{middle:.1f}" y="{HEIGHT - 2}" text-anchor="middle">{label}</text>')
+        draw(each, axes)
+    xs = sorted({x for each in series for x, _ in each.points})
     for mark in chart.marks:
-        y = frame.y(mark.value)
-        parts.append(f'<line class="mark" {across} y1="{y:.1f}" y2="{y:.1f}"/>')
-        place = f'x="{frame.right - 3:.1f}" y="{y - 3:.1f}" text-anchor="end"'
-        parts.append(f'<text class="axis" {place}>{escape(mark.label)}</text>')
-    return parts
+        axes.axhline(mark.value, color=COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
+        axes.annotate(
+            mark.label,
+            (1, mark.value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            gid="mark",
+        )
+    axes.set_xlim(*((xs[0], xs[-1]) if xs[0] < xs[-1] else (xs[0] - 1, xs[0] + 1)))
+    axes.set_xlabel(chart.x_label, labelpad=2)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    low, high = axes.dataLim.intervaly
+    ticks = value_ticks(low, high, chart.from_zero)
+    axes.set(yticks=ticks, ylim=(ticks[0], ticks[-1]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, place: number(value))
+    axes.grid(axis="y", clip_on=False)
+    legend = axes.legend(
+        loc="upper left", bbox_to_anchor=(0, 1 - 3 / HEIGHT), bbox_transform=picture.transFigure, ncols=columns
+    )
+    legend.set_gid("key")
+    root = svg(picture, name, VARIABLES)
+    root[:] = [*readouts(series, xs, axes), *root]
+    return inline(
+        root,
+        "chart",
+        f"{chart.title}: "
+        + "; ".join(
+            f"{each.label} from {number(each.points[0][1])} to {number(each.points[-1][1])}" for each in series
+        ),
+    )
 
 
-def drawn(series: Series, frame: Frame) -> list[str]:
-    """Band, line and last point; a dot for each where there are few."""
-    parts = []
+def value_ticks(low: float, high: float, from_zero: bool) -> Sequence[float]:
+    """A few round numbers from at or below `low` (and 0) to at or above `high`."""
+    if from_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+        high = high if high > low else 1.0
+    room = 0.0 if high - low > 1e-12 else abs(high) * 0.1 or 1.0
+    return MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low - room, high + room)
+
+
+def draw(series: Series, axes: Axes) -> None:
+    """Band, line and last point; a dot for each where there are few. The legend has the last value."""
+    xs, ys = zip(*series.points, strict=True)
+    colour, soft = COLOURS[series.colour], series.colour == "soft"
     if series.spread:
-        edges = list(zip(series.points, series.spread, strict=True))
-        corners = [(x, y + s) for (x, y), s in edges] + [(x, y - s) for (x, y), s in reversed(edges)]
-        parts.append(f'<polygon class="band {series.colour}" points="{path(corners, frame)}"/>')
-    parts.append(f'<polyline class="line {series.colour}" points="{path(series.points, frame)}"/>')
-    shown = series.points if len(series.points) <= FEW_POINTS else series.points[-1:]
-    return parts + [dot(point, frame, series.colour, 2.6) for point in shown]
+        low, high = ([y + sign * s for y, s in zip(ys, series.spread, strict=True)] for sign in (-1, 1))
+        axes.fill([*xs, *xs[::-1]], [*low, *high[::-1]], color=colour, alpha=0.14, clip_on=False)
+    axes.plot(
+        xs,
+        ys,
+        color=colour,
+        linewidth=1.4 if soft else 2,
+        marker="o",
+        markersize=4,
+        markeredgewidth=0,
+        markevery=1 if len(xs) <= FEW_POINTS else [-1],
+        label=f"{series.label} {number(ys[-1])}",
+        clip_on=False,
+    )
 
 
-def path(points: Sequence[Point], frame: Frame) -> str:
-    return " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
-
-
-def dot(point: Point, frame: Frame, colour: str, radius: float) -> str:
-    return f'<circle class="dot {colour}" cx="{frame.x(point[0]):.1f}" cy="{frame.y(point[1]):.1f}" r="{radius}"/>'
-
-
-def label_width(series: Sequence[Series]) -> float:
-    """Room at the right for the labels of the lines."""
-    return max(len(end_label(each, len(series))) for each in series) * LETTER + 12
-
-
-def end_label(series: Series, count: int) -> str:
-    value = number(series.points[-1][1])
-    return value if count == 1 else f"{series.label} {value}"
-
-
-def end_labels(series: Sequence[Series], frame: Frame) -> list[str]:
-    """Each line's name and last value beside its end, moved apart where they would overlap."""
-    ends = sorted(series, key=lambda each: frame.y(each.points[-1][1]))
-    heights: list[float] = []
-    for each in ends:
-        heights.append(max(frame.y(each.points[-1][1]), heights[-1] + LINE if heights else 0.0))
-    too_low = max(0.0, heights[-1] - (HEIGHT - BOTTOM))
-    parts = []
-    for each, y in zip(ends, heights, strict=True):
-        place = f'x="{frame.x(each.points[-1][0]) + 7:.1f}" y="{y - too_low + 3.5:.1f}"'
-        parts.append(f'<text class="end {each.colour}" {place}>{escape(end_label(each, len(series)))}</text>')
-    return parts
-
-
-def readouts(series: Sequence[Series], xs: Sequence[float], frame: Frame, x_label: str) -> list[str]:
-    """For each x an invisible strip that shows its values while the pointer is over it."""
-    values = [dict(each.points) for each in series]
-    bounds = [LEFT, *((frame.x(a) + frame.x(b)) / 2 for a, b in pairwise(xs)), frame.right]
-    upright = f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
+def readouts(series: Sequence[Series], xs: Sequence[float], axes: Axes) -> list[Element]:
+    """For each x a strip that shows its values, in the place of the legend, while the pointer is over it."""
+    places = [float(axes.transData.transform((x, 0))[0]) for x in xs]
+    bounds = [LEFT, *((a + b) / 2 for a, b in pairwise(places)), WIDTH - RIGHT]
+    values = [(each.label, dict(each.points)) for each in series]
     parts = []
     for (start, end), x in zip(pairwise(bounds), xs, strict=True):
-        there = [(each, found[x]) for each, found in zip(series, values, strict=True) if x in found]
-        texts = [number(y) if len(series) == 1 else f"{each.label} {number(y)}" for each, y in there]
-        dots = "".join(dot((x, y), frame, each.colour, 3.6) for each, y in there)
-        parts.append(
-            f'<g class="hit"><rect x="{start:.1f}" y="0" width="{end - start:.1f}" height="{HEIGHT - BOTTOM}"/>'
-            f'<g><line x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" {upright}/>{dots}'
-            f'<text x="{LEFT}" y="10">{escape(x_label)} {x:g}: {escape(", ".join(texts))}</text></g></g>'
-        )
+        there = [f"{label} {number(found[x])}" for label, found in values if x in found]
+        strip = Element(f"{SVG}g", {"class": "hit"})
+        place = {"x": f"{start:.1f}", "width": f"{end - start:.1f}", "height": str(HEIGHT - BOTTOM)}
+        SubElement(strip, f"{SVG}rect", place)
+        SubElement(strip, f"{SVG}text", {"y": "12"}).text = f"{x:g}: {', '.join(there)}"
+        parts.append(strip)
     return parts
+
+
+def inline(root: Element, kind: str, label: str) -> Markup:
+    """The <svg> as a part of a page, as wide as its place."""
+    for name in ("width", "height", "version", "font-family", "font-size"):
+        del root.attrib[name]
+    root.attrib |= {"class": kind, "role": "img", "aria-label": label}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def thinned(series: Series) -> Series:
@@ -191,28 +177,6 @@ def thinned(series: Series) -> Series:
     return Series(series.label, list(zip(xs, ys, strict=True)), series.colour, means(series.spread))
 
 
-def value_range(series: Sequence[Series], marks: Sequence[Mark], from_zero: bool) -> Point:
-    """Lowest and highest value that the chart shows."""
-    values = [mark.value for mark in marks] + [0.0] * from_zero
-    for each in series:
-        spread = each.spread or [0.0] * len(each.points)
-        values += [y + sign * s for (_, y), s in zip(each.points, spread, strict=True) for sign in (-1, 1)]
-    low, high = min(values), max(values)
-    if high - low < 1e-12:
-        room = abs(high) * 0.1 or 1.0
-        return low - room, high + room
-    return low, high
-
-
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from at or below `low` to at or above `high`."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(place * step, 12) for place in range(first, last + 1)]
-
-
 def number(value: float) -> str:
     """Three digits that matter, without trailing zeros; thousands as k, millions as M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
@@ -223,14 +187,16 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def interval(rate: float, low: float, high: float, colour: str) -> Markup:
-    """A rate from 0 to 1 with its interval, on a line with a mark at the coin's half. As wide as its place."""
-    return Markup(
-        f'<svg class="interval" role="img" aria-label="{rate:.1%}, from {low:.1%} to {high:.1%}">'
-        '<line class="grid" x1="0" x2="100%" y1="12" y2="12"/><line class="mark" x1="50%" x2="50%" y1="0" y2="24"/>'
-        f'<line class="whisker {colour}" x1="{low:.2%}" x2="{high:.2%}" y1="12" y2="12"/>'
-        f'<circle class="dot {colour}" cx="{rate:.2%}" cy="12" r="6"/></svg>'
-    )
+@drawing()
+def interval(rate: float, low: float, high: float, colour: str, name: str) -> Markup:
+    """A rate from 0 to 1 with its interval, on a line with a mark at the coin's half."""
+    picture, axes = strip()
+    axes.set(xlim=(-0.02, 1.02), ylim=(-1, 1))
+    axes.axhline(0, color=GRID, linewidth=1, clip_on=False)
+    axes.axvline(0.5, color=COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
+    axes.hlines(0, low, high, color=COLOURS[colour], alpha=0.45, linewidth=4, clip_on=False)
+    axes.plot(rate, 0, "o", color=COLOURS[colour], markersize=11, markeredgewidth=0, clip_on=False)
+    return inline(svg(picture, name, VARIABLES), "interval", f"{rate:.1%}, from {low:.1%} to {high:.1%}")
 
 
 @dataclass(frozen=True)
@@ -240,15 +206,27 @@ class Segment:
     colour: str
 
 
+@drawing()
 def stacked_bar(segments: Sequence[Segment], longest: float) -> Markup:
     """Seconds one behind the other; `longest` fills the whole width."""
-    parts, start = [], 0.0
+    picture, axes = strip()
+    axes.set(xlim=(0, longest), ylim=(-1, 1))
+    start = 0.0
+    titles: dict[str, str] = {}
     for each in segments:
-        x, width = start / longest, each.seconds / longest
-        title = f"{each.label}: {each.seconds:.1f} s"
-        parts.append(
-            f'<rect class="fill {each.colour}" x="{x:.2%}" width="{width:.2%}" y="0" height="26">'
-            f"<title>{escape(title)}</title></rect>"
+        (bar,) = axes.barh(
+            0, each.seconds, 2, start, color=COLOURS[each.colour], clip_on=False, gid=f"part {len(titles)}"
         )
+        titles[bar.get_gid()] = f"{each.label}: {each.seconds:.1f} s"
         start += each.seconds
-    return Markup(f'<svg class="bar" role="img" aria-label="{start:.1f} seconds">{"".join(parts)}</svg>')
+    root = svg(picture, "", VARIABLES, titles)
+    root.set("preserveAspectRatio", "none")
+    return inline(root, "bar", f"{start:.1f} seconds")
+
+
+def strip() -> tuple[Figure, Axes]:
+    """A low picture, and the axes that fill it, unseen."""
+    picture = Figure((WIDTH / 72, THICK / 72))
+    axes = picture.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    return picture, axes

@@ -12,7 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from applications.report.charts import Chart, Segment, interval, number, stacked_bar
+from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
 from applications.report_table import pair_of, table_rows
 from inference.errors import UserError
@@ -59,6 +59,7 @@ def render(run: RunDirectory) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html").render(
+        line_chart=line_chart,
         css=Markup(css),
         css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
         name=run.path.resolve().name,
@@ -133,7 +134,7 @@ def intervals(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[I
     measured = evaluation or {}
     for key, label in (("win_rate", "win rate"), ("win_rate_unseen_questions", "win rate, questions not trained on")):
         if key in measured:
-            found.append(with_interval(label, measured[key], "rlhf"))
+            found.append(with_interval(label, measured[key], "a"))
     for name, each in measured.get("reward_accuracy", {}).items():
         label = "reward model ranks pairs right" if name == "all" else f"… {name.replace('_', ' ')}"
         found.append(with_interval(label, each, "soft"))
@@ -145,7 +146,7 @@ def intervals(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[I
 
 def with_interval(label: str, measured: Mapping[str, Any], colour: str) -> Interval:
     rate, low, high = (measured[key] for key in ("rate", "low", "high"))
-    return Interval(label, f"{rate:.1%} ({low:.1%} to {high:.1%})", interval(rate, low, high, colour))
+    return Interval(label, f"{rate:.1%} ({low:.1%} to {high:.1%})", interval(rate, low, high, colour, label))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ import re
 import pytest
 
 from inference.errors import UserError
-from training.config_files import load_config, merge, setting_keys
+from training.config_files import load_config, setting_keys
+from training.merging import merge
 from training.role_settings import OptimizerSettings
 from training.steps import PPO, REWARD, SFT
 
@@ -40,6 +41,15 @@ def test_later_layers_win_and_groups_are_merged(tmp_path):
     ("override", "sentence"),
     [
         ("sft.epoch=2", "There is no setting 'sft.epoch': did you mean 'sft.epochs'?"),
+        ("sft.learning_rate=1", "'sft.learning_rate': did you mean 'sft.optimizer.learning_rate'.$"),
+        ("sft.lr=1", "did you mean 'sft.optimizer.learning_rate'.$"),
+        ("rlhf.learning_rate=1", "did you mean 'rlhf.actor.learning_rate' or 'rlhf.critic.learning_rate'.$"),
+        ("rlhf.critic.optimizer.lora.rank=1", "did you mean 'rlhf.critic.lora.rank'.$"),
+        ("epochs=2", "did you mean 'sft.epochs', 'reward.epochs' or 'dpo.epochs'.$"),
+        ("kl.coefficient=0.1", "There is no setting 'kl.coefficient': did you mean 'rlhf.kl.coefficient'.$"),
+        ("rlhf.kl_coef=0.1", "did you mean 'rlhf.kl.coefficient'.$"),
+        ("modle=a", "did you mean 'model'.$"),
+        ("output_dir=a", "There is no setting 'output_dir': docs/configuration.md lists all settings.$"),
         ("sft.epochs=many", r"Setting sft.epochs: .*integer.* \(got 'many'\)"),
         ("sft.epochs", "--set takes key=value, not 'sft.epochs'"),
         (

@@ -77,7 +77,9 @@ def test_what_is_gone_and_runs_from_before_are_no_news(given, tmp_path):
 
 
 def test_a_command_that_has_nothing_left_to_do_says_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "write_report", lambda run: "no report of a step that was never trained")
+    monkeypatch.setattr(
+        "applications.report.page.write_report", lambda run: "no report of a step that was never trained"
+    )
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"q{i}", "response": "r"}) + "\n" for i in range(20)))
     config = load_config([], ["model=tiny", f"data.source={source}"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import socket
 from functools import partial
 from types import SimpleNamespace
@@ -14,10 +15,12 @@ from inference.errors import EXIT_USER_ERROR, UserError
 from training import distributed
 from training.config import DataSettings
 from training.distributed import require_gpus, start_ranks
+from training.opening import open_run
 from training.run_directory import RunDirectory
-from training.stage import Diverged, Stage, end_in_sentences, read_or_make_config
+from training.stage import Diverged, Stage, end_in_sentences, given_settings
 from training.step3_rlhf.update import Updates
 from training.steps import PPO
+from training.watchdog import PARENT_VARIABLE
 
 
 def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_counted():
@@ -44,7 +47,9 @@ def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_cou
         (MemoryError(), "Memory ran out: go on with a smaller micro_batch_tokens"),
     ],
 )
-def test_memory_that_runs_out_is_a_sentence(tmp_path, error, expected):
+def test_memory_that_runs_out_is_a_sentence(tmp_path, monkeypatch, error, expected):
+    monkeypatch.setenv(PARENT_VARIABLE, str(os.getpid()))
+
     def body() -> None:
         raise error
 
@@ -111,7 +116,8 @@ def test_a_stage_script_keeps_absolute_paths_as_the_command_does(tmp_path, monke
     (tmp_path / "rows.jsonl").write_text("")
     run = RunDirectory(tmp_path / "run")
     given = SimpleNamespace(config=[], set=["model=m", "data.source=rows.jsonl", "sft_model=./m"])
-    read_or_make_config(run, given)
+    with run.locked():
+        open_run(run, given_settings(run, given))
     stored = run.config_file.read_text()
     here = tmp_path.resolve()
     assert f"\nmodel: {here}/m\n" in f"\n{stored}" and f"sft_model: {here}/m\n" in stored

@@ -33,7 +33,7 @@ HELD_OUT = {
 
 def train(stage: Stage) -> None:
     """The whole step: set up, ask the reference, fit, save."""
-    settings = stage.config.dpo
+    settings = stage.settings
     source = stage.earlier_model(SFT)
     chat_format = ChatFormat.load(source)
     for note in chat_format.notes:
@@ -71,7 +71,7 @@ class DPOTask:
         reference_logprobs: dict[str, Tensor],
     ):
         """Both have a `train` and an `eval` set."""
-        self.stage, self.engine, self.settings = stage, engine, stage.config.dpo
+        self.stage, self.engine, self.settings = stage, engine, stage.settings
         self.pairs, self.reference_logprobs = pairs, reference_logprobs
         self.lengths = [pair.tokens for pair in pairs["train"]]
 

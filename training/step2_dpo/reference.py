@@ -37,7 +37,7 @@ def reference_logprobs(stage: Stage, engine: ZeroEngine, pairs: dict[str, list[T
     if {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}:
         return kept
     train, held_out = pairs["train"], pairs["eval"]
-    needed = rows_trained_on(len(train), stage.config.dpo, stage.config.seed)
+    needed = rows_trained_on(len(train), stage.settings, stage.config.seed)
     found = {
         "train": score_pairs(stage, engine, train, needed),
         "eval": score_pairs(stage, engine, held_out, list(range(len(held_out)))),
@@ -54,7 +54,7 @@ def score_pairs(stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], needed
     if not needed:
         return result
     found = torch.zeros(2, len(needed))
-    budget = stage.config.dpo.micro_batch_tokens
+    budget = stage.settings.micro_batch_tokens
     plan = plan_micro_batches([pairs[row].tokens for row in needed], budget, stage.ranks.size)[stage.ranks.rank]
     with stage.display.progress("Reference", len(plan)) as bar:
         for micro_batch in plan:

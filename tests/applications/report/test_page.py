@@ -2,14 +2,16 @@
 
 import json
 import shutil
-import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
+from playwright.sync_api import expect
 
 from applications.report.page import render, reward_accuracy, signs, write_report
 from inference.errors import UserError
+from tests.applications.report.test_charts import schemes
 from training.run_directory import RunDirectory
 from training.steps import METHODS, PPO, REWARD, SFT
 
@@ -26,7 +28,6 @@ MEASURES = {
     "kl": 0.0,
 }
 WIN = {"prompts": 40, "rate": 0.75, "low": 0.61, "high": 0.89, "judge": "upbeat score"}
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def lines(rows: list[dict]) -> str:
@@ -65,7 +66,7 @@ def make_run(path, evaluated: bool = True, rlhf: dict | None = None, attack: str
     return run
 
 
-class Page(HTMLParser):
+class Tags(HTMLParser):
     """Tags with their attributes, and all text."""
 
     def __init__(self, text: str):
@@ -87,32 +88,43 @@ class Page(HTMLParser):
         return sum(found == tag for found, _ in self.tags)
 
 
-def test_what_a_model_said_is_text_and_nothing_else(tmp_path):
-    page = Page(render(make_run(tmp_path)))
-    assert ATTACK in page.text and "report <run>" in page.text
-    assert page.count("script") == page.count("img") == page.count("link") == page.count("a") == 0
-    names = {name for _, attributes in page.tags for name in attributes}
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("report")
+    return write_report(make_run(directory), directory / "report.html")
+
+
+@pytest.fixture(scope="module")
+def tags(report) -> Tags:
+    return Tags(report.read_text())
+
+
+def test_what_a_model_said_is_text_and_nothing_else(tags):
+    assert ATTACK in tags.text and "report <run>" in tags.text
+    assert tags.count("script") == tags.count("img") == tags.count("link") == tags.count("a") == 0
+    names = {name for _, attributes in tags.tags for name in attributes}
     assert not {name for name in names if name.startswith("on")} and not names & {"src", "href", "style"}
-    (policy,) = (a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    ids = [attributes["id"] for _, attributes in tags.tags if "id" in attributes]
+    used = {attributes["xlink:href"] for _, attributes in tags.tags if "xlink:href" in attributes}
+    assert len(set(ids)) == len(ids) and used == {f"#{each}" for each in ids}  # no picture comes from outside
+    (policy,) = (a["content"] for _, a in tags.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
 
 
-def test_everything_has_its_place(tmp_path):
-    page = Page(render(make_run(tmp_path)))
-    text = " ".join(page.text.split())
+def test_everything_has_its_place(tags):
+    text = " ".join(tags.text.split())
     assert "75.0% of 40 held-out prompts get the better answer from RLHF, not SFT, by upbeat score." in text
     assert "75.0% (61.0% to 89.0%)" in text and "KL to SFT (nats a reply) 0.00 2.50" in text
     assert "seed 7 1" in text  # what differs from the default, and the default
     assert "torch 2.13.0" in text and "Step 3: PPO" in text and "SFT" in text and "iteration 17" in text
-    assert page.count("article") == 8 and page.count("details") == 2
+    assert tags.count("article") == 8 and tags.count("details") == 2
     titles = ("Loss", "Accuracy", "KL to the SFT model", "Entropy")
-    assert [title for title in titles if title in page.captions] == list(titles[:3])  # entropy was never finite
+    assert [title for title in titles if title in tags.captions] == list(titles[:3])  # entropy was never finite
     assert "1:00" in text and "3:00" in text and "load, evaluate, save 129 s" in text  # 180 s less 17 times 3
 
 
-def test_the_better_answer_is_marked(tmp_path):
-    page = Page(render(make_run(tmp_path)))
-    classes = [attributes.get("class", "") for _, attributes in page.tags]
+def test_the_better_answer_is_marked(tags):
+    classes = [attributes.get("class", "") for _, attributes in tags.tags]
     assert classes.count("answer rlhf better") == 8 and classes.count("answer sft") == 8
 
 
@@ -127,10 +139,8 @@ def test_the_better_answer_is_marked(tmp_path):
     ],
 )
 def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):
-    import re
-
-    text = render(make_run(tmp_path, rlhf=rlhf))
-    assert set(re.findall(r'<li class="bad">(.*?)</li>', text)) == expected
+    run = make_run(tmp_path, rlhf=rlhf)
+    assert {each.text for each in signs(run, run.read_comparison(3)) if not each.is_good} == expected
 
 
 def test_an_answer_given_once_is_no_collapse_however_few_the_prompts(tmp_path):
@@ -158,6 +168,7 @@ def test_a_half_finished_run_has_a_report_too(tmp_path):
     shutil.rmtree(run.step(PPO).path)
     run.step(REWARD).result_file.unlink()
     text = render(run)
+    assert text == render(run)
     assert "(not finished)" in text and "Step 3: PPO" not in text and "held-out prompts get" not in text
 
 
@@ -172,55 +183,74 @@ def test_a_run_without_a_step_and_a_place_that_cannot_be_written_are_sentences(t
         render(run)
 
 
-MEASURE = """
-const pages = [...document.querySelectorAll('iframe')];
-Promise.all(pages.map(page => new Promise(done => page.onload = done))).then(() => {
-  document.body.textContent = JSON.stringify(pages.map(page => {
-    const inside = page.contentDocument, root = inside.documentElement;
-    const isOutside = text => {
-      const box = text.getBBox();
-      return box.x < 0 || box.x + box.width > 361 || box.y + box.height > 203;
-    };
-    return {
-      title: inside.title,
-      over: root.scrollWidth - root.clientWidth,
-      charts: inside.querySelectorAll('svg.chart').length,
-      outside: [...inside.querySelectorAll('svg.chart text')].filter(isOutside).map(text => text.textContent),
-      asked: page.contentWindow.performance.getEntriesByType('resource').length,
-      padding: page.contentWindow.getComputedStyle(inside.body).paddingLeft,
-    };
-  }));
-});
-"""
+MEASURE = r"""() => {
+  document.querySelectorAll("details").forEach(details => details.open = true);
+  const root = document.documentElement, charts = [...document.querySelectorAll("svg.chart")];
+  const texts = chart => [...chart.querySelectorAll("text")];
+  const shown = chart => texts(chart).filter(text => getComputedStyle(text).visibility === "visible");
+  const isApart = (a, b) =>
+    a.right < b.left + 1 || b.right < a.left + 1 || a.bottom < b.top + 4 || b.bottom < a.top + 4;
+  const overlaps = chart => shown(chart).flatMap((text, place, all) => all.slice(place + 1)
+    .filter(other => !isApart(text.getBoundingClientRect(), other.getBoundingClientRect()))
+    .map(other => `${text.textContent} | ${other.textContent}`));
+  const isOutside = text => {
+    const box = text.getBBox();
+    return box.x < 0 || box.x + box.width > 344 || box.y < -2 || box.y + box.height > 200;
+  };
+  const split = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode());) {
+    for (const found of node.data.matchAll(/[-+]?\d[\d.,:%e+-]*( s\b|[kMG]\b)?/g)) {
+      const range = document.createRange();
+      range.setStart(node, found.index);
+      range.setEnd(node, found.index + found[0].length);
+      if (new Set([...range.getClientRects()].filter(box => box.width).map(box => Math.round(box.top))).size > 1)
+        split.push(found[0]);
+    }
+  }
+  const drawn = charts.flatMap(chart => [...chart.querySelectorAll(":is(path, text, use):not(defs *)")]);
+  return {
+    charts: charts.length,
+    over: root.scrollWidth - root.clientWidth,
+    padding: getComputedStyle(document.body).paddingLeft,
+    outside: charts.flatMap(texts).filter(isOutside).map(text => text.textContent),
+    overlaps: charts.flatMap(overlaps),
+    split,
+    smallest: Math.min(...charts.flatMap(chart => shown(chart).map(
+      text => parseFloat(getComputedStyle(text).fontSize) * chart.getBoundingClientRect().width / 340))),
+    colours: drawn.map(each => getComputedStyle(each)).flatMap(style => [style.fill, style.stroke])
+      .filter(colour => colour !== "none"),
+  };
+}"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed")
-def test_a_browser_lays_it_out_at_every_width_and_asks_for_nothing(tmp_path):
-    """Style applied, nothing wider than the page, labels inside their charts, no script run, nothing fetched."""
-    report = write_report(make_run(tmp_path), tmp_path / "report.html")
-    frames = "".join(f'<iframe src="{report.name}" width="{width}" height="800"></iframe>' for width in (360, 1240))
-    (tmp_path / "measure.html").write_text(f"<body>{frames}<script>{MEASURE}</script>")
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--allow-file-access-from-files",
-        "--virtual-time-budget=5000",
-    ]
-    done = subprocess.run(
-        [
-            str(BROWSER),
-            *options,
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            str(tmp_path / "measure.html"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = json.loads(Page(done.stdout).text)
-    assert [page["title"] for page in found] == ["report <run>: rlhf-chat report"] * 2
-    assert [page["padding"] for page in found] == ["12px", "20px"]  # the style sheet's, narrow and wide
-    for page in found:
-        assert page["over"] == 0 and page["outside"] == [] and page["asked"] == 0 and page["charts"] == 9
+def rgb(colour: str) -> str:
+    return f"rgb({', '.join(str(int(colour[place : place + 2], 16)) for place in (1, 3, 5))})"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_lays_it_out_at_every_width_and_asks_for_nothing(page, complaints, report, scheme):
+    """Style applied, nothing wider than the page, labels legible and apart, numbers whole, nothing run or fetched."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.emulate_media(color_scheme=scheme)
+    for width, padding in ((360, "12px"), (390, "12px"), (1240, "20px")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.goto(report.as_uri())
+        found = page.evaluate(MEASURE)
+        assert page.title() == "report <run>: rlhf-chat report"
+        assert found["charts"] == 9 and found["padding"] == padding and found["over"] == 0
+        assert found["outside"] == found["overlaps"] == found["split"] == []
+        assert found["smallest"] > 10
+        assert set(found["colours"]) <= {rgb(colour) for colour in schemes()[scheme == "dark"].values()}
+    assert set(asked) == {report.as_uri()} and complaints == []
+
+
+def test_values_show_under_the_pointer(page, report):
+    page.goto(report.as_uri())
+    chart = page.locator("svg.chart").first
+    value, key = chart.locator(".hit text").nth(3), chart.locator(".key text").first
+    expect(value).to_be_hidden()
+    expect(key).to_be_visible()
+    chart.locator(".hit rect").nth(3).hover()
+    expect(value).to_be_visible()
+    expect(key).to_be_hidden()

@@ -122,7 +122,7 @@ def switch_a_hundred_times(ranks, directory):
         for number in range(SWITCHES):
             for engine in (switching, straight):
                 step(ranks, engine, number)
-            generate(ranks, switching, part, layout, 4)
+            generate(ranks, switching, part, layout, slots=SAMPLES)
             wholes = whole_weights(switching.language_model)
             joined = gathered(ranks, view.refresh(), view.reallocation.pieces, wholes)
             equal += all(torch.equal(joined[name], whole) for name, whole in wholes.items())

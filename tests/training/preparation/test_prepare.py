@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from training.models.loading import load_scorer, require_same_format, save_model
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
-from training.stage import RefusedOnFirst, prepare_on_first
+from training.stage import RefusedOnFirst, decided_by_first
 from training.steps import SFT
 from training.watchdog import PARENT_VARIABLE
 
@@ -104,7 +105,7 @@ def test_every_rank_ends_with_what_the_first_one_refuses(tmp_path):
 
         ranks: Any = SimpleNamespace(is_first=rank == 0, size=2, tell=tell, barrier=lambda phase: meeting.wait())
         with pytest.raises(UserError) as raised:
-            prepare_on_first(config, run, ranks)
+            decided_by_first(ranks, partial(prepare, config, run, 2, print), "preparing")
         return raised.value
 
     with ThreadPoolExecutor(2) as threads:
@@ -115,9 +116,9 @@ def test_every_rank_ends_with_what_the_first_one_refuses(tmp_path):
 
 def test_a_stage_that_is_refused_leaves_the_name_free(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(PARENT_VARIABLE, raising=False)
-    monkeypatch.setattr(stage, "start_ranks", lambda threads: Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(stage, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
     arguments = ["--set", f"model={tiny}", "--set", f"trained_reward_model={tiny}"]
     monkeypatch.setattr("sys.argv", ["main.py", str(tmp_path / "run"), *arguments])
     assert stage.run_stage(SFT, lambda stage: None) == EXIT_USER_ERROR
     assert "is no trained reward model" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not list(tmp_path.iterdir())

@@ -30,7 +30,7 @@ DEMONSTRATIONS = [
 def change(config, **settings):
     """The config with other settings of step 3, checked."""
     from training.config import RunConfig
-    from training.config_files import merge
+    from training.merging import merge
 
     return RunConfig.model_validate(merge(config.model_dump(), {"rlhf": settings}))
 

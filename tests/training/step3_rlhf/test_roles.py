@@ -77,7 +77,7 @@ def score_in_layouts(ranks, directory):
     """By layout: what each role makes of this rank's rows before and after an iteration."""
     from benchmarks import our_ppo
     from training.config import RunConfig
-    from training.config_files import merge
+    from training.merging import merge
 
     if ranks.is_first:
         work.build_models(directory / "models", Size(hidden=32, layers=2, heads=4, ffn=64))

@@ -71,5 +71,5 @@ def test_the_command(tmp_path, capsys):
 
 def test_the_picture_shows_every_operation_of_both_schedules(result):
     tree = ElementTree.fromstring(picture(result))
-    bars = [each for each in tree.iter("{http://www.w3.org/2000/svg}rect") if len(each)]
+    bars = [each for each in tree.iter("{http://www.w3.org/2000/svg}title")]
     assert len(bars) == len(result.serial.operations) + len(result.outcome.schedule.operations)

@@ -1,0 +1,55 @@
+"""Opening a run whose lock is held: a new one gets its settings, one that is there keeps its own."""
+
+from typing import Any
+
+from inference.errors import UserError
+from training.config import RunConfig
+from training.run_directory import RunDirectory
+from training.versions import versions
+
+CHANGEABLE = {
+    "method",
+    "micro_batch_tokens",
+    "generation_batch",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "reward_url",
+    "reward_timeout",
+    "reward_retries",
+}
+"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step computes; and
+where the same scores come from. So may all of rlhf.fusion and logging."""
+
+
+def open_run(run: RunDirectory, config: RunConfig | None) -> RunConfig:
+    """The settings of `run`; a new one is made from `config`. Raises UserError where they disagree."""
+    if config is None:
+        return run.read_config()
+    if run.config_file.exists() and config != (stored := run.read_config()):
+        changed = differences(stored.model_dump(), config.model_dump())
+        refused = [
+            f"{key}: {old!r} there, {new!r} now"
+            for key, (old, new) in changed.items()
+            if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
+        ]
+        if refused:
+            raise UserError(
+                f"{run.path} was made with other settings ({', '.join(refused[:3])}); choose another --name, or give "
+                f"only the run directory to go on with its own settings."
+            )
+    elif run.config_file.exists():
+        return config
+    run.write_config(config, versions())
+    return config
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ -> both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, value in old.items():
+        if isinstance(value, dict) and isinstance(new[key], dict):
+            found |= differences(value, {**dict.fromkeys(value), **new[key]}, f"{prefix}{key}.")
+        elif value != new[key]:
+            found[prefix + key] = (value, new[key])
+    return found

@@ -1,0 +1,123 @@
+"""Pictures by matplotlib as SVG: text is text, nothing comes from outside, and the same picture is the same bytes.
+
+matplotlib takes a second to import, so this module is imported where a picture is made.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+FONT_SIZE = 12
+GROUND, INK, GRID, ROW_COLOUR = "#ffffff", "#1b1f24", "#dcdcd7", "#f7f7f5"
+DARK = {GROUND: "#14171b", INK: "#e7e8ea", GRID: "#3a4048", ROW_COLOUR: "#1b1f24"}
+"""What they are where the reader prefers it dark; all other colours have to be legible on both grounds."""
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": FONT_SIZE,
+    "text.color": INK,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.spines.bottom": False,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": FONT_SIZE,
+    "axes.titleweight": "bold",
+    "axes.xmargin": 0,
+    "axes.ymargin": 0,
+    "figure.dpi": 72,
+    "figure.facecolor": "none",
+    "grid.color": GRID,
+    "grid.linewidth": 1,
+    "legend.borderaxespad": 0,
+    "legend.borderpad": 0,
+    "legend.columnspacing": 1,
+    "legend.frameon": False,
+    "legend.handlelength": 1,
+    "legend.handletextpad": 0.4,
+    "lines.solid_capstyle": "butt",
+    "patch.linewidth": 0,
+    "xtick.bottom": False,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "ytick.left": False,
+}
+INHERITED = {("font-size", f"{FONT_SIZE}px"), ("text-anchor", "start")}
+SVG = "{http://www.w3.org/2000/svg}"
+ElementTree.register_namespace("", SVG[1:-1])
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Within it, or in a function that it decorates, what is drawn has our style."""
+    with rc_context(STYLE):
+        yield
+
+
+def svg(
+    picture: Figure, salt: str, colours: Mapping[str, str] | None = None, titles: Mapping[str, str] | None = None
+) -> Element:
+    """The <svg> without style attributes, so that a strict page can hold it.
+
+    `salt` keeps its ids apart from those of other pictures in a page, `colours` has what takes the place of a colour,
+    `titles` what is shown over the artist with this gid. Other gids become classes.
+    """
+    file = BytesIO()
+    with rc_context({"svg.hashsalt": salt}):
+        picture.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(file.getvalue())
+    root.remove(root[0])  # a rule for every element of the page
+    tidy(root, colours or {}, titles or {})
+    root.attrib |= {"font-family": "system-ui, sans-serif", "font-size": str(FONT_SIZE), "stroke-linejoin": "round"}
+    return root
+
+
+def tidy(element: Element, colours: Mapping[str, str], titles: Mapping[str, str]) -> None:
+    """Style to attributes, ids to classes and titles, places to tenths; groups that say nothing dissolve."""
+    element.tail = None
+    element.text = (element.text or "").strip() or None
+    for declaration in filter(None, element.attrib.pop("style", "").split("; ")):
+        name, value = declaration.split(": ", 1)
+        if (name, value) not in INHERITED and name != "font-family":
+            element.set(name, colours.get(value, value))
+    for name in element.attrib.keys() & {"d", "x", "y"}:
+        places = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), element.attrib[name])
+        element.set(name, " ".join(places.split()))
+    if element.get("transform", "").startswith("rotate(-0 "):
+        del element.attrib["transform"]
+    if element.tag == f"{SVG}g" and (name := element.attrib.pop("id", "")):
+        if name in titles:
+            element.insert(0, Element(f"{SVG}title"))
+            element[0].text = titles[name]
+        elif not re.search(r"_\d+$", name):
+            element.set("class", name)
+    children: list[Element] = []
+    for child in element:
+        tidy(child, colours, titles)
+        if child.tag == f"{SVG}g" and not child.attrib and child.find(f"{SVG}title") is None:
+            children += child
+        elif child.get("fill") != "none" or "stroke" in child.attrib:
+            children.append(child)
+    element[:] = children
+
+
+def as_file(picture: Figure, salt: str, titles: Mapping[str, str] | None = None) -> str:
+    """A file of its own, which is dark where the reader prefers that."""
+    picture.set_facecolor(GROUND)
+    root = svg(picture, salt, titles=titles)
+    rules = "".join(f'[{name}="{a}"]{{{name}:{b}}}' for a, b in DARK.items() for name in ("fill", "stroke"))
+    style = Element(f"{SVG}style")
+    style.text = f"@media(prefers-color-scheme:dark){{{rules}}}"
+    root.insert(0, style)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
