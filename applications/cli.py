@@ -362,6 +362,9 @@ def main() -> None:
 
     guard_output(ends=True)
     try:
+        for argument in sys.argv:
+            if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
+                raise UserError(f"'{argument}' is not UTF-8 text; where it names a file, give that another name.")
         try:
             app()
         except SystemExit:

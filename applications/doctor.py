@@ -186,10 +186,12 @@ def main() -> int:
     try:
         is_equal = check_on(ranks, Path(directory), getattr(torch, dtype), name)
     except UserError as error:
-        Path(result).write_text(json.dumps({"error": str(error)}))  # every rank: the launcher ends the slower ones
+        Path(result).write_text(
+            json.dumps({"error": str(error)}), encoding="utf-8"
+        )  # every rank: the launcher ends the slower ones
         return EXIT_USER_ERROR
     if ranks.is_first:
-        Path(result).write_text(json.dumps({"is_equal": is_equal}))
+        Path(result).write_text(json.dumps({"is_equal": is_equal}), encoding="utf-8")
     ranks.barrier()
     stop_ranks()
     return 0

@@ -64,7 +64,7 @@ def run_stage_script(
     error_file, log_file = report_files(script, run)
     with room_for_report(error_file):
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
+        with open(log_file, "a", encoding="utf-8") as log:  # warnings and tracebacks of libraries and launchers
             begin = log.tell()
             command = stage_command(script, run.path, processes, arguments)
             process = start(command, processes == 1 and can_fork(), progress, log)
@@ -76,7 +76,7 @@ def run_stage_script(
     if code == 0 and has_result(script, run):
         return
     if error_file.exists():
-        error = json.loads(error_file.read_text())
+        error = json.loads(error_file.read_text(encoding="utf-8"))
         raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
         if "traceback" in error:  # --debug shows it
             raised.add_note(error["traceback"])
@@ -112,7 +112,7 @@ def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -
     with tempfile.TemporaryDirectory(prefix="rlhf-chat-ranks-") as scratch:
         result, log_file = Path(scratch) / "result.json", Path(scratch) / "log.txt"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        with open(log_file, "w") as log:  # warnings and tracebacks of libraries and launchers
+        with open(log_file, "w", encoding="utf-8") as log:  # warnings and tracebacks of libraries and launchers
             command = [*launcher, script, *arguments, str(result)]
             process = subprocess.Popen(command, env=child_environment(), stderr=log)
         try:
@@ -120,7 +120,7 @@ def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -
         except KeyboardInterrupt:
             stop(process)
             raise
-        ended: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+        ended: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
         if "error" in ended:
             raise UserError(ended["error"])
         if code or not ended:

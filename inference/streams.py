@@ -43,11 +43,23 @@ def guard_output(ends: bool = False) -> None:
 
     `ends`: what the process prints is all that it is for, so it ends when nobody reads it. May be called again.
     """
+    use_utf8()
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started the process: no file of ours shall take its number
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     codecs.register_error(STAND_INS, stand_ins)
     sys.stdout, sys.stderr = guarded(sys.stdout, ends), guarded(sys.stderr)
+
+
+def use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode where its locale has another encoding.
+
+    File names are the same in every locale then, and so is what libraries open. What is shown keeps the encoding.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding if sys.stdout is not None else "utf-8")
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def guarded(stream: TextIO, ends: bool = False) -> TextIO:

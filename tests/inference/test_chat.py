@@ -365,7 +365,7 @@ def test_a_reader_that_leaves_ends_the_chat_quietly():
 
     def talk() -> None:
         os.dup2(write_end, 1)
-        sys.stdout = open(1, "w")  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         guard_output(ends=True)
         with pytest.raises(SystemExit) as ended:
             chat([("SFT", Echo())], SETTINGS, 1, None, io.StringIO("hi\nhi\n"))
@@ -478,7 +478,7 @@ def test_models_cannot_steer_the_terminal():
 
 def test_a_real_terminal():
     def talk() -> None:
-        with open(0) as sys.stdin, open(1, "w") as sys.stdout:
+        with open(0, encoding="utf-8") as sys.stdin, open(1, "w", encoding="utf-8") as sys.stdout:
             chat([("RLHF", Echo())], SETTINGS, 1)
 
     process, descriptor = in_child(talk, terminal=True)

@@ -171,7 +171,7 @@ def main() -> int:
     ranks = start_ranks()
     profile = measure(ranks)
     if ranks.is_first:
-        Path(sys.argv[1]).write_text(json.dumps(asdict(profile)))
+        Path(sys.argv[1]).write_text(json.dumps(asdict(profile)), encoding="utf-8")
     ranks.barrier()
     stop_ranks()
     return 0
