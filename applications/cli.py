@@ -1,14 +1,17 @@
 """The `rlhf-chat` command. Nothing heavy is imported before a command needs it."""
 
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
 from applications.data_commands import data_app
 from applications.options import Config, Data, Debug, Fusion, Model, Processes, RewardModel, RunPath, Seed, Set
 from training.steps import COMPARED, METHODS, PPO, REWARD, SFT, STEPS, WRITING, Step
+from training.termination import EXIT_TERMINATED, Terminated
 
 app = typer.Typer(
     name="rlhf-chat",
@@ -361,6 +364,7 @@ def main() -> None:
     from inference.streams import guard_output
 
     guard_output(ends=True)
+    before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
         for argument in sys.argv:
             if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
@@ -381,12 +385,23 @@ def main() -> None:
             raise
         print(f"rlhf-chat: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except Terminated as terminated:
+        print(f"rlhf-chat: {terminated}", file=sys.stderr)
+        sys.exit(EXIT_TERMINATED)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
             trains = sys.argv[1:2] and sys.argv[1] in ("run", *(step.command for step in STEPS))
             goes_on = "; the same command goes on from the last checkpoint" if trains else ""
             print(f"\nrlhf-chat: stopped{goes_on}.", file=sys.stderr)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """Once: what has begun to end is not told again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated("Ended by SIGTERM.")
 
 
 if __name__ == "__main__":

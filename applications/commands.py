@@ -5,6 +5,7 @@ from pathlib import Path
 from applications.settings import resolve_settings
 from inference.errors import UserError
 from training.config import RunConfig
+from training.launchers import SLURM, started_by
 from training.run_directory import RunDirectory
 from training.steps import STEPS, Step
 
@@ -76,16 +77,29 @@ def step_command(
 def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
     from applications.dry_run import check_fits
     from applications.pipeline import needed_steps, run_pipeline
+    from training.distributed import require_loopback
     from training.opening import open_run
 
     run = RunDirectory(path)
     steps = needed_steps(settings or run.read_config(), steps)
     if settings is not None and not run.config_file.exists():
         check_fits(settings, steps)
+    require_one_command()
+    require_loopback()
     with run.locked():
         config = open_run(run, settings)
         require_earlier_steps(run, config, steps)
         run_pipeline(run, config, steps)
+
+
+def require_one_command() -> None:
+    """Raise UserError where mpirun started several: it ends all when one finds the run in use. Slurm does not."""
+    launcher, started = started_by() or (SLURM, {})
+    if launcher != SLURM:
+        raise UserError(
+            f"{launcher} started {started['WORLD_SIZE']} of this command, which starts its processes itself: give it "
+            f"once with --processes {started['WORLD_SIZE']}, or start the stage scripts with mpirun."
+        )
 
 
 def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:

@@ -40,6 +40,7 @@ class Target:
     settings: DataSettings
     chat_format: ChatFormat | None = None
     model: Path | None = None
+    split_seed: int = 1
     train: dict[str, Lines] = field(default_factory=dict)
     """By name: `sft`, `pairs`, `prompts`."""
     evaluation: dict[str, Lines] = field(default_factory=dict)
@@ -57,12 +58,12 @@ def open_target(target: str, model: str | None, overrides: list[str] | None) -> 
                 f"{target} is a run and has settings of its own: leave --set out, or give its data instead."
             )
         config = run.read_config()
-        opened = with_model(config.data, model or config.sft_model or config.model)
+        opened = with_model(config, model or config.sft_model or config.model)
         if (run.data / COUNTS_FILE).exists():
             return read_prepared(opened, run.data)
     elif model is not None:
         config = given_settings(resolve_settings(model, None, overrides, {"data": [target]}))
-        opened = with_model(config.data, config.model)
+        opened = with_model(config, config.model)
     else:
         data = {"data": {"source": [target]}}
         opened = Target(load_config([], overrides or [], {"model": "none"}, data).data)
@@ -76,10 +77,10 @@ def given_settings(config: RunConfig | None) -> RunConfig:
     return config
 
 
-def with_model(settings: DataSettings, source: str) -> Target:
+def with_model(config: RunConfig, source: str) -> Target:
     path = resolve_model(settings_for_model(source)["model"], lambda line: print(line, file=sys.stderr))
     with quiet_transformers():
-        return Target(settings, ChatFormat.load(path), path)
+        return Target(config.data, ChatFormat.load(path), path, config.split_seed)
 
 
 def read_prepared(opened: Target, directory: Path) -> Target:
@@ -118,7 +119,7 @@ def accepted(opened: Target, file: Path) -> Lines:
 def read_embedded(opened: Target) -> Target:
     if opened.chat_format is None:
         raise UserError(f"'{EMBEDDED_DATA}' is cut to a model's tokens: say for which, with --model smollm2-135m.")
-    sets: RowSets = build_chitchat(load_dialogues(), opened.settings, 1, opened.chat_format)[0]
+    sets: RowSets = build_chitchat(load_dialogues(), opened.settings, opened.split_seed, opened.chat_format)[0]
     for name, rows in sets.items():
         kind, _, part = name.partition("_")
         lines = Lines(rows, [f"{EMBEDDED_DATA} {name} {number}" for number in range(1, len(rows) + 1)])

@@ -111,10 +111,14 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     if not rlhf.has_critic:
         steps = f"{updates:,}"
     reference = _frozen(rlhf.reference, rlhf.scoring_tensor_parallel.reference)
+    if not rlhf.has_reference:
+        reference = "none: rlhf.kl has no coefficient, target or stop (measure=true brings one back)"
+    elif rlhf.actor.lora.rank:
+        reference = "the actor with its adapters off"
     return [
         _line("actor", _training(rlhf.actor) + (f", average with decay {rlhf.ema:g}" if rlhf.ema else "")),
         _line("critic", _training(rlhf.critic) if rlhf.has_critic else f"none: advantages by {rlhf.advantage}"),
-        _line("reference", "the actor with its adapters off" if rlhf.actor.lora.rank else reference),
+        _line("reference", reference),
         *[_line("reward", line) for line in _rewards(rlhf)],
         _line(
             "iteration",

@@ -7,7 +7,6 @@ import torch
 from applications.fit import GIB, Outlook
 from applications.plan_request import workload_of
 from inference.errors import UserError
-from training.calls import rlhf_calls
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
@@ -78,7 +77,7 @@ def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     config, rlhf = outlook.config, outlook.config.rlhf
     assert outlook.actor is not None
     workload = workload_of(config, outlook.actor, outlook.scorer, PRECISIONS[outlook.dtype])
-    graph = DataflowGraph(rlhf_calls(rlhf.advantage, rlhf.has_reward_model))
+    graph = DataflowGraph(rlhf.calls)
     stages = {role: getattr(rlhf, role).zero_stage for role in graph.roles}
     tensor = rlhf.generation_tensor_parallel
     scoring = rlhf.scoring_tensor_parallel.model_dump()

@@ -11,6 +11,7 @@ from inference.disk import writing
 from inference.errors import UserError
 from inference.untrusted import refuse_code
 from training.config import RunConfig
+from training.lineage import origin_of
 from training.run_directory import RunDirectory, StepDirectory, write_directory
 from training.steps import COMPARED, SFT, WRITING, Step, step_of
 
@@ -96,17 +97,17 @@ def adapters_of(run: RunDirectory, config: RunConfig, step: Step) -> tuple[str, 
     adapter = run.step(step).adapter
     if not adapter.is_dir():
         raise UserError(f"The {step.name} model has no adapter, all its weights were trained: use --what merged.")
-    if not step.starts_from:
-        return config.model, [adapter]
-    if config.sft_model:
-        return config.sft_model, [adapter]
-    below = run.step(SFT).adapter
-    if not below.is_dir():
+    source = config.sft_model or str(run.step(SFT).model) if step.starts_from else config.model
+    below = origin_of(source)
+    if below is None:
+        return source, [adapter]
+    if not below.run.step(below.step).adapter.is_dir():
         raise UserError(
-            "The adapter of step 3 lies on this run's SFT model, all of whose weights were trained, and fits no model "
-            "that others have; export with --what merged."
+            f"The adapter lies on the {below.step.name} model of {below.run.path}, all of whose weights were trained, "
+            f"and fits no model that others have; export with --what merged."
         )
-    return config.model, [below, adapter]
+    base, adapters = adapters_of(below.run, below.run.read_config(), below.step)
+    return base, [*adapters, adapter]
 
 
 def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: Path) -> None:

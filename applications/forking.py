@@ -4,10 +4,11 @@ import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing import reduction
+from multiprocessing import forkserver, reduction
 from typing import Any, TextIO
 
 OF_FIRST_ENGINE = "deepspeed.runtime.zero.muon.muon_optimizer"
@@ -34,6 +35,9 @@ def fork_server(modules: list[str]) -> Any:
     os.environ["PYTHONSAFEPATH"] = "1"  # the server imports nothing of the working directory's
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(modules)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is sent to all at once must not end it before them
+    forkserver.ensure_running()
+    signal.signal(signal.SIGTERM, before)
     return context
 
 
@@ -78,6 +82,7 @@ def run_script(command: list[str], environment: dict[str, str], progress: Stream
     from training.private_surfaces import run_exit_functions
 
     gc.freeze()  # a collection would copy every page of the libraries' objects
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     progress.become(1)
     log.become(2)
     os.environ.clear()

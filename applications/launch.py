@@ -17,6 +17,7 @@ from inference.errors import EXIT_USER_ERROR, UserError
 from training.error_report import room_for_report
 from training.run_directory import RunDirectory
 from training.steps import STEPS
+from training.termination import EXIT_TERMINATED, Terminated, grace
 from training.watchdog import PARENT_VARIABLE
 
 SCRIPTS = {
@@ -36,6 +37,8 @@ OF_LAUNCHERS = {
     "TORCHELASTIC_RUN_ID",
     "TORCHELASTIC_USE_AGENT_STORE",
 }
+LAUNCHER_SECONDS = 6
+"""That a launcher may take to end, over the grace of its ranks."""
 _OF_RANK = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) ")
 _ERROR_LINE = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*Error\b.*)")
 STEP_OF_SCRIPT = {step.folder: step for step in STEPS}
@@ -73,10 +76,14 @@ def run_stage_script(
         except KeyboardInterrupt:
             stop(process)
             raise
+        except Terminated:
+            raise Terminated(end_in_time(process, script, error_file)) from None
     if code == 0 and has_result(script, run):
         return
     if error_file.exists():
         error = json.loads(error_file.read_text(encoding="utf-8"))
+        if error["code"] == EXIT_TERMINATED:  # it came to the script alone
+            raise Terminated(error["sentence"])
         raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
         if "traceback" in error:  # --debug shows it
             raised.add_note(error["traceback"])
@@ -101,6 +108,7 @@ def child_environment() -> dict[str, str]:
     """
     ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
     ours["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"  # not SIGHUP: training outlives its terminal
+    ours["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(grace() + LAUNCHER_SECONDS / 2))
     return {**{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}, **ours}
 
 
@@ -117,7 +125,7 @@ def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -
             process = subprocess.Popen(command, env=child_environment(), stderr=log)
         try:
             code = process.wait()
-        except KeyboardInterrupt:
+        except BaseException:
             stop(process)
             raise
         ended: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
@@ -138,13 +146,24 @@ def report_files(script: str, run: RunDirectory) -> tuple[Path, Path]:
 
 
 def stop(process: subprocess.Popen | ForkedScript) -> None:
-    """End a launcher; ranks that outlive it end themselves."""
+    """End a script or its launcher at once; ranks that outlive it end themselves."""
+    process.kill()
+    process.wait()
+
+
+def end_in_time(process: subprocess.Popen | ForkedScript, script: str, error_file: Path) -> str:
+    """Let a script, or its launcher's ranks, answer SIGTERM; returns the sentence that it ended with."""
+    seconds = grace()
+    reaches = f": a checkpoint follows if one is reached within {seconds:g} s" if script in STEP_OF_SCRIPT else ""
+    print(f"rlhf-chat: SIGTERM{reaches}.", file=sys.stderr, flush=True)
     process.terminate()
     try:
-        process.wait(timeout=10)
+        process.wait(timeout=seconds + LAUNCHER_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        stop(process)
+    if error_file.exists():
+        return str(json.loads(error_file.read_text())["sentence"])
+    return "Ended by SIGTERM: the same command goes on."
 
 
 def has_result(script: str, run: RunDirectory) -> bool:

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from applications.report_table import measured_accuracy_line, pair_of, reward_accuracy_line, table_rows
 from inference.model_package import find_package
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
+from training.lineage import base_model, origin_of
 from training.metrics import duration
 from training.run_directory import RunDirectory
 from training.steps import METHODS, REWARD, SFT, Step
@@ -36,6 +37,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    config = config.model_copy(update={"model": exported.base or base_model(config) or config.model})
     evaluation = run.read_comparison(exported.step if exported.step.compared_with else run.last_step)
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return environment.get_template("model_card.md.jinja").render(
@@ -98,7 +100,8 @@ def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[st
     for each in steps_to(step):
         title = f"{each.number} {each.title}"
         if given := config.given_model(each):
-            found.append((title, f"not trained here: {public_name(given)}", ""))
+            origin = origin_of(given)
+            found.append((title, f"not trained here: {origin.name if origin else public_name(given)}", ""))
         elif run.step(each).is_finished:
             found.append((title, settings_text(config, each), outcome(run.step(each).read_result())))
     return found

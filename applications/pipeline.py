@@ -37,7 +37,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
     if not all(run.step(step).is_finished for step in steps):
         look_at_processes(config.processes, display)
         display.say("Preparing models and data")
-        run_stage_script("preparation", run, 1)
+        run_stage_script("preparation", run, 1, [step.command for step in steps if not run.step(step).is_finished])
         display.say(f"Prepared in {duration(time.monotonic() - begun)}")
         for step in steps:
             require_rows(run.data, step)

@@ -136,7 +136,8 @@ def gantt_text(found: Estimate) -> list[str]:
             if interval.node.seconds > 0:
                 line[first : max(last, first + 1)] = letter * (max(last, first + 1) - first)
         lines.append(f"  {label:{width}} |{''.join(line[:COLUMNS])}|")
-    names = ", ".join(f"{letter} {name}" for name, letter in LETTERS.items())
+    shown = {interval.node.name for intervals in rows.values() for interval in intervals}
+    names = ", ".join(f"{letter} {name}" for name, letter in LETTERS.items() if name in shown)
     return [*lines, f"  {end - start:.1f} s. {names}, > reallocation, ^ load from the host"]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from applications.fit import find_shape
 from applications.settings import resolve_settings
 from inference.errors import UserError
-from training.calls import rlhf_calls
 from training.config import RunConfig
 from training.memory import Shape
 from training.planner.augmented import AugmentedGraphs
@@ -87,7 +86,7 @@ def make_request(
     workload = workload_of(
         settings, actor, scorer, cluster.device.precision if settings.dtype == "auto" else settings.dtype
     )
-    graph = DataflowGraph(rlhf_calls(rlhf.advantage, rlhf.has_reward_model))
+    graph = DataflowGraph(rlhf.calls)
     return Request(settings, AugmentedGraphs(graph, CallCosts(workload, cluster)), price)
 
 

@@ -24,6 +24,7 @@ ROWS = (
     ("distinct bigrams", "distinct_bigrams", "{:.3f}"),
     ("most frequent reply", "most_frequent_share", "{:.1%}"),
     ("perplexity, untouched model", "perplexity_untouched", "{:.1f}"),
+    ("perplexity, SFT model", "perplexity_sft_model", "{:.1f}"),
     ("perplexity of demonstrations", "perplexity_demonstrations", "{:.1f}"),
 )
 SHOWN_ANSWERS = 6
@@ -70,6 +71,8 @@ def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str =
         f"{result['prompts']} held-out prompts, temperature {sampling['temperature']:g}, "
         f"at most {sampling['max_tokens']} tokens:"
     )
+    for sentence in result.get("trained_elsewhere", []):
+        console.print(Text(sentence))
     names = list(pair_of(result).values())
     table = Table()
     table.add_column("")

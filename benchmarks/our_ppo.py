@@ -21,7 +21,8 @@ from inference.errors import UserError
 from training.config import RunConfig
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import OptimizerSettings
-from training.steps import PPO, REWARD, SFT
+from training.steps import PPO as RLHF
+from training.steps import REWARD, SFT
 
 if TYPE_CHECKING:
     from training.distributed import Ranks
@@ -63,8 +64,8 @@ def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks
     from training.step3_rlhf.roles import Roles
 
     run = RunDirectory(directory)
-    run.step(PPO).path.mkdir(parents=True, exist_ok=True)
-    stage = make_stage(run, PPO, config, ranks)
+    run.step(RLHF).path.mkdir(parents=True, exist_ok=True)
+    stage = make_stage(run, RLHF, config, ranks)
     actor, reward = stage.earlier_model(SFT), stage.earlier_model(REWARD)
     chat_format = stage.chat_format(actor, reward)
     updates = config.rlhf.iterations * MINI_BATCHES

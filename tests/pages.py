@@ -28,7 +28,7 @@ Refused: type[Exception] = BadParameter.__mro__[1]
 """What the command line's parser raises: typer exports only this one kind of it."""
 EXAMPLES = re.compile(r"path/to/.*|(my/.*|mine|my)\b.*")
 """Files and models that a reader has."""
-NAMES_OF_LIBRARIES = {"save_to_disk"}
+NAMES_OF_LIBRARIES = {"save_to_disk", "load_dataset", "from_file"}
 FOREIGN = {
     "from_other_tools.md": r"^\|[^|]*\|",
     "features.md": r"^\|[^|]*\|[^|]*\|",

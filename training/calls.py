@@ -58,10 +58,11 @@ ALGORITHMS = {
 }
 
 
-def rlhf_calls(advantage: str, with_reward_model: bool = True) -> tuple[Call, ...]:
-    """What step 3 runs with an estimator of `rlhf.advantage`; without a reward model scores come with the data."""
-    calls = ALGORITHMS["ppo" if advantage == "gae" else advantage]
-    return calls if with_reward_model else tuple(call for call in calls if call != REWARD_SCORE)
+def rlhf_calls(advantage: str, with_reward_model: bool = True, with_reference: bool = True) -> tuple[Call, ...]:
+    """What step 3 runs with an estimator of `rlhf.advantage`; what a role that is not there would make comes with the
+    data."""
+    absent = [REWARD_SCORE] * (not with_reward_model) + [REFERENCE_SCORE] * (not with_reference)
+    return tuple(call for call in ALGORITHMS["ppo" if advantage == "gae" else advantage] if call not in absent)
 
 
 def with_recomputed_logprobs(calls: tuple[Call, ...]) -> tuple[Call, ...]:

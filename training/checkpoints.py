@@ -12,6 +12,7 @@ from typing import Any
 from inference.disk import writing
 from inference.errors import UserError
 from training.distributed import Ranks
+from training.launchers import processes_option
 from training.run_directory import publish_directory, read_json, write_json
 from training.shared_files import wait_until_seen
 
@@ -95,7 +96,7 @@ class Checkpoints:
         if state["ranks"] != self.ranks.size:
             raise UserError(
                 f"The checkpoint {directory} was written by {state['ranks']} processes and cannot go on with "
-                f"{self.ranks.size}; use --processes {state['ranks']}, or {way_out}."
+                f"{self.ranks.size}; use {processes_option(state['ranks'])}, or {way_out}."
             )
         return directory, state
 

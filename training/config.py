@@ -21,6 +21,8 @@ class DataSettings(Settings):
     """Shares of one data set that go to steps 1, 2 and 3, when one set serves all steps."""
     held_out: float = Field(0.05, gt=0, lt=0.5)
     """Share of the prompts (of the embedded default: dialogues) that is kept for evaluation."""
+    split_seed: int = Field(-1, ge=-1, lt=2**63)
+    """Seed of what is held out and what each step gets; -1: that of the run that the models come from, else `seed`."""
     max_prompt_tokens: int = Field(256, ge=4)
     """Longest prompt; older turns are dropped first."""
     max_response_tokens: int = Field(256, ge=2)
@@ -217,12 +219,20 @@ class RunConfig(Settings):
         """The finished model that is used instead of what the step would leave; else empty."""
         return getattr(self, step.given_by) if step.given_by else ""
 
-    def earlier_steps(self, step: Step) -> list[Step]:
-        """The steps that must have left a model before `step` begins."""
+    @property
+    def split_seed(self) -> int:
+        return self.seed if self.data.split_seed < 0 else self.data.split_seed
+
+    def needed_steps(self, step: Step) -> list[Step]:
+        """The steps with whose models `step` begins."""
         needed = [each for each in step.starts_from if not each.leaves_scorer or self.rlhf.has_reward_model]
         if step is REWARD and self.reward.initialize_from == "sft":
             needed.append(SFT)
-        return [each for each in needed if not self.given_model(each)]
+        return needed
+
+    def earlier_steps(self, step: Step) -> list[Step]:
+        """The steps that must have left a model before `step` begins."""
+        return [each for each in self.needed_steps(step) if not self.given_model(each)]
 
     @property
     def reward_model_source(self) -> str:

@@ -1,6 +1,7 @@
 """The ranks of this run: started by torchrun or deepspeed (under Slurm: srun torchrun), or one process alone."""
 
 import os
+import socket
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inference.errors import UserError
+from training.launchers import adopt, processes_option
 from training.private_surfaces import default_store, wait_at_most
 from training.roll_call import RollCall
 from training.shared_files import wait_until_seen
@@ -132,6 +134,7 @@ def local_size() -> int:
 
 def start_ranks(threads: int = 0) -> Ranks:
     """Join the process group. `threads` are those of `share_cores`."""
+    adopt()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     share_cores(threads)
     require_gpus(local_size())
@@ -145,6 +148,7 @@ def start_ranks(threads: int = 0) -> Ranks:
     wait_at_most(PATIENCE)
     if size == 1:  # no port is opened, so none can be in use
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+        require_loopback()
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         try:
@@ -175,9 +179,21 @@ def require_gpus(processes: int) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
         raise UserError(
-            f"{processes} processes need {processes} GPUs, and this machine shows {gpus}: use --processes {gpus}, or "
-            f"let CUDA_VISIBLE_DEVICES show more."
+            f"{processes} processes need {processes} GPUs, and this machine shows {gpus}: use "
+            f"{processes_option(gpus)}, or let CUDA_VISIBLE_DEVICES show more."
         )
+
+
+def require_loopback() -> None:
+    """Raise UserError where the processes of this machine cannot reach each other: gloo would fail, torchrun wait."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"This machine has no loopback interface (127.0.0.1: {error.strerror or error}), over which its processes "
+            f"meet: bring it up, `ip link set lo up`, or let the container have a network."
+        ) from None
 
 
 def stop_ranks() -> None:

@@ -234,7 +234,7 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
         divides = effective_zero_stage(rlhf.actor, dtype) >= 1
         place: Place = "device" if rlhf.actor.offload == "none" else "host"
         parts.append(Part("actor average, fp32", _share(trained * 4, ranks if divides else 1), place))
-    if not rlhf.actor.lora.rank:  # with LoRA the reference is the actor, its adapters switched off
+    if rlhf.has_reference and not rlhf.actor.lora.rank:  # with LoRA it is the actor, its adapters switched off
         parts += _frozen_parts("reference", actor.parameters, rlhf.reference, dtype, ranks, scoring.reference)
     tensor = rlhf.generation_tensor_parallel
     if rlhf.actor.zero_stage == 3 or tensor > 1:  # GenerationView keeps a rank's part of the weights

@@ -9,6 +9,7 @@ from training.versions import versions
 
 CHANGEABLE = {
     "method",
+    "processes",
     "micro_batch_tokens",
     "generation_batch",
     "gradient_checkpointing",
@@ -17,9 +18,11 @@ CHANGEABLE = {
     "reward_url",
     "reward_timeout",
     "reward_retries",
+    "measure",
 }
-"""Settings (last part of the key) that a run may go on with differently: memory and disk, not what a step computes; and
-where the same scores come from. So may all of rlhf.fusion and logging."""
+"""Settings (last part of the key) that a run may go on with differently: memory, disk and processes (a checkpoint wants
+as many as wrote it), not what a step learns; where the same scores come from; whether KL is measured. So may all of
+rlhf.fusion and logging."""
 
 
 def open_run(run: RunDirectory, config: RunConfig | None) -> RunConfig:

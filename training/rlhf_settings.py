@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from training.calls import Call, rlhf_calls
 from training.role_settings import DecayRate, FrozenSettings, OptimizerSettings, Settings
 
 DOUBTFUL_ACCURACY = 0.55
@@ -24,6 +25,8 @@ class KLSettings(Settings):
     inside; 0 never stops."""
     place: Literal["auto", "reward", "loss"] = "auto"
     """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: loss for grpo."""
+    measure: bool = False
+    """Score with a reference, for the metrics and warnings of KL, also where coefficient, target and stop are 0."""
 
 
 class RewardWeights(Settings):
@@ -159,15 +162,26 @@ class RLHFSettings(Settings):
         return self.reward_weights.model > 0
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the frozen SFT model scores; it is loaded unless, with LoRA, it is the actor."""
+        return self.kl.measure or max(self.kl.coefficient, self.kl.target, self.kl.stop) > 0
+
+    @property
     def kl_in_loss(self) -> bool:
         """Whether the KL penalty is a term of the actor's loss, not a part of the rewards."""
-        return self.kl.place == "loss" or (self.kl.place == "auto" and self.advantage == "grpo")
+        in_loss = self.kl.place == "loss" or (self.kl.place == "auto" and self.advantage == "grpo")
+        return in_loss and self.has_reference
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What an iteration runs."""
+        return rlhf_calls(self.advantage, self.has_reward_model, self.has_reference)
 
     @property
     def divided_scorer(self) -> str:
         """A role that scores and is divided over ranks, so that no rank can score alone; '' if there is none."""
         reference = "actor" if self.actor.lora.rank else "reference"  # with LoRA the actor is the reference too
-        roles = [reference, *["critic"] * self.has_critic, *["reward"] * self.has_reward_model]
+        roles = [reference] * self.has_reference + ["critic"] * self.has_critic + ["reward"] * self.has_reward_model
         divided = [
             role
             for role in roles

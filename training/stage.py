@@ -38,6 +38,7 @@ from training.data.token_pairs import PARTS, TokenPair, left_out
 from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.inputs import changed_inputs
+from training.lineage import inherit
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -50,7 +51,8 @@ from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
-from training.steps import Step
+from training.steps import STEPS, Step
+from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
 from training.tracking import metrics_journal
 from training.watchdog import PARENT_VARIABLE
 
@@ -126,7 +128,7 @@ class Stage:
     def rows(self, chat_format: ChatFormat) -> tuple[list[dict], list[dict]]:
         """Training and evaluation rows of this step. Raises UserError where there is nothing to train on."""
         if self.ranks.is_first:
-            prepare_data(self.config.data, self.config.seed, self.run.data, chat_format, self.display.say)
+            prepare_data(self.config.data, self.config.split_seed, self.run.data, chat_format, self.display.say)
         self.ranks.barrier("preparing the data")
         step = self.directory.step
         files = [self.run.data / f"{step.rows.name}_{part}.jsonl" for part in ("train", "eval")]
@@ -189,6 +191,18 @@ class Stage:
                 write_directory(model, write)
         self.ranks.barrier("saving the model")
 
+    def expect_checkpoints(self, unit: str) -> None:
+        """From now on SIGTERM waits, within its grace, until an optimiser step or iteration (`unit`) has ended."""
+        TERMINATION.unit, TERMINATION.newest = unit, partial(goes_on, self.checkpoints)
+
+    def told_to_end(self) -> bool:
+        """Whether SIGTERM has come to any rank; all ranks call it, at the end of each optimiser step or iteration."""
+        return bool(self.ranks.sum(torch.tensor([float(TERMINATION.is_asked)]), "whether to go on"))
+
+    def terminated(self, number: int) -> Terminated:
+        """The end after a checkpoint that SIGTERM has asked for."""
+        return Terminated(f"Ended by SIGTERM after {TERMINATION.unit} {number}: {goes_on(self.checkpoints)}.")
+
     def finish(self, result: dict) -> None:
         """Mark the step as done. `result` is what later steps and people read."""
         if self.ranks.is_first:
@@ -246,7 +260,7 @@ def enter(
             if not directory.is_finished:
                 for changed in changed_inputs(run, config):
                     Display().say(changed)
-                prepare(config, run, processes, Display().say)
+                prepare(config, run, processes, Display().say, [directory.step])
     if directory.is_finished:
         return None
     directory.path.mkdir(exist_ok=True)
@@ -255,11 +269,16 @@ def enter(
 
 def run_preparation() -> int:
     """The command's preparation, for the processes that it will start."""
-    run = RunDirectory(parse_arguments().run_directory)
+    parser = argparse.ArgumentParser(description="Fetch the models and make the data of a run.")
+    parser.add_argument("run_directory", type=Path)
+    parser.add_argument("steps", nargs="*", help="those that follow now, as sft; default: all of the run")
+    arguments = parser.parse_args()
+    run = RunDirectory(arguments.run_directory)
 
     def body() -> None:
         config = run.read_config()
-        prepare(config, run, config.processes, Display().say)
+        steps = [step for step in STEPS if step.command in arguments.steps]
+        prepare(config, run, config.processes, Display().say, steps)
 
     return end_in_sentences(body, run.error_file)
 
@@ -298,14 +317,20 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
 
 def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
     """Run `body`; what it raises for the user lands in `error_file` and on stderr. Returns the exit code."""
-    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    TERMINATION.report = partial(report, error_file, EXIT_TERMINATED)
     try:
+        grace()
         body()
         return 0
+    except Terminated as ended:
+        TERMINATION.report(str(ended))
+        if not is_alone():
+            os._exit(EXIT_TERMINATED)
+        return EXIT_TERMINATED
     except Exception as raised:
         sentence = sentence_for(raised)
         if sentence is None:
-            if is_alone:
+            if is_alone():
                 raise
             end_without_sentence(raised)
         code = EXIT_DIVERGED if isinstance(raised, Diverged) else EXIT_USER_ERROR
@@ -314,11 +339,29 @@ def end_in_sentences(body: Callable[[], None], error_file: Path) -> int:
             leave_report(error_file, sentence, code, "\n".join(notes))
         elif not isinstance(raised, RefusedOnFirst):  # else another rank prints it
             print(sentence, file=sys.stderr, flush=True)
-        if not is_alone:
+        if not is_alone():
             os._exit(code)  # the other ranks may be waiting for this one: only the launcher can end them
         return code
     finally:
         stop_ranks()
+
+
+def is_alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
+def report(error_file: Path, code: int, sentence: str) -> None:
+    """How SIGTERM has ended this rank."""
+    if PARENT_VARIABLE in os.environ:
+        leave_report(error_file, sentence, code)
+    say(sentence)
+
+
+def goes_on(checkpoints: Checkpoints) -> str:
+    """From where the same command does."""
+    newest = checkpoints.numbers()[-1:]
+    where = f"from {checkpoints.directory / str(newest[0])}" if newest else "from the start of the step"
+    return f"the same command goes on {where}"
 
 
 def end_without_sentence(error: Exception) -> NoReturn:
@@ -394,7 +437,7 @@ def parse_arguments() -> argparse.Namespace:
 def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:
     """What the arguments say; None: the run keeps its own. Raises UserError where neither is there."""
     if arguments.config or arguments.set:
-        return found_from_anywhere(load_config(arguments.config, arguments.set))
+        return inherit(found_from_anywhere(load_config(arguments.config, arguments.set)), run)
     run.read_config()
     return None
 

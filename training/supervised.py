@@ -12,6 +12,7 @@ from training.config import StepSettings
 from training.data.batching import MicroBatch, plan_micro_batches
 from training.data.epochs import Epochs
 from training.hybrid_engine.zero_engine import ZeroEngine
+from training.launchers import processes_option
 from training.stage import Stage
 
 
@@ -77,9 +78,11 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
     rows, ranks = len(task.lengths), stage.ranks.size
     if rows < ranks:
-        stage.display.say(f"Warning: {rows} rows leave {ranks - rows} of {ranks} ranks idle: use --processes {rows}")
+        idle = f"{rows} rows leave {ranks - rows} of {ranks} ranks idle"
+        stage.display.say(f"Warning: {idle}: use {processes_option(rows)}")
     epochs = Epochs(rows, f"{stage.config.seed}")
     number, evaluation = resume(stage, task)
+    stage.expect_checkpoints("optimiser step")
     with stage.display.progress(task.name, total, number) as bar:
         while number < total:
             batch = batch_of_update(epochs, settings, number)
@@ -91,8 +94,11 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
             bar.advance(f"loss {metrics['loss']:.3f}")
             if number == total or (settings.eval_every and number % settings.eval_every == 0):
                 evaluation = validate(stage, task, number)
-            if settings.checkpoint_every and (number == total or number % settings.checkpoint_every == 0):
+            ended = stage.told_to_end()
+            if ended or (settings.checkpoint_every and (number == total or number % settings.checkpoint_every == 0)):
                 stage.checkpoints.save(number, task.engine.save, {"evaluation": evaluation})
+            if ended:
+                raise stage.terminated(number)
     return evaluation
 
 

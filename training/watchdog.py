@@ -17,10 +17,12 @@ def begin_script(poll_seconds: float = 0.5) -> None:
     every Unix. `os._exit` because a rank may be blocked in a collective that will never finish. A script started by
     hand goes on without its shell.
     """
+    from training.launchers import started_by  # which imports this module
+
     outlive_terminal()
     parent = os.getppid()
     command = int(os.environ.get(PARENT_VARIABLE, 0))
-    if not command and "LOCAL_RANK" not in os.environ:
+    if not command and "LOCAL_RANK" not in os.environ and started_by() is None:
         return
 
     def watch() -> None:

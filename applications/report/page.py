@@ -177,7 +177,7 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
             "The true score rose with the learned reward" if rose else "The learned reward rose, the true score did not"
         )
         found.append(Sign(rose, text))
-    for key, label, low, high, bounds in RATIOS:
+    for key, label, low, high, bounds in (each for each in RATIOS if each[0] in ours and each[0] in theirs):
         ratio = ours[key] / theirs[key] if theirs[key] else 1.0
         found.append(Sign(low <= ratio <= high, f"{label}: {ratio:.2f} times that of {name} ({bounds})"))
     share, bound = ours["most_frequent_share"], max(0.03, 1 / evaluation["prompts"])  # once is not too often

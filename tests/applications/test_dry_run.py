@@ -279,3 +279,8 @@ def test_only_the_roles_that_step_3_has_are_shown_and_counted(laptop, tmp_path):
     assert "critic weights" not in text and "reward weights" not in text and "reward, critic" not in text
     with_model = dry_run(config_of("opt-125m", *given), [SFT, PPO], tmp_path, COMMANDS)
     assert "reward weights" in with_model and "critic weights" not in with_model
+    for lora in ("0", "4"):
+        no_kl = config_of("opt-125m", "rlhf.kl.coefficient=0", f"rlhf.actor.lora.rank={lora}")
+        text = dry_run(no_kl, [PPO], tmp_path, COMMANDS)
+        assert "none: rlhf.kl has no coefficient, target or stop" in line_of(text, "reference")
+        assert "reference weights" not in text

@@ -171,3 +171,15 @@ def test_a_long_answer_is_folded_not_cut(tmp_path):
     assert max(map(len, text.split("\n"))) <= 80
     shown = " ".join(row[1] for row in cells(text) if len(row) == 3 and "word" in row[1])
     assert shown.split() == words
+
+
+def test_a_run_whose_base_is_not_known_says_under_which_model_and_what_was_trained_elsewhere(tmp_path):
+    figures = ({k: v for k, v in each.items() if k != "perplexity_untouched"} for each in (SFT, RLHF))
+    sft, rlhf = (each | {"perplexity_sft_model": 7.25} for each in figures)
+    run = make_run(tmp_path, [answer("Hi?", "Go.", "Hello!")], sft, rlhf)
+    file = run.comparison_of(PPO)[0]
+    sentence = "It is not known what [my/sft] was trained on."
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_elsewhere": [sentence]}))
+    text = comparison_table(run)
+    assert "perplexity, SFT model" in text and "7.2" in text and "untouched" not in text
+    assert sentence in text

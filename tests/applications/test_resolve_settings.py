@@ -87,6 +87,7 @@ def test_what_holds_for_the_embedded_data_alone_ends_with_it(tmp_path):
     own = resolve(flags={"data": rows})
     assert own.evaluation.true_score == "none" and own.announce == ""
     assert own.evaluation.prompts == 8  # the rest of the group stays
+    assert resolve(overrides=[f"data.source={rows}"]).evaluation == own.evaluation
     file = write(tmp_path / "mine.yaml", "evaluation: {true_score: upbeat}\n")
     assert resolve(flags={"data": rows}, config=[file]).evaluation.true_score == "upbeat"
     assert resolve(flags={"data": rows}, overrides=["evaluation.true_score=upbeat"]).evaluation.true_score == "upbeat"

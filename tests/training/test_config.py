@@ -128,7 +128,29 @@ def test_without_a_reward_model_there_is_no_step_2_and_none_that_scores():
     assert (alone.steps, alone.rlhf.divided_scorer) == ([SFT, PPO], "")
 
 
+@pytest.mark.parametrize(
+    ("kl", "has_reference"),
+    [
+        ("{}", True),
+        ("{coefficient: 0}", False),
+        ("{coefficient: 0, centering: 1, place: loss}", False),
+        ("{coefficient: 0, target: 4}", True),
+        ("{coefficient: 0, stop: 4}", True),
+        ("{coefficient: 0, measure: true}", True),
+    ],
+)
+def test_what_needs_a_reference(kl, has_reference):
+    divided = ["model=m", f"rlhf.kl={kl}", "rlhf.reference.zero_stage=3", "rlhf.critic.zero_stage=1"]
+    config = load_config([], divided)
+    assert config.rlhf.has_reference == has_reference
+    assert config.rlhf.divided_scorer == ("reference" if has_reference else "")
+    assert ("reference" in {call.role for call in config.rlhf.calls}) == has_reference
+    with_lora = load_config([], ["model=m", f"rlhf.kl={kl}", "rlhf.actor={zero_stage: 3, lora: {rank: 4}}"])
+    assert with_lora.rlhf.divided_scorer == ("actor" if has_reference else "")
+
+
 def test_where_the_kl_penalty_acts():
+    assert not load_config([], ["model=m", "rlhf.kl={place: loss, coefficient: 0}"]).rlhf.kl_in_loss
     grpo = ["model=m", "rlhf.samples_per_prompt=2", "rlhf.advantage=grpo"]
     assert load_config([], grpo).rlhf.kl_in_loss
     assert not load_config([], [*grpo, "rlhf.kl.place=reward"]).rlhf.kl_in_loss

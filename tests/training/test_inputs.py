@@ -2,14 +2,13 @@
 
 import json
 import os
+from contextlib import ExitStack
 
 import pytest
-import torch
 
 from applications import pipeline
 from training import inputs, stage
 from training.config_files import load_config
-from training.distributed import Ranks
 from training.inputs import changed_inputs, inputs_of
 from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory, write_json
@@ -102,5 +101,8 @@ def test_a_stage_script_says_it_too(given, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stage, "prepare", lambda *_: None)
     (tmp_path / "a.jsonl").write_text("something else")
     run, config = given
-    stage.prepare_on_first(config, run, Ranks(0, 1, torch.device("cpu")))
+    run.write_config(config, {})
+    monkeypatch.setattr("sys.argv", ["main.py", str(run.path)])
+    with ExitStack() as held:
+        stage.enter(run, run.step(SFT), stage.parse_arguments(), 1, held)
     assert f"{tmp_path / 'a.jsonl'} has changed since" in capsys.readouterr().out

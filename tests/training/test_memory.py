@@ -193,6 +193,20 @@ def test_step_3_holds_what_its_estimator_and_rewards_need(opt_13b, opt_350m):
     assert averaged.held("device") - whole.held("device") == 4 * OPT_13B // 8
 
 
+def test_step_3_without_kl_holds_no_reference(opt_13b, opt_350m):
+    no_kl = opt_config("rlhf.kl.coefficient=0"), opt_config("rlhf.kl={coefficient: 0, measure: true}")
+    whole, free, measured = (
+        estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+        for config in (opt_config(), *no_kl)
+    )
+    assert whole.held("device") - free.held("device") == 2 * OPT_13B // 8
+    assert sizes(whole).keys() - sizes(free).keys() == {
+        ("", "reference weights"),
+        ("reference loading", "reference weights, whole (first rank)"),
+    }
+    assert sizes(measured) == sizes(whole)
+
+
 def test_tensor_parallel_scoring_keeps_parts(opt_13b, opt_350m):
     degrees = "rlhf.scoring_tensor_parallel={reference: 4, reward: 2, critic: 8}"
     config = opt_config("rlhf.reference.zero_stage=0", "rlhf.reward.zero_stage=0", degrees)

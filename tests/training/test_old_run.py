@@ -83,7 +83,7 @@ def test_a_step_goes_on_from_the_middle_to_the_same_end(run, one_rank, monkeypat
     directory.result_file.unlink()
     shutil.rmtree(directory.model)
     monkeypatch.setattr(sys, "argv", ["main.py", "run"])
-    monkeypatch.setattr(stage, "start_ranks", lambda threads: one_rank)
+    monkeypatch.setattr(stage, "start_ranks", lambda: one_rank)
     monkeypatch.setattr(stage, "stop_ranks", lambda: None)
     assert stage.run_stage(step, TRAIN[step]) == 0
     metrics, old = (file.read_text().splitlines() for file in (directory.metrics_file, OLD / directory.metrics_file))

@@ -14,7 +14,8 @@ import torch
 from inference.errors import EXIT_USER_ERROR, UserError
 from training import distributed
 from training.config import DataSettings
-from training.distributed import require_gpus, start_ranks
+from training.config_files import load_config
+from training.distributed import require_gpus, require_loopback, start_ranks
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.stage import Diverged, Stage, end_in_sentences, given_settings
@@ -101,6 +102,16 @@ def test_more_processes_than_gpus(monkeypatch):
     require_gpus(3)  # on the CPU processes share
 
 
+def test_without_a_loopback_interface(monkeypatch):
+    def unreachable(address, timeout):
+        raise OSError(101, "Network is unreachable")
+
+    require_loopback()
+    monkeypatch.setattr(distributed.socket, "create_connection", unreachable)
+    with pytest.raises(UserError, match=r"no loopback interface \(127\.0\.0\.1: Network is unreachable\), .* lo up"):
+        require_loopback()
+
+
 def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -108,6 +119,16 @@ def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=rf"cannot meet at 127\.0\.0\.1:{port} .*: set MASTER_PORT"):
             start_ranks(threads=torch.get_num_threads())
+
+
+def test_kl_may_be_measured_in_a_run_that_has_begun(tmp_path):
+    run = RunDirectory(tmp_path)
+    with run.locked():
+        open_run(run, load_config([], ["model=m", "rlhf.kl.coefficient=0"]))
+        measured = load_config([], ["model=m", "rlhf.kl={coefficient: 0, measure: true}"])
+        assert open_run(run, measured) == measured == run.read_config()
+        with pytest.raises(UserError, match=r"rlhf\.kl\.coefficient: 0\.0 there, 0\.1 now"):
+            open_run(run, load_config([], ["model=m", "rlhf.kl.coefficient=0.1"]))
 
 
 def test_a_stage_script_keeps_absolute_paths_as_the_command_does(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
     {"messages": [...]}                                a conversation; each answer in it becomes a row
     {"text": ...}                                      a conversation as text
     {"prompt": ..., "response": ...}                   or "completion"; with a "label" beside it (TRL's unpaired
-                                                       preference) only what is labelled as good
+                                                       preference) or a score as reading.py pairs the rows
     {"prompt": ...}                                    for step 3 only; other keys go to the reward function
 
 Other names of these columns are known to shapes.py, other spellings of messages to messages.py.
@@ -29,13 +29,23 @@ from training.data.messages import (
     read_transcript,
 )
 from training.data.plain import plain
+from training.data.rated_answers import BAD_ALONE, Rating, rating_of
 from training.data.rows import PairRow, PromptRow, Row, SFTRow
-from training.data.shapes import ANSWERS, LABELS, TEXTS, in_trls_columns, usual_name
+from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, in_trls_columns, usual_name
 
 KNOWN_KEYS = (
     "prompt + chosen + rejected, messages, prompt + response, or prompt; or ShareGPT's conversations, or Alpaca's "
     "instruction + output"
 )
+HINTS = [
+    (
+        {question, answer},
+        f"call them prompt and response to learn the {answer}, or prompt and {answer} for a reward function",
+    )
+    for question in QUESTIONS
+    for answer in ("answer", "solution", "answers", "final_answer")
+]
+"""Keys that may be meant in several ways -> what to do."""
 KEYS_NAMED = 6
 NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
 """Values of a column that need no word when it is not used."""
@@ -60,6 +70,8 @@ class ReadRow:
     """Keys that say nothing here; those of messages with `messages.` before them."""
     extra: frozenset[str] = frozenset()
     """Keys beside a prompt, which a reward function gets."""
+    rating: Rating | None = None
+    """What the row says of its last answer."""
 
 
 def read_row(value: Any) -> ReadRow:
@@ -67,12 +79,18 @@ def read_row(value: Any) -> ReadRow:
     row = trl_row(value)
     rows = parse_trl_row(row)
     extra = frozenset(cast(PromptRow, rows[0]).get("extra", ()))
-    return ReadRow(rows, format_of(row), unused_keys(row), extra)
+    rating = read_rating(row)
+    if rating is not None and rating.is_bad:
+        rows = rows[-1:]
+    return ReadRow(rows, format_of(row), unused_keys(row), extra, rating)
 
 
 def parse_row(value: Any) -> list[Row]:
-    """The rows that one value gives. Raises BadRow."""
-    return read_row(value).rows
+    """The rows that one value gives by itself. Raises BadRow."""
+    read = read_row(value)
+    if read.rating is not None and read.rating.is_bad:
+        raise LeftOut(BAD_ALONE)
+    return read.rows
 
 
 def trl_row(value: Any) -> dict[str, Any]:
@@ -104,7 +122,6 @@ def parse_trl_row(row: dict[str, Any]) -> list[Row]:
         if key in row:
             return [parse_answer(row, key)]
     if "messages" in row:
-        require_good_label(row)
         return parse_conversation(row["messages"])
     if "prompt" in row:
         prompt = PromptRow(prompt=check_prompt(read_prompt(row["prompt"])))
@@ -118,7 +135,10 @@ def parse_trl_row(row: dict[str, Any]) -> list[Row]:
             raise BadRow("'text' is not of the form Human: ... Assistant: ...")
         return parse_conversation(messages)
     found = ", ".join(str(key)[:30] for key in list(row)[:KEYS_NAMED]) + ", ..." * (len(row) > KEYS_NAMED)
-    raise BadRow(f"no known keys ({f'found: {found}' if row else 'it is empty'}; there must be {KNOWN_KEYS})")
+    hint = next(
+        (hint for keys, hint in HINTS if keys <= {str(key).lower() for key in row}), f"there must be {KNOWN_KEYS}"
+    )
+    raise BadRow(f"no known keys ({f'found: {found}' if row else 'it is empty'}; {hint})")
 
 
 def format_of(row: dict[str, Any]) -> str:
@@ -175,7 +195,6 @@ def parse_pair(row: dict[str, Any]) -> PairRow:
 def parse_answer(row: dict[str, Any], key: str) -> SFTRow:
     if "prompt" not in row:
         raise BadRow(f"'{key}' without a prompt")
-    require_good_label(row)
     prompt = check_prompt(read_prompt(row["prompt"]))
     conversation = whole_conversation(prompt, read_answer(row[key], key, prompt))
     answer = conversation[len(prompt) :]
@@ -191,18 +210,21 @@ def require_trained(value: Any, key: str) -> None:
         raise LeftOut(NOT_TRAINED)
 
 
-def require_good_label(row: dict[str, Any]) -> None:
-    """Raise LeftOut for an answer that is labelled as bad, and BadRow for a label that says neither."""
+def read_rating(row: dict[str, Any]) -> Rating | None:
+    """The label of an answer or a conversation, or the score of an answer. Raises BadRow for another label."""
+    is_answer = any(key in row for key in ANSWERS)
+    if "chosen" in row or not (is_answer or "messages" in row):
+        return None
     for name in LABELS:
         if name not in row:
             continue
         label = re.sub("(?<=[a-z])[ -](?=[a-z])", "_", str(row[name]).strip().lower())
         label = re.sub(r"\.0+$", "", label)  # 1.0 is 1
-        if label in BAD_LABELS:
-            raise LeftOut("an answer that is labelled as bad, without a good one beside it")
-        if label not in GOOD_LABELS:
+        if label not in GOOD_LABELS | BAD_LABELS:
             shown = "empty" if row[name] is None else str(row[name])[:20]
             raise BadRow(f"the {name} is {shown}, which says neither good nor bad; write true or false")
+        return Rating(float(label in GOOD_LABELS), name, is_label=True)
+    return rating_of(row) if is_answer else None
 
 
 def parse_conversation(value: Any) -> list[Row]:

@@ -185,6 +185,17 @@ def python_value(text: str) -> Any:
         return None
 
 
+def parsed(value: Any) -> Any:
+    """A list or an object that a table's cell holds as text; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return python_value(text) or text.replace("None", "")
+
+
 def read_transcript(text: str) -> list[Message]:
     """The turns of "Human: ... Assistant: ..."; none if the text is not of that form. An empty last turn is no turn."""
     if not re.match(r"\s*Human:.*\n\s*Assistant:", text, re.DOTALL):

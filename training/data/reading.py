@@ -15,6 +15,7 @@ from training.data.find_files import find_files
 from training.data.formats import KNOWN_KEYS, read_row
 from training.data.hub import fetch_files, matching
 from training.data.hub_sets import PLAIN, HubSet, find_set
+from training.data.rated_answers import Rating, pair_rows
 from training.data.rows import Row
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
@@ -84,6 +85,7 @@ def read_source(
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report)
     used, unused, extra = 0, set[str](), set[str]()
+    ratings: dict[int, Rating] = {}
     for place, value in entries(files, hub_set):
         try:
             if isinstance(value, BadRow):
@@ -103,17 +105,38 @@ def read_source(
             continue
         result.rows += read.rows
         result.places += [place] * len(read.rows)
+        if read.rating is not None:
+            ratings[len(result.rows) - 1] = read.rating
+            if read.rating.is_bad:
+                continue
         result.formats[read.format] += 1
         unused |= read.unused
         extra |= read.extra
         used += 1
         if used == settings.limit:
             break
+    unused -= pair_up(result, ratings)
     for keys, what in ((unused, "not used"), (extra, "for a reward function only")):
         if keys:
             more = f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
             result.notes.append(f"{what}: {', '.join(sorted(keys)[:KEYS_NAMED])}{more}")
     return result
+
+
+def pair_up(result: SourceRows, ratings: dict[int, Rating]) -> set[str]:
+    """Make pairs of answers that have a row each; returns the columns that said which is better."""
+    if not ratings:
+        return set()
+    found = pair_rows(result.rows, ratings)
+    kept = [i for i in range(len(result.rows)) if i in found.pairs or not (i in found.absorbed or i in found.left_out)]
+    result.left_out += [(result.places[i], reason, False) for i, reason in sorted(found.left_out.items())]
+    result.rows = [found.pairs.get(i, result.rows[i]) for i in kept]
+    result.places = [result.places[i] for i in kept]
+    columns = {ratings[i].column for i in found.absorbed}
+    if columns:
+        pairs = f"{len(found.pairs):,} pair{'s' * (len(found.pairs) > 1)}"
+        result.notes.append(f"{pairs} of answers in several rows, by {', '.join(sorted(columns))}")
+    return columns
 
 
 def entries(files: list[Path], hub_set: HubSet) -> Iterator[Entry]:

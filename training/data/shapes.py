@@ -1,10 +1,10 @@
 """The columns that people have -> those of TRL's formats, which formats.py reads.
 
 ShareGPT's {"conversations": [{"from": ..., "value": ...}]} and Alpaca's {"instruction", "input", "output"}; columns
-`system` and `history` beside a prompt; names in capitals; a table's index; OpenAI's preferences.
+`system` and `history` beside a prompt; names in capitals; a table's index; OpenAI's preferences. Several answers of a
+row are the business of rated_answers.py.
 """
 
-import json
 from functools import lru_cache
 from typing import Any
 
@@ -15,14 +15,15 @@ from training.data.messages import (
     deserialised,
     looks_like_messages,
     message_items,
-    python_value,
+    parsed,
     read_transcript,
     role_of,
 )
+from training.data.rated_answers import choose_answers
 
 TEXTS = ("prompt", "chosen", "rejected", "response", "completion", "messages", "text")
 """The columns of TRL's formats, in which messages may stand."""
-LABELS = ("label", "kto_tag")
+LABELS = ("label", "kto_tag", "is_good", "is_chosen", "is_preferred", "desirable")
 CONVERSATIONS = ("conversations", "conversation")
 QUESTIONS = ("instruction", "question", "query")
 SYSTEMS = ("system", "system_prompt")
@@ -42,6 +43,9 @@ def in_trls_columns(row: dict[str, Any]) -> dict[str, Any]:
     if "messages" not in row:
         rename(row, CONVERSATIONS, "messages")
     from_openai(row)
+    choose_answers(row)
+    if "answer" in row and not set(ANSWERS) & row.keys() and set(LABELS) & row.keys():
+        rename(row, ("answer",), "response")
     if not {"prompt", "messages"} & row.keys():
         from_alpaca(row)
     for key in TEXTS:
@@ -85,11 +89,11 @@ def refuse_tools(row: dict[str, Any]) -> None:
 
 def from_openai(row: dict[str, Any]) -> None:
     """{"input": {"messages": ...}, "preferred_output": ..., "non_preferred_output": ...}"""
-    given = row.get("input")
-    if isinstance(given, dict) and "messages" in given and "preferred_output" in row:
-        row["prompt"] = row.pop("input")["messages"]
-        rename(row, ("preferred_output",), "chosen")
-        rename(row, ("non_preferred_output",), "rejected")
+    given = parsed(row["input"]) if "input" in row and "preferred_output" in row else None
+    if isinstance(given, dict) and "messages" in given:
+        refuse_tools(given)
+        del row["input"]
+        row["prompt"] = given["messages"]
 
 
 def from_alpaca(row: dict[str, Any]) -> None:
@@ -167,14 +171,3 @@ def joined(earlier: list[dict[str, Any]], messages: list[dict[str, Any]]) -> lis
         raise BadRow("there are two system messages, one in the column 'system' and one among the messages")
     rest = messages[1:] if role_of(messages[0]) == "system" else messages
     return begins[:1] + [item for item in earlier if role_of(item) != "system"] + rest
-
-
-def parsed(value: Any) -> Any:
-    """A list or an object that a table's cell holds as text; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return python_value(text) or text.replace("None", "")

@@ -1,11 +1,13 @@
 """What is compared: a model with a name for people and a key for the files; and who judges."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
+from training.lineage import Source, base_model
 from training.models.loading import require_scorer
 from training.stage import Stage
 from training.steps import COMPARED, REWARD, SFT, WRITING, step_of
@@ -56,7 +58,7 @@ def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
     """The model that `source` stands for. Raises UserError where it is not finished or cannot write."""
     if source in NAMES:
         base = source == "base"
-        directory = stage.model_directory(stage.config.model) if base else stage.earlier_model(step_of(source))
+        directory = base_directory(stage) if base else stage.earlier_model(step_of(source))
         return Candidate(source, NAMES[source], directory)
     path = Path(source).expanduser()
     if (path / "config.yaml").is_file():
@@ -65,6 +67,24 @@ def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
     directory = stage.model_directory(source)
     refuse_reward_model(directory)
     return Candidate(key, source if not path.is_dir() else path.resolve().name, directory)
+
+
+def base_directory(stage: Stage) -> Path:
+    """What the run's models were before any training. Raises UserError where nobody knows."""
+    if base := base_model(stage.config):
+        return stage.model_directory(base)
+    raise UserError(
+        f"The base model of {stage.run.path} is not known: the run began with {stage.config.sft_model}, which lies in "
+        f"no run; name the base model itself."
+    )
+
+
+def sources(stage: Stage, candidates: Iterable[Candidate], judge: Judge | None) -> list[Source]:
+    """Where the compared models and their judge come from."""
+    found = [Source(each.name, str(each.directory), each.key == "base") for each in candidates]
+    if judge is not None and isinstance(judge.source, Path):
+        found.append(Source(judge.name.removeprefix("reward of "), str(judge.source)))
+    return found
 
 
 def find_reward_model(stage: Stage) -> Path | None:

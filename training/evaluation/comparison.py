@@ -20,9 +20,18 @@ from training.data.split import choose_groups, identity
 from training.data.upbeat import upbeat_score
 from training.evaluation import statistics
 from training.evaluation.answers import Answers, encode, same_tokens
-from training.evaluation.candidates import Candidate, Request, find_judge, find_pair, find_reward_model
+from training.evaluation.candidates import (
+    Candidate,
+    Request,
+    base_directory,
+    find_judge,
+    find_pair,
+    find_reward_model,
+    sources,
+)
 from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
+from training.lineage import trained_elsewhere
 from training.rewards import Rewards
 from training.run_directory import write_json, write_text
 from training.stage import Stage
@@ -61,7 +70,7 @@ class Comparison:
 
     def run(self, result_file: Path, answers_file: Path) -> dict[str, Any]:
         """Measure and write both files; returns what the first one holds."""
-        untouched = self.stage.model_directory(self.stage.config.model)
+        key_of_untouched, untouched = self.untouched()
         # One model after the other; the second is read again for what the first said.
         with reading(self.stage, self.against.directory) as reader:
             theirs = self.answer(reader, self.against)
@@ -80,13 +89,15 @@ class Comparison:
             pair[self.model.key]["kl"], pair[self.against.key]["kl"] = statistics.mean(logratios), 0.0
         with reading(self.stage, untouched) as reader:
             for key, answers in ((self.against.key, theirs), (self.model.key, ours)):
-                pair[key]["perplexity_untouched"] = perplexity_of(reader.logprobs_of(answers))
+                pair[key][key_of_untouched] = perplexity_of(reader.logprobs_of(answers))
 
         result: dict[str, Any] = {
             "prompts": len(self.held_out),
             "sampling": {"temperature": self.settings.temperature, "max_tokens": self.data.max_response_tokens},
             "pair": {self.against.key: self.against.name, self.model.key: self.model.name},
         }
+        if found := trained_elsewhere(self.stage.run, sources(self.stage, (self.against, self.model), self.judge)):
+            result["trained_elsewhere"] = found
         scores = self.score(theirs, ours, pair, result)
         result |= pair
         if scores is not None:
@@ -100,6 +111,16 @@ class Comparison:
         self.write_answers(answers_file, theirs, ours, scores)
         write_json(result_file, result)
         return result
+
+    def untouched(self) -> tuple[str, Path]:
+        """A model that judges how plain the answers are, and what its perplexity is called: the base model, or the SFT
+        model where that was given and nothing before it is known."""
+        try:
+            return "perplexity_untouched", base_directory(self.stage)
+        except UserError:
+            if not self.stage.config.sft_model:
+                raise
+            return "perplexity_sft_model", self.stage.model_directory(self.stage.config.sft_model)
 
     def score(
         self, theirs: Answers, ours: Answers, pair: dict[str, dict[str, float]], result: dict[str, Any]

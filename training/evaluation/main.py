@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from training.termination import TERMINATION
 from training.watchdog import begin_script
 
 
@@ -24,6 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     begin_script()
+    TERMINATION.answer()
     from training.evaluation.candidates import Request
     from training.evaluation.comparison import Comparison
     from training.run_directory import RunDirectory

@@ -49,8 +49,10 @@ class Fusion:
             ),
             LengthStatistics(stage.config.data.max_response_tokens),
         )
-        self.said: Choice | None = None
-        """The choice that the user knows of."""
+        self.said: bool | None = None
+        """Whether rollouts are fused, as the user knows."""
+        self.tells = False
+        """Whether this rollout is the first one of a kind; the figures of others are metrics."""
         self.bandwidth = 0.0
         """Bytes a second between instances, once it is measured."""
 
@@ -63,9 +65,10 @@ class Fusion:
             self.chooser.take(told)
         choice = self.chooser.current
         assert choice is not None
-        if choice != self.said:
+        is_fused = choice.policy is not None
+        self.tells, self.said = is_fused != self.said, is_fused
+        if self.tells:
             self.stage.display.say(f"PPO iteration {number}: {choice}")
-            self.said = choice
         return choice
 
     def deal(self, seats: Sequence[int]) -> list[list[int]]:
@@ -143,7 +146,7 @@ class Fusion:
         kept = cache.empty(1)
         cache_bytes = kept.numel() * kept.element_size()
         predicted = self.chooser.learn(dealt, by_prompt, achieved, every, min(bandwidths), cache_bytes)
-        if choice.policy is not None:
+        if choice.policy is not None and self.tells:
             self.stage.display.say(
                 f"PPO iteration {number}: fusion: {max(repackings)} repackings moved "
                 f"{sum(moved) // setting.tensor} samples; generation and scoring took "

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from inference.errors import UserError
+from training.launchers import processes_option
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Layout:
             more = -(-size // max(1, tensor)) * max(1, tensor)
             raise UserError(
                 f"{setting}={tensor}: a tensor-parallel degree of {tensor} does not divide {size} "
-                f"process{'es' * (size > 1)}: take a degree of {fitting}, or --processes {more}."
+                f"process{'es' * (size > 1)}: take a degree of {fitting}, or {processes_option(more)}."
             )
         return cls(tuple(range(size)), size // tensor, tensor, zero_stage=zero_stage)
 

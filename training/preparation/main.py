@@ -5,10 +5,12 @@ python training/preparation/main.py runs/demo
 
 import sys
 
+from training.termination import TERMINATION
 from training.watchdog import begin_script
 
 if __name__ == "__main__":
     begin_script()
+    TERMINATION.answer()
     from training.stage import run_preparation
 
     sys.exit(run_preparation())

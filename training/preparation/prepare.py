@@ -3,7 +3,7 @@
 Models and data are fetched, and what can be known before anything trains is refused here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from training.data.rows import read_rows
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.inputs import inputs_of
+from training.lineage import sources_of, trained_elsewhere
 from training.models.loading import (
     require_causal_lm,
     require_same_format,
@@ -26,13 +27,17 @@ from training.models.loading import (
 )
 from training.rewards import Rewards, try_sources
 from training.run_directory import RunDirectory, write_json
+from training.steps import Step
 from training.tracking import require_packages
 
 Say = Callable[[str], None]
 
 
-def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> None:
-    """Fill the run's data/. `processes` is how many will train, on all nodes together. Raises UserError."""
+def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, steps: Sequence[Step] = ()) -> None:
+    """Fill the run's data/. `processes` is how many will train, on all nodes together, and `steps` what follows now;
+    empty: all of the run. Raises UserError.
+    """
+    steps = steps or config.steps
     require_packages(config)
     require_processes(config, processes)
     if warning := config.idle_warning(processes):
@@ -43,11 +48,16 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
     chat_format = prepare_models(config, processes, say)
     rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu"))) if config.method == "ppo" else None
     inputs = None if run.inputs_file.exists() else inputs_of(config)  # before they are read
-    prepare_data(config.data, config.seed, run.data, chat_format, say)
+    prepare_data(config.data, config.split_seed, run.data, chat_format, say)
+    for sentence in trained_elsewhere(run, sources_of(config)):
+        say(sentence)
     if inputs is not None:
         write_json(run.inputs_file, inputs)
     if rewards is not None and rewards.sources:
-        try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say)
+        needed = any(step.draws_samples for step in steps)
+        before = [str(place) for place, step in enumerate(config.steps, 1) if not step.draws_samples]
+        without = f" To begin without it, train what comes before: --steps {','.join(before)}." * (len(steps) > 1)
+        try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say, needed, without)
     if config.rlhf.ptx.coefficient:
         demonstrations(config, run.data, chat_format)
 

@@ -11,10 +11,12 @@ Left out: packing of several rows into one sequence (token-budget micro-batches 
 
 import sys
 
+from training.termination import TERMINATION
 from training.watchdog import begin_script
 
 if __name__ == "__main__":
     begin_script()  # before the heavy imports: a killed command must not leave a loading process behind
+    TERMINATION.answer()
     from training.stage import run_stage
     from training.step1_sft.sft import train
     from training.steps import SFT

@@ -13,10 +13,12 @@ pairs then, once.
 
 import sys
 
+from training.termination import TERMINATION
 from training.watchdog import begin_script
 
 if __name__ == "__main__":
     begin_script()
+    TERMINATION.answer()
     from training.stage import run_stage
     from training.step2_dpo.dpo import train
     from training.steps import DPO

@@ -107,20 +107,23 @@ class Targets:
     def metrics(self, experience: list[Experience], settings: RLHFSettings, kl_coefficient: float) -> dict[str, float]:
         """Metrics of the rollout, by the names that users of such trainers know."""
         lengths = torch.tensor([float(len(e.response)) for e in experience])
-        k3 = ppo_math.kl_k3(self.logprobs, self.reference_logprobs) * self.mask
         metrics = {
             "reward/scaled_std": float(torch.tensor([e.score for e in experience]).std(correction=0)),
             "reward/total": float((self.total_score - self.kl_penalty).mean()),
-            "kl/reference": float(k3.sum(1).mean()),
-            "kl/reference_k1": float(self.sequence_kl().mean()),
-            "kl/reference_per_token": float(ppo_math.masked_mean(k3, self.mask)),
-            "kl/coefficient": kl_coefficient,
             "advantage/mean": float(ppo_math.masked_mean(self.advantages, self.mask)),
             "advantage/std": float(self.advantages[self.mask].std(correction=0)),
             "response/length_mean": float(lengths.mean()),
             "response/length_max": float(lengths.max()),
             "response/ended_fraction": sum(e.ended for e in experience) / len(experience),
         }
+        if settings.has_reference:
+            k3 = ppo_math.kl_k3(self.logprobs, self.reference_logprobs) * self.mask
+            metrics |= {
+                "kl/reference": float(k3.sum(1).mean()),
+                "kl/reference_k1": float(self.sequence_kl().mean()),
+                "kl/reference_per_token": float(ppo_math.masked_mean(k3, self.mask)),
+                "kl/coefficient": kl_coefficient,
+            }
         if settings.has_critic:
             metrics |= {
                 "returns/mean": float(ppo_math.masked_mean(self.returns, self.mask)),

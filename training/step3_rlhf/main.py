@@ -12,10 +12,12 @@ another size rule out the latter).
 
 import sys
 
+from training.termination import TERMINATION
 from training.watchdog import begin_script
 
 if __name__ == "__main__":
     begin_script()
+    TERMINATION.answer()
     from training.stage import run_stage
     from training.step3_rlhf.ppo import train
     from training.steps import PPO

@@ -48,6 +48,11 @@ def train(stage: Stage) -> None:
         stage, sft, scorer, chat_format, (actor_iterations * per_iteration, settings.iterations * per_iteration)
     )
     look_at_reward_model(stage, roles, chat_format)
+    if not settings.has_reference:
+        stage.display.say(
+            "PPO: rlhf.kl has no coefficient, target or stop, so no reference is loaded: KL to it is not measured, and "
+            "the warnings of it are off (rlhf.kl.measure=true brings both back)"
+        )
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows)
     iterations = ppo.fit()
 
@@ -112,6 +117,7 @@ class PPO:
         settings, stage = self.settings, self.stage
         updates = stage.journal("updates.jsonl")
         number, stopped = self.resume(updates)
+        stage.expect_checkpoints("iteration")
         checked = False
         with stage.display.progress("PPO", settings.iterations, number) as bar:
             while number < settings.iterations and not stopped:
@@ -127,14 +133,18 @@ class PPO:
                 stage.metrics.write(number, metrics)
                 for mini_batch in iteration.mini_batches:
                     updates.write(number, mini_batch)
-                bar.advance(f"score {metrics['reward/score_mean']:.2f} · KL {metrics['kl/reference']:.2f}")
+                kl = f" · KL {metrics['kl/reference']:.2f}" if settings.has_reference else ""
+                bar.advance(f"score {metrics['reward/score_mean']:.2f}{kl}")
                 ends = stopped or number == settings.iterations
                 if ends and self.inside is not None:
                     stopped = self.end_inside(self.inside, number, stopped)
                 if ends or number % settings.samples_every == 0:
                     self.show_fixed_prompts(number)
-                if settings.checkpoint_every and (ends or number % settings.checkpoint_every == 0):
+                terminated = stage.told_to_end()
+                if terminated or (settings.checkpoint_every and (ends or number % settings.checkpoint_every == 0)):
                     self.save(number, stopped)
+                if terminated:
+                    raise stage.terminated(number)
         return number
 
     def end_inside(self, inside: KeptWeights, number: int, stopped: bool) -> bool:
@@ -231,14 +241,15 @@ class PPO:
             check_first_update(self.stage, self.roles, experience)
 
         # update
-        stopped = 0 < settings.kl.stop < metrics["kl/reference"]
+        kl = metrics.get("kl/reference", 0.0)
+        stopped = 0 < settings.kl.stop < kl
         update = Update()
         if not stopped:
             if self.inside is not None:
                 self.inside.keep()
             with clock.phase("time/train"), clock.timeline.span("train"):
                 update = self.updates.run(Batch(number, experience, targets, seats, coefficient))
-            self.kl.update(metrics["kl/reference"], len(experience))
+            self.kl.update(kl, len(experience))
 
         # log
         metrics |= update.metrics | self.rollouts.work() | of_rollout | self.timing(experience, clock)

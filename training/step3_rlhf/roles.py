@@ -1,4 +1,4 @@
-"""The roles of step 3: actor and reference always, critic and reward model where the settings have them."""
+"""The roles of step 3: the actor always, reference, critic and reward model where the settings have them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -92,9 +92,9 @@ class Roles:
             part = self._part(scoring.critic)
             self._critic_view = Reallocation(self._critic.language_model, part, ranks.device)
             self._critic_group = GroupScoring(Scorer(cast(PreTrainedModel, self._critic_view.run())), part)
-        self.reference_is_actor = settings.actor.lora.rank > 0
         self._reference: nn.Module | GroupScoring | None = None
-        if not self.reference_is_actor:
+        """None where there is none, or, with LoRA, the actor is it."""
+        if settings.has_reference and not settings.actor.lora.rank:
             _, with_weights = loads(settings.reference.zero_stage, dtype, ranks)
             reference = Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights))
             self._reference = self._frozen(reference, settings.reference, scoring.reference, stage)

@@ -11,7 +11,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from training.calls import rlhf_calls, with_recomputed_logprobs
+from training.calls import with_recomputed_logprobs
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.fusion.choice import Choice
 from training.fusion.costs import Measured
@@ -43,8 +43,7 @@ class Rollouts:
         limit = stage.config.data.max_response_tokens
         self.sampling = SamplingSettings(limit, settings.temperature, min_tokens=settings.min_response_tokens)
         keeps = keeps_generation_logprobs(settings, stage.dtype)
-        calls = rlhf_calls(settings.advantage, settings.has_reward_model)
-        self.calls = calls if keeps else with_recomputed_logprobs(calls)
+        self.calls = settings.calls if keeps else with_recomputed_logprobs(settings.calls)
         """What an iteration runs, and what the planner plans."""
         scores_alone = not settings.divided_scorer and (keeps or settings.actor.zero_stage < 3)
         self.fusion = Fusion(stage, roles.generation_layout, scores_alone)

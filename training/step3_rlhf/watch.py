@@ -39,12 +39,17 @@ class Watch:
         self.said: set[str] = set()
 
     def look(self, metrics: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Metrics of every kind, 1 where it shows in this iteration, else 0; and the sentences of new ones."""
+        """Metrics of every kind, 1 where it shows in this iteration, else 0 (none of KL where it is not measured); and
+        the sentences of new ones."""
         self.history.append(metrics)
-        found = {
-            "warning/kl": self._kl(),
-            "warning/kl_far": self._kl_far(metrics),
-            "warning/kl_drift": self._kl_drift(),
+        found: dict[str, str] = {}
+        if "kl/reference" in metrics:
+            found |= {
+                "warning/kl": self._kl(),
+                "warning/kl_far": self._kl_far(metrics),
+                "warning/kl_drift": self._kl_drift(),
+            }
+        found |= {
             "warning/length": self._length(),
             "warning/repetition": self._repetition(),
             "warning/critic": self._critic(),

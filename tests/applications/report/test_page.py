@@ -140,7 +140,15 @@ def test_the_better_answer_is_marked(tags):
 )
 def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):
     run = make_run(tmp_path, rlhf=rlhf)
-    assert {each.text for each in signs(run, run.read_comparison(3)) if not each.is_good} == expected
+    assert {each.text for each in signs(run, run.read_comparison(PPO)) if not each.is_good} == expected
+
+
+def test_under_the_sft_model_perplexity_guards_nothing(tmp_path):
+    run = make_run(tmp_path)
+    file = run.comparison_of(PPO)[0]
+    file.write_text(file.read_text().replace("perplexity_untouched", "perplexity_sft_model"))
+    texts = [each.text for each in signs(run, run.read_comparison(PPO))]
+    assert any(text.startswith("Variety") for text in texts) and not any("erplexity" in text for text in texts)
 
 
 def test_an_answer_given_once_is_no_collapse_however_few_the_prompts(tmp_path):

@@ -16,11 +16,12 @@ from inference.generation.sample import Sample
 from tests.tiny_runs import QUESTIONS, messages
 from training.config import DataSettings
 from training.evaluation.answers import Answers, same_tokens
-from training.evaluation.candidates import Request
+from training.evaluation.candidates import Request, find_pair, sources
 from training.evaluation.comparison import Comparison, win_rate
 from training.evaluation.ranking import accuracy_by_length, reward_accuracy
 from training.evaluation.scoring import RewardModel, reading
 from training.evaluation.statistics import share
+from training.lineage import trained_elsewhere
 from training.run_directory import RunDirectory
 from training.stage import Stage
 from training.step2_reward.reward import RewardTask
@@ -348,3 +349,41 @@ def test_pairs_of_one_question_are_counted_as_alike():
     found = accuracy_by_length([True] * 4, [8] * 4, [False] * 4, ["a", "a", "a", "b"])["all"]
     assert (found["pairs"], found["questions"]) == (4, 2)
     assert (found["rate"], found["low"], found["high"]) == share(4, 4, 16 / 10)  # worth 1.6 pairs
+
+
+# Models from elsewhere
+
+
+def forked(stage: Stage, sft_model) -> Stage:
+    """As a run that was begun with --actor alone."""
+    values = {"model": str(sft_model), "sft_model": str(sft_model)}
+    return dataclasses.replace(stage, config=stage.config.model_copy(update=values))
+
+
+def test_a_fork_is_measured_under_the_base_of_the_run_before(stage, finished):
+    fork = forked(stage, finished.step(SFT).model)
+    assert Comparison(fork).untouched() == ("perplexity_untouched", finished.path.parent / "base")
+    found = find_pair(fork, Request(against="base"))[1].directory
+    assert found == finished.path.parent / "base"
+
+
+def test_without_a_base_the_row_has_another_name(stage, finished, tmp_path):
+    elsewhere = shutil.copytree(finished.step(SFT).model, tmp_path / "sft")
+    fork = forked(stage, elsewhere)
+    assert Comparison(fork).untouched() == ("perplexity_sft_model", elsewhere)
+    with pytest.raises(
+        UserError, match=r"The base model of .* is not known: the run began with .*sft, which lies in no"
+    ):
+        find_pair(fork, Request(against="base"))
+
+
+def test_where_the_compared_models_and_the_judge_come_from_is_said(stage, finished, tmp_path):
+    elsewhere = shutil.copytree(finished.step(SFT).model, tmp_path / "mine")
+    judge = shutil.copytree(finished.step(REWARD).model, tmp_path / "judge")
+    comparison = Comparison(stage, Request(model=str(elsewhere), against="base", judge=str(judge)))
+    said = trained_elsewhere(stage.run, sources(stage, (comparison.against, comparison.model), comparison.judge))
+    assert [sentence.partition(" was ")[0] for sentence in said] == [
+        f"It is not known what {name}" for name in ("mine", "judge")
+    ]
+    own = Comparison(stage)
+    assert trained_elsewhere(stage.run, sources(stage, (own.against, own.model), own.judge)) == []

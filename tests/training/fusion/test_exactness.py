@@ -1,5 +1,7 @@
 """Fusion on and off: the same tokens, log-probabilities, rewards and weights, on 1, 2 and 4 ranks."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from transformers import OPTForCausalLM, OPTForSequenceClassification
@@ -41,7 +43,9 @@ def numbers_of(e):
 def iterate_in_all_ways(ranks, directory):
     """Experience of every iteration, weights in the end and what moved, by way; called in processes of its own."""
     from benchmarks import our_ppo
+    from training.step3_rlhf.rollout import Rollout
 
+    learn = Rollout.learn
     if ranks.is_first:
         build_models(directory / "models")
     ranks.barrier()
@@ -54,10 +58,9 @@ def iterate_in_all_ways(ranks, directory):
         config.rlhf.fusion, config.rlhf.generation_tensor_parallel = fusion, tensor
         config.rlhf.actor.learning_rate = config.rlhf.critic.learning_rate = 1e-4
         ppo = our_ppo.make_ppo(config, LENGTHS, directory / way, ranks)
-        run, seen, reports = ppo.rollout.run, [], []
+        seen, reports = [], []
 
-        def watched(*arguments, run=run, seen=seen, reports=reports, rollout=ppo.rollout):
-            experience = run(*arguments)
+        def watched(rollout, experience, seen=seen, reports=reports):
             seen.append([[e.index, e.response.tolist(), *numbers_of(e)] for e in experience])
             everyone = ranks.gather(rollout.report)
             reports.append(
@@ -66,11 +69,11 @@ def iterate_in_all_ways(ranks, directory):
                     *(sum(getattr(r, n) for r in everyone) for n in ("moved", "moved_with_cache")),
                 ]
             )
-            return experience
+            return learn(rollout, experience)
 
-        ppo.rollout.run = watched
-        for number in range(1, 1 + (ITERATIONS if tensor == 1 else 2)):
-            ppo.iterate(number, check=False)
+        with patch.object(Rollout, "learn", watched):
+            for number in range(1, 1 + (ITERATIONS if tensor == 1 else 2)):
+                ppo.iterate(number, check=False)
         weights = ppo.roles.actor.trained_weights() | {
             f"critic {name}": tensor for name, tensor in ppo.roles.critic.trained_weights().items()
         }

@@ -78,9 +78,11 @@ def test_the_trainer_can_declare_its_calls_without_torch_or_the_planner():
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo", "reinforce++"])
 @pytest.mark.parametrize("with_reward_model", [True, False])
-def test_what_step_3_runs_is_a_graph_with_the_roles_that_it_loads(advantage, with_reward_model):
-    graph = DataflowGraph(calls.rlhf_calls(advantage, with_reward_model))
-    roles = {"actor", "reference"}
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_what_step_3_runs_is_a_graph_with_the_roles_that_it_loads(advantage, with_reward_model, with_reference):
+    graph = DataflowGraph(calls.rlhf_calls(advantage, with_reward_model, with_reference))
+    roles = {"actor"}
+    roles |= {"reference"} if with_reference else set()
     roles |= {"critic"} if advantage == "gae" else set()
     roles |= {"reward"} if with_reward_model else set()
     assert set(graph.roles) == roles

@@ -122,3 +122,17 @@ def test_a_stage_that_is_refused_leaves_the_name_free(tiny, tmp_path, monkeypatc
     assert stage.run_stage(SFT, lambda stage: None) == EXIT_USER_ERROR
     assert "is no trained reward model" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reward_address_where_nobody_answers_is_refused_unless_the_advice_is_followed(tiny, tmp_path):
+    from applications.commands import parse_steps
+
+    data = Path(__file__).parents[2] / "data" / "pairs.jsonl"
+    given = [f"model={tiny}", f"data.source={data}", "rlhf.reward_url=http://127.0.0.1:9/score"]
+    config, run, said = load_config([], given), RunDirectory(tmp_path / "run"), []
+    run.write_config(config, {})
+    with pytest.raises(UserError, match=r"gives no scores .* train what comes before: --steps 1,2\.$") as refused:
+        prepare(config, run, 1, said.append)
+    advised = str(refused.value).rpartition("--steps ")[2].rstrip(".")
+    prepare(config, run, 1, said.append, parse_steps(advised, config))
+    assert said[-1].startswith("Warning: rlhf.reward_url=") and said[-1].endswith("It is needed in step 3.")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,10 +80,9 @@ def generate(policy: Policy, min_tokens: int = 0) -> list[Experience]:
     return [Experience.of(sample) for sample in samples]
 
 
-def recompute(ppo: SimpleNamespace, experience: list[Experience]) -> None:
-    """The old log-probabilities as scoring takes them, one sample at a time."""
-    for each in experience:
-        each.logprobs = ppo.roles.logprobs(token_batch([each], CPU))
+def recompute(ppo: SimpleNamespace, experience: list[Experience]) -> list[Experience]:
+    """With old log-probabilities as scoring takes them, one sample at a time."""
+    return [replace(each, logprobs=ppo.roles.logprobs(token_batch([each], CPU))) for each in experience]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,7 +92,7 @@ def test_a_correct_setup_passes_and_says_what_was_found(tmp_path, family, recomp
     experience = generate(policy)
     ppo = make_ppo(tmp_path, DirectRoles(policy))
     if recomputed:
-        recompute(ppo, experience)
+        experience = recompute(ppo, experience)
     check(ppo, experience)
     found = json.loads((tmp_path / "first_update.json").read_text())
     assert found["ratio_error"] < 1e-5 and found["generation_logprob_difference"] < 1e-5
@@ -103,7 +103,7 @@ def test_rounding_to_bf16_passes(tmp_path):
     policy = make_policy("llama", torch.bfloat16)
     ppo = make_ppo(tmp_path, DirectRoles(policy), torch.bfloat16)
     experience = generate(policy)
-    recompute(ppo, experience)
+    experience = recompute(ppo, experience)
     check(ppo, experience)
     assert json.loads((tmp_path / "first_update.json").read_text())["generation_logprob_difference"] > 0
 
@@ -112,7 +112,7 @@ def refused(directory, policy: Policy, experience: list[Experience], recomputed:
     """Check a setup that must not pass; returns the sentence."""
     ppo = make_ppo(directory, DirectRoles(policy, **changed))
     if recomputed:  # then the ratio is 1 whatever is wrong: generation alone can tell
-        recompute(ppo, experience)
+        experience = recompute(ppo, experience)
     with pytest.raises(Diverged) as raised:
         check(ppo, experience)
     assert not (directory / "first_update.json").exists()
@@ -217,7 +217,7 @@ def test_old_logprobs_of_other_weights_are_found_where_generation_cannot_tell(tm
     policy = make_policy("opt")
     experience = generate(policy, min_tokens=4)
     ppo = make_ppo(tmp_path, DirectRoles(policy), min_response_tokens=4)
-    recompute(ppo, experience)
+    experience = recompute(ppo, experience)
     check(ppo, experience)
     found = json.loads((tmp_path / "first_update.json").read_text())
     assert found["ratio_error"] < 1e-5 and "generation_logprob_difference" not in found

@@ -45,6 +45,16 @@ FREE = {
     "checkpoint_every": 0,
 }
 """Whose KL shows where a bound ends another run."""
+NO_KL = {**BASE, "iterations": 2, "kl": {"coefficient": 0}}
+NO_ROLE_SCORES = {
+    **NO_KL,
+    "advantage": "grpo",
+    "samples_per_prompt": 2,
+    "reward_weights": {"model": 0},
+    "iterations": 1,
+    "checkpoint_every": 0,
+    "actor": {"learning_rate": 1e-2, "warmup": 0, "lora": {"rank": 2}},
+}
 SAMPLING = ("max_tokens", "temperature", "min_tokens")
 LOW = {"stop": 1e-3}
 TIMES = ("time/", "tokens_per_second", "memory/")
@@ -54,13 +64,14 @@ class Killed(Exception):
     """In place of a kill."""
 
 
-def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> SimpleNamespace:
-    """All of step 3 in `directory`, or up to the middle of iteration `killed_in`; what is left of it."""
+def run_step(ranks, directory, models, settings: dict, killed_in: int = 0, terminated_in: int = 0) -> SimpleNamespace:
+    """All of step 3 in `directory`, up to the middle of iteration `killed_in`, or to SIGTERM in one; what is left."""
     from training.config import RunConfig
     from training.run_directory import RunDirectory
     from training.stage import make_stage
-    from training.step3_rlhf import ppo
+    from training.step3_rlhf import ppo, roles
     from training.step3_rlhf.rollout import Rollout
+    from training.termination import TERMINATION, Terminated
 
     sft, reward, _ = models
     config = RunConfig.model_validate(
@@ -82,8 +93,8 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     stage.rows = lambda chat_format: (rows, rows[:1])
     stage.said = []
     stage.display.say = stage.said.append
-    seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[], values=[])
-    iterate, score = ppo.PPO.iterate, Rollout.score
+    seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[], values=[], scorers={})
+    iterate, score, ask = ppo.PPO.iterate, Rollout.score, roles.Roles.score
 
     def noted(self, experience):
         experience = score(self, experience)
@@ -93,6 +104,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
     def watched(trainer, number, check):
         if number == killed_in:
             raise Killed
+        TERMINATION.is_asked = number == terminated_in
         seen.trainer = trainer
         updates = [0]
         if trainer.roles.ema is not None:
@@ -107,11 +119,22 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0) -> Si
         seen.weights.append(norms(trainer.roles.actor.trained_weights()))
         return found
 
-    with patch.object(ppo.PPO, "iterate", watched), patch.object(Rollout, "score", noted):
+    def asked(self, role, batch):
+        seen.scorers[role] = True
+        return ask(self, role, batch)
+
+    with (
+        patch.object(ppo.PPO, "iterate", watched),
+        patch.object(Rollout, "score", noted),
+        patch.object(roles.Roles, "score", asked),
+        patch.object(roles, "load_causal_lm", wraps=roles.load_causal_lm) as loads,
+    ):
         try:
             ppo.train(stage)
-        except Killed:
+        except (Killed, Terminated):
+            TERMINATION.is_asked = False
             return seen
+    seen.loaded = loads.call_count
     if ranks.is_first:
         seen.metrics = [json.loads(line) for line in (run.step(PPO).path / "metrics.jsonl").read_text().splitlines()]
         seen.result = run.step(PPO).read_result()
@@ -133,7 +156,18 @@ def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def told(seen: SimpleNamespace) -> dict:
     """What goes back to the test."""
-    names = ("metrics", "result", "model", "ema_model", "weights", "averages", "averaged", "values")
+    names = (
+        "metrics",
+        "result",
+        "model",
+        "ema_model",
+        "weights",
+        "averages",
+        "averaged",
+        "values",
+        "scorers",
+        "loaded",
+    )
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
         "sampling": [getattr(seen.trainer.rollouts.sampling, name) for name in SAMPLING],
@@ -152,9 +186,17 @@ def run_alone(ranks, directory):
     found = {}
     models = sft, foreign, chat_format
     found["warm"] = told(run_step(ranks, directory / "warm", models, warm))
+    ended = run_step(ranks, directory / "killed", models, {**warm, "checkpoint_every": 0}, terminated_in=2)
+    kept = ended.stage.checkpoints.numbers()
     run_step(ranks, directory / "killed", models, warm, killed_in=4)
-    found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm))
+    found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm)) | {"terminated": kept}
     models = sft, reward, chat_format
+    run_step(ranks, directory / "no-kl", models, NO_KL, killed_in=2)
+    found["no kl, killed"] = told(run_step(ranks, directory / "no-kl", models, NO_KL))
+    measured = {**NO_KL, "kl": {"coefficient": 0, "measure": True}, "checkpoint_every": 0}
+    found["kl measured"] = told(run_step(ranks, directory / "measured", models, measured))
+    none_scores = {**NO_ROLE_SCORES, "reward_function": f"{scorer}:score"}
+    found["no role scores"] = told(run_step(ranks, directory / "no-scores", models, none_scores))
     found["free"] = told(run_step(ranks, directory / "free", models, FREE))
     stopped, bound = bound_of(found["free"]["metrics"])
     found["bound"] = told(run_step(ranks, directory / "bound", models, bound))
@@ -270,10 +312,35 @@ def test_the_coefficient_follows_the_kl_of_each_iteration(alone):
 def test_a_run_that_was_killed_ends_as_one_that_was_not(alone):
     """To the bit: weights, average, coefficient, and the statistics that bring rewards onto one scale."""
     whole, resumed = alone["warm"], alone["warm, killed"]
+    assert resumed["terminated"] == [2]
     assert learning(resumed["metrics"]) == learning(whole["metrics"])
     assert (resumed["model"], resumed["ema_model"]) == (whole["model"], whole["ema_model"])
     assert resumed["result"]["kl_coefficient"] == whole["result"]["kl_coefficient"]
     assert resumed["numbers"] == whole["numbers"]
+
+
+OF_KL = {"kl/reference", "kl/reference_k1", "kl/reference_per_token", "kl/coefficient"}
+OF_KL |= {"warning/kl", "warning/kl_far", "warning/kl_drift"}
+
+
+def test_a_reference_that_nothing_needs_is_neither_loaded_nor_asked(alone):
+    for name in ("no kl, killed", "no role scores"):
+        run = alone[name]
+        assert run["loaded"] == 1 and "reference" not in run["scorers"], name
+        assert not any(OF_KL & line.keys() for line in run["metrics"]), name
+        assert sum("no reference is loaded" in line for line in run["said"]) == 1, name
+    assert set(alone["no kl, killed"]["scorers"]) == {"reward", "critic"} and not alone["no role scores"]["scorers"]
+
+
+def test_kl_can_be_measured_where_nothing_needs_it_and_changes_nothing(alone):
+    run, without = alone["kl measured"], alone["no kl, killed"]
+    assert run["loaded"] == 2 and "reference" in run["scorers"]
+    assert not any("no reference is loaded" in line for line in run["said"])
+    for line, other in zip(learning(run["metrics"]), learning(without["metrics"]), strict=True):
+        assert line.keys() - other.keys() == OF_KL
+        assert {name: line[name] for name in other} == other
+    assert run["metrics"][-1]["kl/reference"] > 0
+    assert run["model"] == without["model"]
 
 
 def test_scores_are_reported_as_given_and_learned_from_on_one_scale(alone):

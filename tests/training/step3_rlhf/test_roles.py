@@ -134,5 +134,5 @@ FUNCTION = ["rlhf.reward_function=a.py:f", "rlhf.reward_weights.model=0"]
 )
 def test_what_reward_model_and_critic_start_as(given, expected):
     config = load_config([], ["model=m", "reward_model=base", *given])
-    stage = SimpleNamespace(config=config, earlier_model=lambda step: Path(f"step {step}"), model_directory=Path)
+    stage = SimpleNamespace(config=config, earlier_model=lambda step: Path(f"step {step.number}"), model_directory=Path)
     assert str(starting_scorer(stage)) == expected

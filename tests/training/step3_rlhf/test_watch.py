@@ -86,6 +86,12 @@ def test_a_watch_that_reads_the_metrics_again_has_said_what_was_said():
     assert said[5][1] and resumed.look(course[6]) == said[6] and not said[6][1]
 
 
+def test_where_kl_is_not_measured_nothing_is_said_of_it():
+    watch = Watch()
+    metrics = {name: value for name, value in HEALTHY.items() if not name.startswith("kl/reference")}
+    assert not any("kl" in name for _ in range(12) for name in watch.look(metrics)[0])
+
+
 def test_a_run_without_a_critic_has_no_warning_of_one():
     watch = Watch()
     metrics = {name: value for name, value in HEALTHY.items() if not name.startswith("value/")}

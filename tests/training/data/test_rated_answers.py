@@ -1,0 +1,212 @@
+"""Several answers to one prompt: which is the better one is worked out by hand, `good` and `bad` are their texts."""
+
+import json
+
+import pytest
+
+from inference.errors import UserError
+from training.config import DataSettings
+from training.data.entries import BadRow, LeftOut
+from training.data.formats import parse_row, read_row
+from training.data.reading import read_sources
+
+GOOD, BAD = ({"role": "assistant", "content": text} for text in ("good", "bad"))
+QUESTION = {"role": "user", "content": "q"}
+PAIR = {"prompt": [QUESTION], "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # columns that are called so
+        {"prompt": "q", "good": "good", "bad": "bad"},
+        {"prompt": "q", "answer_good": "good", "answer_bad": "bad"},
+        {"question": "q", "Better_Response": "good", "Worse_Response": "bad"},
+        {"prompt": "q", "preferred": [GOOD], "dispreferred": [BAD]},
+        {"question": "q", "response_j": "good", "response_k": "bad"},
+        {"prompt": "q", "accepted": "good", "rejected": "bad"},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": BAD,
+        },
+        {"input": json.dumps({"messages": [QUESTION]}), "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+        {"prompt": "q", "chosen": "good", "rejected": "bad", "score_chosen": 2.5, "score_rejected": "2"},
+        # two answers with a verdict or scores
+        {"prompt": "q", "response_a": "bad", "response_b": "good", "winner": "b"},
+        {"prompt": "q", "response_a": "good", "response_b": "bad", "winner": "model_a"},
+        {"prompt": "q", "Answer1": "bad", "Answer2": "good", "human_preference": "Answer 2"},
+        {"prompt": "q", "response_0": "bad", "response_1": "good", "better_response_id": 1},
+        {"instruction": "q", "input": "", "output_1": "good", "output_2": "bad", "preference": 1.0},
+        {"prompt": "q", "text_a": "bad", "text_b": "good", "choice": "good"},
+        {"prompt": "q", "response_1": "good", "response_2": "bad", "preference_strength": -2},
+        {"context": [QUESTION], "response1": "bad", "response2": "good", "overall_preference": 1},
+        {"conversation_a": [QUESTION, BAD], "conversation_b": [QUESTION, GOOD], "winner": "model_b"},
+        {"prompt": "q", "response_a": "good", "response_b": "bad", "winner_model_a": 1, "winner_model_b": 0},
+        {"prompt": "q", "response_a": "bad", "response_b": "good", "score_a": 0.1, "score_b": 0.2},
+        {"prompt": "q", "answer_1": "good", "answer_2": "bad", "answer_1_rating": "4", "answer_2_rating": "3"},
+        # a list of answers
+        {"prompt": "q", "responses": ["so", "good", "bad"], "scores": [2, 3, -1]},
+        {"prompt": "q", "responses": ["no score", "good", "bad"], "rewards": [None, 0, -1]},
+        {"prompt": "q", "responses": '["bad", "good"]', "scores": "[1, 2]"},
+        {"prompt": "q", "answers": [[BAD], [GOOD]], "answer_scores": [1, 2]},
+        {"prompt": "q", "summaries": ["bad", "good"], "summary_ratings": [1, 2]},
+        {"question": "q", "answers": ["so", "good", "bad"], "ranks": [2, 1, 3]},
+        {"question": "q", "answers": ["so", "good", "bad"], "ranking": [2, 1, 3]},
+        {"prompt": "q", "answers": [{"answer": "bad", "rank": 2.0}, {"answer": "good", "rank": 1.0}]},
+        {"question": "q", "answers": [{"text": "good", "pm_score": 5}, {"text": "bad", "pm_score": 1}]},
+        {
+            "instruction": "q",
+            "completions": [
+                {"response": "bad", "overall_score": 9.0, "fine-grained_score": 2.0},
+                {"response": "good", "overall_score": 7.0, "fine-grained_score": 4.5},
+            ],
+        },
+        {
+            "instruction": "q",
+            "completions": [
+                {"response": "bad", "annotations": {"honesty": {"Rating": "4"}, "helpfulness": {"Rating": "3"}}},
+                {"response": "good", "annotations": {"honesty": {"Rating": "N/A"}, "helpfulness": {"Rating": "4"}}},
+            ],
+        },
+    ],
+    ids=lambda row: ",".join(row),
+)
+def test_the_better_answer_is_chosen(row):
+    read = read_row(row)
+    assert read.rows == [PAIR]
+    assert not read.unused and not read.extra
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "have the same score"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [None, 1]}, "only one answer to the prompt has a score"),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "tie (bothbad)"}, "neither of the two"),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "score_a": 1, "score_b": 1.0}, "neither of the two"),
+        ({"prompt": "q", "response_1": "a", "response_2": "b", "overall_preference": 0}, "neither of the two"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": 1, "rejected_score": 1}, "no higher score"),
+    ],
+)
+def test_where_no_answer_is_better_the_row_is_left_out(row, reason):
+    with pytest.raises(LeftOut, match=reason):
+        parse_row(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1]}, "there are 2 'responses' and 1 'scores'"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": ["fine", 1]}, "'scores' has 'fine', which is no number"),
+        ({"prompt": "q", "responses": ["a", "b", "c"], "rankings": [3, 1, 2]}, "call it 'ranks'"),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": 1}, "neither response_a nor response_b"),
+        (
+            {"question": "q", "answer": "a"},
+            "call them prompt and response to learn the answer, or prompt and answer for",
+        ),
+    ],
+)
+def test_a_judgement_that_cannot_be_read_is_a_bad_row(row, reason):
+    with pytest.raises(BadRow, match=reason) as error:
+        parse_row(row)
+    assert not isinstance(error.value, LeftOut)
+
+
+def test_answers_that_nothing_rates_go_to_a_reward_function():
+    assert parse_row({"prompt": "q", "responses": ["a", "b"]}) == [
+        {"prompt": [QUESTION], "extra": {"responses": ["a", "b"]}}
+    ]
+
+
+# In several rows
+
+
+def read(tmp_path, *rows, **settings):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = read_sources(DataSettings(source=str(file), **settings), lambda line: None)
+    return found
+
+
+def labelled(prompt, response, label):
+    return {"prompt": prompt, "completion": response, "label": label}
+
+
+def scored(prompt, response, **score):
+    return {"prompt": prompt, "response": response, **score}
+
+
+def as_text(rows):
+    return [
+        (row["prompt"][0]["content"], *(row[k] for k in ("response", "chosen", "rejected") if k in row)) for row in rows
+    ]
+
+
+def places(found):
+    return [place.rpartition(" ")[2] for place in found.places]
+
+
+def test_a_bad_answer_is_paired_with_a_good_one_of_its_prompt(tmp_path):
+    found = read(
+        tmp_path,
+        labelled("p", "bad", False),
+        labelled("p", "good", True),
+        labelled("alone", "r", False),
+        labelled("q ", "worse", "no"),
+        labelled("demonstration", "r", True),
+        labelled("q", "fine", "yes"),
+        labelled("q", "wrong", 0),
+        labelled("q", "right", 1),
+        labelled("q", "left", 1),
+    )
+    assert as_text(found.rows) == [
+        ("p", "good", "bad"),
+        ("demonstration", "r"),
+        ("q", "fine", "worse"),
+        ("q", "right", "wrong"),
+        ("q", "left"),
+    ]
+    assert places(found) == ["2", "5", "6", "8", "9"]
+    assert dict(found.reasons) == {
+        "an answer that is labelled as bad, and its prompt has none that is labelled as good": 1
+    }
+    assert "; 3 pairs of answers in several rows, by label" in found.describe()
+
+
+def test_a_good_answer_serves_several_bad_ones_but_not_itself(tmp_path):
+    rows = [labelled("p", text, label) for text, label in (("good", 1), ("bad", 0), ("worse", 0), ("good", 0))]
+    found = read(tmp_path, *rows)
+    assert as_text(found.rows) == [("p", "good", "bad"), ("p", "good", "worse")]
+    assert dict(found.reasons) == {"the same answer to the prompt is labelled as bad and as good": 1}
+
+
+def test_labelled_conversations_are_paired_by_their_last_answer(tmp_path):
+    turns = [QUESTION, GOOD, {"role": "user", "content": "and?"}]
+    found = read(tmp_path, {"messages": [*turns, BAD], "label": False}, {"messages": [*turns, GOOD], "label": True})
+    assert found.rows == [
+        {"prompt": [QUESTION], "response": "good"},
+        {"prompt": turns, "chosen": "good", "rejected": "bad"},
+    ]
+
+
+def test_of_answers_with_scores_the_best_and_the_worst_are_the_pair(tmp_path):
+    found = read(
+        tmp_path,
+        *[scored("p", text, helpfulness=score, verbosity=1) for text, score in (("so", 2), ("bad", 0), ("good", 4))],
+        *[scored("alike", text, helpfulness=3) for text in ("one", "two")],
+        scored("alone", "r", helpfulness=1),
+    )
+    assert as_text(found.rows) == [("p", "good", "bad"), ("alike", "one"), ("alike", "two"), ("alone", "r")]
+    assert sum(found.reasons.values()) == 1 and "the best and the worst are the pair" in next(iter(found.reasons))
+    assert "; 1 pair of answers in several rows, by helpfulness; not used: verbosity" in found.describe()
+
+
+def test_of_ranks_the_first_is_the_best(tmp_path):
+    found = read(tmp_path, scored("p", "bad", rank=2), scored("p", "good", rank=1))
+    assert as_text(found.rows) == [("p", "good", "bad")]
+
+
+def test_bad_answers_alone_are_no_data(tmp_path):
+    with pytest.raises(UserError, match=r"none of its rows can be used .an answer that is labelled as bad, and its"):
+        read(tmp_path, labelled("p", "bad", False))

@@ -1,0 +1,352 @@
+"""Several answers to one prompt, and what somebody thought of them -> chosen and rejected.
+
+In one row: columns for the better and the worse answer, two answers with a verdict or a score each, or a list of
+answers with a score each. In several rows: answers to one prompt with a label or a score each.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from training.data.entries import BadRow, LeftOut
+from training.data.messages import looks_like_messages, parsed
+from training.data.rows import PairRow
+
+STEMS = (
+    *("response", "answer", "output", "completion", "reply", "generation", "candidate", "summary", "conversation"),
+    "text",
+)
+"""What the column of an answer is called, with something before or behind it."""
+LISTS = ("responses", "answers", "outputs", "completions", "replies", "generations", "candidates", "summaries")
+"""What a column with all answers is called."""
+TEXT_KEYS = (*STEMS, "content")
+"""Where the text of an answer stands that is an object."""
+
+
+def columns_called(words: Iterable[str], *others: str) -> frozenset[str]:
+    """`good`, `good_answer`, `answer_good` and their like."""
+    forms = {form for word in words for stem in STEMS for form in (word, f"{word}_{stem}", f"{stem}_{word}")}
+    return frozenset(forms | set(others))
+
+
+BETTER = columns_called(
+    ("chosen", "preferred", "accepted", "good", "better", "best", "positive", "win", "winning"), "winner", "response_j"
+)
+WORSE = columns_called(
+    ("rejected", "dispreferred", "non_preferred", "unpreferred", "bad", "worse", "worst", "negative", "lose", "losing"),
+    *("loser", "response_k"),
+)
+ENDINGS = (("_a", "_b"), ("_1", "_2"), ("_0", "_1"), ("1", "2"), ("0", "1"), ("a", "b"))
+TWO = {f"{stem}{first}": (f"{stem}{second}", first, second) for first, second in ENDINGS for stem in STEMS}
+"""The column of the first of two answers -> that of the second, and what both names end with."""
+SCORES = ("fine-grained_score", "overall_score", "score", "rating", "reward", "pm_score", "helpfulness")
+"""More is better. The first one that is there counts."""
+RANK = "rank"
+"""1 is the best."""
+ORDERS = ("ranking", "rankings")
+"""The rank of each answer, or the answers' numbers from the best to the worst: nobody knows."""
+FIRST, LEFT = ("first", "second"), ("left", "right")
+VERDICTS = ("winner", "preference", "preferred", "better", "choice", "better_response_id", "label", *sorted(BETTER))
+"""Name or number of the better one of two answers."""
+LIKE_A_VERDICT = re.compile("winner|prefer|better|verdict")
+SHORT = 20
+"""Characters of what may be a verdict and not its reason."""
+STRENGTHS = ("overall_preference", "preference_strength")
+"""Below 0 where the first of two answers is better, above where the second is (HelpSteer2 and 3)."""
+TIE = re.compile(r"\b(ties?|tied|draw|equal|same|both|neither|none)\b|bothbad|^1\.5$")
+SCORES_OF_A_PAIR = [
+    (form.format("chosen", score), form.format("rejected", score))
+    for score in SCORES
+    for form in ("{1}_{0}", "{0}_{1}", "{0}-{1}")
+]
+COLUMNS = BETTER | WORSE | TWO.keys() | set(LISTS)
+"""A row without any of these has no several answers."""
+
+SAME_SCORE = "the answers to the prompt have the same score"
+ONE_ANSWER = "only one answer to the prompt has a score"
+NO_BETTER = "the chosen answer has no higher score than the rejected one"
+TIED = "neither of the two answers is the better one"
+BAD_ALONE = "an answer that is labelled as bad, and its prompt has none that is labelled as good"
+BAD_AND_GOOD = "the same answer to the prompt is labelled as bad and as good"
+NOT_IN_PAIR = "one of several rated answers to its prompt, of which the best and the worst are the pair"
+
+Choice = tuple[Any, Any, set[str]]
+"""The better answer, the worse one, and the columns (by their usual names) that say so."""
+
+
+def choose_answers(row: dict[str, Any]) -> None:
+    """Make `chosen` and `rejected` of several answers that the row has, and take the columns away that say so.
+
+    Raises LeftOut for answers of which none is better, and BadRow for a judgement that cannot be read.
+    """
+    names = {name.strip().lower(): name for name in row}
+    if not COLUMNS & names.keys():
+        return
+    values = {usual: row[name] for usual, name in names.items() if row[name] is not None}
+    if {"chosen", "rejected"} <= values.keys():
+        used = require_better(values)
+    else:
+        choice = better_and_worse(values) or one_of_two(values) or best_and_worst(values)
+        if choice is None:
+            return
+        row["chosen"], row["rejected"], used = choice
+        if "prompt" not in values and looks_like_messages(values.get("context")):
+            row["prompt"] = row.pop(names["context"])
+    for column in used - {"chosen", "rejected"}:
+        del row[names[column]]
+
+
+def require_better(values: Mapping[str, Any]) -> set[str]:
+    """Raise LeftOut where a pair's own scores do not say that chosen is better. Returns the columns of the scores."""
+    for columns in SCORES_OF_A_PAIR:
+        chosen, rejected = (number(values.get(column)) for column in columns)
+        if chosen is not None and rejected is not None:
+            if chosen <= rejected:
+                raise LeftOut(NO_BETTER)
+            return set(columns)
+    return set()
+
+
+def better_and_worse(values: Mapping[str, Any]) -> Choice | None:
+    """Columns that are called so."""
+    better, worse = ([name for name in values if name in words] for words in (BETTER, WORSE))
+    if len(better) != 1 or len(worse) != 1 or not all(is_answer(values[name]) for name in better + worse):
+        return None
+    return values[better[0]], values[worse[0]], {*better, *worse}
+
+
+def is_answer(value: Any) -> bool:
+    return isinstance(value, str | dict) or looks_like_messages(value)
+
+
+def one_of_two(values: Mapping[str, Any]) -> Choice | None:
+    """Two answers in columns of their own, with scores or a verdict."""
+    for column, (other, *ends) in TWO.items():
+        if not {column, other} <= values.keys():
+            continue
+        columns = (column, other)
+        judged = by_scores(values, columns, ends) or by_verdict(values, columns, ends)
+        if judged is None:
+            continue
+        better, used = judged
+        if better is None:
+            raise LeftOut(TIED)
+        return values[columns[better]], values[columns[1 - better]], {*columns, *used}
+    return None
+
+
+Judged = tuple[int | None, set[str]]
+"""Which of two answers is the better one (None for a tie), and the columns that say so."""
+
+
+def by_scores(values: Mapping[str, Any], columns: tuple[str, str], ends: list[str]) -> Judged | None:
+    for score in SCORES:
+        for form in (f"{score}{{end}}", f"{score}_{{column}}", f"{{column}}_{score}"):
+            names = [form.format(end=end, column=column) for end, column in zip(ends, columns, strict=True)]
+            first, second = (number(values.get(name)) for name in names)
+            if first is not None and second is not None:
+                return None if first == second else int(second > first), set(names)
+    return None
+
+
+def by_verdict(values: Mapping[str, Any], columns: tuple[str, str], ends: list[str]) -> Judged | None:
+    for name in STRENGTHS:
+        if (strength := number(values.get(name))) is not None:
+            return None if strength == 0 else int(strength > 0), {name}
+    hot = [f"winner_model{end}" for end in ends]
+    if values.keys() >= set(hot):
+        first, second = (number(values[name]) or 0 for name in hot)
+        return None if first == second else int(second > first), set(hot)
+    others = [name for name, value in values.items() if LIKE_A_VERDICT.search(name) and len(str(value)) <= SHORT]
+    for name in (*VERDICTS, *others):
+        if name in values and name not in columns:
+            return named_answer(name, values[name], [values[column] for column in columns], columns, ends), {name}
+    return None
+
+
+def named_answer(name: str, verdict: Any, answers: list[Any], columns: tuple[str, str], ends: list[str]) -> int | None:
+    """The place of the answer that a verdict names, None for a tie. Raises BadRow for what names neither."""
+    if verdict in answers:
+        return answers.index(verdict)
+    text = re.sub(r"\.0+$", "", str(verdict).strip().lower())  # 1.0 is 1
+    if TIE.search(text):
+        return None
+    words = set(re.findall(r"[a-z]+|\d+", text))
+    named = [i for i in (0, 1) if {ends[i].strip("_"), "ab"[i], FIRST[i], LEFT[i]} & words]
+    if len(named) != 1:
+        raise BadRow(f"'{name}' is {text[:SHORT]!r}, which names neither {columns[0]} nor {columns[1]}")
+    return named[0]
+
+
+Scores = tuple[list[float | None], set[str]]
+"""Of each answer, more is better; and the columns that they stand in."""
+
+
+def best_and_worst(values: Mapping[str, Any]) -> Choice | None:
+    """A list of answers, each with a score or a rank, in it or in a list beside it."""
+    for column in LISTS:
+        answers = parsed(values.get(column))
+        if not isinstance(answers, list) or not answers or not all(map(is_answer, answers)):
+            continue
+        rated = scores_in(answers) or scores_beside(values, column, len(answers))
+        if rated is None:
+            continue
+        scores, used = rated
+        known = {place: score for place, score in enumerate(scores) if score is not None}
+        if len(known) < 2:
+            raise LeftOut(ONE_ANSWER)
+        best, worst = (choose(known, key=lambda place: known[place]) for choose in (max, min))
+        if known[best] == known[worst]:
+            raise LeftOut(SAME_SCORE)
+        return text_in(answers[best]), text_in(answers[worst]), {column, *used}
+    return None
+
+
+def text_in(answer: Any) -> Any:
+    """The text of an answer that is an object; any other as it is."""
+    if not isinstance(answer, dict) or "role" in answer or "from" in answer:
+        return answer
+    return next((answer[key] for key in TEXT_KEYS if key in answer), answer)
+
+
+def scores_in(answers: list[Any]) -> Scores | None:
+    """What each answer that is an object says of itself, else the mean of its annotations' ratings (UltraFeedback)."""
+    if not all(isinstance(answer, dict) for answer in answers):
+        return None
+    for key in (*SCORES, RANK):
+        if any(key in answer for answer in answers):
+            return more_is_better(key, [number(answer.get(key)) for answer in answers]), set()
+    ratings = [mean_rating(answer.get("annotations")) for answer in answers]
+    return (ratings, set()) if any(rating is not None for rating in ratings) else None
+
+
+def mean_rating(annotations: Any) -> float | None:
+    """Of {"helpfulness": {"Rating": "4"}, ...}; what is not rated (N/A) does not count."""
+    aspects = [each for each in annotations.values() if isinstance(each, dict)] if isinstance(annotations, dict) else []
+    ratings = [rating for each in aspects if (rating := number(each.get("Rating"))) is not None]
+    return sum(ratings) / len(ratings) if ratings else None
+
+
+def scores_beside(values: Mapping[str, Any], column: str, count: int) -> Scores | None:
+    stem = next(stem for stem in STEMS if column.startswith(stem.removesuffix("y")))
+    for key in (*SCORES, RANK, *ORDERS):
+        for name in (key, f"{key}s", f"{stem}_{key}s", f"{column}_{key}s"):
+            scores = parsed(values.get(name))
+            if not isinstance(scores, list):
+                continue
+            if len(scores) != count:
+                raise BadRow(f"there are {count} '{column}' and {len(scores)} '{name}'")
+            numbers = [number(score) for score in scores]
+            if wrong := [score for score, n in zip(scores, numbers, strict=True) if n is None and score is not None]:
+                raise BadRow(f"'{name}' has {str(wrong[0])[:SHORT]!r}, which is no number")
+            if key in ORDERS:
+                require_plain_order(name, numbers)
+            return more_is_better(key, numbers), {name}
+    return None
+
+
+def more_is_better(key: str, numbers: list[float | None]) -> list[float | None]:
+    return [None if n is None else -n for n in numbers] if key in (RANK, *ORDERS) else numbers
+
+
+def require_plain_order(name: str, numbers: list[float | None]) -> None:
+    """Raise BadRow where ranks and an order of the same numbers would choose other answers."""
+    start = 0 if 0 in numbers else 1
+    if sorted(n for n in numbers if n is not None) != list(range(start, start + len(numbers))):
+        return
+    ends = (start, start + len(numbers) - 1)
+    if [numbers.index(end) + start for end in ends] != [numbers[0], numbers[-1]]:
+        raise BadRow(
+            f"'{name}' may be the rank of each answer, or the answers' numbers from best to worst: call it 'ranks' (1 "
+            f"is the best), or write chosen and rejected"
+        )
+
+
+def number(value: Any) -> float | None:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+# In several rows
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What is said of an answer that has a row of its own."""
+
+    value: float
+    """More is better; of a label 1 or 0."""
+    column: str
+    is_label: bool
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether a label says so; of a score alone nobody knows."""
+        return self.is_label and not self.value
+
+
+def rating_of(row: Mapping[str, Any]) -> Rating | None:
+    """The score or rank in a row with one answer."""
+    for column in (*SCORES, RANK):
+        if (value := number(row.get(column))) is not None and not isinstance(row[column], bool):
+            return Rating(-value if column == RANK else value, column, is_label=False)
+    return None
+
+
+@dataclass
+class Pairing:
+    """Which rows of a source become pairs, by their places in the list of its rows."""
+
+    pairs: dict[int, PairRow] = field(default_factory=dict)
+    absorbed: set[int] = field(default_factory=set)
+    """The answers of the pairs."""
+    left_out: dict[int, str] = field(default_factory=dict)
+    """With the reason."""
+
+    def add(self, rows: Sequence[Any], better: int, worse: int) -> None:
+        """The pair takes the place of the better answer, or, if that has one, of the worse."""
+        row = {
+            "prompt": rows[better]["prompt"],
+            "chosen": rows[better]["response"],
+            "rejected": rows[worse]["response"],
+        }
+        self.pairs[worse if better in self.pairs else better] = cast(PairRow, row)
+        self.absorbed |= {better, worse}
+
+
+def pair_rows(rows: Sequence[Any], ratings: Mapping[int, Rating]) -> Pairing:
+    """Answers to the same prompt. Each that is labelled as bad is paired with one labelled as good, these in turn; of
+    answers with scores the best and the worst are the pair, and where all are alike they stay as they are."""
+    groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for place, rating in ratings.items():
+        prompt = [(message["role"], message["content"].strip()) for message in rows[place]["prompt"]]
+        groups[json.dumps(prompt), rating.is_label].append(place)
+    found = Pairing()
+    for (_, is_label), places in groups.items():
+        (pair_by_label if is_label else pair_by_score)(found, rows, places, ratings)
+    return found
+
+
+def pair_by_label(found: Pairing, rows: Sequence[Any], places: list[int], ratings: Mapping[int, Rating]) -> None:
+    good, bad = ([place for place in places if ratings[place].is_bad == is_bad] for is_bad in (False, True))
+    for turn, place in enumerate(bad):
+        others = [each for each in good if rows[each]["response"] != rows[place]["response"]]
+        if others:
+            found.add(rows, others[turn % len(others)], place)
+        else:
+            found.left_out[place] = BAD_AND_GOOD if good else BAD_ALONE
+
+
+def pair_by_score(found: Pairing, rows: Sequence[Any], places: list[int], ratings: Mapping[int, Rating]) -> None:
+    best, worst = (choose(places, key=lambda place: ratings[place].value) for choose in (max, min))
+    if ratings[best].value == ratings[worst].value or rows[best]["response"] == rows[worst]["response"]:
+        return
+    found.add(rows, best, worst)
+    found.left_out |= dict.fromkeys(set(places) - {best, worst}, NOT_IN_PAIR)

@@ -1,0 +1,67 @@
+"""Who started this process, and as which of how many: torchrun and deepspeed say it in torch's words, others do not."""
+
+import os
+import re
+import zlib
+
+from inference.errors import UserError
+from training.watchdog import PARENT_VARIABLE
+
+SLURM = "srun"
+LAUNCHERS = {
+    "mpirun (Open MPI)": [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")],
+    "mpirun (MVAPICH)": [f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")],
+    "mpirun (PMI)": ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+    SLURM: ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""],
+}
+"""Variables of each: rank, size, and the same among the processes of this machine."""
+OF_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+OF_JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+"""What tells the jobs of a machine apart, the same for all processes of one."""
+
+
+def adopt() -> None:
+    """Say in torch's variables what another launcher has said in its own.
+
+    Raises UserError where it has not said on which of several machines they meet.
+    """
+    known = started_by()
+    if known is None or "RANK" in os.environ or PARENT_VARIABLE in os.environ:
+        return
+    launcher, values = known
+    os.environ.update(values)
+    if "MASTER_ADDR" not in os.environ:
+        if values["LOCAL_WORLD_SIZE"] != values["WORLD_SIZE"]:
+            raise UserError(
+                f"{launcher} started {values['WORLD_SIZE']} processes on several machines and does not say where they "
+                f"meet: set MASTER_ADDR to the first machine and MASTER_PORT to a free port, or use torchrun."
+            )
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    job = "".join(os.environ.get(name, "") for name in OF_JOBS)
+    os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 10000 if job else 29500))
+
+
+def started_by() -> tuple[str, dict[str, str]] | None:
+    """A launcher that started several processes and is none of torch's, and what it says in torch's variables."""
+    for launcher, names in LAUNCHERS.items():
+        rank, size, local_rank, local_size = (os.environ.get(name, "") for name in names)
+        if launcher == SLURM:
+            size, local_size = slurm_sizes(size)
+        if rank and size.isdigit() and int(size) > 1:
+            return launcher, dict(zip(OF_TORCH, (rank, size, local_rank or rank, local_size or size), strict=True))
+    return None
+
+
+def slurm_sizes(step: str) -> tuple[str, str]:
+    """Tasks of the step, and those of this machine. A batch script has the variables of its job, and is one process."""
+    of_job = os.environ.get("SLURM_NTASKS", "") if os.environ.get("ENVIRONMENT") != "BATCH" else ""
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")  # 4(x2),3
+    tasks = [n for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
+    node = int(os.environ.get("SLURM_NODEID", 0))
+    return step or of_job, tasks[node] if node < len(tasks) else ""
+
+
+def processes_option(processes: int) -> str:
+    """What starts so many processes: of the command, or of the launcher of a stage script."""
+    of_script = "RANK" in os.environ and PARENT_VARIABLE not in os.environ
+    return f"torchrun --nproc-per-node {processes}" if of_script else f"--processes {processes}"
