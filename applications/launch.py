@@ -162,7 +162,7 @@ def end_in_time(process: subprocess.Popen | ForkedScript, script: str, error_fil
     except subprocess.TimeoutExpired:
         stop(process)
     if error_file.exists():
-        return str(json.loads(error_file.read_text())["sentence"])
+        return str(json.loads(error_file.read_text(encoding="utf-8"))["sentence"])
     return "Ended by SIGTERM: the same command goes on."
 
 
