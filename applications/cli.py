@@ -365,10 +365,19 @@ def main() -> None:
     from applications.launch import StageFailed
     from inference.disk import file_sentence
     from inference.errors import UserError
+    from inference.streams import guard_output
 
+    guard_output(ends=True)
     before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
-        app()
+        for argument in sys.argv:
+            if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
+                raise UserError(f"'{argument}' is not UTF-8 text; where it names a file, give that another name.")
+        try:
+            app()
+        except SystemExit:
+            sys.stdout.flush()  # here, where a full disk is a sentence
+            raise
     except (UserError, StageFailed) as error:
         if "--debug" in sys.argv:
             raise

@@ -88,7 +88,7 @@ def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path
     rewrite_config(place)
     rewrite_tokenizer(place)
     file = place / "generation_config.json"
-    values = json.loads(file.read_text())
+    values = json.loads(file.read_text(encoding="utf-8"))
     values |= {"do_sample": True, "max_new_tokens": config.data.max_response_tokens}
     values |= {"temperature": config.rlhf.temperature}
     file.write_text(json.dumps(values, indent=2) + "\n")
@@ -143,7 +143,7 @@ def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: P
     from safetensors.torch import load_file, save_file
 
     try:
-        settings = [json.loads((adapter / "adapter_config.json").read_text()) for adapter in adapters]
+        settings = [json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")) for adapter in adapters]
         weights = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]  # no other format is read
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"The adapter of {step.path} cannot be read ({error}): export with --what merged.") from error
