@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 READ_BY_OLDER = frozenset(
-    "bloom codegen cohere cohere2 falcon gemma gemma3 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj "
-    "granite llama mistral mpt opt phi phi3 qwen2 qwen2_moe qwen3".split()
+    "bloom codegen cohere cohere2 falcon gemma gemma2 gemma3 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox "
+    "gptj granite llama mistral mpt opt phi phi3 qwen2 qwen2_moe qwen3 smollm3 stablelm".split()
 )
 """Families (`model_type`) of which 4.57 made the same tokens, logits and scores (`make older`)."""
 ABSOLUTE_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo")

@@ -78,4 +78,4 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     cases = {case.name: read(case) for case in sorted(Path(sys.argv[1]).iterdir())}
-    Path(sys.argv[2]).write_text(json.dumps({"version": transformers.__version__, "cases": cases}))
+    Path(sys.argv[2]).write_text(json.dumps({"version": transformers.__version__, "cases": cases}), encoding="utf-8")
