@@ -15,6 +15,7 @@ from training.inputs import changed_inputs
 from training.metrics import WARNING, Display, duration
 from training.run_directory import RunDirectory
 from training.steps import REWARD, Step
+from training.watchdog import outlive_terminal
 
 
 def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
@@ -24,6 +25,7 @@ def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
 
 def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
     """Run the steps in order in the run directory, which is locked, then compare SFT with RLHF or DPO."""
+    outlive_terminal()
     display = Display(log=run.log_file)
     begun = time.monotonic()
     if config.announce:

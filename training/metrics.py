@@ -84,19 +84,18 @@ class NullJournal(Journal):
 
 
 class Display:
-    """Progress on a terminal; in a pipe a line every few seconds."""
+    """Progress on a terminal; in a pipe a line every few seconds. What is said is also kept in `log`."""
 
     def __init__(self, quiet: bool = False, log: Path | None = None):
-        """Warnings are kept in the file `log` too."""
         self.quiet, self.log = quiet, log
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
 
     def say(self, line: str) -> None:
-        if self.log is not None and line.startswith(WARNING):
-            with suppress(OSError), open(self.log, "a", encoding="utf-8") as handle:
-                handle.write(line + "\n")
         if not self.quiet:
             self.console.print(line, markup=False)
+            if self.log is not None:
+                with suppress(OSError), open(self.log, "a", encoding="utf-8") as log:
+                    log.write(f"{line}\n")
 
     @contextmanager
     def progress(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:

@@ -425,7 +425,7 @@ def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -
         run=run,
         directory=directory,
         dtype=resolve_dtype(config.dtype, ranks.device),
-        display=Display(quiet=not ranks.is_first, log=directory.log_file if ranks.is_first else None),
+        display=Display(quiet=not ranks.is_first, log=directory.log_file),
         metrics=metrics_journal(run, directory, config) if ranks.is_first else NullJournal(),
         samples=Journal(directory.samples_file) if ranks.is_first else NullJournal(),
         checkpoints=Checkpoints(directory.checkpoints, config.of_step(step).keep_checkpoints, ranks),
