@@ -273,3 +273,16 @@ def test_values_show_under_the_pointer(page, report):
     chart.locator(".hit rect").nth(3).hover()
     expect(value).to_be_visible()
     expect(key).to_be_hidden()
+
+
+def test_warnings_are_repeated_once_and_each_step_has_the_versions_that_ran_it(tmp_path):
+    run = make_run(tmp_path)
+    run.step(PPO).log_file.write_text("Warning: it went astray\na library spoke\nWarning: it went astray\n")
+    start = {"number": 1, "time": "t", "processor": "p", "gpus": [], "commit": "c" * 40, "changed_since_commit": True}
+    ran = [
+        start | {"what": step, "versions": {"torch": v}} for step, v in (("step1_sft", "2.13.0"), ("step3_rlhf", "3"))
+    ]
+    run.starts_file.write_text(lines(ran))
+    text = " ".join(Tags(render(run)).text.split())
+    assert text.count("Step 3: PPO: it went astray") == 1 and "a library spoke" not in text
+    assert "step1_sft step3_rlhf torch 2.13.0 3" in text and "c" * 12 + " (changed)" in text
