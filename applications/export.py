@@ -8,7 +8,7 @@ from typing import Any
 
 from applications.model_card import Exported, model_card
 from inference.disk import writing
-from inference.errors import UserError
+from inference.errors import UserError, typed
 from inference.untrusted import refuse_code
 from training.config import RunConfig
 from training.lineage import origin_of
@@ -56,7 +56,7 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
     files = ", ".join(sorted(file.name for file in to.iterdir()))
     print(f"Exported {step.command} ({what}) to {to} ({size:,.1f} MB): {files}")
-    print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
+    print(f"Read README.md before you upload it: hf upload OWNER/{typed(to.resolve().name)} {typed(to)}")
 
 
 def require_free(to: Path) -> None:

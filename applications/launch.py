@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import training
 from applications.forking import ForkedScript, can_fork
-from inference.errors import EXIT_USER_ERROR, UserError
+from inference.errors import EXIT_USER_ERROR, UserError, typed
 from training.error_report import room_for_report
 from training.run_directory import RunDirectory
 from training.steps import STEPS
@@ -186,7 +186,11 @@ def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path, 
     else:
         reason = last_error(said)
         how = f"ended with code {code}" + (f" ({reason})" if reason else "") + " and left no result" * (code == 0)
-    goes_on = f"rlhf-chat {step.command} {run.path} goes on from the last checkpoint" if step else "try again"
+    goes_on = "try again"
+    if step:
+        has_checkpoint = any(run.step(step).checkpoints.glob("[0-9]*"))
+        again = "goes on from the last checkpoint" if has_checkpoint else "begins the step again"
+        goes_on = f"rlhf-chat {step.command} {typed(run.path)} {again}"
     return f"{who} {how}; {goes_on}, and the log is {log_file}."
 
 
