@@ -80,17 +80,18 @@ def run_stage_script(
             raise Terminated(end_in_time(process, script, error_file)) from None
     if code == 0 and has_result(script, run):
         return
-    if error_file.exists():
-        error = json.loads(error_file.read_text())
-        if error["code"] == EXIT_TERMINATED:  # it came to the script alone
-            raise Terminated(error["sentence"])
+    with open(log_file, "rb") as log_bytes:
+        log_bytes.seek(begin)
+        said = log_bytes.read().decode(errors="replace")
+    error = json.loads(error_file.read_text()) if error_file.exists() else {}
+    terminated = error.get("code") == EXIT_TERMINATED
+    if terminated and not was_killed(said):  # SIGTERM came to the script alone
+        raise Terminated(error["sentence"])
+    if error and not terminated:
         raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
         if "traceback" in error:  # --debug shows it
             raised.add_note(error["traceback"])
         raise raised
-    with open(log_file, "rb") as log_bytes:
-        log_bytes.seek(begin)
-        said = log_bytes.read().decode(errors="replace")
     raise StageFailed(failure_sentence(script, run, code, log_file, said))
 
 
@@ -198,6 +199,12 @@ def first_dead_rank(said: str) -> tuple[int, int] | None:
     killed = [(rank, code) for rank, code in ended if code < 0 and code != -signal.SIGTERM]
     first = killed or ended
     return first[-1] if first else None  # the root cause stands last
+
+
+def was_killed(said: str) -> bool:
+    """Whether a rank was, so that the launcher sent SIGTERM to the others."""
+    _, code = first_dead_rank(said) or (0, 0)
+    return code < 0 and -code != signal.SIGTERM
 
 
 def signal_name(number: int) -> str:
