@@ -67,7 +67,7 @@ def run_stage_script(
     error_file, log_file = report_files(script, run)
     with room_for_report(error_file):
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
+        with open(log_file, "a", encoding="utf-8") as log:  # warnings and tracebacks of libraries and launchers
             begin = log.tell()
             command = stage_command(script, run.path, processes, arguments)
             process = start(command, processes == 1 and can_fork(), progress, log)
@@ -81,7 +81,7 @@ def run_stage_script(
     if code == 0 and has_result(script, run):
         return
     if error_file.exists():
-        error = json.loads(error_file.read_text())
+        error = json.loads(error_file.read_text(encoding="utf-8"))
         if error["code"] == EXIT_TERMINATED:  # it came to the script alone
             raise Terminated(error["sentence"])
         raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
@@ -107,6 +107,7 @@ def child_environment() -> dict[str, str]:
     What another launcher has set around this command (a cluster's job) is not for the processes that it starts.
     """
     ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ours["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"  # not SIGHUP: training outlives its terminal
     ours["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(grace() + LAUNCHER_SECONDS / 2))
     return {**{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}, **ours}
 
@@ -119,7 +120,7 @@ def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -
     with tempfile.TemporaryDirectory(prefix="rlhf-chat-ranks-") as scratch:
         result, log_file = Path(scratch) / "result.json", Path(scratch) / "log.txt"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        with open(log_file, "w") as log:  # warnings and tracebacks of libraries and launchers
+        with open(log_file, "w", encoding="utf-8") as log:  # warnings and tracebacks of libraries and launchers
             command = [*launcher, script, *arguments, str(result)]
             process = subprocess.Popen(command, env=child_environment(), stderr=log)
         try:
@@ -127,7 +128,7 @@ def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -
         except BaseException:
             stop(process)
             raise
-        ended: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+        ended: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
         if "error" in ended:
             raise UserError(ended["error"])
         if code or not ended:
@@ -161,7 +162,7 @@ def end_in_time(process: subprocess.Popen | ForkedScript, script: str, error_fil
     except subprocess.TimeoutExpired:
         stop(process)
     if error_file.exists():
-        return str(json.loads(error_file.read_text())["sentence"])
+        return str(json.loads(error_file.read_text(encoding="utf-8"))["sentence"])
     return "Ended by SIGTERM: the same command goes on."
 
 

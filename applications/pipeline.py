@@ -15,6 +15,7 @@ from training.inputs import changed_inputs
 from training.metrics import Display, duration
 from training.run_directory import RunDirectory
 from training.steps import REWARD, Step
+from training.watchdog import outlive_terminal
 
 
 def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
@@ -24,7 +25,8 @@ def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
 
 def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
     """Run the steps in order in the run directory, which is locked, then compare SFT with RLHF or DPO."""
-    display = Display()
+    outlive_terminal()
+    display = Display(log=run.log_file)
     begun = time.monotonic()
     if config.announce:
         display.say(config.announce)
@@ -35,7 +37,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
     if not all(run.step(step).is_finished for step in steps):
         look_at_processes(config.processes, display)
         display.say("Preparing models and data")
-        run_stage_script("preparation", run, 1)
+        run_stage_script("preparation", run, 1, [step.command for step in steps if not run.step(step).is_finished])
         display.say(f"Prepared in {duration(time.monotonic() - begun)}")
         for step in steps:
             require_rows(run.data, step)

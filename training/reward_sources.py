@@ -5,8 +5,10 @@ Both get prompts as lists of messages, responses as text and, where they want th
 
 import copy
 import inspect
+import ipaddress
 import json
 import math
+import socket
 import time
 import traceback
 import urllib.error
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from inference.chat_format import Message
 from inference.errors import UserError
@@ -109,6 +112,27 @@ def way_to_call(function: Callable[..., Any], setting: str) -> Callable[..., Any
     )
 
 
+class ProxiesForOthers(urllib.request.ProxyHandler):
+    """The proxies of the environment, except for services on this machine: none of them knows its loopback."""
+
+    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:
+        return None if is_this_machine(req.host) else super().proxy_open(req, proxy, type)
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether `host`, with a port or without, is an address or name of the loopback interface; no name is looked up."""
+    name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    if name in ("localhost", "ip6-localhost", "ip6-loopback") or name.endswith((".localhost", "localhost.localdomain")):
+        return True
+    try:  # 127.1 and ::ffff:127.0.0.1 are ways to write it too
+        found = socket.getaddrinfo(name, None, flags=socket.AI_NUMERICHOST)
+    except OSError:
+        return False
+    addresses = [ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]) for *_, sockaddr in found]
+    plain = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    return all(address.is_loopback or address.is_unspecified for address in plain)
+
+
 @dataclass(frozen=True)
 class RewardEndpoint:
     """POST {"prompts", "responses", "rows"} as JSON to `url`, which answers {"scores": [...]}."""
@@ -137,7 +161,7 @@ class RewardEndpoint:
         kind: type[RewardFailed] = NobodyAnswers
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                with urllib.request.build_opener(ProxiesForOthers()).open(request, timeout=self.timeout) as response:
                     return response.read()
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.reason}"

@@ -130,10 +130,13 @@ def means_of(parts: Parts) -> dict[str, float]:
     return {MEANS[name]: sum(scores) / len(scores) for name, (scores, _) in parts.items()}
 
 
-def try_sources(rewards: Rewards, rows: list[Row], say: Callable[[str], None]) -> None:
+def try_sources(
+    rewards: Rewards, rows: list[Row], say: Callable[[str], None], needed: bool = True, without: str = ""
+) -> None:
     """Ask the user's sources once before anything trains, about made-up answers to the first prompts of the data.
 
-    Raises RewardFailed. An address where nobody answers yet is only named: it is needed in step 3.
+    Raises RewardFailed; where nobody answers at an address it ends with `without`, how to begin all the same. One that
+    is not `needed` yet is only named.
     """
     group = rewards.settings.samples_per_prompt
     rows = rows or [{"prompt": [{"role": "user", "content": "Hello!"}]}]
@@ -145,6 +148,9 @@ def try_sources(rewards: Rewards, rows: list[Row], say: Callable[[str], None]) -
         try:
             source.scores([row["prompt"] for row in asked], responses, [row.get("extra", {}) for row in asked])
         except NobodyAnswers as error:
+            if needed:
+                error.args = (f"{error}{without}",)
+                raise
             say(f"Warning: {error} It is needed in step 3.")
         except RewardFailed as error:
             error.args = (f"{error} It was tried before training, on the answers {TRIAL_RESPONSES}.",)

@@ -3,13 +3,14 @@
 import json
 import pickle
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from inference.errors import UserError
 from training import reward_sources
-from training.reward_sources import RewardEndpoint, RewardFailed, RewardFunction
+from training.reward_sources import ProxiesForOthers, RewardEndpoint, RewardFailed, RewardFunction, is_this_machine
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("two words", "three short words")]
 RESPONSES = ["yes", "no no"]
@@ -131,3 +132,29 @@ def test_an_address_where_nobody_listens(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(RewardFailed, match=r"refused.*2 tries"):
         RewardEndpoint("http://127.0.0.1:9/score", 1, retries=1).scores(PROMPTS, RESPONSES, ROWS)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "127.1", "LOCALHOST.", "[::1]", "[::ffff:127.0.0.1]", "a.localhost"]
+)
+def test_a_service_of_this_machine_is_not_asked_through_a_proxy(host):
+    request = urllib.request.Request(f"http://{host}:80/score")
+    assert is_this_machine(request.host)
+    assert ProxiesForOthers().proxy_open(request, "http://proxy:3128", "http") is None and not request.has_proxy()
+
+
+@pytest.mark.parametrize(
+    "host", ["reward.example.org", "10.0.0.7", "localhost.example.org", "[2001:db8::1]", "127.0.0.1.nip.io"]
+)
+def test_other_services_are(host):
+    request = urllib.request.Request(f"http://{host}/score")
+    ProxiesForOthers().proxy_open(request, "http://proxy:3128", "http")
+    assert request.has_proxy() and request.host == "proxy:3128"
+
+
+def test_a_proxy_of_the_environment_is_left_aside(endpoint, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    endpoint.answers = [(200, {"scores": [0.5, 2.0]})]
+    assert RewardEndpoint(endpoint.url, 5, retries=0).scores(PROMPTS, RESPONSES, ROWS) == [0.5, 2.0]

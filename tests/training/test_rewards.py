@@ -194,12 +194,15 @@ def test_a_function_is_tried_on_the_data(tmp_path):
     assert try_function(tmp_path, "return [0.0 for row in rows]", []) == []  # without a row, one is made up
 
 
-def test_an_address_that_is_not_there_yet_is_only_named(tmp_path, endpoint):  # noqa: F811
+def test_an_address_that_is_not_there_is_refused_where_it_is_needed(endpoint):  # noqa: F811
     said: list[str] = []
     rewards = Rewards(RLHFSettings(reward_url=endpoint.url, reward_retries=3), ONE)
-    endpoint.answers = [(503, {})]
-    try_sources(rewards, FIRST, said.append)
+    endpoint.answers = [(503, {}), (503, {})]
+    try_sources(rewards, FIRST, said.append, needed=False)
     assert len(endpoint.asked) == 1 and endpoint.url in said[0] and "step 3" in said[0]
+    with pytest.raises(RewardFailed, match=r"HTTP 503 .* 1 tries\); see that it runs, .* again\. Or without\."):
+        try_sources(rewards, FIRST, said.append, without=" Or without.")
+    assert len(endpoint.asked) == 2
     endpoint.answers = [(200, {"scores": [1.0]})]
     try_sources(rewards, FIRST, said.append)
     for answer, sentence in (((200, {"scores": []}), "0 scores for 1"), ((404, {}), "HTTP 404")):

@@ -3,7 +3,7 @@
 Models and data are fetched, and what can be known before anything trains is refused here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,13 +27,17 @@ from training.models.loading import (
 )
 from training.rewards import Rewards, try_sources
 from training.run_directory import RunDirectory, write_json
+from training.steps import Step
 from training.tracking import require_packages
 
 Say = Callable[[str], None]
 
 
-def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> None:
-    """Fill the run's data/. `processes` is how many will train, on all nodes together. Raises UserError."""
+def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, steps: Sequence[Step] = ()) -> None:
+    """Fill the run's data/. `processes` is how many will train, on all nodes together, and `steps` what follows now;
+    empty: all of the run. Raises UserError.
+    """
+    steps = steps or config.steps
     require_packages(config)
     require_processes(config, processes)
     if warning := config.idle_warning(processes):
@@ -50,7 +54,10 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> N
     if inputs is not None:
         write_json(run.inputs_file, inputs)
     if rewards is not None and rewards.sources:
-        try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say)
+        needed = any(step.draws_samples for step in steps)
+        before = [str(place) for place, step in enumerate(config.steps, 1) if not step.draws_samples]
+        without = f" To begin without it, train what comes before: --steps {','.join(before)}." * (len(steps) > 1)
+        try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say, needed, without)
     if config.rlhf.ptx.coefficient:
         demonstrations(config, run.data, chat_format)
 

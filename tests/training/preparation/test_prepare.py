@@ -135,3 +135,17 @@ def test_the_seed_of_the_split_alone_decides_the_rows_and_where_models_come_from
         files.append((run.data / "sft_eval.jsonl").read_text())
     assert files[0] == files[1] != files[2]
     assert said.count(f"It is not known what {tiny} was trained on: rows that are held out here may be among it.") == 3
+
+
+def test_a_reward_address_where_nobody_answers_is_refused_unless_the_advice_is_followed(tiny, tmp_path):
+    from applications.commands import parse_steps
+
+    data = Path(__file__).parents[2] / "data" / "pairs.jsonl"
+    given = [f"model={tiny}", f"data.source={data}", "rlhf.reward_url=http://127.0.0.1:9/score"]
+    config, run, said = load_config([], given), RunDirectory(tmp_path / "run"), []
+    run.write_config(config, {})
+    with pytest.raises(UserError, match=r"gives no scores .* train what comes before: --steps 1,2\.$") as refused:
+        prepare(config, run, 1, said.append)
+    advised = str(refused.value).rpartition("--steps ")[2].rstrip(".")
+    prepare(config, run, 1, said.append, parse_steps(advised, config))
+    assert said[-1].startswith("Warning: rlhf.reward_url=") and said[-1].endswith("It is needed in step 3.")
