@@ -16,6 +16,7 @@ from applications.forking import ForkedScript, can_fork
 from inference.errors import EXIT_USER_ERROR, UserError
 from training.error_report import room_for_report
 from training.run_directory import RunDirectory
+from training.starts import COMMAND_VARIABLE
 from training.steps import STEPS
 from training.termination import EXIT_TERMINATED, Terminated, grace
 from training.watchdog import PARENT_VARIABLE
@@ -107,6 +108,7 @@ def child_environment() -> dict[str, str]:
     What another launcher has set around this command (a cluster's job) is not for the processes that it starts.
     """
     ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ours[COMMAND_VARIABLE] = json.dumps(sys.argv)
     ours["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"  # not SIGHUP: training outlives its terminal
     ours["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(grace() + LAUNCHER_SECONDS / 2))
     return {**{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}, **ours}

@@ -15,9 +15,11 @@ from inference.model_package import find_package
 from inference.model_store import TINY
 from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
+from training.evaluation.guard_rails import guard_signs, verdict
 from training.lineage import base_model, origin_of
 from training.metrics import duration
 from training.run_directory import RunDirectory
+from training.starts import versions_of
 from training.steps import DEMONSTRATIONS, METHODS, REWARD, Step
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -68,7 +70,9 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         names=list(pair_of(evaluation).values()) if evaluation else [],
         measures=table_rows(evaluation) if evaluation else [],
         accuracy=accuracy_line(run, comparison) if REWARD in steps_to(step) else "",
-        versions=stored.get("versions", {}),
+        verdict=verdict,
+        bad=[s.text for s in guard_signs(comparison, *pair_of(comparison)) if not s.is_good] if comparison else [],
+        versions=versions_of(run, step, stored.get("versions", {})),
     )
 
 

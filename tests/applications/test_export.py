@@ -99,13 +99,17 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
         "sampling": {"temperature": 0.7, "max_tokens": 12},
         "sft": {"kl": 0.0, "length": 10.0},
         "rlhf": {"kl": 1.25, "length": 11.0},
-        "win_rate": {"prompts": 6, "rate": 0.75, "low": 0.5, "high": 1.0, "judge": "learned reward"},
+        "win_rate": {"prompts": 6, "rate": 0.75, "low": 0.51, "high": 1.0, "judge": "learned reward"},
     }
     run.comparison_of(PPO)[0].write_text(json.dumps(evaluation))
     export(run.path, tmp_path / "mine", "merged", "", "rlhf")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "# mine\n" in card
-    assert "| KL to SFT (nats a reply) | 0.00 | 1.25 |" in card and "RLHF beats SFT in 75.0 %" in card
+    assert (
+        "| KL to SFT (nats a reply) | 0.00 | 1.25 |" in card
+        and "RLHF beats SFT in 75.0% of prompts" in card
+        and "Out of bounds" not in card
+    )
     for line in (
         "| 1 supervised fine-tuning |",
         "4 optimiser steps, 16 rows, 1:05 |",
