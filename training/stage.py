@@ -29,8 +29,8 @@ from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from inference.model_store import resolve_model
 from training.checkpoints import Checkpoints
 from training.checks import require_positions
-from training.config import RunConfig
-from training.config_files import load_config
+from training.config import EMBEDDED_DATA, RunConfig
+from training.config_files import load_config, read_yaml
 from training.data.prepare import COUNTS_FILE, prepare_data
 from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache, TokenRows
@@ -39,7 +39,8 @@ from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, 
 from training.error_report import leave_report
 from training.inputs import changed_inputs
 from training.lineage import inherit
-from training.metrics import Display, Journal, NullJournal
+from training.merging import merge
+from training.metrics import WARNING, Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
     require_same_tokens,
@@ -51,6 +52,7 @@ from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
+from training.starts import record_start
 from training.steps import STEPS, Step
 from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
 from training.tracking import metrics_journal
@@ -61,6 +63,8 @@ if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the preparation does
 
 
 T = TypeVar("T")
+PRESETS = Path(__file__).parent.parent / "applications" / "presets"
+"""Files of settings, the command's; nothing of it is imported."""
 ORPHANS_END = 2.0
 """Seconds in which the ranks of a killed launcher have ended themselves; a new one takes longer to start."""
 
@@ -240,6 +244,8 @@ def run_stage(step: Step, work: Callable[[Stage], None]) -> int:
             if config is not None:
                 share_cores(config.threads)
                 ranks.see(directory.path)
+                if ranks.is_first:
+                    record_start(run, step.folder, config, ranks.size)
                 work(make_stage(run, step, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
@@ -258,9 +264,10 @@ def enter(
             config = open_run(run, settings)
             held.enter_context(directory.locked(ORPHANS_END))
             if not directory.is_finished:
+                display = Display(log=run.log_file)
                 for changed in changed_inputs(run, config):
-                    Display().say(changed)
-                prepare(config, run, processes, Display().say, [directory.step])
+                    display.say(f"{WARNING}{changed}")
+                prepare(config, run, processes, display.say, [directory.step])
     if directory.is_finished:
         return None
     directory.path.mkdir(exist_ok=True)
@@ -278,7 +285,8 @@ def run_preparation() -> int:
     def body() -> None:
         config = run.read_config()
         steps = [step for step in STEPS if step.command in arguments.steps]
-        prepare(config, run, config.processes, Display().say, steps)
+        prepare(config, run, config.processes, Display(log=run.log_file).say, steps)
+        record_start(run, "preparation", config, 1)
 
     return end_in_sentences(body, run.error_file)
 
@@ -310,7 +318,9 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
         config = run.read_config()
         last = config.steps[-1]
         run.step(last).path.mkdir(exist_ok=True)  # where its log goes, whatever is measured
-        work(make_stage(run, last, config, start_ranks(config.threads)))
+        ranks = start_ranks(config.threads)
+        record_start(run, "evaluation", config, ranks.size)
+        work(make_stage(run, last, config, ranks))
 
     return end_in_sentences(body, run.error_file)
 
@@ -415,7 +425,7 @@ def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -
         run=run,
         directory=directory,
         dtype=resolve_dtype(config.dtype, ranks.device),
-        display=Display(quiet=not ranks.is_first),
+        display=Display(quiet=not ranks.is_first, log=directory.log_file),
         metrics=metrics_journal(run, directory, config) if ranks.is_first else NullJournal(),
         samples=Journal(directory.samples_file) if ranks.is_first else NullJournal(),
         checkpoints=Checkpoints(directory.checkpoints, config.of_step(step).keep_checkpoints, ranks),
@@ -426,8 +436,9 @@ def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_directory", type=Path, help="where the run lives; made if it is not there")
+    parser.add_argument("--model", help="of a new run: a preset (opt-1.3b), a directory, or a hub id")
     parser.add_argument("--config", type=Path, action="append", default=[], help="YAML settings for a new run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting for a new run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting")
     parser.add_argument(
         "--local_rank", type=int, default=0, help="given by the deepspeed launcher; the rest is in RANK"
     )
@@ -436,10 +447,31 @@ def parse_arguments() -> argparse.Namespace:
 
 def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:
     """What the arguments say; None: the run keeps its own. Raises UserError where neither is there."""
-    if arguments.config or arguments.set:
-        return inherit(found_from_anywhere(load_config(arguments.config, arguments.set)), run)
-    run.read_config()
-    return None
+    if not (arguments.model or arguments.config or arguments.set):
+        run.read_config()
+        return None
+    if not (arguments.model or arguments.config) and run.config_file.exists():
+        stored = run.read_config().model_dump(mode="json")
+        return found_from_anywhere(load_config([], arguments.set, stored))
+    base = settings_of_model(arguments.model) if arguments.model else {}
+    config = load_config(arguments.config, arguments.set, base)
+    if config.data.source != EMBEDDED_DATA:  # what a preset says of the embedded dialogues does not hold for other data
+        base = merge(base, {"evaluation": {"true_score": "none"}, "announce": ""})
+        config = load_config(arguments.config, arguments.set, base)
+    return inherit(found_from_anywhere(config), run)
+
+
+def settings_of_model(model: str) -> dict[str, Any]:
+    """What `--model` stands for. Raises UserError where it can be none of these."""
+    preset = PRESETS / f"{model.lower()}.yaml"
+    if "/" in model or model.startswith("package:") or (Path(model).is_dir() and not preset.is_file()):
+        return {"model": model}
+    if not preset.is_file() or model.startswith("_"):
+        raise UserError(
+            f"'{model}' is no preset and no directory (a hub id has the form owner/name): the files in {PRESETS} are "
+            f"the presets."
+        )
+    return read_yaml(preset)
 
 
 def quiet_libraries(log_file: Path, first: bool) -> None:

@@ -154,5 +154,7 @@ def test_other_services_are(host):
 
 def test_a_proxy_of_the_environment_is_left_aside(endpoint, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     endpoint.answers = [(200, {"scores": [0.5, 2.0]})]
     assert RewardEndpoint(endpoint.url, 5, retries=0).scores(PROMPTS, RESPONSES, ROWS) == [0.5, 2.0]

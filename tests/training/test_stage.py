@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from applications.settings import resolve_settings
 from inference.errors import EXIT_USER_ERROR, UserError
-from training import distributed
+from training import distributed, stage
 from training.config import DataSettings
 from training.config_files import load_config
-from training.distributed import require_gpus, require_loopback, start_ranks
+from training.distributed import Ranks, require_gpus, require_loopback, start_ranks
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.stage import Diverged, Stage, end_in_sentences, given_settings
 from training.step3_rlhf.update import Updates
-from training.steps import PPO
+from training.steps import PPO, SFT
 from training.watchdog import PARENT_VARIABLE
 
 
@@ -136,10 +137,43 @@ def test_a_stage_script_keeps_absolute_paths_as_the_command_does(tmp_path, monke
     (tmp_path / "m").mkdir()
     (tmp_path / "rows.jsonl").write_text("")
     run = RunDirectory(tmp_path / "run")
-    given = SimpleNamespace(config=[], set=["model=m", "data.source=rows.jsonl", "sft_model=./m"])
+    given = SimpleNamespace(model=None, config=[], set=["model=m", "data.source=rows.jsonl", "sft_model=./m"])
     with run.locked():
         open_run(run, given_settings(run, given))
     stored = run.config_file.read_text()
     here = tmp_path.resolve()
     assert f"\nmodel: {here}/m\n" in f"\n{stored}" and f"sft_model: {here}/m\n" in stored
     assert f"source: {here}/rows.jsonl\n" in stored
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        ("opt-1.3b", ["sft.epochs=2"]),
+        ("smollm2-135m", ["data.source=rows.jsonl"]),  # the rule of the embedded dialogues does not hold
+        ("m", []),
+        ("owner/name", []),
+        (None, ["sft.micro_batch_tokens=64"]),  # over those of the run
+    ],
+)
+def test_a_stage_script_has_the_settings_of_the_command(tmp_path, monkeypatch, model, overrides):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    run = RunDirectory(tmp_path / "run")
+    if model is None:
+        run.write_config(load_config([], ["model=tiny", "sft.epochs=5"]), {})
+    found = given_settings(run, SimpleNamespace(model=model, config=[], set=overrides))
+    expected = resolve_settings(model, [], overrides, {}, run)
+    assert found is not None and expected is not None
+    shapes = {"architecture"}  # what the dry run knows of models that are not here
+    assert found.model_dump(exclude=shapes) == expected.model_dump(exclude=shapes)
+
+
+def test_a_stage_script_with_a_mistyped_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(PARENT_VARIABLE, raising=False)
+    monkeypatch.setattr(stage, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
+    for arguments, expected in (([], "is not a run directory"), (["--model", "opt-1.4b"], "'opt-1.4b' is no preset")):
+        monkeypatch.setattr("sys.argv", ["main.py", str(tmp_path / "runs" / "typo"), *arguments])
+        assert stage.run_stage(SFT, lambda stage: None) == EXIT_USER_ERROR
+        assert expected in capsys.readouterr().err and not list(tmp_path.iterdir())
