@@ -225,7 +225,9 @@ def export(
     to: Annotated[Path, typer.Option(help="The directory to make; it must be new or empty.")],
     what: Annotated[str, typer.Option(help="merged (whole weights) or adapter (LoRA).")] = "merged",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as the run saved it.")] = "",
-    step: Annotated[str, typer.Option(help=f"{OWN_MODELS}; default: the newest.")] = "",
+    step: Annotated[
+        str, typer.Option(help=f"{', '.join(each.command for each in STEPS)}; default: the newest that writes.")
+    ] = "",
     debug: Debug = False,
 ) -> None:
     """A model of a run, ready to load elsewhere or to upload, with a model card.
@@ -233,6 +235,8 @@ def export(
     rlhf-chat export runs/demo --to my-model --dtype bf16
 
     rlhf-chat export runs/demo --to my-adapter --what adapter
+
+    rlhf-chat export runs/demo --to my-reward --step reward
     """
     from applications.export import export
 

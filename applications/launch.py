@@ -16,6 +16,7 @@ from applications.forking import ForkedScript, can_fork
 from inference.errors import EXIT_USER_ERROR, UserError, typed
 from training.error_report import room_for_report
 from training.run_directory import RunDirectory
+from training.starts import COMMAND_VARIABLE
 from training.steps import STEPS
 from training.termination import EXIT_TERMINATED, Terminated, grace
 from training.watchdog import PARENT_VARIABLE
@@ -80,17 +81,18 @@ def run_stage_script(
             raise Terminated(end_in_time(process, script, error_file)) from None
     if code == 0 and has_result(script, run):
         return
-    if error_file.exists():
-        error = json.loads(error_file.read_text(encoding="utf-8"))
-        if error["code"] == EXIT_TERMINATED:  # it came to the script alone
-            raise Terminated(error["sentence"])
+    with open(log_file, "rb") as log_bytes:
+        log_bytes.seek(begin)
+        said = log_bytes.read().decode(errors="replace")
+    error = json.loads(error_file.read_text(encoding="utf-8")) if error_file.exists() else {}
+    terminated = error.get("code") == EXIT_TERMINATED
+    if terminated and not was_killed(said):  # SIGTERM came to the script alone
+        raise Terminated(error["sentence"])
+    if error and not terminated:
         raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
         if "traceback" in error:  # --debug shows it
             raised.add_note(error["traceback"])
         raise raised
-    with open(log_file, "rb") as log_bytes:
-        log_bytes.seek(begin)
-        said = log_bytes.read().decode(errors="replace")
     raise StageFailed(failure_sentence(script, run, code, log_file, said))
 
 
@@ -107,6 +109,7 @@ def child_environment() -> dict[str, str]:
     What another launcher has set around this command (a cluster's job) is not for the processes that it starts.
     """
     ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ours[COMMAND_VARIABLE] = json.dumps(sys.argv)
     ours["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"  # not SIGHUP: training outlives its terminal
     ours["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(grace() + LAUNCHER_SECONDS / 2))
     return {**{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}, **ours}
@@ -203,6 +206,12 @@ def first_dead_rank(said: str) -> tuple[int, int] | None:
     killed = [(rank, code) for rank, code in ended if code < 0 and code != -signal.SIGTERM]
     first = killed or ended
     return first[-1] if first else None  # the root cause stands last
+
+
+def was_killed(said: str) -> bool:
+    """Whether a rank was, so that the launcher sent SIGTERM to the others."""
+    _, code = first_dead_rank(said) or (0, 0)
+    return code < 0 and -code != signal.SIGTERM
 
 
 def signal_name(number: int) -> str:

@@ -24,6 +24,8 @@ from inference.errors import UserError
 from training.run_directory import write_text
 
 PLAIN_LINE_SECONDS = 10.0
+WARNING = "Warning: "
+"""How a line begins that a log and the report repeat."""
 
 
 class Journal:
