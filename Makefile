@@ -3,6 +3,7 @@
 # make quick  runs the tests that the changes since main touch
 # make floors runs the core of the tests with the lowest versions that pyproject.toml allows, in an environment of their
 #             own; FLOORS_KEPT="torch==2.13.0" takes these instead
+# make older  exports models and reads them with transformers 4.57 too, laid over the environment
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -47,5 +48,10 @@ floors:
 	$(FLOORS)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(CORE)
 
+older: setup
+	test -d $(OLDER) || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDER) \
+		'transformers==4.57.*' 'huggingface-hub==0.36.*' 'tokenizers==0.22.*'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.older_transformers $(OLDER)
+
 clean:
-	rm -rf $(VENV) $(FLOORS) build *.egg-info
+	rm -rf $(VENV) $(FLOORS) $(OLDER) build *.egg-info

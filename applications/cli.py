@@ -225,7 +225,9 @@ def export(
     to: Annotated[Path, typer.Option(help="The directory to make; it must be new or empty.")],
     what: Annotated[str, typer.Option(help="merged (whole weights) or adapter (LoRA).")] = "merged",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as the run saved it.")] = "",
-    step: Annotated[str, typer.Option(help=f"{OWN_MODELS}; default: the newest.")] = "",
+    step: Annotated[
+        str, typer.Option(help=f"{', '.join(each.command for each in STEPS)}; default: the newest that writes.")
+    ] = "",
     debug: Debug = False,
 ) -> None:
     """A model of a run, ready to load elsewhere or to upload, with a model card.
@@ -233,6 +235,8 @@ def export(
     rlhf-chat export runs/demo --to my-model --dtype bf16
 
     rlhf-chat export runs/demo --to my-adapter --what adapter
+
+    rlhf-chat export runs/demo --to my-reward --step reward
     """
     from applications.export import export
 
@@ -361,10 +365,19 @@ def main() -> None:
     from applications.launch import StageFailed
     from inference.disk import file_sentence
     from inference.errors import UserError
+    from inference.streams import guard_output
 
+    guard_output(ends=True)
     before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
-        app()
+        for argument in sys.argv:
+            if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
+                raise UserError(f"'{argument}' is not UTF-8 text; where it names a file, give that another name.")
+        try:
+            app()
+        except SystemExit:
+            sys.stdout.flush()  # here, where a full disk is a sentence
+            raise
     except (UserError, StageFailed) as error:
         if "--debug" in sys.argv:
             raise

@@ -30,7 +30,7 @@ from training.data.batching import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype
 from training.models.policy import Policy
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 DTYPES = ("auto", *TORCH_DTYPES)
 
@@ -180,16 +180,18 @@ def start_checking_ranks(directory: Path, degree: int, dtype: torch.dtype, name:
 
 def main() -> int:
     """One rank."""
-    end_with_parent()
+    begin_script()
     directory, dtype, name, result = sys.argv[1:]
     ranks = start_ranks()
     try:
         is_equal = check_on(ranks, Path(directory), getattr(torch, dtype), name)
     except UserError as error:
-        Path(result).write_text(json.dumps({"error": str(error)}))  # every rank: the launcher ends the slower ones
+        Path(result).write_text(
+            json.dumps({"error": str(error)}), encoding="utf-8"
+        )  # every rank: the launcher ends the slower ones
         return EXIT_USER_ERROR
     if ranks.is_first:
-        Path(result).write_text(json.dumps({"is_equal": is_equal}))
+        Path(result).write_text(json.dumps({"is_equal": is_equal}), encoding="utf-8")
     ranks.barrier()
     stop_ranks()
     return 0

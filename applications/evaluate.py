@@ -32,7 +32,7 @@ def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, as_
     with run.locked():
         result_file.parent.mkdir(exist_ok=True)
         run_stage_script("evaluation", run, 1, arguments, progress=sys.stderr if as_json else None)
-    result = json.loads(result_file.read_text())
+    result = json.loads(result_file.read_text(encoding="utf-8"))
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else evaluation_table(result, answers_file))
     print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
 

@@ -1,19 +1,21 @@
 """`rlhf-chat export`: a model of a run as a directory that others can load or upload, with its card."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from applications.model_card import Exported, model_card
+from applications.model_card import Exported, is_hub_id, model_card
 from inference.disk import writing
 from inference.errors import UserError
+from inference.older_versions import SCORER, rewrite_config, rewrite_tokenizer
 from inference.untrusted import refuse_code
 from training.config import RunConfig
 from training.lineage import origin_of
 from training.run_directory import RunDirectory, StepDirectory, write_directory
-from training.steps import COMPARED, SFT, WRITING, Step, step_of
+from training.steps import COMPARED, SFT, STEPS, Step, step_of
 
 KINDS = ("merged", "adapter")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -24,7 +26,7 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     """Write the directory `to` and say what is in it. Raises UserError before anything is written."""
     run = RunDirectory(path)
     config = run.read_config()
-    steps = ("", *(each.command for each in WRITING))
+    steps = ("", *(each.command for each in STEPS))
     for given, allowed, option in ((what, KINDS, "--what"), (name, steps, "--step"), (dtype, ("", *DTYPES), "--dtype")):
         if given not in allowed:
             raise UserError(f"{option} takes {', '.join(filter(None, allowed))}, not '{given}'.")
@@ -36,19 +38,23 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     if what == "adapter":
         if dtype:
             raise UserError("--dtype is for --what merged: an adapter stays as it was trained.")
+        if step.leaves_scorer:
+            raise UserError("A reward model is exported whole, its score head is no part of an adapter: --what merged.")
         base, adapters = adapters_of(run, config, step)
 
         def write(place: Path) -> None:
             write_adapter(adapters, directory, base, place)
     else:
-        base = ""
+        base, adapters = "", []
 
         def write(place: Path) -> None:
-            write_merged(directory, dtype, config, place)
+            write_merged(directory, dtype, config, place, step.leaves_scorer)
 
     def write_all(place: Path) -> None:
         write(place)
-        card = model_card(run, config, Exported(to.resolve().name, step, what, dtype or config.save_dtype, base))
+        lies_on = base_directory(adapters[0]) if adapters else None
+        exported = Exported(to.resolve().name, step, what, dtype or config.save_dtype, base, lies_on)
+        card = model_card(run, config, exported, place)
         (place / "README.md").write_text(card, encoding="utf-8")
 
     with writing("the export", to, "or choose another place with --to"):
@@ -56,6 +62,8 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
     files = ", ".join(sorted(file.name for file in to.iterdir()))
     print(f"Exported {step.command} ({what}) to {to} ({size:,.1f} MB): {files}")
+    if adapters and not is_hub_id(base):
+        print("adapter_config.json names the base by its path here: write there what others call it.")
     print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
 
 
@@ -65,21 +73,29 @@ def require_free(to: Path) -> None:
         raise UserError(f"{to} exists and is not empty; nothing is overwritten, choose another place with --to.")
 
 
-def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path) -> None:
+def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path, is_scorer: bool) -> None:
     """The step's model with its tokenizer; in another number format if `dtype` says so."""
     skipped = WEIGHTS if dtype else ()
     shutil.copytree(step.model, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*skipped))
     if dtype:
-        save_weights(step.model, dtype, place)
+        save_weights(step.model, dtype, place, is_scorer)
+    if is_scorer:  # all is as step 2 saves it, unless an older version of ours did
+        from inference.chat_format import ChatFormat
+
+        rewrite_config(place, **SCORER)
+        ChatFormat.load(step.model).save(place, scored=True)
+        return
+    rewrite_config(place)
+    rewrite_tokenizer(place)
     file = place / "generation_config.json"
-    values = json.loads(file.read_text())
+    values = json.loads(file.read_text(encoding="utf-8"))
     values |= {"do_sample": True, "max_new_tokens": config.data.max_response_tokens}
     values |= {"temperature": config.rlhf.temperature}
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def save_weights(model_directory: Path, dtype: str, place: Path) -> None:
-    from transformers import AutoModelForCausalLM
+def save_weights(model_directory: Path, dtype: str, place: Path, is_scorer: bool) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
     from inference.quiet import quiet_transformers
@@ -87,7 +103,8 @@ def save_weights(model_directory: Path, dtype: str, place: Path) -> None:
     from training.models.loading import TORCH_DTYPES
 
     model: Any
-    model, _ = read_weights(AutoModelForCausalLM, model_directory, dtype=TORCH_DTYPES[dtype])
+    loader = AutoModelForSequenceClassification if is_scorer else AutoModelForCausalLM
+    model, _ = read_weights(loader, model_directory, dtype=TORCH_DTYPES[dtype])
     with quiet_transformers():
         model.save_pretrained(place)
 
@@ -110,6 +127,12 @@ def adapters_of(run: RunDirectory, config: RunConfig, step: Step) -> tuple[str, 
     return base, [*adapters, adapter]
 
 
+def base_directory(adapter: Path) -> Path:
+    """Where the model lies that an adapter was trained on."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return Path(settings["base_model_name_or_path"]).absolute()
+
+
 def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: Path) -> None:
     """One PEFT adapter that does what `adapters` do one after the other, with the tokenizer.
 
@@ -120,7 +143,7 @@ def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: P
     from safetensors.torch import load_file, save_file
 
     try:
-        settings = [json.loads((adapter / "adapter_config.json").read_text()) for adapter in adapters]
+        settings = [json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")) for adapter in adapters]
         weights = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]  # no other format is read
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"The adapter of {step.path} cannot be read ({error}): export with --what merged.") from error
@@ -130,15 +153,17 @@ def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: P
     joined = {}
     for key in weights[0]:
         parts = [each[key] for each in weights]
-        if ".lora_B." in key:
+        if re.search(r"\.lora_(embedding_)?B\b", key):
             joined[key] = torch.cat([scale * part for scale, part in zip(scales, parts, strict=True)], dim=1)
-        elif ".lora_A." in key:
+        elif re.search(r"\.lora_(embedding_)?A\b", key):
             joined[key] = torch.cat(parts, dim=0)
         else:
             raise UserError(f"The adapter holds {key}, which is no LoRA matrix; export with --what merged.")
     rank = sum(each["r"] for each in settings)
-    merged = settings[-1] | {"r": rank, "lora_alpha": rank, "base_model_name_or_path": base}
+    found = base if is_hub_id(base) else str(base_directory(adapters[0]))
+    merged = settings[-1] | {"r": rank, "lora_alpha": rank, "base_model_name_or_path": found}
     save_file({key: value.contiguous() for key, value in joined.items()}, place / "adapter_model.safetensors")
     (place / "adapter_config.json").write_text(json.dumps(merged, indent=2) + "\n")
     skipped = (*WEIGHTS, "config.json", "generation_config.json")
     shutil.copytree(step.model, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*skipped))
+    rewrite_tokenizer(place)

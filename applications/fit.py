@@ -45,7 +45,7 @@ class Machine:
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
         for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2, v1
             try:
-                limits.append(int(Path(file).read_text()))
+                limits.append(int(Path(file).read_text(encoding="utf-8")))
             except (OSError, ValueError):  # no such file, or "max"
                 continue
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

@@ -16,6 +16,7 @@ from applications.forking import ForkedScript, can_fork
 from inference.errors import EXIT_USER_ERROR, UserError
 from training.error_report import room_for_report
 from training.run_directory import RunDirectory
+from training.starts import COMMAND_VARIABLE
 from training.steps import STEPS
 from training.termination import EXIT_TERMINATED, Terminated, grace
 from training.watchdog import PARENT_VARIABLE
@@ -67,7 +68,7 @@ def run_stage_script(
     error_file, log_file = report_files(script, run)
     with room_for_report(error_file):
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_file, "a") as log:  # warnings and tracebacks of libraries and launchers
+        with open(log_file, "a", encoding="utf-8") as log:  # warnings and tracebacks of libraries and launchers
             begin = log.tell()
             command = stage_command(script, run.path, processes, arguments)
             process = start(command, processes == 1 and can_fork(), progress, log)
@@ -80,17 +81,18 @@ def run_stage_script(
             raise Terminated(end_in_time(process, script, error_file)) from None
     if code == 0 and has_result(script, run):
         return
-    if error_file.exists():
-        error = json.loads(error_file.read_text())
-        if error["code"] == EXIT_TERMINATED:  # it came to the script alone
-            raise Terminated(error["sentence"])
+    with open(log_file, "rb") as log_bytes:
+        log_bytes.seek(begin)
+        said = log_bytes.read().decode(errors="replace")
+    error = json.loads(error_file.read_text(encoding="utf-8")) if error_file.exists() else {}
+    terminated = error.get("code") == EXIT_TERMINATED
+    if terminated and not was_killed(said):  # SIGTERM came to the script alone
+        raise Terminated(error["sentence"])
+    if error and not terminated:
         raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
         if "traceback" in error:  # --debug shows it
             raised.add_note(error["traceback"])
         raise raised
-    with open(log_file, "rb") as log_bytes:
-        log_bytes.seek(begin)
-        said = log_bytes.read().decode(errors="replace")
     raise StageFailed(failure_sentence(script, run, code, log_file, said))
 
 
@@ -107,6 +109,8 @@ def child_environment() -> dict[str, str]:
     What another launcher has set around this command (a cluster's job) is not for the processes that it starts.
     """
     ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ours[COMMAND_VARIABLE] = json.dumps(sys.argv)
+    ours["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"  # not SIGHUP: training outlives its terminal
     ours["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(grace() + LAUNCHER_SECONDS / 2))
     return {**{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}, **ours}
 
@@ -119,7 +123,7 @@ def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -
     with tempfile.TemporaryDirectory(prefix="rlhf-chat-ranks-") as scratch:
         result, log_file = Path(scratch) / "result.json", Path(scratch) / "log.txt"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        with open(log_file, "w") as log:  # warnings and tracebacks of libraries and launchers
+        with open(log_file, "w", encoding="utf-8") as log:  # warnings and tracebacks of libraries and launchers
             command = [*launcher, script, *arguments, str(result)]
             process = subprocess.Popen(command, env=child_environment(), stderr=log)
         try:
@@ -127,7 +131,7 @@ def run_on_ranks(script: str, arguments: list[str], processes: int, what: str) -
         except BaseException:
             stop(process)
             raise
-        ended: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+        ended: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
         if "error" in ended:
             raise UserError(ended["error"])
         if code or not ended:
@@ -161,7 +165,7 @@ def end_in_time(process: subprocess.Popen | ForkedScript, script: str, error_fil
     except subprocess.TimeoutExpired:
         stop(process)
     if error_file.exists():
-        return str(json.loads(error_file.read_text())["sentence"])
+        return str(json.loads(error_file.read_text(encoding="utf-8"))["sentence"])
     return "Ended by SIGTERM: the same command goes on."
 
 
@@ -198,6 +202,12 @@ def first_dead_rank(said: str) -> tuple[int, int] | None:
     killed = [(rank, code) for rank, code in ended if code < 0 and code != -signal.SIGTERM]
     first = killed or ended
     return first[-1] if first else None  # the root cause stands last
+
+
+def was_killed(said: str) -> bool:
+    """Whether a rank was, so that the launcher sent SIGTERM to the others."""
+    _, code = first_dead_rank(said) or (0, 0)
+    return code < 0 and -code != signal.SIGTERM
 
 
 def signal_name(number: int) -> str:

@@ -1,5 +1,6 @@
 """The README.md of an exported model: what it is, how it was made, how it was measured, whose licence holds."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from applications.report_table import measured_accuracy_line, pair_of, reward_accuracy_line, table_rows
 from inference.model_package import find_package
+from inference.model_store import TINY
+from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
+from training.evaluation.guard_rails import guard_signs, verdict
 from training.lineage import base_model, origin_of
 from training.metrics import duration
 from training.run_directory import RunDirectory
-from training.steps import METHODS, REWARD, SFT, Step
+from training.starts import versions_of
+from training.steps import DEMONSTRATIONS, METHODS, REWARD, Step
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PACKAGE = "package:"
@@ -30,46 +35,85 @@ class Exported:
     dtype: str
     base: str
     """What an adapter lies on; else empty."""
+    lies_on: Path | None = None
+    """Its directory."""
 
 
-def model_card(run: RunDirectory, config: RunConfig, exported: Exported) -> str:
-    """Markdown with YAML front matter. Paths of this machine are left out."""
+def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: Path) -> str:
+    """Markdown with YAML front matter, for what is written in `place`; its code runs beside it. Paths are left out."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    config = config.model_copy(update={"model": exported.base or base_model(config) or config.model})
-    evaluation = run.read_comparison(exported.step if exported.step.compared_with else run.last_step)
+    step = exported.step
+    comparison = run.read_comparison(step if step.compared_with else run.last_step)
+    evaluation = None if step.leaves_scorer else comparison
+    values = json.loads((run.step(step).model / "config.json").read_text(encoding="utf-8"))
+    source = began_with(config, exported)
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return environment.get_template("model_card.md.jinja").render(
         front_matter=yaml.safe_dump(front_matter(config, exported), sort_keys=False, allow_unicode=True).strip(),
         exported=exported,
         config=config,
-        base=public_name(config.model),
-        origin=find_package(config.model).origin if config.model.startswith(PACKAGE) else "",
+        base=public_name(source),
+        origin=find_package(source).origin if source.startswith(PACKAGE) else "",
+        is_made_here=source == TINY or source.startswith(PACKAGE),
+        shift=values.get("score_shift", 0.0),
+        scale=values.get("score_scale", 1.0),
+        pads_right=values["model_type"] in ABSOLUTE_POSITIONS,
+        aim=aim_of(step),
+        reading=reading_of(place) if step.leaves_scorer else "",
+        is_read_by_older=values["model_type"] in READ_BY_OLDER and has_old_names(exported.lies_on or place),
         data=data_text(config),
-        path=", ".join(step.title for step in steps_to(exported.step)),
+        path=", ".join(each.title for each in steps_to(step)),
         steps=step_rows(run, config, exported.step),
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
         measures=table_rows(evaluation) if evaluation else [],
-        accuracy=accuracy_line(run, evaluation),
-        versions=stored.get("versions", {}),
+        accuracy=accuracy_line(run, comparison) if REWARD in steps_to(step) else "",
+        verdict=verdict,
+        bad=[s.text for s in guard_signs(comparison, *pair_of(comparison)) if not s.is_good] if comparison else [],
+        versions=versions_of(run, step, stored.get("versions", {})),
     )
 
 
 def front_matter(config: RunConfig, exported: Exported) -> dict[str, Any]:
     """What the hub reads. The licence is that of the base model, which only its owner can name."""
+    tags = ("reward-model",) if exported.step.leaves_scorer else (exported.step.command,)
     values: dict[str, Any] = {
         "library_name": "peft" if exported.what == "adapter" else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(filter(None, ("rlhf-chat", exported.step.command, exported.step.method)))),
+        "pipeline_tag": "text-classification" if exported.step.leaves_scorer else "text-generation",
+        "tags": list(dict.fromkeys(filter(None, ("rlhf-chat", *tags, exported.step.method)))),
     }
-    if config.model.startswith(PACKAGE):
-        licence = re.search(r"licence ([\w.-]+[\w])", find_package(config.model).origin)
+    source = began_with(config, exported)
+    if source.startswith(PACKAGE):
+        licence = re.search(r"licence ([\w.-]+[\w])", find_package(source).origin)
         values |= {"license": licence[1].lower()} if licence else {}
-    if is_hub_id(config.model):
-        values["base_model"] = config.model
+    if is_hub_id(source):
+        values["base_model"] = source
     return values
+
+
+def began_with(config: RunConfig, exported: Exported) -> str:
+    """The model that training began with."""
+    if exported.step.leaves_scorer and config.reward.initialize_from == "base":
+        return config.reward_model_source
+    return exported.base or base_model(config) or config.model
+
+
+def aim_of(step: Step) -> str:
+    if step.rows is DEMONSTRATIONS:
+        return "answer as its demonstrations do"
+    if step.leaves_scorer:
+        return "give higher scores to the answers that its preference data call better"
+    return "give the answers that its preference data call better"
+
+
+def reading_of(model: Path) -> str:
+    """How a reward model's template writes a finished dialogue otherwise than it was trained; '' if it does not."""
+    from inference.chat_format import ChatFormat
+    from inference.template_check import scored_otherwise
+
+    return scored_otherwise(ChatFormat.load(model))
 
 
 def is_hub_id(name: str) -> bool:
@@ -91,7 +135,7 @@ def data_text(config: RunConfig) -> str:
 
 
 def steps_to(step: Step) -> tuple[Step, ...]:
-    return METHODS[step.method] if step.method else (SFT,)
+    return METHODS[step.method] if step.method else (step,)
 
 
 def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[str, str, str]]:

@@ -12,9 +12,10 @@ from training.config import RunConfig
 from training.data.rows import read_rows, require_rows
 from training.distributed import require_gpus
 from training.inputs import changed_inputs
-from training.metrics import Display, duration
+from training.metrics import WARNING, Display, duration
 from training.run_directory import RunDirectory
 from training.steps import REWARD, Step
+from training.watchdog import outlive_terminal
 
 
 def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
@@ -24,12 +25,13 @@ def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
 
 def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
     """Run the steps in order in the run directory, which is locked, then compare SFT with RLHF or DPO."""
-    display = Display()
+    outlive_terminal()
+    display = Display(log=run.log_file)
     begun = time.monotonic()
     if config.announce:
         display.say(config.announce)
     for sentence in changed_inputs(run, config):
-        display.say(sentence)
+        display.say(f"{WARNING}{sentence}")
     if config.method == "ppo" and not config.rlhf.has_reward_model and REWARD not in steps:
         display.say("Step 2 of 3 is left out: no reward model is used (rlhf.reward_weights.model=0)")
     if not all(run.step(step).is_finished for step in steps):

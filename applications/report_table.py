@@ -1,7 +1,7 @@
 """The tables of an evaluation: accuracies, two models beside each other, and a few of their answers."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,24 @@ from rich.table import Table
 from rich.text import Text
 
 from training.data.rows import read_rows
+from training.evaluation.guard_rails import Sign, guard_signs, verdict
+from training.metrics import Journal
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, Step
 
 ROWS = (
-    ("true upbeat score", "true_score", "{:.3f}"),
-    ("learned reward", "learned_reward", "{:.3f}"),
-    ("reward of the judge", "judge_reward", "{:.3f}"),
-    ("reward, all sources", "reward", "{:.3f}"),
-    ("KL to {against} (nats a reply)", "kl", "{:.2f}"),
-    ("length (tokens)", "length", "{:.1f}"),
-    ("ended fraction", "ended_fraction", "{:.3f}"),
-    ("distinct bigrams", "distinct_bigrams", "{:.3f}"),
+    ("true upbeat score", "true_score", "{:z.3f}"),
+    ("learned reward", "learned_reward", "{:z.3f}"),
+    ("reward of the judge", "judge_reward", "{:z.3f}"),
+    ("reward, all sources", "reward", "{:z.3f}"),
+    ("KL to {against} (nats a reply)", "kl", "{:z.2f}"),
+    ("length (tokens)", "length", "{:z.1f}"),
+    ("ended fraction", "ended_fraction", "{:z.3f}"),
+    ("distinct bigrams", "distinct_bigrams", "{:z.3f}"),
     ("most frequent reply", "most_frequent_share", "{:.1%}"),
-    ("perplexity, untouched model", "perplexity_untouched", "{:.1f}"),
-    ("perplexity, SFT model", "perplexity_sft_model", "{:.1f}"),
-    ("perplexity of demonstrations", "perplexity_demonstrations", "{:.1f}"),
+    ("perplexity, untouched model", "perplexity_untouched", "{:z.1f}"),
+    ("perplexity, SFT model", "perplexity_sft_model", "{:z.1f}"),
+    ("perplexity of demonstrations", "perplexity_demonstrations", "{:z.1f}"),
 )
 SHOWN_ANSWERS = 6
 SFT_AND_RLHF = {"sft": "SFT", "rlhf": "RLHF"}
@@ -42,26 +44,39 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     for label, key, form in ROWS:
         if key in result[first] and key in result[second]:
-            values = form.format(result[first][key]), form.format(result[second][key])
-            rows.append((label.format(against=pair_of(result)[first]), *values))
+            theirs, ours = (shown(result[each][key], form) for each in (first, second))
+            rows.append((label.format(against=pair_of(result)[first]), theirs, ours))
     return rows
 
 
+def shown(value: float, form: str) -> str:
+    """A figure of a table; one of more than six digits as a power of ten."""
+    return form.format(value) if abs(value) < 1e6 else f"{value:.1e}"
+
+
 def comparison_table(run: RunDirectory, width: int = 100, step: Step = PPO) -> str:
-    """A run's own evaluation: reward accuracy, SFT beside RLHF or DPO, win rate and sample answers, as text."""
+    """A run's own evaluation as text: what is out of bounds, reward accuracy, SFT beside RLHF or DPO, win rate and
+    sample answers.
+    """
     _, answers_file = run.comparison_of(step)
     result = run.read_comparison(step) or {}
     line = reward_accuracy_line(run.step(REWARD).read_result()) if run.step(REWARD).is_finished else ""
     if step.has_reference and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
         counted = counted_pairs(run.step(step).read_result(), accuracy)
         line = f"{step.name}: {counted} ranked right by its implicit reward"
-    return evaluation_table(result, answers_file, line, width)
+    return evaluation_table(result, answers_file, line, width, training_signs(run, step))
 
 
-def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str = "", width: int = 100) -> str:
-    """What an evaluation found, as text. `accuracy` is step 2's own line, for where nothing newer was measured."""
+def evaluation_table(
+    result: dict[str, Any], answers_file: Path, accuracy: str = "", width: int = 100, training: Sequence[Sign] = ()
+) -> str:
+    """What an evaluation found, as text. `accuracy` is step 2's own line, for where nothing newer was measured;
+    `training` says what the training showed.
+    """
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print()
+    if bad := [sign.text for sign in (*training, *guard_signs(result, *pair_of(result))) if not sign.is_good]:
+        console.print(f"Out of bounds: {'; '.join(bad)}. Read the answers before the win rate.", markup=False)
     for key, who, line in (("reward_accuracy", "Reward model", accuracy), ("judge_accuracy", "The judge", "")):
         text = measured_accuracy_line(who, result[key]) if key in result else line
         if text:
@@ -82,12 +97,7 @@ def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str =
         table.add_row(*map(Text, row))
     console.print(table)
     if "win_rate" in result:
-        win = result["win_rate"]
-        console.print(
-            f"{names[1]} beats {names[0]} in {win['rate']:.1%} of prompts by {win['judge']} (95 % interval "
-            f"{win['low']:.1%} to {win['high']:.1%}; a tie counts half{openings(win)})",
-            markup=False,
-        )
+        console.print(verdict(result["win_rate"], *names), markup=False)
     else:
         console.print("No win rate: nothing judges (step 2 is not finished, and the run has no true score).")
     if unseen := result.get("win_rate_unseen_questions"):
@@ -99,11 +109,12 @@ def evaluation_table(result: dict[str, Any], answers_file: Path, accuracy: str =
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def openings(win: Mapping[str, Any]) -> str:
-    """Says that prompts open alike, where some do: the interval is wider for it."""
-    return (
-        f"; {win['questions']} different openings" if "questions" in win and win["questions"] < win["prompts"] else ""
-    )
+def training_signs(run: RunDirectory, step: Step) -> list[Sign]:
+    """What the metrics of a step say against its model, whatever a judge says of it."""
+    rows = Journal(run.step(step).metrics_file).read() if step.draws_samples else []
+    alike = bool(rows) and bool(rows[-1].get("warning/alike"))
+    text = "Scores: no answer had another one than those it is compared with, so there was nothing to learn"
+    return [Sign(False, text)] if alike else []
 
 
 def reward_accuracy_line(result: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from inference.errors import UserError
 from inference.serving.listener import bind, is_loopback
 from inference.serving.served_models import find_served_models
+from inference.streams import guard_output
 
 if TYPE_CHECKING:
     from inference.chat_model import ChatModel
@@ -20,6 +21,7 @@ def serve_command(
     target: Path, host: str, port: int, token: str | None, slots: int, queue: int, context: int, max_tokens: int
 ) -> None:
     """`rlhf-chat serve`; returns after Ctrl-C. Raises UserError for what cannot be served, or not here."""
+    guard_output()  # whoever reads its log may go
     found = find_served_models(target)
     token = choose_token(token, host)
     with bind(host, port) as listener:  # before the models, which take longer

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.evaluation.guard_rails import KL, LENGTH, MOST_FREQUENT, PERPLEXITY, VARIETY
 from training.run_directory import RunDirectory
 from training.steps import METHODS, PPO, REWARD
 from training.versions import versions
@@ -45,12 +46,12 @@ TARGETS = {
     "true score": Target("true score of PPO", "{:.3f}"),
     "learned reward SFT": Target("learned reward of SFT", "{:.2f}"),
     "learned reward": Target("learned reward of PPO", "{:.2f}"),
-    "kl": Target("KL, nats a reply", "{:.2f}", highest=6.0),
-    "length ratio": Target("length, PPO / SFT", "{:.2f}", lowest=0.7, highest=1.3),
+    "kl": Target("KL, nats a reply", "{:z.2f}", highest=KL.high),
+    "length ratio": Target("length, PPO / SFT", "{:.2f}", LENGTH.low, LENGTH.high),
     "ended": Target("ended fraction of PPO", "{:.3f}"),
-    "bigram ratio": Target("distinct bigrams, PPO / SFT", "{:.2f}", lowest=0.8),
-    "most frequent": Target("share of the most frequent reply", "{:.3f}", highest=0.03),
-    "perplexity ratio": Target("perplexity under the untouched model, PPO / SFT", "{:.2f}", highest=1.3),
+    "bigram ratio": Target("distinct bigrams, PPO / SFT", "{:.2f}", lowest=VARIETY.low),
+    "most frequent": Target("share of the most frequent reply", "{:.3f}", highest=MOST_FREQUENT.high),
+    "perplexity ratio": Target("perplexity under the untouched model, PPO / SFT", "{:.2f}", highest=PERPLEXITY.high),
     "minutes": Target("training, minutes", "{:.1f}", highest=15.0),
 }
 

@@ -103,7 +103,7 @@ def differs(ours: float, published: float) -> bool:
 
 
 def read_rows(file: Path) -> list[Row]:
-    with file.open() as lines:
+    with file.open(encoding="utf-8") as lines:
         return [Row.of(line) for line in csv.DictReader(lines)]
 
 

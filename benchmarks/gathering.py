@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.case is not None:
         found = measure(CASES[arguments.case])
-        with open(arguments.result, "a") as file:
+        with open(arguments.result, "a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         return
     print(f"{'':24} seconds an iteration   CPU seconds a gathering and rank   peak memory of a rank")

@@ -123,7 +123,7 @@ class Prediction:
 
 def read_rows(file: Path) -> list[Row]:
     """Those with both times."""
-    with file.open() as lines:
+    with file.open(encoding="utf-8") as lines:
         return [
             Row(
                 line["case"], int(line["new_tokens"]), int(line["batch"]), line["size"], int(line["gpus"]),

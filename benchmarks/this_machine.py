@@ -67,7 +67,7 @@ def by_kind(found: Estimate) -> dict[str, float]:
 
 
 def read(file: Path) -> list[Measured]:
-    values = json.loads(file.read_text())
+    values = json.loads(file.read_text(encoding="utf-8"))
     profiles = {int(ranks): MachineProfile.from_values(profile) for ranks, profile in values["profiles"].items()}
     return [
         Measured(run := MachineRun(**row["run"]), row["seconds"], profiles[run.processes], workload_of(run))

@@ -72,7 +72,7 @@ class Worker:
         self.system, self.log = system, log
         environment = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
         environment["CUDA_VISIBLE_DEVICES"] = ""  # the work is for a CPU
-        with open(log, "w") as errors:
+        with open(log, "w", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
                 system.command,
                 stdin=subprocess.PIPE,

@@ -3,7 +3,6 @@
 In a pipe nothing but the answers goes to the output. Two models answer the same turns, each with its own history.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -49,9 +48,8 @@ def chat(
     """
     check_settings(settings)
     source, sink = source or sys.stdin, sink or sys.stdout
-    for stream in (source, sink):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")  # bytes that are not text must not end the chat
+    if reconfigure := getattr(source, "reconfigure", None):
+        reconfigure(errors="replace")  # bytes that are not text must not end the chat
     session = Session(models, settings, seed, system)
     try:
         if source.isatty() and sink.isatty():
@@ -60,8 +58,6 @@ def chat(
             answer_lines(session, source, sink)
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:  # the reader has seen enough
-        silence(sink)
 
 
 class Session:
@@ -276,9 +272,3 @@ def check_settings(settings: SamplingSettings) -> None:
     for name, (is_right, range_) in rules.items():
         if not is_right:
             raise UserError(f"{name} must be {range_}, not {getattr(settings, name)}.")
-
-
-def silence(stream: TextIO) -> None:
-    """Send the rest of a broken stream nowhere, or Python would complain when it flushes at exit."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -5,6 +5,7 @@ everywhere. Prompt and response are tokenised apart, as generation produces them
 between them, as byte-level ones do, the two together are the tokens of the whole text.
 """
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
 from inference.errors import UserError
 from inference.model_files import require_usable
+from inference.older_versions import rewrite_tokenizer
 from inference.quiet import quiet_transformers
 from inference.template_check import differences
 
@@ -90,8 +93,22 @@ class ChatFormat:
             tokenizer.chat_template = read_values(of_processor).get("chat_template")
         return cls(tokenizer, generation_ends(Path(directory), tokenizer), day)
 
-    def save(self, directory: str | Path) -> None:
-        self.tokenizer.save_pretrained(str(directory))
+    def save(self, directory: str | Path, scored: bool = False) -> None:
+        """Write the tokenizer, as transformers 4 reads it too.
+
+        `scored` is for a reward model, read at a dialogue's last token: by the usual chat template, also as text, a
+        finished dialogue then has the tokens that training gave it.
+        """
+        tokenizer, more = self.tokenizer, dict[str, Any]()
+        if scored:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = self.template.scored(self.ending)
+            more["padding_side"] = "right"  # GPT-2 and GPT-Neo count positions from the first token, padding or not
+            if self.template.begin and tokenizer.is_fast:  # the template writes it
+                cast(Any, tokenizer).backend_tokenizer.post_processor = TemplateProcessing("$A", "$A $B:1")
+                more["add_bos_token"] = False
+        tokenizer.save_pretrained(str(directory))
+        rewrite_tokenizer(Path(directory), **more)
 
     @property
     def vocabulary_size(self) -> int:

@@ -96,6 +96,24 @@ class ChatTemplate:
         """All of a conversation that an answer ends."""
         return self._text(messages, add_generation_prompt=False)
 
+    def scored(self, ending: str) -> str:
+        """The template of a model that scores dialogues: finished ones end with `ending` and the end of the turn.
+
+        Such a model is read at the last token, and many templates write a newline behind a turn. Dates are training's.
+        """
+        end = self.tokenizer.eos_token
+        behind = self.finished(dialogue(1)).rpartition(dialogue(1)[1]["content"])[2]  # the end of a turn is known now
+        if behind == ending + end:
+            return self._dated
+        source, written = self._dated.removesuffix("\n"), json.dumps(behind, ensure_ascii=False)
+        taught = f"rendered.removesuffix({written}) + {json.dumps(ending + end, ensure_ascii=False)}"
+        is_finished = f"messages[-1]['role'] == 'assistant' and rendered.endswith({written})"
+        return (
+            f"{{% set rendered %}}\n{source}{{{{ '' }}}}{{% endset %}}"
+            f"{{% if not add_generation_prompt and {is_finished} %}}{{{{ {taught} }}}}"
+            "{% else %}{{ rendered }}{% endif %}"
+        )
+
     def answer(self, text: str, ending: str) -> str:
         """What stands behind a prompt where `text` is the answer and `ending`, which ends the turn, begins.
 
@@ -208,7 +226,7 @@ class ChatTemplate:
     @property
     def _dated(self) -> str:
         """The template with a clock that stands still."""
-        if self.day is None or "strftime_now" not in self.source:
+        if self.day is None or "strftime_now" not in self.source or "macro strftime_now" in self.source:
             return self.source
         replaced = "".join(f" | replace('%{d}', '{self.day.strftime('%' + d)}')" for d in ("-d", "-m", *DIRECTIVES))
         return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{self.source}"

@@ -62,8 +62,8 @@ def _open(file: Path) -> IO[str]:
     for _ in range(3):
         file.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # who held it has removed the directory in this moment
-            return open(file, "a")
-    return open(file, "a")
+            return open(file, "a", encoding="utf-8")
+    return open(file, "a", encoding="utf-8")
 
 
 def _is_there(file: Path, handle: IO[str]) -> bool:
@@ -90,10 +90,10 @@ def _take_without_flock(file: Path, held: ExitStack) -> str | None:
         ) from None
     here, owner = socket.gethostname(), file.with_name(f"{file.name}.host")
     try:
-        with open(owner, "x") as new:
+        with open(owner, "x", encoding="utf-8") as new:
             new.write(here)
     except FileExistsError:
-        there = owner.read_text()
+        there = owner.read_text(encoding="utf-8")
         if there != here:  # what this machine has left there is of a process that is gone
             return f" on {there or 'another machine'} (if nothing runs there any more, delete {owner})"
     held.callback(owner.unlink, missing_ok=True)

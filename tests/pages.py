@@ -160,7 +160,7 @@ def mistake_of_script(script: Path, arguments: list[str]) -> str:
 @cache
 def options_of(script: Path) -> frozenset[str]:
     """Every option that the file adds to a parser."""
-    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
     return frozenset(arg.value for call in added for arg in call.args if isinstance(arg, ast.Constant))
 

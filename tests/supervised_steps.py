@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,13 @@ def stage_of(run: RunDirectory, step: Step, settings: list[str], ranks: Ranks) -
 
 
 def metrics_of(run: RunDirectory, step: Step) -> tuple[list[dict], list[dict]]:
-    """Lines of optimiser steps and of evaluations, without what a clock says."""
+    """What optimiser steps found, and what evaluations found, without what a clock says. Each has one line."""
     lines = [json.loads(line) for line in run.step(step).metrics_file.read_text().splitlines()]
     lines = [{name: value for name, value in line.items() if not name.startswith(CLOCK)} for line in lines]
-    return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+    assert [line["number"] for line in lines] == list(range(len(lines)))
+    trained = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines if "loss" in line]
+    evaluated = [line for line in lines if "eval/loss" in line]
+    return trained, [{k: v for k, v in line.items() if k.startswith(("number", "eval/"))} for line in evaluated]
 
 
 def result_of(run: RunDirectory, step: Step) -> dict[str, Any]:
@@ -131,9 +135,14 @@ def on_two_ranks(task: Any, measure: Callable[[], dict[str, float]]) -> dict[str
             shares.append(values)
             return {name: sum(share[name] for share in shares[:2]) for name in values}
 
+        def gather(self, value: Any, phase: str = "") -> list[Any]:
+            shares.append(value)
+            return shares[:2]
+
     for rank in (0, 1, 0):
         task.stage = dataclasses.replace(stage, ranks=Played(rank, 2, stage.ranks.device))
-        found = measure()
+        with suppress(KeyError):  # of one that meets nobody yet
+            found = measure()
     task.stage = stage
     return found
 

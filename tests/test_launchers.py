@@ -119,7 +119,7 @@ def start_two_agents(start: Callable, script: str, run: Path, *arguments: str, *
 
 
 def start_cold(arguments: list[str], log_file: Path, environment: dict[str, str]) -> subprocess.Popen:
-    with open(log_file, "w") as log:
+    with open(log_file, "w", encoding="utf-8") as log:
         return subprocess.Popen([sys.executable, *arguments], env={**os.environ, **environment}, stdout=log, stderr=log)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -14,13 +15,15 @@ from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
 from tests.pages import ROOT, written_metrics
 from training.run_directory import RunDirectory
+from training.starts import read_starts
 from training.steps import DPO, METHODS, PPO
 
 
 def test_one_command_leaves_everything(tiny_run, workplace):
     out = (workplace / "output.txt").read_text()
-    for line in ("Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "held-out", "RLHF beats SFT", "rlhf-chat chat runs/demo"):
+    for line in ("Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "held-out", "rlhf-chat chat runs/demo"):
         assert line in out
+    assert "No difference is shown: RLHF" in out or "answers tie by" in out  # of 8 prompts
     for step in METHODS["ppo"]:
         directory = RunDirectory(tiny_run).step(step)
         assert directory.is_finished and directory.metrics_file.exists() and directory.checkpoints.is_dir()
@@ -31,6 +34,24 @@ def test_one_command_leaves_everything(tiny_run, workplace):
     assert evaluation["prompts"] == 8 and 0 <= evaluation["win_rate"]["rate"] <= 1
     names = {"true_score", "learned_reward", "kl", "length", "ended_fraction", "distinct_bigrams"}
     assert names <= set(evaluation["rlhf"])
+
+
+def test_the_accuracy_of_the_reward_model_is_one_figure(tiny_run, workplace):
+    said = re.findall(r"([\d.]+% of \d+) held-out pairs", (workplace / "output.txt").read_text())
+    assert len(said) == 3 and len(set(said)) == 1  # after step 2, before PPO, in the table
+    assert said[0] in (tiny_run / "report.html").read_text()
+
+
+def test_what_ran_each_step_is_kept(tiny_run):
+    starts = read_starts(RunDirectory(tiny_run))
+    steps = [step.folder for step in METHODS["ppo"]]
+    assert [start["what"] for start in starts] == ["preparation", *steps, "evaluation"]
+    assert all("run --model tiny" in start["command"] and start["versions"]["torch"] for start in starts)
+    for step in METHODS["ppo"]:
+        rows = [json.loads(line) for line in RunDirectory(tiny_run).step(step).metrics_file.read_text().splitlines()]
+        times = [row["time/unix"] for row in rows]
+        assert times == sorted(times) and abs(times[-1] - RunDirectory(tiny_run).step(step).path.stat().st_mtime) < 600
+        assert len({row["number"] for row in rows}) == len(rows)
 
 
 def test_models_open_in_plain_transformers(tiny_run):
@@ -78,7 +99,12 @@ def test_dpo_in_one_command(workplace):
     command = ("run", "--model", "tiny", "--name", "direct", "--method", "dpo")
     done = rlhf_chat(*command, cwd=workplace)
     assert done.code == 0, done.out[-3000:] + done.err[-3000:]
-    for line in ("Step 1 of 2", "Step 2 of 2: direct preference", "DPO beats SFT", "rlhf-chat chat runs/direct"):
+    for line in (
+        "Step 1 of 2",
+        "Step 2 of 2: direct preference",
+        "No difference is shown: DPO",
+        "rlhf-chat chat runs/direct",
+    ):
         assert line in done.out
     assert "Step 3" not in done.out and "learned reward" not in done.out
     run = RunDirectory(workplace / "runs" / "direct")

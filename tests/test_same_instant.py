@@ -39,7 +39,7 @@ class Start:
             Path(f"ended-{os.getpid()}").touch()
 
     def work(self, seed: int) -> None:
-        with open("worked", "a") as worked:
+        with open("worked", "a", encoding="utf-8") as worked:
             worked.write(f"{seed}\n")
         until = time.time() + 10
         while len(list(Path().glob("ended-*"))) < 3 and time.time() < until:

@@ -1,6 +1,7 @@
 """Runs that were never trained: tiny models put where the steps would leave them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,12 +28,14 @@ def messages(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def make_tiny_run(path: Path, lora_rank: int = 0) -> RunDirectory:
+def make_tiny_run(
+    path: Path, lora_rank: int = 0, build_base: Callable[[Path], None] = build_tiny_model, has_reward: bool = True
+) -> RunDirectory:
     """Base model, SFT, reward model and RLHF, all different; held-out rows of each kind.
 
     With a rank, SFT is the base model with an adapter and RLHF is SFT with another one.
     """
-    build_tiny_model(path / "base")
+    build_base(path / "base")
     chat_format = ChatFormat.load(path / "base")
     run = RunDirectory(path / "run")
     run.data.mkdir(parents=True)
@@ -46,10 +49,11 @@ def make_tiny_run(path: Path, lora_rank: int = 0) -> RunDirectory:
         save_model(run.step(step).model, model, chat_format, trained, lora, torch.float32, None, adapter)
         counted = {"iterations": 3} if step.draws_samples else {"optimizer_steps": 4, "rows": 16}
         run.step(step).result_file.write_text(json.dumps({**counted, "seconds": 65.0}))
-    torch.manual_seed(3)
-    scorer, extra = load_scorer(path / "base", chat_format, torch.float32), {"score_shift": 0.5, "score_scale": 2.0}
-    save_model(run.step(REWARD).model, scorer, chat_format, {}, LoRASettings(), torch.float32, extra)
-    run.step(REWARD).result_file.write_text(json.dumps({"optimizer_steps": 5, "rows": 9, "seconds": 5.0}))
+    if has_reward:
+        torch.manual_seed(3)
+        scorer, extra = load_scorer(path / "base", chat_format, torch.float32), {"score_shift": 0.5, "score_scale": 2.0}
+        save_model(run.step(REWARD).model, scorer, chat_format, {}, LoRASettings(), torch.float32, extra)
+        run.step(REWARD).result_file.write_text(json.dumps({"optimizer_steps": 5, "rows": 9, "seconds": 5.0}))
     rows = {
         "prompts": [{"prompt": messages(text), "held_out_question": i < 2} for i, text in enumerate(QUESTIONS)],
         "sft": [{"prompt": messages(text), "response": f"I say {text.lower()}"} for text in QUESTIONS],

@@ -67,11 +67,13 @@ def fork_all(
             if process.exitcode is None:
                 for other, _ in started:
                     other.kill()
-                raise TimeoutError(
-                    f"not over after {timeout} s: {Path(out).read_text()[-1000:]}{Path(err).read_text()}"
-                )
-            done.append(Done(process.exitcode, Path(out).read_text(), Path(err).read_text()))
+                raise TimeoutError(f"not over after {timeout} s: {text_of(out)[-1000:]}{text_of(err)}")
+            done.append(Done(process.exitcode, text_of(out), text_of(err)))
         return done
+
+
+def text_of(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8")
 
 
 def run(function: Callable[[], object], environment: dict[str, str], cwd: str, files: list[str]) -> None:

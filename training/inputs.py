@@ -1,7 +1,8 @@
 """What a run was made from, as it was then: files that change later are named, for the run does not read them anew."""
 
+import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ Print = dict[str, Any]
 def inputs_of(config: RunConfig) -> dict[str, dict[str, dict[str, Print]]]:
     """Kind -> path as the settings have it -> name in it -> Print. Only what lies on this machine by path is there."""
     return {
-        kind: {str(path): {name: print_of(file) for name, file in files_in(path)} for path in dict.fromkeys(paths)}
+        kind: {
+            str(path): {name: print_of(file) for name, file in files_of(kind, path)} for path in dict.fromkeys(paths)
+        }
         for kind, paths in paths_of(config).items()
         if paths
     }
@@ -38,7 +41,7 @@ def changed_inputs(run: RunDirectory, config: RunConfig) -> list[str]:
     sentences = []
     for kind, paths in read_json(run.inputs_file, "delete it, then changes of the run's data are not noticed").items():
         for path, prints in paths.items():
-            now = dict(files_in(Path(path)))
+            now = dict(files_of(kind, Path(path), prints))
             if now and (now.keys() != prints.keys() or any(differs(file, prints[name]) for name, file in now.items())):
                 sentences.append(f"{path} has changed since the run was prepared; {KEPT[kind]}.")
     return sentences
@@ -53,6 +56,46 @@ def paths_of(config: RunConfig) -> dict[str, list[Path]]:
         "models": [Path(name) for name in models if Path(name).is_absolute()],
         "reward_function": [Path(file)] if file else [],
     }
+
+
+def files_of(kind: str, path: Path, before: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
+    """Names and files of an input; of code those in `before`, where they are known."""
+    if kind != "reward_function":
+        yield from files_in(path)
+        return
+    for file in sorted(with_imports(path)):
+        name = str(file.relative_to(path.parent))
+        if before is None or name in before:
+            yield name, file
+
+
+def code_of(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the reward function's files, by name."""
+    return {
+        name: print_of(file)["content"]
+        for path in paths_of(config)["reward_function"]
+        for name, file in files_of("reward_function", path)
+    }
+
+
+def with_imports(file: Path, known: frozenset[Path] = frozenset()) -> frozenset[Path]:
+    """A Python file, and the modules beside it that it imports, or that these import; without it where it is gone."""
+    if file in known or not file.is_file():
+        return known
+    known |= {file}
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return known
+    for node in ast.walk(tree):
+        names = [each.name for each in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{name}" for name in names)]
+        for name in names:
+            place = file.parent.joinpath(*name.split("."))
+            for module in (place.with_suffix(".py"), place / "__init__.py"):
+                known = with_imports(module, known)
+    return known
 
 
 def files_in(path: Path) -> Iterator[tuple[str, Path]]:

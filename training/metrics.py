@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from inference.errors import UserError
 from training.run_directory import write_text
 
 PLAIN_LINE_SECONDS = 10.0
+WARNING = "Warning: "
+"""How a line begins that a log and the report repeat."""
 
 
 class Journal:
@@ -82,15 +84,18 @@ class NullJournal(Journal):
 
 
 class Display:
-    """Progress on a terminal; in a pipe a line every few seconds."""
+    """Progress on a terminal; in a pipe a line every few seconds. What is said is also kept in `log`."""
 
-    def __init__(self, quiet: bool = False):
-        self.quiet = quiet
+    def __init__(self, quiet: bool = False, log: Path | None = None):
+        self.quiet, self.log = quiet, log
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
 
     def say(self, line: str) -> None:
         if not self.quiet:
             self.console.print(line, markup=False)
+            if self.log is not None:
+                with suppress(OSError), open(self.log, "a", encoding="utf-8") as log:
+                    log.write(f"{line}\n")
 
     @contextmanager
     def progress(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:

@@ -7,9 +7,6 @@ from pydantic import Field, model_validator
 from training.calls import Call, rlhf_calls
 from training.role_settings import DecayRate, FrozenSettings, OptimizerSettings, Settings
 
-DOUBTFUL_ACCURACY = 0.55
-"""Of a reward model on held-out pairs: below it, PPO would follow noise."""
-
 
 class KLSettings(Settings):
     coefficient: float = Field(0.05, ge=0)

@@ -1,7 +1,7 @@
 """Where everything of a run lies, and the promise that files appear whole or not at all.
 
 runs/<name>/
-  config.yaml  data/  evaluation.json  comparison.jsonl  report.html
+  config.yaml  starts.jsonl  data/  evaluation.json  comparison.jsonl  report.html
   step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl; steps.py)
     model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
@@ -23,6 +23,7 @@ from training.config import RunConfig
 from training.config_files import read_yaml, validate_config
 from training.paths import found_from_anywhere
 from training.steps import COMPARED, Step
+from training.versions import versions
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class RunDirectory:
     def inputs_file(self) -> Path:
         """What the run was prepared from, as it was then."""
         return self.path / "inputs.json"
+
+    @property
+    def starts_file(self) -> Path:
+        """What ran each time, where and when (training/starts.py)."""
+        return self.path / "starts.jsonl"
 
     @property
     def last_step(self) -> Step:
@@ -78,13 +84,20 @@ class RunDirectory:
         if not self.config_file.exists():
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml (make one with rlhf-chat run).")
         values = read_yaml(self.config_file)
-        values.pop("versions", None)
-        return found_from_anywhere(validate_config(values))  # older runs may have relative paths
+        made_by = values.pop("versions", None)
+        try:
+            config = validate_config(values)
+        except UserError as error:
+            theirs = made_by.get("rlhf-chat", "?") if isinstance(made_by, dict) else "?"
+            raise UserError(
+                f"{self.config_file}, written by rlhf-chat {theirs} (this is {versions()['rlhf-chat']}): {error}"
+            ) from None
+        return found_from_anywhere(config)  # older runs may have relative paths
 
-    def write_config(self, config: RunConfig, versions: dict[str, str]) -> None:
+    def write_config(self, config: RunConfig, made_by: dict[str, str]) -> None:
         """Store the resolved settings with the versions of what ran."""
         self.path.mkdir(parents=True, exist_ok=True)
-        values = {**config.model_dump(mode="json"), "versions": versions}
+        values = {**config.model_dump(mode="json"), "versions": made_by}
         write_text(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def require_model(self, step: Step) -> Path:

@@ -40,7 +40,7 @@ from training.error_report import leave_report
 from training.inputs import changed_inputs
 from training.lineage import inherit
 from training.merging import merge
-from training.metrics import Display, Journal, NullJournal
+from training.metrics import WARNING, Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
     require_same_tokens,
@@ -52,6 +52,7 @@ from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
+from training.starts import record_start
 from training.steps import STEPS, Step
 from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
 from training.tracking import metrics_journal
@@ -243,6 +244,8 @@ def run_stage(step: Step, work: Callable[[Stage], None]) -> int:
             if config is not None:
                 share_cores(config.threads)
                 ranks.see(directory.path)
+                if ranks.is_first:
+                    record_start(run, step.folder, config, ranks.size)
                 work(make_stage(run, step, config, ranks))
 
     return end_in_sentences(body, directory.error_file)
@@ -261,9 +264,10 @@ def enter(
             config = open_run(run, settings)
             held.enter_context(directory.locked(ORPHANS_END))
             if not directory.is_finished:
+                display = Display(log=run.log_file)
                 for changed in changed_inputs(run, config):
-                    Display().say(changed)
-                prepare(config, run, processes, Display().say, [directory.step])
+                    display.say(f"{WARNING}{changed}")
+                prepare(config, run, processes, display.say, [directory.step])
     if directory.is_finished:
         return None
     directory.path.mkdir(exist_ok=True)
@@ -281,7 +285,8 @@ def run_preparation() -> int:
     def body() -> None:
         config = run.read_config()
         steps = [step for step in STEPS if step.command in arguments.steps]
-        prepare(config, run, config.processes, Display().say, steps)
+        prepare(config, run, config.processes, Display(log=run.log_file).say, steps)
+        record_start(run, "preparation", config, 1)
 
     return end_in_sentences(body, run.error_file)
 
@@ -313,7 +318,9 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
         config = run.read_config()
         last = config.steps[-1]
         run.step(last).path.mkdir(exist_ok=True)  # where its log goes, whatever is measured
-        work(make_stage(run, last, config, start_ranks(config.threads)))
+        ranks = start_ranks(config.threads)
+        record_start(run, "evaluation", config, ranks.size)
+        work(make_stage(run, last, config, ranks))
 
     return end_in_sentences(body, run.error_file)
 
@@ -418,7 +425,7 @@ def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -
         run=run,
         directory=directory,
         dtype=resolve_dtype(config.dtype, ranks.device),
-        display=Display(quiet=not ranks.is_first),
+        display=Display(quiet=not ranks.is_first, log=directory.log_file),
         metrics=metrics_journal(run, directory, config) if ranks.is_first else NullJournal(),
         samples=Journal(directory.samples_file) if ranks.is_first else NullJournal(),
         checkpoints=Checkpoints(directory.checkpoints, config.of_step(step).keep_checkpoints, ranks),

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 from training.config import StepSettings
 from training.data.batching import MicroBatch, plan_micro_batches
 from training.data.epochs import Epochs
+from training.evaluation.guard_rails import DOUBTFUL_ACCURACY
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.launchers import processes_option
+from training.metrics import WARNING
 from training.stage import Stage
+from training.steps import Step
 
 
 class Task(Protocol):
@@ -76,12 +80,13 @@ def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:
 
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
     """Train for `total` optimiser steps, from the newest checkpoint if there is one. Returns the last evaluation."""
-    rows, ranks = len(task.lengths), stage.ranks.size
+    rows, ranks, step = len(task.lengths), stage.ranks.size, stage.directory.step
     if rows < ranks:
         idle = f"{rows} rows leave {ranks - rows} of {ranks} ranks idle"
         stage.display.say(f"Warning: {idle}: use {processes_option(rows)}")
     epochs = Epochs(rows, f"{stage.config.seed}")
     number, evaluation = resume(stage, task)
+    before = next((row for row in stage.metrics.read() if "eval/loss" in row), None)  # others than the first rank: None
     stage.expect_checkpoints("optimiser step")
     with stage.display.progress(task.name, total, number) as bar:
         while number < total:
@@ -90,10 +95,14 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
             if settings.dropout:
                 seed_dropout(stage, number)
             metrics = train_batch(stage, task, batch, settings.micro_batch_tokens, number)
-            stage.metrics.write(number, metrics)
             bar.advance(f"loss {metrics['loss']:.3f}")
             if number == total or (settings.eval_every and number % settings.eval_every == 0):
-                evaluation = validate(stage, task, number)
+                evaluation = validate(stage, task, number, metrics)
+                if before is not None and (sentence := nothing_learned(step, before, evaluation, number == total)):
+                    stage.display.say(f"{WARNING}{task.name} {number}: {sentence}")
+                    before = None  # once is enough
+            else:
+                stage.metrics.write(number, metrics)
             ended = stage.told_to_end()
             if ended or (settings.checkpoint_every and (number == total or number % settings.checkpoint_every == 0)):
                 stage.checkpoints.save(number, task.engine.save, {"evaluation": evaluation})
@@ -123,11 +132,33 @@ def resume(stage: Stage, task: Task) -> tuple[int, dict[str, float]]:
     return state["number"], state["evaluation"]
 
 
-def validate(stage: Stage, task: Task, number: int) -> dict[str, float]:
-    """Evaluate, write it down, say it."""
+def nothing_learned(step: Step, before: Mapping[str, float], now: Mapping[str, float], is_end: bool) -> str:
+    """What held-out rows say against the training, from the evaluations before it and now.
+
+    Pairs may be ranked at chance on the way, but not in the end; a loss is lower from the first evaluation on.
+    """
+    rate = f"{step.command}.optimizer.learning_rate"
+    if (accuracy := now.get("eval/accuracy")) is not None:
+        if not is_end or accuracy >= DOUBTFUL_ACCURACY:
+            return ""
+        return (
+            f"{accuracy:.1%} of the held-out pairs are ranked right, a coin 50%: next to nothing was learned; try more "
+            f"pairs or epochs, or another {rate}"
+        )
+    loss, was = now["eval/loss"], before["eval/loss"]
+    if loss < was:
+        return ""
+    return (
+        f"the held-out loss is {loss:.3f}, before training it was {was:.3f}: nothing was learned that holds for "
+        f"other rows; try another {rate}, and see what the rows teach (rlhf-chat data show)"
+    )
+
+
+def validate(stage: Stage, task: Task, number: int, metrics: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Evaluate, write it down in one row with the `metrics` of the optimiser step, say it."""
     evaluation = task.evaluate()
-    stage.metrics.write(number, evaluation)
-    shown = " · ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in evaluation.items())
+    stage.metrics.write(number, {**(metrics or {}), **evaluation})
+    shown = " · ".join(f"{name.removeprefix('eval/')} {value:z.3f}" for name, value in evaluation.items())
     stage.display.say(f"{task.name} {number}: held-out {shown or 'rows: none'}")
     return evaluation
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ class Tracker(Protocol):
 
 
 class TrackedJournal(Journal):
-    """metrics.jsonl with followers. Both kinds of training rewind it before they write."""
+    """metrics.jsonl, each line with the time, and its followers. Both kinds of training rewind it before they write."""
 
     def __init__(self, step: StepDirectory, trackers: Sequence[Tracker]):
         super().__init__(step.metrics_file)
@@ -35,7 +36,7 @@ class TrackedJournal(Journal):
             tracker.begin(number)
 
     def write(self, number: int, values: dict[str, Any]) -> None:
-        super().write(number, values)
+        super().write(number, {**values, "time/unix": round(time.time(), 3)})
         finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         for tracker in self.trackers:
             tracker.write(number, finite)

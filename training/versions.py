@@ -20,7 +20,7 @@ def versions() -> dict[str, str]:
 def processor() -> tuple[str, list[str]]:
     """The processor's name, and its flags where the system tells them."""
     try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
     except OSError:  # not Linux
         return platform.processor() or platform.machine(), []
     values = {key.strip(): value.strip() for key, _, value in reversed(lines)}

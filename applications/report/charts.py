@@ -184,7 +184,7 @@ def number(value: float) -> str:
             return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
     if value and abs(value) < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-")
-    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:z.4g}" if abs(value) >= 1000 else f"{value:z.3g}"
 
 
 @drawing()

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +13,20 @@ from markupsafe import Markup
 
 from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
-from applications.report_table import pair_of, table_rows
+from applications.report_table import pair_of, table_rows, training_signs
 from inference.errors import UserError
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
-from training.metrics import Journal, duration
-from training.rlhf_settings import DOUBTFUL_ACCURACY
+from training.evaluation.guard_rails import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
+from training.metrics import WARNING, Journal, duration
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
+from training.starts import read_starts
 from training.steps import PPO, REWARD, STEPS, Step
 
 HERE = Path(__file__).parent
 SHOWN_ANSWERS = 8
-RATIOS = (
-    ("length", "Length of answers", 0.7, 1.3, "0.7 to 1.3"),
-    ("distinct_bigrams", "Variety (distinct bigrams)", 0.8, math.inf, "at least 0.8"),
-    ("perplexity_untouched", "Perplexity under the untouched model", 0.0, 1.3, "at most 1.3"),
-)
-"""Measures of the model over those of the one before: key, name, bounds, how to call them."""
 
 
 def write_report(run: RunDirectory, out: Path | None = None) -> Path:
@@ -51,6 +45,7 @@ def render(run: RunDirectory) -> str:
     config = run.read_config()
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     evaluation = run.read_comparison(run.last_step)
+    found = signs(run, evaluation)
     rows = {step: read_metrics(run.step(step)) for step in STEPS}
     if not any(rows.values()):
         raise UserError(f"Nothing was trained in {run.path} yet; start with rlhf-chat run --name {run.path.name}.")
@@ -74,13 +69,16 @@ def render(run: RunDirectory) -> str:
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
         measures=table_rows(evaluation) if evaluation else [],
-        signs=signs(run, evaluation),
+        signs=found,
+        bad=[sign.text for sign in found if not sign.is_good],
         times=times(run, rows),
         answers=answers(run, evaluation),
         courses=courses(run),
         changed=changed_settings(config),
         settings=run.config_file.read_text(encoding="utf-8"),
-        versions=stored.get("versions", {}),
+        versions=versions_table(run, stored.get("versions", {})),
+        starts=read_starts(run),
+        warnings=warnings(run),
         counts=read_counts(run.data).get("rows", {}) if (run.data / COUNTS_FILE).exists() else {},
     )
 
@@ -107,18 +105,14 @@ def read_metrics(step: StepDirectory) -> list[dict[str, Any]]:
 class Headline:
     rate: str
     text: str
-    remark: str
 
 
 def headline(evaluation: Mapping[str, Any] | None) -> Headline | None:
-    """The win rate as a sentence; None where it was not measured."""
+    """The win rate and what it shows; None where it was not measured."""
     if evaluation is None or "win_rate" not in evaluation:
         return None
     win = evaluation["win_rate"]
-    theirs, ours = pair_of(evaluation).values()
-    remark = "The interval includes one half: no difference is shown." if win["low"] <= 0.5 <= win["high"] else ""
-    text = f"of {win['prompts']} held-out prompts get the better answer from {ours}, not {theirs}, by {win['judge']}."
-    return Headline(f"{win['rate']:.1%}", text, remark)
+    return Headline(f"{win['rate']:.1%}", f"{verdict(win, *pair_of(evaluation).values())}.")
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ def intervals(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[I
         found.append(with_interval(label, each, "soft"))
     accuracy = reward_accuracy(run, evaluation)
     if "reward_accuracy" not in measured and accuracy is not None:
-        found.append(Interval("reward model ranks pairs right", f"{accuracy:.1%}", None))
+        found.append(Interval("reward model ranks pairs right", f"{accuracy[0]:.1%}", None))
     return found
 
 
@@ -149,15 +143,9 @@ def with_interval(label: str, measured: Mapping[str, Any], colour: str) -> Inter
     return Interval(label, f"{rate:.1%} ({low:.1%} to {high:.1%})", interval(rate, low, high, colour, label))
 
 
-@dataclass(frozen=True)
-class Sign:
-    is_good: bool
-    text: str
-
-
 def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]:
-    """What tells a policy that improved from one that fooled its reward; the bounds are those of docs/report.md."""
-    found = []
+    """What tells a policy that improved from one that fooled its reward or learned nothing."""
+    found = training_signs(run, run.last_step)
     first_update = run.step(PPO).path / "first_update.json"
     checked = read_json(first_update, "delete it") if first_update.exists() else {}
     if checked:
@@ -165,34 +153,34 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
         found.append(Sign(True, f"First update checked: generation and training {number(apart)} nats apart"))
     accuracy = reward_accuracy(run, evaluation)
     if accuracy is not None:
-        text = f"Reward model right in {accuracy:.0%} of held-out pairs (at least {DOUBTFUL_ACCURACY:.0%})"
-        found.append(Sign(accuracy >= DOUBTFUL_ACCURACY, text))
+        rate, pairs = accuracy
+        counted = f"{pairs} held-out pairs" if pairs else "held-out pairs"
+        text = f"Reward model right in {rate:.1%} of {counted} (at least {DOUBTFUL_ACCURACY:.0%})"
+        found.append(Sign(rate >= DOUBTFUL_ACCURACY, text))
     if evaluation is None:
         return found
     theirs, ours = (evaluation[key] for key in pair_of(evaluation))
-    name = next(iter(pair_of(evaluation).values()))
     if "true_score" in ours and ours.get("learned_reward", 0) > theirs.get("learned_reward", 0):
         rose = ours["true_score"] > theirs["true_score"]
         text = (
             "The true score rose with the learned reward" if rose else "The learned reward rose, the true score did not"
         )
         found.append(Sign(rose, text))
-    for key, label, low, high, bounds in (each for each in RATIOS if each[0] in ours and each[0] in theirs):
-        ratio = ours[key] / theirs[key] if theirs[key] else 1.0
-        found.append(Sign(low <= ratio <= high, f"{label}: {ratio:.2f} times that of {name} ({bounds})"))
-    share, bound = ours["most_frequent_share"], max(0.03, 1 / evaluation["prompts"])  # once is not too often
-    found.append(Sign(share <= bound, f"Most frequent answer: {share:.1%} of all (at most {bound:.0%})"))
-    return found
+    return [*found, *guard_signs(evaluation, *pair_of(evaluation))]
 
 
-def reward_accuracy(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> float | None:
-    """As it was measured last: by the evaluation, else before PPO, else in step 2; None if nowhere."""
+def reward_accuracy(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> tuple[float, int] | None:
+    """Share of pairs ranked right and how many they are (0: nobody wrote it down); None if it was never measured.
+
+    From one place: the evaluation (which has step 2's where there is one), else before PPO, else step 2.
+    """
     if evaluation is not None and "reward_accuracy" in evaluation:
-        return evaluation["reward_accuracy"]["all"]["rate"]
+        return evaluation["reward_accuracy"]["all"]["rate"], evaluation["reward_accuracy"]["all"]["pairs"]
     file = run.step(PPO).reward_accuracy_file
     if file.exists() and (measured := read_json(file, "delete it"))["pairs"]:
-        return measured["accuracy"]
-    return run.step(REWARD).read_result().get("eval/accuracy") if run.step(REWARD).is_finished else None
+        return measured["accuracy"], measured["pairs"]
+    result = run.step(REWARD).read_result() if run.step(REWARD).is_finished else {}
+    return (result["eval/accuracy"], result.get("held_out", 0)) if "eval/accuracy" in result else None
 
 
 # Where the time went
@@ -215,7 +203,7 @@ def times(run: RunDirectory, rows: Mapping[Step, Sequence[Mapping[str, Any]]]) -
         for row in rows[step]:
             for key, value in row.items():
                 name = key.removeprefix("time/")
-                if key.startswith("time/") and not name.startswith("fusion_"):
+                if key.startswith("time/") and key != "time/unix" and not name.startswith("fusion_"):
                     name = name if name in PHASES else "other"
                     sums[name] = sums.get(name, 0.0) + value
         parts = [Segment(name.replace("_", " "), seconds, PHASES.get(name, "soft")) for name, seconds in sums.items()]
@@ -265,7 +253,7 @@ def answers(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Exc
                         name,
                         colour,
                         row[key],
-                        "" if scores[key] is None else f"{scores[key]:.2f}",
+                        "" if scores[key] is None else f"{scores[key]:z.2f}",
                         decided and scores[key] == best,
                     )
                     for (key, name), colour in zip(pair.items(), ("sft", "rlhf"), strict=True)
@@ -299,6 +287,33 @@ def changed_settings(config: RunConfig) -> list[tuple[str, str, str]]:
     defaults = flat(validate_config({"model": config.model}).model_dump(mode="json"))
     ours = flat(config.model_dump(mode="json", exclude={"architecture", "announce"}))
     return [(key, str(value), str(defaults.get(key, ""))) for key, value in ours.items() if value != defaults.get(key)]
+
+
+def versions_table(run: RunDirectory, made_by: Mapping[str, str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Headings, and each package with its version under each: one for all that ran with the same versions."""
+    found: list[tuple[list[str], Mapping[str, str]]] = []
+    for start in read_starts(run):
+        if found and found[-1][1] == start["versions"]:
+            found[-1][0].append(start["what"])
+        else:
+            found.append(([start["what"]], start["versions"]))
+    if not found:
+        return [""], [(package, [version]) for package, version in made_by.items()]
+    packages = dict.fromkeys(package for _, versions in found for package in versions)
+    headings = [", ".join(dict.fromkeys(what)) for what, _ in found]
+    return headings, [(package, [versions.get(package, "") for _, versions in found]) for package in packages]
+
+
+def warnings(run: RunDirectory) -> list[tuple[str, str]]:
+    """What was warned of, each sentence once, and by which log."""
+    logs = {"": run.log_file, **{title_of(step): run.step(step).log_file for step in STEPS}}
+    found: dict[tuple[str, str], None] = {}
+    for title, log in logs.items():
+        if log.exists():
+            with open(log, encoding="utf-8", errors="replace") as lines:
+                said = (line.removeprefix(WARNING).strip() for line in lines if line.startswith(WARNING))
+                found.update(dict.fromkeys((title, sentence) for sentence in said))
+    return list(found)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,20 +1,27 @@
 """Exported directories open in plain transformers and peft, and answer as the run's models do."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from applications.export import export
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
+from tests.families import build, narrow_config
+from tests.inference.templates import Family, bytes_tokenizer
+from tests.older_transformers import raw_scores
+from tests.plain_reader import scores
 from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
-from training.steps import PPO, SFT
+from training.run_directory import RunDirectory
+from training.steps import PPO, REWARD, SFT
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +99,17 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
         "sampling": {"temperature": 0.7, "max_tokens": 12},
         "sft": {"kl": 0.0, "length": 10.0},
         "rlhf": {"kl": 1.25, "length": 11.0},
-        "win_rate": {"prompts": 6, "rate": 0.75, "low": 0.5, "high": 1.0, "judge": "learned reward"},
+        "win_rate": {"prompts": 6, "rate": 0.75, "low": 0.51, "high": 1.0, "judge": "learned reward"},
     }
     run.comparison_of(PPO)[0].write_text(json.dumps(evaluation))
     export(run.path, tmp_path / "mine", "merged", "", "rlhf")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "# mine\n" in card
-    assert "| KL to SFT (nats a reply) | 0.00 | 1.25 |" in card and "RLHF beats SFT in 75.0 %" in card
+    assert (
+        "| KL to SFT (nats a reply) | 0.00 | 1.25 |" in card
+        and "RLHF beats SFT in 75.0% of prompts" in card
+        and "Out of bounds" not in card
+    )
     for line in (
         "| 1 supervised fine-tuning |",
         "4 optimiser steps, 16 rows, 1:05 |",
@@ -115,7 +126,8 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
     [
         ("weights", "", "", "--what takes merged, adapter"),
         ("merged", "int8", "", "--dtype takes fp32, bf16, fp16"),
-        ("merged", "", "reward", "--step takes sft, rlhf"),
+        ("merged", "", "ppo", "--step takes sft, reward, rlhf, dpo"),
+        ("adapter", "", "reward", "exported whole"),
         ("adapter", "bf16", "", "--dtype is for"),
     ],
 )
@@ -123,6 +135,86 @@ def test_what_cannot_be_exported_is_a_sentence(run, tmp_path, what, dtype, step,
     with pytest.raises(UserError, match=expected):
         export(run.path, tmp_path / "out", what, dtype, step)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_reward_model_scores_the_same_in_transformers(run, tmp_path):
+    export(run.path, tmp_path / "out", "merged", "bf16", "reward")
+    weights = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype="auto")
+    assert weights.dtype == torch.bfloat16
+    dialogues = [[*messages(text), {"role": "assistant", "content": "Lovely."}] for text in QUESTIONS]
+    shutil.rmtree(tmp_path / "out")
+    export(run.path, tmp_path / "out", "merged", "", "reward")
+    trained = raw_scores(run.step(REWARD).model, dialogues)
+    assert max(trained) - min(trained) > 0.1
+    found = scores(tmp_path / "out", dialogues)
+    assert found.keys() == {"alone", "right", "left", "as saved", "pipeline"}
+    for how, values in found.items():
+        assert values == pytest.approx(trained, abs=1e-4), how
+
+
+def test_what_an_older_version_saved_is_exported_as_today(run, tmp_path):
+    """Of the reward model: the template of its base, no type of problem."""
+    old = tmp_path / "old"
+    shutil.copytree(run.path, old)
+    model = RunDirectory(old).step(REWARD).model
+    values = json.loads((model / "config.json").read_text())
+    del values["problem_type"]
+    (model / "config.json").write_text(json.dumps(values))
+    (model / "chat_template.jinja").write_text(ChatFormat.load(run.step(SFT).model).tokenizer.chat_template)
+    export(old, tmp_path / "out", "merged", "", "reward")
+    for name in ("chat_template.jinja", "config.json"):
+        assert (tmp_path / "out" / name).read_text() == (run.step(REWARD).model / name).read_text()
+
+
+@pytest.mark.parametrize(("what", "step"), [("merged", "sft"), ("adapter", "rlhf"), ("merged", "reward")])
+def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, capsys, what, step):
+    export(run.path, tmp_path / "mine", what, "", step)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})  # by a reader's hand
+    said = capsys.readouterr().out.strip()
+    assert said
+    if step == "reward":
+        dialogue = [*messages(QUESTIONS[1]), {"role": "assistant", "content": "Lovely, thank you!"}]
+        (raw,) = raw_scores(run.step(REWARD).model, [dialogue])
+        assert float(said) == pytest.approx((raw - 0.5) / 2.0, abs=1e-4)
+        assert front_matter(tmp_path / "mine")["pipeline_tag"] == "text-classification"
+        assert "The reward model of a run" in card and "| 2 reward model |" in card and "KL to SFT" not in card
+    assert "transformers 4.57 and later" in card
+
+
+def test_an_adapter_on_a_base_whose_embeddings_grew(tmp_path):
+    """One is added to GPT-2 to pad with; the adapter holds no embeddings, and names its base by a full path."""
+
+    def build_base(directory):
+        build(narrow_config("gpt2", vocab_size=257)).save_pretrained(directory)
+        bytes_tokenizer(Family("", ("</s>",), "</s>")).save_pretrained(directory)
+
+    run = make_tiny_run(tmp_path, 2, build_base)
+    for number, name in ((SFT, "sft"), (PPO, "rlhf")):
+        settings = json.loads((run.step(number).adapter / "adapter_config.json").read_text())
+        assert Path(settings["base_model_name_or_path"]).is_absolute()
+        export(run.path, tmp_path / name, "adapter", "", name)
+        tokens = AutoTokenizer.from_pretrained(tmp_path / name)("How was your day?", return_tensors="pt")
+        adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        merged = AutoModelForCausalLM.from_pretrained(run.step(number).model).eval()
+        with torch.no_grad():
+            theirs, ours = adapted(**tokens).logits, merged(**tokens).logits
+        assert theirs.shape == ours.shape
+        torch.testing.assert_close(theirs[..., :257], ours[..., :257], rtol=1e-4, atol=1e-4)
+    card = (tmp_path / "sft" / "README.md").read_text()
+    assert "transformers 4.57 and later" in card and "4.57" not in change_base(run, tmp_path)
+
+
+def change_base(run, tmp_path) -> str:
+    """The card of an adapter on a base that only transformers 5 reads."""
+    values = json.loads((tmp_path / "base" / "config.json").read_text())
+    values["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(values))
+    export(run.path, tmp_path / "again", "adapter", "", "sft")
+    return (tmp_path / "again" / "README.md").read_text()
 
 
 def test_nothing_is_overwritten(run, tmp_path):

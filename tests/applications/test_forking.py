@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not can_fork(), reason="scripts are forked on Li
 def forked(tmp_path, text, **environment):
     script, log = tmp_path / "script.py", tmp_path / "log.txt"
     script.write_text(text)
-    with open(log, "a") as handle, open(tmp_path / "out.txt", "w") as shown:
+    with open(log, "a", encoding="utf-8") as handle, open(tmp_path / "out.txt", "w", encoding="utf-8") as shown:
         return ForkedScript([str(script), "a", "b"], {**os.environ, **environment}, shown, handle)
 
 

@@ -17,7 +17,7 @@ def resolve(**given):
 
 
 def write(file: Path, text: str) -> Path:
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     return file
 
 

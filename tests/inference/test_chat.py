@@ -25,6 +25,7 @@ from inference.errors import UserError
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.serving.job import Job
 from inference.serving.lane import Lane
+from inference.streams import EXIT_READER_GONE, guard_output
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 
 SETTINGS = SamplingSettings(max_tokens=24, temperature=0.7, top_p=0.95)
@@ -363,9 +364,13 @@ def test_a_reader_that_leaves_ends_the_chat_quietly():
     os.close(read_end)
 
     def talk() -> None:
-        with open(write_end, "w") as sink:
-            chat([("SFT", Echo())], SETTINGS, 1, None, io.StringIO("hi\nhi\n"), sink)
-            # Closing flushes what is left, as Python does at exit: that must not fail again.
+        os.dup2(write_end, 1)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        guard_output(ends=True)
+        with pytest.raises(SystemExit) as ended:
+            chat([("SFT", Echo())], SETTINGS, 1, None, io.StringIO("hi\nhi\n"))
+        sys.stdout.close()  # flushes what is left, as Python does at exit: that must not fail again
+        os._exit(ended.value.code != EXIT_READER_GONE)
 
     process, _ = in_child(talk)
     os.close(write_end)
@@ -473,7 +478,7 @@ def test_models_cannot_steer_the_terminal():
 
 def test_a_real_terminal():
     def talk() -> None:
-        with open(0) as sys.stdin, open(1, "w") as sys.stdout:
+        with open(0, encoding="utf-8") as sys.stdin, open(1, "w", encoding="utf-8") as sys.stdout:
             chat([("RLHF", Echo())], SETTINGS, 1)
 
     process, descriptor = in_child(talk, terminal=True)

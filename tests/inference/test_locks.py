@@ -42,7 +42,7 @@ def test_one_holds_it_and_the_next_one_can(known, tmp_path):
 def test_a_lock_that_its_holder_has_removed_is_not_held(known, tmp_path):
     file = tmp_path / "lock"
     with hold_lock(file, "first", 0), ExitStack() as stack:
-        old = stack.enter_context(open(file, "a"))  # as of somebody who came before it was removed
+        old = stack.enter_context(open(file, "a", encoding="utf-8"))  # as of somebody who came before it was removed
         file.unlink()
         assert not locks._is_there(file, old)
     with hold_lock(file, "second", 0), pytest.raises(UserError), hold_lock(file, "third", 0):

@@ -5,11 +5,12 @@ from datetime import datetime
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inference.chat_format import ChatFormat
 from inference.chat_template import TRAINING_DATE
 from inference.errors import UserError
+from inference.template_check import scored_otherwise
 from inference.text_pieces import TextPieces
 from tests.inference.templates import CHATML, CHATML_PROMPT, CHATML_TURN, FAMILIES, Family, bytes_tokenizer
 
@@ -324,3 +325,41 @@ def test_a_new_pad_token_does_not_take_the_id_of_another():
     made.eos_token = "<end>"
     with pytest.raises(UserError, match="no free id"):
         ChatFormat(made)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_template_of_a_reward_model_ends_where_it_is_read(formats, tmp_path, name):
+    """Plain transformers makes of a finished dialogue, also as text, the tokens that training made; prompts stay."""
+    form, family = formats[name], FAMILIES[name]
+    form.save(tmp_path, scored=True)
+    plain, again = AutoTokenizer.from_pretrained(tmp_path), ChatFormat.load(tmp_path)
+    for turns in (1, 2, 3):
+        messages = conversation(turns, system="" if family.refuses_system else "S")
+        trained = apart(form, messages)
+        assert apart(again, messages) == trained
+        given = messages
+        if name == "parts":
+            given = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        finished = plain.apply_chat_template(given, return_dict=False)
+        assert plain(plain.apply_chat_template(given, tokenize=False))["input_ids"] == finished
+        assert finished[-1] == form.end_of_turn_id == plain.eos_token_id
+        assert (finished == trained) == (name != "deepseek-r1") == (not scored_otherwise(again))
+        prompt = plain.apply_chat_template(given[:-1], add_generation_prompt=True, return_dict=False)
+        assert prompt == form.prompt_ids(messages[:-1])
+    assert (
+        "<think>" in scored_otherwise(again) if name == "deepseek-r1" else again.end_of_turn_id == form.end_of_turn_id
+    )
+    assert again.pad_id == form.pad_id != form.end_of_turn_id
+
+
+def test_the_template_of_a_reward_model_says_the_date_of_training(tmp_path):
+    dated = Family(
+        "{{ strftime_now('%d %b %Y') }}" + CHATML, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_end|>"
+    )
+    form = ChatFormat(bytes_tokenizer(dated))
+    form.save(tmp_path, scored=True)
+    finished = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(conversation(1), return_dict=False)
+    assert finished == apart(form, conversation(1))
+    again = ChatFormat.load(tmp_path)
+    again.save(tmp_path / "again", scored=True)
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == (tmp_path / "chat_template.jinja").read_text()

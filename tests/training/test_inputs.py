@@ -9,7 +9,7 @@ import pytest
 from applications import pipeline
 from training import inputs, stage
 from training.config_files import load_config
-from training.inputs import changed_inputs, inputs_of
+from training.inputs import changed_inputs, code_of, inputs_of
 from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory, write_json
 from training.steps import SFT
@@ -54,6 +54,36 @@ def test_other_text_of_the_same_length_is_a_change_and_a_touch_is_none(given, tm
     assert changed_inputs(*given) == []
     file.write_text("a.jsonl as it is!")
     assert len(changed_inputs(*given)) == 1
+
+
+def test_what_a_reward_function_imports_from_beside_it_belongs_to_it(given, tmp_path):
+    run, config = given
+    (tmp_path / "tools").mkdir()
+    for name, text in (
+        ("mine.py", "import json\nfrom tools import words"),
+        ("tools/__init__.py", ""),
+        ("tools/words.py", "x = 1"),
+        ("other.py", "x = 1"),
+    ):
+        (tmp_path / name).write_text(text)
+    write_json(run.inputs_file, inputs_of(config))
+    assert sorted(code_of(config)) == ["mine.py", "tools/__init__.py", "tools/words.py"]
+    (tmp_path / "other.py").write_text("x = 2")
+    assert changed_inputs(run, config) == []
+    before = code_of(config)
+    (tmp_path / "tools/words.py").write_text("x = 2")
+    assert len(changed_inputs(run, config)) == 1
+    assert [name for name, content in code_of(config).items() if content != before[name]] == ["tools/words.py"]
+
+
+def test_of_a_run_from_before_only_the_file_itself_is_known(given, tmp_path):
+    (tmp_path / "helper.py").write_text("x = 1")
+    (tmp_path / "mine.py").write_text("import helper")
+    run, config = given
+    prints = inputs_of(config)
+    del prints["reward_function"][str(tmp_path / "mine.py")]["helper.py"]
+    write_json(run.inputs_file, prints)
+    assert changed_inputs(run, config) == []
 
 
 def test_of_a_large_file_size_and_time_stand_for_its_content(given, tmp_path, monkeypatch):
@@ -105,4 +135,5 @@ def test_a_stage_script_says_it_too(given, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["main.py", str(run.path)])
     with ExitStack() as held:
         stage.enter(run, run.step(SFT), stage.parse_arguments(), 1, held)
-    assert f"{tmp_path / 'a.jsonl'} has changed since" in capsys.readouterr().out
+    said = f"Warning: {tmp_path / 'a.jsonl'} has changed since"
+    assert said in capsys.readouterr().out and said in run.log_file.read_text()

@@ -102,7 +102,7 @@ def test_journal_forgets_what_came_after_and_a_torn_line(tmp_path):
     journal = Journal(tmp_path / "m.jsonl")
     for number in (1, 2, 3):
         journal.write(number, {"loss": number / 2})
-    with open(journal.file, "a") as handle:
+    with open(journal.file, "a", encoding="utf-8") as handle:
         handle.write('{"number": 4, "lo')
     journal.rewind(2)
     assert journal.read() == [{"number": 1, "loss": 0.5}, {"number": 2, "loss": 1.0}]

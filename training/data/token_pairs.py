@@ -9,6 +9,8 @@ from torch import Tensor
 
 PARTS = ("prompt", "chosen", "rejected")
 """Of a row of pairs that become tokens."""
+LENGTH_BUCKETS = (8, 16, 32, 64, 128, 256)
+"""Pairs are counted by the tokens of the longer answer: up to so many, from the bucket before on."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,8 @@ def left_out(count: int, of: int, limit: int) -> str:
 def rows_of(pairs: Sequence[TokenPair]) -> list[tuple[Tensor, Tensor]]:
     """Prompts and answers of one forward pass: all chosen ones, then all rejected ones."""
     return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+
+
+def length_bucket(tokens: int) -> int:
+    """The smallest bucket that holds an answer of so many tokens (the last one holds all longer ones)."""
+    return next((bucket for bucket in LENGTH_BUCKETS if tokens <= bucket), LENGTH_BUCKETS[-1])

@@ -35,6 +35,7 @@ from training.lineage import trained_elsewhere
 from training.rewards import Rewards
 from training.run_directory import write_json, write_text
 from training.stage import Stage
+from training.steps import REWARD
 
 EVALUATION_ITERATION = 1_000_000  # draws apart from every training iteration's
 
@@ -42,11 +43,22 @@ EVALUATION_ITERATION = 1_000_000  # draws apart from every training iteration's
 def win_rate(
     scores: tuple[list[float], list[float]], questions: Sequence[str], chosen: Sequence[int]
 ) -> dict[str, float]:
-    """Of the second model over the first, on the chosen prompts; those of one question are not independent."""
+    """Of the second model over the first, on the chosen prompts; those of one question are not independent.
+
+    `ties` are the prompts on which both have one score.
+    """
     theirs, ours = ([each[i] for i in chosen] for each in scores)
     groups = [questions[i] for i in chosen]
     rate, low, high = statistics.win_rate(ours, theirs, groups)
-    return {"prompts": len(chosen), "questions": len(set(groups)), "rate": rate, "low": low, "high": high}
+    ties = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return {
+        "prompts": len(chosen),
+        "questions": len(set(groups)),
+        "ties": ties,
+        "rate": rate,
+        "low": low,
+        "high": high,
+    }
 
 
 class Comparison:
@@ -137,7 +149,8 @@ class Comparison:
             key = "learned_reward" if directory == self.reward_model else "judge_reward"
             for candidate, scores in zip((self.against, self.model), known[directory], strict=True):
                 pair[candidate.key][key] = statistics.mean(scores)
-            if accuracy := reward_accuracy(model, pairs, self.data):
+            own = self.accuracy_of_step_2() if directory == self.reward_model else {}
+            if accuracy := own or reward_accuracy(model, pairs, self.data):
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = accuracy
         if self.rewards.sources:
@@ -147,6 +160,13 @@ class Comparison:
             for candidate, scores in zip((self.against, self.model), totals, strict=True):
                 pair[candidate.key]["reward"] = statistics.mean(scores)
         return None if self.judge is None else known[self.judge.source]
+
+    def accuracy_of_step_2(self) -> dict[str, Any]:
+        """What step 2 found of the reward model that it trained: there is one figure of it. Empty of another's model,
+        and where an early version trained it.
+        """
+        trained_here = not self.stage.config.given_model(REWARD)
+        return self.stage.run.step(REWARD).read_result().get("reward_accuracy", {}) if trained_here else {}
 
     def total(self, of_model: list[float], answers: Answers) -> list[float]:
         """The sum that PPO was told to raise, answer by answer."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from training.termination import TERMINATION
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    end_with_parent()
+    begin_script()
     TERMINATION.answer()
     from training.evaluation.candidates import Request
     from training.evaluation.comparison import Comparison

@@ -2,15 +2,16 @@
 
 from collections.abc import Hashable, Sequence
 from itertools import compress
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from training.config import DataSettings
 from training.data.split import choose_groups
-from training.data.token_pairs import TokenPair, left_out, rows_of
+from training.data.token_pairs import LENGTH_BUCKETS, TokenPair, left_out, length_bucket, rows_of
 from training.evaluation.answers import encode
-from training.evaluation.scoring import RewardModel
 from training.evaluation.statistics import effective_size, share
-from training.step2_reward.reward import LENGTH_BUCKETS, length_bucket
+
+if TYPE_CHECKING:
+    from training.evaluation.scoring import RewardModel
 
 
 class Accuracy(TypedDict):
@@ -22,7 +23,7 @@ class Accuracy(TypedDict):
     high: float
 
 
-def reward_accuracy(model: RewardModel, rows: Sequence[Any], data: DataSettings) -> dict[str, Accuracy]:
+def reward_accuracy(model: "RewardModel", rows: Sequence[Any], data: DataSettings) -> dict[str, Accuracy]:
     """`all`, `up_to_N_tokens` for each length that occurs, `unseen_questions` where the data know them.
 
     As in step 2, pairs whose answers are the same within data.max_response_tokens are left out: there is nothing to
@@ -40,7 +41,7 @@ def reward_accuracy(model: RewardModel, rows: Sequence[Any], data: DataSettings)
     return accuracy_by_length(right, lengths, unseen, [group_of(row) for row, _ in kept])
 
 
-def token_pair(model: RewardModel, row: Any, data: DataSettings) -> TokenPair:
+def token_pair(model: "RewardModel", row: Any, data: DataSettings) -> TokenPair:
     """A row of pairs as `model` reads it, within the limits that training has too."""
     prompt, chosen = encode(model.chat_format, row["prompt"], row["chosen"], data)
     _, rejected = encode(model.chat_format, row["prompt"], row["rejected"], data)

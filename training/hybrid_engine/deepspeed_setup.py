@@ -8,7 +8,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import deepspeed.ops
+import deepspeed.ops  # noqa: F401  # what imports `deepspeed` from here asks it for its optimisers
 
 from training.private_surfaces import without_shared_memory
 

@@ -1,5 +1,6 @@
 """Loading models of any supported family, with adapters, and writing them as plain Hugging Face directories."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
+from inference.older_versions import SCORER, rewrite_config
 from inference.quiet import quiet_transformers
 from inference.template_check import same_rendering
 from inference.weights import WrongWeights, read_weights, some, unloadable
@@ -259,8 +261,9 @@ def _without_weights(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) 
 
 def fit_vocabulary(model: PreTrainedModel, chat_format: ChatFormat) -> None:
     """Grow the embeddings if the format has more tokens; new rows are the mean of the old ones."""
-    model.config.pad_token_id = chat_format.pad_id
-    model.config.eos_token_id = chat_format.end_of_turn_id
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = chat_format.pad_id
+        config.eos_token_id = chat_format.end_of_turn_id
     inputs: Any = model.get_input_embeddings()
     old = inputs.num_embeddings
     if chat_format.vocabulary_size <= old:
@@ -316,7 +319,9 @@ def save_model(
         raise ValueError(f"trained weights without a place in the model: {unexpected[:3]}")
     if adapted is not None:
         if adapter_directory is not None:
-            adapted.save_pretrained(adapter_directory)
+            lies_on = adapted.peft_config["default"]
+            lies_on.base_model_name_or_path = os.path.abspath(lies_on.base_model_name_or_path)
+            adapted.save_pretrained(adapter_directory, save_embedding_layers=False)  # added tokens have frozen rows
         model = adapted.merge_and_unload()
     for key, value in (extra_config or {}).items():
         setattr(model.config, key, value)
@@ -327,4 +332,5 @@ def save_model(
             pad_token_id=chat_format.pad_id,
         )
     cast(Any, model).to(dtype).save_pretrained(directory)
-    chat_format.save(directory)
+    rewrite_config(directory, **({} if model.can_generate() else SCORER))
+    chat_format.save(directory, scored=not model.can_generate())

@@ -61,7 +61,7 @@ def profile_file(ranks: int = 0) -> Path:
 def read_profile(file: Path) -> MachineProfile:
     """Raises UserError for a file that is not there or is no profile."""
     try:
-        return MachineProfile.from_values(load_yaml(file.read_text()))
+        return MachineProfile.from_values(load_yaml(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"There is no profile {file}; `rlhf-chat profile` measures this machine.") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -41,7 +41,7 @@ def from_yaml(text: str) -> Plan:
 def read_plan(file: Path) -> Plan:
     """Raises UserError where the file cannot be read or holds no plan."""
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"The plan {file} cannot be read ({error.strerror}).") from error
     return from_yaml(text)

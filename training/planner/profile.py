@@ -24,7 +24,7 @@ from training.planner.hardware import ACHIEVED_BANDWIDTH, Calibration, Device
 from training.planner.machine import THIS_MACHINE, MachineProfile
 from training.planner.workload import Precision
 from training.versions import processor, versions
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 REPEATS = 7
 COLLECTIVES = 40
@@ -167,11 +167,11 @@ def where(ranks: Ranks) -> dict[str, str]:
 
 def main() -> int:
     """One rank."""
-    end_with_parent()
+    begin_script()
     ranks = start_ranks()
     profile = measure(ranks)
     if ranks.is_first:
-        Path(sys.argv[1]).write_text(json.dumps(asdict(profile)))
+        Path(sys.argv[1]).write_text(json.dumps(asdict(profile)), encoding="utf-8")
     ranks.barrier()
     stop_ranks()
     return 0

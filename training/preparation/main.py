@@ -6,10 +6,10 @@ python training/preparation/main.py runs/demo
 import sys
 
 from training.termination import TERMINATION
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 if __name__ == "__main__":
-    end_with_parent()
+    begin_script()
     TERMINATION.answer()
     from training.stage import run_preparation
 

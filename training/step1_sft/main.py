@@ -12,10 +12,10 @@ Left out: packing of several rows into one sequence (token-budget micro-batches 
 import sys
 
 from training.termination import TERMINATION
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 if __name__ == "__main__":
-    end_with_parent()  # before the heavy imports: a killed command must not leave a loading process behind
+    begin_script()  # before the heavy imports: a killed command must not leave a loading process behind
     TERMINATION.answer()
     from training.stage import run_stage
     from training.step1_sft.sft import train

@@ -112,7 +112,7 @@ class DPOTask:
         rewards = implicit_rewards(logprobs, reference, lengths, self.settings.beta)
         margins = rewards[0] - rewards[1]
         measured = {
-            "accuracy": (margins > 0).float().sum(),
+            "accuracy": ((margins > 0).float() + 0.5 * (margins == 0)).sum(),  # a tie counts half
             "margin": margins.sum(),
             "reward/chosen": rewards[0].sum(),
             "reward/rejected": rewards[1].sum(),

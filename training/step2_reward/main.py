@@ -11,10 +11,10 @@ label whose score is read at the end-of-turn token. The loss is that of Bradley 
 import sys
 
 from training.termination import TERMINATION
-from training.watchdog import end_with_parent
+from training.watchdog import begin_script
 
 if __name__ == "__main__":
-    end_with_parent()
+    begin_script()
     TERMINATION.answer()
     from training.stage import run_stage
     from training.step2_reward.reward import train

@@ -1,13 +1,17 @@
 """The reward model on top of the shared loop."""
 
+from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.token_pairs import TokenPair, rows_of
+from training.data.split import choose_groups
+from training.data.token_pairs import TokenPair, length_bucket, rows_of
+from training.evaluation.ranking import Accuracy, accuracy_by_length
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
@@ -25,7 +29,6 @@ ACCURACY_UP_TO = {
     256: "eval/accuracy_up_to_256_tokens",
 }
 """The metric of pairs whose longer answer has up to so many tokens, from the bucket before on."""
-LENGTH_BUCKETS = tuple(ACCURACY_UP_TO)
 
 
 def train(stage: Stage) -> None:
@@ -51,7 +54,9 @@ def train(stage: Stage) -> None:
         engine, lambda: load_scorer(source, chat_format, torch.float32, settings.layers), chat_format, scale
     )
     counted = {"optimizer_steps": total, "rows": len(pairs), "held_out": len(evaluated)}
-    stage.finish({**counted, **evaluation, **scale})
+    rows_of_pairs: list[Any] = [held_out[pair.place] for pair in evaluated]
+    ranking = task.ranking([*map(choose_groups(rows_of_pairs), rows_of_pairs)])
+    stage.finish({**counted, **evaluation, **scale, "reward_accuracy": ranking})
 
 
 def initial_model(stage: Stage) -> Path:
@@ -109,6 +114,22 @@ class RewardTask:
         return means | {name: found[name] / count for name, count in counts.items() if count}
 
     @torch.no_grad()
+    def ranking(self, questions: Sequence[Hashable]) -> dict[str, Accuracy]:
+        """Held-out pairs ranked right, with intervals: what evaluation and report say of this reward model.
+
+        `questions` are those of the pairs. All ranks call it and get the same.
+        """
+        ranks, found = self.stage.ranks, dict[int, bool]()
+        lengths = [pair.tokens for pair in self.held_out]
+        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
+        for micro_batch in plan[ranks.rank] if lengths else []:
+            chosen, rejected = self._scores([self.held_out[row] for row in micro_batch.rows])
+            found.update(zip(micro_batch.rows, (chosen > rejected).tolist(), strict=True))
+        right = {row: ranked for share in ranks.gather(found) for row, ranked in share.items()}
+        longest, unseen = [pair.longer for pair in self.held_out], [pair.is_unseen for pair in self.held_out]
+        return accuracy_by_length([right[row] for row in range(len(lengths))], longest, unseen, questions)
+
+    @torch.no_grad()
     def score_scale(self) -> dict[str, float]:
         """Mean and standard deviation of the scores of held-out human replies, chosen and rejected alike."""
         ranks = self.stage.ranks
@@ -137,8 +158,3 @@ def accuracies_of(pair: TokenPair) -> list[str]:
     """The metrics that a held-out pair counts in."""
     names = ["eval/accuracy", ACCURACY_UP_TO[length_bucket(pair.longer)]]
     return [*names, "eval/accuracy_unseen_questions"] if pair.is_unseen else names
-
-
-def length_bucket(tokens: int) -> int:
-    """The smallest bucket that holds an answer of so many tokens (the last one holds all longer ones)."""
-    return next((bucket for bucket in LENGTH_BUCKETS if tokens <= bucket), LENGTH_BUCKETS[-1])

@@ -108,7 +108,7 @@ class PPO:
         ptx = Demonstrations(stage, chat_format) if self.settings.ptx.coefficient else None
         trained = [call.role for call in self.rollouts.calls if call.kind == "train"]
         self.updates = Updates(stage, roles, trained, ptx)
-        self.watch = Watch(self.settings.missing_end_penalty)
+        self.watch = Watch(self.settings.missing_end_penalty, self.settings.iterations)
         self.saved = 0
         """Iteration of the newest checkpoint."""
 
@@ -133,8 +133,8 @@ class PPO:
                 stage.metrics.write(number, metrics)
                 for mini_batch in iteration.mini_batches:
                     updates.write(number, mini_batch)
-                kl = f" · KL {metrics['kl/reference']:.2f}" if settings.has_reference else ""
-                bar.advance(f"score {metrics['reward/score_mean']:.2f}{kl}")
+                kl = f" · KL {metrics['kl/reference']:z.2f}" if settings.has_reference else ""
+                bar.advance(f"score {metrics['reward/score_mean']:z.2f}{kl}")
                 ends = stopped or number == settings.iterations
                 if ends and self.inside is not None:
                     stopped = self.end_inside(self.inside, number, stopped)
@@ -154,7 +154,7 @@ class PPO:
         display, updated = self.stage.display, number - 1 if stopped else number
         kl = None if stopped else self.measure_kl(number + 1)
         if kl is not None and kl <= self.settings.kl.stop:
-            display.say(f"PPO: the KL of the last model is {kl:.2f} nats a response, within rlhf.kl.stop")
+            display.say(f"PPO: the KL of the last model is {kl:z.2f} nats a response, within rlhf.kl.stop")
             return False
         which = ""
         if inside.kept:

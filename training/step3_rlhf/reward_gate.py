@@ -6,15 +6,22 @@ from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.rows import read_rows
 from training.data.token_pairs import rows_of
-from training.rlhf_settings import DOUBTFUL_ACCURACY
+from training.evaluation.guard_rails import DOUBTFUL_ACCURACY
 from training.run_directory import read_json, write_json
 from training.stage import Stage
 from training.step3_rlhf.roles import Roles
+from training.steps import REWARD
 
 
 def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) -> None:
-    """Measure the accuracy, say it, and keep it for later starts in reward_accuracy.json. All ranks call it."""
+    """Say the accuracy: as step 2 found it, else measured, and kept for later starts in reward_accuracy.json.
+
+    All ranks call it.
+    """
     if not stage.config.rlhf.has_reward_model:
+        return
+    if of_step_2 := stage.ranks.tell(accuracy_of_step_2(stage), "a look at step 2's accuracy"):
+        stage.display.say(sentence(*of_step_2))
         return
     file = stage.directory.reward_accuracy_file
     known = stage.ranks.tell(file.exists(), "a look at the reward model's accuracy")
@@ -23,6 +30,15 @@ def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) ->
     if not known and stage.ranks.is_first:
         write_json(file, found)
     stage.display.say(sentence(found["accuracy"], found["pairs"]))
+
+
+def accuracy_of_step_2(stage: Stage) -> tuple[float, int] | None:
+    """Of the reward model that this run trained, on how many pairs; None of another's, and of an early version."""
+    step = stage.run.step(REWARD)
+    if stage.config.given_model(REWARD) or not (stage.ranks.is_first and step.is_finished):
+        return None
+    found = step.read_result().get("reward_accuracy", {}).get("all")
+    return (found["rate"], found["pairs"]) if found else None
 
 
 def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, float]:

@@ -32,9 +32,9 @@ PENALTY = 10.0
 class Watch:
     """Reads each iteration's metrics once, in order."""
 
-    def __init__(self, end_penalty: float = 0.0) -> None:
-        """`end_penalty` is rlhf.missing_end_penalty."""
-        self.end_penalty = end_penalty
+    def __init__(self, end_penalty: float = 0.0, iterations: int = ALIKE) -> None:
+        """`end_penalty` is rlhf.missing_end_penalty, `iterations` how many the run has."""
+        self.end_penalty, self.alike = end_penalty, min(ALIKE, iterations)
         self.history: list[dict[str, float]] = []
         self.said: set[str] = set()
 
@@ -127,21 +127,21 @@ class Watch:
         if now < LENGTH_CORRELATION or now - first < CORRELATION_RISE:
             return ""
         return (
-            f"scores follow length (correlation {now:.2f}, {first:.2f} in the beginning): the policy may fool the "
+            f"scores follow length (correlation {now:z.2f}, {first:z.2f} in the beginning): the policy may fool the "
             f"reward with it; balance the pairs by length"
         )
 
     def _alike(self) -> str:
-        recent = self.history[-ALIKE:]
+        recent = self.history[-self.alike :]
         differ = any(
             metrics.get("reward/scaled_std", 1.0) > NO_SPREAD and metrics.get("reward/groups_alike", 0.0) < 1
             for metrics in recent
         )
-        if len(recent) < ALIKE or differ:
+        if len(recent) < self.alike or differ:
             return ""
         return (
-            f"in {ALIKE} iterations no answer had another score than those it is compared with, so the policy follows "
-            f"noise and penalties; see what gives the scores (samples.jsonl), or compare more answers"
+            f"in {self.alike} iterations no answer had another score than those it is compared with, so the policy "
+            f"follows noise and penalties; see what gives the scores (samples.jsonl), or compare more answers"
         )
 
     def _clip(self, metrics: dict[str, float]) -> str:

@@ -113,7 +113,9 @@ def test_what_a_model_said_is_text_and_nothing_else(tags):
 
 def test_everything_has_its_place(tags):
     text = " ".join(tags.text.split())
-    assert "75.0% of 40 held-out prompts get the better answer from RLHF, not SFT, by upbeat score." in text
+    verdict = "RLHF beats SFT in 75.0% of prompts by upbeat score (95 % interval 61.0% to 89.0%; a tie counts half)."
+    assert verdict in text
+    assert "Out of bounds" not in text
     assert "75.0% (61.0% to 89.0%)" in text and "KL to SFT (nats a reply) 0.00 2.50" in text
     assert "seed 7 1" in text  # what differs from the default, and the default
     assert "torch 2.13.0" in text and "Step 3: PPO" in text and "SFT" in text and "iteration 17" in text
@@ -132,6 +134,12 @@ def test_the_better_answer_is_marked(tags):
     ("rlhf", "expected"),
     [
         ({}, set()),
+        ({"kl": 56.0}, {"KL: 56.00 nats a reply from SFT (at most 6)"}),
+        ({"kl": 9.0, "length": 15.0}, {"KL: 9.00 nats a reply from SFT (at most 6)"}),
+        (
+            {"perplexity_untouched": 1.5e6},
+            {"Perplexity under the untouched model: 5.0e+04 times that of SFT (at most 1.3)"},
+        ),
         ({"length": 18.0}, {"Length of answers: 1.50 times that of SFT (0.7 to 1.3)"}),
         ({"distinct_bigrams": 0.3}, {"Variety (distinct bigrams): 0.50 times that of SFT (at least 0.8)"}),
         ({"most_frequent_share": 0.2}, {"Most frequent answer: 20.0% of all (at most 3%)"}),
@@ -140,6 +148,9 @@ def test_the_better_answer_is_marked(tags):
 )
 def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):
     run = make_run(tmp_path, rlhf=rlhf)
+    text = render(run)
+    for sentence in expected:
+        assert "Out of bounds" in text and text.index(sentence) < text.index("RLHF beats SFT")
     assert {each.text for each in signs(run, run.read_comparison(PPO)) if not each.is_good} == expected
 
 
@@ -163,12 +174,12 @@ def test_an_answer_given_once_is_no_collapse_however_few_the_prompts(tmp_path):
 def test_the_accuracy_is_the_one_measured_last_whoever_trained_the_reward_model(tmp_path):
     run = make_run(tmp_path)
     evaluation = run.read_comparison(PPO)
-    assert reward_accuracy(run, evaluation) == 0.81
+    assert reward_accuracy(run, evaluation) == (0.81, 0)
     measured = {"all": {"pairs": 9, "rate": 0.5, "low": 0.3, "high": 0.7}}
     shutil.rmtree(run.step(REWARD).path)
     assert reward_accuracy(run, evaluation) is None
     found = signs(run, {**evaluation, "reward_accuracy": measured})
-    assert [each.is_good for each in found if "Reward model right in 50%" in each.text] == [False]
+    assert [each.is_good for each in found if "Reward model right in 50.0% of 9 held-out pairs" in each.text] == [False]
 
 
 def test_a_half_finished_run_has_a_report_too(tmp_path):

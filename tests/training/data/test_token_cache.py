@@ -129,7 +129,11 @@ def test_a_million_rows_are_mapped_and_a_batch_reads_its_own(tmp_path, word_form
     kept.directory.mkdir()
     save_file({"ids": torch.arange(4 * rows).int(), "lengths": torch.tensor([3, 1]).int().repeat(rows)}, kept.file)
     tokens = kept.load()
-    places = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if kept.file.name in line]
+    places = [
+        line.split()[0]
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        if kept.file.name in line
+    ]
     mapped = [range(*(int(end, 16) for end in place.split("-"))) for place in places]
     assert any(tokens.ids.data_ptr() in each for each in mapped)
     seconds = []

@@ -89,7 +89,7 @@ def test_uninitialised_weights_take_no_room(tmp_path):
     from training.models.loading import load_causal_lm
 
     def resident() -> int:
-        return int(STATUS.read_text().split("VmRSS:")[1].split()[0]) * 1024
+        return int(STATUS.read_text(encoding="utf-8").split("VmRSS:")[1].split()[0]) * 1024
 
     config = LlamaConfig(
         vocab_size=104, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8,

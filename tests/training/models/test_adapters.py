@@ -41,7 +41,11 @@ TABLES = {  # family: its configuration, and the name of its table of tokens
 ROWS = [(torch.arange(5, 12), torch.arange(20, 26)), (torch.arange(40, 43), torch.arange(60, 64))]
 BATCH = TokenBatch.of(ROWS, torch.device("cpu"))
 FORMAT: Any = SimpleNamespace(
-    tokenizer=SimpleNamespace(bos_token_id=None), end_of_turn_id=2, end_ids=(2,), pad_id=1, save=lambda place: None
+    tokenizer=SimpleNamespace(bos_token_id=None),
+    end_of_turn_id=2,
+    end_ids=(2,),
+    pad_id=1,
+    save=lambda place, scored: None,
 )
 
 

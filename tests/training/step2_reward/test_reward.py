@@ -257,13 +257,29 @@ def test_two_ranks_measure_the_mean_over_all_pairs(task, measure):
     assert on_two_ranks(task, lambda: measure(task)) == pytest.approx(measure(task), rel=1e-5, abs=1e-6)
 
 
+def test_the_ranking_that_is_kept_is_the_last_evaluation(runs, task, monkeypatch):
+    """By the rates, whatever the plan and the number of ranks; with questions that hold several pairs."""
+    questions = list("aabbcde")
+    expected, measured = task.ranking(questions), task.evaluate()
+    names = {"all": "eval/accuracy", "unseen_questions": "eval/accuracy_unseen_questions"}
+    for name, found in expected.items():
+        assert found["rate"] == pytest.approx(measured[names.get(name, f"eval/accuracy_{name}")])
+    assert expected["all"]["pairs"] == 7 and expected["all"]["questions"] == 5
+    assert on_two_ranks(task, lambda: task.ranking(questions)) == expected
+    monkeypatch.setattr(reward, "plan_micro_batches", with_idle_micro_batch(reward.plan_micro_batches))
+    assert task.ranking(questions) == expected
+    result = result_of(runs["plain"], REWARD)
+    assert result["reward_accuracy"]["all"]["rate"] == pytest.approx(result["eval/accuracy"])
+    assert result["reward_accuracy"]["all"]["pairs"] == result["held_out"]
+
+
 def test_without_held_out_pairs_the_scale_is_that_of_the_first_training_pairs(task, base):
     task.held_out = []
     model = AutoModelForSequenceClassification.from_pretrained(base).eval()
     found = task.score_scale()
     expected = scale_by_hand(model, TRAIN[:5], ChatFormat.load(base))  # reward.eval_rows
     assert (found["score_shift"], found["score_scale"]) == pytest.approx(expected, rel=1e-4)
-    assert task.evaluate() == {}
+    assert task.evaluate() == task.ranking([]) == {}
 
 
 def test_equal_scores_leave_a_scale_to_divide_by(task):

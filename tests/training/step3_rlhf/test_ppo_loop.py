@@ -171,7 +171,7 @@ def told(seen: SimpleNamespace) -> dict:
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
         "sampling": [getattr(seen.trainer.rollouts.sampling, name) for name in SAMPLING],
-        "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl")],
+        "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl", encoding="utf-8")],
         "numbers": [len(seen.mini_batches), seen.trainer.roles.critic_scale],
     }
 

@@ -10,8 +10,9 @@ import torch
 from training.config_files import load_config
 from training.data.token_pairs import TokenPair
 from training.distributed import Ranks
-from training.run_directory import StepDirectory
+from training.run_directory import RunDirectory, StepDirectory
 from training.step3_rlhf.reward_gate import look_at_reward_model
+from training.steps import REWARD
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -48,7 +49,7 @@ def look(tmp_path, roles: Likes, pairs: list[tuple[int, int]], *overrides: str, 
     stage = SimpleNamespace(
         config=load_config([], ["model=m", "rlhf.micro_batch_tokens=16", *overrides]),
         ranks=ranks,
-        run=SimpleNamespace(data=data),
+        run=RunDirectory(tmp_path),
         directory=StepDirectory(tmp_path / "step3_rlhf", 3),
         display=SimpleNamespace(say=said.append),
         token_pairs=token_pairs,
@@ -81,6 +82,18 @@ def test_a_model_that_ranks_upside_down_is_warned_of_and_told_what_to_do(tmp_pat
 def test_the_gate_is_at_55_percent(tmp_path, right, warned):
     (said,) = look(tmp_path, Likes(), [(9, 5)] * right + [(5, 9)] * (20 - right))
     assert said.startswith("Warning") == warned
+
+
+@pytest.mark.parametrize(("own", "asked"), [(True, False), (False, True)])
+def test_what_step_2_found_of_its_model_is_not_measured_anew(tmp_path, own, asked):
+    """Of a model from elsewhere it knows nothing."""
+    step, roles = RunDirectory(tmp_path).step(REWARD), Likes()
+    step.model.mkdir(parents=True)
+    step.result_file.write_text(json.dumps({"reward_accuracy": {"all": {"rate": 0.625, "pairs": 40}}}))
+    given = [] if own else ["trained_reward_model=elsewhere"]
+    (said,) = look(tmp_path, roles, PAIRS, *given)
+    assert said == f"Reward model: {'62.5% of 40' if own else '71.4% of 7'} held-out pairs ranked right"
+    assert bool(roles.asked) == asked
 
 
 def test_without_pairs_that_is_said(tmp_path):

@@ -1,0 +1,91 @@
+"""What our processes print. Work ends neither with who reads it nor with what an encoding cannot show."""
+
+import codecs
+import errno
+import io
+import os
+import select
+import sys
+import unicodedata
+from contextlib import suppress
+from typing import Any, TextIO
+
+STAND_INS = "rlhf_chat.stand_ins"
+READER_GONE = (errno.EPIPE, errno.EIO)
+"""Of a pipe, and of a terminal."""
+EXIT_READER_GONE = 141
+"""What a shell says of a command that SIGPIPE has ended."""
+
+
+class GuardedFile(io.FileIO):
+    """A descriptor for what is shown. What it does not take is lost; with `ends` it ends the command, once."""
+
+    def __init__(self, descriptor: int, ends: bool):
+        super().__init__(descriptor, "w", closefd=False)
+        self.ends = ends
+
+    def write(self, data: Any) -> int:
+        try:
+            while (written := super().write(data)) is None:  # full, and set not to wait by who shares it
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            if not self.ends:
+                return len(data)
+            self.ends = False  # flushing at the exit comes here again
+            if error.errno in READER_GONE:
+                raise SystemExit(EXIT_READER_GONE) from error
+            raise
+
+
+def guard_output(ends: bool = False) -> None:
+    """Put stdout and stderr behind a GuardedFile; characters that their encoding lacks get a stand-in.
+
+    `ends`: what the process prints is all that it is for, so it ends when nobody reads it. May be called again.
+    """
+    use_utf8()
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the process: no file of ours shall take its number
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+    codecs.register_error(STAND_INS, stand_ins)
+    sys.stdout, sys.stderr = guarded(sys.stdout, ends), guarded(sys.stderr)
+
+
+def use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode where its locale has another encoding.
+
+    File names are the same in every locale then, and so is what libraries open. What is shown keeps the encoding.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding if sys.stdout is not None else "utf-8")
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def guarded(stream: TextIO, ends: bool = False) -> TextIO:
+    """`stream`, guarded where it is a file and not what a caller reads in this process."""
+    if type(stream) is not io.TextIOWrapper or stream.name == os.devnull:
+        return stream
+    with suppress(OSError):
+        stream.flush()
+    file = GuardedFile(stream.fileno(), ends)
+    return io.TextIOWrapper(
+        io.BufferedWriter(file),
+        stream.encoding,
+        STAND_INS,
+        line_buffering=stream.line_buffering or file.isatty(),
+        write_through=stream.write_through,
+    )
+
+
+def stand_ins(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: lines of tables become - | +, brackets [ ], all else that cannot be encoded ?."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(map(stand_in, error.object[error.start : error.end])), error.end
+
+
+def stand_in(character: str) -> str:
+    name = unicodedata.name(character, "")
+    if not name.startswith("BOX DRAWINGS"):
+        return {"Ps": "[", "Pe": "]", "Pd": "-"}.get(unicodedata.category(character), "?")
+    return "+" if " AND " in name else "|" if name.endswith("VERTICAL") else "-"
