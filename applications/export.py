@@ -9,7 +9,7 @@ from typing import Any
 
 from applications.model_card import Exported, is_hub_id, model_card
 from inference.disk import writing
-from inference.errors import UserError
+from inference.errors import UserError, typed
 from inference.older_versions import SCORER, rewrite_config, rewrite_tokenizer
 from inference.untrusted import refuse_code
 from training.config import RunConfig
@@ -64,7 +64,7 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     print(f"Exported {step.command} ({what}) to {to} ({size:,.1f} MB): {files}")
     if adapters and not is_hub_id(base):
         print("adapter_config.json names the base by its path here: write there what others call it.")
-    print(f"Read README.md before you upload it: hf upload OWNER/{to.resolve().name} {to}")
+    print(f"Read README.md before you upload it: hf upload OWNER/{typed(to.resolve().name)} {typed(to)}")
 
 
 def require_free(to: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import training
 from applications.forking import ForkedScript, can_fork
-from inference.errors import EXIT_USER_ERROR, UserError
+from inference.errors import EXIT_USER_ERROR, UserError, typed
 from training.error_report import room_for_report
 from training.run_directory import RunDirectory
 from training.starts import COMMAND_VARIABLE
@@ -81,17 +81,18 @@ def run_stage_script(
             raise Terminated(end_in_time(process, script, error_file)) from None
     if code == 0 and has_result(script, run):
         return
-    if error_file.exists():
-        error = json.loads(error_file.read_text(encoding="utf-8"))
-        if error["code"] == EXIT_TERMINATED:  # it came to the script alone
-            raise Terminated(error["sentence"])
+    with open(log_file, "rb") as log_bytes:
+        log_bytes.seek(begin)
+        said = log_bytes.read().decode(errors="replace")
+    error = json.loads(error_file.read_text(encoding="utf-8")) if error_file.exists() else {}
+    terminated = error.get("code") == EXIT_TERMINATED
+    if terminated and not was_killed(said):  # SIGTERM came to the script alone
+        raise Terminated(error["sentence"])
+    if error and not terminated:
         raised = UserError(error["sentence"]) if error["code"] == EXIT_USER_ERROR else StageFailed(error["sentence"])
         if "traceback" in error:  # --debug shows it
             raised.add_note(error["traceback"])
         raise raised
-    with open(log_file, "rb") as log_bytes:
-        log_bytes.seek(begin)
-        said = log_bytes.read().decode(errors="replace")
     raise StageFailed(failure_sentence(script, run, code, log_file, said))
 
 
@@ -188,7 +189,11 @@ def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path, 
     else:
         reason = last_error(said)
         how = f"ended with code {code}" + (f" ({reason})" if reason else "") + " and left no result" * (code == 0)
-    goes_on = f"rlhf-chat {step.command} {run.path} goes on from the last checkpoint" if step else "try again"
+    goes_on = "try again"
+    if step:
+        has_checkpoint = any(run.step(step).checkpoints.glob("[0-9]*"))
+        again = "goes on from the last checkpoint" if has_checkpoint else "begins the step again"
+        goes_on = f"rlhf-chat {step.command} {typed(run.path)} {again}"
     return f"{who} {how}; {goes_on}, and the log is {log_file}."
 
 
@@ -201,6 +206,12 @@ def first_dead_rank(said: str) -> tuple[int, int] | None:
     killed = [(rank, code) for rank, code in ended if code < 0 and code != -signal.SIGTERM]
     first = killed or ended
     return first[-1] if first else None  # the root cause stands last
+
+
+def was_killed(said: str) -> bool:
+    """Whether a rank was, so that the launcher sent SIGTERM to the others."""
+    _, code = first_dead_rank(said) or (0, 0)
+    return code < 0 and -code != signal.SIGTERM
 
 
 def signal_name(number: int) -> str:

@@ -8,6 +8,7 @@ import time
 from applications.fit import Machine
 from applications.launch import run_stage_script
 from applications.report_table import comparison_table, reward_accuracy_line
+from inference.errors import typed
 from training.config import RunConfig
 from training.data.rows import read_rows, require_rows
 from training.distributed import require_gpus
@@ -52,7 +53,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
     display.say(f"Report with curves and answers: {write_report(run)}")
     display.say(f"Training took {duration(training_seconds)}, everything {duration(time.monotonic() - begun)}.")
     if not all(step.leaves_scorer for step in steps):
-        display.say(f"Talk to it: rlhf-chat chat {run.path}")
+        display.say(f"Talk to it: rlhf-chat chat {typed(run.path)}")
 
 
 def look_at_processes(processes: int, display: Display) -> None:

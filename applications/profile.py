@@ -5,6 +5,7 @@ from pathlib import Path
 from applications.files import write_text
 from applications.fit import Machine, size
 from applications.launch import run_on_ranks
+from inference.errors import typed
 from training.distributed import require_gpus
 from training.planner.hardware import ACHIEVED_BANDWIDTH
 from training.planner.machine import MachineProfile, profile_file
@@ -23,7 +24,7 @@ def profile_command(processes: int | None, out: Path | None) -> None:
     for file in files:
         write_text(file, profile.to_yaml())
     print(describe(profile))
-    target = "this-machine" if out is None else str(out)
+    target = "this-machine" if out is None else typed(out)
     print(f"\nWritten to {files[0]}; plan with: rlhf-chat plan --gpu {target} --gpus-per-node {ranks} --model ...")
 
 

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from inference.errors import UserError
+from inference.errors import UserError, typed
 from inference.model_files import refuse_pointers
 
 USUAL = ("step1_sft", "step3_rlhf")
@@ -54,14 +54,14 @@ def find_newest_model(run: Path) -> tuple[str, Path]:
     finished = [name for name, folder in steps.items() if is_finished(run / folder)]
     if not finished:
         raise UserError(
-            f"{run} has no finished model to talk to; train one with rlhf-chat run --name {run.resolve().name}."
+            f"{run} has no finished model to talk to; train one with rlhf-chat run --name {typed(run.resolve().name)}."
         )
     if finished == ["SFT"]:
         folder = folder_after_sft(steps)
         number, command = folder.removeprefix("step").partition("_")[0], command_of(folder)
         print(
             f"Step {number}{'' if folder in USUAL else f' ({command.upper()})'} of {run} is not finished yet, so this "
-            f"is the SFT model (continue with rlhf-chat {command} {run}).",
+            f"is the SFT model (continue with rlhf-chat {command} {typed(run)}).",
             file=sys.stderr,
         )
     return finished[-1], run / steps[finished[-1]] / "model"
@@ -73,7 +73,7 @@ def find_both_models(run: Path) -> list[tuple[str, Path]]:
     finished = [name for name, folder in steps.items() if is_finished(run / folder)]
     if "SFT" not in finished or finished == ["SFT"]:
         missing = folder_after_sft(steps) if finished == ["SFT"] else steps["SFT"]
-        command = f"rlhf-chat {command_of(missing)} {run}"
+        command = f"rlhf-chat {command_of(missing)} {typed(run)}"
         raise UserError(f"To compare, {run} needs {missing}, which is not finished; run {command}.")
     return [(name, run / steps[name] / "model") for name in finished]
 

@@ -1,5 +1,7 @@
 """Errors that end in a sentence instead of a traceback, and the exit codes that go with them."""
 
+import shlex
+
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
 
@@ -9,6 +11,12 @@ class UserError(Exception):
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
+
+
+def typed(name: object) -> str:
+    """A path or name as it can be typed into a shell, in a command that is printed to be copied."""
+    text = str(name)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def reason(error: Exception) -> str:

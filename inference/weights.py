@@ -102,11 +102,13 @@ def unloadable(directory: Path, error: Exception, name: str = "") -> UserError:
     if is_unsafe_pickle(error):
         return UserError(unsafe_pickle(directory))
     reason = shorten(str(error).strip() or type(error).__name__, 200, placeholder=" ...").rstrip(".")
-    return UserError(f"The model in {name or directory} cannot be loaded ({reason}); {way_out(directory)}.")
+    return UserError(f"The model in {name or directory} cannot be loaded ({reason}); {way_out(directory, reason)}.")
 
 
-def way_out(directory: Path) -> str:
+def way_out(directory: Path, reason: str = "") -> str:
     """Of a damaged model: that of a finished step is written anew from the step's last checkpoint."""
+    if "Permission denied" in reason:  # nothing is wrong with it
+        return "give yourself the right to read it"
     if (directory.parent / "result.json").is_file():
         return f"delete {directory} and give the command of its step again, which writes it anew"
     return "fetch it again, or give another one"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from inference.errors import UserError
 from inference.streams import EXIT_READER_GONE, STAND_INS, guard_output
 from tests.conftest import rlhf_chat
 from tests.warm import ROOT, Command, Done, fork_all
+from training.run_directory import RunDirectory
+from training.steps import SFT
 
 
 @dataclass(frozen=True)
@@ -127,3 +131,9 @@ def test_closed_and_slow_streams(tmp_path, closed, counted):
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_commands_to_copy_are_quoted(tmp_path):
+    for name, shown in (("my runs/it's", """'my runs/it'"'"'s'"""), ("-x", "./-x"), ("runs/demo", "runs/demo")):
+        with pytest.raises(UserError, match=re.escape(f"rlhf-chat sft {shown}") + "$"):
+            RunDirectory(Path(name)).require_model(SFT)

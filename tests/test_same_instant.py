@@ -26,7 +26,7 @@ class Start:
 
     def __call__(self) -> None:
         pipeline.run_pipeline = lambda run, config, steps: self.work(config.seed)
-        scripts.prepare = lambda config, run, processes, say: None
+        scripts.prepare = lambda *_: None
         scripts.ORPHANS_END = 0.3
         sys.argv = ["rlhf-chat" if self.arguments[0] == "run" else "main.py", *self.arguments]
         time.sleep(max(0.0, self.at - time.time()))

@@ -8,6 +8,7 @@ from training.run_directory import RunDirectory
 from training.versions import versions
 
 CHANGEABLE = {
+    "announce",
     "method",
     "processes",
     "micro_batch_tokens",

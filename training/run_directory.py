@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from inference.errors import UserError
+from inference.errors import UserError, typed
 from inference.locks import hold_lock
 from training.config import RunConfig
 from training.config_files import read_yaml, validate_config
@@ -61,7 +61,11 @@ class RunDirectory:
     def read_comparison(self, step: Step) -> dict[str, Any] | None:
         """The figures of `comparison_of`; None where there are none. Raises UserError where the file is damaged."""
         file, _ = self.comparison_of(step)
-        return read_json(file, f"delete it, then rlhf-chat eval {self.path} makes it anew") if file.exists() else None
+        return (
+            read_json(file, f"delete it, then rlhf-chat eval {typed(self.path)} makes it anew")
+            if file.exists()
+            else None
+        )
 
     @property
     def lock_file(self) -> Path:
@@ -105,7 +109,8 @@ class RunDirectory:
         directory = self.step(step)
         if not directory.is_finished:
             raise UserError(
-                f"{step.folder} of {self.path} is not finished; run it first: rlhf-chat {step.command} {self.path}"
+                f"{step.folder} of {self.path} is not finished; run it first: "
+                f"rlhf-chat {step.command} {typed(self.path)}"
             )
         return directory.model
 
@@ -198,7 +203,7 @@ class StepDirectory:
 
     def read_result(self) -> dict[str, Any]:
         """Raises UserError where the file is damaged."""
-        command = f"rlhf-chat {self.step.command} {self.path.parent}"
+        command = f"rlhf-chat {self.step.command} {typed(self.path.parent)}"
         return read_json(self.result_file, f"delete it, then {command} ends the step anew from its last checkpoint")
 
     @contextmanager

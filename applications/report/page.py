@@ -14,7 +14,7 @@ from markupsafe import Markup
 from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
 from applications.report_table import pair_of, table_rows, training_signs
-from inference.errors import UserError
+from inference.errors import UserError, typed
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
@@ -48,7 +48,9 @@ def render(run: RunDirectory) -> str:
     found = signs(run, evaluation)
     rows = {step: read_metrics(run.step(step)) for step in STEPS}
     if not any(rows.values()):
-        raise UserError(f"Nothing was trained in {run.path} yet; start with rlhf-chat run --name {run.path.name}.")
+        raise UserError(
+            f"Nothing was trained in {run.path} yet; start with rlhf-chat run --name {typed(run.path.name)}."
+        )
     css = (HERE / "style.css").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -70,7 +70,7 @@ def test_a_process_that_is_killed_is_named_with_its_signal_and_the_way_on(tmp_pa
         launch.run_stage_script("step1_sft", run, processes)
     said = str(raised.value)
     assert said.startswith(f"{who} was killed by SIGKILL (signal 9), most often because memory ran out (try a smaller ")
-    assert f"; rlhf-chat sft {run.path} goes on from the last checkpoint, and the log is {run.path}" in said
+    assert f"; rlhf-chat sft {run.path} begins the step again, and the log is {run.path}" in said
     assert not processes_with(str(tmp_path / "dies.py"))
 
 

@@ -91,11 +91,21 @@ def remade(file: Path) -> str:
     return f"the directory {file.parent}" if file.parent.name == "data" else f"{file} and the .json file beside it"
 
 
+INSTEAD = {
+    "sft": "a finished model in the place of this step (rlhf-chat rlhf RUN --actor MODEL, with a new RUN)",
+    "reward": "leave the step out: --steps 1, or a reward function "
+    "(--set rlhf.reward_function=FILE:FUNCTION --set rlhf.reward_weights.model=0)",
+}
+"""Command of a step -> how it goes without its rows."""
+
+
 def require_rows(directory: Path, step: Step) -> None:
     """Raise UserError where a run's data directory has nothing for `step` to train on."""
     file = directory / f"{step.rows.name}_train.jsonl"
     if file.stat().st_size == 0:
+        rows = sum(len(read_rows(each)) for each in directory.glob("*_*.jsonl") if each.stem != "left_out")
         raise UserError(
-            f"Step {step.label} needs {step.rows.contents}, and the data has none for it: "
-            f"choose another data.source, or give step {step.label} a larger share in data.split."
+            f"Step {step.label} needs {step.rows.contents}, and none of the data's {rows:,} rows is left for it: "
+            f"give more such rows (each step takes its share, some are held out), a larger share in data.split, "
+            f"or {INSTEAD.get(step.command, 'leave the step out (--steps)')}."
         )

@@ -124,6 +124,19 @@ def test_a_stage_that_is_refused_leaves_the_name_free(tiny, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_the_seed_of_the_split_alone_decides_the_rows_and_where_models_come_from_is_said(tiny, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "Question {n}?", "response": "Answer {n}."}}\n' for n in range(40)))
+    given = [f"model={tiny}", f"sft_model={tiny}", f"data.source={file}", "method=dpo", "data.split=[1,0,0]"]
+    files, said = [], list[str]()
+    for name, settings in enumerate((["seed=1"], ["seed=2", "data.split_seed=1"], ["seed=2"])):
+        run = RunDirectory(tmp_path / str(name))
+        prepare(load_config([], [*given, *settings]), run, 1, said.append)
+        files.append((run.data / "sft_eval.jsonl").read_text())
+    assert files[0] == files[1] != files[2]
+    assert said.count(f"It is not known what {tiny} was trained on: rows that are held out here may be among it.") == 3
+
+
 def test_a_reward_address_where_nobody_answers_is_refused_unless_the_advice_is_followed(tiny, tmp_path):
     from applications.commands import parse_steps
 
