@@ -395,7 +395,7 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
             trains = sys.argv[1:2] and sys.argv[1] in ("run", *(step.command for step in STEPS))
-            goes_on = "; the same command goes on from the last checkpoint" if trains else ""
+            goes_on = "; the same command goes on" if trains else ""
             print(f"\nrlhf-chat: stopped{goes_on}.", file=sys.stderr)
         raise
     finally:

@@ -15,13 +15,22 @@ from training.distributed import require_gpus
 from training.inputs import changed_inputs
 from training.metrics import WARNING, Display, duration
 from training.run_directory import RunDirectory
-from training.steps import REWARD, Step
+from training.steps import METHODS, REWARD, Step
 from training.watchdog import outlive_terminal
 
 
 def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
-    """`steps` without the reward model where nothing reads one, unless it was asked for alone."""
-    return [step for step in steps if config.rlhf.has_reward_model or step is not REWARD] or steps
+    """`steps` without those whose model is given or, of the reward model, not used; what was asked for alone stays."""
+    return [step for step in steps if not left_out(config, step)] or steps
+
+
+def left_out(config: RunConfig, step: Step) -> str:
+    """Why a step is not needed; empty where it is."""
+    if given := config.given_model(step):
+        return f"{given} is used instead ({step.given_by})"
+    return "no reward model is used (rlhf.reward_weights.model=0)" * (
+        step is REWARD and not config.rlhf.has_reward_model
+    )
 
 
 def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
@@ -33,8 +42,9 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
         display.say(config.announce)
     for sentence in changed_inputs(run, config):
         display.say(f"{WARNING}{sentence}")
-    if config.method == "ppo" and not config.rlhf.has_reward_model and REWARD not in steps:
-        display.say("Step 2 of 3 is left out: no reward model is used (rlhf.reward_weights.model=0)")
+    for step in METHODS[config.method]:
+        if step not in steps and (why := left_out(config, step)):
+            display.say(f"Step {step.number} is left out: {why}")
     if not all(run.step(step).is_finished for step in steps):
         look_at_processes(config.processes, display)
         display.say("Preparing models and data")

@@ -3,7 +3,10 @@
 from typing import Any
 
 from inference.errors import UserError
-from training.config import RunConfig
+from training.config import EMBEDDED_DATA, RunConfig
+from training.data.find_files import find_files
+from training.data.hub_sets import find_set
+from training.data.sources import parse_source
 from training.run_directory import RunDirectory
 from training.versions import versions
 
@@ -38,6 +41,7 @@ def open_run(run: RunDirectory, config: RunConfig | None) -> RunConfig:
             if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
         ]
         if refused:
+            require_sources(config)
             raise UserError(
                 f"{run.path} was made with other settings ({', '.join(refused[:3])}); choose another --name, or give "
                 f"only the run directory to go on with its own settings."
@@ -46,6 +50,14 @@ def open_run(run: RunDirectory, config: RunConfig | None) -> RunConfig:
         return config
     run.write_config(config, versions())
     return config
+
+
+def require_sources(config: RunConfig) -> None:
+    """Raise UserError where a data source is not there: a mistyped one is not another setting."""
+    for text in config.data.sources:
+        source = parse_source(text)
+        if text != EMBEDDED_DATA and not source.is_hub_id and find_set(source.name) is None:
+            find_files(source.copy or source.path)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -84,7 +84,7 @@ class RollCall:
             now.due = 2 * waited
             self._say(f"has waited {waited:.0f} s for {named(missing)} ({now.phase})")
         if dead := [rank for rank in missing if self._is_silent(rank)]:
-            self._say(f"ends: {named(dead)} gave no sign of life; the same command goes on from the last checkpoint")
+            self._say(f"ends: {named(dead)} gave no sign of life; the same command goes on")
             os._exit(EXIT_LOST)
 
     def _is_silent(self, rank: int) -> bool:

@@ -382,8 +382,7 @@ def end_without_sentence(error: Exception) -> NoReturn:
     if is_lost_peer(error):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         print(
-            f"Another process of this run, or its machine, is gone ({reason}): give the same command again to go on "
-            f"from the last checkpoint.",
+            f"Another process of this run, or its machine, is gone ({reason}): give the same command again to go on.",
             file=sys.stderr,
             flush=True,
         )

@@ -155,7 +155,7 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "\nrlhf-chat: stopped; the same command goes on from the last checkpoint.\n"
+    assert capsys.readouterr().err == "\nrlhf-chat: stopped; the same command goes on.\n"
     assert not processes_with(str(tmp_path))
 
 

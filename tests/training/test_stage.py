@@ -132,6 +132,18 @@ def test_kl_may_be_measured_in_a_run_that_has_begun(tmp_path):
             open_run(run, load_config([], ["model=m", "rlhf.kl.coefficient=0.1"]))
 
 
+def test_a_data_file_that_is_not_there_is_no_other_setting(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    run = RunDirectory(tmp_path / "run")
+    with run.locked():
+        open_run(run, load_config([], ["model=m"]))
+        with pytest.raises(UserError, match=f"There is no data source {tmp_path}/typo.jsonl"):
+            open_run(run, load_config([], ["model=m", f"data.source={tmp_path}/typo.jsonl"]))
+        for other in (f"{tmp_path}/rows.jsonl", "owner/name", "chitchat"):
+            with pytest.raises(UserError, match="made with other settings"):
+                open_run(run, load_config([], ["model=m", f"data.source={other}", "seed=3"]))
+
+
 def test_a_stage_script_keeps_absolute_paths_as_the_command_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()

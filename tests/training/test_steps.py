@@ -7,6 +7,7 @@ import pytest
 
 import training
 from applications.cli import app
+from applications.pipeline import left_out, needed_steps
 from training.config import RunConfig, StepSettings
 from training.data.rows import RowSets
 from training.planner.graph import DataflowGraph
@@ -45,3 +46,15 @@ def test_a_step_needs_the_models_that_nobody_gives():
     assert needed(REWARD, reward={"initialize_from": "sft"}) == [SFT]
     assert needed(REWARD, reward={"initialize_from": "sft"}, sft_model="mine") == []
     assert RunConfig(model="tiny", method="dpo").steps == list(METHODS["dpo"])
+
+
+def test_a_step_whose_model_is_given_or_not_used_is_left_out_unless_it_was_asked_for_alone():
+    every = list(METHODS["ppo"])
+    given = RunConfig(model="tiny", sft_model="mine")
+    assert needed_steps(given, every) == [REWARD, PPO] and needed_steps(given, [SFT]) == [SFT]
+    assert left_out(given, SFT) == "mine is used instead (sft_model)" and left_out(given, PPO) == ""
+    trained = RunConfig(model="tiny", trained_reward_model="mine")
+    assert needed_steps(trained, every) == [SFT, PPO]
+    function = RunConfig(model="tiny", rlhf={"reward_weights": {"model": 0}, "reward_function": "r.py:f"})
+    assert needed_steps(function, every) == [SFT, PPO] and needed_steps(function, [REWARD]) == [REWARD]
+    assert needed_steps(RunConfig(model="tiny"), every) == every
