@@ -17,7 +17,7 @@ from applications.launch import run_on_ranks
 from applications.preset_store import settings_for_model
 from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
-from inference.errors import EXIT_USER_ERROR, UserError, reason
+from inference.errors import EXIT_USER_ERROR, UserError, copied_again, reason
 from inference.families import longest_text
 from inference.generation.equality import Findings, Generated, Tolerance, TrainingLogprobs, Work, compare, generate
 from inference.model_store import check_model_directory, resolve_model
@@ -77,7 +77,7 @@ def check_cut(directory: Path, degree: int) -> None:
             shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     except Exception as error:  # transformers raises many kinds here, all of them about config.json
         raise UserError(
-            f"The config.json of {directory} cannot be used ({reason(error)}); copy the model again."
+            f"The config.json of {directory} cannot be used ({reason(error)}); {copied_again(error)}."
         ) from error
     empty_shard(shape, TensorParallel(0, degree))
 

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
-from inference.errors import UserError
+from inference.errors import UserError, copied_again
 from inference.model_files import require_usable
 from inference.older_versions import rewrite_tokenizer
 from inference.quiet import quiet_transformers
@@ -290,7 +290,7 @@ def read_values(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}); copy the model again.") from None
+        raise UserError(f"{file} cannot be read ({error}); {copied_again(error)}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged: it holds no names with values; copy the model again.")
     return values

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from inference.errors import UserError, typed
+from inference.errors import UserError, copied_again, typed
 from inference.model_files import refuse_pointers
 
 USUAL = ("step1_sft", "step3_rlhf")
@@ -94,7 +94,7 @@ def refuse_reward_model(directory: Path) -> None:
     try:
         names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     except (ValueError, OSError, AttributeError) as error:
-        raise UserError(f"{directory / 'config.json'} cannot be read ({error}); copy the model again.") from None
+        raise UserError(f"{directory / 'config.json'} cannot be read ({error}); {copied_again(error)}.") from None
     if any("SequenceClassification" in name for name in names):
         raise UserError(
             f"{directory} is a reward model ({names[0]}), which scores and does not chat; give step 1's or 3's."

@@ -22,3 +22,8 @@ def typed(name: object) -> str:
 def reason(error: Exception) -> str:
     """What an error of a library says, for a sentence of ours: the first line, at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
+def copied_again(error: object) -> str:
+    """The way out for a file of a model that cannot be read; nothing is wrong with it where that is not permitted."""
+    return "give yourself the right to read it" if "Permission denied" in str(error) else "copy the model again"

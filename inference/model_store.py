@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from inference.disk import is_disk_full
-from inference.errors import UserError, reason
+from inference.errors import UserError, copied_again, reason
 from inference.locks import hold_lock
 from inference.model_files import refuse_pointers, require_usable
 from inference.model_package import convert_package, find_package
@@ -85,7 +85,7 @@ def check_model_directory(directory: Path, name: str = "") -> None:
         hint = f"did you mean {inner}?" if inner else "give a Hugging Face model directory or a hub id."
         raise UserError(f"{name} is not a model, it has no config.json: {hint}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"The config.json of {name} cannot be read ({error}); copy the model again.") from None
+        raise UserError(f"The config.json of {name} cannot be read ({error}); {copied_again(error)}.") from None
     complaints = [_weights_complaint(directory, weights) for weights in ("model.safetensors", "pytorch_model.bin")]
     if all(complaints):
         complaint = min(complaints, key=lambda text: text.startswith("no "))  # missing parts say more than "no weights"

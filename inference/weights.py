@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from inference.errors import UserError
+from inference.errors import UserError, copied_again
 from inference.families import text_config
 from inference.model_files import require_usable
 from inference.quiet import quiet_transformers
@@ -107,8 +107,8 @@ def unloadable(directory: Path, error: Exception, name: str = "") -> UserError:
 
 def way_out(directory: Path, reason: str = "") -> str:
     """Of a damaged model: that of a finished step is written anew from the step's last checkpoint."""
-    if "Permission denied" in reason:  # nothing is wrong with it
-        return "give yourself the right to read it"
+    if "Permission denied" in reason:
+        return copied_again(reason)
     if (directory.parent / "result.json").is_file():
         return f"delete {directory} and give the command of its step again, which writes it anew"
     return "fetch it again, or give another one"

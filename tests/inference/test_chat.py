@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 from inference.chat import Session, Terminal, change_settings, chat, check_settings, printable
 from inference.chat_format import ChatFormat
 from inference.chat_model import ChatModel
-from inference.chat_target import find_chat_models
+from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.model_store import check_model_directory
 from inference.serving.job import Job
 from inference.serving.lane import Lane
 from inference.streams import EXIT_READER_GONE, guard_output
@@ -606,6 +607,18 @@ def test_other_targets_are_refused(tmp_path):
     (model / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         find_chat_models(model, compare=False)
+
+
+def test_a_file_that_may_not_be_read_is_not_to_be_copied_again(tmp_path, monkeypatch):
+    model = finish(tmp_path, "step1_sft")
+
+    def refuse(file, *_, **__):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    for read in (refuse_reward_model, check_model_directory):
+        with pytest.raises(UserError, match=r"Permission denied.*; give yourself the right to read it"):
+            read(model)
 
 
 def test_finding_a_model_imports_nothing_heavy(tiny_model_directory):
