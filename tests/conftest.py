@@ -17,6 +17,8 @@ LONGEST = (
     "test_training_options",
     "test_zero_engine",
     "test_exactness",
+    "test_fusion",
+    "test_ppo_updates",
     "test_pipeline",
     "test_full_disk_runs",
     "test_readme",

@@ -45,14 +45,14 @@ def prompts():
     return [torch.randint(4, 101, (1 + i % 6,), generator=generator) for i in range(SAMPLES)]
 
 
-def generate(ranks, engine, part, layout, slots, greedy=False):
+def generate(ranks, engine, part, layout, slots, greedy=False, tokens=12):
     """Every sample, from the groups that drew them: {index: [tokens, log-probabilities]}."""
     from inference.generation.engine import GenerationEngine
     from inference.generation.sample import SamplingKey, SamplingSettings
     from training.hybrid_engine.generation_view import GenerationView
 
     model = GenerationView(engine, part).refresh()
-    settings = SamplingSettings(max_tokens=12, temperature=0 if greedy else 1.0)
+    settings = SamplingSettings(max_tokens=tokens, temperature=0 if greedy else 1.0)
     mine = range(layout.data_rank(ranks.rank), SAMPLES, layout.data)
     drawn = GenerationEngine(model, END, PAD, slots).generate(
         [prompts()[i] for i in mine], settings, SamplingKey(5), list(mine)
@@ -122,7 +122,7 @@ def switch_a_hundred_times(ranks, directory):
         for number in range(SWITCHES):
             for engine in (switching, straight):
                 step(ranks, engine, number)
-            generate(ranks, switching, part, layout, slots=SAMPLES)
+            generate(ranks, switching, part, layout, slots=SAMPLES, tokens=2)
             wholes = whole_weights(switching.language_model)
             joined = gathered(ranks, view.refresh(), view.reallocation.pieces, wholes)
             equal += all(torch.equal(joined[name], whole) for name, whole in wholes.items())
