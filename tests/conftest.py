@@ -24,7 +24,7 @@ LONGEST = (
     "test_full_disk_runs",
     "test_readme",
 )
-"""Files that take a minute or more, most of them with ranks of their own, which wait for each other at each step."""
+"""Files that take a minute or more, most of them with ranks of their own."""
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -33,12 +33,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spread the longest files over the first two thirds: few ranks at a time, and no file left for one at the end."""
-    files = list(dict.fromkeys(item.path for item in items))
-    long, short = ([file for file in files if (file.stem in LONGEST) is wanted] for wanted in (True, False))
-    apart = max(1, 2 * len(short) // (3 * max(1, len(long))))
-    place = {file: apart * number - 0.5 for number, file in enumerate(long)} | {f: i for i, f in enumerate(short)}
-    items.sort(key=lambda item: place[item.path])
+    """The longest files first, so that none of them is left for one process at the end; spread out they took longer."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def rlhf_chat(*arguments: object, cwd: Path, stdin: str = "", timeout: float = 300, **environment: str) -> Done:
