@@ -5,10 +5,9 @@ from pathlib import Path
 
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
-from training.config import EMBEDDED_DATA, RunConfig
+from training.config import RunConfig
 from training.config_files import load_config
-from training.lineage import inherit
-from training.merging import merge
+from training.opening import settings_of_new_run
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 
@@ -40,12 +39,7 @@ def resolve_settings(
         given["data"] = {"source": data_sources(given["data"])}
     nest_fusion(given)
     base = settings_for_model(model) if model is not None else {}
-    resolved = load_config(config or [], overrides or [], base, given)
-    if resolved.data.source != EMBEDDED_DATA:
-        # What a preset says of the embedded dialogues does not hold for other data.
-        base = merge(base, {"evaluation": {"true_score": "none"}, "announce": ""})
-        resolved = load_config(config or [], overrides or [], base, given)
-    return inherit(found_from_anywhere(resolved), run)
+    return settings_of_new_run(base, config or [], overrides or [], given, run)
 
 
 def nest_fusion(given: dict[str, object]) -> None:

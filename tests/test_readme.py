@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"<!-- test -->\n```bash\n(.*?)```", (ROOT / "README.md").re
 
 NOT_FOR_CHAT = {
     "accelerate", "datasets", "deepspeed", "peft", "scipy", "sklearn", "torch._dynamo", "torch._inductor",
-    "torch.distributed.tensor", "training.stage",
+    "torch.distributed.tensor", "training.stage", "training.stage_script",
 }  # fmt: skip
 """To import them takes a second or more, and a chat needs none of them."""
 

@@ -11,7 +11,7 @@ import pytest
 from applications import cli, pipeline
 from inference.errors import UserError
 from tests.warm import fork_all
-from training import stage as scripts
+from training import stage_script as scripts
 from training.run_directory import RunDirectory
 from training.steps import SFT
 

@@ -223,7 +223,7 @@ class RunConfig(Settings):
     def split_seed(self) -> int:
         return self.seed if self.data.split_seed < 0 else self.data.split_seed
 
-    def needed_steps(self, step: Step) -> list[Step]:
+    def steps_before(self, step: Step) -> list[Step]:
         """The steps with whose models `step` begins."""
         needed = [each for each in step.starts_from if not each.leaves_scorer or self.rlhf.has_reward_model]
         if step is REWARD and self.reward.initialize_from == "sft":
@@ -232,7 +232,7 @@ class RunConfig(Settings):
 
     def earlier_steps(self, step: Step) -> list[Step]:
         """The steps that must have left a model before `step` begins."""
-        return [each for each in self.needed_steps(step) if not self.given_model(each)]
+        return [each for each in self.steps_before(step) if not self.given_model(each)]
 
     @property
     def reward_model_source(self) -> str:

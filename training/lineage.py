@@ -94,7 +94,7 @@ def sources_of(config: RunConfig) -> Iterator[Source]:
 def before(origin: Origin) -> Iterator[Source]:
     """What a step began with, and whose judgement it followed."""
     config, step = origin.run.read_config(), origin.step
-    for each in config.needed_steps(step):
+    for each in config.steps_before(step):
         path = config.given_model(each) or str(origin.run.step(each).model)
         yield Source(path, path)
     if step is SFT:

@@ -1,12 +1,17 @@
-"""Opening a run whose lock is held: a new one gets its settings, one that is there keeps its own."""
+"""Opening a run whose lock is held: a new one gets its settings, one that is there keeps its own; what those are."""
 
+from pathlib import Path
 from typing import Any
 
 from inference.errors import UserError
 from training.config import EMBEDDED_DATA, RunConfig
+from training.config_files import load_config
 from training.data.find_files import find_files
 from training.data.hub_sets import find_set
 from training.data.sources import parse_source
+from training.lineage import inherit
+from training.merging import merge
+from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 from training.versions import versions
 
@@ -27,6 +32,21 @@ CHANGEABLE = {
 """Settings (last part of the key) that a run may go on with differently: memory, disk and processes (a checkpoint wants
 as many as wrote it), not what a step learns; where the same scores come from; whether KL is measured. So may all of
 rlhf.fusion and logging."""
+
+
+def settings_of_new_run(
+    preset: dict[str, Any],
+    files: list[Path],
+    overrides: list[str],
+    given: dict[str, Any],
+    run: RunDirectory | None,
+) -> RunConfig:
+    """A preset's settings, then files, then `key=value`, then options, and what a parent run hands on."""
+    config = load_config(files, overrides, preset, given)
+    if config.data.source != EMBEDDED_DATA:  # what a preset says of the embedded dialogues does not hold for other data
+        preset = merge(preset, {"evaluation": {"true_score": "none"}, "announce": ""})
+        config = load_config(files, overrides, preset, given)
+    return inherit(found_from_anywhere(config), run)
 
 
 def open_run(run: RunDirectory, config: RunConfig | None) -> RunConfig:

@@ -15,11 +15,12 @@ import torch.distributed as dist
 
 from inference.errors import UserError
 from tests.ranks import run_ranks
-from training import roll_call, stage
+from training import roll_call
+from training import stage_script as stage
 from training.distributed import PATIENCE, is_lost_peer
 from training.roll_call import RollCall, named
 from training.shared_files import wait_until_seen
-from training.stage import end_in_sentences
+from training.stage_script import end_in_sentences
 
 GIVEN = [[7, 8, 9], []]
 

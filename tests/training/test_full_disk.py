@@ -13,7 +13,7 @@ from training.distributed import Ranks
 from training.error_report import leave_report, room_for_report
 from training.metrics import Journal
 from training.run_directory import write_directory, write_json
-from training.stage import end_in_sentences
+from training.stage_script import end_in_sentences
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 import pytest
 
 from applications import pipeline
-from training import inputs, stage
+from training import inputs
+from training import stage_script as stage
 from training.config_files import load_config
 from training.inputs import changed_inputs, code_of, inputs_of
 from training.preparation.prepare import prepare

@@ -14,7 +14,7 @@ from applications import cli
 from inference.chat_model import ChatModel
 from inference.generation.sample import SamplingSettings
 from inference.serving.served_models import find_served_models
-from training import stage
+from training import stage_script as stage
 from training.distributed import Ranks
 from training.evaluation.comparison import Comparison
 from training.run_directory import RunDirectory

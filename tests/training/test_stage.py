@@ -13,13 +13,15 @@ import torch
 
 from applications.settings import resolve_settings
 from inference.errors import EXIT_USER_ERROR, UserError
-from training import distributed, stage
+from training import distributed
+from training import stage_script as stage
 from training.config import DataSettings
 from training.config_files import load_config
 from training.distributed import Ranks, require_gpus, require_loopback, start_ranks
 from training.opening import open_run
 from training.run_directory import RunDirectory
-from training.stage import Diverged, Stage, end_in_sentences, given_settings
+from training.stage import Diverged, Stage
+from training.stage_script import end_in_sentences, given_settings
 from training.step3_rlhf.update import Updates
 from training.steps import PPO, SFT
 from training.watchdog import PARENT_VARIABLE

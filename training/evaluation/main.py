@@ -29,7 +29,7 @@ if __name__ == "__main__":
     from training.evaluation.candidates import Request
     from training.evaluation.comparison import Comparison
     from training.run_directory import RunDirectory
-    from training.stage import run_evaluation
+    from training.stage_script import run_evaluation
     from training.steps import COMPARED
 
     arguments = parse_arguments()

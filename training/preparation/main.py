@@ -11,6 +11,6 @@ from training.watchdog import begin_script
 if __name__ == "__main__":
     begin_script()
     TERMINATION.answer()
-    from training.stage import run_preparation
+    from training.stage_script import run_preparation
 
     sys.exit(run_preparation())

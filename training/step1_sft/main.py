@@ -17,7 +17,7 @@ from training.watchdog import begin_script
 if __name__ == "__main__":
     begin_script()  # before the heavy imports: a killed command must not leave a loading process behind
     TERMINATION.answer()
-    from training.stage import run_stage
+    from training.stage_script import run_stage
     from training.step1_sft.sft import train
     from training.steps import SFT
 

@@ -16,7 +16,7 @@ from training.watchdog import begin_script
 if __name__ == "__main__":
     begin_script()
     TERMINATION.answer()
-    from training.stage import run_stage
+    from training.stage_script import run_stage
     from training.step2_reward.reward import train
     from training.steps import REWARD
 

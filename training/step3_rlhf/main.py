@@ -18,7 +18,7 @@ from training.watchdog import begin_script
 if __name__ == "__main__":
     begin_script()
     TERMINATION.answer()
-    from training.stage import run_stage
+    from training.stage_script import run_stage
     from training.step3_rlhf.ppo import train
     from training.steps import PPO
 

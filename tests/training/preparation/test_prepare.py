@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from inference.chat_format import ChatFormat
 from inference.errors import EXIT_USER_ERROR, UserError
 from inference.tiny_model import build_tiny_model
-from training import stage
+from training import stage_script as stage
 from training.config_files import load_config
 from training.distributed import Ranks
 from training.models.loading import load_scorer, require_same_format, save_model
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
-from training.stage import RefusedOnFirst, decided_by_first
+from training.stage_script import RefusedOnFirst, decided_by_first
 from training.steps import SFT
 from training.watchdog import PARENT_VARIABLE
 
