@@ -86,3 +86,18 @@ def slowly(monkeypatch) -> None:
         return step(lane)
 
     monkeypatch.setattr(Lane, "step", slow_step)
+
+
+@pytest.fixture
+def go(monkeypatch) -> threading.Event:
+    """Until it is set, a model with all slots taken draws nothing."""
+    step, go = Lane.step, threading.Event()
+
+    def held_step(lane: Lane):
+        if lane.running < lane.slots or go.is_set():
+            return step(lane)
+        go.wait(0.01)
+        return []
+
+    monkeypatch.setattr(Lane, "step", held_step)
+    return go
