@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from applications.data_commands import data_app
-from applications.options import Config, Data, Debug, Fusion, Model, Processes, RewardModel, RunPath, Seed, Set
+from applications.options import Config, Data, Debug, Fusion, Model, Processes, RewardModel, RunPath, Seed, Set, Trust
 from training.steps import COMPARED, METHODS, PPO, REWARD, SFT, STEPS, WRITING, Step
 from training.termination import EXIT_TERMINATED, Terminated
 
@@ -42,6 +42,7 @@ def run(
     seed: Seed = None,
     processes: Processes = None,
     fusion: Fusion = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """The whole pipeline in one command. Run it again to go on where it stopped.
@@ -54,7 +55,9 @@ def run(
     """
     from applications.commands import pipeline_command
 
-    pipeline_command(model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, method)
+    pipeline_command(
+        model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, method, trust
+    )
 
 
 @app.command()
@@ -65,6 +68,7 @@ def sft(
     config: Config = None,
     set_: Set = None,
     processes: Processes = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Step 1, supervised fine-tuning, in a run directory; with --model in a new one.
@@ -75,7 +79,7 @@ def sft(
     """
     from applications.commands import step_command
 
-    step_command(SFT, run_directory, model, None, data, config, set_, processes)
+    step_command(SFT, run_directory, model, None, data, config, set_, processes, trusts=trust)
 
 
 @app.command()
@@ -87,6 +91,7 @@ def reward(
     config: Config = None,
     set_: Set = None,
     processes: Processes = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Step 2, the reward model, in a run directory; with --model in a new one.
@@ -97,7 +102,7 @@ def reward(
     """
     from applications.commands import step_command
 
-    step_command(REWARD, run_directory, model, reward_model, data, config, set_, processes)
+    step_command(REWARD, run_directory, model, reward_model, data, config, set_, processes, trusts=trust)
 
 
 def add_other_method(step: Step) -> None:
@@ -111,11 +116,14 @@ def add_other_method(step: Step) -> None:
         config: Config = None,
         set_: Set = None,
         processes: Processes = None,
+        trust: Trust = False,
         debug: Debug = False,
     ) -> None:
         from applications.commands import step_command
 
-        step_command(step, run_directory, model or sft_model, None, data, config, set_, processes, sft_model)
+        step_command(
+            step, run_directory, model or sft_model, None, data, config, set_, processes, sft_model, trusts=trust
+        )
 
     command.__doc__ = f"""{step.name} ({step.title}) instead of steps 2 and 3; with --sft-model in a new run directory.
 
@@ -142,6 +150,7 @@ def rlhf(
     set_: Set = None,
     processes: Processes = None,
     fusion: Fusion = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Step 3, PPO, in a run directory; with --actor and --reward in a new one.
@@ -152,7 +161,7 @@ def rlhf(
     """
     from applications.commands import step_command
 
-    step_command(PPO, run_directory, model or actor, None, data, config, set_, processes, actor, reward, fusion)
+    step_command(PPO, run_directory, model or actor, None, data, config, set_, processes, actor, reward, fusion, trust)
 
 
 @app.command()
@@ -165,6 +174,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same answers.")] = 0,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Talk to a trained model, here or in a pipe.
@@ -174,7 +184,9 @@ def chat(
     echo "How was your day?" | rlhf-chat chat runs/demo
     """
     from applications.commands import chat_command
+    from training.trust import require_reading
 
+    require_reading(target, trust)
     chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
 
 
@@ -185,9 +197,15 @@ def evaluate(
         str, typer.Option(help=f"base, {OWN_MODELS}, a run, model directory, preset or hub id; default: the newest.")
     ] = "",
     against: Annotated[str, typer.Option(help="The same; default: sft, or base where --model is sft.")] = "",
-    judge: Annotated[str, typer.Option(help="true, learned, or a reward model; default: true where it is known.")] = "",
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="true, learned, reward (function and address too), or a reward model; default: true if known."
+        ),
+    ] = "",
     prompts: Annotated[int, typer.Option(min=0, help="Held-out prompts; 0: evaluation.prompts.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as data.")] = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Measure a model against another one: win rate, reward, KL, perplexity, accuracy of the reward model.
@@ -198,13 +216,14 @@ def evaluate(
     """
     from applications.evaluate import evaluate
 
-    evaluate(run_directory, model, against, judge, prompts, json_)
+    evaluate(run_directory, model, against, judge, prompts, json_, trust)
 
 
 @app.command()
 def report(
     run_directory: RunPath,
     out: Annotated[Path | None, typer.Option(help="The file to write; default: report.html in the run.")] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """One HTML page of a run: curves, times, answers, settings. `rlhf-chat run` writes it too.
@@ -215,7 +234,9 @@ def report(
     """
     from applications.report.page import write_report
     from training.run_directory import RunDirectory
+    from training.trust import require_reading
 
+    require_reading(run_directory, trust)
     print(write_report(RunDirectory(run_directory), out))
 
 
@@ -228,6 +249,7 @@ def export(
     step: Annotated[
         str, typer.Option(help=f"{', '.join(each.command for each in STEPS)}; default: the newest that writes.")
     ] = "",
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """A model of a run, ready to load elsewhere or to upload, with a model card.
@@ -239,7 +261,9 @@ def export(
     rlhf-chat export runs/demo --to my-reward --step reward
     """
     from applications.export import export
+    from training.trust import require_reading
 
+    require_reading(run_directory, trust)
     export(run_directory, to, what, dtype, step)
 
 
@@ -257,6 +281,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Answers of a model that wait; beyond it clients hear 429.")] = 128,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer; at most the model's.")] = 2048,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Serve trained models: the OpenAI protocol, and a page that shows SFT and RLHF side by side.
@@ -266,7 +291,9 @@ def serve(
     rlhf-chat serve runs/demo --host 0.0.0.0 --port 8080
     """
     from applications.serve import serve_command
+    from training.trust import require_reading
 
+    require_reading(target, trust)
     serve_command(target, host, port, token, slots, queue, context, max_tokens)
 
 
@@ -347,6 +374,7 @@ def doctor(
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree to check, a process each.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "auto",
     hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the hub can be reached.")] = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Is this machine fit? With --model: does the model generate what plain transformers gives?
@@ -356,7 +384,10 @@ def doctor(
     rlhf-chat doctor --model runs/demo --tp 2
     """
     from applications.commands import doctor_command
+    from training.trust import require_reading
 
+    if model is not None:
+        require_reading(Path(model).expanduser(), trust)
     raise typer.Exit(doctor_command(model, tp, dtype, hub))
 
 

@@ -23,6 +23,7 @@ def pipeline_command(
     processes: int | None,
     fusion: str | None,
     method: str | None = None,
+    trusts: bool = False,
 ) -> None:
     """`rlhf-chat run`."""
     flags = {
@@ -43,7 +44,7 @@ def pipeline_command(
     if dry_run:
         print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
         return
-    execute(path, settings, chosen)
+    execute(path, settings, chosen, trusts)
 
 
 def step_command(
@@ -58,6 +59,7 @@ def step_command(
     actor: str | None = None,
     trained_reward: str | None = None,
     fusion: str | None = None,
+    trusts: bool = False,
 ) -> None:
     """`rlhf-chat sft | reward | rlhf | dpo`."""
     flags = {
@@ -71,10 +73,10 @@ def step_command(
     if step.method and (model is not None or config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
-    execute(run_directory, settings, [step])
+    execute(run_directory, settings, [step], trusts)
 
 
-def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
+def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: bool) -> None:
     from applications.dry_run import check_fits
     from applications.pipeline import needed_steps, run_pipeline
     from training.distributed import require_loopback
@@ -87,7 +89,7 @@ def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
     require_one_command()
     require_loopback()
     with run.locked():
-        config = open_run(run, settings)
+        config = open_run(run, settings, trusts)
         require_earlier_steps(run, config, steps)
         run_pipeline(run, config, steps)
 

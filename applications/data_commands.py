@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from applications.options import Debug, Model, Set
+from applications.options import Debug, Model, Set, Trust
 
 data_app = typer.Typer(
     help="Look at data before anything is trained on it (docs/data.md).",
@@ -21,6 +21,7 @@ def data_show(
     kind: Annotated[str | None, typer.Option(help="Only sft, pairs or prompts.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of each kind.")] = 3,
     set_: Set = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Rows as the model sees them: its template, special tokens and cuts, with the trained tokens in colour.
@@ -31,7 +32,7 @@ def data_show(
     """
     from applications.data import show_command
 
-    show_command(target, model, kind, rows, set_)
+    show_command(target, model, kind, rows, set_, trust)
 
 
 @data_app.command("lint")
@@ -40,6 +41,7 @@ def data_lint(
     model: Model = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the findings as data.")] = False,
     set_: Set = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """What is doubtful about data: bad rows, duplicates, length bias, cuts, the tokenizer. Exit code 1 for errors.
@@ -50,4 +52,4 @@ def data_lint(
     """
     from applications.data import lint_command
 
-    raise typer.Exit(lint_command(target, model, json_, set_))
+    raise typer.Exit(lint_command(target, model, json_, set_, trust))

@@ -17,4 +17,8 @@ Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Processes = Annotated[int | None, typer.Option(help="Processes on this machine, one a GPU.")]
 Fusion = Annotated[str | None, typer.Option(help="PPO scores samples as they end: none, inter or auto.")]
 RunPath = Annotated[Path, typer.Argument(help="A run directory, e.g. runs/demo.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Yes to code and addresses in the settings of a run from elsewhere (docs/safety.md)."),
+]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
