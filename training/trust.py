@@ -75,7 +75,7 @@ def remember(run: RunDirectory, uses: Iterable[Use]) -> None:
         file = record_file()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as record:
-            record.write(json.dumps({"run": str(run.path.resolve()), "keys": keys}) + "\n")
+            record.write("\n" + json.dumps({"run": str(run.path.resolve()), "keys": keys}))  # the last may be cut short
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         print(f"What {run.path} may do cannot be kept ({reason(error)}): commands will ask again.", file=sys.stderr)
 
@@ -92,7 +92,7 @@ def keys_of(run: RunDirectory) -> set[str]:
         try:
             entry = json.loads(line)
             found.update(entry["keys"] if entry["run"] == place else ())
-        except (ValueError, LookupError, TypeError):  # cut short
+        except (ValueError, LookupError, TypeError):  # a damaged one says nothing
             continue
     return found
 
