@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from inference.chat_format import ChatFormat, Message
+from inference.chat_format import ChatFormat
+from inference.chat_template import Message
 from inference.chat_target import refuse_reward_model
 from inference.errors import UserError
 from inference.families import longest_text
