@@ -57,7 +57,7 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
         card = model_card(run, config, exported, place)
         (place / "README.md").write_text(card, encoding="utf-8")
 
-    with writing("the export", to, "or choose another place with --to"):
+    with writing("the export", to, "or choose another place with --out"):
         write_directory(to.resolve(), write_all)
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
     files = ", ".join(sorted(file.name for file in to.iterdir()))
@@ -70,7 +70,7 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
 def require_free(to: Path) -> None:
     """Raise UserError unless `to` is new or an empty directory."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} exists and is not empty; nothing is overwritten, choose another place with --to.")
+        raise UserError(f"{to} exists and is not empty; nothing is overwritten, choose another place with --out.")
 
 
 def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path, is_scorer: bool) -> None:
