@@ -4,6 +4,7 @@ from pathlib import Path
 
 from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
+from inference.errors import UserError
 
 
 def chat_command(
@@ -17,6 +18,8 @@ def chat_command(
     system: str | None,
 ) -> None:
     """`rlhf-chat chat`."""
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"--seed takes a whole number of 64 bits, not {seed}.")
     found = find_chat_models(target, compare)
     with without_collecting():
         from inference.private_surfaces import import_transformers_lightly

@@ -50,24 +50,16 @@ def step_command(
     step: Step,
     run_directory: Path,
     model: str | None,
-    reward_model: str | None,
     data: list[str] | None,
     config: list[Path] | None,
     overrides: list[str] | None,
+    seed: int | None,
     processes: int | None,
-    actor: str | None = None,
-    trained_reward: str | None = None,
-    fusion: str | None = None,
+    **given: str | None,
 ) -> None:
-    """`rlhf-chat sft | reward | rlhf | dpo`."""
-    flags = {
-        "data": data or None,
-        "reward_model": reward_model,
-        "processes": processes,
-        "sft_model": actor,
-        "trained_reward_model": trained_reward,
-        "fusion": fusion,
-    }
+    """`rlhf-chat sft | reward | rlhf | dpo`; `given` are settings that only some of them have."""
+    flags = {"data": data or None, "seed": seed, "processes": processes, **given}
+    model = model or given.get("sft_model")
     if step.method and (model is not None or config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
