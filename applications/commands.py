@@ -22,8 +22,8 @@ def pipeline_command(
     seed: int | None,
     processes: int | None,
     fusion: str | None,
-    method: str | None = None,
-    trusts: bool = False,
+    method: str | None,
+    trusts: bool,
 ) -> None:
     """`rlhf-chat run`."""
     flags = {
@@ -51,25 +51,17 @@ def step_command(
     step: Step,
     run_directory: Path,
     model: str | None,
-    reward_model: str | None,
     data: list[str] | None,
     config: list[Path] | None,
     overrides: list[str] | None,
+    seed: int | None,
     processes: int | None,
-    actor: str | None = None,
-    trained_reward: str | None = None,
-    fusion: str | None = None,
-    trusts: bool = False,
+    trusts: bool,
+    **given: str | None,
 ) -> None:
-    """`rlhf-chat sft | reward | rlhf | dpo`."""
-    flags = {
-        "data": data or None,
-        "reward_model": reward_model,
-        "processes": processes,
-        "sft_model": actor,
-        "trained_reward_model": trained_reward,
-        "fusion": fusion,
-    }
+    """`rlhf-chat sft | reward | rlhf | dpo`; `given` are settings that only some of them have."""
+    flags = {"data": data or None, "seed": seed, "processes": processes, **given}
+    model = model or given.get("sft_model")
     if step.method and (model is not None or config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
@@ -119,34 +111,6 @@ def print_dry_run(settings: RunConfig, steps: list[Step], path: Path) -> None:
     steps = needed_steps(settings, steps)
     commands = {step: stage_command(step.folder, path, settings.processes) for step in steps}
     print(dry_run(settings, steps, path, commands))
-
-
-def chat_command(
-    target: Path,
-    compare: bool,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_tokens: int,
-    seed: int,
-    system: str | None,
-) -> None:
-    """`rlhf-chat chat`."""
-    from inference.chat_target import find_chat_models
-
-    found = find_chat_models(target, compare)
-    from inference.collecting import without_collecting
-
-    with without_collecting():
-        from inference.private_surfaces import import_transformers_lightly
-
-        import_transformers_lightly()
-        from inference.chat import chat
-        from inference.chat_model import ChatModel
-        from inference.generation.sample import SamplingSettings
-
-        models = [(label, ChatModel.load(path)) for label, path in found]
-    chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
 
 
 def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:

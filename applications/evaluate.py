@@ -17,7 +17,14 @@ WORDS = ("base", *(step.command for step in WRITING))
 
 
 def evaluate(
-    path: Path, model: str, against: str, judge: str, prompts: int, as_json: bool, trusts: bool = False
+    path: Path,
+    model: str,
+    against: str,
+    judge: str,
+    prompts: int,
+    seed: int | None,
+    as_json: bool,
+    trusts: bool = False,
 ) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
@@ -25,11 +32,12 @@ def evaluate(
     options = {"--model": known(model), "--against": known(against), "--judge": judge}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
+    arguments += [] if seed is None else ["--seed", str(seed)]
     result_file, answers_file = run.comparison_of(run.last_step)
     if run.step(run.last_step).is_finished and not arguments:
         arguments = ["--model", run.last_step.command]
     else:  # the run's own comparison would seem to be done
-        result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts)}.json"
+        result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts, seed)}.json"
         answers_file = result_file.with_suffix(".jsonl")
         arguments += ["--to", str(result_file)]
     with run.locked():
@@ -50,8 +58,8 @@ def known(source: str) -> str:
         raise UserError(f"{error} Of the run itself: {', '.join(WORDS)}.") from None
 
 
-def file_name(model: str, against: str, judge: str, prompts: int) -> str:
+def file_name(model: str, against: str, judge: str, prompts: int, seed: int | None) -> str:
     """`rlhf-against-base-by-learned-50`: what was asked, as far as it was."""
     parts = [model or "model", f"against-{against}" if against else "", f"by-{judge}" if judge else ""]
-    parts.append(f"{prompts}-prompts" if prompts else "")
+    parts += [f"{prompts}-prompts" if prompts else "", "" if seed is None else f"seed-{seed}"]
     return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)).replace("/", "_")).strip("._") or "model"

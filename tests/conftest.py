@@ -61,8 +61,9 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(workplace) -> Path:
-    """`rlhf-chat run --model tiny --name demo`, done once; its output is in output.txt."""
-    done = rlhf_chat("run", "--model", "tiny", "--name", "demo", cwd=workplace)
+    """`rlhf-chat run --model tiny --name demo` with a group's rights; its output is in output.txt."""
+    command = Command(("run", "--model", "tiny", "--name", "demo"), umask=0o002)
+    [done] = fork_all([command], [{}], workplace, stdin="", timeout=300)
     assert done.code == 0, done.out[-3000:] + done.err[-3000:]
     (workplace / "output.txt").write_text(done.out)
     return workplace / "runs" / "demo"

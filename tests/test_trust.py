@@ -88,7 +88,7 @@ OPENED = (
     ("chat", "{run}", "--max-tokens", "2"),
     ("chat", "{run}/step1_sft/model", "--max-tokens", "2"),
     ("report", "{run}"),
-    ("export", "{run}", "--to", "{new}"),
+    ("export", "{run}", "--out", "{new}"),
 )
 REFUSED = (
     ("run", "--name", "{run}"),
@@ -98,7 +98,7 @@ REFUSED = (
     ("eval", "{run}", "--judge", "reward"),
     ("data", "show", "{run}"),
     ("data", "lint", "{run}"),
-    ("rlhf", "{new}", "--actor", "{run}/step1_sft/model", "--reward", "{run}/step2_reward/model"),
+    ("rlhf", "{new}", "--sft-model", "{run}/step1_sft/model", "--reward-model", "{run}/step2_reward/model"),
 )
 SCRIPTS = (
     lambda: run_stage(PPO, lambda stage: pytest.fail("it begins")),

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -238,6 +239,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, action="append", default=[], help="YAML settings for a new run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting")
     add_trust(parser)
+    parser.add_argument("--version", action="version", version=f"rlhf-chat {version('rlhf-chat')}")
     parser.add_argument(
         "--local_rank", type=int, default=0, help="given by the deepspeed launcher; the rest is in RANK"
     )

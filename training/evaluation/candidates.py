@@ -18,7 +18,7 @@ NAMES = {"base": "base model", **{step.command: step.name for step in WRITING}}
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare; '' and 0 leave the choice to the run."""
+    """What to compare; '', 0 and None leave the choice to the run."""
 
     model: str = ""
     """One of NAMES, a run directory (its newest model), a model directory or a hub id."""
@@ -26,6 +26,8 @@ class Request:
     judge: str = ""
     """true, learned, reward (all that PPO was told to raise), or a reward model's directory or hub id."""
     prompts: int = 0
+    seed: int | None = None
+    """Of the answers."""
 
 
 @dataclass(frozen=True)

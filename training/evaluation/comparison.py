@@ -185,9 +185,10 @@ class Comparison:
         sampling = SamplingSettings(
             self.data.max_response_tokens, self.settings.temperature, min_tokens=self.settings.min_response_tokens
         )
+        seed = self.stage.config.seed if self.request.seed is None else self.request.seed
         samples: list[Sample] = []
         with self.stage.display.progress(f"answers of {candidate.name}", len(prompts)) as bar:
-            for sample in engine.generate(prompts, sampling, SamplingKey(self.stage.config.seed, EVALUATION_ITERATION)):
+            for sample in engine.generate(prompts, sampling, SamplingKey(seed, EVALUATION_ITERATION)):
                 samples.append(sample)
                 bar.advance()
         samples.sort(key=lambda sample: sample.index)

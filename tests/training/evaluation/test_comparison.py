@@ -370,7 +370,7 @@ def test_pairs_of_one_question_are_counted_as_alike():
 
 
 def forked(stage: Stage, sft_model) -> Stage:
-    """As a run that was begun with --actor alone."""
+    """As a run that was begun with --sft-model alone."""
     values = {"model": str(sft_model), "sft_model": str(sft_model)}
     return dataclasses.replace(stage, config=stage.config.model_copy(update=values))
 
