@@ -11,15 +11,17 @@ from itertools import zip_longest
 from math import inf
 from typing import TextIO, get_type_hints
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from inference.chat_format import Message
 from inference.chat_model import ChatModel
+from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.generation.sample import SamplingSettings
+from inference.streams import printable, unguarded
 
 HELP = """\
 /reset               forget the conversation
@@ -30,8 +32,6 @@ HELP = """\
 """
 COLUMN_WIDTH = 40
 """Answers stand side by side where each gets this many characters."""
-# A model may write any bytes; these would move the cursor or change the terminal.
-CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 def chat(
@@ -119,7 +119,11 @@ class Session:
 
 
 def answer_lines(session: Session, source: TextIO, sink: TextIO) -> None:
-    """Each line of `source` is a turn; only the answers are written, with their labels if there are several."""
+    """Each line of `source` is a turn; only the answers are written, with their labels if there are several.
+
+    What is no terminal gets each character of them.
+    """
+    sink = sink if sink.isatty() else unguarded(sink)
     for line in source:
         if not (text := line.strip()):
             continue
@@ -142,7 +146,7 @@ class Terminal:
         self.session = session
         self.source = source
         self.sink = sink
-        self.console = Console(file=sink, highlight=False)
+        self.console = PrintableConsole(file=sink, highlight=False)
 
     def run(self) -> None:
         labels = zip(self.session.labels, self.session.models, strict=True)
@@ -210,7 +214,7 @@ class Terminal:
 
     def _show_one(self, text: str) -> None:
         for (piece,) in self.session.answer(text):
-            self.write(printable(piece))
+            self.write(piece)
         self.write("\n")
 
     def _show_all(self, text: str) -> None:
@@ -218,7 +222,7 @@ class Terminal:
         try:
             with Live(console=self.console, transient=True) as live:  # cuts what is higher than the window,
                 for pieces in self.session.answer(text):
-                    answers = [answer + printable(piece) for answer, piece in zip(answers, pieces, strict=True)]
+                    answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
                     live.update(self.arrange(answers))
         finally:
             if any(answers):
@@ -236,12 +240,8 @@ class Terminal:
         return table
 
     def write(self, text: str) -> None:
-        self.sink.write(text)
+        self.sink.write(printable(text))
         self.sink.flush()
-
-
-def printable(text: str) -> str:
-    return text.translate(CONTROL_CHARACTERS)
 
 
 def change_settings(settings: SamplingSettings, assignments: str) -> SamplingSettings:

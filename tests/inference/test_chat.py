@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
-from inference.chat import Session, Terminal, change_settings, chat, check_settings, printable
+from inference.chat import Session, Terminal, change_settings, chat, check_settings
 from inference.chat_format import ChatFormat
 from inference.chat_model import ChatModel
 from inference.chat_target import find_chat_models, refuse_reward_model
@@ -26,7 +26,7 @@ from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.model_store import check_model_directory
 from inference.serving.job import Job
 from inference.serving.lane import Lane
-from inference.streams import EXIT_READER_GONE, guard_output
+from inference.streams import EXIT_READER_GONE, guard_output, printable
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 
 SETTINGS = SamplingSettings(max_tokens=24, temperature=0.7, top_p=0.95)
