@@ -25,7 +25,7 @@ from applications.options import (
     Set,
 )
 from training.steps import COMPARED, METHODS, PPO, REWARD, SFT, STEPS, WRITING, Step
-from training.termination import EXIT_TERMINATED, Terminated
+from training.termination import EXIT_TERMINATED, StageFailed, Terminated
 
 app = typer.Typer(
     name="rlhf-chat",
@@ -240,7 +240,7 @@ def chat(
 
     echo "How was your day?" | rlhf-chat chat runs/demo
     """
-    from applications.commands import chat_command
+    from applications.chat import chat_command
 
     chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
 
@@ -507,7 +507,6 @@ def doctor(
 
 def main() -> None:
     """The console script: errors of the user become one sentence and exit code 2."""
-    from applications.launch import StageFailed
     from inference.disk import file_sentence
     from inference.errors import UserError
     from inference.streams import guard_output, printable

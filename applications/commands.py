@@ -119,36 +119,6 @@ def print_dry_run(settings: RunConfig, steps: list[Step], path: Path) -> None:
     print(dry_run(settings, steps, path, commands))
 
 
-def chat_command(
-    target: Path,
-    compare: bool,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_tokens: int,
-    seed: int,
-    system: str | None,
-) -> None:
-    """`rlhf-chat chat`."""
-    if not -(2**63) <= seed < 2**63:
-        raise UserError(f"--seed takes a whole number of 64 bits, not {seed}.")
-    from inference.chat_target import find_chat_models
-
-    found = find_chat_models(target, compare)
-    from inference.collecting import without_collecting
-
-    with without_collecting():
-        from inference.private_surfaces import import_transformers_lightly
-
-        import_transformers_lightly()
-        from inference.chat import chat
-        from inference.chat_model import ChatModel
-        from inference.generation.sample import SamplingSettings
-
-        models = [(label, ChatModel.load(path)) for label, path in found]
-    chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
-
-
 def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:
     """`rlhf-chat doctor`; returns the exit code: 0, or 1 where the model or the machine is not fit."""
     if model is None:

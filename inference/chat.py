@@ -16,8 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from inference.chat_format import Message
 from inference.chat_model import ChatModel
+from inference.chat_template import Message
 from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.generation.sample import SamplingSettings

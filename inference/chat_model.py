@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from inference.chat_format import ChatFormat, Message, Prompt
+from inference.chat_format import ChatFormat, Prompt
 from inference.chat_target import refuse_reward_model
+from inference.chat_template import Message
 from inference.errors import UserError
 from inference.families import longest_text
 from inference.generation.engine import GenerationEngine
@@ -29,6 +31,7 @@ class ChatModel:
         self.model = model.eval()
         self.format = chat_format
         self.engine = GenerationEngine(model, chat_format.end_ids, self.pad_id)
+        self.engine.prepare()  # while somebody thinks of a question
 
     @classmethod
     def load(cls, directory: Path, dtype: str = "auto") -> "ChatModel":
@@ -42,7 +45,8 @@ class ChatModel:
         refuse_reward_model(directory)
         chat_format = ChatFormat.load(directory, day=None)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, _ = read_weights(AutoModelForCausalLM, directory, dtype=choose_dtype(directory, dtype, device))
+        with no_init_weights():  # all are read
+            model, _ = read_weights(AutoModelForCausalLM, directory, dtype=choose_dtype(directory, dtype, device))
         if max(chat_format.end_ids) >= model.get_input_embeddings().num_embeddings:
             raise UserError(f"The tokenizer in {directory} has more tokens than the model; put the model's own there.")
         return cls(cast(Any, model).to(device), chat_format)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from inference.generation.sample import SamplingSettings
 from inference.serving.errors import ApiError
 from inference.serving.logprobs import MOST_ALTERNATIVES

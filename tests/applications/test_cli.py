@@ -16,11 +16,12 @@ from training.config import RunConfig
 from training.steps import DPO, PPO, REWARD, SFT
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_is_quick_and_no_command_imports_anything_heavy_before_it_needs_it():
     program = (
         "import sys; sys.argv = ['rlhf-chat', '--help']\n"
         "from applications.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
+        "import applications.commands\n"
         "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
