@@ -79,6 +79,9 @@ class Session:
         self.histories: list[list[Message]] = [list(start) for _ in self.models]
         self.turn = 0
         """Answers drawn so far, retries included."""
+        self.news: list[str] = []
+        """What the newest answer's prompts leave out of the conversation, where that has not been said yet."""
+        self._notes = [""]
 
     def answer(self, text: str) -> Iterator[list[str]]:
         """Yield the next piece of each model's answer ("" from one that has ended) until all have ended.
@@ -86,6 +89,8 @@ class Session:
         The histories grow with the pieces, so an interrupted answer stays as far as it came.
         """
         asked: list[list[Message]] = [[*history, {"role": "user", "content": text}] for history in self.histories]
+        notes = [model.prompt(messages, self.settings).note for model, messages in zip(self.models, asked, strict=True)]
+        self.news, self._notes = list(dict.fromkeys(note for note in notes if note not in self._notes)), ["", *notes]
         streams = [
             model.reply(messages, self.settings, self.seed, self.turn)
             for model, messages in zip(self.models, asked, strict=True)
@@ -137,6 +142,8 @@ def answer_lines(session: Session, source: TextIO, sink: TextIO) -> None:
                 pass
             sink.writelines(f"{label}: {answer}\n" for label, answer in session.last_answers)
         sink.flush()
+        for note in session.news:
+            print(note, file=sys.stderr)
 
 
 class Terminal:
@@ -211,6 +218,8 @@ class Terminal:
             show(text)
         except KeyboardInterrupt:
             self.write("\n(stopped)\n")
+        for note in self.session.news:
+            self.write(f"({note})\n")
 
     def _show_one(self, text: str) -> None:
         for (piece,) in self.session.answer(text):
