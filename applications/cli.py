@@ -535,7 +535,7 @@ def main() -> None:
     """The console script: errors of the user become one sentence and exit code 2."""
     from inference.disk import file_sentence
     from inference.errors import UserError
-    from inference.streams import guard_output
+    from inference.streams import guard_output, printable
 
     guard_output(ends=True)
     if "--version" in sys.argv[1:]:
@@ -548,6 +548,8 @@ def main() -> None:
         for argument in sys.argv:
             if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
                 raise UserError(f"'{argument}' is not UTF-8 text; where it names a file, give that another name.")
+            if printable(argument) != argument:
+                raise UserError(f"{argument!a} holds control characters; give it without them.")
         try:
             app()
         except SystemExit:

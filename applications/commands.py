@@ -1,5 +1,6 @@
 """What the commands do: options -> settings -> pipeline."""
 
+import os
 from pathlib import Path
 
 from applications.settings import resolve_settings
@@ -36,15 +37,22 @@ def pipeline_command(
     }
     if model is None and config is None and name is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
-    path = Path("runs") / (name or Path(model or "run").name)
-    if name is not None and (Path(name).is_absolute() or len(Path(name).parts) > 1):
-        path = Path(name)
+    path = run_path(name, model)
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
     chosen = parse_steps(steps, settings or RunDirectory(path).read_config())
     if dry_run:
         print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
         return
     execute(path, settings, chosen, trusts)
+
+
+def run_path(name: str | None, model: str | None) -> Path:
+    """runs/NAME, or the path that `name` is. Raises UserError where neither is a place for a run."""
+    if name in (".", "..") or (name and not name.isprintable()):
+        raise UserError(f"{name!a} is no name for a run: give one such as --name demo, or a path.")
+    if name and len(Path(name).parts) > 1:
+        return Path(name)
+    return Path("runs") / (name or Path(os.path.abspath(model or "run")).name or "run")
 
 
 def step_command(

@@ -1,21 +1,21 @@
 """`rlhf-chat data show | lint`: what is in a data source or in a run's data, as the model sees it. Trains nothing."""
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
 from applications.preset_store import settings_for_model
 from applications.settings import resolve_settings
 from inference.chat_format import ChatFormat
+from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.quiet import quiet_transformers
+from inference.streams import json_text
 from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
@@ -157,7 +157,7 @@ def show_command(
     if kind is not None and kind not in KINDS:
         raise UserError(f"There are no rows of kind '{kind}': --kind takes {', '.join(KINDS)}.")
     opened = open_target(target, model, overrides, trusts)
-    console = Console(soft_wrap=True, highlight=False)
+    console = PrintableConsole(soft_wrap=True, highlight=False)
     for line in opened.described:
         console.print(line, markup=False)
     for finding in bad_rows(opened.left_out):
@@ -237,9 +237,9 @@ def lint_command(
     counts = {name: len(lines.rows) for name, lines in opened.train.items()}
     if as_json:
         values = {"data": target, "rows": counts, "errors": errors, "findings": [each.as_dict() for each in findings]}
-        print(json.dumps(values, indent=2, ensure_ascii=False))
+        print(json_text(values))
         return 1 if errors else 0
-    console = Console(soft_wrap=True, highlight=False)
+    console = PrintableConsole(soft_wrap=True, highlight=False)
     for line in opened.described:
         console.print(line, markup=False)
     for finding in findings:
