@@ -1,5 +1,6 @@
 """What the commands do: options -> settings -> pipeline."""
 
+import os
 from pathlib import Path
 
 from applications.settings import resolve_settings
@@ -22,7 +23,8 @@ def pipeline_command(
     seed: int | None,
     processes: int | None,
     fusion: str | None,
-    method: str | None = None,
+    method: str | None,
+    trusts: bool,
 ) -> None:
     """`rlhf-chat run`."""
     flags = {
@@ -35,46 +37,46 @@ def pipeline_command(
     }
     if model is None and config is None and name is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
-    path = Path("runs") / (name or Path(model or "run").name)
-    if name is not None and (Path(name).is_absolute() or len(Path(name).parts) > 1):
-        path = Path(name)
+    path = run_path(name, model)
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
     chosen = parse_steps(steps, settings or RunDirectory(path).read_config())
     if dry_run:
         print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
         return
-    execute(path, settings, chosen)
+    execute(path, settings, chosen, trusts)
+
+
+def run_path(name: str | None, model: str | None) -> Path:
+    """runs/NAME, or the path that `name` is. Raises UserError where neither is a place for a run."""
+    if name in (".", "..") or (name and not name.isprintable()):
+        raise UserError(f"{name!a} is no name for a run: give one such as --name demo, or a path.")
+    if name and len(Path(name).parts) > 1:
+        return Path(name)
+    return Path("runs") / (name or Path(os.path.abspath(model or "run")).name or "run")
 
 
 def step_command(
     step: Step,
     run_directory: Path,
     model: str | None,
-    reward_model: str | None,
     data: list[str] | None,
     config: list[Path] | None,
     overrides: list[str] | None,
+    seed: int | None,
     processes: int | None,
-    actor: str | None = None,
-    trained_reward: str | None = None,
-    fusion: str | None = None,
+    trusts: bool,
+    **given: str | None,
 ) -> None:
-    """`rlhf-chat sft | reward | rlhf | dpo`."""
-    flags = {
-        "data": data or None,
-        "reward_model": reward_model,
-        "processes": processes,
-        "sft_model": actor,
-        "trained_reward_model": trained_reward,
-        "fusion": fusion,
-    }
+    """`rlhf-chat sft | reward | rlhf | dpo`; `given` are settings that only some of them have."""
+    flags = {"data": data or None, "seed": seed, "processes": processes, **given}
+    model = model or given.get("sft_model")
     if step.method and (model is not None or config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
-    execute(run_directory, settings, [step])
+    execute(run_directory, settings, [step], trusts)
 
 
-def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
+def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: bool) -> None:
     from applications.dry_run import check_fits
     from applications.pipeline import needed_steps, run_pipeline
     from training.distributed import require_loopback
@@ -87,7 +89,7 @@ def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
     require_one_command()
     require_loopback()
     with run.locked():
-        config = open_run(run, settings)
+        config = open_run(run, settings, trusts)
         require_earlier_steps(run, config, steps)
         run_pipeline(run, config, steps)
 
@@ -117,34 +119,6 @@ def print_dry_run(settings: RunConfig, steps: list[Step], path: Path) -> None:
     steps = needed_steps(settings, steps)
     commands = {step: stage_command(step.folder, path, settings.processes) for step in steps}
     print(dry_run(settings, steps, path, commands))
-
-
-def chat_command(
-    target: Path,
-    compare: bool,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_tokens: int,
-    seed: int,
-    system: str | None,
-) -> None:
-    """`rlhf-chat chat`."""
-    from inference.chat_target import find_chat_models
-
-    found = find_chat_models(target, compare)
-    from inference.collecting import without_collecting
-
-    with without_collecting():
-        from inference.private_surfaces import import_transformers_lightly
-
-        import_transformers_lightly()
-        from inference.chat import chat
-        from inference.chat_model import ChatModel
-        from inference.generation.sample import SamplingSettings
-
-        models = [(label, ChatModel.load(path)) for label, path in found]
-    chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
 
 
 def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:

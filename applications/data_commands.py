@@ -4,23 +4,31 @@ from typing import Annotated
 
 import typer
 
-from applications.options import Debug, Model, Set
+from applications.help_pages import Command, Group
+from applications.options import Debug, Json, Model, Set, Trust
 
 data_app = typer.Typer(
+    cls=Group,
     help="Look at data before anything is trained on it (docs/data.md).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-DataTarget = Annotated[str, typer.Argument(help="Data (a file, directory, hub id, chitchat), or a run directory.")]
+DataTarget = Annotated[
+    str, typer.Argument(metavar="DATA|RUN", help="Data (a file, directory, hub id, chitchat), or a run directory.")
+]
 
 
-@data_app.command("show")
+@data_app.command("show", cls=Command)
 def data_show(
     target: DataTarget,
     model: Model = None,
-    kind: Annotated[str | None, typer.Option(help="Only sft, pairs or prompts.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of each kind.")] = 3,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Only sft, pairs or prompts. Default: all three.")
+    ] = None,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows of each kind.")] = 3,
     set_: Set = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Rows as the model sees them: its template, special tokens and cuts, with the trained tokens in colour.
@@ -31,15 +39,16 @@ def data_show(
     """
     from applications.data import show_command
 
-    show_command(target, model, kind, rows, set_)
+    show_command(target, model, kind, rows, set_, trust)
 
 
-@data_app.command("lint")
+@data_app.command("lint", cls=Command)
 def data_lint(
     target: DataTarget,
     model: Model = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the findings as data.")] = False,
+    json_: Json = False,
     set_: Set = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """What is doubtful about data: bad rows, duplicates, length bias, cuts, the tokenizer. Exit code 1 for errors.
@@ -50,4 +59,4 @@ def data_lint(
     """
     from applications.data import lint_command
 
-    raise typer.Exit(lint_command(target, model, json_, set_))
+    raise typer.Exit(lint_command(target, model, json_, set_, trust))

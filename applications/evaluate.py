@@ -9,31 +9,43 @@ from applications.launch import run_stage_script
 from applications.preset_store import settings_for_model
 from applications.report_table import evaluation_table
 from inference.errors import UserError
+from inference.streams import json_text
 from training.run_directory import RunDirectory
 from training.steps import WRITING
+from training.trust import of_evaluation, require_yes
 
 WORDS = ("base", *(step.command for step in WRITING))
 
 
-def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, as_json: bool) -> None:
+def evaluate(
+    path: Path,
+    model: str,
+    against: str,
+    judge: str,
+    prompts: int,
+    seed: int | None,
+    as_json: bool,
+    trusts: bool = False,
+) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
-    run.read_config()  # a sentence where it is no run
+    require_yes(run, of_evaluation(run, run.read_config(), judge), trusts)
     options = {"--model": known(model), "--against": known(against), "--judge": judge}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
+    arguments += [] if seed is None else ["--seed", str(seed)]
     result_file, answers_file = run.comparison_of(run.last_step)
     if run.step(run.last_step).is_finished and not arguments:
         arguments = ["--model", run.last_step.command]
     else:  # the run's own comparison would seem to be done
-        result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts)}.json"
+        result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts, seed)}.json"
         answers_file = result_file.with_suffix(".jsonl")
         arguments += ["--to", str(result_file)]
     with run.locked():
         result_file.parent.mkdir(exist_ok=True)
         run_stage_script("evaluation", run, 1, arguments, progress=sys.stderr if as_json else None)
     result = json.loads(result_file.read_text(encoding="utf-8"))
-    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else evaluation_table(result, answers_file))
+    print(json_text(result) if as_json else evaluation_table(result, answers_file))
     print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
 
 
@@ -47,8 +59,8 @@ def known(source: str) -> str:
         raise UserError(f"{error} Of the run itself: {', '.join(WORDS)}.") from None
 
 
-def file_name(model: str, against: str, judge: str, prompts: int) -> str:
+def file_name(model: str, against: str, judge: str, prompts: int, seed: int | None) -> str:
     """`rlhf-against-base-by-learned-50`: what was asked, as far as it was."""
     parts = [model or "model", f"against-{against}" if against else "", f"by-{judge}" if judge else ""]
-    parts.append(f"{prompts}-prompts" if prompts else "")
+    parts += [f"{prompts}-prompts" if prompts else "", "" if seed is None else f"seed-{seed}"]
     return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)).replace("/", "_")).strip("._") or "model"

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
         card = model_card(run, config, exported, place)
         (place / "README.md").write_text(card, encoding="utf-8")
 
-    with writing("the export", to, "or choose another place with --to"):
+    with writing("the export", to, "or choose another place with --out"):
         write_directory(to.resolve(), write_all)
     size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
     files = ", ".join(sorted(file.name for file in to.iterdir()))
@@ -70,13 +70,13 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
 def require_free(to: Path) -> None:
     """Raise UserError unless `to` is new or an empty directory."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} exists and is not empty; nothing is overwritten, choose another place with --to.")
+        raise UserError(f"{to} exists and is not empty; nothing is overwritten, choose another place with --out.")
 
 
 def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path, is_scorer: bool) -> None:
     """The step's model with its tokenizer; in another number format if `dtype` says so."""
     skipped = WEIGHTS if dtype else ()
-    shutil.copytree(step.model, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*skipped))
+    copy_files(step.model, place, skipped)
     if dtype:
         save_weights(step.model, dtype, place, is_scorer)
     if is_scorer:  # all is as step 2 saves it, unless an older version of ours did
@@ -92,6 +92,15 @@ def write_merged(step: StepDirectory, dtype: str, config: RunConfig, place: Path
     values |= {"do_sample": True, "max_new_tokens": config.data.max_response_tokens}
     values |= {"temperature": config.rlhf.temperature}
     file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def copy_files(source: Path, place: Path, skipped: Sequence[str]) -> None:
+    """All files but those of the patterns `skipped`, as new ones: a run that may only be read has other rights."""
+    for file in source.rglob("*"):
+        if file.is_file() and not any(file.match(pattern) for pattern in skipped):
+            target = place / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def save_weights(model_directory: Path, dtype: str, place: Path, is_scorer: bool) -> None:
@@ -165,5 +174,5 @@ def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: P
     save_file({key: value.contiguous() for key, value in joined.items()}, place / "adapter_model.safetensors")
     (place / "adapter_config.json").write_text(json.dumps(merged, indent=2) + "\n")
     skipped = (*WEIGHTS, "config.json", "generation_config.json")
-    shutil.copytree(step.model, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*skipped))
+    copy_files(step.model, place, skipped)
     rewrite_tokenizer(place)

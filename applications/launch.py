@@ -18,7 +18,7 @@ from training.error_report import room_for_report
 from training.run_directory import RunDirectory
 from training.starts import COMMAND_VARIABLE
 from training.steps import STEPS
-from training.termination import EXIT_TERMINATED, Terminated, grace
+from training.termination import EXIT_TERMINATED, StageFailed, Terminated, grace
 from training.watchdog import PARENT_VARIABLE
 
 SCRIPTS = {
@@ -43,10 +43,6 @@ LAUNCHER_SECONDS = 6
 _OF_RANK = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) ")
 _ERROR_LINE = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*Error\b.*)")
 STEP_OF_SCRIPT = {step.folder: step for step in STEPS}
-
-
-class StageFailed(Exception):
-    """A stage ended without success and the user's input is not to blame: it was killed, or the run diverged."""
 
 
 def stage_command(script: str, run: Path, processes: int, arguments: Sequence[str] = ()) -> list[str]:

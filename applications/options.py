@@ -5,16 +5,70 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str | None, typer.Option(help="A preset (opt-13b, smollm2-135m, tiny, ...), hub id or directory.")]
-RewardModel = Annotated[str | None, typer.Option(help="Reward model and critic; default: the preset's, or --model.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The pretrained model to begin with: a preset (tiny, smollm2-135m, opt-1.3b, ...), a model of the "
+        "Hugging Face hub (owner/name) or a directory. Default: the run's own.",
+    ),
+]
+RewardModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="What step 2 makes the reward model of, and PPO's critic starts as. Default: the preset's choice, else "
+        "the same as --model.",
+    ),
+]
 Data = Annotated[
     list[str] | None,
-    typer.Option(help="Your data: a file, directory or hub id; several are blended, =2 is a weight (docs/data.md)."),
+    typer.Option(
+        metavar="SOURCE",
+        help="Your data (docs/data.md): a file, a directory, or a data set of the hub (owner/name). Several are mixed, "
+        "SOURCE=2 counts twice. Default: chitchat, dialogues that come with rlhf-chat.",
+    ),
 ]
-Config = Annotated[list[Path] | None, typer.Option(help="YAML file with settings; may be given several times.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. --set rlhf.kl.target=4.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Processes = Annotated[int | None, typer.Option(help="Processes on this machine, one a GPU.")]
-Fusion = Annotated[str | None, typer.Option(help="PPO scores samples as they end: none, inter or auto.")]
-RunPath = Annotated[Path, typer.Argument(help="A run directory, e.g. runs/demo.")]
-Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+Config = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="A YAML file with settings; of several, the later one wins. Default: none."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="One setting, such as --set sft.epochs=2; may be given several times. docs/configuration.md lists all, "
+        "with their defaults.",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Where all random numbers start: the same seed gives the same run. Default: 1, or the run's."
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Processes that train together on this machine, one a GPU. Default: 1."),
+]
+Fusion = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE",
+        help="Only changes PPO's speed, with several processes: inter scores finished answers while others are still "
+        "being written, none waits for all, auto takes the faster one. Default: auto.",
+    ),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]
+Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Yes to the code and addresses that a run from elsewhere names, so that nobody asks (docs/safety.md).",
+    ),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="On an error also print where in the code it arose, for a bug report.")
+]

@@ -33,13 +33,18 @@ def resolve_settings(
         nest_fusion(given)
         return found_from_anywhere(load_config([], overrides or [], stored, given))
     if model is None and not config:
-        options = ", ".join(["--set"] * bool(overrides) + [f"--{key.replace('_', '-')}" for key in given])
+        options = ", ".join(["--set"] * bool(overrides) + [option_of(key) for key in given])
         raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
     if "data" in given:
         given["data"] = {"source": data_sources(given["data"])}
     nest_fusion(given)
     base = settings_for_model(model) if model is not None else {}
     return settings_of_new_run(base, config or [], overrides or [], given, run)
+
+
+def option_of(key: str) -> str:
+    """The command's name for a setting."""
+    return f"--{key.removeprefix('trained_').replace('_', '-')}"
 
 
 def nest_fusion(given: dict[str, object]) -> None:

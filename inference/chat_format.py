@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,25 @@ from inference.template_check import differences
 PAD_TOKEN = "<|pad|>"
 STAND_IN = "\ufdd0", "\ufdd1"
 """Around a number, in the place of a special token's name in a message; Unicode has them for such uses."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens up to where an answer begins, and what of the messages they leave out."""
+
+    ids: list[int]
+    left_out: int = 0
+    """The oldest messages."""
+    is_cut: bool = False
+    """Whether what is left has lost its beginning too."""
+
+    @property
+    def note(self) -> str:
+        """What is left out, in a sentence; '' where nothing is."""
+        oldest = "its oldest message" if self.left_out == 1 else f"its oldest {self.left_out} messages"
+        parts = [oldest] * (self.left_out > 0) + ["the beginning of the last one"] * self.is_cut
+        told = f"The conversation is longer than the model's context: {' and '.join(parts)} had to be left out."
+        return told if parts else ""
 
 
 class ChatFormat:
@@ -116,7 +136,11 @@ class ChatFormat:
         return max(self.tokenizer.get_vocab().values()) + 1  # more than there are tokens where ids have gaps
 
     def prompt_ids(self, messages: list[Message], max_tokens: int = 0) -> list[int]:
-        """Tokens up to where the assistant's answer begins; 0 sets no limit.
+        """The tokens of `prompt`."""
+        return self.prompt(messages, max_tokens).ids
+
+    def prompt(self, messages: list[Message], max_tokens: int = 0) -> Prompt:
+        """All up to where the assistant's answer begins; 0 sets no limit.
 
         What looks like a special token in a message is plain text: only the template begins and ends turns.
         Over `max_tokens` the oldest turns are dropped, so that the first one left is not the assistant's. A system
@@ -124,7 +148,7 @@ class ChatFormat:
         """
         ids = self._render(messages)
         if max_tokens <= 0 or len(ids) <= max_tokens:
-            return ids
+            return Prompt(ids)
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns = messages[len(system) :]
         while len(turns) > 1 and len(ids) > max_tokens:
@@ -132,9 +156,10 @@ class ChatFormat:
             while len(turns) > 1 and turns[0]["role"] == "assistant":  # many templates refuse to begin with an answer
                 turns = turns[1:]
             ids = self._render(system + turns)
+        left_out = len(messages) - len(system) - len(turns)
         if len(ids) <= max_tokens or not turns:
-            return ids[-max_tokens:]
-        return self._cut_turn(system, turns[0], max_tokens)
+            return Prompt(ids[-max_tokens:], left_out, is_cut=len(ids) > max_tokens)
+        return Prompt(self._cut_turn(system, turns[0], max_tokens), left_out, is_cut=True)
 
     def refusal(self, messages: list[Message]) -> str:
         """Why the template refuses a prompt, in its own words; empty where it takes it."""
@@ -150,9 +175,17 @@ class ChatFormat:
         The tokens are those of the template's finished dialogue, see `ChatTemplate.answer`. What looks like a special
         token in `text` is plain text, so only the last token ends the turn.
         """
+        ids = [*self._answer_ids(text, self.ending), self.end_of_turn_id]
+        return ids[:max_tokens] if max_tokens > 0 else ids
+
+    def begun_ids(self, text: str) -> list[int]:
+        """The tokens of an answer that begins with `text`, behind those of its prompt."""
+        return self._answer_ids(text, "") if text else []
+
+    def _answer_ids(self, text: str, ending: str) -> list[int]:
         (shown,), hidden = self._hide([Message(role="assistant", content=text)])
         try:
-            body = self.template.answer(shown["content"], self.ending)
+            body = self.template.answer(shown["content"], ending)
         except Refused as refused:
             raise UserError(f"The model's chat template refuses the answer '{text[:60]}' ({refused}).") from None
         head = self._head
@@ -160,8 +193,7 @@ class ChatFormat:
         ids = whole[len(head) :] if whole[: len(head)] == head else self._encode_shown(body, hidden)
         if not (self._special_ids - self._framing).isdisjoint(ids) or self.end_of_turn_id in ids:
             ids = self._encode(self.template.gap + text, plain=True)
-        ids.append(self.end_of_turn_id)
-        return ids[:max_tokens] if max_tokens > 0 else ids
+        return ids
 
     def finished_ids(self, messages: list[Message]) -> list[int]:
         """The template's own tokens of a conversation that an answer ends."""

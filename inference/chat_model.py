@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from inference.chat_format import ChatFormat, Message
+from inference.chat_format import ChatFormat, Prompt
 from inference.chat_target import refuse_reward_model
+from inference.chat_template import Message
 from inference.errors import UserError
 from inference.families import longest_text
 from inference.generation.engine import GenerationEngine
@@ -29,6 +31,7 @@ class ChatModel:
         self.model = model.eval()
         self.format = chat_format
         self.engine = GenerationEngine(model, chat_format.end_ids, self.pad_id)
+        self.engine.prepare()  # while somebody thinks of a question
 
     @classmethod
     def load(cls, directory: Path, dtype: str = "auto") -> "ChatModel":
@@ -42,7 +45,8 @@ class ChatModel:
         refuse_reward_model(directory)
         chat_format = ChatFormat.load(directory, day=None)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, _ = read_weights(AutoModelForCausalLM, directory, dtype=choose_dtype(directory, dtype, device))
+        with no_init_weights():  # all are read
+            model, _ = read_weights(AutoModelForCausalLM, directory, dtype=choose_dtype(directory, dtype, device))
         if max(chat_format.end_ids) >= model.get_input_embeddings().num_embeddings:
             raise UserError(f"The tokenizer in {directory} has more tokens than the model; put the model's own there.")
         return cls(cast(Any, model).to(device), chat_format)
@@ -66,12 +70,11 @@ class ChatModel:
     def reply(self, messages: list[Message], settings: SamplingSettings, seed: int, turn: int) -> Iterator[str]:
         """Yield the answer in pieces that hold whole characters; joined, they are the decoded answer.
 
-        `seed` and `turn` decide the draws. Where the model's context is too short, the oldest turns are dropped.
-        Raises UserError where the chat template refuses the messages.
+        `seed` and `turn` decide the draws. Where the model's context is too short, the oldest turns are dropped, see
+        `prompt`. Raises UserError where the chat template refuses the messages.
         """
-        settings = self._fit_answer(settings)
-        prompt_limit = self.context_length - settings.max_tokens if self.context_length else 0
-        prompt = torch.tensor(self.format.prompt_ids(messages, prompt_limit))
+        prompt = torch.tensor(self.prompt(messages, settings).ids)
+        settings = replace(settings, max_tokens=self._longest_answer(settings.max_tokens))
         pieces, drawn = TextPieces(self.format.decode), list[int]()
         for sample in self.engine.stream(prompt, settings, SamplingKey(seed, turn)):
             drawn = sample.response_ids
@@ -80,11 +83,18 @@ class ChatModel:
         if rest := pieces.take(drawn, is_whole=True):
             yield rest
 
-    def _fit_answer(self, settings: SamplingSettings) -> SamplingSettings:
-        """An answer takes at most half the context, so that the prompt has room."""
-        if not self.context_length:
-            return settings
-        return replace(settings, max_tokens=min(settings.max_tokens, max(1, self.context_length // 2)))
+    def prompt(self, messages: list[Message], settings: SamplingSettings) -> Prompt:
+        """As much of the messages as the context has room for beside an answer."""
+        limit = self.context_length - self._longest_answer(settings.max_tokens) if self.context_length else 0
+        return self.format.prompt(messages, limit)
+
+    def _longest_answer(self, wanted: int) -> int:
+        return longest_answer(wanted, self.context_length) if self.context_length else wanted
+
+
+def longest_answer(wanted: int, context: int) -> int:
+    """An answer takes at most half of the context, so that its prompt has room; tokens."""
+    return min(wanted, max(1, context // 2))
 
 
 def choose_dtype(directory: Path, dtype: str, device: str) -> torch.dtype:

@@ -8,11 +8,12 @@ import json
 import re
 from contextlib import suppress
 from datetime import date
-from typing import Any, TypedDict, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from inference.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The space belongs to the response: byte-level tokenizers have tokens for words with a space before them, and a model
 # has hardly ever seen a lone space followed by a word.
@@ -59,7 +60,7 @@ class ChatTemplate:
     What is filled in lands in the tokenizer, so that other tools make the same of the saved one; the date does not.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, begin: str, day: date | None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", begin: str, day: date | None):
         """Each text starts with `begin`. `day` is what dates in the template say; None: that of the clock."""
         self.tokenizer, self.begin, self.day = tokenizer, begin, day
         self.notes: list[str] = []

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,25 @@ def disk_reason(error: BaseException | None, place: Path) -> str | None:
             return FULL_DISK if free_bytes(place) < LITTLE else "a write failed"
         error = error.__cause__ or error.__context__
     return None
+
+
+def settle(place: Path) -> None:
+    """Bring the file `place`, or all files in it, to the disk, with the rights that the umask gives new ones.
+
+    safetensors writes its own for their owner alone, and copies have those of what they were made from.
+    """
+    files = [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
+    probe = place.with_name(f".{place.name}.{os.getpid()}.rights")
+    try:
+        probe.touch(exist_ok=False)
+        rights = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in files:
+        if stat.S_IMODE(file.stat().st_mode) != rights:
+            file.chmod(rights)
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
 
 
 def free_bytes(place: Path) -> int:

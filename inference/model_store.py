@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from inference.disk import is_disk_full
+from inference.disk import is_disk_full, settle
 from inference.errors import UserError, copied_again, reason
 from inference.locks import hold_lock
 from inference.model_files import refuse_pointers, require_usable
@@ -145,6 +145,7 @@ def _cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
                 model = Path(part) / "model"
                 model.mkdir()
                 build(model)
+                settle(model)
                 model.rename(target)
     except UserError:
         raise

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -91,7 +92,8 @@ def import_transformers_lightly() -> None:
     distributes its model.
 
     transformers imports torch's compiler, for decorators and one class, and torch's distributed tensors and accelerate,
-    to ask whether it has been given any. transformers 5.23.0, torch 2.13.0.
+    to ask whether it has been given any. It also reads through the files of all its families twice, for names with
+    `models.` before them and without. transformers 5.23.0, torch 2.13.0.
     """
     if "transformers.modeling_utils" in sys.modules or COMPILER in sys.modules:
         return
@@ -100,12 +102,27 @@ def import_transformers_lightly() -> None:
     import transformers.utils
     from transformers.utils import import_utils
 
+    families = families_of_transformers()
+    with patch.object(import_utils, "define_import_structure", lambda _: families):
+        import_module("transformers.models")
     with ExitStack() as patches:
         for module in (transformers.utils, import_utils):
             for name in ("is_torch_distributed_available", "is_accelerate_available"):
                 patches.enter_context(patch.object(module, name, lambda *_: False))
         for name in ("modeling_utils", "masking_utils", "modeling_layers", "generation.utils"):
             import_module(f"transformers.{name}")
+
+
+def families_of_transformers() -> dict[frozenset[str], dict[str, set[str]]]:
+    """What each family's files define, by the packages that they need: from what transformers has read, and remembers,
+    with `models.` before the names. transformers 5.23.0."""
+    from transformers.utils.import_utils import define_import_structure
+
+    read = define_import_structure(Path(sys.modules["transformers"].__path__[0]) / "models", prefix="models")
+    return {
+        packages: {name.removeprefix("models."): made for name, made in files.items() if name.startswith("models.")}
+        for packages, files in read.items()
+    }
 
 
 class Deferred(ModuleType):

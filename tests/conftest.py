@@ -42,6 +42,13 @@ def rlhf_chat(*arguments: object, cwd: Path, stdin: str = "", timeout: float = 3
     return fork_all([Command(tuple(map(str, arguments)))], [environment], cwd, stdin, timeout)[0]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state(tmp_path_factory) -> Path:
+    """Where commands keep what runs may do: not where those of this user do."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    return Path(os.environ["XDG_STATE_HOME"])
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
     """A working directory with folders named like ours, which must not be imported."""
@@ -54,8 +61,9 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(workplace) -> Path:
-    """`rlhf-chat run --model tiny --name demo`, done once; its output is in output.txt."""
-    done = rlhf_chat("run", "--model", "tiny", "--name", "demo", cwd=workplace)
+    """`rlhf-chat run --model tiny --name demo` with a group's rights; its output is in output.txt."""
+    command = Command(("run", "--model", "tiny", "--name", "demo"), umask=0o002)
+    [done] = fork_all([command], [{}], workplace, stdin="", timeout=300)
     assert done.code == 0, done.out[-3000:] + done.err[-3000:]
     (workplace / "output.txt").write_text(done.out)
     return workplace / "runs" / "demo"

@@ -189,7 +189,7 @@ def test_a_damaged_run(run, monkeypatch, capsys, tmp_path, file, text, arguments
 
 def test_an_export_of_damaged_weights_leaves_nothing(run, monkeypatch, capsys, tmp_path):
     cut(run / "step3_rlhf" / "model" / "model.safetensors")
-    said = sentence(monkeypatch, capsys, tmp_path, "export", run, "--to", tmp_path / "out", "--dtype", "bf16")
+    said = sentence(monkeypatch, capsys, tmp_path, "export", run, "--out", tmp_path / "out", "--dtype", "bf16")
     assert "cannot be loaded" in said and not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
@@ -201,7 +201,7 @@ def test_an_export_of_damaged_weights_leaves_nothing(run, monkeypatch, capsys, t
         (["run", "--model", "tiny", "--name", "FILE/run"], "FILE.* cannot be used .Not a directory"),
         (["sft", "FILE", "--model", "tiny"], "exists and is not a run directory"),
         (["report", "RUN", "--out", "/proc/none/page.html"], "page.html cannot be written"),
-        (["export", "RUN", "--to", "/proc/none/out"], "/proc/none/out cannot be written .*--to"),
+        (["export", "RUN", "--out", "/proc/none/out"], "/proc/none/out cannot be written .*--out"),
     ],
 )
 def test_places_that_cannot_be_written(run, monkeypatch, capsys, tmp_path, arguments, expected):

@@ -101,10 +101,12 @@ class Command:
     """`rlhf-chat` with its arguments."""
 
     arguments: tuple[str, ...]
+    umask: int = 0o022
 
     def __call__(self) -> None:
         from applications.cli import main
 
+        os.umask(self.umask)
         fork_python()
         sys.argv = ["rlhf-chat", *self.arguments]
         main()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from inference.errors import UserError
 from training.user_code import UserFile
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from training.distributed import Ranks
 from training.reward_sources import NobodyAnswers, RewardEndpoint, RewardFailed, RewardFunction, Row, Source
 from training.rlhf_settings import RLHFSettings

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from inference.disk import settle
 from inference.errors import UserError, typed
 from inference.locks import hold_lock
 from training.config import RunConfig
@@ -24,6 +25,9 @@ from training.config_files import read_yaml, validate_config
 from training.paths import found_from_anywhere
 from training.steps import COMPARED, Step
 from training.versions import versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,11 @@ class RunDirectory:
             self.config_file.name not in there and any(not name.startswith(".") for name in there - ours)
         ):
             raise UserError(f"{self.path} exists and is not a run directory; choose another place with --name.")
+        if there and not os.access(self.path, os.W_OK):
+            raise UserError(
+                f"{self.path} is not yours to write in; chat, serve, report --out and export only read it, and all "
+                f"else works in a copy: cp -r {typed(self.path)} MINE."
+            )
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             with hold_lock(self.lock_file, f"{self.path} is in use by another command", wait_seconds):
@@ -229,6 +238,21 @@ def write_text(file: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error  # of a full disk it knows no name
 
 
+def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
+    """Replace a file of safetensors at once. What fails leaves nothing."""
+    from safetensors.torch import save_file
+
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary)
+        settle(temporary)
+        os.replace(temporary, file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def read_json(file: Path, way_out: str) -> dict[str, Any]:
     """The object in a file. Raises UserError with the way out where it is damaged or missing."""
     try:
@@ -261,10 +285,7 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
 
 def publish_directory(temporary: Path, directory: Path) -> None:
     """Move a complete directory to its name, its bytes on the disk first."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+    settle(temporary)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

@@ -1,4 +1,5 @@
-"""SIGTERM, as schedulers send it before they kill: a sentence at once, a checkpoint within the grace, then the end."""
+"""How a stage ends otherwise than well. SIGTERM, as schedulers send it before they kill: a sentence at once, a
+checkpoint within the grace, then the end."""
 
 import math
 import os
@@ -14,6 +15,10 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 GRACE_VARIABLE = "RLHF_CHAT_GRACE"
 GRACE = 25.0
 """Seconds; Slurm and Kubernetes wait for 30 until they kill."""
+
+
+class StageFailed(Exception):
+    """A stage ended without success and the user's input is not to blame: it was killed, or the run diverged."""
 
 
 class Terminated(BaseException):

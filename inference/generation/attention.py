@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.initialization import no_init_weights
 
 from inference.families import backbone_of, layer_kinds, layer_values, text_config
 from inference.generation.kv_cache import KVCache, Places
@@ -205,7 +206,7 @@ def hands_tokens_down(model: Any) -> bool:
     config = copy.deepcopy(model.config)
     asked = Asked()
     try:
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), torch.no_grad(), no_init_weights():
             shape = type(model)(config).to(torch.bfloat16)  # grouped products have no shapes in fp32
             set_attention(shape.config, PACKED_ATTENTION)
             ids = torch.zeros(1, 2, dtype=torch.long)

@@ -5,6 +5,7 @@ iteration, sample, position).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class GenerationEngine:
         self.pad_id = pad_id
         self.slots, self.prefill_tokens, self.graphs = slots, prefill_tokens, graphs
         self.cache = KVCache(0, 0)
-        self._blocked: BlockedWeights | None = None
+        self._blocked: Future[BlockedWeights] | None = None
         self._replay: Replay | None = None
         self.stats = GenerationStats(slots)
 
@@ -105,6 +106,7 @@ class GenerationEngine:
         if not self.cache.fits(slots, capacity):
             self.cache = KVCache(slots, capacity, preferred_cache_dtype(self.model))
         self.stats = GenerationStats(slots)
+        self.prepare()
         passes = make_passes(self.model, self.cache, self.pad_id)
         self._replay = self._replay_of(passes)
         return Decoding(
@@ -117,15 +119,21 @@ class GenerationEngine:
             self._replay,
         )
 
+    def prepare(self) -> Future[BlockedWeights]:
+        """Have the blocked copy of the weights made, in a thread, unless there is one: the first token waits for it."""
+        if self._blocked is None:
+            beside = ThreadPoolExecutor(1)
+            self._blocked = beside.submit(BlockedWeights, self.model)
+            beside.shutdown(wait=False)
+        return self._blocked
+
     def weights_changed(self) -> None:
         """Must be called after the model's weights have changed: their blocked copy is made anew."""
         self._blocked = None
 
     def _weights_in_use(self) -> AbstractContextManager[None]:
-        """Inside, the model computes with its blocked weights; they are made when they are first wanted."""
-        if self._blocked is None:
-            self._blocked = BlockedWeights(self.model)
-        return self._blocked.in_use()
+        """Inside, the model computes with its blocked weights."""
+        return self.prepare().result().in_use()
 
     def _replay_of(self, passes: Passes) -> Replay | None:
         """The one there is, as long as its graphs hold."""

@@ -1,14 +1,14 @@
 """Drawing for samples that come with settings and seeds of their own, side by side in one decoding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from inference.generation.graphs import RowKeys
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from inference.generation.sampler import Draw, sample_tokens
+from inference.generation.sampler import Draw, likeliest, sample_tokens
 
 
 @dataclass(kw_only=True)
@@ -17,6 +17,10 @@ class OwnSample(Sample):
 
     settings: SamplingSettings
     key: SamplingKey
+    alternatives: int = 0
+    """Tokens beside which each drawn one is to be seen."""
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Of each response token so many likeliest ones with their log-probabilities, where `alternatives` are wanted."""
 
 
 class OwnDraw(Draw):
@@ -41,3 +45,6 @@ class OwnDraw(Draw):
             tokens, logprobs = sample_tokens(wanted, settings, key, index, position, self.end_ids)
             for sample, token, logprob in zip(drawn, tokens.tolist(), logprobs.tolist(), strict=True):
                 self.write(sample, token, logprob)
+            if count := max(sample.alternatives for sample in drawn):
+                for sample, tops in zip(drawn, likeliest(wanted, settings, count), strict=True):
+                    sample.likeliest.append(tops[: sample.alternatives])

@@ -64,11 +64,28 @@ def sample_tokens(
     if settings.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    if settings.temperature != 1:
-        logits = logits / settings.temperature
-    probabilities = restrict(logits, settings.top_k, settings.top_p).softmax(-1)
+    probabilities = drawn_from(logits, settings)
     tokens = invert_cumulative(probabilities, uniform(key, sample, position))
     return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
+
+
+def drawn_from(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """The probabilities that tokens are drawn with, (rows, vocabulary); the temperature is above 0."""
+    if settings.temperature != 1:
+        logits = logits / settings.temperature
+    return restrict(logits, settings.top_k, settings.top_p).softmax(-1)
+
+
+def likeliest(logits: Tensor, settings: SamplingSettings, count: int) -> list[list[tuple[int, float]]]:
+    """Of each row the tokens that could be drawn, the likeliest first, at most `count`, and their log-probabilities.
+
+    Those that `sample_tokens` returns are among them, to the bit.
+    """
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1) if settings.temperature == 0 else drawn_from(logits, settings).log()
+    top = logprobs.topk(min(count, logprobs.shape[-1]))
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [[pair for pair in zip(*row, strict=True) if pair[1] > -torch.inf] for row in rows]
 
 
 def invert_cumulative(probabilities: Tensor, drawn: Tensor) -> Tensor:

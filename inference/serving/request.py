@@ -1,30 +1,33 @@
 """The body of POST /v1/chat/completions -> a checked `ChatRequest`."""
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from inference.generation.sample import SamplingSettings
 from inference.serving.errors import ApiError
+from inference.serving.logprobs import MOST_ALTERNATIVES
 
 COLDEST = 1e-5
 """Temperatures below are greedy: logits divided by less would overflow."""
 MOST_STOPS = 4
 IGNORED = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity "
-    "reasoning_effort parallel_tool_calls".split()
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention "
+    "prediction verbosity reasoning_effort parallel_tool_calls".split()
 )
 """Change nothing about an answer, or nothing that there is here."""
 MEANS_NOTHING: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "audio": (),
+    "moderation": (),
+    "web_search_options": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -50,8 +53,19 @@ class Strict(BaseModel):
 
 
 class ChatMessage(Strict):
+    """`name` and what came with an earlier answer (`refusal`, `annotations`, ...) change nothing."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(text_of)]
+    tool_calls: Any = None
+    function_call: Any = None
+
+    @field_validator("tool_calls", "function_call")
+    @classmethod
+    def there_are_no_tools(cls, calls: Any) -> Any:
+        if calls:
+            raise ValueError("this server has no tools; leave such messages out")
+        return calls
 
 
 class StreamOptions(Strict):
@@ -59,7 +73,7 @@ class StreamOptions(Strict):
 
 
 class ChatRequest(Strict):
-    """What of a request decides its answer. `top_k` is ours, the rest is OpenAI's."""
+    """What of a request decides its answer. `top_k` is ours; `truncation` is that of OpenAI's responses."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
@@ -71,8 +85,18 @@ class ChatRequest(Strict):
     stop: list[str] = Field([], max_length=MOST_STOPS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MOST_ALTERNATIVES)
+    truncation: Literal["auto", "disabled"] = "disabled"
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+
+    @field_validator("messages")
+    @classmethod
+    def ask_for_something(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        if messages[-1].role == "assistant" and len(messages) == 1:
+            raise ValueError("the beginning of an answer needs a message before it")
+        return messages
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -86,14 +110,33 @@ class ChatRequest(Strict):
             raise ValueError("a stop string cannot be empty")
         return stop
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def stand_beside_logprobs(cls, count: int, others: ValidationInfo) -> int:
+        if count and not others.data.get("logprobs"):
+            raise ValueError("needs 'logprobs': true")
+        return count
+
     @property
     def wanted_tokens(self) -> int | None:
         """Longest answer that is asked for; `max_completion_tokens` is the newer name."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def truncates(self) -> bool:
+        """Whether the oldest messages of a conversation that is too long are left out."""
+        return self.truncation == "auto"
+
+    @property
+    def beginning(self) -> str:
+        """Of the answer that is asked for: messages may end with it."""
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
+
+    @property
     def conversation(self) -> list[Message]:
-        return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in self.messages]
+        """All before the answer."""
+        turns = self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+        return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in turns]
 
     @property
     def settings(self) -> SamplingSettings:
@@ -113,12 +156,14 @@ def parse_request(body: bytes) -> ChatRequest:
         raise ApiError(400, "The request body must be a JSON object.", code="invalid_json")
     wanted = {}
     for name, value in given.items():
+        if value is None:  # clients send null for what they leave open
+            continue
         if name in ChatRequest.model_fields:
-            if value is not None:  # clients send null for what they leave open
-                wanted[name] = value
+            wanted[name] = value
         elif name in MEANS_NOTHING:
-            if value is not None and value not in MEANS_NOTHING[name]:
-                message = f"This server has no '{name}'; leave it out."
+            if value not in MEANS_NOTHING[name]:
+                there = " and ".join(json.dumps(value) for value in MEANS_NOTHING[name] if value)
+                message = f"This server has no '{name}'{f' other than {there}' if there else ''}; leave it out."
                 raise ApiError(400, message, name, "unsupported_parameter")
         elif name not in IGNORED:
             raise ApiError(400, f"Unrecognized request argument: {name[:80]}.", name[:80], "unknown_parameter")
@@ -127,5 +172,7 @@ def parse_request(body: bytes) -> ChatRequest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ApiError(400, f"{param}: {reason}.", param, "invalid_value") from None
+        reason, kind = first["msg"].removeprefix("Value error, "), first["type"]
+        reason = re.sub("a valid dictionary or instance of .*", "an object", reason)
+        code = "missing_required_parameter" if kind == "missing" else "invalid_value"
+        raise ApiError(400, f"{param}: {reason}.", param, "invalid_type" if kind.endswith("_type") else code) from None

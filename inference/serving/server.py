@@ -5,26 +5,41 @@ import math
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 from starlette.applications import Starlette
 
+from inference.serving.connection import Connection, most_connections
 from inference.serving.service import Service
 
 GRACE = 5.0
 """Seconds that answers have to end in after Ctrl-C."""
 
+KNOCKING = 1024
+"""Connections that the system holds until they are taken."""
+
 
 class Server(uvicorn.Server):
     """Ends in order: at the first Ctrl-C answers may end, at the second they are cut off."""
 
-    def __init__(self, app: Starlette, service: Service, ready: Callable[[], None], grace: float = GRACE):
-        """`ready` is called when requests are taken; `grace` is in seconds."""
+    def __init__(
+        self,
+        app: Starlette,
+        service: Service,
+        ready: Callable[[], None],
+        grace: float = GRACE,
+        connections: int | None = None,
+    ):
+        """`ready` is called when requests are taken; `grace` is in seconds; `connections` are there at a time."""
+        most = connections or most_connections(service.limits.places * len(service.desks))
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=cast(Any, partial(Connection, most=most)),
+                backlog=max(1, most // 4),  # asyncio takes as many in one go, before the first of them is counted
                 ws="none",
                 log_config=None,
                 log_level="warning",
@@ -43,6 +58,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(KNOCKING)
         if self.started:
             self._ready()
 

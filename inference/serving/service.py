@@ -11,13 +11,14 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 
-from inference.chat_format import ChatFormat
-from inference.chat_model import ChatModel
+from inference.chat_format import ChatFormat, Prompt
+from inference.chat_model import ChatModel, longest_answer
 from inference.errors import UserError
 from inference.generation.sample import SamplingKey
 from inference.serving.errors import ApiError
 from inference.serving.job import Failure, Job
 from inference.serving.lane import Lane, Told
+from inference.serving.logprobs import Logprobs
 from inference.serving.request import ChatRequest
 from inference.serving.worker import Worker
 
@@ -51,6 +52,7 @@ class Desk:
         context = min(limits.context, model.context_length or limits.context)
         self.lane = Lane(model, limits.slots, context)
         self.format: ChatFormat = deepcopy(model.format)  # a tokenizer must not be used in two threads
+        self.logprobs = Logprobs(model.format.tokenizer)  # for the worker's thread
         self.taken = 0
         """Places of answers that are drawn or wait."""
         self.seconds: deque[float] = deque(maxlen=32)
@@ -61,6 +63,16 @@ class Desk:
         """Seconds in which a place should fall free, from the last answers."""
         mean = sum(self.seconds) / len(self.seconds) if self.seconds else 1.0
         return min(LONGEST_WAIT, max(1, math.ceil(mean / limits.places)))
+
+
+def tokenize(desk: Desk, request: ChatRequest, wanted: int | None) -> tuple[Prompt, list[int]]:
+    """The prompt, and the tokens of the answer's beginning that the messages end with.
+
+    Raises UserError where the chat template refuses the messages.
+    """
+    begun = desk.format.begun_ids(request.beginning)
+    limit = desk.lane.context - (wanted or 0) - len(begun) if request.truncates else 0
+    return desk.format.prompt(request.conversation, limit), begun
 
 
 class Service:
@@ -138,21 +150,24 @@ class Service:
             self._worker.drop(desk.lane, lambda other: other is job, Failure(499, "The client is gone."))
 
     async def _make_job(self, desk: Desk, request: ChatRequest) -> Job:
+        wanted = request.wanted_tokens
+        if request.truncates:
+            wanted = longest_answer(wanted or self.limits.max_tokens, desk.lane.context)
         try:
-            ids = await self._loop.run_in_executor(self._tokenizing, desk.format.prompt_ids, request.conversation)
+            prompt, begun = await self._loop.run_in_executor(self._tokenizing, tokenize, desk, request, wanted)
         except UserError as error:  # the chat template refuses the conversation
             raise ApiError(400, str(error), "messages", "invalid_value") from None
-        room = desk.lane.context - len(ids)
-        wanted = request.wanted_tokens
+        length = len(prompt.ids) + len(begun)
+        room = desk.lane.context - length
         if room < (wanted or 1):
             answer = f" and the answer up to {wanted}" if wanted else ""
             message = (
-                f"The messages have {len(ids)} tokens{answer}, but prompt and answer together have room for "
+                f"The messages have {length} tokens{answer}, but prompt and answer together have room for "
                 f"{desk.lane.context}; shorten the conversation{' or ask for fewer tokens' if wanted else ''}."
             )
             raise ApiError(400, message, "messages", "context_length_exceeded")
         return Job(
-            ids,
+            prompt.ids,
             request.settings,
             SamplingKey(secrets.randbits(62) if request.seed is None else request.seed),
             request.n,
@@ -160,6 +175,10 @@ class Service:
             request.stop,
             desk.lane.model.format.decode,
             request.stream,
+            begun,
+            desk.logprobs if request.logprobs else None,
+            request.top_logprobs,
+            prompt.note,
         )
 
     def _check_answer_length(self, request: ChatRequest) -> None:

@@ -1,21 +1,27 @@
+import re
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from applications.commands import parse_steps
+from applications.cli import app, main
+from applications.commands import parse_steps, run_path
 from inference.errors import UserError
 from training.config import RunConfig
 from training.steps import DPO, PPO, REWARD, SFT
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_is_quick_and_no_command_imports_anything_heavy_before_it_needs_it():
     program = (
         "import sys; sys.argv = ['rlhf-chat', '--help']\n"
         "from applications.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
+        "import applications.commands\n"
         "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -57,3 +63,66 @@ def test_steps(text, method, steps):
 def test_bad_steps(text, method):
     with pytest.raises(UserError, match="--steps takes some of 1,2"):
         parse_steps(text, RunConfig(model="tiny", method=method))
+
+
+PAGES = [[], ["data"], *([name] for name in typer.main.get_command(app).commands), ["data", "show"], ["data", "lint"]]
+
+
+def page_of(*arguments: str, width: int = 80) -> str:
+    done = CliRunner().invoke(app, arguments, prog_name="rlhf-chat", env={"COLUMNS": str(width)})
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.parametrize("words", PAGES, ids=" ".join)
+def test_help_pages_cut_no_word_and_tell_every_default(words):
+    whole = page_of(*words, "--help", width=400).split()
+    for width in (40, 80):
+        page = page_of(*words, "-h", width=width)
+        assert max(map(len, page.splitlines())) < width and page.split() == whole
+    options = page_of(*words, "-h", width=80).partition("\nOptions:\n")[2].partition("\n\n")[0]
+    for option in options.replace("\n   ", " ").splitlines():  # what is indented goes on from the line before
+        assert len(option.split()) > 3, option
+        takes_value = re.match(r" +--[\w-]+ [A-Z]", option)
+        assert not takes_value or "efault" in option or "[required]" in option or "--set" in option, option
+
+
+def test_the_version_is_told_beside_every_command(monkeypatch, capsys):
+    for words in PAGES:
+        monkeypatch.setattr(sys, "argv", ["rlhf-chat", *words, "--version"])
+        main()
+        assert capsys.readouterr().out == f"rlhf-chat {version('rlhf-chat')}\n"
+
+
+def test_options_go_by_their_old_names_for_a_while(tmp_path):
+    given = ["rlhf", "--actor", "/no/sft", f"--reward={tmp_path}/none", tmp_path / "run"]
+    done = CliRunner().invoke(app, list(map(str, given)))
+    assert "--actor is called --sft-model now" in done.stderr and "--reward is called --reward-model" in done.stderr
+    assert str(done.exception).startswith("There is no directory")
+    assert not {"--actor", "--reward "} & set(page_of("rlhf", "--help").split())
+
+
+@pytest.mark.parametrize("name", [".", "..", "a\nb", "a\u202eb", "runs/a\x00b"])
+def test_names_that_are_none(name):
+    with pytest.raises(UserError, match="is no name for a run"):
+        run_path(name, None)
+
+
+def test_where_a_run_lies(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path / "models")
+    places = [run_path(name, model) for name, model in (("a", None), ("b/c", None), (None, "org/m"), (None, "."))]
+    assert list(map(str, places)) == ["runs/a", "b/c", "runs/m", "runs/models"]
+    assert [str(run_path(None, model)) for model in ("..", "/", None)] == [
+        f"runs/{tmp_path.name}",
+        "runs/run",
+        "runs/run",
+    ]
+
+
+def test_arguments_that_would_steer_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rlhf-chat", "chat", "runs/\x1b[2Jx"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "holds control characters" in said and "\x1b" not in said

@@ -12,10 +12,10 @@ import torch
 
 from applications import cli, doctor, machine_report
 from applications.commands import doctor_command
-from applications.launch import StageFailed
 from applications.machine_report import Check
 from inference.errors import UserError
 from tests.conftest import rlhf_chat
+from training.termination import StageFailed
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:

@@ -12,9 +12,9 @@ MEASURES = {"kl": 0.0, "length": 5.0}
 
 
 def test_files_are_named_by_what_was_asked():
-    assert file_name("sft", "base", "", 0) == "sft-against-base"
-    assert file_name("", "", "learned", 50) == "model-by-learned-50-prompts"
-    assert file_name("runs/../other", "org/model", "", 0) == "runs_.._other-against-org_model"
+    assert file_name("sft", "base", "", 0, None) == "sft-against-base"
+    assert file_name("", "", "learned", 50, 3) == "model-by-learned-50-prompts-seed-3"
+    assert file_name("runs/../other", "org/model", "", 0, None) == "runs_.._other-against-org_model"
 
 
 def test_words_stay_presets_become_models_and_the_rest_is_refused(tmp_path):
@@ -32,7 +32,7 @@ def test_words_stay_presets_become_models_and_the_rest_is_refused(tmp_path):
 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a run directory"):
-        evaluate(tmp_path, "", "", "", 0, False)
+        evaluate(tmp_path, "", "", "", 0, None, False)
 
 
 def test_any_pair_has_its_names_in_the_table(tmp_path):

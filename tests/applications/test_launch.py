@@ -12,10 +12,11 @@ import pytest
 
 from applications import cli, commands, launch, pipeline
 from applications.fit import Machine
-from applications.launch import StageFailed, child_environment, first_dead_rank, last_error
+from applications.launch import child_environment, first_dead_rank, last_error
 from inference.errors import UserError
 from training.run_directory import RunDirectory
 from training.steps import PPO
+from training.termination import StageFailed
 
 FAILS = """
 import json, sys

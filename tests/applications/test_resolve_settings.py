@@ -124,6 +124,7 @@ def test_set_without_a_value_is_refused():
         ({"overrides": ["seed=3"]}, "--set"),
         ({"flags": {"seed": 3}}, "--seed"),
         ({"flags": {"reward_model": "tiny"}, "overrides": ["seed=3"]}, "--set, --reward-model"),
+        ({"flags": {"trained_reward_model": "tiny"}}, "--reward-model"),
     ],
 )
 def test_settings_without_a_model_are_refused(given, named):

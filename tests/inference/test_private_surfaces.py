@@ -6,7 +6,8 @@ from importlib import import_module
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, LlamaForCausalLM, MambaForCausalLM, XGLMForCausalLM
+from transformers import AttentionInterface, LlamaForCausalLM, MambaForCausalLM, XGLMForCausalLM, models
+from transformers.utils.import_utils import define_import_structure
 
 from inference import private_surfaces
 from inference.generation.attention import can_pack
@@ -102,3 +103,9 @@ def test_the_deferred_compiler_leaves_functions_and_becomes_the_real_one_for_all
     assert type(items.TransformGetItemToIndex()) is real[private_surfaces.ITEMS].TransformGetItemToIndex
     assert private_surfaces.COMPILER not in sys.modules, "the stand-in must make way for the real module"
     assert compiler.config is real[private_surfaces.COMPILER].config
+
+
+def test_transformers_remembers_what_the_files_of_its_families_define():
+    assert private_surfaces.families_of_transformers() == define_import_structure(models.__file__), (
+        "transformers no longer remembers under its `models.` names what its folder of families defines"
+    )

@@ -39,6 +39,15 @@ def apart(form: ChatFormat, messages: list[dict]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_that_is_begun_has_the_tokens_of_a_trained_one(formats, name):
+    form = formats[name]
+    begun, trained = form.begun_ids("Well, yes"), form.response_ids("Well, yes")
+    assert begun and trained[: len(begun)] == begun
+    assert form.tokenizer.decode(trained[len(begun) :]) == form.ending + form.tokenizer.eos_token
+    assert form.begun_ids("") == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_written_out_by_hand(formats, name):
     form, family = formats[name], FAMILIES[name]
     system = "" if family.refuses_system else "S"

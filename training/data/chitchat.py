@@ -15,7 +15,8 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
-from inference.chat_format import ChatFormat, Message
+from inference.chat_format import ChatFormat
+from inference.chat_template import Message
 from inference.errors import UserError
 from training.config import DataSettings
 from training.data.decency import is_decent, is_talk

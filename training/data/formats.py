@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from training.data.entries import BadRow, LeftOut, printable
 from training.data.messages import (
     MESSAGE_KEYS,

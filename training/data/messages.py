@@ -11,7 +11,7 @@ import warnings
 from functools import lru_cache
 from typing import Any
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from training.data.entries import BadRow
 
 ROLES = ("system", "user", "assistant")

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from training.data.rows import PairRow
 
 SCORE_GAP = 0.3

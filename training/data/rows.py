@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from inference.errors import UserError
 from training.steps import Step
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from inference.chat_format import Message
+from inference.chat_template import Message
 from inference.errors import UserError
 from training.data.one_spelling import one_spelling
 from training.data.rows import PairRow, PromptRow, Row, RowSets, SFTRow

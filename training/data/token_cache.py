@@ -8,7 +8,6 @@ allowed, and the code that makes tokens: what differs in any of these has anothe
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import inference.chat_format
@@ -29,6 +28,7 @@ import inference.chat_template
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
 from training.metrics import Bar, Display
+from training.run_directory import write_tensors
 
 SMALL = 2_000_000
 """Characters below which making the tokens takes two or three seconds (benchmarks/tokenising.py); they are not kept."""
@@ -100,14 +100,9 @@ class TokenCache:
         with (display or Display(quiet=True)).progress("Tokens of rows", len(self.rows)) as bar:
             made = self.make(bar)
         tensors = {"ids": made.ids, "lengths": made.lengths.flatten()}
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-        try:
+        with suppress(OSError, SafetensorError):
             self.directory.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary)
-            temporary.replace(self.file)
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                temporary.unlink()
+            write_tensors(self.file, tensors)
 
     def read(self) -> TokenRows:
         """The tokens of each row, from the file where there is one."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.chat_format import ChatFormat, Message
+from inference.chat_format import ChatFormat
+from inference.chat_template import Message
 from inference.generation.sample import Sample
 from inference.template_check import same_rendering
 from training.config import DataSettings

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from training.models.adapters import add_lora
 from training.models.layers import keep_layers
 from training.private_surfaces import multiplies_bf16
 from training.role_settings import LoRASettings
+from training.run_directory import write_directory
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCORE_HEAD = ("score.weight",)
@@ -321,7 +323,8 @@ def save_model(
         if adapter_directory is not None:
             lies_on = adapted.peft_config["default"]
             lies_on.base_model_name_or_path = os.path.abspath(lies_on.base_model_name_or_path)
-            adapted.save_pretrained(adapter_directory, save_embedding_layers=False)  # added tokens have frozen rows
+            write = partial(adapted.save_pretrained, save_embedding_layers=False)  # added tokens have frozen rows
+            write_directory(adapter_directory, write)
         model = adapted.merge_and_unload()
     for key, value in (extra_config or {}).items():
         setattr(model.config, key, value)

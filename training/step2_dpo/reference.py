@@ -1,15 +1,13 @@
 """Log-probabilities of the reference: what the policy says before its first update, kept so that it is asked once."""
 
-import os
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_pairs import TokenPair, rows_of
 from training.hybrid_engine.zero_engine import ZeroEngine
+from training.run_directory import write_tensors
 from training.stage import Stage
 from training.supervised import rows_trained_on
 
@@ -43,7 +41,7 @@ def reference_logprobs(stage: Stage, engine: ZeroEngine, pairs: dict[str, list[T
         "eval": score_pairs(stage, engine, held_out, list(range(len(held_out)))),
     }
     if stage.ranks.is_first:
-        save_whole(file, found)
+        write_tensors(file, found)
     return found
 
 
@@ -64,12 +62,3 @@ def score_pairs(stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], needed
             bar.advance()
     result[:, needed] = stage.ranks.sum(found)
     return result
-
-
-def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write beside the place, then move: the file is whole or not there."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    save_file(tensors, temporary)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)

@@ -41,10 +41,10 @@ class Served:
 
 
 @contextmanager
-def serving(service: Service, grace: float = 5.0, **options: Any) -> Iterator[Served]:
+def serving(service: Service, grace: float = 5.0, connections: int | None = None, **options: Any) -> Iterator[Served]:
     listener, is_ready = bind("127.0.0.1", 0), threading.Event()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = Server(create_app(service, **options), service, is_ready.set, grace)
+    server = Server(create_app(service, **options), service, is_ready.set, grace, connections)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -4,10 +4,13 @@ import itertools
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.serving.job import Choice
+from inference.serving.logprobs import Logprobs
 from inference.serving.stop_strings import StopStrings
 from inference.text_pieces import OVERLAP, WINDOW, TextPieces
 
@@ -24,6 +27,7 @@ def grow(model, text: str, stops=()) -> tuple[list[str], str | None]:
         if choice.finish:
             break
     assert choice.text == "".join(pieces)
+    assert stops or choice.new_tokens() == range(len(ids) - 1)  # all but the end
     return pieces, choice.finish
 
 
@@ -38,6 +42,28 @@ def test_characters_come_whole(model):
 def test_a_stop_string_of_many_bytes(model):
     pieces, finish = grow(model, "Hi 🙂 你好, naïve", ["好,"])
     assert "".join(pieces) == "Hi 🙂 你" and finish == "stop"
+
+
+def pieces_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters, spaces as `▁`, and bytes for what it has no letter for: in the manner of sentencepiece."""
+    letters = ["<unk>", "</s>", "▁", *"hiyou", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(letters)}, [], byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def test_bytes_of_tokens_join_to_the_text(model):
+    for tokenizer, start in ((model.format.tokenizer, ""), (pieces_tokenizer(), " ")):
+        text = "hi 🙂, you 你好 naïve"
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        sample = OwnSample(
+            0, torch.tensor([1]), 9, ids, [0.5] * len(ids), settings=SamplingSettings(9), key=SamplingKey(0)
+        )
+        entries = Logprobs(tokenizer).of(sample, range(len(ids)))
+        assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == start + text
+        assert entries[-1]["token"] in ("e", "ve") and entries[-1]["logprob"] == 0.5
 
 
 def test_only_a_window_is_decoded(model):

@@ -74,7 +74,14 @@ def test_the_accuracy_is_said_and_kept_for_later_starts(tmp_path):
 
 def test_a_model_that_ranks_upside_down_is_warned_of_and_told_what_to_do(tmp_path):
     (said,) = look(tmp_path, Likes(-1), PAIRS)
-    ways = ("14.3% of 7", "--reward", "reward.epochs", "more pairs", "--reward-model", "--name")
+    ways = (
+        "14.3% of 7",
+        "RUN --reward-model MODEL",
+        "reward.epochs",
+        "more pairs",
+        "a larger --reward-model",
+        "--name",
+    )
     assert said.startswith("Warning: ") and all(way in said for way in ways)
 
 
