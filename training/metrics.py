@@ -107,8 +107,9 @@ class Display:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("left"),
+                TextColumn("passed"),
                 TimeRemainingColumn(),
+                TextColumn("left"),
                 TextColumn("{task.fields[text]}"),
             )
             with Progress(*columns, console=self.console) as progress:
