@@ -132,10 +132,10 @@ def test_more_processes_than_cores_are_slow_and_refused_only_where_memory_ends_o
     pipeline.look_at_processes(5, display)
     assert said == ["Warning: 5 processes share 2 cores and wait for each other; --processes 2 is faster."]
     with pytest.raises(
-        UserError, match="^99 processes take 48 GiB before any model, .* has 24 GiB: use --processes 49 at most"
+        UserError, match=r"^99 processes take 48 GiB before any model, .* has 24 GiB: use --processes 49 at most"
     ):
         pipeline.look_at_processes(99, display)
-    with pytest.raises(UserError, match="^5 processes would wait for each other on 2 cores: use --processes 2 "):
+    with pytest.raises(UserError, match=r"^5 processes would wait for each other on 2 cores: use --processes 2 "):
         profile.profile_command(5, None)
 
 
