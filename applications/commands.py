@@ -1,5 +1,6 @@
 """What the commands do: options -> settings -> pipeline."""
 
+import os
 from pathlib import Path
 
 from applications.settings import resolve_settings
@@ -22,7 +23,8 @@ def pipeline_command(
     seed: int | None,
     processes: int | None,
     fusion: str | None,
-    method: str | None = None,
+    method: str | None,
+    trusts: bool,
 ) -> None:
     """`rlhf-chat run`."""
     flags = {
@@ -35,15 +37,22 @@ def pipeline_command(
     }
     if model is None and config is None and name is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
-    path = Path("runs") / (name or Path(model or "run").name)
-    if name is not None and (Path(name).is_absolute() or len(Path(name).parts) > 1):
-        path = Path(name)
+    path = run_path(name, model)
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
     chosen = parse_steps(steps, settings or RunDirectory(path).read_config())
     if dry_run:
         print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
         return
-    execute(path, settings, chosen)
+    execute(path, settings, chosen, trusts)
+
+
+def run_path(name: str | None, model: str | None) -> Path:
+    """runs/NAME, or the path that `name` is. Raises UserError where neither is a place for a run."""
+    if name in (".", "..") or (name and not name.isprintable()):
+        raise UserError(f"{name!a} is no name for a run: give one such as --name demo, or a path.")
+    if name and len(Path(name).parts) > 1:
+        return Path(name)
+    return Path("runs") / (name or Path(os.path.abspath(model or "run")).name or "run")
 
 
 def step_command(
@@ -55,6 +64,7 @@ def step_command(
     overrides: list[str] | None,
     seed: int | None,
     processes: int | None,
+    trusts: bool,
     **given: str | None,
 ) -> None:
     """`rlhf-chat sft | reward | rlhf | dpo`; `given` are settings that only some of them have."""
@@ -63,10 +73,10 @@ def step_command(
     if step.method and (model is not None or config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
-    execute(run_directory, settings, [step])
+    execute(run_directory, settings, [step], trusts)
 
 
-def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
+def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: bool) -> None:
     from applications.dry_run import check_fits
     from applications.pipeline import needed_steps, run_pipeline
     from training.distributed import require_loopback
@@ -80,7 +90,7 @@ def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
     require_loopback()
     with run.locked():
         is_new = not run.config_file.exists()
-        config = open_run(run, settings)
+        config = open_run(run, settings, trusts)
         require_earlier_steps(run, config, steps, is_new)
         run_pipeline(run, config, steps)
 

@@ -9,17 +9,28 @@ from applications.launch import run_stage_script
 from applications.preset_store import settings_for_model
 from applications.report_table import evaluation_table
 from inference.errors import UserError
+from inference.streams import json_text
 from training.run_directory import RunDirectory
 from training.steps import WRITING
+from training.trust import of_evaluation, require_yes
 
 JUDGES = ("true", "learned")
 WORDS = ("base", *(step.command for step in WRITING))
 
 
-def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, seed: int | None, as_json: bool) -> None:
+def evaluate(
+    path: Path,
+    model: str,
+    against: str,
+    judge: str,
+    prompts: int,
+    seed: int | None,
+    as_json: bool,
+    trusts: bool = False,
+) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
-    run.read_config()  # a sentence where it is no run
+    require_yes(run, of_evaluation(run, run.read_config(), judge), trusts)
     options = {"--model": known(model), "--against": known(against), "--judge": known(judge, JUDGES)}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
@@ -35,7 +46,7 @@ def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, see
         result_file.parent.mkdir(exist_ok=True)
         run_stage_script("evaluation", run, 1, arguments, progress=sys.stderr if as_json else None)
     result = json.loads(result_file.read_text(encoding="utf-8"))
-    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else evaluation_table(result, answers_file))
+    print(json_text(result) if as_json else evaluation_table(result, answers_file))
     print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
 
 

@@ -1,5 +1,6 @@
 """The README.md of an exported model: what it is, how it was made, how it was measured, whose licence holds."""
 
+import html
 import json
 import re
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from applications.report_table import measured_accuracy_line, pair_of, reward_accuracy_line, table_rows
 from inference.model_package import find_package
 from inference.model_store import TINY
 from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
+from inference.streams import printable
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.evaluation.guard_rails import guard_signs, verdict
 from training.lineage import base_model, origin_of, sources_of, trace
@@ -42,7 +45,11 @@ class Exported:
 def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: Path) -> str:
     """Markdown with YAML front matter, for what is written in `place`; its code runs beside it. Paths are left out."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=plain,
     )
     from inference.chat_format import ChatFormat
     from inference.template_check import scored_otherwise
@@ -55,7 +62,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
     source = began_with(config, exported)
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return environment.get_template("model_card.md.jinja").render(
-        front_matter=yaml.safe_dump(front_matter(config, exported), sort_keys=False, allow_unicode=True).strip(),
+        front_matter=Markup(yaml.safe_dump(front_matter(config, exported), sort_keys=False).strip()),
         exported=exported,
         config=config,
         base=public_name(source),
@@ -66,7 +73,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         pads_right=values["model_type"] in ABSOLUTE_POSITIONS,
         aim=aim_of(step),
         reading=scored_otherwise(chat_format) if step.leaves_scorer else "",
-        content=lambda text: json.dumps(chat_format.template.as_read(text)),
+        content=chat_format.template.as_read,
         is_read_by_older=values["model_type"] in READ_BY_OLDER and has_old_names(exported.lies_on or place),
         data=data_text(config),
         path=", ".join(each.title for each in steps_to(step)),
@@ -80,6 +87,14 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         bad=[s.text for s in guard_signs(comparison, *pair_of(comparison)) if not s.is_good] if comparison else [],
         versions=versions_of(run, step, stored.get("versions", {})),
     )
+
+
+def plain(value: Any) -> Any:
+    """A text of the run in the card, where it is neither Markdown nor HTML, nor a line of its own."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(printable(value).splitlines()))
+    return Markup(html.escape(text, quote=False))
 
 
 def front_matter(config: RunConfig, exported: Exported) -> dict[str, Any]:

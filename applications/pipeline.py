@@ -11,7 +11,6 @@ from applications.report_table import comparison_table, reward_accuracy_line
 from inference.errors import typed
 from training.config import RunConfig
 from training.data.rows import read_rows
-from training.distributed import require_gpus
 from training.inputs import changed_inputs
 from training.metrics import WARNING, Display, duration
 from training.run_directory import RunDirectory
@@ -55,7 +54,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
         training_seconds += run_step(run, config, step, display)
     for step in steps:
         if step.compared_with and config.evaluation.prompts:
-            compare(run, step, display)
+            compare(run, config, step, display)
     from applications.report.page import write_report  # draws: a second to import
 
     display.say(f"Report with curves and answers: {write_report(run)}")
@@ -65,9 +64,9 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
 
 
 def look_at_processes(processes: int, display: Display) -> None:
-    """Raise UserError where there are GPUs but too few; more processes than cores only cost time, so that is said."""
-    require_gpus(processes)
+    """Raise UserError where so many cannot be; more than there are cores only cost time, so that is said."""
     machine = Machine.here()
+    machine.require_room(processes)
     if not machine.gpus and processes > machine.cores:
         display.say(
             f"Warning: {processes} processes share {machine.cores} core{'s' * (machine.cores > 1)} and wait for each "
@@ -98,7 +97,7 @@ def title_of(step: Step, config: RunConfig) -> str:
     return f"Step {step.label}: {step.title}"
 
 
-def compare(run: RunDirectory, step: Step, display: Display) -> None:
+def compare(run: RunDirectory, config: RunConfig, step: Step, display: Display) -> None:
     """Answers of the step's model and the earlier one to held-out prompts, measured; the table is printed."""
     assert step.compared_with is not None
     both = f"{step.compared_with.name} and {step.name}"
@@ -108,5 +107,7 @@ def compare(run: RunDirectory, step: Step, display: Display) -> None:
     if not run.comparison_of(step)[0].exists():
         display.say(f"Comparing {both} on held-out prompts")
         arguments = ["--model", step.command, "--against", step.compared_with.command]
+        if step.draws_samples and not config.rlhf.has_reward_model and config.evaluation.true_score == "none":
+            arguments += ["--judge", "reward"]  # nothing else judges, and it has just been asked
         run_stage_script("evaluation", run, 1, arguments)
     display.say(comparison_table(run, step=step))

@@ -6,18 +6,20 @@ from applications.files import write_text
 from applications.fit import Machine, size
 from applications.launch import run_on_ranks
 from inference.errors import UserError, typed
-from training.distributed import require_gpus
 from training.planner.hardware import ACHIEVED_BANDWIDTH
 from training.planner.machine import MachineProfile, profile_file
 
 
 def profile_command(processes: int | None, out: Path | None) -> None:
-    """Raises UserError for more processes than GPUs or, without GPUs, than memory or cores can serve."""
+    """Raises UserError for more processes than GPUs, or cores where there are none."""
     machine = Machine.here()
     ranks = processes or len(machine.gpus) or 1
-    require_gpus(ranks)
-    if not machine.gpus and ranks > (most := max(2, machine.cores)):
-        raise UserError(f"--processes {ranks} would only wait for each other on {machine.cores} cores: at most {most}.")
+    machine.require_room(ranks)
+    if not machine.gpus and ranks > machine.cores:
+        raise UserError(
+            f"{ranks} processes would wait for each other on {machine.cores} cores: use --processes {machine.cores} at "
+            "most."
+        )
     print(f"Measuring with {ranks} process{'es' * (ranks > 1)}; other work spoils the figures.", flush=True)
     import training.planner.profile as script
 

@@ -11,15 +11,17 @@ from itertools import zip_longest
 from math import inf
 from typing import TextIO, get_type_hints
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from inference.chat_model import ChatModel
 from inference.chat_template import Message
+from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.generation.sample import SamplingSettings
+from inference.streams import printable, unguarded
 
 HELP = """\
 /reset               forget the conversation
@@ -30,8 +32,6 @@ HELP = """\
 """
 COLUMN_WIDTH = 40
 """Answers stand side by side where each gets this many characters."""
-# A model may write any bytes; these would move the cursor or change the terminal.
-CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 def chat(
@@ -79,6 +79,9 @@ class Session:
         self.histories: list[list[Message]] = [list(start) for _ in self.models]
         self.turn = 0
         """Answers drawn so far, retries included."""
+        self.news: list[str] = []
+        """What the newest answer's prompts leave out of the conversation, where that has not been said yet."""
+        self._notes = [""]
 
     def answer(self, text: str) -> Iterator[list[str]]:
         """Yield the next piece of each model's answer ("" from one that has ended) until all have ended.
@@ -86,6 +89,8 @@ class Session:
         The histories grow with the pieces, so an interrupted answer stays as far as it came.
         """
         asked: list[list[Message]] = [[*history, {"role": "user", "content": text}] for history in self.histories]
+        notes = [model.prompt(messages, self.settings).note for model, messages in zip(self.models, asked, strict=True)]
+        self.news, self._notes = list(dict.fromkeys(note for note in notes if note not in self._notes)), ["", *notes]
         streams = [
             model.reply(messages, self.settings, self.seed, self.turn)
             for model, messages in zip(self.models, asked, strict=True)
@@ -119,7 +124,11 @@ class Session:
 
 
 def answer_lines(session: Session, source: TextIO, sink: TextIO) -> None:
-    """Each line of `source` is a turn; only the answers are written, with their labels if there are several."""
+    """Each line of `source` is a turn; only the answers are written, with their labels if there are several.
+
+    What is no terminal gets each character of them.
+    """
+    sink = sink if sink.isatty() else unguarded(sink)
     for line in source:
         if not (text := line.strip()):
             continue
@@ -133,6 +142,8 @@ def answer_lines(session: Session, source: TextIO, sink: TextIO) -> None:
                 pass
             sink.writelines(f"{label}: {answer}\n" for label, answer in session.last_answers)
         sink.flush()
+        for note in session.news:
+            print(note, file=sys.stderr)
 
 
 class Terminal:
@@ -142,7 +153,7 @@ class Terminal:
         self.session = session
         self.source = source
         self.sink = sink
-        self.console = Console(file=sink, highlight=False)
+        self.console = PrintableConsole(file=sink, highlight=False)
 
     def run(self) -> None:
         labels = zip(self.session.labels, self.session.models, strict=True)
@@ -207,10 +218,12 @@ class Terminal:
             show(text)
         except KeyboardInterrupt:
             self.write("\n(stopped)\n")
+        for note in self.session.news:
+            self.write(f"({note})\n")
 
     def _show_one(self, text: str) -> None:
         for (piece,) in self.session.answer(text):
-            self.write(printable(piece))
+            self.write(piece)
         self.write("\n")
 
     def _show_all(self, text: str) -> None:
@@ -218,7 +231,7 @@ class Terminal:
         try:
             with Live(console=self.console, transient=True) as live:  # cuts what is higher than the window,
                 for pieces in self.session.answer(text):
-                    answers = [answer + printable(piece) for answer, piece in zip(answers, pieces, strict=True)]
+                    answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
                     live.update(self.arrange(answers))
         finally:
             if any(answers):
@@ -236,12 +249,8 @@ class Terminal:
         return table
 
     def write(self, text: str) -> None:
-        self.sink.write(text)
+        self.sink.write(printable(text))
         self.sink.flush()
-
-
-def printable(text: str) -> str:
-    return text.translate(CONTROL_CHARACTERS)
 
 
 def change_settings(settings: SamplingSettings, assignments: str) -> SamplingSettings:

@@ -1,6 +1,8 @@
 """What of a model directory cannot be used, as its small files tell: code, adapters, pointers, quantised weights."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from inference.errors import UserError
@@ -18,6 +20,7 @@ def require_usable(directory: Path, name: str = "") -> None:
     refuse_code(directory, name)
     refuse_pointers(directory, name)
     refuse_quantised(directory, name)
+    refuse_parts_elsewhere(directory, name)
 
 
 def refuse_pointers(directory: Path, name: str = "") -> None:
@@ -28,6 +31,18 @@ def refuse_pointers(directory: Path, name: str = "") -> None:
                 f"{file.name} of {name or directory} is a pointer of Git LFS, not the file: fetch the files with "
                 f"git lfs install and git lfs pull, in the place that it was cloned to."
             )
+
+
+def refuse_parts_elsewhere(directory: Path, name: str = "") -> None:
+    """Raise UserError for an index of weights that names files of another directory."""
+    for index in sorted(directory.glob("*.index.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged index, loading it says
+            for part in map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+                if part != os.path.basename(part):
+                    raise UserError(
+                        f"{index.name} of {name or directory} names {part[:80]}, which does not lie beside it: nothing "
+                        f"is read from other places; get the model anew from where you trust it."
+                    )
 
 
 def refuse_quantised(directory: Path, name: str = "") -> None:

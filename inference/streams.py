@@ -3,18 +3,58 @@
 import codecs
 import errno
 import io
+import json
 import os
+import re
 import select
 import sys
 import unicodedata
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 STAND_INS = "rlhf_chat.stand_ins"
 READER_GONE = (errno.EPIPE, errno.EIO)
 """Of a pipe, and of a terminal."""
 EXIT_READER_GONE = 141
 """What a shell says of a command that SIGPIPE has ended."""
+
+
+CONTROL_CHARACTERS = dict.fromkeys(
+    [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+)
+"""They would move the cursor, change the terminal, or turn the order of what is read; tabs and new lines do not."""
+PROGRESS = re.compile(r"\r[^\x00-\x1f\x7f-\x9f]*|(\r|\n|\x1b\[A)*")
+"""How a progress bar of a library writes over its line, and moves between lines."""
+
+
+def printable(text: str) -> str:
+    """`text`, of a model, a file or a user, without what would steer a terminal."""
+    return text.translate(CONTROL_CHARACTERS)
+
+
+def json_text(values: Any) -> str:
+    """For people and programs: what is not printable is escaped."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class Shown:
+    """A stream that shows `printable` text. rich, which steers the terminal itself, writes to `rich_proxied_file`."""
+
+    def __init__(self, stream: TextIO):
+        self.rich_proxied_file = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(text if PROGRESS.fullmatch(text) else printable(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
 
 class GuardedFile(io.FileIO):
@@ -39,7 +79,8 @@ class GuardedFile(io.FileIO):
 
 
 def guard_output(ends: bool = False) -> None:
-    """Put stdout and stderr behind a GuardedFile; characters that their encoding lacks get a stand-in.
+    """Put stdout and stderr behind a GuardedFile; characters that their encoding lacks get a stand-in, and what would
+    steer a terminal goes.
 
     `ends`: what the process prints is all that it is for, so it ends when nobody reads it. May be called again.
     """
@@ -64,18 +105,25 @@ def use_utf8() -> None:
 
 def guarded(stream: TextIO, ends: bool = False) -> TextIO:
     """`stream`, guarded where it is a file and not what a caller reads in this process."""
+    stream = unguarded(stream)
     if type(stream) is not io.TextIOWrapper or stream.name == os.devnull:
         return stream
     with suppress(OSError):
         stream.flush()
     file = GuardedFile(stream.fileno(), ends)
-    return io.TextIOWrapper(
+    guarded_stream = io.TextIOWrapper(
         io.BufferedWriter(file),
         stream.encoding,
         STAND_INS,
         line_buffering=stream.line_buffering or file.isatty(),
         write_through=stream.write_through,
     )
+    return cast(TextIO, Shown(guarded_stream))
+
+
+def unguarded(stream: TextIO) -> TextIO:
+    """For data, of which nothing may be left out."""
+    return getattr(stream, "rich_proxied_file", stream)
 
 
 def stand_ins(error: UnicodeError) -> tuple[str, int]:

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,8 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from inference.console import PrintableConsole
 from inference.disk import GO_ON, writing
 from inference.errors import UserError
+from inference.streams import printable
 from training.run_directory import write_text
 
 PLAIN_LINE_SECONDS = 10.0
@@ -88,14 +89,14 @@ class Display:
 
     def __init__(self, quiet: bool = False, log: Path | None = None):
         self.quiet, self.log = quiet, log
-        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = PrintableConsole(file=sys.stdout, soft_wrap=True, highlight=False)
 
     def say(self, line: str) -> None:
         if not self.quiet:
             self.console.print(line, markup=False)
             if self.log is not None:
                 with suppress(OSError), open(self.log, "a", encoding="utf-8") as log:
-                    log.write(f"{line}\n")
+                    log.write(f"{printable(line)}\n")
 
     @contextmanager
     def progress(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:

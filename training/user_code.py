@@ -5,11 +5,26 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.machinery import ModuleSpec
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+)
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 import torch
+
+
+class SourceLoader(SourceFileLoader):
+    """Compiles the source itself: what lies in __pycache__ beside it may be made of another one."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
 
 
 class UserFile:
@@ -27,6 +42,8 @@ class UserFile:
         surroundings are those of its code."""
         ours, arguments = surroundings(), sys.argv
         sys.path.insert(0, self.folder)
+        sys.path_hooks.insert(0, self.finder)
+        forget_finders(self.folder)
         sys.argv = [str(self.file)]
         surround(*self.surroundings)
         try:
@@ -38,6 +55,15 @@ class UserFile:
             sys.argv = arguments
             if self.folder in sys.path:
                 sys.path.remove(self.folder)
+            sys.path_hooks.remove(self.finder)
+            forget_finders(self.folder)
+
+    def finder(self, path: str) -> FileFinder:
+        """Of modules in the file's folder: sources and extensions, no compiled files. Raises ImportError for others."""
+        inside = Path(path).resolve().is_relative_to(self.folder)
+        if not inside or Path(path).is_relative_to(sys.prefix):  # an environment may lie in the folder
+            raise ImportError(path)
+        return FileFinder(path, (ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceLoader, SOURCE_SUFFIXES))
 
     def load(self) -> ModuleType:
         """The module, which dataclasses, pickle and pools of processes find by its name. Raises what its code raises,
@@ -66,6 +92,12 @@ class UserFile:
             return name if getattr(sys.modules[name], "__file__", None) == str(self.file) else other
         found = importlib.util.find_spec(name)
         return name if found is None or found.origin == str(self.file) else other
+
+
+def forget_finders(folder: str) -> None:
+    """What Python keeps of how modules in `folder` are found."""
+    for path in [path for path in sys.path_importer_cache if path.startswith(folder)]:
+        del sys.path_importer_cache[path]
 
 
 def surroundings() -> tuple[str, bool, torch.dtype, torch.device]:

@@ -21,7 +21,7 @@ from inference.serving.errors import ApiError
 from inference.serving.guard import Guard
 from inference.serving.job import Job
 from inference.serving.request import parse_request
-from inference.serving.service import Desk, Service
+from inference.serving.service import Service
 
 MOST_BYTES = 2**20
 """Of a request."""
@@ -79,12 +79,23 @@ class Api:
         return JSONResponse({"status": status, "models": models}, 503 if is_closing else 200)
 
     async def models(self, request: Request) -> Response:
-        data = [describe(name, desk) for name, desk in self.service.desks.items()]
+        data = [self._describe(name) for name in self.service.desks]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        return JSONResponse(describe(name, self.service.desk(name)))
+        return JSONResponse(self._describe(request.path_params["name"]))
+
+    def _describe(self, name: str) -> dict[str, object]:
+        """`context_length` and `max_tokens`, an answer's most, are ours; the rest is OpenAI's."""
+        desk = self.service.desk(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": desk.created,
+            "owned_by": "rlhf-chat",
+            "context_length": desk.lane.context,
+            "max_tokens": self.service.limits.max_tokens,
+        }
 
     async def complete(self, request: Request) -> Response:
         # a page of another site cannot send this type without asking first, and is never told yes
@@ -151,17 +162,6 @@ async def read_body(request: Request) -> bytes:
     if max(announced, size) > MOST_BYTES:
         raise ApiError(413, f"The request is larger than {MOST_BYTES:,} bytes; shorten the conversation.")
     return b"".join(body)
-
-
-def describe(name: str, desk: Desk) -> dict[str, object]:
-    """`context_length` is ours, the rest is OpenAI's."""
-    return {
-        "id": name,
-        "object": "model",
-        "created": desk.created,
-        "owned_by": "rlhf-chat",
-        "context_length": desk.lane.context,
-    }
 
 
 class Page:

@@ -1,5 +1,6 @@
 """Exported directories open in plain transformers and peft, and answer as the run's models do."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from applications import model_card as cards
 from applications.export import export
-from applications.model_card import trained_elsewhere
+from applications.model_card import Exported, model_card, trained_elsewhere
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
@@ -257,3 +258,34 @@ def test_adapters_that_do_not_exist_or_fit_nothing_are_sentences(tmp_path):
     run.step(PPO).result_file.unlink()
     with pytest.raises(UserError, match=r"step3_rlhf of .* is not finished"):
         export(run.path, tmp_path / "out", "merged", "", "rlhf")
+
+
+def test_names_of_others_are_text_in_the_card(run, tmp_path):
+    """Not HTML, not Markdown, not another line of the card or of its YAML."""
+    rude = '<script>alert(1)<b>[x](javascript:y)|`"*\n# Mine\n---\x1b[2J\u202e'
+    evaluation = {
+        "prompts": 6,
+        "sampling": {"temperature": 0.7, "max_tokens": 12},
+        "pair": {"sft": rude, "rlhf": rude},
+        "sft": {"kl": 0.0},
+        "rlhf": {"kl": 1.25},
+        "win_rate": {"prompts": 6, "rate": 0.5, "low": 0.1, "high": 0.9, "judge": rude},
+    }
+    config = run.read_config()
+    config.data.source = f"{tmp_path}/{rude}.jsonl"
+    file, made = run.comparison_of(PPO)[0], run.config_file.read_text()
+    file.write_text(json.dumps(evaluation))
+    run.config_file.write_text(yaml.safe_dump({**yaml.safe_load(made), "versions": {rude: rude, "transformers": rude}}))
+    exported = Exported(rude, PPO, "merged", "fp32", "")
+    card = model_card(run, config.model_copy(update={"model": f"{tmp_path}/{rude}"}), exported, run.step(PPO).model)
+    file.unlink()
+    run.config_file.write_text(made)
+    text, code = card.split("```")[0::2], card.split("```")[1]
+    assert card.count("```") == 2 and card.count("# Mine") > 8 and not any(mark in card for mark in "\x1b\u202e")
+    assert "\n# Mine" not in card and "\n---" not in card.replace("\n---\n", "", 1).replace("|---", "")
+    for mark in ("<script", "<b>", "[x]", "|`", "`*"):
+        assert not any(mark in part for part in text), mark
+    strings = [
+        node.value for node in ast.walk(ast.parse(code.removeprefix("python"))) if isinstance(node, ast.Constant)
+    ]
+    assert rude in strings

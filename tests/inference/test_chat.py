@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
-from inference.chat import Session, Terminal, change_settings, chat, check_settings, printable
-from inference.chat_format import ChatFormat
+from inference.chat import Session, Terminal, change_settings, chat, check_settings
+from inference.chat_format import ChatFormat, Prompt
 from inference.chat_model import ChatModel
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
@@ -26,7 +26,7 @@ from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.model_store import check_model_directory
 from inference.serving.job import Job
 from inference.serving.lane import Lane
-from inference.streams import EXIT_READER_GONE, guard_output
+from inference.streams import EXIT_READER_GONE, guard_output, printable
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 
 SETTINGS = SamplingSettings(max_tokens=24, temperature=0.7, top_p=0.95)
@@ -77,6 +77,9 @@ class Echo(ChatModel):
     @property
     def description(self):
         return "an echo"
+
+    def prompt(self, messages, settings):
+        return Prompt([0])
 
     def reply(self, messages, settings, seed, turn):
         self.asked.append(list(messages))
@@ -144,6 +147,19 @@ def test_long_conversations_keep_within_the_context(model, monkeypatch):
     assert len(prompt) <= 512 - 100  # the tiny model has 512 positions
     assert "the last question" in model.format.decode(prompt.tolist())
     assert "early" not in model.format.decode(prompt.tolist())
+
+
+def test_what_a_conversation_has_lost_is_said(model, capsys, monkeypatch):
+    monkeypatch.setattr(model, "engine", ScriptedEngine([100] * 200))
+    said = "The conversation is longer than the model's context: its oldest"
+    lines, settings = ["one " * 60, "two " * 60, "three " * 60], SamplingSettings(max_tokens=200, temperature=0)
+    shown = in_terminal([("SFT", model)], *lines, settings=settings)
+    first, second, third = shown.split("> ")[1:4]
+    assert said not in first and f"({said} 2 messages had to be left out.)" in second and f"({said} 4 " in third
+    answers = through_pipe([("SFT", model), ("RLHF", model)], "\n".join(lines), settings)
+    told = capsys.readouterr().err.splitlines()
+    assert said not in answers and [line[: len(said) + 2] for line in told] == [f"{said} 2", f"{said} 4"]
+    assert "the beginning of the last one" in in_terminal([("SFT", model)], "word " * 400, settings=settings)
 
 
 def test_an_answer_leaves_half_of_the_context_to_the_prompt(model):

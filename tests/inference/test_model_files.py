@@ -57,3 +57,13 @@ def test_weights_of_another_format_are_named(model, name):
     (model / "model.safetensors").rename(model / name)
     with pytest.raises(UserError, match=rf"has no weights .*, only {name}, which is not read here; "):
         check_model_directory(model)
+
+
+@pytest.mark.parametrize("part", ["../other/model.safetensors", "/etc/weights.safetensors", "below/model.safetensors"])
+def test_parts_of_weights_that_lie_elsewhere(model, part):
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": part}})
+    )
+    for refuse in (check_model_directory, ChatFormat.load, ChatModel.load):
+        with pytest.raises(UserError, match=rf"names {part}, which does not lie beside it"):
+            refuse(model)
