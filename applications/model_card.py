@@ -73,7 +73,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         pads_right=values["model_type"] in ABSOLUTE_POSITIONS,
         aim=aim_of(step),
         reading=scored_otherwise(chat_format) if step.leaves_scorer else "",
-        content=chat_format.template.as_read,
+        content=lambda text: Markup(json.dumps(chat_format.template.as_read(text))),
         is_read_by_older=values["model_type"] in READ_BY_OLDER and has_old_names(exported.lies_on or place),
         data=data_text(config),
         path=", ".join(each.title for each in steps_to(step)),
