@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, TextIO, cast
 
+from inference.screen import Screen
+
 STAND_INS = "rlhf_chat.stand_ins"
 READER_GONE = (errno.EPIPE, errno.EIO)
 """Of a pipe, and of a terminal."""
@@ -106,12 +108,13 @@ def use_utf8() -> None:
 def guarded(stream: TextIO, ends: bool = False) -> TextIO:
     """`stream`, guarded where it is a file and not what a caller reads in this process."""
     stream = unguarded(stream)
-    if type(stream) is not io.TextIOWrapper or stream.name == os.devnull:
+    is_ours = type(stream) in (io.TextIOWrapper, Screen)
+    if not (isinstance(stream, io.TextIOWrapper) and is_ours) or stream.name == os.devnull:
         return stream
     with suppress(OSError):
         stream.flush()
     file = GuardedFile(stream.fileno(), ends)
-    guarded_stream = io.TextIOWrapper(
+    guarded_stream = (Screen if file.isatty() else io.TextIOWrapper)(
         io.BufferedWriter(file),
         stream.encoding,
         STAND_INS,
