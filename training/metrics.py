@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -84,6 +85,10 @@ class NullJournal(Journal):
         pass
 
 
+WIDE = 70
+"""Columns of a terminal that has room for a bar and its figures."""
+
+
 class Display:
     """Progress on a terminal; in a pipe a line every few seconds. What is said is also kept in `log`."""
 
@@ -103,15 +108,15 @@ class Display:
         if self.quiet:
             yield Bar()
         elif self.console.is_terminal:
-            columns = (
+            columns: tuple[ProgressColumn, ...] = (
                 TextColumn("{task.description}"),
-                BarColumn(),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
             )
+            if self.console.width >= WIDE:
+                figures = TextColumn("{task.fields[text]}")
+                columns = (columns[0], BarColumn(), columns[1], TimeElapsedColumn(), *columns[2:], figures)
             with Progress(*columns, console=self.console) as progress:
                 yield TerminalBar(progress, progress.add_task(name, total=total, completed=done, text=""))
         else:
