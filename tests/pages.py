@@ -22,7 +22,7 @@ from training.config_files import load_config, setting_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-WINGS = ("applications", "training", "inference", "benchmarks", "tests")
+WINGS = ("rlhf_chat", "applications", "training", "inference", "benchmarks", "tests")
 STAGE_OPTIONS = ROOT / "training" / "stage_script.py"
 Refused: type[Exception] = BadParameter.__mro__[1]
 """What the command line's parser raises: typer exports only this one kind of it."""
