@@ -83,7 +83,7 @@ def refuse_own_package(error: ImportError | AttributeError) -> None:
     others = [place for place in sys.path if Path(place).resolve() != HOME]
     theirs = PathFinder.find_spec(name, others) if name in PACKAGES else None
     if theirs is not None:
-        place = theirs.submodule_search_locations or [theirs.origin]
+        place = theirs.submodule_search_locations or [str(theirs.origin)]
         raise UserError(
             f"The reward function asks for {name}, which here is rlhf-chat's own, {HOME / name}, and not {place[0]}: "
             f"give your package another name."
