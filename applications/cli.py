@@ -23,6 +23,7 @@ from applications.options import (
     RunPath,
     Seed,
     Set,
+    Trust,
 )
 from training.steps import COMPARED, METHODS, PPO, REWARD, SFT, STEPS, WRITING, Step
 from training.termination import EXIT_TERMINATED, StageFailed, Terminated
@@ -83,6 +84,7 @@ def run(
     seed: Seed = None,
     processes: Processes = None,
     fusion: Fusion = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """The whole pipeline in one command. Run it again to go on where it stopped.
@@ -95,7 +97,9 @@ def run(
     """
     from applications.commands import pipeline_command
 
-    pipeline_command(model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, method)
+    pipeline_command(
+        model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, method, trust
+    )
 
 
 @command()
@@ -107,6 +111,7 @@ def sft(
     set_: Set = None,
     seed: Seed = None,
     processes: Processes = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Step 1, supervised fine-tuning (SFT), in a run directory; with --model in a new one.
@@ -117,7 +122,7 @@ def sft(
     """
     from applications.commands import step_command
 
-    step_command(SFT, run_directory, model, data, config, set_, seed, processes)
+    step_command(SFT, run_directory, model, data, config, set_, seed, processes, trust)
 
 
 @command()
@@ -130,6 +135,7 @@ def reward(
     set_: Set = None,
     seed: Seed = None,
     processes: Processes = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Step 2, the reward model, in a run directory; with --model in a new one.
@@ -140,7 +146,7 @@ def reward(
     """
     from applications.commands import step_command
 
-    step_command(REWARD, run_directory, model, data, config, set_, seed, processes, reward_model=reward_model)
+    step_command(REWARD, run_directory, model, data, config, set_, seed, processes, trust, reward_model=reward_model)
 
 
 def add_other_method(step: Step) -> None:
@@ -155,11 +161,12 @@ def add_other_method(step: Step) -> None:
         set_: Set = None,
         seed: Seed = None,
         processes: Processes = None,
+        trust: Trust = False,
         debug: Debug = False,
     ) -> None:
         from applications.commands import step_command
 
-        step_command(step, run_directory, model, data, config, set_, seed, processes, sft_model=sft_model)
+        step_command(step, run_directory, model, data, config, set_, seed, processes, trust, sft_model=sft_model)
 
     function.__doc__ = f"""{step.name} ({step.title}) instead of steps 2 and 3; with --sft-model in a new run directory.
 
@@ -190,6 +197,7 @@ def rlhf(
     seed: Seed = None,
     processes: Processes = None,
     fusion: Fusion = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Step 3, PPO, in a run directory; with --sft-model and --reward-model in a new one.
@@ -209,6 +217,7 @@ def rlhf(
         set_,
         seed,
         processes,
+        trust,
         sft_model=sft_model,
         trained_reward_model=reward_model,
         fusion=fusion,
@@ -232,6 +241,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="A message that tells the model how to behave. Default: none.")
     ] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Talk to a trained model, here or in a pipe.
@@ -241,7 +251,9 @@ def chat(
     echo "How was your day?" | rlhf-chat chat runs/demo
     """
     from applications.chat import chat_command
+    from training.trust import require_reading
 
+    require_reading(target, trust)
     chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
 
 
@@ -264,8 +276,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="JUDGE",
-            help="Who says which answer is better: true (the known rule), learned (the run's reward model), or a "
-            "reward model. Default: true where it is known, else learned.",
+            help="Who says which answer is better: true (the known rule), learned (the run's reward model), reward "
+            "(its reward function and address too), or a reward model. Default: true where it is known, else learned.",
         ),
     ] = "",
     prompts: Annotated[
@@ -281,6 +293,7 @@ def evaluate(
         int | None, typer.Option(metavar="N", min=0, help="Another seed draws other answers. Default: the run's.")
     ] = None,
     json_: Json = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Measure a model against another one: win rate, reward, KL, perplexity, accuracy of the reward model.
@@ -291,7 +304,7 @@ def evaluate(
     """
     from applications.evaluate import evaluate
 
-    evaluate(run_directory, model, against, judge, prompts, seed, json_)
+    evaluate(run_directory, model, against, judge, prompts, seed, json_, trust)
 
 
 @command()
@@ -300,6 +313,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The file to write. Default: report.html in the run.")
     ] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """One HTML page of a run: curves, times, answers, settings. `rlhf-chat run` writes it too.
@@ -310,7 +324,9 @@ def report(
     """
     from applications.report.page import write_report
     from training.run_directory import RunDirectory
+    from training.trust import require_reading
 
+    require_reading(run_directory, trust)
     print(write_report(RunDirectory(run_directory), out))
 
 
@@ -331,6 +347,7 @@ def export(
             help=f"Whose model: {', '.join(each.command for each in STEPS)}. Default: the newest that can chat.",
         ),
     ] = "",
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """A model of a run, ready to load elsewhere or to upload, with a model card.
@@ -342,7 +359,9 @@ def export(
     rlhf-chat export runs/demo --out my-reward --step reward
     """
     from applications.export import export
+    from training.trust import require_reading
 
+    require_reading(run_directory, trust)
     export(run_directory, out, what, dtype, step)
 
 
@@ -374,6 +393,7 @@ def serve(
         int, typer.Option(metavar="N", min=2, help="Tokens of a prompt and its answer; at most the model's.")
     ] = 2048,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 1024,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Serve trained models: the OpenAI protocol, and a page that shows SFT and RLHF side by side.
@@ -383,7 +403,9 @@ def serve(
     rlhf-chat serve runs/demo --host 0.0.0.0 --port 8080
     """
     from applications.serve import serve_command
+    from training.trust import require_reading
 
+    require_reading(target, trust)
     serve_command(target, host, port, token, slots, queue, context, max_tokens)
 
 
@@ -492,6 +514,7 @@ def doctor(
     ] = 1,
     dtype: Annotated[str, typer.Option(metavar="FORMAT", help="Of numbers: fp32, bf16, fp16 or auto.")] = "auto",
     hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the model hub can be reached.")] = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Is this machine fit? With --model: does the model generate what plain transformers gives?
@@ -501,7 +524,10 @@ def doctor(
     rlhf-chat doctor --model runs/demo --tp 2
     """
     from applications.commands import doctor_command
+    from training.trust import require_reading
 
+    if model is not None:
+        require_reading(Path(model).expanduser(), trust)
     raise typer.Exit(doctor_command(model, tp, dtype, hub))
 
 

@@ -23,7 +23,8 @@ def pipeline_command(
     seed: int | None,
     processes: int | None,
     fusion: str | None,
-    method: str | None = None,
+    method: str | None,
+    trusts: bool,
 ) -> None:
     """`rlhf-chat run`."""
     flags = {
@@ -42,7 +43,7 @@ def pipeline_command(
     if dry_run:
         print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
         return
-    execute(path, settings, chosen)
+    execute(path, settings, chosen, trusts)
 
 
 def run_path(name: str | None, model: str | None) -> Path:
@@ -63,6 +64,7 @@ def step_command(
     overrides: list[str] | None,
     seed: int | None,
     processes: int | None,
+    trusts: bool,
     **given: str | None,
 ) -> None:
     """`rlhf-chat sft | reward | rlhf | dpo`; `given` are settings that only some of them have."""
@@ -71,10 +73,10 @@ def step_command(
     if step.method and (model is not None or config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
-    execute(run_directory, settings, [step])
+    execute(run_directory, settings, [step], trusts)
 
 
-def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
+def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: bool) -> None:
     from applications.dry_run import check_fits
     from applications.pipeline import needed_steps, run_pipeline
     from training.distributed import require_loopback
@@ -87,7 +89,7 @@ def execute(path: Path, settings: RunConfig | None, steps: list[Step]) -> None:
     require_one_command()
     require_loopback()
     with run.locked():
-        config = open_run(run, settings)
+        config = open_run(run, settings, trusts)
         require_earlier_steps(run, config, steps)
         run_pipeline(run, config, steps)
 

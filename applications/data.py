@@ -28,6 +28,7 @@ from training.data.sources import parse_source
 from training.data.split import kind_of
 from training.data.templates import require_accepted
 from training.run_directory import RunDirectory
+from training.trust import of_looking, require_yes
 
 KINDS = {"sft": "sft", "pairs": "pair", "prompts": "prompt"}
 """What --kind takes -> kind_of a row."""
@@ -49,7 +50,7 @@ class Target:
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
 
 
-def open_target(target: str, model: str | None, overrides: list[str] | None) -> Target:
+def open_target(target: str, model: str | None, overrides: list[str] | None, trusts: bool = False) -> Target:
     """The rows of a run or of a source, with the tokenizer of its model. Raises UserError with the way out."""
     run = RunDirectory(Path(target).expanduser())
     if run.config_file.exists():
@@ -58,6 +59,7 @@ def open_target(target: str, model: str | None, overrides: list[str] | None) -> 
                 f"{target} is a run and has settings of its own: leave --set out, or give its data instead."
             )
         config = run.read_config()
+        require_yes(run, of_looking(run, config), trusts)
         opened = with_model(config, model or config.sft_model or config.model)
         if (run.data / COUNTS_FILE).exists():
             return read_prepared(opened, run.data)
@@ -148,11 +150,13 @@ def read_user_data(opened: Target) -> Target:
 # Show
 
 
-def show_command(target: str, model: str | None, kind: str | None, rows: int, overrides: list[str] | None) -> None:
+def show_command(
+    target: str, model: str | None, kind: str | None, rows: int, overrides: list[str] | None, trusts: bool = False
+) -> None:
     """`rlhf-chat data show`."""
     if kind is not None and kind not in KINDS:
         raise UserError(f"There are no rows of kind '{kind}': --kind takes {', '.join(KINDS)}.")
-    opened = open_target(target, model, overrides)
+    opened = open_target(target, model, overrides, trusts)
     console = PrintableConsole(soft_wrap=True, highlight=False)
     for line in opened.described:
         console.print(line, markup=False)
@@ -223,9 +227,11 @@ def as_text(chat_format: ChatFormat, ids: list[int]) -> str:
 # Lint
 
 
-def lint_command(target: str, model: str | None, as_json: bool, overrides: list[str] | None) -> int:
+def lint_command(
+    target: str, model: str | None, as_json: bool, overrides: list[str] | None, trusts: bool = False
+) -> int:
     """`rlhf-chat data lint`; returns the exit code: 1 where there are errors."""
-    opened = open_target(target, model, overrides)
+    opened = open_target(target, model, overrides, trusts)
     findings = all_findings(opened)
     errors = sum(finding.level == "error" for finding in findings)
     counts = {name: len(lines.rows) for name, lines in opened.train.items()}

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from applications.help_pages import Command, Group
-from applications.options import Debug, Json, Model, Set
+from applications.options import Debug, Json, Model, Set, Trust
 
 data_app = typer.Typer(
     cls=Group,
@@ -28,6 +28,7 @@ def data_show(
     ] = None,
     rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows of each kind.")] = 3,
     set_: Set = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Rows as the model sees them: its template, special tokens and cuts, with the trained tokens in colour.
@@ -38,7 +39,7 @@ def data_show(
     """
     from applications.data import show_command
 
-    show_command(target, model, kind, rows, set_)
+    show_command(target, model, kind, rows, set_, trust)
 
 
 @data_app.command("lint", cls=Command)
@@ -47,6 +48,7 @@ def data_lint(
     model: Model = None,
     json_: Json = False,
     set_: Set = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """What is doubtful about data: bad rows, duplicates, length bias, cuts, the tokenizer. Exit code 1 for errors.
@@ -57,4 +59,4 @@ def data_lint(
     """
     from applications.data import lint_command
 
-    raise typer.Exit(lint_command(target, model, json_, set_))
+    raise typer.Exit(lint_command(target, model, json_, set_, trust))

@@ -12,14 +12,24 @@ from inference.errors import UserError
 from inference.streams import json_text
 from training.run_directory import RunDirectory
 from training.steps import WRITING
+from training.trust import of_evaluation, require_yes
 
 WORDS = ("base", *(step.command for step in WRITING))
 
 
-def evaluate(path: Path, model: str, against: str, judge: str, prompts: int, seed: int | None, as_json: bool) -> None:
+def evaluate(
+    path: Path,
+    model: str,
+    against: str,
+    judge: str,
+    prompts: int,
+    seed: int | None,
+    as_json: bool,
+    trusts: bool = False,
+) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
-    run.read_config()  # a sentence where it is no run
+    require_yes(run, of_evaluation(run, run.read_config(), judge), trusts)
     options = {"--model": known(model), "--against": known(against), "--judge": judge}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []

@@ -62,6 +62,13 @@ Fusion = Annotated[
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Yes to the code and addresses that a run from elsewhere names, so that nobody asks (docs/safety.md).",
+    ),
+]
 Debug = Annotated[
     bool, typer.Option("--debug", help="On an error also print where in the code it arose, for a bug report.")
 ]

@@ -57,7 +57,7 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
         training_seconds += run_step(run, config, step, display)
     for step in steps:
         if step.compared_with and config.evaluation.prompts:
-            compare(run, step, display)
+            compare(run, config, step, display)
     from applications.report.page import write_report  # draws: a second to import
 
     display.say(f"Report with curves and answers: {write_report(run)}")
@@ -100,7 +100,7 @@ def title_of(step: Step, config: RunConfig) -> str:
     return f"Step {step.label}: {step.title}"
 
 
-def compare(run: RunDirectory, step: Step, display: Display) -> None:
+def compare(run: RunDirectory, config: RunConfig, step: Step, display: Display) -> None:
     """Answers of the step's model and the earlier one to held-out prompts, measured; the table is printed."""
     assert step.compared_with is not None
     both = f"{step.compared_with.name} and {step.name}"
@@ -110,5 +110,7 @@ def compare(run: RunDirectory, step: Step, display: Display) -> None:
     if not run.comparison_of(step)[0].exists():
         display.say(f"Comparing {both} on held-out prompts")
         arguments = ["--model", step.command, "--against", step.compared_with.command]
+        if step.draws_samples and not config.rlhf.has_reward_model and config.evaluation.true_score == "none":
+            arguments += ["--judge", "reward"]  # nothing else judges, and it has just been asked
         run_stage_script("evaluation", run, 1, arguments)
     display.say(comparison_table(run, step=step))

@@ -99,7 +99,9 @@ def evaluation_table(
     if "win_rate" in result:
         console.print(verdict(result["win_rate"], *names), markup=False)
     else:
-        console.print("No win rate: nothing judges (step 2 is not finished, and the run has no true score).")
+        console.print(
+            "No win rate: nothing judges (no finished reward model, no true score); name a judge with eval --judge."
+        )
     if unseen := result.get("win_rate_unseen_questions"):
         console.print(
             f"On the {unseen['prompts']} prompts under questions that no step was trained on: {unseen['rate']:.1%} "

@@ -1,7 +1,8 @@
 """Model directories that others made: nothing in them is run.
 
 Weights are safetensors, or pickles that hold tensors alone: OPT and other families are published as nothing else. torch
-reads those with `weights_only`, which builds no other object. Code that a model brings (`auto_map`) stays unread.
+reads those with `weights_only`, which builds no other object. Code that a model brings (`auto_map`), or names on the
+hub (`attn_implementation`), stays unread.
 """
 
 import json
@@ -23,11 +24,22 @@ def refuse_code(directory: Path, name: str = "") -> None:
             values = json.loads((directory / file).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # what is wrong with the file, loading it says
-        if isinstance(values, dict) and values.get("auto_map"):
+        key = "auto_map" if isinstance(values, dict) and values.get("auto_map") else names_kernel(values)
+        if key:
             raise UserError(
-                f"{name} brings code of its own (auto_map in {file}), which is never run here: choose another model, "
-                f"or take auto_map out of a copy of it, which loads if transformers knows its type by itself."
+                f"{name} brings code of its own ({key} in {file}), which is never run here: choose another model, "
+                f"or take {key} out of a copy of it, which loads if transformers knows its type by itself."
             )
+
+
+def names_kernel(values: object) -> str:
+    """The key under which a configuration, or a part of one, names attention code of the hub; else empty."""
+    if not isinstance(values, dict):
+        return ""
+    for key, value in values.items():
+        if key.endswith("attn_implementation") and "/" in json.dumps(value):
+            return key
+    return next(filter(None, map(names_kernel, values.values())), "")
 
 
 def refuse_adapter(directory: Path, name: str) -> None:

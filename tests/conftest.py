@@ -42,6 +42,13 @@ def rlhf_chat(*arguments: object, cwd: Path, stdin: str = "", timeout: float = 3
     return fork_all([Command(tuple(map(str, arguments)))], [environment], cwd, stdin, timeout)[0]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state(tmp_path_factory) -> Path:
+    """Where commands keep what runs may do: not where those of this user do."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    return Path(os.environ["XDG_STATE_HOME"])
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
     """A working directory with folders named like ours, which must not be imported."""

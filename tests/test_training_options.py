@@ -62,9 +62,9 @@ def runs(tiny_run, workplace, tmp_path_factory):
     function.write_text(FUNCTION)
     whole, halted = (new_run(tiny_run, workplace / "runs" / name, function) for name in ("free", "halted"))
     drop_comparison(halted)
-    said = rlhf_chat("run", "--name", "free", cwd=workplace)
+    said = rlhf_chat("run", "--name", "free", "--trust", cwd=workplace)
     assert said.code == 0, said.out[-2000:] + said.err[-3000:]
-    failed = rlhf_chat("rlhf", halted, cwd=workplace, COUNTER=str(place / "counter"))
+    failed = rlhf_chat("rlhf", halted, "--trust", cwd=workplace, COUNTER=str(place / "counter"))
     kept = [entry.name for entry in (halted / "step3_rlhf" / "checkpoints").iterdir()]
     error = json.loads((halted / "step3_rlhf" / "error.json").read_text())
     again = rlhf_chat("rlhf", halted, cwd=workplace)

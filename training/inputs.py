@@ -3,6 +3,7 @@
 import ast
 import hashlib
 from collections.abc import Collection, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def files_of(kind: str, path: Path, before: Collection[str] | None = None) -> It
     if kind != "reward_function":
         yield from files_in(path)
         return
+    path = path.resolve()  # what lies beside the file itself is imported
     for file in sorted(with_imports(path)):
         name = str(file.relative_to(path.parent))
         if before is None or name in before:
@@ -71,11 +73,12 @@ def files_of(kind: str, path: Path, before: Collection[str] | None = None) -> It
 
 def code_of(config: RunConfig) -> dict[str, str]:
     """SHA-256 of the reward function's files, by name."""
-    return {
-        name: print_of(file)["content"]
-        for path in paths_of(config)["reward_function"]
-        for name, file in files_of("reward_function", path)
-    }
+    return {name: print_of(file)["content"] for name, file in code_files(config)}
+
+
+def code_files(config: RunConfig) -> list[tuple[str, Path]]:
+    """Names and files of the reward function."""
+    return [named for path in paths_of(config)["reward_function"] for named in files_of("reward_function", path)]
 
 
 def with_imports(file: Path, known: frozenset[Path] = frozenset()) -> frozenset[Path]:
@@ -90,11 +93,12 @@ def with_imports(file: Path, known: frozenset[Path] = frozenset()) -> frozenset[
     for node in ast.walk(tree):
         names = [each.name for each in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{name}" for name in names)]
-        for name in names:
-            place = file.parent.joinpath(*name.split("."))
-            for module in (place.with_suffix(".py"), place / "__init__.py"):
-                known = with_imports(module, known)
+            names = [f"{node.module}.{name}" for name in names]
+        for parts in (name.split(".") for name in names):
+            for place in (file.parent.joinpath(*parts[: i + 1]) for i in range(len(parts))):  # packages run too
+                modules = [Path(f"{place}{suffix}") for suffix in (".py", *EXTENSION_SUFFIXES)]
+                for module in (*modules, place / "__init__.py"):
+                    known = with_imports(module, known)
     return known
 
 

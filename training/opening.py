@@ -9,10 +9,11 @@ from training.config_files import load_config
 from training.data.find_files import find_files
 from training.data.hub_sets import find_set
 from training.data.sources import parse_source
-from training.lineage import inherit
+from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
+from training.trust import made_here, of_models, of_training, require_yes
 from training.versions import versions
 
 CHANGEABLE = {
@@ -49,27 +50,38 @@ def settings_of_new_run(
     return inherit(found_from_anywhere(config), run)
 
 
-def open_run(run: RunDirectory, config: RunConfig | None) -> RunConfig:
-    """The settings of `run`; a new one is made from `config`. Raises UserError where they disagree."""
-    if config is None:
-        return run.read_config()
-    if run.config_file.exists() and config != (stored := run.read_config()):
-        changed = differences(stored.model_dump(), config.model_dump())
-        refused = [
-            f"{key}: {old!r} there, {new!r} now"
-            for key, (old, new) in changed.items()
-            if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
-        ]
-        if refused:
-            require_sources(config)
-            raise UserError(
-                f"{run.path} was made with other settings ({', '.join(refused[:3])}); choose another --name, or give "
-                f"only the run directory to go on with its own settings."
-            )
-    elif run.config_file.exists():
-        return config
-    run.write_config(config, versions())
+def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) -> RunConfig:
+    """The settings of `run`; a new one is made from `config`. What they ask for needs a yes (`trusts`) unless it is
+    typed now, or was when the run was made here. Raises UserError without it, and where the settings disagree.
+    """
+    stored = run.read_config() if config is None or run.config_file.exists() else None
+    config = config or run.read_config()
+    wanted, before = of_training(run, config), []
+    if stored is not None:
+        refuse_others(run, stored, config)
+        before = of_training(run, stored)
+        require_yes(run, [use for use in wanted if use in before], trusts)
+    for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
+        require_yes(parent, set(of_models(parent.read_config())) & set(of_models(config)), trusts)
+    if config != stored:
+        run.write_config(config, versions())
+    made_here(run, [use for use in wanted if use not in before])
     return config
+
+
+def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> None:
+    """Raise UserError where settings differ that a run keeps for life."""
+    refused = [
+        f"{key}: {old!r} there, {new!r} now"
+        for key, (old, new) in differences(stored.model_dump(), config.model_dump()).items()
+        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
+    ]
+    if refused:
+        require_sources(config)
+        raise UserError(
+            f"{run.path} was made with other settings ({', '.join(refused[:3])}); choose another --name, or give "
+            f"only the run directory to go on with its own settings."
+        )
 
 
 def require_sources(config: RunConfig) -> None:

@@ -35,6 +35,7 @@ from training.stage import Diverged, Stage, make_stage
 from training.starts import record_start
 from training.steps import STEPS, Step
 from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
+from training.trust import of_evaluation, of_training, require_yes
 from training.watchdog import PARENT_VARIABLE
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ def enter(
     else:
         settings = given_settings(run, arguments)
         with run.locked(ORPHANS_END):
-            config = open_run(run, settings)
+            config = open_run(run, settings, arguments.trust)
             held.enter_context(directory.locked(ORPHANS_END))
             if not directory.is_finished:
                 display = Display(log=run.log_file)
@@ -100,11 +101,14 @@ def run_preparation() -> int:
     parser = argparse.ArgumentParser(description="Fetch the models and make the data of a run.")
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("steps", nargs="*", help="those that follow now, as sft; default: all of the run")
+    add_trust(parser)
     arguments = parser.parse_args()
     run = RunDirectory(arguments.run_directory)
 
     def body() -> None:
         config = run.read_config()
+        if PARENT_VARIABLE not in os.environ:
+            require_yes(run, of_training(run, config), arguments.trust)
         steps = [step for step in STEPS if step.command in arguments.steps]
         prepare(config, run, config.processes, Display(log=run.log_file).say, steps)
         record_start(run, "preparation", config, 1)
@@ -132,11 +136,13 @@ def decided_by_first(ranks: Ranks, decide: Callable[[], T], phase: str) -> T:
     return decided
 
 
-def run_evaluation(run: RunDirectory, work: Callable[[Stage], object]) -> int:
+def run_evaluation(run: RunDirectory, work: Callable[[Stage], object], judge: str, trusts: bool) -> int:
     """Like run_stage, for what measures models that are there, and takes one process."""
 
     def body() -> None:
         config = run.read_config()
+        if PARENT_VARIABLE not in os.environ:
+            require_yes(run, of_evaluation(run, config, judge), trusts)
         last = config.steps[-1]
         run.step(last).path.mkdir(exist_ok=True)  # where its log goes, whatever is measured
         ranks = start_ranks(config.threads)
@@ -232,11 +238,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="of a new run: a preset (opt-1.3b), a directory, or a hub id")
     parser.add_argument("--config", type=Path, action="append", default=[], help="YAML settings for a new run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting")
+    add_trust(parser)
     parser.add_argument("--version", action="version", version=f"rlhf-chat {version('rlhf-chat')}")
     parser.add_argument(
         "--local_rank", type=int, default=0, help="given by the deepspeed launcher; the rest is in RANK"
     )
     return parser.parse_args()
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust", action="store_true", help="yes to what a run from elsewhere would run and send to")
 
 
 def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:

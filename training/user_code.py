@@ -5,14 +5,30 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    PathFinder,
+    SourceFileLoader,
+)
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 import torch
 
 from inference.errors import UserError
 from rlhf_chat import HOME, PACKAGES
+
+
+class SourceLoader(SourceFileLoader):
+    """Compiles the source itself: what lies in __pycache__ beside it may be made of another one."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
 
 
 class UserFile:
@@ -31,6 +47,8 @@ class UserFile:
         """
         ours, arguments = surroundings(), sys.argv
         sys.path.insert(0, self.folder)
+        sys.path_hooks.insert(0, self.finder)
+        forget_finders(self.folder)
         sys.argv = [str(self.file)]
         surround(*self.surroundings)
         try:
@@ -45,6 +63,15 @@ class UserFile:
             sys.argv = arguments
             if self.folder in sys.path:
                 sys.path.remove(self.folder)
+            sys.path_hooks.remove(self.finder)
+            forget_finders(self.folder)
+
+    def finder(self, path: str) -> FileFinder:
+        """Of modules in the file's folder: sources and extensions, no compiled files. Raises ImportError for others."""
+        inside = Path(path).resolve().is_relative_to(self.folder)
+        if not inside or Path(path).is_relative_to(sys.prefix):  # an environment may lie in the folder
+            raise ImportError(path)
+        return FileFinder(path, (ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceLoader, SOURCE_SUFFIXES))
 
     def load(self) -> ModuleType:
         """The module, which dataclasses, pickle and pools of processes find by its name. Raises what its code raises,
@@ -88,6 +115,12 @@ def refuse_own_package(error: ImportError | AttributeError) -> None:
             f"The reward function asks for {name}, which here is rlhf-chat's own, {HOME / name}, and not {place[0]}: "
             f"give your package another name."
         ) from error
+
+
+def forget_finders(folder: str) -> None:
+    """What Python keeps of how modules in `folder` are found."""
+    for path in [path for path in sys.path_importer_cache if path.startswith(folder)]:
+        del sys.path_importer_cache[path]
 
 
 def surroundings() -> tuple[str, bool, torch.dtype, torch.device]:

@@ -75,6 +75,20 @@ def test_a_model_with_code_of_its_own_is_refused_and_the_code_was_not_run(model,
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_lies_on_the_hub_is_refused(model, key):
+    """transformers would fetch its code, and run it, where the package `kernels` is installed."""
+    chat_format = ChatFormat.load(model)
+    values = json.loads((model / "config.json").read_text())
+    for said in ({key: "someone/kernel"}, {"text_config": {key: {"": "someone/kernel@main"}}}):
+        (model / "config.json").write_text(json.dumps(values | said))
+        for load in (resolve_model_of, ChatFormat.load, *loaders(chat_format)):
+            with pytest.raises(UserError, match=rf"code of its own \({key} in config.json\), which is never run"):
+                load(model)
+    (model / "config.json").write_text(json.dumps(values | {key: "sdpa"}))
+    resolve_model_of(model)
+
+
 def resolve_model_of(directory):
     return resolve_model(str(directory), lambda line: None)
 

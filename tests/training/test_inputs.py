@@ -133,7 +133,7 @@ def test_a_stage_script_says_it_too(given, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.jsonl").write_text("something else")
     run, config = given
     run.write_config(config, {})
-    monkeypatch.setattr("sys.argv", ["main.py", str(run.path)])
+    monkeypatch.setattr("sys.argv", ["main.py", str(run.path), "--trust"])
     with ExitStack() as held:
         stage.enter(run, run.step(SFT), stage.parse_arguments(), 1, held)
     said = f"Warning: {tmp_path / 'a.jsonl'} has changed since"

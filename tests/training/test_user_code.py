@@ -1,7 +1,9 @@
 """A reward file is loaded as `python mine.py` would, and what it does wrong is a sentence."""
 
+import importlib.util
 import os
 import pickle
+import py_compile
 import sys
 
 import pytest
@@ -248,3 +250,19 @@ def test_its_own_package_with_the_name_of_one_of_ours(folder, body):
         UserError, match=rf"asks for training, .*, {HOME}/training, and not {theirs}: give your package"
     ):
         scores(folder, f"{body}\ndef score(prompts, responses):\n    return [rate(text) for text in responses]")
+
+
+@pytest.mark.parametrize("module", ["words_of_mine", "package.words"])
+def test_what_runs_is_the_source_not_what_was_compiled_of_another(folder, module):
+    """Python would take a file in __pycache__ that says it need not be checked, or one without a source."""
+    source = folder / f"{module.replace('.', '/')}.py"
+    source.parent.mkdir(exist_ok=True)
+    other = folder / "other.py"
+    other.write_text("raise SystemExit('something else ran')")
+    for compiled in (importlib.util.cache_from_source(source), folder / "alone.pyc"):
+        py_compile.compile(str(other), compiled, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    source.write_text("WORDS = ['red']\n")
+    assert scores(folder, f"from {module} import WORDS\n" + COUNT) == [1.0, 0.0]
+    with pytest.raises(UserError, match="No module named 'alone'"):
+        scores(folder, "import alone\n" + COUNT, "second.py")
+    assert not list(folder.glob("__pycache__/of_mine*"))

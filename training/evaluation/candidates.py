@@ -24,7 +24,7 @@ class Request:
     """One of NAMES, a run directory (its newest model), a model directory or a hub id."""
     against: str = ""
     judge: str = ""
-    """true, learned, or a reward model's directory or hub id."""
+    """true, learned, reward (all that PPO was told to raise), or a reward model's directory or hub id."""
     prompts: int = 0
     seed: int | None = None
     """Of the answers."""
@@ -95,9 +95,9 @@ def find_reward_model(stage: Stage) -> Path | None:
     return stage.earlier_model(REWARD) if given else None
 
 
-def find_judge(stage: Stage, wanted: str, reward_model: Path | None, has_own_sources: bool) -> Judge | None:
-    """Who says which of two answers is better: what is wanted, else the true score, else what PPO was told to raise:
-    the learned reward, or a sum with the user's own sources.
+def find_judge(stage: Stage, wanted: str, reward_model: Path | None) -> Judge | None:
+    """Who says which of two answers is better: what is wanted, else the true score where it is known, else the learned
+    reward. A reward function or service of the run is asked only where that is wanted.
 
     None where the run has neither. Raises UserError where what is wanted is not there.
     """
@@ -108,7 +108,9 @@ def find_judge(stage: Stage, wanted: str, reward_model: Path | None, has_own_sou
         stage.run.require_model(REWARD)
     if wanted == "true" or (not wanted and knows_truth):
         return Judge("upbeat score (known rule)", "truth")
-    if not wanted and has_own_sources:
+    if wanted == "reward":
+        if stage.config.rlhf.has_reward_model and reward_model is None:
+            stage.run.require_model(REWARD)
         return Judge("reward", "reward")
     if wanted in ("", "learned"):
         return Judge("learned reward", reward_model) if reward_model is not None else None

@@ -67,8 +67,9 @@ class Comparison:
         self.data, self.settings = stage.config.data, stage.config.rlhf
         self.model, self.against = find_pair(stage, self.request)
         self.reward_model = find_reward_model(stage)
-        self.rewards = Rewards(self.settings, stage.ranks)
-        self.judge = find_judge(stage, self.request.judge, self.reward_model, bool(self.rewards.sources))
+        self.judge = find_judge(stage, self.request.judge, self.reward_model)
+        asks = self.judge is not None and self.judge.source == "reward"
+        self.rewards = Rewards(self.settings, stage.ranks) if asks else None
         limit = self.request.prompts or stage.config.evaluation.prompts or EvaluationSettings().prompts
         self.held_out = distinct_prompts(self.eval_rows("prompts"))[:limit]
         if not self.held_out:
@@ -153,9 +154,9 @@ class Comparison:
             if accuracy := own or reward_accuracy(model, pairs, self.data):
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = accuracy
-        if self.rewards.sources:
+        if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
-            totals = self.total(of_model[0], theirs), self.total(of_model[1], ours)
+            totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
             known["reward"] = totals
             for candidate, scores in zip((self.against, self.model), totals, strict=True):
                 pair[candidate.key]["reward"] = statistics.mean(scores)
@@ -168,11 +169,11 @@ class Comparison:
         trained_here = not self.stage.config.given_model(REWARD)
         return self.stage.run.step(REWARD).read_result().get("reward_accuracy", {}) if trained_here else {}
 
-    def total(self, of_model: list[float], answers: Answers) -> list[float]:
+    def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> list[float]:
         """The sum that PPO was told to raise, answer by answer."""
         prompts = [row["prompt"] for row in self.held_out]
         extras = [row.get("extra", {}) for row in self.held_out]
-        return self.rewards.total(of_model, prompts, answers.texts, extras, group=1)[0]
+        return rewards.total(of_model, prompts, answers.texts, extras, group=1)[0]
 
     def answer(self, reader: Reader, candidate: Candidate) -> Answers:
         """Sampled as in PPO's rollouts; the same random numbers for every model."""

@@ -18,7 +18,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run_directory", type=Path, help="whose held-out prompts, settings and reward model are used")
     parser.add_argument("--model", default="", help="base, a step (sft, rlhf ...), a run or model directory, a hub id")
     parser.add_argument("--against", default="", help="the same")
-    parser.add_argument("--judge", default="", help="true, learned, or a reward model")
+    parser.add_argument("--judge", default="", help="true, learned, reward, or a reward model")
+    parser.add_argument("--trust", action="store_true", help="yes to what a run from elsewhere would run and send to")
     parser.add_argument("--prompts", type=int, default=0, help="how many; 0: evaluation.prompts")
     parser.add_argument("--seed", type=int, help="of the answers; default: the run's")
     parser.add_argument("--to", type=Path, help="the JSON file for the result; the answers go beside it as .jsonl")
@@ -41,4 +42,4 @@ if __name__ == "__main__":
     compared = [step for step in COMPARED if step.command == arguments.model] or COMPARED
     own_files = run.comparison_of(compared[0])
     files = (arguments.to, arguments.to.with_suffix(".jsonl")) if arguments.to else own_files
-    sys.exit(run_evaluation(run, lambda stage: Comparison(stage, request).run(*files)))
+    sys.exit(run_evaluation(run, lambda stage: Comparison(stage, request).run(*files), request.judge, arguments.trust))

@@ -292,6 +292,21 @@ def test_a_model_against_the_base_model_by_another_judge(stage, finished, tmp_pa
     assert set(rows[0]) == {"prompt", "base", "sft", "base_score", "sft_score"}
 
 
+def test_the_reward_function_is_loaded_only_to_judge(stage, finished, tmp_path):
+    code = tmp_path / "mine.py"
+    code.write_text("open(__file__ + '.ran', 'x')\ndef score(p, r): return [len(text) / 10 for text in r]\n")
+    settings = dataclasses.replace(stage, config=stage.config.model_copy(deep=True))
+    settings.config.rlhf.reward_function = f"{code}:score"
+    comparison = Comparison(settings)
+    assert comparison.judge.name == "learned reward" and not (tmp_path / "mine.py.ran").exists()
+    assert Comparison(settings, Request(judge="learned")).judge == comparison.judge
+    settings.config.trained_reward_model, settings.config.rlhf.reward_weights.model = "", 0.0
+    result = Comparison(settings, Request(judge="reward", prompts=3)).run(tmp_path / "r.json", tmp_path / "a.jsonl")
+    assert result["win_rate"]["judge"] == "reward" and (tmp_path / "mine.py.ran").exists()
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["rlhf_score"] for row in rows] == [len(row["rlhf"]) / 10 for row in rows]
+
+
 def test_a_run_or_a_directory_can_be_measured(stage, finished, tmp_path):
     request = Request(model=str(finished.path), against=str(finished.step(SFT).model), prompts=2)
     result = Comparison(stage, request).run(tmp_path / "r.json", tmp_path / "a.jsonl")
