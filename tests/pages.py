@@ -85,6 +85,8 @@ def mistake_of(words: list[str]) -> str:
         asked = re.findall(r"\.\[(\w+)]", " ".join(arguments))
         return "" if set(asked) <= set(extras) else "no such extra"
     for place, word in enumerate(arguments):
+        if word == "-m" and arguments[place + 1] == "rlhf_chat":
+            return mistake_of_rlhf_chat(arguments[place + 2 :])
         if word == "-m" and arguments[place + 1].split(".")[0] in WINGS:
             script = ROOT / (arguments[place + 1].replace(".", "/") + ".py")
             return mistake_of_script(script, arguments[place + 2 :])
