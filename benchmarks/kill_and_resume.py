@@ -29,7 +29,7 @@ import psutil
 from training.run_directory import RunDirectory
 from training.steps import METHODS, Step
 
-ORPHAN_SECONDS = 15.0
+ORPHAN_SECONDS = 60.0
 UNEQUAL_METRICS = ("time/", "memory/", "tokens_per_second")
 TARGETS = ("command", "launcher", "rank", "group")
 
@@ -58,7 +58,7 @@ Start = Callable[[list[str], Path], Running]
 
 
 def start_cold(arguments: list[str], log_file: Path) -> Running:
-    program = [sys.executable, "-P", "-m", "applications.cli"]
+    program = [sys.executable, "-P", "-m", "rlhf_chat"]
     with open(log_file, "a", encoding="utf-8") as log:
         return subprocess.Popen([*program, *arguments], stdout=log, stderr=log, start_new_session=True)
 
