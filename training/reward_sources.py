@@ -195,8 +195,8 @@ class RewardEndpoint:
                 request.add_unredirected_header("Authorization", f"Basic {credentials}")
         except KeyError as error:
             raise RewardFailed(
-                f"rlhf.reward_url={self.url} names the environment variable {error.args[0]}, which is not set: set it "
-                f"(export {error.args[0]}=...), then give the same command again."
+                f"rlhf.reward_url={self.url} names the environment variable {error.args[0]}, which is not set: export "
+                f"it, then give the same command again."
             ) from None
         return request
 
