@@ -29,7 +29,7 @@ import psutil
 from training.run_directory import RunDirectory
 from training.steps import METHODS, Step
 
-ORPHAN_SECONDS = 15.0
+ORPHAN_SECONDS = 60.0
 UNEQUAL_METRICS = ("time/", "memory/", "tokens_per_second")
 TARGETS = ("command", "launcher", "rank", "group")
 

@@ -1,19 +1,19 @@
 """Runs a function of a test module in a group of processes, as torchrun would start them."""
 
 import json
-import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 from tests.warm import fork_all
 
 
 def run_ranks(module_file: str, function: str, size: int, directory: Path, timeout: int = 900) -> list:
     """Call `function(ranks, directory)` of a test file in `size` processes; what each returns (JSON), by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": store.host, "MASTER_PORT": store.port}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = True
     environments = [
         {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
         for rank in range(size)

@@ -125,7 +125,7 @@ class Printing:
 
 @pytest.mark.parametrize(("closed", "counted"), [(True, ""), (False, "300001")])
 def test_closed_and_slow_streams(tmp_path, closed, counted):
-    done = fork_all([Printing(closed)], [{}], tmp_path, "", 30)[0]
+    done = fork_all([Printing(closed)], [{}], tmp_path, "", 300)[0]
     assert (done.code, done.err) == (0, counted)
 
 

@@ -10,7 +10,7 @@ def test_two_processes_on_a_full_disk(tmp_path, workplace):
     arguments = [part for key, value in settings.items() for part in ("--set", f"sft.{key}={value}")]
     command = ("sft", disk / "run", "--model", "tiny", "--processes", 2, *arguments)
     with small_disk(disk, 3500) as make_room:  # rows and one checkpoint, of which each rank writes a part
-        done = rlhf_chat(*command, cwd=workplace, timeout=120)
+        done = rlhf_chat(*command, cwd=workplace)
         assert done.code == 2, done.out + done.err
         assert done.err == (
             f"rlhf-chat: The disk of {disk / 'run/step1_sft/checkpoints'} is full, so checkpoint 8 could not be "

@@ -51,7 +51,7 @@ def test_a_rank_that_dies_while_samples_move_ends_the_run_with_a_sentence_and_th
     marker = tmp_path / "died"
     (tmp_path / "sitecustomize.py").write_text(DIES_ONCE.format(marker=str(marker)))
     alone = {"PYTHONPATH": str(tmp_path), "RLHF_CHAT_GRACE": "2"}  # the other rank waits so long for its samples
-    killed = rlhf_chat("rlhf", run, "--fusion", "inter", cwd=workplace, timeout=120, **alone)
+    killed = rlhf_chat("rlhf", run, "--fusion", "inter", cwd=workplace, **alone)
     assert marker.exists() and killed.code not in (0, None)
     assert "Traceback" not in killed.err and "rlhf-chat rlhf" in killed.err, killed.err[-2000:]
     again = rlhf_chat("rlhf", run, "--fusion", "inter", cwd=workplace)

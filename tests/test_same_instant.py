@@ -41,7 +41,7 @@ class Start:
     def work(self, seed: int) -> None:
         with open("worked", "a", encoding="utf-8") as worked:
             worked.write(f"{seed}\n")
-        until = time.time() + 10
+        until = time.time() + 100
         while len(list(Path().glob("ended-*"))) < 3 and time.time() < until:
             time.sleep(0.05)
         if self.refused:
@@ -51,7 +51,7 @@ class Start:
 def start_four(arguments: list[tuple[str, ...]], cwd: Path, refused: bool = False) -> list[tuple[int, str]]:
     at = time.time() + 0.3
     starts = [Start(each, at, refused) for each in arguments]
-    return sorted((done.code, done.err) for done in fork_all(starts, [{}] * 4, cwd, "", 60))
+    return sorted((done.code, done.err) for done in fork_all(starts, [{}] * 4, cwd, "", 300))
 
 
 @pytest.mark.parametrize("differ", [False, True])

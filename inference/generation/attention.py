@@ -10,7 +10,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -167,16 +166,19 @@ def packed_attention(
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
-_PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_PACKS: dict[tuple[type[nn.Module], str], bool] = {}
+"""By class and configuration."""
 
 
 def can_pack(model: nn.Module) -> bool:
     """Whether the family's attention goes through the interface in every layer and is a plain scaled softmax."""
-    if getattr(model, "config", None) is None or not goes_through_interface(model):
+    config: Any = getattr(model, "config", None)
+    if config is None or not goes_through_interface(model):
         return False
-    if model not in _PACKS:
-        _PACKS[model] = hands_tokens_down(model)
-    return _PACKS[model]
+    shape = type(model), config.to_json_string(use_diff=False)
+    if shape not in _PACKS:
+        _PACKS[shape] = hands_tokens_down(model)
+    return _PACKS[shape]
 
 
 class Asked:

@@ -43,7 +43,7 @@ def test_how_a_script_ends(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         waits.wait(timeout=0.1)
     waits.kill()
-    assert waits.wait(timeout=10) == -signal.SIGKILL
+    assert waits.wait(timeout=120) == -signal.SIGKILL
     assert forked(tmp_path, "pass").wait(timeout=120) == 0
 
 

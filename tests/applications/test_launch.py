@@ -1,12 +1,11 @@
 """How a stage's end reaches the command, whatever ended it."""
 
-import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -135,21 +134,46 @@ def test_more_processes_than_cores_are_slow_and_not_refused(monkeypatch):
 
 
 @pytest.fixture
-def ctrl_c_soon() -> Iterator[None]:
-    """SIGINT in half a second, also where it is ignored, as in jobs that a shell has put into the background."""
+def takes_ctrl_c() -> Iterator[None]:
+    """Also where SIGINT is ignored, as in jobs that a shell has put into the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
     yield
-    timer.join()
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("ctrl_c_soon")
-def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    waits = [sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]
+def signal_while_waiting(monkeypatch, number: signal.Signals, file: Path) -> list[float | None]:
+    """This process gets the signal as soon as it waits for the script that it started and `file` is there.
+
+    Returns how long it has waited for the script each time, at most.
+    """
+    start, waits = launch.start, []
+
+    def start_script(*arguments):
+        process = start(*arguments)
+        wait = process.wait
+
+        def wait_for_script(timeout=None):
+            waits.append(timeout)
+            while not file.exists():
+                time.sleep(0.01)
+            if len(waits) == 1:
+                signal.raise_signal(number)
+            return wait(timeout)
+
+        process.wait = wait_for_script
+        return process
+
+    monkeypatch.setattr(launch, "start", start_script)
     monkeypatch.setattr(launch, "can_fork", lambda: False)
-    monkeypatch.setattr(launch, "stage_command", lambda *_: waits)
+    return waits
+
+
+@pytest.mark.usefixtures("takes_ctrl_c")
+def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    begun = tmp_path / "begun"
+    program = "import sys, time; open(sys.argv[1], 'w'); time.sleep(600)"
+    monkeypatch.setattr(launch, "stage_command", lambda *_: [sys.executable, "-c", program, str(begun)])
+    signal_while_waiting(monkeypatch, signal.SIGINT, begun)
     run = RunDirectory(tmp_path)
     monkeypatch.setattr(commands, "step_command", lambda *_: launch.run_stage_script("step1_sft", run, 1))
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", str(tmp_path)])
@@ -157,15 +181,15 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, caps
         cli.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "\nrlhf-chat: stopped; the same command goes on.\n"
-    assert not processes_with(str(tmp_path))
+    assert not processes_with(str(begun))
 
 
-@pytest.mark.usefixtures("ctrl_c_soon")
+@pytest.mark.usefixtures("takes_ctrl_c")
 def test_ctrl_c_while_models_are_loaded_to_be_served(tmp_path, monkeypatch, capsys):
     from inference.chat_model import ChatModel
 
     (tmp_path / "config.json").write_text('{"architectures": ["OPTForCausalLM"]}')
-    monkeypatch.setattr(ChatModel, "load", lambda path: time.sleep(600))
+    monkeypatch.setattr(ChatModel, "load", lambda path: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "serve", str(tmp_path), "--port", "0"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import io
 import os
-import threading
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 from inference.errors import UserError
 from tests.ranks import run_ranks
-from training import roll_call
+from training import roll_call, shared_files
 from training import stage_script as stage
 from training.distributed import PATIENCE, is_lost_peer
 from training.roll_call import RollCall, named
@@ -35,16 +37,24 @@ def talk(ranks, directory: Path) -> dict:
     groups = [dist.new_group([0, 1]), deepspeed.comm.new_group([0, 1]), default]
     heard = io.StringIO()
     store = dist.distributed_c10d._get_default_store()
-    hasty = dataclasses.replace(ranks, roll_call=RollCall(ranks.rank, 2, dist.PrefixStore("hasty", store), long=0.3))
+    others = {} if ranks.is_first else {"long": 0.1}
+    hasty = dataclasses.replace(ranks, roll_call=RollCall(ranks.rank, 2, dist.PrefixStore("hasty", store), **others))
+    said = directory / "said"
+    hasty.roll_call._say = lambda what: (RollCall._say(hasty.roll_call, what), said.touch())
     with contextlib.redirect_stderr(heard):
-        hasty.barrier("in time")
-        time.sleep(2.0 if ranks.is_first else 0)
+        while ranks.is_first and not said.exists():
+            time.sleep(0.01)
         hasty.barrier("preparing the data")
-    file = directory / f"{ranks.rank}"  # the other one's shows late
-    threading.Timer(0.4 * ranks.rank, file.touch).start()
-    time.sleep(0.1)
-    begun = time.monotonic()
-    ranks.see(file)
+    file, pauses = directory / f"{ranks.rank}", []
+    if ranks.is_first:
+        file.touch()
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        file.touch()
+
+    with patch.object(shared_files.time, "sleep", pause):  # the other one's shows late
+        ranks.see(file)
     return {
         "gathered": [part.tolist() for part in gathered],
         "sum": ranks.sum(torch.tensor([1.0 + ranks.rank])).tolist(),
@@ -53,7 +63,7 @@ def talk(ranks, directory: Path) -> dict:
         "same_group": dist.group.WORLD is default,
         "timeouts": [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups],
         "log": heard.getvalue(),
-        "waited": time.monotonic() - begun,
+        "pauses": len(pauses),
     }
 
 
@@ -64,27 +74,34 @@ def test_two_processes(tmp_path):
         assert found["same_group"] and set(found["timeouts"]) == {PATIENCE.total_seconds()}
     assert first["on_first"] == [0, 1] and second["on_first"] == []
     assert timedelta(hours=12) <= PATIENCE
-    lines = second["log"].splitlines()
-    assert lines[0].startswith("rank 1 has waited 0 s for rank 0 (preparing the data)") and 1 < len(lines) < 5
-    assert first["log"] == "" and second["waited"] >= 0.2
+    assert re.match(r"rank 1 has waited \d+ s for rank 0 \(preparing the data\)$", second["log"].splitlines()[0])
+    assert first["log"] == "" and (first["pauses"], second["pauses"]) == (0, 1)
 
 
 def test_a_rank_that_gave_no_sign_of_life_ends_the_one_that_waits_for_it(monkeypatch, capsys):
-    ended = threading.Event()
-    monkeypatch.setattr(roll_call.os, "_exit", lambda code: ended.set() if code == roll_call.EXIT_LOST else None)
-    store = dist.HashStore()
-    calls = RollCall(0, 3, store, long=0.1, silence=0.3)
-    shared = dist.PrefixStore("roll call", store)
+    """With a clock that goes on when the thread that watches pauses."""
+    clock, codes, shared = [0.0], [], dist.PrefixStore("roll call", store := dist.HashStore())
+    watch = RollCall._watch
+    monkeypatch.setattr(roll_call, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(RollCall, "_watch", lambda calls: None)  # in a thread of its own
+    calls = RollCall(0, 3, store, long=60, silence=1800)
     shared.add("met/2", 1)
-    with calls.meeting("generation"):
-        for _ in range(10):  # rank 1 is late and alive
+
+    def pause(seconds: float) -> bool:
+        clock[0] += seconds
+        if clock[0] < 600:  # rank 1 is late and alive, and then it is not
             shared.add("alive/1", 1)
-            assert not ended.wait(0.06)
-        assert ended.wait(5.0)  # and then it is not
-    calls.stop()
-    said = capsys.readouterr().err
-    assert "rank 0 has waited 0 s for rank 1 (generation)" in said
-    assert "rank 0 ends: rank 1 gave no sign of life; the same command goes on" in said
+        return bool(codes)
+
+    monkeypatch.setattr(calls.over, "wait", pause)
+    monkeypatch.setattr(roll_call.os, "_exit", codes.append)
+    with calls.meeting("generation"):
+        calls.now.begun = 0.0
+        watch(calls)
+    assert codes == [roll_call.EXIT_LOST] and 600 + 1800 < clock[0] < 600 + 1800 + 10
+    waits = [f"rank 0 has waited {seconds} s for rank 1 (generation)" for seconds in (60, 120, 240, 480, 960, 1920)]
+    ends = "rank 0 ends: rank 1 gave no sign of life; the same command goes on"
+    assert capsys.readouterr().err.splitlines() == [*waits, ends]
 
 
 def test_many_ranks_are_counted():
@@ -92,10 +109,10 @@ def test_many_ranks_are_counted():
     assert named(list(range(20))) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
 
 
-def test_a_file_that_shows_late_is_waited_for_and_one_that_never_does_is_a_sentence(tmp_path):
+def test_a_file_that_shows_late_is_waited_for_and_one_that_never_does_is_a_sentence(tmp_path, monkeypatch):
     late = tmp_path / "late"
-    threading.Timer(0.2, late.touch).start()
-    wait_until_seen(late, seconds=5)
+    monkeypatch.setattr(shared_files.time, "sleep", lambda seconds: late.touch())
+    wait_until_seen(late)
     with pytest.raises(UserError, match=r"does not see .*never, .* file system that all nodes share"):
         wait_until_seen(tmp_path / "never", seconds=0.1)
 

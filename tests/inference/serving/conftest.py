@@ -1,7 +1,7 @@
 """A server of a tiny model in this process, on a free port."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from inference.chat_model import ChatModel
 from inference.generation.sample import SamplingSettings
 from inference.serving.app import create_app
-from inference.serving.lane import Lane
+from inference.serving.lane import Lane, Told
 from inference.serving.listener import bind
 from inference.serving.server import Server
 from inference.serving.service import Limits, Service
@@ -48,11 +48,11 @@ def serving(service: Service, grace: float = 5.0, connections: int | None = None
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        assert is_ready.wait(20)
+        assert is_ready.wait(60)
         yield Served(url, service, server)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -77,24 +77,23 @@ def served(tiny_model_directory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def slowly(monkeypatch) -> None:
-    """Each step of generation takes 20 ms."""
-    step = Lane.step
-
-    def slow_step(lane: Lane):
-        threading.Event().wait(0.02)
-        return step(lane)
-
-    monkeypatch.setattr(Lane, "step", slow_step)
+def go(monkeypatch) -> threading.Event:
+    """Until it is set, a model with all slots taken draws nothing."""
+    return hold(monkeypatch, lambda lane: lane.running == lane.slots)
 
 
 @pytest.fixture
-def go(monkeypatch) -> threading.Event:
-    """Until it is set, a model with all slots taken draws nothing."""
+def endless(monkeypatch) -> None:
+    """A model draws nothing while an answer of 30 tokens is there, so that none comes to its end by itself."""
+    hold(monkeypatch, lambda lane: any(len(sample.response_ids) >= 30 for sample in lane.decoding.unfinished))
+
+
+def hold(monkeypatch, when: Callable[[Lane], bool]) -> threading.Event:
+    """A model draws nothing `when` it is so, until the event is set."""
     step, go = Lane.step, threading.Event()
 
-    def held_step(lane: Lane):
-        if lane.running < lane.slots or go.is_set():
+    def held_step(lane: Lane) -> Told:
+        if go.is_set() or not when(lane):
             return step(lane)
         go.wait(0.01)
         return []

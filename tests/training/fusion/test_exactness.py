@@ -7,14 +7,18 @@ import torch
 from transformers import OPTForCausalLM, OPTForSequenceClassification
 
 from benchmarks import work
-from benchmarks.work import Size
+from benchmarks.work import Lengths, Size
 from tests.ranks import run_ranks
+from training.fusion import choice
+from training.fusion.costs import Costs
 from training.rlhf_settings import FusionSettings
 
-LENGTHS = work.LENGTHS["skew"]  # 2 to 128 tokens
+LENGTHS = Lengths(longest=64, spread=0.8)  # from 5 tokens on
 ITERATIONS = 5
 # with 32 samples on 4 instances: 3 instances from 24 on, 2 from 16, 1 from 8
 TAIL = {"mode": "inter", "threshold": 24, "rows": 8}
+COSTS = Costs(rows=(1, 32), step=(1e-3, 4e-3), per_context=1e-6, prefill=(1e-3, 1e-5), score=(1e-3, 1e-5))
+"""In place of measured ones: what moves when follows from them, and with it how sums round."""
 WAYS = {
     "none": (FusionSettings(mode="none"), 1),
     "cache": (FusionSettings(**TAIL, move="cache"), 1),
@@ -46,6 +50,7 @@ def iterate_in_all_ways(ranks, directory):
     from training.step3_rlhf.rollout import Rollout
 
     learn = Rollout.learn
+    work.VOCABULARY_SIZE = 256
     if ranks.is_first:
         build_models(directory / "models")
     ranks.barrier()
@@ -54,7 +59,7 @@ def iterate_in_all_ways(ranks, directory):
     for way in WAYS_OF_SIZE[ranks.size]:
         fusion, tensor = WAYS[way]
         config = our_ppo.make_config("tiny", LENGTHS, "fp32", "fp32", iterations=ITERATIONS, threads=1)
-        config.seed = 5  # with 1, one of its draws lies where rounding tips it
+        config.seed = 16  # no draw of it lies within 1e-6 of the next token; sums that round otherwise move it by 1e-7
         config.rlhf.fusion, config.rlhf.generation_tensor_parallel = fusion, tensor
         config.rlhf.actor.learning_rate = config.rlhf.critic.learning_rate = 1e-4
         ppo = our_ppo.make_ppo(config, LENGTHS, directory / way, ranks)
@@ -71,7 +76,8 @@ def iterate_in_all_ways(ranks, directory):
             )
             return learn(rollout, experience)
 
-        with patch.object(Rollout, "learn", watched):
+        known = {"fit": lambda *measured: COSTS, "WRONG": -1.0}  # so the same in every run, however long it takes
+        with patch.object(Rollout, "learn", watched), patch.multiple(choice, **known):
             for number in range(1, 1 + (ITERATIONS if tensor == 1 else 2)):
                 ppo.iterate(number, check=False)
         weights = ppo.roles.actor.trained_weights() | {
@@ -88,16 +94,6 @@ def flat(weights):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_fusion_changes_nothing_but_the_time(size, tmp_path):
-    """Time decides what moves, so a sum may round otherwise and, in one run of dozens, tip a draw: not twice."""
-    (tmp_path / "first").mkdir()
-    (tmp_path / "second").mkdir()
-    try:
-        require_equal(size, tmp_path / "first")
-    except AssertionError:
-        require_equal(size, tmp_path / "second")
-
-
-def require_equal(size, tmp_path):
     found = run_ranks(__file__, "iterate_in_all_ways", size, tmp_path)[0]
     start = OPTForCausalLM.from_pretrained(tmp_path / "models" / "actor").state_dict()
     for way in WAYS_OF_SIZE[size]:

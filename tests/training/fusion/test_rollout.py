@@ -22,7 +22,7 @@ from training.fusion.rollout import FusedRollout, Place
 from training.fusion.timeline import Timeline
 from training.hybrid_engine.layout import Layout
 
-PATIENCE = 5.0
+PATIENCE = 60.0
 
 
 class Decoding:

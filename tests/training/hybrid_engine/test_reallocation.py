@@ -17,9 +17,10 @@ def gathered(ranks, shard, pieces, wholes):
 
     A second implementation: it knows nothing of cuts but that they are even (true of the families here).
     """
+    of_ranks = ranks.gather({piece.name: piece.local.detach().clone() for piece in pieces})
     joined = {}
     for piece in pieces:
-        parts = ranks.gather(piece.local.detach().clone())
+        parts = [of_rank[piece.name] for of_rank in of_ranks]
         shape = wholes[piece.name].shape
         cut = [dim for dim in range(len(shape)) if parts[0].shape[dim] != shape[dim]]
         if not cut:
@@ -33,11 +34,8 @@ def gathered(ranks, shard, pieces, wholes):
 def whole_weights(model):
     from training.hybrid_engine.deepspeed_setup import deepspeed
 
-    wholes = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            wholes[name] = parameter.detach().clone()
-    return wholes
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def batch(ranks, seed):

@@ -45,13 +45,11 @@ def prompts():
     return [torch.randint(4, 101, (1 + i % 6,), generator=generator) for i in range(SAMPLES)]
 
 
-def generate(ranks, engine, part, layout, slots, greedy=False, tokens=12):
+def generate(ranks, model, layout, slots, greedy=False, tokens=12):
     """Every sample, from the groups that drew them: {index: [tokens, log-probabilities]}."""
     from inference.generation.engine import GenerationEngine
     from inference.generation.sample import SamplingKey, SamplingSettings
-    from training.hybrid_engine.generation_view import GenerationView
 
-    model = GenerationView(engine, part).refresh()
     settings = SamplingSettings(max_tokens=tokens, temperature=0 if greedy else 1.0)
     mine = range(layout.data_rank(ranks.rank), SAMPLES, layout.data)
     drawn = GenerationEngine(model, END, PAD, slots).generate(
@@ -87,6 +85,7 @@ def plain_logprobs(family, engine, samples):
 
 
 def generate_everywhere(ranks, directory):
+    from training.hybrid_engine.generation_view import GenerationView
     from training.hybrid_engine.layout import Layout
     from training.hybrid_engine.reallocation import tensor_parallel_of
 
@@ -98,11 +97,10 @@ def generate_everywhere(ranks, directory):
         for seed in (1, 2):
             step(ranks, engine, seed)
         for degree, layout in layouts.items():
-            slots = 2 + 3 * degree
-            results[f"{family} zero{stage} tp{degree}"] = generate(ranks, engine, parts[degree], layout, slots)
+            model = GenerationView(engine, parts[degree]).refresh()
+            results[f"{family} zero{stage} tp{degree}"] = generate(ranks, model, layout, slots=2 + 3 * degree)
         if stage == ranks.size % 4:  # one stage for each number of ranks
-            layout, part = layouts[ranks.size], parts[ranks.size]
-            greedy = generate(ranks, engine, part, layout, 4, greedy=True)
+            greedy = generate(ranks, model, layout, slots=4, greedy=True)  # of the highest degree
             results[f"{family} greedy"] = [greedy, plain_logprobs(family, engine, greedy)]
     return results
 
@@ -122,9 +120,10 @@ def switch_a_hundred_times(ranks, directory):
         for number in range(SWITCHES):
             for engine in (switching, straight):
                 step(ranks, engine, number)
-            generate(ranks, switching, part, layout, slots=SAMPLES, tokens=2)
+            model = view.refresh()
+            generate(ranks, model, layout, slots=SAMPLES, tokens=2)
             wholes = whole_weights(switching.language_model)
-            joined = gathered(ranks, view.refresh(), view.reallocation.pieces, wholes)
+            joined = gathered(ranks, model, view.reallocation.pieces, wholes)
             equal += all(torch.equal(joined[name], whole) for name, whole in wholes.items())
         final = whole_weights(straight.language_model)
         results[str(dtype)] = [equal, all(torch.equal(wholes[name], whole) for name, whole in final.items())]

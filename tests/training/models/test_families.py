@@ -117,9 +117,9 @@ class Meeting:
 
     def exchange(self, rank: int, part: Tensor) -> list[Tensor]:
         self.parts[rank] = part.clone()
-        self.barrier.wait(20)
+        self.barrier.wait(120)
         parts = list(self.parts)
-        self.barrier.wait(20)
+        self.barrier.wait(120)
         return parts
 
 

@@ -51,10 +51,10 @@ def test_a_resumed_run_chooses_the_same():
 def test_of_a_million_prompts_those_of_an_iteration_are_chosen_at_once():
     ppo = SimpleNamespace(settings=RLHFSettings(prompts_per_iteration=256), order=Epochs(1_000_000, "3/prompts"))
     PPO.choose_prompts(ppo, 1)  # shuffles the epoch: once in some 4,000 iterations
-    begun = time.perf_counter()
+    begun = time.process_time()
     for number in range(2, 102):
         PPO.choose_prompts(ppo, number)
-    assert (time.perf_counter() - begun) / 100 < 0.005
+    assert (time.process_time() - begun) / 100 < 0.005
 
 
 def draws(samples: int, updates: int, **settings) -> list[list[int]]:
