@@ -11,7 +11,6 @@ from applications.report_table import comparison_table, reward_accuracy_line
 from inference.errors import typed
 from training.config import RunConfig
 from training.data.rows import read_rows, require_rows
-from training.distributed import require_gpus
 from training.inputs import changed_inputs
 from training.metrics import WARNING, Display, duration
 from training.run_directory import RunDirectory
@@ -67,9 +66,9 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
 
 
 def look_at_processes(processes: int, display: Display) -> None:
-    """Raise UserError where there are GPUs but too few; more processes than cores only cost time, so that is said."""
-    require_gpus(processes)
+    """Raise UserError where so many cannot be; more than there are cores only cost time, so that is said."""
     machine = Machine.here()
+    machine.require_room(processes)
     if not machine.gpus and processes > machine.cores:
         display.say(
             f"Warning: {processes} processes share {machine.cores} core{'s' * (machine.cores > 1)} and wait for each "

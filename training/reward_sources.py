@@ -206,7 +206,7 @@ def sentences(what: str) -> Iterator[None]:
     """What the user's code inside raises becomes RewardFailed, its traceback a note; Ctrl-C stays what it is."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:  # SystemExit would end the run without a word
         raised = RewardFailed(f"{what} ({reason_of(error)}); correct it and give the command again.")

@@ -122,7 +122,7 @@ def test_stop_frees_the_slots(page, served, endless):
     page.press("#message", "Enter")
     expect(page.locator(".answer .text").first).to_have_text(re.compile(".{6}", re.DOTALL))
     page.keyboard.press("Escape")
-    expect(page.locator("#send")).to_be_enabled(timeout=2000)
+    expect(page.locator("#send")).to_be_enabled()
     expect(page.locator("#message")).to_be_focused()
 
 
@@ -167,7 +167,7 @@ def test_each_chat_has_a_seed_of_its_own_unless_it_is_kept(page, served):
     assert page.input_value("#seed") != "5"
 
 
-def test_a_reload_loses_nothing_and_tabs_keep_apart(page, served, slowly):
+def test_a_reload_loses_nothing_and_tabs_keep_apart(page, served, endless):
     open_page(page, served.url, temperature=2, seed=1, max_tokens=20, system="Be brief.")
     ask(page, "One")
     page.fill("#max_tokens", "200")
