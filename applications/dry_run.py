@@ -12,6 +12,7 @@ from pathlib import Path
 
 from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, size, verdict
+from inference.redaction import redacted
 from inference.screen import USUAL_COLUMNS, columns
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
@@ -138,7 +139,7 @@ def _rewards(rlhf: RLHFSettings) -> list[str]:
     weights = rlhf.reward_weights
     found = [_frozen(rlhf.reward, rlhf.scoring_tensor_parallel.reward)] if rlhf.has_reward_model else []
     found += [f"{weights.function:g} x {rlhf.reward_function}"] if rlhf.reward_function and weights.function else []
-    found += [f"{weights.url:g} x {rlhf.reward_url}"] if rlhf.reward_url and weights.url else []
+    found += [f"{weights.url:g} x {redacted(rlhf.reward_url)}"] if rlhf.reward_url and weights.url else []
     return found
 
 

@@ -22,6 +22,7 @@ from rich.progress import (
 from inference.console import PrintableConsole
 from inference.disk import GO_ON, writing
 from inference.errors import UserError
+from inference.redaction import redacted
 from inference.streams import printable
 from training.run_directory import write_text
 
@@ -97,6 +98,7 @@ class Display:
         self.console = PrintableConsole(file=sys.stdout, soft_wrap=True, highlight=False)
 
     def say(self, line: str) -> None:
+        line = redacted(line)
         if not self.quiet:
             self.console.print(line, markup=False)
             if self.log is not None:

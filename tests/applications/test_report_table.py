@@ -194,5 +194,5 @@ def test_on_a_narrow_terminal_figures_stay_whole_and_answers_stand_below_each_ot
         text = comparison_table(run)
         assert all(cell_len(line) <= width for line in text.splitlines())
         assert all(re.search(rf"(?<![\d.]){re.escape(value)}(?![\d.])", text) for value in ("-0.250", "0.875", "31.3"))
-        assert ("prompt: How are 你好 you today, my" in text) == (width < 60)
+        assert ("prompt: How are" in text) == (width < 60)
         assert "世界" in text
