@@ -145,12 +145,13 @@ def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:
 
 
 def parse_steps(text: str | None, config: RunConfig) -> list[Step]:
-    """`1,2` -> the first two steps of the run's method, in order and without repeats; all of them where None."""
+    """`1,2` or `sft,reward` -> steps of the run's method, in order and without repeats; all of them where None."""
     if text is None:
         return config.steps
     places = range(1, len(config.steps) + 1)
     try:
-        chosen = sorted({int(part) for part in text.split(",")})
+        names = {step.command: place for place, step in enumerate(config.steps, 1)}
+        chosen = sorted({names.get(part.strip()) or int(part) for part in text.split(",")})
     except ValueError:
         chosen = []
     if not chosen or not set(chosen) <= set(places):
