@@ -14,7 +14,7 @@ from training.run_directory import RunDirectory
 from training.steps import WRITING
 from training.trust import of_evaluation, require_yes
 
-JUDGES = ("true", "learned")
+JUDGES = ("true", "learned", "reward")
 WORDS = ("base", *(step.command for step in WRITING))
 
 

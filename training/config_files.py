@@ -147,6 +147,8 @@ def read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     below = values.pop("extends", None)
     if below is None:
         return values
+    if Path(str(below)).name != str(below):
+        raise UserError(f"{file} extends {below!r}: give the name of a file beside it, without its .yaml.")
     other = file.with_name(f"{below}.yaml")
     if other in (*extending, file):
         raise UserError(f"{file} extends {other}, which extends it: leave one of the two out.")

@@ -116,3 +116,10 @@ def test_plans_and_profiles_are_read_the_same_way(tmp_path):
 def test_no_preset_has_a_key_twice():
     for file in PRESETS.glob("*.yaml"):
         assert load_yaml(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("other", ["../private", "/etc/private", "a/b", "[1]", "''"])
+def test_a_file_extends_its_neighbours_alone(tmp_path, other):
+    (tmp_path / "a.yaml").write_text(f"extends: {other}\n")
+    with pytest.raises(UserError, match=r"give the name of a file beside it|There is no configuration file"):
+        read_yaml(tmp_path / "a.yaml")
