@@ -14,6 +14,7 @@ from training.run_directory import RunDirectory
 from training.steps import WRITING
 from training.trust import of_evaluation, require_yes
 
+JUDGES = ("true", "learned", "reward")
 WORDS = ("base", *(step.command for step in WRITING))
 
 
@@ -30,7 +31,7 @@ def evaluate(
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
     require_yes(run, of_evaluation(run, run.read_config(), judge), trusts)
-    options = {"--model": known(model), "--against": known(against), "--judge": judge}
+    options = {"--model": known(model), "--against": known(against), "--judge": known(judge, JUDGES)}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
     arguments += [] if seed is None else ["--seed", str(seed)]
@@ -49,14 +50,14 @@ def evaluate(
     print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
 
 
-def known(source: str) -> str:
+def known(source: str, words: tuple[str, ...] = WORDS) -> str:
     """A preset's model for its name; what else it is, is found out later. Raises UserError for what it cannot be."""
-    if not source or source in WORDS or Path(source).expanduser().exists():
+    if not source or source in words or Path(source).expanduser().exists():
         return source
     try:
         return settings_for_model(source)["model"]
     except UserError as error:
-        raise UserError(f"{error} Of the run itself: {', '.join(WORDS)}.") from None
+        raise UserError(f"{error} Of the run itself: {', '.join(words)}.") from None
 
 
 def file_name(model: str, against: str, judge: str, prompts: int, seed: int | None) -> str:

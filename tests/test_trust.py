@@ -217,7 +217,7 @@ def test_a_terminal_is_asked_once(run, monkeypatch, capsys):
         if is_yes:
             require_yes(run, uses, False)
         else:
-            with pytest.raises(UserError, match="--trust"):
+            with pytest.raises(UserError, match="Nothing was done"):
                 require_yes(run, uses, False)
     said = capsys.readouterr().err
     assert said.count("  run a.py\n  send to http://***@host\nDo you trust that?") == 4 and "secret" not in said

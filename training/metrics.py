@@ -113,12 +113,13 @@ class Display:
             columns: tuple[ProgressColumn, ...] = (
                 TextColumn("{task.description}"),
                 MofNCompleteColumn(),
-                TextColumn("left"),
                 TimeRemainingColumn(),
+                TextColumn("left"),
             )
             if self.console.width >= WIDE:
                 figures = TextColumn("{task.fields[text]}")
-                columns = (columns[0], BarColumn(), columns[1], TimeElapsedColumn(), *columns[2:], figures)
+                passed = TimeElapsedColumn(), TextColumn("passed")
+                columns = (columns[0], BarColumn(), columns[1], *passed, *columns[2:], figures)
             with Progress(*columns, console=self.console) as progress:
                 yield TerminalBar(progress, progress.add_task(name, total=total, completed=done, text=""))
         else:

@@ -6,7 +6,7 @@ from typing import Any
 from inference.errors import UserError
 from inference.redaction import redacted
 from training.config import EMBEDDED_DATA, RunConfig
-from training.config_files import load_config
+from training.config_files import as_typed, load_config
 from training.data.find_files import find_files
 from training.data.hub_sets import find_set
 from training.data.sources import parse_source
@@ -83,15 +83,15 @@ def refuse_secret(address: str) -> None:
 def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> None:
     """Raise UserError where settings differ that a run keeps for life."""
     refused = [
-        f"{key}: {old!r} there, {new!r} now"
+        f"{as_typed(key)}: {old!r} there, {new!r} now"
         for key, (old, new) in differences(stored.model_dump(), config.model_dump()).items()
         if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
     ]
     if refused:
         require_sources(config)
         raise UserError(
-            f"{run.path} was made with other settings ({', '.join(refused[:3])}); choose another --name, or give "
-            f"only the run directory to go on with its own settings."
+            f"{run.path} was made with other settings ({', '.join(refused[:3])}); give a new run another name, or "
+            f"leave these settings out to go on with the run's own."
         )
 
 

@@ -192,7 +192,7 @@ class Stage:
         write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows, "file": file})
         return Diverged(
             f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
-            f"{last}; the usual cure is a lower learning rate or dtype=fp32, in a run with another --name."
+            f"{last}; the usual cure is a lower learning rate or dtype=fp32, in a new run."
         )
 
 

@@ -49,8 +49,9 @@ def require_yes(run: RunDirectory, uses: Iterable[Use], trusts: bool) -> None:
     if not trusts and sys.stdin.isatty() and sys.stderr.isatty():
         lines = "".join(f"  {text}\n" for text in texts)
         print(f"{foreign}. This command would\n{lines}Do you trust that? [y/N] ", end="", file=sys.stderr, flush=True)
-        trusts = sys.stdin.readline().strip().lower() in ("y", "yes")
-    if not trusts:
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise UserError("Nothing was done. (--trust says yes beforehand.)")
+    elif not trusts:
         raise UserError(f"{foreign}; this command would {'; '.join(texts)}. If you trust that, say so with --trust.")
     remember(run, asked)
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from applications.evaluate import evaluate, file_name, known
+from applications.evaluate import JUDGES, evaluate, file_name, known
 from applications.report_table import evaluation_table
 from inference.errors import UserError
+from tests.pages import command_named
 
 MEASURES = {"kl": 0.0, "length": 5.0}
 
@@ -15,6 +16,13 @@ def test_files_are_named_by_what_was_asked():
     assert file_name("sft", "base", "", 0, None) == "sft-against-base"
     assert file_name("", "", "learned", 50, 3) == "model-by-learned-50-prompts-seed-3"
     assert file_name("runs/../other", "org/model", "", 0, None) == "runs_.._other-against-org_model"
+
+
+@pytest.mark.parametrize("judge", ["true", "learned", "reward"])
+def test_who_can_judge_is_what_the_help_says(judge):
+    assert known(judge, JUDGES) == judge
+    said = next(option.help for option in command_named("eval").params if option.name == "judge")
+    assert f"{judge} (" in said
 
 
 def test_words_stay_presets_become_models_and_the_rest_is_refused(tmp_path):
