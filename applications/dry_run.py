@@ -1,6 +1,6 @@
 """What a run would do, without doing it: nothing is written; weights, hub and data are not needed.
 
-Plain text of at most 100 columns (commands and paths may be longer).
+Plain text of at most 100 columns, or as many as the terminal has (paths may be longer).
 """
 
 import math
@@ -45,9 +45,9 @@ def dry_run(
         lines += ["", title, *settings, *_time(outlook, step), *_memory(outlook, step)]
     lines += ["", *_where(outlook, run_directory), "", "Commands"]
     if isinstance(launch_commands, dict):
-        lines += [f"  {shlex.join(launch_commands[step])}" for step in steps if step in launch_commands]
+        lines += [line for step in steps if step in launch_commands for line in shell_lines(launch_commands[step])]
     else:
-        lines.append(f"  {shlex.join(launch_commands)}")
+        lines += shell_lines(launch_commands)
     lines += ["", *wrap(f"Memory does not count {NOT_COUNTED}.")]
     if any(step.draws_samples for step in steps) and (warning := config.idle_warning(outlook.ranks)):
         lines += ["", *wrap(warning)]
@@ -250,6 +250,17 @@ def _dtype_name(outlook: Outlook) -> str:
 
 def _line(name: str, text: str) -> str:
     return f"  {name:<17}{text}"
+
+
+def shell_lines(command: Sequence[str]) -> list[str]:
+    """A command to copy: between its words it goes on in the next line, as a shell reads it."""
+    lines = [" "]
+    for word in map(shlex.quote, command):
+        if lines[-1].strip() and len(lines[-1]) + len(word) + len("  \\") > columns():
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return lines
 
 
 def wrap(text: str, indent: int = 0) -> list[str]:

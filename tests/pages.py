@@ -110,7 +110,7 @@ def mistake_of_rlhf_chat(arguments: list[str]) -> str:
             return f"no command {name}"
         command = command.commands[name]
         path.append(name)
-    if not arguments or arguments == ["--help"] or "..." in arguments:  # the command is only named
+    if not arguments or arguments in (["--help"], ["-h"]) or "..." in arguments:  # the command is only named
         return ""
     try:
         given = command.make_context(" ".join(path), list(arguments)).params
