@@ -60,6 +60,11 @@ def known(source: str, words: tuple[str, ...] = WORDS) -> str:
     try:
         return settings_for_model(source)["model"]
     except UserError as error:
+        if words is JUDGES:  # a preset's name is no way out
+            listed = ", ".join(words)
+            raise UserError(
+                f"There is no judge '{source}': --judge takes {listed}, or a reward model's directory or hub id."
+            ) from None
         raise UserError(f"{error} Of the run itself: {', '.join(words)}.") from None
 
 

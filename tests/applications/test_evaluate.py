@@ -8,6 +8,8 @@ from applications.evaluate import JUDGES, evaluate, file_name, known
 from applications.report_table import evaluation_table
 from inference.errors import UserError
 from tests.pages import command_named
+from training.config import RunConfig
+from training.run_directory import RunDirectory
 
 MEASURES = {"kl": 0.0, "length": 5.0}
 
@@ -63,3 +65,10 @@ def test_any_pair_has_its_names_in_the_table(tmp_path):
         in text
     )
     assert "No win rate" in text and "│ Hi? │ No. │ Yes! │" in text
+
+
+def test_a_judge_that_is_none_is_told_what_can_be_one(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_config(RunConfig(model="tiny"), {})
+    with pytest.raises(UserError, match="no judge 'upbeat': --judge takes true, learned, reward, or a reward model"):
+        evaluate(tmp_path, "", "", "upbeat", 0, None, False)
