@@ -30,7 +30,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy applications training inference
+	$(BIN)/mypy rlhf_chat applications training inference
 
 test: setup
 	$(MAKE) --jobs=2 lint pytest

@@ -74,7 +74,10 @@ def run(
     ] = None,
     steps: Annotated[
         str | None,
-        typer.Option(metavar="STEPS", help="Only some of the steps 1,2,3 (of dpo 1,2). Default: all."),
+        typer.Option(
+            metavar="STEPS",
+            help="Only some of the steps 1,2,3 (of dpo 1,2), or their names, as sft,reward. Default: all.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, what it takes and whether it fits; start nothing.")

@@ -89,8 +89,9 @@ def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: b
     require_one_command()
     require_loopback()
     with run.locked():
+        is_new = not run.config_file.exists()
         config = open_run(run, settings, trusts)
-        require_earlier_steps(run, config, steps)
+        require_earlier_steps(run, config, steps, is_new)
         run_pipeline(run, config, steps)
 
 
@@ -104,10 +105,17 @@ def require_one_command() -> None:
         )
 
 
-def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
+def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[Step], is_new: bool) -> None:
     """A step whose input is missing is refused before anything is started, with the command that makes it."""
     for earlier in STEPS:
         if earlier not in steps and any(earlier in config.earlier_steps(step) for step in steps):
+            if is_new:
+                option = "--reward-model" if earlier.leaves_scorer else "--sft-model"
+                raise UserError(
+                    f"{run.path} would be a new run, and step {steps[0].label} begins with the model of step "
+                    f"{earlier.label} ({earlier.title}): give a finished one with {option} MODEL, or train all steps "
+                    f"with rlhf-chat run."
+                )
             run.require_model(earlier)
 
 
@@ -137,12 +145,13 @@ def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:
 
 
 def parse_steps(text: str | None, config: RunConfig) -> list[Step]:
-    """`1,2` -> the first two steps of the run's method, in order and without repeats; all of them where None."""
+    """`1,2` or `sft,reward` -> steps of the run's method, in order and without repeats; all of them where None."""
     if text is None:
         return config.steps
     places = range(1, len(config.steps) + 1)
     try:
-        chosen = sorted({int(part) for part in text.split(",")})
+        names = {step.command: place for place, step in enumerate(config.steps, 1)}
+        chosen = sorted({names.get(part.strip()) or int(part) for part in text.split(",")})
     except ValueError:
         chosen = []
     if not chosen or not set(chosen) <= set(places):

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+import rlhf_chat  # noqa: F401  a script of ranks, too
 from applications.launch import run_on_ranks
 from applications.preset_store import settings_for_model
 from inference.chat_format import ChatFormat

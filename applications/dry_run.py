@@ -1,6 +1,6 @@
 """What a run would do, without doing it: nothing is written; weights, hub and data are not needed.
 
-Plain text of at most 100 columns (commands and paths may be longer), the same on a terminal and in a pipe.
+Plain text of at most 100 columns, or as many as the terminal has (paths may be longer).
 """
 
 import math
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, size, verdict
+from inference.redaction import redacted
+from inference.screen import USUAL_COLUMNS, columns
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
 from training.rlhf_settings import RLHFSettings
@@ -20,7 +22,6 @@ from training.steps import Step
 
 __all__ = ["check_fits", "dry_run"]
 
-COLUMNS = 100
 _PHASE_ORDER = {"": 0, LOADING: 1, "generation": 2, "training": 3, "saving": 4}
 
 
@@ -44,9 +45,9 @@ def dry_run(
         lines += ["", title, *settings, *_time(outlook, step), *_memory(outlook, step)]
     lines += ["", *_where(outlook, run_directory), "", "Commands"]
     if isinstance(launch_commands, dict):
-        lines += [f"  {shlex.join(launch_commands[step])}" for step in steps if step in launch_commands]
+        lines += [line for step in steps if step in launch_commands for line in shell_lines(launch_commands[step])]
     else:
-        lines.append(f"  {shlex.join(launch_commands)}")
+        lines += shell_lines(launch_commands)
     lines += ["", *wrap(f"Memory does not count {NOT_COUNTED}.")]
     if any(step.draws_samples for step in steps) and (warning := config.idle_warning(outlook.ranks)):
         lines += ["", *wrap(warning)]
@@ -138,7 +139,7 @@ def _rewards(rlhf: RLHFSettings) -> list[str]:
     weights = rlhf.reward_weights
     found = [_frozen(rlhf.reward, rlhf.scoring_tensor_parallel.reward)] if rlhf.has_reward_model else []
     found += [f"{weights.function:g} x {rlhf.reward_function}"] if rlhf.reward_function and weights.function else []
-    found += [f"{weights.url:g} x {rlhf.reward_url}"] if rlhf.reward_url and weights.url else []
+    found += [f"{weights.url:g} x {redacted(rlhf.reward_url)}"] if rlhf.reward_url and weights.url else []
     return found
 
 
@@ -193,7 +194,7 @@ def _time(outlook: Outlook, step: Step) -> list[str]:
         text += f" ({', '.join(f'{kind} {duration(s)}' for kind, s in expected.by_kind.items())})"
     if step.draws_samples:
         text += f", {duration(expected.seconds * outlook.config.rlhf.iterations)} in all"
-    lines = wrap(f"{text}, every row as long as it may be; rates: {expected.source}", COLUMNS - len(_line("", "")))
+    lines = wrap(f"{text}, every row as long as it may be; rates: {expected.source}", len(_line("", "")))
     return [_line("time", lines[0]), *(_line("", line) for line in lines[1:])]
 
 
@@ -251,5 +252,18 @@ def _line(name: str, text: str) -> str:
     return f"  {name:<17}{text}"
 
 
-def wrap(text: str, columns: int = COLUMNS) -> list[str]:
-    return textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False)
+def shell_lines(command: Sequence[str]) -> list[str]:
+    """A command to copy: between its words it goes on in the next line, as a shell reads it."""
+    lines = [" "]
+    for word in map(shlex.quote, command):
+        if lines[-1].strip() and len(lines[-1]) + len(word) + len("  \\") > columns():
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return lines
+
+
+def wrap(text: str, indent: int = 0) -> list[str]:
+    """Lines for a terminal, `indent` columns narrower."""
+    width = max(20, min(columns(), USUAL_COLUMNS) - indent)
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

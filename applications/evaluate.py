@@ -9,11 +9,12 @@ from applications.launch import run_stage_script
 from applications.preset_store import settings_for_model
 from applications.report_table import evaluation_table
 from inference.errors import UserError
-from inference.streams import json_text
+from inference.streams import show_json
 from training.run_directory import RunDirectory
 from training.steps import WRITING
 from training.trust import of_evaluation, require_yes
 
+JUDGES = ("true", "learned", "reward")
 WORDS = ("base", *(step.command for step in WRITING))
 
 
@@ -30,7 +31,7 @@ def evaluate(
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
     require_yes(run, of_evaluation(run, run.read_config(), judge), trusts)
-    options = {"--model": known(model), "--against": known(against), "--judge": judge}
+    options = {"--model": known(model), "--against": known(against), "--judge": known(judge, JUDGES)}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
     arguments += [] if seed is None else ["--seed", str(seed)]
@@ -45,18 +46,26 @@ def evaluate(
         result_file.parent.mkdir(exist_ok=True)
         run_stage_script("evaluation", run, 1, arguments, progress=sys.stderr if as_json else None)
     result = json.loads(result_file.read_text(encoding="utf-8"))
-    print(json_text(result) if as_json else evaluation_table(result, answers_file))
+    if as_json:
+        show_json(result)
+    else:
+        print(evaluation_table(result, answers_file))
     print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
 
 
-def known(source: str) -> str:
+def known(source: str, words: tuple[str, ...] = WORDS) -> str:
     """A preset's model for its name; what else it is, is found out later. Raises UserError for what it cannot be."""
-    if not source or source in WORDS or Path(source).expanduser().exists():
+    if not source or source in words or Path(source).expanduser().exists():
         return source
     try:
         return settings_for_model(source)["model"]
     except UserError as error:
-        raise UserError(f"{error} Of the run itself: {', '.join(WORDS)}.") from None
+        if words is JUDGES:  # a preset's name is no way out
+            listed = ", ".join(words)
+            raise UserError(
+                f"There is no judge '{source}': --judge takes {listed}, or a reward model's directory or hub id."
+            ) from None
+        raise UserError(f"{error} Of the run itself: {', '.join(words)}.") from None
 
 
 def file_name(model: str, against: str, judge: str, prompts: int, seed: int | None) -> str:

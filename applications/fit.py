@@ -15,6 +15,7 @@ from inference.families import config_of, require_supported_family
 from inference.model_files import require_usable
 from training.config import RunConfig
 from training.config_files import validate_config
+from training.distributed import require_gpus
 from training.memory import Place, Shape, StepMemory, estimate_step_memory
 from training.merging import merge
 from training.models.layers import keep_layers
@@ -28,6 +29,10 @@ CLUSTER_GPU = 80 * GIB
 """Memory of the GPUs that a way out speaks of where this machine has none."""
 DEGREES = (1, 2, 4, 8)
 """Tensor-parallel ones that a node of GPUs takes."""
+
+
+PROCESS_BYTES = 500 * 2**20
+"""What torch, transformers and DeepSpeed take in a process."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,16 @@ class Machine:
 
     def per_process(self, processes: int) -> int:
         return min(memory for _, memory in self.gpus) if self.gpus else self.memory // processes
+
+    def require_room(self, processes: int) -> None:
+        """Raise UserError where so many processes cannot be: without a GPU, or memory for the libraries, of each."""
+        require_gpus(processes)
+        most = self.memory // PROCESS_BYTES
+        if processes > most:
+            raise UserError(
+                f"{processes} processes take {size(processes * PROCESS_BYTES)} before any model, and this machine has "
+                f"{size(self.memory)}: use --processes {most} at most."
+            )
 
     def __str__(self) -> str:
         gpus = f", {len(self.gpus)} x {self.gpus[0][0]} with {size(self.gpus[0][1])}" if self.gpus else ", no GPU"

@@ -13,7 +13,13 @@ from typing import Any, TextIO
 
 OF_FIRST_ENGINE = "deepspeed.runtime.zero.muon.muon_optimizer"
 """DeepSpeed imports it with the first engine, and with it torch's compiler, which takes seconds."""
-LIBRARIES = ["training.stage_script", "training.hybrid_engine.zero_engine", "training.step3_rlhf.ppo", OF_FIRST_ENGINE]
+LIBRARIES = [
+    "rlhf_chat",
+    "training.stage_script",
+    "training.hybrid_engine.zero_engine",
+    "training.step3_rlhf.ppo",
+    OF_FIRST_ENGINE,
+]
 
 
 def can_fork() -> bool:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import training
 from applications.forking import ForkedScript, can_fork
 from inference.errors import EXIT_USER_ERROR, UserError, typed
+from rlhf_chat import HOME
 from training.error_report import room_for_report
 from training.run_directory import RunDirectory
 from training.starts import COMMAND_VARIABLE
@@ -47,7 +47,7 @@ STEP_OF_SCRIPT = {step.folder: step for step in STEPS}
 
 def stage_command(script: str, run: Path, processes: int, arguments: Sequence[str] = ()) -> list[str]:
     """The command line that runs a stage script in `processes` processes on this machine."""
-    file = Path(training.__file__).parent / SCRIPTS[script]
+    file = HOME / "training" / SCRIPTS[script]
     if processes == 1:
         return [sys.executable, str(file), str(run), *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -100,7 +100,7 @@ def start(command: list[str], forks: bool, progress: TextIO | None, log: TextIO)
 
 
 def child_environment() -> dict[str, str]:
-    """PYTHONSAFEPATH keeps a `training` or `inference` folder of the user's working directory out of the imports.
+    """PYTHONSAFEPATH keeps what lies in the user's working directory out of the imports.
 
     What another launcher has set around this command (a cluster's job) is not for the processes that it starts.
     """

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from inference.model_store import cache_directory
+from inference.redaction import redacted
 from training.versions import PACKAGES, processor, versions
 
 State = Literal["ok", "warning", "impossible"]
@@ -276,11 +277,10 @@ def check_hub() -> Check:
 
     if constants.HF_HUB_OFFLINE:
         return Check("hub", "warning", "HF_HUB_OFFLINE is set, so the hub is not asked: unset it to load models")
+    address = redacted(constants.ENDPOINT)
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
     except Exception as error:  # of the hub's HTTP library
-        text = (
-            f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}): check network and proxy (HTTPS_PROXY), "
-        )
+        text = f"{address} cannot be reached ({type(error).__name__}): check network and proxy (HTTPS_PROXY), "
         return Check("hub", "warning", f"{text}set HF_ENDPOINT to a mirror, or use --model DIR")
-    return Check("hub", "ok", f"{constants.ENDPOINT} answers")
+    return Check("hub", "ok", f"{address} answers")

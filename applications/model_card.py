@@ -19,7 +19,7 @@ from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_
 from inference.streams import printable
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.evaluation.guard_rails import guard_signs, verdict
-from training.lineage import base_model, origin_of
+from training.lineage import base_model, origin_of, sources_of, trace
 from training.metrics import duration
 from training.run_directory import RunDirectory
 from training.starts import versions_of
@@ -51,7 +51,11 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         lstrip_blocks=True,
         finalize=plain,
     )
+    from inference.chat_format import ChatFormat
+    from inference.template_check import scored_otherwise
+
     step = exported.step
+    chat_format = ChatFormat.load(place if step.leaves_scorer else run.step(step).model)
     comparison = run.read_comparison(step if step.compared_with else run.last_step)
     evaluation = None if step.leaves_scorer else comparison
     values = json.loads((run.step(step).model / "config.json").read_text(encoding="utf-8"))
@@ -68,7 +72,8 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         scale=values.get("score_scale", 1.0),
         pads_right=values["model_type"] in ABSOLUTE_POSITIONS,
         aim=aim_of(step),
-        reading=reading_of(place) if step.leaves_scorer else "",
+        reading=scored_otherwise(chat_format) if step.leaves_scorer else "",
+        content=lambda text: Markup(json.dumps(chat_format.template.as_read(text))),
         is_read_by_older=values["model_type"] in READ_BY_OLDER and has_old_names(exported.lies_on or place),
         data=data_text(config),
         path=", ".join(each.title for each in steps_to(step)),
@@ -77,6 +82,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         names=list(pair_of(evaluation).values()) if evaluation else [],
         measures=table_rows(evaluation) if evaluation else [],
         accuracy=accuracy_line(run, comparison) if REWARD in steps_to(step) else "",
+        trained_elsewhere=trained_elsewhere(config, evaluation),
         verdict=verdict,
         bad=[s.text for s in guard_signs(comparison, *pair_of(comparison)) if not s.is_good] if comparison else [],
         versions=versions_of(run, step, stored.get("versions", {})),
@@ -123,14 +129,6 @@ def aim_of(step: Step) -> str:
     return "give the answers that its preference data call better"
 
 
-def reading_of(model: Path) -> str:
-    """How a reward model's template writes a finished dialogue otherwise than it was trained; '' if it does not."""
-    from inference.chat_format import ChatFormat
-    from inference.template_check import scored_otherwise
-
-    return scored_otherwise(ChatFormat.load(model))
-
-
 def is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
@@ -151,6 +149,15 @@ def data_text(config: RunConfig) -> str:
 
 def steps_to(step: Step) -> tuple[Step, ...]:
     return METHODS[step.method] if step.method else (step,)
+
+
+def trained_elsewhere(config: RunConfig, evaluation: Mapping[str, Any] | None) -> list[str]:
+    """What the evaluation says of other runs that the models went through, with names for their paths."""
+    sentences = evaluation.get("trained_elsewhere", []) if evaluation else []
+    origins, unknown = trace(sources_of(config))
+    for path in sorted([*(str(origin.run.path) for origin in origins), *unknown], key=len, reverse=True):
+        sentences = [sentence.replace(path, public_name(path)) for sentence in sentences]
+    return sentences
 
 
 def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[str, str, str]]:

@@ -10,8 +10,7 @@ from applications.launch import run_stage_script
 from applications.report_table import comparison_table, reward_accuracy_line
 from inference.errors import typed
 from training.config import RunConfig
-from training.data.rows import read_rows, require_rows
-from training.distributed import require_gpus
+from training.data.rows import read_rows
 from training.inputs import changed_inputs
 from training.metrics import WARNING, Display, duration
 from training.run_directory import RunDirectory
@@ -27,7 +26,7 @@ def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
 def left_out(config: RunConfig, step: Step) -> str:
     """Why a step is not needed; empty where it is."""
     if given := config.given_model(step):
-        return f"{given} is used instead ({step.given_by})"
+        return f"{given} is used instead"
     return "no reward model is used (rlhf.reward_weights.model=0)" * (
         step is REWARD and not config.rlhf.has_reward_model
     )
@@ -50,8 +49,6 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
         display.say("Preparing models and data")
         run_stage_script("preparation", run, 1, [step.command for step in steps if not run.step(step).is_finished])
         display.say(f"Prepared in {duration(time.monotonic() - begun)}")
-        for step in steps:
-            require_rows(run.data, step)
     training_seconds = 0.0
     for step in steps:
         training_seconds += run_step(run, config, step, display)
@@ -67,9 +64,9 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
 
 
 def look_at_processes(processes: int, display: Display) -> None:
-    """Raise UserError where there are GPUs but too few; more processes than cores only cost time, so that is said."""
-    require_gpus(processes)
+    """Raise UserError where so many cannot be; more than there are cores only cost time, so that is said."""
     machine = Machine.here()
+    machine.require_room(processes)
     if not machine.gpus and processes > machine.cores:
         display.say(
             f"Warning: {processes} processes share {machine.cores} core{'s' * (machine.cores > 1)} and wait for each "

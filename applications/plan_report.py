@@ -1,11 +1,11 @@
 """What `rlhf-chat plan` shows: a table and a Gantt picture as text, all of it as JSON, the picture as SVG."""
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from applications.plan_request import Outcome, Request
+from inference.screen import columns
 from training.gantt import Bar, Panel, gantt_svg
 from training.planner.estimate import Estimate
 from training.planner.hardware import GIB
@@ -14,7 +14,7 @@ from training.planner.search import Progress
 from training.planner.simulate import Interval
 
 COLUMNS = 72
-"""Of the Gantt picture."""
+"""Of the Gantt picture, where the terminal has so many."""
 MENTIONED = 0.05
 """Seconds from which on what lies between the calls gets a line."""
 LETTERS = {
@@ -72,39 +72,51 @@ def plan_table(request: Request, outcome: Outcome) -> list[str]:
     found = outcome.found
     assert found is not None
     lines = [f"{outcome.name}:" + (f" DOES NOT FIT. {outcome.why_not}" if outcome.why_not else "")]
-    lines.append(
-        f"  {'call':16} {'ranks':>9} {'data':>5} {'tensor':>6} {'stages':>6} {'ZeRO':>5} {'micro':>6} {'seconds':>8}"
-    )
+    rows: list[tuple[str, ...]] = [("call", "ranks", "data", "tensor", "stages", "ZeRO", "micro", "seconds", "")]
     for node in found.nodes:
         if node.kind != "call":
             continue
         assignment = found.plan[node.name]
         layout = assignment.layout
-        lines.append(
-            f"  {node.name:16} {mesh_text(layout.mesh):>9} {layout.data:5} {layout.tensor:6} {layout.pipeline:6} "
-            f"{layout.zero_stage:5} {assignment.micro_batches:6} {node.seconds:8.2f}"
-            + ("  waits in host memory between uses" if assignment.offload else "")
-        )
+        degrees = (layout.data, layout.tensor, layout.pipeline, layout.zero_stage, assignment.micro_batches)
+        waits = "waits in host memory between uses" if assignment.offload else ""
+        rows.append((node.name, mesh_text(layout.mesh), *map(str, degrees), f"{node.seconds:.2f}", waits))
+    lines += table(rows, (16, 9, 5, 6, 6, 5, 6, 8))
     between = [node for node in found.nodes if node.kind != "call" and node.seconds >= MENTIONED]
-    lines += [f"  {node.name:58} {node.seconds:7.2f}" for node in between]
+    lines += [f"  {node.name:{min(58, max(0, columns() - 11))}} {node.seconds:7.2f}" for node in between]
     return lines
+
+
+def table(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
+    """Lines of texts, all but the first and the last to the right; where they have no room, a sentence a row."""
+    head, *rest = rows
+    if sum(widths) + len(widths) + 1 > columns():
+        figures = [[f"{name} {text}" for name, text in zip(head[1:], row[1:], strict=True) if text] for row in rest]
+        return [f"  {row[0]}: {', '.join(shown).strip()}" for row, shown in zip(rest, figures, strict=True)]
+    aligned = (
+        [f"{row[0]:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(row[1:-1], widths[1:], strict=True))]
+        for row in rows
+    )
+    return [f"  {' '.join(line)}  {row[-1]}".rstrip() for line, row in zip(aligned, rows, strict=True)]
 
 
 def summary(request: Request, outcomes: Sequence[Outcome]) -> list[str]:
     """Seconds of an iteration, memory, hours and cost of the run, plan by plan."""
-    price = "" if request.price is None else f" {'cost':>10}"
-    lines = [f"{'plan':16} {'s/iteration':>11} {'memory, GiB':>12} {'hours':>8}{price}"]
+    price = () if request.price is None else ("cost",)
+    rows: list[tuple[str, ...]] = [("plan", "s/iteration", "GiB of memory", "hours", *price, "")]
     for outcome in outcomes:
         if outcome.found is None:
             continue
         memory = f"{outcome.found.peak_bytes / GIB:.1f} of {request.cluster.usable_memory / GIB:.0f}"
         cost, seconds = request.cost(outcome.found), outcome.found.iteration_seconds
-        lines.append(
-            f"{outcome.name:16} {seconds:11.1f} {memory:>12} {request.hours(outcome.found):8.1f}"
-            + ("" if cost is None else f" {cost:10.0f}")
-            + ("  does not fit" if outcome.why_not else "")
+        figures = (
+            f"{seconds:.1f}",
+            memory,
+            f"{request.hours(outcome.found):.1f}",
+            *([] if cost is None else [f"{cost:.0f}"]),
         )
-    return lines
+        rows.append((outcome.name, *figures, "does not fit" if outcome.why_not else ""))
+    return table(rows, (16, 11, 13, 8, 10)[: len(rows[0]) - 1])
 
 
 def rows_of(found: Estimate) -> dict[str, list[Interval]]:
@@ -125,17 +137,18 @@ def gantt_text(found: Estimate) -> list[str]:
     rows = rows_of(found)
     start = min(i.start for intervals in rows.values() for i in intervals)
     end = max(i.end for intervals in rows.values() for i in intervals)
-    scale = COLUMNS / (end - start)
     width = max(map(len, rows))
+    room = max(8, min(COLUMNS, columns() - width - 5))
+    scale = room / (end - start)
     lines = []
     for label, intervals in rows.items():
-        line = ["."] * COLUMNS
+        line = ["."] * room
         for interval in intervals:
             letter = LETTERS.get(interval.node.name) or OTHER.get(interval.node.kind, "?")
             first, last = int((interval.start - start) * scale), int((interval.end - start) * scale)
             if interval.node.seconds > 0:
                 line[first : max(last, first + 1)] = letter * (max(last, first + 1) - first)
-        lines.append(f"  {label:{width}} |{''.join(line[:COLUMNS])}|")
+        lines.append(f"  {label:{width}} |{''.join(line[:room])}|")
     shown = {interval.node.name for intervals in rows.values() for interval in intervals}
     names = ", ".join(f"{letter} {name}" for name, letter in LETTERS.items() if name in shown)
     return [*lines, f"  {end - start:.1f} s. {names}, > reallocation, ^ load from the host"]
@@ -160,17 +173,14 @@ def as_svg(outcomes: Sequence[Outcome]) -> str:
     return gantt_svg(panels, COLOURS)
 
 
-def as_json(request: Request, outcomes: Sequence[Outcome]) -> str:
-    return json.dumps(
-        {
-            "gpu": request.cluster.device.name,
-            "nodes": request.cluster.nodes,
-            "gpus_per_node": request.cluster.devices_per_node,
-            "iterations": request.config.rlhf.iterations,
-            "plans": [plan_data(request, outcome) for outcome in outcomes],
-        },
-        indent=2,
-    )
+def as_data(request: Request, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return {
+        "gpu": request.cluster.device.name,
+        "nodes": request.cluster.nodes,
+        "gpus_per_node": request.cluster.devices_per_node,
+        "iterations": request.config.rlhf.iterations,
+        "plans": [plan_data(request, outcome) for outcome in outcomes],
+    }
 
 
 def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from training.planner.cost import CallCosts
 from training.planner.estimate import Estimate
 from training.planner.footprint import Footprints
 from training.planner.graph import DataflowGraph
-from training.planner.hardware import Cluster
+from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
 from training.planner.workload import Precision, Workload
 
@@ -96,6 +96,8 @@ def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
     if gpu == THIS_MACHINE or gpu.endswith((".yaml", ".yml")):
         profile = read_profile(profile_file(gpus_per_node or 0) if gpu == THIS_MACHINE else Path(gpu))
         return replace(profile.cluster, nodes=nodes, devices_per_node=gpus_per_node or profile.ranks)
+    if gpu not in DEVICES:
+        raise UserError(f"--gpu takes {', '.join(DEVICES)}, {THIS_MACHINE} or a profile's YAML file, not '{gpu}'.")
     return Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE).without_controller
 
 

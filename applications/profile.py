@@ -5,17 +5,21 @@ from pathlib import Path
 from applications.files import write_text
 from applications.fit import Machine, size
 from applications.launch import run_on_ranks
-from inference.errors import typed
-from training.distributed import require_gpus
+from inference.errors import UserError, typed
 from training.planner.hardware import ACHIEVED_BANDWIDTH
 from training.planner.machine import MachineProfile, profile_file
 
 
 def profile_command(processes: int | None, out: Path | None) -> None:
-    """Raises UserError for more processes than GPUs."""
-    gpus = len(Machine.here().gpus)
-    ranks = processes or gpus or 1
-    require_gpus(ranks)
+    """Raises UserError for more processes than GPUs, or cores where there are none."""
+    machine = Machine.here()
+    ranks = processes or len(machine.gpus) or 1
+    machine.require_room(ranks)
+    if not machine.gpus and ranks > machine.cores:
+        raise UserError(
+            f"{ranks} processes would wait for each other on {machine.cores} cores: use --processes {machine.cores} at "
+            "most."
+        )
     print(f"Measuring with {ranks} process{'es' * (ranks > 1)}; other work spoils the figures.", flush=True)
     import training.planner.profile as script
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from inference.screen import columns
 from training.data.rows import read_rows
 from training.evaluation.guard_rails import Sign, guard_signs, verdict
 from training.metrics import Journal
@@ -30,6 +31,8 @@ ROWS = (
     ("perplexity of demonstrations", "perplexity_demonstrations", "{:z.1f}"),
 )
 SHOWN_ANSWERS = 6
+NARROWEST = 20
+"""Columns of the terminal for each text that stands beside others."""
 SFT_AND_RLHF = {"sft": "SFT", "rlhf": "RLHF"}
 
 
@@ -54,9 +57,9 @@ def shown(value: float, form: str) -> str:
     return form.format(value) if abs(value) < 1e6 else f"{value:.1e}"
 
 
-def comparison_table(run: RunDirectory, width: int = 100, step: Step = PPO) -> str:
+def comparison_table(run: RunDirectory, width: int = 0, step: Step = PPO) -> str:
     """A run's own evaluation as text: what is out of bounds, reward accuracy, SFT beside RLHF or DPO, win rate and
-    sample answers.
+    sample answers. `width` 0 is that of the terminal.
     """
     _, answers_file = run.comparison_of(step)
     result = run.read_comparison(step) or {}
@@ -68,12 +71,12 @@ def comparison_table(run: RunDirectory, width: int = 100, step: Step = PPO) -> s
 
 
 def evaluation_table(
-    result: dict[str, Any], answers_file: Path, accuracy: str = "", width: int = 100, training: Sequence[Sign] = ()
+    result: dict[str, Any], answers_file: Path, accuracy: str = "", width: int = 0, training: Sequence[Sign] = ()
 ) -> str:
     """What an evaluation found, as text. `accuracy` is step 2's own line, for where nothing newer was measured;
     `training` says what the training showed.
     """
-    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console = Console(file=io.StringIO(), width=width or columns(), highlight=False)
     console.print()
     if bad := [sign.text for sign in (*training, *guard_signs(result, *pair_of(result))) if not sign.is_good]:
         console.print(f"Out of bounds: {'; '.join(bad)}. Read the answers before the win rate.", markup=False)
@@ -91,9 +94,11 @@ def evaluation_table(
     names = list(pair_of(result).values())
     table = Table()
     table.add_column("")
-    for name in names:
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for row in table_rows(result):
+    rows = table_rows(result)
+    for number, name in enumerate(names, 1):  # figures stay whole
+        widest = max((len(row[number]) for row in rows), default=None)
+        table.add_column(Text(name), justify="right", overflow="fold", min_width=widest)
+    for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
     if "win_rate" in result:
@@ -151,10 +156,16 @@ def measured_accuracy_line(who: str, found: dict[str, Any]) -> str:
 
 
 def print_answers(console: Console, pair: Mapping[str, str], file: Path) -> None:
+    """Side by side, or one below the other where words have no room beside others."""
+    names = ("prompt", *pair.values())
+    rows = [(row["prompt"][-1]["content"], *(row[key] for key in pair)) for row in read_rows(file)[:SHOWN_ANSWERS]]
+    if console.width < len(names) * NARROWEST:
+        for texts in rows:
+            console.print(*(Text(f"{name}: {text}") for name, text in zip(names, texts, strict=True)), "", sep="\n")
+        return
     table = Table(show_lines=True)
-    for name in ("prompt", *pair.values()):
+    for name in names:
         table.add_column(Text(name), overflow="fold")
-    for row in read_rows(file)[:SHOWN_ANSWERS]:
-        texts = (row["prompt"][-1]["content"], *(row[key] for key in pair))
+    for texts in rows:
         table.add_row(*map(Text, texts))  # no markup in them
     console.print(table)

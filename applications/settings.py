@@ -34,7 +34,8 @@ def resolve_settings(
         return found_from_anywhere(load_config([], overrides or [], stored, given))
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [option_of(key) for key in given])
-        raise UserError(f"{options} needs --model or --config as well: say which model the run is for.")
+        new = f"{run.path} would be a new run, so " if run is not None else ""
+        raise UserError(f"{new}{options} needs --model or --config as well: say which model the run is for.")
     if "data" in given:
         given["data"] = {"source": data_sources(given["data"])}
     nest_fusion(given)

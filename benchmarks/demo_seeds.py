@@ -97,7 +97,7 @@ def main() -> int:
     for seed in arguments.seeds:
         run = RunDirectory((arguments.directory / f"demo-seed-{seed}").resolve())
         if not run.comparison_of(PPO)[0].exists():
-            program = [sys.executable, "-P", "-m", "applications.cli", "run", "--name", str(run.path)]
+            program = [sys.executable, "-P", "-m", "rlhf_chat", "run", "--name", str(run.path)]
             subprocess.run([*program, "--model", arguments.model, "--seed", str(seed)], check=True)
         found[seed] = measures(run)
     used = ", ".join(f"{name} {version}" for name, version in versions().items())

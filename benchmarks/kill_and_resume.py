@@ -58,7 +58,7 @@ Start = Callable[[list[str], Path], Running]
 
 
 def start_cold(arguments: list[str], log_file: Path) -> Running:
-    program = [sys.executable, "-P", "-m", "applications.cli"]
+    program = [sys.executable, "-P", "-m", "rlhf_chat"]
     with open(log_file, "a", encoding="utf-8") as log:
         return subprocess.Popen([*program, *arguments], stdout=log, stderr=log, start_new_session=True)
 

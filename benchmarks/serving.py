@@ -46,7 +46,7 @@ class Answered:
 @contextmanager
 def server(model: Path, slots: int, queue: int) -> Iterator[tuple[str, str]]:
     """Its address and the name of its model."""
-    program = "from applications.cli import main; main()"
+    program = "from rlhf_chat import main; main()"
     options = ["serve", str(model), "--port", "0", "--slots", str(slots), "--queue", str(queue), "--context", "512"]
     with subprocess.Popen([sys.executable, "-c", program, *options], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -210,14 +210,15 @@ class ChatTemplate:
         templates = self.tokenizer.chat_template
         self.tokenizer.chat_template = {**templates, "default": source} if isinstance(templates, dict) else source
 
+    def as_read(self, text: str) -> Any:
+        """The content of a message as the template takes it: the text, or a list of one part."""
+        return [{"type": "text", "text": text}] if self._in_parts else text
+
     def _text(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        turns: Any = messages
-        if self._in_parts:
-            turns = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         return cast(
             str,
             self.tokenizer.apply_chat_template(
-                turns,
+                [{"role": message["role"], "content": self.as_read(message["content"])} for message in messages],
                 chat_template=self._dated,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,

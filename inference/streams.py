@@ -13,6 +13,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, TextIO, cast
 
+from inference.redaction import redacted
+from inference.screen import Screen
+
 STAND_INS = "rlhf_chat.stand_ins"
 READER_GONE = (errno.EPIPE, errno.EIO)
 """Of a pipe, and of a terminal."""
@@ -34,22 +37,31 @@ def printable(text: str) -> str:
 
 
 def json_text(values: Any) -> str:
-    """For people and programs: what is not printable is escaped."""
+    """What is not printable is escaped."""
     text = json.dumps(values, indent=2, ensure_ascii=False)
     return re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-class Shown:
-    """A stream that shows `printable` text. rich, which steers the terminal itself, writes to `rich_proxied_file`."""
+def show_json(values: Any) -> None:
+    """Print data for people and programs: in whole lines, however narrow the terminal is."""
+    stream = unguarded(sys.stdout)
+    text = json_text(values) + "\n"
+    io.TextIOWrapper.write(stream, text) if isinstance(stream, Screen) else stream.write(text)
 
-    def __init__(self, stream: TextIO):
-        self.rich_proxied_file = stream
+
+class Shown:
+    """A stream that shows `printable` text, without secrets where it `redacts`. rich, which steers the terminal itself,
+    writes to `rich_proxied_file`."""
+
+    def __init__(self, stream: TextIO, redacts: bool = False):
+        self.rich_proxied_file, self.redacts = stream, redacts
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rich_proxied_file, name)
 
     def write(self, text: str) -> int:
-        self.rich_proxied_file.write(text if PROGRESS.fullmatch(text) else printable(text))
+        shown = text if PROGRESS.fullmatch(text) else printable(text)
+        self.rich_proxied_file.write(redacted(shown) if self.redacts else shown)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -89,7 +101,7 @@ def guard_output(ends: bool = False) -> None:
         if getattr(sys, name) is None:  # closed by who started the process: no file of ours shall take its number
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     codecs.register_error(STAND_INS, stand_ins)
-    sys.stdout, sys.stderr = guarded(sys.stdout, ends), guarded(sys.stderr)
+    sys.stdout, sys.stderr = guarded(sys.stdout, ends), guarded(sys.stderr, redacts=True)
 
 
 def use_utf8() -> None:
@@ -103,22 +115,23 @@ def use_utf8() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-def guarded(stream: TextIO, ends: bool = False) -> TextIO:
+def guarded(stream: TextIO, ends: bool = False, redacts: bool = False) -> TextIO:
     """`stream`, guarded where it is a file and not what a caller reads in this process."""
     stream = unguarded(stream)
-    if type(stream) is not io.TextIOWrapper or stream.name == os.devnull:
+    is_ours = type(stream) in (io.TextIOWrapper, Screen)
+    if not (isinstance(stream, io.TextIOWrapper) and is_ours) or stream.name == os.devnull:
         return stream
     with suppress(OSError):
         stream.flush()
     file = GuardedFile(stream.fileno(), ends)
-    guarded_stream = io.TextIOWrapper(
+    guarded_stream = (Screen if file.isatty() else io.TextIOWrapper)(
         io.BufferedWriter(file),
         stream.encoding,
         STAND_INS,
         line_buffering=stream.line_buffering or file.isatty(),
         write_through=stream.write_through,
     )
-    return cast(TextIO, Shown(guarded_stream))
+    return cast(TextIO, Shown(guarded_stream, redacts))
 
 
 def unguarded(stream: TextIO) -> TextIO:

@@ -1,5 +1,6 @@
 """Reading a model's weights, all of them and no others: what transformers passes over in silence is a sentence."""
 
+import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -101,14 +102,15 @@ def unloadable(directory: Path, error: Exception, name: str = "") -> UserError:
         return error
     if is_unsafe_pickle(error):
         return UserError(unsafe_pickle(directory))
+    for file in sorted(directory.glob("*")):
+        if file.is_file() and not os.access(file, os.R_OK):  # safetensors would say that it is not there
+            return UserError(f"{file} cannot be read (Permission denied); {copied_again('Permission denied')}.")
     reason = shorten(str(error).strip() or type(error).__name__, 200, placeholder=" ...").rstrip(".")
-    return UserError(f"The model in {name or directory} cannot be loaded ({reason}); {way_out(directory, reason)}.")
+    return UserError(f"The model in {name or directory} cannot be loaded ({reason}); {way_out(directory)}.")
 
 
-def way_out(directory: Path, reason: str = "") -> str:
+def way_out(directory: Path) -> str:
     """Of a damaged model: that of a finished step is written anew from the step's last checkpoint."""
-    if "Permission denied" in reason:
-        return copied_again(reason)
     if (directory.parent / "result.json").is_file():
         return f"delete {directory} and give the command of its step again, which writes it anew"
     return "fetch it again, or give another one"

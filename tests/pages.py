@@ -22,7 +22,7 @@ from training.config_files import load_config, setting_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-WINGS = ("applications", "training", "inference", "benchmarks", "tests")
+WINGS = ("rlhf_chat", "applications", "training", "inference", "benchmarks", "tests")
 STAGE_OPTIONS = ROOT / "training" / "stage_script.py"
 Refused: type[Exception] = BadParameter.__mro__[1]
 """What the command line's parser raises: typer exports only this one kind of it."""
@@ -85,6 +85,8 @@ def mistake_of(words: list[str]) -> str:
         asked = re.findall(r"\.\[(\w+)]", " ".join(arguments))
         return "" if set(asked) <= set(extras) else "no such extra"
     for place, word in enumerate(arguments):
+        if word == "-m" and arguments[place + 1] == "rlhf_chat":
+            return mistake_of_rlhf_chat(arguments[place + 2 :])
         if word == "-m" and arguments[place + 1].split(".")[0] in WINGS:
             script = ROOT / (arguments[place + 1].replace(".", "/") + ".py")
             return mistake_of_script(script, arguments[place + 2 :])
@@ -108,7 +110,7 @@ def mistake_of_rlhf_chat(arguments: list[str]) -> str:
             return f"no command {name}"
         command = command.commands[name]
         path.append(name)
-    if not arguments or arguments == ["--help"] or "..." in arguments:  # the command is only named
+    if not arguments or arguments in (["--help"], ["-h"]) or "..." in arguments:  # the command is only named
         return ""
     try:
         given = command.make_context(" ".join(path), list(arguments)).params

@@ -71,7 +71,7 @@ def test_a_full_disk_under_a_report_is_a_sentence(tmp_path):
 def test_each_locale_has_the_same_file_names(tmp_path):
     """Started cold: Python settles its encodings before our first line."""
     (tmp_path / "pärs 日本.jsonl").write_bytes((ROOT / "tests/data/pairs.jsonl").read_bytes())
-    command = [sys.executable, "-m", "applications.cli", "data", "show", "pärs 日本.jsonl"]
+    command = [sys.executable, "-m", "rlhf_chat", "data", "show", "pärs 日本.jsonl"]
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**environment(), **locale})
     assert done.returncode == 0, done.stderr.decode()

@@ -70,7 +70,7 @@ def test_bad_data_is_named_by_line(workplace, tmp_path, text, expected):
 
 def test_another_models_run_directory(monkeypatch, capsys, tiny_run, workplace):
     said = sentence(monkeypatch, capsys, workplace, "run", "--model", "opt-125m", "--name", "demo")
-    assert "was made with other settings" in said and "--name" in said
+    assert "was made with other settings" in said and "another name" in said
     said = sentence(monkeypatch, capsys, workplace, "run", "--model", "tiny", "--name", "demo", "--seed", 9)
     assert "seed: 1 there, 9 now" in said
 

@@ -121,7 +121,10 @@ def begin(theirs, called, tmp_path, monkeypatch, capsys):
         assert not called[1] and not (theirs.path.parent / "sprung").exists()
         return code, capsys.readouterr().err
 
-    return do
+    environment = dict(os.environ)  # a script says in it which rank it is
+    yield do
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.mark.parametrize("words", OPENED, ids=lambda words: " ".join(words))
@@ -214,7 +217,7 @@ def test_a_terminal_is_asked_once(run, monkeypatch, capsys):
         if is_yes:
             require_yes(run, uses, False)
         else:
-            with pytest.raises(UserError, match="--trust"):
+            with pytest.raises(UserError, match="Nothing was done"):
                 require_yes(run, uses, False)
     said = capsys.readouterr().err
     assert said.count("  run a.py\n  send to http://***@host\nDo you trust that?") == 4 and "secret" not in said

@@ -17,6 +17,14 @@ from training.merging import merge
 from training.near_names import did_you_mean, near_keys
 from training.yaml_text import KeyTwice, load_yaml, what_is_wrong
 
+OPTIONS = {
+    "data.source": "--data",
+    "rlhf.fusion.mode": "--fusion",
+    "sft_model": "--sft-model",
+    "reward_model": "--reward-model",
+    "trained_reward_model": "rlhf --reward-model",
+}
+"""Setting -> option of the command, where its name does not tell."""
 OF_OTHERS = ("architecture", "versions")
 """Groups whose keys are no settings of ours."""
 
@@ -75,8 +83,17 @@ def validate_config(values: dict[str, Any]) -> RunConfig:
         if first["type"] == "model_type":
             raise UserError(f"'{key}' is a group of settings, as in {key}: {{...}} (got {first['input']!r}).") from None
         given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"Setting {key or 'values'}: {message}{given}.") from None
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        message = message.partition(", unable to")[0].replace("a valid integer", "a whole number")
+        if not key:
+            raise UserError(f"These settings do not fit together: {message}.") from None
+        joint = "." if isinstance(first["input"], dict) else ": "  # what is said of a group begins with a key in it
+        raise UserError(f"Setting {as_typed(key)}{joint}{message}{given}.") from None
+
+
+def as_typed(key: str) -> str:
+    """A setting's key, with the option that gives it where that has another name."""
+    return f"{key} ({OPTIONS[key]})" if key in OPTIONS else key
 
 
 def setting_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
@@ -130,6 +147,8 @@ def read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     below = values.pop("extends", None)
     if below is None:
         return values
+    if Path(str(below)).name != str(below):
+        raise UserError(f"{file} extends {below!r}: give the name of a file beside it, without its .yaml.")
     other = file.with_name(f"{below}.yaml")
     if other in (*extending, file):
         raise UserError(f"{file} extends {other}, which extends it: leave one of the two out.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from inference.redaction import redacted
 from training.run_directory import write_json
 
 ROOM = 16_384
@@ -39,12 +40,12 @@ def kept_room(file: Path) -> Path:
 
 def leave_report(file: Path, sentence: str, code: int, traceback: str = "") -> None:
     """Write the report, unless another rank has; on a full disk into the room that was kept, without `traceback`."""
-    report = {"sentence": sentence, "code": code}
+    report = {"sentence": redacted(sentence), "code": code}
     with suppress(OSError):  # a run that was refused leaves no directory
         if file.exists():
             return
         try:
-            write_json(file, {**report, "traceback": traceback} if traceback else report)
+            write_json(file, {**report, "traceback": redacted(traceback)} if traceback else report)
         except OSError:
             with open(kept_room(file), "r+b") as handle:
                 handle.write(json.dumps(report).encode()[:ROOM].ljust(ROOM))

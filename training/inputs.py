@@ -14,7 +14,7 @@ from training.run_directory import RunDirectory, read_json
 LARGE = 2**28
 """Bytes from which size and time of a file stand for its content; a smaller one is read, a tenth of a second each."""
 KEPT = {
-    "data": "the run keeps its rows (another --name trains on the new ones)",
+    "data": "the run keeps its rows (a new run trains on the new ones)",
     "models": "steps that are done keep what they made of the old one",
     "reward_function": "iterations from now on are rewarded by the new one",
 }

@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -21,6 +22,7 @@ from rich.progress import (
 from inference.console import PrintableConsole
 from inference.disk import GO_ON, writing
 from inference.errors import UserError
+from inference.redaction import redacted
 from inference.streams import printable
 from training.run_directory import write_text
 
@@ -84,6 +86,10 @@ class NullJournal(Journal):
         pass
 
 
+WIDE = 70
+"""Columns of a terminal that has room for a bar and its figures."""
+
+
 class Display:
     """Progress on a terminal; in a pipe a line every few seconds. What is said is also kept in `log`."""
 
@@ -92,6 +98,7 @@ class Display:
         self.console = PrintableConsole(file=sys.stdout, soft_wrap=True, highlight=False)
 
     def say(self, line: str) -> None:
+        line = redacted(line)
         if not self.quiet:
             self.console.print(line, markup=False)
             if self.log is not None:
@@ -103,15 +110,16 @@ class Display:
         if self.quiet:
             yield Bar()
         elif self.console.is_terminal:
-            columns = (
+            columns: tuple[ProgressColumn, ...] = (
                 TextColumn("{task.description}"),
-                BarColumn(),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("left"),
             )
+            if self.console.width >= WIDE:
+                figures = TextColumn("{task.fields[text]}")
+                passed = TimeElapsedColumn(), TextColumn("passed")
+                columns = (columns[0], BarColumn(), columns[1], *passed, *columns[2:], figures)
             with Progress(*columns, console=self.console) as progress:
                 yield TerminalBar(progress, progress.add_task(name, total=total, completed=done, text=""))
         else:

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import UserError
+from inference.redaction import redacted
 from training.config import EMBEDDED_DATA, RunConfig
-from training.config_files import load_config
+from training.config_files import as_typed, load_config
 from training.data.find_files import find_files
 from training.data.hub_sets import find_set
 from training.data.sources import parse_source
@@ -64,23 +65,33 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
     for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
         require_yes(parent, set(of_models(parent.read_config())) & set(of_models(config)), trusts)
     if config != stored:
+        refuse_secret(config.rlhf.reward_url)
         run.write_config(config, versions())
     made_here(run, [use for use in wanted if use not in before])
     return config
 
 
+def refuse_secret(address: str) -> None:
+    """Raise UserError for an address that holds one: settings are kept, and shown."""
+    if redacted(address) != address:
+        raise UserError(
+            f"rlhf.reward_url={redacted(address)} holds a secret, and settings are written into files: put it into an "
+            f"environment variable and name that, as in 'https://me:${{REWARD_KEY}}@host' or '?token=${{REWARD_KEY}}'."
+        )
+
+
 def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> None:
     """Raise UserError where settings differ that a run keeps for life."""
     refused = [
-        f"{key}: {old!r} there, {new!r} now"
+        f"{as_typed(key)}: {old!r} there, {new!r} now"
         for key, (old, new) in differences(stored.model_dump(), config.model_dump()).items()
         if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
     ]
     if refused:
         require_sources(config)
         raise UserError(
-            f"{run.path} was made with other settings ({', '.join(refused[:3])}); choose another --name, or give "
-            f"only the run directory to go on with its own settings."
+            f"{run.path} was made with other settings ({', '.join(refused[:3])}); give a new run another name, or "
+            f"leave these settings out to go on with the run's own."
         )
 
 

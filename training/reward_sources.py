@@ -3,6 +3,7 @@
 Both get prompts as lists of messages, responses as text and, where they want them, the prompts' other keys in the data.
 """
 
+import base64
 import copy
 import inspect
 import ipaddress
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from inference.chat_template import Message
 from inference.errors import UserError
+from inference.redaction import filled_in
 from training.user_code import UserFile
 
 Row = dict[str, Any]
@@ -157,7 +159,7 @@ class RewardEndpoint:
         return checked(found, len(responses), f"rlhf.reward_url={self.url}")
 
     def _ask(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        request = self._request(body)
         kind: type[RewardFailed] = NobodyAnswers
         for attempt in range(self.retries + 1):
             try:
@@ -177,13 +179,34 @@ class RewardEndpoint:
             f"the same command again."
         )
 
+    def _request(self, body: bytes) -> urllib.request.Request:
+        """With the values of the environment variables that the address names; user and password go into the header.
+
+        Raises RewardFailed where a variable is not set.
+        """
+        parts = urlsplit(self.url)
+        userinfo, at, host = parts.netloc.rpartition("@")
+        try:
+            address = filled_in(parts._replace(netloc=host).geturl(), lambda value: quote(value, safe=":/"))
+            request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+            if at:
+                user, _, password = (filled_in(unquote(part)) for part in userinfo.partition(":"))
+                credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
+                request.add_unredirected_header("Authorization", f"Basic {credentials}")
+        except KeyError as error:
+            raise RewardFailed(
+                f"rlhf.reward_url={self.url} names the environment variable {error.args[0]}, which is not set: export "
+                f"it, then give the same command again."
+            ) from None
+        return request
+
 
 @contextmanager
 def sentences(what: str) -> Iterator[None]:
     """What the user's code inside raises becomes RewardFailed, its traceback a note; Ctrl-C stays what it is."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:  # SystemExit would end the run without a word
         raised = RewardFailed(f"{what} ({reason_of(error)}); correct it and give the command again.")

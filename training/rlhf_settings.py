@@ -111,7 +111,8 @@ class RLHFSettings(Settings):
     reward_function: str = ""
     """`path/to/file.py:function` that scores responses, added to the reward model's score (docs/step3_rlhf.md)."""
     reward_url: str = ""
-    """http(s) address that scores responses: POST {prompts, responses, rows} -> {scores}; added as well."""
+    """http(s) address that scores responses: POST {prompts, responses, rows} -> {scores}; added as well. A secret in it
+    is named: https://me:${REWARD_KEY}@host stands for the environment variable's value."""
     reward_timeout: float = Field(60.0, gt=0)
     """Seconds to wait for an answer of `reward_url`."""
     reward_retries: int = Field(5, ge=0)

@@ -130,7 +130,7 @@ class RunDirectory:
         if (self.path.exists() and not self.path.is_dir()) or (
             self.config_file.name not in there and any(not name.startswith(".") for name in there - ours)
         ):
-            raise UserError(f"{self.path} exists and is not a run directory; choose another place with --name.")
+            raise UserError(f"{self.path} exists and is not a run directory; give the run another name.")
         if there and not os.access(self.path, os.W_OK):
             raise UserError(
                 f"{self.path} is not yours to write in; chat, serve, report --out and export only read it, and all "

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from inference.chat_format import ChatFormat
 from inference.disk import writing
 from inference.model_store import resolve_model
+from inference.redaction import RedactedLines
 from training.checkpoints import Checkpoints
 from training.checks import require_positions
 from training.config import RunConfig
@@ -191,7 +192,7 @@ class Stage:
         write_json(self.directory.path / "diverged.json", {"number": number, "what": what, "rows": rows, "file": file})
         return Diverged(
             f"{what} at {self.directory.path.name} {number}; its rows are in {self.directory.path / 'diverged.json'}, "
-            f"{last}; the usual cure is a lower learning rate or dtype=fp32, in a run with another --name."
+            f"{last}; the usual cure is a lower learning rate or dtype=fp32, in a new run."
         )
 
 
@@ -225,6 +226,7 @@ def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -
 def quiet_libraries(log_file: Path, first: bool) -> None:
     """Libraries log to the step's log.txt; the terminal is for progress."""
     handler = logging.FileHandler(log_file) if first else logging.NullHandler()
+    handler.setFormatter(RedactedLines())
     logging.captureWarnings(True)
     transformers.utils.logging.disable_progress_bar()
     for name in ("DeepSpeed", "transformers", "py.warnings", "torch", "accelerate", "peft"):

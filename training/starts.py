@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from inference.disk import writing
+from inference.redaction import redacted_arguments
 from training.config import RunConfig
 from training.inputs import code_of
 from training.metrics import read_line
-from training.redaction import redacted_arguments
 from training.run_directory import RunDirectory
 from training.steps import Step
 from training.versions import processor, versions

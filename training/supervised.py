@@ -175,7 +175,7 @@ def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, n
         total, statistics = task.loss(rows)
         if not torch.isfinite(total):
             raise stage.diverged(number, "The loss is not a finite number", [task.place(row) for row in rows])
-        for name, value in {"loss": float(total), **statistics}.items():
+        for name, value in {"loss": total.item(), **statistics}.items():
             sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
         return total / size
 

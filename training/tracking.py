@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from inference.errors import UserError
+from inference.redaction import redacted_values
 from training.config import RunConfig
 from training.metrics import Journal
 from training.run_directory import RunDirectory, StepDirectory
@@ -75,7 +76,7 @@ class Wandb:
             id=f"{self.directory.name}-{self.step}-{place}",
             name=f"{self.directory.name}/{self.step}",
             group=self.directory.name,
-            config=self.config.model_dump(mode="json"),
+            config=redacted_values(self.config.model_dump(mode="json")),
             dir=str(self.directory),
             resume="allow",
         )

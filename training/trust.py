@@ -14,11 +14,11 @@ from pathlib import Path
 
 from inference.errors import UserError, reason
 from inference.model_store import TINY
+from inference.redaction import redacted
 from training.config import EMBEDDED_DATA, RunConfig
 from training.data.sources import parse_source
 from training.inputs import code_files
 from training.paths import MODELS
-from training.redaction import redacted
 from training.run_directory import RunDirectory
 
 
@@ -44,13 +44,14 @@ def require_yes(run: RunDirectory, uses: Iterable[Use], trusts: bool) -> None:
     asked = [use for use in dict.fromkeys(uses) if not {use.key, replace(use, content="").key} & known]
     if not asked:
         return
-    texts = [redacted(use.text) for use in asked]
+    texts = [" ".join(redacted(use.text).split()) for use in asked]
     foreign = f"{run.path} was not made here, or has been changed or moved since"
     if not trusts and sys.stdin.isatty() and sys.stderr.isatty():
         lines = "".join(f"  {text}\n" for text in texts)
         print(f"{foreign}. This command would\n{lines}Do you trust that? [y/N] ", end="", file=sys.stderr, flush=True)
-        trusts = sys.stdin.readline().strip().lower() in ("y", "yes")
-    if not trusts:
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise UserError("Nothing was done. (--trust says yes beforehand.)")
+    elif not trusts:
         raise UserError(f"{foreign}; this command would {'; '.join(texts)}. If you trust that, say so with --trust.")
     remember(run, asked)
 

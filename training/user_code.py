@@ -11,12 +11,16 @@ from importlib.machinery import (
     ExtensionFileLoader,
     FileFinder,
     ModuleSpec,
+    PathFinder,
     SourceFileLoader,
 )
 from pathlib import Path
 from types import CodeType, ModuleType
 
 import torch
+
+from inference.errors import UserError
+from rlhf_chat import HOME, PACKAGES
 
 
 class SourceLoader(SourceFileLoader):
@@ -39,7 +43,8 @@ class UserFile:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, what lies in the file's folder can be imported, the command line holds nothing but the file, and the
-        surroundings are those of its code."""
+        surroundings are those of its code. Raises UserError where it needs a package that has the name of one of ours.
+        """
         ours, arguments = surroundings(), sys.argv
         sys.path.insert(0, self.folder)
         sys.path_hooks.insert(0, self.finder)
@@ -48,6 +53,9 @@ class UserFile:
         surround(*self.surroundings)
         try:
             yield
+        except (ImportError, AttributeError) as error:
+            refuse_own_package(error)
+            raise
         finally:
             with suppress(FileNotFoundError):  # of a directory that it went to and removed
                 self.surroundings = surroundings()
@@ -92,6 +100,21 @@ class UserFile:
             return name if getattr(sys.modules[name], "__file__", None) == str(self.file) else other
         found = importlib.util.find_spec(name)
         return name if found is None or found.origin == str(self.file) else other
+
+
+def refuse_own_package(error: ImportError | AttributeError) -> None:
+    """Raise UserError where `error` is that something is missing in a package of ours, and there is another of its name
+    that was meant."""
+    missed_in = getattr(error.obj, "__name__", "") if isinstance(error, AttributeError) else error.name
+    name = (missed_in or "").partition(".")[0]
+    others = [place for place in sys.path if Path(place).resolve() != HOME]
+    theirs = PathFinder.find_spec(name, others) if name in PACKAGES else None
+    if theirs is not None:
+        place = theirs.submodule_search_locations or [str(theirs.origin)]
+        raise UserError(
+            f"The reward function asks for {name}, which here is rlhf-chat's own, {HOME / name}, and not {place[0]}: "
+            f"give your package another name."
+        ) from error
 
 
 def forget_finders(folder: str) -> None:

@@ -15,6 +15,7 @@ from applications.report.charts import Chart, Segment, interval, line_chart, num
 from applications.report.curves import PHASES, charts
 from applications.report_table import pair_of, table_rows, training_signs
 from inference.errors import UserError, typed
+from inference.redaction import redacted, redacted_values
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
@@ -77,7 +78,7 @@ def render(run: RunDirectory) -> str:
         answers=answers(run, evaluation),
         courses=courses(run),
         changed=changed_settings(config),
-        settings=run.config_file.read_text(encoding="utf-8"),
+        settings=redacted(run.config_file.read_text(encoding="utf-8")),
         versions=versions_table(run, stored.get("versions", {})),
         starts=read_starts(run),
         warnings=warnings(run),
@@ -287,7 +288,7 @@ def courses(run: RunDirectory) -> list[Course]:
 def changed_settings(config: RunConfig) -> list[tuple[str, str, str]]:
     """Key, value and default of what differs from the defaults."""
     defaults = flat(validate_config({"model": config.model}).model_dump(mode="json"))
-    ours = flat(config.model_dump(mode="json", exclude={"architecture", "announce"}))
+    ours = flat(redacted_values(config.model_dump(mode="json", exclude={"architecture", "announce"})))
     return [(key, str(value), str(defaults.get(key, ""))) for key, value in ours.items() if value != defaults.get(key)]
 
 
@@ -314,7 +315,7 @@ def warnings(run: RunDirectory) -> list[tuple[str, str]]:
         if log.exists():
             with open(log, encoding="utf-8", errors="replace") as lines:
                 said = (line.removeprefix(WARNING).strip() for line in lines if line.startswith(WARNING))
-                found.update(dict.fromkeys((title, sentence) for sentence in said))
+                found.update(dict.fromkeys((title, redacted(sentence)) for sentence in said))
     return list(found)
 
 

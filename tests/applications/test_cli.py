@@ -10,9 +10,10 @@ import typer
 from typer.testing import CliRunner
 
 from applications.cli import app, main
-from applications.commands import parse_steps, run_path
+from applications.commands import parse_steps, require_earlier_steps, run_path
 from inference.errors import UserError
 from training.config import RunConfig
+from training.run_directory import RunDirectory
 from training.steps import DPO, PPO, REWARD, SFT
 
 
@@ -51,6 +52,7 @@ def processor_seconds(*command: str | Path) -> float:
         (None, "ppo", [SFT, REWARD, PPO]),
         (None, "dpo", [SFT, DPO]),
         ("2", "dpo", [DPO]),
+        ("rlhf,sft", "ppo", [SFT, PPO]),
     ],
 )
 def test_steps(text, method, steps):
@@ -63,6 +65,15 @@ def test_steps(text, method, steps):
 def test_bad_steps(text, method):
     with pytest.raises(UserError, match="--steps takes some of 1,2"):
         parse_steps(text, RunConfig(model="tiny", method=method))
+
+
+def test_a_new_run_without_the_model_that_its_step_begins_with(tmp_path):
+    run, config = RunDirectory(tmp_path / "run"), RunConfig(model="tiny", sft_model="mine")
+    with pytest.raises(UserError, match=r"would be a new run.*step 2 \(reward model\).*with --reward-model MODEL"):
+        require_earlier_steps(run, config, [PPO], is_new=True)
+    with pytest.raises(UserError, match="run it first: rlhf-chat reward"):
+        require_earlier_steps(run, config, [PPO], is_new=False)
+    require_earlier_steps(run, config, [REWARD], is_new=True)
 
 
 PAGES = [[], ["data"], *([name] for name in typer.main.get_command(app).commands), ["data", "show"], ["data", "lint"]]

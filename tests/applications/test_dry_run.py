@@ -1,12 +1,13 @@
 """The dry run: its arithmetic, its verdict, and that it touches nothing."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from applications import fit
-from applications.dry_run import check_fits, dry_run, duration
+from applications.dry_run import check_fits, dry_run, duration, shell_lines
 from applications.expected_time import expected_time
 from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, size, verdict
 from applications.preset_store import load_preset, settings_for_model
@@ -284,3 +285,22 @@ def test_only_the_roles_that_step_3_has_are_shown_and_counted(laptop, tmp_path):
         text = dry_run(no_kl, [PPO], tmp_path, COMMANDS)
         assert "none: rlhf.kl has no coefficient, target or stop" in line_of(text, "reference")
         assert "reference weights" not in text
+
+
+def test_a_command_is_whole_for_a_shell_at_any_width(monkeypatch):
+    command = [
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "8",
+        "step 1/main.py",
+        "runs/my run",
+        "it's",
+    ]
+    for width in (40, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines = shell_lines(command)
+        assert shlex.split("\n".join(lines).replace("\\\n", "")) == command and max(map(len, lines)) <= width
+        assert all(line.endswith(" \\") for line in lines[:-1])
+    assert len(lines) == 1

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
-from applications.evaluate import evaluate, file_name, known
+from applications.evaluate import JUDGES, evaluate, file_name, known
 from applications.report_table import evaluation_table
 from inference.errors import UserError
+from tests.pages import command_named
+from training.config import RunConfig
+from training.run_directory import RunDirectory
 
 MEASURES = {"kl": 0.0, "length": 5.0}
 
@@ -15,6 +18,13 @@ def test_files_are_named_by_what_was_asked():
     assert file_name("sft", "base", "", 0, None) == "sft-against-base"
     assert file_name("", "", "learned", 50, 3) == "model-by-learned-50-prompts-seed-3"
     assert file_name("runs/../other", "org/model", "", 0, None) == "runs_.._other-against-org_model"
+
+
+@pytest.mark.parametrize("judge", ["true", "learned", "reward"])
+def test_who_can_judge_is_what_the_help_says(judge):
+    assert known(judge, JUDGES) == judge
+    said = next(option.help for option in command_named("eval").params if option.name == "judge")
+    assert f"{judge} (" in said
 
 
 def test_words_stay_presets_become_models_and_the_rest_is_refused(tmp_path):
@@ -55,3 +65,10 @@ def test_any_pair_has_its_names_in_the_table(tmp_path):
         in text
     )
     assert "No win rate" in text and "│ Hi? │ No. │ Yes! │" in text
+
+
+def test_a_judge_that_is_none_is_told_what_can_be_one(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_config(RunConfig(model="tiny"), {})
+    with pytest.raises(UserError, match="no judge 'upbeat': --judge takes true, learned, reward, or a reward model"):
+        evaluate(tmp_path, "", "", "upbeat", 0, None, False)

@@ -11,17 +11,19 @@ import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from applications import model_card as cards
 from applications.export import export
-from applications.model_card import Exported, model_card
+from applications.model_card import Exported, model_card, trained_elsewhere
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from tests.families import build, narrow_config
-from tests.inference.templates import Family, bytes_tokenizer
+from tests.inference.templates import FAMILIES, Family, bytes_tokenizer
 from tests.older_transformers import raw_scores
 from tests.plain_reader import scores
 from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
+from training.config import RunConfig
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, SFT
 
@@ -123,6 +125,13 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
     run.comparison_of(PPO)[0].unlink()
 
 
+def test_the_card_names_other_runs_without_their_paths(run):
+    said = "Of what is held out here, 2 prompts were trained on in {} (step 1)."
+    config = RunConfig(model="tiny", sft_model=str(run.step(SFT).model))
+    assert trained_elsewhere(config, {"trained_elsewhere": [said.format(run.path)]}) == [said.format(run.path.name)]
+    assert "{% for sentence in trained_elsewhere %}" in Path(cards.__file__).with_suffix(".md.jinja").read_text()
+
+
 @pytest.mark.parametrize(
     ("what", "dtype", "step", "expected"),
     [
@@ -185,6 +194,16 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, capsys, what, ste
         assert front_matter(tmp_path / "mine")["pipeline_tag"] == "text-classification"
         assert "The reward model of a run" in card and "| 2 reward model |" in card and "KL to SFT" not in card
     assert "transformers 4.57 and later" in card
+
+
+def test_the_card_writes_messages_as_the_template_reads_them(run, tmp_path, monkeypatch):
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    (copy.step(PPO).model / "chat_template.jinja").write_text(FAMILIES["parts"].template)
+    export(copy.path, tmp_path / "mine", "merged", "", "")
+    code = (tmp_path / "mine" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    assert '[{"type": "text", "text": "How was your day?"}]' in code
+    exec(code, {})
 
 
 def test_an_adapter_on_a_base_whose_embeddings_grew(tmp_path):

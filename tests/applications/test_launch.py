@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from applications import cli, commands, launch, pipeline
+from applications import cli, commands, launch, pipeline, profile
 from applications.fit import Machine
 from applications.launch import child_environment, first_dead_rank, last_error
 from inference.errors import UserError
@@ -122,15 +122,21 @@ def test_what_another_launcher_has_set_is_not_handed_on(monkeypatch):
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & environment.keys()
 
 
-def test_more_processes_than_cores_are_slow_and_not_refused(monkeypatch):
+def test_more_processes_than_cores_are_slow_and_refused_only_where_memory_ends_or_they_are_measured(monkeypatch):
     said: list[str] = []
     display = pipeline.Display(quiet=True)
     monkeypatch.setattr(display, "say", said.append)
-    monkeypatch.setattr(pipeline.Machine, "here", lambda: Machine(cores=2, memory=2**30))
+    monkeypatch.setattr(pipeline.Machine, "here", lambda: Machine(cores=2, memory=24 * 2**30))
     pipeline.look_at_processes(2, display)
     assert not said
     pipeline.look_at_processes(5, display)
     assert said == ["Warning: 5 processes share 2 cores and wait for each other; --processes 2 is faster."]
+    with pytest.raises(
+        UserError, match=r"^99 processes take 48 GiB before any model, .* has 24 GiB: use --processes 49 at most"
+    ):
+        pipeline.look_at_processes(99, display)
+    with pytest.raises(UserError, match=r"^5 processes would wait for each other on 2 cores: use --processes 2 "):
+        profile.profile_command(5, None)
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_the_table_for_people():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--gpu", "z80"], "no description of the device 'z80'"),
+        (["--gpu", "z80"], "--gpu takes .*this-machine or a profile's YAML file, not 'z80'"),
         (["--model", "someone/unknown"], "is not known without the hub"),
         (["--model", "opt-66b", "--gpus-per-node", "1", "--gpu", "rtx-4090"], "fit"),
     ],

@@ -1,8 +1,10 @@
 """The table at the end of a run, from files made by hand."""
 
 import json
+import re
 
 import pytest
+from rich.cells import cell_len
 
 from applications.report_table import SHOWN_ANSWERS, comparison_table
 from training.run_directory import RunDirectory
@@ -183,3 +185,14 @@ def test_a_run_whose_base_is_not_known_says_under_which_model_and_what_was_train
     text = comparison_table(run)
     assert "perplexity, SFT model" in text and "7.2" in text and "untouched" not in text
     assert sentence in text
+
+
+def test_on_a_narrow_terminal_figures_stay_whole_and_answers_stand_below_each_other(tmp_path, monkeypatch):
+    run = make_run(tmp_path, [answer("How are 你好 you today, my friend?", "Fine, thank you very much 世界.", "Well.")])
+    for width in (30, 40, 59, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        text = comparison_table(run)
+        assert all(cell_len(line) <= width for line in text.splitlines())
+        assert all(re.search(rf"(?<![\d.]){re.escape(value)}(?![\d.])", text) for value in ("-0.250", "0.875", "31.3"))
+        assert ("prompt: How are" in text) == (width < 60)
+        assert "世界" in text

@@ -157,7 +157,9 @@ def test_several_sources_keep_their_weights_and_revisions(tmp_path, monkeypatch)
 
 
 def test_the_embedded_data_cannot_be_blended():
-    with pytest.raises(UserError, match=r"data\.source: 'chitchat' has a split of its own and cannot be blended"):
+    with pytest.raises(
+        UserError, match=r"data\.source .--data.: 'chitchat' has a split of its own and cannot be blended"
+    ):
         resolve(flags={"data": ["chitchat", "a.jsonl"]})
 
 

@@ -296,6 +296,14 @@ def test_damage_is_one_sentence(damaged, damage, words, capfd):
     assert str(damaged) in str(error.value)
 
 
+def test_weights_that_may_not_be_read_are_not_missing(damaged, monkeypatch):
+    file = damaged / "model.safetensors"
+    file.write_bytes(b"")  # as good as unreadable
+    monkeypatch.setattr("inference.weights.os.access", lambda path, mode: Path(path) != file)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read .*give yourself the right to read it\.$"):
+        ChatModel.load(damaged)
+
+
 def test_an_unknown_dtype_is_refused(tiny_model_directory):
     with pytest.raises(UserError, match="int4"):
         ChatModel.load(tiny_model_directory, "int4")

@@ -75,6 +75,14 @@ def test_a_model_with_code_of_its_own_is_refused_and_the_code_was_not_run(model,
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.parametrize("way", ["cycler.__init__.__globals__.os", "''.__class__.__mro__[1].__subclasses__()[0]"])
+def test_a_chat_template_reaches_nothing(model, tmp_path, way):
+    (model / "chat_template.jinja").write_text(f"{{{{ {way}.mkdir('{tmp_path / 'trace'}') }}}}{{{{ messages }}}}")
+    with pytest.raises(UserError, match="template"):
+        ChatFormat.load(model)
+    assert not (tmp_path / "trace").exists()
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_attention_that_lies_on_the_hub_is_refused(model, key):
     """transformers would fetch its code, and run it, where the package `kernels` is installed."""

@@ -124,7 +124,7 @@ def test_a_command_that_has_nothing_left_to_do_says_it(tmp_path, capsys, monkeyp
     source.write_text('{"prompt": "new", "response": "new"}\n')
     pipeline.run_pipeline(run, config, [SFT])
     said = capsys.readouterr().out
-    assert said.count(f"{source} has changed since the run was prepared; the run keeps its rows (another --name") == 1
+    assert said.count(f"{source} has changed since the run was prepared; the run keeps its rows (a new run trains") == 1
     assert "done already" in said
 
 

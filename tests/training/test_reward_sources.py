@@ -84,6 +84,8 @@ def endpoint(monkeypatch):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.paths.append(self.path)
+            self.headers_of.append(self.headers)
             status, body = self.answers.pop(0)
             self.send_response(status)
             self.end_headers()
@@ -93,6 +95,7 @@ def endpoint(monkeypatch):
             pass
 
     Handler.answers, Handler.asked, Handler.pauses = [], [], pauses
+    Handler.paths, Handler.headers_of = [], []
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

@@ -52,7 +52,7 @@ def test_a_step_whose_model_is_given_or_not_used_is_left_out_unless_it_was_asked
     every = list(METHODS["ppo"])
     given = RunConfig(model="tiny", sft_model="mine")
     assert needed_steps(given, every) == [REWARD, PPO] and needed_steps(given, [SFT]) == [SFT]
-    assert left_out(given, SFT) == "mine is used instead (sft_model)" and left_out(given, PPO) == ""
+    assert left_out(given, SFT) == "mine is used instead" and left_out(given, PPO) == ""
     trained = RunConfig(model="tiny", trained_reward_model="mine")
     assert needed_steps(trained, every) == [SFT, PPO]
     function = RunConfig(model="tiny", rlhf={"reward_weights": {"model": 0}, "reward_function": "r.py:f"})

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from inference.errors import UserError
+from rlhf_chat import HOME
 from training.reward_sources import RewardFailed, RewardFunction
 
 PROMPTS, RESPONSES, ROWS = [[{"role": "user", "content": "Which?"}]] * 2, ["a red one", "none"], [{}, {}]
@@ -230,6 +231,25 @@ def test_an_error_of_one_rank_reaches_the_others(folder):
     with pytest.raises(RewardFailed) as raised:
         scores(folder, "def score(p, r):\n    exit(1)\n")
     assert "exit(1)" in pickle.loads(pickle.dumps(raised.value)).__notes__[0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "from training import rate",
+        "from training.rating import rate",
+        "import training\nrate = training.rate",
+        "def rate(text):\n    import training\n    return training.rate(text)",
+    ],
+)
+def test_its_own_package_with_the_name_of_one_of_ours(folder, body):
+    theirs = folder / "training"
+    theirs.mkdir()
+    (theirs / "__init__.py").write_text("rate = len\n")
+    with pytest.raises(
+        UserError, match=rf"asks for training, .*, {HOME}/training, and not {theirs}: give your package"
+    ):
+        scores(folder, f"{body}\ndef score(prompts, responses):\n    return [rate(text) for text in responses]")
 
 
 @pytest.mark.parametrize("module", ["words_of_mine", "package.words"])

@@ -60,11 +60,11 @@ def test_one_override_with_a_key_twice():
     [
         ("model=", "Setting model: is empty; give a preset, a hub id or a directory"),
         ("model='  '", "Setting model: is empty"),
-        ("data.source=", "Setting data.source: is empty; give a file"),
-        ("data.source=[a.jsonl, '']", "Setting data.source: is empty"),
+        ("data.source=", r"Setting data.source .--data.: is empty; give a file"),
+        ("data.source=[a.jsonl, '']", r"Setting data.source .--data.: is empty"),
         ("sft=3", r"'sft' is a group of settings, as in sft: \{\.\.\.\} \(got 3\)"),
-        ("seed=-1", "Setting seed: Input should be greater than or equal to 0"),
-        ("seed=9223372036854775808", "Setting seed: Input should be less than 9223372036854775808"),
+        ("seed=-1", "Setting seed: must be greater than or equal to 0"),
+        ("seed=9223372036854775808", "Setting seed: must be less than 9223372036854775808"),
         ("seed=99999999999999999999", "Setting seed: "),
     ],
 )
@@ -100,7 +100,7 @@ def test_numbers_are_what_they_look_like():
     assert load_config([], ["model=m", "seed=010"]).seed == 10
     with pytest.raises(UserError, match=r"data\.split: must be a list, as in \[2, 4, 4\] \(got '2:4:4'\)"):
         load_config([], ["model=m", "data.split=2:4:4"])
-    with pytest.raises(UserError, match=r"Setting data\.source: .*string \(got 123\)"):
+    with pytest.raises(UserError, match=r"Setting data\.source .--data.: .*string \(got 123\)"):
         load_config([], ["model=m", "data.source=123"])
 
 
@@ -116,3 +116,10 @@ def test_plans_and_profiles_are_read_the_same_way(tmp_path):
 def test_no_preset_has_a_key_twice():
     for file in PRESETS.glob("*.yaml"):
         assert load_yaml(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("other", ["../private", "/etc/private", "a/b", "[1]", "''"])
+def test_a_file_extends_its_neighbours_alone(tmp_path, other):
+    (tmp_path / "a.yaml").write_text(f"extends: {other}\n")
+    with pytest.raises(UserError, match=r"give the name of a file beside it|There is no configuration file"):
+        read_yaml(tmp_path / "a.yaml")

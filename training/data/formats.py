@@ -13,7 +13,7 @@ Other names of these columns are known to shapes.py, other spellings of messages
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from inference.chat_template import Message
@@ -29,7 +29,7 @@ from training.data.messages import (
     read_transcript,
 )
 from training.data.plain import plain
-from training.data.rated_answers import BAD_ALONE, Rating, rating_of
+from training.data.rated_answers import BAD_ALONE, Rating, each_pair, rating_of
 from training.data.rows import PairRow, PromptRow, Row, SFTRow
 from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, in_trls_columns, usual_name
 
@@ -76,6 +76,11 @@ class ReadRow:
 
 def read_row(value: Any) -> ReadRow:
     """What one value of a file gives. Raises BadRow."""
+    first, *others = [read_one(each) for each in each_pair(value)]
+    return replace(first, rows=[*first.rows, *(row for read in others for row in read.rows)])
+
+
+def read_one(value: Any) -> ReadRow:
     row = trl_row(value)
     rows = parse_trl_row(row)
     extra = frozenset(cast(PromptRow, rows[0]).get("extra", ()))

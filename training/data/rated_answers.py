@@ -1,7 +1,7 @@
 """Several answers to one prompt, and what somebody thought of them -> chosen and rejected.
 
-In one row: columns for the better and the worse answer, two answers with a verdict or a score each, or a list of
-answers with a score each. In several rows: answers to one prompt with a label or a score each.
+In one row: columns for the better and the worse answer (or several of either), two answers with a verdict or a score
+each, or a list of answers with a score each. In several rows: answers to one prompt with a label or a score each.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, cast
 
 from training.data.entries import BadRow, LeftOut
@@ -66,6 +67,10 @@ SCORES_OF_A_PAIR = [
 COLUMNS = BETTER | WORSE | TWO.keys() | set(LISTS)
 """A row without any of these has no several answers."""
 
+TURNS = ("prompt", "response_a", "response_b")
+"""The columns in which Chatbot Arena keeps the list of a conversation's turns as text."""
+
+SEVERAL_TURNS = "a conversation of several turns, of which the two models had each its own"
 SAME_SCORE = "the answers to the prompt have the same score"
 ONE_ANSWER = "only one answer to the prompt has a score"
 NO_BETTER = "the chosen answer has no higher score than the rejected one"
@@ -78,6 +83,24 @@ Choice = tuple[Any, Any, set[str]]
 """The better answer, the worse one, and the columns (by their usual names) that say so."""
 
 
+def each_pair(value: Any) -> list[Any]:
+    """The value once for each of its pairs, where a column of better or of worse answers holds a list of them."""
+    if not isinstance(value, dict) or not any(isinstance(cell, list) for cell in value.values()):
+        return [value]
+    names = {str(name).strip().lower(): name for name in value}
+    if not (BETTER & names.keys() and WORSE & names.keys()):
+        return [value]
+    columns = [names[usual] for usual in (BETTER | WORSE) & names.keys() if is_several(value[names[usual]])]
+    return [
+        {**value, **dict(zip(columns, cells, strict=True))} for cells in product(*(value[name] for name in columns))
+    ]
+
+
+def is_several(value: Any) -> bool:
+    """Whether a cell is a list of answers, each a text or a list of messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) or looks_like_messages(v) for v in value)
+
+
 def choose_answers(row: dict[str, Any]) -> None:
     """Make `chosen` and `rejected` of several answers that the row has, and take the columns away that say so.
 
@@ -86,6 +109,7 @@ def choose_answers(row: dict[str, Any]) -> None:
     names = {name.strip().lower(): name for name in row}
     if not COLUMNS & names.keys():
         return
+    row |= single_turn(row)
     values = {usual: row[name] for usual, name in names.items() if row[name] is not None}
     if {"chosen", "rejected"} <= values.keys():
         used = require_better(values)
@@ -98,6 +122,19 @@ def choose_answers(row: dict[str, Any]) -> None:
             row["prompt"] = row.pop(names["context"])
     for column in used - {"chosen", "rejected"}:
         del row[names[column]]
+
+
+def single_turn(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts in a row of Chatbot Arena, which has them as `["Hi"]`. Raises LeftOut for more turns than one."""
+    cells = [row.get(name) for name in TURNS]
+    if not all(isinstance(cell, str) and cell.startswith("[") and cell.endswith("]") for cell in cells):
+        return {}
+    turns = [parsed(cell) for cell in cells]
+    if not all(isinstance(turn, list) and len(turn) == len(turns[0]) for turn in turns):
+        return {}
+    if len(turns[0]) != 1:
+        raise LeftOut(SEVERAL_TURNS)
+    return {name: turn[0] for name, turn in zip(TURNS, turns, strict=True)}
 
 
 def require_better(values: Mapping[str, Any]) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 from inference.chat_template import Message
 from inference.errors import UserError
-from training.steps import Step
+from training.steps import PROMPTS, Step
 
 
 class SFTRow(TypedDict):
@@ -92,7 +92,7 @@ def remade(file: Path) -> str:
 
 
 INSTEAD = {
-    "sft": "a finished model in the place of this step (rlhf-chat rlhf RUN --actor MODEL, with a new RUN)",
+    "sft": "a finished model in the place of this step (rlhf-chat rlhf RUN --sft-model MODEL, with a new RUN)",
     "reward": "leave the step out: --steps 1, or a reward function "
     "(--set rlhf.reward_function=FILE:FUNCTION --set rlhf.reward_weights.model=0)",
 }
@@ -103,9 +103,13 @@ def require_rows(directory: Path, step: Step) -> None:
     """Raise UserError where a run's data directory has nothing for `step` to train on."""
     file = directory / f"{step.rows.name}_train.jsonl"
     if file.stat().st_size == 0:
-        rows = sum(len(read_rows(each)) for each in directory.glob("*_*.jsonl") if each.stem != "left_out")
+        files = [each for each in directory.glob("*_*.jsonl") if each.stem != "left_out" and each.stat().st_size]
+        rows = sum(len(read_rows(each)) for each in files)
+        why = f"none of the data's {rows:,} rows is left for it: give more such rows (each step takes its share, some "
+        why += "are held out), a larger share in data.split"
+        if all(each.stem.startswith(PROMPTS.name) for each in files):
+            why = f"the data's {rows:,} rows are prompts alone: give such rows"
         raise UserError(
-            f"Step {step.label} needs {step.rows.contents}, and none of the data's {rows:,} rows is left for it: "
-            f"give more such rows (each step takes its share, some are held out), a larger share in data.split, "
+            f"Step {step.label} needs {step.rows.contents}, and {why}, "
             f"or {INSTEAD.get(step.command, 'leave the step out (--steps)')}."
         )

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import rlhf_chat
 from training.termination import TERMINATION
 from training.watchdog import begin_script
 
@@ -26,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    rlhf_chat.refuse_other_copy(__file__)
     begin_script()
     TERMINATION.answer()
     from training.evaluation.candidates import Request

@@ -43,7 +43,9 @@ def read_plan(file: Path) -> Plan:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"The plan {file} cannot be read ({error.strerror}).") from error
+        raise UserError(
+            f"The plan {file} cannot be read ({error.strerror}); name one that rlhf-chat plan --out wrote."
+        ) from error
     return from_yaml(text)
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import rlhf_chat  # noqa: F401  a script of ranks, too
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Calibration, Device
 from training.planner.machine import THIS_MACHINE, MachineProfile

@@ -3,17 +3,19 @@
 Models and data are fetched, and what can be known before anything trains is refused here.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 
 import torch
 
 from inference.chat_format import ChatFormat
+from inference.errors import UserError
 from inference.model_store import resolve_model
 from training.checks import require_fitting, require_processes
 from training.config import RunConfig
 from training.data.demonstrations import demonstrations
 from training.data.prepare import prepare_data
-from training.data.rows import read_rows
+from training.data.rows import read_rows, require_rows
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.inputs import inputs_of
@@ -37,7 +39,7 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, step
     """Fill the run's data/. `processes` is how many will train, on all nodes together, and `steps` what follows now;
     empty: all of the run. Raises UserError.
     """
-    steps = steps or config.steps
+    trained_now, steps = steps, steps or config.steps
     require_packages(config)
     require_processes(config, processes)
     if warning := config.idle_warning(processes):
@@ -48,7 +50,15 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, step
     chat_format = prepare_models(config, processes, say)
     rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu"))) if config.method == "ppo" else None
     inputs = None if run.inputs_file.exists() else inputs_of(config)  # before they are read
+    are_there = run.data.exists()
     prepare_data(config.data, config.split_seed, run.data, chat_format, say)
+    try:
+        for step in trained_now:
+            require_rows(run.data, step)
+    except UserError:
+        if not are_there:  # so that the run's name is free
+            shutil.rmtree(run.data)
+        raise
     for sentence in trained_elsewhere(run, sources_of(config)):
         say(sentence)
     if inputs is not None:

@@ -11,10 +11,12 @@ Left out: packing of several rows into one sequence (token-budget micro-batches 
 
 import sys
 
+import rlhf_chat
 from training.termination import TERMINATION
 from training.watchdog import begin_script
 
 if __name__ == "__main__":
+    rlhf_chat.refuse_other_copy(__file__)
     begin_script()  # before the heavy imports: a killed command must not leave a loading process behind
     TERMINATION.answer()
     from training.stage_script import run_stage

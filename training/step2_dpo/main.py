@@ -13,10 +13,12 @@ pairs then, once.
 
 import sys
 
+import rlhf_chat
 from training.termination import TERMINATION
 from training.watchdog import begin_script
 
 if __name__ == "__main__":
+    rlhf_chat.refuse_other_copy(__file__)
     begin_script()
     TERMINATION.answer()
     from training.stage_script import run_stage

@@ -131,7 +131,7 @@ class Targets:
                 "value/explained_variance": ppo_math.explained_variance(self.values, self.returns, self.mask),
             }
         if settings.samples_per_prompt > 1:
-            by_prompt = self.total_score.view(-1, settings.samples_per_prompt)
+            by_prompt = torch.tensor([e.score for e in experience]).view(-1, settings.samples_per_prompt)
             apart = by_prompt.amax(1) - by_prompt.amin(1)
             metrics["reward/group_std"] = float(by_prompt.std(1, correction=0).mean())
             metrics["reward/groups_alike"] = float((apart <= ROUNDING * by_prompt.abs().max()).float().mean())

@@ -69,7 +69,7 @@ def sentence(accuracy: float, pairs: float) -> str:
     return (
         f"Warning: the reward model ranks only {accuracy:.1%} of {pairs} held-out pairs right, a coin 50%. PPO will "
         f"follow noise. Stop here (Ctrl-C) and give a better one (rlhf-chat rlhf RUN --reward-model MODEL, with a "
-        f"new RUN), or train step 2 anew under another --name: more pairs, more reward.epochs or reward.max_steps, a "
+        f"new RUN), or train step 2 anew in a new run: more pairs, more reward.epochs or reward.max_steps, a "
         f"higher reward.optimizer.learning_rate, or a larger --reward-model; and read twenty "
         f"pairs: can you tell which is chosen? (docs/step2_reward.md)"
     )

@@ -275,6 +275,13 @@ def test_values_show_under_the_pointer(page, report):
     expect(key).to_be_hidden()
 
 
+def test_what_was_trained_elsewhere_is_said(tmp_path):
+    run = make_run(tmp_path)
+    file = run.comparison_of(PPO)[0]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_elsewhere": ["<b> was trained on."]}))
+    assert "<b> was trained on." in Tags(render(run)).text
+
+
 def test_warnings_are_repeated_once_and_each_step_has_the_versions_that_ran_it(tmp_path):
     run = make_run(tmp_path)
     run.step(PPO).log_file.write_text("Warning: it went astray\na library spoke\nWarning: it went astray\n")

@@ -58,7 +58,7 @@ def test_missing_kinds_are_empty_files(tmp_path, word_format):
     prepare_data(DataSettings(source=str(tmp_path / "a.jsonl")), 1, tmp_path / "data", word_format, lambda line: None)
     assert read_rows(tmp_path / "data" / "pairs_train.jsonl") == []
     with pytest.raises(
-        UserError, match=r"Step 2 needs .* none of the data's 2 rows is left for it: .*--steps 1, or a reward function"
+        UserError, match=r"Step 2 needs .* the data's 2 rows are prompts alone: .*--steps 1, or a reward function"
     ):
         require_rows(tmp_path / "data", REWARD)
     require_rows(tmp_path / "data", PPO)

@@ -210,3 +210,33 @@ def test_of_ranks_the_first_is_the_best(tmp_path):
 def test_bad_answers_alone_are_no_data(tmp_path):
     with pytest.raises(UserError, match=r"none of its rows can be used .an answer that is labelled as bad, and its"):
         read(tmp_path, labelled("p", "bad", False))
+
+
+def test_several_rejected_answers_become_a_pair_each(tmp_path):
+    texts = {"prompt": "p", "chosen": "good", "rejected": ["bad", "worse"]}
+    messages = {
+        "prompt": "q",
+        "good": [GOOD],
+        "bad": [[BAD], [{"role": "assistant", "content": "worse"}]],
+        "system": "s",
+    }
+    both = {"prompt": "r", "chosen": ["a", "b"], "rejected": ["c"]}
+    found = read(tmp_path, texts, messages, both)
+    assert [text[1:] for text in as_text(found.rows)] == [
+        *(("good", "bad"), ("good", "worse"), ("good", "bad"), ("good", "worse"), ("a", "c"), ("b", "c")),
+    ]
+    assert "not used" not in found.describe() and found.reasons == {}
+    rewarded = {"prompt": "p", "good": ["x", "y"]}  # no worse one: for a reward function
+    assert read(tmp_path, rewarded).rows[0]["extra"] == {"good": ["x", "y"]}
+
+
+def test_turns_as_the_text_of_a_list(tmp_path):
+    def battle(*answers: str, prompt: str = '["p"]') -> dict:
+        first, second = (json.dumps(answers[i::2]) for i in (0, 1))
+        return {"prompt": prompt, "response_a": first, "response_b": second, "winner_model_a": 0, "winner_model_b": 1}
+
+    found = read(tmp_path, battle("[bad]", "good"), battle("a", "b", "c", "d", prompt='["p", "q"]'))
+    assert as_text(found.rows) == [("p", "good", "[bad]")]
+    assert dict(found.reasons) == {"a conversation of several turns, of which the two models had each its own": 1}
+    said = read(tmp_path, battle("bad", "good") | {"prompt": "[sic]"})  # a text in brackets is a text
+    assert as_text(said.rows) == [("[sic]", '["good"]', '["bad"]')]

@@ -124,6 +124,15 @@ def test_a_stage_that_is_refused_leaves_the_name_free(tiny, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_data_without_a_row_for_the_step_leave_nothing(tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    run = RunDirectory(tmp_path / "run")
+    config = load_config([], [f"model={tiny}", f"data.source={tmp_path / 'rows.jsonl'}"])
+    with pytest.raises(UserError, match=r"the data's 2 rows are prompts alone: .* rlhf RUN --sft-model MODEL"):
+        prepare(config, run, 1, lambda line: None, [SFT])
+    assert not run.data.exists()
+
+
 def test_the_seed_of_the_split_alone_decides_the_rows_and_where_models_come_from_is_said(tiny, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"prompt": "Question {n}?", "response": "Answer {n}."}}\n' for n in range(40)))

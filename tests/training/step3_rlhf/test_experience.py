@@ -126,7 +126,7 @@ def test_reinforce_takes_the_penalty_to_come_and_whitens_over_the_batch():
 def test_without_a_critic_nothing_is_said_of_values_and_groups_are_measured():
     settings = RLHFSettings(advantage="rloo", samples_per_prompt=2)
     experience = two_prompts()
-    experience[1] = replace(experience[1], score=2.0)  # as the other one of its prompt
+    experience[1] = replace(experience[1], score=2.0, ended=False)  # the other one's score; a penalty is no reward
     metrics = Targets.of(experience, settings, 0.0).metrics(experience, settings, 0.0)
     assert not [name for name in metrics if name.startswith(("value/", "returns/"))]
     assert metrics["reward/groups_alike"] == 0.5 and metrics["reward/group_std"] == 0.5  # deviations 0 and 1

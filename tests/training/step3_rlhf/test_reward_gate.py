@@ -80,7 +80,7 @@ def test_a_model_that_ranks_upside_down_is_warned_of_and_told_what_to_do(tmp_pat
         "reward.epochs",
         "more pairs",
         "a larger --reward-model",
-        "--name",
+        "in a new run",
     )
     assert said.startswith("Warning: ") and all(way in said for way in ways)
 
