@@ -76,7 +76,7 @@ def chromium() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip(f"none of {', '.join(names)} is installed")
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=program)
 

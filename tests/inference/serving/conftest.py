@@ -34,10 +34,10 @@ class Served:
 
     def post(self, body: Any = None, **options: Any) -> httpx.Response:
         given = {"json": body} if body is not None else {}
-        return httpx.post(f"{self.url}/v1/chat/completions", **given, **options)
+        return httpx.post(f"{self.url}/v1/chat/completions", **{"timeout": 120, **given, **options})
 
     def health(self, name: str = "sft") -> dict[str, int]:
-        return httpx.get(f"{self.url}/health").json()["models"][name]
+        return httpx.get(f"{self.url}/health", timeout=120).json()["models"][name]
 
 
 @contextmanager
