@@ -15,7 +15,7 @@ from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.quiet import quiet_transformers
-from inference.streams import json_text
+from inference.streams import show_json
 from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
@@ -237,7 +237,7 @@ def lint_command(
     counts = {name: len(lines.rows) for name, lines in opened.train.items()}
     if as_json:
         values = {"data": target, "rows": counts, "errors": errors, "findings": [each.as_dict() for each in findings]}
-        print(json_text(values))
+        show_json(values)
         return 1 if errors else 0
     console = PrintableConsole(soft_wrap=True, highlight=False)
     for line in opened.described:

@@ -9,7 +9,7 @@ from applications.launch import run_stage_script
 from applications.preset_store import settings_for_model
 from applications.report_table import evaluation_table
 from inference.errors import UserError
-from inference.streams import json_text
+from inference.streams import show_json
 from training.run_directory import RunDirectory
 from training.steps import WRITING
 from training.trust import of_evaluation, require_yes
@@ -46,7 +46,10 @@ def evaluate(
         result_file.parent.mkdir(exist_ok=True)
         run_stage_script("evaluation", run, 1, arguments, progress=sys.stderr if as_json else None)
     result = json.loads(result_file.read_text(encoding="utf-8"))
-    print(json_text(result) if as_json else evaluation_table(result, answers_file))
+    if as_json:
+        show_json(result)
+    else:
+        print(evaluation_table(result, answers_file))
     print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
 
 

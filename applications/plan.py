@@ -8,6 +8,7 @@ from applications import plan_report
 from applications.files import write_text
 from applications.plan_request import Outcome, Request, make_request
 from inference.errors import UserError
+from inference.streams import show_json
 from training.planner.estimate import estimate
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
 from training.planner.plan import Plan, problems
@@ -40,7 +41,7 @@ def plan_command(
     else:
         outcomes = [searched(request, seed, effort, None if json_output else plan_report.progress), *compared(request)]
     if json_output:
-        print(plan_report.as_json(request, outcomes))
+        show_json(plan_report.as_data(request, outcomes))
     else:
         print(plan_report.as_text(request, outcomes))
     best = outcomes[0].found

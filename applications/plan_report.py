@@ -1,6 +1,5 @@
 """What `rlhf-chat plan` shows: a table and a Gantt picture as text, all of it as JSON, the picture as SVG."""
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -174,17 +173,14 @@ def as_svg(outcomes: Sequence[Outcome]) -> str:
     return gantt_svg(panels, COLOURS)
 
 
-def as_json(request: Request, outcomes: Sequence[Outcome]) -> str:
-    return json.dumps(
-        {
-            "gpu": request.cluster.device.name,
-            "nodes": request.cluster.nodes,
-            "gpus_per_node": request.cluster.devices_per_node,
-            "iterations": request.config.rlhf.iterations,
-            "plans": [plan_data(request, outcome) for outcome in outcomes],
-        },
-        indent=2,
-    )
+def as_data(request: Request, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return {
+        "gpu": request.cluster.device.name,
+        "nodes": request.cluster.nodes,
+        "gpus_per_node": request.cluster.devices_per_node,
+        "iterations": request.config.rlhf.iterations,
+        "plans": [plan_data(request, outcome) for outcome in outcomes],
+    }
 
 
 def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:

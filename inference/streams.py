@@ -37,9 +37,16 @@ def printable(text: str) -> str:
 
 
 def json_text(values: Any) -> str:
-    """For people and programs: what is not printable is escaped."""
+    """What is not printable is escaped."""
     text = json.dumps(values, indent=2, ensure_ascii=False)
     return re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def show_json(values: Any) -> None:
+    """Print data for people and programs: in whole lines, however narrow the terminal is."""
+    stream = unguarded(sys.stdout)
+    text = json_text(values) + "\n"
+    io.TextIOWrapper.write(stream, text) if isinstance(stream, Screen) else stream.write(text)
 
 
 class Shown:

@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
 from applications.forking import LIBRARIES, ForkedScript, Stream, can_fork, fork_server, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +31,13 @@ PRELOADED = [
     "applications.commands",
     "torch.distributed.run",
     "applications.report.page",
+    "training.step1_sft.sft",
+    "training.step2_reward.reward",
+    "deepspeed.module_inject.auto_ep_layer",
+    "transformers.models.bloom.modeling_bloom",
+    "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
+    "transformers.models.opt.modeling_opt",
     "tests.warm",
 ]
 
@@ -172,6 +180,8 @@ def close_sockets() -> None:
 
 def start_python(arguments: list[str], environment: dict[str, str], output: Stream, log: Stream) -> None:
     """What an interpreter does: a sitecustomize.py, then the script or module."""
+    # an agent of torchrun names its own methods in events: each time it looks through all modules, here thousands
+    dynamic_rendezvous.get_method_name = lambda depth=0: "a method"
     for finalizer in weakref.finalize._registry:
         finalizer.atexit = False  # temporary directories of the parent
     os.environ.clear()

@@ -24,4 +24,4 @@ def test_chat_refuses_what_no_generator_takes(seed, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "chat", "no/such/run", "--seed", str(seed)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 2 and "Invalid value for '--seed'" in capsys.readouterr().err
+    assert ended.value.code == 2 and "--seed takes a whole number of 64 bits" in capsys.readouterr().err

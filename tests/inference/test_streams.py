@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
+import sys
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
 from inference.console import PrintableConsole
-from inference.streams import Shown, json_text, printable, unguarded
+from inference.screen import Screen
+from inference.streams import Shown, json_text, printable, show_json, unguarded
 
 RUDE = "a\x1b[2J\x1b]0;title\x07b\x9b31m\rc\u202ed\u2066e\x7f\tf\ng"
 TAME = "a[2J]0;titleb31mcde\tf\ng"
@@ -46,3 +49,13 @@ def test_rich_steers_and_text_in_it_does_not():
 def test_data_for_programs_are_whole():
     values = {"text": RUDE}
     assert json.loads(json_text(values)) == values and printable(json_text(values)) == json_text(values)
+
+
+def test_data_for_programs_are_not_broken_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    read, write = os.pipe()
+    with Screen(os.fdopen(write, "wb", buffering=0), "utf-8", newline="\n", write_through=True) as terminal:
+        monkeypatch.setattr(sys, "stdout", Shown(terminal))
+        show_json({"text": "words and " * 20})
+    with open(read, encoding="utf-8") as found:
+        assert json.load(found) == {"text": "words and " * 20}
