@@ -1,5 +1,6 @@
 """What all tests share: the command, one finished run of the `tiny` preset, and a browser."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -61,12 +62,16 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(workplace) -> Path:
-    """`rlhf-chat run --model tiny --name demo` with a group's rights; its output is in output.txt."""
+    """`rlhf-chat run --model tiny --name demo` with a group's rights; its output is in output.txt, what rights each file
+    had at its end in rights.json."""
     command = Command(("run", "--model", "tiny", "--name", "demo"), umask=0o002)
     [done] = fork_all([command], [{}], workplace, stdin="", timeout=300)
     assert done.code == 0, done.out[-3000:] + done.err[-3000:]
     (workplace / "output.txt").write_text(done.out)
-    return workplace / "runs" / "demo"
+    run = workplace / "runs" / "demo"
+    rights = {str(path): path.stat().st_mode for path in [run, *run.rglob("*")]}
+    (workplace / "rights.json").write_text(json.dumps(rights))
+    return run
 
 
 @pytest.fixture(scope="module")

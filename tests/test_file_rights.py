@@ -1,7 +1,9 @@
 """Files of runs, exports and caches have the rights that the umask gives, and a run may be one to read only."""
 
 import ctypes
+import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,16 +29,17 @@ def umask(request):
 
 def others(place: Path, umask: int) -> list[str]:
     """What has other rights than a new file, or a new directory, would have."""
-    found = [place, *place.rglob("*")]
-    return [f"{path} {path.stat().st_mode:o}" for path in found if (path.stat().st_mode & 0o777) != wanted(path, umask)]
+    return wrong({str(path): path.stat().st_mode for path in [place, *place.rglob("*")]}, umask)
 
 
-def wanted(path: Path, umask: int) -> int:
-    return (0o777 if path.is_dir() else 0o666) & ~umask
+def wrong(rights: dict[str, int], umask: int) -> list[str]:
+    wanted = {path: (0o777 if stat.S_ISDIR(mode) else 0o666) & ~umask for path, mode in rights.items()}
+    return [f"{path} {mode:o}" for path, mode in rights.items() if stat.S_IMODE(mode) != wanted[path]]
 
 
 def test_of_a_run(tiny_run):
-    assert others(tiny_run, 0o002) == []
+    rights = json.loads((tiny_run.parents[1] / "rights.json").read_text())
+    assert len(rights) > 50 and wrong(rights, 0o002) == []
 
 
 def test_of_an_export_and_of_caches(tiny_run, tmp_path, umask, monkeypatch):
