@@ -62,8 +62,8 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(workplace) -> Path:
-    """`rlhf-chat run --model tiny --name demo` with a group's rights; its output is in output.txt, and in rights.json what
-    rights each file had at its end."""
+    """`rlhf-chat run --model tiny --name demo` with a group's rights; output.txt has its output, rights.json the rights
+    of its files at its end."""
     command = Command(("run", "--model", "tiny", "--name", "demo"), umask=0o002)
     [done] = fork_all([command], [{}], workplace, stdin="", timeout=300)
     assert done.code == 0, done.out[-3000:] + done.err[-3000:]
