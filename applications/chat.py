@@ -1,5 +1,6 @@
 """`rlhf-chat chat`: models of a run, or a model of any kind, in the terminal or a pipe."""
 
+import gc
 from pathlib import Path
 
 from inference.chat_target import find_chat_models
@@ -30,4 +31,5 @@ def chat_command(
         from inference.generation.sample import SamplingSettings
 
         models = [(label, ChatModel.load(path)) for label, path in found]
+        gc.freeze()  # looking through all that is loaded takes longer than the first word
     chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)

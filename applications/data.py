@@ -28,7 +28,8 @@ from training.data.sources import parse_source
 from training.data.split import kind_of
 from training.data.templates import require_accepted
 from training.run_directory import RunDirectory
-from training.trust import of_looking, require_yes
+from training.trust import require_yes
+from training.uses import of_looking
 
 KINDS = {"sft": "sft", "pairs": "pair", "prompts": "prompt"}
 """What --kind takes -> kind_of a row."""
@@ -59,7 +60,7 @@ def open_target(target: str, model: str | None, overrides: list[str] | None, tru
                 f"{target} is a run and has settings of its own: leave --set out, or give its data instead."
             )
         config = run.read_config()
-        require_yes(run, of_looking(run, config), trusts)
+        require_yes(run.path, of_looking(run, config), trusts)
         opened = with_model(config, model or config.sft_model or config.model)
         if (run.data / COUNTS_FILE).exists():
             return read_prepared(opened, run.data)

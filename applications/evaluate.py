@@ -12,7 +12,8 @@ from inference.errors import UserError
 from inference.streams import show_json
 from training.run_directory import RunDirectory
 from training.steps import WRITING
-from training.trust import of_evaluation, require_yes
+from training.trust import require_yes
+from training.uses import of_evaluation
 
 JUDGES = ("true", "learned", "reward")
 WORDS = ("base", *(step.command for step in WRITING))
@@ -30,7 +31,7 @@ def evaluate(
 ) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
-    require_yes(run, of_evaluation(run, run.read_config(), judge), trusts)
+    require_yes(run.path, of_evaluation(run, run.read_config(), judge), trusts)
     options = {"--model": known(model), "--against": known(against), "--judge": known(judge, JUDGES)}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []

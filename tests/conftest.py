@@ -1,5 +1,6 @@
 """What all tests share: the command, one finished run of the `tiny` preset, and a browser."""
 
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.warm import Command, Done, fork_all
+
+gc.set_threshold(700, 10, 100)  # a search through all that the libraries have made takes 0.2 s, and finds nothing
 
 LONGEST = (
     "test_switching",

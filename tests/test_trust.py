@@ -22,7 +22,8 @@ from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.stage_script import run_evaluation, run_preparation, run_stage
 from training.steps import PPO, SFT
-from training.trust import Use, made_here, of_evaluation, of_reading, of_training, remember, require_yes
+from training.trust import Use, made_here, of_reading, remember, require_yes
+from training.uses import of_evaluation, of_training
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +216,14 @@ def test_a_terminal_is_asked_once(run, monkeypatch, capsys):
     for answer, is_yes in (("\n", False), ("n\n", False), ("", False), ("y\n", True)):
         monkeypatch.setattr(sys, "stdin", Terminal(answer))
         if is_yes:
-            require_yes(run, uses, False)
+            require_yes(run.path, uses, False)
         else:
             with pytest.raises(UserError, match="Nothing was done"):
-                require_yes(run, uses, False)
+                require_yes(run.path, uses, False)
     said = capsys.readouterr().err
     assert said.count("  run a.py\n  send to http://***@host\nDo you trust that?") == 4 and "secret" not in said
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    require_yes(run, uses, False)
+    require_yes(run.path, uses, False)
     assert "secret" not in trust.record_file().read_text()
 
 
@@ -237,11 +238,11 @@ def test_a_record_that_cannot_be_written_is_said_and_asks_again(run, monkeypatch
 
 
 def test_a_damaged_line_of_the_record_says_nothing(run):
-    made_here(run, [Use("run a.py")])
+    made_here(run.path, [Use("run a.py")])
     with open(trust.record_file(), "a", encoding="utf-8") as record:
         record.write('\n{"run": 3}\n[]\n{"ru')
-    made_here(run, [Use("run b.py")])
-    require_yes(run, [Use("run a.py"), Use("run b.py")], False)
+    made_here(run.path, [Use("run b.py")])
+    require_yes(run.path, [Use("run a.py"), Use("run b.py")], False)
     assert trust.record_file().stat().st_mode & 0o077 == 0
 
 
@@ -252,12 +253,12 @@ def test_a_record_in_the_working_directory_does_not_count(run, monkeypatch):
 
 def test_what_leads_out_of_a_run_is_named(run, tmp_path):
     (tmp_path / "private").mkdir()
-    assert of_reading(run) == []  # it is no run yet: a model's directory may have links
+    assert of_reading(run.path) == []  # it is no run yet: a model's directory may have links
     run.config_file.write_text("model: tiny")
     (run.path / "inside").symlink_to(run.config_file)
     (run.path / "checkpoints").symlink_to(tmp_path / "private")
     os.mkfifo(run.path / "log.txt")
-    assert [use.text for use in of_reading(run)] == [
+    assert [use.text for use in of_reading(run.path)] == [
         f"follow checkpoints, which leads to {tmp_path / 'private'}",
         "open log.txt, which is no plain file",
     ]
@@ -277,13 +278,13 @@ def test_measuring_names_the_function_and_the_address_only_where_they_judge(run)
 
 
 def test_a_yes_holds_for_one_place(run, tmp_path):
-    remember(run, [Use("run a.py")])
+    remember(run.path, [Use("run a.py")])
     with pytest.raises(UserError):
-        require_yes(RunDirectory(tmp_path / "other"), [Use("run a.py")], False)
+        require_yes(tmp_path / "other", [Use("run a.py")], False)
     (tmp_path / "link").symlink_to(run.path)
-    require_yes(RunDirectory(tmp_path / "link"), [Use("run a.py")], False)
+    require_yes(tmp_path / "link", [Use("run a.py")], False)
 
 
 def test_the_record_holds_hashes(run):
-    remember(run, [Use("run a.py")])
+    remember(run.path, [Use("run a.py")])
     assert json.loads(trust.record_file().read_text()) == {"run": str(run.path), "keys": [Use("run a.py").key]}

@@ -14,7 +14,8 @@ from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
-from training.trust import made_here, of_models, of_training, require_yes
+from training.trust import made_here, require_yes
+from training.uses import of_models, of_training
 from training.versions import versions
 
 CHANGEABLE = {
@@ -61,13 +62,13 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
     if stored is not None:
         refuse_others(run, stored, config)
         before = of_training(run, stored)
-        require_yes(run, [use for use in wanted if use in before], trusts)
+        require_yes(run.path, [use for use in wanted if use in before], trusts)
     for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
-        require_yes(parent, set(of_models(parent.read_config())) & set(of_models(config)), trusts)
+        require_yes(parent.path, set(of_models(parent.read_config())) & set(of_models(config)), trusts)
     if config != stored:
         refuse_secret(config.rlhf.reward_url)
         run.write_config(config, versions())
-    made_here(run, [use for use in wanted if use not in before])
+    made_here(run.path, [use for use in wanted if use not in before])
     return config
 
 

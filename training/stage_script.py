@@ -35,7 +35,8 @@ from training.stage import Diverged, Stage, make_stage
 from training.starts import record_start
 from training.steps import STEPS, Step
 from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
-from training.trust import of_evaluation, of_training, require_yes
+from training.trust import require_yes
+from training.uses import of_evaluation, of_training
 from training.watchdog import PARENT_VARIABLE
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def run_preparation() -> int:
     def body() -> None:
         config = run.read_config()
         if PARENT_VARIABLE not in os.environ:
-            require_yes(run, of_training(run, config), arguments.trust)
+            require_yes(run.path, of_training(run, config), arguments.trust)
         steps = [step for step in STEPS if step.command in arguments.steps]
         prepare(config, run, config.processes, Display(log=run.log_file).say, steps)
         record_start(run, "preparation", config, 1)
@@ -142,7 +143,7 @@ def run_evaluation(run: RunDirectory, work: Callable[[Stage], object], judge: st
     def body() -> None:
         config = run.read_config()
         if PARENT_VARIABLE not in os.environ:
-            require_yes(run, of_evaluation(run, config, judge), trusts)
+            require_yes(run.path, of_evaluation(run, config, judge), trusts)
         last = config.steps[-1]
         run.step(last).path.mkdir(exist_ok=True)  # where its log goes, whatever is measured
         ranks = start_ranks(config.threads)

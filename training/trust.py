@@ -1,4 +1,4 @@
-"""What the files of a run make a command execute, send to, fetch, read or follow, and who has said yes to it.
+"""Who has said yes to what a run's files make a command execute, send to, fetch, read or follow.
 
 What decides lies outside of the run: a file of the user's, where each line has a run's path and hashes of what it may
 do. A run that is made here may do what it was told; one that came from elsewhere, or has been changed, needs a yes.
@@ -8,18 +8,12 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inference.errors import UserError, reason
-from inference.model_store import TINY
 from inference.redaction import redacted
-from training.config import EMBEDDED_DATA, RunConfig
-from training.data.sources import parse_source
-from training.inputs import code_files
-from training.paths import MODELS
-from training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -38,14 +32,14 @@ class Use:
         return hashlib.sha256(json.dumps([self.text, self.content]).encode()).hexdigest()
 
 
-def require_yes(run: RunDirectory, uses: Iterable[Use], trusts: bool) -> None:
+def require_yes(run: Path, uses: Iterable[Use], trusts: bool) -> None:
     """Raise UserError unless each use is known of this run, or gets its yes: `trusts` (--trust), or by a terminal."""
     known = keys_of(run)
     asked = [use for use in dict.fromkeys(uses) if not {use.key, replace(use, content="").key} & known]
     if not asked:
         return
     texts = [" ".join(redacted(use.text).split()) for use in asked]
-    foreign = f"{run.path} was not made here, or has been changed or moved since"
+    foreign = f"{run} was not made here, or has been changed or moved since"
     if not trusts and sys.stdin.isatty() and sys.stderr.isatty():
         lines = "".join(f"  {text}\n" for text in texts)
         print(f"{foreign}. This command would\n{lines}Do you trust that? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -58,16 +52,15 @@ def require_yes(run: RunDirectory, uses: Iterable[Use], trusts: bool) -> None:
 
 def require_reading(target: Path, trusts: bool) -> None:
     """For what reads a run, or a model, and no more."""
-    run = RunDirectory(target)
-    require_yes(run, of_reading(run), trusts)
+    require_yes(target, of_reading(target), trusts)
 
 
-def made_here(run: RunDirectory, uses: Iterable[Use]) -> None:
+def made_here(run: Path, uses: Iterable[Use]) -> None:
     """Keep what was typed for the run. A file outside of the run is its user's to change."""
     remember(run, [use if use.lies_in_run else replace(use, content="") for use in uses])
 
 
-def remember(run: RunDirectory, uses: Iterable[Use]) -> None:
+def remember(run: Path, uses: Iterable[Use]) -> None:
     """Add to the record; where it cannot be written that is said, for commands ask then."""
     keys = [key for use in uses if (key := use.key) not in keys_of(run)]
     if not keys:
@@ -76,19 +69,19 @@ def remember(run: RunDirectory, uses: Iterable[Use]) -> None:
         file = record_file()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as record:
-            record.write("\n" + json.dumps({"run": str(run.path.resolve()), "keys": keys}))  # the last may be cut short
+            record.write("\n" + json.dumps({"run": str(run.resolve()), "keys": keys}))  # the last may be cut short
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        print(f"What {run.path} may do cannot be kept ({reason(error)}): commands will ask again.", file=sys.stderr)
+        print(f"What {run} may do cannot be kept ({reason(error)}): commands will ask again.", file=sys.stderr)
 
 
-def keys_of(run: RunDirectory) -> set[str]:
+def keys_of(run: Path) -> set[str]:
     """What the record has of the run at this place."""
     found: set[str] = set()
     try:
         lines = record_file().read_text(encoding="utf-8").splitlines()
     except (OSError, RuntimeError, ValueError):
         return found
-    place = str(run.path.resolve())
+    place = str(run.resolve())
     for line in lines:
         try:
             entry = json.loads(line)
@@ -104,11 +97,11 @@ def record_file() -> Path:
     return (given if given.is_absolute() else Path("~/.local/state").expanduser()) / "rlhf-chat" / "trusted.jsonl"
 
 
-def of_reading(run: RunDirectory) -> list[Use]:
+def of_reading(run: Path) -> list[Use]:
     """What is there where files of the run lead out of it, or are no files; of what is no run, nothing."""
-    if not run.config_file.exists():
+    if not (run / "config.yaml").exists():
         return []
-    home, found = run.path.resolve(), []
+    home, found = run.resolve(), []
     for folder, folders, files in os.walk(home):
         for path in (Path(folder) / name for name in sorted(folders + files)):
             name = path.relative_to(home)
@@ -117,78 +110,3 @@ def of_reading(run: RunDirectory) -> list[Use]:
             elif path.exists() and not (path.is_file() or path.is_dir()):
                 found.append(Use(f"open {name}, which is no plain file"))
     return found
-
-
-def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
-    """Of `run`, `sft`, `reward`, `dpo`, `rlhf` and the stage scripts."""
-    roles = {f"{step}.optimizer": getattr(config, step).optimizer for step in ("sft", "reward", "dpo")}
-    roles |= {"rlhf.actor": config.rlhf.actor, "rlhf.critic": config.rlhf.critic}
-    return [
-        *of_reading(run),
-        *of_rewards(run, config),
-        *of_models(config),
-        *of_data(run, config),
-        *of_trackers(run, config),
-        *(
-            Use(f"give DeepSpeed {json.dumps(role.deepspeed)} ({name}.deepspeed)")
-            for name, role in roles.items()
-            if role.deepspeed
-        ),
-    ]
-
-
-def of_evaluation(run: RunDirectory, config: RunConfig, judge: str) -> list[Use]:
-    """Of `eval`: the reward function and the address only where they judge."""
-    return [*of_reading(run), *(of_rewards(run, config) if judge == "reward" else ()), *of_models(config)]
-
-
-def of_looking(run: RunDirectory, config: RunConfig) -> list[Use]:
-    """Of `data show` and `data lint`."""
-    return [*of_reading(run), *of_models(config), *of_data(run, config)]
-
-
-def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
-    """The reward function's files and the reward service's address."""
-    for _, file in code_files(config) if config.rlhf.reward_weights.function else ():
-        yield of_file(run, file, f"run {file} (rlhf.reward_function)")
-    if config.rlhf.reward_url and config.rlhf.reward_weights.url:
-        yield Use(f"send prompts and answers to {config.rlhf.reward_url} (rlhf.reward_url)")
-
-
-def of_models(config: RunConfig) -> Iterator[Use]:
-    """Models of the hub; no code of a model is ever run, so that one on this machine needs no yes."""
-    for setting in MODELS:
-        name = getattr(config, setting)
-        if name and name != TINY and not name.startswith("package:") and not Path(name).is_absolute():
-            yield Use(f"fetch the model {name} from the hub ({setting})")
-
-
-def of_data(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
-    """Sources that lie outside of the run and are yet to be read."""
-    from training.data.prepare import COUNTS_FILE  # imports transformers, and chat goes without
-
-    sources = [("data.source", text) for text in config.data.sources if not (run.data / COUNTS_FILE).exists()]
-    sources += [("rlhf.ptx.source", config.rlhf.ptx.source)] if config.rlhf.ptx.coefficient else []
-    for setting, text in sources:
-        if text and text != EMBEDDED_DATA:
-            source = parse_source(text)
-            place = source.copy or source.path
-            if not place.resolve().is_relative_to(run.path.resolve()):
-                how = "read" if place.exists() else "fetch from the hub"
-                yield Use(f"{how} the data {source.label} ({setting})")
-
-
-def of_trackers(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
-    if config.logging.wandb:
-        project = config.logging.wandb_project
-        yield Use(f"send settings and metrics to Weights & Biases, project {project} (logging.wandb)")
-        theirs = run.path / "wandb" / "settings"  # which may name another address
-        if theirs.is_file():
-            yield of_file(run, theirs, f"let {theirs.resolve()} say where they are sent")
-
-
-def of_file(run: RunDirectory, file: Path, text: str) -> Use:
-    """A file that is executed or obeyed, as it is now."""
-    with open(file, "rb") as handle:
-        content = hashlib.file_digest(handle, "sha256").hexdigest()
-    return Use(text, content, file.resolve().is_relative_to(run.path.resolve()))

@@ -1,0 +1,89 @@
+"""What the settings of a run make a command execute, send to, fetch or read, each as a `Use` that needs a yes."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from inference.model_store import TINY
+from training.config import EMBEDDED_DATA, RunConfig
+from training.data.sources import parse_source
+from training.inputs import code_files
+from training.paths import MODELS
+from training.run_directory import RunDirectory
+from training.trust import Use, of_reading
+
+
+def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
+    """Of `run`, `sft`, `reward`, `dpo`, `rlhf` and the stage scripts."""
+    roles = {f"{step}.optimizer": getattr(config, step).optimizer for step in ("sft", "reward", "dpo")}
+    roles |= {"rlhf.actor": config.rlhf.actor, "rlhf.critic": config.rlhf.critic}
+    return [
+        *of_reading(run.path),
+        *of_rewards(run, config),
+        *of_models(config),
+        *of_data(run, config),
+        *of_trackers(run, config),
+        *(
+            Use(f"give DeepSpeed {json.dumps(role.deepspeed)} ({name}.deepspeed)")
+            for name, role in roles.items()
+            if role.deepspeed
+        ),
+    ]
+
+
+def of_evaluation(run: RunDirectory, config: RunConfig, judge: str) -> list[Use]:
+    """Of `eval`: the reward function and the address only where they judge."""
+    return [*of_reading(run.path), *(of_rewards(run, config) if judge == "reward" else ()), *of_models(config)]
+
+
+def of_looking(run: RunDirectory, config: RunConfig) -> list[Use]:
+    """Of `data show` and `data lint`."""
+    return [*of_reading(run.path), *of_models(config), *of_data(run, config)]
+
+
+def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
+    """The reward function's files and the reward service's address."""
+    for _, file in code_files(config) if config.rlhf.reward_weights.function else ():
+        yield of_file(run, file, f"run {file} (rlhf.reward_function)")
+    if config.rlhf.reward_url and config.rlhf.reward_weights.url:
+        yield Use(f"send prompts and answers to {config.rlhf.reward_url} (rlhf.reward_url)")
+
+
+def of_models(config: RunConfig) -> Iterator[Use]:
+    """Models of the hub; no code of a model is ever run, so that one on this machine needs no yes."""
+    for setting in MODELS:
+        name = getattr(config, setting)
+        if name and name != TINY and not name.startswith("package:") and not Path(name).is_absolute():
+            yield Use(f"fetch the model {name} from the hub ({setting})")
+
+
+def of_data(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
+    """Sources that lie outside of the run and are yet to be read."""
+    from training.data.prepare import COUNTS_FILE  # imports transformers, and chat goes without
+
+    sources = [("data.source", text) for text in config.data.sources if not (run.data / COUNTS_FILE).exists()]
+    sources += [("rlhf.ptx.source", config.rlhf.ptx.source)] if config.rlhf.ptx.coefficient else []
+    for setting, text in sources:
+        if text and text != EMBEDDED_DATA:
+            source = parse_source(text)
+            place = source.copy or source.path
+            if not place.resolve().is_relative_to(run.path.resolve()):
+                how = "read" if place.exists() else "fetch from the hub"
+                yield Use(f"{how} the data {source.label} ({setting})")
+
+
+def of_trackers(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
+    if config.logging.wandb:
+        project = config.logging.wandb_project
+        yield Use(f"send settings and metrics to Weights & Biases, project {project} (logging.wandb)")
+        theirs = run.path / "wandb" / "settings"  # which may name another address
+        if theirs.is_file():
+            yield of_file(run, theirs, f"let {theirs.resolve()} say where they are sent")
+
+
+def of_file(run: RunDirectory, file: Path, text: str) -> Use:
+    """A file that is executed or obeyed, as it is now."""
+    with open(file, "rb") as handle:
+        content = hashlib.file_digest(handle, "sha256").hexdigest()
+    return Use(text, content, file.resolve().is_relative_to(run.path.resolve()))
