@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def rlhf_chat(*arguments: object, cwd: Path, stdin: str = "", timeout: float = 300, **environment: str) -> Done:
     """Run the command as a user would."""
     return fork_all([Command(tuple(map(str, arguments)))], [environment], cwd, stdin, timeout)[0]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws does not depend on those before it: which worker has them is chance."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
