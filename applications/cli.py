@@ -1,16 +1,14 @@
 """The `rlhf-chat` command. Nothing heavy is imported before a command needs it."""
 
-import signal
-import sys
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from applications.data_commands import data_app
 from applications.help_pages import Command, Group
+from applications.machine_commands import doctor, plan, profile
 from applications.options import (
     Config,
     Data,
@@ -26,7 +24,6 @@ from applications.options import (
     Trust,
 )
 from training.steps import COMPARED, METHODS, PPO, REWARD, SFT, STEPS, WRITING, Step
-from training.termination import EXIT_TERMINATED, StageFailed, Terminated
 
 app = typer.Typer(
     name="rlhf-chat",
@@ -42,7 +39,6 @@ command = partial(app.command, cls=Command)
 
 app.add_typer(data_app, name="data")
 
-EXIT_INTERRUPTED = 130
 SFTModel = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="A finished SFT model, instead of step 1. Default: the run's own."),
@@ -412,181 +408,5 @@ def serve(
     serve_command(target, host, port, token, slots, queue, context, max_tokens)
 
 
-@command()
-def plan(
-    model: Annotated[
-        str, typer.Option(metavar="MODEL", help="The model to train: a preset, its hub id, or a model directory.")
-    ],
-    reward_model: RewardModel = None,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines of the cluster.")] = 1,
-    gpus_per_node: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="GPUs of each machine. Default: 8, or as many as were profiled."),
-    ] = None,
-    gpu: Annotated[
-        str,
-        typer.Option(
-            metavar="GPU",
-            help="a100-40g, a100-80g, a800-80g, h100, h200, v100, l40s, rtx-4090, this-machine (see rlhf-chat "
-            "profile), or a profile's YAML file.",
-        ),
-    ] = "a100-80g",
-    network: Annotated[float, typer.Option(metavar="NUMBER", min=0.1, help="Gbit/s of each machine's network.")] = 200,
-    price: Annotated[
-        float | None, typer.Option(metavar="NUMBER", min=0.0, help="Of one GPU for one hour. Default: no cost is told.")
-    ] = None,
-    config: Config = None,
-    set_: Set = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the search: the same seed gives the same plan.")] = 0,
-    effort: Annotated[
-        float, typer.Option(metavar="NUMBER", min=0.0, help="How long to search: 2 takes twice the steps of 1.")
-    ] = 1.0,
-    json_: Json = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the best plan to this YAML file. Default: none.")
-    ] = None,
-    check: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Do not search: tell the cost of the plan in this YAML file. Default: none."),
-    ] = None,
-    svg: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw who does what when, to this file. Default: none.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """The best execution plan for a model and a cluster, beside two common ones. Nothing is started.
-
-    rlhf-chat plan --model opt-13b --reward-model opt-350m --nodes 2 --price 2.0
-
-    rlhf-chat plan --model opt-125m --gpu this-machine
-    """
-    from applications.plan import plan_command
-
-    plan_command(
-        model,
-        reward_model,
-        nodes,
-        gpus_per_node,
-        gpu,
-        network,
-        price,
-        config,
-        set_,
-        seed,
-        effort,
-        json_,
-        out,
-        check,
-        svg,
-    )
-
-
-@command()
-def profile(
-    processes: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Processes that share the machine. Default: as many as it has GPUs."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The YAML file to write. Default: in the cache, where plan looks for it."),
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Measure this machine, for `plan --gpu this-machine`: arithmetic, memory, links, and what a launch costs.
-
-    rlhf-chat profile
-
-    rlhf-chat profile --processes 2 --out mine.yaml
-    """
-    from applications.profile import profile_command
-
-    profile_command(processes, out)
-
-
-@command()
-def doctor(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="Check this model: a directory, run, preset or hub id. Default: only the machine."
-        ),
-    ] = None,
-    tp: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Check it cut into N parts, a process each (tensor-parallel).")
-    ] = 1,
-    dtype: Annotated[str, typer.Option(metavar="FORMAT", help="Of numbers: fp32, bf16, fp16 or auto.")] = "auto",
-    hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the model hub can be reached.")] = False,
-    trust: Trust = False,
-    debug: Debug = False,
-) -> None:
-    """Is this machine fit? With --model: does the model generate what plain transformers gives?
-
-    rlhf-chat doctor
-
-    rlhf-chat doctor --model runs/demo --tp 2
-    """
-    from applications.commands import doctor_command
-    from training.trust import require_reading
-
-    if model is not None:
-        require_reading(Path(model).expanduser(), trust)
-    raise typer.Exit(doctor_command(model, tp, dtype, hub))
-
-
-def main() -> None:
-    """The console script: errors of the user become one sentence and exit code 2."""
-    from inference.disk import file_sentence
-    from inference.errors import UserError
-    from inference.streams import guard_output, printable
-
-    guard_output(ends=True)
-    if "--version" in sys.argv[1:]:
-        from importlib.metadata import version
-
-        print(f"rlhf-chat {version('rlhf-chat')}")
-        return
-    before = signal.signal(signal.SIGTERM, raise_terminated)
-    try:
-        for argument in sys.argv:
-            if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
-                raise UserError(f"'{argument}' is not UTF-8 text; where it names a file, give that another name.")
-            if printable(argument) != argument:
-                raise UserError(f"{argument!a} holds control characters; give it without them.")
-        try:
-            app()
-        except SystemExit:
-            sys.stdout.flush()  # here, where a full disk is a sentence
-            raise
-    except (UserError, StageFailed) as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"rlhf-chat: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except OSError as error:
-        sentence = file_sentence(error)
-        if sentence is None or "--debug" in sys.argv:
-            raise
-        print(f"rlhf-chat: {sentence}", file=sys.stderr)
-        sys.exit(2)
-    except Terminated as terminated:
-        print(f"rlhf-chat: {terminated}", file=sys.stderr)
-        sys.exit(EXIT_TERMINATED)
-    except SystemExit as ended:
-        if ended.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
-            trains = sys.argv[1:2] and sys.argv[1] in ("run", *(step.command for step in STEPS))
-            goes_on = "; the same command goes on" if trains else ""
-            print(f"\nrlhf-chat: stopped{goes_on}.", file=sys.stderr)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """Once: what has begun to end is not told again."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated("Ended by SIGTERM.")
-
-
-if __name__ == "__main__":
-    main()
+for function in (plan, profile, doctor):
+    command()(function)

@@ -56,7 +56,7 @@ def end(sentence: str) -> NoReturn:
 
 def main() -> None:
     """The command `rlhf-chat`."""
-    from applications.cli import main
+    from applications.process import main
 
     main()
 

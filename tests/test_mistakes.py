@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from applications import cli
+from applications.process import main
 from inference.errors import UserError
 from tests.conftest import rlhf_chat
 
@@ -17,7 +17,7 @@ def sentence(monkeypatch, capsys, cwd, *arguments) -> str:
     monkeypatch.chdir(cwd)
     monkeypatch.setattr("sys.argv", ["rlhf-chat", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     err = capsys.readouterr().err
     assert ended.value.code == 2, err
     assert "Traceback" not in err
@@ -126,7 +126,7 @@ def test_debug_shows_the_traceback(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", "nowhere", "--debug"])
     with pytest.raises(UserError):
-        cli.main()
+        main()
 
 
 def test_a_failed_start_leaves_the_name_free(workplace, tmp_path):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from applications import cli, pipeline
+from applications import pipeline
+from applications.process import main
 from inference.errors import UserError
 from tests.warm import fork_all
 from training import stage_script as scripts
@@ -32,7 +33,7 @@ class Start:
         time.sleep(max(0.0, self.at - time.time()))
         try:
             if self.arguments[0] == "run":
-                cli.main()
+                main()
             else:
                 sys.exit(scripts.run_stage(SFT, lambda stage: self.work(stage.config.seed)))
         finally:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from applications import cli
+from applications.process import main
 from applications.report.page import render
 from inference.errors import UserError
 from tests.tiny_runs import make_tiny_run
@@ -48,7 +48,7 @@ def test_a_report_has_none(run):
 def test_a_dry_run_has_none(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rlhf-chat", "run", "--name", str(run.path), "--dry-run"])
     with pytest.raises(SystemExit):
-        cli.main()
+        main()
     said = capsys.readouterr().out
     assert "geheimnis" not in said and SHOWN in said
 
@@ -94,7 +94,7 @@ def test_a_secret_is_not_taken_into_settings(tmp_path, monkeypatch, capsys):
     given = ["--set", f"rlhf.reward_url={LITERAL}"]
     monkeypatch.setattr(sys, "argv", ["rlhf-chat", "run", "--model", "tiny", "--name", str(tmp_path / "new"), *given])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2 and not (tmp_path / "new").exists()
     said = capsys.readouterr().err
     assert said.startswith(f"rlhf-chat: rlhf.reward_url={SHOWN} holds a secret") and "geheimnis" not in said

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from applications import cli
 from applications.data import show_command
+from applications.process import main
 from inference.errors import UserError
 from tests.tiny_runs import make_tiny_run
 from training import trust
@@ -130,12 +130,12 @@ def begin(theirs, called, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words", OPENED, ids=lambda words: " ".join(words))
 def test_what_only_reads_opens_a_run_of_anybody(begin, words):
-    assert begin(cli.main, "rlhf-chat", *words)[0] == 0
+    assert begin(main, "rlhf-chat", *words)[0] == 0
 
 
 @pytest.mark.parametrize("words", REFUSED, ids=lambda words: " ".join(words))
 def test_what_would_do_more_is_refused(begin, words, tmp_path):
-    code, said = begin(cli.main, "rlhf-chat", *words)
+    code, said = begin(main, "rlhf-chat", *words)
     assert code == 2 and said.count("was not made here") == 1 and said.endswith("say so with --trust.\n")
     assert not (tmp_path / "new").exists()
 
@@ -147,7 +147,7 @@ def test_the_scripts_refuse_it_too(begin, work):
 
 
 def test_each_file_and_each_address_is_named_once(begin, theirs, called):
-    _, said = begin(cli.main, "rlhf-chat", "rlhf", "{run}")
+    _, said = begin(main, "rlhf-chat", "rlhf", "{run}")
     place = {"run": theirs.path, "place": theirs.path.parent, "address": called[0]}
     named = said.partition("this command would ")[2].removesuffix(". If you trust that, say so with --trust.\n")
     assert sorted(named.split("; ")) == sorted(trap.format(**place) for trap in TRAPS)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from applications import cli
 from applications.data import lint_command, show_command
+from applications.process import main
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.model_store import resolve_model
@@ -125,9 +125,9 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     source = write(tmp_path / "bad.jsonl", {"prompt": 3})
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "data", "lint", source])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 1 and "error: no rows" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "data", "show", str(tmp_path / "none.jsonl")])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2 and "There is no data source" in capsys.readouterr().err

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from applications import cli, doctor, machine_report
+from applications import doctor, machine_report
 from applications.commands import doctor_command
 from applications.machine_report import Check
+from applications.process import main
 from inference.errors import UserError
 from tests.conftest import rlhf_chat
 from training.termination import StageFailed
@@ -22,7 +23,7 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     """The command in this process: its exit code and what it printed."""
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "doctor", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     return int(ended.value.code or 0), printed.out, printed.err

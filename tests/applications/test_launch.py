@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from applications import cli, commands, launch, pipeline, profile
+from applications import commands, launch, pipeline, profile
 from applications.fit import Machine
 from applications.launch import child_environment, first_dead_rank, last_error
+from applications.process import main
 from inference.errors import UserError
 from training.run_directory import RunDirectory
 from training.steps import PPO
@@ -184,7 +185,7 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, caps
     monkeypatch.setattr(commands, "step_command", lambda *_: launch.run_stage_script("step1_sft", run, 1))
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "\nrlhf-chat: stopped; the same command goes on.\n"
     assert not processes_with(str(begun))
@@ -198,5 +199,5 @@ def test_ctrl_c_while_models_are_loaded_to_be_served(tmp_path, monkeypatch, caps
     monkeypatch.setattr(ChatModel, "load", lambda path: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "serve", str(tmp_path), "--port", "0"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 130 and capsys.readouterr().err == "\nrlhf-chat: stopped.\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from applications import cli
+from applications.process import main
 from inference.generation.sample import SamplingKey
 from inference.generation.sampler import uniform
 from training.config_files import load_config
@@ -23,5 +23,5 @@ def test_the_largest_seed_draws_like_any_other():
 def test_chat_refuses_what_no_generator_takes(seed, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "chat", "no/such/run", "--seed", str(seed)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2 and "--seed takes a whole number of 64 bits" in capsys.readouterr().err

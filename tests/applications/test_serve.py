@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from applications import cli
+from applications.process import main
 from applications.serve import choose_token
 from inference.errors import UserError
 from inference.serving.served_models import find_served_models
@@ -70,7 +70,7 @@ def test_a_token_is_made_where_others_can_come_in():
 def refusal(monkeypatch, capsys, *arguments: object) -> str:
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "serve", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     err = capsys.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in err
     return err

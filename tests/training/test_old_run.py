@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from applications import cli
+from applications.process import main
 from inference.chat_model import ChatModel
 from inference.generation.sample import SamplingSettings
 from inference.serving.served_models import find_served_models
@@ -42,7 +42,7 @@ def run(place, monkeypatch) -> RunDirectory:
 def command(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["rlhf-chat", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert not ended.value.code
 
 

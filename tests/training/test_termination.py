@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from applications import cli, commands, launch
+from applications import commands, launch
+from applications.process import main
 from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from tests.applications.test_launch import signal_while_waiting
@@ -114,7 +115,7 @@ def test_the_command_hands_it_on_and_ends_with_143(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", str(tmp_path)])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
     assert said[0] == "rlhf-chat: SIGTERM: a checkpoint follows if one is reached within 1 s."

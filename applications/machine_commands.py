@@ -1,0 +1,127 @@
+"""`rlhf-chat plan`, `profile` and `doctor`: about machines, before anything is trained on them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from applications.options import Config, Debug, Json, RewardModel, Set, Trust
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="The model to train: a preset, its hub id, or a model directory.")
+    ],
+    reward_model: RewardModel = None,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines of the cluster.")] = 1,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="GPUs of each machine. Default: 8, or as many as were profiled."),
+    ] = None,
+    gpu: Annotated[
+        str,
+        typer.Option(
+            metavar="GPU",
+            help="a100-40g, a100-80g, a800-80g, h100, h200, v100, l40s, rtx-4090, this-machine (see rlhf-chat "
+            "profile), or a profile's YAML file.",
+        ),
+    ] = "a100-80g",
+    network: Annotated[float, typer.Option(metavar="NUMBER", min=0.1, help="Gbit/s of each machine's network.")] = 200,
+    price: Annotated[
+        float | None, typer.Option(metavar="NUMBER", min=0.0, help="Of one GPU for one hour. Default: no cost is told.")
+    ] = None,
+    config: Config = None,
+    set_: Set = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the search: the same seed gives the same plan.")] = 0,
+    effort: Annotated[
+        float, typer.Option(metavar="NUMBER", min=0.0, help="How long to search: 2 takes twice the steps of 1.")
+    ] = 1.0,
+    json_: Json = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the best plan to this YAML file. Default: none.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Do not search: tell the cost of the plan in this YAML file. Default: none."),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw who does what when, to this file. Default: none.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """The best execution plan for a model and a cluster, beside two common ones. Nothing is started.
+
+    rlhf-chat plan --model opt-13b --reward-model opt-350m --nodes 2 --price 2.0
+
+    rlhf-chat plan --model opt-125m --gpu this-machine
+    """
+    from applications.plan import plan_command
+
+    plan_command(
+        model,
+        reward_model,
+        nodes,
+        gpus_per_node,
+        gpu,
+        network,
+        price,
+        config,
+        set_,
+        seed,
+        effort,
+        json_,
+        out,
+        check,
+        svg,
+    )
+
+
+def profile(
+    processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes that share the machine. Default: as many as it has GPUs."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The YAML file to write. Default: in the cache, where plan looks for it."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine, for `plan --gpu this-machine`: arithmetic, memory, links, and what a launch costs.
+
+    rlhf-chat profile
+
+    rlhf-chat profile --processes 2 --out mine.yaml
+    """
+    from applications.profile import profile_command
+
+    profile_command(processes, out)
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Check this model: a directory, run, preset or hub id. Default: only the machine."
+        ),
+    ] = None,
+    tp: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Check it cut into N parts, a process each (tensor-parallel).")
+    ] = 1,
+    dtype: Annotated[str, typer.Option(metavar="FORMAT", help="Of numbers: fp32, bf16, fp16 or auto.")] = "auto",
+    hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the model hub can be reached.")] = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Is this machine fit? With --model: does the model generate what plain transformers gives?
+
+    rlhf-chat doctor
+
+    rlhf-chat doctor --model runs/demo --tp 2
+    """
+    from applications.commands import doctor_command
+    from training.trust import require_reading
+
+    if model is not None:
+        require_reading(Path(model).expanduser(), trust)
+    raise typer.Exit(doctor_command(model, tp, dtype, hub))
