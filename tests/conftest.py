@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.warm import Command, Done, fork_all
 
-gc.set_threshold(700, 10, 100)  # a search through all that the libraries have made takes 0.2 s, and finds nothing
+gc.set_threshold(700, 10, 100)  # a search through all that the libraries have made is long, and finds nothing
 
 LONGEST = (
     "test_switching",

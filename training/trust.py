@@ -62,7 +62,8 @@ def made_here(run: Path, uses: Iterable[Use]) -> None:
 
 def remember(run: Path, uses: Iterable[Use]) -> None:
     """Add to the record; where it cannot be written that is said, for commands ask then."""
-    keys = [key for use in uses if (key := use.key) not in keys_of(run)]
+    known = keys_of(run)
+    keys = [key for use in uses if (key := use.key) not in known]
     if not keys:
         return
     try:

@@ -1,6 +1,7 @@
 """After optimiser steps the weights in another layout are the training weights, bitwise; the memory it takes."""
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -206,5 +207,5 @@ def test_a_switch_needs_the_shard_and_a_few_layers(results):
     assert 0.5 * memory["model"] < shard < 0.52 * memory["model"]
     assert layer < memory["model"] / 11
     # DeepSpeed gathers a layer through buffers of its size, and the thread of gloo lets go of them when it comes to it
-    assert min(memory["peaks"]) <= shard + 2.5 * layer
-    assert max(memory["peaks"]) <= shard + 10 * layer
+    assert statistics.median(memory["peaks"]) <= shard + 2.5 * layer
+    assert max(memory["peaks"]) <= shard + 6 * layer
