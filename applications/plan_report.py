@@ -19,6 +19,7 @@ MENTIONED = 0.05
 """Seconds from which on what lies between the calls gets a line."""
 LETTERS = {
     "actor_generate": "G",
+    "actor_score": "a",
     "reference_score": "f",
     "reward_score": "r",
     "critic_score": "c",
@@ -28,6 +29,7 @@ LETTERS = {
 OTHER = {"reallocation": ">", "offload": "^"}
 COLOURS = {
     "actor_generate": "#4c78a8",
+    "actor_score": "#6b8e9f",
     "reference_score": "#ab8b09",
     "reward_score": "#d66c0f",
     "critic_score": "#b279a2",

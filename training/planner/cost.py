@@ -112,23 +112,25 @@ class CallCosts:
         """Waves of `pipeline` groups of rows (all rows where there is one stage): prefill, then decode steps.
 
         A stage works on one group while the others are elsewhere in the pipeline, so that a round of steps of all
-        groups takes `pipeline` times the slowest stage, the last one with its head.
+        groups takes `pipeline` times the slowest stage, the last one with its head. A sample that ends makes room for
+        one of the next wave, so that a wave lasts as long as a mean response, the last one as the longest.
         """
         workload, layout = self.workload, assignment.layout
         links = self._links_of(assignment)
-        rows = self._rows("generate", assignment)
         groups = min(assignment.micro_batches, layout.pipeline)
-        waves = -(-assignment.micro_batches // layout.pipeline)
+        rows = workload.decoded_together(layout.data, assignment.micro_batches, layout.pipeline)
+        waves = -(-workload.rows("generate") // (layout.data * rows * groups))
         prefill = self._pipelined(
             self._pass(model, assignment, rows, workload.prompt_tokens), model, assignment,
             rows * workload.prompt_tokens, micro_batches=groups,
         )  # fmt: skip
-        alive = rows * workload.response_tokens / workload.longest_response
+        tokens = (waves - 1) * workload.response_tokens + workload.longest_response
+        alive = rows * waves * workload.response_tokens / tokens
         context = workload.prompt_tokens + workload.response_tokens / 2
         stage = self._pass(model, assignment, alive, 1, context) + self._gathered(model, assignment)
         hop = links.hop.send(self._sent(model, assignment, alive))
         step = stage * layout.pipeline + CallCost(pipeline=hop * layout.pipeline)
-        return (prefill + step * max(0, workload.longest_response - 1)) * waves
+        return prefill * waves + step * max(0, tokens - waves)
 
     def _pass(
         self, model: Model, assignment: Assignment, rows: float, length: int, context: float | None = None
@@ -148,7 +150,8 @@ class CallCosts:
             read = tokens * context * layers * model.cache_values * width / key_shards
             attention = max(attention, read / self.memory_bandwidth)
         group = self._links_of(assignment).tensor
-        launch = (layers + HEAD_LAUNCHES) * self.calibration.launch_seconds
+        one_layer = self.calibration.launch_seconds if context is None else self.calibration.decode_launch_seconds
+        launch = (layers + HEAD_LAUNCHES) * one_layer
         latency = (2 * layers + HEAD_COLLECTIVES) * group.latency
         hidden = 0.0 if context is not None else min(1.0, (arithmetic + attention) / (launch + latency))
         exchange = 2 * layers * (group.all_reduce(tokens * shape.hidden * width) - group.latency)

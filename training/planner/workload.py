@@ -72,6 +72,8 @@ class Workload:
     epochs: int = 1
     precision: Precision = "bf16"
     checkpointing: bool = True
+    generation_batch: int = 0
+    """Samples that a data rank decodes at the same time, at most; 0 sets no bound."""
 
     @classmethod
     def of(
@@ -86,15 +88,15 @@ class Workload:
         precision: Precision = "bf16",
         checkpointing: bool = True,
         lora: Mapping[str, LoRASettings] = MappingProxyType({}),
+        generation_batch: int = 0,
     ) -> "Workload":
         """`shapes` and `lora` are by role; a longest response of 0 means that all are equally long."""
         models = {
             role: Model(shape, role not in SCORERS, lora.get(role, LoRASettings())) for role, shape in shapes.items()
         }
         longest = longest_response or response_tokens
-        return cls(
-            models, samples, prompt_tokens, response_tokens, longest, mini_batches, epochs, precision, checkpointing
-        )
+        lengths = prompt_tokens, response_tokens, longest
+        return cls(models, samples, *lengths, mini_batches, epochs, precision, checkpointing, generation_batch)
 
     @property
     def length(self) -> int:
@@ -119,3 +121,10 @@ class Workload:
     def rows(self, kind: str) -> int:
         """Samples that one pass of a call of this kind takes together."""
         return self.mini_batch_samples if kind == "train" else self.samples
+
+    def decoded_together(self, data: int, micro_batches: int, pipeline: int) -> int:
+        """Samples that a pipeline stage decodes in one step; as many groups of them run as there are stages."""
+        rows = -(-self.samples // (data * micro_batches))
+        if self.generation_batch:
+            rows = min(rows, -(-self.generation_batch // min(micro_batches, pipeline)))
+        return rows

@@ -84,6 +84,29 @@ def test_the_longest_response_decides_how_long_decoding_takes():
     assert skewed.attention < cost("actor_generate", ONE).attention
 
 
+def test_slots_are_filled_again_as_samples_end():
+    """16 samples at a time of 64: three waves last as long as a mean response, the last one as the longest."""
+    found = cost("actor_generate", ONE, response_tokens=32, longest_response=128, generation_batch=16)
+    steps = 3 * 32 + 128 - 4
+    assert found.launch == pytest.approx(steps * 25 * 1e-4)
+    alone = cost("actor_generate", ONE, response_tokens=32, longest_response=128)
+    assert found.attention == pytest.approx(alone.attention, rel=0.05)  # the same keys and values are read
+    assert found.seconds < cost("actor_generate", Assignment(Layout((0,)), 4), response_tokens=128).seconds / 2
+    assert cost("actor_generate", ONE, generation_batch=16) == cost("actor_generate", Assignment(Layout((0,)), 4))
+
+
+def test_a_replayed_decode_step_launches_less_and_nothing_else_changes():
+    cluster = replace(GRAPHS.costs.cluster, calibration=replace(GRAPHS.costs.cluster.calibration, replay_seconds=1e-5))
+    replayed, eager = CallCosts(ppo_workload(), cluster), CallCosts(ppo_workload(), GRAPHS.costs.cluster)
+    for name, call in CALLS.items():
+        fast, slow = replayed.cost(call, ONE), eager.cost(call, ONE)
+        if name == "actor_generate":
+            assert fast.launch == pytest.approx(127 * 25 * 1e-5) and slow.launch == pytest.approx(127 * 25 * 1e-4)
+            assert slow.seconds - fast.seconds == pytest.approx(slow.launch - fast.launch)
+        else:
+            assert fast == slow
+
+
 def test_responses_count_in_scoring_and_training():
     """A defect of the released estimator: the prompt's length taken for all."""
     for name in ("reward_score", "critic_train"):
