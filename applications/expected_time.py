@@ -7,15 +7,14 @@ import torch
 from applications.fit import GIB, Outlook
 from applications.plan_request import workload_of
 from inference.errors import UserError
+from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
 from training.planner.footprint import DTYPES
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
-from training.planner.heuristics import trainer_plan
 from training.planner.machine import profile_file, read_profile
-from training.planner.plan import Plan
 from training.planner.workload import Precision, Workload
 from training.steps import Step
 
@@ -78,11 +77,7 @@ def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     assert outlook.actor is not None
     workload = workload_of(config, outlook.actor, outlook.scorer, PRECISIONS[outlook.dtype])
     graph = DataflowGraph(rlhf.calls)
-    stages = {role: getattr(rlhf, role).zero_stage for role in graph.roles}
-    tensor = rlhf.generation_tensor_parallel
-    scoring = rlhf.scoring_tensor_parallel.model_dump()
-    plan = trainer_plan(graph, workload, outlook.ranks, stages, rlhf.micro_batch_tokens, tensor, scoring)
-    return AugmentedGraphs(graph, CallCosts(workload, cluster)), plan
+    return AugmentedGraphs(graph, CallCosts(workload, cluster)), Plan.of(rlhf, outlook.ranks, outlook.length)
 
 
 def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
@@ -101,5 +96,5 @@ def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[Augment
         lora=dict.fromkeys(graph.trained_roles, optimizer.lora),
     )
     graphs = AugmentedGraphs(graph, CallCosts(workload, cluster))
-    stages = dict.fromkeys(graph.roles, optimizer.zero_stage)
-    return graphs, trainer_plan(graph, workload, outlook.ranks, stages, settings.micro_batch_tokens)
+    stage, tokens = optimizer.zero_stage, settings.micro_batch_tokens
+    return graphs, Plan.of_rows(graph.calls, outlook.ranks, rows, outlook.length, stage, tokens)

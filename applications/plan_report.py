@@ -7,9 +7,9 @@ from typing import Any
 from applications.plan_request import Outcome, Request
 from inference.screen import columns
 from training.gantt import Bar, Panel, gantt_svg
+from training.plan_file import mesh_text
 from training.planner.estimate import Estimate
 from training.planner.hardware import GIB
-from training.planner.plan_file import mesh_text
 from training.planner.search import Progress
 from training.planner.simulate import Interval
 

@@ -12,9 +12,9 @@ Attention arithmetic: "Reducing Activation Recomputation in Large Transformer Mo
 from dataclasses import dataclass, fields
 
 from training.calls import Call
+from training.plan import Assignment
 from training.planner.collectives import Links, links_of
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
-from training.planner.plan import Assignment
 from training.planner.workload import Model, Workload
 
 BACKWARD = 2

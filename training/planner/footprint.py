@@ -17,9 +17,9 @@ from training.memory import (
     StepMemory,
     training_parts,
 )
+from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import GIB, Cluster
-from training.planner.plan import Assignment, Plan
 from training.planner.workload import Model, Precision, Workload
 from training.role_settings import OptimizerSettings
 

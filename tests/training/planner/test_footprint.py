@@ -5,9 +5,9 @@ import pytest
 from inference.errors import UserError
 from tests.training.planner.conftest import LARGE, SMALL, graphs_on
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.heuristics import megatron_plan
-from training.planner.plan import Assignment, Plan
 
 GRAPHS = graphs_on(1, 8)
 FOOTPRINTS = Footprints(GRAPHS.costs.workload, GRAPHS.graph)

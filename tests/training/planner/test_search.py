@@ -7,10 +7,10 @@ import pytest
 
 from inference.errors import UserError
 from tests.training.planner.conftest import Plans, graphs_on, ppo_workload
+from training.plan_checks import problems
 from training.planner.estimate import estimate
 from training.planner.exhaustive import best_plan
 from training.planner.options import PUBLISHED, Options
-from training.planner.plan import problems
 from training.planner.search import search
 from training.planner.table import UNDECIDED, PlanTable
 
@@ -89,7 +89,7 @@ def test_the_ten_best_are_valid_plans_that_fit_best_first(two_nodes, table):
     assert [f.seconds for f in found] == sorted({f.seconds for f in found})
     cluster = two_nodes.costs.cluster
     for one in found:
-        assert problems(one.plan, two_nodes.graph, two_nodes.costs.workload, cluster) == []
+        assert problems(one.plan, two_nodes.graph, two_nodes.costs.workload, cluster.size) == []
         assert estimate(one.plan, two_nodes).peak_bytes <= cluster.usable_memory
 
 
