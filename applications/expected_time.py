@@ -4,14 +4,13 @@ from dataclasses import dataclass, replace
 
 from applications.fit import GIB, Outlook
 from inference.errors import UserError
+from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
-from training.planner.heuristics import trainer_plan
 from training.planner.machine import profile_file, read_profile
-from training.planner.plan import Plan
 from training.planner.workload import Workload
 from training.step3_rlhf.planned import PRECISIONS, graphs_of
 from training.steps import Step
@@ -73,12 +72,7 @@ def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     config, rlhf = outlook.config, outlook.config.rlhf
     assert outlook.actor is not None
     graphs = graphs_of(config, outlook.actor, outlook.scorer, outlook.dtype, cluster)
-    graph, workload = graphs.graph, graphs.costs.workload
-    stages = {role: getattr(rlhf, role).zero_stage for role in graph.roles}
-    tensor = rlhf.generation_tensor_parallel
-    scoring = rlhf.scoring_tensor_parallel.model_dump()
-    plan = trainer_plan(graph, workload, outlook.ranks, stages, rlhf.micro_batch_tokens, tensor, scoring)
-    return graphs, plan
+    return graphs, Plan.of(rlhf, outlook.ranks, outlook.length, graphs.graph.calls)
 
 
 def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
@@ -97,5 +91,5 @@ def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[Augment
         lora=dict.fromkeys(graph.trained_roles, optimizer.lora),
     )
     graphs = AugmentedGraphs(graph, CallCosts(workload, cluster))
-    stages = dict.fromkeys(graph.roles, optimizer.zero_stage)
-    return graphs, trainer_plan(graph, workload, outlook.ranks, stages, settings.micro_batch_tokens)
+    stage, tokens = optimizer.zero_stage, settings.micro_batch_tokens
+    return graphs, Plan.of_rows(graph.calls, outlook.ranks, rows, outlook.length, stage, tokens)

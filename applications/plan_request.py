@@ -48,10 +48,18 @@ class Request:
     def overfull(self, found: Estimate) -> str:
         """Why the plan does not fit, a sentence; '' if it does."""
         try:
-            Footprints(self.workload, self.graphs.graph).require_fit(found.plan, self.cluster)
+            self._footprints.require_fit(found.plan, self.cluster)
         except UserError as error:
             return str(error)
         return ""
+
+    def host_peak(self, found: Estimate) -> int:
+        """Bytes of main memory of the fullest node, while models are loaded or later."""
+        return self._footprints.host_peak(found.plan, self.cluster)
+
+    @property
+    def _footprints(self) -> Footprints:
+        return Footprints(self.workload, self.graphs.graph)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from applications.cli import app
 from applications.expected_time import _ppo
-from applications.fit import Outlook
+from applications.fit import Outlook, find_shape
 from applications.plan_request import make_request
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
@@ -51,6 +51,8 @@ def test_everything_as_data(planned):
         hours = plan["seconds_per_iteration"] * data["iterations"] / 3600
         assert plan["hours"] == pytest.approx(hours) and plan["cost"] == pytest.approx(hours * 2 * 2.0)
         assert set(plan["peak_bytes"]) == {"0", "1"}
+    actor = find_shape("facebook/opt-1.3b", None)
+    assert others[-1]["host_peak_bytes"] == 2 * 4 * actor.parameters  # both ranks of the node read it in fp32
 
 
 def test_the_plan_file_costs_what_the_search_said(planned):

@@ -12,9 +12,9 @@ Attention arithmetic: "Reducing Activation Recomputation in Large Transformer Mo
 from dataclasses import dataclass, fields
 
 from training.calls import Call
+from training.plan import Assignment
 from training.planner.collectives import Links, links_of
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
-from training.planner.plan import Assignment
 from training.planner.workload import Model, Workload
 
 BACKWARD = 2
@@ -80,7 +80,8 @@ class CallCosts:
     def _score(self, model: Model, assignment: Assignment) -> CallCost:
         rows = self._rows("score", assignment)
         stage = self._pass(model, assignment, rows, self.workload.length) + self._gathered(model, assignment)
-        return self._pipelined(stage, model, assignment, rows * self.workload.length)
+        parts = self.workload.micro_batches("score", assignment)
+        return self._pipelined(stage, model, assignment, rows * self.workload.length, parts)
 
     def _train(self, model: Model, assignment: Assignment) -> CallCost:
         """Each optimiser step: forward, recomputed forward and backward of every micro-batch, reduction, update."""
@@ -105,7 +106,8 @@ class CallCosts:
             zero=group.all_gather(gathered) if gathered else 0.0,
             optimizer=updated * OPTIMIZER_BYTES / self.memory_bandwidth,
         )
-        passes = self._pipelined(stage, model, assignment, rows * workload.length, sends=2)
+        parts = workload.micro_batches("train", assignment)
+        passes = self._pipelined(stage, model, assignment, rows * workload.length, parts, sends=2)
         return (passes + step) * (workload.mini_batches * workload.epochs)
 
     def _generate(self, model: Model, assignment: Assignment) -> CallCost:
@@ -117,12 +119,12 @@ class CallCosts:
         """
         workload, layout = self.workload, assignment.layout
         links = self._links_of(assignment)
-        groups = min(assignment.micro_batches, layout.pipeline)
-        rows = workload.decoded_together(layout.data, assignment.micro_batches, layout.pipeline)
-        waves = -(-workload.rows("generate") // (layout.data * rows * groups))
+        rows, parts = self._rows("generate", assignment), workload.micro_batches("generate", assignment)
+        groups = min(parts, layout.pipeline)
+        waves = -(-parts // layout.pipeline)
         prefill = self._pipelined(
             self._pass(model, assignment, rows, workload.prompt_tokens), model, assignment,
-            rows * workload.prompt_tokens, micro_batches=groups,
+            rows * workload.prompt_tokens, groups,
         )  # fmt: skip
         tokens = (waves - 1) * workload.response_tokens + workload.longest_response
         alive = rows * waves * workload.response_tokens / tokens
@@ -168,11 +170,11 @@ class CallCosts:
         model: Model,
         assignment: Assignment,
         tokens: float,
+        parts: int,
         sends: int = 1,
-        micro_batches: int | None = None,
     ) -> CallCost:
-        """All micro-batches through all stages; each crossing between stages sends the hidden states `sends` times."""
-        layout, parts = assignment.layout, micro_batches or assignment.micro_batches
+        """`parts` micro-batches through all stages; each crossing between two sends the hidden states `sends` times."""
+        layout = assignment.layout
         hop = self._links_of(assignment).hop.send(self._sent(model, assignment, tokens)) * sends
         bubbles = layout.pipeline - 1
         return stage * parts + CallCost(pipeline=bubbles * stage.seconds + (parts + bubbles) * hop)
@@ -197,12 +199,12 @@ class CallCosts:
         size = weights * self.workload.value_bytes
         if layout.zero_stage == 0:
             return group.all_reduce(size), 0.0
-        times = assignment.micro_batches if layout.zero_stage >= 2 else 1
+        times = self.workload.micro_batches("train", assignment) if layout.zero_stage >= 2 else 1
         return group.all_gather(size) * times, 0.0 if layout.zero_stage == 3 else size
 
     def _rows(self, kind: str, assignment: Assignment) -> float:
         """Rows of a micro-batch."""
-        return -(-self.workload.rows(kind) // (assignment.layout.data * assignment.micro_batches))
+        return self.workload.rows_together(kind, assignment)
 
     def _links_of(self, assignment: Assignment) -> Links:
         key = assignment.cut[:4]

@@ -17,9 +17,9 @@ from training.memory import (
     StepMemory,
     training_parts,
 )
+from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import GIB, Cluster
-from training.planner.plan import Assignment, Plan
 from training.planner.workload import Model, Precision, Workload
 from training.role_settings import OptimizerSettings
 
@@ -107,10 +107,9 @@ class Footprints:
     def _passes(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
         """Activations, keys and values, logits of the largest pipeline stage."""
         workload, layout, width = self.workload, assignment.layout, self.workload.value_bytes
+        rows = -(-workload.rows(call.kind) // (layout.data * assignment.micro_batches))
         if call.kind == "generate":
-            rows = workload.decoded_together(layout.data, assignment.micro_batches, layout.pipeline)
-        else:
-            rows = -(-workload.rows(call.kind) // (layout.data * assignment.micro_batches))
+            rows = workload.rows_together(call.kind, assignment)
         layers = model.stage_layers(layout.pipeline)
         tokens = rows * (workload.prompt_tokens if call.kind == "generate" else workload.longest)
         one_layer = tokens * model.layer_activations // layout.tensor

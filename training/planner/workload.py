@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from training.memory import Shape
+from training.plan import Assignment
 from training.role_settings import LoRASettings
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -73,7 +74,7 @@ class Workload:
     precision: Precision = "bf16"
     checkpointing: bool = True
     generation_batch: int = 0
-    """Samples that a data rank decodes at the same time, at most; 0 sets no bound."""
+    """Samples that a data rank decodes at the same time, at most, where a search may choose; 0 sets no bound."""
 
     @classmethod
     def of(
@@ -122,9 +123,15 @@ class Workload:
         """Samples that one pass of a call of this kind takes together."""
         return self.mini_batch_samples if kind == "train" else self.samples
 
-    def decoded_together(self, data: int, micro_batches: int, pipeline: int) -> int:
-        """Samples that a pipeline stage decodes in one step; as many groups of them run as there are stages."""
-        rows = -(-self.samples // (data * micro_batches))
-        if self.generation_batch:
-            rows = min(rows, -(-self.generation_batch // min(micro_batches, pipeline)))
-        return rows
+    def rows_together(self, kind: str, assignment: Assignment) -> int:
+        """Samples of a micro-batch of means, or those that a pipeline stage decodes in one step."""
+        most, limit = -(-self.rows(kind) // assignment.layout.data), assignment.micro_batch_limit
+        if not limit:
+            return -(-most // assignment.micro_batches)
+        return min(most, max(1, limit if kind == "generate" else limit // self.length))
+
+    def micro_batches(self, kind: str, assignment: Assignment) -> int:
+        """Of a data rank."""
+        if not assignment.micro_batch_limit:
+            return assignment.micro_batches
+        return -(-self.rows(kind) // (assignment.layout.data * self.rows_together(kind, assignment)))

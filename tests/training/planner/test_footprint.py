@@ -7,10 +7,10 @@ import pytest
 from inference.errors import UserError
 from tests.training.planner.conftest import LARGE, SMALL, graphs_on
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.hardware import GIB
 from training.planner.heuristics import megatron_plan
-from training.planner.plan import Assignment, Plan
 
 GRAPHS = graphs_on(1, 8)
 FOOTPRINTS = Footprints(GRAPHS.costs.workload, GRAPHS.graph)
@@ -75,14 +75,11 @@ def test_a_rank_needs_what_is_held_and_the_largest_call():
     assert by_rank[0].peak("device") == 18 * P + max(phases.values())
 
 
-def test_generation_holds_no_more_samples_than_the_settings_let_it():
-    bounded = Footprints(replace(GRAPHS.costs.workload, generation_batch=8), GRAPHS.graph)
+def test_generation_holds_the_samples_that_it_decodes_together():
     two = Layout((0, 1), 2)
-    for micro_batches, rows in ((1, 8), (2, 8), (8, 4)):  # of 32 samples of a data rank
-        found = {
-            part.name: part.bytes
-            for part in bounded.parts(CALLS["actor_generate"], Assignment(two, micro_batches), copies_weights=False)
-        }
+    for limit, rows in ((8, 8), (100, 32), (0, 16)):  # of 32 samples of a data rank
+        parts = FOOTPRINTS.parts(CALLS["actor_generate"], Assignment(two, 2, micro_batch_limit=limit), False)
+        found = {part.name: part.bytes for part in parts}
         assert found["key-value cache"] == rows * 256 * 24 * 2 * 2048 * 2
         assert found["logits"] == rows * V * 24
 
