@@ -4,10 +4,10 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from training.fusion.timeline import Span
 from training.memory import Shape
@@ -16,7 +16,8 @@ from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here
-from training.planner.simulate import Schedule, list_schedule
+from training.planner.simulate import Interval, Schedule, list_schedule
+from training.run_directory import read_json
 from training.stage import Stage
 from training.step3_rlhf.planned import graphs_of
 
@@ -29,13 +30,12 @@ class Forecast:
     plan: Plan
 
     @classmethod
-    def of(
-        cls, stage: Stage, plan: Plan, actor: PreTrainedConfig, scorer: PreTrainedConfig | None
-    ) -> "Forecast | None":
-        """None where no rates of this machine are known."""
+    def of(cls, stage: Stage, plan: Plan, actor: Path, scorer: Path | None) -> "Forecast | None":
+        """With models as in these directories; `scorer` is reward model and critic. None where no rates of this machine
+        are known."""
         if (cluster := hardware_of(stage)) is None:
             return None
-        shapes = Shape.of(actor), None if scorer is None else Shape.of(scorer)
+        shapes = shape_of(actor), None if scorer is None else shape_of(scorer)
         return cls(graphs_of(stage.config, *shapes, stage.dtype, cluster), plan)
 
     def schedule(self, prompts: Sequence[int], responses: Sequence[int]) -> Schedule:
@@ -51,6 +51,10 @@ class Forecast:
         return list_schedule(AugmentedGraphs(self.graphs.graph, costs).nodes(self.plan), iterations=1)
 
 
+def shape_of(directory: Path) -> Shape:
+    return Shape.from_config_values(read_json(directory / "config.json", "fetch or train the model again"))
+
+
 def hardware_of(stage: Stage) -> Cluster | None:
     """The ranks of a stage, as they were profiled or by the data sheet of their GPU."""
     ranks = stage.ranks
@@ -64,12 +68,17 @@ def hardware_of(stage: Stage) -> Cluster | None:
 
 
 def predicted_seconds(schedule: Schedule) -> dict[str, float]:
-    """Of each call, with what has to be brought before it begins."""
+    """Of each call, and of what is brought before calls, by its kind."""
     found: dict[str, float] = {}
     for interval in schedule.intervals:
-        name = interval.node.call.name
+        name = kind_of(interval)
         found[name] = found.get(name, 0.0) + interval.end - interval.start
     return found
+
+
+def kind_of(interval: Interval) -> str:
+    """A call's name, or what else it is."""
+    return interval.node.name if interval.node.kind == "call" else interval.node.kind
 
 
 def achieved_seconds(spans: Sequence[Sequence[Span]]) -> dict[str, float]:
@@ -102,11 +111,7 @@ def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Spa
         "iteration": number,
         "achieved": [[[span.kind, span.start, span.end] for span in of_rank] for of_rank in spans],
         "predicted": [
-            [
-                [i.node.name if i.node.kind == "call" else i.node.kind, i.start, i.end]
-                for i in intervals
-                if rank in i.node.ranks and i.end > i.start
-            ]
+            [[kind_of(i), i.start, i.end] for i in intervals if rank in i.node.ranks and i.end > i.start]
             for rank in range(len(spans))
         ],
     }
