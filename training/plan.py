@@ -33,6 +33,10 @@ class Assignment:
     """If not 0, a micro-batch takes what fits: so many tokens, or samples of a call that generates. `micro_batches` is
     then what becomes of rows as long as they may be."""
 
+    def together(self, rows: int) -> int:
+        """Samples that a data rank takes at one time, of so many over all."""
+        return self.micro_batch_limit or math.ceil(rows / (self.layout.data * self.micro_batches))
+
     @cached_property
     def cut(self) -> Cut:
         """Equal where each rank holds the same part of the weights."""
@@ -66,7 +70,8 @@ class Plan:
         tokens, degrees = settings.micro_batch_tokens, settings.scoring_tensor_parallel
         assignments = {}
         for call in calls or settings.calls:
-            stage = getattr(settings, call.role).zero_stage
+            is_actor = call.role == "reference" and settings.actor.lora.rank  # its adapters switched off
+            stage = getattr(settings, "actor" if is_actor else call.role).zero_stage
             if call.kind == "train":
                 rows, layout = -(-samples // settings.mini_batches), Layout.over(ranks, zero_stage=stage)
             elif call.kind == "generate":
