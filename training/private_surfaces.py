@@ -55,14 +55,6 @@ def own_part(parameter: nn.Parameter) -> Tensor:
     return divided.ds_tensor
 
 
-def forget_whole(parameter: nn.Parameter) -> None:
-    """After this rank's part of a parameter has been written: if it stands whole beside it, that is let go, and gathered
-    anew when it is read. DeepSpeed 0.19.8."""
-    divided: Any = parameter
-    if divided.ds_status == type(divided.ds_status).AVAILABLE:
-        divided.partition()
-
-
 def numbers_of_zero_3() -> tuple[int, int]:
     """What the next parameter and the next module under ZeRO 3 will be called: DeepSpeed counts them through a process,
     and wants them equal on all ranks of an engine. DeepSpeed 0.19.8."""
@@ -82,6 +74,14 @@ def _counters_of_zero_3() -> tuple[Any, list[int]]:
 
     register: Any = DeepSpeedZeRoOffload._register_deepspeed_module
     return Init, register.__defaults__[0]
+
+
+def forget_whole(parameter: nn.Parameter) -> None:
+    """After this rank's part of a parameter has been written: if it stands whole beside it, the whole is let go, and
+    gathered anew when it is read. DeepSpeed 0.19.8."""
+    divided: Any = parameter
+    if divided.ds_status == type(divided.ds_status).AVAILABLE:
+        divided.partition()
 
 
 def begin_writing(optimizer: Any) -> None:

@@ -60,7 +60,7 @@ class Reallocation:
         before: "Reallocation | None" = None,
         divide: Callable[[nn.Module], None] | None = None,
     ):
-        assert target.zero_stage < 3 or divide is not None
+        assert part is None or (divide is not None) == (target.zero_stage == 3)
         self.model, self.part, self.ranks, self.before, self.divide = model, part, ranks, before, divide
         self.is_source = ranks.rank in source.mesh
         self.stays = stays(source, target, ranks.rank)

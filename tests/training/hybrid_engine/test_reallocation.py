@@ -105,7 +105,7 @@ def switch_frozen_roles(ranks, directory):
     part = tensor_parallel_of(Layout.over(ranks.size, ranks.size))
     same, results = batch(ranks, 99), {}
     for stage in (0, 3):
-        role = freeze(Scorer(build("opt", scorer=True)), FrozenSettings(zero_stage=stage), torch.float32, ranks.device)
+        role = freeze(Scorer(build("opt", scorer=True)), FrozenSettings(zero_stage=stage), torch.float32, ranks)
         model = role.model if stage == 0 else role.module.model
         with torch.no_grad():
             expected = role(same)
