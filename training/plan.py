@@ -60,12 +60,16 @@ class Plan:
 
     @classmethod
     def of(cls, settings: "RLHFSettings", ranks: int, length: int, calls: Sequence[Call] = ()) -> "Plan":
-        """What step 3 runs: every call on all ranks, data-parallel under the ZeRO stage of its role, generation and
-        scoring tensor-parallel in the degrees of the settings.
+        """What step 3 runs: the plan in the settings; without one every call on all ranks, data-parallel under the ZeRO
+        stage of its role, generation and scoring tensor-parallel in the degrees of the settings.
 
         `length` is that of the longest rows in tokens; `calls` are by default those of the settings. Raises UserError
         where a degree does not divide the ranks.
         """
+        if settings.plan:
+            from training.plan_file import from_blocks
+
+            return from_blocks(settings.plan)
         samples = settings.prompts_per_iteration * settings.samples_per_prompt
         tokens, degrees = settings.micro_batch_tokens, settings.scoring_tensor_parallel
         assignments = {}

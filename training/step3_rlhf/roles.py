@@ -80,6 +80,12 @@ class Roles:
         self.calls = iteration_calls(settings, dtype)
         self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
         self.places = CallPlaces(self.plan, stage.ranks)
+        self.actor_is_reference = (
+            bool(settings.actor.lora.rank)
+            and settings.has_reference
+            and (self.plan["reference_score"].cut == self.plan["actor_train"].cut)
+        )
+        """With its adapters switched off."""
         self._engines: dict[str, ZeroEngine] = {}
         """Of the roles that this rank trains."""
         self._scoring: dict[str, nn.Module] = {}
@@ -96,7 +102,7 @@ class Roles:
         if settings.has_critic:
             self._train("critic", partial(load_critic, stage, scorer, chat_format), settings.critic, updates[1])
         self.ema = MovingAverage(self.actor, settings.ema) if settings.ema and self.trains("actor") else None
-        if settings.has_reference and not settings.actor.lora.rank:
+        if settings.has_reference and not self.actor_is_reference:
 
             def load_reference(with_weights: bool) -> Policy:
                 return Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights))
@@ -137,8 +143,12 @@ class Roles:
             model = load(dtype, False).to(dtype).model
         for call in elsewhere:
             target, place = self.plan[call.name].layout, self.places.get(call.name)
-            part = None if place is None else place.tensor_parallel
-            self._moves[call.name] = Reallocation(model, home, target, part, self.stage.ranks)
+            part, divides = None, None
+            if place is not None:
+                part, divides = place.tensor_parallel, partial(divide_to_score, dtype=dtype, ranks=place.ranks)
+            self._moves[call.name] = Reallocation(
+                model, home, target, part, self.stage.ranks, divide=divides if target.zero_stage == 3 else None
+            )
 
     def _freeze(self, role: str, load: Callable[[bool], Policy | Scorer], settings: FrozenSettings) -> None:
         """Load a role that only scores, where it does: whole on every rank, divided by ZeRO 3, or a tensor-parallel
@@ -202,7 +212,7 @@ class Roles:
         blocked = list(self._frozen_blocked)
         for call in self.calls:
             if call.kind == "score" and call.name in self._moves:
-                self._use(call.role, self._brought(call))
+                self._use(call, self._brought(call))
         if CRITIC_SCORE.name in self.places and self.plan[CRITIC_SCORE.name].layout.zero_stage < 3:
             blocked.append(BlockedWeights(self._scoring.get("critic") or self.critic.module))
         with ExitStack() as stack:
@@ -210,13 +220,15 @@ class Roles:
                 stack.enter_context(weights.in_use())
             yield
 
-    def _use(self, role: str, model: nn.Module | None) -> None:
+    def _use(self, call: Call, model: nn.Module | None) -> None:
         """Score with `model`, which is the same each time, or None where this rank does not."""
-        if model is None or role in self._scoring:
+        if model is None or call.role in self._scoring:
             return
-        wrapper = Policy if role == "actor" else Scorer
-        self._scoring[role] = wrapper(cast(PreTrainedModel, model))
-        if role == "critic" and self.critic_scale is not None:
+        module: nn.Module = (Policy if call.role == "actor" else Scorer)(cast(PreTrainedModel, model))
+        if self.plan[call.name].layout.zero_stage == 3:
+            module = gathering(module, self.stage.dtype, self.places[call.name].ranks)
+        self._scoring[call.role] = module
+        if call.role == "critic" and self.critic_scale is not None:
             self.scale_critic(*self.critic_scale)
 
     def _ask(self, role: str, *inputs: Any) -> Any:
@@ -239,7 +251,7 @@ class Roles:
     @torch.no_grad()
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:
         """Of the frozen SFT model, at the temperature of the policy; float32 (response tokens)."""
-        if not self.settings.actor.lora.rank:
+        if not self.actor_is_reference:
             return self._ask("reference", batch, self.settings.temperature)[0]
         with cast(Policy, self.actor.module).without_adapter():
             return self.actor(batch, self.settings.temperature)[0]
@@ -288,9 +300,23 @@ def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype, ranks
     model.eval().requires_grad_(False)
     if settings.zero_stage == 0:
         return model.to(ranks.device)
+    divide_to_score(model, dtype, ranks, settings)
+    return gathering(model, dtype, ranks, settings)
+
+
+DIVIDED = FrozenSettings(zero_stage=3)
+
+
+def divide_to_score(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> None:
+    """By ZeRO 3, in place."""
+    with ranks.as_world():
+        divide(model, deepspeed_config(settings.as_optimizer, dtype, trained=False), dtype, ranks)
+
+
+def gathering(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> nn.Module:
+    """`model`, which is divided, with a forward pass that gathers what it needs."""
     config = deepspeed_config(settings.as_optimizer, dtype, trained=False)
     with ranks.as_world():
-        divide(model, config, dtype, ranks)
-        engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(model=model.eval(), config=config, dist_init_required=False)
     engine.eval()  # returns nothing, unlike torch's
     return engine
