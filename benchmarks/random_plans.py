@@ -134,7 +134,7 @@ def report(found: dict[str, Any]) -> list[str]:
         rows = [row for round_ in found["runs"][name] for row in round_]
         seconds[name] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         predicted[name] = what.forecast(from_blocks(found["plans"][name]), measured)
-    calls = [call for call in predicted[names[0]] if call != "iteration"]
+    calls = list(found["plans"][names[0]])
     print(f"| plan | {' | '.join(call.replace('_', ' ') for call in calls)} | measured, s | predicted, s | error |")
     print("|---" * (len(calls) + 4) + "|")
     for name in names:
@@ -150,7 +150,8 @@ def report(found: dict[str, Any]) -> list[str]:
     spread = max(achieved) / min(achieved)
     print(
         f"\nseed {found['seed']}, {len(random_ones)} plans, slowest over fastest {spread:.2f} (at least {SPREAD}): "
-        f"mean error {error:.1%} (at most {MEAN_ERROR:.0%}), rank correlation {correlation:.2f} (at least {CORRELATION})"
+        f"mean error {error:.1%} (at most {MEAN_ERROR:.0%}), rank correlation {correlation:.2f} "
+        f"(at least {CORRELATION})"
     )
     missed = ["mean error"] * (error > MEAN_ERROR) + ["rank correlation"] * (correlation < CORRELATION)
     missed += ["spread"] * (spread < SPREAD)
