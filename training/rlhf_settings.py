@@ -138,7 +138,7 @@ class RLHFSettings(Settings):
     old_logprobs: Literal["auto", "generation", "recompute"] = "auto"
     """Where the old policy's log-probabilities come from; auto keeps generation's in fp32 and recomputes otherwise."""
     plan: dict[str, dict[str, Any]] = Field({})
-    """Where each call runs (docs/plans.md): a file as `rlhf-chat plan --out` writes it, or what is in one. It then
+    """Where each call runs (docs/plans.md): a file as the command `plan` writes it, or what is in one. It then
     decides about ZeRO stages, tensor-parallel degrees and micro-batches of step 3. Empty: every call on all ranks."""
     fusion: FusionSettings = FusionSettings()
     kl: KLSettings = KLSettings()

@@ -198,9 +198,10 @@ class Roles:
     def scale_critic(self, shift: float, scale: float) -> None:
         """Give the critic, which starts as the reward model, the scale that the scores of that model got."""
         self.critic_scale = shift, scale
-        trained = [self.critic.module] if self.trains("critic") else []
-        for critic in [*trained, *([self._scoring["critic"]] if "critic" in self._scoring else [])]:
-            cast(Scorer, critic).shift, cast(Scorer, critic).scale = shift, scale
+        for critic in (self._engines.get("critic"), self._scoring.get("critic")):
+            if critic is not None:
+                scorer = cast(Scorer, getattr(critic, "module", critic))
+                scorer.shift, scorer.scale = shift, scale
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
