@@ -58,8 +58,8 @@ def plan_command(
 
 def searched(
     request: Request,
-    seed: int,
-    effort: float,
+    seed: int = 0,
+    effort: float = 1.0,
     progress: Callable[[Progress], bool] | None = None,
     name: str = "searched",
     space: Space | None = None,

@@ -120,8 +120,13 @@ def make_request(
     settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
     assert settings is not None
     cluster = replace(cluster_of(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
+    return request_of(settings, cluster, price)
+
+
+def request_of(settings: RunConfig, cluster: Cluster, price: float | None = None) -> Request:
+    """Step 3 of a run on a cluster. Raises UserError where a model's size is not known."""
     rlhf = settings.rlhf
-    actor = require_shape(settings.sft_model or settings.model, settings.architecture.get("model"))
+    actor = require_shape(settings.actor_source, settings.architecture.get("model"))
     scorer = None
     if rlhf.has_critic or rlhf.has_reward_model:
         scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))

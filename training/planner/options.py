@@ -110,7 +110,7 @@ class Options:
                     layout = Layout(mesh, data, tensor, pipeline, zero_stage)
                     for micro_batches, limit in self._micro_batches(call, rows // data, pipeline):
                         yield Assignment(layout, micro_batches, micro_batch_limit=limit)
-                        if self._is_frozen(call):
+                        if self._is_frozen(call) and self.cluster.device.has_own_memory:
                             yield Assignment(layout, micro_batches, offload=True)
 
     def _runs(self, call: Call, assignment: Assignment) -> bool:

@@ -18,8 +18,11 @@ PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPE
 def graphs_of(
     config: RunConfig, actor: Shape, scorer: Shape | None, dtype: torch.dtype, cluster: Cluster
 ) -> AugmentedGraphs:
-    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic."""
-    graph = DataflowGraph(iteration_calls(config.rlhf, dtype))
+    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic.
+
+    Iterations do not overlap: what an iteration gave is told to all ranks.
+    """
+    graph = DataflowGraph(iteration_calls(config.rlhf, dtype), iterations_overlap=False)
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
 
 
