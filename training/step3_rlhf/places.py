@@ -40,14 +40,12 @@ class CallPlaces:
         self.plan = plan
         layouts = [assignment.layout for assignment in plan.assignments.values()]
         meshes = {mesh: ranks.part(mesh) for mesh in dict.fromkeys(layout.mesh for layout in layouts)}
-        groups = {
-            (layout.mesh, layout.tensor): tensor_parallel_of(layout)
-            for layout in {(layout.mesh, layout.tensor): layout for layout in layouts}.values()
-        }
+        cut = {(layout.mesh, layout.tensor): layout for layout in layouts if layout.tensor > 1}
+        groups = {place: tensor_parallel_of(layout) for place, layout in cut.items()}
         self._places: dict[str, CallPlace] = {}
         for name, assignment in plan.assignments.items():
             layout = assignment.layout
-            members, part = meshes[layout.mesh], groups[layout.mesh, layout.tensor]
+            members, part = meshes[layout.mesh], groups.get((layout.mesh, layout.tensor), TensorParallel())
             if members is not None and part is not None:
                 self._places[name] = CallPlace(assignment, members, part, layout.data_rank(ranks.rank))
 
