@@ -1,15 +1,16 @@
 """What `rlhf-chat plan` shows: a table and a Gantt picture as text, all of it as JSON, the picture as SVG."""
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from applications.plan_request import Outcome, Request
 from inference.screen import columns
 from training.gantt import Bar, Panel, gantt_svg
+from training.plan_file import mesh_text
 from training.planner.estimate import Estimate
 from training.planner.hardware import GIB
-from training.planner.plan_file import mesh_text
 from training.planner.search import Progress
 from training.planner.simulate import Interval
 
@@ -19,6 +20,7 @@ MENTIONED = 0.05
 """Seconds from which on what lies between the calls gets a line."""
 LETTERS = {
     "actor_generate": "G",
+    "actor_score": "a",
     "reference_score": "f",
     "reward_score": "r",
     "critic_score": "c",
@@ -28,6 +30,7 @@ LETTERS = {
 OTHER = {"reallocation": ">", "offload": "^"}
 COLOURS = {
     "actor_generate": "#4c78a8",
+    "actor_score": "#6b8e9f",
     "reference_score": "#ab8b09",
     "reward_score": "#d66c0f",
     "critic_score": "#b279a2",
@@ -72,6 +75,9 @@ def plan_table(request: Request, outcome: Outcome) -> list[str]:
     found = outcome.found
     assert found is not None
     lines = [f"{outcome.name}:" + (f" DOES NOT FIT. {outcome.why_not}" if outcome.why_not else "")]
+    if outcome.refused:
+        more = f" ({len(outcome.refused) - 1} more reasons in --json.)" if len(outcome.refused) > 1 else ""
+        lines += textwrap.wrap(f"CANNOT BE RUN YET, only costed. {outcome.refused[0]}{more}", max(20, columns()))
     rows: list[tuple[str, ...]] = [("call", "ranks", "data", "tensor", "stages", "ZeRO", "micro", "seconds", "")]
     for node in found.nodes:
         if node.kind != "call":
@@ -115,7 +121,8 @@ def summary(request: Request, outcomes: Sequence[Outcome]) -> list[str]:
             f"{request.hours(outcome.found):.1f}",
             *([] if cost is None else [f"{cost:.0f}"]),
         )
-        rows.append((outcome.name, *figures, "does not fit" if outcome.why_not else ""))
+        marks = ["does not fit"] * bool(outcome.why_not) + ["cannot be run yet"] * bool(outcome.refused)
+        rows.append((outcome.name, *figures, ", ".join(marks)))
     return table(rows, (16, 11, 13, 8, 10)[: len(rows[0]) - 1])
 
 
@@ -205,12 +212,15 @@ def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:
     return {
         "name": outcome.name,
         "fits": not outcome.why_not,
+        "runs": outcome.runs,
+        **({"refused": list(outcome.refused)} if outcome.refused else {}),
         **({"why_not": outcome.why_not} if outcome.why_not else {}),
         "seconds_per_iteration": found.iteration_seconds,
         "hours": request.hours(found),
         "cost": request.cost(found),
         "calls": calls,
         "between": {node.name: node.seconds for node in found.nodes if node.kind != "call"},
+        "host_peak_bytes": request.host_peak(found),
         "peak_bytes": {str(rank): memory.peak("device") for rank, memory in found.memory.items()},
         "memory_of_the_fullest_rank": [
             {"name": part.name, "bytes": part.bytes, "place": part.place, "phase": part.phase} for part in fullest.parts

@@ -7,18 +7,38 @@ from typing import Any
 from applications.fit import find_shape
 from applications.settings import resolve_settings
 from inference.errors import UserError
+from training.calls import Call
 from training.config import RunConfig
 from training.memory import Shape
+from training.plan import Assignment, Plan
+from training.plan_checks import unrunnable
 from training.planner.augmented import AugmentedGraphs
-from training.planner.cost import CallCosts
-from training.planner.estimate import Estimate
-from training.planner.footprint import Footprints
+from training.planner.estimate import Estimate, estimate
+from training.planner.footprint import DTYPES, Footprints
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
-from training.planner.workload import Precision, Workload
+from training.planner.options import Space
+from training.planner.workload import Workload
+from training.step3_rlhf.planned import graphs_of
 
 DEVICES_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One plan by its name: what is known of it, or why there is none."""
+
+    name: str
+    found: Estimate | None
+    why_not: str = ""
+    """Why it does not fit, or why there is none."""
+    refused: tuple[str, ...] = ()
+    """Why this runtime does not run it, a sentence each."""
+
+    @property
+    def runs(self) -> bool:
+        return self.found is not None and not self.why_not and not self.refused
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,24 @@ class Request:
     def workload(self) -> Workload:
         return self.graphs.costs.workload
 
+    @property
+    def runnable(self) -> Space:
+        """What this runtime can run with the settings; the search of every call apart."""
+        return Space(runs=self.runs)
+
+    def runs(self, call: Call, assignment: Assignment) -> bool:
+        return not self.why_not_run(Plan({call.name: assignment}), DataflowGraph((call,)))
+
+    def why_not_run(self, plan: Plan, graph: DataflowGraph | None = None) -> list[str]:
+        """What this runtime refuses of a plan that can be costed, a sentence each."""
+        return unrunnable(plan, graph or self.graphs.graph, self.config.rlhf, self.cluster.size)
+
+    @property
+    def as_set(self) -> Plan:
+        """What the settings say. Raises UserError where they do not fit the ranks."""
+        length, calls = self.workload.longest, self.graphs.graph.calls
+        return Plan.of(self.config.rlhf, self.cluster.size, length, calls)
+
     def hours(self, found: Estimate) -> float:
         """Of all iterations of the run."""
         return found.iteration_seconds * self.config.rlhf.iterations / 3600
@@ -46,22 +84,26 @@ class Request:
         """Of all iterations, in the currency of the price."""
         return None if self.price is None else self.hours(found) * self.cluster.size * self.price
 
+    def outcome(self, name: str, plan: Plan) -> Outcome:
+        """With what is wrong with it. Raises UserError where it cannot be costed."""
+        found = estimate(plan, self.graphs)
+        return Outcome(name, found, self.overfull(found), tuple(self.why_not_run(plan)))
+
     def overfull(self, found: Estimate) -> str:
         """Why the plan does not fit, a sentence; '' if it does."""
         try:
-            Footprints(self.workload, self.graphs.graph).require_fit(found.plan, self.cluster)
+            self._footprints.require_fit(found.plan, self.cluster)
         except UserError as error:
             return str(error)
         return ""
 
+    def host_peak(self, found: Estimate) -> int:
+        """Bytes of main memory of the fullest node, while models are loaded or later."""
+        return self._footprints.host_peak(found.plan, self.cluster)
 
-@dataclass(frozen=True)
-class Outcome:
-    """One plan by its name: what is known of it, or why there is none."""
-
-    name: str
-    found: Estimate | None
-    why_not: str = ""
+    @property
+    def _footprints(self) -> Footprints:
+        return Footprints(self.workload, self.graphs.graph)
 
 
 def make_request(
@@ -78,16 +120,18 @@ def make_request(
     settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
     assert settings is not None
     cluster = replace(cluster_of(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
+    return request_of(settings, cluster, price)
+
+
+def request_of(settings: RunConfig, cluster: Cluster, price: float | None = None) -> Request:
+    """Step 3 of a run on a cluster. Raises UserError where a model's size is not known."""
     rlhf = settings.rlhf
-    actor = require_shape(settings.sft_model or settings.model, settings.architecture.get("model"))
+    actor = require_shape(settings.actor_source, settings.architecture.get("model"))
     scorer = None
     if rlhf.has_critic or rlhf.has_reward_model:
         scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))
-    workload = workload_of(
-        settings, actor, scorer, cluster.device.precision if settings.dtype == "auto" else settings.dtype
-    )
-    graph = DataflowGraph(rlhf.calls)
-    return Request(settings, AugmentedGraphs(graph, CallCosts(workload, cluster)), price)
+    precision = cluster.device.precision if settings.dtype == "auto" else settings.dtype
+    return Request(settings, graphs_of(settings, actor, scorer, DTYPES[precision], cluster), price)
 
 
 def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
@@ -98,26 +142,7 @@ def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
         return replace(profile.cluster, nodes=nodes, devices_per_node=gpus_per_node or profile.ranks)
     if gpu not in DEVICES:
         raise UserError(f"--gpu takes {', '.join(DEVICES)}, {THIS_MACHINE} or a profile's YAML file, not '{gpu}'.")
-    return Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE).without_controller
-
-
-def workload_of(config: RunConfig, actor: Shape, scorer: Shape | None, precision: Precision) -> Workload:
-    """One iteration of step 3; every response as long as it may be. `scorer` is reward model and critic."""
-    rlhf, data = config.rlhf, config.data
-    shapes = {"actor": actor, "reference": actor}
-    if scorer is not None:
-        shapes |= {"critic": scorer, "reward": scorer}
-    return Workload.of(
-        shapes,
-        samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
-        prompt_tokens=data.max_prompt_tokens,
-        response_tokens=data.max_response_tokens,
-        mini_batches=rlhf.mini_batches,
-        epochs=rlhf.ppo_epochs,
-        precision=precision,
-        checkpointing=rlhf.actor.gradient_checkpointing,
-        lora={"actor": rlhf.actor.lora, "critic": rlhf.critic.lora},
-    )
+    return Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE).ours
 
 
 def require_shape(model: str, given: dict[str, Any] | None) -> Shape:
