@@ -58,8 +58,8 @@ class Prefixes:
         window: int | None,
         dropout: float = 0.0,
     ) -> Tensor:
-        whole = (at(heads.transpose(0, 1), self.stands_for).transpose(0, 1) for heads in (query, key, value))
-        return at(self.sequences.attend(layer, *whole, scale, window, dropout), self.computed)
+        q, k, v = (at(heads.transpose(0, 1), self.stands_for).transpose(0, 1) for heads in (query, key, value))
+        return at(self.sequences.attend(layer, q, k, v, scale, window, dropout), self.computed)
 
 
 def at(tokens: Tensor, places: Tensor) -> Tensor:
