@@ -64,6 +64,7 @@ def test_it_is_made_for_the_lengths_that_there_were():
     assert half.makespan < skewed.makespan < longest.makespan
     few = forecast.schedule([64] * 2, [128] * 2)
     assert few.makespan < half.makespan
+    assert forecast.schedule([16] * samples, [128] * samples).makespan < longest.makespan
 
 
 def test_hardware_is_that_of_the_ranks_of_one_machine(monkeypatch):
