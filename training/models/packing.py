@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from inference.families import backbone_of
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
+from inference.generation.exactness import Exactness
+from inference.generation.passes import packed_logits
 from inference.private_surfaces import attention_of, set_attention
 from training.data.batching import TokenBatch
 
@@ -24,17 +26,19 @@ def use_packing(model: PreTrainedModel) -> None:
         set_attention(model.config, PACKED_ATTENTION)
 
 
-def call_on_tokens(model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor | None = None) -> Tensor:
+def call_on_tokens(
+    model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor | None = None, exact: Exactness | None = None
+) -> Tensor:
     """What the model says of a batch: the last hidden states (tokens, hidden), or, with `logits_at`, places int64
-    (n), the logits there (n, vocabulary)."""
+    (n), the logits there (n, vocabulary). `exact` is for logits of packed rows."""
     backbone = backbone_of(model)
     if attention_of(model.config) == PACKED_ATTENTION:
-        tokens = Sequences(batch.lengths)
-        inputs = {"input_ids": batch.ids[None], "position_ids": tokens.positions(batch.ids.device), "tokens": tokens}
-        if logits_at is None:
-            return backbone(**inputs, use_cache=False).last_hidden_state[0]
-        called: Any = model
-        return called(**inputs, use_cache=False, logits_to_keep=logits_at).logits[0]
+        tokens = Sequences(batch.lengths, exact=exact)
+        ids, positions = batch.ids[None], tokens.positions(batch.ids.device)
+        if logits_at is not None:
+            return packed_logits(model, ids, positions, tokens, logits_at)
+        inputs = {"input_ids": ids, "position_ids": positions, "tokens": tokens}
+        return backbone(**inputs, use_cache=False).last_hidden_state[0]
     ids, mask, positions = batch.padded()
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(backbone.forward).parameters:  # BLOOM counts them from the mask

@@ -1,0 +1,122 @@
+"""Does training compute what generation computed, to the bit? Tried on this processor before a run relies on it."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from inference.families import backbone_of, text_config
+from inference.generation.attention import PACKED_ATTENTION, can_pack
+from inference.generation.cpu_weights import BlockedWeights
+from inference.generation.exactness import CausalAttention, Exactness, plain_attention
+from inference.generation.kv_cache import KVCache
+from inference.generation.passes import PackedPasses
+from inference.private_surfaces import set_attention
+from inference.quiet import quiet_transformers
+from training.data.batching import TokenBatch
+from training.distributed import Ranks
+from training.models.adapters import add_lora
+from training.models.layers import keep_layers
+from training.models.packing import call_on_tokens
+from training.role_settings import LoRASettings
+
+CANDIDATES = {
+    torch.bfloat16: (Exactness(keys=32), Exactness(keys=64), Exactness(8, 8, 64), Exactness(8, 8, 64, blocked=False)),
+    torch.float32: (Exactness(8, 8, 16), Exactness(8, 8, 16, blocked=False), Exactness(8, 8, 64, blocked=False)),
+}
+"""What is tried, the cheapest first. A vector of a processor holds up to 32 numbers: where keys do not fill the last
+one, softmax and products add in another order."""
+LAYERS = 2
+PROMPTS = (70, 41, 17, 6, 3, 2, 1)
+DECODED = 8
+PLACES = 256
+"""Queries that are tried one by one in attention as long as the run's."""
+
+
+def find_exactness(
+    model: PreTrainedModel, lora: LoRASettings | None, dtype: torch.dtype, longest: int, ranks: Ranks
+) -> Exactness | None:
+    """What makes decoding, prefill, scoring and training agree to the bit on the processors of all ranks; None where
+    nothing known does. Tried with random weights on the first layers of the model's shape, and with attention over
+    `longest` tokens; `model` itself is left alone. All ranks call it."""
+    candidates = CANDIDATES.get(dtype, ()) if ranks.device.type == "cpu" and can_pack(model) else ()
+    number = 0
+    if candidates:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            shape = first_layers(model, lora, dtype)
+            while number < len(candidates) and not agrees(shape, candidates[number], longest):
+                number += 1
+    number = max(ranks.gather(number))
+    return candidates[number] if number < len(candidates) else None
+
+
+def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A small model of the same family and sizes, with adapters that are not 0."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    keep_layers(config, min(LAYERS, text_config(config).num_hidden_layers))
+    with quiet_transformers():
+        small: Any = type(model)(config)
+    if lora is not None and lora.rank:
+        add_lora(small, lora)
+    for parameter in small.parameters():
+        if parameter.dim() > 1:  # the adapters' second half begins at 0
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    set_attention(small.config, PACKED_ATTENTION)
+    return small.to(dtype).eval()
+
+
+def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
+    """Whether all passes give the same bits."""
+    decoded, forward, cache = decoded_and_forward(model, exact)
+    return torch.equal(decoded, forward) and attention_agrees(cache, backbone_of(model), exact, longest)
+
+
+def decoded_and_forward(model: PreTrainedModel, exact: Exactness) -> tuple[Tensor, Tensor, KVCache]:
+    """Logits (n, vocabulary) of the same tokens by prefill and decoding, in batches that change, and by training's
+    forward pass."""
+    rows = [torch.randint(text_config(model.config).vocab_size, (length + DECODED,)) for length in PROMPTS]
+    cache = KVCache(len(rows), exact.seen(max(PROMPTS) + DECODED))
+    passes = PackedPasses(model, cache, exact)
+    found: dict[tuple[int, int], Tensor] = {}
+    weights = BlockedWeights(model).in_use() if exact.blocked else nullcontext()
+    with torch.inference_mode(), weights:
+        for places in ([0], range(1, len(rows))):
+            prompts = [rows[place][: PROMPTS[place]] for place in places]
+            found |= zip([(place, 0) for place in places], passes.prefill(prompts, list(places)), strict=True)
+        for step in range(DECODED):
+            places = range(max(1, len(rows) - step))
+            tokens = torch.stack([rows[place][PROMPTS[place] + step] for place in places])
+            logits = passes.decode(tokens, [PROMPTS[place] + step for place in places])
+            found |= zip([(place, step + 1) for place in places], logits, strict=True)
+    batch = TokenBatch.of([(row[:1], row[1:]) for row in rows], torch.device("cpu"))
+    starts = [sum(batch.lengths[:place]) + PROMPTS[place] - 1 for place in range(len(rows))]
+    at = torch.tensor([starts[place] + step for place, step in found])
+    return torch.stack(list(found.values())), call_on_tokens(model, batch, at, exact).detach(), cache
+
+
+def attention_agrees(cache: KVCache, backbone: nn.Module, exact: Exactness, longest: int) -> bool:
+    """Whether single queries, over as many keys as they see and over as many as there are, give what whole sequences
+    give; heads are those that filled `cache`."""
+    keys = next(iter(cache.keys.values()))
+    groups, head, dtype = keys.shape[1], keys.shape[-1], keys.dtype
+    sharing = text_config(backbone.config).num_attention_heads // groups
+    length = max(longest, 2)
+    key, value = (torch.randn(1, groups, exact.seen(length), head).to(dtype) for _ in range(2))
+    query = torch.randn(1, groups, sharing, length, head).to(dtype)
+    key[:, :, length:], value[:, :, length:] = 0, 0
+    scale = head**-0.5
+    whole = CausalAttention.apply(query, key[:, :, :length], value[:, :, :length], scale, None, exact)
+    for place in torch.randint(length, (PLACES,)).tolist():
+        for seen in (exact.seen(place + 1), exact.seen(length)):
+            mask = torch.zeros(seen, dtype=dtype)
+            mask[place + 1 :] = -torch.inf
+            alone = plain_attention(
+                query[..., place, :] * scale, key[:, :, :seen], value[:, :, :seen], mask, exact.queries
+            )
+            if not torch.equal(alone, whole[..., place, :]):
+                return False
+    return True
