@@ -2,25 +2,20 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from applications.fit import GIB, Outlook
-from applications.plan_request import workload_of
 from inference.errors import UserError
+from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
-from training.planner.footprint import DTYPES
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
-from training.planner.heuristics import trainer_plan
 from training.planner.machine import profile_file, read_profile
-from training.planner.plan import Plan
-from training.planner.workload import Precision, Workload
+from training.planner.workload import Workload
+from training.step3_rlhf.planned import PRECISIONS, graphs_of
 from training.steps import Step
 
 GPU_NAMES = {"H200": "h200", "H100": "h100", "A800": "a800-80g", "V100": "v100", "L40S": "l40s", "4090": "rtx-4090"}
-PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ def cluster_here(outlook: Outlook) -> tuple[Cluster, str] | None:
     for name, memory in outlook.machine.gpus[:1]:
         device = gpu_named(name, memory)
         if device is not None:
-            cluster = Cluster.named(device, nodes, processes).without_controller
+            cluster = Cluster.named(device, nodes, processes).ours
             return cluster, f"the data sheet of {device} and constants of A100 nodes"
     return None
 
@@ -76,13 +71,8 @@ def gpu_named(name: str, memory: int) -> str | None:
 def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     config, rlhf = outlook.config, outlook.config.rlhf
     assert outlook.actor is not None
-    workload = workload_of(config, outlook.actor, outlook.scorer, PRECISIONS[outlook.dtype])
-    graph = DataflowGraph(rlhf.calls)
-    stages = {role: getattr(rlhf, role).zero_stage for role in graph.roles}
-    tensor = rlhf.generation_tensor_parallel
-    scoring = rlhf.scoring_tensor_parallel.model_dump()
-    plan = trainer_plan(graph, workload, outlook.ranks, stages, rlhf.micro_batch_tokens, tensor, scoring)
-    return AugmentedGraphs(graph, CallCosts(workload, cluster)), plan
+    graphs = graphs_of(config, outlook.actor, outlook.scorer, outlook.dtype, cluster)
+    return graphs, Plan.of(rlhf, outlook.ranks, outlook.length, graphs.graph.calls)
 
 
 def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
@@ -101,5 +91,5 @@ def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[Augment
         lora=dict.fromkeys(graph.trained_roles, optimizer.lora),
     )
     graphs = AugmentedGraphs(graph, CallCosts(workload, cluster))
-    stages = dict.fromkeys(graph.roles, optimizer.zero_stage)
-    return graphs, trainer_plan(graph, workload, outlook.ranks, stages, settings.micro_batch_tokens)
+    stage, tokens = optimizer.zero_stage, settings.micro_batch_tokens
+    return graphs, Plan.of_rows(graph.calls, outlook.ranks, rows, outlook.length, stage, tokens)

@@ -9,10 +9,11 @@ from applications.files import write_text
 from applications.plan_request import Outcome, Request, make_request
 from inference.errors import UserError
 from inference.streams import show_json
+from training.plan import Plan
+from training.plan_checks import problems
+from training.plan_file import read_plan, to_yaml
 from training.planner.estimate import estimate
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
-from training.planner.plan import Plan, problems
-from training.planner.plan_file import read_plan, to_yaml
 from training.planner.search import Progress, search
 from training.planner.table import PlanTable
 
@@ -76,7 +77,7 @@ def compared(request: Request) -> list[Outcome]:
 def checked(request: Request, file: Path) -> Outcome:
     """A plan from a file. Raises UserError with all that is wrong with it."""
     plan = read_plan(file)
-    found = problems(plan, request.graphs.graph, request.workload, request.cluster)
+    found = problems(plan, request.graphs.graph, request.workload, request.cluster.size)
     if found:
         raise UserError(" ".join(found))
     costed = estimate(plan, request.graphs)

@@ -7,9 +7,9 @@ from typing import Any
 from applications.plan_request import Outcome, Request
 from inference.screen import columns
 from training.gantt import Bar, Panel, gantt_svg
+from training.plan_file import mesh_text
 from training.planner.estimate import Estimate
 from training.planner.hardware import GIB
-from training.planner.plan_file import mesh_text
 from training.planner.search import Progress
 from training.planner.simulate import Interval
 
@@ -19,6 +19,7 @@ MENTIONED = 0.05
 """Seconds from which on what lies between the calls gets a line."""
 LETTERS = {
     "actor_generate": "G",
+    "actor_score": "a",
     "reference_score": "f",
     "reward_score": "r",
     "critic_score": "c",
@@ -28,6 +29,7 @@ LETTERS = {
 OTHER = {"reallocation": ">", "offload": "^"}
 COLOURS = {
     "actor_generate": "#4c78a8",
+    "actor_score": "#6b8e9f",
     "reference_score": "#ab8b09",
     "reward_score": "#d66c0f",
     "critic_score": "#b279a2",
@@ -211,6 +213,7 @@ def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:
         "cost": request.cost(found),
         "calls": calls,
         "between": {node.name: node.seconds for node in found.nodes if node.kind != "call"},
+        "host_peak_bytes": request.host_peak(found),
         "peak_bytes": {str(rank): memory.peak("device") for rank, memory in found.memory.items()},
         "memory_of_the_fullest_rank": [
             {"name": part.name, "bytes": part.bytes, "place": part.place, "phase": part.phase} for part in fullest.parts

@@ -10,13 +10,12 @@ from inference.errors import UserError
 from training.config import RunConfig
 from training.memory import Shape
 from training.planner.augmented import AugmentedGraphs
-from training.planner.cost import CallCosts
 from training.planner.estimate import Estimate
-from training.planner.footprint import Footprints
-from training.planner.graph import DataflowGraph
+from training.planner.footprint import DTYPES, Footprints
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
-from training.planner.workload import Precision, Workload
+from training.planner.workload import Workload
+from training.step3_rlhf.planned import graphs_of
 
 DEVICES_PER_NODE = 8
 
@@ -49,10 +48,18 @@ class Request:
     def overfull(self, found: Estimate) -> str:
         """Why the plan does not fit, a sentence; '' if it does."""
         try:
-            Footprints(self.workload, self.graphs.graph).require_fit(found.plan, self.cluster)
+            self._footprints.require_fit(found.plan, self.cluster)
         except UserError as error:
             return str(error)
         return ""
+
+    def host_peak(self, found: Estimate) -> int:
+        """Bytes of main memory of the fullest node, while models are loaded or later."""
+        return self._footprints.host_peak(found.plan, self.cluster)
+
+    @property
+    def _footprints(self) -> Footprints:
+        return Footprints(self.workload, self.graphs.graph)
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,8 @@ def make_request(
     scorer = None
     if rlhf.has_critic or rlhf.has_reward_model:
         scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))
-    workload = workload_of(
-        settings, actor, scorer, cluster.device.precision if settings.dtype == "auto" else settings.dtype
-    )
-    graph = DataflowGraph(rlhf.calls)
-    return Request(settings, AugmentedGraphs(graph, CallCosts(workload, cluster)), price)
+    precision = cluster.device.precision if settings.dtype == "auto" else settings.dtype
+    return Request(settings, graphs_of(settings, actor, scorer, DTYPES[precision], cluster), price)
 
 
 def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
@@ -98,26 +102,7 @@ def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:
         return replace(profile.cluster, nodes=nodes, devices_per_node=gpus_per_node or profile.ranks)
     if gpu not in DEVICES:
         raise UserError(f"--gpu takes {', '.join(DEVICES)}, {THIS_MACHINE} or a profile's YAML file, not '{gpu}'.")
-    return Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE).without_controller
-
-
-def workload_of(config: RunConfig, actor: Shape, scorer: Shape | None, precision: Precision) -> Workload:
-    """One iteration of step 3; every response as long as it may be. `scorer` is reward model and critic."""
-    rlhf, data = config.rlhf, config.data
-    shapes = {"actor": actor, "reference": actor}
-    if scorer is not None:
-        shapes |= {"critic": scorer, "reward": scorer}
-    return Workload.of(
-        shapes,
-        samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
-        prompt_tokens=data.max_prompt_tokens,
-        response_tokens=data.max_response_tokens,
-        mini_batches=rlhf.mini_batches,
-        epochs=rlhf.ppo_epochs,
-        precision=precision,
-        checkpointing=rlhf.actor.gradient_checkpointing,
-        lora={"actor": rlhf.actor.lora, "critic": rlhf.critic.lora},
-    )
+    return Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE).ours
 
 
 def require_shape(model: str, given: dict[str, Any] | None) -> Shape:

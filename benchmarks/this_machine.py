@@ -19,13 +19,13 @@ from applications.fit import find_shape
 from benchmarks import work
 from benchmarks.machine_runs import MachineRun
 from benchmarks.work import LENGTHS, MINI_BATCHES, PROMPT_TOKENS, SAMPLES
+from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.calibration import fit
 from training.planner.cost import CallCosts
 from training.planner.estimate import Estimate, estimate
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration
-from training.planner.heuristics import trainer_plan
 from training.planner.machine import MachineProfile
 from training.planner.workload import Workload
 
@@ -55,9 +55,7 @@ class Measured:
     def predicted(self, calibration: Calibration) -> Estimate:
         costs = CallCosts(self.workload, self.profile.calibrated(calibration).cluster)
         graphs = AugmentedGraphs(DataflowGraph.of("ppo"), costs)
-        settings, run = self.run.config(1).rlhf, self.run
-        stages = {role: getattr(settings, role).zero_stage for role in graphs.graph.roles}
-        plan = trainer_plan(graphs.graph, self.workload, run.processes, stages, settings.micro_batch_tokens, run.tensor)
+        plan = Plan.of(self.run.config(1).rlhf, self.run.processes, self.workload.length)
         return estimate(plan, graphs)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from inference.errors import UserError
 from training.launchers import adopt, processes_option
-from training.private_surfaces import default_store, wait_at_most
+from training.private_surfaces import default_group, default_store, wait_at_most
 from training.roll_call import RollCall
 from training.shared_files import wait_until_seen
 
@@ -36,6 +37,25 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     """Of the CPU; None: the process group."""
     roll_call: RollCall | None = None
+    mesh: tuple[int, ...] = ()
+    """By their numbers in the run, where these are a part of its ranks."""
+    members: dist.ProcessGroup | None = None
+    """Of such a part, for what it computes."""
+
+    def part(self, mesh: Sequence[int]) -> "Ranks | None":
+        """The ranks of `mesh`, counted from 0 in their order, or None for a rank outside of it. All ranks call it."""
+        mesh = tuple(sorted(mesh))
+        if mesh == tuple(range(self.size)):
+            return self
+        members = dist.new_group(list(mesh), timeout=PATIENCE)
+        group = members if self.device.type == "cpu" else dist.new_group(list(mesh), timeout=PATIENCE, backend="gloo")
+        if self.rank not in mesh:
+            return None
+        return Ranks(mesh.index(self.rank), len(mesh), self.device, group, self.roll_call, mesh, members)
+
+    def as_world(self) -> AbstractContextManager[None]:
+        """Inside, these are all ranks that torch and DeepSpeed know of."""
+        return nullcontext() if self.members is None else default_group(self.members)
 
     @property
     def is_first(self) -> bool:
@@ -73,7 +93,7 @@ class Ranks:
             return [value]
         gathered: list[Any] = [None] * self.size if self.is_first else []
         with self._meeting(phase):
-            dist.gather_object(value, gathered or None, 0, group=self.group)
+            dist.gather_object(value, gathered or None, group=self.group, group_dst=0)
         return gathered
 
     def gather_flat(self, values: Tensor, phase: str) -> list[Tensor]:
@@ -89,7 +109,7 @@ class Ranks:
             return value
         told = [value]
         with self._meeting(phase):
-            dist.broadcast_object_list(told, 0, group=self.group)
+            dist.broadcast_object_list(told, group=self.group, group_src=0)
         return told[0]
 
     def see(self, *paths: Path) -> None:
@@ -108,7 +128,7 @@ class Ranks:
                 dist.barrier(group=self.group)
 
     def _meeting(self, phase: str) -> AbstractContextManager[None]:
-        return self.roll_call.meeting(phase) if self.roll_call else nullcontext()
+        return self.roll_call.meeting(phase, self.mesh) if self.roll_call else nullcontext()
 
 
 def gather_flat(values: Tensor, size: int, group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -161,7 +181,7 @@ def start_ranks(threads: int = 0) -> Ranks:
             ) from error
     if size == 1:
         return Ranks(rank, size, device)
-    group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
     return Ranks(rank, size, device, group, RollCall(rank, size, default_store()))
 
 

@@ -5,7 +5,8 @@ libraries for each, and fails where one has changed it.
 """
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -54,6 +55,27 @@ def own_part(parameter: nn.Parameter) -> Tensor:
     return divided.ds_tensor
 
 
+def numbers_of_zero_3() -> tuple[int, int]:
+    """What the next parameter and the next module under ZeRO 3 will be called: DeepSpeed counts them through a process,
+    and wants them equal on all ranks of an engine. DeepSpeed 0.19.8."""
+    parameters, modules = _counters_of_zero_3()
+    return parameters.param_id, modules[0]
+
+
+def count_zero_3_from(parameter: int, module: int) -> None:
+    """Set them."""
+    parameters, modules = _counters_of_zero_3()
+    parameters.param_id, modules[0] = parameter, module
+
+
+def _counters_of_zero_3() -> tuple[Any, list[int]]:
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    register: Any = DeepSpeedZeRoOffload._register_deepspeed_module
+    return Init, register.__defaults__[0]
+
+
 def begin_writing(optimizer: Any) -> None:
     """Before weights are written under ZeRO 3: small parameters, which stand whole on every rank beside their shards,
     are divided. It is what DeepSpeed does before it saves and loads. DeepSpeed 0.19.8."""
@@ -91,6 +113,22 @@ def wait_at_most(patience: timedelta) -> None:
 def default_store() -> dist.Store:
     """The key-value store that every process group has; nothing public gives it. torch 2.13.0."""
     return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def default_group(group: dist.ProcessGroup) -> Iterator[None]:
+    """Inside, `group` is what torch takes where none is named, and DeepSpeed for all ranks: it knows no other way to
+    work on a part of them but an `mpu`, of which there is one in a process. torch 2.13.0, DeepSpeed 0.19.8."""
+    from deepspeed.utils import groups
+
+    outside = dist.group.WORLD, groups._WORLD_GROUP
+    dist.distributed_c10d._update_default_pg(group)
+    groups._WORLD_GROUP = group
+    try:
+        yield
+    finally:
+        dist.distributed_c10d._update_default_pg(outside[0])
+        groups._WORLD_GROUP = outside[1]
 
 
 def multiplies_bf16() -> bool:

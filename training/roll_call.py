@@ -49,12 +49,13 @@ class RollCall:
         self.thread.join(timeout=5.0)
 
     @contextmanager
-    def meeting(self, phase: str) -> Iterator[None]:
-        """Around what returns when all ranks have come; every rank comes to the same meetings."""
-        number = self.store.add(f"met/{self.rank}", 1)
+    def meeting(self, phase: str, mesh: tuple[int, ...] = ()) -> Iterator[None]:
+        """Around what returns when all ranks have come, or those of `mesh`; each comes to the same meetings."""
+        met = f"met/{mesh}" if mesh else "met"
+        number = self.store.add(f"{met}/{self.rank}", 1)
 
         def missing() -> list[int]:
-            return [rank for rank in range(self.size) if self.store.add(f"met/{rank}", 0) < number]
+            return [rank for rank in mesh or range(self.size) if self.store.add(f"{met}/{rank}", 0) < number]
 
         with self.waiting(missing, phase):
             yield

@@ -2,13 +2,23 @@
 
 import json
 import xml.etree.ElementTree
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from applications.cli import app
+from applications.expected_time import _ppo
+from applications.fit import Outlook, find_shape
+from applications.plan_request import make_request
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
+from training.planner.footprint import DTYPES
+from training.rlhf_settings import RLHFSettings
+from training.step3_rlhf.old_logprobs import iteration_calls
+from training.step3_rlhf.rollout import Rollouts
+from training.steps import PPO
 
 SMALL = ["plan", "--model", "opt-1.3b", "--reward-model", "opt-350m", "--gpus-per-node", "2", "--effort", "0.05"]
 
@@ -34,15 +44,15 @@ def test_everything_as_data(planned):
         searched["seconds_per_iteration"] <= plan["seconds_per_iteration"] for plan in others if plan["fits"]
     )
     for plan in data["plans"]:
-        assert set(plan["calls"]) == {
-            "actor_generate", "reference_score", "reward_score", "critic_score", "actor_train", "critic_train",
-        }  # fmt: skip
+        assert list(plan["calls"]) == [call.name for call in iteration_calls(RLHFSettings(), torch.bfloat16)]
         for call in plan["calls"].values():
             assert call["seconds"] == pytest.approx(sum(call["parts"].values()))
             assert call["data"] * call["tensor"] * call["pipeline"] == len(call["mesh"])
         hours = plan["seconds_per_iteration"] * data["iterations"] / 3600
         assert plan["hours"] == pytest.approx(hours) and plan["cost"] == pytest.approx(hours * 2 * 2.0)
         assert set(plan["peak_bytes"]) == {"0", "1"}
+    actor = find_shape("facebook/opt-1.3b", None)
+    assert others[-1]["host_peak_bytes"] == 2 * 4 * actor.parameters  # both ranks of the node read it in fp32
 
 
 def test_the_plan_file_costs_what_the_search_said(planned):
@@ -122,4 +132,25 @@ def test_the_calls_of_the_settings_are_planned_and_no_others():
     done = run("--effort", "0.01", "--json", *options)
     assert done.exit_code == 0, done.output
     for plan in json.loads(done.stdout)["plans"]:
-        assert set(plan["calls"]) == {"actor_generate", "reference_score", "actor_train"}
+        assert set(plan["calls"]) - {"actor_score"} == {"actor_generate", "reference_score", "actor_train"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("old_logprobs", ["auto", "generation", "recompute"])
+@pytest.mark.parametrize("advantage", ["gae", "grpo", "rloo", "reinforce++"])
+def test_what_is_planned_is_what_a_rollout_runs(dtype, old_logprobs, advantage, monkeypatch):
+    """`plan`, the expected time of a dry run, and the trainer's own list of calls."""
+    values = {"rlhf.advantage": advantage, "rlhf.samples_per_prompt": 2, "rlhf.old_logprobs": old_logprobs}
+    overrides = [f"{name}={value}" for name, value in {**values, "dtype": dtype}.items()]
+    request = make_request("opt-125m", None, 1, 2, "a100-80g", 200, None, None, overrides)
+    planned = request.graphs.graph.calls
+    monkeypatch.setattr("training.step3_rlhf.rollout.Fusion", lambda *_: None)
+    stage = SimpleNamespace(config=request.config, dtype=DTYPES[dtype])
+    ran = Rollouts(stage, SimpleNamespace(generation_layout=None), None).calls
+    assert planned == ran
+    monkeypatch.setattr(Outlook, "dtype", DTYPES[dtype])  # fp16 needs a GPU
+    costed, plan = _ppo(Outlook.of(request.config, [PPO], 1), request.cluster)
+    assert costed.graph.calls == ran and list(plan.assignments) == [call.name for call in ran]
+    assert ("actor_score" in plan.assignments) == (
+        old_logprobs != "generation" and (dtype, old_logprobs) != ("fp32", "auto")
+    )

@@ -131,3 +131,22 @@ def test_exit_functions_run_when_asked(monkeypatch):
     monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: setattr(called, "count", called.count + 1))
     private_surfaces.run_exit_functions()
     assert called.count == 1
+
+
+def test_a_part_of_the_ranks_stands_for_all_of_them(one_rank):
+    from deepspeed.utils import groups
+
+    whole, part = dist.group.WORLD, dist.new_group([0])
+    with private_surfaces.default_group(part):
+        assert dist.group.WORLD is part, "torch keeps its default group elsewhere"
+        assert groups._clone_world_group() is part, "DeepSpeed keeps its copy of the default group elsewhere"
+    assert dist.group.WORLD is whole
+
+
+def test_zero_3_counts_parameters_and_modules_where_we_set_it(tiny, one_rank):
+    private_surfaces.count_zero_3_from(5000, 7000)
+    engine = make_engine(one_rank, tiny, 3)
+    parameters = {parameter.ds_id for parameter in engine.module.parameters()}
+    modules = {module.ds_id for module in engine.module.modules() if hasattr(module, "ds_id")}
+    assert min(parameters) == 5000 and min(modules) == 7000, "DeepSpeed counts elsewhere"
+    assert private_surfaces.numbers_of_zero_3() == (max(parameters) + 1, max(modules))

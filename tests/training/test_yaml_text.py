@@ -5,8 +5,8 @@ import pytest
 from applications.preset_store import PRESETS
 from inference.errors import UserError
 from training.config_files import load_config, read_yaml
+from training.plan_file import from_yaml
 from training.planner.machine import read_profile
-from training.planner.plan_file import from_yaml
 from training.yaml_text import load_yaml
 
 

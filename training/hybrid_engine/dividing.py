@@ -12,6 +12,7 @@ from torch import nn
 
 from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
+from training.private_surfaces import count_zero_3_from, numbers_of_zero_3
 
 
 def loads(zero_stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[torch.dtype, bool]:
@@ -19,11 +20,13 @@ def loads(zero_stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[torch.dtyp
     return (dtype, ranks.is_first) if zero_stage == 3 else (torch.float32, True)
 
 
-def divide(model: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+def divide(model: nn.Module, config: dict[str, Any], dtype: torch.dtype, ranks: Ranks) -> None:
     """Divide `model`, which lies in main memory, in place, as DeepSpeed's `config` says; its parameters are in `dtype`
-    then, its buffers as they were. All ranks call it."""
+    then, its buffers as they were. All ranks call it, inside `ranks.as_world()`."""
+    parameters, modules = zip(*ranks.gather(numbers_of_zero_3(), "dividing a model"), strict=True)
+    count_zero_3_from(max(parameters), max(modules))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        buffer.data = buffer.data.to(ranks.device)
+    deepspeed.zero.Init(module=model, config_dict_or_path=config, data_parallel_group=ranks.members)

@@ -34,6 +34,8 @@ M = TypeVar("M", bound=HasWeight)
 class ZeroEngine:
     """Trains `model` in place, wherever it lies. `total_steps` is how many updates the learning-rate schedule spans.
 
+    `ranks` may be a part of the run's: "all ranks" are these.
+
     `dropout` says that the model has some, which is on in updates alone: what is scored never sees it.
     """
 
@@ -59,11 +61,11 @@ class ZeroEngine:
             cast(Any, model.model).gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(model, settings)
         config = deepspeed_config(settings, dtype)
-        if settings.zero_stage == 3:
-            divide(model, config, dtype, ranks.device)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         """Peak learning rate of each group, adapters first."""
-        with redirect_stdout(io.StringIO()):  # it prints memory tables
+        with ranks.as_world(), redirect_stdout(io.StringIO()):  # it prints memory tables
+            if settings.zero_stage == 3:
+                divide(model, config, dtype, ranks)
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -84,7 +86,8 @@ class ZeroEngine:
         return cast(nn.Module, self.engine.module.model)
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.engine(*inputs)
+        with self.ranks.as_world():
+            return self.engine(*inputs)
 
     def update(self, micro_batches: Sequence[M], loss: Callable[[M], Tensor]) -> dict[str, float]:
         """One optimiser step on the sum of `loss(micro_batch)` over all micro-batches of all ranks.
@@ -103,7 +106,8 @@ class ZeroEngine:
         for place, micro_batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
             share = loss(micro_batch) * micro_batch.weight
-            self.engine.backward(share * self.ranks.size)  # DeepSpeed takes the mean over ranks; the sum is meant
+            with self.ranks.as_world():
+                self.engine.backward(share * self.ranks.size)  # DeepSpeed takes the mean over ranks; the sum is meant
 
     def step(self) -> dict[str, float]:
         """The second half of `update`: the optimiser step on what was accumulated."""
@@ -111,7 +115,8 @@ class ZeroEngine:
         for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         plain_norm = self._plain_gradient_norm()
-        self.engine.step()
+        with self.ranks.as_world():
+            self.engine.step()
         self.engine.eval()
         self.updates += 1
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
@@ -147,24 +152,26 @@ class ZeroEngine:
     def put_weights(self, kept: Sequence[Tensor]) -> None:
         """Go back to copies of what `held_weights` gave. All ranks call it."""
         divides = self.engine.zero_optimization_stage() == 3
-        if divides:
-            begin_writing(self.engine.optimizer)
-        for held, before in zip(self.held_weights(), kept, strict=True):
-            held.copy_(before)
-        if divides:
-            end_writing(self.engine.optimizer)
+        with self.ranks.as_world():
+            if divides:
+                begin_writing(self.engine.optimizer)
+            for held, before in zip(self.held_weights(), kept, strict=True):
+                held.copy_(before)
+            if divides:
+                end_writing(self.engine.optimizer)
 
     def save(self, directory: Path) -> None:
         """Write what resuming needs. All ranks call it; frozen weights are left out, they come from their source."""
         frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
-        self.engine.save_checkpoint(
-            str(directory), tag=TAG, client_state={"updates": self.updates}, exclude_frozen_parameters=frozen
-        )
+        with self.ranks.as_world():
+            self.engine.save_checkpoint(
+                str(directory), tag=TAG, client_state={"updates": self.updates}, exclude_frozen_parameters=frozen
+            )
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote. Nothing that the files ask for is run, see `tensors_only`."""
         frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
-        with tensors_only():
+        with tensors_only(), self.ranks.as_world():
             _, state = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not frozen)
         self.updates = state["updates"]
 
@@ -176,12 +183,13 @@ class ZeroEngine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
-        for name, parameter in self.language_model.named_parameters():
-            if parameter.requires_grad:
-                full = safe_get_full_fp32_param(parameter)
-                if not self.ranks.is_first:
-                    continue
-                weights[name] = (parameter.data if full is None else full).detach().float().cpu().clone()
+        with self.ranks.as_world():
+            for name, parameter in self.language_model.named_parameters():
+                if parameter.requires_grad:
+                    full = safe_get_full_fp32_param(parameter)
+                    if not self.ranks.is_first:
+                        continue
+                    weights[name] = (parameter.data if full is None else full).detach().float().cpu().clone()
         return weights
 
 

@@ -10,10 +10,10 @@ from typing import Literal
 
 from training.calls import Call
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment, Plan
 from training.planner.cost import CallCost, CallCosts
 from training.planner.graph import DataflowGraph, Edge, before
 from training.planner.hardware import ACHIEVED_BANDWIDTH
-from training.planner.plan import Assignment, Plan
 from training.planner.reallocation import seconds_between
 
 NodeKind = Literal["call", "reallocation", "transfer", "offload"]

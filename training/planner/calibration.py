@@ -6,6 +6,7 @@ apart, as launch and latency where all plans have the same tensor-parallel degre
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +45,10 @@ def fit(predict: Predict, measured: list[float], prior: Calibration = PRIOR, pul
 def scaled(factors: Array, prior: Calibration) -> Calibration:
     """`prior` with its constants multiplied; the first factor divides the compute share."""
     slowness, launch, collective, controller = map(float, factors)
-    return Calibration(
-        prior.compute_share / slowness,
-        prior.launch_seconds * launch,
-        prior.collective_seconds * collective,
-        prior.controller_seconds * controller,
+    return replace(
+        prior,
+        compute_share=prior.compute_share / slowness,
+        launch_seconds=prior.launch_seconds * launch,
+        collective_seconds=prior.collective_seconds * collective,
+        controller_seconds=prior.controller_seconds * controller,
     )

@@ -12,9 +12,9 @@ Attention arithmetic: "Reducing Activation Recomputation in Large Transformer Mo
 from dataclasses import dataclass, fields
 
 from training.calls import Call
+from training.plan import Assignment
 from training.planner.collectives import Links, links_of
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
-from training.planner.plan import Assignment
 from training.planner.workload import Model, Workload
 
 BACKWARD = 2
@@ -80,7 +80,8 @@ class CallCosts:
     def _score(self, model: Model, assignment: Assignment) -> CallCost:
         rows = self._rows("score", assignment)
         stage = self._pass(model, assignment, rows, self.workload.length) + self._gathered(model, assignment)
-        return self._pipelined(stage, model, assignment, rows * self.workload.length)
+        parts = self.workload.micro_batches("score", assignment)
+        return self._pipelined(stage, model, assignment, rows * self.workload.length, parts)
 
     def _train(self, model: Model, assignment: Assignment) -> CallCost:
         """Each optimiser step: forward, recomputed forward and backward of every micro-batch, reduction, update."""
@@ -105,30 +106,33 @@ class CallCosts:
             zero=group.all_gather(gathered) if gathered else 0.0,
             optimizer=updated * OPTIMIZER_BYTES / self.memory_bandwidth,
         )
-        passes = self._pipelined(stage, model, assignment, rows * workload.length, sends=2)
+        parts = workload.micro_batches("train", assignment)
+        passes = self._pipelined(stage, model, assignment, rows * workload.length, parts, sends=2)
         return (passes + step) * (workload.mini_batches * workload.epochs)
 
     def _generate(self, model: Model, assignment: Assignment) -> CallCost:
         """Waves of `pipeline` groups of rows (all rows where there is one stage): prefill, then decode steps.
 
         A stage works on one group while the others are elsewhere in the pipeline, so that a round of steps of all
-        groups takes `pipeline` times the slowest stage, the last one with its head.
+        groups takes `pipeline` times the slowest stage, the last one with its head. A sample that ends makes room for
+        one of the next wave, so that a wave lasts as long as a mean response, the last one as the longest.
         """
         workload, layout = self.workload, assignment.layout
         links = self._links_of(assignment)
-        rows = self._rows("generate", assignment)
-        groups = min(assignment.micro_batches, layout.pipeline)
-        waves = -(-assignment.micro_batches // layout.pipeline)
+        rows, parts = self._rows("generate", assignment), workload.micro_batches("generate", assignment)
+        groups = min(parts, layout.pipeline)
+        waves = -(-parts // layout.pipeline)
         prefill = self._pipelined(
             self._pass(model, assignment, rows, workload.prompt_tokens), model, assignment,
-            rows * workload.prompt_tokens, micro_batches=groups,
+            rows * workload.prompt_tokens, groups,
         )  # fmt: skip
-        alive = rows * workload.response_tokens / workload.longest_response
+        tokens = (waves - 1) * workload.response_tokens + workload.longest_response
+        alive = rows * waves * workload.response_tokens / tokens
         context = workload.prompt_tokens + workload.response_tokens / 2
         stage = self._pass(model, assignment, alive, 1, context) + self._gathered(model, assignment)
         hop = links.hop.send(self._sent(model, assignment, alive))
         step = stage * layout.pipeline + CallCost(pipeline=hop * layout.pipeline)
-        return (prefill + step * max(0, workload.longest_response - 1)) * waves
+        return prefill * waves + step * max(0, tokens - waves)
 
     def _pass(
         self, model: Model, assignment: Assignment, rows: float, length: int, context: float | None = None
@@ -148,7 +152,8 @@ class CallCosts:
             read = tokens * context * layers * model.cache_values * width / key_shards
             attention = max(attention, read / self.memory_bandwidth)
         group = self._links_of(assignment).tensor
-        launch = (layers + HEAD_LAUNCHES) * self.calibration.launch_seconds
+        one_layer = self.calibration.launch_seconds if context is None else self.calibration.decode_launch_seconds
+        launch = (layers + HEAD_LAUNCHES) * one_layer
         latency = (2 * layers + HEAD_COLLECTIVES) * group.latency
         hidden = 0.0 if context is not None else min(1.0, (arithmetic + attention) / (launch + latency))
         exchange = 2 * layers * (group.all_reduce(tokens * shape.hidden * width) - group.latency)
@@ -165,11 +170,11 @@ class CallCosts:
         model: Model,
         assignment: Assignment,
         tokens: float,
+        parts: int,
         sends: int = 1,
-        micro_batches: int | None = None,
     ) -> CallCost:
-        """All micro-batches through all stages; each crossing between stages sends the hidden states `sends` times."""
-        layout, parts = assignment.layout, micro_batches or assignment.micro_batches
+        """`parts` micro-batches through all stages; each crossing between two sends the hidden states `sends` times."""
+        layout = assignment.layout
         hop = self._links_of(assignment).hop.send(self._sent(model, assignment, tokens)) * sends
         bubbles = layout.pipeline - 1
         return stage * parts + CallCost(pipeline=bubbles * stage.seconds + (parts + bubbles) * hop)
@@ -194,12 +199,12 @@ class CallCosts:
         size = weights * self.workload.value_bytes
         if layout.zero_stage == 0:
             return group.all_reduce(size), 0.0
-        times = assignment.micro_batches if layout.zero_stage >= 2 else 1
+        times = self.workload.micro_batches("train", assignment) if layout.zero_stage >= 2 else 1
         return group.all_gather(size) * times, 0.0 if layout.zero_stage == 3 else size
 
     def _rows(self, kind: str, assignment: Assignment) -> float:
         """Rows of a micro-batch."""
-        return -(-self.workload.rows(kind) // (assignment.layout.data * assignment.micro_batches))
+        return self.workload.rows_together(kind, assignment)
 
     def _links_of(self, assignment: Assignment) -> Links:
         key = assignment.cut[:4]

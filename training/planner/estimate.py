@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from training.memory import StepMemory
+from training.plan import Plan
+from training.plan_checks import require_valid
 from training.planner.augmented import AugmentedGraphs, Node
 from training.planner.footprint import Footprints
-from training.planner.plan import Plan, require_valid
 from training.planner.simulate import Schedule, list_schedule
 
 
@@ -34,8 +35,8 @@ class Estimate:
 
 def estimate(plan: Plan, graphs: AugmentedGraphs) -> Estimate:
     """Raises UserError where the plan cannot run. Whether it fits is for `Footprints.require_fit` to say."""
-    workload, cluster = graphs.costs.workload, graphs.costs.cluster
-    require_valid(plan, graphs.graph, workload, cluster)
+    workload = graphs.costs.workload
+    require_valid(plan, graphs.graph, workload, graphs.costs.cluster.size)
     nodes = graphs.nodes(plan)
     memory = Footprints(workload, graphs.graph).by_rank(plan)
     return Estimate(plan, nodes, list_schedule(nodes), graphs.controller_seconds, memory)

@@ -17,9 +17,9 @@ from training.memory import (
     StepMemory,
     training_parts,
 )
+from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import GIB, Cluster
-from training.planner.plan import Assignment, Plan
 from training.planner.workload import Model, Precision, Workload
 from training.role_settings import OptimizerSettings
 
@@ -39,7 +39,8 @@ class Footprints:
         model = self.workload.models[call.role]
         if call.kind == "train":
             return (*self._trained(call, model, assignment), *self._passes(call, model, assignment))
-        weights = self._share(model, assignment, divided=assignment.layout.zero_stage == 3)
+        divided = assignment.layout.zero_stage == 3
+        weights = self._share(model, assignment, divided)
         name = f"{call.role} weights"
         parts: list[Part] = []
         if self.graph.training_call(call.role) is not None:
@@ -48,7 +49,10 @@ class Footprints:
             parts += [Part(f"{name}, on the host", weights, "host"), Part(name, weights, phase=call.name)]
         else:
             parts.append(Part(name, weights))
-        if assignment.layout.zero_stage == 3:
+        if self.graph.training_call(call.role) is None:
+            whole = model.parameters * self.workload.value_bytes
+            parts.append(_loaded(call, whole, divided))
+        if divided:
             parts.append(self._gathered(call, model, assignment))
         return (*parts, *self._passes(call, model, assignment))
 
@@ -57,8 +61,9 @@ class Footprints:
         held: dict[int, list[Part]] = {}
         for call in self.graph.calls:
             parts = self.parts(call, plan[call.name], plan.reallocates(self.graph, call))
-            for rank in plan[call.name].layout.mesh:
-                held.setdefault(rank, []).extend(parts)
+            mesh = plan[call.name].layout.mesh
+            for rank in mesh:
+                held.setdefault(rank, []).extend(part for part in parts if rank == mesh[0] or not part.first_rank_only)
         return {rank: StepMemory(tuple(parts)) for rank, parts in sorted(held.items())}
 
     def require_fit(self, plan: Plan, cluster: Cluster) -> None:
@@ -72,6 +77,22 @@ class Footprints:
                 f"{largest.bytes / GIB:.1f} GiB, but {cluster.usable_memory / GIB:.1f} GiB can be used; "
                 f"cut the models further, raise micro_batches, or offload frozen roles."
             )
+        if (most := self.host_peak(plan, cluster)) > cluster.host_memory:
+            raise UserError(
+                f"The plan needs {most / GIB:.1f} GiB of a node's main memory, which has "
+                f"{cluster.host_memory / GIB:.1f}, to load models and for what is offloaded; take ZeRO stage 3, under "
+                f"which one rank reads a model, or fewer ranks of a node."
+            )
+
+    def host_peak(self, plan: Plan, cluster: Cluster) -> int:
+        """Bytes of main memory of the fullest node: of one role after the other while all its ranks load it, and of
+        what stays there."""
+        by_node: dict[int, dict[str, int]] = {}
+        for rank, memory in self.by_rank(plan).items():
+            phases = by_node.setdefault(cluster.node_of(rank), {})
+            for phase, bytes_ in {"": memory.held("host"), **memory.phases("host")}.items():
+                phases[phase] = phases.get(phase, 0) + bytes_
+        return max(max(phases.values()) for phases in by_node.values())
 
     def _trained(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
         layout = assignment.layout
@@ -79,12 +100,16 @@ class Footprints:
         settings = OptimizerSettings(zero_stage=layout.zero_stage, lora=model.lora)
         dtype = DTYPES[self.workload.precision]
         parts = training_parts(f"{call.role} ", parameters, model.shape, settings, dtype, layout.data, call.name)
-        return [part for part in parts if not part.phase.endswith(LOADING)]  # shards are read from disk one at a time
+        divided = layout.zero_stage == 3
+        whole = model.parameters * (self.workload.value_bytes if divided else 4)
+        return [*(part for part in parts if not part.phase.endswith(LOADING)), _loaded(call, whole, divided)]
 
     def _passes(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
         """Activations, keys and values, logits of the largest pipeline stage."""
         workload, layout, width = self.workload, assignment.layout, self.workload.value_bytes
         rows = -(-workload.rows(call.kind) // (layout.data * assignment.micro_batches))
+        if call.kind == "generate":
+            rows = workload.rows_together(call.kind, assignment)
         layers = model.stage_layers(layout.pipeline)
         tokens = rows * (workload.prompt_tokens if call.kind == "generate" else workload.longest)
         one_layer = tokens * model.layer_activations // layout.tensor
@@ -117,3 +142,9 @@ class Footprints:
         whole = self._share(model, assignment, divided=False)
         limit = MAX_LIVE_PARAMETERS * self.workload.value_bytes
         return Part("weights gathered by ZeRO, at most", min(whole, limit), phase=call.name)
+
+
+def _loaded(call: Call, bytes_: int, divided: bool) -> Part:
+    """A role's weights while ranks read them: each the whole model, or, where ZeRO 3 divides it, the first one."""
+    name = f"{call.role} weights, whole" + (" (first rank)" if divided else "")
+    return Part(name, bytes_, "host", f"{call.role} {LOADING}", first_rank_only=divided)

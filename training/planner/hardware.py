@@ -5,6 +5,7 @@ Peak rates are the makers' data sheets: dense matrix products, one direction of 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 from inference.errors import UserError
 from training.planner.workload import Precision
@@ -14,6 +15,8 @@ USABLE_MEMORY = 0.92
 """Of a device's memory; the rest goes to its context, communication buffers and fragmentation."""
 ACHIEVED_BANDWIDTH = 0.8
 """Of the data sheet's memory and link bandwidth that long transfers reach."""
+REPLAYED_LAYER_SECONDS = 4e-5
+"""Of a layer in a decode step that a CUDA graph replays: twenty kernels of two microseconds, an estimate."""
 FASTER = 1.3
 """At less gain than this, fp32's accuracy is worth more."""
 
@@ -81,6 +84,14 @@ class Calibration:
     controller_seconds: float = 1.135
     """A call costs the controller, which serves all calls in turn while devices wait: data are fetched and cut,
     requests sent, results and statistics collected."""
+    replay_seconds: float = 0.0
+    """To run the kernels of one layer in a decode step that a CUDA graph replays; 0: decode steps are launched as other
+    passes are."""
+
+    @property
+    def decode_launch_seconds(self) -> float:
+        """Of one layer in a decode step."""
+        return self.replay_seconds or self.launch_seconds
 
 
 @dataclass(frozen=True)
@@ -92,8 +103,8 @@ class Cluster:
     devices_per_node: int
     network_bandwidth: float = 25e9
     """Bytes a second that a node sends, and receives, at the same time; 25e9 is 200 Gbit/s."""
-    host_memory: float = 1024 * GIB
-    """Bytes of a node."""
+    host_memory: float = inf
+    """Bytes of main memory of a node; infinite where it is not known."""
     calibration: Calibration = Calibration()
 
     def __post_init__(self) -> None:
@@ -111,8 +122,14 @@ class Cluster:
 
     @property
     def without_controller(self) -> "Cluster":
-        """Under a runtime like ours, in which no process serves all calls."""
+        """Under a runtime in which no process serves all calls."""
         return replace(self, calibration=replace(self.calibration, controller_seconds=0.0))
+
+    @property
+    def ours(self) -> "Cluster":
+        """Under our runtime: without a controller, and decode steps of GPUs are replayed as CUDA graphs."""
+        without = self.without_controller
+        return replace(without, calibration=replace(without.calibration, replay_seconds=REPLAYED_LAYER_SECONDS))
 
     @property
     def size(self) -> int:

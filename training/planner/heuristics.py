@@ -1,42 +1,12 @@
-"""Plans without a search: the one that our trainer runs, and those that a searched plan has to beat."""
-
-from collections.abc import Mapping
+"""Plans without a search, which a searched one has to beat."""
 
 from inference.errors import UserError
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
-from training.planner.plan import Assignment, Plan
 from training.planner.workload import Workload
-
-
-def trainer_plan(
-    graph: DataflowGraph,
-    workload: Workload,
-    ranks: int,
-    zero_stages: Mapping[str, int],
-    micro_batch_tokens: int,
-    tensor: int = 1,
-    scoring: Mapping[str, int] | None = None,
-) -> Plan:
-    """What a step runs: every call on all ranks, data-parallel under the ZeRO stage of its role, generation and the
-    roles of `scoring` tensor-parallel in these degrees; as many micro-batches as the token budget makes of a rank's
-    rows."""
-    degrees = scoring or {}
-    assignments = {}
-    for call in graph.calls:
-        zero_stage = zero_stages[call.role]
-        if call.kind == "generate":
-            layout = Layout.over(ranks, tensor)
-        elif call.kind == "score" and degrees.get(call.role, 1) > 1:
-            layout = Layout.over(ranks, degrees[call.role])
-        else:
-            layout = Layout.over(ranks, zero_stage=zero_stage if call.kind == "train" or zero_stage == 3 else 0)
-        rows = -(-workload.rows(call.kind) // layout.data)
-        together = rows if call.kind == "generate" else max(1, micro_batch_tokens // workload.length)
-        assignments[call.name] = Assignment(layout, -(-rows // together))
-    return Plan(assignments)
 
 
 def megatron_plan(graph: DataflowGraph, cluster: Cluster) -> Plan:

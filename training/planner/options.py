@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from inference.errors import UserError
 from training.calls import Call
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment
 from training.planner.augmented import AugmentedGraphs
 from training.planner.footprint import Footprints
 from training.planner.hardware import Cluster
-from training.planner.plan import Assignment
 
 MOST_MICRO_BATCHES = 64
 """On one data rank, in training and scoring."""
@@ -103,8 +103,8 @@ class Options:
                     continue
                 for zero_stage in self._zero_stages(call, data, pipeline):
                     layout = Layout(mesh, data, tensor, pipeline, zero_stage)
-                    for micro_batches in self._micro_batches(call, rows // data, pipeline):
-                        yield Assignment(layout, micro_batches)
+                    for micro_batches, limit in self._micro_batches(call, rows // data, pipeline):
+                        yield Assignment(layout, micro_batches, micro_batch_limit=limit)
                         if self._is_frozen(call):
                             yield Assignment(layout, micro_batches, offload=True)
 
@@ -122,15 +122,20 @@ class Options:
             return (1,)
         return (0, 1, 2, 3) if pipeline == 1 else (0, 1)
 
-    def _micro_batches(self, call: Call, rows: int, pipeline: int) -> list[int]:
+    def _micro_batches(self, call: Call, rows: int, pipeline: int) -> list[tuple[int, int]]:
+        """Numbers of them, and limits: without a pipeline, generation fills slots as samples end."""
         one_a_stage = [2 * pipeline if call.kind == "train" and pipeline > 1 else pipeline]
         if not self.space.free_micro_batches:
             counts = one_a_stage
+        elif call.kind == "generate" and pipeline == 1:
+            most = min(rows, self.workload.generation_batch or rows)
+            slots = sorted({-(-most // waves) for waves in _powers_of_two(MOST_WAVES)})
+            return [(-(-rows // limit), limit) for limit in slots]
         elif call.kind == "generate":
             counts = [pipeline * waves for waves in _powers_of_two(MOST_WAVES)]
         else:
             counts = [*_powers_of_two(MOST_MICRO_BATCHES), pipeline, 2 * pipeline]
-        return sorted({count for count in counts if rows % count == 0})
+        return [(count, 0) for count in sorted({count for count in counts if rows % count == 0})]
 
     def _may_share(self, option: Option) -> bool:
         """Without its copy it fits: where training has the same cut, none is needed."""

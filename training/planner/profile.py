@@ -44,7 +44,8 @@ def measure(ranks: Ranks) -> MachineProfile:
         THIS_MACHINE, device_memory(ranks), rates, memory / ACHIEVED_BANDWIDTH, link / ACHIEVED_BANDWIDTH,
         meter.host_bandwidth(memory) / ACHIEVED_BANDWIDTH,
     )  # fmt: skip
-    calibration = Calibration(meter.compute_share(rates["fp32"]), meter.launch_seconds(), latency, 0.0)
+    launches = meter.launch_seconds(), latency, 0.0, meter.replay_seconds()
+    calibration = Calibration(meter.compute_share(rates["fp32"]), *launches)
     return MachineProfile(device, ranks.size, calibration, where(ranks))
 
 
@@ -128,6 +129,26 @@ class Meter:
         few, more = (self.stack(layers, hidden=64) for layers in LAYERS)
         ids = torch.ones(1, 1, dtype=torch.long, device=self.device)
         return (self._forward(more, ids) - self._forward(few, ids)) / (LAYERS[1] - LAYERS[0])
+
+    def replay_seconds(self) -> float:
+        """The same, replayed as a CUDA graph; 0 on a CPU, where nothing is."""
+        if self.is_cpu:
+            return 0.0
+        few, more = (self.replayed(self.stack(layers, hidden=64)) for layers in LAYERS)
+        return (self.seconds(more) - self.seconds(few)) / (LAYERS[1] - LAYERS[0])
+
+    @torch.inference_mode()
+    def replayed(self, model: nn.Module) -> Callable[[], None]:
+        """A forward pass over one token, captured."""
+        ids = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        side, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # libraries set themselves up outside of the capture
+            model(ids, use_cache=False)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        with torch.cuda.graph(graph):
+            model(ids, use_cache=False)
+        return graph.replay
 
     def compute_share(self, rate: float) -> float:
         """Of `rate` that a stack of layers reaches, forward, over 2,048 tokens in fp32."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from training.plan import Cut
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
-from training.planner.plan import Cut
 
 Array = NDArray[np.float64]
 SETUP_SECONDS = 0.03

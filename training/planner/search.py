@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.errors import UserError
-from training.planner.plan import Plan
+from training.plan import Plan
 from training.planner.table import Array, Choices, PlanTable
 
 CHAINS = 512

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.options import EVERYTHING, Option, Options, Space, meshes
-from training.planner.plan import Plan
 from training.planner.reallocation import Shares, reallocation_seconds
 from training.planner.simulate import ITERATIONS
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from training.memory import Shape
+from training.plan import Assignment
 from training.role_settings import LoRASettings
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -72,6 +73,8 @@ class Workload:
     epochs: int = 1
     precision: Precision = "bf16"
     checkpointing: bool = True
+    generation_batch: int = 0
+    """Samples that a data rank decodes at the same time, at most, where a search may choose; 0 sets no bound."""
 
     @classmethod
     def of(
@@ -86,15 +89,15 @@ class Workload:
         precision: Precision = "bf16",
         checkpointing: bool = True,
         lora: Mapping[str, LoRASettings] = MappingProxyType({}),
+        generation_batch: int = 0,
     ) -> "Workload":
         """`shapes` and `lora` are by role; a longest response of 0 means that all are equally long."""
         models = {
             role: Model(shape, role not in SCORERS, lora.get(role, LoRASettings())) for role, shape in shapes.items()
         }
         longest = longest_response or response_tokens
-        return cls(
-            models, samples, prompt_tokens, response_tokens, longest, mini_batches, epochs, precision, checkpointing
-        )
+        lengths = prompt_tokens, response_tokens, longest
+        return cls(models, samples, *lengths, mini_batches, epochs, precision, checkpointing, generation_batch)
 
     @property
     def length(self) -> int:
@@ -119,3 +122,16 @@ class Workload:
     def rows(self, kind: str) -> int:
         """Samples that one pass of a call of this kind takes together."""
         return self.mini_batch_samples if kind == "train" else self.samples
+
+    def rows_together(self, kind: str, assignment: Assignment) -> int:
+        """Samples of a micro-batch of means, or those that a pipeline stage decodes in one step."""
+        most, limit = -(-self.rows(kind) // assignment.layout.data), assignment.micro_batch_limit
+        if not limit:
+            return -(-most // assignment.micro_batches)
+        return min(most, max(1, limit if kind == "generate" else limit // self.length))
+
+    def micro_batches(self, kind: str, assignment: Assignment) -> int:
+        """Of a data rank."""
+        if not assignment.micro_batch_limit:
+            return assignment.micro_batches
+        return -(-self.rows(kind) // (assignment.layout.data * self.rows_together(kind, assignment)))

@@ -14,6 +14,7 @@ from inference.generation.cpu_weights import BlockedWeights
 from inference.tensor_parallel.group import TensorParallel
 from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
+from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.dividing import divide, loads
 from training.hybrid_engine.generation_view import GenerationView
@@ -124,11 +125,11 @@ class Roles:
     ) -> nn.Module | GroupScoring:
         """A role that only scores: whole on every rank, divided by ZeRO 3, or this rank's tensor-parallel part."""
         if degree == 1:
-            return freeze(role, settings, stage.dtype, stage.ranks.device)
+            return freeze(role, settings, stage.dtype, stage.ranks)
         part = self._part(degree)
         shard = Reallocation(role.model, part, stage.ranks.device).run()
         role.model = cast(PreTrainedModel, shard)  # the whole one is forgotten here
-        return GroupScoring(freeze(role, settings, stage.dtype, stage.ranks.device), part)
+        return GroupScoring(freeze(role, settings, stage.dtype, stage.ranks), part)
 
     @property
     def critic(self) -> ZeroEngine:
@@ -216,13 +217,13 @@ def response_values(scores: Tensor, batch: TokenBatch) -> Tensor:
     return scores[batch.predicting]
 
 
-def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
     """A role that only scores: as it is on every rank's device, or divided over the ranks by ZeRO 3."""
     model.eval().requires_grad_(False)
     if settings.zero_stage == 0:
-        return model.to(device)
+        return model.to(ranks.device)
     config = deepspeed_config(settings.as_optimizer, dtype, trained=False)
-    divide(model, config, dtype, device)
+    divide(model, config, dtype, ranks)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     engine.eval()  # returns nothing, unlike torch's
     return engine

@@ -11,27 +11,19 @@ from inference.chat_format import ChatFormat
 from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from training.calls import with_recomputed_logprobs
+from training.calls import ACTOR_SCORE
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.fusion.choice import Choice
 from training.fusion.costs import Measured
 from training.fusion.fusion import Fusion
 from training.fusion.rollout import Report
 from training.fusion.simulator import Job
-from training.rlhf_settings import RLHFSettings
 from training.stage import Stage
 from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, token_batch
 from training.step3_rlhf.gathering import gather_experience, gather_scores
+from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.roles import Roles
-
-
-def keeps_generation_logprobs(settings: RLHFSettings, dtype: torch.dtype) -> bool:
-    """Whether the old log-probabilities of PPO are those of generation; else the actor scores too."""
-    whole_distribution = settings.min_response_tokens == 0
-    return settings.old_logprobs == "generation" or (
-        settings.old_logprobs == "auto" and dtype == torch.float32 and whole_distribution
-    )
 
 
 class Rollouts:
@@ -42,10 +34,8 @@ class Rollouts:
         settings = stage.config.rlhf
         limit = stage.config.data.max_response_tokens
         self.sampling = SamplingSettings(limit, settings.temperature, min_tokens=settings.min_response_tokens)
-        keeps = keeps_generation_logprobs(settings, stage.dtype)
-        self.calls = settings.calls if keeps else with_recomputed_logprobs(settings.calls)
-        """What an iteration runs, and what the planner plans."""
-        scores_alone = not settings.divided_scorer and (keeps or settings.actor.zero_stage < 3)
+        self.calls = iteration_calls(settings, stage.dtype)
+        scores_alone = not settings.divided_scorer and (ACTOR_SCORE not in self.calls or settings.actor.zero_stage < 3)
         self.fusion = Fusion(stage, roles.generation_layout, scores_alone)
         self.engine: GenerationEngine | None = None
         self.forced_lengths: Callable[[int], list[int]] | None = None

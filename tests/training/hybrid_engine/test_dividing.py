@@ -61,7 +61,7 @@ def divide_what_the_first_rank_read(ranks, directory):
         for place, with_weights in ((mine, ranks.is_first), (whole, True)):
             torch.manual_seed(0)  # of the score head
             scorer = Scorer(load_scorer(place, FORMAT, dtype, with_weights=with_weights))
-            frozen.append(freeze(scorer, FrozenSettings(zero_stage=3), dtype, ranks.device)(batch))
+            frozen.append(freeze(scorer, FrozenSettings(zero_stage=3), dtype, ranks)(batch))
         (before, after), (expected, expected_after) = trained
         results[family] = {
             "names": sorted(before) == sorted(expected),

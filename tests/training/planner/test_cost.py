@@ -6,10 +6,10 @@ import pytest
 
 from tests.training.planner.conftest import LARGE, graphs_on, ppo_workload
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment
 from training.planner.collectives import links_of
 from training.planner.cost import CallCosts
 from training.planner.hardware import DEVICES, Cluster
-from training.planner.plan import Assignment
 from training.planner.workload import Workload
 from training.role_settings import LoRASettings
 
@@ -82,6 +82,40 @@ def test_the_longest_response_decides_how_long_decoding_takes():
     skewed = cost("actor_generate", ONE, response_tokens=32, longest_response=128)
     assert skewed.launch == cost("actor_generate", ONE).launch
     assert skewed.attention < cost("actor_generate", ONE).attention
+
+
+def test_slots_are_filled_again_as_samples_end():
+    """16 samples at a time of 64: three waves last as long as a mean response, the last one as the longest."""
+    slots = Assignment(Layout((0,)), micro_batch_limit=16)
+    found = cost("actor_generate", slots, response_tokens=32, longest_response=128)
+    steps = 3 * 32 + 128 - 4
+    assert found.launch == pytest.approx(steps * 25 * 1e-4)
+    alone = cost("actor_generate", ONE, response_tokens=32, longest_response=128)
+    assert found.attention == pytest.approx(alone.attention, rel=0.05)  # the same keys and values are read
+    assert found.seconds < cost("actor_generate", Assignment(Layout((0,)), 4), response_tokens=128).seconds / 2
+    assert cost("actor_generate", slots) == cost("actor_generate", Assignment(Layout((0,)), 4))
+
+
+def test_a_limit_of_tokens_is_filled_with_rows_of_the_mean_length():
+    """512 tokens are two samples of 256, or four of 128; the plan counted on samples of 512."""
+    packed = Assignment(Layout((0,)), 16, micro_batch_limit=512)
+    for name, rows in (("actor_train", 16), ("reference_score", 64)):
+        assert cost(name, packed) == cost(name, Assignment(Layout((0,)), rows // 2))
+        assert cost(name, packed, prompt_tokens=64, response_tokens=64) == cost(
+            name, Assignment(Layout((0,)), rows // 4), prompt_tokens=64, response_tokens=64
+        )
+
+
+def test_a_replayed_decode_step_launches_less_and_nothing_else_changes():
+    cluster = replace(GRAPHS.costs.cluster, calibration=replace(GRAPHS.costs.cluster.calibration, replay_seconds=1e-5))
+    replayed, eager = CallCosts(ppo_workload(), cluster), CallCosts(ppo_workload(), GRAPHS.costs.cluster)
+    for name, call in CALLS.items():
+        fast, slow = replayed.cost(call, ONE), eager.cost(call, ONE)
+        if name == "actor_generate":
+            assert fast.launch == pytest.approx(127 * 25 * 1e-5) and slow.launch == pytest.approx(127 * 25 * 1e-4)
+            assert slow.seconds - fast.seconds == pytest.approx(slow.launch - fast.launch)
+        else:
+            assert fast == slow
 
 
 def test_responses_count_in_scoring_and_training():

@@ -1,13 +1,16 @@
 """Bytes by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from inference.errors import UserError
 from tests.training.planner.conftest import LARGE, SMALL, graphs_on
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
+from training.planner.hardware import GIB
 from training.planner.heuristics import megatron_plan
-from training.planner.plan import Assignment, Plan
 
 GRAPHS = graphs_on(1, 8)
 FOOTPRINTS = Footprints(GRAPHS.costs.workload, GRAPHS.graph)
@@ -30,6 +33,7 @@ def test_training_on_two_tensor_ranks_of_two_stages_with_divided_optimiser_state
         ("actor optimiser states", "device", False): 12 * P // 4 // 2,
         ("activations", "device", True): 2 * (2 * tokens * 12 * 2048 + tokens * layer // 2),
         ("logits", "device", True): 2 * 128 * V * 16 // 2,
+        ("actor weights, whole", "host", True): 4 * P,
     }
 
 
@@ -69,6 +73,29 @@ def test_a_rank_needs_what_is_held_and_the_largest_call():
     phases = by_rank[0].phases("device")
     assert set(phases) == {"actor_generate", "reference_score", "actor_train"}
     assert by_rank[0].peak("device") == 18 * P + max(phases.values())
+
+
+def test_generation_holds_the_samples_that_it_decodes_together():
+    two = Layout((0, 1), 2)
+    for limit, rows in ((8, 8), (100, 32), (0, 16)):  # of 32 samples of a data rank
+        parts = FOOTPRINTS.parts(CALLS["actor_generate"], Assignment(two, 2, micro_batch_limit=limit), False)
+        found = {part.name: part.bytes for part in parts}
+        assert found["key-value cache"] == rows * 256 * 24 * 2 * 2048 * 2
+        assert found["logits"] == rows * V * 24
+
+
+def test_models_are_loaded_in_main_memory_role_after_role():
+    two = Layout((0, 1), 2)
+    divided, plan = Layout((0, 1), 2, zero_stage=3), dict.fromkeys(CALLS, Assignment(two))
+    cluster = GRAPHS.costs.cluster
+    assert FOOTPRINTS.host_peak(Plan(plan), cluster) == 2 * 4 * P  # both ranks read the actor in fp32
+    plan |= {"actor_train": Assignment(divided), "actor_generate": Assignment(two)}
+    assert FOOTPRINTS.host_peak(Plan(plan), cluster) == 2 * 2 * P  # then the reference takes most
+    plan |= {"reference_score": Assignment(divided)}
+    assert FOOTPRINTS.host_peak(Plan(plan), cluster) == max(2 * P, 2 * 4 * SMALL.parameters)  # one rank reads it
+    small = replace(cluster, host_memory=GIB)
+    with pytest.raises(UserError, match=r"GiB of a node's main memory, which has 1\.0, to load models"):
+        FOOTPRINTS.require_fit(Plan(plan), small)
 
 
 def test_a_plan_that_does_not_fit_names_the_rank_and_the_part():

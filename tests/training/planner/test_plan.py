@@ -5,11 +5,13 @@ import pytest
 from inference.errors import UserError
 from tests.training.planner.conftest import graphs_on
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment, Plan
+from training.plan_checks import problems, unrunnable
+from training.plan_file import from_yaml, read_plan, to_yaml
 from training.planner.estimate import estimate
 from training.planner.hardware import USABLE_MEMORY
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
-from training.planner.plan import Assignment, Plan, problems
-from training.planner.plan_file import from_yaml, read_plan, to_yaml
+from training.rlhf_settings import RLHFSettings
 
 
 def test_a_plan_file_reads_as_it_was_written(random_plans):
@@ -65,7 +67,7 @@ def test_a_plan_file_that_is_not_there(tmp_path):
 def test_what_keeps_a_plan_from_running(two_nodes, assignment, sentence):
     good = megatron_plan(two_nodes.graph, two_nodes.costs.cluster)
     bad = Plan({**good.assignments, "actor_train": assignment})
-    found = problems(bad, two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster)
+    found = problems(bad, two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster.size)
     assert len(found) == 1 and sentence in found[0]
     with pytest.raises(UserError, match="actor_train"):
         estimate(bad, two_nodes)
@@ -74,13 +76,13 @@ def test_what_keeps_a_plan_from_running(two_nodes, assignment, sentence):
 def test_calls_that_are_missing_or_misspelt(two_nodes):
     good = megatron_plan(two_nodes.graph, two_nodes.costs.cluster)
     names = {("actor_trian" if name == "actor_train" else name): one for name, one in good.assignments.items()}
-    found = problems(Plan(names), two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster)
+    found = problems(Plan(names), two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster.size)
     assert "no line for the call 'actor_train'" in found[0] and "did you mean 'actor_train'?" in found[1]
 
 
 def test_the_searchs_candidates_are_valid(two_nodes, random_plans):
     for plan in random_plans:
-        assert problems(plan, two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster) == []
+        assert problems(plan, two_nodes.graph, two_nodes.costs.workload, two_nodes.costs.cluster.size) == []
 
 
 def test_the_plans_that_people_use(two_nodes):
@@ -111,3 +113,38 @@ def test_deepspeed_chat_takes_tensor_parallel_groups_where_weights_do_not_fit():
         deepspeed_chat_plan(graphs.graph, graphs.costs.workload, tiny)
     with pytest.raises(UserError, match="leaves some of 32 ranks idle"):
         deepspeed_chat_plan(graphs.graph, graphs.costs.workload, graphs_on(4, 8).costs.cluster)
+
+
+def test_what_our_runtime_does_not_run(two_nodes):
+    settings, graph = RLHFSettings(), two_nodes.graph
+    ours = Plan.of(settings, 4, 512)
+    assert unrunnable(ours, graph, settings, 4) == []
+    everywhere = tuple(range(4))
+    for layout, sentence in (
+        (Layout(everywhere, 2, pipeline=2), "actor_train has 2 pipeline stages"),
+        (Layout(everywhere, 2, 2), "actor_train is tensor-parallel"),
+    ):
+        changed = Plan({**ours.assignments, "actor_train": Assignment(layout)})
+        (found,) = unrunnable(changed, graph, settings, 4)
+        assert sentence in found
+
+
+def test_the_plan_of_settings():
+    settings = RLHFSettings.model_validate(
+        {
+            "prompts_per_iteration": 20, "samples_per_prompt": 2, "mini_batches": 2, "micro_batch_tokens": 700,
+            "generation_tensor_parallel": 4, "generation_batch": 3, "actor": {"zero_stage": 3},
+            "critic": {"zero_stage": 2}, "scoring_tensor_parallel": {"reward": 2},
+        }
+    )  # fmt: skip
+    everywhere = (0, 1, 2, 3)
+    assert Plan.of(settings, 4, length=200).assignments == {
+        "actor_generate": Assignment(Layout(everywhere, 1, 4), micro_batch_limit=3),
+        "reference_score": Assignment(Layout(everywhere, 4), 4, micro_batch_limit=700),
+        "reward_score": Assignment(Layout(everywhere, 2, 2), 7, micro_batch_limit=700),
+        "critic_score": Assignment(Layout(everywhere, 4), 4, micro_batch_limit=700),
+        "actor_train": Assignment(Layout(everywhere, 4, zero_stage=3), 2, micro_batch_limit=700),
+        "critic_train": Assignment(Layout(everywhere, 4, zero_stage=2), 2, micro_batch_limit=700),
+    }
+    with pytest.raises(UserError, match=r"rlhf\.scoring_tensor_parallel\.reward=2"):
+        Plan.of(settings.model_copy(update={"generation_tensor_parallel": 1}), 3, 200)

@@ -4,8 +4,8 @@ import pytest
 
 from tests.training.planner.conftest import graphs_on
 from training.hybrid_engine.layout import Layout
+from training.plan import Assignment, Plan
 from training.planner.hardware import Cluster
-from training.planner.plan import Assignment, Plan
 from training.planner.reallocation import SETUP_SECONDS, seconds_between
 
 CLUSTER = Cluster.named("a100-80g", 2, 4)

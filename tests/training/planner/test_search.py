@@ -7,10 +7,10 @@ import pytest
 
 from inference.errors import UserError
 from tests.training.planner.conftest import Plans, graphs_on, ppo_workload
+from training.plan_checks import problems
 from training.planner.estimate import estimate
 from training.planner.exhaustive import best_plan
 from training.planner.options import PUBLISHED, Options
-from training.planner.plan import problems
 from training.planner.search import search
 from training.planner.table import UNDECIDED, PlanTable
 
@@ -35,6 +35,17 @@ def test_the_table_gives_the_simulators_seconds_and_the_footprints_bytes(two_nod
         found = estimate(table.plan(random_choices[:, i]), two_nodes)
         assert seconds[i] == pytest.approx(found.iteration_seconds)
         assert fullness[i] == pytest.approx(found.peak_bytes / two_nodes.costs.cluster.usable_memory)
+
+
+def test_generation_is_offered_no_more_slots_than_the_settings_have(two_nodes):
+    workload = replace(two_nodes.costs.workload, generation_batch=5)
+    options = Options(graphs_on(1, 2, workload=workload))
+    call = options.graph.call("actor_generate")
+    found = list(options.candidates(call, (0, 1)))
+    slots = {one.micro_batch_limit for one in found if one.layout.pipeline == 1}
+    assert slots == {5, 3, 2, 1}
+    for one in found:
+        assert one.layout.pipeline > 1 or one.micro_batches == -(-64 // one.layout.data // one.micro_batch_limit)
 
 
 def test_an_undecided_call_never_costs_more_than_a_decided_one(table, random_choices):
@@ -89,7 +100,7 @@ def test_the_ten_best_are_valid_plans_that_fit_best_first(two_nodes, table):
     assert [f.seconds for f in found] == sorted({f.seconds for f in found})
     cluster = two_nodes.costs.cluster
     for one in found:
-        assert problems(one.plan, two_nodes.graph, two_nodes.costs.workload, cluster) == []
+        assert problems(one.plan, two_nodes.graph, two_nodes.costs.workload, cluster.size) == []
         assert estimate(one.plan, two_nodes).peak_bytes <= cluster.usable_memory
 
 

@@ -8,11 +8,12 @@ import yaml
 
 from inference.errors import UserError
 from training.hybrid_engine.layout import Layout
-from training.planner.plan import Assignment, Plan
+from training.plan import Assignment, Plan
 from training.yaml_text import load_yaml, what_is_wrong
 
 _COUNTS = ("data", "tensor", "pipeline", "zero_stage", "micro_batches")
-_KEYS = ("mesh", *_COUNTS, "offload")
+_FROM_0 = ("zero_stage", "micro_batch_limit")
+_KEYS = ("mesh", *_COUNTS, "micro_batch_limit", "offload")
 assert {field.name for field in (*fields(Layout), *fields(Assignment))} == {*_KEYS, "layout"}
 
 
@@ -22,6 +23,7 @@ def to_yaml(plan: Plan) -> str:
     for name, assignment in plan.assignments.items():
         values = {"mesh": mesh_text(assignment.layout.mesh)}
         values |= {key: str(_value(assignment, key)) for key in _COUNTS}
+        values |= {"micro_batch_limit": str(assignment.micro_batch_limit)} if assignment.micro_batch_limit else {}
         values |= {"offload": "yes"} if assignment.offload else {}
         blocks.append(f"{name}:\n" + "".join(f"  {key}: {value}\n" for key, value in values.items()))
     return "".join(blocks)
@@ -68,15 +70,17 @@ def _assignment(name: str, values: Any) -> Assignment:
             raise UserError(f"'{name}' has an unknown key '{key}'; the keys are {', '.join(_KEYS)}.")
     if "mesh" not in values:
         raise UserError(f"'{name}' has no mesh; give the ranks, for example mesh: 0-7.")
-    counts = {key: values.get(key, 0 if key == "zero_stage" else 1) for key in _COUNTS}
+    counts = {key: values.get(key, 0 if key in _FROM_0 else 1) for key in (*_COUNTS, "micro_batch_limit")}
     for key, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"'{name}' has {key}: {value}, which is no whole number.")
     if not isinstance(offload := values.get("offload", False), bool):
         raise UserError(f"'{name}' has offload: {offload}; write yes or no.")
-    micro_batches = counts.pop("micro_batches")
+    micro_batches, limit = counts.pop("micro_batches"), counts.pop("micro_batch_limit")
+    if limit < 0:
+        raise UserError(f"'{name}' has micro_batch_limit: {limit}; give 1 or more, or leave it out.")
     try:
-        return Assignment(Layout(_mesh(name, values["mesh"]), **counts), micro_batches, offload)
+        return Assignment(Layout(_mesh(name, values["mesh"]), **counts), micro_batches, offload, limit)
     except UserError as error:
         raise UserError(f"'{name}': {error}") from error
 

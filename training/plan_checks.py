@@ -1,54 +1,16 @@
-"""A plan: where every call runs, how its role's weights are cut there, and in how many micro-batches it works."""
+"""What keeps a plan from running: anywhere (`problems`), or in our own runtime (`unrunnable`); a sentence each."""
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 
 from inference.errors import UserError
 from training.calls import Call
-from training.hybrid_engine.layout import Layout
+from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
-from training.planner.hardware import Cluster
 from training.planner.workload import Workload
-
-Cut = tuple[tuple[int, ...], int, int, int, bool]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One call's share of a plan."""
-
-    layout: Layout
-    micro_batches: int = 1
-    """Parts of a mini-batch (train) or of all samples (score, generate) on each data rank. Generation works on
-    `pipeline` parts at a time."""
-    offload: bool = False
-    """The weights of a frozen role wait in host memory and come to the device for the call."""
-
-    @cached_property
-    def cut(self) -> Cut:
-        """Equal where each rank holds the same part of the weights."""
-        layout = self.layout
-        return layout.mesh, layout.data, layout.tensor, layout.pipeline, layout.zero_stage == 3
+from training.rlhf_settings import RLHFSettings
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Assignments by call name, in the order of the graph's calls."""
-
-    assignments: Mapping[str, Assignment]
-
-    def __getitem__(self, call: str) -> Assignment:
-        return self.assignments[call]
-
-    def reallocates(self, graph: DataflowGraph, call: Call) -> bool:
-        """Whether `call` uses trained weights in another cut than their training has."""
-        training = graph.training_call(call.role)
-        return training is not None and self[call.name].cut != self[training.name].cut
-
-
-def problems(plan: Plan, graph: DataflowGraph, workload: Workload, cluster: Cluster) -> list[str]:
+def problems(plan: Plan, graph: DataflowGraph, workload: Workload, ranks: int) -> list[str]:
     """What keeps `plan` from running, a sentence each; memory apart. Empty for a valid plan."""
     names = [call.name for call in graph.calls]
     found = [f"The plan has no line for the call '{name}'; add one." for name in names if name not in plan.assignments]
@@ -60,24 +22,38 @@ def problems(plan: Plan, graph: DataflowGraph, workload: Workload, cluster: Clus
     for call in graph.calls:
         if call.name in plan.assignments:
             is_frozen = graph.training_call(call.role) is None
-            found += _problems_of(call, plan[call.name], is_frozen, workload, cluster)
+            found += _problems_of(call, plan[call.name], is_frozen, workload, ranks)
     return found
 
 
-def require_valid(plan: Plan, graph: DataflowGraph, workload: Workload, cluster: Cluster) -> None:
+def unrunnable(plan: Plan, graph: DataflowGraph, settings: RLHFSettings, ranks: int) -> list[str]:
+    """What keeps step 3 from running a plan that has no `problems`. Empty where it runs."""
+    found = []
+    for call in graph.calls:
+        layout, name = plan[call.name].layout, call.name
+        if layout.pipeline > 1:
+            found.append(f"{name} has {layout.pipeline} pipeline stages, and no call can be cut into stages yet.")
+        if call.kind == "train" and layout.tensor > 1:
+            found.append(f"{name} is tensor-parallel, which training cannot be yet; use data and a zero_stage.")
+        if layout.mesh != tuple(range(ranks)):
+            found.append(f"{name} runs on a part of the {ranks} ranks, and each call runs on all of them yet.")
+        if plan[name].offload:
+            found.append(f"{name} offloads weights by a plan, which is not there yet; use rlhf.{call.role}.offload.")
+    return found
+
+
+def require_valid(plan: Plan, graph: DataflowGraph, workload: Workload, ranks: int) -> None:
     """Raises UserError with the first problem."""
-    if found := problems(plan, graph, workload, cluster):
+    if found := problems(plan, graph, workload, ranks):
         raise UserError(found[0])
 
 
-def _problems_of(
-    call: Call, assignment: Assignment, is_frozen: bool, workload: Workload, cluster: Cluster
-) -> list[str]:
+def _problems_of(call: Call, assignment: Assignment, is_frozen: bool, workload: Workload, ranks: int) -> list[str]:
     layout, name = assignment.layout, call.name
     shape = workload.models[call.role].shape
     found = []
-    if max(layout.mesh) >= cluster.size or min(layout.mesh) < 0:
-        found.append(f"{name} uses rank {max(layout.mesh)}, but the cluster has ranks 0 to {cluster.size - 1}.")
+    if max(layout.mesh) >= ranks or min(layout.mesh) < 0:
+        found.append(f"{name} uses rank {max(layout.mesh)}, but the cluster has ranks 0 to {ranks - 1}.")
     if shape.heads % layout.tensor:
         found.append(
             f"{name} cuts {shape.heads} attention heads into {layout.tensor} parts; choose a divisor for tensor."

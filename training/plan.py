@@ -1,0 +1,98 @@
+"""A plan: where every call runs, how its role's weights are cut there, and in how many micro-batches it works.
+
+Settings are one way to write it (`Plan.of`), a search another, a file the third (plan_file.py).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from training.calls import Call
+from training.hybrid_engine.layout import Layout
+from training.planner.graph import DataflowGraph
+
+if TYPE_CHECKING:
+    from training.rlhf_settings import RLHFSettings
+
+Cut = tuple[tuple[int, ...], int, int, int, bool]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One call's share of a plan."""
+
+    layout: Layout
+    micro_batches: int = 1
+    """Parts of a mini-batch (train) or of all samples (score, generate) on each data rank. Generation works on
+    `pipeline` parts at a time."""
+    offload: bool = False
+    """The weights of a frozen role wait in host memory and come to the device for the call."""
+    micro_batch_limit: int = 0
+    """If not 0, a micro-batch takes what fits: so many tokens, or samples of a call that generates. `micro_batches` is
+    then what becomes of rows as long as they may be."""
+
+    @cached_property
+    def cut(self) -> Cut:
+        """Equal where each rank holds the same part of the weights."""
+        layout = self.layout
+        return layout.mesh, layout.data, layout.tensor, layout.pipeline, layout.zero_stage == 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Assignments by call name, in the order of the graph's calls."""
+
+    assignments: Mapping[str, Assignment]
+
+    def __getitem__(self, call: str) -> Assignment:
+        return self.assignments[call]
+
+    def reallocates(self, graph: DataflowGraph, call: Call) -> bool:
+        """Whether `call` uses trained weights in another cut than their training has."""
+        training = graph.training_call(call.role)
+        return training is not None and self[call.name].cut != self[training.name].cut
+
+    @classmethod
+    def of(cls, settings: "RLHFSettings", ranks: int, length: int, calls: Sequence[Call] = ()) -> "Plan":
+        """What step 3 runs: every call on all ranks, data-parallel under the ZeRO stage of its role, generation and
+        scoring tensor-parallel in the degrees of the settings.
+
+        `length` is that of the longest rows in tokens; `calls` are by default those of the settings. Raises UserError
+        where a degree does not divide the ranks.
+        """
+        samples = settings.prompts_per_iteration * settings.samples_per_prompt
+        tokens, degrees = settings.micro_batch_tokens, settings.scoring_tensor_parallel
+        assignments = {}
+        for call in calls or settings.calls:
+            stage = getattr(settings, call.role).zero_stage
+            if call.kind == "train":
+                rows, layout = -(-samples // settings.mini_batches), Layout.over(ranks, zero_stage=stage)
+            elif call.kind == "generate":
+                layout = Layout.over(ranks, settings.generation_tensor_parallel)
+                assignments[call.name] = Assignment(layout, micro_batch_limit=settings.generation_batch)
+                continue
+            else:
+                rows, tensor = samples, getattr(degrees, call.role, 1)
+                setting = f"rlhf.scoring_tensor_parallel.{call.role}"
+                layout = Layout.over(ranks, tensor, stage if stage == 3 and tensor == 1 else 0, setting)
+            assignments[call.name] = Assignment(layout, packed(rows, layout, length, tokens), micro_batch_limit=tokens)
+        return cls(assignments)
+
+    @classmethod
+    def of_rows(
+        cls, calls: Sequence[Call], ranks: int, rows: int, length: int, zero_stage: int, micro_batch_tokens: int
+    ) -> "Plan":
+        """What a step that learns from rows runs: every call on all ranks, `rows` of `length` tokens at a time."""
+        assignments = {}
+        for call in calls:
+            layout = Layout.over(ranks, zero_stage=zero_stage if call.kind == "train" or zero_stage == 3 else 0)
+            count = packed(rows, layout, length, micro_batch_tokens)
+            assignments[call.name] = Assignment(layout, count, micro_batch_limit=micro_batch_tokens)
+        return cls(assignments)
+
+
+def packed(rows: int, layout: Layout, length: int, micro_batch_tokens: int) -> int:
+    """Micro-batches of a data rank when all `rows` have `length` tokens."""
+    return math.ceil(math.ceil(rows / layout.data) / max(1, micro_batch_tokens // length))

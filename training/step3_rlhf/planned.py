@@ -1,0 +1,42 @@
+"""What the planner is told of step 3: its calls, its models, the samples of an iteration."""
+
+import torch
+
+from training.config import RunConfig
+from training.memory import Shape
+from training.planner.augmented import AugmentedGraphs
+from training.planner.cost import CallCosts
+from training.planner.footprint import DTYPES
+from training.planner.graph import DataflowGraph
+from training.planner.hardware import Cluster
+from training.planner.workload import Precision, Workload
+from training.step3_rlhf.old_logprobs import iteration_calls
+
+PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def graphs_of(
+    config: RunConfig, actor: Shape, scorer: Shape | None, dtype: torch.dtype, cluster: Cluster
+) -> AugmentedGraphs:
+    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic."""
+    graph = DataflowGraph(iteration_calls(config.rlhf, dtype))
+    return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
+
+
+def workload_of(config: RunConfig, actor: Shape, scorer: Shape | None, dtype: torch.dtype) -> Workload:
+    rlhf, data = config.rlhf, config.data
+    shapes = {"actor": actor, "reference": actor}
+    if scorer is not None:
+        shapes |= {"critic": scorer, "reward": scorer}
+    return Workload.of(
+        shapes,
+        samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
+        prompt_tokens=data.max_prompt_tokens,
+        response_tokens=data.max_response_tokens,
+        mini_batches=rlhf.mini_batches,
+        epochs=rlhf.ppo_epochs,
+        precision=PRECISIONS[dtype],
+        checkpointing=rlhf.actor.gradient_checkpointing,
+        lora={"actor": rlhf.actor.lora, "critic": rlhf.critic.lora},
+        generation_batch=rlhf.generation_batch,
+    )
