@@ -105,7 +105,6 @@ class Sequences:
         alone = (causal(q[None], k[None], v[None], scale, window, dropout)[0] for q, k, v in zip(*parts, strict=True))
         return torch.cat([seen.transpose(0, 1) for seen in alone])
 
-
     def _attend_exactly(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, exact: Exactness
     ) -> Tensor:
@@ -115,10 +114,10 @@ class Sequences:
         lengths = [longest * len(self.lengths)] if together else self.lengths
         seen = []
         for q, k, v in zip(*(t[:, : sum(lengths)].split(lengths, dim=1) for t in (query, key, value)), strict=True):
-            rows = (t.unflatten(1, (len(self.lengths) if together else 1, -1)).transpose(0, 1) for t in (q, k, v))
-            q, k, v = rows  # (n, heads, length, head)
-            q = q.unflatten(1, (k.shape[1], -1))
-            seen.append(CausalAttention.apply(q, k, v, scale, window, exact).flatten(1, 2).transpose(1, 2).flatten(0, 1))
+            rows = len(self.lengths) if together else 1
+            q, k, v = (t.unflatten(1, (rows, -1)).transpose(0, 1) for t in (q, k, v))  # (n, heads, length, head)
+            attended = CausalAttention.apply(q.unflatten(1, (k.shape[1], -1)), k, v, scale, window, exact)
+            seen.append(attended.flatten(1, 2).transpose(1, 2).flatten(0, 1))
         return with_more(torch.cat(seen), 3, query.shape[1] - sum(lengths))
 
 
@@ -149,7 +148,7 @@ class NextTokens:
             seen = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
         else:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            seen = plain_attention(queries * scale, keys, values, mask, self.exact.queries)
+            seen = plain_attention(queries * scale, keys, values, mask, self.exact)
         return with_more(seen.reshape(rows, -1, seen.shape[-1]).to(query.dtype), 3, more)
 
 

@@ -26,6 +26,8 @@ class Exactness:
     queries: int = 1
     """Of one product with the keys of a head."""
     keys: int = 1
+    summed: int = 2**20
+    """Keys that one product adds up, at most: beyond some number libraries divide them into parts of like size."""
     blocked: bool = True
     """Whether weights in oneDNN's blocked order give the bits of the plain ones."""
 
@@ -49,9 +51,14 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, queries: 
     return scores.softmax(-1)
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: int) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, exact: Exactness) -> Tensor:
     """The weighted values, (..., m, head)."""
-    return (attention_weights(query, key, mask, queries) @ value)[..., : query.shape[-2], :]
+    weights = attention_weights(query, key, mask, exact.queries)
+    size = exact.summed
+    sums = weights[..., :size] @ value[..., :size, :]
+    for start in range(size, weights.shape[-1], size):
+        sums += weights[..., start : start + size] @ value[..., start : start + size, :]
+    return sums[..., : query.shape[-2], :]
 
 
 def with_more(values: Tensor, dimension: int, count: int) -> Tensor:
@@ -76,7 +83,7 @@ class CausalAttention(torch.autograd.Function):
         ctx.scale, ctx.window, ctx.exact = scale, window, exact
         result = torch.empty_like(query)
         for part in parts(query, window, exact):
-            seen = plain_attention(part.of(query), *part.seen(key, value), part.mask, exact.queries)
+            seen = plain_attention(part.of(query), *part.seen(key, value), part.mask, exact)
             part.put(result, seen)
         return result
 

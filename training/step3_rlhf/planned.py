@@ -16,10 +16,16 @@ PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPE
 
 
 def graphs_of(
-    config: RunConfig, actor: Shape, scorer: Shape | None, dtype: torch.dtype, cluster: Cluster
+    config: RunConfig,
+    actor: Shape,
+    scorer: Shape | None,
+    dtype: torch.dtype,
+    cluster: Cluster,
+    is_exact: bool = False,
 ) -> AugmentedGraphs:
-    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic."""
-    graph = DataflowGraph(iteration_calls(config.rlhf, dtype))
+    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic,
+    `is_exact` whether training equals generation to the bit."""
+    graph = DataflowGraph(iteration_calls(config.rlhf, dtype, is_exact))
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
 
 

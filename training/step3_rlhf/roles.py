@@ -28,6 +28,7 @@ from training.models.policy import Policy
 from training.models.scorer import Scorer, at_last_token
 from training.role_settings import FrozenSettings
 from training.stage import Stage
+from training.step3_rlhf.exactness import settle_exactness
 from training.steps import REWARD, SFT
 
 
@@ -74,7 +75,11 @@ class Roles:
         self.settings = settings
         loaded, with_weights = loads(settings.actor.zero_stage, dtype, ranks)
         actor = load_causal_lm(sft, chat_format, loaded, with_weights=with_weights)
-        self.actor = ZeroEngine(Policy(actor, settings.actor.lora), settings.actor, dtype, updates[0], ranks)
+        self.exact = settle_exactness(stage, actor)
+        """How training and scoring of the actor equal its generation to the bit, where they do."""
+        self.actor = ZeroEngine(
+            Policy(actor, settings.actor.lora, self.exact), settings.actor, dtype, updates[0], ranks
+        )
         critic = load_critic(stage, scorer, chat_format) if settings.has_critic else None
         self._critic = None if critic is None else ZeroEngine(critic, settings.critic, dtype, updates[1], ranks)
         self.ema = MovingAverage(self.actor, settings.ema) if settings.ema else None
@@ -97,7 +102,7 @@ class Roles:
         """None where there is none, or, with LoRA, the actor is it."""
         if settings.has_reference and not settings.actor.lora.rank:
             _, with_weights = loads(settings.reference.zero_stage, dtype, ranks)
-            reference = Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights))
+            reference = Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights), exact=self.exact)
             self._reference = self._frozen(reference, settings.reference, scoring.reference, stage)
         self._reward: nn.Module | GroupScoring | None = None
         self.reward_is_normalized = True
@@ -107,7 +112,9 @@ class Roles:
             reward = load_reward(stage, scorer, chat_format)
             self.reward_is_normalized = (reward.shift, reward.scale) != (0.0, 1.0)
             self._reward = self._frozen(reward, settings.reward, scoring.reward, stage)
-        frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]
+        frozen = [(self._reward, settings.reward)]
+        if self.exact is None or self.exact.blocked:
+            frozen.append((self._reference, settings.reference))
         self._frozen_blocked = [
             BlockedWeights(role.role if isinstance(role, GroupScoring) else role)
             for role, placed in frozen

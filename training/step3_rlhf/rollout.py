@@ -34,7 +34,7 @@ class Rollouts:
         settings = stage.config.rlhf
         limit = stage.config.data.max_response_tokens
         self.sampling = SamplingSettings(limit, settings.temperature, min_tokens=settings.min_response_tokens)
-        self.calls = iteration_calls(settings, stage.dtype)
+        self.calls = iteration_calls(settings, stage.dtype, roles.exact is not None)
         scores_alone = not settings.divided_scorer and (ACTOR_SCORE not in self.calls or settings.actor.zero_stage < 3)
         self.fusion = Fusion(stage, roles.generation_layout, scores_alone)
         self.engine: GenerationEngine | None = None
@@ -62,7 +62,8 @@ class Rollouts:
         model = self.roles.generator.refresh()
         if self.engine is None or self.engine.model is not model:
             chat_format, slots = self.chat_format, self.stage.config.rlhf.generation_batch
-            self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots)
+            exact = self.roles.exact
+            self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots, exact=exact)
         self.engine.weights_changed()
         return self.engine
 

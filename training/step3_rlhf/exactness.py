@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from inference.errors import UserError
 from inference.families import backbone_of, text_config
 from inference.generation.attention import PACKED_ATTENTION, can_pack
 from inference.generation.cpu_weights import BlockedWeights
@@ -21,19 +22,63 @@ from training.distributed import Ranks
 from training.models.adapters import add_lora
 from training.models.layers import keep_layers
 from training.models.packing import call_on_tokens
+from training.private_surfaces import multiplies_bf16
+from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
+from training.stage import Stage
 
 CANDIDATES = {
-    torch.bfloat16: (Exactness(keys=32), Exactness(keys=64), Exactness(8, 8, 64), Exactness(8, 8, 64, blocked=False)),
-    torch.float32: (Exactness(8, 8, 16), Exactness(8, 8, 16, blocked=False), Exactness(8, 8, 64, blocked=False)),
+    torch.bfloat16: (
+        Exactness(keys=32),
+        Exactness(keys=32, summed=128),
+        Exactness(8, 8, 64, 128),
+        Exactness(8, 8, 64, 128, blocked=False),
+    ),
+    torch.float32: (Exactness(8, 8, 16, 128, blocked=False), Exactness(8, 8, 64, 128, blocked=False)),
 }
 """What is tried, the cheapest first. A vector of a processor holds up to 32 numbers: where keys do not fill the last
 one, softmax and products add in another order."""
+TENSOR_PARALLEL = "the ranks that generate together add up their parts of a sum, and training adds it up whole"
 LAYERS = 2
 PROMPTS = (70, 41, 17, 6, 3, 2, 1)
 DECODED = 8
 PLACES = 256
 """Queries that are tried one by one in attention as long as the run's."""
+
+
+def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a run tries for it: everywhere if it is asked for, else where it costs nothing, in bf16 on a CPU that
+    multiplies it."""
+    if settings.exact != "auto":
+        return settings.exact
+    on_cpu = device.type == "cpu" and settings.generation_tensor_parallel == 1
+    return on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
+
+
+def settle_exactness(stage: Stage, actor: PreTrainedModel) -> Exactness | None:
+    """How the run makes training equal to generation; None where it leaves them a rounding apart. All ranks call it.
+
+    Raises UserError where it is asked for and cannot be.
+    """
+    settings, device = stage.config.rlhf, stage.ranks.device
+    if not expects_exactness(settings, stage.dtype, device):
+        return None
+    if device.type != "cpu":
+        reason = "on a GPU a sum's order depends on what is computed beside it"
+    elif settings.generation_tensor_parallel > 1:
+        reason = TENSOR_PARALLEL
+    elif not can_pack(actor):
+        reason = f"models of the family {actor.config.model_type} do not run without padding here"
+    else:
+        longest = stage.config.data.max_prompt_tokens + stage.config.data.max_response_tokens
+        exact = find_exactness(actor, settings.actor.lora, stage.dtype, longest, stage.ranks)
+        if exact is not None:
+            return exact
+        reason = f"this processor's products in {stage.dtype} depend on what is computed beside them"
+    if settings.exact is True:
+        raise UserError(f"rlhf.exact=true, but {reason}; take rlhf.exact=auto.")
+    stage.display.say(f"PPO: generation and training will be a rounding apart: {reason}")
+    return None
 
 
 def find_exactness(
@@ -114,9 +159,7 @@ def attention_agrees(cache: KVCache, backbone: nn.Module, exact: Exactness, long
         for seen in (exact.seen(place + 1), exact.seen(length)):
             mask = torch.zeros(seen, dtype=dtype)
             mask[place + 1 :] = -torch.inf
-            alone = plain_attention(
-                query[..., place, :] * scale, key[:, :, :seen], value[:, :, :seen], mask, exact.queries
-            )
+            alone = plain_attention(query[..., place, :] * scale, key[:, :, :seen], value[:, :, :seen], mask, exact)
             if not torch.equal(alone, whole[..., place, :]):
                 return False
     return True
