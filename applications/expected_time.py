@@ -1,8 +1,8 @@
 """How long the steps of a run would take, by the planner's cost model: for the dry run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from applications.fit import GIB, Outlook
+from applications.fit import Outlook
 from inference.errors import UserError
 from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
@@ -10,12 +10,10 @@ from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
-from training.planner.machine import profile_file, read_profile
+from training.planner.machine import cluster_here
 from training.planner.workload import Workload
 from training.step3_rlhf.planned import PRECISIONS, graphs_of
 from training.steps import Step
-
-GPU_NAMES = {"H200": "h200", "H100": "h100", "A800": "a800-80g", "V100": "v100", "L40S": "l40s", "4090": "rtx-4090"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class ExpectedTime:
 
 def expected_time(outlook: Outlook, step: Step) -> ExpectedTime | None:
     """None where no rates of this machine are known, a shape is missing, or the batch leaves ranks without work."""
-    known = cluster_here(outlook)
+    known = cluster_here(outlook.config.processes, outlook.nodes, outlook.machine.gpus[:1])
     if known is None or outlook.memory(step) is None:
         return None
     cluster, source = known
@@ -45,27 +43,6 @@ def expected_time(outlook: Outlook, step: Step) -> ExpectedTime | None:
     for node in found.nodes:
         by_kind[node.call.kind] = by_kind.get(node.call.kind, 0.0) + node.seconds
     return ExpectedTime(found.iteration_seconds, by_kind, source)
-
-
-def cluster_here(outlook: Outlook) -> tuple[Cluster, str] | None:
-    """The ranks of the outlook, and where their rates come from: a profile, or the GPU's data sheet."""
-    processes, nodes = outlook.config.processes, outlook.nodes
-    file = profile_file(processes)
-    if file.is_file():
-        return replace(read_profile(file).cluster, nodes=nodes), "measured by `rlhf-chat profile`"
-    for name, memory in outlook.machine.gpus[:1]:
-        device = gpu_named(name, memory)
-        if device is not None:
-            cluster = Cluster.named(device, nodes, processes).ours
-            return cluster, f"the data sheet of {device} and constants of A100 nodes"
-    return None
-
-
-def gpu_named(name: str, memory: int) -> str | None:
-    """The planner's name of a GPU that calls itself `name`."""
-    if "A100" in name:
-        return "a100-80g" if memory > 60 * GIB else "a100-40g"
-    return next((device for part, device in GPU_NAMES.items() if part in name), None)
 
 
 def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:

@@ -47,6 +47,10 @@ def plan(
     svg: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw who does what when, to this file. Default: none.")
     ] = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--everything", help="Also search plans that cannot be run yet: with pipelines, for example."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """The best execution plan for a model and a cluster, beside two common ones. Nothing is started.
@@ -73,6 +77,7 @@ def plan(
         out,
         check,
         svg,
+        everything,
     )
 
 

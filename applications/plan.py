@@ -9,11 +9,10 @@ from applications.files import write_text
 from applications.plan_request import Outcome, Request, make_request
 from inference.errors import UserError
 from inference.streams import show_json
-from training.plan import Plan
 from training.plan_checks import problems
 from training.plan_file import read_plan, to_yaml
-from training.planner.estimate import estimate
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
+from training.planner.options import EVERYTHING, Space
 from training.planner.search import Progress, search
 from training.planner.table import PlanTable
 
@@ -34,13 +33,17 @@ def plan_command(
     out: Path | None,
     check: Path | None,
     svg: Path | None,
+    everything: bool,
 ) -> None:
     """`rlhf-chat plan`. Raises UserError for what cannot be planned and for a plan file that is not valid."""
     request = make_request(model, reward_model, nodes, gpus_per_node, gpu, network, price, config, overrides)
+    told = None if json_output else plan_report.progress
     if check is not None:
         outcomes = [checked(request, check)]
     else:
-        outcomes = [searched(request, seed, effort, None if json_output else plan_report.progress), *compared(request)]
+        outcomes = [searched(request, seed, effort, told), *compared(request, seed, effort)]
+        if everything:
+            outcomes.append(searched(request, seed, effort, told, "not yet runnable", EVERYTHING))
     if json_output:
         show_json(plan_report.as_data(request, outcomes))
     else:
@@ -53,34 +56,57 @@ def plan_command(
             print(f"Written to {file}", file=sys.stderr)
 
 
-def searched(request: Request, seed: int, effort: float, progress: Callable[[Progress], bool] | None) -> Outcome:
-    found = search(PlanTable(request.graphs), seed, effort, progress)
-    return Outcome("searched", estimate(found[0].plan, request.graphs))
+def searched(
+    request: Request,
+    seed: int = 0,
+    effort: float = 1.0,
+    progress: Callable[[Progress], bool] | None = None,
+    name: str = "searched",
+    space: Space | None = None,
+) -> Outcome:
+    """The best plan that runs, or the best of another space. Raises UserError where none fits."""
+    found = search(PlanTable(request.graphs, space or request.runnable), seed, effort, progress)
+    outcomes = [request.outcome(name, one.plan) for one in found]
+    if space is not None:
+        return outcomes[0]
+    best = next((outcome for outcome in outcomes if outcome.runs), None)
+    if best is None:
+        why = " ".join(outcomes[0].refused) or outcomes[0].why_not
+        raise UserError(f"None of the best plans runs. {why}")
+    return best
 
 
-def compared(request: Request) -> list[Outcome]:
-    """What people use without a search."""
-    makers: dict[str, Callable[[], Plan]] = {
-        "DeepSpeed-Chat": lambda: deepspeed_chat_plan(request.graphs.graph, request.workload, request.cluster),
-        "Megatron-style": lambda: megatron_plan(request.graphs.graph, request.cluster),
+def compared(request: Request, seed: int, effort: float) -> list[Outcome]:
+    """What settings can say without a plan, and what people use without a search."""
+    graph, cluster = request.graphs.graph, request.cluster
+    one_mesh = Space(
+        runs=lambda call, assignment: assignment.layout.mesh == all_ranks and request.runs(call, assignment)
+    )
+    all_ranks = tuple(range(cluster.size))
+    makers: dict[str, Callable[[], Outcome]] = {
+        "as set": lambda: request.outcome("as set", request.as_set),
+        "one mesh": lambda: searched(request, seed, effort, None, "one mesh", one_mesh),
+        "DeepSpeed-Chat": lambda: request.outcome(
+            "DeepSpeed-Chat", deepspeed_chat_plan(graph, request.workload, cluster)
+        ),
+        "Megatron-style": lambda: request.outcome("Megatron-style", megatron_plan(graph, cluster)),
     }
     outcomes = []
     for name, make in makers.items():
         try:
-            found = estimate(make(), request.graphs)
-            outcomes.append(Outcome(name, found, request.overfull(found)))
+            outcomes.append(make())
         except UserError as error:
             outcomes.append(Outcome(name, None, str(error)))
     return outcomes
 
 
 def checked(request: Request, file: Path) -> Outcome:
-    """A plan from a file. Raises UserError with all that is wrong with it."""
+    """A plan from a file. Raises UserError with all that is wrong with it, but for what only this runtime refuses."""
     plan = read_plan(file)
     found = problems(plan, request.graphs.graph, request.workload, request.cluster.size)
     if found:
         raise UserError(" ".join(found))
-    costed = estimate(plan, request.graphs)
-    if why := request.overfull(costed):
-        raise UserError(why)
-    return Outcome(file.name, costed)
+    outcome = request.outcome(file.name, plan)
+    if outcome.why_not:
+        raise UserError(outcome.why_not)
+    return outcome

@@ -1,6 +1,7 @@
 """What `rlhf-chat plan` shows: a table and a Gantt picture as text, all of it as JSON, the picture as SVG."""
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,6 +75,9 @@ def plan_table(request: Request, outcome: Outcome) -> list[str]:
     found = outcome.found
     assert found is not None
     lines = [f"{outcome.name}:" + (f" DOES NOT FIT. {outcome.why_not}" if outcome.why_not else "")]
+    if outcome.refused:
+        more = f" ({len(outcome.refused) - 1} more reasons in --json.)" if len(outcome.refused) > 1 else ""
+        lines += textwrap.wrap(f"CANNOT BE RUN YET, only costed. {outcome.refused[0]}{more}", max(20, columns()))
     rows: list[tuple[str, ...]] = [("call", "ranks", "data", "tensor", "stages", "ZeRO", "micro", "seconds", "")]
     for node in found.nodes:
         if node.kind != "call":
@@ -117,7 +121,8 @@ def summary(request: Request, outcomes: Sequence[Outcome]) -> list[str]:
             f"{request.hours(outcome.found):.1f}",
             *([] if cost is None else [f"{cost:.0f}"]),
         )
-        rows.append((outcome.name, *figures, "does not fit" if outcome.why_not else ""))
+        marks = ["does not fit"] * bool(outcome.why_not) + ["cannot be run yet"] * bool(outcome.refused)
+        rows.append((outcome.name, *figures, ", ".join(marks)))
     return table(rows, (16, 11, 13, 8, 10)[: len(rows[0]) - 1])
 
 
@@ -207,6 +212,8 @@ def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:
     return {
         "name": outcome.name,
         "fits": not outcome.why_not,
+        "runs": outcome.runs,
+        **({"refused": list(outcome.refused)} if outcome.refused else {}),
         **({"why_not": outcome.why_not} if outcome.why_not else {}),
         "seconds_per_iteration": found.iteration_seconds,
         "hours": request.hours(found),

@@ -7,17 +7,38 @@ from typing import Any
 from applications.fit import find_shape
 from applications.settings import resolve_settings
 from inference.errors import UserError
+from training.calls import Call
 from training.config import RunConfig
 from training.memory import Shape
+from training.plan import Assignment, Plan
+from training.plan_checks import unrunnable
 from training.planner.augmented import AugmentedGraphs
-from training.planner.estimate import Estimate
+from training.planner.estimate import Estimate, estimate
 from training.planner.footprint import DTYPES, Footprints
+from training.planner.graph import DataflowGraph
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
+from training.planner.options import Space
 from training.planner.workload import Workload
 from training.step3_rlhf.planned import graphs_of
 
 DEVICES_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One plan by its name: what is known of it, or why there is none."""
+
+    name: str
+    found: Estimate | None
+    why_not: str = ""
+    """Why it does not fit, or why there is none."""
+    refused: tuple[str, ...] = ()
+    """Why this runtime does not run it, a sentence each."""
+
+    @property
+    def runs(self) -> bool:
+        return self.found is not None and not self.why_not and not self.refused
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,24 @@ class Request:
     def workload(self) -> Workload:
         return self.graphs.costs.workload
 
+    @property
+    def runnable(self) -> Space:
+        """What this runtime can run with the settings; the search of every call apart."""
+        return Space(runs=self.runs)
+
+    def runs(self, call: Call, assignment: Assignment) -> bool:
+        return not self.why_not_run(Plan({call.name: assignment}), DataflowGraph((call,)))
+
+    def why_not_run(self, plan: Plan, graph: DataflowGraph | None = None) -> list[str]:
+        """What this runtime refuses of a plan that can be costed, a sentence each."""
+        return unrunnable(plan, graph or self.graphs.graph, self.config.rlhf, self.cluster.size)
+
+    @property
+    def as_set(self) -> Plan:
+        """What the settings say. Raises UserError where they do not fit the ranks."""
+        length, calls = self.workload.longest, self.graphs.graph.calls
+        return Plan.of(self.config.rlhf, self.cluster.size, length, calls)
+
     def hours(self, found: Estimate) -> float:
         """Of all iterations of the run."""
         return found.iteration_seconds * self.config.rlhf.iterations / 3600
@@ -44,6 +83,11 @@ class Request:
     def cost(self, found: Estimate) -> float | None:
         """Of all iterations, in the currency of the price."""
         return None if self.price is None else self.hours(found) * self.cluster.size * self.price
+
+    def outcome(self, name: str, plan: Plan) -> Outcome:
+        """With what is wrong with it. Raises UserError where it cannot be costed."""
+        found = estimate(plan, self.graphs)
+        return Outcome(name, found, self.overfull(found), tuple(self.why_not_run(plan)))
 
     def overfull(self, found: Estimate) -> str:
         """Why the plan does not fit, a sentence; '' if it does."""
@@ -62,15 +106,6 @@ class Request:
         return Footprints(self.workload, self.graphs.graph)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One plan by its name: what is known of it, or why there is none."""
-
-    name: str
-    found: Estimate | None
-    why_not: str = ""
-
-
 def make_request(
     model: str,
     reward_model: str | None,
@@ -85,8 +120,13 @@ def make_request(
     settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
     assert settings is not None
     cluster = replace(cluster_of(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
+    return request_of(settings, cluster, price)
+
+
+def request_of(settings: RunConfig, cluster: Cluster, price: float | None = None) -> Request:
+    """Step 3 of a run on a cluster. Raises UserError where a model's size is not known."""
     rlhf = settings.rlhf
-    actor = require_shape(settings.sft_model or settings.model, settings.architecture.get("model"))
+    actor = require_shape(settings.actor_source, settings.architecture.get("model"))
     scorer = None
     if rlhf.has_critic or rlhf.has_reward_model:
         scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))

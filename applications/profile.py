@@ -1,5 +1,6 @@
 """`rlhf-chat profile`: measures this machine, so that `rlhf-chat plan --gpu this-machine` can plan for it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from applications.files import write_text
@@ -20,16 +21,21 @@ def profile_command(processes: int | None, out: Path | None) -> None:
             f"{ranks} processes would wait for each other on {machine.cores} cores: use --processes {machine.cores} at "
             "most."
         )
+    files = [out] if out is not None else [profile_file(ranks), profile_file()]
+    print(describe(measure_to(files, ranks)))
+    target = "this-machine" if out is None else typed(out)
+    print(f"\nWritten to {files[0]}; plan with: rlhf-chat plan --gpu {target} --gpus-per-node {ranks} --model ...")
+
+
+def measure_to(files: Sequence[Path], ranks: int) -> MachineProfile:
+    """What this machine reaches with so many ranks, also written to `files`."""
     print(f"Measuring with {ranks} process{'es' * (ranks > 1)}; other work spoils the figures.", flush=True)
     import training.planner.profile as script
 
     profile = MachineProfile.from_values(run_on_ranks(script.__file__, [], ranks, "measurement"))
-    files = [out] if out is not None else [profile_file(ranks), profile_file()]
     for file in files:
         write_text(file, profile.to_yaml())
-    print(describe(profile))
-    target = "this-machine" if out is None else typed(out)
-    print(f"\nWritten to {files[0]}; plan with: rlhf-chat plan --gpu {target} --gpus-per-node {ranks} --model ...")
+    return profile
 
 
 def describe(profile: MachineProfile) -> str:

@@ -84,8 +84,8 @@ def report(shares: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
         + " | ".join(f"{slowest[phase]:.3f} s" for phase in (*PHASES, "total"))
         + f" | {slowest['reallocate'] / slowest['total']:.1%} |",
         "",
-        f"weights {shares[0]['weights'] / 1e6:.1f} MB; written into a rank's part {moved['written_bytes'] / 1e6:.1f} "
-        f"MB; gathered at one time at most {moved['largest_layer_bytes'] / 1e6:.1f} MB",
+        f"weights {shares[0]['weights'] / 1e6:.1f} MB; into the first rank's part {moved['copied'] / 1e6:.1f} MB from "
+        f"its own and {moved['received'] / 1e6:.1f} MB from others; buffer {moved['buffer'] / 1e6:.1f} MB",
     ]
     return "\n".join(lines)
 

@@ -237,7 +237,7 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
     if rlhf.has_reference and not rlhf.actor.lora.rank:  # with LoRA it is the actor, its adapters switched off
         parts += _frozen_parts("reference", actor.parameters, rlhf.reference, dtype, ranks, scoring.reference)
     tensor = rlhf.generation_tensor_parallel
-    if rlhf.actor.zero_stage == 3 or tensor > 1:  # GenerationView keeps a rank's part of the weights
+    if rlhf.actor.zero_stage == 3 or tensor > 1:  # a rank keeps its part of the weights
         whole = actor.parameters + _adapters(actor, rlhf.actor)
         name = "actor weights to generate, " + ("whole" if tensor == 1 else f"1 of {tensor} parts")
         parts.append(Part(name, _share(whole * dtype.itemsize, tensor)))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from inference.private_surfaces import softmax_backward
+
 QUERIES = 256
 """Queries of one head that training computes at a time: what bounds the memory of their scores."""
 
@@ -73,15 +75,15 @@ class CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, exact: Exactness
     ) -> Tensor:
-        """(n, key heads, heads that share one, length, head), and (n, key heads, length, head) twice -> as the
-        queries."""
+        """(n, key heads, heads that share one, length, head), (n, key heads, length, head) and the same with the values'
+        head -> as the queries, with the values' head."""
         length = query.shape[-2]
         more = exact.seen(length) - length
         key, value = with_more(key, 2, more), with_more(value, 2, more)
         query = query * scale
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.window, ctx.exact = scale, window, exact
-        result = torch.empty_like(query)
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
         for part in parts(query, window, exact):
             seen = plain_attention(part.of(query), *part.seen(key, value), part.mask, exact)
             part.put(result, seen)
@@ -96,7 +98,7 @@ class CausalAttention(torch.autograd.Function):
             queries, onto = part.of(query), part.of(gradient)
             keys, values = part.seen(key, value)
             weights = attention_weights(queries, keys, part.mask, 1)
-            scores = torch.ops.aten._softmax_backward_data(onto @ values.mT, weights, -1, weights.dtype)
+            scores = softmax_backward(onto @ values.mT, weights)
             part.put(of_query, scores @ keys)
             for sums, each in zip(part.seen(of_key, of_value), (scores.mT @ queries, weights.mT @ onto), strict=True):
                 sums += each

@@ -46,12 +46,7 @@ def empty_shard(
     The part has the forward pass of the family, gives the whole model's logits or scores, and has no gradients.
     `device` is where its parameters lie (default: where the model's are). Raises UserError if the model cannot be cut.
     """
-    cuts: dict[int, Cut] = {}
-    layers: dict[str, Kind] = {}
-    if tensor_parallel.size > 1:
-        check_divides(model.config, tensor_parallel.size)
-        layers = cut_layers(model)
-        cuts = parameter_cuts(model, layers, tensor_parallel)
+    cuts = cuts_of(model, tensor_parallel)
     pieces, memo = [], {}
     for name, parameter in model.named_parameters():
         cut = cuts.get(id(parameter))
@@ -63,7 +58,7 @@ def empty_shard(
         pieces.append(Piece(name, memo[id(parameter)], cut))
     shard = copy_structure(model, memo).eval()
     if tensor_parallel.size > 1:
-        install_layers(shard, layers, tensor_parallel)
+        install_layers(shard, cut_layers(model), tensor_parallel)
     return shard, pieces
 
 
@@ -82,12 +77,18 @@ def copy_structure(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return copied
 
 
-def parameter_cuts(model: nn.Module, layers: dict[str, Kind], tensor_parallel: TensorParallel) -> dict[int, Cut]:
-    """The cut of each parameter that is not kept whole, by the parameter's id (tied parameters are one)."""
+def cuts_of(model: nn.Module, tensor_parallel: TensorParallel) -> dict[int, Cut]:
+    """The cut of each parameter that is not kept whole, by the parameter's id (tied parameters are one).
+
+    Raises UserError if the model cannot be cut.
+    """
     rank, size = tensor_parallel.rank, tensor_parallel.size
-    heads = Heads.of(model.config)
     cuts: dict[int, Cut] = {}
-    for name, kind in layers.items():
+    if size == 1:
+        return cuts
+    check_divides(model.config, size)
+    heads = Heads.of(model.config)
+    for name, kind in cut_layers(model).items():
         layer = model.get_submodule(name)
         inputs, outputs = features(base_of(layer))
         blocks = 3 if kind == "qkv" else 1

@@ -31,18 +31,31 @@ def run(*arguments):
 def planned(tmp_path_factory):
     """The data that --json prints, and the directory with the plan and the picture of the same search."""
     directory = tmp_path_factory.mktemp("plan")
-    done = run("--price", 2, "--json", "--out", directory / "plan.yaml", "--svg", directory / "plan.svg")
+    done = run(
+        "--price", 2, "--json", "--everything", "--out", directory / "plan.yaml", "--svg", directory / "plan.svg"
+    )
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout), directory
 
 
 def test_everything_as_data(planned):
     data, _ = planned
-    assert [plan["name"] for plan in data["plans"]] == ["searched", "DeepSpeed-Chat", "Megatron-style"]
+    assert [plan["name"] for plan in data["plans"]] == [
+        "searched", "as set", "one mesh", "DeepSpeed-Chat", "Megatron-style", "not yet runnable",
+    ]  # fmt: skip
     searched, *others = data["plans"]
-    assert searched["fits"] and all(
-        searched["seconds_per_iteration"] <= plan["seconds_per_iteration"] for plan in others if plan["fits"]
+    others, beyond = others[:-1], others[-1]
+    assert searched["runs"] and all(
+        searched["seconds_per_iteration"] <= plan["seconds_per_iteration"] for plan in others if plan["runs"]
     )
+    assert beyond["seconds_per_iteration"] <= searched["seconds_per_iteration"]
+    for plan in data["plans"]:
+        cut = any(
+            call["pipeline"] > 1 or (name.endswith("train") and call["tensor"] > 1)
+            for name, call in plan["calls"].items()
+        )
+        assert not (cut and plan["runs"]) and bool(plan.get("refused")) == (plan["fits"] and not plan["runs"])
+    assert "Megatron-style" in [plan["name"] for plan in data["plans"] if plan.get("refused")]
     for plan in data["plans"]:
         assert list(plan["calls"]) == [call.name for call in iteration_calls(RLHFSettings(), torch.bfloat16)]
         for call in plan["calls"].values():
@@ -76,8 +89,8 @@ def test_the_picture_has_a_panel_a_plan(planned):
     _, directory = planned
     picture = xml.etree.ElementTree.fromstring((directory / "plan.svg").read_text())
     texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
-    assert sum("s an iteration" in (text or "") for text in texts) == 3
-    assert sum(element.tag.endswith("title") for element in picture.iter()) >= 18  # six calls of three plans
+    assert sum("s an iteration" in (text or "") for text in texts) == 6
+    assert sum(element.tag.endswith("title") for element in picture.iter()) >= 36  # six calls of six plans
 
 
 def test_a_faster_network_never_hurts(planned):
@@ -96,6 +109,7 @@ def test_the_table_for_people():
     assert "reference_score" not in done.stdout  # neither planned nor in the legend
     for text in ("actor_generate", "s/iteration", "DeepSpeed-Chat", "Megatron-style", "G actor_generate"):
         assert text in done.stdout
+    assert "CANNOT BE RUN YET, only costed. " in done.stdout and "cannot be run yet" in done.stdout
     chart = [line for line in done.stdout.splitlines() if "|" in line]
     assert chart and all(line.count("|") == 2 and "G" in line for line in chart)
 

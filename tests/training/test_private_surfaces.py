@@ -42,6 +42,9 @@ def test_an_optimiser_keeps_its_weights_where_we_read_and_write_them(stage, dtyp
         assert all(not p.numel() for p in engine.module.parameters()), "the prologue no longer divides all parameters"
         private_surfaces.end_writing(engine.engine.optimizer)
         assert any(p.numel() for p in engine.module.parameters()), "the epilogue no longer makes small ones whole"
+        for parameter in engine.module.parameters():
+            private_surfaces.forget_whole(parameter)
+        assert all(not p.numel() for p in engine.module.parameters()), "partition no longer lets go of a whole one"
 
 
 def test_bf16_with_sums_in_fp32_keeps_its_weights_by_the_third_name():

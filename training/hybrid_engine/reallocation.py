@@ -1,88 +1,305 @@
-"""One role's present weights in another layout: from ZeRO 0-3 to whole weights or tensor-parallel shards.
+"""One role's present weights in another layout: other ranks, other degrees, ZeRO 0-3.
 
-Any role will do: a training engine's model, a frozen module, a frozen module under ZeRO 3. Where the layouts agree
-nothing is copied. Where they do not, the weights move layer by layer: the layer is gathered if ZeRO 3 has divided it,
-this rank's part is cut out, the rest is released. So the peak extra memory is the shard and one layer.
+Any role will do: a training engine's model, a frozen module, a frozen module under ZeRO 3. Where a rank's part stays as
+it is nothing is copied. Elsewhere the weights move layer by layer as `transfers` says, through one buffer, so that the
+peak extra memory is the new part and at most two layers and a half. Nothing is gathered: what ZeRO 3 has divided is
+sent from where it lies.
 """
 
-import re
+import hashlib
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from inference.private_surfaces import is_divided
+from inference.private_surfaces import is_divided, whole_shape
 from inference.tensor_parallel.group import TensorParallel, join_groups
-from inference.tensor_parallel.shard import Piece, empty_shard
-from training.hybrid_engine.deepspeed_setup import deepspeed
+from inference.tensor_parallel.shard import Piece, cuts_of, empty_shard
+from training.distributed import Ranks, local_size
 from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.transfers import Box, Move, Part, Weight, stays, transfers
+from training.private_surfaces import forget_whole, own_part
+
+ALIGNMENT = 16
+"""Of messages in the buffer, in bytes."""
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What one reallocation did on this rank."""
+    """What one reallocation did on this rank, in bytes."""
 
-    written_bytes: int
-    """Copied into the shard."""
-    gathered_bytes: int
-    """Made whole from ZeRO-3 partitions on the way, most of it received from other ranks."""
-    largest_layer_bytes: int
-    """The most that was gathered at one time: extra memory on top of the shard."""
-    seconds: float
+    sent: int = 0
+    received: int = 0
+    copied: int = 0
+    """From this rank's part of the source to its part of the target."""
+    buffer: int = 0
+    """Extra memory while it ran."""
+    seconds: float = 0.0
 
 
 class Reallocation:
-    """Keeps a tensor-parallel part of `source`, a model of transformers that may be partitioned by ZeRO 3."""
+    """Keeps this rank's part of a role in the layout `target`, with the weights that the role has in `source`.
 
-    def __init__(self, source: nn.Module, tensor_parallel: TensorParallel, device: torch.device):
-        self.source = source
-        self.tensor_parallel = tensor_parallel
-        self.device = device
-        self.is_partitioned = any(is_divided(parameter) for parameter in source.parameters())
-        self.layouts_agree = tensor_parallel.size == 1 and not self.is_partitioned
-        self.moved = Moved(0, 0, 0, 0.0)
-        self._shard: nn.Module | None = None
-        self.pieces: list[Piece] = []
+    All ranks make it. `model` is the whole model of transformers, on ranks of `source` with its weights, or divided by
+    ZeRO 3; elsewhere only its structure is read, and its weights may be uninitialised. If `source` is tensor-parallel,
+    its weights are those of `before`, the reallocation that led there. `part` is this rank's in `target`
+    (`tensor_parallel_of`), None outside of it. If `target` has ZeRO stage 3, `divide` divides an empty module in place
+    over the data ranks.
+    """
 
-    def run(self) -> nn.Module:
-        """The source's present weights in the new layout; the same module each time. All ranks call it.
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Layout,
+        target: Layout,
+        part: TensorParallel | None,
+        ranks: Ranks,
+        before: "Reallocation | None" = None,
+        divide: Callable[[nn.Module], None] | None = None,
+    ):
+        assert part is None or (divide is not None) == (target.zero_stage == 3)
+        self.model, self.part, self.ranks, self.before, self.divide = model, part, ranks, before, divide
+        self.is_source = ranks.rank in source.mesh
+        self.stays = stays(source, target, ranks.rank)
+        self.moved = Moved()
+        """What the last run did."""
+        self._copy: nn.Module | None = None
+        self._pieces: list[Piece] = []
+        self._shapes: dict[str, torch.Size] = {}
+        self._is_filled = False
+        weights = weights_of(model, (source.tensor, target.tensor))
+        require_agreement(weights, ranks)
+        moves = transfers(source, target, weights, local_size())
+        self._steps = [Step.of(layer, ranks.rank) for layer in moves]
+        self._steps_again = [Step.of([m for m in layer if m.weight.is_trained], ranks.rank) for layer in moves]
 
-        Frozen parameters move the first time only.
+    @property
+    def module(self) -> nn.Module | None:
+        """What `run` has given: this rank's part in the target."""
+        if not self.stays:
+            return self._copy
+        return self.model if self.before is None else self.before.module
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's parts in the target, by the names of the whole model's parameters; under ZeRO 3 divided."""
+        return self._held() if self.stays else {piece.name: piece.local for piece in self._pieces}
+
+    @torch.no_grad()
+    def run(self) -> nn.Module | None:
+        """The model with the source's present weights, the same module each time; None outside of the target.
+
+        All ranks of both meshes call it. Frozen parameters move the first time only.
         """
-        if self.layouts_agree:
-            return self.source
         start = time.perf_counter()
-        first = self._shard is None
-        if self._shard is None:
-            self._shard, self.pieces = empty_shard(self.source, self.tensor_parallel, self.device)
-        parameters = dict(self.source.named_parameters())
-        moving = [piece for piece in self.pieces if first or parameters[piece.name].requires_grad]
-        written = gathered = largest = 0
-        for layer in by_layer(moving):
-            wholes = [parameters[piece.name] for piece in layer]
-            with torch.no_grad(), self._whole(wholes):
-                size = sum(whole.numel() * whole.element_size() for whole in wholes) if self.is_partitioned else 0
-                for piece, whole in zip(layer, wholes, strict=True):
-                    piece.local.copy_(whole if piece.cut is None else piece.cut(whole))
-                    written += piece.local.numel() * piece.local.element_size()
-            gathered, largest = gathered + size, max(largest, size)
-        self.moved = Moved(written, gathered, largest, time.perf_counter() - start)
-        return self._shard
+        if not self._is_filled and self.part is not None and not self.stays:
+            self._allocate()
+        steps = self._steps_again if self._is_filled else self._steps
+        buffer = torch.empty(max((s.bytes for s in steps), default=0), dtype=torch.uint8, device=self.ranks.device)
+        held = {name: here(weight).detach().reshape(-1) for name, weight in self._held().items()}
+        own = {name: weight.detach().view(-1) for name, weight in self._own().items()}
+        counts = [step.run(held, own, buffer) for step in steps]
+        if self.divide is not None:
+            for piece in self._pieces:
+                forget_whole(piece.local)
+        self._is_filled = True
+        sent, received, copied = (sum(numbers) for numbers in zip((0, 0, 0), *counts, strict=True))
+        self.moved = Moved(sent, received, copied, buffer.numel(), time.perf_counter() - start)
+        return self.module
 
-    def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-        return deepspeed.zero.GatheredParameters(parameters) if self.is_partitioned else nullcontext()
+    def release(self) -> None:
+        """Give the memory of the copy back until the next run. All ranks of both meshes call it."""
+        for own in self._own().values():
+            own.data = own.data.new_empty(0)
+        self._is_filled = False
+
+    def _allocate(self) -> None:
+        if self._copy is None:
+            assert self.part is not None
+            device = self.ranks.device if self.divide is None else torch.device("cpu")  # untouched, it takes no room
+            self._copy, self._pieces = empty_shard(self.model, self.part, device)
+            if self.divide is not None:
+                self.divide(self._copy)
+            self._copy.to(self.ranks.device)  # its buffers too
+            self._shapes = {name: own.shape for name, own in self._own().items()}
+        padded = {piece.name for piece in self._pieces if piece.cut is not None and piece.cut.padding}
+        for name, own in self._own().items():
+            if own.shape != self._shapes[name]:
+                own.data = own.data.new_empty(self._shapes[name])
+            if name in padded:
+                own.data.zero_()
+
+    def _own(self) -> dict[str, Tensor]:
+        """What lies on this rank of the copy, by the names of the whole model."""
+        return {piece.name: here(piece.local) for piece in self._pieces}
+
+    def _held(self) -> dict[str, Tensor]:
+        if not self.is_source:
+            return {}
+        return dict(self.model.named_parameters()) if self.before is None else self.before.weights
 
 
-def by_layer(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """Pieces of one decoder layer together; each parameter outside of the layers alone."""
-    layers: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        found = re.match(r".*?\.\d+\.", piece.name)
-        layers.setdefault(found.group() if found else piece.name, []).append(piece)
-    return list(layers.values())
+@dataclass(frozen=True)
+class Message:
+    """What one rank sends to one or several others, or gets from one."""
+
+    peers: tuple[int, ...]
+    moves: tuple[Move, ...]
+    """Wider values first, so that each lies at a multiple of its width."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(move.bytes for move in self.moves)
+
+    @property
+    def room(self) -> int:
+        return -(-self.bytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a rank sends and receives at one time; others wait for messages in the same order."""
+
+    rank: int
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+
+    @classmethod
+    def of(cls, moves: Sequence[Move], rank: int) -> "Round":
+        """`moves` are those of all ranks, on the rank itself left out."""
+        to: dict[int, list[Move]] = {}
+        by: dict[int, list[Move]] = {}
+        for move in sorted(moves, key=lambda move: -move.weight.value_bytes):
+            if move.sender == rank:
+                to.setdefault(move.receiver, []).append(move)
+            elif move.receiver == rank:
+                by.setdefault(move.sender, []).append(move)
+        same: dict[tuple, list[int]] = {}
+        for receiver in sorted(to):
+            same.setdefault(tuple((m.weight.name, m.box, m.taken) for m in to[receiver]), []).append(receiver)
+        sends = tuple(Message(tuple(receivers), tuple(to[receivers[0]])) for receivers in same.values())
+        return cls(rank, sends, tuple(Message((sender,), tuple(by[sender])) for sender in sorted(by)))
+
+    @property
+    def bytes(self) -> int:
+        return sum(message.room for message in (*self.sends, *self.receives))
+
+    def run(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], buffer: Tensor) -> tuple[int, int]:
+        """Bytes sent and received. `source` and `target` are flat, by name."""
+        place = 0
+        operations: list[tuple[int, int, dist.P2POp]] = []
+        arriving = []
+        for message in self.sends:
+            sent = buffer[place : place + message.bytes]
+            for move, room in boxes_in(sent, message.moves):
+                room.copy_(view(source, move, move.taken))
+            operations += [(self.rank, peer, dist.P2POp(dist.isend, sent, peer)) for peer in message.peers]
+            place += message.room
+        for message in self.receives:
+            received = buffer[place : place + message.bytes]
+            operations += [(peer, self.rank, dist.P2POp(dist.irecv, received, peer)) for peer in message.peers]
+            arriving.append((received, message))
+            place += message.room
+        if operations:
+            in_order = sorted(operations, key=lambda operation: operation[:2])
+            for work in dist.batch_isend_irecv([operation for *_, operation in in_order]):
+                work.wait()
+        for received, message in arriving:
+            for move, room in boxes_in(received, message.moves):
+                view(target, move, move.put).copy_(room)
+        sent_bytes = sum(operation.tensor.numel() for sender, _, operation in operations if sender == self.rank)
+        return sent_bytes, sum(received.numel() for received, _ in arriving)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank does for one layer."""
+
+    copies: tuple[Move, ...]
+    first: Round
+    relayed: Round
+    """Sends on what it received in the first round."""
+    copies_again: tuple[Move, ...]
+    """Of what it received."""
+
+    @classmethod
+    def of(cls, moves: Sequence[Move], rank: int) -> "Step":
+        copies = [move for move in moves if move.sender == move.receiver == rank]
+        first, relayed = (
+            Round.of([m for m in moves if m.sender != m.receiver and m.is_relayed == again], rank)
+            for again in (False, True)
+        )
+        return cls(
+            tuple(m for m in copies if not m.is_relayed), first, relayed, tuple(m for m in copies if m.is_relayed)
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Of the buffer."""
+        return max(self.first.bytes, self.relayed.bytes)
+
+    def run(self, held: Mapping[str, Tensor], own: Mapping[str, Tensor], buffer: Tensor) -> tuple[int, int, int]:
+        """Bytes sent, received and copied. `held` is what the rank has in the source, `own` in the target."""
+        for move in self.copies:
+            view(own, move, move.put).copy_(view(held, move, move.taken))
+        sent, received = self.first.run(held, own, buffer)
+        sent_on, received_late = self.relayed.run(own, own, buffer)
+        for move in self.copies_again:
+            view(own, move, move.put).copy_(view(own, move, move.taken))
+        return sent + sent_on, received + received_late, sum(m.bytes for m in (*self.copies, *self.copies_again))
+
+
+def here(weight: Tensor) -> Tensor:
+    """What lies on this rank: under ZeRO 3 a run of the values."""
+    return own_part(weight) if isinstance(weight, nn.Parameter) and is_divided(weight) else weight
+
+
+def view(flat_weights: Mapping[str, Tensor], move: Move, part: Part) -> Tensor:
+    """(rows, columns) of the box that moves, where it lies in `part`."""
+    whole, box = flat_weights[move.weight.name], move.box
+    return whole.as_strided(shape_of(box), (part.stride, 1), whole.storage_offset() + part.at(box))
+
+
+def boxes_in(message: Tensor, moves: Iterable[Move]) -> Iterable[tuple[Move, Tensor]]:
+    """One behind the other in `message`, uint8; each as a view in the format of its weight, (rows, columns)."""
+    place = 0
+    for move in moves:
+        room = message[place : place + move.bytes]
+        place += move.bytes
+        yield move, room.view(move.weight.dtype).view(shape_of(move.box))
+
+
+def shape_of(box: Box) -> tuple[int, int]:
+    return box.bottom - box.top, box.right - box.left
+
+
+def weights_of(model: nn.Module, degrees: Iterable[int]) -> list[Weight]:
+    """All of a whole model of transformers, with their parts in those tensor-parallel degrees. Raises UserError if it
+    cannot be cut so."""
+    cuts = {
+        degree: [cuts_of(model, TensorParallel(rank, degree)) for rank in range(degree)]
+        for degree in sorted({*degrees} - {1})
+    }
+    return [
+        Weight(
+            name,
+            whole_shape(parameter),
+            parameter.dtype,
+            parameter.requires_grad,
+            {degree: tuple(of_rank.get(id(parameter)) for of_rank in of_ranks) for degree, of_ranks in cuts.items()},
+        )
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def require_agreement(described: object, ranks: Ranks) -> None:
+    """Raises RuntimeError where ranks were given unlike models: they would wait for each other forever."""
+    digest = hashlib.sha256(repr(described).encode()).hexdigest()
+    if len(set(ranks.gather(digest, "what a role's weights are"))) > 1:
+        raise RuntimeError("The ranks were given models of unlike structure, formats or trained parameters.")
 
 
 def tensor_parallel_of(layout: Layout) -> TensorParallel | None:

@@ -99,8 +99,11 @@ class CallCosts:
         stage = forward * forwards + backward + self._gathered(model, assignment) * 2
         group = self._links_of(assignment).data
         weights = model.trained_parameters / (layout.tensor * layout.pipeline)
-        reduced, gathered = self._gradient_reduction(assignment, weights)
-        updated = weights / (layout.data if layout.zero_stage else 1)
+        zero_stage = max(
+            layout.zero_stage, int(workload.precision == "bf16")
+        )  # DeepSpeed keeps fp32 weights from stage 1 on
+        reduced, gathered = self._gradient_reduction(assignment, weights, zero_stage)
+        updated = weights / (layout.data if zero_stage else 1)
         step = CallCost(
             gradients=reduced,
             zero=group.all_gather(gathered) if gathered else 0.0,
@@ -193,14 +196,13 @@ class CallCosts:
         latency = group.latency * (model.stage_layers(layout.pipeline) - 1)
         return CallCost(zero=latency + group.all_gather(weights))
 
-    def _gradient_reduction(self, assignment: Assignment, weights: float) -> tuple[float, float]:
+    def _gradient_reduction(self, assignment: Assignment, weights: float, zero_stage: int) -> tuple[float, float]:
         """Seconds to sum the gradients of one optimiser step; bytes of new weights that data ranks then gather."""
-        layout, group = assignment.layout, self._links_of(assignment).data
-        size = weights * self.workload.value_bytes
-        if layout.zero_stage == 0:
+        group, size = self._links_of(assignment).data, weights * self.workload.value_bytes
+        if zero_stage == 0:
             return group.all_reduce(size), 0.0
-        times = self.workload.micro_batches("train", assignment) if layout.zero_stage >= 2 else 1
-        return group.all_gather(size) * times, 0.0 if layout.zero_stage == 3 else size
+        times = self.workload.micro_batches("train", assignment) if zero_stage >= 2 else 1
+        return group.all_gather(size) * times, 0.0 if zero_stage == 3 else size
 
     def _rows(self, kind: str, assignment: Assignment) -> float:
         """Rows of a micro-batch."""

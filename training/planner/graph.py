@@ -23,6 +23,8 @@ class DataflowGraph:
     """Calls in the order in which a rank runs them. Raises UserError where the calls do not fit together."""
 
     calls: tuple[Call, ...]
+    iterations_overlap: bool = True
+    """Whether a call may begin while training that it does not need still runs; else all ranks meet after training."""
 
     def __post_init__(self) -> None:
         names: set[str] = set()
@@ -75,7 +77,10 @@ class DataflowGraph:
     @property
     def version_edges(self) -> tuple[Edge, ...]:
         """The first call on a role waits for the role's last call of the iteration before; every use of trained
-        weights waits for the training that made them."""
+        weights waits for the training that made them, and for all training where iterations do not overlap."""
+        trainings = [call for call in self.calls if call.kind == "train"]
+        if not self.iterations_overlap and trainings:
+            return tuple(Edge(each.name, call.name, iterations_back=1) for each in trainings for call in self.calls)
         edges = []
         for role in self.roles:
             calls = [call for call in self.calls if call.role == role]

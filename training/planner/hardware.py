@@ -35,6 +35,11 @@ class Device:
     """To the host's memory."""
 
     @property
+    def has_own_memory(self) -> bool:
+        """A rank without a GPU works in the host's memory, so that nothing can wait there."""
+        return self.host_bandwidth != self.memory_bandwidth
+
+    @property
     def precision(self) -> Precision:
         """The number format to train in: bf16 where that is clearly faster than fp32, then fp16, else fp32."""
         formats: tuple[Precision, ...] = ("bf16", "fp16")

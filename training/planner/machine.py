@@ -1,6 +1,6 @@
 """A measured machine as hardware of the planner: how it is kept in a file, and read again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ import yaml
 
 from inference.errors import UserError
 from inference.model_store import cache_directory
-from training.planner.hardware import Calibration, Cluster, Device
+from training.planner.hardware import GIB, Calibration, Cluster, Device
 from training.yaml_text import load_yaml
 
 THIS_MACHINE = "this-machine"
+GPU_NAMES = {"H200": "h200", "H100": "h100", "A800": "a800-80g", "V100": "v100", "L40S": "l40s", "4090": "rtx-4090"}
 HEADER = "# A machine as measured by `rlhf-chat profile`: bytes, floating-point operations a second, bytes a second.\n"
 
 
@@ -69,3 +70,22 @@ def read_profile(file: Path) -> MachineProfile:
         raise UserError(
             f"{file} is no profile of a machine ({reason}); measure it with `rlhf-chat profile`."
         ) from error
+
+
+def cluster_here(processes: int, nodes: int, gpus: Sequence[tuple[str, int]]) -> tuple[Cluster, str] | None:
+    """`nodes` machines like this one, each with so many ranks, and where their rates come from: a profile, or the data
+    sheet of the first of `gpus` (name, bytes). None where neither is known."""
+    file = profile_file(processes)
+    if file.is_file():
+        return replace(read_profile(file).cluster, nodes=nodes), "measured by `rlhf-chat profile`"
+    device = gpu_named(*gpus[0]) if gpus else None
+    if device is None:
+        return None
+    return Cluster.named(device, nodes, processes).ours, f"the data sheet of {device} and constants of A100 nodes"
+
+
+def gpu_named(name: str, memory: int) -> str | None:
+    """The planner's name of a GPU that calls itself `name`."""
+    if "A100" in name:
+        return "a100-80g" if memory > 60 * GIB else "a100-40g"
+    return next((device for part, device in GPU_NAMES.items() if part in name), None)

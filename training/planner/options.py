@@ -5,7 +5,7 @@ another in seconds and in memory, while meshes and cuts are the same, is left ou
 seconds, so no best plan is lost.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from inference.errors import UserError
@@ -24,7 +24,7 @@ MOST_WAVES = 8
 
 @dataclass(frozen=True)
 class Space:
-    """Limits on what the search may choose. The defaults leave it all that runs."""
+    """Limits on what the search may choose. The defaults leave it all that can be costed."""
 
     smallest_mesh: int = 1
     """Ranks."""
@@ -34,6 +34,8 @@ class Space:
     """If not: 1 in training, which divides optimiser states."""
     most_ranks_of_a_stage: int | None = None
     """Of a pipeline stage of a call that trains."""
+    runs: Callable[[Call, Assignment], bool] | None = None
+    """Whether a runtime can run a call so; by default all that can be costed is searched."""
 
 
 EVERYTHING = Space()
@@ -72,7 +74,8 @@ class Options:
         for mesh in meshes(self.cluster, self.space):
             if len(mesh) not in by_shape:  # a mesh of equal size differs in its place only
                 by_shape[len(mesh)] = self._on(call, mesh)
-            result += [_moved(option, mesh) for option in by_shape[len(mesh)]]
+            moved = (_moved(option, mesh) for option in by_shape[len(mesh)])
+            result += [option for option in moved if self._runs(call, option.assignment)]
         if not result:
             raise UserError(
                 f"No cut of '{call.name}' fits into {self.cluster.size} x {self.cluster.device.name} with "
@@ -83,6 +86,8 @@ class Options:
     def _on(self, call: Call, mesh: tuple[int, ...]) -> list[Option]:
         best: dict[tuple[int, ...], list[Option]] = {}
         for assignment in self.candidates(call, mesh):
+            if not self._runs(call, assignment):
+                continue
             option = self._priced(call, assignment)
             if option.held + option.working + option.copy > self.cluster.usable_memory and not self._may_share(option):
                 continue
@@ -105,8 +110,11 @@ class Options:
                     layout = Layout(mesh, data, tensor, pipeline, zero_stage)
                     for micro_batches, limit in self._micro_batches(call, rows // data, pipeline):
                         yield Assignment(layout, micro_batches, micro_batch_limit=limit)
-                        if self._is_frozen(call):
+                        if self._is_frozen(call) and self.cluster.device.has_own_memory:
                             yield Assignment(layout, micro_batches, offload=True)
+
+    def _runs(self, call: Call, assignment: Assignment) -> bool:
+        return self.space.runs is None or self.space.runs(call, assignment)
 
     def _stage_allowed(self, call: Call, ranks: int) -> bool:
         most = self.space.most_ranks_of_a_stage

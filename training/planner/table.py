@@ -122,15 +122,14 @@ class PlanTable:
             before = ends.copy()
             for call in range(len(self.columns)):
                 ready = (ends * shares[call]).max(axis=0)
+                version = np.max([before[p] for p, c in self.version_edges if c == call], axis=0, initial=0.0)
                 for number, use in enumerate(self.uses):
                     if use.call == call:
                         own = len(self.columns) + number
-                        start = np.maximum((ends * shares[own]).max(axis=0), before[use.training])
+                        start = np.maximum((ends * shares[own]).max(axis=0), version)
                         ends[own] = start + moves[number]
                         ready = np.maximum(ready, ends[own])
-                for producer, consumer in self.version_edges:
-                    if consumer == call:
-                        ready = np.maximum(ready, before[producer])
+                ready = np.maximum(ready, version)
                 for (producer, consumer, _), lag in zip(self.data_edges, lags, strict=True):
                     if consumer == call:
                         ready = np.maximum(ready, ends[producer] + lag)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from inference.errors import UserError
-from inference.families import backbone_of, text_config
+from inference.families import backbone_of, longest_text, text_config
 from inference.generation.attention import PACKED_ATTENTION, can_pack
 from inference.generation.cpu_weights import BlockedWeights
 from inference.generation.exactness import CausalAttention, Exactness, plain_attention
@@ -116,29 +116,32 @@ def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch
 
 def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
     """Whether all passes give the same bits."""
-    decoded, forward, cache = decoded_and_forward(model, exact)
+    decoded, forward, cache = decoded_and_forward(model, exact, longest)
     return torch.equal(decoded, forward) and attention_agrees(cache, backbone_of(model), exact, longest)
 
 
-def decoded_and_forward(model: PreTrainedModel, exact: Exactness) -> tuple[Tensor, Tensor, KVCache]:
+def decoded_and_forward(model: PreTrainedModel, exact: Exactness, longest: int) -> tuple[Tensor, Tensor, KVCache]:
     """Logits (n, vocabulary) of the same tokens by prefill and decoding, in batches that change, and by training's
     forward pass."""
-    rows = [torch.randint(text_config(model.config).vocab_size, (length + DECODED,)) for length in PROMPTS]
-    cache = KVCache(len(rows), exact.seen(max(PROMPTS) + DECODED))
+    most = min(longest, longest_text(model.config) or longest)
+    steps = min(DECODED, most // 2)
+    lengths = [min(length, most - steps) for length in PROMPTS]
+    rows = [torch.randint(text_config(model.config).vocab_size, (length + steps,)) for length in lengths]
+    cache = KVCache(len(rows), exact.seen(max(lengths) + steps))
     passes = PackedPasses(model, cache, exact)
     found: dict[tuple[int, int], Tensor] = {}
     weights = BlockedWeights(model).in_use() if exact.blocked else nullcontext()
     with torch.inference_mode(), weights:
         for places in ([0], range(1, len(rows))):
-            prompts = [rows[place][: PROMPTS[place]] for place in places]
+            prompts = [rows[place][: lengths[place]] for place in places]
             found |= zip([(place, 0) for place in places], passes.prefill(prompts, list(places)), strict=True)
-        for step in range(DECODED):
+        for step in range(steps):
             places = range(max(1, len(rows) - step))
-            tokens = torch.stack([rows[place][PROMPTS[place] + step] for place in places])
-            logits = passes.decode(tokens, [PROMPTS[place] + step for place in places])
+            tokens = torch.stack([rows[place][lengths[place] + step] for place in places])
+            logits = passes.decode(tokens, [lengths[place] + step for place in places])
             found |= zip([(place, step + 1) for place in places], logits, strict=True)
     batch = TokenBatch.of([(row[:1], row[1:]) for row in rows], torch.device("cpu"))
-    starts = [sum(batch.lengths[:place]) + PROMPTS[place] - 1 for place in range(len(rows))]
+    starts = [sum(batch.lengths[:place]) + lengths[place] - 1 for place in range(len(rows))]
     at = torch.tensor([starts[place] + step for place, step in found])
     return torch.stack(list(found.values())), call_on_tokens(model, batch, at, exact).detach(), cache
 

@@ -24,8 +24,11 @@ def graphs_of(
     is_exact: bool = False,
 ) -> AugmentedGraphs:
     """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic,
-    `is_exact` whether training equals generation to the bit."""
-    graph = DataflowGraph(iteration_calls(config.rlhf, dtype, is_exact))
+    `is_exact` whether training equals generation to the bit.
+
+    Iterations do not overlap: what an iteration gave is told to all ranks.
+    """
+    graph = DataflowGraph(iteration_calls(config.rlhf, dtype, is_exact), iterations_overlap=False)
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
 
 

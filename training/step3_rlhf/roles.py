@@ -17,7 +17,6 @@ from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.dividing import divide, loads
-from training.hybrid_engine.generation_view import GenerationView
 from training.hybrid_engine.group_scoring import GroupScoring
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.moving_average import MovingAverage
@@ -84,19 +83,23 @@ class Roles:
         self._critic = None if critic is None else ZeroEngine(critic, settings.critic, dtype, updates[1], ranks)
         self.ema = MovingAverage(self.actor, settings.ema) if settings.ema else None
         tensor, scoring = settings.generation_tensor_parallel, settings.scoring_tensor_parallel
-        self.generation_layout = Layout.over(ranks.size, tensor, settings.actor.zero_stage)
         self._parts = {
             degree: tensor_parallel_of(Layout.over(ranks.size, degree))  # checked in preparation
-            for degree in sorted({tensor, scoring.reference, scoring.reward, scoring.critic} - {1})
+            for degree in sorted({tensor, scoring.reference, scoring.reward, scoring.critic, 1})
         }
-        self.generator = GenerationView(self.actor, self._parts.get(tensor))
+        self.generation_layout = Layout.over(ranks.size, tensor)
+        trained = Layout.over(ranks.size, zero_stage=settings.actor.zero_stage)
+        self.generator = Reallocation(
+            self.actor.language_model, trained, self.generation_layout, self._part(tensor), ranks
+        )
         self.critic_scale: tuple[float, float] | None = None
         """Shift and scale that PPO gave it; None while it has its own."""
         self._critic_view: Reallocation | None = None
         self._critic_group: GroupScoring | None = None
         if self._critic is not None and scoring.critic > 1:
-            part = self._part(scoring.critic)
-            self._critic_view = Reallocation(self._critic.language_model, part, ranks.device)
+            part, layout = self._part(scoring.critic), Layout.over(ranks.size, scoring.critic)
+            trained = Layout.over(ranks.size, zero_stage=settings.critic.zero_stage)
+            self._critic_view = Reallocation(self._critic.language_model, trained, layout, part, ranks)
             self._critic_group = GroupScoring(Scorer(cast(PreTrainedModel, self._critic_view.run())), part)
         self._reference: nn.Module | GroupScoring | None = None
         """None where there is none, or, with LoRA, the actor is it."""
@@ -133,8 +136,8 @@ class Roles:
         """A role that only scores: whole on every rank, divided by ZeRO 3, or this rank's tensor-parallel part."""
         if degree == 1:
             return freeze(role, settings, stage.dtype, stage.ranks)
-        part = self._part(degree)
-        shard = Reallocation(role.model, part, stage.ranks.device).run()
+        part, size = self._part(degree), stage.ranks.size
+        shard = Reallocation(role.model, Layout.over(size), Layout.over(size, degree), part, stage.ranks).run()
         role.model = cast(PreTrainedModel, shard)  # the whole one is forgotten here
         return GroupScoring(freeze(role, settings, stage.dtype, stage.ranks), part)
 
@@ -160,7 +163,7 @@ class Roles:
         """
         blocked = list(self._frozen_blocked)
         if self._critic_view is not None:
-            blocked.append(BlockedWeights(self._critic_view.run()))
+            blocked.append(BlockedWeights(cast(nn.Module, self._critic_view.run())))
         elif self._critic is not None and self._critic.settings.zero_stage < 3:
             blocked.append(BlockedWeights(self._critic.module))
         with ExitStack() as stack:

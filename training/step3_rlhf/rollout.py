@@ -59,7 +59,8 @@ class Rollouts:
 
     def generation_engine(self) -> GenerationEngine:
         """Generates with the actor's present weights; its memory is kept from iteration to iteration."""
-        model = self.roles.generator.refresh()
+        model = self.roles.generator.run()
+        assert model is not None
         if self.engine is None or self.engine.model is not model:
             chat_format, slots = self.chat_format, self.stage.config.rlhf.generation_batch
             exact = self.roles.exact

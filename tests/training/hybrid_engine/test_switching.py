@@ -85,9 +85,8 @@ def plain_logprobs(family, engine, samples):
 
 
 def generate_everywhere(ranks, directory):
-    from training.hybrid_engine.generation_view import GenerationView
     from training.hybrid_engine.layout import Layout
-    from training.hybrid_engine.reallocation import tensor_parallel_of
+    from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of
 
     layouts = {degree: Layout.over(ranks.size, degree) for degree in degrees(ranks.size)}
     parts = {degree: tensor_parallel_of(layout) for degree, layout in layouts.items()}
@@ -97,7 +96,8 @@ def generate_everywhere(ranks, directory):
         for seed in (1, 2):
             step(ranks, engine, seed)
         for degree, layout in layouts.items():
-            model = GenerationView(engine, parts[degree]).refresh()
+            trained = Layout.over(ranks.size, zero_stage=stage)
+            model = Reallocation(engine.language_model, trained, layout, parts[degree], ranks).run()
             results[f"{family} zero{stage} tp{degree}"] = generate(ranks, model, layout, slots=2 + 3 * degree)
         if stage == ranks.size % 4:  # one stage for each number of ranks
             greedy = generate(ranks, model, layout, slots=4, greedy=True)  # of the highest degree
@@ -106,24 +106,24 @@ def generate_everywhere(ranks, directory):
 
 
 def switch_a_hundred_times(ranks, directory):
-    from training.hybrid_engine.generation_view import GenerationView
     from training.hybrid_engine.layout import Layout
-    from training.hybrid_engine.reallocation import tensor_parallel_of
+    from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of
 
     layout = Layout.over(2, 2)
     part = tensor_parallel_of(layout)
     results = {}
     for dtype, stage in ((torch.float32, 3), (torch.bfloat16, 2)):
         switching, straight = make_engine(ranks, "llama", stage, dtype), make_engine(ranks, "llama", stage, dtype)
-        view = GenerationView(switching, part)
+        trained = Layout.over(2, zero_stage=stage)
+        reallocation = Reallocation(switching.language_model, trained, layout, part, ranks)
         equal = 0
         for number in range(SWITCHES):
             for engine in (switching, straight):
                 step(ranks, engine, number)
-            model = view.refresh()
+            model = reallocation.run()
             generate(ranks, model, layout, slots=SAMPLES, tokens=2)
             wholes = whole_weights(switching.language_model)
-            joined = gathered(ranks, model, view.reallocation.pieces, wholes)
+            joined = gathered(ranks, reallocation.weights, wholes)
             equal += all(torch.equal(joined[name], whole) for name, whole in wholes.items())
         final = whole_weights(straight.language_model)
         results[str(dtype)] = [equal, all(torch.equal(wholes[name], whole) for name, whole in final.items())]

@@ -17,8 +17,7 @@ from inference.families import meta_model, require_supported_family, set_dropout
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.tensor_parallel.group import TensorParallel
-from inference.tensor_parallel.plan import check_divides, cut_layers
-from inference.tensor_parallel.shard import empty_shard, parameter_cuts
+from inference.tensor_parallel.shard import cuts_of, empty_shard
 from inference.weights import read_weights
 from tests.families import FAMILIES, UNBUILDABLE, VOCABULARY, WINDOW, build, narrow_config
 from training.data.batching import TokenBatch
@@ -141,8 +140,7 @@ class Threads(TensorParallel):
 
 def require_cut(model: Any) -> None:
     """Raise UserError where the model cannot be cut in two."""
-    check_divides(model.config, 2)
-    parameter_cuts(model, cut_layers(model), TensorParallel(0, 2))
+    cuts_of(model, TensorParallel(0, 2))
 
 
 @torch.no_grad()

@@ -98,12 +98,13 @@ def test_slots_are_filled_again_as_samples_end():
 
 def test_a_limit_of_tokens_is_filled_with_rows_of_the_mean_length():
     """512 tokens are two samples of 256, or four of 128; the plan counted on samples of 512."""
-    packed = Assignment(Layout((0,)), 16, micro_batch_limit=512)
+    tensor = Layout(tuple(range(8)), tensor=8)
+    packed = Assignment(tensor, 16, micro_batch_limit=512)
+    short = {"prompt_tokens": 64, "response_tokens": 64}
     for name, rows in (("actor_train", 16), ("reference_score", 64)):
-        assert cost(name, packed) == cost(name, Assignment(Layout((0,)), rows // 2))
-        assert cost(name, packed, prompt_tokens=64, response_tokens=64) == cost(
-            name, Assignment(Layout((0,)), rows // 4), prompt_tokens=64, response_tokens=64
-        )
+        assert cost(name, packed) == cost(name, Assignment(tensor, rows // 2))
+        assert cost(name, packed, **short) == cost(name, Assignment(tensor, rows // 4), **short)
+        assert cost(name, packed, **short) != cost(name, Assignment(tensor, rows // 2), **short)
 
 
 def test_a_replayed_decode_step_launches_less_and_nothing_else_changes():

@@ -8,8 +8,10 @@ import pytest
 from inference.errors import UserError
 from tests.training.planner.conftest import Plans, graphs_on, ppo_workload
 from training.plan_checks import problems
+from training.planner.augmented import AugmentedGraphs
 from training.planner.estimate import estimate
 from training.planner.exhaustive import best_plan
+from training.planner.graph import DataflowGraph
 from training.planner.options import PUBLISHED, Options
 from training.planner.search import search
 from training.planner.table import UNDECIDED, PlanTable
@@ -29,7 +31,10 @@ def random_choices(table):
     return np.stack([draw.integers(len(column.options), size=200) for column in table.columns])
 
 
-def test_the_table_gives_the_simulators_seconds_and_the_footprints_bytes(two_nodes, table, random_choices):
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_table_gives_the_simulators_seconds_and_the_footprints_bytes(two_nodes, random_choices, overlap):
+    two_nodes = AugmentedGraphs(DataflowGraph(two_nodes.graph.calls, overlap), two_nodes.costs)
+    table = PlanTable(two_nodes)
     seconds, fullness = table.evaluate(random_choices)
     for i in range(random_choices.shape[1]):
         found = estimate(table.plan(random_choices[:, i]), two_nodes)

@@ -5,9 +5,10 @@ import itertools
 import pytest
 
 from training.calls import ACTOR_TRAIN
-from training.planner.augmented import After, Node
+from training.planner.augmented import After, AugmentedGraphs, Node
 from training.planner.estimate import estimate
 from training.planner.events import makespan_by_events
+from training.planner.graph import DataflowGraph
 from training.planner.simulate import critical_path, list_schedule
 
 
@@ -40,6 +41,18 @@ def test_nodes_without_ranks_overlap_with_everything():
         node("c", 1, {1}, After("transfer")),
     )
     assert list_schedule(nodes, 1).makespan == makespan_by_events(nodes, 1) == 8
+
+
+def test_iterations_that_do_not_overlap_wait_for_all_training(two_nodes, random_plans):
+    apart = AugmentedGraphs(DataflowGraph(two_nodes.graph.calls, iterations_overlap=False), two_nodes.costs)
+
+    def begins_early(graphs: AugmentedGraphs, plan) -> bool:
+        intervals = list_schedule(graphs.nodes(plan), 2).intervals
+        trained = max(i.end for i in intervals if (i.iteration, i.node.call.kind) == (0, "train"))
+        return min(i.start for i in intervals if i.iteration == 1) < trained - 1e-9
+
+    assert not any(begins_early(apart, plan) for plan in random_plans)
+    assert any(begins_early(two_nodes, plan) for plan in random_plans)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])

@@ -1,0 +1,156 @@
+"""From any layout on four ranks to any other: the parts are those of the whole weights, bitwise; the bytes are those
+that the description says; the extra memory is at most two layers and a half."""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+FAMILY = "llama tied, 2 key heads"
+SHAPES = [  # mesh, data, tensor, ZeRO stage
+    ((0, 1, 2, 3), 4, 1, 0),
+    ((0, 1, 2, 3), 4, 1, 3),
+    ((0, 1, 2, 3), 2, 2, 0),
+    ((0, 1, 2, 3), 2, 2, 3),
+    ((0, 1, 2, 3), 1, 4, 0),
+    ((0, 1), 2, 1, 3),
+    ((0, 1), 1, 2, 0),
+    ((1, 2, 3), 3, 1, 3),
+    ((0, 3), 1, 2, 0),
+    ((2,), 1, 1, 0),
+]
+TIMES = ("first", "again")
+
+
+def layouts():
+    from training.hybrid_engine.layout import Layout
+
+    return [Layout(mesh, data, tensor, zero_stage=stage) for mesh, data, tensor, stage in SHAPES]
+
+
+def dividers(ranks):
+    """By layout under ZeRO 3: divides an empty model in place over this rank's data group; all ranks call it."""
+    from training.deepspeed_config import deepspeed_config
+    from training.hybrid_engine.dividing import divide
+    from training.role_settings import OptimizerSettings
+
+    config = deepspeed_config(OptimizerSettings(zero_stage=3), torch.float32, trained=False)
+
+    def over(group):
+        def divide_over_group(model):
+            with group.as_world():
+                divide(model, config, torch.float32, group)
+
+        return divide_over_group
+
+    found = {}
+    for layout in layouts():
+        if layout.zero_stage == 3:
+            groups = [group for of_data in layout.data_groups if (group := ranks.part(of_data)) is not None]
+            if groups:
+                found[layout] = over(*groups)
+    return found
+
+
+def expected(whole, weight, layout, rank):
+    """By the cut alone, and the run of a data rank under ZeRO 3; flat."""
+    cut = weight.cut(layout, rank)
+    part = (whole if cut is None else cut(whole)).flatten()
+    if layout.zero_stage < 3:
+        return part
+    group = layout.data_group(rank)
+    share = -(-part.numel() // len(group))
+    return part[group.index(rank) * share :][:share]
+
+
+def described(moves, rank, moves_again):
+    """Bytes that the rank sends and receives."""
+    moves = [m for layer in moves for m in layer if m.sender != m.receiver and (m.weight.is_trained or not moves_again)]
+    return [sum(m.bytes for m in moves if end(m) == rank) for end in (lambda m: m.sender, lambda m: m.receiver)]
+
+
+def all_pairs(ranks, directory):
+    """Of weights that the first rank has: into each layout, and from there into each other one; then once more, after
+    those that are trained have changed."""
+    from tests.inference.tensor_parallel.families import build, randomise
+    from training.hybrid_engine.reallocation import Reallocation, here, tensor_parallel_of, weights_of
+    from training.hybrid_engine.transfers import transfers
+
+    parts = {layout: tensor_parallel_of(layout) for layout in layouts()}
+    divide, first = dividers(ranks), type(layouts()[0])((0,))
+    model, later = build(FAMILY), build(FAMILY)
+    randomise(later, seed=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    after = {
+        name: parameter.detach() if "mlp" in name else before[name] for name, parameter in later.named_parameters()
+    }
+    if ranks.rank > 0:
+        randomise(model, seed=3)  # nobody may read them
+    sizes = {}
+    for weight in weights_of(model, ()):
+        sizes[weight.layer] = sizes.get(weight.layer, 0) + before[weight.name].numel() * weight.value_bytes
+    results = []
+    for source in layouts():
+        into = Reallocation(model, first, source, parts[source], ranks, divide=divide.get(source))
+        from_there = {
+            target: Reallocation(model, source, target, parts[target], ranks, into, divide.get(target))
+            for target in layouts()
+        }
+        for time, wholes in zip(TIMES, (before, after), strict=True):
+            if ranks.rank == 0:
+                for name, parameter in model.named_parameters():
+                    parameter.data.copy_(wholes[name])
+            into.run()
+            for target, reallocation in from_there.items():
+                weights = weights_of(model, (source.tensor, target.tensor))
+                module, held = reallocation.run(), reallocation.weights
+                is_target = ranks.rank in target.mesh
+                assert (module is None) == (not is_target) == (not held)
+                equal = {
+                    weight.name: torch.equal(here(held[weight.name]).flatten()[: len(part)], part)
+                    for weight in weights
+                    if is_target
+                    for part in [expected(wholes[weight.name], weight, target, ranks.rank)]
+                }
+                moved = reallocation.moved
+                results.append(
+                    {
+                        "name": f"{source} -> {target}, {time}",
+                        "equal": all(equal.values()) and equal.keys() == held.keys(),
+                        "bytes": [moved.sent, moved.received],
+                        "described": described(transfers(source, target, weights), ranks.rank, time == "again"),
+                        "layers": moved.buffer / max(sizes.values()),
+                    }
+                )
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_ranks(__file__, "all_pairs", 4, tmp_path_factory.mktemp("pairs"))
+
+
+def cases(results):
+    for of_rank in results:
+        assert len(of_rank) == len(SHAPES) ** 2 * len(TIMES)
+        yield from of_rank
+
+
+def test_each_part_is_that_of_the_whole_weights_bitwise(results):
+    for case in cases(results):
+        assert case["equal"], case["name"]
+
+
+def test_bytes_are_those_of_the_description(results):
+    for case in cases(results):
+        assert case["bytes"] == case["described"], case["name"]
+    for of_ranks in zip(*results, strict=True):
+        sent, received = (sum(case["bytes"][end] for case in of_ranks) for end in (0, 1))
+        assert sent == received
+
+
+def test_the_buffer_is_no_more_than_two_layers_and_a_half(results):
+    layers = [case["layers"] for case in cases(results)]
+    assert 0.9 < max(layers) <= 2.5
