@@ -75,8 +75,8 @@ class CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, exact: Exactness
     ) -> Tensor:
-        """(n, key heads, heads that share one, length, head), (n, key heads, length, head) and the same with the values'
-        head -> as the queries, with the values' head."""
+        """(n, key heads, heads that share one, length, head), (n, key heads, length, head), and values, whose head may
+        be of another size -> as the queries, with the head of the values."""
         length = query.shape[-2]
         more = exact.seen(length) - length
         key, value = with_more(key, 2, more), with_more(value, 2, more)
