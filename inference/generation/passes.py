@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from inference.families import require_supported_family
-from inference.generation.attention import NextTokens, Sequences, can_pack, packed
+from inference.generation.attention import NextTokens, Sequences, Tokens, can_pack, packed
 from inference.generation.exactness import Exactness, filled
 from inference.generation.kv_cache import KVCache, Places
 
@@ -52,9 +52,11 @@ def preferred_cache_dtype(model: nn.Module, exact: Exactness | None) -> torch.dt
     return torch.float32 if exact is None and next(model.parameters()).device.type == "cpu" else None
 
 
-def packed_logits(model: Any, ids: Tensor, positions: Tensor, tokens: Sequences | NextTokens, wanted: Tensor) -> Tensor:
+def packed_logits(
+    model: Any, ids: Tensor, positions: Tensor, tokens: Tokens, wanted: Tensor, exact: Exactness | None = None
+) -> Tensor:
     """Of a model that takes packed rows: ids and positions (1, tokens), places int64 (n) -> (n, vocabulary)."""
-    count, rows = len(wanted), 1 if tokens.exact is None else tokens.exact.rows
+    count, rows = len(wanted), 1 if exact is None else exact.rows
     ids, positions, wanted = filled(ids, rows), filled(positions, rows), filled(wanted, rows)
     output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, tokens=tokens)
     return output.logits[0, :count]
@@ -81,9 +83,9 @@ class PackedPasses:
         next_tokens = NextTokens(self.cache, places, self.exact)
         return self._logits(tokens[None], places.positions[None], next_tokens, places.index)
 
-    def _logits(self, ids: Tensor, positions: Tensor, tokens: Sequences | NextTokens, wanted: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, tokens: Tokens, wanted: Tensor) -> Tensor:
         with packed(self.model):
-            return packed_logits(self.model, ids, positions, tokens, wanted)
+            return packed_logits(self.model, ids, positions, tokens, wanted, self.exact)
 
 
 class PaddedPasses:

@@ -30,6 +30,8 @@ class Weight:
     """Others move once."""
     cuts: Mapping[int, tuple[Cut | None, ...]] = field(default_factory=dict)
     """By tensor-parallel degree over 1: the part of each tensor rank; None for all of it."""
+    stages: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """By pipeline degree over 1: the stages that have it."""
 
     def cut(self, layout: Layout, rank: int) -> Cut | None:
         return None if layout.tensor == 1 else self.cuts[layout.tensor][layout.tensor_rank(rank)]
@@ -125,12 +127,13 @@ def transfers(
     cells: dict[tuple, list[_Cell]] = {}  # layers are alike
     layers: dict[str, list[Move]] = {}
     for weight in weights:
-        shape = weight.shape, weight.cuts.get(source.tensor), weight.cuts.get(target.tensor)
-        if shape not in cells:
+        ends = ((weight.cuts.get(end.tensor), weight.stages.get(end.pipeline)) for end in (source, target))
+        alike = weight.shape, *ends
+        if alike not in cells:
             held = {rank: parts(weight, source, rank) for rank in source.mesh}
-            cells[shape] = _cells(held, {rank: parts(weight, target, rank) for rank in target.mesh})
+            cells[alike] = _cells(held, {rank: parts(weight, target, rank) for rank in target.mesh})
         moves = layers.setdefault(weight.layer, [])
-        for cell in cells[shape]:
+        for cell in cells[alike]:
             moves += senders.serve(weight, cell, staying)
     return list(layers.values())
 
@@ -150,8 +153,10 @@ def stays(source: Layout, target: Layout, rank: int) -> bool:
 
 
 def parts(weight: Weight, layout: Layout, rank: int) -> list[Part]:
-    """What `rank` holds of `weight`. Under ZeRO 3: of the values of its tensor-parallel part, row by row, an equal run
-    for each data rank in the order of rank numbers, the last ones shorter."""
+    """What `rank` holds of `weight`: if its stage has it, its tensor-parallel part; under ZeRO 3 of the values of that,
+    row by row, an equal run for each data rank in the order of rank numbers, the last ones shorter."""
+    if layout.pipeline > 1 and layout.pipeline_rank(rank) not in weight.stages[layout.pipeline]:
+        return []
     rows, columns = math.prod(weight.shape[: weight.dim]), math.prod(weight.shape[weight.dim :])
     inner = columns // weight.shape[weight.dim] if columns and weight.shape else 1
     cut = weight.cut(layout, rank)
@@ -182,7 +187,8 @@ def _boxes(start: int, end: int, width: int) -> list[Box]:
     (top, left), (bottom, right) = divmod(start, width), divmod(end, width)
     if top == bottom:
         return [Box(top, top + 1, left, right)]
-    boxes = [Box(top, top + 1, left, width), Box(top + 1, bottom, 0, width), Box(bottom, bottom + 1, 0, right)]
+    begun = [Box(top, top + 1, left, width)] if left else []
+    boxes = [*begun, Box(top + len(begun), bottom, 0, width), Box(bottom, bottom + 1, 0, right)]
     return [box for box in boxes if box.values > 0]
 
 

@@ -10,6 +10,7 @@ from inference.families import backbone_of
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
 from inference.generation.exactness import Exactness
 from inference.generation.passes import packed_logits
+from inference.generation.prefixes import Prefixes, at
 from inference.private_surfaces import attention_of, set_attention
 from training.data.batching import TokenBatch
 
@@ -33,12 +34,17 @@ def call_on_tokens(
     (n), the logits there (n, vocabulary). `exact` is for logits of packed rows."""
     backbone = backbone_of(model)
     if attention_of(model.config) == PACKED_ATTENTION:
-        tokens = Sequences(batch.lengths, exact=exact)
-        ids, positions = batch.ids[None], tokens.positions(batch.ids.device)
+        sequences = Sequences(batch.lengths, exact=exact)
+        # in training mode there may be dropout, which every sequence draws for itself
+        prefixes = None if model.training else Prefixes.of(sequences, batch.ids, apart=logits_at)
+        computed = prefixes.computed if prefixes else slice(None)
+        ids, positions = batch.ids[computed][None], sequences.positions(batch.ids.device)[:, computed]
         if logits_at is not None:
-            return packed_logits(model, ids, positions, tokens, logits_at)
-        inputs = {"input_ids": ids, "position_ids": positions, "tokens": tokens}
-        return backbone(**inputs, use_cache=False).last_hidden_state[0]
+            kept = prefixes.stands_for[logits_at] if prefixes else logits_at
+            return packed_logits(model, ids, positions, prefixes or sequences, kept, exact)
+        inputs = {"input_ids": ids, "position_ids": positions, "tokens": prefixes or sequences}
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state[0]
+        return at(hidden, prefixes.stands_for) if prefixes else hidden
     ids, mask, positions = batch.padded()
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(backbone.forward).parameters:  # BLOOM counts them from the mask

@@ -14,7 +14,7 @@ from training.plan import Assignment, Plan
 from training.planner.cost import CallCost, CallCosts
 from training.planner.graph import DataflowGraph, Edge, before
 from training.planner.hardware import ACHIEVED_BANDWIDTH
-from training.planner.reallocation import seconds_between
+from training.planner.reallocation import bytes_by_kind, seconds_between
 
 NodeKind = Literal["call", "reallocation", "transfer", "offload"]
 BYTES_PER_TOKEN = 8
@@ -111,8 +111,8 @@ class AugmentedGraphs:
 
     def reallocation_seconds(self, call: Call, source: Assignment, target: Assignment) -> float:
         workload = self.costs.workload
-        size = workload.models[call.role].parameters * workload.value_bytes
-        return seconds_between(source.cut, target.cut, size, self.costs.cluster)
+        sizes = bytes_by_kind(workload.models[call.role], workload.value_bytes)
+        return seconds_between(source.cut, target.cut, sizes, self.costs.cluster)
 
     def offload_seconds(self, call: Call, assignment: Assignment) -> float:
         workload, layout = self.costs.workload, assignment.layout

@@ -1,44 +1,112 @@
 """Seconds to bring one role's weights from the cut in which they are trained into another.
 
-A rank holds a run of layers and a slice of each layer; both are parts of [0, 1]. What a rank needs and does not hold
-comes from a rank of its node that holds it, or over the network, once for each node. What the ranks of a node hold
-or need together is taken as the smallest rectangle around it, which is exact for the meshes of `options.py`.
+The moves are those of `training.hybrid_engine.transfers`, added up for many pairs of cuts at a time: a rank holds a run
+of layers and a box of each kind of weight, all of them parts of [0, 1]. What a rank needs and does not hold comes from
+a rank of its node that holds it, or over the network, once for each node. What the ranks of a node hold or need
+together is taken as the smallest box around it: exact for the meshes of `options.py`, except under ZeRO 3 with
+tensor-parallel parts over several nodes, where that box is too large.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from inference.tensor_parallel.cut import Cut as PartOfWeight
+from inference.tensor_parallel.cut import even
+from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.transfers import Weight, parts
 from training.plan import Cut
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
+from training.planner.workload import Model
 
 Array = NDArray[np.float64]
 SETUP_SECONDS = 0.03
 """To start the broadcasts and to allocate the copy (ReaLHF's estimator takes the same)."""
+KINDS = 3
+"""Of weights: cut over outputs, cut over inputs, and whole in every tensor-parallel part."""
+
+
+def bytes_by_kind(model: Model, value_bytes: int) -> Array:
+    """(KINDS): what moves when the weights have changed. Adapters, where they are trained, are cut over outputs."""
+    s = model.shape
+    if model.lora.rank:
+        return np.array([model.trained_parameters, 0, 0]) * float(value_bytes)
+    attention = s.hidden * s.head_dim
+    outputs = s.layers * (attention * (s.heads + 2 * s.kv_heads) + (2 if s.is_gated else 1) * s.hidden * s.ffn)
+    outputs += s.vocabulary * s.hidden + (s.output_matrix if model.has_vocabulary_head else 0)
+    inputs = s.layers * (attention * s.heads + s.hidden * s.ffn)
+    kinds = np.array([outputs, inputs, max(0, model.parameters - outputs - inputs)], dtype=np.float64)
+    return kinds * (model.parameters / kinds.sum() * value_bytes)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What ranks, or nodes, hold in a number of cuts."""
+
+    bounds: Array
+    """(6, cuts, KINDS, ranks): first and last layer, row and column, as shares; all 0 where nothing is held."""
+    volumes: Array
+    """(cuts, KINDS, ranks): of the boxes."""
+
+    @classmethod
+    def of(cls, bounds: Array) -> "Holdings":
+        return cls(bounds, (bounds[1::2] - bounds[0::2]).prod(axis=0))
+
+    def common(self, places: NDArray[np.int64], other: "Holdings", others: NDArray[np.int64]) -> Array:
+        """(pairs, KINDS, ranks): the volumes of what cuts `places` and cuts `others` of another have in common."""
+        ours, theirs = self.bounds[:, places], other.bounds[:, others]
+        widths = np.minimum(ours[1::2], theirs[1::2]) - np.maximum(ours[0::2], theirs[0::2])
+        return np.maximum(widths, 0.0).prod(axis=0)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What the ranks of a cluster hold in a number of cuts. Axes: cuts, then ranks or nodes, then bounds."""
+    """What a cluster holds in a number of cuts."""
 
-    ranks: Array
-    """(cuts, ranks, 4): first and last layer, first and last slice, as shares; 0 width where the rank holds nothing."""
-    nodes: Array
-    """(cuts, nodes, 4): the rectangle around what the node's ranks hold."""
+    ranks: Holdings
+    nodes: Holdings
+    """The boxes around what the nodes' ranks hold."""
     sources: Array
     """(cuts): nodes that hold anything."""
 
     @classmethod
     def of(cls, cuts: list[Cut], cluster: Cluster) -> "Shares":
-        ranks = np.stack([_rectangles(cut, cluster.size) for cut in cuts])
-        by_node = ranks.reshape(len(cuts), cluster.nodes, cluster.devices_per_node, 4)
-        holds = np.expand_dims(_area(by_node), -1) > 0
-        low = np.where(holds, by_node[..., 0::2], np.inf).min(axis=2)
-        high = np.where(holds, by_node[..., 1::2], -np.inf).max(axis=2)
-        any_held = holds.sum(axis=(2, 3)) > 0
-        nodes = np.stack([low[..., 0], high[..., 0], low[..., 1], high[..., 1]], axis=-1)
-        return cls(ranks, np.where(any_held[..., None], nodes, 0.0), any_held.sum(axis=1).astype(float))
+        bounds = np.zeros((6, len(cuts), KINDS, cluster.size))
+        for place, (mesh, *degrees) in enumerate(cuts):
+            bounds[:, place, :, list(mesh)] = boxes(len(mesh), *degrees)
+        ranks = Holdings.of(bounds)
+        holds = (ranks.volumes > 0).reshape(len(cuts), KINDS, cluster.nodes, cluster.devices_per_node)
+        by_node = bounds.reshape(6, *holds.shape)
+        around = np.empty(by_node.shape[:-1])
+        around[0::2] = np.where(holds, by_node[0::2], np.inf).min(axis=-1)
+        around[1::2] = np.where(holds, by_node[1::2], -np.inf).max(axis=-1)
+        nodes = Holdings.of(np.where(holds.any(axis=-1), around, 0.0))
+        return cls(ranks, nodes, holds.any(axis=(1, 3)).sum(axis=1).astype(float))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a number of reallocations. Axes: pairs, then ranks or nodes."""
+
+    written: Array
+    """Into the new part of each rank."""
+    received: Array
+    """By each rank, from others."""
+    imported: Array
+    """By each node, from others."""
+
+    @classmethod
+    def between(
+        cls, source: Shares, sources: NDArray[np.int64], target: Shares, targets: NDArray[np.int64], sizes: Array
+    ) -> "Traffic":
+        """Of cut `sources[i]` to cut `targets[i]`, for weights of `sizes` bytes (KINDS); the cuts of a pair differ."""
+        written, wanted_by_nodes = target.ranks.volumes[targets], target.nodes.volumes[targets]
+        received = written - source.ranks.common(sources, target.ranks, targets)
+        imported = wanted_by_nodes - source.nodes.common(sources, target.nodes, targets)
+        return cls(*(sizes @ volumes for volumes in (written, received, imported)))
 
 
 def reallocation_seconds(
@@ -46,51 +114,39 @@ def reallocation_seconds(
     sources: NDArray[np.int64],
     target: Shares,
     targets: NDArray[np.int64],
-    size: float,
+    sizes: Array,
     cluster: Cluster,
 ) -> Array:
-    """Of cut `sources[i]` to cut `targets[i]`, for weights of `size` bytes; the cuts of a pair differ. (pairs)"""
-    held, wanted = source.ranks[sources], target.ranks[targets]
-    written = _area(wanted)
-    received = written - _area(_overlap(held, wanted))
-    wanted_in_node = target.nodes[targets]
-    imported = _area(wanted_in_node) - _area(_overlap(source.nodes[sources], wanted_in_node))
-    in_node = received.max(axis=1) * size / cluster.device.link_bandwidth
+    """(pairs): of cut `sources[i]` to cut `targets[i]`, which differ, for weights of `sizes` bytes (KINDS)."""
+    traffic = Traffic.between(source, sources, target, targets, sizes)
+    in_node = traffic.received.max(axis=1) / cluster.device.link_bandwidth
+    imported = traffic.imported
     network = np.maximum(imported.max(axis=1), imported.sum(axis=1) / source.sources[sources])
-    network *= size / cluster.network_bandwidth
-    copied = 2 * written.max(axis=1) * size / cluster.device.memory_bandwidth
+    network /= cluster.network_bandwidth
+    copied = 2 * traffic.written.max(axis=1) / cluster.device.memory_bandwidth
     return SETUP_SECONDS + (np.maximum(in_node, network) + copied) / ACHIEVED_BANDWIDTH
 
 
-def seconds_between(source: Cut, target: Cut, size: float, cluster: Cluster) -> float:
+def seconds_between(source: Cut, target: Cut, sizes: Array, cluster: Cluster) -> float:
     """Of one reallocation; 0 only if cut and placement are equal."""
     if source == target:
         return 0.0
     first = np.zeros(1, dtype=np.int64)
     shares = Shares.of([source], cluster), Shares.of([target], cluster)
-    return float(reallocation_seconds(shares[0], first, shares[1], first, size, cluster)[0])
+    return float(reallocation_seconds(shares[0], first, shares[1], first, sizes, cluster)[0])
 
 
-def _rectangles(cut: Cut, size: int) -> Array:
-    """(ranks, 4). Under ZeRO 3 a data rank holds its part of the tensor-parallel slice."""
-    mesh, data, tensor, pipeline, divided = cut
-    place = np.arange(len(mesh))
-    stage, slice_ = place // (tensor * data), (place % tensor).astype(float)
-    parts = float(tensor)
-    if divided:
-        slice_ = slice_ * data + place // tensor % data
-        parts *= data
-    result = np.zeros((size, 4))
-    bounds = (stage / pipeline, (stage + 1) / pipeline, slice_ / parts, (slice_ + 1) / parts)
-    result[list(mesh)] = np.stack(bounds, axis=1)
-    return result
-
-
-def _area(rectangle: Array) -> Array:
-    return (rectangle[..., 1] - rectangle[..., 0]) * (rectangle[..., 3] - rectangle[..., 2])
-
-
-def _overlap(a: Array, b: Array) -> Array:
-    low, high = np.maximum(a[..., 0::2], b[..., 0::2]), np.minimum(a[..., 1::2], b[..., 1::2])
-    high = np.maximum(low, high)
-    return np.stack([low[..., 0], high[..., 0], low[..., 1], high[..., 1]], axis=-1)
+@cache
+def boxes(ranks: int, data: int, tensor: int, pipeline: int, divided: bool) -> Array:
+    """(ranks, 6, KINDS): what each rank of a mesh holds, of weights with a row or column for each part."""
+    layout = Layout(tuple(range(ranks)), data, tensor, pipeline, 3 if divided else 0)
+    found = np.zeros((ranks, 6, KINDS))
+    for kind, (shape, dim) in enumerate((((tensor * data,), 0), ((data, tensor), 1), ((data,), None))):
+        cut = [None if dim is None else PartOfWeight(dim, even(shape[dim], part, tensor)) for part in range(tensor)]
+        weight = Weight("", shape, torch.uint8, True, {tensor: tuple(cut)}, {pipeline: tuple(range(pipeline))})
+        rows, columns = (1, *shape)[-2:]
+        for rank in range(ranks):
+            ((box, *_),), stage = parts(weight, layout, rank), layout.pipeline_rank(rank)
+            layers = stage / pipeline, (stage + 1) / pipeline
+            found[rank, :, kind] = *layers, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
+    return found

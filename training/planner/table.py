@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.options import EVERYTHING, Option, Options, Space, meshes
-from training.planner.reallocation import Shares, reallocation_seconds
+from training.planner.reallocation import Shares, bytes_by_kind, reallocation_seconds
 from training.planner.simulate import ITERATIONS
 
 Array = NDArray[np.float64]
@@ -59,8 +59,8 @@ class Use:
 
     call: int
     training: int
-    size: float
-    """Bytes."""
+    sizes: Array
+    """Bytes by kind of weight."""
     source: Shares
     target: Shares
     known: Array
@@ -93,8 +93,8 @@ class PlanTable:
         for index, call in enumerate(graph.calls):
             training = graph.training_call(call.role)
             if training is not None and training != call:
-                size = workload.models[call.role].parameters * workload.value_bytes
-                self.uses.append(self._use(index, place[training.name], size))
+                sizes = bytes_by_kind(workload.models[call.role], workload.value_bytes)
+                self.uses.append(self._use(index, place[training.name], sizes))
 
     @property
     def space(self) -> int:
@@ -175,12 +175,12 @@ class PlanTable:
         seconds = use.known[source, target]
         if np.isnan(seconds).any():
             pairs = np.unique(np.stack([source, target])[:, np.isnan(seconds)], axis=1)
-            found = reallocation_seconds(use.source, pairs[0], use.target, pairs[1], use.size, self.cluster)
+            found = reallocation_seconds(use.source, pairs[0], use.target, pairs[1], use.sizes, self.cluster)
             use.known[pairs[0], pairs[1]] = found
             seconds = use.known[source, target]
         return seconds
 
-    def _use(self, call: int, training: int, size: float) -> Use:
+    def _use(self, call: int, training: int, sizes: Array) -> Use:
         source, target = self.columns[training].cuts, self.columns[call].cuts
         known = np.full((len(source) + 1, len(target) + 1), np.nan)
         known[UNDECIDED], known[:, UNDECIDED] = 0.0, 0.0
@@ -188,7 +188,7 @@ class PlanTable:
         for number, cut in enumerate(source):
             if cut in places:
                 known[number, places[cut]] = 0.0
-        return Use(call, training, size, Shares.of(source, self.cluster), Shares.of(target, self.cluster), known)
+        return Use(call, training, sizes, Shares.of(source, self.cluster), Shares.of(target, self.cluster), known)
 
 
 def _column(

@@ -19,9 +19,9 @@ DEGREES = (2, 4)
 PAIRS = 200
 
 
-def weight(name, shape, cut_of, trained=True):
+def weight(name, shape, cut_of, trained=True, stages=(0,)):
     cuts = {size: tuple(cut_of(rank, size) for rank in range(size)) for size in DEGREES}
-    return Weight(name, shape, torch.float32, trained, cuts)
+    return Weight(name, shape, torch.float32, trained, cuts, {2: stages})
 
 
 def copied_heads(rank, size):
@@ -31,13 +31,13 @@ def copied_heads(rank, size):
 
 
 WEIGHTS = [
-    weight("embed", (11, 4), lambda r, n: Cut(0, *rows_of(11, r, n))),
+    weight("embed", (11, 4), lambda r, n: Cut(0, *rows_of(11, r, n)), stages=(0, 1)),  # tied with the head
     weight("layers.0.column", (8, 3), lambda r, n: Cut(0, even(8, r, n))),
     weight("layers.0.row", (3, 8), lambda r, n: Cut(1, even(8, r, n))),
     weight("layers.0.qkv", (5, 24), lambda r, n: Cut(1, even(24, r, n, blocks=3))),
     weight("layers.0.key", (6, 5), copied_heads),
     weight("layers.0.norm", (7,), lambda r, n: None, trained=False),
-    weight("layers.1.row", (3, 8), lambda r, n: Cut(1, even(8, r, n))),
+    weight("layers.1.row", (3, 8), lambda r, n: Cut(1, even(8, r, n)), stages=(1,)),
 ]
 LAYERS = [["embed"], [w.name for w in WEIGHTS if "layers.0" in w.name], ["layers.1.row"]]
 
@@ -45,8 +45,9 @@ LAYERS = [["embed"], [w.name for w in WEIGHTS if "layers.0" in w.name], ["layers
 def random_layout(draw):
     size = draw.choice((1, 2, 4, 8))
     tensor = draw.choice([t for t in (1, *DEGREES) if size % t == 0])
+    pipeline = draw.choice([p for p in (1, 1, 2) if size // tensor % p == 0])
     mesh = tuple(sorted(draw.sample(range(8), size)))
-    return Layout(mesh, size // tensor, tensor, zero_stage=draw.choice((0, 3)))
+    return Layout(mesh, size // tensor // pipeline, tensor, pipeline, draw.choice((0, 3)))
 
 
 def pairs():
@@ -56,6 +57,8 @@ def pairs():
 
 def part_of(values, weight, layout, rank):
     """What the rank holds, flat."""
+    if layout.pipeline > 1 and layout.pipeline_rank(rank) not in weight.stages[layout.pipeline]:
+        return np.zeros(0)
     cut = weight.cut(layout, rank)
     held = torch.from_numpy(values) if cut is None else cut(torch.from_numpy(values))
     held = held.flatten().numpy()

@@ -1,20 +1,27 @@
 """Reallocation between cuts, by hand; 0 only where layout and placement are equal."""
 
+import itertools
+import random
+
+import numpy as np
 import pytest
+import torch
 
 from tests.training.planner.conftest import graphs_on
 from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.transfers import transfers
 from training.plan import Assignment, Plan
 from training.planner.hardware import Cluster
-from training.planner.reallocation import SETUP_SECONDS, seconds_between
+from training.planner.reallocation import SETUP_SECONDS, Shares, Traffic, bytes_by_kind, seconds_between
 
 CLUSTER = Cluster.named("a100-80g", 2, 4)
 LINK, NETWORK, COPY = 300e9 * 0.8, 25e9 * 0.8, 2 / (2039e9 * 0.8)
 GB = 1e9
+SIZES = np.array([GB, 0, 0])
 
 
 def seconds(source: Layout, target: Layout) -> float:
-    return seconds_between(Assignment(source).cut, Assignment(target).cut, GB, CLUSTER)
+    return seconds_between(Assignment(source).cut, Assignment(target).cut, SIZES, CLUSTER)
 
 
 def test_equal_cuts_on_equal_ranks_cost_nothing():
@@ -28,7 +35,7 @@ def test_any_other_pair_costs_something(random_plans):
     cuts = {assignment.cut for plan in random_plans for assignment in plan.assignments.values()}
     for source in cuts:
         for target in list(cuts)[:40]:
-            assert (seconds_between(source, target, GB, CLUSTER) == 0) == (source == target)
+            assert (seconds_between(source, target, SIZES, CLUSTER) == 0) == (source == target)
 
 
 def test_placement_counts():
@@ -53,6 +60,50 @@ def test_over_nodes_each_node_receives_what_it_lacks_once():
     two_stages, copies = Layout(all_, 1, 4, 2), Layout(all_, 8)
     assert seconds(two_stages, copies) == pytest.approx(SETUP_SECONDS + GB / 2 / NETWORK + GB * COPY)
     assert seconds(copies, two_stages) == pytest.approx(SETUP_SECONDS + GB / 8 * COPY)
+
+
+def test_bytes_are_those_that_the_runtime_moves():
+    """For a model whose sizes all divide, on aligned meshes, exactly; `transfers` is what the runtime executes. Under
+    ZeRO 3 with tensor-parallel parts over two nodes what a node holds is no box; there only what ranks receive is."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from training.hybrid_engine.reallocation import weights_of
+    from training.memory import Shape
+    from training.planner.workload import Model
+
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    sizes = bytes_by_kind(Model(Shape.from_config_values(config.to_dict()), True), llama.dtype.itemsize)
+    layouts = [
+        Layout(tuple(range(start, start + size)), size // tensor, tensor, zero_stage=stage)
+        for size in (1, 2, 4, 8)
+        for start in range(0, 8, size)
+        for tensor in (1, 2, 4)
+        if size % tensor == 0
+        for stage in (0, 3)
+        if stage == 0 or size > tensor
+    ]
+    pairs = [(a, b) for a, b in random.Random(2).sample([*itertools.product(layouts, repeat=2)], 12) if a != b]
+    sources, targets = (Shares.of([Assignment(pair[end]).cut for pair in pairs], CLUSTER) for end in (0, 1))
+    places = np.arange(len(pairs))
+    traffic = Traffic.between(sources, places, targets, places, sizes)
+    assert traffic.received.any(axis=1).mean() > 0.7 and traffic.imported.any(axis=1).mean() > 0.3
+    for place, (source, target) in enumerate(pairs):
+        weights = weights_of(llama, (source.tensor, target.tensor))
+        moves = [m for layer in transfers(source, target, weights, 4) for m in layer if m.sender != m.receiver]
+        received, imported = np.zeros(8), np.zeros(2)
+        for move in moves:
+            received[move.receiver] += move.bytes
+            imported[move.receiver // 4] += move.bytes * (move.sender // 4 != move.receiver // 4)
+        assert np.allclose(traffic.received[place], received), (source, target)
+        if not any(
+            layout.zero_stage == 3 and layout.tensor > 1 and len(layout.mesh) > 4 for layout in (source, target)
+        ):
+            assert np.allclose(traffic.imported[place], imported), (source, target)
 
 
 def test_every_call_on_a_trained_role_is_charged(two_nodes, random_plans):

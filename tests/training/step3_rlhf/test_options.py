@@ -125,7 +125,7 @@ def offloaded_scores(ranks, models, experience) -> list[list[float]]:
     found = []
     for place in places:
         model = Policy(load_causal_lm(sft, chat_format, torch.float32))
-        frozen = freeze(model, FrozenSettings(**place), torch.float32, ranks.device)
+        frozen = freeze(model, FrozenSettings(**place), torch.float32, ranks)
         for _ in range(2):  # it is used again and again
             logprobs = frozen(token_batch(experience, ranks.device))[0]
         found.append(logprobs.tolist())
