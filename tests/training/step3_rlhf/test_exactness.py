@@ -56,11 +56,6 @@ def test_every_pass_gives_the_bits_of_the_samples(family, dtype, lora):
     require_same_bits(family, dtype, lora)
 
 
-def test_two_threads_give_them_too():
-    torch.set_num_threads(2)
-    require_same_bits("llama", torch.float32, LORA)
-
-
 def test_experts_have_products_of_any_number_of_rows():
     assert find_exactness(build_model("deepseek_v3"), None, torch.float32, 64, ALONE) is None
 
