@@ -2,14 +2,15 @@
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from inference.errors import UserError
-from inference.families import backbone_of, longest_text, text_config
+from inference.families import backbone_of, longest_text, meta_model, text_config
 from inference.generation.attention import PACKED_ATTENTION, can_pack
 from inference.generation.cpu_weights import BlockedWeights
 from inference.generation.exactness import CausalAttention, Exactness, plain_attention
@@ -17,6 +18,7 @@ from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses
 from inference.private_surfaces import set_attention
 from inference.quiet import quiet_transformers
+from training.calls import ACTOR_GENERATE
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.models.adapters import add_lora
@@ -51,11 +53,17 @@ def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.
     multiplies it."""
     if settings.exact != "auto":
         return settings.exact
-    on_cpu = device.type == "cpu" and settings.generation_tensor_parallel == 1
+    on_cpu = device.type == "cpu" and generation_degree(settings) == 1
     return on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
 
 
-def settle_exactness(stage: Stage, actor: PreTrainedModel) -> Exactness | None:
+def generation_degree(settings: RLHFSettings) -> int:
+    """Ranks that generate together."""
+    planned = settings.plan.get(ACTOR_GENERATE.name)
+    return settings.generation_tensor_parallel if planned is None else planned.get("tensor", 1)
+
+
+def settle_exactness(stage: Stage, actor: Path) -> Exactness | None:
     """How the run makes training equal to generation; None where it leaves them a rounding apart. All ranks call it.
 
     Raises UserError where it is asked for and cannot be.
@@ -63,15 +71,15 @@ def settle_exactness(stage: Stage, actor: PreTrainedModel) -> Exactness | None:
     settings, device = stage.config.rlhf, stage.ranks.device
     if not expects_exactness(settings, stage.dtype, device):
         return None
+    model = meta_model(AutoConfig.from_pretrained(actor, local_files_only=True))
     if device.type != "cpu":
         reason = "on a GPU a sum's order depends on what is computed beside it"
-    elif settings.generation_tensor_parallel > 1:
+    elif generation_degree(settings) > 1:
         reason = TENSOR_PARALLEL
-    elif not can_pack(actor):
-        reason = f"models of the family {actor.config.model_type} do not run without padding here"
+    elif not can_pack(model):
+        reason = f"models of the family {model.config.model_type} do not run without padding here"
     else:
-        longest = stage.config.data.max_prompt_tokens + stage.config.data.max_response_tokens
-        exact = find_exactness(actor, settings.actor.lora, stage.dtype, longest, stage.ranks)
+        exact = find_exactness(model, settings.actor.lora, stage.dtype, stage.config.data.longest, stage.ranks)
         if exact is not None:
             return exact
         reason = f"this processor's products in {stage.dtype} depend on what is computed beside them"

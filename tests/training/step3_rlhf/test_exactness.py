@@ -1,5 +1,6 @@
 """Training computes what generation computed, to the bit: prefill, prefill at another batch, decoding, training."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -119,12 +120,16 @@ def test_gradients_are_those_of_attention(monkeypatch, window, exact):
     torch.testing.assert_close(ours, theirs)
 
 
+def saved(directory: Path, family: str) -> Path:
+    """The configuration alone: weights are not looked at."""
+    build_model(family).config.save_pretrained(directory)
+    return directory
+
+
 def a_stage(dtype: torch.dtype, device: torch.device = CPU, **settings) -> SimpleNamespace:
     said: list[str] = []
     return SimpleNamespace(
-        config=SimpleNamespace(
-            rlhf=RLHFSettings(**settings), data=SimpleNamespace(max_prompt_tokens=20, max_response_tokens=12)
-        ),
+        config=SimpleNamespace(rlhf=RLHFSettings(**settings), data=SimpleNamespace(longest=32)),
         ranks=Ranks(0, 1, device),
         dtype=dtype,
         display=SimpleNamespace(say=said.append),
@@ -133,20 +138,22 @@ def a_stage(dtype: torch.dtype, device: torch.device = CPU, **settings) -> Simpl
 
 
 @pytest.mark.parametrize("multiplies", [True, False])
-def test_auto_is_exact_where_it_costs_nothing(monkeypatch, multiplies):
+def test_auto_is_exact_where_it_costs_nothing(monkeypatch, tmp_path, multiplies):
     monkeypatch.setattr(of_step, "multiplies_bf16", lambda: multiplies)
-    model = build_model("llama")
+    model = saved(tmp_path, "llama")
     assert settle_exactness(a_stage(torch.bfloat16), model) == (CANDIDATES[torch.bfloat16][0] if multiplies else None)
     assert settle_exactness(a_stage(torch.float32), model) is None
     assert settle_exactness(a_stage(torch.bfloat16, exact=False), model) is None
     assert settle_exactness(a_stage(torch.bfloat16, generation_tensor_parallel=2), model) is None
+    plan = {"actor_generate": {"mesh": "0-1", "tensor": 2}}
+    assert settle_exactness(a_stage(torch.bfloat16, plan=plan), model) is None
 
 
-def test_auto_says_where_a_processor_is_not(monkeypatch):
+def test_auto_says_where_a_processor_is_not(monkeypatch, tmp_path):
     monkeypatch.setattr(of_step, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(of_step, "agrees", lambda *_: False)
     stage = a_stage(torch.bfloat16)
-    assert settle_exactness(stage, build_model("llama")) is None
+    assert settle_exactness(stage, saved(tmp_path, "llama")) is None
     assert stage.said == [
         "PPO: generation and training will be a rounding apart: this processor's products in torch.bfloat16 depend on "
         "what is computed beside them"
@@ -161,9 +168,9 @@ def test_auto_says_where_a_processor_is_not(monkeypatch):
         (a_stage(torch.float32, exact=True), "bloom", "models of the family bloom"),
     ],
 )
-def test_what_is_asked_for_and_cannot_be_is_refused(stage, family, reason):
+def test_what_is_asked_for_and_cannot_be_is_refused(tmp_path, stage, family, reason):
     with pytest.raises(UserError, match=rf"^rlhf\.exact=true, but {reason} .*; take rlhf\.exact=auto\.$"):
-        settle_exactness(stage, build_model(family))
+        settle_exactness(stage, saved(tmp_path, family))
 
 
 def test_the_ranks_agree_on_what_holds_for_all(monkeypatch):
