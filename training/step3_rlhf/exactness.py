@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from inference.errors import UserError
-from inference.families import backbone_of, longest_text, meta_model, text_config
+from inference.families import longest_text, meta_model, text_config
 from inference.generation.attention import PACKED_ATTENTION, can_pack
 from inference.generation.cpu_weights import BlockedWeights
 from inference.generation.exactness import CausalAttention, Exactness, plain_attention
@@ -125,7 +125,9 @@ def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch
 def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
     """Whether all passes give the same bits."""
     decoded, forward, cache = decoded_and_forward(model, exact, longest)
-    return torch.equal(decoded, forward) and attention_agrees(cache, backbone_of(model), exact, longest)
+    return torch.equal(decoded, forward) and attention_agrees(
+        cache, text_config(model.config).num_attention_heads, exact, longest
+    )
 
 
 def decoded_and_forward(model: PreTrainedModel, exact: Exactness, longest: int) -> tuple[Tensor, Tensor, KVCache]:
@@ -154,12 +156,12 @@ def decoded_and_forward(model: PreTrainedModel, exact: Exactness, longest: int) 
     return torch.stack(list(found.values())), call_on_tokens(model, batch, at, exact).detach(), cache
 
 
-def attention_agrees(cache: KVCache, backbone: nn.Module, exact: Exactness, longest: int) -> bool:
+def attention_agrees(cache: KVCache, heads: int, exact: Exactness, longest: int) -> bool:
     """Whether single queries, over as many keys as they see and over as many as there are, give what whole sequences
-    give; heads are those that filled `cache`."""
+    give; key heads are those that filled `cache`."""
     keys = next(iter(cache.keys.values()))
     groups, head, dtype = keys.shape[1], keys.shape[-1], keys.dtype
-    sharing = text_config(backbone.config).num_attention_heads // groups
+    sharing = heads // groups
     length = max(longest, 2)
     key, value = (torch.randn(1, groups, exact.seen(length), head).to(dtype) for _ in range(2))
     query = torch.randn(1, groups, sharing, length, head).to(dtype)

@@ -287,7 +287,7 @@ class PPO:
         if self.settings.min_response_tokens:  # generation drew from a distribution without the end tokens
             return {}
         gaps = [float((e.logprobs - e.generation_logprobs).abs().max()) for e in experience]
-        if ACTOR_SCORE not in self.rollouts.calls:
+        if ACTOR_SCORE not in self.roles.calls:
             gaps = [row["policy/log_ratio_max"] for row in update.mini_batches[:1] if "policy/log_ratio_max" in row]
         return {"policy/generation_gap": max(gaps)} if gaps else {}
 
