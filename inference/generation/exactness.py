@@ -85,8 +85,8 @@ class CausalAttention(torch.autograd.Function):
         ctx.scale, ctx.window, ctx.exact = scale, window, exact
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
         for part in parts(query, window, exact):
-            seen = plain_attention(part.of(query), *part.seen(key, value), part.mask, exact)
-            part.put(result, seen)
+            keys, values = part.seen(key, value)
+            part.put(result, plain_attention(part.of(query), keys, values, part.mask, exact))
         return result
 
     @staticmethod

@@ -125,9 +125,8 @@ def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch
 def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
     """Whether all passes give the same bits."""
     decoded, forward, cache = decoded_and_forward(model, exact, longest)
-    return torch.equal(decoded, forward) and attention_agrees(
-        cache, text_config(model.config).num_attention_heads, exact, longest
-    )
+    heads = text_config(model.config).num_attention_heads
+    return torch.equal(decoded, forward) and attention_agrees(cache, heads, exact, longest)
 
 
 def decoded_and_forward(model: PreTrainedModel, exact: Exactness, longest: int) -> tuple[Tensor, Tensor, KVCache]:
