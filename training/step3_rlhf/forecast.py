@@ -30,13 +30,13 @@ class Forecast:
     plan: Plan
 
     @classmethod
-    def of(cls, stage: Stage, plan: Plan, actor: Path, scorer: Path | None) -> "Forecast | None":
-        """With models as in these directories; `scorer` is reward model and critic. None where no rates of this machine
-        are known."""
+    def of(cls, stage: Stage, plan: Plan, actor: Path, scorer: Path | None, is_exact: bool) -> "Forecast | None":
+        """With models as in these directories; `scorer` is reward model and critic, `is_exact` whether training equals
+        generation to the bit. None where no rates of this machine are known."""
         if (cluster := hardware_of(stage)) is None:
             return None
         shapes = shape_of(actor), None if scorer is None else shape_of(scorer)
-        return cls(graphs_of(stage.config, *shapes, stage.dtype, cluster), plan)
+        return cls(graphs_of(stage.config, *shapes, stage.dtype, cluster, is_exact), plan)
 
     def schedule(self, prompts: Sequence[int], responses: Sequence[int]) -> Schedule:
         """Of an iteration with prompts and responses of these lengths, in tokens."""
