@@ -16,6 +16,7 @@ from applications.options import (
     Fusion,
     Json,
     Model,
+    PlanFile,
     Processes,
     RewardModel,
     RunPath,
@@ -83,6 +84,7 @@ def run(
     seed: Seed = None,
     processes: Processes = None,
     fusion: Fusion = None,
+    plan: PlanFile = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -97,7 +99,7 @@ def run(
     from applications.commands import pipeline_command
 
     pipeline_command(
-        model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, method, trust
+        model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, plan, method, trust
     )
 
 
@@ -196,6 +198,7 @@ def rlhf(
     seed: Seed = None,
     processes: Processes = None,
     fusion: Fusion = None,
+    plan: PlanFile = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -220,6 +223,7 @@ def rlhf(
         sft_model=sft_model,
         trained_reward_model=reward_model,
         fusion=fusion,
+        plan=plan,
     )
 
 

@@ -23,6 +23,7 @@ def pipeline_command(
     seed: int | None,
     processes: int | None,
     fusion: str | None,
+    plan: str | None,
     method: str | None,
     trusts: bool,
 ) -> None:
@@ -33,6 +34,7 @@ def pipeline_command(
         "seed": seed,
         "processes": processes,
         "fusion": fusion,
+        "plan": plan,
         "method": method,
     }
     if model is None and config is None and name is None:

@@ -52,6 +52,14 @@ Processes = Annotated[
     int | None,
     typer.Option(metavar="N", help="Processes that train together on this machine, one a GPU. Default: 1."),
 ]
+PlanFile = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="Where step 3 runs each call, as `plan --out` writes it. Default: all ranks run all.",
+    ),
+]
 Fusion = Annotated[
     str | None,
     typer.Option(

@@ -30,7 +30,7 @@ def resolve_settings(
         stored = run.read_config().model_dump(mode="json")
         if "data" in given:
             given["data"] = {"source": data_sources(given["data"])}
-        nest_fusion(given)
+        nest(given)
         return found_from_anywhere(load_config([], overrides or [], stored, given))
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [option_of(key) for key in given])
@@ -38,7 +38,7 @@ def resolve_settings(
         raise UserError(f"{new}{options} needs --model or --config as well: say which model the run is for.")
     if "data" in given:
         given["data"] = {"source": data_sources(given["data"])}
-    nest_fusion(given)
+    nest(given)
     base = settings_for_model(model) if model is not None else {}
     return settings_of_new_run(base, config or [], overrides or [], given, run)
 
@@ -48,10 +48,12 @@ def option_of(key: str) -> str:
     return f"--{key.removeprefix('trained_').replace('_', '-')}"
 
 
-def nest_fusion(given: dict[str, object]) -> None:
-    """Put the flag where the setting is."""
-    if "fusion" in given:
-        given["rlhf"] = {"fusion": {"mode": given.pop("fusion")}}
+def nest(given: dict[str, object]) -> None:
+    """Put the flags of step 3 where the settings are."""
+    of_step_3 = {"plan": given.pop("plan", None), "fusion": {"mode": given.pop("fusion", None)}}
+    rlhf = {key: value for key, value in of_step_3.items() if value not in (None, {"mode": None})}
+    if rlhf:
+        given["rlhf"] = rlhf
 
 
 def data_sources(given: object) -> list[str]:

@@ -10,9 +10,13 @@ from inference.families import longest_text
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
+from training.memory import Shape
 from training.models.adapters import require_lora_layers
+from training.models.loading import resolve_dtype
+from training.plan import Plan
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
+from training.step3_rlhf.planned import require_runnable
 from training.steps import METHODS
 
 
@@ -32,6 +36,7 @@ def require_fitting(config: RunConfig, processes: int, actor: Path, scorer: Path
     if config.method == "ppo":
         require_actor_learns(config.rlhf)
         require_layouts(config, processes, actor, scorer)
+        require_plan(config, processes, actor, scorer)
     require_adapters(config, actor, scorer)
 
 
@@ -62,6 +67,8 @@ def require_positions(name: str, directory: Path, settings: DataSettings) -> Non
 
 def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where a model of step 3 cannot be cut as asked for."""
+    if config.rlhf.plan:  # it says how they are cut
+        return
     degrees = config.rlhf.scoring_tensor_parallel
     asked = [
         ("generation_tensor_parallel", actor, config.rlhf.generation_tensor_parallel),
@@ -75,14 +82,34 @@ def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path
     for name, model, tensor in asked:
         setting = f"rlhf.{name}"
         Layout.over(processes, tensor, setting=setting)
-        if tensor > 1:
-            config_of_model = AutoConfig.from_pretrained(model, local_files_only=True)
-            try:
-                check_divides(config_of_model, tensor)
-                with torch.device("meta"):
-                    cut_layers(AutoModelForCausalLM.from_config(config_of_model))
-            except UserError as error:
-                raise UserError(f"{setting}={tensor}: {error}") from None
+        require_cut(model, tensor, f"{setting}={tensor}")
+
+
+def require_cut(model: Path, tensor: int, asked: str) -> None:
+    """Raise UserError where a model cannot be cut into so many tensor-parallel parts as was `asked`."""
+    if tensor == 1:
+        return
+    config_of_model = AutoConfig.from_pretrained(model, local_files_only=True)
+    try:
+        check_divides(config_of_model, tensor)
+        with torch.device("meta"):
+            cut_layers(AutoModelForCausalLM.from_config(config_of_model))
+    except UserError as error:
+        raise UserError(f"{asked}: {error}") from None
+
+
+def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
+    """Raise UserError where rlhf.plan does not fit the calls, the models or the ranks."""
+    if not config.rlhf.plan:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(config.dtype, device)
+    shapes = [Shape.of(AutoConfig.from_pretrained(each, local_files_only=True)) for each in (actor, scorer) if each]
+    require_runnable(config, processes, shapes[0], shapes[-1] if scorer else None, dtype)
+    for name, assignment in Plan.of(config.rlhf, processes, config.data.longest).assignments.items():
+        model = actor if name.startswith(("actor", "reference")) else scorer
+        assert model is not None
+        require_cut(model, assignment.layout.tensor, f"{name} of rlhf.plan")
 
 
 def require_adapters(config: RunConfig, actor: Path, scorer: Path | None) -> None:

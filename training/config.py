@@ -33,6 +33,11 @@ class DataSettings(Settings):
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
 
     @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its response, at most."""
+        return self.max_prompt_tokens + self.max_response_tokens
+
+    @property
     def sources(self) -> list[str]:
         return [self.source] if isinstance(self.source, str) else self.source
 

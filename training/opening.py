@@ -86,8 +86,10 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
     refused = [
         f"{as_typed(key)}: {old!r} there, {new!r} now"
         for key, (old, new) in differences(stored.model_dump(), config.model_dump()).items()
-        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging."))
+        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging.", "rlhf.plan."))
     ]
+    if stored.rlhf.plan != config.rlhf.plan:
+        refused.append("another rlhf.plan")
     if refused:
         require_sources(config)
         raise UserError(

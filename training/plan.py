@@ -33,6 +33,10 @@ class Assignment:
     """If not 0, a micro-batch takes what fits: so many tokens, or samples of a call that generates. `micro_batches` is
     then what becomes of rows as long as they may be."""
 
+    def together(self, rows: int) -> int:
+        """Samples that a data rank takes at one time, of so many over all."""
+        return self.micro_batch_limit or math.ceil(rows / (self.layout.data * self.micro_batches))
+
     @cached_property
     def cut(self) -> Cut:
         """Equal where each rank holds the same part of the weights."""
@@ -56,17 +60,22 @@ class Plan:
 
     @classmethod
     def of(cls, settings: "RLHFSettings", ranks: int, length: int, calls: Sequence[Call] = ()) -> "Plan":
-        """What step 3 runs: every call on all ranks, data-parallel under the ZeRO stage of its role, generation and
-        scoring tensor-parallel in the degrees of the settings.
+        """What step 3 runs: the plan in the settings; without one every call on all ranks, data-parallel under the ZeRO
+        stage of its role, generation and scoring tensor-parallel in the degrees of the settings.
 
         `length` is that of the longest rows in tokens; `calls` are by default those of the settings. Raises UserError
         where a degree does not divide the ranks.
         """
+        if settings.plan:
+            from training.plan_file import from_blocks
+
+            return from_blocks(settings.plan)
         samples = settings.prompts_per_iteration * settings.samples_per_prompt
         tokens, degrees = settings.micro_batch_tokens, settings.scoring_tensor_parallel
         assignments = {}
         for call in calls or settings.calls:
-            stage = getattr(settings, call.role).zero_stage
+            is_actor = call.role == "reference" and settings.actor.lora.rank  # its adapters switched off
+            stage = getattr(settings, "actor" if is_actor else call.role).zero_stage
             if call.kind == "train":
                 rows, layout = -(-samples // settings.mini_batches), Layout.over(ranks, zero_stage=stage)
             elif call.kind == "generate":

@@ -27,7 +27,7 @@ def problems(plan: Plan, graph: DataflowGraph, workload: Workload, ranks: int) -
 
 
 def unrunnable(plan: Plan, graph: DataflowGraph, settings: RLHFSettings, ranks: int) -> list[str]:
-    """What keeps step 3 from running a plan that has no `problems`. Empty where it runs."""
+    """What keeps step 3 from running a plan that has no `problems`, call by call. Empty where it runs."""
     found = []
     for call in graph.calls:
         layout, name = plan[call.name].layout, call.name
@@ -35,10 +35,23 @@ def unrunnable(plan: Plan, graph: DataflowGraph, settings: RLHFSettings, ranks: 
             found.append(f"{name} has {layout.pipeline} pipeline stages, and no call can be cut into stages yet.")
         if call.kind == "train" and layout.tensor > 1:
             found.append(f"{name} is tensor-parallel, which training cannot be yet; use data and a zero_stage.")
-        if layout.mesh != tuple(range(ranks)):
-            found.append(f"{name} runs on a part of the {ranks} ranks, and each call runs on all of them yet.")
+        if call.kind == "generate" and layout.zero_stage:
+            found.append(f"{name} has a zero_stage, and generation needs its weights whole or tensor-parallel; use 0.")
+        if call.kind == "score" and layout.zero_stage == 3 and layout.tensor > 1:
+            found.append(f"{name} divides its weights twice, tensor-parallel and by ZeRO stage 3; choose one.")
         if plan[name].offload:
             found.append(f"{name} offloads weights by a plan, which is not there yet; use rlhf.{call.role}.offload.")
+        is_whole = layout.mesh == tuple(range(ranks)) and (call.kind == "generate" or layout.is_whole)
+        if settings.fusion.mode == "inter" and call.kind != "train" and not is_whole:
+            found.append(
+                f"rlhf.fusion.mode=inter needs generation on all ranks and roles that score whole on each of them, "
+                f"which {name} is not; use auto or none."
+            )
+        placed = getattr(settings, call.role)
+        if call.kind == "train" and placed.offload == "optimizer+parameters" and layout.zero_stage < 3:
+            found.append(f"{name} has rlhf.{call.role}.offload=optimizer+parameters, which needs zero_stage 3.")
+        elif call.kind == "train" and placed.offload != "none" and layout.zero_stage == 0:
+            found.append(f"{name} has rlhf.{call.role}.offload=optimizer, which needs zero_stage 1, 2 or 3.")
     return found
 
 
@@ -58,6 +71,8 @@ def _problems_of(call: Call, assignment: Assignment, is_frozen: bool, workload: 
         found.append(
             f"{name} cuts {shape.heads} attention heads into {layout.tensor} parts; choose a divisor for tensor."
         )
+    elif shape.ffn % layout.tensor:
+        found.append(f"{name} cuts a feed-forward width of {shape.ffn} into {layout.tensor} parts; choose a divisor.")
     if layout.pipeline > shape.layers:
         found.append(f"{name} cuts {shape.layers} layers into {layout.pipeline} pipeline stages; choose fewer.")
     if assignment.micro_batches < 1:

@@ -19,22 +19,34 @@ assert {field.name for field in (*fields(Layout), *fields(Assignment))} == {*_KE
 
 def to_yaml(plan: Plan) -> str:
     """One block a call; consecutive ranks are written `first-last`."""
-    blocks = []
+    lines = []
+    for name, values in to_blocks(plan).items():
+        lines += [f"{name}:", *(f"  {key}: {'yes' if value is True else value}" for key, value in values.items())]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def to_blocks(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What stands in the file: by call, by key."""
+    blocks = {}
     for name, assignment in plan.assignments.items():
-        values = {"mesh": mesh_text(assignment.layout.mesh)}
-        values |= {key: str(_value(assignment, key)) for key in _COUNTS}
-        values |= {"micro_batch_limit": str(assignment.micro_batch_limit)} if assignment.micro_batch_limit else {}
-        values |= {"offload": "yes"} if assignment.offload else {}
-        blocks.append(f"{name}:\n" + "".join(f"  {key}: {value}\n" for key, value in values.items()))
-    return "".join(blocks)
+        values: dict[str, Any] = {"mesh": _mesh_value(assignment.layout.mesh)}
+        values |= {key: _value(assignment, key) for key in _COUNTS}
+        values |= {"micro_batch_limit": assignment.micro_batch_limit} if assignment.micro_batch_limit else {}
+        values |= {"offload": True} if assignment.offload else {}
+        blocks[name] = values
+    return blocks
 
 
 def from_yaml(text: str) -> Plan:
     """Raises UserError with one sentence about the first thing wrong."""
     try:
-        blocks = load_yaml(text)
+        return from_blocks(load_yaml(text))
     except yaml.YAMLError as error:
         raise UserError(f"The plan is not YAML ({what_is_wrong(error)}).") from error
+
+
+def from_blocks(blocks: Any) -> Plan:
+    """Raises UserError as `from_yaml` does."""
     if not isinstance(blocks, dict) or not blocks:
         raise UserError("The plan is empty; it needs a block for every call.")
     return Plan({str(name): _assignment(str(name), values) for name, values in blocks.items()})
@@ -44,18 +56,21 @@ def read_plan(file: Path) -> Plan:
     """Raises UserError where the file cannot be read or holds no plan."""
     try:
         text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"The plan {file} cannot be read ({error.strerror}); name one that rlhf-chat plan --out wrote."
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"The plan {file} cannot be read ({why}); name one that rlhf-chat plan --out wrote.") from error
     return from_yaml(text)
 
 
 def mesh_text(mesh: tuple[int, ...]) -> str:
     """`0-3` for consecutive ranks, `[0, 2]` for others."""
+    return str(_mesh_value(mesh))
+
+
+def _mesh_value(mesh: tuple[int, ...]) -> int | str | list[int]:
     if mesh == tuple(range(mesh[0], mesh[0] + len(mesh))):
-        return str(mesh[0]) if len(mesh) == 1 else f"{mesh[0]}-{mesh[-1]}"
-    return str(list(mesh))
+        return mesh[0] if len(mesh) == 1 else f"{mesh[0]}-{mesh[-1]}"
+    return list(mesh)
 
 
 def _value(assignment: Assignment, key: str) -> int:
@@ -88,7 +103,7 @@ def _assignment(name: str, values: Any) -> Assignment:
 def _mesh(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
-    if isinstance(value, list) and value and all(isinstance(rank, int) for rank in value):
+    if isinstance(value, list) and value and all(type(rank) is int for rank in value):
         return tuple(value)
     first, dash, last = str(value).partition("-")
     if dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last):

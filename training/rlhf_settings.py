@@ -1,10 +1,13 @@
 """The settings of step 3: rollouts, rewards, KL penalty, fusion, updates, and its four roles."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from inference.errors import UserError
 from training.calls import Call, rlhf_calls
+from training.plan_file import from_blocks, read_plan, to_blocks
 from training.role_settings import DecayRate, FrozenSettings, OptimizerSettings, Settings
 
 
@@ -134,6 +137,9 @@ class RLHFSettings(Settings):
     ptx: PTXSettings = PTXSettings()
     old_logprobs: Literal["auto", "generation", "recompute"] = "auto"
     """Where the old policy's log-probabilities come from; auto keeps generation's in fp32 and recomputes otherwise."""
+    plan: dict[str, dict[str, Any]] = Field({})
+    """Where each call runs (docs/plans.md): a file as the command `plan` writes it, or what is in one. It then
+    decides about ZeRO stages, tensor-parallel degrees and micro-batches of step 3. Empty: every call on all ranks."""
     fusion: FusionSettings = FusionSettings()
     kl: KLSettings = KLSettings()
     actor: OptimizerSettings = OptimizerSettings(learning_rate=1e-6, epsilon=1e-5)
@@ -148,6 +154,17 @@ class RLHFSettings(Settings):
     """Iterations between checkpoints; 0 means none."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _plan_as_it_is_kept(cls, given: Any) -> Any:
+        """What is in the file, every block whole."""
+        if given in ("", {}):
+            return {}
+        try:
+            return to_blocks(read_plan(Path(given)) if isinstance(given, str) else from_blocks(given))
+        except UserError as error:
+            raise ValueError(str(error).rstrip(".")) from None
 
     @property
     def has_critic(self) -> bool:

@@ -142,7 +142,8 @@ class Stage:
         """Write the step's model (and adapter): what `load` gives, with the engine's trained weights in it."""
         directory = self.directory
         places = directory.model, directory.adapter
-        self.save_weights(engine.trained_weights(), engine.settings.lora, places, load, chat_format, extra_config)
+        weights, lora = engine.trained_weights(), engine.settings.lora
+        self.save_weights(weights, lora, places, load, chat_format, extra_config, self.ranks.is_first)
 
     def save_weights(
         self,
@@ -152,14 +153,18 @@ class Stage:
         load: Callable[[], PreTrainedModel],
         chat_format: ChatFormat,
         extra_config: dict[str, float] | None = None,
+        writes: bool = True,
     ) -> None:
-        """The first rank writes a model and its adapter to `places`: what `load` gives, with `weights` in it."""
+        """The rank that `writes` leaves a model and its adapter in `places`: what `load` gives, with `weights` in it.
+
+        All ranks call it.
+        """
         model, adapter = places
 
         def write(directory: Path) -> None:
             save_model(directory, load(), chat_format, weights, lora, self.storage_dtype, extra_config, adapter)
 
-        if self.ranks.is_first:
+        if writes:
             with writing(f"the model of {self.directory.path.name}", self.directory.path):
                 write_directory(model, write)
         self.ranks.barrier("saving the model")

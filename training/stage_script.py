@@ -238,6 +238,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run_directory", type=Path, help="where the run lives; made if it is not there")
     parser.add_argument("--model", help="of a new run: a preset (opt-1.3b), a directory, or a hub id")
     parser.add_argument("--config", type=Path, action="append", default=[], help="YAML settings for a new run")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="where step 3 runs each call, as `rlhf-chat plan --out` writes it"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting")
     add_trust(parser)
     parser.add_argument("--version", action="version", version=f"rlhf-chat {version('rlhf-chat')}")
@@ -253,14 +256,15 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:
     """What the arguments say; None: the run keeps its own. Raises UserError where neither is there."""
-    if not (arguments.model or arguments.config or arguments.set):
+    overrides = [*arguments.set, *([f"rlhf.plan={arguments.plan}"] if arguments.plan else [])]
+    if not (arguments.model or arguments.config or overrides):
         run.read_config()
         return None
     if not (arguments.model or arguments.config) and run.config_file.exists():
         stored = run.read_config().model_dump(mode="json")
-        return found_from_anywhere(load_config([], arguments.set, stored))
+        return found_from_anywhere(load_config([], overrides, stored))
     base = settings_of_model(arguments.model) if arguments.model else {}
-    return settings_of_new_run(base, arguments.config, arguments.set, {}, run)
+    return settings_of_new_run(base, arguments.config, overrides, {}, run)
 
 
 def settings_of_model(model: str) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from applications.fit import Outlook, find_shape
 from applications.plan_request import make_request
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
+from training.distributed import Ranks
 from training.planner.footprint import DTYPES
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf.old_logprobs import iteration_calls
-from training.step3_rlhf.rollout import Rollouts
+from training.step3_rlhf.roles import Roles
 from training.steps import PPO
 
 SMALL = ["plan", "--model", "opt-1.3b", "--reward-model", "opt-350m", "--gpus-per-node", "2", "--effort", "0.05"]
@@ -152,15 +153,16 @@ def test_the_calls_of_the_settings_are_planned_and_no_others():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("old_logprobs", ["auto", "generation", "recompute"])
 @pytest.mark.parametrize("advantage", ["gae", "grpo", "rloo", "reinforce++"])
-def test_what_is_planned_is_what_a_rollout_runs(dtype, old_logprobs, advantage, monkeypatch):
+def test_what_is_planned_is_what_a_rollout_runs(dtype, old_logprobs, advantage, monkeypatch, tmp_path):
     """`plan`, the expected time of a dry run, and the trainer's own list of calls."""
     values = {"rlhf.advantage": advantage, "rlhf.samples_per_prompt": 2, "rlhf.old_logprobs": old_logprobs}
     overrides = [f"{name}={value}" for name, value in {**values, "dtype": dtype}.items()]
     request = make_request("opt-125m", None, 1, 2, "a100-80g", 200, None, None, overrides)
     planned = request.graphs.graph.calls
-    monkeypatch.setattr("training.step3_rlhf.rollout.Fusion", lambda *_: None)
-    stage = SimpleNamespace(config=request.config, dtype=DTYPES[dtype])
-    ran = Rollouts(stage, SimpleNamespace(generation_layout=None), None).calls
+    for loads in ("_train", "_freeze"):
+        monkeypatch.setattr(Roles, loads, lambda *_: None)
+    stage = SimpleNamespace(config=request.config, dtype=DTYPES[dtype], ranks=Ranks(0, 1, torch.device("cpu")))
+    ran = Roles(stage, None, tmp_path, None, (1, 1)).calls
     assert planned == ran
     monkeypatch.setattr(Outlook, "dtype", DTYPES[dtype])  # fp16 needs a GPU
     costed, plan = _ppo(Outlook.of(request.config, [PPO], 1), request.cluster)

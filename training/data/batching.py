@@ -22,12 +22,32 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1
     while their tokens stay within `token_budget` (one row always fits). Ranks that run short repeat a row with
     weight 0: under ZeRO-3 a rank that skips a forward pass would leave the others waiting for its weights.
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    shares: list[list[int]] = [[] for _ in range(ranks)]
+    order = longest_first(lengths)
+    return evened([fill_micro_batches(share, lengths, token_budget) for share in dealt(order, ranks)], order)
+
+
+def deal_micro_batches(lengths: Sequence[int], count: int, ranks: int = 1) -> list[list[MicroBatch]]:
+    """As `plan_micro_batches`, but each rank has `count` micro-batches of like work, or one a row."""
+    order = longest_first(lengths)
+    shares = [dealt(share, min(count, len(share))) for share in dealt(order, ranks)]
+    return evened([[MicroBatch(rows) for rows in share] for share in shares], order)
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+
+def dealt(order: list[int], hands: int) -> list[list[int]]:
+    """Back and forth to so many, who get like work."""
+    shares: list[list[int]] = [[] for _ in range(hands)]
     for place, row in enumerate(order):
-        turn, seat = divmod(place, ranks)
-        shares[seat if turn % 2 == 0 else ranks - 1 - seat].append(row)
-    plans = [fill_micro_batches(share, lengths, token_budget) for share in shares]
+        turn, seat = divmod(place, hands)
+        shares[seat if turn % 2 == 0 else hands - 1 - seat].append(row)
+    return shares
+
+
+def evened(plans: list[list[MicroBatch]], order: list[int]) -> list[list[MicroBatch]]:
+    """The ranks' micro-batches with such of weight 0 where one has fewer than others."""
     count = max(len(plan) for plan in plans)
     for plan in plans:
         plan.extend(MicroBatch([order[-1]], weight=0.0) for _ in range(count - len(plan)))

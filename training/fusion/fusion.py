@@ -7,7 +7,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from inference.generation.decoding import Decoding
-from inference.generation.kv_cache import KVCache
 from training.fusion.aside import Aside, Begin
 from training.fusion.board import Board
 from training.fusion.choice import NOMINAL, Choice, FusionChoice, Setting
@@ -17,7 +16,7 @@ from training.fusion.place import Place
 from training.fusion.rollout import FusedRollout, Report
 from training.fusion.simulator import Job
 from training.fusion.timeline import Timeline
-from training.hybrid_engine.layout import Layout
+from training.plan import Assignment
 from training.stage import Stage
 
 S = TypeVar("S")
@@ -28,18 +27,20 @@ UNIT_TOKENS = {"cpu": 128, "cuda": 2048}
 class Fusion:
     """All ranks call it together. `chooser` is what a checkpoint keeps."""
 
-    def __init__(self, stage: Stage, layout: Layout, can_fuse: bool):
-        """`layout` is that of generation; `can_fuse` says whether each rank can score alone."""
+    def __init__(self, stage: Stage, generation: Assignment, can_fuse: bool):
+        """`generation` is what the plan says of it; `can_fuse` says whether each rank can score alone."""
+        layout = generation.layout
         self.stage, self.ranks, self.place = stage, stage.ranks, Place(stage.ranks.rank, layout)
         settings, device = stage.config.rlhf, stage.ranks.device.type
         self.move = settings.fusion.move
+        samples = settings.prompts_per_iteration * settings.samples_per_prompt
         self.chooser = FusionChoice(
             Setting(
                 mode=settings.fusion.mode if can_fuse else "none",
                 instances=layout.data,
                 tensor=layout.tensor,
-                slots=settings.generation_batch,
-                samples=settings.prompts_per_iteration * settings.samples_per_prompt,
+                slots=generation.together(samples),
+                samples=samples,
                 micro_batch_tokens=settings.micro_batch_tokens,
                 unit_tokens=UNIT_TOKENS.get(device, 2048),
                 threshold=settings.fusion.threshold,
@@ -119,12 +120,12 @@ class Fusion:
         jobs: Sequence[Job],
         report: Report,
         achieved: float,
-        cache: KVCache,
+        decoding: Decoding | None,
     ) -> dict[str, float]:
         """Lengths and costs of a rollout of `achieved` seconds, for the choices to come; returns metrics.
 
-        `jobs` are all samples in order, `seats` the places of their prompts, `shares` those of `deal`, `cache` what
-        generated them.
+        `jobs` are all samples in order, `seats` the places of their prompts, `shares` those of `deal`,
+        `decoding` what generated them.
         """
         setting = self.chooser.setting
         if setting.mode == "none" or not (setting.instances > 1 or setting.overlaps):
@@ -143,7 +144,8 @@ class Fusion:
         of_ranks, bandwidths, measured, repackings, moved = zip(*gathered, strict=True)
         achieved = max(of_ranks)
         every = [m for of_rank in measured for m in of_rank]
-        kept = cache.empty(1)
+        assert decoding is not None
+        kept = decoding.cache.empty(1)
         cache_bytes = kept.numel() * kept.element_size()
         predicted = self.chooser.learn(dealt, by_prompt, achieved, every, min(bandwidths), cache_bytes)
         if choice.policy is not None and self.tells:

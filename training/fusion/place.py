@@ -13,6 +13,11 @@ class Place:
     layout: Layout
 
     @property
+    def takes_part(self) -> bool:
+        """Whether this rank generates; what follows is for those that do."""
+        return self.rank in self.layout.mesh
+
+    @property
     def instance(self) -> int:
         return self.layout.data_rank(self.rank)
 
@@ -23,7 +28,7 @@ class Place:
     @property
     def speaks(self) -> bool:
         """One rank of an instance writes what all of its ranks know."""
-        return self.tensor_rank == 0
+        return self.takes_part and self.tensor_rank == 0
 
     def peer(self, instance: int) -> int:
         """The rank that holds the same part of the model in another instance."""

@@ -15,18 +15,25 @@ class KeptWeights:
     The state of the optimiser is not kept: training ends with what is put back.
     """
 
-    def __init__(self, engine: ZeroEngine, average: MovingAverage | None):
+    def __init__(self, engine: ZeroEngine | None, average: MovingAverage | None):
+        """`engine` is None on ranks that do not train the role."""
         self.engine = engine
         self.averages = average.averages if average is not None else []
         self.kept: list[Tensor] = []
-        """Nothing, before the first `keep`."""
+        self.is_kept = False
+        """Whether there is something to go back to, here or on other ranks."""
 
     def keep(self) -> None:
+        self.is_kept = True
+        if self.engine is None:
+            return
         held = [*self.engine.held_weights(), *self.averages]
         self.kept = [tensor.detach().to("cpu", copy=True) for tensor in held]
 
     def put_back(self) -> None:
         """All ranks call it."""
+        if self.engine is None:
+            return
         weights = len(self.kept) - len(self.averages)
         self.engine.put_weights(self.kept[:weights])
         for average, before in zip(self.averages, self.kept[weights:], strict=True):
@@ -34,9 +41,14 @@ class KeptWeights:
 
     def save(self, directory: Path) -> None:
         """All ranks call it; each writes its part."""
+        if self.engine is None:
+            return
         directory.mkdir(exist_ok=True)
         torch.save(self.kept, directory / f"{self.engine.ranks.rank}.pt")
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote with as many ranks."""
+        self.is_kept = True
+        if self.engine is None:
+            return
         self.kept = torch.load(directory / f"{self.engine.ranks.rank}.pt", map_location="cpu", weights_only=True)

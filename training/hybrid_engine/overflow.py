@@ -8,22 +8,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from training.distributed import Ranks
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.private_surfaces import has_overflow, overflow_replacements
 
 
-def step_together(engines: Sequence[ZeroEngine]) -> tuple[list[dict[str, float]], bool]:
-    """The steps of all engines after their backward passes, and whether they were made. All ranks call it.
+def step_together(engines: Sequence[ZeroEngine], ranks: Ranks) -> tuple[list[dict[str, float]], bool]:
+    """The steps of this rank's engines after their backward passes, and whether they were made. All ranks call it.
 
     An engine whose own gradient is finite keeps its loss scale when it skips for another.
     """
-    overflows = [has_overflow(engine.engine.optimizer) for engine in engines]
-    skipped = any(overflows)
+    overflows = [overflows_now(engine) for engine in engines]
+    skipped = any(ranks.gather(any(overflows), "whether a gradient overflowed"))
     results = []
     for engine, own in zip(engines, overflows, strict=True):
         with forced(engine.engine.optimizer, skipped, keeps_scale=skipped and not own):
             results.append(engine.step())
     return results, not skipped
+
+
+def overflows_now(engine: ZeroEngine) -> bool:
+    with engine.ranks.as_world():
+        return has_overflow(engine.engine.optimizer)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from inference.families import backbone_of
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
+from inference.generation.prefixes import Prefixes, at
 from inference.private_surfaces import attention_of, set_attention
 from training.data.batching import TokenBatch
 
@@ -29,12 +30,21 @@ def call_on_tokens(model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor 
     (n), the logits there (n, vocabulary)."""
     backbone = backbone_of(model)
     if attention_of(model.config) == PACKED_ATTENTION:
-        tokens = Sequences(batch.lengths)
-        inputs = {"input_ids": batch.ids[None], "position_ids": tokens.positions(batch.ids.device), "tokens": tokens}
+        sequences = Sequences(batch.lengths)
+        # in training mode there may be dropout, which every sequence draws for itself
+        prefixes = None if model.training else Prefixes.of(sequences, batch.ids, apart=logits_at)
+        computed = prefixes.computed if prefixes else slice(None)
+        inputs = {
+            "input_ids": batch.ids[computed][None],
+            "position_ids": sequences.positions(batch.ids.device)[:, computed],
+            "tokens": prefixes or sequences,
+        }
         if logits_at is None:
-            return backbone(**inputs, use_cache=False).last_hidden_state[0]
+            hidden = backbone(**inputs, use_cache=False).last_hidden_state[0]
+            return at(hidden, prefixes.stands_for) if prefixes else hidden
         called: Any = model
-        return called(**inputs, use_cache=False, logits_to_keep=logits_at).logits[0]
+        kept = prefixes.stands_for[logits_at] if prefixes else logits_at
+        return called(**inputs, use_cache=False, logits_to_keep=kept).logits[0]
     ids, mask, positions = batch.padded()
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(backbone.forward).parameters:  # BLOOM counts them from the mask

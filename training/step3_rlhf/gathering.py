@@ -5,6 +5,7 @@ Every rank has all prompts, so that none travels: what is sent grows with the re
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,16 +52,18 @@ def gather_experience(
 def gather_scores(
     ranks: Ranks, ours: list[Experience], experience: list[Experience], numbers: Sequence[str]
 ) -> list[Experience]:
-    """`experience`, which every rank has in order, with the scores and `numbers` that ranks have found for `ours`."""
-    if ranks.size == 1:
-        return in_order(ours)
+    """`experience`, which every rank has in order, with the `numbers` that ranks have found for `ours`: `scores`, one
+    a sample, and the keys of such a token."""
+    of_tokens, with_scores = [name for name in numbers if name != "scores"], "scores" in numbers
     scored = list(experience)
-    for words in ranks.gather_flat(pack(ours, numbers, with_tokens=False), "the scores of an iteration"):
-        index, _, lengths, scores, tokens = unpack(words, len(numbers))
+    for words in ranks.gather_flat(pack(ours, of_tokens, with_tokens=False), "the scores of an iteration"):
+        index, _, lengths, scores, tokens = unpack(words, len(of_tokens))
         rows = [row.view(torch.float32).split(lengths) for row in tokens]
         for place, i in enumerate(index):
-            of_token = {name: row[place] for name, row in zip(numbers, rows, strict=True)}
-            scored[i] = replace(experience[i], score=scores[place], **of_token)
+            found: dict[str, Any] = {name: row[place] for name, row in zip(of_tokens, rows, strict=True)}
+            if with_scores:
+                found["score"] = scores[place]
+            scored[i] = replace(experience[i], **found)
     return scored
 
 

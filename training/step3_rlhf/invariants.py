@@ -6,7 +6,6 @@ ratio must be 1 and the KL from old to new 0. A wrong mask, position, temperatur
 
 import torch
 
-from training.data.batching import plan_micro_batches
 from training.run_directory import write_json
 from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
@@ -20,18 +19,20 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 def check_first_update(stage: Stage, roles: Roles, experience: list[Experience]) -> None:
     """Compare on the shortest micro-batches of every rank; raises Diverged with an explanation where it fails."""
-    lengths = [e.length for e in experience]
     settings, ranks = stage.config.rlhf, stage.ranks
-    plan = plan_micro_batches(lengths, settings.micro_batch_tokens, ranks.size)[ranks.rank]
-    rows = [experience[row] for row in plan[-1].rows]
-    logprobs = roles.logprobs(token_batch(rows, ranks.device)).cpu()
-    generated = torch.cat([e.generation_logprobs for e in rows])
-    old = torch.cat([e.logprobs for e in rows])
-    difference = (logprobs - generated).abs()
     whole = settings.min_response_tokens == 0  # else generation drew from a distribution without the end token
-    worst = max(ranks.gather(float(difference.mean()) if whole else 0.0))
-    ratio = (logprobs - old).exp()
-    ratio_error = max(ranks.gather(float((ratio - 1).abs().mean())))
+    place, ours = roles.places.get("actor_train"), None
+    if place is not None:
+        shortest = sorted(experience, key=lambda e: e.length)[: -(-len(experience) // settings.mini_batches)]
+        rows = [shortest[row] for row in place.micro_batches([e.length for e in shortest])[-1].rows]
+        logprobs = roles.logprobs(token_batch(rows, ranks.device)).cpu()
+        generated = torch.cat([e.generation_logprobs for e in rows])
+        old = torch.cat([e.logprobs for e in rows])
+        difference = float((logprobs - generated).abs().mean()) if whole else 0.0
+        error, kl = float(((logprobs - old).exp() - 1).abs().mean()), float(ppo_math.kl_k3(old, logprobs).mean())
+        ours = difference, error, kl
+    of_ranks = [each for each in ranks.gather(ours) if each is not None]
+    worst, ratio_error = (max(each[i] for each in of_ranks) for i in (0, 1))
     tolerance = TOLERANCE[stage.dtype]
     if worst > tolerance or ratio_error > tolerance:
         raise Diverged(
@@ -39,7 +40,7 @@ def check_first_update(stage: Stage, roles: Roles, experience: list[Experience])
             f"average and the policy ratio from 1 by {ratio_error:.2g} (allowed: {tolerance:g}); training on them "
             f"would teach nonsense. Try dtype=fp32, and report the model: this is a bug."
         )
-    found = {"ratio_error": ratio_error, "kl_old": float(ppo_math.kl_k3(old, logprobs).mean())}
+    found = {"ratio_error": ratio_error, "kl_old": of_ranks[0][2]}
     if whole:
         found["generation_logprob_difference"] = worst
     if ranks.is_first:  # beside the metrics, not in them: a resumed run has more starts, and equal metrics

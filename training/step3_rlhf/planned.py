@@ -2,8 +2,11 @@
 
 import torch
 
+from inference.errors import UserError
 from training.config import RunConfig
 from training.memory import Shape
+from training.plan import Plan
+from training.plan_checks import problems, unrunnable
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.footprint import DTYPES
@@ -24,6 +27,15 @@ def graphs_of(
     """
     graph = DataflowGraph(iteration_calls(config.rlhf, dtype), iterations_overlap=False)
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
+
+
+def require_runnable(config: RunConfig, ranks: int, actor: Shape, scorer: Shape | None, dtype: torch.dtype) -> None:
+    """Raises UserError where so many ranks cannot run the plan of the settings; the first problem is its sentence."""
+    graph = DataflowGraph(iteration_calls(config.rlhf, dtype))
+    plan = Plan.of(config.rlhf, ranks, config.data.longest, graph.calls)
+    found = problems(plan, graph, workload_of(config, actor, scorer, dtype), ranks)
+    if sentence := next(iter(found or unrunnable(plan, graph, config.rlhf, ranks)), ""):
+        raise UserError(f"rlhf.plan cannot run on {ranks} process{'es' * (ranks > 1)}: {sentence}")
 
 
 def workload_of(config: RunConfig, actor: Shape, scorer: Shape | None, dtype: torch.dtype) -> Workload:

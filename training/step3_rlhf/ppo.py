@@ -59,10 +59,13 @@ def train(stage: Stage) -> None:
     def load() -> PreTrainedModel:
         return load_causal_lm(sft, chat_format, torch.float32)
 
-    stage.save_trained(roles.actor, load, chat_format)
-    if roles.ema is not None:
-        places = stage.directory.ema_model, stage.directory.ema_adapter
-        stage.save_weights(roles.ema.weights(), settings.actor.lora, places, load, chat_format)
+    writes = roles.trains("actor") and roles.actor.ranks.is_first
+    directory, weights = stage.directory, roles.actor.trained_weights() if roles.trains("actor") else {}
+    places = directory.model, directory.adapter
+    stage.save_weights(weights, settings.actor.lora, places, load, chat_format, writes=writes)
+    if settings.ema:
+        weights, places = {} if roles.ema is None else roles.ema.weights(), (directory.ema_model, directory.ema_adapter)
+        stage.save_weights(weights, settings.actor.lora, places, load, chat_format, writes=writes)
     stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
 
 
@@ -103,11 +106,10 @@ class PPO:
         self.rewards = Rewards(self.settings, stage.ranks, roles.reward_is_normalized)
         self.rows = rows or []
         self.order = Epochs(len(prompts), f"{stage.config.seed}/prompts")
-        self.inside = KeptWeights(roles.actor, roles.ema) if kl.stop else None
+        self.inside = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema) if kl.stop else None
         """The model before the newest update, whose KL was within rlhf.kl.stop."""
         ptx = Demonstrations(stage, chat_format) if self.settings.ptx.coefficient else None
-        trained = [call.role for call in self.rollouts.calls if call.kind == "train"]
-        self.updates = Updates(stage, roles, trained, ptx)
+        self.updates = Updates(stage, roles, ptx)
         self.watch = Watch(self.settings.missing_end_penalty, self.settings.iterations)
         self.saved = 0
         """Iteration of the newest checkpoint."""
@@ -157,7 +159,7 @@ class PPO:
             display.say(f"PPO: the KL of the last model is {kl:z.2f} nats a response, within rlhf.kl.stop")
             return False
         which = ""
-        if inside.kept:
+        if inside.is_kept:
             inside.put_back()
             which = f"; the model is that of iteration {updated - 1}, the last one within it"
         after = f"stopped after iteration {number}" if stopped else f"the update of iteration {number} is undone"
@@ -180,7 +182,7 @@ class PPO:
 
         def write(directory: Path) -> None:
             self.roles.save(directory)
-            if self.inside is not None and self.inside.kept:
+            if self.inside is not None and self.inside.is_kept:
                 self.inside.save(directory / "inside")
 
         self.stage.checkpoints.save(number, write, state)
@@ -295,15 +297,10 @@ class PPO:
 
     def show_fixed_prompts(self, number: int) -> None:
         """What the actor answers now to the same few held-out prompts, into samples.jsonl. All ranks call it."""
-        engine = self.rollouts.generation_engine()
-        key = SamplingKey(self.stage.config.seed, 0)
-        samples = sorted(
-            engine.generate(self.fixed_prompts, self.rollouts.sampling, key), key=lambda sample: sample.index
-        )
-        for sample in sorted(samples, key=lambda sample: sample.index):
-            prompt = self.chat_format.decode(sample.prompt_ids.tolist())
-            response = self.chat_format.decode(sample.response_ids)
-            self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": sample.ended})
+        found = self.rollouts.generate(self.fixed_prompts, SamplingKey(self.stage.config.seed, 0))
+        for prompt_ids, (response_ids, ended) in zip(self.fixed_prompts, found, strict=True):
+            prompt, response = self.chat_format.decode(prompt_ids.tolist()), self.chat_format.decode(response_ids)
+            self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": ended})
 
     def timing(self, experience: list[Experience], clock: Clock) -> dict[str, float]:
         """Seconds by phase, tokens generated a second, and this process's peak memory."""

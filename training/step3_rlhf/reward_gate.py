@@ -3,12 +3,14 @@
 import torch
 
 from inference.chat_format import ChatFormat
-from training.data.batching import TokenBatch, plan_micro_batches
+from training.calls import REWARD_SCORE
+from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
 from training.data.rows import read_rows
-from training.data.token_pairs import rows_of
+from training.data.token_pairs import TokenPair, rows_of
 from training.evaluation.guard_rails import DOUBTFUL_ACCURACY
 from training.run_directory import read_json, write_json
 from training.stage import Stage
+from training.step3_rlhf.places import CallPlace
 from training.step3_rlhf.roles import Roles
 from training.steps import REWARD
 
@@ -47,15 +49,21 @@ def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, fl
     stage.ranks.see(file)
     rows = read_rows(file) if file.exists() else []
     pairs = stage.token_pairs(rows[: stage.config.reward.eval_rows], chat_format) if rows else []
-    plan = plan_micro_batches([pair.tokens for pair in pairs], stage.config.rlhf.micro_batch_tokens, stage.ranks.size)
-    right = 0.0
+    place, right = roles.places.get(REWARD_SCORE.name), 0.0
     with roles.scoring():
-        for micro_batch in plan[stage.ranks.rank] if pairs else []:
+        for micro_batch in shared(pairs, place, stage.config.rlhf.micro_batch_tokens) if pairs and place else []:
             batch = TokenBatch.of(rows_of([pairs[row] for row in micro_batch.rows]), stage.ranks.device)
             chosen, rejected = roles.scores(batch).chunk(2)
             right += float((chosen > rejected).sum()) * micro_batch.weight
-    right = float(stage.ranks.sum(torch.tensor([right]))[0])
+    speaks = place is not None and place.speaks
+    right = float(stage.ranks.sum(torch.tensor([right if speaks else 0.0]))[0])
     return {"accuracy": right / max(1, len(pairs)), "pairs": len(pairs)}
+
+
+def shared(pairs: list[TokenPair], place: CallPlace, tokens: int) -> list[MicroBatch]:
+    """This rank's part of the pairs, in micro-batches of so many tokens."""
+    data = place.assignment.layout.data
+    return plan_micro_batches([pair.tokens for pair in pairs], tokens, data)[place.data_rank]
 
 
 def sentence(accuracy: float, pairs: float) -> str:

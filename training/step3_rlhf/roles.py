@@ -1,9 +1,11 @@
 """The roles of step 3: the actor always, reference, critic and reward model where the settings have them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +13,24 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.cpu_weights import BlockedWeights
-from inference.tensor_parallel.group import TensorParallel
+from training.calls import ACTOR_GENERATE, CRITIC_SCORE, Call
 from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.dividing import divide, loads
-from training.hybrid_engine.group_scoring import GroupScoring
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.moving_average import MovingAverage
-from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of
+from training.hybrid_engine.reallocation import Reallocation
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
 from training.models.scorer import Scorer, at_last_token
-from training.role_settings import FrozenSettings
+from training.plan import Plan
+from training.role_settings import FrozenSettings, OptimizerSettings
 from training.stage import Stage
+from training.step3_rlhf.old_logprobs import iteration_calls
+from training.step3_rlhf.places import CallPlaces
 from training.steps import REWARD, SFT
 
 
@@ -46,153 +50,227 @@ def starting_scorer(stage: Stage) -> Path | None:
     return stage.model_directory(config.reward_model_source)
 
 
-def load_critic(stage: Stage, scorer: Path | None, chat_format: ChatFormat) -> Scorer:
+def load_critic(
+    stage: Stage, scorer: Path | None, chat_format: ChatFormat, dtype: torch.dtype, with_weights: bool
+) -> Scorer:
     """The critic as it starts."""
     assert scorer is not None
-    settings = stage.config.rlhf.critic
     trained = stage.config.rlhf.has_reward_model or bool(stage.config.trained_reward_model)
     layers = 0 if trained else stage.config.reward.layers
-    dtype, with_weights = loads(settings.zero_stage, stage.dtype, stage.ranks)
     model = load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights, trained=trained)
-    return Scorer(model, settings.lora)
+    return Scorer(model, stage.config.rlhf.critic.lora)
 
 
-def load_reward(stage: Stage, scorer: Path, chat_format: ChatFormat) -> Scorer:
+def load_reward(stage: Stage, scorer: Path, chat_format: ChatFormat, with_weights: bool) -> Scorer:
     """The reward model, which has learned already."""
-    _, with_weights = loads(stage.config.rlhf.reward.zero_stage, stage.dtype, stage.ranks)
     return Scorer(load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True))
 
 
 class Roles:
-    """Actor and critic under ZeRO; reference and reward frozen. The critic starts as the reward model."""
+    """Actor and critic under ZeRO; reference and reward frozen. The critic starts as the reward model.
+
+    Each lies where the plan runs its calls: a rank has those whose calls it takes part in.
+    """
 
     def __init__(self, stage: Stage, sft: Path, scorer: Path | None, chat_format: ChatFormat, updates: tuple[int, int]):
-        """`scorer` is that of `starting_scorer`; `updates` the optimiser steps that the learning rates of actor and
-        critic span."""
-        settings, ranks, dtype = stage.config.rlhf, stage.ranks, stage.dtype
-        self.settings = settings
-        loaded, with_weights = loads(settings.actor.zero_stage, dtype, ranks)
-        actor = load_causal_lm(sft, chat_format, loaded, with_weights=with_weights)
-        self.actor = ZeroEngine(Policy(actor, settings.actor.lora), settings.actor, dtype, updates[0], ranks)
-        critic = load_critic(stage, scorer, chat_format) if settings.has_critic else None
-        self._critic = None if critic is None else ZeroEngine(critic, settings.critic, dtype, updates[1], ranks)
-        self.ema = MovingAverage(self.actor, settings.ema) if settings.ema else None
-        tensor, scoring = settings.generation_tensor_parallel, settings.scoring_tensor_parallel
-        self._parts = {
-            degree: tensor_parallel_of(Layout.over(ranks.size, degree))  # checked in preparation
-            for degree in sorted({tensor, scoring.reference, scoring.reward, scoring.critic, 1})
-        }
-        self.generation_layout = Layout.over(ranks.size, tensor)
-        trained = Layout.over(ranks.size, zero_stage=settings.actor.zero_stage)
-        self.generator = Reallocation(
-            self.actor.language_model, trained, self.generation_layout, self._part(tensor), ranks
+        """All ranks make it. `scorer` is that of `starting_scorer`; `updates` the optimiser steps that the learning
+        rates of actor and critic span."""
+        settings, dtype = stage.config.rlhf, stage.dtype
+        self.settings, self.stage = settings, stage
+        self.calls = iteration_calls(settings, dtype)
+        self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
+        self.places = CallPlaces(self.plan, stage.ranks)
+        self.actor_is_reference = (
+            bool(settings.actor.lora.rank)
+            and settings.has_reference
+            and (self.plan["reference_score"].cut == self.plan["actor_train"].cut)
         )
+        """With its adapters switched off."""
+        self._engines: dict[str, ZeroEngine] = {}
+        """Of the roles that this rank trains."""
+        self._scoring: dict[str, nn.Module] = {}
+        """What scores here, by role, where it is not what is trained."""
+        self._moves: dict[str, Reallocation] = {}
+        """By the calls that use trained weights in another layout."""
         self.critic_scale: tuple[float, float] | None = None
         """Shift and scale that PPO gave it; None while it has its own."""
-        self._critic_view: Reallocation | None = None
-        self._critic_group: GroupScoring | None = None
-        if self._critic is not None and scoring.critic > 1:
-            part, layout = self._part(scoring.critic), Layout.over(ranks.size, scoring.critic)
-            trained = Layout.over(ranks.size, zero_stage=settings.critic.zero_stage)
-            self._critic_view = Reallocation(self._critic.language_model, trained, layout, part, ranks)
-            self._critic_group = GroupScoring(Scorer(cast(PreTrainedModel, self._critic_view.run())), part)
-        self._reference: nn.Module | GroupScoring | None = None
-        """None where there is none, or, with LoRA, the actor is it."""
-        if settings.has_reference and not settings.actor.lora.rank:
-            _, with_weights = loads(settings.reference.zero_stage, dtype, ranks)
-            reference = Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights))
-            self._reference = self._frozen(reference, settings.reference, scoring.reference, stage)
-        self._reward: nn.Module | GroupScoring | None = None
-        self.reward_is_normalized = True
-        """By step 2, which leaves a scale in the reward model's config.json."""
+
+        def load_actor(dtype: torch.dtype, with_weights: bool) -> Policy:
+            return Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights), settings.actor.lora)
+
+        self._train("actor", load_actor, settings.actor, updates[0])
+        if settings.has_critic:
+            self._train("critic", partial(load_critic, stage, scorer, chat_format), settings.critic, updates[1])
+        self.ema = MovingAverage(self.actor, settings.ema) if settings.ema and self.trains("actor") else None
+        if settings.has_reference and not self.actor_is_reference:
+
+            def load_reference(with_weights: bool) -> Policy:
+                return Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights))
+
+            self._freeze("reference", load_reference, settings.reference)
         if settings.has_reward_model:
             assert scorer is not None
-            reward = load_reward(stage, scorer, chat_format)
-            self.reward_is_normalized = (reward.shift, reward.scale) != (0.0, 1.0)
-            self._reward = self._frozen(reward, settings.reward, scoring.reward, stage)
-        frozen = [(self._reference, settings.reference), (self._reward, settings.reward)]
+            self._freeze("reward", partial(load_reward, stage, scorer, chat_format), settings.reward)
+        reward = cast(Scorer | None, self._scoring.get("reward"))
+        is_normalized = None if reward is None else (reward.shift, reward.scale) != (0.0, 1.0)
+        found = stage.ranks.gather(is_normalized, "loading the models")
+        self.reward_is_normalized = next((each for each in found if each is not None), True)
+        """By step 2, which leaves a scale in the reward model's config.json."""
         self._frozen_blocked = [
-            BlockedWeights(role.role if isinstance(role, GroupScoring) else role)
-            for role, placed in frozen
-            if role is not None and placed.zero_stage == 0
+            BlockedWeights(module)
+            for role, module in self._scoring.items()
+            if self.plan[f"{role}_score"].layout.zero_stage == 0
         ]
 
-    def _part(self, degree: int) -> TensorParallel:
-        """This rank's of a tensor-parallel group of so many; every rank is in one."""
-        part = self._parts[degree]
-        assert part is not None
-        return part
+    def _train(
+        self, role: str, load: Callable[[torch.dtype, bool], Policy | Scorer], settings: OptimizerSettings, updates: int
+    ) -> None:
+        """Make the engine of a role on the ranks that train it, and on all what brings its weights to other calls."""
+        home, dtype = self.plan[f"{role}_train"].layout, self.stage.dtype
+        placed = settings.model_copy(update={"zero_stage": home.zero_stage})
+        elsewhere = [
+            call
+            for call in self.calls
+            if call.role == role and self.plan[call.name].cut != self.plan[f"{role}_train"].cut
+        ]
+        torch.manual_seed(self.stage.config.seed)  # what is drawn does not depend on which roles lie here
+        if place := self.places.get(f"{role}_train"):
+            loaded, with_weights = loads(home.zero_stage, dtype, place.ranks)
+            engine = ZeroEngine(load(loaded, with_weights), placed, dtype, updates, place.ranks)
+            self._engines[role] = engine
+            model = engine.language_model
+        elif elsewhere:
+            model = load(dtype, False).to(dtype).model
+        for call in elsewhere:
+            target, place = self.plan[call.name].layout, self.places.get(call.name)
+            part, divides = None, None
+            if place is not None:
+                part, divides = place.tensor_parallel, partial(divide_to_score, dtype=dtype, ranks=place.ranks)
+            self._moves[call.name] = Reallocation(
+                model, home, target, part, self.stage.ranks, divide=divides if target.zero_stage == 3 else None
+            )
 
-    def _frozen(
-        self, role: Policy | Scorer, settings: FrozenSettings, degree: int, stage: Stage
-    ) -> nn.Module | GroupScoring:
-        """A role that only scores: whole on every rank, divided by ZeRO 3, or this rank's tensor-parallel part."""
-        if degree == 1:
-            return freeze(role, settings, stage.dtype, stage.ranks)
-        part, size = self._part(degree), stage.ranks.size
-        shard = Reallocation(role.model, Layout.over(size), Layout.over(size, degree), part, stage.ranks).run()
-        role.model = cast(PreTrainedModel, shard)  # the whole one is forgotten here
-        return GroupScoring(freeze(role, settings, stage.dtype, stage.ranks), part)
+    def _freeze(self, role: str, load: Callable[[bool], Policy | Scorer], settings: FrozenSettings) -> None:
+        """Load a role that only scores, where it does: whole on every rank, divided by ZeRO 3, or a tensor-parallel
+        part."""
+        place = self.places.get(f"{role}_score")
+        if place is None:
+            return
+        layout, ranks = place.assignment.layout, place.ranks
+        _, with_weights = loads(layout.zero_stage, self.stage.dtype, ranks)
+        module = load(with_weights)
+        if layout.tensor > 1:
+            order = sorted(layout.mesh)
+            local = replace(layout, mesh=tuple(order.index(rank) for rank in layout.mesh))
+            whole = Layout.over(ranks.size)
+            part = Reallocation(module.model, whole, local, place.tensor_parallel, ranks).run()
+            module.model = cast(PreTrainedModel, part)  # the whole one is forgotten here
+        placed = settings.model_copy(update={"zero_stage": layout.zero_stage})
+        self._scoring[role] = freeze(module, placed, self.stage.dtype, ranks)
+
+    def trains(self, role: str) -> bool:
+        """Whether this rank does."""
+        return role in self._engines
+
+    @property
+    def actor(self) -> ZeroEngine:
+        """On ranks that train it."""
+        return self._engines["actor"]
 
     @property
     def critic(self) -> ZeroEngine:
-        """Only `advantage=gae` has one."""
-        assert self._critic is not None
-        return self._critic
+        """On ranks that train it; only `advantage=gae` has one."""
+        return self._engines["critic"]
+
+    def generator(self) -> nn.Module | None:
+        """The actor's language model with the present weights as generation wants it, the same module each time; None
+        on ranks that do not generate. All ranks call it."""
+        return self._brought(ACTOR_GENERATE)
+
+    def _brought(self, call: Call) -> nn.Module | None:
+        """The language model of a trained role, with its present weights in the layout of `call`."""
+        if (move := self._moves.get(call.name)) is None:
+            return self._engines[call.role].language_model if call.name in self.places else None
+        if call.name in self.places or self.trains(call.role):
+            return move.run()
+        return None
 
     def scale_critic(self, shift: float, scale: float) -> None:
         """Give the critic, which starts as the reward model, the scale that the scores of that model got."""
         self.critic_scale = shift, scale
-        group = [self._critic_group.role] if self._critic_group is not None else []
-        for critic in (self.critic.module, *group):
-            cast(Scorer, critic).shift, cast(Scorer, critic).scale = shift, scale
+        for critic in (self._engines.get("critic"), self._scoring.get("critic")):
+            if critic is not None:
+                scorer = cast(Scorer, getattr(critic, "module", critic))
+                scorer.shift, scorer.scale = shift, scale
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Inside, the critic that scores has the present weights, and reference, reward and critic have theirs in
-        blocked order on a CPU, where no ZeRO 3 divides them.
+        """Inside, trained roles score with their present weights, and reference, reward and critic have theirs in
+        blocked order on a CPU, where no ZeRO 3 divides them. All ranks enter it.
 
         Not the actor: old log-probabilities must round as in training.
         """
         blocked = list(self._frozen_blocked)
-        if self._critic_view is not None:
-            blocked.append(BlockedWeights(cast(nn.Module, self._critic_view.run())))
-        elif self._critic is not None and self._critic.settings.zero_stage < 3:
-            blocked.append(BlockedWeights(self._critic.module))
+        for call in self.calls:
+            if call.kind == "score" and call.name in self._moves:
+                self._use(call, self._brought(call))
+        if CRITIC_SCORE.name in self.places and self.plan[CRITIC_SCORE.name].layout.zero_stage < 3:
+            blocked.append(BlockedWeights(self._scoring.get("critic") or self.critic.module))
         with ExitStack() as stack:
             for weights in blocked:
                 stack.enter_context(weights.in_use())
             yield
 
+    def _use(self, call: Call, model: nn.Module | None) -> None:
+        """Score with `model`, which is the same each time, or None where this rank does not."""
+        if model is None or call.role in self._scoring:
+            return
+        module: nn.Module = (Policy if call.role == "actor" else Scorer)(cast(PreTrainedModel, model))
+        if self.plan[call.name].layout.zero_stage == 3:
+            module = gathering(module, self.stage.dtype, self.places[call.name].ranks)
+        self._scoring[call.role] = module
+        if call.role == "critic" and self.critic_scale is not None:
+            self.scale_critic(*self.critic_scale)
+
+    def _ask(self, role: str, *inputs: Any) -> Any:
+        """The forward pass of a role in its score call."""
+        if role not in self._scoring:
+            return self._engines[role](*inputs)
+        with self.places[f"{role}_score"].ranks.as_world():
+            return self._scoring[role](*inputs)
+
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch) -> Tensor:
-        """Of the actor, float32 (response tokens)."""
+        """Of the actor as it is trained, float32 (response tokens)."""
         return self.actor(batch, self.settings.temperature)[0]
+
+    @torch.no_grad()
+    def old_logprobs(self, batch: TokenBatch) -> Tensor:
+        """Of the actor as its score call has it, float32 (response tokens)."""
+        return self._ask("actor", batch, self.settings.temperature)[0]
 
     @torch.no_grad()
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:
         """Of the frozen SFT model, at the temperature of the policy; float32 (response tokens)."""
-        if self._reference is not None:
-            return self._reference(batch, self.settings.temperature)[0]
+        if not self.actor_is_reference:
+            return self._ask("reference", batch, self.settings.temperature)[0]
         with cast(Policy, self.actor.module).without_adapter():
             return self.actor(batch, self.settings.temperature)[0]
 
     @torch.no_grad()
     def values(self, batch: TokenBatch) -> Tensor:
         """Of the critic, float32 (response tokens)."""
-        critic = self._critic_group or self.critic
-        return response_values(critic(batch), batch)
+        return response_values(self._ask("critic", batch), batch)
 
     @torch.no_grad()
     def scores(self, batch: TokenBatch) -> Tensor:
         """Of the reward model at each sample's last token, float32 (rows)."""
-        assert self._reward is not None
-        return at_last_token(self._reward(batch), batch)
+        return at_last_token(self._ask("reward", batch), batch)
 
     def score(self, role: str, batch: TokenBatch) -> Tensor:
         """The score call of a role (`training.calls`): what it makes of `batch`."""
         calls = {
-            "actor": self.logprobs,
+            "actor": self.old_logprobs,
             "reference": self.reference_logprobs,
             "reward": self.scores,
             "critic": self.values,
@@ -200,17 +278,15 @@ class Roles:
         return calls[role](batch)
 
     def save(self, directory: Path) -> None:
-        """All ranks call it."""
-        self.actor.save(directory / "actor")
-        if self._critic is not None:
-            self._critic.save(directory / "critic")
+        """All ranks call it; each role is saved by those that train it."""
+        for role, engine in self._engines.items():
+            engine.save(directory / role)
         if self.ema is not None:
             self.ema.save(directory / "ema")
 
     def load(self, directory: Path) -> None:
-        self.actor.load(directory / "actor")
-        if self._critic is not None:
-            self._critic.load(directory / "critic")
+        for role, engine in self._engines.items():
+            engine.load(directory / role)
         if self.ema is not None:
             self.ema.load(directory / "ema")
 
@@ -225,8 +301,23 @@ def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype, ranks
     model.eval().requires_grad_(False)
     if settings.zero_stage == 0:
         return model.to(ranks.device)
+    divide_to_score(model, dtype, ranks, settings)
+    return gathering(model, dtype, ranks, settings)
+
+
+DIVIDED = FrozenSettings(zero_stage=3)
+
+
+def divide_to_score(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> None:
+    """By ZeRO 3, in place."""
+    with ranks.as_world():
+        divide(model, deepspeed_config(settings.as_optimizer, dtype, trained=False), dtype, ranks)
+
+
+def gathering(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> nn.Module:
+    """`model`, which is divided, with a forward pass that gathers what it needs."""
     config = deepspeed_config(settings.as_optimizer, dtype, trained=False)
-    divide(model, config, dtype, ranks)
-    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    with ranks.as_world():
+        engine, *_ = deepspeed.initialize(model=model.eval(), config=config, dist_init_required=False)
     engine.eval()  # returns nothing, unlike torch's
     return engine

@@ -1,7 +1,7 @@
 """Generation and scoring of one iteration: one after the other, or fused at sample level."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,19 +11,27 @@ from inference.chat_format import ChatFormat
 from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from training.calls import ACTOR_SCORE
-from training.data.batching import TokenBatch, plan_micro_batches
+from training.calls import ACTOR_GENERATE, Call
+from training.data.batching import TokenBatch
 from training.fusion.choice import Choice
 from training.fusion.costs import Measured
 from training.fusion.fusion import Fusion
 from training.fusion.rollout import Report
 from training.fusion.simulator import Job
+from training.plan import Assignment, Plan
 from training.stage import Stage
 from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, token_batch
 from training.step3_rlhf.gathering import gather_experience, gather_scores
-from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.roles import Roles
+
+
+def scores_alone(plan: Plan, ranks: int) -> bool:
+    """Whether every rank generates, and scores in all roles without another: then stages can be fused."""
+    layouts = [assignment.layout for name, assignment in plan.assignments.items() if not name.endswith("_train")]
+    scoring = [assignment.layout for name, assignment in plan.assignments.items() if name.endswith("_score")]
+    everywhere = all(layout.mesh == tuple(range(ranks)) for layout in layouts)
+    return everywhere and all(layout.is_whole for layout in scoring)
 
 
 class Rollouts:
@@ -34,9 +42,10 @@ class Rollouts:
         settings = stage.config.rlhf
         limit = stage.config.data.max_response_tokens
         self.sampling = SamplingSettings(limit, settings.temperature, min_tokens=settings.min_response_tokens)
-        self.calls = iteration_calls(settings, stage.dtype)
-        scores_alone = not settings.divided_scorer and (ACTOR_SCORE not in self.calls or settings.actor.zero_stage < 3)
-        self.fusion = Fusion(stage, roles.generation_layout, scores_alone)
+        self.generation = roles.places.get(ACTOR_GENERATE.name)
+        """None where this rank does not generate."""
+        self.scoring = [call for call in roles.calls if call.kind == "score"]
+        self.fusion = Fusion(stage, roles.plan[ACTOR_GENERATE.name], scores_alone(roles.plan, stage.ranks.size))
         self.engine: GenerationEngine | None = None
         self.forced_lengths: Callable[[int], list[int]] | None = None
         """For measuring: iteration -> the length of each response."""
@@ -50,32 +59,53 @@ class Rollouts:
         limits = [self.sampling.max_tokens] * len(prompts)
         if self.forced_lengths is not None:
             limits = self.forced_lengths(number)
-        ours = [Sample(index, prompts[index], limits[index]) for index in shares[self.fusion.place.instance]]
-        largest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-        room = (0, 0) if choice.policy is None else (len(prompts), largest)  # for samples of other instances
-        key = SamplingKey(self.stage.config.seed, number)
-        decoding = engine.start(ours, self.sampling, key, may_end=self.forced_lengths is None, room=room)
+        decoding = None
+        if engine is not None:
+            ours = [Sample(index, prompts[index], limits[index]) for index in shares[self.fusion.place.instance]]
+            largest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+            room = (0, 0) if choice.policy is None else (len(prompts), largest)  # for samples of other instances
+            key = SamplingKey(self.stage.config.seed, number)
+            decoding = engine.start(ours, self.sampling, key, may_end=self.forced_lengths is None, room=room)
         return Rollout(self, number, prompts, seats, choice, shares, decoding, clock, begun)
 
-    def generation_engine(self) -> GenerationEngine:
-        """Generates with the actor's present weights; its memory is kept from iteration to iteration."""
-        model = self.roles.generator.run()
-        assert model is not None
+    def generation_engine(self) -> GenerationEngine | None:
+        """Generates with the actor's present weights; its memory is kept from iteration to iteration. None where this
+        rank does not generate. All ranks call it."""
+        model = self.roles.generator()
+        if model is None or self.generation is None:
+            return None
         if self.engine is None or self.engine.model is not model:
-            chat_format, slots = self.chat_format, self.stage.config.rlhf.generation_batch
+            settings, chat_format = self.stage.config.rlhf, self.chat_format
+            samples = settings.prompts_per_iteration * settings.samples_per_prompt
+            slots = self.generation.assignment.together(samples)
             self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots)
         self.engine.weights_changed()
         return self.engine
 
-    def begin_scoring(self, rows: list[Experience]) -> Callable[[], list[Experience]]:
-        """Start the forward passes of all roles on `rows`; what is returned waits for them and gives scored rows."""
+    def generate(self, prompts: list[Tensor], key: SamplingKey) -> list[tuple[list[int], bool]]:
+        """The response to each prompt, and whether it ended, on every rank: whichever of them generate."""
+        engine = self.generation_engine()
+        samples = [] if engine is None else engine.generate(prompts, self.sampling, key)
+        found = [(each.response_ids, each.ended) for each in sorted(samples, key=lambda each: each.index)]
+        return max(self.stage.ranks.gather(found, "answers to fixed prompts"), key=len)
+
+    @property
+    def scored_together(self) -> list[list[Call]]:
+        """The calls that score, those with one assignment together: they share micro-batches."""
+        groups: dict[Assignment, list[Call]] = {}
+        for call in self.scoring:
+            groups.setdefault(self.roles.plan[call.name], []).append(call)
+        return list(groups.values())
+
+    def begin_scoring(self, rows: list[Experience], calls: Sequence[Call] = ()) -> Callable[[], list[Experience]]:
+        """Start the forward passes of `calls` (default: all that score) on `rows`; what is returned waits for them and
+        gives scored rows."""
         batch = token_batch(rows, self.stage.ranks.device)
         sizes = [len(e.response) for e in rows]
         taught = self.as_taught(rows) if self.stage.config.rlhf.has_reward_model else batch
         found = {
             call.outputs[0]: self.roles.score(call.role, taught if call.role == "reward" else batch)
-            for call in self.calls
-            if call.kind == "score"
+            for call in calls or self.scoring
         }
 
         def finish() -> list[Experience]:
@@ -93,15 +123,10 @@ class Rollouts:
         as_read = [(e.prompt, torch.tensor(self.chat_format.as_taught(e.response.tolist()))) for e in rows]
         return TokenBatch.of(as_read, self.stage.ranks.device)
 
-    @property
-    def numbers(self) -> list[str]:
-        """What scoring finds for each token, by the names of Experience; scores are one a sample."""
-        return [call.outputs[0] for call in self.calls if call.kind == "score" and call.role != "reward"]
-
     def work(self) -> dict[str, float]:
         """How full the slots were, and the rows decoded against the tokens kept; over all instances."""
-        assert self.engine is not None
-        stats = self.engine.stats if self.fusion.place.speaks else None  # an instance works on one batch
+        speaks = self.engine is not None and self.fusion.place.speaks
+        stats = self.engine.stats if self.engine is not None and speaks else None  # an instance works on one batch
         shares = [share for share in self.stage.ranks.gather(stats) if share is not None]
         row_steps, slot_steps = sum(s.row_steps for s in shares), sum(s.decode_steps * s.slots for s in shares)
         return {
@@ -123,7 +148,8 @@ class Rollout:
     choice: Choice
     shares: list[list[int]]
     """The samples that each instance begins."""
-    decoding: Decoding
+    decoding: Decoding | None
+    """None where this rank does not generate."""
     clock: Clock
     begun: float
     report: Report = field(default_factory=Report)
@@ -137,7 +163,7 @@ class Rollout:
         """Without fusion: all samples, not scored."""
         with self.clock.phase("time/generate"):
             ended: list[Sample] = []
-            while not self.decoding.is_over:
+            while self.decoding is not None and not self.decoding.is_over:
                 start = time.perf_counter()
                 ended += [sample for sample in self.decoding.step() if sample.is_over]
                 end = time.perf_counter()
@@ -149,23 +175,31 @@ class Rollout:
             return gather_experience(self.rollouts.stage.ranks, ours, self.prompts, ["generation_logprobs"])
 
     def score(self, experience: list[Experience]) -> list[Experience]:
-        """Without fusion: all samples scored; each rank computes a like part of them."""
-        ranks, budget = self.rollouts.stage.ranks, self.rollouts.stage.config.rlhf.micro_batch_tokens
+        """Without fusion: all samples scored; the ranks of a call compute like parts of them."""
+        groups, ranks = self.rollouts.scored_together, self.rollouts.stage.ranks
         with self.clock.phase("time/score"), self.rollouts.roles.scoring(), self.clock.timeline.span("score"):
-            scored: list[Experience] = []
-            plan = plan_micro_batches([e.length for e in experience], budget, ranks.size)[ranks.rank]
-            for micro_batch in plan:
-                start = time.perf_counter()
-                rows = self.rollouts.begin_scoring([experience[row] for row in micro_batch.rows])()
-                tokens = sum(e.length for e in rows)
-                self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
-                scored += rows if micro_batch.weight else []
+            scored = [self._scored(experience, calls) for calls in groups]
         with self.clock.phase("time/gather"):
-            return gather_scores(ranks, scored, experience, self.rollouts.numbers)
+            for calls, ours in zip(groups, scored, strict=True):
+                experience = gather_scores(ranks, ours, experience, [call.outputs[0] for call in calls])
+        return experience
+
+    def _scored(self, experience: list[Experience], calls: Sequence[Call]) -> list[Experience]:
+        """What this rank says of its part of the samples, in calls that share micro-batches."""
+        place = self.rollouts.roles.places.get(calls[0].name)
+        scored: list[Experience] = []
+        for micro_batch in place.micro_batches([e.length for e in experience]) if place is not None else []:
+            start = time.perf_counter()
+            rows = self.rollouts.begin_scoring([experience[row] for row in micro_batch.rows], calls)()
+            tokens = sum(e.length for e in rows)
+            self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
+            scored += rows if micro_batch.weight else []
+        return scored if place is not None and place.speaks else []
 
     def generate_and_score(self) -> list[Experience]:
         """Fused: the same samples with the same numbers."""
         fusion = self.rollouts.fusion
+        assert self.decoding is not None  # every rank generates and scores
 
         def begin(samples: list[Sample]) -> Callable[[], list[Experience]]:
             return self.rollouts.begin_scoring([Experience.of(sample) for sample in samples])
@@ -176,7 +210,8 @@ class Rollout:
                     self.decoding, self.prompts, self.choice, board, begin, self.clock.timeline
                 )
             with self.clock.phase("time/gather"):
-                numbers = ["generation_logprobs", *self.rollouts.numbers]
+                found = [call.outputs[0] for call in self.rollouts.scoring if call.role != "reward"]
+                numbers = ["generation_logprobs", *found]
                 return gather_experience(self.rollouts.stage.ranks, scored, self.prompts, numbers)
 
     def learn(self, experience: list[Experience]) -> dict[str, float]:
@@ -184,5 +219,5 @@ class Rollout:
         achieved = time.perf_counter() - self.begun
         jobs = [Job(i, len(e.prompt), len(e.response)) for i, e in enumerate(experience)]
         return self.rollouts.fusion.learn(
-            self.number, self.choice, self.shares, self.seats, jobs, self.report, achieved, self.decoding.cache
+            self.number, self.choice, self.shares, self.seats, jobs, self.report, achieved, self.decoding
         )

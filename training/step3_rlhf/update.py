@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
+from training.data.batching import MicroBatch, TokenBatch
 from training.hybrid_engine.overflow import step_together
 from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, TokenTargets, token_batch
+from training.step3_rlhf.places import CallPlace
 from training.step3_rlhf.ptx import Demonstrations, Drawn
 from training.step3_rlhf.roles import Roles, response_values
 
@@ -28,7 +29,7 @@ class Batch:
     experience: list[Experience]
     targets: Targets
     seats: list[int]
-    """Places in the data of the samples' prompts."""
+    """CallPlaces in the data of the samples' prompts."""
     kl_coefficient: float
 
 
@@ -78,10 +79,12 @@ class Statistics:
 
 
 def pooled(parts: Sequence[Statistics]) -> Statistics:
-    """Of ranks or mini-batches that have the same names."""
+    """Of ranks or mini-batches; each has the names of what it trained."""
+    sums = dict.fromkeys(name for part in parts for name in part.sums)
+    largest = dict.fromkeys(name for part in parts for name in part.largest)
     return Statistics(
-        {name: sum(part.sums[name] for part in parts) for name in parts[0].sums},
-        {name: max(part.largest[name] for part in parts) for name in parts[0].largest},
+        {name: sum(part.sums.get(name, 0.0) for part in parts) for name in sums},
+        {name: max(part.largest.get(name, 0.0) for part in parts) for name in largest},
     )
 
 
@@ -92,6 +95,34 @@ class Update:
     metrics: dict[str, float] = field(default_factory=dict)
     mini_batches: list[dict[str, float]] = field(default_factory=list)
     """The metrics of each one."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is known of a mini-batch after its updates: on a rank, and then of all of them."""
+
+    epoch: int
+    place: int
+    tokens: int
+    statistics: Statistics = field(default_factory=Statistics)
+    step: dict[str, float] = field(default_factory=dict)
+    """What the optimiser steps themselves gave, by the names of the metrics."""
+
+    @classmethod
+    def together(cls, parts: Sequence["Done"]) -> "Done":
+        """Of the ranks, in their order: those that train a role say the same of its steps."""
+        step = {name: value for part in reversed(parts) for name, value in part.step.items()}
+        first = parts[0]
+        return cls(first.epoch, first.place, first.tokens, pooled([part.statistics for part in parts]), step)
+
+    @property
+    def row(self) -> dict[str, float]:
+        return {
+            "epoch": self.epoch,
+            "mini_batch": self.place,
+            **self.statistics.means(self.tokens),
+            **self.step,
+        }
 
 
 @dataclass(frozen=True)
@@ -112,51 +143,63 @@ class Pass:
 class Updates:
     """Those of a run. The losses themselves are in `ppo_math`."""
 
-    def __init__(self, stage: Stage, roles: Roles, trained: list[str], ptx: Demonstrations | None):
-        """`trained` names the roles that are."""
+    def __init__(self, stage: Stage, roles: Roles, ptx: Demonstrations | None):
         self.stage, self.settings, self.ranks, self.roles = stage, stage.config.rlhf, stage.ranks, roles
-        self.trained, self.ptx = trained, ptx
+        self.ptx = ptx
+        self.steps_together = stage.dtype == torch.float16 and self.settings.align_overflow
+        """Whether all roles make an optimiser step, or none."""
 
     def run(self, batch: Batch) -> Update:
         """Every PPO epoch: mini-batches of shuffled samples, an optimiser step of actor and critic on each.
 
-        Ends before its time where a mini-batch shows that the policy has left the old one by rlhf.ppo_kl_stop.
+        Ranks that train different roles go at their own pace, and tell each other in the end. With rlhf.ppo_kl_stop
+        they do so after every mini-batch, and end before their time where one shows that the policy has left the old
+        one so far.
         """
-        settings = self.settings
-        statistics: list[Statistics] = []
-        steps: list[dict[str, float]] = []
-        rows: list[dict[str, float]] = []
-        tokens = 0
+        settings, stops = self.settings, self.settings.ppo_kl_stop > 0
+        ours: list[Done] = []
+        done: list[Done] = []
         for epoch, place in itertools.product(range(settings.ppo_epochs), range(settings.mini_batches)):
             order = list(range(len(batch.experience)))
             random.Random(f"{self.stage.config.seed}/samples/{batch.number}/{epoch}").shuffle(order)
             update = ((batch.number - 1) * settings.ppo_epochs + epoch) * settings.mini_batches + place
             mini_batch = MiniBatch(batch, order[place :: settings.mini_batches], update)
-            found, step = self.mini_batch(mini_batch)
-            statistics.append(found)
-            steps.append(step)
-            rows.append({"epoch": epoch, "mini_batch": place, **found.means(mini_batch.tokens), **step})
-            tokens += mini_batch.tokens
-            if 0 < settings.ppo_kl_stop < rows[-1].get("kl/old_k3", 0.0):
-                break
-        metrics = pooled(statistics).means(tokens) | steps[-1] | {"update/mini_batches": len(rows)}
+            ours.append(self.mini_batch(mini_batch, Done(epoch, place, mini_batch.tokens)))
+            if stops:
+                done += self.told([ours.pop()])
+                if settings.ppo_kl_stop < done[-1].row.get("kl/old_k3", 0.0):
+                    break
+        done += self.told(ours)
+        rows = [each.row for each in done]
+        tokens = sum(each.tokens for each in done)
+        metrics = pooled([each.statistics for each in done]).means(tokens) | done[-1].step
+        metrics["update/mini_batches"] = len(done)
         if "kl/old_k3" in metrics:  # not in the critic's warm-up
             metrics["kl/old_k3_max"] = max(row["kl/old_k3"] for row in rows)
         return Update(metrics, rows)
 
-    def mini_batch(self, mini_batch: MiniBatch) -> tuple[Statistics, dict[str, float]]:
-        """One optimiser step of each trained role: the statistics of all ranks, and what the steps themselves gave."""
-        settings, ours = self.settings, Statistics()
-        plan = plan_micro_batches(mini_batch.lengths, settings.micro_batch_tokens, self.ranks.size)[self.ranks.rank]
+    def told(self, ours: list[Done]) -> list[Done]:
+        """Mini-batches as all ranks together know them; each tells what it has found."""
+        return [Done.together(parts) for parts in zip(*self.ranks.gather(ours, "what updates gave"), strict=True)]
+
+    def passes(self, mini_batch: MiniBatch, statistics: Statistics) -> dict[str, list[Pass]]:
+        """This rank's, by role."""
+        losses = {"actor": self.actor_loss, "critic": self.critic_loss}
+        if mini_batch.batch.number <= self.settings.critic_warmup:
+            del losses["actor"]
         passes: dict[str, list[Pass]] = {}
-        if "actor" in self.trained and mini_batch.batch.number > settings.critic_warmup:
-            passes["actor"] = [Pass(each, partial(self.actor_loss, mini_batch, ours)) for each in plan]
-            if self.ptx is not None:
-                passes["actor"] += self.ptx_passes(self.ptx, mini_batch, ours)
-        if "critic" in self.trained:
-            passes["critic"] = [Pass(each, partial(self.critic_loss, mini_batch, ours)) for each in plan]
-        steps, stepped = self.step(passes)
-        found: dict[str, float] = {}
+        for role, loss in losses.items():
+            if (place := self.roles.places.get(f"{role}_train")) is not None:
+                one = partial(loss, mini_batch, statistics)
+                passes[role] = [Pass(each, one) for each in place.micro_batches(mini_batch.lengths)]
+                if role == "actor" and self.ptx is not None:
+                    passes[role] += self.ptx_passes(self.ptx, place, mini_batch, statistics)
+        return passes
+
+    def mini_batch(self, mini_batch: MiniBatch, done: Done) -> Done:
+        """One optimiser step of each role that this rank trains, noted in `done`."""
+        steps, stepped = self.step(self.passes(mini_batch, done.statistics))
+        found = done.step
         if actor := steps.get("actor"):
             found |= {"policy/grad_norm": actor["grad_norm"], "policy/lr": actor["lr"]}
         if critic := steps.get("critic"):
@@ -166,7 +209,7 @@ class Updates:
             raise self.diverged("The gradient is not finite", mini_batch.batch, mini_batch.rows)
         if self.roles.ema is not None and stepped and "actor" in steps:
             self.roles.ema.update()
-        return pooled(self.ranks.gather(ours)), found
+        return done
 
     def actor_loss(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Tensor:
         """A micro-batch's share of the actor's mean loss a token."""
@@ -202,11 +245,13 @@ class Updates:
         statistics.add(loss, micro_batch.weight)
         return self.settings.ptx.coefficient * loss.total
 
-    def ptx_passes(self, ptx: Demonstrations, mini_batch: MiniBatch, statistics: Statistics) -> list[Pass]:
+    def ptx_passes(
+        self, ptx: Demonstrations, place: CallPlace, mini_batch: MiniBatch, statistics: Statistics
+    ) -> list[Pass]:
         """This rank's, over the demonstrations of an optimiser step."""
         drawn = ptx.draw(*self.demonstrations_of(mini_batch.update, len(mini_batch.batch.experience)))
-        plan = plan_micro_batches(drawn.lengths, self.settings.micro_batch_tokens, self.ranks.size)[self.ranks.rank]
-        return [Pass(each, partial(self.ptx_loss, drawn, mini_batch, statistics)) for each in plan]
+        loss = partial(self.ptx_loss, drawn, mini_batch, statistics)
+        return [Pass(each, loss) for each in place.micro_batches(drawn.lengths)]
 
     def demonstrations_of(self, update: int, samples: int) -> tuple[int, int]:
         """Where those of an optimiser step begin, counted through all updates of the run, and how many they are: each
@@ -223,11 +268,11 @@ class Updates:
         In fp16 with rlhf.align_overflow all roles step, or none.
         """
         engines = {role: self.roles.critic if role == "critic" else self.roles.actor for role in passes}
-        if self.stage.dtype != torch.float16 or not self.settings.align_overflow or len(passes) == 1:
+        if not self.steps_together:
             return {role: engine.update(passes[role], Pass.run) for role, engine in engines.items()}, True
         for role, engine in engines.items():
             engine.accumulate(passes[role], Pass.run)
-        steps, stepped = step_together(list(engines.values()))
+        steps, stepped = step_together(list(engines.values()), self.ranks)
         return dict(zip(engines, steps, strict=True)), stepped
 
     def require_finite(self, loss: Tensor, name: str, batch: Batch, rows: list[int]) -> None:

@@ -134,7 +134,7 @@ def overflow_of_one(ranks, directory):
     for factor in (float("inf"), 1.0):
         accumulate(actor, 1.0)
         accumulate(critic, factor)
-        stepped = step_together([actor, critic])[1]
+        stepped = step_together([actor, critic], ranks)[1]
         found.append((stepped, same(actor), same(critic)))
     return found
 
@@ -216,14 +216,17 @@ class Checker:
 @pytest.mark.parametrize(("actor", "critic"), [*itertools.product((False, True), repeat=2)])
 def test_fp16_roles_step_together_and_only_who_overflowed_lowers_its_scale(kind, actor, critic):
     """With fake engines: fp16 does not run on a CPU."""
+    from training.distributed import Ranks
     from training.hybrid_engine.overflow import step_together
 
-    optimizers = [kind(actor), kind(critic)]
+    alone, optimizers = Ranks(0, 1, torch.device("cpu")), [kind(actor), kind(critic)]
     engines = [
-        SimpleNamespace(engine=SimpleNamespace(optimizer=optimizer), step=lambda optimizer=optimizer: optimizer.step())
+        SimpleNamespace(
+            engine=SimpleNamespace(optimizer=optimizer), step=lambda each=optimizer: each.step(), ranks=alone
+        )
         for optimizer in optimizers
     ]
-    _, stepped = step_together(engines)
+    _, stepped = step_together(engines, alone)
     assert stepped == (not actor and not critic)
     assert [optimizer.steps for optimizer in optimizers] == [int(stepped)] * 2
     assert [optimizer.scale for optimizer in optimizers] == [32.0 if own else 64.0 for own in (actor, critic)]

@@ -97,8 +97,11 @@ class TestFamily:
         before = model.config._attn_implementation
         logprobs, _ = Policy(model.train())(TokenBatch.of(ROWS, CPU))  # no dropout is left
         logprobs.sum().backward()
-        model.eval().config._attn_implementation = before
+        begun = [ROWS[0], (ROWS[0][0], ROWS[1][1])]
+        shared, _ = Policy(model.eval())(TokenBatch.of(begun, CPU))  # computed once as far as they are the same
+        model.config._attn_implementation = before
         assert torch.allclose(logprobs, expected, atol=1e-4)
+        assert torch.allclose(shared, torch.cat([plain_logprobs(model, *row) for row in begun]), atol=1e-4)
         assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
 
     def test_with_more_tokens_saved_as_it_is_opened(self, model):

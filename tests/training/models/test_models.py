@@ -83,7 +83,12 @@ def tokens(length: int, seed: int) -> torch.Tensor:
     return torch.randint(5, 96, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-ROWS = [(tokens(7, 1), tokens(5, 2)), (tokens(3, 3), tokens(2, 4)), (tokens(12, 5), tokens(9, 6))]
+ROWS = [
+    (tokens(7, 1), tokens(5, 2)),
+    (tokens(3, 3), tokens(2, 4)),
+    (tokens(12, 5), tokens(9, 6)),
+    (tokens(7, 1), torch.cat([tokens(5, 2)[:3], tokens(4, 7)])),  # begins as the first one does
+]
 
 
 @pytest.fixture(scope="module")

@@ -297,7 +297,7 @@ def test_gradients_are_those_of_plain_torch(task, base):
     loss.backward()
     theirs = dict(model.named_parameters())
     for name, parameter in task.engine.model.named_parameters():
-        assert torch.allclose(parameter.grad, theirs[name].grad, atol=1e-6), name
+        assert torch.allclose(parameter.grad, theirs[name].grad, atol=4e-6), name
 
 
 @pytest.mark.parametrize(("source", "expected"), [("base", "base"), ("sft", "tiny")])

@@ -50,14 +50,15 @@ def test_after_generation_there_are_its_own_log_probabilities_and_nothing_else()
         assert torch.equal(e.values, torch.zeros(e.index + 1)) and torch.equal(e.reference_logprobs, e.values)
 
 
+@pytest.mark.parametrize("with_scores", [True, False])
 @pytest.mark.parametrize("numbers", [["reference_logprobs", "values"], ["logprobs", "reference_logprobs"], []])
-def test_scores_go_to_the_samples_that_every_rank_has(numbers):
+def test_scores_go_to_the_samples_that_every_rank_has(numbers, with_scores):
     known = [dataclasses.replace(experience_of(i), score=9.0, **dict.fromkeys(ALL, torch.zeros(0))) for i in range(4)]
     sent = [pack([experience_of(i) for i in share], numbers, with_tokens=False) for share in SHARES]
-    scored = gather_scores(ranks_that_send(sent), [], known, numbers)
+    scored = gather_scores(ranks_that_send(sent), [], known, [*numbers, *["scores"] * with_scores])
     assert len(scored) == len(known)
     for e in scored:
-        expected = everything(experience_of(e.index))
+        expected = everything(experience_of(e.index)) | ({} if with_scores else {"score": 9.0})
         assert everything(e) == {**expected, **{name: [] for name in ALL if name not in numbers}}
     assert [len(words) for words in sent] == [9 + 4 * len(numbers), 1, 9 + 6 * len(numbers)]  # no response ids
 
@@ -65,8 +66,4 @@ def test_scores_go_to_the_samples_that_every_rank_has(numbers):
 def test_one_rank_keeps_what_it_has(monkeypatch):
     monkeypatch.setattr(gathering, "pack", None)
     ours = [experience_of(i) for i in (1, 0)]
-    for got in (
-        gather_experience(SimpleNamespace(size=1), ours, PROMPTS, ALL),
-        gather_scores(SimpleNamespace(size=1), ours, [], ALL),
-    ):
-        assert got == [ours[1], ours[0]]
+    assert gather_experience(SimpleNamespace(size=1), ours, PROMPTS, ALL) == [ours[1], ours[0]]

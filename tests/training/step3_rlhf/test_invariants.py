@@ -13,15 +13,19 @@ from inference.generation.attention import Sequences
 from inference.generation.engine import GenerationEngine
 from inference.generation.kv_cache import Places
 from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.tensor_parallel.group import TensorParallel
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
+from training.hybrid_engine.layout import Layout
 from training.metrics import Display
 from training.models.packing import call_on_tokens
 from training.models.policy import Policy
+from training.plan import Assignment
 from training.rlhf_settings import RLHFSettings
 from training.stage import Diverged
 from training.step3_rlhf.experience import Experience, token_batch
 from training.step3_rlhf.invariants import check_first_update
+from training.step3_rlhf.places import CallPlace
 
 CPU = torch.device("cpu")
 PAD, END, TEMPERATURE = 1, 2, 0.7
@@ -37,6 +41,8 @@ class DirectRoles:
 
     def __init__(self, policy: Policy, temperature: float = TEMPERATURE):
         self.policy, self.temperature = policy, temperature
+        assignment = Assignment(Layout((0,)), micro_batch_limit=64)
+        self.places = {"actor_train": CallPlace(assignment, Ranks(0, 1, CPU), TensorParallel(), 0)}
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch) -> torch.Tensor:

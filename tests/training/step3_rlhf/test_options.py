@@ -93,7 +93,7 @@ def update_with_options(ranks, directory):
         base = make_config(models[0], stage, 0, 40)
         config = change(base, **make_case(name, stage))
         ppo = make_ppo(ranks, directory, config, models)
-        assert ppo.roles._critic is None and ppo.roles._reward is None
+        assert [*ppo.roles._engines] == ["actor"] and "reward" not in ppo.roles._scoring
         targets = Targets.of(experience, config.rlhf, COEFFICIENT)
         metrics[f"{name} {stage}"] = ppo.updates.run(batch_of(experience, targets, COEFFICIENT)).metrics
         weights[f"{name} {stage}"] = ppo.roles.actor.trained_weights()

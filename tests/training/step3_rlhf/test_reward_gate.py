@@ -7,10 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from inference.tensor_parallel.group import TensorParallel
 from training.config_files import load_config
 from training.data.token_pairs import TokenPair
 from training.distributed import Ranks
+from training.hybrid_engine.layout import Layout
+from training.plan import Assignment
 from training.run_directory import RunDirectory, StepDirectory
+from training.step3_rlhf.places import CallPlace
 from training.step3_rlhf.reward_gate import look_at_reward_model
 from training.steps import REWARD
 
@@ -46,6 +50,8 @@ def look(tmp_path, roles: Likes, pairs: list[tuple[int, int]], *overrides: str, 
         ]
 
     (tmp_path / "step3_rlhf").mkdir(exist_ok=True)
+    everywhere = Assignment(Layout.over(ranks.size), micro_batch_limit=4096)
+    roles.places = {"reward_score": CallPlace(everywhere, ranks, TensorParallel(), ranks.rank)}
     stage = SimpleNamespace(
         config=load_config([], ["model=m", "rlhf.micro_batch_tokens=16", *overrides]),
         ranks=ranks,

@@ -74,7 +74,7 @@ LAYOUTS = {
 
 
 def score_in_layouts(ranks, directory):
-    """By layout: what each role makes of this rank's rows before and after an iteration."""
+    """By layout: what each role makes of some rows before and after an iteration."""
     from benchmarks import our_ppo
     from training.config import RunConfig
     from training.merging import merge
@@ -84,7 +84,7 @@ def score_in_layouts(ranks, directory):
     ranks.barrier()
     work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
     lengths = Lengths(longest=5, spread=0.0)
-    rows = [[([5, 6, 7], [8, 9]), ([4], [3])], [([9, 8], [7, 6, 5, 4])]][ranks.rank]  # unlike, so that a mix-up shows
+    rows = [([5, 6, 7], [8, 9]), ([4], [3]), ([9, 8], [7, 6, 5, 4])]
     batch = TokenBatch.of([(torch.tensor(a), torch.tensor(b)) for a, b in rows], ranks.device)
     found = {}
     for number, (name, settings) in enumerate(LAYOUTS.items()):
@@ -98,7 +98,7 @@ def score_in_layouts(ranks, directory):
                 states.append([call(batch).tolist() for call in calls])
             metrics = ppo.iterate(1, check=False).metrics
         whole = sum(p.numel() for p in ppo.roles.actor.module.parameters())
-        held = sum(p.numel() for p in getattr(roles._reference, "role", roles._reference).parameters())
+        held = sum(p.numel() for p in roles._scoring["reference"].parameters())
         found[name] = states, metrics["value/loss"], held / whole
     return found
 

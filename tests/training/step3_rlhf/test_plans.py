@@ -1,0 +1,149 @@
+"""Step 3 by plans that run its calls on parts of the ranks, against every call on all ranks."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import work
+from benchmarks.work import Lengths, Size
+from tests.ranks import run_ranks
+
+ITERATIONS = 3
+ALL = {"mesh": "0-1", "data": 2}
+ZERO_3 = ALL | {"zero_stage": 3}
+FIRST, SECOND = {"mesh": 0}, {"mesh": 1}
+TOGETHER = {"mesh": "0-1", "tensor": 2}
+CALLS = ("actor_generate", "reference_score", "reward_score", "critic_score", "actor_train", "critic_train")
+
+
+def plan(*assignments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of CALLS, in their order."""
+    return dict(zip(CALLS, assignments, strict=True))
+
+
+LIMITS = {"micro_batch_limit": 4096}
+PLANS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "all on all": {"plan": plan(ALL | {"micro_batch_limit": 32}, *[ALL | LIMITS] * 5)},
+    "side by side": {"plan": plan(ALL, ALL, ALL, ALL, FIRST, SECOND)},
+    "generation apart": {"plan": plan(SECOND, FIRST, SECOND, SECOND, FIRST, ZERO_3), "ema": 0.5},
+    "in parts": {"plan": plan(TOGETHER, TOGETHER, FIRST, TOGETHER, ZERO_3, SECOND | {"micro_batches": 2})},
+    "the other way round": {
+        "plan": plan(FIRST, ZERO_3, ALL | {"micro_batches": 3}, ZERO_3, SECOND, FIRST),
+        "ema": 0.5,
+    },
+    "far apart": {"plan": plan(FIRST, SECOND, FIRST, ALL, ALL | {"zero_stage": 2}, ALL | {"zero_stage": 1})},
+}
+ADAPTED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "apart": {"plan": plan(ALL, FIRST, SECOND, SECOND, SECOND, FIRST)},
+    "the actor is the reference": {"plan": plan(FIRST, SECOND, SECOND, SECOND, SECOND, FIRST)},
+}
+GROUPED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "apart": {"plan": {name: block for name, block in plan(SECOND, FIRST, SECOND, {}, FIRST, {}).items() if block}},
+}
+
+
+def make_ppo(ranks, directory, settings: dict[str, Any]):
+    from benchmarks import our_ppo
+    from training.config import RunConfig
+    from training.merging import merge
+
+    lengths = Lengths(longest=5, spread=0.5)
+    config = our_ppo.make_config("tiny", lengths, "fp32", "fp32", iterations=ITERATIONS, threads=1)
+    config = RunConfig.model_validate(merge(config.model_dump(), {"processes": ranks.size, "rlhf": settings}))
+    ppo = our_ppo.make_ppo(config, lengths, directory, ranks)
+    ppo.rollouts.forced_lengths = None  # they forbid the end token, so that generation draws from something else
+    return ppo
+
+
+def trained(ppo, role: str) -> dict[str, list[float]]:
+    """Flat weights of a role, on the rank that has them."""
+    if not ppo.roles.trains(role):
+        return {}
+    return {name: weight.flatten().tolist() for name, weight in ppo.roles._engines[role].trained_weights().items()}
+
+
+def follow(ppo, numbers: range, check: bool = False) -> list[Any]:
+    """The responses of some iterations and what their updates gave."""
+    responses, reward = [], ppo.reward
+
+    def seen(experience, *others):
+        responses.append([e.response.tolist() for e in experience])
+        return reward(experience, *others)
+
+    ppo.reward = seen
+    rows = [ppo.iterate(number, check).mini_batches for number in numbers]
+    ppo.reward = reward
+    return [responses, rows]
+
+
+def iterate_by_plans(ranks, directory):
+    """By kind and plan: responses, metrics of updates, weights."""
+    if ranks.is_first:
+        work.build_models(directory / "models", Size(hidden=32, layers=2, heads=4, ffn=64))
+    ranks.barrier()
+    work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
+    lora = {"lora": {"rank": 2}}
+    critic_free = {"advantage": "rloo", "samples_per_prompt": 2}
+    found = {}
+    for kind, plans, common in (
+        ("whole", PLANS, {}),
+        ("adapted", ADAPTED, {"actor": lora, "critic": lora}),
+        ("grouped", GROUPED, critic_free),
+    ):
+        for name, settings in plans.items():
+            place = directory / f"{kind} {name}"
+            ppo = make_ppo(ranks, place, {**common, **settings})
+            responses, rows = follow(ppo, range(1, ITERATIONS + 1), check=True)
+            ema = {} if ppo.roles.ema is None else {n: w.flatten().tolist() for n, w in ppo.roles.ema.weights().items()}
+            weights = {role: trained(ppo, role) for role in ("actor", "critic")} | {"ema": ema}
+            found[f"{kind} {name}"] = {"responses": responses, "rows": rows, "weights": weights}
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    return run_ranks(__file__, "iterate_by_plans", 2, tmp_path_factory.mktemp("plans"))
+
+
+def weights_of(outcome, name: str, role: str) -> dict[str, torch.Tensor]:
+    """On whichever rank they are."""
+    found = [rank[name]["weights"][role] for rank in outcome]
+    return {key: torch.tensor(value) for key, value in max(found, key=len).items()}
+
+
+def test_a_plan_with_one_mesh_is_what_runs_without_one_bit_for_bit(outcome):
+    for rank in outcome:
+        assert rank["whole all on all"] == rank["whole none"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{kind} {n}" for kind, plans in (("whole", PLANS), ("adapted", ADAPTED), ("grouped", GROUPED)) for n in plans],
+)
+def test_other_plans_learn_the_same(outcome, name):
+    first, second = outcome
+    kind = name.partition(" ")[0]
+    expected = first[f"{kind} none"]
+    assert first[name]["responses"] == second[name]["responses"] == expected["responses"]
+    assert first[name]["rows"] == second[name]["rows"]
+    for rows, others in zip(itertools.chain(*first[name]["rows"]), itertools.chain(*expected["rows"]), strict=True):
+        assert rows == pytest.approx(others, rel=1e-3, abs=1e-5)
+    for role in ("actor", "critic"):
+        ours, theirs = weights_of(outcome, name, role), weights_of(outcome, f"{kind} none", role)
+        assert ours.keys() == theirs.keys() and (ours or (kind, role) == ("grouped", "critic"))
+        for key, weight in ours.items():
+            assert torch.allclose(weight, theirs[key], rtol=0, atol=1e-5), (role, key)
+
+
+def test_the_average_is_that_of_the_actor_wherever_it_lies(outcome):
+    apart, other = (weights_of(outcome, f"whole {n}", "ema") for n in ("generation apart", "the other way round"))
+    assert apart and apart.keys() == other.keys()
+    actor = weights_of(outcome, "whole none", "actor")
+    for key, weight in apart.items():
+        assert torch.allclose(weight, other[key], rtol=0, atol=1e-5)
+    assert any(not torch.equal(weight, actor[key]) for key, weight in apart.items())
