@@ -53,6 +53,11 @@ def train(stage: Stage) -> None:
             "PPO: rlhf.kl has no coefficient, target or stop, so no reference is loaded: KL to it is not measured, and "
             "the warnings of it are off (rlhf.kl.measure=true brings both back)"
         )
+    waiting = [name for name, assignment in roles.plan.assignments.items() if assignment.offload]
+    if waiting and stage.ranks.device.type == "cpu":
+        stage.display.say(
+            f"PPO: offload of {' and '.join(waiting)} changes nothing on a CPU, whose memory is that of the host"
+        )
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows)
     iterations = ppo.fit()
 
@@ -232,6 +237,7 @@ class PPO:
             experience = rollout.generate()
             experience = rollout.score(experience)
         of_rollout = rollout.learn(experience)
+        self.rollouts.end()
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
         experience, of_scores = self.reward(experience, texts, seats, clock)
 
