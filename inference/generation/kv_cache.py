@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from inference.generation.exactness import Exactness
+
 
 class KVCache:
     """Bounded memory: `slots` samples of at most `capacity` tokens. A layer's part is made when it first writes.
@@ -98,8 +100,9 @@ class Places:
         self._masks: dict[int | None, Tensor | None] = {}
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "Places":
+    def of(cls, lengths: Sequence[int], device: torch.device, exact: Exactness | None = None) -> "Places":
         longest = max(lengths) + 1
+        longest = longest if exact is None else exact.seen(longest)
         return cls(torch.tensor(lengths, device=device), longest, is_level=min(lengths) + 1 == longest)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:

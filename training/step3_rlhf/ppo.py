@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
+from training.calls import ACTOR_SCORE
 from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
 from training.hybrid_engine.kept_weights import KeptWeights
@@ -260,7 +261,8 @@ class PPO:
             self.kl.update(kl, len(experience))
 
         # log
-        metrics |= update.metrics | self.rollouts.work() | of_rollout | self.timing(experience, clock)
+        metrics |= update.metrics | self.generation_gap(experience, update)
+        metrics |= self.rollouts.work() | of_rollout | self.timing(experience, clock)
         return Iteration(metrics, update.mini_batches, stopped, clock)
 
     def reward(
@@ -284,6 +286,16 @@ class PPO:
             self.roles.scale_critic(shift, scale)
             experience = [replace(e, values=(e.values - shift) / scale) for e in experience]  # what it said before
         return experience, metrics
+
+    def generation_gap(self, experience: list[Experience], update: Update) -> dict[str, float]:
+        """The largest difference, in nats a token, between generation and training before the first update: of all
+        samples where the old log-probabilities were taken anew, else of the first mini-batch."""
+        if self.settings.min_response_tokens:  # generation drew from a distribution without the end tokens
+            return {}
+        gaps = [float((e.logprobs - e.generation_logprobs).abs().max()) for e in experience]
+        if ACTOR_SCORE not in self.roles.calls:
+            gaps = [row["policy/log_ratio_max"] for row in update.mini_batches[:1] if "policy/log_ratio_max" in row]
+        return {"policy/generation_gap": max(gaps)} if gaps else {}
 
     def watch_over(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
         """Say what looks like a collapse, each kind once; returns its metrics."""

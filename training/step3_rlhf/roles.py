@@ -30,6 +30,7 @@ from training.models.scorer import Scorer, at_last_token
 from training.plan import Plan
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.stage import Stage
+from training.step3_rlhf.exactness import settle_exactness
 from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.places import CallPlaces
 from training.steps import REWARD, SFT
@@ -78,7 +79,9 @@ class Roles:
         rates of actor and critic span."""
         settings, dtype = stage.config.rlhf, stage.dtype
         self.settings, self.stage = settings, stage
-        self.calls = iteration_calls(settings, dtype)
+        self.exact = settle_exactness(stage, sft)
+        """How training and scoring of the actor equal its generation to the bit, where they do."""
+        self.calls = iteration_calls(settings, dtype, self.exact is not None)
         self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
         self.places = CallPlaces(self.plan, stage.ranks)
         self.actor_is_reference = (
@@ -99,7 +102,8 @@ class Roles:
         """Shift and scale that PPO gave it; None while it has its own."""
 
         def load_actor(dtype: torch.dtype, with_weights: bool) -> Policy:
-            return Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights), settings.actor.lora)
+            model = load_causal_lm(sft, chat_format, dtype, with_weights=with_weights)
+            return Policy(model, settings.actor.lora, self.exact)
 
         self._train("actor", load_actor, settings.actor, updates[0])
         if settings.has_critic:
@@ -108,7 +112,7 @@ class Roles:
         if settings.has_reference and not self.actor_is_reference:
 
             def load_reference(with_weights: bool) -> Policy:
-                return Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights))
+                return Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights), exact=self.exact)
 
             self._freeze("reference", load_reference, settings.reference)
         if settings.has_reward_model:
@@ -122,7 +126,9 @@ class Roles:
         self._frozen_blocked = [
             BlockedWeights(module)
             for role, module in self._scoring.items()
-            if self.plan[f"{role}_score"].layout.zero_stage == 0 and role not in self._waiting
+            if self.plan[f"{role}_score"].layout.zero_stage == 0
+            and role not in self._waiting
+            and (role != "reference" or self.exact is None or self.exact.blocked)
         ]
 
     def _train(
@@ -248,7 +254,8 @@ class Roles:
         """Score with `model`, which is the same each time, or None where this rank does not."""
         if model is None or call.role in self._scoring:
             return
-        module: nn.Module = (Policy if call.role == "actor" else Scorer)(cast(PreTrainedModel, model))
+        scored = cast(PreTrainedModel, model)
+        module: nn.Module = Policy(scored, exact=self.exact) if call.role == "actor" else Scorer(scored)
         if self.plan[call.name].layout.zero_stage == 3:
             module = gathering(module, self.stage.dtype, self.places[call.name].ranks)
         self._scoring[call.role] = module

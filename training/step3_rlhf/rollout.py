@@ -78,7 +78,8 @@ class Rollouts:
             settings, chat_format = self.stage.config.rlhf, self.chat_format
             samples = settings.prompts_per_iteration * settings.samples_per_prompt
             slots = self.generation.assignment.together(samples)
-            self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots)
+            exact = self.roles.exact
+            self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots, exact=exact)
         self.engine.weights_changed()
         return self.engine
 
