@@ -240,13 +240,16 @@ def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dt
     if rlhf.actor.zero_stage == 3 or tensor > 1:  # a rank keeps its part of the weights
         whole = actor.parameters + _adapters(actor, rlhf.actor)
         name = "actor weights to generate, " + ("whole" if tensor == 1 else f"1 of {tensor} parts")
-        parts.append(Part(name, _share(whole * dtype.itemsize, tensor)))
+        phase = "generation" if rlhf.release_generation else ""
+        parts.append(Part(name, _share(whole * dtype.itemsize, tensor), phase=phase))
     length = data.max_prompt_tokens + data.max_response_tokens
     groups = max(1, ranks // tensor)
     rows = min(rlhf.generation_batch, -(-rlhf.prompts_per_iteration * rlhf.samples_per_prompt // groups))
     keys_and_values = _share(actor.cache_values(rows * length) * dtype.itemsize, tensor)
-    parts += [  # GenerationEngine keeps its cache from one iteration to the next
-        Part("key-value cache, kept while training", keys_and_values, phase="generation", is_kept=True),
+    keeps = not rlhf.release_generation
+    cache = "key-value cache, kept while training" if keeps else "key-value cache"
+    parts += [
+        Part(cache, keys_and_values, phase="generation", is_kept=keeps),
         Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation"),
         *_pass_parts(actor, config, rlhf, rlhf.actor, dtype, "actor training", with_logits=True),
         *_saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters),  # the critic is not kept

@@ -57,6 +57,11 @@ def train(stage: Stage) -> None:
             "PPO: rlhf.kl has no coefficient, target or stop, so no reference is loaded: KL to it is not measured, and "
             "the warnings of it are off (rlhf.kl.measure=true brings both back)"
         )
+    waiting = [name for name, assignment in roles.plan.assignments.items() if assignment.offload]
+    if waiting and stage.ranks.device.type == "cpu":
+        stage.display.say(
+            f"PPO: offload of {' and '.join(waiting)} changes nothing on a CPU, whose memory is that of the host"
+        )
     forecast = None
     if stage.ranks.is_first:
         forecast = Forecast.of(stage, roles.plan, sft, scorer, roles.exact is not None)
@@ -241,6 +246,7 @@ class PPO:
             experience = rollout.generate()
             experience = rollout.score(experience)
         of_rollout = rollout.learn(experience)
+        self.rollouts.end()
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
         experience, of_scores = self.reward(experience, texts, seats, clock)
 
