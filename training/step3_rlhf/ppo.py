@@ -59,13 +59,13 @@ def train(stage: Stage) -> None:
     def load() -> PreTrainedModel:
         return load_causal_lm(sft, chat_format, torch.float32)
 
-    writes = roles.trains("actor") and roles.actor.ranks.is_first
-    directory, weights = stage.directory, roles.actor.trained_weights() if roles.trains("actor") else {}
+    directory, actor = stage.directory, roles.actor if roles.trains("actor") else None
+    weights, members = (actor.trained_weights(), actor.ranks) if actor is not None else ({}, None)
     places = directory.model, directory.adapter
-    stage.save_weights(weights, settings.actor.lora, places, load, chat_format, writes=writes)
+    stage.save_weights(weights, settings.actor.lora, places, load, chat_format, members=members)
     if settings.ema:
         weights, places = {} if roles.ema is None else roles.ema.weights(), (directory.ema_model, directory.ema_adapter)
-        stage.save_weights(weights, settings.actor.lora, places, load, chat_format, writes=writes)
+        stage.save_weights(weights, settings.actor.lora, places, load, chat_format, members=members)
     stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
 
 
