@@ -56,17 +56,24 @@ def train(stage: Stage) -> None:
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows)
     iterations = ppo.fit()
 
+    save_actor(stage, roles, sft, chat_format)
+    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
+
+
+def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -> None:
+    """Write the models of the actor and of its average. All ranks call it; one that trains the actor writes."""
+    directory, lora = stage.directory, stage.config.rlhf.actor.lora
+    actor = roles.actor if roles.trains("actor") else None
+
     def load() -> PreTrainedModel:
         return load_causal_lm(sft, chat_format, torch.float32)
 
-    directory, actor = stage.directory, roles.actor if roles.trains("actor") else None
-    weights, members = (actor.trained_weights(), actor.ranks) if actor is not None else ({}, None)
-    places = directory.model, directory.adapter
-    stage.save_weights(weights, settings.actor.lora, places, load, chat_format, members=members)
-    if settings.ema:
-        weights, places = {} if roles.ema is None else roles.ema.weights(), (directory.ema_model, directory.ema_adapter)
-        stage.save_weights(weights, settings.actor.lora, places, load, chat_format, members=members)
-    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
+    def write(weights: dict[str, Tensor], places: tuple[Path, Path]) -> None:
+        stage.save_weights(weights, lora, places, load, chat_format, members=actor and actor.ranks)
+
+    write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
+    if stage.config.rlhf.ema:
+        write(roles.ema.weights() if roles.ema is not None else {}, (directory.ema_model, directory.ema_adapter))
 
 
 def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor:

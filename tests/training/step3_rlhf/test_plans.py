@@ -102,7 +102,44 @@ def iterate_by_plans(ranks, directory):
             ema = {} if ppo.roles.ema is None else {n: w.flatten().tolist() for n, w in ppo.roles.ema.weights().items()}
             weights = {role: trained(ppo, role) for role in ("actor", "critic")} | {"ema": ema}
             found[f"{kind} {name}"] = {"responses": responses, "rows": rows, "weights": weights}
+    found["resumed"] = go_on(ranks, directory)
     return found
+
+
+RESUMED: dict[str, Any] = {
+    **PLANS["the other way round"],
+    "kl": {"coefficient": 0.05, "stop": 1e9},
+    "ppo_kl_stop": 1e9,
+}
+"""The actor is on the second rank alone; all ranks meet after each mini-batch, and the model before is kept."""
+
+
+def go_on(ranks, directory):
+    """Iteration 2 of a run, and of one that goes on from a checkpoint after iteration 1; the model that is left."""
+    from training.models.loading import load_causal_lm
+    from training.step3_rlhf.ppo import save_actor
+    from training.steps import SFT
+
+    first = make_ppo(ranks, directory / "resumed", RESUMED)
+    follow(first, range(1, 2))
+    first.save(1, stopped=False)
+    states = []
+    second = make_ppo(ranks, directory / "resumed", RESUMED)
+    number, stopped = second.resume(second.stage.journal("updates.jsonl"))
+    for ppo in (first, second):
+        found = follow(ppo, range(2, 3))
+        kept = [tensor.tolist() for tensor in ppo.inside.kept]
+        ema = {} if ppo.roles.ema is None else {n: w.tolist() for n, w in ppo.roles.ema.weights().items()}
+        states.append([found, trained(ppo, "actor"), trained(ppo, "critic"), ema, kept])
+    save_actor(second.stage, second.roles, second.stage.earlier_model(SFT), second.chat_format)
+    left = {
+        name: {
+            key: weight.flatten().tolist()
+            for key, weight in load_causal_lm(place, second.chat_format, torch.float32).named_parameters()
+        }
+        for name, place in (("actor", second.stage.directory.model), ("ema", second.stage.directory.ema_model))
+    }
+    return {"number": number, "stopped": stopped, "states": states, "left": left}
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +184,15 @@ def test_the_average_is_that_of_the_actor_wherever_it_lies(outcome):
     for key, weight in apart.items():
         assert torch.allclose(weight, other[key], rtol=0, atol=1e-5)
     assert any(not torch.equal(weight, actor[key]) for key, weight in apart.items())
+
+
+def test_a_run_by_a_plan_goes_on_to_the_same_bits_and_leaves_the_actor_wherever_it_lies(outcome):
+    first, second = (rank["resumed"] for rank in outcome)
+    assert first["number"] == second["number"] == 1 and not first["stopped"]
+    for rank in (first, second):
+        straight, resumed = rank["states"]
+        assert straight == resumed
+    (_, actor, critic, ema, kept), (_, elsewhere, there, nothing, none) = second["states"][1], first["states"][1]
+    assert actor and ema and kept and there and not (critic or elsewhere or nothing or none)
+    averages = {key: torch.tensor(weight).flatten().tolist() for key, weight in ema.items()}
+    assert first["left"] == {"actor": actor, "ema": averages}
