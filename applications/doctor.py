@@ -20,7 +20,17 @@ from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import EXIT_USER_ERROR, UserError, copied_again, reason
 from inference.families import longest_text
-from inference.generation.equality import Findings, Generated, Tolerance, TrainingLogprobs, Work, compare, generate
+from inference.generation.equality import (
+    Findings,
+    Generated,
+    Tolerance,
+    TrainingLogprobs,
+    Work,
+    compare,
+    generate,
+    training_gap,
+)
+from inference.generation.exactness import Exactness
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
 from inference.quiet import quiet_transformers
@@ -31,9 +41,13 @@ from training.data.batching import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype
 from training.models.policy import Policy
+from training.rlhf_settings import RLHFSettings
+from training.step3_rlhf.exactness import expects_exactness, find_exactness
 from training.watchdog import begin_script
 
 DTYPES = ("auto", *TORCH_DTYPES)
+LONGEST = 1024
+"""Tokens that attention is tried with where a run's are not known."""
 
 
 def check_model(source: str, degree: int = 1, dtype: str = "auto") -> bool:
@@ -102,8 +116,23 @@ def check_on(ranks: Ranks, directory: Path, dtype: torch.dtype, name: str) -> bo
     generated = generate(model, work)
     plain = cast(Any, whole).to(ranks.device)
     findings = compare(generated, plain, work, Tolerance.of(dtype), training_forward(plain))
-    print(report(findings, generated, work, describe(name, plain, ranks), time.perf_counter() - start), flush=True)
+    head = describe(name, plain, ranks)
+    if ranks.size == 1:
+        head.append(beside_training(plain, work, dtype, ranks))
+    print(report(findings, generated, work, head, time.perf_counter() - start), flush=True)
     return findings.is_equal
+
+
+def beside_training(model: Any, work: Work, dtype: torch.dtype, ranks: Ranks) -> str:
+    """How far step 3's training is from its generation here, as it is by default and at best."""
+    exact = find_exactness(model, None, dtype, LONGEST, ranks)
+    gap = training_gap(model, work, training_forward(model, exact), exact)
+    is_default = exact is None or expects_exactness(RLHFSettings(), dtype, ranks.device)
+    text = "to the bit" if gap == 0 else f"within {gap:.1e} nats a token"
+    if not is_default:
+        usual = training_gap(model, work, training_forward(model), None)
+        text = f"within {usual:.1e} nats a token, with rlhf.exact=true {text}"
+    return f"Training    training = generation: {text}"
 
 
 def own_part(whole: nn.Module, tensor_parallel: TensorParallel, device: torch.device) -> nn.Module:
@@ -117,14 +146,14 @@ def own_part(whole: nn.Module, tensor_parallel: TensorParallel, device: torch.de
     return part.to(device)  # buffers too
 
 
-def training_forward(model: Any) -> TrainingLogprobs:
+def training_forward(model: Any, exact: Exactness | None = None) -> TrainingLogprobs:
     """The log-probabilities that step 3 trains on, from `model` as it is."""
 
     def logprobs(rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         before = attention_of(model.config)
         try:
             with torch.no_grad():
-                return Policy(model)(TokenBatch.of(rows, model.device))[0]
+                return Policy(model, exact=exact)(TokenBatch.of(rows, model.device))[0]
         finally:
             set_attention(model.config, before)  # a policy packs its rows for good
 

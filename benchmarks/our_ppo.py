@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 
 def make_config(
-    size: str, lengths: Lengths, dtype: str, master: str, iterations: int, threads: int, old_logprobs: str = "auto"
+    size: str,
+    lengths: Lengths,
+    dtype: str,
+    master: str,
+    iterations: int,
+    threads: int,
+    old_logprobs: str = "auto",
+    exact: bool | str = "auto",
 ) -> RunConfig:
     """Settings of the run; what is not named is the default of every run."""
     models = work.models(size)
@@ -49,6 +56,7 @@ def make_config(
                 mini_batches=MINI_BATCHES,
                 generation_batch=SAMPLES,
                 old_logprobs=old_logprobs,
+                exact=exact,
                 actor=optimizer,
                 critic=optimizer,
             ),
@@ -109,6 +117,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--master", choices=["fp32", "none"], default="fp32", help="bf16 only: keep fp32 weights too?")
     parser.add_argument("--old-logprobs", choices=["auto", "generation", "recompute"], default="auto")
+    parser.add_argument("--exact", choices=["auto", "true", "false"], default="auto")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", action="store_true", help="wait to be asked for each iteration (ppo_iteration.py)")
@@ -123,6 +132,7 @@ def main() -> None:
         arguments.iterations + 1,
         arguments.threads,
         arguments.old_logprobs,
+        {"true": True, "false": False}.get(arguments.exact, "auto"),
     )
     with tempfile.TemporaryDirectory() as directory:
         measure(config, lengths, describe(config, arguments.master), Path(directory), channel)

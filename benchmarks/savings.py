@@ -44,10 +44,10 @@ def logits_everywhere() -> None:
 
     plain = policy.call_on_tokens
 
-    def call(model, batch, logits_at=None):
+    def call(model, batch, logits_at=None, exact=None):
         if logits_at is None:
             return plain(model, batch)
-        return plain(model, batch, logits_at=torch.arange(len(batch.ids), device=batch.ids.device))[logits_at]
+        return plain(model, batch, torch.arange(len(batch.ids), device=batch.ids.device), exact)[logits_at]
 
     policy.call_on_tokens = call
 
@@ -77,6 +77,7 @@ def reduction_over_one_rank() -> None:
 VARIANTS: dict[str, tuple[str, Callable[[], None], tuple[str, ...]]] = {
     "as_it_is": ("as it is", as_it_is, ()),
     "recompute": ("old log-probabilities computed anew", as_it_is, ("--old-logprobs", "recompute")),
+    "exact": ("training equal to generation (rlhf.exact)", as_it_is, ("--exact", "true")),
     "logits": ("logits at every token", logits_everywhere, ()),
     "padded": ("padded rows", padded, ()),
     "plain_weights": ("weights in their plain order", plain_weights, ()),
@@ -101,12 +102,15 @@ def main() -> int:
     parser.add_argument("--size", choices=list(SIZES), default="m")
     parser.add_argument("--lengths", choices=list(LENGTHS), default="skew")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="beside as_it_is")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--patience", type=float, default=20, help="seconds to wait for an idle machine")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = {}
     for name, (_, _, flags) in VARIANTS.items():
+        if name not in ("as_it_is", *arguments.only):
+            continue
         work = ["--size", arguments.size, "--lengths", arguments.lengths, "--dtype", arguments.dtype, *flags]
         command = [sys.executable, "-m", "benchmarks.savings", "--variant", name, *work, "--turns"]
         command += ["--iterations", str(arguments.iterations)]

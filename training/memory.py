@@ -18,9 +18,8 @@ import torch
 
 from training.config import DataSettings, RunConfig
 from training.deepspeed_config import effective_zero_stage
-from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import stays
-from training.plan import Plan
+from training.plan import Assignment, Plan
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.steps import Step
 
@@ -246,7 +245,8 @@ def _rlhf_parts(
         layout, adapters = plan[call].layout, _adapters(shape, getattr(rlhf, role))
         parts = layout.tensor * (layout.data if layout.zero_stage == 3 else 1)
         name = f"{role} weights to {use}, " + ("whole" if parts == 1 else f"1 of {parts} parts")
-        yield Part(name, _share((parameters + adapters) * dtype.itemsize, parts))
+        phase = "generation" if use == "generate" and rlhf.release_generation else ""
+        yield Part(name, _share((parameters + adapters) * dtype.itemsize, parts), phase=phase)
 
     def passes(role: str, shape: Shape, with_logits: bool) -> list[Part]:
         assignment, rows = plan[f"{role}_train"], math.ceil(samples / rlhf.mini_batches)
@@ -266,7 +266,7 @@ def _rlhf_parts(
         yield from passes("critic", scorer, with_logits=False)
     yield from copy("critic_score", scorer, scorer.scorer_parameters, "score")
     if takes_part("reward_score"):
-        yield from _frozen_parts("reward", scorer.scorer_parameters, rlhf.reward, plan["reward_score"].layout, dtype)
+        yield from _frozen_parts("reward", scorer.scorer_parameters, rlhf.reward, plan["reward_score"], dtype)
     if rlhf.ema and takes_part("actor_train"):
         layout = plan["actor_train"].layout
         placed = rlhf.actor.model_copy(update={"zero_stage": layout.zero_stage})
@@ -277,16 +277,15 @@ def _rlhf_parts(
     if takes_part("reference_score"):
         is_actor = rlhf.actor.lora.rank and plan["reference_score"].cut == plan["actor_train"].cut  # adapters off
         if not is_actor:
-            yield from _frozen_parts(
-                "reference", actor.parameters, rlhf.reference, plan["reference_score"].layout, dtype
-            )
+            yield from _frozen_parts("reference", actor.parameters, rlhf.reference, plan["reference_score"], dtype)
     yield from copy("actor_generate", actor, actor.parameters, "generate")
     if takes_part("actor_generate"):
         layout = plan["actor_generate"].layout
         rows = min(plan["actor_generate"].together(samples), math.ceil(samples / layout.data))
         keys_and_values = _share(actor.cache_values(rows * longest) * dtype.itemsize, layout.tensor)
-        # GenerationEngine keeps its cache from one iteration to the next
-        yield Part("key-value cache, kept while training", keys_and_values, phase="generation", is_kept=True)
+        keeps = not rlhf.release_generation
+        cache = "key-value cache, kept while training" if keeps else "key-value cache"
+        yield Part(cache, keys_and_values, phase="generation", is_kept=keeps)
         yield Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation")
     if takes_part("actor_train"):
         yield from passes("actor", actor, with_logits=True)
@@ -295,13 +294,16 @@ def _rlhf_parts(
 
 
 def _frozen_parts(
-    role: str, parameters: int, settings: FrozenSettings, layout: Layout, dtype: torch.dtype
+    role: str, parameters: int, settings: FrozenSettings, assignment: Assignment, dtype: torch.dtype
 ) -> list[Part]:
-    place: Place = "device" if settings.offload == "none" else "host"
+    layout, waits = assignment.layout, assignment.offload
+    place: Place = "device" if settings.offload == "none" and not waits else "host"
     whole, divides = parameters * dtype.itemsize, layout.zero_stage == 3
     where = "whole (first rank)" if divides else "whole"
+    held = _share(whole, layout.data if divides else layout.tensor)
     return [
-        Part(f"{role} weights", _share(whole, layout.data if divides else layout.tensor), place),
+        Part(f"{role} weights", held, place),
+        *([Part(f"{role} weights, for its call", held, phase=f"{role} scoring")] if waits else []),
         Part(f"{role} weights, {where}", whole, "host", f"{role} {LOADING}", first_rank_only=divides),
     ]
 

@@ -92,6 +92,8 @@ class RLHFSettings(Settings):
     """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
     generation_batch: int = Field(32, ge=1)
     """Samples that one rank (one tensor-parallel group) decodes at the same time: slots, refilled as samples end."""
+    release_generation: bool = False
+    """Give back, while training, the memory of what generation keeps: keys and values, and a copy of the weights."""
     generation_tensor_parallel: int = Field(1, ge=1)
     """Ranks that generate together, each with a part of the actor's weights; divides the number of ranks."""
     scoring_tensor_parallel: ScoringDegrees = ScoringDegrees()
@@ -135,8 +137,12 @@ class RLHFSettings(Settings):
     ema: DecayRate = 0.0
     """Decay of a moving average of the actor's weights, saved as step3_rlhf/ema_model (try 0.99); 0 keeps none."""
     ptx: PTXSettings = PTXSettings()
+    exact: bool | Literal["auto"] = "auto"
+    """Let training compute what generation computed, to the bit, on a CPU; auto does in bf16 where the processor
+    multiplies it."""
     old_logprobs: Literal["auto", "generation", "recompute"] = "auto"
-    """Where the old policy's log-probabilities come from; auto keeps generation's in fp32 and recomputes otherwise."""
+    """Where the old policy's log-probabilities come from; auto keeps generation's in fp32 and where `exact` holds, and
+    recomputes otherwise."""
     plan: dict[str, dict[str, Any]] = Field({})
     """Where each call runs (docs/plans.md): a file as the command `plan` writes it, or what is in one. It then
     decides about ZeRO stages, tensor-parallel degrees and micro-batches of step 3. Empty: every call on all ranks."""

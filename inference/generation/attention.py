@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.initialization import no_init_weights
 
 from inference.families import backbone_of, layer_kinds, layer_values, text_config
+from inference.generation.exactness import CausalAttention, Exactness, plain_attention, with_more
 from inference.generation.kv_cache import KVCache, Places
 from inference.private_surfaces import attention_of, goes_through_interface, set_attention
 
@@ -54,9 +55,16 @@ class Tokens(Protocol):
 class Sequences:
     """Whole sequences, causal each. With a cache their keys and values are kept in the given rows."""
 
-    def __init__(self, lengths: Sequence[int], cache: KVCache | None = None, rows: Sequence[int] = ()):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        cache: KVCache | None = None,
+        rows: Sequence[int] = (),
+        exact: Exactness | None = None,
+    ):
+        """`exact` asks for attention whose bits do not depend on the other tokens; it knows no dropout."""
         self.lengths = list(lengths)
-        self.cache, self.rows = cache, rows
+        self.cache, self.rows, self.exact = cache, rows, exact
 
     def positions(self, device: torch.device) -> Tensor:
         """Each token's place in its sequence, int64 (1, tokens)."""
@@ -74,6 +82,8 @@ class Sequences:
     ) -> Tensor:
         if self.cache is not None:
             self.cache.write_prompts(layer, key, value, self.rows, self.lengths)
+        if self.exact is not None:
+            return self._attend_exactly(query, key, value, scale, window, self.exact)
         dtype = query.dtype
         if dtype == torch.bfloat16 and query.device.type == "cpu":  # faster in fp32 there, as decoding is
             query, key, value = query.float(), key.float(), value.float()
@@ -95,12 +105,27 @@ class Sequences:
         alone = (causal(q[None], k[None], v[None], scale, window, dropout)[0] for q, k, v in zip(*parts, strict=True))
         return torch.cat([seen.transpose(0, 1) for seen in alone])
 
+    def _attend_exactly(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, exact: Exactness
+    ) -> Tensor:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        longest = max(self.lengths)
+        together = min(self.lengths) == longest
+        lengths = [longest * len(self.lengths)] if together else self.lengths
+        seen = []
+        for q, k, v in zip(*(t[:, : sum(lengths)].split(lengths, dim=1) for t in (query, key, value)), strict=True):
+            rows = len(self.lengths) if together else 1
+            q, k, v = (t.unflatten(1, (rows, -1)).transpose(0, 1) for t in (q, k, v))  # (n, heads, length, head)
+            attended = CausalAttention.apply(q.unflatten(1, (k.shape[1], -1)), k, v, scale, window, exact)
+            seen.append(attended.flatten(1, 2).transpose(1, 2).flatten(0, 1))
+        return with_more(torch.cat(seen), 3, query.shape[1] - sum(lengths))
+
 
 class NextTokens:
     """One token of each of the first rows of a cache; it sees its row and itself."""
 
-    def __init__(self, cache: KVCache, places: Places):
-        self.cache, self.places = cache, places
+    def __init__(self, cache: KVCache, places: Places, exact: Exactness | None = None):
+        self.cache, self.places, self.exact = cache, places, exact
 
     def attend(
         self,
@@ -113,15 +138,18 @@ class NextTokens:
         dropout: float = 0.0,
     ) -> Tensor:
         """Without dropout, whatever is asked: only training has it."""
-        keys, values = self.cache.append(
-            layer, key.transpose(0, 1)[:, :, None], value.transpose(0, 1)[:, :, None], self.places
-        )
-        rows, groups = self.places.rows, keys.shape[1]
+        rows, more = self.places.rows, query.shape[1] - self.places.rows
+        query, key, value = (t[:, :rows].transpose(0, 1) for t in (query, key, value))
+        keys, values = self.cache.append(layer, key[:, :, None], value[:, :, None], self.places)
         # query heads that share a key head become its queries: no key is copied
-        queries = query.transpose(0, 1).reshape(rows, groups, -1, query.shape[-1]).to(keys.dtype)
+        queries = query.reshape(rows, keys.shape[1], -1, query.shape[-1]).to(keys.dtype)
         mask = self.places.mask(window, keys.dtype)
-        seen = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-        return seen.reshape(rows, -1, seen.shape[-1]).to(query.dtype)
+        if self.exact is None:
+            seen = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        else:
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            seen = plain_attention(queries * scale, keys, values, mask, self.exact)
+        return with_more(seen.reshape(rows, -1, seen.shape[-1]).to(query.dtype), 3, more)
 
 
 def repeat_heads(heads: Tensor, count: int) -> Tensor:

@@ -26,8 +26,8 @@ free now: a resumed run must compute as the first one did."""
 class BlockedWeights:
     """The weights of a model's linear layers in blocked order, or nothing where that cannot be had or is too large.
 
-    A plain LoRA layer becomes three products, the last of which adds itself to the first: with few rows PEFT's own
-    steps take longer than the base layer.
+    A plain LoRA layer becomes three products, in fp32 the last of which adds itself to the first: with few rows PEFT's
+    own steps take longer than the base layer. In bf16 they round as PEFT's do.
     """
 
     def __init__(self, model: nn.Module):
@@ -97,7 +97,16 @@ def adapted_linear(layer: Any) -> Forward:
     """x -> base(x) + scale B A x for a plain LoRA layer as it is now; base(x) while it is disabled."""
     (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
     base, down = blocked_linear(layer.base_layer), blocked_linear(layer.lora_A[name])
-    up = in_blocked_order(layer.lora_B[name].weight.detach() * layer.scaling[name], ROWS)
+    scaling = layer.scaling[name]
+    if layer.lora_B[name].weight.dtype == torch.bfloat16:
+        back = blocked_linear(layer.lora_B[name])
+
+        def rounded(inputs: Tensor) -> Tensor:
+            outputs = base(inputs)
+            return outputs if layer.disable_adapters else outputs + back(down(inputs)) * scaling
+
+        return rounded
+    up = in_blocked_order(layer.lora_B[name].weight.detach() * scaling, ROWS)
     plus_product = linear_and_sum_on_blocked()
 
     def forward(inputs: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ iteration, sample, position).
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
 from inference.generation.cpu_weights import BlockedWeights
 from inference.generation.decoding import Decoding
+from inference.generation.exactness import Exactness
 from inference.generation.graphs import MOST_STEPS, Replay
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses, Passes, make_passes, preferred_cache_dtype
@@ -38,16 +39,18 @@ class GenerationEngine:
         slots: int = 32,
         prefill_tokens: int = PREFILL_TOKENS,
         graphs: bool | None = None,
+        exact: Exactness | None = None,
     ):
         """Any of `end_ids` ends a sample. `slots` is how many samples are decoded at the same time.
 
         `graphs` lets decode steps follow each other without the host, on CUDA as graphs (`Replay`). None: on CUDA.
-        It is for packed models; others decode as without it.
+        It is for packed models; others decode as without it. `exact` makes the bits of a token's log-probabilities
+        those of any other pass, on a CPU.
         """
         self.model = model
         self.end_ids = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
         self.pad_id = pad_id
-        self.slots, self.prefill_tokens, self.graphs = slots, prefill_tokens, graphs
+        self.slots, self.prefill_tokens, self.graphs, self.exact = slots, prefill_tokens, graphs, exact
         self.cache = KVCache(0, 0)
         self._blocked: Future[BlockedWeights] | None = None
         self._replay: Replay | None = None
@@ -103,11 +106,13 @@ class GenerationEngine:
         graphs."""
         slots = min(self.slots, max(len(samples), room[0]))
         capacity = max([room[1], *(len(sample.prompt_ids) + sample.limit for sample in samples)])
+        capacity = capacity if self.exact is None else self.exact.seen(capacity)
         if not self.cache.fits(slots, capacity):
-            self.cache = KVCache(slots, capacity, preferred_cache_dtype(self.model))
+            self.cache = KVCache(slots, capacity, preferred_cache_dtype(self.model, self.exact))
         self.stats = GenerationStats(slots)
-        self.prepare()
-        passes = make_passes(self.model, self.cache, self.pad_id)
+        if self.exact is None or self.exact.blocked:
+            self.prepare()
+        passes = make_passes(self.model, self.cache, self.pad_id, self.exact)
         self._replay = self._replay_of(passes)
         return Decoding(
             Scheduler(samples, slots, self.prefill_tokens),
@@ -131,8 +136,18 @@ class GenerationEngine:
         """Must be called after the model's weights have changed: their blocked copy is made anew."""
         self._blocked = None
 
+    def release(self) -> None:
+        """Give back the memory for keys and values, the blocked weights and the graphs; the next call makes them anew.
+
+        No samples may be on their way.
+        """
+        self.cache.release()
+        self._blocked = self._replay = None
+
     def _weights_in_use(self) -> AbstractContextManager[None]:
         """Inside, the model computes with its blocked weights."""
+        if self.exact is not None and not self.exact.blocked:
+            return nullcontext()
         return self.prepare().result().in_use()
 
     def _replay_of(self, passes: Passes) -> Replay | None:

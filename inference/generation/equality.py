@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from inference.generation.attention import can_pack
 from inference.generation.engine import GenerationEngine
+from inference.generation.exactness import Exactness
 from inference.generation.passes import unwrapped
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 
@@ -223,6 +224,16 @@ def compare(
     selves = [(a - b).abs() for a, (b, _) in zip(alone, forced[1], strict=True)]
     own = deviation("(plain with itself, alone or in a batch)", sampled, selves)
     return Findings(tuple(deviations), tuple(redraws), own, tolerance.beside(own))
+
+
+def training_gap(model: nn.Module, work: Work, training: TrainingLogprobs, exact: Exactness | None) -> float:
+    """The largest difference, in nats a token, of samples drawn with an engine that computes like `training`."""
+    engine = GenerationEngine(model, (), work.pad_id, FEW_SLOTS, exact=exact)
+    settings = SamplingSettings(work.new_tokens, temperature=1)
+    samples = list(engine.generate(work.prompts, settings, SamplingKey(SEED)))
+    theirs = training([(sample.prompt_ids, torch.tensor(sample.response_ids)) for sample in samples])
+    ours = torch.cat([torch.tensor(sample.logprobs) for sample in samples])
+    return float((ours - theirs.float().cpu()).abs().max())
 
 
 def up_to_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from inference.generation.exactness import Exactness
+
 
 class KVCache:
     """Bounded memory: `slots` samples of at most `capacity` tokens. A layer's part is made when it first writes.
@@ -22,6 +24,11 @@ class KVCache:
     def bytes(self) -> int:
         """Memory of what has been made so far."""
         return sum(t.numel() * t.element_size() for part in (self.keys, self.values) for t in part.values())
+
+    def release(self) -> None:
+        """Give the memory back; a layer's part is made anew when it next writes."""
+        self.keys.clear()
+        self.values.clear()
 
     def fits(self, slots: int, capacity: int) -> bool:
         return slots <= self.slots and capacity <= self.capacity
@@ -93,8 +100,9 @@ class Places:
         self._masks: dict[int | None, Tensor | None] = {}
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "Places":
+    def of(cls, lengths: Sequence[int], device: torch.device, exact: Exactness | None = None) -> "Places":
         longest = max(lengths) + 1
+        longest = longest if exact is None else exact.seen(longest)
         return cls(torch.tensor(lengths, device=device), longest, is_level=min(lengths) + 1 == longest)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:

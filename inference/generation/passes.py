@@ -14,7 +14,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from inference.families import require_supported_family
-from inference.generation.attention import NextTokens, Sequences, can_pack, packed
+from inference.generation.attention import NextTokens, Sequences, Tokens, can_pack, packed
+from inference.generation.exactness import Exactness, filled
 from inference.generation.kv_cache import KVCache, Places
 
 
@@ -30,12 +31,12 @@ class Passes(Protocol):
         ...
 
 
-def make_passes(model: nn.Module, cache: KVCache, pad_id: int) -> Passes:
-    """Raises UserError for a model whose memory is not keys and values."""
+def make_passes(model: nn.Module, cache: KVCache, pad_id: int, exact: Exactness | None = None) -> Passes:
+    """`exact` is for models that run packed. Raises UserError for a model whose memory is not keys and values."""
     inner: Any = unwrapped(model)
     if getattr(inner, "config", None) is not None:
         require_supported_family(inner.config)
-    return PackedPasses(inner, cache) if can_pack(inner) else PaddedPasses(inner, cache, pad_id)
+    return PackedPasses(inner, cache, exact) if can_pack(inner) else PaddedPasses(inner, cache, pad_id)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -46,37 +47,45 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return base_model() if base_model is not None else model
 
 
-def preferred_cache_dtype(model: nn.Module) -> torch.dtype | None:
-    """fp32 on a CPU, where attention with one query is fastest in it; elsewhere the model's own (None)."""
-    return torch.float32 if next(model.parameters()).device.type == "cpu" else None
+def preferred_cache_dtype(model: nn.Module, exact: Exactness | None) -> torch.dtype | None:
+    """fp32 on a CPU, where fused attention with one query is fastest in it; else the model's own (None)."""
+    return torch.float32 if exact is None and next(model.parameters()).device.type == "cpu" else None
+
+
+def packed_logits(
+    model: Any, ids: Tensor, positions: Tensor, tokens: Tokens, wanted: Tensor, exact: Exactness | None = None
+) -> Tensor:
+    """Of a model that takes packed rows: ids and positions (1, tokens), places int64 (n) -> (n, vocabulary)."""
+    count, rows = len(wanted), 1 if exact is None else exact.rows
+    ids, positions, wanted = filled(ids, rows), filled(positions, rows), filled(wanted, rows)
+    output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, tokens=tokens)
+    return output.logits[0, :count]
 
 
 class PackedPasses:
-    def __init__(self, model: nn.Module, cache: KVCache):
+    def __init__(self, model: nn.Module, cache: KVCache, exact: Exactness | None = None):
         self.model: Any = model
-        self.cache = cache
+        self.cache, self.exact = cache, exact
         self.device = next(model.parameters()).device
 
     def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
-        tokens = Sequences(lengths, self.cache, rows)
+        tokens = Sequences(lengths, self.cache, rows, self.exact)
         ids = torch.cat(list(prompts))[None].to(self.device)
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
         return self._logits(ids, tokens.positions(self.device), tokens, last)
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        return self.decode_at(tokens, Places.of(lengths, self.device))
+        return self.decode_at(tokens, Places.of(lengths, self.device, self.exact))
 
     def decode_at(self, tokens: Tensor, places: Places) -> Tensor:
         """`decode` for places that are on the device already."""
-        return self._logits(tokens[None], places.positions[None], NextTokens(self.cache, places), places.index)
+        next_tokens = NextTokens(self.cache, places, self.exact)
+        return self._logits(tokens[None], places.positions[None], next_tokens, places.index)
 
-    def _logits(self, ids: Tensor, positions: Tensor, tokens: Sequences | NextTokens, wanted: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, tokens: Tokens, wanted: Tensor) -> Tensor:
         with packed(self.model):
-            output = self.model(
-                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, tokens=tokens
-            )
-        return output.logits[0]
+            return packed_logits(self.model, ids, positions, tokens, wanted, self.exact)
 
 
 class PaddedPasses:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from inference.generation.attention import Sequences
+from inference.generation.exactness import with_more
 
 LEAST = 1 / 16
 """The share of tokens that must be repeats: to put the sequences together again takes time in every layer."""
@@ -59,7 +60,8 @@ class Prefixes:
         dropout: float = 0.0,
     ) -> Tensor:
         q, k, v = (at(heads.transpose(0, 1), self.stands_for).transpose(0, 1) for heads in (query, key, value))
-        return at(self.sequences.attend(layer, q, k, v, scale, window, dropout), self.computed)
+        seen = at(self.sequences.attend(layer, q, k, v, scale, window, dropout), self.computed)
+        return with_more(seen, 3, query.shape[1] - len(self.computed))
 
 
 def at(tokens: Tensor, places: Tensor) -> Tensor:

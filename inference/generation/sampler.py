@@ -61,19 +61,30 @@ def sample_tokens(
         logits = logits.clone()
         for end_id in end_ids:  # not all at once: a captured step takes no list from the host
             logits[:, end_id] = logits[:, end_id].masked_fill(too_early, -torch.inf)
+    logits = drawn_from(logits, settings)
+    probabilities = logits.softmax(-1)
     if settings.temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    probabilities = drawn_from(logits, settings)
-    tokens = invert_cumulative(probabilities, uniform(key, sample, position))
-    return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
+    else:
+        tokens = invert_cumulative(probabilities, uniform(key, sample, position))
+    return tokens, logits.gather(1, tokens[:, None])[:, 0] - log_sum(logits, probabilities)
 
 
 def drawn_from(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """The probabilities that tokens are drawn with, (rows, vocabulary); the temperature is above 0."""
+    """What tokens are drawn from, (rows, vocabulary): -inf for those that cannot be; at temperature 0 all as they
+    are."""
+    if settings.temperature == 0:
+        return logits
     if settings.temperature != 1:
         logits = logits / settings.temperature
-    return restrict(logits, settings.top_k, settings.top_p).softmax(-1)
+    return restrict(logits, settings.top_k, settings.top_p)
+
+
+def log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """log sum exp of each row, (rows), by way of its softmax. A log-probability is the logit less this, in drawing, in
+    scoring and in training: one formula, for all to agree to the bit."""
+    highest, likeliest = logits.max(-1)
+    return highest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
 
 
 def likeliest(logits: Tensor, settings: SamplingSettings, count: int) -> list[list[tuple[int, float]]]:
@@ -81,8 +92,8 @@ def likeliest(logits: Tensor, settings: SamplingSettings, count: int) -> list[li
 
     Those that `sample_tokens` returns are among them, to the bit.
     """
-    logits = logits.float()
-    logprobs = logits.log_softmax(-1) if settings.temperature == 0 else drawn_from(logits, settings).log()
+    logits = drawn_from(logits.float(), settings)
+    logprobs = logits - log_sum(logits, logits.softmax(-1))[:, None]
     top = logprobs.topk(min(count, logprobs.shape[-1]))
     rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [[pair for pair in zip(*row, strict=True) if pair[1] > -torch.inf] for row in rows]

@@ -48,6 +48,8 @@ def test_a_model_directory(monkeypatch, capsys, tiny, dtype):
     assert code == 0, out
     assert f"opt, 132,736 parameters, {dtype}" in out  # 512 x 64 + 514 x 64 + 2 layers of 33,472 + 128
     assert "packed attention" in out and "training's log-probabilities" in out
+    (line,) = (line for line in out.splitlines() if "training = generation: " in line)
+    assert line.endswith("to the bit")
     assert last_line(out).startswith("Verdict: equal: the largest ")
 
 
@@ -62,7 +64,7 @@ def test_a_model_that_is_not_equal(monkeypatch, capsys, tiny):
     """The training forward is another function: exit code 1, and the sentence says which and where."""
     forward = doctor.training_forward
 
-    def wrong(model):
+    def wrong(model, exact=None):
         right = forward(model)
         return lambda rows: right(rows) - 0.5
 
@@ -71,6 +73,7 @@ def test_a_model_that_is_not_equal(monkeypatch, capsys, tiny):
     assert code == 1
     assert last_line(out).startswith("Verdict: NOT equal: the largest deviation is 0.5 (training's log-probabilities")
     assert out.count("TOO LARGE") == 1
+    assert "with rlhf.exact=true within 5.0e-01 nats a token" in out
 
 
 def test_a_run_directory_stands_for_its_newest_model(tiny, tmp_path):

@@ -80,6 +80,13 @@ def test_onednn_multiplies_by_blocked_weights(dtype):
     torch.testing.assert_close(total, nn.functional.linear(inputs, weight) + other, **close)
 
 
+def test_the_gradient_of_a_softmax_is_torchs():
+    scores, onto = torch.randn(3, 7, requires_grad=True), torch.randn(3, 7)
+    weights = scores.softmax(-1)
+    (expected,) = torch.autograd.grad(weights, scores, onto)
+    assert torch.equal(private_surfaces.softmax_backward(onto, weights.detach()), expected)
+
+
 def test_a_whole_parameter_has_its_own_shape(model):
     parameter = next(model.parameters())
     assert private_surfaces.whole_shape(parameter) == tuple(parameter.shape)

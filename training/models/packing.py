@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from inference.families import backbone_of
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
+from inference.generation.exactness import Exactness
+from inference.generation.passes import packed_logits
 from inference.generation.prefixes import Prefixes, at
 from inference.private_surfaces import attention_of, set_attention
 from training.data.batching import TokenBatch
@@ -25,26 +27,24 @@ def use_packing(model: PreTrainedModel) -> None:
         set_attention(model.config, PACKED_ATTENTION)
 
 
-def call_on_tokens(model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor | None = None) -> Tensor:
+def call_on_tokens(
+    model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor | None = None, exact: Exactness | None = None
+) -> Tensor:
     """What the model says of a batch: the last hidden states (tokens, hidden), or, with `logits_at`, places int64
-    (n), the logits there (n, vocabulary)."""
+    (n), the logits there (n, vocabulary). `exact` is for logits of packed rows."""
     backbone = backbone_of(model)
     if attention_of(model.config) == PACKED_ATTENTION:
-        sequences = Sequences(batch.lengths)
+        sequences = Sequences(batch.lengths, exact=exact)
         # in training mode there may be dropout, which every sequence draws for itself
         prefixes = None if model.training else Prefixes.of(sequences, batch.ids, apart=logits_at)
         computed = prefixes.computed if prefixes else slice(None)
-        inputs = {
-            "input_ids": batch.ids[computed][None],
-            "position_ids": sequences.positions(batch.ids.device)[:, computed],
-            "tokens": prefixes or sequences,
-        }
-        if logits_at is None:
-            hidden = backbone(**inputs, use_cache=False).last_hidden_state[0]
-            return at(hidden, prefixes.stands_for) if prefixes else hidden
-        called: Any = model
-        kept = prefixes.stands_for[logits_at] if prefixes else logits_at
-        return called(**inputs, use_cache=False, logits_to_keep=kept).logits[0]
+        ids, positions = batch.ids[computed][None], sequences.positions(batch.ids.device)[:, computed]
+        if logits_at is not None:
+            kept = prefixes.stands_for[logits_at] if prefixes else logits_at
+            return packed_logits(model, ids, positions, prefixes or sequences, kept, exact)
+        inputs = {"input_ids": ids, "position_ids": positions, "tokens": prefixes or sequences}
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state[0]
+        return at(hidden, prefixes.stands_for) if prefixes else hidden
     ids, mask, positions = batch.padded()
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(backbone.forward).parameters:  # BLOOM counts them from the mask

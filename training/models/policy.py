@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from inference.generation.exactness import Exactness
+from inference.generation.sampler import log_sum
 from training.data.batching import TokenBatch
 from training.models.adapters import add_lora
 from training.models.packing import call_on_tokens, use_packing
@@ -14,11 +16,14 @@ from training.role_settings import LoRASettings
 
 
 class Policy(nn.Module):
-    """The model with optional adapters; its forward takes logits at response positions only."""
+    """The model with optional adapters; its forward takes logits at response positions only.
 
-    def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None):
+    `exact` makes a token's bits independent of the micro-batch, where the model runs packed on a CPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None, exact: Exactness | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.exact = model, exact
         use_packing(model)
         adapted = add_lora(model, lora) if lora is not None and lora.rank else None
         self._adapted = [adapted] if adapted is not None else []  # in a list: it holds `model`, no second submodule
@@ -28,10 +33,10 @@ class Policy(nn.Module):
 
         `temperature` divides the logits, as it does when sampling. Without gradients the entropy is left out (NaN).
         """
-        logits = call_on_tokens(self.model, batch, logits_at=batch.predicting)
+        logits = call_on_tokens(self.model, batch, batch.predicting, self.exact)
         if not torch.is_grad_enabled():
             scaled = logits.float() if temperature == 1 else logits.float() / temperature
-            logprobs = scaled.gather(1, batch.targets[:, None])[:, 0] - scaled.logsumexp(-1)
+            logprobs = scaled.gather(1, batch.targets[:, None])[:, 0] - log_sum(scaled, scaled.softmax(-1))
             return logprobs, torch.full_like(logprobs, torch.nan)
         return SelectedLogprobs.apply(logits, batch.targets, temperature)
 
@@ -48,10 +53,9 @@ class SelectedLogprobs(torch.autograd.Function):
         """(n, vocabulary), (n) -> (n), (n), float32. No gradient flows through the entropy."""
         scaled = logits.float() if temperature == 1 else logits.float() / temperature
         probabilities = scaled.softmax(-1)
-        highest, likeliest = scaled.max(-1)
-        log_sum = highest - probabilities.gather(1, likeliest[:, None])[:, 0].log()
-        logprobs = scaled.gather(1, tokens[:, None])[:, 0] - log_sum
-        entropy = log_sum - torch.linalg.vecdot(probabilities, scaled)
+        total = log_sum(scaled, probabilities)
+        logprobs = scaled.gather(1, tokens[:, None])[:, 0] - total
+        entropy = total - torch.linalg.vecdot(probabilities, scaled)
         ctx.save_for_backward(probabilities, tokens)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.mark_non_differentiable(entropy)

@@ -45,7 +45,8 @@ def check_first_update(stage: Stage, roles: Roles, experience: list[Experience])
         found["generation_logprob_difference"] = worst
     if ranks.is_first:  # beside the metrics, not in them: a resumed run has more starts, and equal metrics
         write_json(stage.directory.path / "first_update.json", found)
+    apart = "equal to the bit" if whole and worst == 0 else f"within {worst:.1e} on average"
     stage.display.say(
         f"PPO: first update checked: ratio 1 within {ratio_error:.1e}, log-probabilities of generation and training "
-        f"within {worst:.1e} on average"
+        f"{apart}"
     )

@@ -19,13 +19,19 @@ PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPE
 
 
 def graphs_of(
-    config: RunConfig, actor: Shape, scorer: Shape | None, dtype: torch.dtype, cluster: Cluster
+    config: RunConfig,
+    actor: Shape,
+    scorer: Shape | None,
+    dtype: torch.dtype,
+    cluster: Cluster,
+    is_exact: bool = False,
 ) -> AugmentedGraphs:
-    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic.
+    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic,
+    `is_exact` whether training equals generation to the bit.
 
     Iterations do not overlap: what an iteration gave is told to all ranks.
     """
-    graph = DataflowGraph(iteration_calls(config.rlhf, dtype), iterations_overlap=False)
+    graph = DataflowGraph(iteration_calls(config.rlhf, dtype, is_exact), iterations_overlap=False)
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
+from training.calls import ACTOR_SCORE
 from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
 from training.hybrid_engine.kept_weights import KeptWeights
@@ -53,6 +54,11 @@ def train(stage: Stage) -> None:
             "PPO: rlhf.kl has no coefficient, target or stop, so no reference is loaded: KL to it is not measured, and "
             "the warnings of it are off (rlhf.kl.measure=true brings both back)"
         )
+    waiting = [name for name, assignment in roles.plan.assignments.items() if assignment.offload]
+    if waiting and stage.ranks.device.type == "cpu":
+        stage.display.say(
+            f"PPO: offload of {' and '.join(waiting)} changes nothing on a CPU, whose memory is that of the host"
+        )
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows)
     iterations = ppo.fit()
 
@@ -69,7 +75,8 @@ def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -
         return load_causal_lm(sft, chat_format, torch.float32)
 
     def write(weights: dict[str, Tensor], places: tuple[Path, Path]) -> None:
-        stage.save_weights(weights, lora, places, load, chat_format, members=actor and actor.ranks)
+        members = None if actor is None else actor.ranks
+        stage.save_weights(weights, lora, places, load, chat_format, members=members)
 
     write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
     if stage.config.rlhf.ema:
@@ -239,6 +246,7 @@ class PPO:
             experience = rollout.generate()
             experience = rollout.score(experience)
         of_rollout = rollout.learn(experience)
+        self.rollouts.end()
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
         experience, of_scores = self.reward(experience, texts, seats, clock)
 
@@ -261,7 +269,8 @@ class PPO:
             self.kl.update(kl, len(experience))
 
         # log
-        metrics |= update.metrics | self.rollouts.work() | of_rollout | self.timing(experience, clock)
+        metrics |= update.metrics | self.generation_gap(experience, update)
+        metrics |= self.rollouts.work() | of_rollout | self.timing(experience, clock)
         return Iteration(metrics, update.mini_batches, stopped, clock)
 
     def reward(
@@ -285,6 +294,16 @@ class PPO:
             self.roles.scale_critic(shift, scale)
             experience = [replace(e, values=(e.values - shift) / scale) for e in experience]  # what it said before
         return experience, metrics
+
+    def generation_gap(self, experience: list[Experience], update: Update) -> dict[str, float]:
+        """The largest difference, in nats a token, between generation and training before the first update: of all
+        samples where the old log-probabilities were taken anew, else of the first mini-batch."""
+        if self.settings.min_response_tokens:  # generation drew from a distribution without the end tokens
+            return {}
+        gaps = [float((e.logprobs - e.generation_logprobs).abs().max()) for e in experience]
+        if ACTOR_SCORE not in self.roles.calls:
+            gaps = [row["policy/log_ratio_max"] for row in update.mini_batches[:1] if "policy/log_ratio_max" in row]
+        return {"policy/generation_gap": max(gaps)} if gaps else {}
 
     def watch_over(self, number: int, metrics: dict[str, float]) -> dict[str, float]:
         """Say what looks like a collapse, each kind once; returns its metrics."""

@@ -162,7 +162,7 @@ def actor_loss(
         k3 = kl_k3(logprobs, reference_logprobs)
         loss = loss + kl_coefficient * k3.sum()
         sums["policy/kl_penalty"] = kl_coefficient * k3
-    return Loss(loss, sums, {"policy/ratio_max": ratio})
+    return Loss(loss, sums, {"policy/ratio_max": ratio, "policy/log_ratio_max": (logprobs - old_logprobs).abs()})
 
 
 def critic_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Loss:

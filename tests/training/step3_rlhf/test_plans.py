@@ -30,6 +30,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "side by side": {"plan": plan(ALL, ALL, ALL, ALL, FIRST, SECOND)},
     "generation apart": {"plan": plan(SECOND, FIRST, SECOND, SECOND, FIRST, ZERO_3), "ema": 0.5},
     "in parts": {"plan": plan(TOGETHER, TOGETHER, FIRST, TOGETHER, ZERO_3, SECOND | {"micro_batches": 2})},
+    "released": {"plan": plan(TOGETHER, ALL, ALL, ALL, ZERO_3, ALL), "release_generation": True},
+    "waiting": {"plan": plan(ALL, ALL | {"offload": True}, ALL | {"offload": True}, ALL, ALL, ALL)},
     "the other way round": {
         "plan": plan(FIRST, ZERO_3, ALL | {"micro_batches": 3}, ZERO_3, SECOND, FIRST),
         "ema": 0.5,
@@ -88,7 +90,7 @@ def iterate_by_plans(ranks, directory):
     work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
     lora = {"lora": {"rank": 2}}
     critic_free = {"advantage": "rloo", "samples_per_prompt": 2}
-    found = {}
+    found, kept, waited = {}, {}, []
     for kind, plans, common in (
         ("whole", PLANS, {}),
         ("adapted", ADAPTED, {"actor": lora, "critic": lora}),
@@ -97,12 +99,55 @@ def iterate_by_plans(ranks, directory):
         for name, settings in plans.items():
             place = directory / f"{kind} {name}"
             ppo = make_ppo(ranks, place, {**common, **settings})
+            present = wait(ppo.roles) if name == "waiting" else []
             responses, rows = follow(ppo, range(1, ITERATIONS + 1), check=True)
             ema = {} if ppo.roles.ema is None else {n: w.flatten().tolist() for n, w in ppo.roles.ema.weights().items()}
             weights = {role: trained(ppo, role) for role in ("actor", "critic")} | {"ema": ema}
             found[f"{kind} {name}"] = {"responses": responses, "rows": rows, "weights": weights}
-    found["resumed"] = go_on(ranks, directory)
-    return found
+            kept[f"{kind} {name}"] = bytes_to_generate(ppo)
+            waited += present
+    resumed = go_on(ranks, directory)
+    return {"plans": found, "kept": kept, "present": waited, "resumed": resumed}
+
+
+def bytes_to_generate(ppo) -> list[int]:
+    """Of keys and values, and of a copy of the weights, while nothing generates."""
+    move = ppo.roles.moves.get("actor_generate")
+    copy = {} if move is None or move.stays else move.weights
+    cache = 0 if ppo.rollouts.engine is None else ppo.rollouts.engine.cache.bytes
+    return [cache, sum(weight.untyped_storage().nbytes() for weight in copy.values())]
+
+
+def wait(roles) -> list[str]:
+    """Let the frozen roles wait as on a GPU, whose memory is the host's here. Returns who came and went, as it goes on.
+
+    Outside of its calls a role has no weights.
+    """
+    from contextlib import contextmanager
+
+    from training.hybrid_engine.waiting_weights import WaitingWeights
+
+    events = []
+
+    class Watched(WaitingWeights):
+        def __init__(self, role):
+            self.role = role
+            super().__init__(roles._scoring[role], roles.stage.ranks.device)
+
+        @contextmanager
+        def present(self):
+            events.append(f"{self.role} comes")
+            with super().present():
+                yield
+            events.append(f"{self.role} goes")
+
+        def _leave(self):
+            for held, _ in self.waiting:
+                held.data = torch.empty(0)
+
+    roles._frozen_blocked = []
+    roles._waiting = {role: Watched(role) for role in ("reference", "reward")}
+    return events
 
 
 RESUMED: dict[str, Any] = {
@@ -142,8 +187,13 @@ def go_on(ranks, directory):
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+def ran(tmp_path_factory):
     return run_ranks(__file__, "iterate_by_plans", 2, tmp_path_factory.mktemp("plans"))
+
+
+@pytest.fixture(scope="module")
+def outcome(ran):
+    return [rank["plans"] for rank in ran]
 
 
 def weights_of(outcome, name: str, role: str) -> dict[str, torch.Tensor]:
@@ -185,8 +235,8 @@ def test_the_average_is_that_of_the_actor_wherever_it_lies(outcome):
     assert any(not torch.equal(weight, actor[key]) for key, weight in apart.items())
 
 
-def test_a_run_by_a_plan_goes_on_to_the_same_bits_and_leaves_the_actor_wherever_it_lies(outcome):
-    first, second = (rank["resumed"] for rank in outcome)
+def test_a_run_by_a_plan_goes_on_to_the_same_bits_and_leaves_the_actor_wherever_it_lies(ran):
+    first, second = (rank["resumed"] for rank in ran)
     assert first["number"] == second["number"] == 1 and not first["stopped"]
     for rank in (first, second):
         straight, resumed = rank["states"]
@@ -195,3 +245,14 @@ def test_a_run_by_a_plan_goes_on_to_the_same_bits_and_leaves_the_actor_wherever_
     assert actor and ema and kept and there and not (critic or elsewhere or nothing or none)
     averages = {key: torch.tensor(weight).flatten().tolist() for key, weight in ema.items()}
     assert first["left"] == {"actor": actor, "ema": averages}
+
+
+def test_what_generation_keeps_is_given_back_while_training(ran):
+    for rank in ran:
+        assert rank["kept"]["whole released"] == [0, 0]
+        assert all(rank["kept"]["whole in parts"])  # it generates with a copy too
+
+
+def test_roles_that_wait_come_for_their_call_one_at_a_time(ran):
+    once = ["reference comes", "reference goes", "reward comes", "reward goes"]
+    assert all(rank["present"] == once * ITERATIONS for rank in ran)

@@ -64,7 +64,9 @@ class Killed(Exception):
     """In place of a kill."""
 
 
-def run_step(ranks, directory, models, settings: dict, killed_in: int = 0, terminated_in: int = 0) -> SimpleNamespace:
+def run_step(
+    ranks, directory, models, settings: dict, killed_in: int = 0, terminated_in: int = 0, dtype: str = "fp32"
+) -> SimpleNamespace:
     """All of step 3 in `directory`, up to the middle of iteration `killed_in`, or to SIGTERM in one; what is left."""
     from training.config import RunConfig
     from training.run_directory import RunDirectory
@@ -79,7 +81,7 @@ def run_step(ranks, directory, models, settings: dict, killed_in: int = 0, termi
             "model": str(sft),
             "sft_model": str(sft),
             "trained_reward_model": str(reward),
-            "dtype": "fp32",
+            "dtype": dtype,
             "threads": 1,
             "data": {"max_prompt_tokens": 24, "max_response_tokens": 6},
             "rlhf": settings,
@@ -251,6 +253,21 @@ def run_together(ranks, directory):
                 logprobs = logits.log_softmax(-1)[torch.arange(len(each.response)), each.response]
                 apart = max(apart, float((logprobs - each.logprobs).detach().abs().max()))
             found[f"{zero} {lora}"] = told(seen) | {"apart": apart}
+    for zero, dtype, exact in (
+        (0, "fp32", True),
+        (3, "fp32", True),
+        (1, "bf16", True),
+        (3, "bf16", True),
+        (2, "bf16", False),
+    ):
+        lora = {"rank": 3 if zero in (1, 3) else 0}
+        settings = {**FREE, "kl": {}, "ema": 0, "iterations": 2, "mini_batches": 1, "exact": exact}
+        settings["actor"] = {**FREE["actor"], "zero_stage": zero, "lora": lora}
+        place = directory / f"exact{zero}{dtype}{exact}"
+        seen = run_step(ranks, place, models, settings, dtype=dtype)
+        if ranks.is_first:
+            checked = json.loads((place / "step3_rlhf" / "first_update.json").read_text())
+            found[f"{dtype} {zero} {exact}"] = told(seen) | {"checked": checked}
     return found
 
 
@@ -317,6 +334,18 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(alone):
     assert (resumed["model"], resumed["ema_model"]) == (whole["model"], whole["ema_model"])
     assert resumed["result"]["kl_coefficient"] == whole["result"]["kl_coefficient"]
     assert resumed["numbers"] == whole["numbers"]
+
+
+def test_training_equals_generation_to_the_bit(together):
+    """At every iteration, on two ranks, with adapters and without; then nothing is scored anew."""
+    for run in ("fp32 0 True", "fp32 3 True", "bf16 1 True", "bf16 3 True"):
+        found = together[run]
+        assert [line["policy/generation_gap"] for line in found["metrics"]] == [0, 0], run
+        assert found["checked"]["generation_logprob_difference"] == found["checked"]["ratio_error"] == 0, run
+        assert found["metrics"][0]["kl/reference"] == 0 < found["metrics"][1]["kl/reference"], run
+        assert "actor" not in found["scorers"] and any("equal to the bit" in line for line in found["said"]), run
+    today = together["bf16 2 False"]
+    assert all("policy/generation_gap" in line for line in today["metrics"]) and "actor" in today["scorers"]
 
 
 OF_KL = {"kl/reference", "kl/reference_k1", "kl/reference_per_token", "kl/coefficient"}

@@ -1,0 +1,177 @@
+"""Does training compute what generation computed, to the bit? Tried on this processor before a run relies on it."""
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from inference.errors import UserError
+from inference.families import longest_text, meta_model, text_config
+from inference.generation.attention import PACKED_ATTENTION, can_pack
+from inference.generation.cpu_weights import BlockedWeights
+from inference.generation.exactness import CausalAttention, Exactness, plain_attention
+from inference.generation.kv_cache import KVCache
+from inference.generation.passes import PackedPasses
+from inference.private_surfaces import set_attention
+from inference.quiet import quiet_transformers
+from training.calls import ACTOR_GENERATE
+from training.data.batching import TokenBatch
+from training.distributed import Ranks
+from training.models.adapters import add_lora
+from training.models.layers import keep_layers
+from training.models.packing import call_on_tokens
+from training.private_surfaces import multiplies_bf16
+from training.rlhf_settings import RLHFSettings
+from training.role_settings import LoRASettings
+from training.stage import Stage
+
+CANDIDATES = {
+    torch.bfloat16: (
+        Exactness(keys=32),
+        Exactness(keys=32, summed=128),
+        Exactness(8, 8, 64, 128),
+        Exactness(8, 8, 64, 128, blocked=False),
+    ),
+    torch.float32: (Exactness(8, 8, 16, 128, blocked=False), Exactness(8, 8, 64, 128, blocked=False)),
+}
+"""What is tried, the cheapest first. A vector of a processor holds up to 32 numbers: where keys do not fill the last
+one, softmax and products add in another order."""
+TENSOR_PARALLEL = "the ranks that generate together add up their parts of a sum, and training adds it up whole"
+LAYERS = 2
+PROMPTS = (70, 41, 17, 6, 3, 2, 1)
+DECODED = 8
+PLACES = 256
+"""Queries that are tried one by one in attention as long as the run's."""
+
+
+def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a run tries for it: everywhere if it is asked for, else where it costs nothing, in bf16 on a CPU that
+    multiplies it."""
+    if settings.exact != "auto":
+        return settings.exact
+    on_cpu = device.type == "cpu" and generation_degree(settings) == 1
+    return on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
+
+
+def generation_degree(settings: RLHFSettings) -> int:
+    """Ranks that generate together."""
+    planned = settings.plan.get(ACTOR_GENERATE.name)
+    return settings.generation_tensor_parallel if planned is None else planned.get("tensor", 1)
+
+
+def settle_exactness(stage: Stage, actor: Path) -> Exactness | None:
+    """How the run makes training equal to generation; None where it leaves them a rounding apart. All ranks call it.
+
+    Raises UserError where it is asked for and cannot be.
+    """
+    settings, device = stage.config.rlhf, stage.ranks.device
+    if not expects_exactness(settings, stage.dtype, device):
+        return None
+    model = meta_model(AutoConfig.from_pretrained(actor, local_files_only=True))
+    if device.type != "cpu":
+        reason = "on a GPU a sum's order depends on what is computed beside it"
+    elif generation_degree(settings) > 1:
+        reason = TENSOR_PARALLEL
+    elif not can_pack(model):
+        reason = f"models of the family {model.config.model_type} do not run without padding here"
+    else:
+        exact = find_exactness(model, settings.actor.lora, stage.dtype, stage.config.data.longest, stage.ranks)
+        if exact is not None:
+            return exact
+        reason = f"this processor's products in {stage.dtype} depend on what is computed beside them"
+    if settings.exact is True:
+        raise UserError(f"rlhf.exact=true, but {reason}; take rlhf.exact=auto.")
+    stage.display.say(f"PPO: generation and training will be a rounding apart: {reason}")
+    return None
+
+
+def find_exactness(
+    model: PreTrainedModel, lora: LoRASettings | None, dtype: torch.dtype, longest: int, ranks: Ranks
+) -> Exactness | None:
+    """What makes decoding, prefill, scoring and training agree to the bit on the processors of all ranks; None where
+    nothing known does. Tried with random weights on the first layers of the model's shape, and with attention over
+    `longest` tokens; `model` itself is left alone. All ranks call it."""
+    candidates = CANDIDATES.get(dtype, ()) if ranks.device.type == "cpu" and can_pack(model) else ()
+    number = 0
+    if candidates:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            shape = first_layers(model, lora, dtype)
+            while number < len(candidates) and not agrees(shape, candidates[number], longest):
+                number += 1
+    number = max(ranks.gather(number))
+    return candidates[number] if number < len(candidates) else None
+
+
+def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A small model of the same family and sizes, with adapters that are not 0."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    keep_layers(config, min(LAYERS, text_config(config).num_hidden_layers))
+    with quiet_transformers():
+        small: Any = type(model)(config)
+    if lora is not None and lora.rank:
+        add_lora(small, lora)
+    for parameter in small.parameters():
+        if parameter.dim() > 1:  # the adapters' second half begins at 0
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    set_attention(small.config, PACKED_ATTENTION)
+    return small.to(dtype).eval()
+
+
+def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
+    """Whether all passes give the same bits."""
+    decoded, forward, cache = decoded_and_forward(model, exact, longest)
+    heads = text_config(model.config).num_attention_heads
+    return torch.equal(decoded, forward) and attention_agrees(cache, heads, exact, longest)
+
+
+def decoded_and_forward(model: PreTrainedModel, exact: Exactness, longest: int) -> tuple[Tensor, Tensor, KVCache]:
+    """Logits (n, vocabulary) of the same tokens by prefill and decoding, in batches that change, and by training's
+    forward pass."""
+    most = min(longest, longest_text(model.config) or longest)
+    steps = min(DECODED, most // 2)
+    lengths = [min(length, most - steps) for length in PROMPTS]
+    rows = [torch.randint(text_config(model.config).vocab_size, (length + steps,)) for length in lengths]
+    cache = KVCache(len(rows), exact.seen(max(lengths) + steps))
+    passes = PackedPasses(model, cache, exact)
+    found: dict[tuple[int, int], Tensor] = {}
+    weights = BlockedWeights(model).in_use() if exact.blocked else nullcontext()
+    with torch.inference_mode(), weights:
+        for places in ([0], range(1, len(rows))):
+            prompts = [rows[place][: lengths[place]] for place in places]
+            found |= zip([(place, 0) for place in places], passes.prefill(prompts, list(places)), strict=True)
+        for step in range(steps):
+            places = range(max(1, len(rows) - step))
+            tokens = torch.stack([rows[place][lengths[place] + step] for place in places])
+            logits = passes.decode(tokens, [lengths[place] + step for place in places])
+            found |= zip([(place, step + 1) for place in places], logits, strict=True)
+    batch = TokenBatch.of([(row[:1], row[1:]) for row in rows], torch.device("cpu"))
+    starts = [sum(batch.lengths[:place]) + lengths[place] - 1 for place in range(len(rows))]
+    at = torch.tensor([starts[place] + step for place, step in found])
+    return torch.stack(list(found.values())), call_on_tokens(model, batch, at, exact).detach(), cache
+
+
+def attention_agrees(cache: KVCache, heads: int, exact: Exactness, longest: int) -> bool:
+    """Whether single queries, over as many keys as they see and over as many as there are, give what whole sequences
+    give; key heads are those that filled `cache`."""
+    keys = next(iter(cache.keys.values()))
+    groups, head, dtype = keys.shape[1], keys.shape[-1], keys.dtype
+    sharing = heads // groups
+    length = max(longest, 2)
+    key, value = (torch.randn(1, groups, exact.seen(length), head).to(dtype) for _ in range(2))
+    query = torch.randn(1, groups, sharing, length, head).to(dtype)
+    key[:, :, length:], value[:, :, length:] = 0, 0
+    scale = head**-0.5
+    whole = CausalAttention.apply(query, key[:, :, :length], value[:, :, :length], scale, None, exact)
+    for place in torch.randint(length, (PLACES,)).tolist():
+        for seen in (exact.seen(place + 1), exact.seen(length)):
+            mask = torch.zeros(seen, dtype=dtype)
+            mask[place + 1 :] = -torch.inf
+            alone = plain_attention(query[..., place, :] * scale, key[:, :, :seen], value[:, :, :seen], mask, exact)
+            if not torch.equal(alone, whole[..., place, :]):
+                return False
+    return True
