@@ -68,17 +68,25 @@ def train(stage: Stage) -> None:
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows, forecast)
     iterations = ppo.fit()
 
+    save_actor(stage, roles, sft, chat_format)
+    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
+
+
+def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -> None:
+    """Write the models of the actor and of its average. All ranks call it; one that trains the actor writes."""
+    directory, lora = stage.directory, stage.config.rlhf.actor.lora
+    actor = roles.actor if roles.trains("actor") else None
+
     def load() -> PreTrainedModel:
         return load_causal_lm(sft, chat_format, torch.float32)
 
-    writes = roles.trains("actor") and roles.actor.ranks.is_first
-    directory, weights = stage.directory, roles.actor.trained_weights() if roles.trains("actor") else {}
-    places = directory.model, directory.adapter
-    stage.save_weights(weights, settings.actor.lora, places, load, chat_format, writes=writes)
-    if settings.ema:
-        weights, places = {} if roles.ema is None else roles.ema.weights(), (directory.ema_model, directory.ema_adapter)
-        stage.save_weights(weights, settings.actor.lora, places, load, chat_format, writes=writes)
-    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
+    def write(weights: dict[str, Tensor], places: tuple[Path, Path]) -> None:
+        members = None if actor is None else actor.ranks
+        stage.save_weights(weights, lora, places, load, chat_format, members=members)
+
+    write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
+    if stage.config.rlhf.ema:
+        write(roles.ema.weights() if roles.ema is not None else {}, (directory.ema_model, directory.ema_adapter))
 
 
 def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor:
