@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,11 +28,11 @@ from training.step3_rlhf.roles import Roles
 
 
 def scores_alone(plan: Plan, ranks: int) -> bool:
-    """Whether every rank generates, and scores in all roles without another: then stages can be fused."""
+    """Whether every rank generates, and scores in all roles alone and at any time: then stages can be fused."""
     layouts = [assignment.layout for name, assignment in plan.assignments.items() if not name.endswith("_train")]
-    scoring = [assignment.layout for name, assignment in plan.assignments.items() if name.endswith("_score")]
+    scoring = [assignment for name, assignment in plan.assignments.items() if name.endswith("_score")]
     everywhere = all(layout.mesh == tuple(range(ranks)) for layout in layouts)
-    return everywhere and all(layout.is_whole for layout in scoring)
+    return everywhere and all(assignment.layout.is_whole and not assignment.offload for assignment in scoring)
 
 
 class Rollouts:
@@ -54,7 +55,7 @@ class Rollouts:
         """That of iteration `number`, its samples on their way. `seats` are the places of the prompts in the data."""
         choice, shares = self.fusion.choose(number), self.fusion.deal(seats)
         begun = time.perf_counter()
-        with clock.phase("time/reallocate"):
+        with clock.phase("time/reallocate"), clock.calls.span("reallocation"):
             engine = self.generation_engine()
         limits = [self.sampling.max_tokens] * len(prompts)
         if self.forced_lengths is not None:
@@ -83,19 +84,29 @@ class Rollouts:
         self.engine.weights_changed()
         return self.engine
 
+    def end(self) -> None:
+        """What generation keeps is given back, if the settings say so. All ranks call it."""
+        if self.stage.config.rlhf.release_generation:
+            self.roles.release(ACTOR_GENERATE)
+            if self.engine is not None:
+                self.engine.release()
+
     def generate(self, prompts: list[Tensor], key: SamplingKey) -> list[tuple[list[int], bool]]:
         """The response to each prompt, and whether it ended, on every rank: whichever of them generate."""
         engine = self.generation_engine()
         samples = [] if engine is None else engine.generate(prompts, self.sampling, key)
         found = [(each.response_ids, each.ended) for each in sorted(samples, key=lambda each: each.index)]
+        self.end()
         return max(self.stage.ranks.gather(found, "answers to fixed prompts"), key=len)
 
     @property
     def scored_together(self) -> list[list[Call]]:
-        """The calls that score, those with one assignment together: they share micro-batches."""
-        groups: dict[Assignment, list[Call]] = {}
+        """The calls that score, those with one assignment together: they share micro-batches. One whose weights wait in
+        host memory is alone, so that they come once, and no others with them."""
+        groups: dict[tuple[Assignment, str], list[Call]] = {}
         for call in self.scoring:
-            groups.setdefault(self.roles.plan[call.name], []).append(call)
+            assignment = self.roles.plan[call.name]
+            groups.setdefault((assignment, call.name if assignment.offload else ""), []).append(call)
         return list(groups.values())
 
     def begin_scoring(self, rows: list[Experience], calls: Sequence[Call] = ()) -> Callable[[], list[Experience]]:
@@ -169,6 +180,7 @@ class Rollout:
                 ended += [sample for sample in self.decoding.step() if sample.is_over]
                 end = time.perf_counter()
                 self.clock.timeline.add("generate", start, end)
+                self.clock.calls.add(ACTOR_GENERATE.name, start, end)
                 self.report.measured.append(Measured(end - start, work=self.decoding.work))
         with self.clock.phase("time/gather"):
             speaks = self.rollouts.fusion.place.speaks
@@ -178,7 +190,9 @@ class Rollout:
     def score(self, experience: list[Experience]) -> list[Experience]:
         """Without fusion: all samples scored; the ranks of a call compute like parts of them."""
         groups, ranks = self.rollouts.scored_together, self.rollouts.stage.ranks
-        with self.clock.phase("time/score"), self.rollouts.roles.scoring(), self.clock.timeline.span("score"):
+        with self.clock.phase("time/score"), ExitStack() as stack, self.clock.timeline.span("score"):
+            with self.clock.calls.span("reallocation"):
+                stack.enter_context(self.rollouts.roles.scoring())
             scored = [self._scored(experience, calls) for calls in groups]
         with self.clock.phase("time/gather"):
             for calls, ours in zip(groups, scored, strict=True):
@@ -189,12 +203,18 @@ class Rollout:
         """What this rank says of its part of the samples, in calls that share micro-batches."""
         place = self.rollouts.roles.places.get(calls[0].name)
         scored: list[Experience] = []
-        for micro_batch in place.micro_batches([e.length for e in experience]) if place is not None else []:
-            start = time.perf_counter()
-            rows = self.rollouts.begin_scoring([experience[row] for row in micro_batch.rows], calls)()
-            tokens = sum(e.length for e in rows)
-            self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
-            scored += rows if micro_batch.weight else []
+        with ExitStack() as stack:
+            with self.clock.calls.span("offload"):
+                stack.enter_context(self.rollouts.roles.present(calls))
+            for micro_batch in place.micro_batches([e.length for e in experience]) if place is not None else []:
+                start = time.perf_counter()
+                rows = [experience[row] for row in micro_batch.rows]
+                for call in calls:
+                    with self.clock.calls.span(call.name):
+                        rows = self.rollouts.begin_scoring(rows, [call])()
+                tokens = sum(e.length for e in rows)
+                self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
+                scored += rows if micro_batch.weight else []
         return scored if place is not None and place.speaks else []
 
     def generate_and_score(self) -> list[Experience]:
