@@ -65,7 +65,7 @@ def _problems_of(call: Call, assignment: Assignment, is_frozen: bool, workload: 
     shape = workload.models[call.role].shape
     found = []
     if max(layout.mesh) >= ranks or min(layout.mesh) < 0:
-        found.append(f"{name} uses rank {max(layout.mesh)}, but the cluster has ranks 0 to {ranks - 1}.")
+        found.append(f"{name} uses rank {max(layout.mesh)}, but the cluster has ranks 0 to {ranks - 1}; name others.")
     if shape.heads % layout.tensor:
         found.append(
             f"{name} cuts {shape.heads} attention heads into {layout.tensor} parts; choose a divisor for tensor."
