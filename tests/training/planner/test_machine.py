@@ -56,6 +56,19 @@ def test_the_meter_counts_operations_and_bytes(monkeypatch):
     assert meter.memory_bandwidth() == 8192 * 4096 * 4
 
 
+def test_a_layer_of_a_decode_step_is_what_a_deeper_model_takes_longer(monkeypatch):
+    """16 layers more, in the 8 steps behind the prefill."""
+    meter, lengths = Meter(Ranks(0, 1, torch.device("cpu"))), []
+
+    def seconds(program):
+        lengths.append([len(sample.response_ids) for sample in program()])
+        return {1: 0.4, 2: 2.0}[len(lengths)]
+
+    monkeypatch.setattr(meter, "seconds", seconds)
+    assert meter.decode_seconds() == pytest.approx(1.6 / 16 / 8)
+    assert lengths == [[9] * 16] * 2
+
+
 def test_the_meter_takes_the_median(monkeypatch):
     meter = Meter(Ranks(0, 1, torch.device("cpu")))
     calls = []
