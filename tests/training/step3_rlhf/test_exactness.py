@@ -65,7 +65,9 @@ def require_same_bits(family: str, dtype: torch.dtype, lora: LoRASettings | None
     exact = next(each for each in CANDIDATES[dtype] if agrees(first_layers(build_model(family), lora, dtype), each, 40))
     policy = taught(family, dtype, lora, exact)
     engine = GenerationEngine(policy.model, ENDS, PAD, slots=4, exact=exact)  # prompts come into running batches
-    samples = list(engine.generate(make_prompts([3, 31, 1, 7, 17, 2, 9, 4]), SamplingSettings(19, 0.7), SamplingKey(5)))
+    prompts = make_prompts([3, 31, 1, 7, 17, 2, 9, 4])
+    prompts[2:2] = [prompts[1]] * 3  # what they begin with is prefilled once, and goes through training once
+    samples = list(engine.generate(prompts, SamplingSettings(19, 0.7), SamplingKey(5)))
     assert len({len(sample.response_ids) for sample in samples}) > 2
     rows = [(sample.prompt_ids, torch.tensor(sample.response_ids)) for sample in samples]
     drawn = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
