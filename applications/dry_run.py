@@ -7,8 +7,9 @@ import math
 import shlex
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, size, verdict
@@ -16,6 +17,8 @@ from inference.redaction import redacted
 from inference.screen import USUAL_COLUMNS, columns
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
+from training.plan import Assignment
+from training.plan_file import from_blocks, mesh_text
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.steps import Step
@@ -102,7 +105,7 @@ def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
 
 
 def _rlhf_step(outlook: Outlook) -> list[str]:
-    rlhf = outlook.config.rlhf
+    rlhf = placed(outlook.config.rlhf)
     samples = rlhf.prompts_per_iteration * rlhf.samples_per_prompt
     mini_batch = math.ceil(samples / rlhf.mini_batches)
     updates = rlhf.iterations * rlhf.ppo_epochs * rlhf.mini_batches
@@ -112,9 +115,13 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     if not rlhf.has_critic:
         steps = f"{updates:,}"
     reference = _frozen(rlhf.reference, rlhf.scoring_tensor_parallel.reference)
+    at_a_time = f"{min(rlhf.generation_batch, math.ceil(samples / outlook.ranks))} at a time on a rank"
+    batch = _batch(mini_batch, rows, outlook, "samples")
+    if rlhf.plan:
+        at_a_time, batch = "where the plan says", f"{mini_batch} samples, in the micro-batches of the plan"
     if not rlhf.has_reference:
         reference = "none: rlhf.kl has no coefficient, target or stop (measure=true brings one back)"
-    elif rlhf.actor.lora.rank:
+    elif rlhf.actor.lora.rank and actor_is_reference(rlhf):
         reference = "the actor with its adapters off"
     return [
         _line("actor", _training(rlhf.actor) + (f", average with decay {rlhf.ema:g}" if rlhf.ema else "")),
@@ -123,16 +130,51 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
         *[_line("reward", line) for line in _rewards(rlhf)],
         _line(
             "iteration",
-            f"{rlhf.prompts_per_iteration} prompts x {rlhf.samples_per_prompt} = {samples} samples, "
-            f"{min(rlhf.generation_batch, math.ceil(samples / outlook.ranks))} at a time on a rank",
+            f"{rlhf.prompts_per_iteration} prompts x {rlhf.samples_per_prompt} = {samples} samples, {at_a_time}",
         ),
-        _line("mini-batch", _batch(mini_batch, rows, outlook, "samples")),
+        _line("mini-batch", batch),
         _line(
             "optimiser steps",
             f"{steps}: {rlhf.iterations} iterations x {rlhf.ppo_epochs} PPO epochs x {rlhf.mini_batches} mini-batches",
         ),
         *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.length),
+        *(_line(name, described(assignment)) for name, assignment in assigned(rlhf).items()),
     ]
+
+
+def assigned(rlhf: RLHFSettings) -> Mapping[str, Assignment]:
+    """What the plan of the settings says of each call; nothing where they have none."""
+    return from_blocks(rlhf.plan).assignments if rlhf.plan else {}
+
+
+def actor_is_reference(rlhf: RLHFSettings) -> bool:
+    """With its adapters off, where the plan does not have them apart."""
+    calls = assigned(rlhf)
+    return not calls or calls["reference_score"].cut == calls["actor_train"].cut
+
+
+def placed(rlhf: RLHFSettings) -> RLHFSettings:
+    """With the ZeRO stages and tensor-parallel degrees of its plan, where it has one."""
+    changed: dict[str, Any] = {}
+    degrees: dict[str, int] = {}
+    for name, assignment in assigned(rlhf).items():
+        role, _, kind = name.partition("_")
+        if kind == "train" or role in ("reference", "reward"):
+            stage = assignment.layout.zero_stage
+            changed[role] = getattr(rlhf, role).model_copy(update={"zero_stage": stage})
+        if kind == "score" and role != "actor":
+            degrees[role] = assignment.layout.tensor
+    changed["scoring_tensor_parallel"] = rlhf.scoring_tensor_parallel.model_copy(update=degrees)
+    return rlhf.model_copy(update=changed)
+
+
+def described(assignment: Assignment) -> str:
+    layout = assignment.layout
+    degrees = {"data": layout.data, "tensor": layout.tensor, "pipeline": layout.pipeline}
+    parts = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+    parts += [f"ZeRO stage {layout.zero_stage}"] if layout.zero_stage else []
+    parts += [f"micro-batches {assignment.micro_batches}"] if not assignment.micro_batch_limit else []
+    return f"on {'rank' if len(layout.mesh) == 1 else 'ranks'} {', '.join([mesh_text(layout.mesh), *parts])}"
 
 
 def _rewards(rlhf: RLHFSettings) -> list[str]:

@@ -22,6 +22,7 @@ from training.models.layers import keep_layers
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
 from training.role_settings import OptimizerSettings
 from training.run_directory import read_json
+from training.step3_rlhf.planned import require_runnable
 from training.steps import STEPS, Step
 
 GIB = 2**30
@@ -104,7 +105,10 @@ class Outlook:
         else:
             given = config.architecture.get("reward_model")
             scorer = find_shape(config.scorer_source, given, layers, config.needs_scorer)
-        return cls(config, tuple(steps), nodes, Machine.here(), actor, scorer)
+        found = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer)
+        if config.rlhf.plan and actor is not None and any(step.draws_samples for step in steps):
+            require_runnable(config, found.ranks, actor, scorer, found.dtype)
+        return found
 
     @property
     def ranks(self) -> int:
@@ -275,6 +279,7 @@ def _more_ranks(outlook: Outlook) -> list[str]:
             **four_roles,
             "scoring_tensor_parallel": dict.fromkeys(("reference", "reward", "critic"), 1),
             "fusion": {"mode": "auto"},
+            "plan": "",
         },
     }
     ranks = 1

@@ -48,7 +48,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
         for number in range(arguments.iterations + 1):
             metrics = ppo.iterate(number + 1, check=False).metrics
             rows.append({phase: metrics[f"time/{phase}"] for phase in PHASES} | {"total": sum_of_times(metrics)})
-        moved = vars(ppo.roles.generator.moved)
+        moved = vars(ppo.roles.moves["actor_generate"].moved)
         weights = sum(p.numel() * p.element_size() for p in whole_parameters(ppo.roles.actor.language_model))
         shares = ranks.gather({"rows": rows[1:], "moved": moved, "weights": weights})
         ranks.barrier()

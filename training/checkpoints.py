@@ -49,6 +49,7 @@ class Checkpoints:
             temporary.mkdir(parents=True)
         self.ranks.see(temporary)
         write(temporary)
+        self.ranks.barrier("saving a checkpoint")  # those of other roles may still be writing
         found = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
         of_ranks = self.ranks.gather(found, "saving a checkpoint")  # each sees what it has written
         if self.ranks.is_first:

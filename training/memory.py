@@ -8,15 +8,18 @@ what training holds; "Reducing Activation Recomputation in Large Transformer Mod
 for activations.
 """
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from training.config import RunConfig, StepSettings
+from training.config import DataSettings, RunConfig
 from training.deepspeed_config import effective_zero_stage
-from training.rlhf_settings import RLHFSettings
+from training.hybrid_engine.transfers import stays
+from training.plan import Assignment, Plan
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.steps import Step
 
@@ -207,61 +210,100 @@ def estimate_step_memory(
     settings = config.supervised(step)
     optimizer, scores = settings.optimizer, step.leaves_scorer
     shape, parameters = (scorer, scorer.scorer_parameters) if scores else (actor, actor.parameters)
-    passes = _pass_parts(shape, config, settings, optimizer, dtype, "training", step.rows.answers, not scores)
+    tokens, checkpointing = settings.micro_batch_tokens, optimizer.gradient_checkpointing
+    passes = _pass_parts(shape, config.data, tokens, checkpointing, dtype, "training", step.rows.answers, not scores)
     training = training_parts("", parameters, shape, optimizer, dtype, ranks, "training")
     saving = _saving_parts(parameters, _adapters(shape, optimizer) or parameters)
     return StepMemory((*training, *passes, *saving))
 
 
 def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int) -> StepMemory:
-    rlhf, data = config.rlhf, config.data
-    scoring = rlhf.scoring_tensor_parallel
-    parts = [
-        *training_parts("actor ", actor.parameters, actor, rlhf.actor, dtype, ranks, "actor training"),
+    """On the first rank, or, where the settings hold a plan, on the one that needs most."""
+    plan = Plan.of(config.rlhf, ranks, config.data.longest)
+    of_ranks = [
+        StepMemory(tuple(_rlhf_parts(config, plan, actor, scorer, dtype, rank)))
+        for rank in (range(ranks) if config.rlhf.plan else (0,))
     ]
-    if rlhf.has_critic:
-        size = scorer.scorer_parameters
-        parts += training_parts("critic ", size, scorer, rlhf.critic, dtype, ranks, "critic training")
-        parts += _pass_parts(scorer, config, rlhf, rlhf.critic, dtype, "critic training")
-        if scoring.critic > 1:  # beside the weights that are trained
-            part = _share((size + _adapters(scorer, rlhf.critic)) * dtype.itemsize, scoring.critic)
-            parts.append(Part(f"critic weights to score, 1 of {scoring.critic} parts", part))
-    if rlhf.has_reward_model:
-        size = scorer.scorer_parameters
-        parts += _frozen_parts("reward", size, rlhf.reward, dtype, ranks, scoring.reward)
-    if rlhf.ema:
-        trained = _adapters(actor, rlhf.actor) or actor.parameters
-        divides = effective_zero_stage(rlhf.actor, dtype) >= 1
+    return max(of_ranks, key=lambda memory: memory.peak("device", "host"))
+
+
+def _rlhf_parts(
+    config: RunConfig, plan: Plan, actor: Shape, scorer: Shape, dtype: torch.dtype, rank: int
+) -> Iterator[Part]:
+    """What one rank has to do with: the roles whose calls it takes part in."""
+    rlhf, longest = config.rlhf, config.data.longest
+    samples = rlhf.prompts_per_iteration * rlhf.samples_per_prompt
+
+    def takes_part(call: str) -> bool:
+        return call in plan.assignments and rank in plan[call].layout.mesh
+
+    def copy(call: str, shape: Shape, parameters: int, use: str) -> Iterator[Part]:
+        """Of trained weights, beside those that are trained, where `call` has them in another layout."""
+        role = call.partition("_")[0]
+        if not takes_part(call) or stays(plan[f"{role}_train"].layout, plan[call].layout, rank):
+            return
+        layout, adapters = plan[call].layout, _adapters(shape, getattr(rlhf, role))
+        parts = layout.tensor * (layout.data if layout.zero_stage == 3 else 1)
+        name = f"{role} weights to {use}, " + ("whole" if parts == 1 else f"1 of {parts} parts")
+        phase = "generation" if use == "generate" and rlhf.release_generation else ""
+        yield Part(name, _share((parameters + adapters) * dtype.itemsize, parts), phase=phase)
+
+    def passes(role: str, shape: Shape, with_logits: bool) -> list[Part]:
+        assignment, rows = plan[f"{role}_train"], math.ceil(samples / rlhf.mini_batches)
+        tokens = assignment.micro_batch_limit or assignment.together(rows) * longest
+        checkpointing = getattr(rlhf, role).gradient_checkpointing
+        return _pass_parts(shape, config.data, tokens, checkpointing, dtype, f"{role} training", 1, with_logits)
+
+    def trained(role: str, shape: Shape, parameters: int) -> list[Part]:
+        layout = plan[f"{role}_train"].layout
+        placed = getattr(rlhf, role).model_copy(update={"zero_stage": layout.zero_stage})
+        return training_parts(f"{role} ", parameters, shape, placed, dtype, layout.data, f"{role} training")
+
+    if takes_part("actor_train"):
+        yield from trained("actor", actor, actor.parameters)
+    if takes_part("critic_train"):
+        yield from trained("critic", scorer, scorer.scorer_parameters)
+        yield from passes("critic", scorer, with_logits=False)
+    yield from copy("critic_score", scorer, scorer.scorer_parameters, "score")
+    if takes_part("reward_score"):
+        yield from _frozen_parts("reward", scorer.scorer_parameters, rlhf.reward, plan["reward_score"], dtype)
+    if rlhf.ema and takes_part("actor_train"):
+        layout = plan["actor_train"].layout
+        placed = rlhf.actor.model_copy(update={"zero_stage": layout.zero_stage})
+        weights = (_adapters(actor, rlhf.actor) or actor.parameters) * 4
         place: Place = "device" if rlhf.actor.offload == "none" else "host"
-        parts.append(Part("actor average, fp32", _share(trained * 4, ranks if divides else 1), place))
-    if rlhf.has_reference and not rlhf.actor.lora.rank:  # with LoRA it is the actor, its adapters switched off
-        parts += _frozen_parts("reference", actor.parameters, rlhf.reference, dtype, ranks, scoring.reference)
-    tensor = rlhf.generation_tensor_parallel
-    if rlhf.actor.zero_stage == 3 or tensor > 1:  # a rank keeps its part of the weights
-        whole = actor.parameters + _adapters(actor, rlhf.actor)
-        name = "actor weights to generate, " + ("whole" if tensor == 1 else f"1 of {tensor} parts")
-        parts.append(Part(name, _share(whole * dtype.itemsize, tensor)))
-    length = data.max_prompt_tokens + data.max_response_tokens
-    groups = max(1, ranks // tensor)
-    rows = min(rlhf.generation_batch, -(-rlhf.prompts_per_iteration * rlhf.samples_per_prompt // groups))
-    keys_and_values = _share(actor.cache_values(rows * length) * dtype.itemsize, tensor)
-    parts += [  # GenerationEngine keeps its cache from one iteration to the next
-        Part("key-value cache, kept while training", keys_and_values, phase="generation", is_kept=True),
-        Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation"),
-        *_pass_parts(actor, config, rlhf, rlhf.actor, dtype, "actor training", with_logits=True),
-        *_saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters),  # the critic is not kept
-    ]
-    return StepMemory(tuple(parts))
+        divides = effective_zero_stage(placed, dtype) >= 1
+        yield Part("actor average, fp32", _share(weights, layout.data if divides else 1), place)
+    if takes_part("reference_score"):
+        is_actor = rlhf.actor.lora.rank and plan["reference_score"].cut == plan["actor_train"].cut  # adapters off
+        if not is_actor:
+            yield from _frozen_parts("reference", actor.parameters, rlhf.reference, plan["reference_score"], dtype)
+    yield from copy("actor_generate", actor, actor.parameters, "generate")
+    if takes_part("actor_generate"):
+        layout = plan["actor_generate"].layout
+        rows = min(plan["actor_generate"].together(samples), math.ceil(samples / layout.data))
+        keys_and_values = _share(actor.cache_values(rows * longest) * dtype.itemsize, layout.tensor)
+        keeps = not rlhf.release_generation
+        cache = "key-value cache, kept while training" if keeps else "key-value cache"
+        yield Part(cache, keys_and_values, phase="generation", is_kept=keeps)
+        yield Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation")
+    if takes_part("actor_train"):
+        yield from passes("actor", actor, with_logits=True)
+        if rank == min(plan["actor_train"].layout.mesh):  # the critic is not kept
+            yield from _saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters)
 
 
 def _frozen_parts(
-    role: str, parameters: int, settings: FrozenSettings, dtype: torch.dtype, ranks: int, tensor: int
+    role: str, parameters: int, settings: FrozenSettings, assignment: Assignment, dtype: torch.dtype
 ) -> list[Part]:
-    place: Place = "device" if settings.offload == "none" else "host"
-    whole, divides = parameters * dtype.itemsize, settings.zero_stage == 3
+    layout, waits = assignment.layout, assignment.offload
+    place: Place = "device" if settings.offload == "none" and not waits else "host"
+    whole, divides = parameters * dtype.itemsize, layout.zero_stage == 3
     where = "whole (first rank)" if divides else "whole"
+    held = _share(whole, layout.data if divides else layout.tensor)
     return [
-        Part(f"{role} weights", _share(whole, ranks if divides else tensor), place),
+        Part(f"{role} weights", held, place),
+        *([Part(f"{role} weights, for its call", held, phase=f"{role} scoring")] if waits else []),
         Part(f"{role} weights, {where}", whole, "host", f"{role} {LOADING}", first_rank_only=divides),
     ]
 
@@ -317,21 +359,20 @@ def _adapters(shape: Shape, settings: OptimizerSettings) -> int:
 
 def _pass_parts(
     shape: Shape,
-    config: RunConfig,
-    step: StepSettings | RLHFSettings,
-    settings: OptimizerSettings,
+    data: DataSettings,
+    micro_batch_tokens: int,
+    checkpointing: bool,
     dtype: torch.dtype,
     phase: str,
     rows_together: int = 1,
     with_logits: bool = False,
 ) -> list[Part]:
     """What a forward and backward pass over one micro-batch of longest rows adds."""
-    length = config.data.max_prompt_tokens + config.data.max_response_tokens
-    rows = rows_per_micro_batch(step.micro_batch_tokens, length, rows_together)
-    activations = shape.activation_values(rows * length, settings.gradient_checkpointing)
+    rows = rows_per_micro_batch(micro_batch_tokens, data.longest, rows_together)
+    activations = shape.activation_values(rows * data.longest, checkpointing)
     parts = [Part("activations", activations * dtype.itemsize, phase=phase)]
     if with_logits:  # taken at response positions only
-        logits = rows * config.data.max_response_tokens * shape.vocabulary
+        logits = rows * data.max_response_tokens * shape.vocabulary
         parts.append(Part("logits", logits * TRAINING_BYTES_PER_LOGIT, phase=phase))
     return parts
 

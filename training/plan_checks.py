@@ -39,9 +39,8 @@ def unrunnable(plan: Plan, graph: DataflowGraph, settings: RLHFSettings, ranks: 
             found.append(f"{name} has a zero_stage, and generation needs its weights whole or tensor-parallel; use 0.")
         if call.kind == "score" and layout.zero_stage == 3 and layout.tensor > 1:
             found.append(f"{name} divides its weights twice, tensor-parallel and by ZeRO stage 3; choose one.")
-        if plan[name].offload:
-            found.append(f"{name} offloads weights by a plan, which is not there yet; use rlhf.{call.role}.offload.")
         is_whole = layout.mesh == tuple(range(ranks)) and (call.kind == "generate" or layout.is_whole)
+        is_whole &= not plan[name].offload
         if settings.fusion.mode == "inter" and call.kind != "train" and not is_whole:
             found.append(
                 f"rlhf.fusion.mode=inter needs generation on all ranks and roles that score whole on each of them, "
@@ -66,7 +65,7 @@ def _problems_of(call: Call, assignment: Assignment, is_frozen: bool, workload: 
     shape = workload.models[call.role].shape
     found = []
     if max(layout.mesh) >= ranks or min(layout.mesh) < 0:
-        found.append(f"{name} uses rank {max(layout.mesh)}, but the cluster has ranks 0 to {ranks - 1}.")
+        found.append(f"{name} uses rank {max(layout.mesh)}, but the cluster has ranks 0 to {ranks - 1}; name others.")
     if shape.heads % layout.tensor:
         found.append(
             f"{name} cuts {shape.heads} attention heads into {layout.tensor} parts; choose a divisor for tensor."

@@ -104,7 +104,7 @@ def _mesh(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     if isinstance(value, list) and value and all(type(rank) is int for rank in value):
-        return tuple(value)
+        return tuple(sorted(value))  # torch's groups are in this order
     first, dash, last = str(value).partition("-")
     if dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last):
         return tuple(range(int(first), int(last) + 1))

@@ -92,6 +92,8 @@ class RLHFSettings(Settings):
     """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
     generation_batch: int = Field(32, ge=1)
     """Samples that one rank (one tensor-parallel group) decodes at the same time: slots, refilled as samples end."""
+    release_generation: bool = False
+    """Give back, while training, the memory of what generation keeps: keys and values, and a copy of the weights."""
     generation_tensor_parallel: int = Field(1, ge=1)
     """Ranks that generate together, each with a part of the actor's weights; divides the number of ranks."""
     scoring_tensor_parallel: ScoringDegrees = ScoringDegrees()

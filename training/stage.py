@@ -143,7 +143,7 @@ class Stage:
         directory = self.directory
         places = directory.model, directory.adapter
         weights, lora = engine.trained_weights(), engine.settings.lora
-        self.save_weights(weights, lora, places, load, chat_format, extra_config, self.ranks.is_first)
+        self.save_weights(weights, lora, places, load, chat_format, extra_config, self.ranks)
 
     def save_weights(
         self,
@@ -153,19 +153,18 @@ class Stage:
         load: Callable[[], PreTrainedModel],
         chat_format: ChatFormat,
         extra_config: dict[str, float] | None = None,
-        writes: bool = True,
+        members: Ranks | None = None,
     ) -> None:
-        """The rank that `writes` leaves a model and its adapter in `places`: what `load` gives, with `weights` in it.
-
-        All ranks call it.
+        """The first of `members` (ranks that have the role; None elsewhere) leaves a model and its adapter in `places`:
+        what `load` gives, with `weights` in it. All ranks call it.
         """
         model, adapter = places
 
         def write(directory: Path) -> None:
             save_model(directory, load(), chat_format, weights, lora, self.storage_dtype, extra_config, adapter)
 
-        if writes:
-            with writing(f"the model of {self.directory.path.name}", self.directory.path):
+        if members is not None and members.is_first:
+            with members.as_world(), writing(f"the model of {self.directory.path.name}", self.directory.path):
                 write_directory(model, write)
         self.ranks.barrier("saving the model")
 

@@ -136,6 +136,14 @@ class GenerationEngine:
         """Must be called after the model's weights have changed: their blocked copy is made anew."""
         self._blocked = None
 
+    def release(self) -> None:
+        """Give back the memory for keys and values, the blocked weights and the graphs; the next call makes them anew.
+
+        No samples may be on their way.
+        """
+        self.cache.release()
+        self._blocked = self._replay = None
+
     def _weights_in_use(self) -> AbstractContextManager[None]:
         """Inside, the model computes with its blocked weights."""
         if self.exact is not None and not self.exact.blocked:

@@ -25,6 +25,11 @@ class KVCache:
         """Memory of what has been made so far."""
         return sum(t.numel() * t.element_size() for part in (self.keys, self.values) for t in part.values())
 
+    def release(self) -> None:
+        """Give the memory back; a layer's part is made anew when it next writes."""
+        self.keys.clear()
+        self.values.clear()
+
     def fits(self, slots: int, capacity: int) -> bool:
         return slots <= self.slots and capacity <= self.capacity
 

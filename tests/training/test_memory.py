@@ -162,6 +162,17 @@ def test_dpo_trains_the_actor_on_pairs_and_holds_no_reference(opt_13b, opt_350m)
     }
 
 
+def test_what_generation_keeps_can_be_released(opt_13b, opt_350m):
+    kept = estimate_step_memory(PPO, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    config = opt_config("rlhf.release_generation=true")
+    released = estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
+    cache = 2 * (16 * 512) * 40 * 2 * 5120
+    assert kept.held("device") - released.held("device") == 2 * OPT_13B
+    assert sizes(released)["generation", "key-value cache"] == cache
+    assert kept.phases("device")["generation"] + cache + 2 * OPT_13B == released.phases("device")["generation"]
+    assert released.peak("device") < kept.peak("device")
+
+
 def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):
     memory = estimate_step_memory(PPO, opt_config(), opt_13b, opt_350m, torch.bfloat16, ranks=8)
     by_name = sizes(memory)

@@ -71,6 +71,8 @@ class RewardTask:
     def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], held_out: list[TokenPair]):
         self.stage, self.engine, self.pairs, self.held_out = stage, engine, pairs, held_out
         self.lengths = [pair.tokens for pair in pairs]
+        self.held_out_scores: Tensor | None = None
+        """Those of the last evaluation, float64 (2, pairs)."""
 
     def place(self, row: int) -> int:
         return self.pairs[row].place
@@ -86,66 +88,61 @@ class RewardTask:
         statistics = {"accuracy": float((margin > 0).sum()), "margin": float(margin.sum())}
         return -logsigmoid(chosen - rejected).sum(), statistics
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Accuracy (also by length of the longer answer), margin and mean scores on held-out pairs."""
         if not self.held_out:
             return {}
-        ranks = self.stage.ranks
-        lengths = [pair.tokens for pair in self.held_out]
-        sums = dict.fromkeys(("eval/loss", "eval/margin", "eval/chosen", "eval/rejected"), 0.0)
-        right = dict.fromkeys(("eval/accuracy", *ACCURACY_UP_TO.values(), "eval/accuracy_unseen_questions"), 0.0)
-        counts = dict.fromkeys(right, 0.0)
-        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
-        for micro_batch in plan[ranks.rank]:
-            pairs, weight = [self.held_out[row] for row in micro_batch.rows], micro_batch.weight
-            chosen, rejected = self._scores(pairs)
-            for pair, ranked in zip(pairs, (chosen > rejected).tolist(), strict=True):
-                for name in accuracies_of(pair):
-                    right[name] += ranked * weight
-                    counts[name] += weight
-            sums["eval/loss"] -= float(logsigmoid(chosen - rejected).sum()) * weight
-            sums["eval/margin"] += float((chosen - rejected).sum()) * weight
-            sums["eval/chosen"] += float(chosen.sum()) * weight
-            sums["eval/rejected"] += float(rejected.sum()) * weight
-        found = ranks.sum_values(sums | right | {f"pairs of {name}": count for name, count in counts.items()})
-        counts = {name: found[f"pairs of {name}"] for name in right}
-        means = {name: found[name] / counts["eval/accuracy"] for name in sums}
-        return means | {name: found[name] / count for name, count in counts.items() if count}
+        chosen, rejected = self.held_out_scores = self.scores(self.held_out)
+        found: dict[str, list[bool]] = {name: [] for name in ("eval/accuracy", *ACCURACY_UP_TO.values())}
+        found["eval/accuracy_unseen_questions"] = []
+        for pair, ranked in zip(self.held_out, (chosen > rejected).tolist(), strict=True):
+            for name in accuracies_of(pair):
+                found[name].append(ranked)
+        means = {
+            "eval/loss": -logsigmoid(chosen - rejected),
+            "eval/margin": chosen - rejected,
+            "eval/chosen": chosen,
+            "eval/rejected": rejected,
+        }
+        accuracies = {name: sum(ranked) / len(ranked) for name, ranked in found.items() if ranked}
+        return {name: float(values.mean()) for name, values in means.items()} | accuracies
 
-    @torch.no_grad()
     def ranking(self, questions: Sequence[Hashable]) -> dict[str, Accuracy]:
-        """Held-out pairs ranked right, with intervals: what evaluation and report say of this reward model.
+        """Held-out pairs ranked right in the last evaluation, with intervals: what evaluation and report say of this
+        reward model.
 
-        `questions` are those of the pairs. All ranks call it and get the same.
+        `questions` are those of the pairs.
         """
-        ranks, found = self.stage.ranks, dict[int, bool]()
-        lengths = [pair.tokens for pair in self.held_out]
-        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
-        for micro_batch in plan[ranks.rank] if lengths else []:
-            chosen, rejected = self._scores([self.held_out[row] for row in micro_batch.rows])
-            found.update(zip(micro_batch.rows, (chosen > rejected).tolist(), strict=True))
-        right = {row: ranked for share in ranks.gather(found) for row, ranked in share.items()}
+        if not self.held_out:
+            return {}
+        chosen, rejected = self.last_scores()
         longest, unseen = [pair.longer for pair in self.held_out], [pair.is_unseen for pair in self.held_out]
-        return accuracy_by_length([right[row] for row in range(len(lengths))], longest, unseen, questions)
+        return accuracy_by_length((chosen > rejected).tolist(), longest, unseen, questions)
 
-    @torch.no_grad()
     def score_scale(self) -> dict[str, float]:
         """Mean and standard deviation of the scores of held-out human replies, chosen and rejected alike."""
-        ranks = self.stage.ranks
-        pairs = self.held_out or self.pairs[: self.stage.config.reward.eval_rows]
-        lengths = [pair.tokens for pair in pairs]
-        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
-        sums = {"count": 0.0, "sum": 0.0, "squares": 0.0}
+        scores = self.last_scores() if self.held_out else self.scores(self.pairs[: self.stage.config.reward.eval_rows])
+        return {"score_shift": float(scores.mean()), "score_scale": max(float(scores.std(correction=0)), 1e-6)}
+
+    def last_scores(self) -> Tensor:
+        """Of the held-out pairs: those of the last evaluation, or of one now in a run that goes on after its end."""
+        if self.held_out_scores is None:
+            self.held_out_scores = self.scores(self.held_out)
+        return self.held_out_scores
+
+    @torch.no_grad()
+    def scores(self, pairs: list[TokenPair]) -> Tensor:
+        """Of chosen and rejected, float64 (2, pairs). All ranks call it and get the same."""
+        ranks, found = self.stage.ranks, dict[int, list[float]]()
+        plan = plan_micro_batches(
+            [pair.tokens for pair in pairs], self.stage.config.reward.micro_batch_tokens, ranks.size
+        )
         for micro_batch in plan[ranks.rank]:
-            scores = torch.cat(self._scores([pairs[row] for row in micro_batch.rows])).double()
-            sums["count"] += len(scores) * micro_batch.weight
-            sums["sum"] += float(scores.sum()) * micro_batch.weight
-            sums["squares"] += float(scores.square().sum()) * micro_batch.weight
-        sums = ranks.sum_values(sums)
-        mean = sums["sum"] / sums["count"]
-        variance = max(sums["squares"] / sums["count"] - mean**2, 0.0)
-        return {"score_shift": mean, "score_scale": max(variance**0.5, 1e-6)}
+            scores = torch.stack(self._scores([pairs[row] for row in micro_batch.rows]), dim=1)
+            if micro_batch.weight:
+                found.update(zip(micro_batch.rows, scores.tolist(), strict=True))
+        every = {row: scores for share in ranks.gather(found) for row, scores in share.items()}
+        return torch.tensor([every[row] for row in range(len(pairs))], dtype=torch.float64).T
 
     def _scores(self, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""

@@ -54,20 +54,33 @@ def train(stage: Stage) -> None:
             "PPO: rlhf.kl has no coefficient, target or stop, so no reference is loaded: KL to it is not measured, and "
             "the warnings of it are off (rlhf.kl.measure=true brings both back)"
         )
+    waiting = [name for name, assignment in roles.plan.assignments.items() if assignment.offload]
+    if waiting and stage.ranks.device.type == "cpu":
+        stage.display.say(
+            f"PPO: offload of {' and '.join(waiting)} changes nothing on a CPU, whose memory is that of the host"
+        )
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows)
     iterations = ppo.fit()
+
+    save_actor(stage, roles, sft, chat_format)
+    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
+
+
+def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -> None:
+    """Write the models of the actor and of its average. All ranks call it; one that trains the actor writes."""
+    directory, lora = stage.directory, stage.config.rlhf.actor.lora
+    actor = roles.actor if roles.trains("actor") else None
 
     def load() -> PreTrainedModel:
         return load_causal_lm(sft, chat_format, torch.float32)
 
-    writes = roles.trains("actor") and roles.actor.ranks.is_first
-    directory, weights = stage.directory, roles.actor.trained_weights() if roles.trains("actor") else {}
-    places = directory.model, directory.adapter
-    stage.save_weights(weights, settings.actor.lora, places, load, chat_format, writes=writes)
-    if settings.ema:
-        weights, places = {} if roles.ema is None else roles.ema.weights(), (directory.ema_model, directory.ema_adapter)
-        stage.save_weights(weights, settings.actor.lora, places, load, chat_format, writes=writes)
-    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
+    def write(weights: dict[str, Tensor], places: tuple[Path, Path]) -> None:
+        members = None if actor is None else actor.ranks
+        stage.save_weights(weights, lora, places, load, chat_format, members=members)
+
+    write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
+    if stage.config.rlhf.ema:
+        write(roles.ema.weights() if roles.ema is not None else {}, (directory.ema_model, directory.ema_adapter))
 
 
 def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor:
@@ -233,6 +246,7 @@ class PPO:
             experience = rollout.generate()
             experience = rollout.score(experience)
         of_rollout = rollout.learn(experience)
+        self.rollouts.end()
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
         experience, of_scores = self.reward(experience, texts, seats, clock)
 

@@ -50,7 +50,7 @@ def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, fl
     rows = read_rows(file) if file.exists() else []
     pairs = stage.token_pairs(rows[: stage.config.reward.eval_rows], chat_format) if rows else []
     place, right = roles.places.get(REWARD_SCORE.name), 0.0
-    with roles.scoring():
+    with roles.scoring(), roles.present([REWARD_SCORE]):
         for micro_batch in shared(pairs, place, stage.config.rlhf.micro_batch_tokens) if pairs and place else []:
             batch = TokenBatch.of(rows_of([pairs[row] for row in micro_batch.rows]), stage.ranks.device)
             chosen, rejected = roles.scores(batch).chunk(2)

@@ -1,6 +1,6 @@
 """The roles of step 3: the actor always, reference, critic and reward model where the settings have them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from training.hybrid_engine.dividing import divide, loads
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.moving_average import MovingAverage
 from training.hybrid_engine.reallocation import Reallocation
+from training.hybrid_engine.waiting_weights import WaitingWeights
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
@@ -93,7 +94,9 @@ class Roles:
         """Of the roles that this rank trains."""
         self._scoring: dict[str, nn.Module] = {}
         """What scores here, by role, where it is not what is trained."""
-        self._moves: dict[str, Reallocation] = {}
+        self._waiting: dict[str, WaitingWeights] = {}
+        """Of frozen roles, where the plan offloads them."""
+        self.moves: dict[str, Reallocation] = {}
         """By the calls that use trained weights in another layout."""
         self.critic_scale: tuple[float, float] | None = None
         """Shift and scale that PPO gave it; None while it has its own."""
@@ -124,6 +127,7 @@ class Roles:
             BlockedWeights(module)
             for role, module in self._scoring.items()
             if self.plan[f"{role}_score"].layout.zero_stage == 0
+            and role not in self._waiting
             and (role != "reference" or self.exact is None or self.exact.blocked)
         ]
 
@@ -151,7 +155,7 @@ class Roles:
             part, divides = None, None
             if place is not None:
                 part, divides = place.tensor_parallel, partial(divide_to_score, dtype=dtype, ranks=place.ranks)
-            self._moves[call.name] = Reallocation(
+            self.moves[call.name] = Reallocation(
                 model, home, target, part, self.stage.ranks, divide=divides if target.zero_stage == 3 else None
             )
 
@@ -170,8 +174,13 @@ class Roles:
             whole = Layout.over(ranks.size)
             part = Reallocation(module.model, whole, local, place.tensor_parallel, ranks).run()
             module.model = cast(PreTrainedModel, part)  # the whole one is forgotten here
-        placed = settings.model_copy(update={"zero_stage": layout.zero_stage})
-        self._scoring[role] = freeze(module, placed, self.stage.dtype, ranks)
+        update: dict[str, Any] = {"zero_stage": layout.zero_stage}
+        if place.assignment.offload and layout.zero_stage == 3:
+            update["offload"] = "parameters"  # DeepSpeed brings them layer by layer
+        frozen = freeze(module, settings.model_copy(update=update), self.stage.dtype, ranks)
+        self._scoring[role] = frozen
+        if place.assignment.offload and layout.zero_stage < 3 and ranks.device.type != "cpu":
+            self._waiting[role] = WaitingWeights(frozen, ranks.device)
 
     def trains(self, role: str) -> bool:
         """Whether this rank does."""
@@ -194,7 +203,7 @@ class Roles:
 
     def _brought(self, call: Call) -> nn.Module | None:
         """The language model of a trained role, with its present weights in the layout of `call`."""
-        if (move := self._moves.get(call.name)) is None:
+        if (move := self.moves.get(call.name)) is None:
             return self._engines[call.role].language_model if call.name in self.places else None
         if call.name in self.places or self.trains(call.role):
             return move.run()
@@ -217,7 +226,7 @@ class Roles:
         """
         blocked = list(self._frozen_blocked)
         for call in self.calls:
-            if call.kind == "score" and call.name in self._moves:
+            if call.kind == "score" and call.name in self.moves:
                 self._use(call, self._brought(call))
         if CRITIC_SCORE.name in self.places and self.plan[CRITIC_SCORE.name].layout.zero_stage < 3:
             blocked.append(BlockedWeights(self._scoring.get("critic") or self.critic.module))
@@ -225,6 +234,21 @@ class Roles:
             for weights in blocked:
                 stack.enter_context(weights.in_use())
             yield
+
+    @contextmanager
+    def present(self, calls: Sequence[Call]) -> Iterator[None]:
+        """Inside, the weights of these calls that wait in host memory are on the device."""
+        with ExitStack() as stack:
+            for call in calls:
+                if (waiting := self._waiting.get(call.role)) is not None:
+                    stack.enter_context(waiting.present())
+            yield
+
+    def release(self, call: Call) -> None:
+        """Give back the memory of the copy of the weights that `call` has, if it has one, until it is next wanted. All
+        ranks call it."""
+        if (move := self.moves.get(call.name)) is not None:
+            move.release()
 
     def _use(self, call: Call, model: nn.Module | None) -> None:
         """Score with `model`, which is the same each time, or None where this rank does not."""

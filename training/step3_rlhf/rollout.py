@@ -27,11 +27,11 @@ from training.step3_rlhf.roles import Roles
 
 
 def scores_alone(plan: Plan, ranks: int) -> bool:
-    """Whether every rank generates, and scores in all roles without another: then stages can be fused."""
+    """Whether every rank generates, and scores in all roles alone and at any time: then stages can be fused."""
     layouts = [assignment.layout for name, assignment in plan.assignments.items() if not name.endswith("_train")]
-    scoring = [assignment.layout for name, assignment in plan.assignments.items() if name.endswith("_score")]
+    scoring = [assignment for name, assignment in plan.assignments.items() if name.endswith("_score")]
     everywhere = all(layout.mesh == tuple(range(ranks)) for layout in layouts)
-    return everywhere and all(layout.is_whole for layout in scoring)
+    return everywhere and all(assignment.layout.is_whole and not assignment.offload for assignment in scoring)
 
 
 class Rollouts:
@@ -83,19 +83,29 @@ class Rollouts:
         self.engine.weights_changed()
         return self.engine
 
+    def end(self) -> None:
+        """What generation keeps is given back, if the settings say so. All ranks call it."""
+        if self.stage.config.rlhf.release_generation:
+            self.roles.release(ACTOR_GENERATE)
+            if self.engine is not None:
+                self.engine.release()
+
     def generate(self, prompts: list[Tensor], key: SamplingKey) -> list[tuple[list[int], bool]]:
         """The response to each prompt, and whether it ended, on every rank: whichever of them generate."""
         engine = self.generation_engine()
         samples = [] if engine is None else engine.generate(prompts, self.sampling, key)
         found = [(each.response_ids, each.ended) for each in sorted(samples, key=lambda each: each.index)]
+        self.end()
         return max(self.stage.ranks.gather(found, "answers to fixed prompts"), key=len)
 
     @property
     def scored_together(self) -> list[list[Call]]:
-        """The calls that score, those with one assignment together: they share micro-batches."""
-        groups: dict[Assignment, list[Call]] = {}
+        """The calls that score, those with one assignment together: they share micro-batches. One whose weights wait in
+        host memory is alone, so that they come once, and no others with them."""
+        groups: dict[tuple[Assignment, str], list[Call]] = {}
         for call in self.scoring:
-            groups.setdefault(self.roles.plan[call.name], []).append(call)
+            assignment = self.roles.plan[call.name]
+            groups.setdefault((assignment, call.name if assignment.offload else ""), []).append(call)
         return list(groups.values())
 
     def begin_scoring(self, rows: list[Experience], calls: Sequence[Call] = ()) -> Callable[[], list[Experience]]:
@@ -189,12 +199,13 @@ class Rollout:
         """What this rank says of its part of the samples, in calls that share micro-batches."""
         place = self.rollouts.roles.places.get(calls[0].name)
         scored: list[Experience] = []
-        for micro_batch in place.micro_batches([e.length for e in experience]) if place is not None else []:
-            start = time.perf_counter()
-            rows = self.rollouts.begin_scoring([experience[row] for row in micro_batch.rows], calls)()
-            tokens = sum(e.length for e in rows)
-            self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
-            scored += rows if micro_batch.weight else []
+        with self.rollouts.roles.present(calls):
+            for micro_batch in place.micro_batches([e.length for e in experience]) if place is not None else []:
+                start = time.perf_counter()
+                rows = self.rollouts.begin_scoring([experience[row] for row in micro_batch.rows], calls)()
+                tokens = sum(e.length for e in rows)
+                self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
+                scored += rows if micro_batch.weight else []
         return scored if place is not None and place.speaks else []
 
     def generate_and_score(self) -> list[Experience]:

@@ -26,6 +26,7 @@ from tests.supervised_steps import (
     train_by_hand,
     with_idle_micro_batch,
 )
+from training.evaluation.ranking import Accuracy
 from training.models.loading import load_scorer, save_model
 from training.models.scorer import Scorer
 from training.role_settings import LoRASettings
@@ -244,14 +245,24 @@ def task(runs, base, one_rank) -> RewardTask:
     return RewardTask(stage, scorer, stage.token_pairs(TRAIN, chat_format), stage.token_pairs(HELD_OUT, chat_format))
 
 
-@pytest.mark.parametrize("measure", [RewardTask.evaluate, RewardTask.score_scale])
+def scale_anew(task: RewardTask) -> dict[str, float]:
+    task.held_out_scores = None
+    return task.score_scale()
+
+
+def ranking_anew(task: RewardTask, questions: list[str]) -> dict[str, Accuracy]:
+    task.held_out_scores = None
+    return task.ranking(questions)
+
+
+@pytest.mark.parametrize("measure", [RewardTask.evaluate, scale_anew])
 def test_an_idle_micro_batch_does_not_count(task, monkeypatch, measure):
     expected = measure(task)
     monkeypatch.setattr(reward, "plan_micro_batches", with_idle_micro_batch(reward.plan_micro_batches))
     assert measure(task) == expected
 
 
-@pytest.mark.parametrize("measure", [RewardTask.evaluate, RewardTask.score_scale])
+@pytest.mark.parametrize("measure", [RewardTask.evaluate, scale_anew])
 def test_two_ranks_measure_the_mean_over_all_pairs(task, measure):
     """Not the mean of their means."""
     assert on_two_ranks(task, lambda: measure(task)) == pytest.approx(measure(task), rel=1e-5, abs=1e-6)
@@ -260,17 +271,30 @@ def test_two_ranks_measure_the_mean_over_all_pairs(task, measure):
 def test_the_ranking_that_is_kept_is_the_last_evaluation(runs, task, monkeypatch):
     """By the rates, whatever the plan and the number of ranks; with questions that hold several pairs."""
     questions = list("aabbcde")
-    expected, measured = task.ranking(questions), task.evaluate()
+    expected, measured = ranking_anew(task, questions), task.evaluate()
     names = {"all": "eval/accuracy", "unseen_questions": "eval/accuracy_unseen_questions"}
     for name, found in expected.items():
         assert found["rate"] == pytest.approx(measured[names.get(name, f"eval/accuracy_{name}")])
     assert expected["all"]["pairs"] == 7 and expected["all"]["questions"] == 5
-    assert on_two_ranks(task, lambda: task.ranking(questions)) == expected
+    assert on_two_ranks(task, lambda: ranking_anew(task, questions)) == expected
     monkeypatch.setattr(reward, "plan_micro_batches", with_idle_micro_batch(reward.plan_micro_batches))
-    assert task.ranking(questions) == expected
+    assert ranking_anew(task, questions) == expected
     result = result_of(runs["plain"], REWARD)
     assert result["reward_accuracy"]["all"]["rate"] == pytest.approx(result["eval/accuracy"])
     assert result["reward_accuracy"]["all"]["pairs"] == result["held_out"]
+
+
+def test_the_scores_of_the_last_evaluation_serve_for_scale_and_ranking(task):
+    """And no older ones."""
+    questions, engine = list("aabbcde"), task.engine
+    for factor in (-2, -0.5):
+        with torch.no_grad():
+            engine.score_head.weight *= factor
+        task.evaluate()
+    task.engine = None  # asked no more
+    found = task.score_scale(), task.ranking(questions)
+    task.engine = engine
+    assert found == (scale_anew(task), task.ranking(questions))
 
 
 def test_without_held_out_pairs_the_scale_is_that_of_the_first_training_pairs(task, base):

@@ -10,7 +10,7 @@ from benchmarks import work
 from benchmarks.work import Lengths, Size
 from tests.ranks import run_ranks
 
-ITERATIONS = 3
+ITERATIONS = 2
 ALL = {"mesh": "0-1", "data": 2}
 ZERO_3 = ALL | {"zero_stage": 3}
 FIRST, SECOND = {"mesh": 0}, {"mesh": 1}
@@ -30,15 +30,16 @@ PLANS: dict[str, dict[str, Any]] = {
     "side by side": {"plan": plan(ALL, ALL, ALL, ALL, FIRST, SECOND)},
     "generation apart": {"plan": plan(SECOND, FIRST, SECOND, SECOND, FIRST, ZERO_3), "ema": 0.5},
     "in parts": {"plan": plan(TOGETHER, TOGETHER, FIRST, TOGETHER, ZERO_3, SECOND | {"micro_batches": 2})},
+    "released": {"plan": plan(TOGETHER, ALL, ALL, ALL, ZERO_3, ALL), "release_generation": True},
+    "waiting": {"plan": plan(ALL, ALL | {"offload": True}, ALL | {"offload": True}, ALL, ALL, ALL)},
     "the other way round": {
         "plan": plan(FIRST, ZERO_3, ALL | {"micro_batches": 3}, ZERO_3, SECOND, FIRST),
         "ema": 0.5,
     },
-    "far apart": {"plan": plan(FIRST, SECOND, FIRST, ALL, ALL | {"zero_stage": 2}, ALL | {"zero_stage": 1})},
 }
 ADAPTED: dict[str, dict[str, Any]] = {
     "none": {},
-    "apart": {"plan": plan(ALL, FIRST, SECOND, SECOND, SECOND, FIRST)},
+    "apart": {"plan": plan(SECOND, FIRST, FIRST, FIRST, SECOND, FIRST)},
     "the actor is the reference": {"plan": plan(FIRST, SECOND, SECOND, SECOND, SECOND, FIRST)},
 }
 GROUPED: dict[str, dict[str, Any]] = {
@@ -89,7 +90,7 @@ def iterate_by_plans(ranks, directory):
     work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
     lora = {"lora": {"rank": 2}}
     critic_free = {"advantage": "rloo", "samples_per_prompt": 2}
-    found = {}
+    found, kept, waited = {}, {}, []
     for kind, plans, common in (
         ("whole", PLANS, {}),
         ("adapted", ADAPTED, {"actor": lora, "critic": lora}),
@@ -98,16 +99,101 @@ def iterate_by_plans(ranks, directory):
         for name, settings in plans.items():
             place = directory / f"{kind} {name}"
             ppo = make_ppo(ranks, place, {**common, **settings})
+            present = wait(ppo.roles) if name == "waiting" else []
             responses, rows = follow(ppo, range(1, ITERATIONS + 1), check=True)
             ema = {} if ppo.roles.ema is None else {n: w.flatten().tolist() for n, w in ppo.roles.ema.weights().items()}
             weights = {role: trained(ppo, role) for role in ("actor", "critic")} | {"ema": ema}
             found[f"{kind} {name}"] = {"responses": responses, "rows": rows, "weights": weights}
-    return found
+            kept[f"{kind} {name}"] = bytes_to_generate(ppo)
+            waited += present
+    resumed = go_on(ranks, directory)
+    return {"plans": found, "kept": kept, "present": waited, "resumed": resumed}
+
+
+def bytes_to_generate(ppo) -> list[int]:
+    """Of keys and values, and of a copy of the weights, while nothing generates."""
+    move = ppo.roles.moves.get("actor_generate")
+    copy = {} if move is None or move.stays else move.weights
+    cache = 0 if ppo.rollouts.engine is None else ppo.rollouts.engine.cache.bytes
+    return [cache, sum(weight.untyped_storage().nbytes() for weight in copy.values())]
+
+
+def wait(roles) -> list[str]:
+    """Let the frozen roles wait as on a GPU, whose memory is the host's here. Returns who came and went, as it goes on.
+
+    Outside of its calls a role has no weights.
+    """
+    from contextlib import contextmanager
+
+    from training.hybrid_engine.waiting_weights import WaitingWeights
+
+    events = []
+
+    class Watched(WaitingWeights):
+        def __init__(self, role):
+            self.role = role
+            super().__init__(roles._scoring[role], roles.stage.ranks.device)
+
+        @contextmanager
+        def present(self):
+            events.append(f"{self.role} comes")
+            with super().present():
+                yield
+            events.append(f"{self.role} goes")
+
+        def _leave(self):
+            for held, _ in self.waiting:
+                held.data = torch.empty(0)
+
+    roles._frozen_blocked = []
+    roles._waiting = {role: Watched(role) for role in ("reference", "reward")}
+    return events
+
+
+RESUMED: dict[str, Any] = {
+    **PLANS["the other way round"],
+    "kl": {"coefficient": 0.05, "stop": 1e9},
+    "ppo_kl_stop": 1e9,
+}
+"""The actor is on the second rank alone; all ranks meet after each mini-batch, and the model before is kept."""
+
+
+def go_on(ranks, directory):
+    """Iteration 2 of a run, and of one that goes on from a checkpoint after iteration 1; the model that is left."""
+    from training.models.loading import load_causal_lm
+    from training.step3_rlhf.ppo import save_actor
+    from training.steps import SFT
+
+    first = make_ppo(ranks, directory / "resumed", RESUMED)
+    follow(first, range(1, 2))
+    first.save(1, stopped=False)
+    states = []
+    second = make_ppo(ranks, directory / "resumed", RESUMED)
+    number, stopped = second.resume(second.stage.journal("updates.jsonl"))
+    for ppo in (first, second):
+        found = follow(ppo, range(2, 3))
+        kept = [tensor.tolist() for tensor in ppo.inside.kept]
+        ema = {} if ppo.roles.ema is None else {n: w.tolist() for n, w in ppo.roles.ema.weights().items()}
+        states.append([found, trained(ppo, "actor"), trained(ppo, "critic"), ema, kept])
+    save_actor(second.stage, second.roles, second.stage.earlier_model(SFT), second.chat_format)
+    left = {
+        name: {
+            key: weight.flatten().tolist()
+            for key, weight in load_causal_lm(place, second.chat_format, torch.float32).named_parameters()
+        }
+        for name, place in (("actor", second.stage.directory.model), ("ema", second.stage.directory.ema_model))
+    }
+    return {"number": number, "stopped": stopped, "states": states, "left": left}
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+def ran(tmp_path_factory):
     return run_ranks(__file__, "iterate_by_plans", 2, tmp_path_factory.mktemp("plans"))
+
+
+@pytest.fixture(scope="module")
+def outcome(ran):
+    return [rank["plans"] for rank in ran]
 
 
 def weights_of(outcome, name: str, role: str) -> dict[str, torch.Tensor]:
@@ -147,3 +233,26 @@ def test_the_average_is_that_of_the_actor_wherever_it_lies(outcome):
     for key, weight in apart.items():
         assert torch.allclose(weight, other[key], rtol=0, atol=1e-5)
     assert any(not torch.equal(weight, actor[key]) for key, weight in apart.items())
+
+
+def test_a_run_by_a_plan_goes_on_to_the_same_bits_and_leaves_the_actor_wherever_it_lies(ran):
+    first, second = (rank["resumed"] for rank in ran)
+    assert first["number"] == second["number"] == 1 and not first["stopped"]
+    for rank in (first, second):
+        straight, resumed = rank["states"]
+        assert straight == resumed
+    (_, actor, critic, ema, kept), (_, elsewhere, there, nothing, none) = second["states"][1], first["states"][1]
+    assert actor and ema and kept and there and not (critic or elsewhere or nothing or none)
+    averages = {key: torch.tensor(weight).flatten().tolist() for key, weight in ema.items()}
+    assert first["left"] == {"actor": actor, "ema": averages}
+
+
+def test_what_generation_keeps_is_given_back_while_training(ran):
+    for rank in ran:
+        assert rank["kept"]["whole released"] == [0, 0]
+        assert all(rank["kept"]["whole in parts"])  # it generates with a copy too
+
+
+def test_roles_that_wait_come_for_their_call_one_at_a_time(ran):
+    once = ["reference comes", "reference goes", "reward comes", "reward goes"]
+    assert all(rank["present"] == once * ITERATIONS for rank in ran)

@@ -1,0 +1,77 @@
+"""Plan files given to a run: what is refused, each in one sentence before anything starts, and what a dry run says."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from applications.cli import app
+from inference.errors import UserError
+
+GOOD = """
+actor_generate: {mesh: 0-1, data: 2}
+reference_score: {mesh: 0}
+reward_score: {mesh: 1}
+critic_score: {mesh: 0-1, tensor: 2}
+actor_train: {mesh: 1, micro_batches: 2}
+critic_train: {mesh: 0-1, data: 2, zero_stage: 3}
+"""
+TRAINS = "actor_train: {mesh: 1, micro_batches: 2}"
+
+
+def dry_run(tmp_path, text: str, *options: str):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    given = ["run", "--model", "opt-125m", "--processes", "2", "--plan", str(file), "--dry-run", *options]
+    return CliRunner().invoke(app, given)
+
+
+def test_a_dry_run_says_where_calls_run_and_what_the_fullest_rank_holds(tmp_path):
+    done = dry_run(tmp_path, GOOD, "--set", "dtype=fp32")
+    assert done.exit_code == 0, done.output
+    said = re.sub(r"\s+", " ", done.output)
+    assert "critic_score on ranks 0-1, tensor 2, micro-batches 1" in said
+    assert "critic_train on ranks 0-1, data 2, ZeRO stage 3, micro-batches 1" in said
+    assert "critic all weights, learning rate 9e-06, ZeRO stage 3" in said
+    step_3 = said[said.index("Step 3: PPO") :]
+    assert "actor optimiser states" in step_3 and "actor weights to generate" not in step_3  # rank 1 is the fullest
+    assert "reference weights" not in step_3 and "critic weights to score, 1 of 2 parts" in step_3
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "The plan is empty"),
+        ("a: [1", "The plan is not YAML"),
+        (GOOD.replace("mesh: 0}", "mesh: 5}"), "reference_score uses rank 5, but the cluster has ranks 0 to 1"),
+        (GOOD.replace(TRAINS, ""), "no line for the call 'actor_train'"),
+        (GOOD.replace("actor_train", "actor_trian"), "no line for the call 'actor_train'"),
+        (GOOD + "actor_score: {mesh: 0}", "There is no call 'actor_score'"),
+        (GOOD.replace("micro_batches: 2", "micro_batch: 2"), "unknown key 'micro_batch'"),
+        (GOOD.replace("micro_batches: 2", "micro_batches: 0"), "has 0 micro-batches"),
+        (GOOD.replace("data: 2}", "data: 3}"), "does not fill 2 ranks"),
+        (GOOD.replace("mesh: 0-1, tensor: 2", "mesh: [0, 0], tensor: 2"), "names a rank twice"),
+        (GOOD.replace(TRAINS, "actor_train: {mesh: 0-1, tensor: 2}"), "actor_train is tensor-parallel"),
+        (GOOD.replace(TRAINS, "actor_train: {mesh: 0-1, pipeline: 2}"), "actor_train has 2 pipeline stages"),
+        (GOOD.replace("0-1, tensor: 2", "0-1, data: 2, zero_stage: 1"), "critic_score has no optimiser states"),
+        (GOOD.replace("mesh: 0-1, data: 2}", "mesh: 0-1, data: 2, zero_stage: 3}"), "actor_generate has a zero_stage"),
+        (GOOD.replace("micro_batches: 2", "micro_batches: 4000"), "leaves ranks without work"),
+        (GOOD.replace("{mesh: 1, m", "{mesh: x, m"), "which are no ranks"),
+    ],
+)
+def test_each_mistake_is_one_sentence(tmp_path, text, sentence):
+    done = dry_run(tmp_path, text, "--set", "dtype=fp32")
+    assert isinstance(done.exception, UserError), done.output
+    assert sentence in str(done.exception) and str(done.exception).count("\n") == 0
+
+
+def test_settings_and_a_plan_that_exclude_each_other(tmp_path):
+    for setting, sentence in (
+        ("rlhf.fusion.mode=inter", "rlhf.fusion.mode=inter needs generation on all ranks"),
+        ("rlhf.actor.offload=optimizer", "rlhf.actor.offload=optimizer"),
+        ("rlhf.old_logprobs=recompute", "no line for the call 'actor_score'"),
+    ):
+        done = dry_run(tmp_path, GOOD, "--set", "dtype=fp32", "--set", setting)
+        assert isinstance(done.exception, UserError) and sentence in str(done.exception), done.output
+    done = CliRunner().invoke(app, ["run", "--model", "opt-125m", "--plan", str(tmp_path / "none.yaml"), "--dry-run"])
+    assert isinstance(done.exception, UserError) and "cannot be read" in str(done.exception)
