@@ -12,29 +12,39 @@ from inference.errors import UserError
 from training.config import RunConfig
 from training.models.loading import resolve_dtype
 from training.plan import Plan
+from training.plan_file import to_blocks
 from training.planner.footprint import DTYPES
+from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here, profile_file
+from training.run_directory import RunDirectory
+
+LARGE = 8
+"""Ranks from which on the search takes all its steps; fewer have fewer plans."""
 
 
-def auto_plan(config: RunConfig) -> Plan:
-    """The best plan that this machine runs with the settings of a run; prints it beside what they say without one.
+def with_auto_plan(config: RunConfig, run: RunDirectory, measures: bool) -> RunConfig:
+    """The settings of a run with the plan that it has, or else with the best one for this machine, which is printed.
 
-    Profiles the machine first where no rates of it are known. Raises UserError where no plan fits.
+    Where no rates of this machine are known it is profiled, if `measures`. Raises UserError where no plan fits.
     """
+    if not any(step.draws_samples for step in config.steps):
+        raise UserError(f"--plan places the calls of step 3, which method {config.method} does not have: leave it out.")
+    blocks = run.read_config().rlhf.plan if run.config_file.exists() else {}
+    if not blocks:
+        blocks = to_blocks(best_plan(config, measures))
+    return config.model_copy(update={"rlhf": config.rlhf.model_copy(update={"plan": blocks})})
+
+
+def best_plan(config: RunConfig, measures: bool) -> Plan:
+    """The fastest that runs here; prints it beside what the settings say without one."""
     machine, ranks = Machine.here(), config.processes
-    known = cluster_here(ranks, 1, machine.gpus[:1])
-    if known is None:
-        machine.require_room(ranks)
-        measure_to([profile_file(ranks), profile_file()], ranks)
-        known = cluster_here(ranks, 1, ())
-    assert known is not None
-    cluster, source = known
+    cluster, source = rates_here(machine, ranks, measures)
     dtype = resolve_dtype(config.dtype, machine.device)
     precision = next(name for name, each in DTYPES.items() if each == dtype)
     request = request_of(
         config.model_copy(update={"dtype": precision}), replace(cluster, host_memory=float(machine.memory))
     )
-    best = searched(request)
+    best = searched(request, effort=min(1.0, ranks / LARGE))
     assert best.found is not None
     print("\n".join([*plan_table(request, best), "", *summary(request, [best, as_set(request)]), ""]))
     print(
@@ -43,6 +53,20 @@ def auto_plan(config: RunConfig) -> Plan:
         flush=True,
     )
     return best.found.plan
+
+
+def rates_here(machine: Machine, ranks: int, measures: bool) -> tuple[Cluster, str]:
+    """This machine, and where its rates come from. Raises UserError where they are not known and not measured now."""
+    if (known := cluster_here(ranks, 1, machine.gpus[:1])) is not None:
+        return known
+    if not measures:
+        raise UserError(
+            f"No rates of this machine are known, and a dry run starts nothing: measure it with rlhf-chat profile "
+            f"--processes {ranks} first."
+        )
+    machine.require_room(ranks)
+    profile = measure_to([profile_file(ranks), profile_file()], ranks)
+    return profile.cluster, "measured by `rlhf-chat profile`"
 
 
 def as_set(request: Request) -> Outcome:

@@ -10,6 +10,9 @@ from training.launchers import SLURM, started_by
 from training.run_directory import RunDirectory
 from training.steps import STEPS, Step
 
+AUTO = "auto"
+"""The value of --plan that is no file."""
+
 
 def pipeline_command(
     model: str | None,
@@ -34,13 +37,15 @@ def pipeline_command(
         "seed": seed,
         "processes": processes,
         "fusion": fusion,
-        "plan": plan,
+        "plan": None if plan == AUTO else plan,
         "method": method,
     }
     if model is None and config is None and name is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
     path = run_path(name, model)
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
+    if plan == AUTO:
+        settings = planned(settings, path, measures=not dry_run)
     chosen = parse_steps(steps, settings or RunDirectory(path).read_config())
     if dry_run:
         print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
@@ -67,15 +72,27 @@ def step_command(
     seed: int | None,
     processes: int | None,
     trusts: bool,
+    plan: str | None = None,
     **given: str | None,
 ) -> None:
-    """`rlhf-chat sft | reward | rlhf | dpo`; `given` are settings that only some of them have."""
+    """`rlhf-chat sft | reward | rlhf | dpo`; `plan` and `given` are settings that only some of them have."""
+    given["plan"] = None if plan == AUTO else plan
     flags = {"data": data or None, "seed": seed, "processes": processes, **given}
     model = model or given.get("sft_model")
     if step.method and (model is not None or config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
+    if plan == AUTO:
+        settings = planned(settings, run_directory, measures=True)
     execute(run_directory, settings, [step], trusts)
+
+
+def planned(settings: RunConfig | None, path: Path, measures: bool) -> RunConfig:
+    """With the best plan for this machine (`--plan auto`)."""
+    from applications.auto_plan import with_auto_plan
+
+    run = RunDirectory(path)
+    return with_auto_plan(settings or run.read_config(), run, measures)
 
 
 def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: bool) -> None:

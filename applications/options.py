@@ -56,8 +56,9 @@ PlanFile = Annotated[
     str | None,
     typer.Option(
         "--plan",
-        metavar="FILE",
-        help="Where step 3 runs each call, as `plan --out` writes it. Default: all ranks run all.",
+        metavar="FILE|auto",
+        help="Where step 3 runs each call, as `plan --out` writes it; auto searches the best plan for this machine. "
+        "Default: all ranks run all.",
     ),
 ]
 Fusion = Annotated[

@@ -7,7 +7,7 @@ from typing import Any
 
 from applications.plan_request import Outcome, Request
 from inference.screen import columns
-from training.gantt import Bar, Panel, gantt_svg
+from training.gantt import COLOURS, Bar, Panel, gantt_svg
 from training.plan_file import mesh_text
 from training.planner.estimate import Estimate
 from training.planner.hardware import GIB
@@ -28,17 +28,6 @@ LETTERS = {
     "critic_train": "C",
 }
 OTHER = {"reallocation": ">", "offload": "^"}
-COLOURS = {
-    "actor_generate": "#4c78a8",
-    "actor_score": "#6b8e9f",
-    "reference_score": "#ab8b09",
-    "reward_score": "#d66c0f",
-    "critic_score": "#b279a2",
-    "actor_train": "#3f9142",
-    "critic_train": "#289e8f",
-    "reallocation": "#de4b45",
-    "offload": "#9d755d",
-}
 SHOWN_ITERATION = 2
 """Of those that the schedule unrolls: neighbours on both sides."""
 

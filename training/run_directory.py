@@ -174,6 +174,11 @@ class StepDirectory:
         return self.path / "reward_accuracy.json"
 
     @property
+    def iteration_file(self) -> Path:
+        """Step 3: who did what when in the newest iteration, and who was to."""
+        return self.path / "iteration.json"
+
+    @property
     def ema_model(self) -> Path:
         """Step 3 with rlhf.ema: the moving average of the actor."""
         return self.path / "ema_model"

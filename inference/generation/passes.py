@@ -17,6 +17,7 @@ from inference.families import require_supported_family
 from inference.generation.attention import NextTokens, Sequences, Tokens, can_pack, packed
 from inference.generation.exactness import Exactness, filled
 from inference.generation.kv_cache import KVCache, Places
+from inference.generation.prefixes import Prefixes
 
 
 class Passes(Protocol):
@@ -70,10 +71,12 @@ class PackedPasses:
 
     def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
-        tokens = Sequences(lengths, self.cache, rows, self.exact)
-        ids = torch.cat(list(prompts))[None].to(self.device)
+        sequences = Sequences(lengths, self.cache, rows, self.exact)
+        ids, positions = torch.cat(list(prompts)).to(self.device), sequences.positions(self.device)
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        return self._logits(ids, tokens.positions(self.device), tokens, last)
+        if prefixes := Prefixes.of(sequences, ids):
+            ids, positions, last = ids[prefixes.computed], positions[:, prefixes.computed], prefixes.stands_for[last]
+        return self._logits(ids[None], positions, prefixes or sequences, last)
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         return self.decode_at(tokens, Places.of(lengths, self.device, self.exact))

@@ -1,23 +1,35 @@
 """`rlhf-chat plan`: tables, data, pictures and plan files, without a search of full length."""
 
 import json
+import random
 import xml.etree.ElementTree
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from applications.auto_plan import with_auto_plan
 from applications.cli import app
 from applications.expected_time import _ppo
-from applications.fit import Outlook, find_shape
-from applications.plan_request import make_request
+from applications.fit import GIB, Machine, Outlook, find_shape
+from applications.plan_request import make_request, request_of
+from applications.preset_store import load_preset
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
+from training.config import RunConfig
 from training.distributed import Ranks
+from training.plan import Plan
+from training.plan_file import from_blocks, to_blocks
+from training.planner.estimate import estimate
 from training.planner.footprint import DTYPES
+from training.planner.machine import profile_file
+from training.planner.options import Options, meshes
 from training.rlhf_settings import RLHFSettings
+from training.run_directory import RunDirectory
 from training.step3_rlhf.old_logprobs import iteration_calls
+from training.step3_rlhf.planned import require_runnable
 from training.step3_rlhf.roles import Roles
 from training.steps import PPO
 
@@ -170,3 +182,79 @@ def test_what_is_planned_is_what_a_rollout_runs(dtype, old_logprobs, advantage, 
     assert ("actor_score" in plan.assignments) == (
         old_logprobs != "generation" and (dtype, old_logprobs) != ("fp32", "auto")
     )
+
+
+@pytest.fixture
+def profiled(tmp_path, monkeypatch):
+    """A cache in which this machine has been profiled with two ranks."""
+    monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path / "cache"))
+    file = profile_file(2)
+    file.parent.mkdir(parents=True)
+    file.write_text(PROFILE.to_yaml())
+
+
+TWO = {"model": "opt-125m", "processes": 2, "dtype": "fp32", "architecture": load_preset("opt-125m")["architecture"]}
+
+
+def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_path, capsys):
+    config, run = RunConfig.model_validate(TWO), RunDirectory(tmp_path / "run")
+    planned = with_auto_plan(config, run, measures=False)
+    assert "searched" in (said := capsys.readouterr().out) and "without a plan" in said and "an iteration" in said
+    request = request_of(config, PROFILE.cluster)
+    best = from_blocks(planned.rlhf.plan)
+    chosen, as_set = (estimate(plan, request.graphs).iteration_seconds for plan in (best, request.as_set))
+    assert chosen <= as_set and not request.why_not_run(best)
+    require_runnable(planned, 2, *(request.workload.models[role].shape for role in ("actor", "critic")), torch.float32)
+    run.path.mkdir()
+    kept = planned.rlhf.plan | {"critic_score": {**planned.rlhf.plan["critic_score"], "micro_batches": 2}}
+    run.write_config(RunConfig.model_validate({**TWO, "rlhf": {"plan": kept}}), {})
+    assert with_auto_plan(config, run, measures=False).rlhf.plan == kept  # the same command again goes on with it
+    assert not capsys.readouterr().out
+
+
+def test_auto_without_rates_or_without_step_3_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
+    monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match=r"measure it with rlhf-chat profile --processes 2 first"):
+        with_auto_plan(RunConfig.model_validate(TWO), run, measures=False)
+    with pytest.raises(UserError, match="method dpo does not have"):
+        with_auto_plan(RunConfig.model_validate({**TWO, "method": "dpo"}), run, measures=False)
+
+
+def test_a_machine_without_rates_is_profiled_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
+    monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
+    measured = []
+    monkeypatch.setattr("applications.auto_plan.measure_to", lambda files, ranks: measured.append(ranks) or PROFILE)
+    assert with_auto_plan(RunConfig.model_validate(TWO), RunDirectory(tmp_path / "run"), measures=True).rlhf.plan
+    assert measured == [2]
+
+
+def test_plan_and_run_refuse_the_same(profiled):
+    """Plans drawn from all that can be costed, whatever the runtime makes of them."""
+    draw, refused = random.Random(0), 0
+    for advantage in ("gae", "grpo"):
+        rlhf = {"advantage": advantage, "samples_per_prompt": 2}
+        config = RunConfig.model_validate({**TWO, "rlhf": rlhf})
+        request = request_of(config, replace(PROFILE.cluster, devices_per_node=4))
+        options = Options(request.graphs)
+        shapes = [request.workload.models[role].shape for role in ("actor", "reward")]
+        for _ in range(40):
+            assignments = {}
+            for call in request.graphs.graph.calls:
+                mesh = draw.choice(list(meshes(request.cluster, options.space)))
+                whole = [
+                    one for one in options.candidates(call, mesh) if draw.random() < 0.1 or request.runs(call, one)
+                ]
+                assignments[call.name] = draw.choice(whole)
+            plan = Plan(assignments)
+            asked = RunConfig.model_validate({**TWO, "rlhf": {**rlhf, "plan": to_blocks(plan)}})
+            try:
+                require_runnable(asked, 4, *shapes, torch.float32)
+                runs = True
+            except UserError:
+                runs = False
+            assert runs == (not request.why_not_run(plan))
+            refused += not runs
+    assert 10 < refused < 70

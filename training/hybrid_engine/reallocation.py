@@ -43,11 +43,11 @@ class Moved:
 class Reallocation:
     """Keeps this rank's part of a role in the layout `target`, with the weights that the role has in `source`.
 
-    All ranks make it. `model` is the whole model of transformers, on ranks of `source` with its weights, or divided by
-    ZeRO 3; elsewhere only its structure is read, and its weights may be uninitialised. If `source` is tensor-parallel,
-    its weights are those of `before`, the reallocation that led there. `part` is this rank's in `target`
-    (`tensor_parallel_of`), None outside of it. If `target` has ZeRO stage 3, `divide` divides an empty module in place
-    over the data ranks.
+    All of `ranks` make it, and the layouts count in their numbers. `model` is the whole model of transformers, on ranks
+    of `source` with its weights, or divided by ZeRO 3; elsewhere only its structure is read, and its weights may be
+    uninitialised. If `source` is tensor-parallel, its weights are those of `before`, the reallocation that led there.
+    `part` is this rank's in `target` (`tensor_parallel_of`), None outside of it. If `target` has ZeRO stage 3, `divide`
+    divides an empty module in place over the data ranks.
     """
 
     def __init__(
@@ -72,6 +72,8 @@ class Reallocation:
         self._is_filled = False
         weights = weights_of(model, (source.tensor, target.tensor))
         require_agreement(weights, ranks)
+        if ranks.device.type == "cuda" and ranks.size > 1:  # NCCL wants all ranks in what a group does first
+            dist.all_reduce(torch.zeros(1, device=ranks.device), group=ranks.members)
         moves = transfers(source, target, weights, local_size())
         self._steps = [Step.of(layer, ranks.rank) for layer in moves]
         self._steps_again = [Step.of([m for m in layer if m.weight.is_trained], ranks.rank) for layer in moves]
@@ -101,7 +103,7 @@ class Reallocation:
         buffer = torch.empty(max((s.bytes for s in steps), default=0), dtype=torch.uint8, device=self.ranks.device)
         held = {name: here(weight).detach().reshape(-1) for name, weight in self._held().items()}
         own = {name: weight.detach().view(-1) for name, weight in self._own().items()}
-        counts = [step.run(held, own, buffer) for step in steps]
+        counts = [step.run(held, own, buffer, self.ranks.members) for step in steps]
         if self.divide is not None:
             for piece in self._pieces:
                 forget_whole(piece.local)
@@ -187,8 +189,18 @@ class Round:
     def bytes(self) -> int:
         return sum(message.room for message in (*self.sends, *self.receives))
 
-    def run(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], buffer: Tensor) -> tuple[int, int]:
+    def run(
+        self,
+        source: Mapping[str, Tensor],
+        target: Mapping[str, Tensor],
+        buffer: Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[int, int]:
         """Bytes sent and received. `source` and `target` are flat, by name."""
+
+        def operation(kind: Callable, tensor: Tensor, peer: int) -> dist.P2POp:
+            return dist.P2POp(kind, tensor, group=group, group_peer=peer)
+
         place = 0
         operations: list[tuple[int, int, dist.P2POp]] = []
         arriving = []
@@ -196,21 +208,21 @@ class Round:
             sent = buffer[place : place + message.bytes]
             for move, room in boxes_in(sent, message.moves):
                 room.copy_(view(source, move, move.taken))
-            operations += [(self.rank, peer, dist.P2POp(dist.isend, sent, peer)) for peer in message.peers]
+            operations += [(self.rank, peer, operation(dist.isend, sent, peer)) for peer in message.peers]
             place += message.room
         for message in self.receives:
             received = buffer[place : place + message.bytes]
-            operations += [(peer, self.rank, dist.P2POp(dist.irecv, received, peer)) for peer in message.peers]
+            operations += [(peer, self.rank, operation(dist.irecv, received, peer)) for peer in message.peers]
             arriving.append((received, message))
             place += message.room
         if operations:
-            in_order = sorted(operations, key=lambda operation: operation[:2])
-            for work in dist.batch_isend_irecv([operation for *_, operation in in_order]):
+            in_order = sorted(operations, key=lambda each: each[:2])
+            for work in dist.batch_isend_irecv([each for *_, each in in_order]):
                 work.wait()
         for received, message in arriving:
             for move, room in boxes_in(received, message.moves):
                 view(target, move, move.put).copy_(room)
-        sent_bytes = sum(operation.tensor.numel() for sender, _, operation in operations if sender == self.rank)
+        sent_bytes = sum(each.tensor.numel() for sender, _, each in operations if sender == self.rank)
         return sent_bytes, sum(received.numel() for received, _ in arriving)
 
 
@@ -241,12 +253,18 @@ class Step:
         """Of the buffer."""
         return max(self.first.bytes, self.relayed.bytes)
 
-    def run(self, held: Mapping[str, Tensor], own: Mapping[str, Tensor], buffer: Tensor) -> tuple[int, int, int]:
+    def run(
+        self,
+        held: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+        buffer: Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[int, int, int]:
         """Bytes sent, received and copied. `held` is what the rank has in the source, `own` in the target."""
         for move in self.copies:
             view(own, move, move.put).copy_(view(held, move, move.taken))
-        sent, received = self.first.run(held, own, buffer)
-        sent_on, received_late = self.relayed.run(own, own, buffer)
+        sent, received = self.first.run(held, own, buffer, group)
+        sent_on, received_late = self.relayed.run(own, own, buffer, group)
         for move in self.copies_again:
             view(own, move, move.put).copy_(view(own, move, move.taken))
         return sent + sent_on, received + received_late, sum(m.bytes for m in (*self.copies, *self.copies_again))

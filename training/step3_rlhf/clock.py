@@ -14,6 +14,8 @@ class Clock:
         self.begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.timeline = Timeline()
+        self.calls = Timeline()
+        """The model function calls, by their names."""
 
     @contextmanager
     def phase(self, metric: str) -> Iterator[None]:

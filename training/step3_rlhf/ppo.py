@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,18 @@ from inference.generation.sample import SamplingKey
 from training.calls import ACTOR_SCORE
 from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
+from training.fusion.timeline import Span
 from training.hybrid_engine.kept_weights import KeptWeights
 from training.metrics import Journal
 from training.models.loading import load_causal_lm
 from training.reward_sources import RewardFailed
 from training.rewards import Rewards
+from training.run_directory import write_json
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
+from training.step3_rlhf.forecast import Forecast, as_data, metrics_of
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
 from training.step3_rlhf.reward_gate import look_at_reward_model
@@ -59,7 +63,10 @@ def train(stage: Stage) -> None:
         stage.display.say(
             f"PPO: offload of {' and '.join(waiting)} changes nothing on a CPU, whose memory is that of the host"
         )
-    ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows)
+    forecast = None
+    if stage.ranks.is_first:
+        forecast = Forecast.of(stage, roles.plan, sft, scorer, roles.exact is not None)
+    ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows, forecast)
     iterations = ppo.fit()
 
     save_actor(stage, roles, sft, chat_format)
@@ -87,6 +94,15 @@ def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor
     return torch.tensor(chat_format.prompt_ids(row["prompt"], max_tokens))
 
 
+def beside(metrics: Mapping[str, float]) -> str:
+    """What an iteration took, and what was predicted, where something was; for its line of progress."""
+    names = "plan/iteration/achieved", "plan/iteration/predicted"
+    if names[0] not in metrics:
+        return ""
+    achieved, predicted = (metrics[name] for name in names)
+    return f" · {achieved:.3g} s, predicted {predicted:.3g}"
+
+
 @dataclass(frozen=True)
 class Iteration:
     """What an iteration gave."""
@@ -110,15 +126,17 @@ class PPO:
         prompts: list[Tensor],
         fixed_prompts: list[Tensor],
         rows: list[dict] | None = None,
+        forecast: Forecast | None = None,
     ):
-        """`rows` are those of the prompts, for rewards that read text."""
+        """`rows` are those of the prompts, for rewards that read text. What a `forecast` says of an iteration becomes
+        metrics beside what it took."""
         self.stage, self.settings, self.ranks, self.roles = stage, stage.config.rlhf, stage.ranks, roles
         self.chat_format, self.prompts, self.fixed_prompts = chat_format, prompts, fixed_prompts
         kl = self.settings.kl
         self.kl = ppo_math.KLController(kl.coefficient, kl.target, kl.horizon)
         self.rollouts = Rollouts(stage, roles, chat_format)
         self.rewards = Rewards(self.settings, stage.ranks, roles.reward_is_normalized)
-        self.rows = rows or []
+        self.rows, self.forecast = rows or [], forecast
         self.order = Epochs(len(prompts), f"{stage.config.seed}/prompts")
         self.inside = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema) if kl.stop else None
         """The model before the newest update, whose KL was within rlhf.kl.stop."""
@@ -150,7 +168,7 @@ class PPO:
                 for mini_batch in iteration.mini_batches:
                     updates.write(number, mini_batch)
                 kl = f" · KL {metrics['kl/reference']:z.2f}" if settings.has_reference else ""
-                bar.advance(f"score {metrics['reward/score_mean']:z.2f}{kl}")
+                bar.advance(f"score {metrics['reward/score_mean']:z.2f}{kl}{beside(metrics)}")
                 ends = stopped or number == settings.iterations
                 if ends and self.inside is not None:
                     stopped = self.end_inside(self.inside, number, stopped)
@@ -265,12 +283,13 @@ class PPO:
             if self.inside is not None:
                 self.inside.keep()
             with clock.phase("time/train"), clock.timeline.span("train"):
-                update = self.updates.run(Batch(number, experience, targets, seats, coefficient))
+                update = self.updates.run(Batch(number, experience, targets, seats, coefficient), clock.calls)
             self.kl.update(kl, len(experience))
 
         # log
         metrics |= update.metrics | self.generation_gap(experience, update)
         metrics |= self.rollouts.work() | of_rollout | self.timing(experience, clock)
+        metrics |= self.beside_forecast(number, experience, clock)
         return Iteration(metrics, update.mini_batches, stopped, clock)
 
     def reward(
@@ -327,6 +346,21 @@ class PPO:
         for prompt_ids, (response_ids, ended) in zip(self.fixed_prompts, found, strict=True):
             prompt, response = self.chat_format.decode(prompt_ids.tolist()), self.chat_format.decode(response_ids)
             self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": ended})
+
+    def beside_forecast(self, number: int, experience: list[Experience], clock: Clock) -> dict[str, float]:
+        """Seconds of each call as they were predicted for samples of these lengths and as they were, on the first rank;
+        all ranks call it."""
+        seconds = clock.elapsed()
+        ours = [Span(span.kind, span.start - clock.begun, span.end - clock.begun) for span in clock.calls.spans]
+        spans = self.ranks.gather_on_first(ours, "what each rank did")
+        if not self.ranks.is_first:
+            return {}
+        schedule = None
+        if self.forecast is not None:
+            lengths = [(len(e.prompt), len(e.response)) for e in experience]
+            schedule = self.forecast.schedule(*zip(*lengths, strict=True))
+        write_json(self.stage.directory.iteration_file, as_data(number, schedule, spans))
+        return {} if schedule is None else metrics_of(schedule, spans, seconds)
 
     def timing(self, experience: list[Experience], clock: Clock) -> dict[str, float]:
         """Seconds by phase, tokens generated a second, and this process's peak memory."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -54,7 +55,7 @@ class Rollouts:
         """That of iteration `number`, its samples on their way. `seats` are the places of the prompts in the data."""
         choice, shares = self.fusion.choose(number), self.fusion.deal(seats)
         begun = time.perf_counter()
-        with clock.phase("time/reallocate"):
+        with clock.phase("time/reallocate"), clock.calls.span("reallocation"):
             engine = self.generation_engine()
         limits = [self.sampling.max_tokens] * len(prompts)
         if self.forced_lengths is not None:
@@ -179,6 +180,7 @@ class Rollout:
                 ended += [sample for sample in self.decoding.step() if sample.is_over]
                 end = time.perf_counter()
                 self.clock.timeline.add("generate", start, end)
+                self.clock.calls.add(ACTOR_GENERATE.name, start, end)
                 self.report.measured.append(Measured(end - start, work=self.decoding.work))
         with self.clock.phase("time/gather"):
             speaks = self.rollouts.fusion.place.speaks
@@ -188,7 +190,9 @@ class Rollout:
     def score(self, experience: list[Experience]) -> list[Experience]:
         """Without fusion: all samples scored; the ranks of a call compute like parts of them."""
         groups, ranks = self.rollouts.scored_together, self.rollouts.stage.ranks
-        with self.clock.phase("time/score"), self.rollouts.roles.scoring(), self.clock.timeline.span("score"):
+        with self.clock.phase("time/score"), ExitStack() as stack, self.clock.timeline.span("score"):
+            with self.clock.calls.span("reallocation"):
+                stack.enter_context(self.rollouts.roles.scoring())
             scored = [self._scored(experience, calls) for calls in groups]
         with self.clock.phase("time/gather"):
             for calls, ours in zip(groups, scored, strict=True):
@@ -199,10 +203,15 @@ class Rollout:
         """What this rank says of its part of the samples, in calls that share micro-batches."""
         place = self.rollouts.roles.places.get(calls[0].name)
         scored: list[Experience] = []
-        with self.rollouts.roles.present(calls):
+        with ExitStack() as stack:
+            with self.clock.calls.span("offload"):
+                stack.enter_context(self.rollouts.roles.present(calls))
             for micro_batch in place.micro_batches([e.length for e in experience]) if place is not None else []:
                 start = time.perf_counter()
-                rows = self.rollouts.begin_scoring([experience[row] for row in micro_batch.rows], calls)()
+                rows = [experience[row] for row in micro_batch.rows]
+                for call in calls:
+                    with self.clock.calls.span(call.name):
+                        rows = self.rollouts.begin_scoring(rows, [call])()
                 tokens = sum(e.length for e in rows)
                 self.report.measured.append(Measured(time.perf_counter() - start, scored=tokens))
                 scored += rows if micro_batch.weight else []

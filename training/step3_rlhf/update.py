@@ -6,11 +6,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from training.data.batching import MicroBatch, TokenBatch
+from training.fusion.timeline import Timeline
 from training.hybrid_engine.overflow import step_together
 from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
@@ -146,16 +148,19 @@ class Updates:
     def __init__(self, stage: Stage, roles: Roles, ptx: Demonstrations | None):
         self.stage, self.settings, self.ranks, self.roles = stage, stage.config.rlhf, stage.ranks, roles
         self.ptx = ptx
+        self.calls = Timeline()
+        """When this rank trained each role."""
         self.steps_together = stage.dtype == torch.float16 and self.settings.align_overflow
         """Whether all roles make an optimiser step, or none."""
 
-    def run(self, batch: Batch) -> Update:
+    def run(self, batch: Batch, calls: Timeline | None = None) -> Update:
         """Every PPO epoch: mini-batches of shuffled samples, an optimiser step of actor and critic on each.
 
         Ranks that train different roles go at their own pace, and tell each other in the end. With rlhf.ppo_kl_stop
         they do so after every mini-batch, and end before their time where one shows that the policy has left the old
         one so far.
         """
+        self.calls = calls or Timeline()
         settings, stops = self.settings, self.settings.ppo_kl_stop > 0
         ours: list[Done] = []
         done: list[Done] = []
@@ -268,10 +273,13 @@ class Updates:
         In fp16 with rlhf.align_overflow all roles step, or none.
         """
         engines = {role: self.roles.critic if role == "critic" else self.roles.actor for role in passes}
-        if not self.steps_together:
-            return {role: engine.update(passes[role], Pass.run) for role, engine in engines.items()}, True
+        steps: Any = {}
         for role, engine in engines.items():
-            engine.accumulate(passes[role], Pass.run)
+            with self.calls.span(f"{role}_train"):
+                advance = engine.accumulate if self.steps_together else engine.update
+                steps[role] = advance(passes[role], Pass.run)
+        if not self.steps_together:
+            return steps, True
         steps, stepped = step_together(list(engines.values()), self.ranks)
         return dict(zip(engines, steps, strict=True)), stepped
 

@@ -48,6 +48,10 @@ def make_run(path, evaluated: bool = True, rlhf: dict | None = None, attack: str
     )
     run.step(REWARD).metrics_file.write_text(lines([{"number": n, "loss": 0.6, "accuracy": 0.7} for n in range(9)]))
     ppo = {"reward/score_std": 0.5, "kl/reference": 1.5, "response/length_mean": 14.0, "time/generate": 3.0}
+    ppo |= {"plan/actor_train/predicted": 4.0, "plan/actor_train/achieved": 5.0}
+    spans = [[["actor_train", 0.25, 5.25]], [["critic_train", 0.25, 2.25]]]
+    was_to = [[["reallocation", 0.0, 0.5], ["actor_train", 0.5, 4.5]], [["critic_train", 0.0, 1.0]]]
+    run.step(PPO).iteration_file.write_text(json.dumps({"iteration": 17, "achieved": spans, "predicted": was_to}))
     run.step(PPO).metrics_file.write_text(
         lines([{"number": n, "reward/score_mean": n / 10, "policy/entropy": float("nan"), **ppo} for n in range(1, 18)])
     )
@@ -123,6 +127,21 @@ def test_everything_has_its_place(tags):
     titles = ("Loss", "Accuracy", "KL to the SFT model", "Entropy")
     assert [title for title in titles if title in tags.captions] == list(titles[:3])  # entropy was never finite
     assert "1:00" in text and "3:00" in text and "load, evaluate, save 129 s" in text  # 180 s less 17 times 3
+
+
+def test_what_was_predicted_stands_beside_what_was_achieved(tags, tmp_path):
+    text = " ".join(tags.text.split())
+    assert "actor train 4 5 -20%" in text and "Iteration 17 what each rank did when" in text
+    assert "actor_train: 0.500 to 4.500 s" in text and "actor_train: 0.250 to 5.250 s" in text
+    assert "critic_train: 0.250 to 2.250 s" in text and "reallocation: 0.000 to 0.500 s" in text
+    legend = text[text.index("critic_train: 0.250") :]
+    assert "reallocation" in legend and "reward_score" not in legend
+    run = make_run(tmp_path)
+    run.step(PPO).iteration_file.write_text(json.dumps({"iteration": 17, "achieved": [[]], "predicted": [[]]}))
+    fused = Tags(render(run)).text
+    assert "actor train" in fused and "what each rank did when" not in fused
+    run.step(PPO).metrics_file.write_text(lines([{"number": 1, "reward/score_mean": 0.1}]))
+    assert "Predicted and achieved" not in Tags(render(run)).text
 
 
 def test_the_better_answer_is_marked(tags):

@@ -244,6 +244,23 @@ def test_samples_of_one_prompt_share_its_prefill(any_model):
         assert alone.logprobs == pytest.approx(sample.logprobs, abs=1e-5)
 
 
+def test_what_prompts_begin_with_is_prefilled_once(model, monkeypatch):
+    """A system prompt, say; what is kept of each prompt is whole."""
+    prompts = [torch.cat([PROMPTS[1], prompt]) for prompt in (PROMPTS[0], PROMPTS[2], PROMPTS[1])]
+    forward, counted = model.forward, []
+
+    def count(**inputs):
+        counted.append(inputs["input_ids"].shape[1])
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", count)
+    settings = SamplingSettings(max_tokens=10, temperature=1.3)
+    samples = in_order(GenerationEngine(model, END, PAD).generate(prompts, settings, KEY))
+    assert counted[0] == 11 + 3 + 1 + 11
+    for sample in samples:
+        assert sample.logprobs == pytest.approx(reference_logprobs(model, sample, 1.3), abs=1e-5)
+
+
 def test_prompts_are_prefilled_within_their_budget(model):
     engine = GenerationEngine(model, END, PAD, prefill_tokens=12)
     forward, counted = model.forward, []

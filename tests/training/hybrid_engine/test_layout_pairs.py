@@ -124,7 +124,23 @@ def all_pairs(ranks, directory):
                         "layers": moved.buffer / max(sizes.values()),
                     }
                 )
-    return results
+    return {"pairs": results, "in a part": within_a_part(ranks)}
+
+
+def within_a_part(ranks) -> bool | None:
+    """Ranks 1 and 3, by their own numbers: 1 has the weights, both get them whole. Whether they are right."""
+    from inference.tensor_parallel.group import TensorParallel
+    from tests.inference.tensor_parallel.families import build, randomise
+    from training.hybrid_engine.layout import Layout
+    from training.hybrid_engine.reallocation import Reallocation
+
+    if (inside := ranks.part((1, 3))) is None:
+        return None
+    model, expected = build(FAMILY), build(FAMILY)
+    randomise(model, seed=10 + ranks.rank)
+    randomise(expected, seed=11)
+    there = Reallocation(model, Layout((0,)), Layout((0, 1), data=2), TensorParallel(), inside).run()
+    return all(torch.equal(a, b) for a, b in zip(there.parameters(), expected.parameters(), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +150,8 @@ def results(tmp_path_factory):
 
 def cases(results):
     for of_rank in results:
-        assert len(of_rank) == len(SHAPES) ** 2 * len(TIMES)
-        yield from of_rank
+        assert len(of_rank["pairs"]) == len(SHAPES) ** 2 * len(TIMES)
+        yield from of_rank["pairs"]
 
 
 def test_each_part_is_that_of_the_whole_weights_bitwise(results):
@@ -146,7 +162,7 @@ def test_each_part_is_that_of_the_whole_weights_bitwise(results):
 def test_bytes_are_those_of_the_description(results):
     for case in cases(results):
         assert case["bytes"] == case["described"], case["name"]
-    for of_ranks in zip(*results, strict=True):
+    for of_ranks in zip(*(of_rank["pairs"] for of_rank in results), strict=True):
         sent, received = (sum(case["bytes"][end] for case in of_ranks) for end in (0, 1))
         assert sent == received
 
@@ -154,3 +170,7 @@ def test_bytes_are_those_of_the_description(results):
 def test_the_buffer_is_no_more_than_two_layers_and_a_half(results):
     layers = [case["layers"] for case in cases(results)]
     assert 0.9 < max(layers) <= 2.5
+
+
+def test_a_part_of_the_ranks_moves_weights_by_numbers_of_its_own(results):
+    assert [of_rank["in a part"] for of_rank in results] == [None, True, None, True]

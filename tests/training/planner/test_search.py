@@ -9,6 +9,7 @@ from inference.errors import UserError
 from tests.training.planner.conftest import Plans, graphs_on, ppo_workload
 from training.plan_checks import problems
 from training.planner.augmented import AugmentedGraphs
+from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
 from training.planner.exhaustive import best_plan
 from training.planner.graph import DataflowGraph
@@ -51,6 +52,16 @@ def test_generation_is_offered_no_more_slots_than_the_settings_have(two_nodes):
     assert slots == {5, 3, 2, 1}
     for one in found:
         assert one.layout.pipeline > 1 or one.micro_batches == -(-64 // one.layout.data // one.micro_batch_limit)
+
+
+def test_nothing_waits_in_main_memory_where_ranks_work_in_it(two_nodes):
+    costs = two_nodes.costs
+    device = replace(costs.cluster.device, host_bandwidth=costs.cluster.device.memory_bandwidth)  # a CPU's profile
+    on_cpu = CallCosts(costs.workload, replace(costs.cluster, device=device))
+    for graphs, waits in ((two_nodes, True), (AugmentedGraphs(two_nodes.graph, on_cpu), False)):
+        options = Options(graphs)
+        found = options.candidates(graphs.graph.call("reward_score"), (0, 1))
+        assert any(one.offload for one in found) == waits
 
 
 def test_an_undecided_call_never_costs_more_than_a_decided_one(table, random_choices):

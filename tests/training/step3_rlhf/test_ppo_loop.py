@@ -57,7 +57,7 @@ NO_ROLE_SCORES = {
 }
 SAMPLING = ("max_tokens", "temperature", "min_tokens")
 LOW = {"stop": 1e-3}
-TIMES = ("time/", "tokens_per_second", "memory/")
+TIMES = ("time/", "plan/", "tokens_per_second", "memory/")
 
 
 class Killed(Exception):
@@ -68,10 +68,11 @@ def run_step(
     ranks, directory, models, settings: dict, killed_in: int = 0, terminated_in: int = 0, dtype: str = "fp32"
 ) -> SimpleNamespace:
     """All of step 3 in `directory`, up to the middle of iteration `killed_in`, or to SIGTERM in one; what is left."""
+    from tests.training.planner.test_machine import PROFILE
     from training.config import RunConfig
     from training.run_directory import RunDirectory
     from training.stage import make_stage
-    from training.step3_rlhf import ppo, roles
+    from training.step3_rlhf import forecast, ppo, roles
     from training.step3_rlhf.rollout import Rollout
     from training.termination import TERMINATION, Terminated
 
@@ -130,6 +131,7 @@ def run_step(
         patch.object(Rollout, "score", noted),
         patch.object(roles.Roles, "score", asked),
         patch.object(roles, "load_causal_lm", wraps=roles.load_causal_lm) as loads,
+        patch.object(forecast, "cluster_here", lambda *_: (PROFILE.cluster, "a test")),
     ):
         try:
             ppo.train(stage)
@@ -306,6 +308,18 @@ def test_samples_are_drawn_as_asked_and_the_ratio_starts_at_one(alone):
         first = [line["kl/old_k3"] for line in lines if line["mini_batch"] == 0]
         second = [line["kl/old_k3"] for line in lines if line["mini_batch"] == 1]
         assert max(first) < 1e-6 < min(second), run
+
+
+def test_what_was_predicted_of_each_call_is_told_beside_what_it_took(alone):
+    run = alone["warm"]
+    for line in run["metrics"]:
+        told = {key: value for key, value in line.items() if key.startswith("plan/")}
+        calls = ["actor_generate", "actor_score", "reference_score", "reward_score", "critic_score", "critic_train"]
+        calls += ["actor_train"] * (line["number"] > 2)  # it rests in the warm-up
+        assert set(told) == {f"plan/{c}/{k}" for c in [*calls, "iteration"] for k in ("predicted", "achieved")}
+        assert all(value > 0 for value in told.values())
+        parts = sum(told[f"plan/{call}/achieved"] for call in calls)
+        assert parts < told["plan/iteration/achieved"]
 
 
 def test_the_schedules_end_with_the_run(alone):

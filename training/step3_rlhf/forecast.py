@@ -1,0 +1,117 @@
+"""What the cost model says of an iteration, beside what the iteration took: call by call, and as a picture's data."""
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.fusion.timeline import Span
+from training.memory import Shape
+from training.plan import Plan
+from training.planner.augmented import AugmentedGraphs
+from training.planner.cost import CallCosts
+from training.planner.hardware import Cluster
+from training.planner.machine import cluster_here
+from training.planner.simulate import Interval, Schedule, list_schedule
+from training.run_directory import read_json
+from training.stage import Stage
+from training.step3_rlhf.planned import graphs_of
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of the iterations of a plan on the hardware here."""
+
+    graphs: AugmentedGraphs
+    plan: Plan
+
+    @classmethod
+    def of(cls, stage: Stage, plan: Plan, actor: Path, scorer: Path | None, is_exact: bool) -> "Forecast | None":
+        """With models as in these directories; `scorer` is reward model and critic, `is_exact` whether training equals
+        generation to the bit. None where no rates of this machine are known."""
+        if (cluster := hardware_of(stage)) is None:
+            return None
+        shapes = shape_of(actor), None if scorer is None else shape_of(scorer)
+        return cls(graphs_of(stage.config, *shapes, stage.dtype, cluster, is_exact), plan)
+
+    def schedule(self, prompts: Sequence[int], responses: Sequence[int]) -> Schedule:
+        """Of an iteration with prompts and responses of these lengths, in tokens."""
+        workload = replace(
+            self.graphs.costs.workload,
+            samples=len(prompts),
+            prompt_tokens=max(1, round(statistics.mean(prompts))),
+            response_tokens=max(1, round(statistics.mean(responses))),
+            longest_response=max(responses),
+        )
+        costs = CallCosts(workload, self.graphs.costs.cluster)
+        return list_schedule(AugmentedGraphs(self.graphs.graph, costs).nodes(self.plan), iterations=1)
+
+
+def shape_of(directory: Path) -> Shape:
+    return Shape.from_config_values(read_json(directory / "config.json", "fetch or train the model again"))
+
+
+def hardware_of(stage: Stage) -> Cluster | None:
+    """The ranks of a stage, as they were profiled or by the data sheet of their GPU."""
+    ranks = stage.ranks
+    gpus = []
+    if ranks.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(ranks.device)
+        gpus = [(properties.name, properties.total_memory)]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    known = cluster_here(here, ranks.size // here, gpus)
+    return None if known is None else known[0]
+
+
+def predicted_seconds(schedule: Schedule) -> dict[str, float]:
+    """Of each call, and of what is brought before calls, by its kind."""
+    found: dict[str, float] = {}
+    for interval in schedule.intervals:
+        name = kind_of(interval)
+        found[name] = found.get(name, 0.0) + interval.end - interval.start
+    return found
+
+
+def kind_of(interval: Interval) -> str:
+    """A call's name, or what else it is."""
+    return interval.node.name if interval.node.kind == "call" else interval.node.kind
+
+
+def achieved_seconds(spans: Sequence[Sequence[Span]]) -> dict[str, float]:
+    """Of each call, on the rank that took longest; `spans` are by rank."""
+    found: dict[str, float] = {}
+    for of_rank in spans:
+        seconds: dict[str, float] = {}
+        for span in of_rank:
+            seconds[span.kind] = seconds.get(span.kind, 0.0) + span.end - span.start
+        found |= {name: max(found.get(name, 0.0), taken) for name, taken in seconds.items()}
+    return found
+
+
+def metrics_of(schedule: Schedule, spans: Sequence[Sequence[Span]], seconds: float) -> dict[str, float]:
+    """`plan/CALL/predicted` beside `plan/CALL/achieved`, and of the whole iteration, which took `seconds`."""
+    predicted = predicted_seconds(schedule) | {"iteration": schedule.makespan}
+    achieved = achieved_seconds(spans) | {"iteration": seconds}
+    return {
+        f"plan/{name}/{kind}": values[name]
+        for name in predicted
+        if name in achieved
+        for kind, values in (("predicted", predicted), ("achieved", achieved))
+    }
+
+
+def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Span]]) -> dict[str, Any]:
+    """For the picture: what each rank did in an iteration, and what it was to do; seconds from its beginning."""
+    intervals = () if schedule is None else schedule.intervals
+    return {
+        "iteration": number,
+        "achieved": [[[span.kind, span.start, span.end] for span in of_rank] for of_rank in spans],
+        "predicted": [
+            [[kind_of(i), i.start, i.end] for i in intervals if rank in i.node.ranks and i.end > i.start]
+            for rank in range(len(spans))
+        ],
+    }
