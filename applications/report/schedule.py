@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from applications.report.charts import VARIABLES, inline
+from applications.report.charts import VARIABLES, inline, number
 from training.gantt import COLOURS, Bar, Panel, draw
 from training.pictures import ROW_COLOUR, drawing, svg
 from training.run_directory import RunDirectory, read_json
@@ -33,7 +33,7 @@ def schedule_part(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> Sc
             for key in (f"plan/{name}/predicted", f"plan/{name}/achieved")
         )
         apart = f"{predicted / achieved - 1:+.0%}" if achieved else ""
-        rows.append((name.replace("_", " "), f"{predicted:.2f}", f"{achieved:.2f}", apart))
+        rows.append((name.replace("_", " "), number(predicted), number(achieved), apart))
     file = run.step(PPO).iteration_file
     if not rows or not file.exists():
         return None

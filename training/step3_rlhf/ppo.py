@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,15 @@ def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor
     return torch.tensor(chat_format.prompt_ids(row["prompt"], max_tokens))
 
 
+def beside(metrics: Mapping[str, float]) -> str:
+    """What an iteration took, and what was predicted, where something was; for its line of progress."""
+    names = "plan/iteration/achieved", "plan/iteration/predicted"
+    if names[0] not in metrics:
+        return ""
+    achieved, predicted = (metrics[name] for name in names)
+    return f" · {achieved:.3g} s, predicted {predicted:.3g}"
+
+
 @dataclass(frozen=True)
 class Iteration:
     """What an iteration gave."""
@@ -158,7 +168,7 @@ class PPO:
                 for mini_batch in iteration.mini_batches:
                     updates.write(number, mini_batch)
                 kl = f" · KL {metrics['kl/reference']:z.2f}" if settings.has_reference else ""
-                bar.advance(f"score {metrics['reward/score_mean']:z.2f}{kl}")
+                bar.advance(f"score {metrics['reward/score_mean']:z.2f}{kl}{beside(metrics)}")
                 ends = stopped or number == settings.iterations
                 if ends and self.inside is not None:
                     stopped = self.end_inside(self.inside, number, stopped)

@@ -131,7 +131,7 @@ def test_everything_has_its_place(tags):
 
 def test_what_was_predicted_stands_beside_what_was_achieved(tags, tmp_path):
     text = " ".join(tags.text.split())
-    assert "actor train 4.00 5.00 -20%" in text and "Iteration 17 what each rank did when" in text
+    assert "actor train 4 5 -20%" in text and "Iteration 17 what each rank did when" in text
     assert "actor_train: 0.500 to 4.500 s" in text and "actor_train: 0.250 to 5.250 s" in text
     assert "critic_train: 0.250 to 2.250 s" in text and "reallocation: 0.000 to 0.500 s" in text
     legend = text[text.index("critic_train: 0.250") :]

@@ -17,6 +17,7 @@ from training.planner.estimate import estimate
 from training.planner.simulate import list_schedule
 from training.step3_rlhf.forecast import Forecast, as_data, hardware_of, metrics_of
 from training.step3_rlhf.planned import graphs_of
+from training.step3_rlhf.ppo import beside
 
 CALL, MOVE = frozenset({0, 1}), frozenset({1})
 NODES = (
@@ -39,6 +40,11 @@ def test_the_slowest_rank_stands_beside_what_was_predicted():
         "plan/iteration/predicted": 7.0,
         "plan/iteration/achieved": 9.0,
     }
+
+
+def test_the_line_of_progress_says_both():
+    metrics = metrics_of(list_schedule(NODES, 1), SPANS, 12.345)
+    assert beside(metrics) == " · 12.3 s, predicted 7" and beside({"reward/score_mean": 1.0}) == ""
 
 
 def test_the_picture_has_what_each_rank_did_and_was_to_do():
