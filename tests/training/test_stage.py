@@ -124,6 +124,20 @@ def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
             start_ranks(threads=torch.get_num_threads())
 
 
+def test_a_run_keeps_its_plan_and_needs_the_file_once(tmp_path):
+    run, file = RunDirectory(tmp_path / "run"), tmp_path / "plan.yaml"
+    run.path.mkdir()
+    file.write_text("actor_generate: {mesh: 0-1, data: 2}")
+    with run.locked():
+        config = open_run(run, load_config([], ["model=m", f"rlhf.plan={file}"]))
+        assert config.rlhf.plan["actor_generate"]["micro_batches"] == 1
+        file.unlink()
+        assert run.read_config().rlhf.plan == config.rlhf.plan
+        for other in ([], ["rlhf.plan={actor_generate: {mesh: 0}}"]):
+            with pytest.raises(UserError, match=r"other settings \(another rlhf\.plan\)"):
+                open_run(run, load_config([], ["model=m", *other]))
+
+
 def test_kl_may_be_measured_in_a_run_that_has_begun(tmp_path):
     run = RunDirectory(tmp_path)
     with run.locked():
@@ -151,7 +165,9 @@ def test_a_stage_script_keeps_absolute_paths_as_the_command_does(tmp_path, monke
     (tmp_path / "m").mkdir()
     (tmp_path / "rows.jsonl").write_text("")
     run = RunDirectory(tmp_path / "run")
-    given = SimpleNamespace(model=None, config=[], set=["model=m", "data.source=rows.jsonl", "sft_model=./m"])
+    given = SimpleNamespace(
+        model=None, config=[], plan=None, set=["model=m", "data.source=rows.jsonl", "sft_model=./m"]
+    )
     with run.locked():
         open_run(run, given_settings(run, given))
     stored = run.config_file.read_text()
@@ -177,7 +193,7 @@ def test_a_stage_script_has_the_settings_of_the_command(tmp_path, monkeypatch, m
     run = RunDirectory(tmp_path / "run")
     if model is None:
         run.write_config(load_config([], ["model=tiny", "sft.epochs=5"]), {})
-    found = given_settings(run, SimpleNamespace(model=model, config=[], set=overrides))
+    found = given_settings(run, SimpleNamespace(model=model, config=[], plan=None, set=overrides))
     expected = resolve_settings(model, [], overrides, {}, run)
     assert found is not None and expected is not None
     shapes = {"architecture"}  # what the dry run knows of models that are not here
