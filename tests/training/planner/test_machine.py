@@ -1,5 +1,7 @@
 """Profiles of machines: kept in a file, read again, used as hardware; what the meter measures has the right unit."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -73,3 +75,6 @@ def test_the_meter_takes_the_median(monkeypatch):
     meter = Meter(Ranks(0, 1, torch.device("cpu")))
     calls = []
     assert meter.seconds(lambda: calls.append(1)) >= 0 and len(calls) == 9
+    clock = itertools.count(step=2.5)
+    monkeypatch.setattr("training.planner.profile.time.perf_counter", lambda: next(clock))
+    assert meter.seconds(lambda: calls.append(1)) == 2.5 and len(calls) == 10  # a slow one is not repeated
