@@ -42,7 +42,8 @@ from training.distributed import Ranks, start_ranks, stop_ranks
 from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype
 from training.models.policy import Policy
 from training.rlhf_settings import RLHFSettings
-from training.step3_rlhf.exactness import expects_exactness, find_exactness
+from training.step3_rlhf.exactness import find_exactness
+from training.step3_rlhf.old_logprobs import expects_exactness
 from training.watchdog import begin_script
 
 DTYPES = ("auto", *TORCH_DTYPES)

@@ -12,6 +12,7 @@ from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here
 from training.planner.workload import Workload
+from training.step3_rlhf.old_logprobs import expects_exactness
 from training.step3_rlhf.planned import PRECISIONS, graphs_of
 from training.steps import Step
 
@@ -48,7 +49,9 @@ def expected_time(outlook: Outlook, step: Step) -> ExpectedTime | None:
 def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     config, rlhf = outlook.config, outlook.config.rlhf
     assert outlook.actor is not None
-    graphs = graphs_of(config, outlook.actor, outlook.scorer, outlook.dtype, cluster)
+    # a plan has a line for each call that may be needed
+    is_exact = not config.rlhf.plan and expects_exactness(config.rlhf, outlook.dtype, outlook.machine.device)
+    graphs = graphs_of(config, outlook.actor, outlook.scorer, outlook.dtype, cluster, is_exact)
     return graphs, Plan.of(rlhf, outlook.ranks, outlook.length, graphs.graph.calls)
 
 

@@ -28,9 +28,9 @@ from training.planner.machine import profile_file
 from training.planner.options import Options, meshes
 from training.rlhf_settings import RLHFSettings
 from training.run_directory import RunDirectory
+from training.step3_rlhf import old_logprobs, roles
 from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.planned import require_runnable
-from training.step3_rlhf.roles import Roles
 from training.steps import PPO
 
 SMALL = ["plan", "--model", "opt-1.3b", "--reward-model", "opt-350m", "--gpus-per-node", "2", "--effort", "0.05"]
@@ -163,24 +163,27 @@ def test_the_calls_of_the_settings_are_planned_and_no_others():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("old_logprobs", ["auto", "generation", "recompute"])
+@pytest.mark.parametrize("setting", ["auto", "generation", "recompute"])
+@pytest.mark.parametrize("multiplies", [False, True])
 @pytest.mark.parametrize("advantage", ["gae", "grpo", "rloo", "reinforce++"])
-def test_what_is_planned_is_what_a_rollout_runs(dtype, old_logprobs, advantage, monkeypatch, tmp_path):
+def test_what_is_planned_is_what_a_rollout_runs(dtype, setting, multiplies, advantage, monkeypatch, tmp_path):
     """`plan`, the expected time of a dry run, and the trainer's own list of calls."""
-    values = {"rlhf.advantage": advantage, "rlhf.samples_per_prompt": 2, "rlhf.old_logprobs": old_logprobs}
+    values = {"rlhf.advantage": advantage, "rlhf.samples_per_prompt": 2, "rlhf.old_logprobs": setting}
     overrides = [f"{name}={value}" for name, value in {**values, "dtype": dtype}.items()]
     request = make_request("opt-125m", None, 1, 2, "a100-80g", 200, None, None, overrides)
     planned = request.graphs.graph.calls
     for loads in ("_train", "_freeze"):
-        monkeypatch.setattr(Roles, loads, lambda *_: None)
+        monkeypatch.setattr(roles.Roles, loads, lambda *_: None)
+    monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(roles, "settle_exactness", lambda stage, _: (multiplies and dtype == "bf16") or None)
     stage = SimpleNamespace(config=request.config, dtype=DTYPES[dtype], ranks=Ranks(0, 1, torch.device("cpu")))
-    ran = Roles(stage, None, tmp_path, None, (1, 1)).calls
-    assert planned == ran
+    ran = roles.Roles(stage, None, tmp_path, None, (1, 1)).calls
+    assert planned == ran or multiplies  # `plan` plans for a GPU
     monkeypatch.setattr(Outlook, "dtype", DTYPES[dtype])  # fp16 needs a GPU
     costed, plan = _ppo(Outlook.of(request.config, [PPO], 1), request.cluster)
     assert costed.graph.calls == ran and list(plan.assignments) == [call.name for call in ran]
     assert ("actor_score" in plan.assignments) == (
-        old_logprobs != "generation" and (dtype, old_logprobs) != ("fp32", "auto")
+        setting != "generation" and not (setting == "auto" and (dtype == "fp32" or (dtype == "bf16" and multiplies)))
     )
 
 

@@ -18,16 +18,14 @@ from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses
 from inference.private_surfaces import set_attention
 from inference.quiet import quiet_transformers
-from training.calls import ACTOR_GENERATE
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.models.adapters import add_lora
 from training.models.layers import keep_layers
 from training.models.packing import call_on_tokens
-from training.private_surfaces import multiplies_bf16
-from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
 from training.stage import Stage
+from training.step3_rlhf.old_logprobs import expects_exactness, generation_degree
 
 CANDIDATES = {
     torch.bfloat16: (
@@ -46,21 +44,6 @@ PROMPTS = (70, 41, 17, 6, 3, 2, 1)
 DECODED = 8
 PLACES = 256
 """Queries that are tried one by one in attention as long as the run's."""
-
-
-def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a run tries for it: everywhere if it is asked for, else where it costs nothing, in bf16 on a CPU that
-    multiplies it."""
-    if settings.exact != "auto":
-        return settings.exact
-    on_cpu = device.type == "cpu" and generation_degree(settings) == 1
-    return on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
-
-
-def generation_degree(settings: RLHFSettings) -> int:
-    """Ranks that generate together."""
-    planned = settings.plan.get(ACTOR_GENERATE.name)
-    return settings.generation_tensor_parallel if planned is None else planned.get("tensor", 1)
 
 
 def settle_exactness(stage: Stage, actor: Path) -> Exactness | None:

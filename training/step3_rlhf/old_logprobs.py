@@ -2,8 +2,24 @@
 
 import torch
 
-from training.calls import Call, with_recomputed_logprobs
+from training.calls import ACTOR_GENERATE, Call, with_recomputed_logprobs
+from training.private_surfaces import multiplies_bf16
 from training.rlhf_settings import RLHFSettings
+
+
+def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a run tries for it: everywhere if it is asked for, else where it costs nothing, in bf16 on a CPU that
+    multiplies it."""
+    if settings.exact != "auto":
+        return settings.exact
+    on_cpu = device.type == "cpu" and generation_degree(settings) == 1
+    return on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
+
+
+def generation_degree(settings: RLHFSettings) -> int:
+    """Ranks that generate together."""
+    planned = settings.plan.get(ACTOR_GENERATE.name)
+    return settings.generation_tensor_parallel if planned is None else planned.get("tensor", 1)
 
 
 def keeps_generation_logprobs(settings: RLHFSettings, dtype: torch.dtype, is_exact: bool) -> bool:

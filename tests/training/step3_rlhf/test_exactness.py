@@ -19,6 +19,7 @@ from training.models.policy import Policy
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
 from training.step3_rlhf import exactness as of_step
+from training.step3_rlhf import old_logprobs
 from training.step3_rlhf.exactness import CANDIDATES, agrees, find_exactness, first_layers, settle_exactness
 
 CPU = torch.device("cpu")
@@ -65,7 +66,9 @@ def require_same_bits(family: str, dtype: torch.dtype, lora: LoRASettings | None
     exact = next(each for each in CANDIDATES[dtype] if agrees(first_layers(build_model(family), lora, dtype), each, 40))
     policy = taught(family, dtype, lora, exact)
     engine = GenerationEngine(policy.model, ENDS, PAD, slots=4, exact=exact)  # prompts come into running batches
-    samples = list(engine.generate(make_prompts([3, 31, 1, 7, 17, 2, 9, 4]), SamplingSettings(19, 0.7), SamplingKey(5)))
+    prompts = make_prompts([3, 31, 1, 7, 17, 2, 9, 4])
+    prompts[2:2] = [prompts[1]] * 3  # what they begin with is prefilled once, and goes through training once
+    samples = list(engine.generate(prompts, SamplingSettings(19, 0.7), SamplingKey(5)))
     assert len({len(sample.response_ids) for sample in samples}) > 2
     rows = [(sample.prompt_ids, torch.tensor(sample.response_ids)) for sample in samples]
     drawn = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
@@ -139,7 +142,7 @@ def a_stage(dtype: torch.dtype, device: torch.device = CPU, **settings) -> Simpl
 
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_auto_is_exact_where_it_costs_nothing(monkeypatch, tmp_path, multiplies):
-    monkeypatch.setattr(of_step, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: multiplies)
     model = saved(tmp_path, "llama")
     assert settle_exactness(a_stage(torch.bfloat16), model) == (CANDIDATES[torch.bfloat16][0] if multiplies else None)
     assert settle_exactness(a_stage(torch.float32), model) is None
@@ -150,7 +153,7 @@ def test_auto_is_exact_where_it_costs_nothing(monkeypatch, tmp_path, multiplies)
 
 
 def test_auto_says_where_a_processor_is_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(of_step, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(of_step, "agrees", lambda *_: False)
     stage = a_stage(torch.bfloat16)
     assert settle_exactness(stage, saved(tmp_path, "llama")) is None

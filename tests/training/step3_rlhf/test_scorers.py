@@ -1,5 +1,6 @@
 """What reward model and critic start as: one that has learned has its head in its files."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from inference.tiny_model import build_tiny_model
 from training.config_files import load_config
 from training.distributed import Ranks
 from training.models.loading import load_scorer
-from training.step3_rlhf.roles import load_critic, load_reward
+from training.step3_rlhf import roles
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.model=0")
@@ -20,6 +21,14 @@ WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.mode
 
 def stage_with(*settings: str) -> Any:
     return SimpleNamespace(config=load_config([], ["model=tiny", *settings]), dtype=torch.float32, ranks=RANKS)
+
+
+def load_critic(stage: Any, scorer: Path, chat_format: ChatFormat) -> Any:
+    return roles.load_critic(stage, scorer, chat_format, torch.float32, True)
+
+
+def load_reward(stage: Any, scorer: Path, chat_format: ChatFormat) -> Any:
+    return roles.load_reward(stage, scorer, chat_format, True)
 
 
 @pytest.fixture(scope="module")
