@@ -64,8 +64,8 @@ def _problems_of(call: Call, assignment: Assignment, is_frozen: bool, workload: 
     layout, name = assignment.layout, call.name
     shape = workload.models[call.role].shape
     found = []
-    if max(layout.mesh) >= ranks or min(layout.mesh) < 0:
-        found.append(f"{name} uses rank {max(layout.mesh)}, but the cluster has ranks 0 to {ranks - 1}; name others.")
+    if outside := [rank for rank in layout.mesh if not 0 <= rank < ranks]:
+        found.append(f"{name} uses rank {outside[-1]}, but the cluster has ranks 0 to {ranks - 1}; name others.")
     if shape.heads % layout.tensor:
         found.append(
             f"{name} cuts {shape.heads} attention heads into {layout.tensor} parts; choose a divisor for tensor."

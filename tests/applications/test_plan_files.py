@@ -56,7 +56,7 @@ def test_a_dry_run_says_where_calls_run_and_what_the_fullest_rank_holds(tmp_path
         (GOOD.replace("0-1, tensor: 2", "0-1, data: 2, zero_stage: 1"), "critic_score has no optimiser states"),
         (GOOD.replace("mesh: 0-1, data: 2}", "mesh: 0-1, data: 2, zero_stage: 3}"), "actor_generate has a zero_stage"),
         (GOOD.replace("micro_batches: 2", "micro_batches: 4000"), "leaves ranks without work"),
-        (GOOD.replace("{mesh: 1, m", "{mesh: x, m"), "which are no ranks"),
+        (GOOD.replace("{mesh: 1, m", "{mesh: x, m"), "names no ranks"),
     ],
 )
 def test_each_mistake_is_one_sentence(tmp_path, text, sentence):
