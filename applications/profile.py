@@ -50,9 +50,8 @@ def describe(profile: MachineProfile) -> str:
         f"{'link':<22}{device.link_bandwidth * ACHIEVED_BANDWIDTH / 1e9:.2f} GB/s",
         f"{'layers reach':<22}{calibration.compute_share:.0%} of the matrix products' rate",
         f"{'launching a layer':<22}{calibration.launch_seconds * 1e6:.0f} us",
+        f"{'... to decode a token':<22}{calibration.decode_seconds * 1e6:.0f} us",
     ]
-    if calibration.replay_seconds:
-        lines.append(f"{'the same, replayed':<22}{calibration.replay_seconds * 1e6:.0f} us, as a CUDA graph")
     if profile.ranks > 1:
         lines.append(f"{'a collective':<22}{calibration.collective_seconds * 1e6:.0f} us over two ranks")
     return "\n".join(lines)

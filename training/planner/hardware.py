@@ -89,14 +89,13 @@ class Calibration:
     controller_seconds: float = 1.135
     """A call costs the controller, which serves all calls in turn while devices wait: data are fetched and cut,
     requests sent, results and statistics collected."""
-    replay_seconds: float = 0.0
-    """To run the kernels of one layer in a decode step that a CUDA graph replays; 0: decode steps are launched as other
-    passes are."""
+    decode_seconds: float = 0.0
+    """To run one layer in a decode step, nearly without arithmetic; 0: as long as to launch it in other passes."""
 
     @property
     def decode_launch_seconds(self) -> float:
         """Of one layer in a decode step."""
-        return self.replay_seconds or self.launch_seconds
+        return self.decode_seconds or self.launch_seconds
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Cluster:
     def ours(self) -> "Cluster":
         """Under our runtime: without a controller, and decode steps of GPUs are replayed as CUDA graphs."""
         without = self.without_controller
-        return replace(without, calibration=replace(without.calibration, replay_seconds=REPLAYED_LAYER_SECONDS))
+        return replace(without, calibration=replace(without.calibration, decode_seconds=REPLAYED_LAYER_SECONDS))
 
     @property
     def size(self) -> int:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 import rlhf_chat  # noqa: F401  a script of ranks, too
+from inference.generation.engine import GenerationEngine
+from inference.generation.sample import SamplingKey, SamplingSettings
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Calibration, Device
 from training.planner.machine import THIS_MACHINE, MachineProfile
@@ -28,8 +30,13 @@ from training.versions import processor, versions
 from training.watchdog import begin_script
 
 REPEATS = 7
+SLOW = 2.0
+"""Seconds of a program that once is enough for, as products in bf16 on a CPU that only imitates them."""
 COLLECTIVES = 40
 """In a row, with products between them."""
+PAD, END = 0, 2
+ROWS, DECODED = 16, 9
+"""Samples that decode together, and tokens of each."""
 LAYERS = (4, 20)
 """Of two stacks: the difference of their seconds is that of the layers between them."""
 
@@ -44,7 +51,7 @@ def measure(ranks: Ranks) -> MachineProfile:
         THIS_MACHINE, device_memory(ranks), rates, memory / ACHIEVED_BANDWIDTH, link / ACHIEVED_BANDWIDTH,
         meter.host_bandwidth(memory) / ACHIEVED_BANDWIDTH,
     )  # fmt: skip
-    launches = meter.launch_seconds(), latency, 0.0, meter.replay_seconds()
+    launches = meter.launch_seconds(), latency, 0.0, meter.decode_seconds()
     calibration = Calibration(meter.compute_share(rates["fp32"]), *launches)
     return MachineProfile(device, ranks.size, calibration, where(ranks))
 
@@ -59,7 +66,7 @@ class Meter:
         """How much larger the work on a GPU is."""
 
     def seconds(self, program: Callable[[], Any]) -> float:
-        """Median of several calls after two that warm up, of the slowest rank."""
+        """Median of several calls after two that warm up, or of the first one that is slow, of the slowest rank."""
         taken = []
         for repeat in range(REPEATS + 2):
             self.ranks.barrier()
@@ -67,8 +74,12 @@ class Meter:
             begun = time.perf_counter()
             program()
             self._wait()
+            elapsed = time.perf_counter() - begun
             if repeat >= 2:
-                taken.append(time.perf_counter() - begun)
+                taken.append(elapsed)
+            elif max(self.ranks.gather(elapsed)) > SLOW:
+                taken.append(elapsed)
+                break
         return max(self.ranks.gather(statistics.median(taken)))
 
     def _wait(self) -> None:
@@ -130,25 +141,16 @@ class Meter:
         ids = torch.ones(1, 1, dtype=torch.long, device=self.device)
         return (self._forward(more, ids) - self._forward(few, ids)) / (LAYERS[1] - LAYERS[0])
 
-    def replay_seconds(self) -> float:
-        """The same, replayed as a CUDA graph; 0 on a CPU, where nothing is."""
-        if self.is_cpu:
-            return 0.0
-        few, more = (self.replayed(self.stack(layers, hidden=64)) for layers in LAYERS)
-        return (self.seconds(more) - self.seconds(few)) / (LAYERS[1] - LAYERS[0])
+    def decode_seconds(self) -> float:
+        """To run one layer in a decode step of the engine that generates, nearly without arithmetic; on a GPU its steps
+        are CUDA graphs."""
+        few, more = (self._decode(self.stack(layers, hidden=64, generates=True)) for layers in LAYERS)
+        return max(0.0, more - few) / (LAYERS[1] - LAYERS[0]) / (DECODED - 1)
 
-    @torch.inference_mode()
-    def replayed(self, model: nn.Module) -> Callable[[], None]:
-        """A forward pass over one token, captured."""
-        ids = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        side, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # libraries set themselves up outside of the capture
-            model(ids, use_cache=False)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        with torch.cuda.graph(graph):
-            model(ids, use_cache=False)
-        return graph.replay
+    def _decode(self, model: nn.Module) -> float:
+        engine = GenerationEngine(model, END, PAD, slots=ROWS)
+        prompts, settings = [torch.ones(1, dtype=torch.long)] * ROWS, SamplingSettings(DECODED)
+        return self.seconds(lambda: list(engine.generate(prompts, settings, SamplingKey(0), lengths=[DECODED] * ROWS)))
 
     def compute_share(self, rate: float) -> float:
         """Of `rate` that a stack of layers reaches, forward, over 2,048 tokens in fp32."""
@@ -159,14 +161,14 @@ class Meter:
         seconds = self._forward(more, ids) - self._forward(few, ids)
         return min(1.0, 2 * weights * ids.numel() / seconds / rate)
 
-    def stack(self, layers: int, hidden: int) -> nn.Module:
-        from transformers import OPTConfig, OPTModel  # a second that only this needs
+    def stack(self, layers: int, hidden: int, generates: bool = False) -> nn.Module:
+        from transformers import OPTConfig, OPTForCausalLM, OPTModel  # a second that only this needs
 
         config = OPTConfig(
             vocab_size=8, hidden_size=hidden, word_embed_proj_dim=hidden, num_hidden_layers=layers, ffn_dim=4 * hidden,
-            num_attention_heads=hidden // 64, max_position_embeddings=256, dropout=0.0, pad_token_id=0,
+            num_attention_heads=hidden // 64, max_position_embeddings=256, dropout=0.0, pad_token_id=PAD,
         )  # fmt: skip
-        return OPTModel(config).eval().to(self.device)
+        return (OPTForCausalLM if generates else OPTModel)(config).eval().to(self.device)
 
     def _forward(self, model: nn.Module, ids: torch.Tensor) -> float:
         with torch.inference_mode():

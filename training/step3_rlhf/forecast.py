@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from inference.errors import UserError
 from training.fusion.timeline import Span
 from training.memory import Shape
+from training.metrics import WARNING
 from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
@@ -33,9 +35,13 @@ class Forecast:
     def of(cls, stage: Stage, plan: Plan, actor: Path, scorer: Path | None, is_exact: bool) -> "Forecast | None":
         """With models as in these directories; `scorer` is reward model and critic, `is_exact` whether training equals
         generation to the bit. None where no rates of this machine are known."""
-        if (cluster := hardware_of(stage)) is None:
+        try:
+            if (cluster := hardware_of(stage)) is None:
+                return None
+            shapes = shape_of(actor), None if scorer is None else shape_of(scorer)
+        except UserError as error:  # nothing that training needs
+            stage.display.say(f"{WARNING}iterations are not predicted: {error}")
             return None
-        shapes = shape_of(actor), None if scorer is None else shape_of(scorer)
         return cls(graphs_of(stage.config, *shapes, stage.dtype, cluster, is_exact), plan)
 
     def schedule(self, prompts: Sequence[int], responses: Sequence[int]) -> Schedule:

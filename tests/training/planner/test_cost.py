@@ -108,7 +108,7 @@ def test_a_limit_of_tokens_is_filled_with_rows_of_the_mean_length():
 
 
 def test_a_replayed_decode_step_launches_less_and_nothing_else_changes():
-    cluster = replace(GRAPHS.costs.cluster, calibration=replace(GRAPHS.costs.cluster.calibration, replay_seconds=1e-5))
+    cluster = replace(GRAPHS.costs.cluster, calibration=replace(GRAPHS.costs.cluster.calibration, decode_seconds=1e-5))
     replayed, eager = CallCosts(ppo_workload(), cluster), CallCosts(ppo_workload(), GRAPHS.costs.cluster)
     for name, call in CALLS.items():
         fast, slow = replayed.cost(call, ONE), eager.cost(call, ONE)

@@ -1,5 +1,7 @@
 """Profiles of machines: kept in a file, read again, used as hardware; what the meter measures has the right unit."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -56,7 +58,23 @@ def test_the_meter_counts_operations_and_bytes(monkeypatch):
     assert meter.memory_bandwidth() == 8192 * 4096 * 4
 
 
+def test_a_layer_of_a_decode_step_is_what_a_deeper_model_takes_longer(monkeypatch):
+    """16 layers more, in the 8 steps behind the prefill."""
+    meter, lengths = Meter(Ranks(0, 1, torch.device("cpu"))), []
+
+    def seconds(program):
+        lengths.append([len(sample.response_ids) for sample in program()])
+        return {1: 0.4, 2: 2.0}[len(lengths)]
+
+    monkeypatch.setattr(meter, "seconds", seconds)
+    assert meter.decode_seconds() == pytest.approx(1.6 / 16 / 8)
+    assert lengths == [[9] * 16] * 2
+
+
 def test_the_meter_takes_the_median(monkeypatch):
     meter = Meter(Ranks(0, 1, torch.device("cpu")))
     calls = []
     assert meter.seconds(lambda: calls.append(1)) >= 0 and len(calls) == 9
+    clock = itertools.count(step=2.5)
+    monkeypatch.setattr("training.planner.profile.time.perf_counter", lambda: next(clock))
+    assert meter.seconds(lambda: calls.append(1)) == 2.5 and len(calls) == 10  # a slow one is not repeated

@@ -14,6 +14,7 @@ from training.hybrid_engine.layout import Layout
 from training.plan import Assignment, Plan
 from training.planner.augmented import After, Node
 from training.planner.estimate import estimate
+from training.planner.machine import profile_file
 from training.planner.simulate import list_schedule
 from training.step3_rlhf.forecast import Forecast, as_data, hardware_of, metrics_of
 from training.step3_rlhf.planned import graphs_of
@@ -82,6 +83,18 @@ def test_hardware_is_that_of_the_ranks_of_one_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     hardware_of(stage)
     assert asked == [(4, 2, []), (8, 1, [])]
+
+
+def test_a_profile_that_cannot_be_read_ends_no_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    profile_file(2).parent.mkdir()
+    profile_file(2).write_text("of another version")
+    said: list[str] = []
+    ranks = SimpleNamespace(size=2, device=torch.device("cpu"))
+    stage = SimpleNamespace(ranks=ranks, display=SimpleNamespace(say=said.append))
+    assert Forecast.of(stage, Plan({}), tmp_path, None, False) is None
+    assert len(said) == 1 and "not predicted" in said[0] and "rlhf-chat profile" in said[0]
 
 
 def test_a_plan_on_parts_of_the_ranks_overlaps():
