@@ -133,6 +133,13 @@ def test_what_our_runtime_does_not_run(two_nodes):
         assert sentence in found
 
 
+def test_a_line_for_a_call_that_does_not_run_is_left_out():
+    blocks = {name: {"mesh": 0} for name in ("actor_generate", "actor_score", "actor_train")}
+    settings = RLHFSettings.model_validate({"plan": blocks})
+    assert list(Plan.of(settings, 1, 512).assignments) == list(blocks)
+    assert list(Plan.of(settings, 1, 512, settings.calls).assignments) == ["actor_generate", "actor_train"]
+
+
 def test_the_plan_of_settings():
     settings = RLHFSettings.model_validate(
         {
