@@ -40,7 +40,8 @@ CANDIDATES = {
 one, softmax and products add in another order."""
 TENSOR_PARALLEL = "the ranks that generate together add up their parts of a sum, and training adds it up whole"
 LAYERS = 2
-PROMPTS = (70, 41, 17, 6, 3, 2, 1)
+PROMPTS = (70, 70, 41, 17, 6, 3, 2, 1)
+"""Tokens; the first two are the same."""
 DECODED = 8
 PLACES = 256
 """Queries that are tried one by one in attention as long as the run's."""
@@ -79,15 +80,12 @@ def find_exactness(
     nothing known does. Tried with random weights on the first layers of the model's shape, and with attention over
     `longest` tokens; `model` itself is left alone. All ranks call it."""
     candidates = CANDIDATES.get(dtype, ()) if ranks.device.type == "cpu" and can_pack(model) else ()
-    number = 0
-    if candidates:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            shape = first_layers(model, lora, dtype)
-            while number < len(candidates) and not agrees(shape, candidates[number], longest):
-                number += 1
-    number = max(ranks.gather(number))
-    return candidates[number] if number < len(candidates) else None
+    if not candidates:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shape = first_layers(model, lora, dtype)
+        return next((each for each in candidates if all(ranks.gather(agrees(shape, each, longest)))), None)
 
 
 def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -106,19 +104,13 @@ def first_layers(model: PreTrainedModel, lora: LoRASettings | None, dtype: torch
 
 
 def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
-    """Whether all passes give the same bits."""
-    decoded, forward, cache = decoded_and_forward(model, exact, longest)
-    heads = text_config(model.config).num_attention_heads
-    return torch.equal(decoded, forward) and attention_agrees(cache, heads, exact, longest)
-
-
-def decoded_and_forward(model: PreTrainedModel, exact: Exactness, longest: int) -> tuple[Tensor, Tensor, KVCache]:
-    """Logits (n, vocabulary) of the same tokens by prefill and decoding, in batches that change, and by training's
-    forward pass."""
+    """Whether all passes give the same bits: prefill, decoding in batches that change, and training's forward pass over
+    samples that begin alike, over some of like length and over all."""
     most = min(longest, longest_text(model.config) or longest)
     steps = min(DECODED, most // 2)
     lengths = [min(length, most - steps) for length in PROMPTS]
     rows = [torch.randint(text_config(model.config).vocab_size, (length + steps,)) for length in lengths]
+    rows[1][: lengths[1]] = rows[0][: lengths[0]]
     cache = KVCache(len(rows), exact.seen(max(lengths) + steps))
     passes = PackedPasses(model, cache, exact)
     found: dict[tuple[int, int], Tensor] = {}
@@ -132,10 +124,14 @@ def decoded_and_forward(model: PreTrainedModel, exact: Exactness, longest: int) 
             tokens = torch.stack([rows[place][lengths[place] + step] for place in places])
             logits = passes.decode(tokens, [lengths[place] + step for place in places])
             found |= zip([(place, step + 1) for place in places], logits, strict=True)
-    batch = TokenBatch.of([(row[:1], row[1:]) for row in rows], torch.device("cpu"))
-    starts = [sum(batch.lengths[:place]) + lengths[place] - 1 for place in range(len(rows))]
-    at = torch.tensor([starts[place] + step for place, step in found])
-    return torch.stack(list(found.values())), call_on_tokens(model, batch, at, exact).detach(), cache
+    for count in (2, len(rows)):
+        batch = TokenBatch.of([(row[:1], row[1:]) for row in rows[:count]], torch.device("cpu"))
+        starts = [sum(batch.lengths[:place]) + lengths[place] - 1 for place in range(count)]
+        decoded = {name: logits for name, logits in found.items() if name[0] < count}
+        at = torch.tensor([starts[place] + step for place, step in decoded])
+        if not torch.equal(torch.stack(list(decoded.values())), call_on_tokens(model, batch, at, exact)):
+            return False
+    return attention_agrees(cache, text_config(model.config).num_attention_heads, exact, longest)
 
 
 def attention_agrees(cache: KVCache, heads: int, exact: Exactness, longest: int) -> bool:
