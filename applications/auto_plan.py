@@ -32,7 +32,7 @@ def with_auto_plan(config: RunConfig, run: RunDirectory, measures: bool) -> RunC
         blocks = to_blocks(best_plan(config, measures))
     elif not (blocks := run.read_config().rlhf.plan):
         raise UserError(
-            f"{run.path} was made without a plan, and a run keeps its plan for life: leave --plan out to go on with it, "
+            f"{run.path} was made without a plan, and a run keeps its plan for life: leave --plan out to go on, "
             f"or give a new run another name."
         )
     return config.model_copy(update={"rlhf": config.rlhf.model_copy(update={"plan": blocks})})

@@ -138,7 +138,7 @@ def request_of(settings: RunConfig, cluster: Cluster, price: float | None = None
 
 
 def with_number_format(config: RunConfig, machine: Machine) -> RunConfig:
-    """The settings with the number format that a run on this machine takes. Raises UserError where it has not got it."""
+    """The settings with the number format that a run on this machine takes. Raises UserError where it has none."""
     return config.model_copy(update={"dtype": PRECISIONS[resolve_dtype(config.dtype, machine.device)]})
 
 
