@@ -6,14 +6,12 @@ from applications.dry_run import duration
 from applications.fit import Machine
 from applications.plan import searched
 from applications.plan_report import plan_table, summary
-from applications.plan_request import Outcome, Request, request_of
+from applications.plan_request import Outcome, Request, request_of, with_number_format
 from applications.profile import measure_to
 from inference.errors import UserError
 from training.config import RunConfig
-from training.models.loading import resolve_dtype
 from training.plan import Plan
 from training.plan_file import to_blocks
-from training.planner.footprint import DTYPES
 from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here, profile_file
 from training.run_directory import RunDirectory
@@ -25,11 +23,16 @@ LARGE = 8
 def with_auto_plan(config: RunConfig, run: RunDirectory, measures: bool) -> RunConfig:
     """The settings of a run with the plan that it has, or else with the best one for this machine, which is printed.
 
-    Where no rates of this machine are known it is profiled, if `measures`. Raises UserError where no plan fits.
+    Where no rates of this machine are known it is profiled, if `measures`. Raises UserError where no plan fits, and
+    for a run that was made without one.
     """
-    blocks = run.read_config().rlhf.plan if run.config_file.exists() else {}
-    if not blocks:
+    if not run.config_file.exists():
         blocks = to_blocks(best_plan(config, measures))
+    elif not (blocks := run.read_config().rlhf.plan):
+        raise UserError(
+            f"{run.path} was made without a plan, and a run keeps its plan for life: leave --plan out to go on, "
+            f"or give a new run another name."
+        )
     return config.model_copy(update={"rlhf": config.rlhf.model_copy(update={"plan": blocks})})
 
 
@@ -37,11 +40,7 @@ def best_plan(config: RunConfig, measures: bool) -> Plan:
     """The fastest that runs here; prints it beside what the settings say without one."""
     machine, ranks = Machine.here(), config.processes
     cluster, source = rates_here(machine, ranks, measures)
-    dtype = resolve_dtype(config.dtype, machine.device)
-    precision = next(name for name, each in DTYPES.items() if each == dtype)
-    request = request_of(
-        config.model_copy(update={"dtype": precision}), replace(cluster, host_memory=float(machine.memory))
-    )
+    request = request_of(with_number_format(config, machine), replace(cluster, host_memory=float(machine.memory)))
     best = searched(request, effort=min(1.0, ranks / LARGE))
     assert best.found is not None
     print("\n".join([*plan_table(request, best), "", *summary(request, [best, as_set(request)]), ""]))

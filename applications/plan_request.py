@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from applications.fit import find_shape
+from applications.fit import Machine, find_shape
 from applications.settings import resolve_settings
 from inference.errors import UserError
 from training.calls import Call
 from training.config import RunConfig
 from training.memory import Shape
+from training.models.loading import resolve_dtype
 from training.plan import Assignment, Plan
 from training.plan_checks import unrunnable
 from training.planner.augmented import AugmentedGraphs
@@ -20,7 +21,7 @@ from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
 from training.planner.options import Space
 from training.planner.workload import Workload
-from training.step3_rlhf.planned import graphs_of
+from training.step3_rlhf.planned import PRECISIONS, graphs_of
 
 DEVICES_PER_NODE = 8
 
@@ -119,6 +120,8 @@ def make_request(
 ) -> Request:
     settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
     assert settings is not None
+    if gpu == THIS_MACHINE:
+        settings = with_number_format(settings, Machine.here())
     cluster = replace(cluster_of(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
     return request_of(settings, cluster, price)
 
@@ -132,6 +135,11 @@ def request_of(settings: RunConfig, cluster: Cluster, price: float | None = None
         scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))
     precision = cluster.device.precision if settings.dtype == "auto" else settings.dtype
     return Request(settings, graphs_of(settings, actor, scorer, DTYPES[precision], cluster), price)
+
+
+def with_number_format(config: RunConfig, machine: Machine) -> RunConfig:
+    """The settings with the number format that a run on this machine takes. Raises UserError where it has none."""
+    return config.model_copy(update={"dtype": PRECISIONS[resolve_dtype(config.dtype, machine.device)]})
 
 
 def cluster_of(gpu: str, nodes: int, gpus_per_node: int | None) -> Cluster:

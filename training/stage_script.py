@@ -256,6 +256,11 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:
     """What the arguments say; None: the run keeps its own. Raises UserError where neither is there."""
+    if arguments.plan == "auto":
+        raise UserError(
+            "--plan auto is for the processes of one machine that rlhf-chat run starts: write a plan for these with "
+            "rlhf-chat plan --nodes N --gpus-per-node M --out plan.yaml, and give --plan plan.yaml."
+        )
     overrides = [*arguments.set, *([f"rlhf.plan={arguments.plan}"] if arguments.plan else [])]
     if not (arguments.model or arguments.config or overrides):
         run.read_config()

@@ -20,11 +20,12 @@ from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
 from training.config import RunConfig
 from training.distributed import Ranks
+from training.models import loading
 from training.plan import Plan
 from training.plan_file import from_blocks, to_blocks
 from training.planner.estimate import estimate
 from training.planner.footprint import DTYPES
-from training.planner.machine import profile_file
+from training.planner.machine import THIS_MACHINE, profile_file
 from training.planner.options import Options, meshes
 from training.rlhf_settings import RLHFSettings
 from training.run_directory import RunDirectory
@@ -213,6 +214,20 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     run.write_config(RunConfig.model_validate({**TWO, "rlhf": {"plan": kept}}), {})
     assert with_auto_plan(config, run, measures=False).rlhf.plan == kept  # the same command again goes on with it
     assert not capsys.readouterr().out
+    run.write_config(config, {})
+    with pytest.raises(UserError, match="was made without a plan"):
+        with_auto_plan(config, run, measures=True)  # measures nothing: rates are not asked for
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("multiplies", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_this_machine_is_planned_in_the_number_format_of_its_runs(profiled, monkeypatch, multiplies, precision):
+    monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
+    monkeypatch.setattr(loading, "multiplies_bf16", lambda: multiplies)
+    request = make_request("opt-125m", None, 1, 2, THIS_MACHINE, 200, None, None, ["dtype=auto"])
+    assert request.workload.precision == request.config.dtype == precision
+    with pytest.raises(UserError, match="fp16 does not work on a CPU"):
+        make_request("opt-125m", None, 1, 2, THIS_MACHINE, 200, None, None, ["dtype=fp16"])
 
 
 def test_auto_without_rates_is_one_sentence(tmp_path, monkeypatch):

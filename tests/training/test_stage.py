@@ -203,6 +203,12 @@ def test_a_stage_script_has_the_settings_of_the_command(tmp_path, monkeypatch, m
     assert found.model_dump(exclude=shapes) == expected.model_dump(exclude=shapes)
 
 
+def test_a_stage_script_searches_no_plan(tmp_path):
+    """It may be one of several machines."""
+    with pytest.raises(UserError, match="--plan auto is for the processes of one machine"):
+        given_settings(RunDirectory(tmp_path), SimpleNamespace(model="tiny", config=[], plan="auto", set=[]))
+
+
 def test_a_stage_script_with_a_mistyped_name(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(PARENT_VARIABLE, raising=False)
     monkeypatch.setattr(stage, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))

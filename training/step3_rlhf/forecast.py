@@ -1,8 +1,7 @@
 """What the cost model says of an iteration, beside what the iteration took: call by call, and as a picture's data."""
 
-import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from inference.errors import UserError
+from training.distributed import local_size
 from training.fusion.timeline import Span
 from training.memory import Shape
 from training.metrics import WARNING
@@ -44,8 +44,8 @@ class Forecast:
             return None
         return cls(graphs_of(stage.config, *shapes, stage.dtype, cluster, is_exact), plan)
 
-    def schedule(self, prompts: Sequence[int], responses: Sequence[int]) -> Schedule:
-        """Of an iteration with prompts and responses of these lengths, in tokens."""
+    def schedule(self, prompts: Sequence[int], responses: Sequence[int], left_out: Collection[str] = ()) -> Schedule:
+        """Of an iteration with prompts and responses of these lengths, in tokens, without the calls `left_out`."""
         workload = replace(
             self.graphs.costs.workload,
             samples=len(prompts),
@@ -54,7 +54,8 @@ class Forecast:
             longest_response=max(responses),
         )
         costs = CallCosts(workload, self.graphs.costs.cluster)
-        return list_schedule(AugmentedGraphs(self.graphs.graph, costs).nodes(self.plan), iterations=1)
+        nodes = AugmentedGraphs(self.graphs.graph, costs).nodes(self.plan)
+        return list_schedule([replace(n, seconds=0.0) if n.name in left_out else n for n in nodes], iterations=1)
 
 
 def shape_of(directory: Path) -> Shape:
@@ -62,13 +63,15 @@ def shape_of(directory: Path) -> Shape:
 
 
 def hardware_of(stage: Stage) -> Cluster | None:
-    """The ranks of a stage, as they were profiled or by the data sheet of their GPU."""
-    ranks = stage.ranks
+    """The ranks of a stage, as they were profiled or by the data sheet of their GPU; None where no rates are known, and
+    where nodes have unlike numbers of ranks."""
+    ranks, here = stage.ranks, local_size()
+    if ranks.size % here:
+        return None
     gpus = []
     if ranks.device.type == "cuda":
         properties = torch.cuda.get_device_properties(ranks.device)
         gpus = [(properties.name, properties.total_memory)]
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
     known = cluster_here(here, ranks.size // here, gpus)
     return None if known is None else known[0]
 

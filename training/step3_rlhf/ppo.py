@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
-from training.calls import ACTOR_SCORE
+from training.calls import ACTOR_SCORE, ACTOR_TRAIN
 from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
 from training.fusion.timeline import Span
@@ -357,8 +357,9 @@ class PPO:
             return {}
         schedule = None
         if self.forecast is not None:
-            lengths = [(len(e.prompt), len(e.response)) for e in experience]
-            schedule = self.forecast.schedule(*zip(*lengths, strict=True))
+            idle = [ACTOR_TRAIN.name] if number <= self.settings.critic_warmup else []
+            lengths = [len(e.prompt) for e in experience], [len(e.response) for e in experience]
+            schedule = self.forecast.schedule(*lengths, left_out=idle)
         write_json(self.stage.directory.iteration_file, as_data(number, schedule, spans))
         return {} if schedule is None else metrics_of(schedule, spans, seconds)
 

@@ -31,7 +31,7 @@ class Batch:
     experience: list[Experience]
     targets: Targets
     seats: list[int]
-    """CallPlaces in the data of the samples' prompts."""
+    """Places in the data of the samples' prompts."""
     kl_coefficient: float
 
 

@@ -16,7 +16,7 @@ from training.planner.augmented import After, Node
 from training.planner.estimate import estimate
 from training.planner.machine import profile_file
 from training.planner.simulate import list_schedule
-from training.step3_rlhf.forecast import Forecast, as_data, hardware_of, metrics_of
+from training.step3_rlhf.forecast import Forecast, as_data, hardware_of, metrics_of, predicted_seconds
 from training.step3_rlhf.planned import graphs_of
 from training.step3_rlhf.ppo import beside
 
@@ -72,22 +72,28 @@ def test_it_is_made_for_the_lengths_that_there_were():
     few = forecast.schedule([64] * 2, [128] * 2)
     assert few.makespan < half.makespan
     assert forecast.schedule([16] * samples, [128] * samples).makespan < longest.makespan
+    warming_up = forecast.schedule([64] * samples, [128] * samples, left_out=["actor_train"])
+    trained = predicted_seconds(longest)["actor_train"]
+    assert 0 < trained == pytest.approx(longest.makespan - warming_up.makespan)  # calls follow one another here
 
 
 def test_hardware_is_that_of_the_ranks_of_one_machine(monkeypatch):
     asked = []
     monkeypatch.setattr("training.step3_rlhf.forecast.cluster_here", lambda *given: asked.append(given))
     stage = SimpleNamespace(ranks=SimpleNamespace(size=8, device=torch.device("cpu")))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):  # of torchrun, of deepspeed, of neither
+        monkeypatch.delenv(variable, raising=False)
+    for variable, count in (("WORLD_SIZE", "8"), ("LOCAL_SIZE", "2"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(variable, count)
+        assert hardware_of(stage) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")  # and 3 on another machine: no cluster of like nodes
     assert hardware_of(stage) is None
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    hardware_of(stage)
-    assert asked == [(4, 2, []), (8, 1, [])]
+    assert asked == [(8, 1, []), (2, 4, []), (4, 2, [])]
 
 
 def test_a_profile_that_cannot_be_read_ends_no_training(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     profile_file(2).parent.mkdir()
     profile_file(2).write_text("of another version")
     said: list[str] = []

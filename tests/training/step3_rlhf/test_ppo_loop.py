@@ -320,6 +320,8 @@ def test_what_was_predicted_of_each_call_is_told_beside_what_it_took(alone):
         assert all(value > 0 for value in told.values())
         parts = sum(told[f"plan/{call}/achieved"] for call in calls)
         assert parts < told["plan/iteration/achieved"]
+        parts = sum(told[f"plan/{call}/predicted"] for call in calls)  # one after the other on one rank
+        assert parts == pytest.approx(told["plan/iteration/predicted"])
 
 
 def test_the_schedules_end_with_the_run(alone):
