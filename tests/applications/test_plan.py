@@ -188,6 +188,19 @@ def test_what_is_planned_is_what_a_rollout_runs(dtype, setting, multiplies, adva
     )
 
 
+def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path):
+    for loads in ("_train", "_freeze"):
+        monkeypatch.setattr(roles.Roles, loads, lambda *_: None)
+    monkeypatch.setattr(roles, "settle_exactness", lambda *_: None)
+    blocks = {**to_blocks(Plan.of(RLHFSettings(), 1, 512)), "actor_score": {"mesh": 0}}
+    config = RunConfig.model_validate({"model": "m", "rlhf": {"plan": blocks}})
+    for dtype in (torch.float32, torch.bfloat16):
+        stage = SimpleNamespace(config=config, dtype=dtype, ranks=Ranks(0, 1, torch.device("cpu")))
+        made = roles.Roles(stage, None, tmp_path, None, (1, 1))
+        assert ("actor_score" in made.places) == (dtype == torch.bfloat16)
+        assert set(made.plan.assignments) == {call.name for call in made.calls}
+
+
 @pytest.fixture
 def profiled(tmp_path, monkeypatch):
     """A cache in which this machine has been profiled with two ranks."""

@@ -94,6 +94,7 @@ def test_what_a_plan_replaces_is_not_judged(tmp_path):
     whole = GOOD.replace("mesh: 0}", "mesh: 0-1, data: 2}").replace("mesh: 1}", "mesh: 0-1, data: 2}")
     whole = whole.replace("tensor: 2", "data: 2")
     settings = ["rlhf.fusion.mode=inter", "rlhf.reward.zero_stage=3", "rlhf.fusion.rows=8", "rlhf.generation_batch=2"]
+    settings.append("rlhf.scoring_tensor_parallel.reward=2")
     done = dry_run(tmp_path, whole, *(word for one in ("dtype=fp32", *settings) for word in ("--set", one)))
     assert done.exit_code == 0, done.exception
 
