@@ -136,7 +136,7 @@ class Outlook:
         known = self.actor or self.scorer
         assert known is not None
         actor, scorer = self.actor or known, self.scorer or known  # the one that the step does not need is not read
-        return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks)
+        return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks, self.machine.places)
 
     def largest(self) -> tuple[Step, int] | None:
         """The step whose processes need most, and their bytes."""
