@@ -26,8 +26,6 @@ def with_auto_plan(config: RunConfig, run: RunDirectory, measures: bool) -> RunC
     Where no rates of this machine are known it is profiled, if `measures`. Raises UserError where no plan fits, and
     for a run that was made without one.
     """
-    if not any(step.draws_samples for step in config.steps):
-        raise UserError(f"--plan places the calls of step 3, which method {config.method} does not have: leave it out.")
     if not run.config_file.exists():
         blocks = to_blocks(best_plan(config, measures))
     elif not (blocks := run.read_config().rlhf.plan):

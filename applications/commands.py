@@ -44,6 +44,9 @@ def pipeline_command(
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
     path = run_path(name, model)
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
+    method, of_method = (asked := settings or RunDirectory(path).read_config()).method, asked.steps
+    if plan and not any(step.draws_samples for step in of_method):
+        raise UserError(f"--plan places the calls of step 3, which method {method} does not have: leave it out.")
     if plan == AUTO:
         settings = planned(settings, path, measures=not dry_run)
     chosen = parse_steps(steps, settings or RunDirectory(path).read_config())

@@ -21,6 +21,7 @@ from training.plan import Assignment
 from training.plan_file import from_blocks, mesh_text
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
+from training.step3_rlhf.old_logprobs import iteration_calls
 from training.steps import Step
 
 __all__ = ["check_fits", "dry_run"]
@@ -117,7 +118,7 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     reference = _frozen(rlhf.reference, rlhf.scoring_tensor_parallel.reference)
     at_a_time = f"{min(rlhf.generation_batch, math.ceil(samples / outlook.ranks))} at a time on a rank"
     batch = _batch(mini_batch, rows, outlook, "samples")
-    if rlhf.plan:
+    if plan := assigned(rlhf):
         at_a_time, batch = "where the plan says", f"{mini_batch} samples, in the micro-batches of the plan"
     if not rlhf.has_reference:
         reference = "none: rlhf.kl has no coefficient, target or stop (measure=true brings one back)"
@@ -138,7 +139,7 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
             f"{steps}: {rlhf.iterations} iterations x {rlhf.ppo_epochs} PPO epochs x {rlhf.mini_batches} mini-batches",
         ),
         *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.length),
-        *(_line(name, described(assignment)) for name, assignment in assigned(rlhf).items()),
+        *(_line(call.name, described(plan[call.name])) for call in iteration_calls(rlhf, outlook.dtype) if plan),
     ]
 
 

@@ -49,8 +49,7 @@ def expected_time(outlook: Outlook, step: Step) -> ExpectedTime | None:
 def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     config, rlhf = outlook.config, outlook.config.rlhf
     assert outlook.actor is not None
-    # a plan has a line for each call that may be needed
-    is_exact = not config.rlhf.plan and expects_exactness(config.rlhf, outlook.dtype, outlook.machine.device)
+    is_exact = expects_exactness(config.rlhf, outlook.dtype, outlook.machine.device)
     graphs = graphs_of(config, outlook.actor, outlook.scorer, outlook.dtype, cluster, is_exact)
     return graphs, Plan.of(rlhf, outlook.ranks, outlook.length, graphs.graph.calls)
 

@@ -106,7 +106,7 @@ class Outlook:
             given = config.architecture.get("reward_model")
             scorer = find_shape(config.scorer_source, given, layers, config.needs_scorer)
         found = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer)
-        if config.rlhf.plan and actor is not None and any(step.draws_samples for step in steps):
+        if config.rlhf.plan and any(step.draws_samples for step in steps):
             require_runnable(config, found.ranks, actor, scorer, found.dtype)
         return found
 
@@ -278,7 +278,7 @@ def _more_ranks(outlook: Outlook) -> list[str]:
         "rlhf": {
             **four_roles,
             "scoring_tensor_parallel": dict.fromkeys(("reference", "reward", "critic"), 1),
-            "fusion": {"mode": "auto"},
+            "fusion": {"mode": "auto", "rows": 0},
             "plan": "",
         },
     }

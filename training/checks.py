@@ -16,6 +16,7 @@ from training.models.loading import resolve_dtype
 from training.plan import Plan
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
+from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.planned import require_runnable
 from training.steps import METHODS
 
@@ -106,7 +107,8 @@ def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | 
     dtype = resolve_dtype(config.dtype, device)
     shapes = [Shape.of(AutoConfig.from_pretrained(each, local_files_only=True)) for each in (actor, scorer) if each]
     require_runnable(config, processes, shapes[0], shapes[-1] if scorer else None, dtype)
-    for name, assignment in Plan.of(config.rlhf, processes, config.data.longest).assignments.items():
+    calls = iteration_calls(config.rlhf, dtype)
+    for name, assignment in Plan.of(config.rlhf, processes, config.data.longest, calls).assignments.items():
         model = actor if name.startswith(("actor", "reference")) else scorer
         assert model is not None
         require_cut(model, assignment.layout.tensor, f"{name} of rlhf.plan")

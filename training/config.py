@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from training.plan_file import from_blocks
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import OptimizerSettings, Settings
 from training.steps import METHODS, REWARD, SFT, STEPS, Method, Step
@@ -191,7 +192,13 @@ class RunConfig(Settings):
                 )
 
     def idle_warning(self, processes: int) -> str:
-        """A sentence where some of so many processes have no samples in a mini-batch of PPO, which only costs time."""
+        """A sentence where some of so many processes have no call of a plan, or no samples in a mini-batch of PPO,
+        which only costs time."""
+        if self.method == "ppo" and self.rlhf.plan:
+            used = {rank for each in from_blocks(self.rlhf.plan).assignments.values() for rank in each.layout.mesh}
+            idle = sorted(set(range(processes)) - used)
+            sentence = f"Warning: rlhf.plan leaves {len(idle)} of {processes} ranks without a call in step 3"
+            return f"{sentence} ({', '.join(map(str, idle[:4]))}{', ...' * (len(idle) > 4)})." if idle else ""
         samples = self.rlhf.prompts_per_iteration * self.rlhf.samples_per_prompt
         smallest = samples // self.rlhf.mini_batches
         if self.method != "ppo" or smallest >= processes:

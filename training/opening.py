@@ -24,6 +24,7 @@ CHANGEABLE = {
     "processes",
     "micro_batch_tokens",
     "generation_batch",
+    "release_generation",
     "gradient_checkpointing",
     "checkpoint_every",
     "keep_checkpoints",

@@ -63,13 +63,14 @@ class Plan:
         """What step 3 runs: the plan in the settings; without one every call on all ranks, data-parallel under the ZeRO
         stage of its role, generation and scoring tensor-parallel in the degrees of the settings.
 
-        `length` is that of the longest rows in tokens; `calls` are by default those of the settings. Raises UserError
-        where a degree does not divide the ranks.
+        `length` is that of the longest rows in tokens; `calls` are by default those of the settings, or all of their
+        plan. Raises UserError where a degree does not divide the ranks.
         """
         if settings.plan:
             from training.plan_file import from_blocks
 
-            return from_blocks(settings.plan)
+            planned, names = from_blocks(settings.plan).assignments, [call.name for call in calls]
+            return cls({name: one for name, one in planned.items() if not calls or name in names})
         samples = settings.prompts_per_iteration * settings.samples_per_prompt
         tokens, degrees = settings.micro_batch_tokens, settings.scoring_tensor_parallel
         assignments = {}

@@ -3,7 +3,9 @@
 import difflib
 
 from inference.errors import UserError
-from training.calls import Call
+from training.calls import ACTOR_SCORE, Call
+from training.hybrid_engine.layout import Layout
+from training.memory import Shape
 from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
 from training.planner.workload import Workload
@@ -11,11 +13,14 @@ from training.rlhf_settings import RLHFSettings
 
 
 def problems(plan: Plan, graph: DataflowGraph, workload: Workload, ranks: int) -> list[str]:
-    """What keeps `plan` from running, a sentence each; memory apart. Empty for a valid plan."""
+    """What keeps `plan` from running, a sentence each; memory apart. Empty for a valid plan.
+
+    A line for the actor's score call may be there unused. A model that the workload lacks is not judged.
+    """
     names = [call.name for call in graph.calls]
     found = [f"The plan has no line for the call '{name}'; add one." for name in names if name not in plan.assignments]
     for name in plan.assignments:
-        if name not in names:
+        if name not in (*names, ACTOR_SCORE.name):
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"the calls are {', '.join(names)}."
             found.append(f"There is no call '{name}': {hint}")
@@ -39,6 +44,9 @@ def unrunnable(plan: Plan, graph: DataflowGraph, settings: RLHFSettings, ranks: 
             found.append(f"{name} has a zero_stage, and generation needs its weights whole or tensor-parallel; use 0.")
         if call.kind == "score" and layout.zero_stage == 3 and layout.tensor > 1:
             found.append(f"{name} divides its weights twice, tensor-parallel and by ZeRO stage 3; choose one.")
+        slots = plan[name].together(settings.prompts_per_iteration * settings.samples_per_prompt)
+        if call.kind == "generate" and settings.fusion.rows > slots:
+            found.append(f"rlhf.fusion.rows={settings.fusion.rows} is more than the {slots} slots of {name}; lower it.")
         is_whole = layout.mesh == tuple(range(ranks)) and (call.kind == "generate" or layout.is_whole)
         is_whole &= not plan[name].offload
         if settings.fusion.mode == "inter" and call.kind != "train" and not is_whole:
@@ -51,6 +59,11 @@ def unrunnable(plan: Plan, graph: DataflowGraph, settings: RLHFSettings, ranks: 
             found.append(f"{name} has rlhf.{call.role}.offload=optimizer+parameters, which needs zero_stage 3.")
         elif call.kind == "train" and placed.offload != "none" and layout.zero_stage == 0:
             found.append(f"{name} has rlhf.{call.role}.offload=optimizer, which needs zero_stage 1, 2 or 3.")
+        elif call.kind == "score" and placed.offload == "parameters" and layout.zero_stage < 3:
+            found.append(
+                f"{name} has rlhf.{call.role}.offload=parameters, which needs zero_stage 3; or leave it out and give "
+                f"the call offload: yes."
+            )
     return found
 
 
@@ -62,18 +75,11 @@ def require_valid(plan: Plan, graph: DataflowGraph, workload: Workload, ranks: i
 
 def _problems_of(call: Call, assignment: Assignment, is_frozen: bool, workload: Workload, ranks: int) -> list[str]:
     layout, name = assignment.layout, call.name
-    shape = workload.models[call.role].shape
     found = []
-    if max(layout.mesh) >= ranks or min(layout.mesh) < 0:
-        found.append(f"{name} uses rank {max(layout.mesh)}, but the cluster has ranks 0 to {ranks - 1}; name others.")
-    if shape.heads % layout.tensor:
-        found.append(
-            f"{name} cuts {shape.heads} attention heads into {layout.tensor} parts; choose a divisor for tensor."
-        )
-    elif shape.ffn % layout.tensor:
-        found.append(f"{name} cuts a feed-forward width of {shape.ffn} into {layout.tensor} parts; choose a divisor.")
-    if layout.pipeline > shape.layers:
-        found.append(f"{name} cuts {shape.layers} layers into {layout.pipeline} pipeline stages; choose fewer.")
+    if outside := [rank for rank in layout.mesh if not 0 <= rank < ranks]:
+        found.append(f"{name} uses rank {outside[-1]}, but the cluster has ranks 0 to {ranks - 1}; name others.")
+    if model := workload.models.get(call.role):
+        found += _problems_of_cut(name, layout, model.shape)
     if assignment.micro_batches < 1:
         found.append(f"{name} has {assignment.micro_batches} micro-batches; give 1 or more.")
     rows, parts = workload.rows(call.kind), layout.data * assignment.micro_batches
@@ -90,4 +96,17 @@ def _problems_of(call: Call, assignment: Assignment, is_frozen: bool, workload: 
         found.append(f"{name} has no optimiser states to divide; set its zero_stage to 0 (or 3 to divide the weights).")
     if assignment.offload and not is_frozen:
         found.append(f"{name} offloads weights that are trained; only frozen roles can wait in host memory.")
+    return found
+
+
+def _problems_of_cut(name: str, layout: Layout, shape: Shape) -> list[str]:
+    found = []
+    if shape.heads % layout.tensor:
+        found.append(
+            f"{name} cuts {shape.heads} attention heads into {layout.tensor} parts; choose a divisor for tensor."
+        )
+    elif shape.ffn % layout.tensor:
+        found.append(f"{name} cuts a feed-forward width of {shape.ffn} into {layout.tensor} parts; choose a divisor.")
+    if layout.pipeline > shape.layers:
+        found.append(f"{name} cuts {shape.layers} layers into {layout.pipeline} pipeline stages; choose fewer.")
     return found

@@ -1,5 +1,7 @@
 """Plans as YAML that a person can read and edit."""
 
+import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,15 +49,17 @@ def from_yaml(text: str) -> Plan:
 
 def from_blocks(blocks: Any) -> Plan:
     """Raises UserError as `from_yaml` does."""
-    if not isinstance(blocks, dict) or not blocks:
+    if blocks in (None, {}):
         raise UserError("The plan is empty; it needs a block for every call.")
+    if not isinstance(blocks, dict):
+        raise UserError(f"The plan is {blocks!r}; name a file, or give a block for every call.")
     return Plan({str(name): _assignment(str(name), values) for name, values in blocks.items()})
 
 
 def read_plan(file: Path) -> Plan:
     """Raises UserError where the file cannot be read or holds no plan."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"The plan {file} cannot be read ({why}); name one that rlhf-chat plan --out wrote.") from error
@@ -95,17 +99,17 @@ def _assignment(name: str, values: Any) -> Assignment:
     if limit < 0:
         raise UserError(f"'{name}' has micro_batch_limit: {limit}; give 1 or more, or leave it out.")
     try:
-        return Assignment(Layout(_mesh(name, values["mesh"]), **counts), micro_batches, offload, limit)
+        return Assignment(Layout(_mesh(values["mesh"]), **counts), micro_batches, offload, limit)
     except UserError as error:
         raise UserError(f"'{name}': {error}") from error
 
 
-def _mesh(name: str, value: Any) -> tuple[int, ...]:
+def _mesh(value: Any) -> tuple[int, ...]:
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     if isinstance(value, list) and value and all(type(rank) is int for rank in value):
         return tuple(sorted(value))  # torch's groups are in this order
-    first, dash, last = str(value).partition("-")
-    if dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last):
-        return tuple(range(int(first), int(last) + 1))
-    raise UserError(f"'{name}' has mesh: {value}, which are no ranks; write 0-7, 3 or [0, 2].")
+    found = re.fullmatch(r"\s*([0-9]{1,6})\s*-\s*([0-9]{1,6})\s*", str(value))
+    if found and (ranks := range(int(found[1]), int(found[2]) + 1)):
+        return tuple(ranks)
+    raise UserError(f"The mesh {value} names no ranks; write 0-7, 3 or [0, 2], at most 6 digits each.")

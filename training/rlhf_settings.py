@@ -212,6 +212,8 @@ class RLHFSettings(Settings):
 
     @model_validator(mode="after")
     def _scoring_degrees_fit_the_roles(self):
+        if self.plan:  # takes the place of degrees and stages
+            return self
         degrees = self.scoring_tensor_parallel
         if degrees.reference > 1 and self.actor.lora.rank:
             raise ValueError("scoring_tensor_parallel.reference: with LoRA the actor is the reference; leave it at 1")
@@ -226,6 +228,8 @@ class RLHFSettings(Settings):
 
     @model_validator(mode="after")
     def _fusion_needs_whole_roles(self):
+        if self.plan:  # is judged itself
+            return self
         if self.fusion.mode == "inter" and self.divided_scorer:
             is_zero_3 = getattr(self, self.divided_scorer).zero_stage == 3
             raise ValueError(

@@ -230,14 +230,12 @@ def test_this_machine_is_planned_in_the_number_format_of_its_runs(profiled, monk
         make_request("opt-125m", None, 1, 2, THIS_MACHINE, 200, None, None, ["dtype=fp16"])
 
 
-def test_auto_without_rates_or_without_step_3_is_one_sentence(tmp_path, monkeypatch):
+def test_auto_without_rates_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(UserError, match=r"measure it with rlhf-chat profile --processes 2 first"):
         with_auto_plan(RunConfig.model_validate(TWO), run, measures=False)
-    with pytest.raises(UserError, match="method dpo does not have"):
-        with_auto_plan(RunConfig.model_validate({**TWO, "method": "dpo"}), run, measures=False)
 
 
 def test_a_machine_without_rates_is_profiled_first(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Plan files given to a run: what is refused, each in one sentence before anything starts, and what a dry run says."""
 
 import re
+import textwrap
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -46,7 +48,7 @@ def test_a_dry_run_says_where_calls_run_and_what_the_fullest_rank_holds(tmp_path
         (GOOD.replace("mesh: 0}", "mesh: 5}"), "reference_score uses rank 5, but the cluster has ranks 0 to 1"),
         (GOOD.replace(TRAINS, ""), "no line for the call 'actor_train'"),
         (GOOD.replace("actor_train", "actor_trian"), "no line for the call 'actor_train'"),
-        (GOOD + "actor_score: {mesh: 0}", "There is no call 'actor_score'"),
+        (GOOD + "foo_train: {mesh: 0}", "There is no call 'foo_train'"),
         (GOOD.replace("micro_batches: 2", "micro_batch: 2"), "unknown key 'micro_batch'"),
         (GOOD.replace("micro_batches: 2", "micro_batches: 0"), "has 0 micro-batches"),
         (GOOD.replace("data: 2}", "data: 3}"), "does not fill 2 ranks"),
@@ -56,7 +58,7 @@ def test_a_dry_run_says_where_calls_run_and_what_the_fullest_rank_holds(tmp_path
         (GOOD.replace("0-1, tensor: 2", "0-1, data: 2, zero_stage: 1"), "critic_score has no optimiser states"),
         (GOOD.replace("mesh: 0-1, data: 2}", "mesh: 0-1, data: 2, zero_stage: 3}"), "actor_generate has a zero_stage"),
         (GOOD.replace("micro_batches: 2", "micro_batches: 4000"), "leaves ranks without work"),
-        (GOOD.replace("{mesh: 1, m", "{mesh: x, m"), "which are no ranks"),
+        (GOOD.replace("{mesh: 1, m", "{mesh: x, m"), "names no ranks"),
     ],
 )
 def test_each_mistake_is_one_sentence(tmp_path, text, sentence):
@@ -65,10 +67,56 @@ def test_each_mistake_is_one_sentence(tmp_path, text, sentence):
     assert sentence in str(done.exception) and str(done.exception).count("\n") == 0
 
 
+def test_the_documented_plan_runs_in_every_number_format(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/plans.md").read_text(encoding="utf-8")
+    text = textwrap.dedent(page.partition("  plan:\n")[2].partition("```")[0])
+    for dtype, scores in (("fp32", False), ("bf16", True)):
+        done = dry_run(tmp_path, text, "--set", f"dtype={dtype}")
+        assert done.exit_code == 0 and ("actor_score " in done.output) == scores, done.output
+    assert "no line for the call 'actor_score'" in str(dry_run(tmp_path, GOOD, "--set", "dtype=bf16").exception)
+    assert dry_run(tmp_path, GOOD, "--set", "dtype=bf16", "--set", "rlhf.exact=true").exit_code == 0
+
+
+def test_models_of_unknown_size(tmp_path):
+    """Calls and ranks are judged all the same."""
+    for setting in ("model", "reward_model", "trained_reward_model"):
+        options = ["--set", "dtype=fp32", "--set", f"{setting}=someone/unknown"]
+        done = dry_run(tmp_path, GOOD, *options)
+        assert done.exit_code == 0 and "unknown without the hub" in done.output, done.output
+        assert "'foo_train'" in str(dry_run(tmp_path, GOOD + "foo_train: {mesh: 0}", *options).exception)
+        no_reference = GOOD.replace("reference_score: {mesh: 0}", "")
+        done = dry_run(tmp_path, no_reference, *options, "--set", "rlhf.actor.lora.rank=4")
+        assert "no line for the call 'reference_score'" in str(done.exception)
+
+
+def test_what_a_plan_replaces_is_not_judged(tmp_path):
+    """Stages and slots of the settings, which would exclude fusion."""
+    whole = GOOD.replace("mesh: 0}", "mesh: 0-1, data: 2}").replace("mesh: 1}", "mesh: 0-1, data: 2}")
+    whole = whole.replace("tensor: 2", "data: 2")
+    settings = ["rlhf.fusion.mode=inter", "rlhf.reward.zero_stage=3", "rlhf.fusion.rows=8", "rlhf.generation_batch=2"]
+    done = dry_run(tmp_path, whole, *(word for one in ("dtype=fp32", *settings) for word in ("--set", one)))
+    assert done.exit_code == 0, done.exception
+
+
+def test_a_plan_that_another_method_has_no_use_for_or_that_leaves_ranks_idle(tmp_path):
+    assert "method dpo does not have" in str(dry_run(tmp_path, GOOD, "--method", "dpo").exception)
+    assert "method dpo does not have" in str(
+        CliRunner().invoke(app, ["run", "--model", "opt-125m", "--method", "dpo", "--plan", "auto"]).exception
+    )
+    said = dry_run(tmp_path, GOOD, "--set", "dtype=fp32", "--processes", "4").output
+    assert "rlhf.plan leaves 2 of 4 ranks without a call in step 3 (2, 3)" in re.sub(r"\s+", " ", said)
+    assert "without a call" not in dry_run(tmp_path, GOOD, "--set", "dtype=fp32").output
+
+
 def test_settings_and_a_plan_that_exclude_each_other(tmp_path):
     for setting, sentence in (
         ("rlhf.fusion.mode=inter", "rlhf.fusion.mode=inter needs generation on all ranks"),
         ("rlhf.actor.offload=optimizer", "rlhf.actor.offload=optimizer"),
+        (
+            "rlhf.reference={offload: parameters, zero_stage: 3}",
+            "reference_score has rlhf.reference.offload=parameters",
+        ),
+        ("rlhf.fusion.rows=65", "rlhf.fusion.rows=65 is more than the 64 slots of actor_generate"),
         ("rlhf.old_logprobs=recompute", "no line for the call 'actor_score'"),
     ):
         done = dry_run(tmp_path, GOOD, "--set", "dtype=fp32", "--set", setting)

@@ -124,12 +124,13 @@ def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
             start_ranks(threads=torch.get_num_threads())
 
 
-def test_a_run_keeps_its_plan_and_needs_the_file_once(tmp_path):
+def test_a_run_keeps_its_plan_and_needs_the_file_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     run, file = RunDirectory(tmp_path / "run"), tmp_path / "plan.yaml"
     run.path.mkdir()
     file.write_text("actor_generate: {mesh: 0-1, data: 2}")
     with run.locked():
-        config = open_run(run, load_config([], ["model=m", f"rlhf.plan={file}"]))
+        config = open_run(run, load_config([], ["model=m", "rlhf.plan=~/plan.yaml"]))
         assert config.rlhf.plan["actor_generate"]["micro_batches"] == 1
         file.unlink()
         assert run.read_config().rlhf.plan == config.rlhf.plan
@@ -138,12 +139,14 @@ def test_a_run_keeps_its_plan_and_needs_the_file_once(tmp_path):
                 open_run(run, load_config([], ["model=m", *other]))
 
 
-def test_kl_may_be_measured_in_a_run_that_has_begun(tmp_path):
+def test_kl_may_be_measured_and_memory_spared_in_a_run_that_has_begun(tmp_path):
     run = RunDirectory(tmp_path)
     with run.locked():
         open_run(run, load_config([], ["model=m", "rlhf.kl.coefficient=0"]))
         measured = load_config([], ["model=m", "rlhf.kl={coefficient: 0, measure: true}"])
         assert open_run(run, measured) == measured == run.read_config()
+        frugal = load_config([], ["model=m", "rlhf.kl={coefficient: 0}", "rlhf.release_generation=true"])
+        assert open_run(run, frugal) == frugal
         with pytest.raises(UserError, match=r"rlhf\.kl\.coefficient: 0\.0 there, 0\.1 now"):
             open_run(run, load_config([], ["model=m", "rlhf.kl.coefficient=0.1"]))
 

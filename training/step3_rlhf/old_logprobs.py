@@ -32,6 +32,7 @@ def keeps_generation_logprobs(settings: RLHFSettings, dtype: torch.dtype, is_exa
 
 
 def iteration_calls(settings: RLHFSettings, dtype: torch.dtype, is_exact: bool = False) -> tuple[Call, ...]:
-    """What an iteration runs in a number format, and what the planner plans."""
-    keeps = keeps_generation_logprobs(settings, dtype, is_exact)
+    """What an iteration runs in a number format, and what the planner plans. `is_exact` is as in
+    `keeps_generation_logprobs`; a run that is asked to be so is, or does not start."""
+    keeps = keeps_generation_logprobs(settings, dtype, is_exact or settings.exact is True)
     return settings.calls if keeps else with_recomputed_logprobs(settings.calls)

@@ -5,8 +5,8 @@ import torch
 from inference.errors import UserError
 from training.config import RunConfig
 from training.memory import Shape
-from training.plan import Plan
 from training.plan_checks import problems, unrunnable
+from training.plan_file import from_blocks
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.footprint import DTYPES
@@ -35,22 +35,22 @@ def graphs_of(
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
 
 
-def require_runnable(config: RunConfig, ranks: int, actor: Shape, scorer: Shape | None, dtype: torch.dtype) -> None:
-    """Raises UserError where so many ranks cannot run the plan of the settings; the first problem is its sentence."""
-    graph = DataflowGraph(iteration_calls(config.rlhf, dtype))
-    plan = Plan.of(config.rlhf, ranks, config.data.longest, graph.calls)
+def require_runnable(
+    config: RunConfig, ranks: int, actor: Shape | None, scorer: Shape | None, dtype: torch.dtype
+) -> None:
+    """Raises UserError where so many ranks cannot run the plan of the settings; the first problem is its sentence. A
+    shape that is None is not judged."""
+    graph, plan = DataflowGraph(iteration_calls(config.rlhf, dtype)), from_blocks(config.rlhf.plan)
     found = problems(plan, graph, workload_of(config, actor, scorer, dtype), ranks)
     if sentence := next(iter(found or unrunnable(plan, graph, config.rlhf, ranks)), ""):
         raise UserError(f"rlhf.plan cannot run on {ranks} process{'es' * (ranks > 1)}: {sentence}")
 
 
-def workload_of(config: RunConfig, actor: Shape, scorer: Shape | None, dtype: torch.dtype) -> Workload:
+def workload_of(config: RunConfig, actor: Shape | None, scorer: Shape | None, dtype: torch.dtype) -> Workload:
     rlhf, data = config.rlhf, config.data
-    shapes = {"actor": actor, "reference": actor}
-    if scorer is not None:
-        shapes |= {"critic": scorer, "reward": scorer}
+    shapes = {"actor": actor, "reference": actor, "critic": scorer, "reward": scorer}
     return Workload.of(
-        shapes,
+        {role: shape for role, shape in shapes.items() if shape is not None},
         samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
         prompt_tokens=data.max_prompt_tokens,
         response_tokens=data.max_response_tokens,

@@ -37,7 +37,10 @@ def test_what_a_person_reads():
         ("a: 3", "says nothing about 'a'"),
         ("a: {mesh: 0-3, tensr: 4}", "unknown key 'tensr'"),
         ("a: {data: 4}", "no mesh"),
-        ("a: {mesh: 3-0}", "which are no ranks"),
+        ("3", "The plan is 3; name a file"),
+        ("a: {mesh: 3-0}", "^'a': The mesh 3-0 names no ranks"),
+        ("a: {mesh: 0-²}", "names no ranks"),
+        ("a: {mesh: 0-99999999999}", "names no ranks"),
         ("a: {mesh: 0-3, data: two}", "no whole number"),
         ("a: {mesh: 0-3, data: 2}", "'a': A layout of data 2"),
         ("a: {mesh: 0, offload: 3}", "write yes or no"),
@@ -57,6 +60,7 @@ def test_a_plan_file_that_is_not_there(tmp_path):
     ("assignment", "sentence"),
     [
         (Assignment(Layout(tuple(range(6, 10)), 4)), "uses rank 9, but the cluster has ranks 0 to 7"),
+        (Assignment(Layout((-1, 0), 2)), "uses rank -1, but"),
         (Assignment(Layout(tuple(range(3)), tensor=3)), "cuts 32 attention heads into 3 parts"),
         (Assignment(Layout(tuple(range(8)), 8), micro_batches=4), "divides 16 samples by data 8 x micro_batches 4"),
         (Assignment(Layout(tuple(range(4)), 2, pipeline=2, zero_stage=3)), "joins ZeRO stage 3 with a pipeline"),
@@ -127,6 +131,13 @@ def test_what_our_runtime_does_not_run(two_nodes):
         changed = Plan({**ours.assignments, "actor_train": Assignment(layout)})
         (found,) = unrunnable(changed, graph, settings, 4)
         assert sentence in found
+
+
+def test_a_line_for_a_call_that_does_not_run_is_left_out():
+    blocks = {name: {"mesh": 0} for name in ("actor_generate", "actor_score", "actor_train")}
+    settings = RLHFSettings.model_validate({"plan": blocks})
+    assert list(Plan.of(settings, 1, 512).assignments) == list(blocks)
+    assert list(Plan.of(settings, 1, 512, settings.calls).assignments) == ["actor_generate", "actor_train"]
 
 
 def test_the_plan_of_settings():
