@@ -120,7 +120,7 @@ class Outlook:
 
     @property
     def length(self) -> int:
-        return self.config.data.max_prompt_tokens + self.config.data.max_response_tokens
+        return self.config.data.longest
 
     def shape_of(self, step: Step) -> Shape | None:
         """The model that a step leaves."""
