@@ -120,7 +120,7 @@ class Outlook:
 
     @property
     def length(self) -> int:
-        return self.config.data.max_prompt_tokens + self.config.data.max_response_tokens
+        return self.config.data.longest
 
     def shape_of(self, step: Step) -> Shape | None:
         """The model that a step leaves."""
@@ -136,7 +136,7 @@ class Outlook:
         known = self.actor or self.scorer
         assert known is not None
         actor, scorer = self.actor or known, self.scorer or known  # the one that the step does not need is not read
-        return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks)
+        return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks, self.machine.places)
 
     def largest(self) -> tuple[Step, int] | None:
         """The step whose processes need most, and their bytes."""

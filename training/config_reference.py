@@ -133,7 +133,7 @@ def annotation_text(annotation: Any) -> str:
         return NAMES[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return "one of " + ", ".join(f"`{value}`" for value in arguments)
+        return "one of " + ", ".join(show(value) for value in arguments)
     if origin is tuple:
         return f"{len(arguments)} {annotation_text(arguments[0])}s"
     if origin is list:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -199,14 +199,21 @@ def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1)
 
 
 def estimate_step_memory(
-    step: Step, config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int
+    step: Step,
+    config: RunConfig,
+    actor: Shape,
+    scorer: Shape,
+    dtype: torch.dtype,
+    ranks: int,
+    places: tuple[Place, ...] = get_args(Place),
 ) -> StepMemory:
-    """The memory of a step on one of `ranks` ranks. `scorer` is the shape of reward model and critic.
+    """The memory of a step on one of `ranks` ranks. `scorer` is the shape of reward model and critic; `places` make up
+    a process's own memory.
 
     DPO holds no reference: what it says was asked of the actor before the first update.
     """
     if step.draws_samples:
-        return _rlhf_memory(config, actor, scorer, dtype, ranks)
+        return _rlhf_memory(config, actor, scorer, dtype, ranks, places)
     settings = config.supervised(step)
     optimizer, scores = settings.optimizer, step.leaves_scorer
     shape, parameters = (scorer, scorer.scorer_parameters) if scores else (actor, actor.parameters)
@@ -217,14 +224,23 @@ def estimate_step_memory(
     return StepMemory((*training, *passes, *saving))
 
 
-def _rlhf_memory(config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int) -> StepMemory:
-    """On the first rank, or, where the settings hold a plan, on the one that needs most."""
+def _rlhf_memory(
+    config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int, places: tuple[Place, ...]
+) -> StepMemory:
+    """On the first rank, or, where the settings hold a plan, on the one that needs most: in `places`, and in each place
+    that is not among them."""
     plan = Plan.of(config.rlhf, ranks, config.data.longest)
     of_ranks = [
         StepMemory(tuple(_rlhf_parts(config, plan, actor, scorer, dtype, rank)))
         for rank in (range(ranks) if config.rlhf.plan else (0,))
     ]
-    return max(of_ranks, key=lambda memory: memory.peak("device", "host"))
+
+    def fullest(*places: Place) -> list[Part]:
+        memory = max(of_ranks, key=lambda memory: memory.peak(*places))
+        return [part for part in memory.parts if part.place in places]
+
+    rest = [place for place in get_args(Place) if place not in places]
+    return StepMemory((*fullest(*places), *(part for place in rest for part in fullest(place))))
 
 
 def _rlhf_parts(
@@ -245,7 +261,7 @@ def _rlhf_parts(
         layout, adapters = plan[call].layout, _adapters(shape, getattr(rlhf, role))
         parts = layout.tensor * (layout.data if layout.zero_stage == 3 else 1)
         name = f"{role} weights to {use}, " + ("whole" if parts == 1 else f"1 of {parts} parts")
-        phase = "generation" if use == "generate" and rlhf.release_generation else ""
+        phase = "generation" if use.startswith("generate") and rlhf.release_generation else ""
         yield Part(name, _share((parameters + adapters) * dtype.itemsize, parts), phase=phase)
 
     def passes(role: str, shape: Shape, with_logits: bool) -> list[Part]:
@@ -278,7 +294,12 @@ def _rlhf_parts(
         is_actor = rlhf.actor.lora.rank and plan["reference_score"].cut == plan["actor_train"].cut  # adapters off
         if not is_actor:
             yield from _frozen_parts("reference", actor.parameters, rlhf.reference, plan["reference_score"], dtype)
-    yield from copy("actor_generate", actor, actor.parameters, "generate")
+    scored = plan.assignments.get("actor_score")
+    if scored is not None and scored.cut == plan["actor_generate"].cut:
+        yield from copy("actor_generate", actor, actor.parameters, "generate and score")
+    else:
+        yield from copy("actor_generate", actor, actor.parameters, "generate")
+        yield from copy("actor_score", actor, actor.parameters, "score")
     if takes_part("actor_generate"):
         layout = plan["actor_generate"].layout
         rows = min(plan["actor_generate"].together(samples), math.ceil(samples / layout.data))

@@ -137,7 +137,7 @@ class RLHFSettings(Settings):
     ema: DecayRate = 0.0
     """Decay of a moving average of the actor's weights, saved as step3_rlhf/ema_model (try 0.99); 0 keeps none."""
     ptx: PTXSettings = PTXSettings()
-    exact: bool | Literal["auto"] = "auto"
+    exact: Literal["auto", True, False] = "auto"
     """Let training compute what generation computed, to the bit, on a CPU; auto does in bf16 where the processor
     multiplies it."""
     old_logprobs: Literal["auto", "generation", "recompute"] = "auto"

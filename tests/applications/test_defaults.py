@@ -8,6 +8,7 @@ import yaml
 from applications.preset_store import load_preset, preset_names
 from applications.settings import resolve_settings
 from training.config_reference import defaults, groups, settings_of
+from training.plan_file import from_blocks, to_blocks
 from training.run_directory import RunDirectory
 
 MODEL = "someone/their-model"  # no preset
@@ -18,7 +19,8 @@ ANNOTATIONS = {
     for name, info in settings_of(group.model)
     if not info.is_required()
 }
-ALLOWED_VALUE = {"rlhf.reward_function": "a.py:f", "rlhf.reward_url": "http://localhost/score"}
+PLAN = to_blocks(from_blocks({"actor_generate": {"mesh": "0-1", "data": 2}}))
+ALLOWED_VALUE = {"rlhf.reward_function": "a.py:f", "rlhf.reward_url": "http://localhost/score", "rlhf.plan": PLAN}
 ALONE_REFUSED = {key for key in ANNOTATIONS if key.endswith(".offload")}  # needs a ZeRO stage beside it
 
 
@@ -37,7 +39,7 @@ def another(key: str) -> Any:
         return (value or 1.0) / 4
     if isinstance(value, tuple):
         return tuple(part / 2 for part in value)
-    return {"some": {}} if isinstance(value, dict) else ALLOWED_VALUE.get(key, "other")
+    return ALLOWED_VALUE.get(key, {"some": {}} if isinstance(value, dict) else "other")
 
 
 def in_yaml(value: Any) -> str:

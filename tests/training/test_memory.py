@@ -1,5 +1,6 @@
 """The memory estimate against numbers worked out by hand."""
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,16 @@ from applications.preset_store import load_preset
 from inference.errors import UserError
 from training.config import RunConfig
 from training.config_files import load_config
-from training.memory import Part, Shape, StepMemory, estimate_step_memory, rows_per_micro_batch, training_parts
+from training.memory import (
+    Part,
+    Shape,
+    StepMemory,
+    _rlhf_parts,
+    estimate_step_memory,
+    rows_per_micro_batch,
+    training_parts,
+)
+from training.plan import Plan
 from training.role_settings import OptimizerSettings
 from training.steps import DPO, PPO, REWARD, SFT
 
@@ -234,6 +244,45 @@ def test_tensor_parallel_generation_keeps_a_part(opt_13b, opt_350m):
     assert memory[("", "actor weights to generate, 1 of 4 parts")] == 2 * OPT_13B // 4
     rows = 32  # of 128 samples on 2 groups, as many as there are slots
     assert memory[("generation", "key-value cache, kept while training")] == 2 * (rows * 512) * 40 * 2 * 5120 // 4
+
+
+def planned(**meshes: int) -> RunConfig:
+    """OPT-13B on three ranks; calls that are not named run on the first."""
+    calls = ("actor_generate", "actor_score", "reference_score", "reward_score", "critic_score", "actor_train")
+    blocks = {call: {"mesh": meshes.get(call, 0)} for call in (*calls, "critic_train")}
+    return opt_config(f"rlhf.plan={json.dumps(blocks)}", "rlhf.actor.offload=optimizer")
+
+
+@pytest.mark.parametrize(
+    ("generates_on", "scores_on", "copies"),
+    [
+        (0, 0, [[], [], []]),
+        (0, 1, [[], ["score"], []]),
+        (1, 1, [[], ["generate and score"], []]),
+        (1, 2, [[], ["generate"], ["score"]]),
+    ],
+)
+def test_a_plan_copies_the_actor_where_it_generates_and_scores(opt_13b, opt_350m, generates_on, scores_on, copies):
+    config = planned(actor_generate=generates_on, actor_score=scores_on)
+    plan = Plan.of(config.rlhf, 3, config.data.longest)
+    for rank, uses in enumerate(copies):
+        parts = _rlhf_parts(config, plan, opt_13b, opt_350m, torch.bfloat16, rank)
+        found = {part.name: part.bytes for part in parts if part.name.startswith("actor weights to")}
+        assert found == {f"actor weights to {use}, whole": 2 * OPT_13B for use in uses}
+
+
+def test_the_fullest_rank_is_that_of_each_place(opt_13b, opt_350m):
+    """The first rank trains with its optimiser on the host, the second has the actor and the reference on its GPU."""
+    config = planned(actor_generate=1, reference_score=1)
+    memories = [
+        estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, 3, places)
+        for places in (("device", "host"), ("device",))
+    ]
+    together, apart = map(sizes, memories)
+    assert ("", "actor optimiser states") in together and ("", "reference weights") not in together
+    assert ("", "actor optimiser states") in apart and ("", "reference weights") in apart
+    assert memories[0].peak("device") < memories[1].peak("device")
+    assert memories[0].host_peak(1) == memories[1].host_peak(1)
 
 
 def test_lora_needs_no_second_copy(opt_13b, opt_350m):

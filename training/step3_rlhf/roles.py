@@ -27,7 +27,7 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
 from training.models.scorer import Scorer, at_last_token
-from training.plan import Plan
+from training.plan import Cut, Plan
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.stage import Stage
 from training.step3_rlhf.exactness import settle_exactness
@@ -97,7 +97,7 @@ class Roles:
         self._waiting: dict[str, WaitingWeights] = {}
         """Of frozen roles, where the plan offloads them."""
         self.moves: dict[str, Reallocation] = {}
-        """By the calls that use trained weights in another layout."""
+        """By the calls that use trained weights in another layout; calls of a role in one cut share a copy."""
         self.critic_scale: tuple[float, float] | None = None
         """Shift and scale that PPO gave it; None while it has its own."""
 
@@ -150,14 +150,17 @@ class Roles:
             model = engine.language_model
         elif elsewhere:
             model = load(dtype, False).to(dtype).model
+        moves: dict[Cut, Reallocation] = {}
         for call in elsewhere:
-            target, place = self.plan[call.name].layout, self.places.get(call.name)
-            part, divides = None, None
-            if place is not None:
-                part, divides = place.tensor_parallel, partial(divide_to_score, dtype=dtype, ranks=place.ranks)
-            self.moves[call.name] = Reallocation(
-                model, home, target, part, self.stage.ranks, divide=divides if target.zero_stage == 3 else None
-            )
+            assignment, place = self.plan[call.name], self.places.get(call.name)
+            if assignment.cut not in moves:
+                target, part, divides = assignment.layout, None, None
+                if place is not None:
+                    part, divides = place.tensor_parallel, partial(divide_to_score, dtype=dtype, ranks=place.ranks)
+                moves[assignment.cut] = Reallocation(
+                    model, home, target, part, self.stage.ranks, divide=divides if target.zero_stage == 3 else None
+                )
+            self.moves[call.name] = moves[assignment.cut]
 
     def _freeze(self, role: str, load: Callable[[bool], Policy | Scorer], settings: FrozenSettings) -> None:
         """Load a role that only scores, where it does: whole on every rank, divided by ZeRO 3, or a tensor-parallel
@@ -245,7 +248,7 @@ class Roles:
             yield
 
     def release(self, call: Call) -> None:
-        """Give back the memory of the copy of the weights that `call` has, if it has one, until it is next wanted. All
+        """Give back the memory of the copy of the weights that `call` has, if any, until it is next wanted. All
         ranks call it."""
         if (move := self.moves.get(call.name)) is not None:
             move.release()

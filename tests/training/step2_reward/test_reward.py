@@ -313,15 +313,18 @@ def test_equal_scores_leave_a_scale_to_divide_by(task):
 
 
 def test_gradients_are_those_of_plain_torch(task, base):
-    """Of the sum over pairs, before any optimiser."""
-    chat_format, model = ChatFormat.load(base), AutoModelForSequenceClassification.from_pretrained(base).eval()
+    """Of the sum over pairs, before any optimiser; in fp64, for in fp32 plain torch itself is 2e-6 off, where a bias or
+    an embedding adds over tokens."""
+    model = AutoModelForSequenceClassification.from_pretrained(base).double().eval()
+    task.engine.double()
+    chat_format = ChatFormat.load(base)
     scores = [scores_by_hand(model, TRAIN[row], chat_format) for row in (2, 5)]
     (2 * loss_of_margins([chosen - rejected for chosen, rejected in scores])).backward()
     loss, _ = task.loss([2, 5])
     loss.backward()
     theirs = dict(model.named_parameters())
     for name, parameter in task.engine.model.named_parameters():
-        assert torch.allclose(parameter.grad, theirs[name].grad, atol=4e-6), name
+        assert torch.allclose(parameter.grad, theirs[name].grad, rtol=0, atol=1e-6), name
 
 
 @pytest.mark.parametrize(("source", "expected"), [("base", "base"), ("sft", "tiny")])

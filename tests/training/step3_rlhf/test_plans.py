@@ -28,7 +28,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "none": {},
     "all on all": {"plan": plan(ALL | {"micro_batch_limit": 32}, *[ALL | LIMITS] * 5)},
     "side by side": {"plan": plan(ALL, ALL, ALL, ALL, FIRST, SECOND)},
-    "generation apart": {"plan": plan(SECOND, FIRST, SECOND, SECOND, FIRST, ZERO_3), "ema": 0.5},
+    "generation apart": {
+        "plan": plan(SECOND, FIRST, SECOND, SECOND, FIRST, ZERO_3) | {"actor_score": SECOND},
+        "old_logprobs": "recompute",
+        "ema": 0.5,
+    },
     "in parts": {"plan": plan(TOGETHER, TOGETHER, FIRST, TOGETHER, ZERO_3, SECOND | {"micro_batches": 2})},
     "released": {"plan": plan(TOGETHER, ALL, ALL, ALL, ZERO_3, ALL), "release_generation": True},
     "waiting": {"plan": plan(ALL, ALL | {"offload": True}, ALL | {"offload": True}, ALL, ALL, ALL)},
@@ -90,7 +94,7 @@ def iterate_by_plans(ranks, directory):
     work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
     lora = {"lora": {"rank": 2}}
     critic_free = {"advantage": "rloo", "samples_per_prompt": 2}
-    found, kept, waited = {}, {}, []
+    found, kept, waited, shared = {}, {}, [], []
     for kind, plans, common in (
         ("whole", PLANS, {}),
         ("adapted", ADAPTED, {"actor": lora, "critic": lora}),
@@ -106,8 +110,10 @@ def iterate_by_plans(ranks, directory):
             found[f"{kind} {name}"] = {"responses": responses, "rows": rows, "weights": weights}
             kept[f"{kind} {name}"] = bytes_to_generate(ppo)
             waited += present
+            if "actor_score" in ppo.roles.moves:
+                shared.append(ppo.roles.moves["actor_generate"] is ppo.roles.moves["actor_score"])
     resumed = go_on(ranks, directory)
-    return {"plans": found, "kept": kept, "present": waited, "resumed": resumed}
+    return {"plans": found, "kept": kept, "present": waited, "shared": shared, "resumed": resumed}
 
 
 def bytes_to_generate(ppo) -> list[int]:
@@ -251,6 +257,10 @@ def test_what_generation_keeps_is_given_back_while_training(ran):
     for rank in ran:
         assert rank["kept"]["whole released"] == [0, 0]
         assert all(rank["kept"]["whole in parts"])  # it generates with a copy too
+
+
+def test_calls_of_a_role_in_one_cut_share_a_copy(ran):
+    assert [rank["shared"] for rank in ran] == [[True], [True]]  # of "generation apart"
 
 
 def test_roles_that_wait_come_for_their_call_one_at_a_time(ran):

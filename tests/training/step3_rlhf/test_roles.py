@@ -74,7 +74,7 @@ LAYOUTS = {
 
 
 def score_in_layouts(ranks, directory):
-    """By layout: what each role makes of some rows before and after an iteration."""
+    """By layout: what each role makes of all ranks' rows before and after an iteration."""
     from benchmarks import our_ppo
     from training.config import RunConfig
     from training.merging import merge
@@ -84,9 +84,18 @@ def score_in_layouts(ranks, directory):
     ranks.barrier()
     work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
     lengths = Lengths(longest=5, spread=0.0)
-    rows = [([5, 6, 7], [8, 9]), ([4], [3]), ([9, 8], [7, 6, 5, 4])]
-    batch = TokenBatch.of([(torch.tensor(a), torch.tensor(b)) for a, b in rows], ranks.device)
+    of_ranks = [[([5, 6, 7], [8, 9]), ([4], [3])], [([9, 8], [7, 6, 5, 4])]]  # unlike, so that a mix-up shows
+    ours, together = (
+        TokenBatch.of([(torch.tensor(a), torch.tensor(b)) for a, b in rows], ranks.device)
+        for rows in (of_ranks[ranks.rank], [*of_ranks[0], *of_ranks[1]])
+    )
     found = {}
+
+    def scored(call, in_parts: bool) -> list[float]:
+        if in_parts:  # ranks of a tensor-parallel group have the same rows
+            return call(together).tolist()
+        return [score for scores in ranks.gather(call(ours).tolist(), "scores") for score in scores]
+
     for number, (name, settings) in enumerate(LAYOUTS.items()):
         config = our_ppo.make_config("tiny", lengths, "fp32", "fp32", iterations=2, threads=1)
         config = RunConfig.model_validate(merge(config.model_dump(), {"processes": 2, "rlhf": settings}))
@@ -94,8 +103,9 @@ def score_in_layouts(ranks, directory):
         roles, states = ppo.roles, []
         for _ in range(2):
             with roles.scoring():
-                calls = (roles.reference_logprobs, roles.scores, roles.values)
-                states.append([call(batch).tolist() for call in calls])
+                calls = {"reference": roles.reference_logprobs, "reward": roles.scores, "critic": roles.values}
+                in_parts = settings.get("scoring_tensor_parallel", {})
+                states.append([scored(call, role in in_parts) for role, call in calls.items()])
             metrics = ppo.iterate(1, check=False).metrics
         whole = sum(p.numel() for p in ppo.roles.actor.module.parameters())
         held = sum(p.numel() for p in roles._scoring["reference"].parameters())
