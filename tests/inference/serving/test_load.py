@@ -148,7 +148,9 @@ def test_shutting_down(tiny_model_directory, go, caplog, grace, is_forced, is_wh
         other.start()
         wait_for(lambda: served.health()["waiting"] == 1)
         served.server.force_exit = is_forced  # as a second Ctrl-C does
+        served.server.should_exit = True
         if is_whole:
+            wait_for(lambda: service.is_closing)
             go.set()
     reader.join()
     other.join()
