@@ -49,7 +49,7 @@ def run_rank(size: str, lengths: str, rounds: int) -> None:
             ppo = our_ppo.make_ppo(config_of(size, lengths, *trains), LENGTHS[lengths], directory / way, ranks)
             updates[way] = ppo.updates
             run = ppo.updates.run
-            ppo.updates.run = lambda batch, way=way, run=run: batches.setdefault(way, batch) and run(batch)
+            ppo.updates.run = lambda batch, *of_calls, way=way, run=run: batches.setdefault(way, batch) and run(batch)
             ppo.iterate(1, check=False)
             ppo.updates.run = run
         for number in range(rounds):
