@@ -22,6 +22,7 @@ from applications.options import (
     RunPath,
     Seed,
     Set,
+    SFTModel,
     Trust,
 )
 from training.steps import COMPARED, METHODS, PPO, REWARD, SFT, STEPS, WRITING, Step
@@ -40,10 +41,6 @@ command = partial(app.command, cls=Command)
 
 app.add_typer(data_app, name="data")
 
-SFTModel = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL", help="A finished SFT model, instead of step 1. Default: the run's own."),
-]
 FOLLOWS = " or ".join(
     f"{method} ({', then '.join(step.title for step in steps[1:])})" for method, steps in METHODS.items()
 )

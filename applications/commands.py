@@ -44,14 +44,14 @@ def pipeline_command(
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
     path = run_path(name, model)
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
-    method, of_method = (asked := settings or RunDirectory(path).read_config()).method, asked.steps
-    if plan and not any(step.draws_samples for step in of_method):
-        raise UserError(f"--plan places the calls of step 3, which method {method} does not have: leave it out.")
+    asked = settings or RunDirectory(path).read_config()
+    if plan and not any(step.draws_samples for step in asked.steps):
+        raise UserError(f"--plan places the calls of step 3, which method {asked.method} does not have: leave it out.")
     if plan == AUTO:
-        settings = planned(settings, path, measures=not dry_run)
-    chosen = parse_steps(steps, settings or RunDirectory(path).read_config())
+        asked = settings = planned(asked, path, measures=not dry_run)
+    chosen = parse_steps(steps, asked)
     if dry_run:
-        print_dry_run(settings or RunDirectory(path).read_config(), chosen, path)
+        print_dry_run(asked, chosen, path)
         return
     execute(path, settings, chosen, trusts)
 
@@ -86,16 +86,15 @@ def step_command(
         flags["method"] = step.method  # a run that begins so goes on so
     settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
     if plan == AUTO:
-        settings = planned(settings, run_directory, measures=True)
+        settings = planned(settings or RunDirectory(run_directory).read_config(), run_directory, measures=True)
     execute(run_directory, settings, [step], trusts)
 
 
-def planned(settings: RunConfig | None, path: Path, measures: bool) -> RunConfig:
+def planned(settings: RunConfig, path: Path, measures: bool) -> RunConfig:
     """With the best plan for this machine (`--plan auto`)."""
     from applications.auto_plan import with_auto_plan
 
-    run = RunDirectory(path)
-    return with_auto_plan(settings or run.read_config(), run, measures)
+    return with_auto_plan(settings, RunDirectory(path), measures)
 
 
 def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: bool) -> None:

@@ -16,11 +16,12 @@ from applications.fit import Outlook, check_fits, disk_needed, nearest_existing,
 from inference.redaction import redacted
 from inference.screen import USUAL_COLUMNS, columns
 from training.config import RunConfig
-from training.memory import LOADING, NOT_COUNTED, Shape, rows_per_micro_batch
+from training.memory import LOADING, NOT_COUNTED, rows_per_micro_batch
 from training.plan import Assignment
 from training.plan_file import from_blocks, mesh_text
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
+from training.shape import Shape
 from training.step3_rlhf.old_logprobs import iteration_calls
 from training.steps import Step
 

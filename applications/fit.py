@@ -16,12 +16,13 @@ from inference.model_files import require_usable
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.distributed import require_gpus
-from training.memory import Place, Shape, StepMemory, estimate_step_memory
+from training.memory import Place, StepMemory, estimate_step_memory
 from training.merging import merge
 from training.models.layers import keep_layers
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
 from training.role_settings import OptimizerSettings
 from training.run_directory import read_json
+from training.shape import Shape
 from training.step3_rlhf.planned import require_runnable
 from training.steps import STEPS, Step
 

@@ -21,6 +21,10 @@ RewardModel = Annotated[
         "the same as --model.",
     ),
 ]
+SFTModel = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="A finished SFT model, instead of step 1. Default: the run's own."),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,7 +9,6 @@ from applications.settings import resolve_settings
 from inference.errors import UserError
 from training.calls import Call
 from training.config import RunConfig
-from training.memory import Shape
 from training.models.loading import resolve_dtype
 from training.plan import Assignment, Plan
 from training.plan_checks import unrunnable
@@ -21,6 +20,7 @@ from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
 from training.planner.options import Space
 from training.planner.workload import Workload
+from training.shape import Shape
 from training.step3_rlhf.planned import PRECISIONS, graphs_of
 
 DEVICES_PER_NODE = 8

@@ -143,11 +143,11 @@ def planned_bytes() -> list[float]:
     """What all ranks receive, for each pair, as the planner counts it."""
     import numpy as np
 
-    from training.memory import Shape
     from training.plan import Assignment
     from training.planner.hardware import Cluster
     from training.planner.reallocation import Shares, Traffic, bytes_by_kind
     from training.planner.workload import Model
+    from training.shape import Shape
 
     sizes = bytes_by_kind(Model(Shape.from_config_values(shape()), True), 4)
     shares = Shares.of([Assignment(layout).cut for layout in LAYOUTS], Cluster.named("h200", 1, RANKS))

@@ -17,7 +17,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from training.memory import Shape
 from training.planner.augmented import AugmentedGraphs
 from training.planner.calibration import fit
 from training.planner.cost import CallCosts
@@ -29,6 +28,7 @@ from training.planner.options import EVERYTHING, PUBLISHED, Space
 from training.planner.search import search
 from training.planner.table import PlanTable
 from training.planner.workload import Workload
+from training.shape import Shape
 
 PROMPT_TOKENS = 128
 DEVICE, DEVICES_PER_NODE = "a100-80g", 8

@@ -10,12 +10,12 @@ from inference.families import longest_text
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
-from training.memory import Shape
 from training.models.adapters import require_lora_layers
 from training.models.loading import resolve_dtype
 from training.plan import Plan
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
+from training.shape import Shape
 from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.planned import require_runnable
 from training.steps import METHODS

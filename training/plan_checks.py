@@ -5,11 +5,11 @@ import difflib
 from inference.errors import UserError
 from training.calls import ACTOR_SCORE, Call
 from training.hybrid_engine.layout import Layout
-from training.memory import Shape
 from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
 from training.planner.workload import Workload
 from training.rlhf_settings import RLHFSettings
+from training.shape import Shape
 
 
 def problems(plan: Plan, graph: DataflowGraph, workload: Workload, ranks: int) -> list[str]:

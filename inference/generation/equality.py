@@ -226,7 +226,7 @@ def compare(
     return Findings(tuple(deviations), tuple(redraws), own, tolerance.beside(own))
 
 
-def training_gap(model: nn.Module, work: Work, training: TrainingLogprobs, exact: Exactness | None) -> float:
+def training_gap(model: nn.Module, work: Work, training: TrainingLogprobs, exact: Exactness) -> float:
     """The largest difference, in nats a token, of samples drawn with an engine that computes like `training`."""
     engine = GenerationEngine(model, (), work.pad_id, FEW_SLOTS, exact=exact)
     settings = SamplingSettings(work.new_tokens, temperature=1)

@@ -16,7 +16,7 @@ from applications.preset_store import (
 from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from training.config_files import load_config
-from training.memory import Shape
+from training.shape import Shape
 
 # Published parameter counts: model cards (safetensors totals, tied matrices once), Pythia paper table, OPT to 4 digits.
 PARAMETERS = {

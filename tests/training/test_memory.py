@@ -10,17 +10,10 @@ from applications.preset_store import load_preset
 from inference.errors import UserError
 from training.config import RunConfig
 from training.config_files import load_config
-from training.memory import (
-    Part,
-    Shape,
-    StepMemory,
-    _rlhf_parts,
-    estimate_step_memory,
-    rows_per_micro_batch,
-    training_parts,
-)
+from training.memory import Part, StepMemory, _rlhf_parts, estimate_step_memory, rows_per_micro_batch, training_parts
 from training.plan import Plan
 from training.role_settings import OptimizerSettings
+from training.shape import Shape
 from training.steps import DPO, PPO, REWARD, SFT
 
 OPT_13B = 12_853_473_280

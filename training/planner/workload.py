@@ -6,9 +6,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from training.memory import Shape
 from training.plan import Assignment
 from training.role_settings import LoRASettings
+from training.shape import Shape
 
 Precision = Literal["fp32", "bf16", "fp16"]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -11,7 +11,6 @@ import torch
 from inference.errors import UserError
 from training.distributed import local_size
 from training.fusion.timeline import Span
-from training.memory import Shape
 from training.metrics import WARNING
 from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
@@ -20,6 +19,7 @@ from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here
 from training.planner.simulate import Interval, Schedule, list_schedule
 from training.run_directory import read_json
+from training.shape import Shape
 from training.stage import Stage
 from training.step3_rlhf.planned import graphs_of
 

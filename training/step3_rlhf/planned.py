@@ -4,7 +4,6 @@ import torch
 
 from inference.errors import UserError
 from training.config import RunConfig
-from training.memory import Shape
 from training.plan_checks import problems, unrunnable
 from training.plan_file import from_blocks
 from training.planner.augmented import AugmentedGraphs
@@ -13,6 +12,7 @@ from training.planner.footprint import DTYPES
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.workload import Precision, Workload
+from training.shape import Shape
 from training.step3_rlhf.old_logprobs import iteration_calls
 
 PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from training.memory import Shape
 from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
@@ -15,6 +14,7 @@ from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration, Cluster
 from training.planner.options import Options, meshes
 from training.planner.workload import Workload
+from training.shape import Shape
 
 CALIBRATION = Calibration(compute_share=0.5, launch_seconds=1e-4, collective_seconds=5e-5, controller_seconds=0.01)
 

@@ -68,8 +68,8 @@ def test_bytes_are_those_that_the_runtime_moves():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from training.hybrid_engine.reallocation import weights_of
-    from training.memory import Shape
     from training.planner.workload import Model
+    from training.shape import Shape
 
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=8,
