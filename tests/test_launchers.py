@@ -94,7 +94,8 @@ if os.environ.get("RANK") == "1":
             save(self, number, *arguments)
             if number == 1:
                 plain_open({marker!r}, "w").close()
-                os.kill(os.getppid(), 9)  # the agent, as if the node were gone; its rank follows
+                os.kill(os.getppid(), 9)  # the agent, as if the node were gone
+                time.sleep(300)  # its rank follows, before it does anything else
 
         Checkpoints.save = die
 """
