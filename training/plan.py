@@ -16,7 +16,7 @@ from training.planner.graph import DataflowGraph
 if TYPE_CHECKING:
     from training.rlhf_settings import RLHFSettings
 
-Cut = tuple[tuple[int, ...], int, int, int, bool]
+Cut = tuple[tuple[int, ...], int, int, int, bool, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Assignment:
     def cut(self) -> Cut:
         """Equal where each rank holds the same part of the weights."""
         layout = self.layout
-        return layout.mesh, layout.data, layout.tensor, layout.pipeline, layout.zero_stage == 3
+        return layout.mesh, layout.data, layout.tensor, layout.pipeline, layout.zero_stage == 3, layout.layers
 
 
 @dataclass(frozen=True)

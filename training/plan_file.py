@@ -15,7 +15,7 @@ from training.yaml_text import load_yaml, what_is_wrong
 
 _COUNTS = ("data", "tensor", "pipeline", "zero_stage", "micro_batches")
 _FROM_0 = ("zero_stage", "micro_batch_limit")
-_KEYS = ("mesh", *_COUNTS, "micro_batch_limit", "offload")
+_KEYS = ("mesh", *_COUNTS, "layers", "micro_batch_limit", "offload")
 assert {field.name for field in (*fields(Layout), *fields(Assignment))} == {*_KEYS, "layout"}
 
 
@@ -33,6 +33,7 @@ def to_blocks(plan: Plan) -> dict[str, dict[str, Any]]:
     for name, assignment in plan.assignments.items():
         values: dict[str, Any] = {"mesh": _mesh_value(assignment.layout.mesh)}
         values |= {key: _value(assignment, key) for key in _COUNTS}
+        values |= {"layers": list(assignment.layout.layers)} if assignment.layout.layers else {}
         values |= {"micro_batch_limit": assignment.micro_batch_limit} if assignment.micro_batch_limit else {}
         values |= {"offload": True} if assignment.offload else {}
         blocks[name] = values
@@ -95,20 +96,26 @@ def _assignment(name: str, values: Any) -> Assignment:
             raise UserError(f"'{name}' has {key}: {value}, which is no whole number.")
     if not isinstance(offload := values.get("offload", False), bool):
         raise UserError(f"'{name}' has offload: {offload}; write yes or no.")
+    layers = values.get("layers", [])
+    if not isinstance(layers, list) or not all(type(count) is int for count in layers):
+        raise UserError(f"'{name}' has layers: {layers}; give the number of layers of each stage, for example [6, 4].")
     micro_batches, limit = counts.pop("micro_batches"), counts.pop("micro_batch_limit")
     if limit < 0:
         raise UserError(f"'{name}' has micro_batch_limit: {limit}; give 1 or more, or leave it out.")
     try:
-        return Assignment(Layout(_mesh(values["mesh"]), **counts), micro_batches, offload, limit)
+        mesh = _mesh(values["mesh"], counts["pipeline"])
+        return Assignment(Layout(mesh, **counts, layers=tuple(layers)), micro_batches, offload, limit)
     except UserError as error:
         raise UserError(f"'{name}': {error}") from error
 
 
-def _mesh(value: Any) -> tuple[int, ...]:
+def _mesh(value: Any, stages: Any) -> tuple[int, ...]:
+    """The ranks, those of each of so many stages in ascending order, as torch's groups are."""
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     if isinstance(value, list) and value and all(type(rank) is int for rank in value):
-        return tuple(sorted(value))  # torch's groups are in this order
+        size = -(-len(value) // max(1, stages))
+        return tuple(rank for first in range(0, len(value), size) for rank in sorted(value[first : first + size]))
     found = re.fullmatch(r"\s*([0-9]{1,6})\s*-\s*([0-9]{1,6})\s*", str(value))
     if found and (ranks := range(int(found[1]), int(found[2]) + 1)):
         return tuple(ranks)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from inference.errors import UserError
 from training.launchers import processes_option
+from training.pipelines.cut import StageCut, even_runs
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class Layout:
 
     `mesh` holds global rank numbers. Tensor-parallel ranks are neighbours in it (they talk most), then come the data
     ranks, then the pipeline stages. By `zero_stage` data ranks divide optimiser states (1), gradients (2), weights (3).
+    `layers` are the numbers of layers of the stages; none: as even as can be.
     """
 
     mesh: tuple[int, ...]
@@ -20,6 +22,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     zero_stage: int = 0
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         degrees = (self.data, self.tensor, self.pipeline)
@@ -32,6 +35,10 @@ class Layout:
             raise UserError(f"The mesh {list(self.mesh)} names a rank twice; name each rank once.")
         if self.zero_stage not in range(4):
             raise UserError(f"There is no ZeRO stage {self.zero_stage}; choose 0, 1, 2 or 3.")
+        if self.layers and (len(self.layers) != self.pipeline or min(self.layers) < 1):
+            raise UserError(
+                f"Stages of {list(self.layers)} layers are not {self.pipeline} stages; give each of them 1 or more."
+            )
 
     @classmethod
     def over(
@@ -53,6 +60,10 @@ class Layout:
     def is_whole(self) -> bool:
         """Whether each rank holds all weights."""
         return self.tensor == self.pipeline == 1 and self.zero_stage < 3
+
+    def stage_cut(self, rank: int, layers: int) -> StageCut:
+        """The share of a model with so many layers that `rank` has."""
+        return StageCut(self.pipeline_rank(rank), self.layers or even_runs(layers, self.pipeline))
 
     def tensor_rank(self, rank: int) -> int:
         return self.mesh.index(rank) % self.tensor
