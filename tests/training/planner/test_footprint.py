@@ -38,7 +38,7 @@ def test_training_on_two_tensor_ranks_of_two_stages_with_divided_optimiser_state
 
 
 def test_generation_keeps_a_copy_and_the_cache():
-    found = parts("actor_generate", Layout(EIGHT, 2, 4), 2, copies=True)
+    found = parts("actor_generate", Layout(EIGHT, 2, 4), 2, own_weights=True)
     assert found["actor weights, a copy", "device", True] == 2 * P // 4
     assert found["key-value cache", "device", True] == 16 * 256 * 24 * 2 * 2048 * 2 // 4
     assert found["logits", "device", True] == 16 * V * 24 // 4
