@@ -9,7 +9,6 @@ tensor-parallel parts over several nodes, where that box is too large.
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -138,10 +137,10 @@ def seconds_between(source: Cut, target: Cut, sizes: Array, cluster: Cluster) ->
 
 
 @cache
-def boxes(ranks: int, data: int, tensor: int, pipeline: int, divided: bool, layers: tuple[int, ...] = ()) -> Array:
+def boxes(ranks: int, data: int, tensor: int, pipeline: int, divided: bool, layers: tuple[int, ...]) -> Array:
     """(ranks, 6, KINDS): what each rank of a mesh holds, of weights with a row or column for each part."""
+    runs = layers or (1,) * pipeline
     layout = Layout(tuple(range(ranks)), data, tensor, pipeline, 3 if divided else 0)
-    ends = list(accumulate(layers or (1,) * pipeline, initial=0))
     found = np.zeros((ranks, 6, KINDS))
     for kind, (shape, dim) in enumerate((((tensor * data,), 0), ((data, tensor), 1), ((data,), None))):
         cut = [None if dim is None else PartOfWeight(dim, even(shape[dim], part, tensor)) for part in range(tensor)]
@@ -149,6 +148,6 @@ def boxes(ranks: int, data: int, tensor: int, pipeline: int, divided: bool, laye
         rows, columns = (1, *shape)[-2:]
         for rank in range(ranks):
             ((box, *_),), stage = parts(weight, layout, rank), layout.pipeline_rank(rank)
-            run = ends[stage] / ends[-1], ends[stage + 1] / ends[-1]
+            run = (sum(runs[:end]) / sum(runs) for end in (stage, stage + 1))
             found[rank, :, kind] = *run, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
     return found
