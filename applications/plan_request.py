@@ -69,7 +69,7 @@ class Request:
 
     def why_not_run(self, plan: Plan, graph: DataflowGraph | None = None) -> list[str]:
         """What this runtime refuses of a plan that can be costed, a sentence each."""
-        return unrunnable(plan, graph or self.graphs.graph, self.config.rlhf, self.cluster.size)
+        return unrunnable(plan, graph or self.graphs.graph, self.workload, self.config.rlhf, self.cluster.size)
 
     @property
     def as_set(self) -> Plan:

@@ -274,7 +274,7 @@ def test_plan_and_run_refuse_the_same(profiled):
             for call in request.graphs.graph.calls:
                 mesh = draw.choice(list(meshes(request.cluster, options.space)))
                 whole = [
-                    one for one in options.candidates(call, mesh) if draw.random() < 0.1 or request.runs(call, one)
+                    one for one in options.candidates(call, mesh) if draw.random() < 0.2 or request.runs(call, one)
                 ]
                 assignments[call.name] = draw.choice(whole)
             plan = Plan(assignments)

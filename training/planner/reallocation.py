@@ -137,8 +137,9 @@ def seconds_between(source: Cut, target: Cut, sizes: Array, cluster: Cluster) ->
 
 
 @cache
-def boxes(ranks: int, data: int, tensor: int, pipeline: int, divided: bool) -> Array:
+def boxes(ranks: int, data: int, tensor: int, pipeline: int, divided: bool, layers: tuple[int, ...]) -> Array:
     """(ranks, 6, KINDS): what each rank of a mesh holds, of weights with a row or column for each part."""
+    runs = layers or (1,) * pipeline
     layout = Layout(tuple(range(ranks)), data, tensor, pipeline, 3 if divided else 0)
     found = np.zeros((ranks, 6, KINDS))
     for kind, (shape, dim) in enumerate((((tensor * data,), 0), ((data, tensor), 1), ((data,), None))):
@@ -147,6 +148,6 @@ def boxes(ranks: int, data: int, tensor: int, pipeline: int, divided: bool) -> A
         rows, columns = (1, *shape)[-2:]
         for rank in range(ranks):
             ((box, *_),), stage = parts(weight, layout, rank), layout.pipeline_rank(rank)
-            layers = stage / pipeline, (stage + 1) / pipeline
-            found[rank, :, kind] = *layers, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
+            run = (sum(runs[:end]) / sum(runs) for end in (stage, stage + 1))
+            found[rank, :, kind] = *run, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
     return found

@@ -41,8 +41,9 @@ def require_runnable(
     """Raises UserError where so many ranks cannot run the plan of the settings; the first problem is its sentence. A
     shape that is None is not judged."""
     graph, plan = DataflowGraph(iteration_calls(config.rlhf, dtype)), from_blocks(config.rlhf.plan)
-    found = problems(plan, graph, workload_of(config, actor, scorer, dtype), ranks)
-    if sentence := next(iter(found or unrunnable(plan, graph, config.rlhf, ranks)), ""):
+    workload = workload_of(config, actor, scorer, dtype)
+    found = problems(plan, graph, workload, ranks) or unrunnable(plan, graph, workload, config.rlhf, ranks)
+    if sentence := next(iter(found), ""):
         raise UserError(f"rlhf.plan cannot run on {ranks} process{'es' * (ranks > 1)}: {sentence}")
 
 
