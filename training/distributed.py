@@ -104,7 +104,7 @@ class Ranks:
             return gather_flat(values, self.size, self.group)
 
     def pool(self, tensors: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """Named tensors on the CPU, other names on each rank: all of them on the first; the others get an empty dict."""
+        """Named tensors on the CPU, other names on each rank: the first gets all of them, the others an empty dict."""
         of_ranks = self.gather({name: (each.shape, each.dtype) for name, each in tensors.items()}, phase)
         if not self.is_first:
             with self._meeting(phase):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from inference.errors import UserError
 from training.data.batching import TokenBatch
 from training.deepspeed_config import effective_zero_stage
 from training.distributed import Ranks
@@ -60,7 +61,11 @@ class StageEngine(ZeroEngine):
         seats = pipeline.gather((cut.stage, ranks.rank), "loading the models")
         self.stages = [stage for stage, _ in seats]
         """Of the pipeline's ranks."""
-        assert len({data_rank for _, data_rank in seats}) == 1, f"a pipeline through data ranks {seats}"
+        if len({data_rank for _, data_rank in seats}) > 1:
+            raise UserError(
+                f"A pipeline goes through ranks {list(pipeline.mesh)}, which come in other places among those of their "
+                f"stages: list the ranks of each stage of the mesh in ascending order."
+            )
         self.clips_here = len(cut.layers) > 1
         """DeepSpeed, which knows one stage, clips where there is no other."""
         self.limit = settings.gradient_clipping
@@ -95,10 +100,10 @@ class StageEngine(ZeroEngine):
         a batch's place and what the model says of it."""
         return ScoringWork(self, self.language_model, self.cut, batches, keep, *more)
 
-    def backward(self, scalar: Tensor) -> None:
-        """Add the gradient of `scalar` to those of this stage."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to those of this stage."""
         with self.ranks.as_world():
-            self.engine.backward(scalar)
+            self.engine.backward(loss)
         if self.copy is not None:
             self.copy_gradient += self.copy.grad
             self.copy.grad = None
@@ -223,15 +228,12 @@ class TrainingWork(StageWork):
             received.requires_grad_()
         made = self.engine(self.batches[place], *self.passes[place].more, received=received)
         if self.engine.cut.is_last:
-            made = self.passes[place].loss(made)
+            made = self.passes[place].loss(made) * self.engine.ranks.size  # DeepSpeed takes the mean over ranks
         self.between[place] = received, made
         return None if self.engine.cut.is_last else made.detach()
 
     def backward(self, place: int, gradient: Tensor | None) -> Tensor | None:
         received, made = self.between.pop(place)
-        if gradient is None:
-            scalar = made * self.engine.ranks.size  # DeepSpeed takes the mean over ranks; the sum is meant
-        else:
-            scalar = torch.dot(made.flatten(), gradient.flatten())  # its gradient is `gradient`, to the bit
-        self.engine.backward(scalar)
+        loss = made if gradient is None else torch.dot(made.flatten(), gradient.flatten())  # whose is `gradient` itself
+        self.engine.backward(loss)
         return None if received is None else received.grad

@@ -156,11 +156,12 @@ class Stage:
     """This rank's of a case, on two stages."""
 
     def __init__(self, ranks, name: str):
+        from training.pipelines.stage_model import keep_stage
+
         from training.hybrid_engine.layout import Layout
         from training.pipelines.executor import connect
         from training.pipelines.orders import Pipelines
         from training.pipelines.stage_engine import StageEngine
-        from training.pipelines.stage_model import keep_stage
 
         case, self.ranks = CASES[name], ranks
         layout = Layout(tuple(range(ranks.size)), data=ranks.size // 2, pipeline=2, layers=LAYERS)
