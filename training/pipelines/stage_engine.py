@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inference.errors import UserError
@@ -95,7 +95,9 @@ class StageEngine(ZeroEngine):
             self.copy_gradient = torch.zeros_like(self.copy, dtype=torch.float32)
         return TrainingWork(self, passes)
 
-    def scoring_work(self, batches: Sequence[TokenBatch], keep: Callable[[int, Any], None], *more: Any) -> "StageWork":
+    def scoring_work(
+        self, batches: Sequence[TokenBatch], keep: Callable[[int, Any], None], *more: Any
+    ) -> "ScoringWork":
         """Forward passes without gradients of what the model takes: a batch and `more`. `keep` gets, on the last stage,
         a batch's place and what the model says of it."""
         return ScoringWork(self, self.language_model, self.cut, batches, keep, *more)
@@ -105,6 +107,7 @@ class StageEngine(ZeroEngine):
         with self.ranks.as_world():
             self.engine.backward(loss)
         if self.copy is not None:
+            assert self.copy_gradient is not None and self.copy.grad is not None
             self.copy_gradient += self.copy.grad
             self.copy.grad = None
 
@@ -135,6 +138,7 @@ class StageEngine(ZeroEngine):
     def _send_gradient_of_copy(self) -> None:
         """From the last stage to the first, which adds it to its own."""
         if self.copy is not None:
+            assert self.copy_gradient is not None
             self.copy.requires_grad_(False)
             dist.send(self.copy_gradient, group=self.pipeline.members, group_dst=self.stages.index(0))
             self.copy_gradient = None
@@ -178,8 +182,8 @@ class StageEngine(ZeroEngine):
 class StageWork:
     """What a stage does with the batches of one optimiser step or one scoring pass, by their places."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[TokenBatch]):
-        self.model, self.batches, self.count = model, batches, len(batches)
+    def __init__(self, model: nn.Module, batches: Sequence[TokenBatch]):
+        self.model, self.batches, self.count = cast(PreTrainedModel, model), batches, len(batches)
 
     def room(self, place: int) -> Tensor:
         """For the hidden states between two stages, or their gradient."""
@@ -193,7 +197,7 @@ class ScoringWork(StageWork):
     def __init__(
         self,
         ask: Callable[..., Any],
-        model: PreTrainedModel,
+        model: nn.Module,
         cut: StageCut,
         batches: Sequence[TokenBatch],
         keep: Callable[[int, Any], None],

@@ -156,12 +156,11 @@ class Stage:
     """This rank's of a case, on two stages."""
 
     def __init__(self, ranks, name: str):
-        from training.pipelines.stage_model import keep_stage
-
         from training.hybrid_engine.layout import Layout
         from training.pipelines.executor import connect
         from training.pipelines.orders import Pipelines
         from training.pipelines.stage_engine import StageEngine
+        from training.pipelines.stage_model import keep_stage
 
         case, self.ranks = CASES[name], ranks
         layout = Layout(tuple(range(ranks.size)), data=ranks.size // 2, pipeline=2, layers=LAYERS)
@@ -351,4 +350,4 @@ def test_what_is_saved_and_kept_goes_on_to_the_bit(found):
 def test_one_stage_is_the_whole_model_to_the_bit(found):
     """Its passes one by one, and as an engine without stages runs them."""
     same = {name: whole["one stage"] for name, whole in found[1, "whole"][0].items() if "one stage" in whole}
-    assert same == dict.fromkeys(KEPT, [True, True])
+    assert same == {name: [True, True] for name in KEPT}
