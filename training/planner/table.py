@@ -18,6 +18,7 @@ from training.planner.augmented import AugmentedGraphs
 from training.planner.options import EVERYTHING, Option, Options, Space, meshes
 from training.planner.reallocation import Shares, bytes_by_kind, reallocation_seconds
 from training.planner.simulate import ITERATIONS
+from training.planner.workload import Workload
 
 Array = NDArray[np.float64]
 Choices = NDArray[np.int64]
@@ -93,8 +94,7 @@ class PlanTable:
         for index, call in enumerate(graph.calls):
             training = graph.training_call(call.role)
             if training is not None and training != call:
-                sizes = bytes_by_kind(workload.models[call.role], workload.value_bytes)
-                self.uses.append(self._use(index, place[training.name], sizes))
+                self.uses.append(self._use(index, place[training.name], workload))
 
     @property
     def space(self) -> int:
@@ -180,7 +180,8 @@ class PlanTable:
             seconds = use.known[source, target]
         return seconds
 
-    def _use(self, call: int, training: int, sizes: Array) -> Use:
+    def _use(self, call: int, training: int, workload: Workload) -> Use:
+        model = workload.models[self.graph.calls[call].role]
         source, target = self.columns[training].cuts, self.columns[call].cuts
         known = np.full((len(source) + 1, len(target) + 1), np.nan)
         known[UNDECIDED], known[:, UNDECIDED] = 0.0, 0.0
@@ -188,7 +189,9 @@ class PlanTable:
         for number, cut in enumerate(source):
             if cut in places:
                 known[number, places[cut]] = 0.0
-        return Use(call, training, sizes, Shares.of(source, self.cluster), Shares.of(target, self.cluster), known)
+        sizes = bytes_by_kind(model, workload.value_bytes)
+        shares = [Shares.of(cuts, self.cluster, model.shape.layers) for cuts in (source, target)]
+        return Use(call, training, sizes, *shares, known)
 
 
 def _column(
