@@ -5,8 +5,9 @@ counts, and the peak of the extra memory.
 
 Processes of one thread each. Of each pair the first move is compared bitwise with the whole weights, the second, after
 its copy was released, measured for its memory (the first one makes the module, under ZeRO 3 of memory that nobody
-touches), the others for their seconds. Ends with 1 where a bit differs, bytes differ from the planner's (with stages by more than a
-thousandth: it counts the last norm among the layers), or a rank needs more than its part and 2.5 layers.
+touches), the others for their seconds. Ends with 1 where a bit differs, bytes differ from the planner's (with stages
+by more than a thousandth: it counts the last norm among the layers), or a rank needs more than its part and two layers
+and a half.
 """
 
 import argparse

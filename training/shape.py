@@ -35,6 +35,8 @@ class Shape:
     """Weights of an output matrix of its own; a model with a score head has none."""
     linears: tuple[tuple[str, int], ...]
     """Name, and inputs + outputs, of every linear layer but the output matrix: where adapters can go."""
+    embedding_width: int = 0
+    """Where it is not `hidden`, as in OPT-350m."""
 
     @classmethod
     def from_config_values(cls, values: dict[str, Any]) -> "Shape":
@@ -79,7 +81,13 @@ class Shape:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             output_matrix=output.weight.numel() if own_output else 0,
             linears=linears,
+            embedding_width=model.get_input_embeddings().weight.shape[1],
         )
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the embedding of tokens."""
+        return self.vocabulary * (self.embedding_width or self.hidden)
 
     @property
     def scorer_parameters(self) -> int:
@@ -91,10 +99,10 @@ class Shape:
         one `with_head`; what is both is on both. What else is outside of the layers counts as theirs."""
         if len(cut.layers) == 1:
             return self
-        embedding, output = self.vocabulary * self.hidden, self.output_matrix * with_head
-        in_layers = (self.parameters if with_head else self.scorer_parameters) - embedding - output
-        parameters = -(-max(0, in_layers) * len(cut.run) // self.layers) + embedding * cut.is_first
-        parameters += (output or embedding * with_head) * cut.is_last
+        output = self.output_matrix * with_head
+        in_layers = (self.parameters if with_head else self.scorer_parameters) - self.embedding - output
+        parameters = -(-in_layers * len(cut.run) // self.layers) + self.embedding * cut.is_first
+        parameters += (output or self.embedding * with_head) * cut.is_last
         linears = tuple((name, size) for name, size in self.linears if _layer_of(name) in cut.run)
         layers, output = len(cut.run), output * cut.is_last
         return replace(self, layers=layers, parameters=parameters, output_matrix=output, linears=linears)

@@ -38,8 +38,8 @@ def bytes_by_kind(model: Model, value_bytes: int) -> Array:
     attention = s.hidden * s.head_dim
     outputs = s.layers * (attention * (s.heads + 2 * s.kv_heads) + (2 if s.is_gated else 1) * s.hidden * s.ffn)
     inputs = s.layers * (attention * s.heads + s.hidden * s.ffn)
-    embedding, head = s.vocabulary * s.hidden, s.output_matrix if model.has_vocabulary_head else 0
-    tables = (0, 0, embedding) if model.has_vocabulary_head and not head else (embedding, head, 0)
+    head = s.output_matrix if model.has_vocabulary_head else 0
+    tables = (0, 0, s.embedding) if model.has_vocabulary_head and not head else (s.embedding, head, 0)
     rest = max(0, model.parameters - outputs - inputs - sum(tables))
     kinds = np.array([outputs, inputs, rest, *tables], dtype=np.float64)
     return kinds * (model.parameters / kinds.sum() * value_bytes)
