@@ -6,11 +6,12 @@ section 4).
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from training.pipelines.cut import StageCut
 
 if TYPE_CHECKING:  # transformers takes a second to import
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
 _FFN_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
@@ -56,7 +57,8 @@ class Shape:
         require_supported_family(config)
         model = meta_model(config)
         output = model.get_output_embeddings()
-        own_output = output is not None and output.weight is not model.get_input_embeddings().weight
+        table = cast("Tensor", model.get_input_embeddings().weight)
+        own_output = output is not None and output.weight is not table
         linears = tuple(
             (name, sum(module.weight.shape))
             for name, module in model.named_modules()
@@ -81,7 +83,7 @@ class Shape:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             output_matrix=output.weight.numel() if own_output else 0,
             linears=linears,
-            embedding_width=model.get_input_embeddings().weight.shape[1],
+            embedding_width=table.shape[1],
         )
 
     @property

@@ -152,7 +152,7 @@ class Reallocation:
     def _held(self) -> dict[str, Tensor]:
         if not self.is_source:
             return {}
-        return held_weights(self.source_model) if self.before is None else self.before.weights
+        return dict(held_weights(self.source_model)) if self.before is None else self.before.weights
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,8 @@ class PlanTable:
             if cut in places:
                 known[number, places[cut]] = 0.0
         sizes = bytes_by_kind(model, workload.value_bytes)
-        shares = [Shares.of(cuts, self.cluster, model.shape.layers) for cuts in (source, target)]
-        return Use(call, training, sizes, *shares, known)
+        held, wanted = (Shares.of(cuts, self.cluster, model.shape.layers) for cuts in (source, target))
+        return Use(call, training, sizes, held, wanted, known)
 
 
 def _column(
