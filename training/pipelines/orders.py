@@ -249,4 +249,4 @@ def _fitting(a: Pipelines, stages: int) -> list[int]:
     """A mesh on which pipelines of so many stages run against those of `a`."""
     ranks = list(itertools.chain.from_iterable(a.ranks))
     pipelines = [ranks[start : start + stages][::-1] for start in range(0, len(ranks), stages)]
-    return [rank for stage in zip(*pipelines, strict=True) for rank in stage]
+    return [rank for stage in zip(*sorted(pipelines), strict=True) for rank in stage]
