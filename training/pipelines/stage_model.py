@@ -68,7 +68,8 @@ class AbsentPart(nn.Module):
         super().__init__()
         self.gives_nothing = gives_nothing
 
-    def forward(self, value: Tensor, *values: Any, **named: Any) -> Tensor:
+    def forward(self, *values: Any, **named: Any) -> Tensor:
+        value = next(value for value in (*values, *named.values()) if isinstance(value, Tensor))
         return value.new_zeros((), dtype=torch.float32) if self.gives_nothing else value
 
 
@@ -259,8 +260,9 @@ def tried(model: PreTrainedModel) -> Parts:
         with no_init_weights():
             built: Any = type(model)(config)
         shape = built.to(torch.bfloat16).eval()  # grouped products have no shapes in fp32
-        for part in (shape.config, text_config(shape.config)):
-            part.pad_token_id = None  # some look for it in the ids
+        for part in shape.modules():
+            if isinstance(part, PreTrainedModel):  # ids without values hold no padding to warn of
+                vars(part)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
         set_attention(shape.config, PACKED_ATTENTION if packs else "eager")
         row = Sequences(TRIAL_LENGTHS)
         ids = torch.zeros(1, sum(TRIAL_LENGTHS), dtype=torch.long)
