@@ -157,7 +157,7 @@ def instance_of(roles: Mapping[str, Pipelines], seconds: Seconds) -> Instance:
         forward, backward = (tuple(mean(role, rank, kind) for rank in ranks) for kind in (FORWARD, BACKWARD))
         return Pipeline(len(ranks), roles[role].micro_batches, forward, backward, 1.0)
 
-    return Instance(*map(pipeline, ROLES))
+    return Instance(pipeline("actor"), pipeline("critic"))
 
 
 def run_rank(size: str, lengths: str, rounds: int, layers: dict[str, tuple[int, ...]], picture: Path | None) -> None:
