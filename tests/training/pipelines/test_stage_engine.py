@@ -22,9 +22,11 @@ from training.models.policy import Policy
 from training.models.scorer import Scorer
 from training.pipelines.cut import StageCut
 from training.pipelines.executor import connect, execute
-from training.pipelines.orders import Pipelines, one_forward_one_backward
+from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial
 from training.pipelines.stage_engine import StageEngine, StagePass
 from training.pipelines.stage_model import keep_stage, tied_table
+from training.planner.fusion.instance import FORWARD, Instance, Pipeline
+from training.planner.fusion.search import find_schedule
 from training.role_settings import LoRASettings, OptimizerSettings
 
 LAYERS = (2, 1)
@@ -66,6 +68,8 @@ CASES = {
 OF_TWO_DATA_RANKS = ("plain", "clipped", "tied zero 1", "tied bf16", "offload", "scorer")
 KEPT = {"tied": 2, "tied zero 1": 4, "tied bf16": 4, "lora": 2}
 """Those that are saved and go on, and on how many ranks."""
+ONE_STAGE = ("tied", "tied bf16")
+"""Those whose whole model is trained as one stage too."""
 STEPS = 100
 """Of the one whose copies of a table are looked at after so many."""
 
@@ -126,7 +130,7 @@ def train_whole(ranks, directory):
         found[name] = {"steps": steps}
         if ranks.is_first:
             torch.save(weights, directory / f"{name} {ranks.size}.pt")
-        if ranks.size == 1 and name in KEPT:
+        if ranks.size == 1 and name in ONE_STAGE:
             found[name]["one stage"] = []
             for passes_one_by_one in (True, False):
                 arguments = (10, ranks, ranks, StageCut(0, (sum(LAYERS),)))
@@ -163,23 +167,21 @@ class Stage:
         self.pipelines = Pipelines.of(layout, 1)
         parts = [ranks.part(group) for group in (*layout.stage_meshes, *self.pipelines.ranks)]
         mine, pipeline = [part for part in parts if part is not None]
-        self.links = {"role": connect(ranks, self.pipelines)}
+        self.links = connect(ranks, self.pipelines)
         model = make_model(case)
         keep_stage(model.model, cut)
         self.engine = StageEngine(model, settings_of(case), getattr(torch, case.dtype), 10, mine, pipeline, cut)
 
-    def update(self, update: int, factor: float = 1.0) -> dict[str, float]:
-        micro_batches = micro_batches_of(self.data_rank, self.data, update)
+    def work(self, update: int) -> Any:
         passes = [
-            StagePass(partial(batch_of, each), lambda said, each=each: factor * loss_of(said) * each.weight)
-            for each in micro_batches
+            StagePass(partial(batch_of, each), lambda said, each=each: loss_of(said) * each.weight)
+            for each in micro_batches_of(self.data_rank, self.data, update)
         ]
-        self.run(self.engine.work(passes))
-        return self.engine.step()
+        return self.engine.work(passes)
 
-    def run(self, work: Any, *kinds: int) -> None:
-        pipelines = replace(self.pipelines, micro_batches=work.count, **({"kinds": kinds} if kinds else {}))
-        execute(one_forward_one_backward({"role": pipelines}), self.ranks.rank, {"role": work}, self.links)
+    def update(self, update: int) -> dict[str, float]:
+        compute({"role": (self, self.work(update))}, one_forward_one_backward)
+        return self.engine.step()
 
     def table(self) -> bytes:
         return tied_table(self.engine.language_model).detach().float().numpy().tobytes()
@@ -199,8 +201,31 @@ class Stage:
         """What the model says of some batches; on the last stage."""
         said: dict[int, Any] = {}
         batches = [batch_of(each) for each in micro_batches_of(0, 1, 0)]
-        self.run(self.engine.scoring_work(batches, said.__setitem__), 0)
+        compute({"role": (self, self.engine.scoring_work(batches, said.__setitem__))}, serial, kinds=(FORWARD,))
         return [said[place][0].tolist() for place in sorted(said)]
+
+
+def compute(works, order, **more) -> None:
+    """The works of stages, by role: (stage, work)."""
+    roles = {role: replace(each.pipelines, micro_batches=work.count, **more) for role, (each, work) in works.items()}
+    [ranks] = {each.ranks for each, _ in works.values()}
+    links = {role: each.links for role, (each, _) in works.items()}
+    execute(order(roles), ranks.rank, {role: work for role, (_, work) in works.items()}, links)
+
+
+def fused_orders(roles):
+    a, b = (Pipeline(each.stages, each.micro_batches, 1, 2, 1) for each in roles.values())
+    return fused(roles, find_schedule(Instance(a, b), effort=2_000).schedule)
+
+
+def trained_together(ranks, order) -> list:
+    """Steps and weights of two roles, the second against the first, with unlike numbers of micro-batches."""
+    stages = {"actor": Stage(ranks, "plain"), "critic": Stage(ranks, "tied zero 1")}
+    steps = []
+    for _ in range(UPDATES):
+        compute({role: (stage, stage.work(-8 if role == "critic" else 0)) for role, stage in stages.items()}, order)
+        steps += [stage.engine.step() for stage in stages.values()]
+    return [steps, *(weight.tolist() for s in stages.values() for weight in s.engine.trained_weights().values())]
 
 
 def train_stages(ranks, directory):
@@ -229,6 +254,8 @@ def train_stages(ranks, directory):
                 stage.update(-8)
             found[name]["shared later"] = stage.shared() and before != stage.table()
         found[name]["broken"] = stage.broken_norm()
+    if ranks.size == 2:
+        found["together"] = trained_together(ranks, fused_orders) == trained_together(ranks, serial)
     return found
 
 
@@ -284,8 +311,8 @@ def found(tmp_path_factory):
 def cases_of(found, data: int):
     """(case, what the first rank found, what all of them did, the steps of the whole model)."""
     of_ranks, whole = found[data, "stages"], found[data, "whole"][0]
-    for name, first in of_ranks[0].items():
-        yield name, first, [each[name] for each in of_ranks], whole[name]["steps"]
+    for name in whole:
+        yield name, of_ranks[0][name], [each[name] for each in of_ranks], whole[name]["steps"]
 
 
 @pytest.mark.parametrize("data", [1, 2])
@@ -335,7 +362,11 @@ def test_what_is_saved_and_kept_goes_on_to_the_bit(found):
 def test_one_stage_is_the_whole_model_to_the_bit(found):
     """Its passes one by one, and as an engine without stages runs them."""
     same = {name: whole["one stage"] for name, whole in found[1, "whole"][0].items() if "one stage" in whole}
-    assert same == {name: [True, True] for name in KEPT}
+    assert same == {name: [True, True] for name in ONE_STAGE}
+
+
+def test_two_roles_against_each_other_train_the_same_in_a_fused_order(found):
+    assert all(rank["together"] for rank in found[1, "stages"])
 
 
 class Crossing(Ranks):
