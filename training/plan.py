@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from training.calls import Call
 from training.hybrid_engine.layout import Layout
 from training.planner.graph import DataflowGraph
+from training.role_settings import LoRASettings
 
 if TYPE_CHECKING:
     from training.rlhf_settings import RLHFSettings
@@ -58,6 +59,14 @@ class Plan:
         training = graph.training_call(call.role)
         return training is not None and self[call.name].cut != self[training.name].cut
 
+    def actor_is_reference(self, lora: LoRASettings) -> bool:
+        """Whether the reference is the actor with its adapters (`lora`) switched off: it scores in the cut in which
+        the actor is trained, and has no weights of its own that wait in host memory."""
+        reference, training = (self.assignments.get(call) for call in ("reference_score", "actor_train"))
+        if not lora.rank or reference is None or training is None:
+            return False
+        return reference.cut == training.cut and not reference.offload
+
     @classmethod
     def of(cls, settings: "RLHFSettings", ranks: int, length: int, calls: Sequence[Call] = ()) -> "Plan":
         """What step 3 runs: the plan in the settings; without one every call on all ranks, data-parallel under the ZeRO
@@ -76,7 +85,8 @@ class Plan:
         assignments = {}
         for call in calls or settings.calls:
             is_actor = call.role == "reference" and settings.actor.lora.rank  # its adapters switched off
-            stage = getattr(settings, "actor" if is_actor else call.role).zero_stage
+            placed = getattr(settings, "actor" if is_actor else call.role)
+            stage, waits = placed.zero_stage, placed.offload == "parameters"  # only frozen roles have it
             if call.kind == "train":
                 rows, layout = -(-samples // settings.mini_batches), Layout.over(ranks, zero_stage=stage)
             elif call.kind == "generate":
@@ -87,7 +97,8 @@ class Plan:
                 rows, tensor = samples, getattr(degrees, call.role, 1)
                 setting = f"rlhf.scoring_tensor_parallel.{call.role}"
                 layout = Layout.over(ranks, tensor, stage if stage == 3 and tensor == 1 else 0, setting)
-            assignments[call.name] = Assignment(layout, packed(rows, layout, length, tokens), micro_batch_limit=tokens)
+            count = packed(rows, layout, length, tokens)
+            assignments[call.name] = Assignment(layout, count, waits, micro_batch_limit=tokens)
         return cls(assignments)
 
     @classmethod

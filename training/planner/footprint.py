@@ -34,8 +34,20 @@ class Footprints:
     def __init__(self, workload: Workload, graph: DataflowGraph):
         self.workload, self.graph = workload, graph
 
-    def parts(self, call: Call, assignment: Assignment, copies_weights: bool) -> tuple[Part, ...]:
-        """What `call` puts on each rank of its mesh; the weights of a trained role only where they are a copy."""
+    def lender(self, call: Call) -> Call | None:
+        """The training whose weights `call` uses where both have one cut: that of its role; of a reference, the actor's
+        if it trains adapters alone."""
+        is_actor = call.role == "reference" and self.workload.models["actor"].lora.rank
+        return self.graph.training_call("actor" if is_actor else call.role)
+
+    def has_own_weights(self, call: Call, plan: Plan) -> bool:
+        """Whether it needs others beside them."""
+        if call.role == "reference":
+            return not plan.actor_is_reference(self.workload.models["actor"].lora)
+        return self.lender(call) is None or plan.reallocates(self.graph, call)
+
+    def parts(self, call: Call, assignment: Assignment, own_weights: bool) -> tuple[Part, ...]:
+        """What `call` puts on each rank of its mesh; its weights only where it has some of its own."""
         model = self.workload.models[call.role]
         if call.kind == "train":
             return (*self._trained(call, model, assignment), *self._passes(call, model, assignment))
@@ -43,15 +55,13 @@ class Footprints:
         weights = self._share(model, assignment, divided)
         name = f"{call.role} weights"
         parts: list[Part] = []
-        if self.graph.training_call(call.role) is not None:
-            parts += [Part(f"{name}, a copy", weights, phase=call.name)] if copies_weights else []
-        elif assignment.offload:
-            parts += [Part(f"{name}, on the host", weights, "host"), Part(name, weights, phase=call.name)]
-        else:
-            parts.append(Part(name, weights))
-        if self.graph.training_call(call.role) is None:
-            whole = model.parameters * self.workload.value_bytes
+        if own_weights and self.graph.training_call(call.role) is not None:
+            parts.append(Part(f"{name}, a copy", weights, phase=call.name))
+        elif own_weights:
+            whole = model.largest_stage(assignment.layout).parameters * self.workload.value_bytes
             parts.append(_loaded(call, whole, divided))
+            waits = [Part(f"{name}, on the host", weights, "host"), Part(name, weights, phase=call.name)]
+            parts += waits if assignment.offload else [Part(name, weights)]
         if divided:
             parts.append(self._gathered(call, model, assignment))
         return (*parts, *self._passes(call, model, assignment))
@@ -60,7 +70,7 @@ class Footprints:
         """Every rank that takes part."""
         held: dict[int, list[Part]] = {}
         for call in self.graph.calls:
-            parts = self.parts(call, plan[call.name], plan.reallocates(self.graph, call))
+            parts = self.parts(call, plan[call.name], self.has_own_weights(call, plan))
             mesh = plan[call.name].layout.mesh
             for rank in mesh:
                 held.setdefault(rank, []).extend(part for part in parts if rank == mesh[0] or not part.first_rank_only)
@@ -96,12 +106,13 @@ class Footprints:
 
     def _trained(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
         layout = assignment.layout
-        parameters = -(-model.parameters // (layout.tensor * layout.pipeline))
+        stage = model.largest_stage(layout)
+        parameters = -(-stage.parameters // layout.tensor)
         settings = OptimizerSettings(zero_stage=layout.zero_stage, lora=model.lora)
         dtype = DTYPES[self.workload.precision]
-        parts = training_parts(f"{call.role} ", parameters, model.shape, settings, dtype, layout.data, call.name)
+        parts = training_parts(f"{call.role} ", parameters, stage.shape, settings, dtype, layout.data, call.name)
         divided = layout.zero_stage == 3
-        whole = model.parameters * (self.workload.value_bytes if divided else 4)
+        whole = stage.parameters * (self.workload.value_bytes if divided else 4)
         return [*(part for part in parts if not part.phase.endswith(LOADING)), _loaded(call, whole, divided)]
 
     def _passes(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
@@ -110,7 +121,7 @@ class Footprints:
         rows = -(-workload.rows(call.kind) // (layout.data * assignment.micro_batches))
         if call.kind == "generate":
             rows = workload.rows_together(call.kind, assignment)
-        layers = model.stage_layers(layout.pipeline)
+        layers = max(layout.runs(model.shape.layers))
         tokens = rows * (workload.prompt_tokens if call.kind == "generate" else workload.longest)
         one_layer = tokens * model.layer_activations // layout.tensor
         logit_bytes = {"generate": SAMPLING_BYTES_PER_LOGIT, "score": SCORING_BYTES_PER_LOGIT}
@@ -135,8 +146,8 @@ class Footprints:
 
     def _share(self, model: Model, assignment: Assignment, divided: bool) -> int:
         layout = assignment.layout
-        ranks = layout.tensor * layout.pipeline * (layout.data if divided else 1)
-        return -(-model.parameters * self.workload.value_bytes // ranks)
+        ranks = layout.tensor * (layout.data if divided else 1)
+        return -(-model.largest_stage(layout).parameters * self.workload.value_bytes // ranks)
 
     def _gathered(self, call: Call, model: Model, assignment: Assignment) -> Part:
         whole = self._share(model, assignment, divided=False)

@@ -3,6 +3,7 @@
 import torch
 
 from inference.errors import UserError
+from training.calls import Call
 from training.config import RunConfig
 from training.plan_checks import problems, unrunnable
 from training.plan_file import from_blocks
@@ -20,18 +21,18 @@ PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPE
 
 def graphs_of(
     config: RunConfig,
+    calls: tuple[Call, ...],
     actor: Shape,
     scorer: Shape | None,
     dtype: torch.dtype,
     cluster: Cluster,
-    is_exact: bool = False,
 ) -> AugmentedGraphs:
-    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic,
-    `is_exact` whether training equals generation to the bit.
+    """Of all plans for an iteration of `calls`; every response as long as it may be. `scorer` is reward model and
+    critic.
 
     Iterations do not overlap: what an iteration gave is told to all ranks.
     """
-    graph = DataflowGraph(iteration_calls(config.rlhf, dtype, is_exact), iterations_overlap=False)
+    graph = DataflowGraph(calls, iterations_overlap=False)
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
 
 

@@ -77,19 +77,14 @@ class Roles:
     def __init__(self, stage: Stage, sft: Path, scorer: Path | None, chat_format: ChatFormat, updates: tuple[int, int]):
         """All ranks make it. `scorer` is that of `starting_scorer`; `updates` the optimiser steps that the learning
         rates of actor and critic span."""
-        settings, dtype = stage.config.rlhf, stage.dtype
+        settings, dtype = stage.config.rlhf.as_planned, stage.dtype
         self.settings, self.stage = settings, stage
         self.exact = settle_exactness(stage, sft)
         """How training and scoring of the actor equal its generation to the bit, where they do."""
         self.calls = iteration_calls(settings, dtype, self.exact is not None)
         self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
         self.places = CallPlaces(self.plan, stage.ranks)
-        self.actor_is_reference = (
-            bool(settings.actor.lora.rank)
-            and settings.has_reference
-            and (self.plan["reference_score"].cut == self.plan["actor_train"].cut)
-        )
-        """With its adapters switched off."""
+        self.actor_is_reference = self.plan.actor_is_reference(settings.actor.lora)
         self._engines: dict[str, ZeroEngine] = {}
         """Of the roles that this rank trains."""
         self._scoring: dict[str, nn.Module] = {}
@@ -136,7 +131,6 @@ class Roles:
     ) -> None:
         """Make the engine of a role on the ranks that train it, and on all what brings its weights to other calls."""
         home, dtype = self.plan[f"{role}_train"].layout, self.stage.dtype
-        placed = settings.model_copy(update={"zero_stage": home.zero_stage})
         elsewhere = [
             call
             for call in self.calls
@@ -145,7 +139,7 @@ class Roles:
         torch.manual_seed(self.stage.config.seed)  # what is drawn does not depend on which roles lie here
         if place := self.places.get(f"{role}_train"):
             loaded, with_weights = loads(home.zero_stage, dtype, place.ranks)
-            engine = ZeroEngine(load(loaded, with_weights), placed, dtype, updates, place.ranks)
+            engine = ZeroEngine(load(loaded, with_weights), settings, dtype, updates, place.ranks)
             self._engines[role] = engine
             model = engine.language_model
         elif elsewhere:
@@ -177,10 +171,7 @@ class Roles:
             whole = Layout.over(ranks.size)
             part = Reallocation(module.model, whole, local, place.tensor_parallel, ranks).run()
             module.model = cast(PreTrainedModel, part)  # the whole one is forgotten here
-        update: dict[str, Any] = {"zero_stage": layout.zero_stage}
-        if place.assignment.offload and layout.zero_stage == 3:
-            update["offload"] = "parameters"  # DeepSpeed brings them layer by layer
-        frozen = freeze(module, settings.model_copy(update=update), self.stage.dtype, ranks)
+        frozen = freeze(module, settings, self.stage.dtype, ranks)
         self._scoring[role] = frozen
         if place.assignment.offload and layout.zero_stage < 3 and ranks.device.type != "cpu":
             self._waiting[role] = WaitingWeights(frozen, ranks.device)

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from inference.errors import UserError
-from tests.training.planner.conftest import LARGE, SMALL, graphs_on
+from tests.training.planner.conftest import LARGE, SMALL, graphs_on, ppo_workload
 from training.hybrid_engine.layout import Layout
+from training.pipelines.cut import StageCut
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.hardware import GIB
@@ -19,26 +20,36 @@ P, V = LARGE.parameters, 50272
 EIGHT = tuple(range(8))
 
 
-def parts(name: str, layout: Layout, micro_batches: int = 1, copies: bool = False, offload: bool = False):
-    found = FOOTPRINTS.parts(CALLS[name], Assignment(layout, micro_batches, offload), copies)
+def parts(name: str, layout: Layout, micro_batches: int = 1, own_weights: bool = True, offload: bool = False):
+    found = FOOTPRINTS.parts(CALLS[name], Assignment(layout, micro_batches, offload), own_weights)
     return {(part.name, part.place, bool(part.phase)): part.bytes for part in found}
 
 
 def test_training_on_two_tensor_ranks_of_two_stages_with_divided_optimiser_states():
     found = parts("actor_train", Layout(EIGHT, 2, 2, 2, zero_stage=1), 4)
     tokens, layer = (64 // 4 // 2 // 4) * 256, 4 * 2048 + 4 * 2048 + 2 * 8192
+    stage = (P + V * 2048) // 2  # embedding and output matrix are one, which both stages have
     assert found == {
-        ("actor weights", "device", False): 2 * P // 4,
-        ("actor gradients", "device", False): 2 * P // 4,
-        ("actor optimiser states", "device", False): 12 * P // 4 // 2,
+        ("actor weights", "device", False): 2 * stage // 2,
+        ("actor gradients", "device", False): 2 * stage // 2,
+        ("actor optimiser states", "device", False): 12 * stage // 2 // 2,
         ("activations", "device", True): 2 * (2 * tokens * 12 * 2048 + tokens * layer // 2),
         ("logits", "device", True): 2 * 128 * V * 16 // 2,
-        ("actor weights, whole", "host", True): 4 * P,
+        ("actor weights, whole", "host", True): 4 * stage,
     }
 
 
+def test_the_stage_that_holds_most_decides():
+    """The actor's output matrix is its embedding, the critic has none."""
+    layer, embedding = 12 * 1024**2, V * 1024
+    assert LARGE.stage(StageCut(1, (20, 4))).parameters == 4 * 12 * 2048**2 + V * 2048
+    for runs, most in (((12, 12), 12 * layer + embedding), ((8, 16), max(8 * layer + embedding, 16 * layer))):
+        found = parts("critic_score", Layout((0, 1), pipeline=2, layers=runs))
+        assert found["critic weights, a copy", "device", True] == 2 * most
+
+
 def test_generation_keeps_a_copy_and_the_cache():
-    found = parts("actor_generate", Layout(EIGHT, 2, 4), 2, copies=True)
+    found = parts("actor_generate", Layout(EIGHT, 2, 4), 2)
     assert found["actor weights, a copy", "device", True] == 2 * P // 4
     assert found["key-value cache", "device", True] == 16 * 256 * 24 * 2 * 2048 * 2 // 4
     assert found["logits", "device", True] == 16 * V * 24 // 4
@@ -82,6 +93,21 @@ def test_generation_holds_the_samples_that_it_decodes_together():
         found = {part.name: part.bytes for part in parts}
         assert found["key-value cache"] == rows * 256 * 24 * 2 * 2048 * 2
         assert found["logits"] == rows * V * 24
+
+
+def test_with_adapters_the_reference_is_the_actor_in_its_cut():
+    graphs = graphs_on(1, 8, workload=ppo_workload(lora_rank=8))
+    footprints, both = Footprints(graphs.costs.workload, graphs.graph), dict.fromkeys(CALLS, Assignment(Layout((0,))))
+    actor, others = 16 * P, 16 * SMALL.parameters + 2 * SMALL.parameters
+    for reference, held in (
+        (Assignment(Layout((0,)), 4), [actor + others]),
+        (Assignment(Layout((0,)), offload=True), [actor + others]),
+        (Assignment(Layout((1,))), [actor + others, 2 * P]),
+    ):
+        by_rank = footprints.by_rank(Plan(both | {"reference_score": reference}))
+        assert [memory.held("device") for memory in by_rank.values()] == held
+        is_loaded = "reference loading" in by_rank[reference.layout.mesh[0]].phases("host")
+        assert is_loaded == (reference.offload or len(held) > 1)
 
 
 def test_models_are_loaded_in_main_memory_role_after_role():
