@@ -77,7 +77,7 @@ class Roles:
     def __init__(self, stage: Stage, sft: Path, scorer: Path | None, chat_format: ChatFormat, updates: tuple[int, int]):
         """All ranks make it. `scorer` is that of `starting_scorer`; `updates` the optimiser steps that the learning
         rates of actor and critic span."""
-        settings, dtype = stage.config.rlhf, stage.dtype
+        settings, dtype = stage.config.rlhf.as_planned, stage.dtype
         self.settings, self.stage = settings, stage
         self.exact = settle_exactness(stage, sft)
         """How training and scoring of the actor equal its generation to the bit, where they do."""
@@ -131,7 +131,6 @@ class Roles:
     ) -> None:
         """Make the engine of a role on the ranks that train it, and on all what brings its weights to other calls."""
         home, dtype = self.plan[f"{role}_train"].layout, self.stage.dtype
-        placed = settings.model_copy(update={"zero_stage": home.zero_stage})
         elsewhere = [
             call
             for call in self.calls
@@ -140,7 +139,7 @@ class Roles:
         torch.manual_seed(self.stage.config.seed)  # what is drawn does not depend on which roles lie here
         if place := self.places.get(f"{role}_train"):
             loaded, with_weights = loads(home.zero_stage, dtype, place.ranks)
-            engine = ZeroEngine(load(loaded, with_weights), placed, dtype, updates, place.ranks)
+            engine = ZeroEngine(load(loaded, with_weights), settings, dtype, updates, place.ranks)
             self._engines[role] = engine
             model = engine.language_model
         elif elsewhere:
@@ -172,10 +171,7 @@ class Roles:
             whole = Layout.over(ranks.size)
             part = Reallocation(module.model, whole, local, place.tensor_parallel, ranks).run()
             module.model = cast(PreTrainedModel, part)  # the whole one is forgotten here
-        update: dict[str, Any] = {"zero_stage": layout.zero_stage}
-        if place.assignment.offload and layout.zero_stage == 3:
-            update["offload"] = "parameters"  # DeepSpeed brings them layer by layer
-        frozen = freeze(module, settings.model_copy(update=update), self.stage.dtype, ranks)
+        frozen = freeze(module, settings, self.stage.dtype, ranks)
         self._scoring[role] = frozen
         if place.assignment.offload and layout.zero_stage < 3 and ranks.device.type != "cpu":
             self._waiting[role] = WaitingWeights(frozen, ranks.device)
