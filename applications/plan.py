@@ -49,8 +49,8 @@ def plan_command(
     if check is not None:
         outcomes = [checked(request, check)]
     else:
-        best, *others = fastest(request, seed, effort, told)
-        outcomes = [best, *compared(request, seed, effort), *others]
+        first, *others = fastest(request, seed, effort, told)
+        outcomes = [first, *compared(request, seed, effort), *others]
         if everything:
             outcomes.append(searched(request, seed, effort, told, "not yet runnable", EVERYTHING))
     if json_output:

@@ -53,7 +53,8 @@ def fused_training(plan: Plan, graphs: AugmentedGraphs) -> FusedTraining | None:
     }
     try:
         devices(roles)
-        instance = Instance(*(_pipeline(call, plan, graphs) for call in both), memory_cap=_room(both, plan, graphs))
+        a, b = (_pipeline(call, plan, graphs) for call in both)
+        instance = Instance(a, b, memory_cap=_room(both, plan, graphs))
     except (CannotFuse, ValueError):
         return None
     steps = workload.mini_batches * workload.epochs
