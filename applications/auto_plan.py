@@ -6,7 +6,7 @@ from applications.dry_run import duration
 from applications.fit import Machine
 from applications.plan import searched
 from applications.plan_report import plan_table, summary
-from applications.plan_request import Outcome, Request, request_of, with_number_format
+from applications.plan_request import Outcome, Request, request_of
 from applications.profile import measure_to
 from inference.errors import UserError
 from training.config import RunConfig
@@ -40,7 +40,7 @@ def best_plan(config: RunConfig, measures: bool) -> Plan:
     """The fastest that runs here; prints it beside what the settings say without one."""
     machine, ranks = Machine.here(), config.processes
     cluster, source = rates_here(machine, ranks, measures)
-    request = request_of(with_number_format(config, machine), replace(cluster, host_memory=float(machine.memory)))
+    request = request_of(config, replace(cluster, host_memory=float(machine.memory)), machine=machine)
     best = searched(request, effort=min(1.0, ranks / LARGE))
     assert best.found is not None
     print("\n".join([*plan_table(request, best), "", *summary(request, [best, as_set(request)]), ""]))

@@ -7,7 +7,7 @@ import math
 import shlex
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from inference.redaction import redacted
 from inference.screen import USUAL_COLUMNS, columns
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, rows_per_micro_batch
-from training.plan import Assignment
-from training.plan_file import from_blocks, mesh_text
+from training.plan import Assignment, Plan
+from training.plan_file import mesh_text
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.shape import Shape
-from training.step3_rlhf.old_logprobs import iteration_calls
 from training.steps import Step
 
 __all__ = ["check_fits", "dry_run"]
@@ -107,7 +106,8 @@ def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
 
 
 def _rlhf_step(outlook: Outlook) -> list[str]:
-    rlhf = placed(outlook.config.rlhf)
+    plan = outlook.plan
+    rlhf = placed(outlook.config.rlhf, plan)
     samples = rlhf.prompts_per_iteration * rlhf.samples_per_prompt
     mini_batch = math.ceil(samples / rlhf.mini_batches)
     updates = rlhf.iterations * rlhf.ppo_epochs * rlhf.mini_batches
@@ -119,11 +119,11 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     reference = _frozen(rlhf.reference, rlhf.scoring_tensor_parallel.reference)
     at_a_time = f"{min(rlhf.generation_batch, math.ceil(samples / outlook.ranks))} at a time on a rank"
     batch = _batch(mini_batch, rows, outlook, "samples")
-    if plan := assigned(rlhf):
+    if rlhf.plan:
         at_a_time, batch = "where the plan says", f"{mini_batch} samples, in the micro-batches of the plan"
     if not rlhf.has_reference:
         reference = "none: rlhf.kl has no coefficient, target or stop (measure=true brings one back)"
-    elif rlhf.actor.lora.rank and actor_is_reference(rlhf):
+    elif outlook.plan.actor_is_reference(rlhf.actor.lora):
         reference = "the actor with its adapters off"
     return [
         _line("actor", _training(rlhf.actor) + (f", average with decay {rlhf.ema:g}" if rlhf.ema else "")),
@@ -140,26 +140,15 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
             f"{steps}: {rlhf.iterations} iterations x {rlhf.ppo_epochs} PPO epochs x {rlhf.mini_batches} mini-batches",
         ),
         *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.length),
-        *(_line(call.name, described(plan[call.name])) for call in iteration_calls(rlhf, outlook.dtype) if plan),
+        *(_line(name, described(assignment)) for name, assignment in plan.assignments.items() if rlhf.plan),
     ]
 
 
-def assigned(rlhf: RLHFSettings) -> Mapping[str, Assignment]:
-    """What the plan of the settings says of each call; nothing where they have none."""
-    return from_blocks(rlhf.plan).assignments if rlhf.plan else {}
-
-
-def actor_is_reference(rlhf: RLHFSettings) -> bool:
-    """With its adapters off, where the plan does not have them apart."""
-    calls = assigned(rlhf)
-    return not calls or calls["reference_score"].cut == calls["actor_train"].cut
-
-
-def placed(rlhf: RLHFSettings) -> RLHFSettings:
-    """With the ZeRO stages and tensor-parallel degrees of its plan, where it has one."""
+def placed(rlhf: RLHFSettings, plan: Plan) -> RLHFSettings:
+    """With the ZeRO stages and tensor-parallel degrees of its plan."""
     changed: dict[str, Any] = {}
     degrees: dict[str, int] = {}
-    for name, assignment in assigned(rlhf).items():
+    for name, assignment in plan.assignments.items():
         role, _, kind = name.partition("_")
         if kind == "train" or role in ("reference", "reward"):
             stage = assignment.layout.zero_stage

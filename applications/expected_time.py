@@ -12,7 +12,6 @@ from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here
 from training.planner.workload import Workload
-from training.step3_rlhf.old_logprobs import expects_exactness
 from training.step3_rlhf.planned import PRECISIONS, graphs_of
 from training.steps import Step
 
@@ -47,11 +46,9 @@ def expected_time(outlook: Outlook, step: Step) -> ExpectedTime | None:
 
 
 def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
-    config, rlhf = outlook.config, outlook.config.rlhf
     assert outlook.actor is not None
-    is_exact = expects_exactness(config.rlhf, outlook.dtype, outlook.machine.device)
-    graphs = graphs_of(config, outlook.actor, outlook.scorer, outlook.dtype, cluster, is_exact)
-    return graphs, Plan.of(rlhf, outlook.ranks, outlook.length, graphs.graph.calls)
+    graphs = graphs_of(outlook.config, outlook.calls, outlook.actor, outlook.scorer, outlook.dtype, cluster)
+    return graphs, outlook.plan
 
 
 def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:

@@ -13,6 +13,7 @@ from applications.preset_store import is_preset_architecture, known_architecture
 from inference.errors import UserError
 from inference.families import config_of, require_supported_family
 from inference.model_files import require_usable
+from training.calls import Call
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.distributed import require_gpus
@@ -20,9 +21,11 @@ from training.memory import Place, StepMemory, estimate_step_memory
 from training.merging import merge
 from training.models.layers import keep_layers
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
+from training.plan import Plan
 from training.role_settings import OptimizerSettings
 from training.run_directory import read_json
 from training.shape import Shape
+from training.step3_rlhf.old_logprobs import expects_exactness, iteration_calls
 from training.step3_rlhf.planned import require_runnable
 from training.steps import STEPS, Step
 
@@ -123,6 +126,17 @@ class Outlook:
     def length(self) -> int:
         return self.config.data.longest
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What an iteration of step 3 is expected to run."""
+        rlhf, dtype = self.config.rlhf, self.dtype
+        return iteration_calls(rlhf, dtype, expects_exactness(rlhf, dtype, self.machine.device))
+
+    @property
+    def plan(self) -> Plan:
+        """Of these calls. Raises UserError where the settings do not fit the ranks."""
+        return Plan.of(self.config.rlhf, self.ranks, self.length, self.calls)
+
     def shape_of(self, step: Step) -> Shape | None:
         """The model that a step leaves."""
         return self.scorer if step.leaves_scorer else self.actor
@@ -137,7 +151,8 @@ class Outlook:
         known = self.actor or self.scorer
         assert known is not None
         actor, scorer = self.actor or known, self.scorer or known  # the one that the step does not need is not read
-        return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks, self.machine.places)
+        places = self.machine.places
+        return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks, places, self.calls)
 
     def largest(self) -> tuple[Step, int] | None:
         """The step whose processes need most, and their bytes."""

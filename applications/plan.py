@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from applications import plan_report
@@ -9,11 +11,13 @@ from applications.files import write_text
 from applications.plan_request import Outcome, Request, make_request
 from inference.errors import UserError
 from inference.streams import show_json
+from training.calls import Call
+from training.plan import Assignment
 from training.plan_checks import problems
 from training.plan_file import read_plan, to_yaml
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
 from training.planner.options import EVERYTHING, Space
-from training.planner.search import Progress, search
+from training.planner.search import Found, Progress, search
 from training.planner.table import PlanTable
 
 
@@ -65,8 +69,8 @@ def searched(
     space: Space | None = None,
 ) -> Outcome:
     """The best plan that runs, or the best of another space. Raises UserError where none fits."""
-    found = search(PlanTable(request.graphs, space or request.runnable), seed, effort, progress)
-    outcomes = [request.outcome(name, one.plan) for one in found]
+    found = best_plans(request, space or request.runnable, seed, effort, progress)
+    outcomes = [request.outcome(name, request.completed(one.plan)) for one in found]
     if space is not None:
         return outcomes[0]
     best = next((outcome for outcome in outcomes if outcome.runs), None)
@@ -74,6 +78,21 @@ def searched(
         why = " ".join(outcomes[0].refused) or outcomes[0].why_not
         raise UserError(f"None of the best plans runs. {why}")
     return best
+
+
+def best_plans(
+    request: Request, space: Space, seed: int, effort: float, progress: Callable[[Progress], bool] | None
+) -> list[Found]:
+    """Where training can equal generation to the bit, those by which it does, if any fits."""
+
+    def is_alone(call: Call, assignment: Assignment) -> bool:
+        together = call.kind == "generate" and assignment.layout.tensor > 1
+        return not together and (space.runs is None or space.runs(call, assignment))
+
+    if request.expects_exactness(degree=1):
+        with suppress(UserError):
+            return search(PlanTable(request.exact_graphs, replace(space, runs=is_alone)), seed, effort, progress)
+    return search(PlanTable(request.graphs, space), seed, effort, progress)
 
 
 def compared(request: Request, seed: int, effort: float) -> list[Outcome]:

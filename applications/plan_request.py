@@ -1,13 +1,14 @@
 """What `rlhf-chat plan` is asked, and what it answers: a run on a cluster; plans with their estimates."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from applications.fit import Machine, find_shape
 from applications.settings import resolve_settings
 from inference.errors import UserError
-from training.calls import Call
+from training.calls import ACTOR_GENERATE, ACTOR_SCORE, Call
 from training.config import RunConfig
 from training.models.loading import resolve_dtype
 from training.plan import Assignment, Plan
@@ -21,6 +22,7 @@ from training.planner.machine import THIS_MACHINE, profile_file, read_profile
 from training.planner.options import Space
 from training.planner.workload import Workload
 from training.shape import Shape
+from training.step3_rlhf.old_logprobs import expects_exactness, iteration_calls
 from training.step3_rlhf.planned import PRECISIONS, graphs_of
 
 DEVICES_PER_NODE = 8
@@ -48,8 +50,11 @@ class Request:
 
     config: RunConfig
     graphs: AugmentedGraphs
+    """Of all calls that may run; a plan has a line for each."""
     price: float | None
     """Of one GPU for one hour, in any currency."""
+    machine: Machine | None = None
+    """This one, if it is planned for."""
 
     @property
     def cluster(self) -> Cluster:
@@ -64,12 +69,37 @@ class Request:
         """What this runtime can run with the settings; the search of every call apart."""
         return Space(runs=self.runs)
 
+    @cached_property
+    def exact_graphs(self) -> AugmentedGraphs:
+        """Of the calls that run where training equals generation to the bit."""
+        calls = iteration_calls(self.config.rlhf, DTYPES[self.workload.precision], is_exact=True)
+        return AugmentedGraphs(replace(self.graphs.graph, calls=calls), self.graphs.costs)
+
+    def expects_exactness(self, degree: int) -> bool:
+        """Whether training would equal generation to the bit, if so many ranks generated together on this machine."""
+        settings, dtype = self.config.rlhf, DTYPES[self.workload.precision]
+        return self.machine is not None and expects_exactness(settings, dtype, self.machine.device, degree)
+
+    def graphs_of(self, plan: Plan) -> AugmentedGraphs:
+        """Of the calls that run by it."""
+        return self.exact_graphs if self.expects_exactness(plan[ACTOR_GENERATE.name].layout.tensor) else self.graphs
+
+    def completed(self, plan: Plan) -> Plan:
+        """With a line for the actor's score call, which runs where training does not equal generation after all: with
+        generation's weights, on as many samples at a time as in training."""
+        if ACTOR_SCORE.name in plan.assignments or ACTOR_SCORE not in self.graphs.graph.calls:
+            return plan
+        layout, samples = plan[ACTOR_GENERATE.name].layout, self.workload.samples
+        rows = self.workload.rows_together("train", plan["actor_train"])
+        micro_batches = min(-(-samples // (layout.data * rows)), samples // layout.data)
+        return Plan({**plan.assignments, ACTOR_SCORE.name: Assignment(layout, micro_batches)})
+
     def runs(self, call: Call, assignment: Assignment) -> bool:
         return not self.why_not_run(Plan({call.name: assignment}), DataflowGraph((call,)))
 
     def why_not_run(self, plan: Plan, graph: DataflowGraph | None = None) -> list[str]:
         """What this runtime refuses of a plan that can be costed, a sentence each."""
-        return unrunnable(plan, graph or self.graphs.graph, self.config.rlhf, self.cluster.size)
+        return unrunnable(plan, graph or self.graphs.graph, self.workload, self.config.rlhf, self.cluster.size)
 
     @property
     def as_set(self) -> Plan:
@@ -87,24 +117,23 @@ class Request:
 
     def outcome(self, name: str, plan: Plan) -> Outcome:
         """With what is wrong with it. Raises UserError where it cannot be costed."""
-        found = estimate(plan, self.graphs)
+        found = estimate(plan, self.graphs_of(plan))
         return Outcome(name, found, self.overfull(found), tuple(self.why_not_run(plan)))
 
     def overfull(self, found: Estimate) -> str:
         """Why the plan does not fit, a sentence; '' if it does."""
         try:
-            self._footprints.require_fit(found.plan, self.cluster)
+            self._footprints(found.plan).require_fit(found.plan, self.cluster)
         except UserError as error:
             return str(error)
         return ""
 
     def host_peak(self, found: Estimate) -> int:
         """Bytes of main memory of the fullest node, while models are loaded or later."""
-        return self._footprints.host_peak(found.plan, self.cluster)
+        return self._footprints(found.plan).host_peak(found.plan, self.cluster)
 
-    @property
-    def _footprints(self) -> Footprints:
-        return Footprints(self.workload, self.graphs.graph)
+    def _footprints(self, plan: Plan) -> Footprints:
+        return Footprints(self.workload, self.graphs_of(plan).graph)
 
 
 def make_request(
@@ -120,21 +149,26 @@ def make_request(
 ) -> Request:
     settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
     assert settings is not None
-    if gpu == THIS_MACHINE:
-        settings = with_number_format(settings, Machine.here())
+    machine = Machine.here() if gpu == THIS_MACHINE else None
     cluster = replace(cluster_of(gpu, nodes, gpus_per_node), network_bandwidth=network * 1e9 / 8)
-    return request_of(settings, cluster, price)
+    return request_of(settings, cluster, price, machine)
 
 
-def request_of(settings: RunConfig, cluster: Cluster, price: float | None = None) -> Request:
-    """Step 3 of a run on a cluster. Raises UserError where a model's size is not known."""
+def request_of(
+    settings: RunConfig, cluster: Cluster, price: float | None = None, machine: Machine | None = None
+) -> Request:
+    """Step 3 of a run on a cluster, perhaps of nodes like this `machine`. Raises UserError where a model's size is not
+    known, or the machine has not the number format that the settings ask for."""
+    if machine is not None:
+        settings = with_number_format(settings, machine)
     rlhf = settings.rlhf
     actor = require_shape(settings.actor_source, settings.architecture.get("model"))
     scorer = None
     if rlhf.has_critic or rlhf.has_reward_model:
         scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))
-    precision = cluster.device.precision if settings.dtype == "auto" else settings.dtype
-    return Request(settings, graphs_of(settings, actor, scorer, DTYPES[precision], cluster), price)
+    dtype = DTYPES[cluster.device.precision if settings.dtype == "auto" else settings.dtype]
+    graphs = graphs_of(settings, iteration_calls(rlhf, dtype), actor, scorer, dtype, cluster)
+    return Request(settings, graphs, price, machine)
 
 
 def with_number_format(config: RunConfig, machine: Machine) -> RunConfig:

@@ -103,6 +103,22 @@ class Ranks:
         with self._meeting(phase):
             return gather_flat(values, self.size, self.group)
 
+    def pool(self, tensors: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
+        """Named tensors on the CPU, other names on each rank: the first gets all of them, the others an empty dict."""
+        of_ranks = self.gather({name: (each.shape, each.dtype) for name, each in tensors.items()}, phase)
+        if not self.is_first:
+            with self._meeting(phase):
+                for tensor in tensors.values():
+                    dist.send(tensor, group=self.group, group_dst=0)
+            return {}
+        pooled = dict(tensors)
+        with self._meeting(phase):
+            for rank, coming in enumerate(of_ranks[1:], 1):
+                for name, (shape, dtype) in coming.items():
+                    pooled[name] = torch.empty(shape, dtype=dtype)
+                    dist.recv(pooled[name], group=self.group, group_src=rank)
+        return pooled
+
     def tell(self, value: Any, phase: str) -> Any:
         """The first rank's small picklable value, on every rank."""
         if self.size == 1:

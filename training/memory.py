@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
+from training.calls import Call
 from training.config import DataSettings, RunConfig
 from training.deepspeed_config import effective_zero_stage
 from training.hybrid_engine.transfers import stays
@@ -101,14 +102,16 @@ def estimate_step_memory(
     dtype: torch.dtype,
     ranks: int,
     places: tuple[Place, ...] = get_args(Place),
+    calls: tuple[Call, ...] = (),
 ) -> StepMemory:
     """The memory of a step on one of `ranks` ranks. `scorer` is the shape of reward model and critic; `places` make up
-    a process's own memory.
+    a process's own memory; `calls` are those of an iteration, by default those of the settings.
 
     DPO holds no reference: what it says was asked of the actor before the first update.
     """
     if step.draws_samples:
-        return _rlhf_memory(config, actor, scorer, dtype, ranks, places)
+        plan = Plan.of(config.rlhf, ranks, config.data.longest, calls)
+        return _rlhf_memory(config, plan, actor, scorer, dtype, ranks, places)
     settings = config.supervised(step)
     optimizer, scores = settings.optimizer, step.leaves_scorer
     shape, parameters = (scorer, scorer.scorer_parameters) if scores else (actor, actor.parameters)
@@ -120,11 +123,16 @@ def estimate_step_memory(
 
 
 def _rlhf_memory(
-    config: RunConfig, actor: Shape, scorer: Shape, dtype: torch.dtype, ranks: int, places: tuple[Place, ...]
+    config: RunConfig,
+    plan: Plan,
+    actor: Shape,
+    scorer: Shape,
+    dtype: torch.dtype,
+    ranks: int,
+    places: tuple[Place, ...],
 ) -> StepMemory:
     """On the first rank, or, where the settings hold a plan, on the one that needs most: in `places`, and in each place
     that is not among them."""
-    plan = Plan.of(config.rlhf, ranks, config.data.longest)
     of_ranks = [
         StepMemory(tuple(_rlhf_parts(config, plan, actor, scorer, dtype, rank)))
         for rank in (range(ranks) if config.rlhf.plan else (0,))
@@ -185,10 +193,8 @@ def _rlhf_parts(
         place: Place = "device" if rlhf.actor.offload == "none" else "host"
         divides = effective_zero_stage(placed, dtype) >= 1
         yield Part("actor average, fp32", _share(weights, layout.data if divides else 1), place)
-    if takes_part("reference_score"):
-        is_actor = rlhf.actor.lora.rank and plan["reference_score"].cut == plan["actor_train"].cut  # adapters off
-        if not is_actor:
-            yield from _frozen_parts("reference", actor.parameters, rlhf.reference, plan["reference_score"], dtype)
+    if takes_part("reference_score") and not plan.actor_is_reference(rlhf.actor.lora):
+        yield from _frozen_parts("reference", actor.parameters, rlhf.reference, plan["reference_score"], dtype)
     scored = plan.assignments.get("actor_score")
     if scored is not None and scored.cut == plan["actor_generate"].cut:
         yield from copy("actor_generate", actor, actor.parameters, "generate and score")

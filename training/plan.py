@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from training.calls import Call
 from training.hybrid_engine.layout import Layout
 from training.planner.graph import DataflowGraph
+from training.role_settings import LoRASettings
 
 if TYPE_CHECKING:
     from training.rlhf_settings import RLHFSettings
@@ -57,6 +58,14 @@ class Plan:
         """Whether `call` uses trained weights in another cut than their training has."""
         training = graph.training_call(call.role)
         return training is not None and self[call.name].cut != self[training.name].cut
+
+    def actor_is_reference(self, lora: LoRASettings) -> bool:
+        """Whether the reference is the actor with its adapters (`lora`) switched off: it scores in the cut in which
+        the actor is trained, and has no weights of its own that wait in host memory."""
+        reference, training = (self.assignments.get(call) for call in ("reference_score", "actor_train"))
+        if not lora.rank or reference is None or training is None:
+            return False
+        return reference.cut == training.cut and not reference.offload
 
     @classmethod
     def of(cls, settings: "RLHFSettings", ranks: int, length: int, calls: Sequence[Call] = ()) -> "Plan":

@@ -31,13 +31,13 @@ def problems(plan: Plan, graph: DataflowGraph, workload: Workload, ranks: int) -
     return found
 
 
-def unrunnable(plan: Plan, graph: DataflowGraph, settings: RLHFSettings, ranks: int) -> list[str]:
+def unrunnable(plan: Plan, graph: DataflowGraph, workload: Workload, settings: RLHFSettings, ranks: int) -> list[str]:
     """What keeps step 3 from running a plan that has no `problems`, call by call. Empty where it runs."""
     found = []
     for call in graph.calls:
         layout, name = plan[call.name].layout, call.name
         if layout.pipeline > 1:
-            found.append(f"{name} has {layout.pipeline} pipeline stages, and no call can be cut into stages yet.")
+            found += _against_stages(call, layout, workload)
         if call.kind == "train" and layout.tensor > 1:
             found.append(f"{name} is tensor-parallel, which training cannot be yet; use data and a zero_stage.")
         if call.kind == "generate" and layout.zero_stage:
@@ -64,6 +64,18 @@ def unrunnable(plan: Plan, graph: DataflowGraph, settings: RLHFSettings, ranks: 
                 f"{name} has rlhf.{call.role}.offload=parameters, which needs zero_stage 3; or leave it out and give "
                 f"the call offload: yes."
             )
+    return found
+
+
+def _against_stages(call: Call, layout: Layout, workload: Workload) -> list[str]:
+    has = f"{call.name} has {layout.pipeline} pipeline stages"
+    if call.kind == "generate":
+        return [f"{has}, and generation needs its weights whole or tensor-parallel; use data or tensor."]
+    found = []
+    if call.kind == "score" and layout.tensor > 1:
+        found.append(f"{has}, each of them tensor-parallel, which does not run; choose one.")
+    if workload.precision == "fp16":
+        found.append(f"{has}, which do not run in fp16, whose loss is scaled; use --set dtype=bf16 or pipeline 1.")
     return found
 
 
@@ -109,4 +121,9 @@ def _problems_of_cut(name: str, layout: Layout, shape: Shape) -> list[str]:
         found.append(f"{name} cuts a feed-forward width of {shape.ffn} into {layout.tensor} parts; choose a divisor.")
     if layout.pipeline > shape.layers:
         found.append(f"{name} cuts {shape.layers} layers into {layout.pipeline} pipeline stages; choose fewer.")
+    elif layout.layers and sum(layout.layers) != shape.layers:
+        found.append(
+            f"{name} has stages of {list(layout.layers)} layers, {sum(layout.layers)} together, of a model of "
+            f"{shape.layers}; give numbers that add up to that, or leave layers out."
+        )
     return found

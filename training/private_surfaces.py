@@ -8,7 +8,7 @@ import atexit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,30 @@ def own_weights(optimizer: Any) -> list[Tensor]:
     """This rank's flat part of the weights of an optimiser of ZeRO stage 1 to 3: writing into them is training."""
     name = next(name for name in OWN_WEIGHTS if hasattr(optimizer, name))
     return list(getattr(optimizer, name))
+
+
+def summed_gradient(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient on this rank, summed over backward passes and not yet over ranks, under ZeRO 0 or 1:
+    adding to it is training. DeepSpeed's public function gives a copy. DeepSpeed 0.19.8."""
+    optimizer, summed = engine.optimizer, cast(Any, parameter)
+    if hasattr(optimizer, "non_expert_gradients"):  # stage 1 in bf16 with sums in fp32
+        return summed._hp_grad
+    if hasattr(optimizer, "get_param_gradient_attribute"):  # 1
+        return optimizer.get_param_gradient_attribute(parameter)
+    return summed.grad
+
+
+def reduced_gradients(engine: Any) -> tuple[list[Tensor], bool]:
+    """What an optimiser will step with, between the sum over ranks and the step, under ZeRO 0 or 1, and whether it is
+    this rank's part alone: writing into it is training. DeepSpeed 0.19.8."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "non_expert_gradients"):
+        return list(optimizer.non_expert_gradients), False
+    if not hasattr(optimizer, "averaged_gradients"):
+        return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None], False
+    if optimizer.cpu_offload:
+        return [part.grad for part in optimizer.single_partition_of_fp32_groups], True
+    return [gradient for group in optimizer.averaged_gradients.values() for gradient in group], True
 
 
 def own_part(parameter: nn.Parameter) -> Tensor:

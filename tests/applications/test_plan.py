@@ -10,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from applications.auto_plan import with_auto_plan
+from applications import auto_plan
+from applications.auto_plan import best_plan, with_auto_plan
 from applications.cli import app
 from applications.expected_time import _ppo
 from applications.fit import GIB, Machine, Outlook, find_shape
@@ -18,8 +19,10 @@ from applications.plan_request import make_request, request_of
 from applications.preset_store import load_preset
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
+from training.calls import ACTOR_SCORE
 from training.config import RunConfig
 from training.distributed import Ranks
+from training.hybrid_engine.layout import Layout
 from training.models import loading
 from training.plan import Plan
 from training.plan_file import from_blocks, to_blocks
@@ -172,14 +175,19 @@ def test_what_is_planned_is_what_a_rollout_runs(dtype, setting, multiplies, adva
     values = {"rlhf.advantage": advantage, "rlhf.samples_per_prompt": 2, "rlhf.old_logprobs": setting}
     overrides = [f"{name}={value}" for name, value in {**values, "dtype": dtype}.items()]
     request = make_request("opt-125m", None, 1, 2, "a100-80g", 200, None, None, overrides)
-    planned = request.graphs.graph.calls
+    request = replace(request, machine=Machine(2, 8 * GIB))
     for loads in ("_train", "_freeze"):
         monkeypatch.setattr(roles.Roles, loads, lambda *_: None)
     monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: multiplies)
     monkeypatch.setattr(roles, "settle_exactness", lambda stage, _: (multiplies and dtype == "bf16") or None)
     stage = SimpleNamespace(config=request.config, dtype=DTYPES[dtype], ranks=Ranks(0, 1, torch.device("cpu")))
     ran = roles.Roles(stage, None, tmp_path, None, (1, 1)).calls
-    assert planned == ran or multiplies  # `plan` plans for a GPU
+    assert request.graphs_of(request.as_set).graph.calls == ran
+    another, one = (replace(request, machine=machine) for machine in (None, request.machine))
+    together = replace(one.as_set["actor_generate"], layout=Layout((0, 1), tensor=2))
+    for asked, changed in ((another, {}), (one, {"actor_generate": together})):  # no run there is exact
+        calls = asked.graphs_of(Plan({**one.as_set.assignments, **changed})).graph.calls
+        assert (ACTOR_SCORE in calls) == (setting == "recompute" or (setting == "auto" and dtype != "fp32"))
     monkeypatch.setattr(Outlook, "dtype", DTYPES[dtype])  # fp16 needs a GPU
     costed, plan = _ppo(Outlook.of(request.config, [PPO], 1), request.cluster)
     assert costed.graph.calls == ran and list(plan.assignments) == [call.name for call in ran]
@@ -205,6 +213,7 @@ def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path)
 def profiled(tmp_path, monkeypatch):
     """A cache in which this machine has been profiled with two ranks."""
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(auto_plan, "LARGE", 100)  # a short search
     file = profile_file(2)
     file.parent.mkdir(parents=True)
     file.write_text(PROFILE.to_yaml())
@@ -243,6 +252,18 @@ def test_this_machine_is_planned_in_the_number_format_of_its_runs(profiled, monk
         make_request("opt-125m", None, 1, 2, THIS_MACHINE, 200, None, None, ["dtype=fp16"])
 
 
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_auto_counts_no_score_of_the_actor_where_training_equals_generation(profiled, monkeypatch, capsys, multiplies):
+    monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
+    monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: multiplies)
+    config = RunConfig.model_validate({**TWO, "dtype": "bf16"})
+    plan = best_plan(config, measures=False)
+    assert ("actor_score" in capsys.readouterr().out) != multiplies
+    planned = config.model_copy(update={"rlhf": config.rlhf.model_copy(update={"plan": to_blocks(plan)})})
+    outlook = Outlook.of(planned, [PPO], 1)  # as the run does, which finds out only as it starts
+    assert ("actor_score" in outlook.plan.assignments) != multiplies and plan["actor_generate"].layout.tensor == 1
+
+
 def test_auto_without_rates_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
@@ -255,6 +276,7 @@ def test_a_machine_without_rates_is_profiled_first(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
     measured = []
+    monkeypatch.setattr(auto_plan, "LARGE", 100)
     monkeypatch.setattr("applications.auto_plan.measure_to", lambda files, ranks: measured.append(ranks) or PROFILE)
     assert with_auto_plan(RunConfig.model_validate(TWO), RunDirectory(tmp_path / "run"), measures=True).rlhf.plan
     assert measured == [2]
@@ -274,7 +296,7 @@ def test_plan_and_run_refuse_the_same(profiled):
             for call in request.graphs.graph.calls:
                 mesh = draw.choice(list(meshes(request.cluster, options.space)))
                 whole = [
-                    one for one in options.candidates(call, mesh) if draw.random() < 0.1 or request.runs(call, one)
+                    one for one in options.candidates(call, mesh) if draw.random() < 0.2 or request.runs(call, one)
                 ]
                 assignments[call.name] = draw.choice(whole)
             plan = Plan(assignments)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from applications.cli import app
 from inference.errors import UserError
+from training.step3_rlhf import old_logprobs
 
 GOOD = """
 actor_generate: {mesh: 0-1, data: 2}
@@ -54,7 +55,8 @@ def test_a_dry_run_says_where_calls_run_and_what_the_fullest_rank_holds(tmp_path
         (GOOD.replace("data: 2}", "data: 3}"), "does not fill 2 ranks"),
         (GOOD.replace("mesh: 0-1, tensor: 2", "mesh: [0, 0], tensor: 2"), "names a rank twice"),
         (GOOD.replace(TRAINS, "actor_train: {mesh: 0-1, tensor: 2}"), "actor_train is tensor-parallel"),
-        (GOOD.replace(TRAINS, "actor_train: {mesh: 0-1, pipeline: 2}"), "actor_train has 2 pipeline stages"),
+        (GOOD.replace(TRAINS, "actor_train: {mesh: 0-1, pipeline: 2, layers: [1, 2]}"), "3 together, of a model of"),
+        (GOOD.replace("mesh: 0-1, data: 2}", "mesh: 0-1, pipeline: 2}"), "actor_generate has 2 pipeline stages"),
         (GOOD.replace("0-1, tensor: 2", "0-1, data: 2, zero_stage: 1"), "critic_score has no optimiser states"),
         (GOOD.replace("mesh: 0-1, data: 2}", "mesh: 0-1, data: 2, zero_stage: 3}"), "actor_generate has a zero_stage"),
         (GOOD.replace("micro_batches: 2", "micro_batches: 4000"), "leaves ranks without work"),
@@ -67,12 +69,15 @@ def test_each_mistake_is_one_sentence(tmp_path, text, sentence):
     assert sentence in str(done.exception) and str(done.exception).count("\n") == 0
 
 
-def test_the_documented_plan_runs_in_every_number_format(tmp_path):
+def test_the_documented_plan_runs_in_every_number_format(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs/plans.md").read_text(encoding="utf-8")
     text = textwrap.dedent(page.partition("  plan:\n")[2].partition("```")[0])
-    for dtype, scores in (("fp32", False), ("bf16", True)):
-        done = dry_run(tmp_path, text, "--set", f"dtype={dtype}")
+    for dtype, exact, scores in (("fp32", False, False), ("bf16", False, True), ("bf16", True, False)):
+        monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda exact=exact: exact)
+        divided = text.replace("{mesh: 0}  # in", "{mesh: 0-1, tensor: 2}  # in")
+        done = dry_run(tmp_path, divided, "--set", f"dtype={dtype}")
         assert done.exit_code == 0 and ("actor_score " in done.output) == scores, done.output
+        assert ("actor weights to score" in done.output) == scores
     assert "no line for the call 'actor_score'" in str(dry_run(tmp_path, GOOD, "--set", "dtype=bf16").exception)
     assert dry_run(tmp_path, GOOD, "--set", "dtype=bf16", "--set", "rlhf.exact=true").exit_code == 0
 

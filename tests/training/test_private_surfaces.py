@@ -13,6 +13,7 @@ import torch.distributed as dist
 from inference.private_surfaces import is_divided, whole_shape
 from tests.training.hybrid_engine.test_moving_average import make_engine, train
 from training import private_surfaces
+from training.data.batching import TokenBatch
 from training.private_surfaces import OWN_WEIGHTS
 
 
@@ -52,6 +53,32 @@ def test_bf16_with_sums_in_fp32_keeps_its_weights_by_the_third_name():
 
     source = inspect.getsource(deepspeed.runtime.bf16_optimizer.BF16_Optimizer)
     assert f"self.{OWN_WEIGHTS[2]} = " in source
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16)])
+def test_an_optimiser_keeps_its_gradients_where_we_read_and_write_them(stage, dtype, tiny, one_rank):
+    engine = make_engine(one_rank, tiny, stage, dtype=dtype)
+    parameter = next(engine.module.parameters())
+    start = {name: weight.clone() for name, weight in engine.trained_weights().items()}
+    engine.engine.set_gradient_accumulation_boundary(False)
+    for _ in range(2):
+        batch = TokenBatch.of([(torch.tensor([5]), torch.tensor([6]))], one_rank.device)
+        engine.engine.backward(engine(batch)[0].sum())
+    summed = private_surfaces.summed_gradient(engine.engine, parameter)
+    assert summed.numel() == parameter.numel() and summed.dtype == torch.float32
+    summed.zero_().view(-1)[0] = 1000.0
+    engine.engine.set_gradient_accumulation_boundary(True)
+    engine.engine.allreduce_gradients()
+    reduced, divided = private_surfaces.reduced_gradients(engine.engine)
+    assert divided == (stage == 1 and dtype == torch.float32)
+    count = sum(each.numel() for each in engine.module.parameters())
+    assert count <= sum(each.numel() for each in reduced) <= 1.1 * count
+    assert max(float(each.max()) for each in reduced) == 1000.0, "what is summed is not what is reduced"
+    for gradient in reduced:
+        gradient.zero_()
+    engine.step()
+    weights = engine.trained_weights()
+    assert all(torch.equal(weights[name], start[name]) for name in start), "what is reduced is not what is stepped with"
 
 
 def test_gradients_are_reduced_through_the_method_that_we_replace(tiny, one_rank, monkeypatch):

@@ -68,7 +68,7 @@ def fill_micro_batches(rows: list[int], lengths: Sequence[int], token_budget: in
     return batches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Rows of prompt and response, one behind the other: real tokens only."""
 

@@ -43,7 +43,8 @@ class KeptWeights:
         """All ranks call it; each writes its part."""
         if self.engine is None:
             return
-        directory.mkdir(exist_ok=True)
+        directory = self.engine.folder(directory)
+        directory.mkdir(exist_ok=True, parents=True)
         torch.save(self.kept, directory / f"{self.engine.ranks.rank}.pt")
 
     def load(self, directory: Path) -> None:
@@ -51,4 +52,5 @@ class KeptWeights:
         self.is_kept = True
         if self.engine is None:
             return
-        self.kept = torch.load(directory / f"{self.engine.ranks.rank}.pt", map_location="cpu", weights_only=True)
+        file = self.engine.folder(directory) / f"{self.engine.ranks.rank}.pt"
+        self.kept = torch.load(file, map_location="cpu", weights_only=True)

@@ -82,6 +82,17 @@ class Layout:
         """The ranks that hold the same part as `rank`, in the order of their data ranks."""
         return next(group for group in self.data_groups if rank in group)
 
+    def pipeline_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the stages of one model with `rank`, in the order of the stages."""
+        stage = self.tensor * self.data
+        return self.mesh[self.mesh.index(rank) % stage :: stage]
+
+    @property
+    def stage_meshes(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each stage."""
+        stage = self.tensor * self.data
+        return tuple(self.mesh[start : start + stage] for start in range(0, len(self.mesh), stage))
+
     @property
     def tensor_groups(self) -> tuple[tuple[int, ...], ...]:
         """All of them, in an order that is the same on every rank."""
@@ -89,9 +100,4 @@ class Layout:
 
     @property
     def data_groups(self) -> tuple[tuple[int, ...], ...]:
-        stage = self.tensor * self.data
-        return tuple(
-            self.mesh[start + part : start + stage : self.tensor]
-            for start in range(0, len(self.mesh), stage)
-            for part in range(self.tensor)
-        )
+        return tuple(stage[part :: self.tensor] for stage in self.stage_meshes for part in range(self.tensor))

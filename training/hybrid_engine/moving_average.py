@@ -33,12 +33,14 @@ class MovingAverage:
 
     def save(self, directory: Path) -> None:
         """All ranks call it; each writes its part."""
-        directory.mkdir(exist_ok=True)
+        directory = self.engine.folder(directory)
+        directory.mkdir(exist_ok=True, parents=True)
         torch.save(self.averages, directory / f"{self.engine.ranks.rank}.pt")
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote with as many ranks."""
-        kept = torch.load(directory / f"{self.engine.ranks.rank}.pt", map_location="cpu", weights_only=True)
+        file = self.engine.folder(directory) / f"{self.engine.ranks.rank}.pt"
+        kept = torch.load(file, map_location="cpu", weights_only=True)
         for average, part in zip(self.averages, kept, strict=True):
             average.copy_(part)
 

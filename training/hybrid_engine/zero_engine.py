@@ -85,9 +85,9 @@ class ZeroEngine:
         """The transformers model inside, with its adapters."""
         return cast(nn.Module, self.engine.module.model)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **more: Any) -> Any:
         with self.ranks.as_world():
-            return self.engine(*inputs)
+            return self.engine(*inputs, **more)
 
     def update(self, micro_batches: Sequence[M], loss: Callable[[M], Tensor]) -> dict[str, float]:
         """One optimiser step on the sum of `loss(micro_batch)` over all micro-batches of all ranks.
@@ -114,23 +114,23 @@ class ZeroEngine:
         rates = [learning_rate(self.settings, self.updates, self.total_steps, peak) for peak in self.peaks]
         for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        plain_norm = self._plain_gradient_norm()
+        our_norm = self._gradient_norm()
         with self.ranks.as_world():
             self.engine.step()
         self.engine.eval()
         self.updates += 1
-        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
+        norm = self.engine.get_global_grad_norm() if our_norm is None else our_norm
         return {"grad_norm": float(norm or 0.0), "lr": rates[0]}
 
-    def _plain_gradient_norm(self) -> Tensor | None:
+    def _gradient_norm(self) -> Tensor | None:
         """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages.
 
         In fp16 the gradient is still that of the scaled loss.
         """
         if self.engine.zero_optimization_stage() > 0:
             return None
-        gradients = [p.grad.float().norm() for p in self.module.parameters() if p.grad is not None]
-        return torch.stack(gradients).norm() / getattr(self.engine.optimizer, "loss_scale", 1.0)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return norm_of(gradients) / getattr(self.engine.optimizer, "loss_scale", 1.0)
 
     def own_weights(self) -> list[Tensor]:
         """This rank's part of the trained weights, as the optimiser updates them: writing into them is training.
@@ -160,19 +160,27 @@ class ZeroEngine:
             if divides:
                 end_writing(self.engine.optimizer)
 
+    def folder(self, directory: Path) -> Path:
+        """Where these ranks write what is theirs alone, in a directory of the role."""
+        return directory
+
     def save(self, directory: Path) -> None:
         """Write what resuming needs. All ranks call it; frozen weights are left out, they come from their source."""
         frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
         with self.ranks.as_world():
             self.engine.save_checkpoint(
-                str(directory), tag=TAG, client_state={"updates": self.updates}, exclude_frozen_parameters=frozen
+                str(self.folder(directory)),
+                tag=TAG,
+                client_state={"updates": self.updates},
+                exclude_frozen_parameters=frozen,
             )
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote. Nothing that the files ask for is run, see `tensors_only`."""
         frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
         with tensors_only(), self.ranks.as_world():
-            _, state = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not frozen)
+            files = str(self.folder(directory))
+            _, state = self.engine.load_checkpoint(files, tag=TAG, load_module_strict=not frozen)
         self.updates = state["updates"]
 
     def trained_weights(self) -> dict[str, Tensor]:
@@ -191,6 +199,11 @@ class ZeroEngine:
                         continue
                     weights[name] = (parameter.data if full is None else full).detach().float().cpu().clone()
         return weights
+
+
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all of them as one vector, in fp32."""
+    return torch.stack([gradient.float().norm() for gradient in gradients]).norm()
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from inference.generation.sampler import log_sum
 from training.data.batching import TokenBatch
 from training.models.adapters import add_lora
 from training.models.packing import call_on_tokens, use_packing
+from training.pipelines.stage_model import sends_on
 from training.role_settings import LoRASettings
 
 
@@ -28,12 +29,17 @@ class Policy(nn.Module):
         adapted = add_lora(model, lora) if lora is not None and lora.rank else None
         self._adapted = [adapted] if adapted is not None else []  # in a list: it holds `model`, no second submodule
 
-    def forward(self, batch: TokenBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: TokenBatch, temperature: float = 1.0, received: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """Log-probability and entropy of the response tokens, both float32 (response tokens of all rows, row by row).
 
         `temperature` divides the logits, as it does when sampling. Without gradients the entropy is left out (NaN).
+        Of a pipeline stage but the last: the hidden states to send on; `received` as in `call_on_tokens`.
         """
-        logits = call_on_tokens(self.model, batch, batch.predicting, self.exact)
+        logits = call_on_tokens(self.model, batch, batch.predicting, self.exact, received)
+        if sends_on(self.model):
+            return logits
         if not torch.is_grad_enabled():
             scaled = logits.float() if temperature == 1 else logits.float() / temperature
             logprobs = scaled.gather(1, batch.targets[:, None])[:, 0] - log_sum(scaled, scaled.softmax(-1))

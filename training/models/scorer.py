@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from training.data.batching import TokenBatch
 from training.models.adapters import add_lora
 from training.models.packing import call_on_tokens, use_packing
+from training.pipelines.stage_model import sends_on
 from training.role_settings import LoRASettings
 
 
@@ -27,9 +28,15 @@ class Scorer(nn.Module):
     def score_head(self) -> nn.Module:
         return cast(nn.Module, self.model.score)
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """A score for every token, float32 (tokens)."""
-        raw = self.score_head(call_on_tokens(self.model, batch)).float().squeeze(-1)
+    def forward(self, batch: TokenBatch, received: Tensor | None = None) -> Tensor:
+        """A score for every token, float32 (tokens).
+
+        Of a pipeline stage but the last: the hidden states to send on; `received` as in `call_on_tokens`.
+        """
+        hidden = call_on_tokens(self.model, batch, received=received)
+        if sends_on(self.model):
+            return hidden
+        raw = self.score_head(hidden).float().squeeze(-1)
         return (raw - self.shift) / self.scale
 
 

@@ -34,8 +34,20 @@ class Footprints:
     def __init__(self, workload: Workload, graph: DataflowGraph):
         self.workload, self.graph = workload, graph
 
-    def parts(self, call: Call, assignment: Assignment, copies_weights: bool) -> tuple[Part, ...]:
-        """What `call` puts on each rank of its mesh; the weights of a trained role only where they are a copy."""
+    def lender(self, call: Call) -> Call | None:
+        """The training whose weights `call` uses where both have one cut: that of its role; of a reference, the actor's
+        if it trains adapters alone."""
+        is_actor = call.role == "reference" and self.workload.models["actor"].lora.rank
+        return self.graph.training_call("actor" if is_actor else call.role)
+
+    def has_own_weights(self, call: Call, plan: Plan) -> bool:
+        """Whether it needs others beside them."""
+        if call.role == "reference":
+            return not plan.actor_is_reference(self.workload.models["actor"].lora)
+        return self.lender(call) is None or plan.reallocates(self.graph, call)
+
+    def parts(self, call: Call, assignment: Assignment, own_weights: bool) -> tuple[Part, ...]:
+        """What `call` puts on each rank of its mesh; its weights only where it has some of its own."""
         model = self.workload.models[call.role]
         if call.kind == "train":
             return (*self._trained(call, model, assignment), *self._passes(call, model, assignment))
@@ -43,15 +55,12 @@ class Footprints:
         weights = self._share(model, assignment, divided)
         name = f"{call.role} weights"
         parts: list[Part] = []
-        if self.graph.training_call(call.role) is not None:
-            parts += [Part(f"{name}, a copy", weights, phase=call.name)] if copies_weights else []
-        elif assignment.offload:
-            parts += [Part(f"{name}, on the host", weights, "host"), Part(name, weights, phase=call.name)]
-        else:
-            parts.append(Part(name, weights))
-        if self.graph.training_call(call.role) is None:
-            whole = model.parameters * self.workload.value_bytes
-            parts.append(_loaded(call, whole, divided))
+        if own_weights and self.graph.training_call(call.role) is not None:
+            parts.append(Part(f"{name}, a copy", weights, phase=call.name))
+        elif own_weights:
+            parts.append(_loaded(call, model.parameters * self.workload.value_bytes, divided))
+            waits = [Part(f"{name}, on the host", weights, "host"), Part(name, weights, phase=call.name)]
+            parts += waits if assignment.offload else [Part(name, weights)]
         if divided:
             parts.append(self._gathered(call, model, assignment))
         return (*parts, *self._passes(call, model, assignment))
@@ -60,7 +69,7 @@ class Footprints:
         """Every rank that takes part."""
         held: dict[int, list[Part]] = {}
         for call in self.graph.calls:
-            parts = self.parts(call, plan[call.name], plan.reallocates(self.graph, call))
+            parts = self.parts(call, plan[call.name], self.has_own_weights(call, plan))
             mesh = plan[call.name].layout.mesh
             for rank in mesh:
                 held.setdefault(rank, []).extend(part for part in parts if rank == mesh[0] or not part.first_rank_only)

@@ -61,10 +61,10 @@ def _with_largest_micro_batches(plan: Plan, graph: DataflowGraph, workload: Work
     held = max(memory.held("device") for memory in footprints.by_rank(plan).values())
     chosen = {}
     for call in graph.calls:
-        layout, copies = plan[call.name].layout, plan.reallocates(graph, call)
+        layout, has_own = plan[call.name].layout, footprints.has_own_weights(call, plan)
         for micro_batches in range(1, workload.rows(call.kind) // layout.data + 1):
             assignment = Assignment(layout, micro_batches)
-            parts = footprints.parts(call, assignment, copies)
+            parts = footprints.parts(call, assignment, has_own)
             working = sum(part.bytes for part in parts if part.phase and part.place == "device")
             if held + working <= cluster.usable_memory:
                 chosen[call.name] = assignment

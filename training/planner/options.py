@@ -54,8 +54,15 @@ class Option:
     """All through the iteration."""
     working: int
     """While the call runs."""
-    copy: int
-    """The weights, where the call needs a copy of its own."""
+    own_held: int
+    """Also all through it, where the call cannot use weights that are trained: of the reference."""
+    own_working: int
+    """While the call runs, where it cannot: a copy of them."""
+
+    @property
+    def alone(self) -> int:
+        """Bytes, where no weights are shared."""
+        return self.held + self.own_held + self.working + self.own_working
 
 
 class Options:
@@ -68,7 +75,8 @@ class Options:
         self.footprints = Footprints(self.workload, self.graph)
 
     def of(self, call: Call) -> list[Option]:
-        """All that fit into a device by themselves, mesh by mesh. Raises UserError if none does."""
+        """All that fit into a device by themselves, if need be with weights that are trained, mesh by mesh. Raises
+        UserError if none does."""
         by_shape: dict[int, list[Option]] = {}
         result = []
         for mesh in meshes(self.cluster, self.space):
@@ -89,7 +97,7 @@ class Options:
             if not self._runs(call, assignment):
                 continue
             option = self._priced(call, assignment)
-            if option.held + option.working + option.copy > self.cluster.usable_memory and not self._may_share(option):
+            if option.held + option.working > self.cluster.usable_memory:
                 continue
             layout = assignment.layout
             same = (layout.data, layout.tensor, layout.pipeline, layout.zero_stage == 3)
@@ -122,7 +130,7 @@ class Options:
 
     def _zero_stages(self, call: Call, data: int, pipeline: int) -> tuple[int, ...]:
         is_free = self.space.free_zero_stage
-        if data == 1 or call.kind == "generate" or (call.kind == "score" and self._is_frozen(call)):
+        if data == 1 or call.kind == "generate" or self.footprints.lender(call) is None:
             return (0,)
         if call.kind == "score":  # 3: in the cut in which it is trained
             return (0, 3) if is_free and pipeline == 1 else (0,)
@@ -145,22 +153,20 @@ class Options:
             counts = [*_powers_of_two(MOST_MICRO_BATCHES), pipeline, 2 * pipeline]
         return [(count, 0) for count in sorted({count for count in counts if rows % count == 0})]
 
-    def _may_share(self, option: Option) -> bool:
-        """Without its copy it fits: where training has the same cut, none is needed."""
-        return option.copy > 0 and option.held + option.working <= self.cluster.usable_memory
-
     def _priced(self, call: Call, assignment: Assignment) -> Option:
-        parts = self.footprints.parts(call, assignment, copies_weights=True)
-        on_device = [part for part in parts if part.place == "device"]
-        copy = sum(part.bytes for part in on_device if part.name.endswith("a copy"))
         loading = self.graphs.offload_seconds(call, assignment) if assignment.offload else 0.0
-        return Option(
-            assignment,
-            self.costs.cost(call, assignment).seconds + loading,
-            sum(part.bytes for part in on_device if not part.phase),
-            sum(part.bytes for part in on_device if part.phase) - copy,
-            copy,
-        )
+        seconds = self.costs.cost(call, assignment).seconds + loading
+        held, working = self._bytes(call, assignment, own_weights=True)
+        borrows = self.footprints.lender(call) is not None and not assignment.offload
+        least, least_working = self._bytes(call, assignment, own_weights=not borrows)
+        return Option(assignment, seconds, least, least_working, held - least, working - least_working)
+
+    def _bytes(self, call: Call, assignment: Assignment, own_weights: bool) -> tuple[int, int]:
+        """On a device: all through the iteration, and while the call runs."""
+        parts = self.footprints.parts(call, assignment, own_weights)
+        on_device = [part for part in parts if part.place == "device"]
+        held = sum(part.bytes for part in on_device if not part.phase)
+        return held, sum(part.bytes for part in on_device) - held
 
     def _is_frozen(self, call: Call) -> bool:
         return self.graph.training_call(call.role) is None
@@ -188,7 +194,7 @@ def _without_dominated(options: list[Option]) -> list[Option]:
 
 
 def _price(option: Option) -> tuple[float, int, int]:
-    return option.seconds, option.held, option.held + option.working
+    return option.seconds, option.held + option.own_held, option.alone
 
 
 def _moved(option: Option, mesh: tuple[int, ...]) -> Option:

@@ -41,7 +41,7 @@ class Column:
     options: list[Option]
     seconds: Array
     memory: Array
-    """(3, options + 1): held, working and copy, as shares of the memory that can be used."""
+    """(4, options + 1): held and working, then both of weights of its own, as shares of the memory that can be used."""
     mesh: NDArray[np.int64]
     """Number of the option's mesh; the number of meshes for UNDECIDED."""
     layout: NDArray[np.int64]
@@ -89,6 +89,12 @@ class PlanTable:
         place = {call.name: index for index, call in enumerate(graph.calls)}
         self.data_edges = [(place[e.producer], place[e.consumer], graphs.lag(e)) for e in graph.data_edges]
         self.version_edges = [(place[e.producer], place[e.consumer]) for e in graph.version_edges]
+        self.borrowers = [
+            (index, place[lender.name], self._apart(index, place[lender.name]))
+            for index, call in enumerate(graph.calls)
+            if (lender := options.footprints.lender(call)) is not None and lender != call
+        ]
+        """Calls that may use weights that are trained, the training of these, and where the cuts of both differ."""
         self.uses = []
         for index, call in enumerate(graph.calls):
             training = graph.training_call(call.role)
@@ -112,7 +118,7 @@ class PlanTable:
     def evaluate(self, choices: Choices) -> tuple[Array, Array]:
         """Seconds of an iteration, and the share of its usable memory that the fullest rank needs: (plans) each."""
         moves = [self._moves(use, choices) for use in self.uses]
-        return self._seconds(choices, moves), self._fullness(choices, moves)
+        return self._seconds(choices, moves), self._fullness(choices)
 
     def _seconds(self, choices: Choices, moves: list[Array]) -> Array:
         seconds = [column.seconds[choices[i]] for i, column in enumerate(self.columns)]
@@ -157,15 +163,16 @@ class PlanTable:
             found.append(lag * ((a != b) & (a != UNDECIDED) & (b != UNDECIDED)))
         return found
 
-    def _fullness(self, choices: Choices, moves: list[Array]) -> Array:
+    def _fullness(self, choices: Choices) -> Array:
         held, most = 0.0, 0.0
-        copies = {use.call: move > 0 for use, move in zip(self.uses, moves, strict=True)}
+        cut = [column.cut[choices[i]] for i, column in enumerate(self.columns)]
+        own = {call: apart[cut[training], cut[call]] for call, training, apart in self.borrowers}
         for i, column in enumerate(self.columns):
             has_rank = self.has_rank[column.mesh[choices[i]]]  # (plans, ranks)
             memory = column.memory[:, choices[i]]
-            working = memory[1] + memory[2] * copies.get(i, 0.0)
-            held = held + memory[0][:, None] * has_rank
-            most = np.maximum(most, working[:, None] * has_rank)
+            needed = memory[:2] + memory[2:] * own.get(i, 0.0)
+            held = held + needed[0][:, None] * has_rank
+            most = np.maximum(most, needed[1][:, None] * has_rank)
         return np.max(held + most, axis=1)
 
     def _moves(self, use: Use, choices: Choices) -> Array:
@@ -181,14 +188,20 @@ class PlanTable:
         return seconds
 
     def _use(self, call: int, training: int, sizes: Array) -> Use:
+        source, target = (Shares.of(self.columns[i].cuts, self.cluster) for i in (training, call))
+        known = np.where(self._apart(call, training), np.nan, 0.0)
+        return Use(call, training, sizes, source, target, known)
+
+    def _apart(self, call: int, training: int) -> NDArray[np.bool_]:
+        """(cuts of the training + 1, cuts of the call + 1): whether they are decided and differ."""
         source, target = self.columns[training].cuts, self.columns[call].cuts
-        known = np.full((len(source) + 1, len(target) + 1), np.nan)
-        known[UNDECIDED], known[:, UNDECIDED] = 0.0, 0.0
+        apart = np.ones((len(source) + 1, len(target) + 1), dtype=bool)
+        apart[UNDECIDED], apart[:, UNDECIDED] = False, False
         places = {cut: number for number, cut in enumerate(target)}
         for number, cut in enumerate(source):
             if cut in places:
-                known[number, places[cut]] = 0.0
-        return Use(call, training, sizes, Shares.of(source, self.cluster), Shares.of(target, self.cluster), known)
+                apart[number, places[cut]] = False
+        return apart
 
 
 def _column(
@@ -198,11 +211,11 @@ def _column(
     assignments = [option.assignment for option in options]
     mesh = np.array([mesh_numbers[assignment.layout.mesh] for assignment in assignments])
     seconds = [option.seconds for option in options]
-    memory = [(option.held, option.working, option.copy) for option in options]
+    memory = [(option.held, option.working, option.own_held, option.own_working) for option in options]
     return Column(
         options,
         np.array([*seconds, min(seconds)]),
-        np.array([*memory, (0, 0, 0)]).T / usable,
+        np.array([*memory, (0, 0, 0, 0)]).T / usable,
         np.append(mesh, len(mesh_numbers)),
         np.array([*(layout_numbers[assignment.cut[:4]] for assignment in assignments), UNDECIDED]),
         np.array([*(cut_numbers[assignment.cut] for assignment in assignments), UNDECIDED]),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from inference.errors import UserError
+from training.calls import Call
 from training.distributed import local_size
 from training.fusion.timeline import Span
 from training.metrics import WARNING
@@ -32,9 +33,11 @@ class Forecast:
     plan: Plan
 
     @classmethod
-    def of(cls, stage: Stage, plan: Plan, actor: Path, scorer: Path | None, is_exact: bool) -> "Forecast | None":
-        """With models as in these directories; `scorer` is reward model and critic, `is_exact` whether training equals
-        generation to the bit. None where no rates of this machine are known."""
+    def of(
+        cls, stage: Stage, plan: Plan, calls: tuple[Call, ...], actor: Path, scorer: Path | None
+    ) -> "Forecast | None":
+        """With models as in these directories; `scorer` is reward model and critic. None where no rates of this machine
+        are known."""
         try:
             if (cluster := hardware_of(stage)) is None:
                 return None
@@ -42,7 +45,7 @@ class Forecast:
         except UserError as error:  # nothing that training needs
             stage.display.say(f"{WARNING}iterations are not predicted: {error}")
             return None
-        return cls(graphs_of(stage.config, *shapes, stage.dtype, cluster, is_exact), plan)
+        return cls(graphs_of(stage.config, calls, *shapes, stage.dtype, cluster), plan)
 
     def schedule(self, prompts: Sequence[int], responses: Sequence[int], left_out: Collection[str] = ()) -> Schedule:
         """Of an iteration with prompts and responses of these lengths, in tokens, without the calls `left_out`."""

@@ -7,12 +7,12 @@ from training.private_surfaces import multiplies_bf16
 from training.rlhf_settings import RLHFSettings
 
 
-def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.device) -> bool:
+def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.device, degree: int = 0) -> bool:
     """Whether a run tries for it: everywhere if it is asked for, else where it costs nothing, in bf16 on a CPU that
-    multiplies it."""
+    multiplies it. So many ranks generate together; 0: as many as the settings say."""
     if settings.exact != "auto":
         return settings.exact
-    on_cpu = device.type == "cpu" and generation_degree(settings) == 1
+    on_cpu = device.type == "cpu" and (degree or generation_degree(settings)) == 1
     return on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
 
 

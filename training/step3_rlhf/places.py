@@ -1,12 +1,14 @@
 """Where this rank stands in the calls of a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from inference.tensor_parallel.group import TensorParallel
 from training.data.batching import MicroBatch, deal_micro_batches, plan_micro_batches
 from training.distributed import Ranks
 from training.hybrid_engine.reallocation import tensor_parallel_of
+from training.pipelines.cut import StageCut
 from training.plan import Assignment, Plan
 
 
@@ -19,14 +21,20 @@ class CallPlace:
     """Those of the call."""
     tensor_parallel: TensorParallel
     data_rank: int
+    stage_ranks: Ranks
+    """Those that hold the same layers: all of the call where it has no stages."""
+    cut: StageCut | None = None
+    """This rank's layers; None for all."""
+    pipeline: tuple[int, ...] = ()
+    """The ranks of the run that have the stages of this one's model, in the order of the stages."""
 
     @property
     def speaks(self) -> bool:
-        """One rank of a tensor-parallel group says what all of it have found."""
-        return self.tensor_parallel.rank == 0
+        """One rank of those that compute the same samples says what came out: the first one of the last stage."""
+        return self.tensor_parallel.rank == 0 and (self.cut is None or self.cut.is_last)
 
     def micro_batches(self, lengths: Sequence[int]) -> list[MicroBatch]:
-        """This rank's share of rows of these lengths, in tokens; ranks of a tensor-parallel group have the same."""
+        """This rank's share of rows of these lengths, in tokens; the ranks that share a model have the same."""
         data, limit = self.assignment.layout.data, self.assignment.micro_batch_limit
         if limit:
             return plan_micro_batches(lengths, limit, data)[self.data_rank]
@@ -34,20 +42,33 @@ class CallPlace:
 
 
 class CallPlaces:
-    """All of them, by the names of the calls. All ranks make it, since it makes process groups."""
+    """All of them, by the names of the calls. All ranks make it, since it makes process groups.
 
-    def __init__(self, plan: Plan, ranks: Ranks):
+    `layers` are those of the models by role; of roles whose calls have no stages they are not asked.
+    """
+
+    def __init__(self, plan: Plan, ranks: Ranks, layers: Mapping[str, int] = MappingProxyType({})):
         self.plan = plan
         layouts = [assignment.layout for assignment in plan.assignments.values()]
-        meshes = {mesh: ranks.part(mesh) for mesh in dict.fromkeys(layout.mesh for layout in layouts)}
+        meshes = dict.fromkeys(tuple(sorted(mesh)) for each in layouts for mesh in (each.mesh, *each.stage_meshes))
+        parts = {mesh: ranks.part(mesh) for mesh in meshes}
         cut = {(layout.mesh, layout.tensor): layout for layout in layouts if layout.tensor > 1}
         groups = {place: tensor_parallel_of(layout) for place, layout in cut.items()}
         self._places: dict[str, CallPlace] = {}
         for name, assignment in plan.assignments.items():
-            layout = assignment.layout
-            members, part = meshes[layout.mesh], groups.get((layout.mesh, layout.tensor), TensorParallel())
-            if members is not None and part is not None:
-                self._places[name] = CallPlace(assignment, members, part, layout.data_rank(ranks.rank))
+            layout, rank = assignment.layout, ranks.rank
+            members, part = (
+                parts[tuple(sorted(layout.mesh))],
+                groups.get((layout.mesh, layout.tensor), TensorParallel()),
+            )
+            if members is None or part is None:
+                continue
+            stage = parts[tuple(sorted(layout.stage_meshes[layout.pipeline_rank(rank)]))]
+            assert stage is not None
+            share = layout.stage_cut(rank, layers[name.partition("_")[0]]) if layout.pipeline > 1 else None
+            self._places[name] = CallPlace(
+                assignment, members, part, layout.data_rank(rank), stage, share, layout.pipeline_group(rank)
+            )
 
     def __getitem__(self, call: str) -> CallPlace:
         """For a call that this rank takes part in."""

@@ -3,6 +3,7 @@
 import torch
 
 from inference.errors import UserError
+from training.calls import Call
 from training.config import RunConfig
 from training.plan_checks import problems, unrunnable
 from training.plan_file import from_blocks
@@ -20,18 +21,18 @@ PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPE
 
 def graphs_of(
     config: RunConfig,
+    calls: tuple[Call, ...],
     actor: Shape,
     scorer: Shape | None,
     dtype: torch.dtype,
     cluster: Cluster,
-    is_exact: bool = False,
 ) -> AugmentedGraphs:
-    """Of all plans for an iteration; every response as long as it may be. `scorer` is reward model and critic,
-    `is_exact` whether training equals generation to the bit.
+    """Of all plans for an iteration of `calls`; every response as long as it may be. `scorer` is reward model and
+    critic.
 
     Iterations do not overlap: what an iteration gave is told to all ranks.
     """
-    graph = DataflowGraph(iteration_calls(config.rlhf, dtype, is_exact), iterations_overlap=False)
+    graph = DataflowGraph(calls, iterations_overlap=False)
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
 
 
@@ -41,8 +42,9 @@ def require_runnable(
     """Raises UserError where so many ranks cannot run the plan of the settings; the first problem is its sentence. A
     shape that is None is not judged."""
     graph, plan = DataflowGraph(iteration_calls(config.rlhf, dtype)), from_blocks(config.rlhf.plan)
-    found = problems(plan, graph, workload_of(config, actor, scorer, dtype), ranks)
-    if sentence := next(iter(found or unrunnable(plan, graph, config.rlhf, ranks)), ""):
+    workload = workload_of(config, actor, scorer, dtype)
+    found = problems(plan, graph, workload, ranks) or unrunnable(plan, graph, workload, config.rlhf, ranks)
+    if sentence := next(iter(found), ""):
         raise UserError(f"rlhf.plan cannot run on {ranks} process{'es' * (ranks > 1)}: {sentence}")
 
 

@@ -65,7 +65,7 @@ def train(stage: Stage) -> None:
         )
     forecast = None
     if stage.ranks.is_first:
-        forecast = Forecast.of(stage, roles.plan, sft, scorer, roles.exact is not None)
+        forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer)
     ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows, forecast)
     iterations = ppo.fit()
 

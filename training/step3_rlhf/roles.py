@@ -84,12 +84,7 @@ class Roles:
         self.calls = iteration_calls(settings, dtype, self.exact is not None)
         self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
         self.places = CallPlaces(self.plan, stage.ranks)
-        self.actor_is_reference = (
-            bool(settings.actor.lora.rank)
-            and settings.has_reference
-            and (self.plan["reference_score"].cut == self.plan["actor_train"].cut)
-        )
-        """With its adapters switched off."""
+        self.actor_is_reference = self.plan.actor_is_reference(settings.actor.lora)
         self._engines: dict[str, ZeroEngine] = {}
         """Of the roles that this rank trains."""
         self._scoring: dict[str, nn.Module] = {}

@@ -12,6 +12,7 @@ def test_tensor_ranks_are_neighbours_then_data_then_pipeline():
     assert layout.data_groups == ((10, 12), (11, 13), (14, 16), (15, 17))
     assert (layout.tensor_rank(15), layout.data_rank(15), layout.pipeline_rank(15)) == (1, 0, 1)
     assert layout.tensor_group(15) == (14, 15) and layout.data_group(15) == (15, 17)
+    assert layout.stage_meshes == ((10, 11, 12, 13), (14, 15, 16, 17)) and layout.pipeline_group(15) == (11, 15)
 
 
 @pytest.mark.parametrize(("data", "tensor", "pipeline"), [(1, 4, 1), (4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)])
@@ -22,6 +23,7 @@ def test_every_rank_has_its_own_place(data, tensor, pipeline):
     for rank in layout.mesh:
         assert layout.tensor_group(rank)[layout.tensor_rank(rank)] == rank
         assert layout.data_group(rank)[layout.data_rank(rank)] == rank
+        assert layout.pipeline_group(rank)[layout.pipeline_rank(rank)] == rank
 
 
 def test_all_ranks_in_groups_of_a_degree():

@@ -42,7 +42,7 @@ def test_the_norm_of_a_scaled_gradient_is_that_of_the_gradient():
     module.weight.grad = torch.tensor([[3.0, 4.0]], dtype=torch.float32) * 1024
     for optimizer, expected in ((SimpleNamespace(loss_scale=1024.0), 5.0), (SimpleNamespace(), 5.0 * 1024)):
         engine = SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 0)
-        assert float(ZeroEngine._plain_gradient_norm(SimpleNamespace(engine=engine, module=module))) == expected
+        assert float(ZeroEngine._gradient_norm(SimpleNamespace(engine=engine, module=module))) == expected
 
 
 def norms_of_broken_gradients(ranks, directory):

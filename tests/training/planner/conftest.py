@@ -14,6 +14,7 @@ from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration, Cluster
 from training.planner.options import Options, meshes
 from training.planner.workload import Workload
+from training.role_settings import LoRASettings
 from training.shape import Shape
 
 CALIBRATION = Calibration(compute_share=0.5, launch_seconds=1e-4, collective_seconds=5e-5, controller_seconds=0.01)
@@ -29,9 +30,10 @@ def opt(layers: int, hidden: int, vocabulary: int = 50272) -> Shape:
 LARGE, SMALL = opt(24, 2048), opt(24, 1024)
 
 
-def ppo_workload(samples: int = 64, response_tokens: int = 128) -> Workload:
+def ppo_workload(samples: int = 64, response_tokens: int = 128, lora_rank: int = 0) -> Workload:
     shapes = {"actor": LARGE, "reference": LARGE, "critic": SMALL, "reward": SMALL}
-    return Workload.of(shapes, samples, 128, response_tokens, mini_batches=4, precision="fp16")
+    lora = {"actor": LoRASettings(rank=lora_rank)}
+    return Workload.of(shapes, samples, 128, response_tokens, mini_batches=4, precision="fp16", lora=lora)
 
 
 def graphs_on(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from inference.errors import UserError
-from tests.training.planner.conftest import LARGE, SMALL, graphs_on
+from tests.training.planner.conftest import LARGE, SMALL, graphs_on, ppo_workload
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
@@ -19,8 +19,8 @@ P, V = LARGE.parameters, 50272
 EIGHT = tuple(range(8))
 
 
-def parts(name: str, layout: Layout, micro_batches: int = 1, copies: bool = False, offload: bool = False):
-    found = FOOTPRINTS.parts(CALLS[name], Assignment(layout, micro_batches, offload), copies)
+def parts(name: str, layout: Layout, micro_batches: int = 1, own_weights: bool = True, offload: bool = False):
+    found = FOOTPRINTS.parts(CALLS[name], Assignment(layout, micro_batches, offload), own_weights)
     return {(part.name, part.place, bool(part.phase)): part.bytes for part in found}
 
 
@@ -38,7 +38,7 @@ def test_training_on_two_tensor_ranks_of_two_stages_with_divided_optimiser_state
 
 
 def test_generation_keeps_a_copy_and_the_cache():
-    found = parts("actor_generate", Layout(EIGHT, 2, 4), 2, copies=True)
+    found = parts("actor_generate", Layout(EIGHT, 2, 4), 2)
     assert found["actor weights, a copy", "device", True] == 2 * P // 4
     assert found["key-value cache", "device", True] == 16 * 256 * 24 * 2 * 2048 * 2 // 4
     assert found["logits", "device", True] == 16 * V * 24 // 4
@@ -82,6 +82,21 @@ def test_generation_holds_the_samples_that_it_decodes_together():
         found = {part.name: part.bytes for part in parts}
         assert found["key-value cache"] == rows * 256 * 24 * 2 * 2048 * 2
         assert found["logits"] == rows * V * 24
+
+
+def test_with_adapters_the_reference_is_the_actor_in_its_cut():
+    graphs = graphs_on(1, 8, workload=ppo_workload(lora_rank=8))
+    footprints, both = Footprints(graphs.costs.workload, graphs.graph), dict.fromkeys(CALLS, Assignment(Layout((0,))))
+    actor, others = 16 * P, 16 * SMALL.parameters + 2 * SMALL.parameters
+    for reference, held in (
+        (Assignment(Layout((0,)), 4), [actor + others]),
+        (Assignment(Layout((0,)), offload=True), [actor + others]),
+        (Assignment(Layout((1,))), [actor + others, 2 * P]),
+    ):
+        by_rank = footprints.by_rank(Plan(both | {"reference_score": reference}))
+        assert [memory.held("device") for memory in by_rank.values()] == held
+        is_loaded = "reference loading" in by_rank[reference.layout.mesh[0]].phases("host")
+        assert is_loaded == (reference.offload or len(held) > 1)
 
 
 def test_models_are_loaded_in_main_memory_role_after_role():

@@ -66,6 +66,7 @@ def test_a_plan_file_that_is_not_there(tmp_path):
         (Assignment(Layout(tuple(range(4)), 2, pipeline=2, zero_stage=3)), "joins ZeRO stage 3 with a pipeline"),
         (Assignment(Layout((0,)), offload=True), "offloads weights that are trained"),
         (Assignment(Layout((0,)), micro_batches=0), "has 0 micro-batches"),
+        (Assignment(Layout((0, 1), pipeline=2, layers=(12, 11))), r"[12, 11] layers, 23 together, of a model of 24"),
     ],
 )
 def test_what_keeps_a_plan_from_running(two_nodes, assignment, sentence):
@@ -120,17 +121,26 @@ def test_deepspeed_chat_takes_tensor_parallel_groups_where_weights_do_not_fit():
 
 
 def test_what_our_runtime_does_not_run(two_nodes):
-    settings, graph = RLHFSettings(), two_nodes.graph
+    settings, graph, fp16 = RLHFSettings(), two_nodes.graph, two_nodes.costs.workload
+    workload = replace(fp16, precision="bf16")
     ours = Plan.of(settings, 4, 512)
-    assert unrunnable(ours, graph, settings, 4) == []
+    assert unrunnable(ours, graph, workload, settings, 4) == []
     everywhere = tuple(range(4))
-    for layout, sentence in (
-        (Layout(everywhere, 2, pipeline=2), "actor_train has 2 pipeline stages"),
-        (Layout(everywhere, 2, 2), "actor_train is tensor-parallel"),
+    staged = Layout(everywhere, 2, pipeline=2)
+    fused = settings.model_copy(update={"fusion": settings.fusion.model_copy(update={"mode": "inter"})})
+    for call, layout, asked, load, sentence in (
+        ("actor_train", staged, settings, workload, ""),
+        ("actor_train", replace(staged, zero_stage=1), fused, workload, ""),
+        ("reward_score", staged, settings, workload, ""),
+        ("reward_score", staged, fused, workload, "roles that score whole on each of them, which reward_score is not"),
+        ("actor_generate", staged, settings, workload, "actor_generate has 2 pipeline stages, and generation"),
+        ("reward_score", Layout(everywhere, 1, 2, 2), settings, workload, "each of them tensor-parallel"),
+        ("critic_train", staged, settings, fp16, "critic_train has 2 pipeline stages, which do not run in fp16"),
+        ("actor_train", Layout(everywhere, 2, 2), settings, workload, "actor_train is tensor-parallel"),
     ):
-        changed = Plan({**ours.assignments, "actor_train": Assignment(layout)})
-        (found,) = unrunnable(changed, graph, settings, 4)
-        assert sentence in found
+        changed = Plan({**ours.assignments, call: Assignment(layout)})
+        found = unrunnable(changed, graph, load, asked, 4)
+        assert len(found) == bool(sentence) and sentence in "".join(found)
 
 
 def test_a_line_for_a_call_that_does_not_run_is_left_out():

@@ -26,21 +26,39 @@ def table(two_nodes):
     return PlanTable(two_nodes)
 
 
+def draw_choices(table, count=200):
+    draw = np.random.default_rng(0)
+    return np.stack([draw.integers(len(column.options), size=count) for column in table.columns])
+
+
 @pytest.fixture(scope="module")
 def random_choices(table):
-    draw = np.random.default_rng(0)
-    return np.stack([draw.integers(len(column.options), size=200) for column in table.columns])
+    return draw_choices(table)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_the_table_gives_the_simulators_seconds_and_the_footprints_bytes(two_nodes, random_choices, overlap):
     two_nodes = AugmentedGraphs(DataflowGraph(two_nodes.graph.calls, overlap), two_nodes.costs)
-    table = PlanTable(two_nodes)
-    seconds, fullness = table.evaluate(random_choices)
-    for i in range(random_choices.shape[1]):
-        found = estimate(table.plan(random_choices[:, i]), two_nodes)
+    require_like_estimates(PlanTable(two_nodes), random_choices, two_nodes)
+
+
+def require_like_estimates(table, choices, graphs):
+    seconds, fullness = table.evaluate(choices)
+    for i in range(choices.shape[1]):
+        found = estimate(table.plan(choices[:, i]), graphs)
         assert seconds[i] == pytest.approx(found.iteration_seconds)
-        assert fullness[i] == pytest.approx(found.peak_bytes / two_nodes.costs.cluster.usable_memory)
+        assert fullness[i] == pytest.approx(found.peak_bytes / graphs.costs.cluster.usable_memory)
+
+
+def test_a_reference_beside_adapters_needs_weights_of_its_own_only_in_another_cut_or_on_the_host():
+    graphs = graphs_on(1, 2, workload=ppo_workload(lora_rank=8))
+    table, lora = PlanTable(graphs), graphs.costs.workload.models["actor"].lora
+    choices = draw_choices(table, 100)
+    shared = [table.plan(choice).actor_is_reference(lora) for choice in choices.T]
+    assert 10 < sum(shared) < 90
+    zero_3 = [plan["reference_score"].layout.zero_stage == 3 for plan in map(table.plan, choices.T)]
+    assert any(a and b for a, b in zip(shared, zero_3, strict=True))
+    require_like_estimates(table, choices, graphs)
 
 
 def test_generation_is_offered_no_more_slots_than_the_settings_have(two_nodes):

@@ -61,7 +61,7 @@ def test_the_picture_has_what_each_rank_did_and_was_to_do():
 
 def test_it_is_made_for_the_lengths_that_there_were():
     config = RunConfig.model_validate({"model": "tiny", "data": {"max_prompt_tokens": 64, "max_response_tokens": 128}})
-    graphs = graphs_of(config, LARGE, SMALL, torch.float32, PROFILE.cluster)
+    graphs = graphs_of(config, config.rlhf.calls, LARGE, SMALL, torch.float32, PROFILE.cluster)
     plan = Plan.of(config.rlhf, 2, config.data.longest, graphs.graph.calls)
     forecast, samples = Forecast(graphs, plan), config.rlhf.prompts_per_iteration
     longest = forecast.schedule([64] * samples, [128] * samples)
@@ -99,13 +99,13 @@ def test_a_profile_that_cannot_be_read_ends_no_training(tmp_path, monkeypatch):
     said: list[str] = []
     ranks = SimpleNamespace(size=2, device=torch.device("cpu"))
     stage = SimpleNamespace(ranks=ranks, display=SimpleNamespace(say=said.append))
-    assert Forecast.of(stage, Plan({}), tmp_path, None, False) is None
+    assert Forecast.of(stage, Plan({}), (), tmp_path, None) is None
     assert len(said) == 1 and "not predicted" in said[0] and "rlhf-chat profile" in said[0]
 
 
 def test_a_plan_on_parts_of_the_ranks_overlaps():
     config = RunConfig.model_validate({"model": "tiny"})
-    graphs = graphs_of(config, LARGE, SMALL, torch.float32, PROFILE.cluster)
+    graphs = graphs_of(config, config.rlhf.calls, LARGE, SMALL, torch.float32, PROFILE.cluster)
     everywhere = Plan.of(config.rlhf, 2, config.data.longest, graphs.graph.calls)
     apart = Plan(
         {**everywhere.assignments, "critic_train": Assignment(Layout((1,))), "actor_train": Assignment(Layout((0,)))}

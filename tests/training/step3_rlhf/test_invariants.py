@@ -42,7 +42,7 @@ class DirectRoles:
     def __init__(self, policy: Policy, temperature: float = TEMPERATURE):
         self.policy, self.temperature = policy, temperature
         assignment = Assignment(Layout((0,)), micro_batch_limit=64)
-        self.places = {"actor_train": CallPlace(assignment, Ranks(0, 1, CPU), TensorParallel(), 0)}
+        self.places = {"actor_train": CallPlace(assignment, Ranks(0, 1, CPU), TensorParallel(), 0, Ranks(0, 1, CPU))}
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch) -> torch.Tensor:

@@ -54,7 +54,7 @@ def look(tmp_path, roles: Likes, pairs: list[tuple[int, int]], *overrides: str, 
 
     (tmp_path / "step3_rlhf").mkdir(exist_ok=True)
     everywhere = Assignment(Layout.over(ranks.size), micro_batch_limit=4096)
-    roles.places = {"reward_score": CallPlace(everywhere, ranks, TensorParallel(), ranks.rank)}
+    roles.places = {"reward_score": CallPlace(everywhere, ranks, TensorParallel(), ranks.rank, ranks)}
     stage = SimpleNamespace(
         config=load_config([], ["model=m", "rlhf.micro_batch_tokens=16", *overrides]),
         ranks=ranks,

@@ -1,0 +1,161 @@
+"""Orders computed on real ranks, and on all ranks in one process: the same gradients to the bit, in the order said."""
+
+import pytest
+import torch
+
+from benchmarks.fused_schedules import read_rows
+from tests.ranks import run_ranks
+from tests.training.pipelines.works import Layers, random_orders
+from tests.training.planner.fusion.test_bound import FILE
+from training.pipelines.executor import connect, execute, play
+from training.pipelines.orders import (
+    Operation,
+    Orders,
+    Pipelines,
+    fused,
+    makespan,
+    one_forward_one_backward,
+    serial,
+    timeline,
+)
+from training.planner.fusion.instance import Instance, Pipeline
+from training.planner.fusion.search import find_schedule
+
+MESHES = {
+    "one against the other": (((0, 1),), ((1, 0),), 4, 3),
+    "a chain against two": (((0, 1, 2, 3),), ((1, 0), (3, 2)), 5, 3),
+    "two against a chain": (((3, 2), (1, 0)), ((0, 1, 2, 3),), 2, 4),
+    "stages against whole models": (((0, 1), (2, 3)), ((0,), (1,), (2,), (3,)), 3, 2),
+}
+"""Pipelines of actor and critic, and their micro-batches."""
+APART = {
+    "side by side": {"actor": Pipelines(((0, 1),), 3), "critic": Pipelines(((3, 2),), 2)},
+    "one alone": {"actor": Pipelines(((2, 0, 3, 1),), 6)},
+    "some ranks in common": {"actor": Pipelines(((0, 1, 2),), 2), "critic": Pipelines(((1, 2), (3, 0)), 4)},
+    "the same way": {"actor": Pipelines(((0, 1), (2, 3)), 4), "critic": Pipelines(((0, 1), (2, 3)), 4)},
+}
+
+
+def roles_of(a, b, micro_batches_a, micro_batches_b):
+    return {"actor": Pipelines(a, micro_batches_a), "critic": Pipelines(b, micro_batches_b)}
+
+
+def orders_of(roles):
+    """Of all kinds that the roles have."""
+    found = {"serial": serial(roles), "1f1b": one_forward_one_backward(roles)}
+    found |= {f"random {seed}": random_orders(roles, seed) for seed in range(3)}
+    return found
+
+
+def forwards_first(roles):
+    """Both ranks send all that they can before they receive anything."""
+    begins = {0: "actor", 1: "critic"}
+    by_rank = {
+        rank: sorted(order, key=lambda each: (each.kind, (each.role == begins[rank]) == each.kind))
+        for rank, order in serial(roles).by_rank.items()
+    }
+    return Orders(roles, by_rank)
+
+
+def fused_orders(roles):
+    a, b = (Pipeline(each.stages, each.micro_batches, 2, 4, 1) for each in roles.values())
+    return fused(roles, find_schedule(Instance(a, b), effort=20_000).schedule)
+
+
+def cases(size):
+    fusing = {name: roles_of(*mesh) for name, mesh in MESHES.items()}
+    for name, roles in (fusing | APART).items():
+        if max(rank for each in roles.values() for rank in each.places) == size - 1:
+            found = orders_of(roles)
+            if name in fusing:
+                found["fused"] = fused_orders(roles)
+            if size == 2:
+                found["forwards first"] = forwards_first(roles)
+            yield name, roles, found
+
+
+def compute_everything(ranks, directory):
+    """By case and kind of order: what was wrong, and the times of all operations."""
+    wrong, times = [], {}
+    for name, roles, found in cases(ranks.size):
+        links = {role: connect(ranks, each) for role, each in roles.items()}
+        models = {role: Layers(each, seed) for seed, (role, each) in enumerate(roles.items())}
+        whole = {role: [models[role].whole(line) for line in range(len(each.ranks))] for role, each in roles.items()}
+        for kind, orders in found.items():
+            works = {role: models[role].work(ranks.rank) for role, each in roles.items() if ranks.rank in each.places}
+            events = []
+            execute(orders, ranks.rank, works, links, events)
+            if [event.operation for event in events] != list(orders.by_rank.get(ranks.rank, ())):
+                wrong.append(f"{name}, {kind}: sequence")
+            for role, work in works.items():
+                line, stage = roles[role].places[ranks.rank]
+                expected = whole[role][line][2 * stage : 2 * stage + 2]
+                if work.alive or not all(map(torch.equal, work.gradients(), expected)):
+                    wrong.append(f"{name}, {kind}: gradients of {role}")
+            times[f"{name}, {kind}"] = [[*event.operation, event.start, event.end] for event in events]
+    return {"wrong": wrong, "times": times}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_order_gives_the_gradients_of_the_whole_models_to_the_bit(size, tmp_path):
+    found = run_ranks(__file__, "compute_everything", size, tmp_path, timeout=120)
+    assert [each["wrong"] for each in found] == [[]] * size
+    computed = 0
+    for name, _, by_kind in cases(size):
+        for kind, orders in by_kind.items():
+            times = {
+                (rank, Operation(*row[:3])): row[3:]
+                for rank, each in enumerate(found)
+                for row in each["times"][f"{name}, {kind}"]
+            }
+            for (rank, operation), (start, _) in times.items():
+                needed = orders.needed(rank, operation)
+                assert needed is None or times[needed][1] <= start, f"{name}, {kind}: {operation} on rank {rank}"
+            computed += 1
+    assert computed == {2: 7, 4: 3 * 6 + 4 * 5}[size]
+
+
+@pytest.mark.parametrize("row", read_rows(FILE), ids=lambda row: row.name)
+def test_a_published_instance_is_computed_as_it_was_found(row):
+    """All devices in this process: the gradients of serial order, the events and the memory of the schedule."""
+    instance = row.instance
+    schedule = find_schedule(instance, effort=40_000).schedule
+    line = range(instance.devices)
+    roles = {
+        name: Pipelines(
+            tuple(tuple(line[start : start + each.stages][::way]) for start in line[:: each.stages]), each.micro_batches
+        )
+        for name, each, way in zip("AB", instance.models, (1, -1), strict=True)
+    }
+    times = dict(zip(roles, (each.times for each in instance.models), strict=True))
+    activations = dict(zip(roles, (each.activation for each in instance.models), strict=True))
+
+    def seconds(rank, operation):
+        return times[operation.role][operation.kind]
+
+    def played(orders):
+        """Gradients, events in their sequence, and the most memory of each device."""
+        works = {}
+        events, most = [], [0.0] * instance.devices
+
+        def note(rank, operation):
+            events.append((rank, "AB".index(operation.role), *operation[1:]))
+            alive = sum(len(works[rank, role].alive) * size for role, size in activations.items())
+            most[rank] = max(most[rank], alive)
+
+        for role, pipelines in roles.items():
+            model = Layers(pipelines, seed=3)
+            works |= {(rank, role): model.work(rank, note, role) for rank in line}
+        play(orders, works, seconds)
+        return [gradient for work in works.values() for gradient in work.gradients()], events, most
+
+    orders = fused(roles, schedule)
+    assert makespan(timeline(orders, seconds)) == schedule.makespan == row.bound
+    one_by_one, *_ = played(serial(roles))
+    together, events, most = played(orders)
+    assert all(map(torch.equal, one_by_one, together))
+    starts = {each[:4]: each.start for each in schedule.operations}
+    assert len(events) == len(starts) and [starts[each] for each in events] == sorted(starts.values())
+    for device, operations in enumerate(schedule.by_device):
+        assert [each for each in events if each[0] == device] == [each[:4] for each in operations]
+    assert most == pytest.approx(schedule.device_memory)

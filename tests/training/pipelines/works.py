@@ -1,0 +1,115 @@
+"""Stages of small models for the executor, and random orders."""
+
+import copy
+import random
+
+import torch
+
+from training.pipelines.executor import Work
+from training.pipelines.orders import Operation, Orders, Pipelines
+from training.planner.fusion.instance import BACKWARD, FORWARD
+
+WIDTH = 6
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+
+    def forward(self, hidden):
+        return torch.tanh(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+
+class Layers:
+    """A role: layers in stages, and for each pipeline micro-batches of unlike lengths. Equal seeds give equal roles."""
+
+    def __init__(self, pipelines: Pipelines, seed: int, each: int = 1):
+        self.pipelines, self.each = pipelines, each
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        self.layers = [Layer(drawn(WIDTH, WIDTH), drawn(WIDTH)) for _ in range(each * pipelines.stages)]
+        self.inputs = [
+            [drawn(1 + (number * 5 + line) % 7, WIDTH) for number in range(pipelines.micro_batches)]
+            for line in range(len(pipelines.ranks))
+        ]
+
+    def work(self, rank: int, note=None, role: str = "") -> "StageWork":
+        """With weights of its own; `note(rank, operation)` is called with each operation."""
+        line, stage = self.pipelines.places[rank]
+        layers = copy.deepcopy(self.layers[stage * self.each : (stage + 1) * self.each])
+        work = StageWork(layers, self.inputs[line], stage == 0, stage == self.pipelines.stages - 1)
+        if note is not None:
+            work.note = lambda kind, number: note(rank, Operation(role, kind, number))
+        return work
+
+    def whole(self, line: int) -> list[torch.Tensor]:
+        """Gradients of all layers from the micro-batches of a pipeline, by plain autograd of the whole model."""
+        work = StageWork(copy.deepcopy(self.layers), self.inputs[line], True, True)
+        for number in range(work.count):
+            work.forward(number, None)
+            work.backward(number, None)
+        return work.gradients()
+
+
+class StageWork(Work):
+    def __init__(self, layers, inputs, is_first, is_last):
+        self.layers, self.inputs = torch.nn.Sequential(*layers), inputs
+        self.is_first, self.is_last = is_first, is_last
+        self.count = len(inputs)
+        self.alive: dict[int, tuple] = {}
+
+    def note(self, kind, micro_batch):
+        pass
+
+    def room(self, micro_batch):
+        return torch.full_like(self.inputs[micro_batch], torch.nan)
+
+    def forward(self, micro_batch, received):
+        assert (received is None) == self.is_first
+        entered = self.inputs[micro_batch] if received is None else received.requires_grad_()
+        result = self.layers(entered)
+        if self.is_last:
+            result = (result**2).mean() * (micro_batch + 1)
+        self.alive[micro_batch] = entered, result
+        self.note(FORWARD, micro_batch)
+        return None if self.is_last else result
+
+    def backward(self, micro_batch, gradient):
+        assert (gradient is None) == self.is_last
+        self.note(BACKWARD, micro_batch)
+        entered, result = self.alive.pop(micro_batch)
+        result.backward(gradient)
+        return entered.grad
+
+    def gradients(self):
+        return [parameter.grad for parameter in self.layers.parameters()]
+
+
+def random_orders(roles: dict[str, Pipelines], seed: int) -> Orders:
+    """Any orders that work: again and again one of the operations that are ready, whichever it is."""
+    rng = random.Random(seed)
+    by_rank: dict[int, list[Operation]] = {rank: [] for each in roles.values() for rank in each.places}
+    done: set[tuple[int, Operation]] = set()
+
+    def ready():
+        for name, each in roles.items():
+            for rank, kind in [(rank, kind) for rank in each.places for kind in each.kinds]:
+                number = sum(operation[:2] == (name, kind) for operation in by_rank[rank])
+                operation = Operation(name, kind, number)
+                source = each.source(rank, kind)
+                comes = (rank, operation._replace(kind=FORWARD)) if kind == BACKWARD else None
+                needed = [comes] if comes else []
+                if source is not None:
+                    needed.append((source, operation))
+                if number < each.micro_batches and done.issuperset(needed):
+                    yield rank, operation
+
+    while found := list(ready()):
+        rank, operation = rng.choice(found)
+        by_rank[rank].append(operation)
+        done.add((rank, operation))
+    return Orders(roles, by_rank)

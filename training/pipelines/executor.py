@@ -1,0 +1,194 @@
+"""Computes what orders say: stages in operation, and messages between them while they compute."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.distributed import PATIENCE, Ranks
+from training.pipelines.orders import Event, Operation, Orders, Pipelines, timeline
+from training.planner.fusion.instance import BACKWARD, FORWARD
+
+POLLED = 0.001
+"""Seconds between two looks at a GPU's message."""
+
+
+class Work(Protocol):
+    """One role's stage on this rank, in one optimiser step or one scoring pass.
+
+    It must not meet the role's other data ranks before all of it is done: orders know of no such waiting.
+    """
+
+    count: int
+    """Micro-batches."""
+
+    def room(self, micro_batch: int) -> Tensor:
+        """Empty, for the hidden states that this stage receives, or the gradient of those that it has sent on."""
+
+    def forward(self, micro_batch: int, received: Tensor | None) -> Tensor | None:
+        """What goes on to the next stage; None on the last. `received` is None on the first."""
+
+    def backward(self, micro_batch: int, gradient: Tensor | None) -> Tensor | None:
+        """The gradient of what `forward` received; None on the first. `gradient` is None on the last."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Messages in one direction: nothing else goes through the process group."""
+
+    group: dist.ProcessGroup
+    peer: int
+    """Its rank in the group."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """A stage's, by kind of operation; without one where nothing comes or goes."""
+
+    sources: Mapping[int, Link]
+    targets: Mapping[int, Link]
+
+
+def connect(ranks: Ranks, pipelines: Pipelines) -> Links:
+    """The links of a role's stage on this rank; all ranks of the run call it, also those that the role is not on.
+
+    Two neighbours have a process group for either direction, and those of every role are their own: in each the
+    messages come in the same sequence at both ends, whatever the orders are.
+    """
+    sources, targets = {}, {}
+    first = torch.zeros(1, device=ranks.device)  # opens a connection, for which NCCL makes both ends wait
+    for line in pipelines.ranks:
+        for kind, way in ((FORWARD, line), (BACKWARD, line[::-1])):
+            for source, target in pairwise(way):
+                group = dist.new_group([source, target], timeout=PATIENCE)
+                if ranks.rank == source:
+                    targets[kind] = Link(group, dist.get_group_rank(group, target))
+                    dist.send(first, group=group, group_dst=targets[kind].peer)
+                elif ranks.rank == target:
+                    sources[kind] = Link(group, dist.get_group_rank(group, source))
+                    dist.recv(first, group=group, group_src=sources[kind].peer)
+    return Links(sources, targets)
+
+
+def execute(
+    orders: Orders,
+    rank: int,
+    works: Mapping[str, Work],
+    links: Mapping[str, Links],
+    events: list[Event] | None = None,
+) -> None:
+    """All operations of this rank, whose times are added to `events`.
+
+    Receives are posted one operation ahead; nothing waits for a send before the end.
+    """
+    order = orders.by_rank.get(rank, ())
+    _require_counts(orders, {(rank, role): work for role, work in works.items()})
+
+    def post(operation: Operation) -> Callable[[], Tensor | None]:
+        link = links[operation.role].sources.get(operation.kind)
+        if link is None:
+            return lambda: None
+        room = works[operation.role].room(operation.micro_batch)
+        arrival = dist.irecv(room, group=link.group, group_src=link.peer)
+        assert arrival is not None
+
+        def receive() -> Tensor:
+            arrival.wait()
+            return room
+
+        return receive
+
+    with _Sends() as sends:
+        receive = post(order[0]) if order else None
+        for place, operation in enumerate(order):
+            assert receive is not None
+            received = receive()
+            receive = post(order[place + 1]) if place + 1 < len(order) else None
+            start = _now(events)
+            result = _compute(works[operation.role], operation, received)
+            if events is not None:
+                events.append(Event(rank, operation, start, _now(events)))
+            if link := links[operation.role].targets.get(operation.kind):
+                assert result is not None, f"{operation} has given nothing to send"
+                sends.send(result, link)
+
+
+def play(orders: Orders, works: Mapping[tuple[int, str], Work], seconds: Callable[[int, Operation], float]) -> None:
+    """The same on all ranks in this one process, in the sequence of the orders' `timeline`; works by rank and role."""
+    _require_counts(orders, works)
+    messages: dict[tuple[int, Operation], Tensor] = {}
+    for event in timeline(orders, seconds):
+        rank, operation = event.rank, event.operation
+        work, pipelines = works[rank, operation.role], orders.roles[operation.role]
+        received = None
+        if pipelines.source(rank, operation.kind) is not None:
+            received = work.room(operation.micro_batch).copy_(messages.pop((rank, operation)))
+        result = _compute(work, operation, received)
+        target = pipelines.target(rank, operation.kind)
+        if target is not None:
+            assert result is not None, f"{operation} has given nothing to send"
+            messages[target, operation] = result.detach()
+
+
+def _require_counts(orders: Orders, works: Mapping[tuple[int, str], Work]) -> None:
+    for (rank, role), work in works.items():
+        needed = orders.roles[role].micro_batches
+        if work.count != needed:
+            raise ValueError(f"rank {rank} has {work.count} micro-batches of {role}, and its orders are of {needed}")
+
+
+def _compute(work: Work, operation: Operation, received: Tensor | None) -> Tensor | None:
+    step = work.forward if operation.kind == FORWARD else work.backward
+    return step(operation.micro_batch, received)
+
+
+def _now(events: Sequence[Event] | None) -> float:
+    """A GPU's stream is waited for where times are wanted; never the whole device, on which a receive may wait."""
+    if events is not None and torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return time.perf_counter()
+
+
+class _Sends:
+    """Keeps what is sent until it has left: a thread waits, for only that tells gloo's sends that are done."""
+
+    def __init__(self) -> None:
+        self._under_way: queue.SimpleQueue[tuple[dist.Work, Tensor] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._waiter = threading.Thread(target=self._wait, daemon=True)
+
+    def __enter__(self) -> "_Sends":
+        self._waiter.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Return when all is sent; raises what went wrong with one of them. After an error nobody may receive."""
+        self._under_way.put(None)
+        if error is None:
+            self._waiter.join()
+            if self._error is not None:
+                raise self._error
+
+    def send(self, tensor: Tensor, link: Link) -> None:
+        tensor = tensor.detach().contiguous()
+        work = dist.isend(tensor, group=link.group, group_dst=link.peer)
+        assert work is not None
+        self._under_way.put((work, tensor))
+
+    def _wait(self) -> None:
+        try:
+            while (sent := self._under_way.get()) is not None:
+                work, tensor = sent
+                while tensor.is_cuda and not work.is_completed():  # `wait` would hold up the stream that computes
+                    time.sleep(POLLED)
+                work.wait()
+                del sent, work, tensor
+        except BaseException as error:
+            self._error = error
