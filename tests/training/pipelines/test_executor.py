@@ -127,11 +127,9 @@ def test_a_published_instance_is_computed_as_it_was_found(row):
         )
         for name, each, way in zip("AB", instance.models, (1, -1), strict=True)
     }
-    times = dict(zip(roles, (each.times for each in instance.models), strict=True))
-    activations = dict(zip(roles, (each.activation for each in instance.models), strict=True))
 
     def seconds(rank, operation):
-        return times[operation.role][operation.kind]
+        return instance.times("AB".index(operation.role), rank)[operation.kind]
 
     def played(orders):
         """Gradients, events in their sequence, and the most memory of each device."""
@@ -140,8 +138,8 @@ def test_a_published_instance_is_computed_as_it_was_found(row):
 
         def note(rank, operation):
             events.append((rank, "AB".index(operation.role), *operation[1:]))
-            alive = sum(len(works[rank, role].alive) * size for role, size in activations.items())
-            most[rank] = max(most[rank], alive)
+            alive = (len(works[rank, role].alive) * instance.activation("AB".index(role), rank) for role in roles)
+            most[rank] = max(most[rank], sum(alive))
 
         for role, pipelines in roles.items():
             model = Layers(pipelines, seed=3)

@@ -117,8 +117,7 @@ LAYOUTS = Layout((6, 5, 4, 7), pipeline=4), Layout((5, 7, 6, 4), 2, pipeline=2)
 
 
 def seconds(rank, operation):
-    each = INSTANCE.a if operation.role == "actor" else INSTANCE.b
-    return each.times[operation.kind]
+    return INSTANCE.times(("actor", "critic").index(operation.role), LAYOUTS[0].mesh.index(rank))[operation.kind]
 
 
 def test_a_schedule_keeps_its_times_on_ranks():
@@ -127,7 +126,7 @@ def test_a_schedule_keeps_its_times_on_ranks():
     events = timeline(fused(roles, schedule), seconds)
     ranks = LAYOUTS[0].mesh
     assert {(each.rank, *each.operation, each.start, each.end) for each in events} == {
-        (ranks[each.device], ("actor", "critic")[each.model], *each[2:]) for each in schedule.operations
+        (ranks[each.device], ("actor", "critic")[each.model], *each[2:6]) for each in schedule.operations
     }
     assert [each.start for each in events] == sorted(each.start for each in events)
 

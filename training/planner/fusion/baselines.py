@@ -36,13 +36,13 @@ def interleaved_greedy(instance: Instance) -> Schedule:
     """
     boundless = replace(instance, memory_cap=math.inf)
     loop = EventLoop(boundless)
-    heavier = 0 if instance.a.work >= instance.b.work else 1
     count = len(loop.time)
     longest = max(loop.total) + 1
-    priority = [
-        [2.0 * (slot % PER_MODEL == FORWARD) + (slot % PER_DEVICE // PER_MODEL != heavier)] * longest
-        for slot in range(count)
-    ]
+    priority = []
+    for slot in range(count):
+        device, (model, kind) = slot // PER_DEVICE, divmod(slot % PER_DEVICE, PER_MODEL)
+        a, b = (instance.micro_batches(each) * sum(instance.times(each, device)) for each in range(2))
+        priority.append([2.0 * (kind == FORWARD) + (model != (a < b))] * longest)
     rule = Rule(priority, [longest] * count, [[math.inf] * longest] * count)
     state = loop.run(rule)
     assert state is not None  # what is ready starts, so the devices cannot wait for each other

@@ -44,7 +44,6 @@ class Beam:
         self.rows = [[float(rank)] * max(loop.total) for rank in range(PER_DEVICE)]
         self.rule = Rule(self.rows, [], latest, room=cap, limit=makespan, strict=True)
         self.room = cap * (1 + ROUNDING)
-        self.unit = sum(loop.time) / sum(time > 0 for time in loop.time)
         instance = loop.instance
         spare = [makespan - self._shortest_head(device) - left for device, left in enumerate(loop.left)]
         self.narrow = PER_DEVICE * spare.index(min(spare))
@@ -62,8 +61,7 @@ class Beam:
             self.links += zip(path, [-1, *path], strict=False)
 
     def _shortest_head(self, device: int) -> float:
-        instance = self.loop.instance
-        return min(instance.stage(model, device) * each.forward for model, each in enumerate(instance.models))
+        return min(self.loop.instance.time_before(model, device, FORWARD) for model in range(2))
 
     def search(self, is_over: Callable[[], bool]) -> State | None:
         """A state that is done, or None. `is_over` is asked now and then whether to give up."""
@@ -181,4 +179,4 @@ class Beam:
             if free[device] + left > self.makespan + loop.rounding and left > loop.over[device]:
                 return None
         spare = min(spare, self.makespan)
-        return (PATIENCE * spare - sum(state.left)) / self.unit
+        return (PATIENCE * spare - sum(state.left)) / loop.unit

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance
+from training.planner.fusion.instance import FORWARD, WEIGHT, Instance
 
 ROUNDING = 1e-9
 """Relative: sums of the same numbers in another order may differ by less."""
@@ -49,41 +49,31 @@ class Slack:
     def latest(self, makespan: float) -> Numbers:
         """The latest start of every operation in a schedule of this makespan."""
         return {
-            key: [makespan - tail - self.instance.models[key[1]].times[key[2]] for tail in row]
-            for key, row in self.tails.items()
+            (device, model, kind): [makespan - tail - self.instance.times(model, device)[kind] for tail in row]
+            for (device, model, kind), row in self.tails.items()
         }
 
     def _operations(self, device: int) -> Iterator[tuple[float, float, float]]:
         """Head, time and tail."""
         for key, heads in self.heads.items():
             if key[0] == device:
-                time = self.instance.models[key[1]].times[key[2]]
+                time = self.instance.times(key[1], device)[key[2]]
                 yield from ((head, time, tail) for head, tail in zip(heads, self.tails[key], strict=True))
 
     def _memory_bound(self, device: int, makespan: float) -> float:
         changes = []  # between its latest start and its earliest end a micro-batch is there for certain
         for model, each in enumerate(self.instance.models):
-            last = WEIGHT if each.weight else BACKWARD
+            last, times = each.kinds[-1], self.instance.times(model, device)
             for tail, head in zip(self.tails[device, model, FORWARD], self.heads[device, model, last], strict=True):
-                start, end = makespan - tail - each.forward, head + each.times[last]
+                start, end = makespan - tail - times[FORWARD], head + times[last]
                 if start < end:
                     changes += [(start, 1, model), (end, -1, model)]
         alive, peak = [0, 0], 0.0
         for _, change, model in sorted(changes):
             alive[model] += change
-            peak = max(peak, alive[0] * self.instance.a.activation + alive[1] * self.instance.b.activation)
+            held = (number * self.instance.activation(model, device) for model, number in enumerate(alive))
+            peak = max(peak, sum(held))
         return peak
-
-
-def published_bound(instance: Instance) -> float:
-    """RLHFuse's bound, for one mini-batch and whole backwards."""
-    a, b = instance.models
-    bounds = [a.serial, b.serial]
-    for device in range(instance.devices):
-        at_a, at_b = instance.stage(0, device), instance.stage(1, device)
-        head, tail = min(at_a * a.forward, at_b * b.forward), min(at_a * a.backward, at_b * b.backward)
-        bounds.append(head + a.work + b.work + tail)
-    return max(bounds)
 
 
 def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
@@ -96,12 +86,14 @@ def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
     heads: Numbers = {}
     for model, each in enumerate(instance.models):
         kinds = each.kinds[::-1] if mirrored else each.kinds
-        times = [each.times[kind] for kind in kinds]
         downwards = sorted(range(instance.devices), key=lambda device: instance.stage(model, device))
         heads.update({(device, model, kind): [] for device in downwards for kind in kinds})
-        # a forward waits for the memory of the micro-batch that many before it
-        fits = cap / each.activation * (1 + ROUNDING) if each.activation else math.inf
-        window = max(1, int(min(fits, instance.micro_batches(model))))
+        times = {device: [instance.times(model, device)[kind] for kind in kinds] for device in downwards}
+        windows = {}  # a forward waits for the memory of the micro-batch that many before it
+        for device in downwards:
+            activation = instance.activation(model, device)
+            fits = cap / activation * (1 + ROUNDING) if activation else math.inf
+            windows[device] = max(1, int(min(fits, instance.micro_batches(model))))
         over = dict.fromkeys(downwards, 0.0)  # the earliest end of the mini-batch before
         for number in range(instance.micro_batches(model)):
             if number % each.micro_batches == 0:
@@ -109,23 +101,23 @@ def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
             for place, kind in enumerate(kinds):
                 goes_down = (kind == FORWARD) != mirrored
                 for device in downwards if goes_down else downwards[::-1]:
-                    mine = heads[device, model, kind]
-                    head = mine[-1] + times[place] if number % each.micro_batches else over[device]
+                    mine, own, window = heads[device, model, kind], times[device], windows[device]
+                    head = mine[-1] + own[place] if number % each.micro_batches else over[device]
                     source = instance.before(model, device) if goes_down else instance.after(model, device)
                     if source is not None and kind != WEIGHT:
-                        head = max(head, heads[source, model, kind][number] + times[place])
+                        head = max(head, heads[source, model, kind][number] + times[source][place])
                     if place == 0 and number >= window:
-                        head = max(head, heads[device, model, kinds[-1]][number - window] + times[-1])
+                        head = max(head, heads[device, model, kinds[-1]][number - window] + own[-1])
                     for first in range(place):
                         load = max(heads[device, model, kinds[first]][number], loads.get((device, first, place), 0.0))
-                        loads[device, first, place] = load + sum(times[first : place + 1])
-                        head = max(head, load + sum(times[first:place]))
+                        loads[device, first, place] = load + sum(own[first : place + 1])
+                        head = max(head, load + sum(own[first:place]))
                     mine.append(head)
             if (number + 1) % each.micro_batches == 0:
                 last = len(kinds) - 1
                 for device in downwards:
                     over[device] = max(
-                        *(heads[device, model, kind][-1] + time for kind, time in zip(kinds, times, strict=True)),
+                        *(heads[device, model, kind][-1] + instance.times(model, device)[kind] for kind in kinds),
                         *(loads[device, first, last] for first in range(last)),
                     )
     return heads

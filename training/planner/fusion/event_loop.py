@@ -107,6 +107,8 @@ class EventLoop:
         shortest = min(time for time in self.time if time)
         self.over = [tail + shortest / 2 for tail in self.tail]
         self.rounding = ROUNDING * max(work)
+        self.unit = sum(self.time) / sum(time > 0 for time in self.time)
+        """Mean time of an operation."""
 
     def _fill(self, device: int, model: int) -> None:
         instance, each = self.instance, self.instance.models[model]
@@ -114,17 +116,17 @@ class EventLoop:
         behind, before = instance.after(model, device), instance.before(model, device)
         for kind in each.kinds:
             self.slots[device] += (slot + kind,)
-            self.time[slot + kind] = each.times[kind]
+            self.time[slot + kind] = instance.times(model, device)[kind]
             self.total[slot + kind] = instance.micro_batches(model)
-        self.per_mini_batch[slot], self.activation[slot] = each.micro_batches, each.activation
+        self.per_mini_batch[slot], self.activation[slot] = each.micro_batches, instance.activation(model, device)
         self.rival[slot] = slot + (PER_MODEL if model == 0 else -PER_MODEL)
         self.first[slot] = before is None
         self.next[slot] = slot + BACKWARD if behind is None else PER_DEVICE * behind + same
         self.next[slot + BACKWARD] = -1 if before is None else PER_DEVICE * before + same + BACKWARD
-        if each.weight:
+        if each.is_split:
             self.aside[slot + BACKWARD] = slot + WEIGHT
         self.frees[slot + each.kinds[-1]] = slot
-        tail = 0 if each.weight else instance.stage(model, device) * each.backward
+        tail = 0 if each.is_split else instance.time_before(model, device, BACKWARD)
         self.tail[device] = min(self.tail[device], tail)
 
     def by_slot(self, numbers: Numbers) -> list[list[float]]:

@@ -8,62 +8,79 @@ The problem: RLHFuse (arXiv 2409.13221, section 5).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+PerStage = float | tuple[float, ...]
+"""One number for all stages, or one for each."""
 FORWARD, BACKWARD, WEIGHT = 0, 1, 2
 KINDS = ("forward", "backward", "weight")
 """Names of the kinds of operation: `weight` is the weight-gradient part of a backward that is split in two."""
 MODELS = ("A", "B")
+Sizes = Sequence[Sequence[Sequence[float]]]
+"""Of micro-batches, by model, copy and micro-batch: the instance's times and memory are those of size 1."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One model in training, cut into stages that all take the same time."""
+    """One model in training, cut into stages."""
 
     stages: int
     micro_batches: int
     """Of each copy, in one mini-batch."""
-    forward: float
+    forward: PerStage
     """Time of a micro-batch's forward on one stage."""
-    backward: float
+    backward: PerStage
     """Time of its backward; without the weight-gradient part where that is split off."""
-    activation: float
+    activation: PerStage
     """Memory of a micro-batch on one stage, from the start of its forward to the end of its backward (both parts)."""
-    weight: float = 0
+    weight: PerStage = 0
     """Time of the weight-gradient part where it is an operation of its own; 0 means that it is part of `backward`."""
 
     def __post_init__(self) -> None:
-        if min(self.stages, self.micro_batches) < 1 or min(self.forward, self.backward) <= 0:
-            raise ValueError("a pipeline needs at least one stage, one micro-batch and times above 0")
-        if min(self.activation, self.weight) < 0:
-            raise ValueError("activation and weight must not be below 0")
+        if min(self.stages, self.micro_batches) < 1:
+            raise ValueError("a pipeline needs at least one stage and one micro-batch")
+        weights = [times[WEIGHT] for times in self.times]
+        if min(time for times in self.times for time in times[:WEIGHT]) <= 0:
+            raise ValueError("forward and backward must be above 0")
+        if min(*self.activations, *weights) < 0 or 0 < weights.count(0) < self.stages:
+            raise ValueError("activation and weight must not be below 0, and weight must be 0 on all stages or on none")
+
+    def _by_stage(self, value: PerStage) -> tuple[float, ...]:
+        values = value if isinstance(value, tuple) else (value,) * self.stages
+        if len(values) != self.stages:
+            raise ValueError(f"{self.stages} stages need one number for all or {self.stages} numbers, not {value}")
+        return values
 
     @property
     def kinds(self) -> tuple[int, ...]:
         """The kinds of operation of a micro-batch on one stage."""
-        return (FORWARD, BACKWARD, WEIGHT) if self.weight else (FORWARD, BACKWARD)
+        return (FORWARD, BACKWARD, WEIGHT) if self.is_split else (FORWARD, BACKWARD)
 
     @property
-    def times(self) -> tuple[float, float, float]:
-        """By kind."""
-        return self.forward, self.backward, self.weight
+    def is_split(self) -> bool:
+        """The weight-gradient part is an operation of its own."""
+        return self.times[0][WEIGHT] > 0
 
-    @property
-    def work(self) -> float:
-        """Time that a mini-batch keeps each of the model's devices busy."""
-        return self.micro_batches * sum(self.times)
+    @cached_property
+    def times(self) -> list[tuple[float, ...]]:
+        """By stage, then by kind."""
+        return list(zip(*map(self._by_stage, (self.forward, self.backward, self.weight)), strict=True))
 
-    @property
-    def serial(self) -> float:
-        """Time of a mini-batch under 1F1B with nothing else on the devices."""
-        return (self.micro_batches + self.stages - 1) * sum(self.times)
+    @cached_property
+    def activations(self) -> tuple[float, ...]:
+        """By stage."""
+        return self._by_stage(self.activation)
 
     def split(self, share: float = 0.5) -> "Pipeline":
         """The same with the weight-gradient part, that share of the backward, as an operation of its own."""
-        if self.weight or not 0 < share < 1:
+        if self.is_split or not 0 < share < 1:
             raise ValueError("only a whole backward can be split, and the share lies between 0 and 1")
-        return replace(self, backward=self.backward * (1 - share), weight=self.backward * share)
+        whole = self._by_stage(self.backward)
+        return replace(
+            self, backward=tuple(time * (1 - share) for time in whole), weight=tuple(time * share for time in whole)
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,8 @@ class Instance:
     def __post_init__(self) -> None:
         if self.mini_batches < 1:
             raise ValueError("mini_batches must be at least 1")
-        if self.memory_cap < self.a.activation + self.b.activation:
+        needed = max(self.activation(0, device) + self.activation(1, device) for device in range(self.devices))
+        if self.memory_cap < needed:
             raise ValueError("memory_cap must have room for one micro-batch of each model")
 
     @property
@@ -112,6 +130,36 @@ class Instance:
         stages = self.models[model].stages
         place = device % stages
         return place if model == 0 else stages - 1 - place
+
+    def copy(self, model: int, device: int) -> int:
+        """Which of the model's copies the device belongs to."""
+        return device // self.models[model].stages
+
+    def times(self, model: int, device: int) -> tuple[float, ...]:
+        """By kind, on the stage that the device holds."""
+        return self.models[model].times[self.stage(model, device)]
+
+    def activation(self, model: int, device: int) -> float:
+        """Memory of a micro-batch on the stage that the device holds."""
+        return self.models[model].activations[self.stage(model, device)]
+
+    def time_before(self, model: int, device: int, kind: int) -> float:
+        """Time of a micro-batch's operations of a kind on all stages before the device's."""
+        return sum(times[kind] for times in self.models[model].times[: self.stage(model, device)])
+
+    @cached_property
+    def equal_sizes(self) -> Sizes:
+        """All micro-batches are of size 1."""
+        return [
+            [[1.0] * self.micro_batches(model)] * (self.devices // each.stages)
+            for model, each in enumerate(self.models)
+        ]
+
+    def check_sizes(self, sizes: Sizes) -> None:
+        """Raises ValueError unless every micro-batch has a size above 0."""
+        needed, given = ([list(map(len, model)) for model in each] for each in (self.equal_sizes, sizes))
+        if given != needed or min(size for model in sizes for copy in model for size in copy) <= 0:
+            raise ValueError("sizes need a number above 0 for each micro-batch of each copy of both models")
 
     def before(self, model: int, device: int) -> int | None:
         """The device with the stage before; None at the first stage."""

@@ -59,10 +59,9 @@ class ListScheduler:
     def __init__(self, instance: Instance, rng: random.Random):
         self.instance, self.rng = instance, rng
         self.directions = [Direction(instance)]
-        if not any(each.weight for each in instance.models):  # else the mirrored chains have another shape
+        if not any(each.is_split for each in instance.models):  # else the mirrored chains have another shape
             self.directions.append(Direction(mirrored(instance)))
-        times = [time for each in instance.models for time in each.times if time]
-        self.unit = sum(times) / len(times)
+        self.unit = self.directions[0].loop.unit
         """Scale of random changes of time."""
         self.count = PER_DEVICE * instance.devices
         self.forwards = range(0, self.count, PER_MODEL)

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from training.planner.fusion.bound import ROUNDING
-from training.planner.fusion.instance import BACKWARD, FORWARD, Instance
+from training.planner.fusion.instance import BACKWARD, FORWARD, Instance, Sizes
 from training.planner.fusion.schedule import ImpossibleSchedule, Operation, Order, Schedule
 
 
-def replay(instance: Instance, orders: Sequence[Order]) -> tuple[float, float]:
+def replay(instance: Instance, orders: Sequence[Order], sizes: Sizes | None = None) -> tuple[float, float]:
     """Makespan and peak memory of devices that work off their orders and tell each other when something has ended."""
+    sizes = sizes or instance.equal_sizes
     arrived: Counter[tuple[int, int, int]] = Counter()  # what a device may do, by (device, model, kind)
     done: Counter[tuple[int, int, int]] = Counter()
     for device, model in itertools.product(range(instance.devices), range(2)):
         if instance.before(model, device) is None:
             arrived[device, model, FORWARD] = instance.micro_batches(model)
     waiting = [list(reversed(order)) for order in orders]
-    alive = [[0, 0] for _ in orders]
+    alive: list[tuple[list[float], list[float]]] = [([], []) for _ in orders]  # sizes
     running: list[tuple[float, int, int, int]] = []  # (end, device, model, kind)
     idle = set(range(instance.devices))
     now = peak = 0.0
@@ -34,11 +35,11 @@ def replay(instance: Instance, orders: Sequence[Order]) -> tuple[float, float]:
                 continue
             waiting[device].pop()
             idle.remove(device)
+            size = sizes[model][instance.copy(model, device)][started]
             if kind == FORWARD:
-                alive[device][model] += 1
-                held = alive[device][0] * instance.a.activation + alive[device][1] * instance.b.activation
-                peak = max(peak, held)
-            heappush(running, (now + each.times[kind], device, model, kind))
+                alive[device][model].append(size)
+                peak = max(peak, sum(sum(alive[device][each]) * instance.activation(each, device) for each in (0, 1)))
+            heappush(running, (now + size * instance.times(model, device)[kind], device, model, kind))
         if not running:
             break
         now = running[0][0]
@@ -47,13 +48,14 @@ def replay(instance: Instance, orders: Sequence[Order]) -> tuple[float, float]:
             each = instance.models[model]
             done[device, model, kind] += 1
             idle.add(device)
-            alive[device][model] -= kind == each.kinds[-1]
+            if kind == each.kinds[-1]:
+                alive[device][model].pop(0)
             following = instance.after(model, device) if kind == FORWARD else instance.before(model, device)
             if kind == FORWARD and following is None:
                 arrived[device, model, BACKWARD] += 1
             elif following is not None and kind in (FORWARD, BACKWARD):
                 arrived[following, model, kind] += 1
-            if kind == BACKWARD and each.weight:
+            if kind == BACKWARD and each.is_split:
                 arrived[device, model, each.kinds[-1]] += 1
     if any(waiting):
         raise ImpossibleSchedule("the devices wait for each other")
@@ -73,8 +75,8 @@ def check(schedule: Schedule) -> None:
     if known.keys() != needed or len(known) != len(schedule.operations):
         raise ImpossibleSchedule("an operation is missing, unknown or there twice")
     for operation in schedule.operations:
-        device, model, kind, micro_batch, start, end = operation
-        if abs(end - start - instance.models[model].times[kind]) > rounding or start < -rounding:
+        device, model, kind, micro_batch, start, end, size = operation
+        if abs(end - start - size * instance.times(model, device)[kind]) > rounding or start < -rounding:
             raise ImpossibleSchedule(f"{operation} runs from {start:g} to {end:g}")
         for key in _predecessors(instance, device, model, kind, micro_batch):
             if known[key].end > start + rounding:

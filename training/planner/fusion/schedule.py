@@ -1,12 +1,13 @@
 """A schedule: what each device does when, and how long and how much memory that takes."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS, MODELS, WEIGHT, Instance
+from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS, MODELS, WEIGHT, Instance, Sizes
 
 
 class Operation(NamedTuple):
@@ -21,6 +22,8 @@ class Operation(NamedTuple):
     """From 0, in each copy of a model; counted on over the mini-batches."""
     start: float
     end: float
+    size: float = 1
+    """Of the micro-batch, which time and memory are proportional to."""
 
     def __str__(self) -> str:
         return f"{KINDS[self.kind]} of {MODELS[self.model]} {self.micro_batch} on device {self.device}"
@@ -61,7 +64,7 @@ class Schedule:
     @cached_property
     def device_memory(self) -> list[float]:
         """The most that the activations alive on each device take at one time."""
-        return [self._peak(row) for row in self.by_device]
+        return [self._peak(device) for device in range(self.instance.devices)]
 
     @property
     def peak_memory(self) -> float:
@@ -89,54 +92,67 @@ class Schedule:
         operations: list[Operation] = []
         for operation in self.operations:
             if operation.kind == BACKWARD:
-                middle = operation.start + instance.models[operation.model].backward
+                middle = operation.start + (1 - share) * (operation.end - operation.start)
                 operations.append(operation._replace(end=middle))
                 operations.append(operation._replace(kind=WEIGHT, start=middle))
             else:
                 operations.append(operation)
         return Schedule(instance, tuple(operations))
 
-    def _peak(self, row: Iterable[Operation]) -> float:
-        models = self.instance.models
-        changes = []  # (time, -1 or 1, model): what ends at a time is freed before what begins then is taken
-        for operation in row:
+    def _peak(self, device: int) -> float:
+        instance = self.instance
+        changes = []  # (time, -1 or 1, model, size): what ends at a time is freed before what begins then is taken
+        for operation in self.by_device[device]:
             if operation.kind == FORWARD:
-                changes.append((operation.start, 1, operation.model))
-            elif operation.kind == models[operation.model].kinds[-1]:
-                changes.append((operation.end, -1, operation.model))
-        alive = [0, 0]  # whole numbers, so that no rounding adds up
+                changes.append((operation.start, 1, operation.model, operation.size))
+            elif operation.kind == instance.models[operation.model].kinds[-1]:
+                changes.append((operation.end, -1, operation.model, operation.size))
+        alive: tuple[deque[float], deque[float]] = (deque(), deque())  # sizes; a running sum would gather rounding
         peak = 0.0
-        for _, change, model in sorted(changes):
-            alive[model] += change
-            peak = max(peak, sum(number * each.activation for number, each in zip(alive, models, strict=True)))
+        for _, change, model, size in sorted(changes):
+            if change > 0:
+                alive[model].append(size)
+            else:
+                alive[model].popleft()
+            peak = max(peak, sum(sum(each) * instance.activation(model, device) for model, each in enumerate(alive)))
         return peak
 
 
-def timed(instance: Instance, orders: Sequence[Order]) -> Schedule:
+def timed(instance: Instance, orders: Sequence[Order], sizes: Sizes | None = None) -> Schedule:
     """Every operation as early as its device's order and its predecessors allow: the longest path to it.
 
-    Raises ImpossibleSchedule where the orders make a cycle or are not those of the instance.
+    Raises ImpossibleSchedule where the orders make a cycle or are not those of the instance. `sizes` tell micro-batches
+    apart that differ in length; without them all are of size 1.
     """
-    operations, blocked = operations_of(instance, orders)
+    if sizes is not None:
+        instance.check_sizes(sizes)
+    there = Counter((device, *operation) for device, order in enumerate(orders) for operation in order)
+    needed = Counter(
+        {
+            (device, model, kind): instance.micro_batches(model)
+            for device, (model, each) in itertools.product(range(instance.devices), enumerate(instance.models))
+            for kind in each.kinds
+        }
+    )
+    for key in sorted(there | needed):
+        if there[key] != needed[key]:
+            device, model, kind = key
+            name = f"{KINDS[kind]}s of {MODELS[model]}"
+            raise ImpossibleSchedule(f"device {device} has {there[key]} {name} and needs {needed[key]}")
+    operations, blocked = operations_of(instance, orders, sizes)
     if blocked:
         device, (model, kind) = min(blocked.items())
         raise ImpossibleSchedule(
             f"the devices wait for each other: device {device} for a {KINDS[kind]} of {MODELS[model]}"
         )
-    found: dict[tuple[int, int, int], int] = {}
-    for operation in operations:
-        found[operation[:3]] = found.get(operation[:3], 0) + 1
-    for device, model, kind in itertools.product(range(instance.devices), range(2), range(3)):
-        needed = instance.micro_batches(model) if kind in instance.models[model].kinds else 0
-        there = found.get((device, model, kind), 0)
-        if there != needed:
-            name = f"{KINDS[kind]}s of {MODELS[model]}"
-            raise ImpossibleSchedule(f"device {device} has {there} {name} and needs {needed}")
     return Schedule(instance, tuple(operations))
 
 
-def operations_of(instance: Instance, orders: Sequence[Order]) -> tuple[list[Operation], dict[int, tuple[int, int]]]:
+def operations_of(
+    instance: Instance, orders: Sequence[Order], sizes: Sizes | None = None
+) -> tuple[list[Operation], dict[int, tuple[int, int]]]:
     """The operations of orders that need not be complete, and where devices wait for ever, what they wait for."""
+    sizes = sizes or instance.equal_sizes
     ends: dict[tuple[int, int, int], list[float]] = {
         (device, model, kind): []
         for device, model, kind in itertools.product(range(instance.devices), range(2), range(3))
@@ -152,9 +168,11 @@ def operations_of(instance: Instance, orders: Sequence[Order]) -> tuple[list[Ope
                 ready = _ready(instance, ends, device, model, kind)
                 if ready is None:
                     break
+                number = len(ends[device, model, kind])
+                size = sizes[model][instance.copy(model, device)][number]
                 start = max(free[device], ready)
-                free[device] = end = start + instance.models[model].times[kind]
-                operations.append(Operation(device, model, kind, len(ends[device, model, kind]), start, end))
+                free[device] = end = start + size * instance.times(model, device)[kind]
+                operations.append(Operation(device, model, kind, number, start, end, size))
                 ends[device, model, kind].append(end)
                 places[device] += 1
                 moved = True

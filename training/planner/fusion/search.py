@@ -2,6 +2,7 @@
 
     found = find_schedule(instance, seed=0, seconds=20)
     found.schedule.makespan, found.is_optimal, found.schedule.peak_memory
+    find_schedule(instance, effort=QUICK)  # inside a training run
 
 List schedules are drawn until one is as short as the lower bound, or as short as may be. Then memory goes down: moves
 that keep the makespan, from several such schedules, and a beam search under ever tighter caps. It is one search: what
@@ -14,6 +15,7 @@ import random
 import time
 from dataclasses import dataclass
 
+from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.beam import Beam
 from training.planner.fusion.bound import ROUNDING
 from training.planner.fusion.event_loop import Rule
@@ -23,6 +25,8 @@ from training.planner.fusion.schedule import Schedule, timed
 
 EFFORT = 6_500_000
 """Operations that the search may start, in all its event loops together: some seconds."""
+QUICK = 30_000
+"""Effort of some tenths of a second."""
 SECONDS = 17.0
 """A limit for those who cannot wait for a slow machine."""
 DRAWS = (5, 30, 100)
@@ -70,7 +74,10 @@ def find_schedule(
     seconds: float = math.inf,
     start: Schedule | None = None,
 ) -> Outcome:
-    """Never longer than `start`, a schedule of the same instance, and where as long never larger in memory."""
+    """Never longer than `start`, a schedule of the same instance, and where as long never larger in memory.
+
+    Without `start` it is serial 1F1B, where the memory cap has room for that.
+    """
     search = _Search(instance, seed, effort, seconds, start)
     search.search()
     return search.outcome()
@@ -88,6 +95,8 @@ class _Search:
         self.least = self.slack.memory_bound(self.bound)
         """Memory of schedules that meet the bound."""
         self.latest = [each.latest(self.bound, instance.memory_cap) for each in self.scheduler.directions]
+        if start is None and (serial := serial_1f1b(instance)).peak_memory <= instance.memory_cap:
+            start = serial
         self.best = self.scheduler.one_at_a_time() if start is None else self.scheduler.read(start)
         self.shortest_at = self._elapsed()
         self.tightness = 0.9

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance, Pipeline
+from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance, Pipeline, Sizes
 from training.planner.fusion.schedule import Order
 
 INSTANCES = {
@@ -15,6 +15,13 @@ INSTANCES = {
     "mini-batches": Instance(Pipeline(3, 3, 2, 4, 1), Pipeline(3, 2, 3, 5, 1), mini_batches=3),
     "split": Instance(Pipeline(3, 4, 2, 4, 1.5), Pipeline(3, 3, 1, 2, 1)).split(0.5),
     "one split": Instance(Pipeline(4, 3, 2, 4, 1.5).split(0.4), Pipeline(2, 3, 1, 2, 1), mini_batches=2),
+    "unequal": Instance(Pipeline(3, 4, (1, 2, 3), (2, 5, 4), (1, 2, 0.5)), Pipeline(3, 3, 2, (3, 6, 4), (2, 0, 1))),
+    "unequal copies": Instance(
+        Pipeline(4, 3, (3, 1, 2, 5), (6, 2, 3, 4), (1, 0.5, 2, 1)), Pipeline(2, 2, (2, 3), (4, 7), 1.5), mini_batches=2
+    ),
+    "unequal split": Instance(
+        Pipeline(3, 4, (1, 2, 3), (2, 4, 3), 1, (0.5, 2, 1)), Pipeline(3, 3, (3, 1, 1), (4, 2, 2), 1).split(0.25)
+    ),
 }
 
 
@@ -71,6 +78,10 @@ def interleavings(counts: list[list[int]]) -> list[list[tuple[int, int]]]:
 def all_orders(instance: Instance) -> list[list[tuple[int, int]]]:
     """Of one device; each device has the same ones."""
     return interleavings([[each.micro_batches] * 2 for each in instance.models])
+
+
+def random_sizes(instance: Instance, rng: random.Random) -> Sizes:
+    return [[[rng.choice((0.5, 1, 2, 3)) for _ in copy] for copy in model] for model in instance.equal_sizes]
 
 
 def with_cap(instance: Instance, cap: float) -> Instance:

@@ -11,7 +11,7 @@ from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance
 from training.planner.fusion.replay import check, replay
 from training.planner.fusion.schedule import ImpossibleSchedule, Schedule, timed
 
-from .conftest import INSTANCES, random_orders, with_cap
+from .conftest import INSTANCES, random_orders, random_sizes, with_cap
 
 A_FORWARD, A_BACKWARD, B_FORWARD, B_BACKWARD = (0, FORWARD), (0, BACKWARD), (1, FORWARD), (1, BACKWARD)
 ONE_DEVICE = Instance(Pipeline(1, 2, 1, 2, 3), Pipeline(1, 1, 1, 2, 5))
@@ -26,6 +26,54 @@ def test_two_evaluators_agree_on_random_schedules(instance, seed):
     check(schedule)
     assert replay(instance, orders) == (schedule.makespan, schedule.peak_memory)
     assert timed(instance, schedule.orders) == schedule
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_evaluators_agree_on_micro_batches_of_any_size(instance, seed):
+    rng = random.Random(seed)
+    orders, sizes = random_orders(instance, rng), random_sizes(instance, rng)
+    schedule = timed(instance, orders, sizes)
+    check(schedule)
+    assert replay(instance, orders, sizes) == (schedule.makespan, schedule.peak_memory)
+    doubled = timed(instance, orders, [[[2 * size for size in copy] for copy in model] for model in sizes])
+    assert (doubled.makespan, doubled.peak_memory) == (2 * schedule.makespan, 2 * schedule.peak_memory)
+
+
+def test_a_schedule_of_sizes_by_hand():
+    """A in two copies, B in stages of 1 and 2, the first on device 1. Device 1: B's micro-batches of sizes 2 and 1,
+    forward 0-2 and 2-3, then A's second copy, of size 3, 3-6 and 6-9. Device 0: A's first copy, of size 1, 0-1 and
+    1-2, B 2-6 and 6-8, backward 8-16 and 16-20. Device 1 again: 16-20 and 20-22."""
+    instance = Instance(Pipeline(1, 1, 1, 1, 4), Pipeline(2, 2, (1, 2), (2, 4), (1, 5)))
+    orders = [
+        [A_FORWARD, A_BACKWARD, B_FORWARD, B_FORWARD, B_BACKWARD, B_BACKWARD],
+        [B_FORWARD, B_FORWARD, A_FORWARD, A_BACKWARD, B_BACKWARD, B_BACKWARD],
+    ]
+    schedule = timed(instance, orders, [[[1], [3]], [[2, 1]]])
+    assert [[(each.start, each.end) for each in row] for row in schedule.by_device] == [
+        [(0, 1), (1, 2), (2, 6), (6, 8), (8, 16), (16, 20)],
+        [(0, 2), (2, 3), (3, 6), (6, 9), (16, 20), (20, 22)],
+    ]
+    assert schedule.device_memory == [3 * 5, 3 * 1 + 3 * 4]
+    assert schedule.split(0.5).makespan == 22
+
+
+@pytest.mark.parametrize("sizes", [[[[1]], [[1]]], [[[1, 1]], [[1, 1]]], [[[1, 0]], [[1]]], [[[1, 1]]]])
+def test_sizes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(ValueError, match="a number above 0 for each micro-batch of each copy"):
+        timed(ONE_DEVICE, [[]], sizes)
+
+
+@pytest.mark.parametrize(
+    "forward, weight, message",
+    [
+        ((1, 2), 0, "3 stages need one number for all or 3"),
+        ((1, 0, 1), 0, "above 0"),
+        (1, (1, 0, 1), "all stages or on"),
+    ],
+)
+def test_numbers_by_stage_that_do_not_fit_are_refused(forward, weight, message):
+    with pytest.raises(ValueError, match=message):
+        Pipeline(3, 1, forward, 2, 1, weight)
 
 
 @pytest.mark.parametrize("stages, micro_batches", [(4, 8), (4, 4), (4, 2), (1, 3)])
@@ -80,7 +128,7 @@ def test_a_split_backward_frees_memory_with_its_second_part():
 
 
 def test_whole_backwards_cut_in_two_take_the_same_time_and_memory(instance):
-    if any(each.weight for each in instance.models):
+    if any(each.is_split for each in instance.models):
         pytest.skip("cut already")
     schedule = timed(instance, random_orders(instance, random.Random(1)))
     cut = schedule.split(0.3)
@@ -158,3 +206,9 @@ def test_the_greedy_schedule_is_possible_and_lets_forwards_run_ahead(instance):
     schedule = interleaved_greedy(instance)
     check(schedule)
     assert schedule.makespan < serial_1f1b(instance).makespan
+
+
+@pytest.mark.parametrize("first_stage, model", [(5, 0), (1, 1)])
+def test_the_greedy_schedule_prefers_what_is_heavier_on_the_device(first_stage, model):
+    instance = Instance(Pipeline(2, 2, (first_stage, 4), 4, 1), Pipeline(1, 2, 2, 4, 1))
+    assert interleaved_greedy(instance).orders[0][0] == (model, FORWARD)

@@ -1,25 +1,29 @@
 """The search: exact on the smallest instances, the published bound met, and never worse with more freedom."""
 
+import math
+import random
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.fused_schedules import read_rows
+from training.planner.fusion.baselines import serial_1f1b
+from training.planner.fusion.event_loop import Rule
 from training.planner.fusion.instance import Instance, Pipeline
+from training.planner.fusion.list_scheduler import ListScheduler
 from training.planner.fusion.replay import check, replay
-from training.planner.fusion.search import find_schedule
+from training.planner.fusion.schedule import timed
+from training.planner.fusion.search import QUICK, find_schedule
 
 from .conftest import INSTANCES, with_cap
 from .test_bound import FILE, SMALLEST, best_of_all
 
 SMALL = INSTANCES["equal"]
-LITTLE = 100_000
-"""Effort: some tenths of a second."""
 
 
 @pytest.mark.parametrize("instance", SMALLEST)
 def test_the_best_of_all_schedules_is_found(instance):
-    found = find_schedule(instance, effort=LITTLE).schedule
+    found = find_schedule(instance, effort=QUICK).schedule
     check(found)
     assert (found.makespan, found.peak_memory) == best_of_all(instance)
 
@@ -35,39 +39,78 @@ def test_a_published_instance():
 
 
 def test_every_kind_of_instance(instance):
-    outcome = find_schedule(instance, effort=LITTLE)
+    outcome = find_schedule(instance, effort=QUICK)
     check(outcome.schedule)
     assert outcome.lower_bound <= outcome.schedule.makespan + 1e-9
     assert outcome.memory_bound <= outcome.schedule.peak_memory
     assert replay(instance, outcome.schedule.orders)[0] == pytest.approx(outcome.schedule.makespan)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_limits_that_a_schedule_keeps_to_do_not_stop_it(instance, seed):
+    scheduler = ListScheduler(instance, random.Random(seed))
+    for direction, view in enumerate(scheduler.directions):
+        priority, windows = scheduler.draw(direction)
+        free = Rule(priority, windows, [[math.inf] * (total + 1) for total in view.loop.total])
+        found = scheduler.run(direction, free)
+        limits = view.latest(found.makespan, found.peak)
+        limited = replace(free, latest=limits, room=found.peak, limit=found.makespan, strict=True)
+        assert scheduler.run(direction, limited) == found
+        schedule = timed(instance, scheduler.orders(found))
+        check(schedule)
+        assert schedule.makespan <= found.makespan + 1e-9
+        if direction == 0:
+            assert (found.makespan, found.peak) == (schedule.makespan, schedule.peak_memory)
+
+
 def test_the_same_seed_gives_the_same_schedule():
-    one, same, other = (find_schedule(INSTANCES["copies"], seed, LITTLE) for seed in (3, 3, 4))
+    one, same, other = (find_schedule(INSTANCES["copies"], seed, QUICK) for seed in (3, 3, 4))
     assert one.schedule == same.schedule and one.dispatched == same.dispatched
     assert (other.dispatched, other.schedule) != (one.dispatched, one.schedule), "the seed matters"
 
 
 def test_the_memory_cap_is_kept():
-    free = find_schedule(SMALL, effort=LITTLE).schedule
-    capped = find_schedule(with_cap(SMALL, 0.75 * free.peak_memory), effort=LITTLE).schedule
+    free = find_schedule(SMALL, effort=QUICK).schedule
+    capped = find_schedule(with_cap(SMALL, 0.75 * free.peak_memory), effort=QUICK).schedule
     check(capped)
     assert capped.peak_memory <= 0.75 * free.peak_memory
     assert capped.makespan > free.makespan, "memory at the shortest makespan was as small as can be"
-    tight = find_schedule(with_cap(SMALL, SMALL.a.activation + SMALL.b.activation), effort=LITTLE).schedule
+    tight = find_schedule(with_cap(SMALL, SMALL.a.activation + SMALL.b.activation), effort=QUICK).schedule
     check(tight)
 
 
 def test_a_cap_without_room_is_refused():
-    with pytest.raises(ValueError, match="room for one micro-batch of each model"):
-        with_cap(SMALL, 2)
+    by_device = Instance(Pipeline(2, 1, 1, 1, (1, 5)), Pipeline(2, 1, 1, 1, (1, 4)), memory_cap=6)
+    for instance, cap in ((SMALL, 2), (by_device, 5.9)):
+        with pytest.raises(ValueError, match="room for one micro-batch of each model"):
+            with_cap(instance, cap)
+
+
+@pytest.mark.parametrize("stages, micro_batches", [(2, 8), (4, 16)])
+def test_a_quick_search_fuses_stages_of_any_times(stages, micro_batches):
+    """The head makes the last stage slower. 1F1B one model after the other is where the search starts."""
+    last = stages - 1
+    actor = Pipeline(stages, micro_batches, (2.0,) * last + (3.1,), (4.1,) * last + (5.7,), 1)
+    critic = Pipeline(stages, micro_batches, 1.3, 2.7, (1,) * last + (0.9,))
+    instance = Instance(actor, critic, memory_cap=2 * stages)
+    outcome, serial = find_schedule(instance, effort=QUICK), serial_1f1b(instance)
+    check(outcome.schedule)
+    assert outcome.schedule.makespan < 0.95 * serial.makespan and outcome.dispatched < 1.1 * QUICK
+    assert find_schedule(instance, effort=1).schedule.makespan <= serial.makespan
+
+
+def test_equal_stages_may_be_spelt_out():
+    a, b = INSTANCES["copies"].models
+    spelt = Instance(replace(a, forward=(a.forward,) * 4, activation=(a.activation,) * 4), replace(b, backward=(4, 4)))
+    one, other = (find_schedule(instance, effort=1_000).schedule for instance in (INSTANCES["copies"], spelt))
+    assert one.operations == other.operations
 
 
 @pytest.mark.parametrize("name", ["equal", "copies", "no whole multiple"])
 def test_split_backwards_are_never_worse(name):
-    whole = find_schedule(INSTANCES[name], effort=LITTLE)
+    whole = find_schedule(INSTANCES[name], effort=QUICK)
     start = whole.schedule.split(0.5)
-    split = find_schedule(start.instance, effort=LITTLE, start=start)
+    split = find_schedule(start.instance, effort=QUICK, start=start)
     check(split.schedule)
     assert split.lower_bound <= whole.lower_bound + 1e-9
     assert split.schedule.makespan <= whole.schedule.makespan + 1e-9
@@ -77,16 +120,16 @@ def test_split_backwards_fill_what_whole_ones_cannot():
     """Model B is nothing to speak of. A: 2 stages, 2 micro-batches, f = 1, b = 2. Whole: (2 + 1) x 3 = 9. In halves:
     the last stage works from 1 to 7 (F B F B W W); the first does F F, and from 3 on B W B W, which ends at 7 too."""
     instance = Instance(Pipeline(2, 2, 1, 2, 1), Pipeline(2, 1, 1e-6, 2e-6, 0))
-    assert find_schedule(instance, effort=LITTLE).schedule.makespan == pytest.approx(9, abs=1e-4)
-    assert find_schedule(instance.split(0.5), effort=LITTLE).schedule.makespan == pytest.approx(7, abs=1e-4)
+    assert find_schedule(instance, effort=QUICK).schedule.makespan == pytest.approx(9, abs=1e-4)
+    assert find_schedule(instance.split(0.5), effort=QUICK).schedule.makespan == pytest.approx(7, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["equal", "copies"])
 def test_without_the_barrier_mini_batches_are_never_slower(name):
-    one = find_schedule(INSTANCES[name], effort=LITTLE)
+    one = find_schedule(INSTANCES[name], effort=QUICK)
     barrier = one.schedule.repeated(3)
     check(barrier)
-    free = find_schedule(barrier.instance, effort=2 * LITTLE, start=barrier)
+    free = find_schedule(barrier.instance, effort=2 * QUICK, start=barrier)
     check(free.schedule)
     assert barrier.makespan == pytest.approx(3 * one.schedule.makespan)
     assert free.lower_bound <= free.schedule.makespan <= barrier.makespan
@@ -96,14 +139,14 @@ def test_without_the_barrier_mini_batches_are_never_slower(name):
 
 
 def test_a_start_that_is_better_is_kept():
-    good = find_schedule(SMALL, effort=LITTLE)
+    good = find_schedule(SMALL, effort=QUICK)
     again = find_schedule(SMALL, seed=1, effort=1, start=good.schedule)
     assert (again.schedule.makespan, again.schedule.peak_memory) == (good.schedule.makespan, good.schedule.peak_memory)
 
 
 def test_times_may_be_fractions():
     instance = Instance(Pipeline(4, 8, 0.37, 0.71, 1.3), Pipeline(2, 4, 0.113, 0.229, 0.7))
-    outcome = find_schedule(instance, effort=LITTLE)
+    outcome = find_schedule(instance, effort=QUICK)
     check(outcome.schedule)
     assert outcome.is_optimal
 
@@ -113,4 +156,4 @@ def test_the_time_limit_ends_the_search():
     outcome = find_schedule(large, seconds=0.3)
     check(outcome.schedule)
     assert outcome.seconds < 3, "a schedule in the making is finished"
-    assert outcome.schedule.makespan < replace(large, mini_batches=1).a.serial + large.b.serial
+    assert outcome.schedule.makespan < serial_1f1b(large).makespan
