@@ -63,7 +63,11 @@ class Layout:
 
     def stage_cut(self, rank: int, layers: int) -> StageCut:
         """The share of a model with so many layers that `rank` has."""
-        return StageCut(self.pipeline_rank(rank), self.layers or even_runs(layers, self.pipeline))
+        return StageCut(self.pipeline_rank(rank), self.stage_layers(layers))
+
+    def stage_layers(self, layers: int) -> tuple[int, ...]:
+        """Numbers of layers of the stages, of so many in all."""
+        return self.layers or even_runs(layers, self.pipeline)
 
     def tensor_rank(self, rank: int) -> int:
         return self.mesh.index(rank) % self.tensor

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from training.data.batching import MicroBatch, TokenBatch
 from training.fusion.timeline import Timeline
 from training.hybrid_engine.overflow import step_together
-from training.hybrid_engine.zero_engine import ZeroEngine
+from training.pipelines.stage_engine import Pass, StageEngine
 from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, token_batch
@@ -130,24 +130,6 @@ class Done:
         }
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A micro-batch: what a role's model is given, and the loss that is taken of what it says."""
-
-    weight: float
-    """0 for one that only keeps a rank in step."""
-    inputs: Callable[[], tuple[Any, ...]]
-    """A TokenBatch, perhaps more."""
-    loss: Callable[[Any, TokenBatch], Tensor]
-    """Of what the model says of the batch: its share of the total."""
-
-
-def loss_of(engine: ZeroEngine, one: Pass) -> Tensor:
-    """A pass's share of the total loss, by the whole model."""
-    batch, *more = one.inputs()
-    return one.loss(engine(batch, *more), batch)
-
-
 class Updates:
     """Those of a run. The losses themselves are in `ppo_math`."""
 
@@ -181,6 +163,7 @@ class Updates:
                 if settings.ppo_kl_stop < done[-1].row.get("kl/old_k3", 0.0):
                     break
         done += self.told(ours)
+        self.roles.staged.learn()
         rows = [each.row for each in done]
         tokens = sum(each.tokens for each in done)
         metrics = pooled([each.statistics for each in done]).means(tokens) | done[-1].step
@@ -239,10 +222,8 @@ class Updates:
             statistics.add(loss, micro_batch.weight)
             return loss.total / mini_batch.tokens
 
-        def inputs() -> tuple[TokenBatch, float]:
-            return mini_batch.read(rows, self.ranks.device), settings.temperature
-
-        return Pass(micro_batch.weight, inputs, loss_of)
+        read = partial(mini_batch.read, rows, self.ranks.device)
+        return Pass(read, loss_of, micro_batch.weight, (settings.temperature,))
 
     def critic_pass(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Pass:
         """A micro-batch's share of the critic's mean loss a token."""
@@ -256,7 +237,7 @@ class Updates:
             statistics.add(loss, micro_batch.weight)
             return loss.total / mini_batch.tokens
 
-        return Pass(micro_batch.weight, lambda: (mini_batch.read(rows, self.ranks.device),), loss_of)
+        return Pass(partial(mini_batch.read, rows, self.ranks.device), loss_of, micro_batch.weight)
 
     def ptx_pass(self, drawn: Drawn, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Pass:
         """A micro-batch's share of the mean loss of the demonstrations, weighed."""
@@ -266,7 +247,7 @@ class Updates:
             statistics.add(loss, micro_batch.weight)
             return self.settings.ptx.coefficient * loss.total
 
-        return Pass(micro_batch.weight, lambda: (drawn.batch(micro_batch, self.ranks.device),), loss_of)
+        return Pass(partial(drawn.batch, micro_batch, self.ranks.device), loss_of, micro_batch.weight)
 
     def ptx_passes(
         self, ptx: Demonstrations, place: CallPlace, mini_batch: MiniBatch, statistics: Statistics
@@ -290,11 +271,18 @@ class Updates:
         In fp16 with rlhf.align_overflow all roles step, or none.
         """
         engines = {role: self.roles.critic if role == "critic" else self.roles.actor for role in passes}
+        staged = {role: engine for role, engine in engines.items() if isinstance(engine, StageEngine)}
+        if staged:
+            works = {role: engine.work(passes[role]) for role, engine in staged.items()}
+            self.roles.staged.train(works, self.calls)
         steps: Any = {}
         for role, engine in engines.items():
             with self.calls.span(f"{role}_train"):
-                advance = engine.accumulate if self.steps_together else engine.update
-                steps[role] = advance(passes[role], partial(loss_of, engine))
+                if role in staged:
+                    steps[role] = engine.step()
+                else:
+                    advance = engine.accumulate if self.steps_together else engine.update
+                    steps[role] = advance(passes[role], partial(Pass.of_whole, model=engine))
         if not self.steps_together:
             return steps, True
         steps, stepped = step_together(list(engines.values()), self.ranks)
