@@ -9,7 +9,7 @@ what training holds. Activations: `Shape.activation_values`.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from training.calls import Call
 from training.config import DataSettings, RunConfig
 from training.deepspeed_config import effective_zero_stage
+from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import stays
 from training.plan import Assignment, Plan
 from training.role_settings import FrozenSettings, OptimizerSettings
@@ -156,51 +157,66 @@ def _rlhf_parts(
     def takes_part(call: str) -> bool:
         return call in plan.assignments and rank in plan[call].layout.mesh
 
-    def copy(call: str, shape: Shape, parameters: int, use: str) -> Iterator[Part]:
+    def here(call: str, shape: Shape) -> Shape:
+        """Of this rank's pipeline stage; `parameters` without an output matrix if the model has a score head."""
+        with_head = not call.startswith(("reward", "critic"))
+        stage = shape.stage(plan[call].layout.stage_cut(rank, shape.layers), with_head)
+        return stage if with_head else replace(stage, parameters=stage.scorer_parameters, output_matrix=0)
+
+    def copy(call: str, whole: Shape, use: str) -> Iterator[Part]:
         """Of trained weights, beside those that are trained, where `call` has them in another layout."""
         role = call.partition("_")[0]
         if not takes_part(call) or stays(plan[f"{role}_train"].layout, plan[call].layout, rank):
             return
-        layout, adapters = plan[call].layout, _adapters(shape, getattr(rlhf, role))
+        layout, shape = plan[call].layout, here(call, whole)
+        adapters = _adapters(shape, getattr(rlhf, role))
         parts = layout.tensor * (layout.data if layout.zero_stage == 3 else 1)
-        name = f"{role} weights to {use}, " + ("whole" if parts == 1 else f"1 of {parts} parts")
+        name = f"{role} weights to {use}, " + _which(layout, rank, parts)
         phase = "generation" if use.startswith("generate") and rlhf.release_generation else ""
-        yield Part(name, _share((parameters + adapters) * dtype.itemsize, parts), phase=phase)
+        yield Part(name, _share((shape.parameters + adapters) * dtype.itemsize, parts), phase=phase)
 
-    def passes(role: str, shape: Shape, with_logits: bool) -> list[Part]:
-        assignment, rows = plan[f"{role}_train"], math.ceil(samples / rlhf.mini_batches)
+    def passes(role: str, whole: Shape) -> list[Part]:
+        call = f"{role}_train"
+        assignment, rows = plan[call], math.ceil(samples / rlhf.mini_batches)
         tokens = assignment.micro_batch_limit or assignment.together(rows) * longest
         checkpointing = getattr(rlhf, role).gradient_checkpointing
-        return _pass_parts(shape, config.data, tokens, checkpointing, dtype, f"{role} training", 1, with_logits)
+        cut = assignment.layout.stage_cut(rank, whole.layers)
+        alive = min(assignment.micro_batches, len(cut.layers) - cut.stage)
+        logits, phase = role == "actor" and cut.is_last, f"{role} training"
+        return _pass_parts(here(call, whole), config.data, tokens, checkpointing, dtype, phase, 1, logits, alive)
 
-    def trained(role: str, shape: Shape, parameters: int) -> list[Part]:
-        layout = plan[f"{role}_train"].layout
+    def trained(role: str, whole: Shape) -> list[Part]:
+        call = f"{role}_train"
+        layout, shape = plan[call].layout, here(call, whole)
         placed = getattr(rlhf, role).model_copy(update={"zero_stage": layout.zero_stage})
-        return training_parts(f"{role} ", parameters, shape, placed, dtype, layout.data, f"{role} training")
+        return training_parts(f"{role} ", shape.parameters, shape, placed, dtype, layout.data, f"{role} training")
 
     if takes_part("actor_train"):
-        yield from trained("actor", actor, actor.parameters)
+        yield from trained("actor", actor)
     if takes_part("critic_train"):
-        yield from trained("critic", scorer, scorer.scorer_parameters)
-        yield from passes("critic", scorer, with_logits=False)
-    yield from copy("critic_score", scorer, scorer.scorer_parameters, "score")
+        yield from trained("critic", scorer)
+        yield from passes("critic", scorer)
+    yield from copy("critic_score", scorer, "score")
     if takes_part("reward_score"):
-        yield from _frozen_parts("reward", scorer.scorer_parameters, rlhf.reward, plan["reward_score"], dtype)
+        held = here("reward_score", scorer).parameters
+        yield from _frozen_parts("reward", held, rlhf.reward, plan["reward_score"], dtype)
     if rlhf.ema and takes_part("actor_train"):
         layout = plan["actor_train"].layout
         placed = rlhf.actor.model_copy(update={"zero_stage": layout.zero_stage})
-        weights = (_adapters(actor, rlhf.actor) or actor.parameters) * 4
+        shape = here("actor_train", actor)
+        weights = (_adapters(shape, rlhf.actor) or shape.parameters) * 4
         place: Place = "device" if rlhf.actor.offload == "none" else "host"
         divides = effective_zero_stage(placed, dtype) >= 1
         yield Part("actor average, fp32", _share(weights, layout.data if divides else 1), place)
     if takes_part("reference_score") and not plan.actor_is_reference(rlhf.actor.lora):
-        yield from _frozen_parts("reference", actor.parameters, rlhf.reference, plan["reference_score"], dtype)
+        held = here("reference_score", actor).parameters
+        yield from _frozen_parts("reference", held, rlhf.reference, plan["reference_score"], dtype)
     scored = plan.assignments.get("actor_score")
     if scored is not None and scored.cut == plan["actor_generate"].cut:
-        yield from copy("actor_generate", actor, actor.parameters, "generate and score")
+        yield from copy("actor_generate", actor, "generate and score")
     else:
-        yield from copy("actor_generate", actor, actor.parameters, "generate")
-        yield from copy("actor_score", actor, actor.parameters, "score")
+        yield from copy("actor_generate", actor, "generate")
+        yield from copy("actor_score", actor, "score")
     if takes_part("actor_generate"):
         layout = plan["actor_generate"].layout
         rows = min(plan["actor_generate"].together(samples), math.ceil(samples / layout.data))
@@ -210,7 +226,7 @@ def _rlhf_parts(
         yield Part(cache, keys_and_values, phase="generation", is_kept=keeps)
         yield Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation")
     if takes_part("actor_train"):
-        yield from passes("actor", actor, with_logits=True)
+        yield from passes("actor", actor)
         if rank == min(plan["actor_train"].layout.mesh):  # the critic is not kept
             yield from _saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters)
 
@@ -267,6 +283,12 @@ def training_parts(
     return parts
 
 
+def _which(layout: Layout, rank: int, parts: int) -> str:
+    """The part of a model that a rank has."""
+    stage = f"stage {layout.pipeline_rank(rank) + 1} of {layout.pipeline}" if layout.pipeline > 1 else "whole"
+    return stage if parts == 1 else f"1 of {parts} parts"
+
+
 def _saving_parts(parameters: int, trained: int) -> list[Part]:
     """In the end the first rank gathers what was trained and puts it into a whole model; both in fp32."""
     return [
@@ -288,10 +310,12 @@ def _pass_parts(
     phase: str,
     rows_together: int = 1,
     with_logits: bool = False,
+    alive: int = 1,
 ) -> list[Part]:
-    """What a forward and backward pass over one micro-batch of longest rows adds."""
+    """What a forward and backward pass over one micro-batch of longest rows adds, where so many are `alive` at a time:
+    more than one in a pipeline."""
     rows = rows_per_micro_batch(micro_batch_tokens, data.longest, rows_together)
-    activations = shape.activation_values(rows * data.longest, checkpointing)
+    activations = shape.activation_values(rows * data.longest, checkpointing, alive)
     parts = [Part("activations", activations * dtype.itemsize, phase=phase)]
     if with_logits:  # taken at response positions only
         logits = rows * data.max_response_tokens * shape.vocabulary

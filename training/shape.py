@@ -5,10 +5,13 @@ section 4).
 """
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from training.pipelines.cut import StageCut
 
 if TYPE_CHECKING:  # transformers takes a second to import
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
 _FFN_NAMES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
@@ -33,6 +36,8 @@ class Shape:
     """Weights of an output matrix of its own; a model with a score head has none."""
     linears: tuple[tuple[str, int], ...]
     """Name, and inputs + outputs, of every linear layer but the output matrix: where adapters can go."""
+    embedding_width: int = 0
+    """Where it is not `hidden`, as in OPT-350m."""
 
     @classmethod
     def from_config_values(cls, values: dict[str, Any]) -> "Shape":
@@ -52,7 +57,8 @@ class Shape:
         require_supported_family(config)
         model = meta_model(config)
         output = model.get_output_embeddings()
-        own_output = output is not None and output.weight is not model.get_input_embeddings().weight
+        table = cast("Tensor", model.get_input_embeddings().weight)
+        own_output = output is not None and output.weight is not table
         linears = tuple(
             (name, sum(module.weight.shape))
             for name, module in model.named_modules()
@@ -77,12 +83,31 @@ class Shape:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             output_matrix=output.weight.numel() if own_output else 0,
             linears=linears,
+            embedding_width=table.shape[1],
         )
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the embedding of tokens."""
+        return self.vocabulary * (self.embedding_width or self.hidden)
 
     @property
     def scorer_parameters(self) -> int:
         """Weights with a score head in place of the output matrix (its own few thousand left out)."""
         return self.parameters - self.output_matrix
+
+    def stage(self, cut: StageCut, with_head: bool = True) -> "Shape":
+        """Of a pipeline stage: the first one has the embeddings too, the last one the output matrix, if the model is
+        one `with_head`; what is both is on both. What else is outside of the layers counts as theirs."""
+        if len(cut.layers) == 1:
+            return self
+        output = self.output_matrix * with_head
+        in_layers = (self.parameters if with_head else self.scorer_parameters) - self.embedding - output
+        parameters = -(-in_layers * len(cut.run) // self.layers) + self.embedding * cut.is_first
+        parameters += (output or self.embedding * with_head) * cut.is_last
+        linears = tuple((name, size) for name, size in self.linears if _layer_of(name) in cut.run)
+        layers, output = len(cut.run), output * cut.is_last
+        return replace(self, layers=layers, parameters=parameters, output_matrix=output, linears=linears)
 
     def lora_parameters(self, rank: int, targets: str | list[str]) -> int:
         """Weights of adapters on `targets`, chosen as peft does: a list by last names, a text by pattern."""
@@ -96,8 +121,8 @@ class Shape:
 
         return rank * sum(size for name, size in self.linears if has_adapter(name))
 
-    def activation_values(self, tokens: int, checkpointing: bool) -> int:
-        """Numbers kept for the backward pass; dropout is off, attention is fused.
+    def activation_values(self, tokens: int, checkpointing: bool, passes: int = 1) -> int:
+        """Numbers kept for the backward passes of so many forward ones; dropout is off, attention is fused.
 
         A layer keeps the inputs of two norms, of attention and of the feed-forward part (4 hidden), queries and
         attention output, keys and values, and the feed-forward part before and after its activation, a gate's
@@ -105,8 +130,15 @@ class Shape:
         """
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = 4 * self.hidden + 2 * queries + 2 * keys + (4 if self.is_gated else 2) * self.ffn
-        return tokens * (self.layers * self.hidden + layer if checkpointing else self.layers * layer)
+        inputs = passes * self.layers
+        return tokens * (inputs * self.hidden + layer if checkpointing else inputs * layer)
 
     def cache_values(self, tokens: int) -> int:
         """Numbers in the keys and values of so many tokens."""
         return tokens * self.layers * 2 * self.kv_heads * self.head_dim
+
+
+def _layer_of(name: str) -> int:
+    """The number of the layer that a module is in; -1 outside of all."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else -1

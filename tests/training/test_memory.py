@@ -264,6 +264,31 @@ def test_a_plan_copies_the_actor_where_it_generates_and_scores(opt_13b, opt_350m
         assert found == {f"actor weights to {use}, whole": 2 * OPT_13B for use in uses}
 
 
+def test_a_stage_holds_its_layers_and_the_first_one_more_passes(opt_13b, opt_350m):
+    """OPT's output matrix is its embedding, which both stages have; the critic runs the other way, without one."""
+    blocks = {call: {"mesh": 0} for call in ("actor_generate", "actor_score", "reference_score", "reward_score")}
+    blocks["critic_score"] = {"mesh": 1}
+    blocks["actor_train"] = {"mesh": "0-1", "pipeline": 2, "layers": [30, 10], "micro_batches": 4}
+    blocks["critic_train"] = {"mesh": [1, 0], "pipeline": 2}
+    config = opt_config(f"rlhf.plan={json.dumps(blocks)}", "rlhf.actor.gradient_checkpointing=true")
+    plan, embedding = Plan.of(config.rlhf, 2, config.data.longest), opt_13b.vocabulary * opt_13b.hidden
+    found = [
+        sizes(StepMemory(tuple(_rlhf_parts(config, plan, opt_13b, opt_350m, torch.bfloat16, rank)))) for rank in (0, 1)
+    ]
+    in_layers = OPT_13B - embedding
+    for rank, share in enumerate((3 / 4, 1 / 4)):
+        assert found[rank]["", "actor weights"] == pytest.approx(2 * (in_layers * share + embedding), rel=1e-6)
+    rows = config.rlhf.prompts_per_iteration * config.rlhf.samples_per_prompt // config.rlhf.mini_batches // 4
+    tokens = rows * config.data.longest
+    layer = 6 * 5120 + 2 * 5120 + 2 * 20480
+    phase = "actor training"
+    for rank, inputs in enumerate((2 * 30, 10)):  # of the second stage one micro-batch is alive at a time
+        assert found[rank][phase, "activations"] == 2 * tokens * (inputs * 5120 + layer)
+    assert (phase, "logits") in found[1] and (phase, "logits") not in found[0]
+    assert found[1]["", "critic weights"] - found[0]["", "critic weights"] == 2 * opt_350m.vocabulary * 512
+    assert found[1]["", "critic weights to score, whole"] == 2 * opt_350m.scorer_parameters
+
+
 def test_the_fullest_rank_is_that_of_each_place(opt_13b, opt_350m):
     """The first rank trains with its optimiser on the host, the second has the actor and the reference on its GPU."""
     config = planned(actor_generate=1, reference_score=1)

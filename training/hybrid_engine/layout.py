@@ -61,13 +61,13 @@ class Layout:
         """Whether each rank holds all weights."""
         return self.tensor == self.pipeline == 1 and self.zero_stage < 3
 
+    def runs(self, layers: int) -> tuple[int, ...]:
+        """The layers of each stage, of a model with so many."""
+        return self.layers or even_runs(layers, self.pipeline)
+
     def stage_cut(self, rank: int, layers: int) -> StageCut:
         """The share of a model with so many layers that `rank` has."""
-        return StageCut(self.pipeline_rank(rank), self.stage_layers(layers))
-
-    def stage_layers(self, layers: int) -> tuple[int, ...]:
-        """Numbers of layers of the stages, of so many in all."""
-        return self.layers or even_runs(layers, self.pipeline)
+        return StageCut(self.pipeline_rank(rank), self.runs(layers))
 
     def tensor_rank(self, rank: int) -> int:
         return self.mesh.index(rank) % self.tensor

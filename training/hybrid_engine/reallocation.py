@@ -1,4 +1,4 @@
-"""One role's present weights in another layout: other ranks, other degrees, ZeRO 0-3.
+"""One role's present weights in another layout: other ranks, other degrees, other stages, ZeRO 0-3.
 
 Any role will do: a training engine's model, a frozen module, a frozen module under ZeRO 3. Where a rank's part stays as
 it is nothing is copied. Elsewhere the weights move layer by layer as `transfers` says, through one buffer, so that the
@@ -9,18 +9,23 @@ sent from where it lies.
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from inference.families import text_config
 from inference.private_surfaces import is_divided, whole_shape
 from inference.tensor_parallel.group import TensorParallel, join_groups
 from inference.tensor_parallel.shard import Piece, cuts_of, empty_shard
 from training.distributed import Ranks, local_size
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import Box, Move, Part, Weight, stays, transfers
+from training.pipelines.cut import StageCut
+from training.pipelines.stage_model import held_weights, keep_stage, stages_of
 from training.private_surfaces import forget_whole, own_part
 
 ALIGNMENT = 16
@@ -45,9 +50,10 @@ class Reallocation:
 
     All of `ranks` make it, and the layouts count in their numbers. `model` is the whole model of transformers, on ranks
     of `source` with its weights, or divided by ZeRO 3; elsewhere only its structure is read, and its weights may be
-    uninitialised. If `source` is tensor-parallel, its weights are those of `before`, the reallocation that led there.
-    `part` is this rank's in `target` (`tensor_parallel_of`), None outside of it. If `target` has ZeRO stage 3, `divide`
-    divides an empty module in place over the data ranks.
+    uninitialised. Where `source` has stages, a rank's stage of the model is its `stage`, and of `model` only the
+    structure is read on all ranks. If `source` is tensor-parallel, its weights are those of `before`, the reallocation
+    that led there. `part` is this rank's in `target` (`tensor_parallel_of`), None outside of it. If `target` has ZeRO
+    stage 3, `divide` divides an empty module in place over the data ranks.
     """
 
     def __init__(
@@ -59,9 +65,11 @@ class Reallocation:
         ranks: Ranks,
         before: "Reallocation | None" = None,
         divide: Callable[[nn.Module], None] | None = None,
+        stage: nn.Module | None = None,
     ):
         assert part is None or (divide is not None) == (target.zero_stage == 3)
-        self.model, self.part, self.ranks, self.before, self.divide = model, part, ranks, before, divide
+        self.model, self.source_model = model, model if stage is None else stage
+        self.part, self.ranks, self.before, self.divide = part, ranks, before, divide
         self.is_source = ranks.rank in source.mesh
         self.stays = stays(source, target, ranks.rank)
         self.moved = Moved()
@@ -70,7 +78,10 @@ class Reallocation:
         self._pieces: list[Piece] = []
         self._shapes: dict[str, torch.Size] = {}
         self._is_filled = False
-        weights = weights_of(model, (source.tensor, target.tensor))
+        self._cut = None
+        if part is not None and target.pipeline > 1:
+            self._cut = target.stage_cut(ranks.rank, layers_of(model))
+        weights = weights_of(model, (source, target))
         require_agreement(weights, ranks)
         if ranks.device.type == "cuda" and ranks.size > 1:  # NCCL wants all ranks in what a group does first
             dist.all_reduce(torch.zeros(1, device=ranks.device), group=ranks.members)
@@ -83,7 +94,7 @@ class Reallocation:
         """What `run` has given: this rank's part in the target."""
         if not self.stays:
             return self._copy
-        return self.model if self.before is None else self.before.module
+        return self.source_model if self.before is None else self.before.module
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -122,7 +133,7 @@ class Reallocation:
         if self._copy is None:
             assert self.part is not None
             device = self.ranks.device if self.divide is None else torch.device("cpu")  # untouched, it takes no room
-            self._copy, self._pieces = empty_shard(self.model, self.part, device)
+            self._copy, self._pieces = empty_part(self.model, self.part, self._cut, device)
             if self.divide is not None:
                 self.divide(self._copy)
             self._copy.to(self.ranks.device)  # its buffers too
@@ -141,7 +152,7 @@ class Reallocation:
     def _held(self) -> dict[str, Tensor]:
         if not self.is_source:
             return {}
-        return dict(self.model.named_parameters()) if self.before is None else self.before.weights
+        return dict(held_weights(self.source_model)) if self.before is None else self.before.weights
 
 
 @dataclass(frozen=True)
@@ -294,12 +305,35 @@ def shape_of(box: Box) -> tuple[int, int]:
     return box.bottom - box.top, box.right - box.left
 
 
-def weights_of(model: nn.Module, degrees: Iterable[int]) -> list[Weight]:
-    """All of a whole model of transformers, with their parts in those tensor-parallel degrees. Raises UserError if it
-    cannot be cut so."""
+def layers_of(model: nn.Module) -> int:
+    """Of a whole model of transformers."""
+    return text_config(cast(PreTrainedModel, model).config).num_hidden_layers
+
+
+def empty_part(
+    model: nn.Module, part: TensorParallel, cut: StageCut | None, device: torch.device
+) -> tuple[nn.Module, list[Piece]]:
+    """As `empty_shard`; with a `cut` only this stage's layers, whose pieces have the whole model's names."""
+    if cut is None:
+        return empty_shard(model, part, device)
+    whole, _ = empty_shard(model, part, torch.device("meta"))
+    keep_stage(cast(PreTrainedModel, whole), cut)
+    stage, pieces = empty_shard(whole, part, device)
+    names = {id(parameter): name for name, parameter in held_weights(stage).items()}
+    return stage, [replace(piece, name=names[id(piece.local)]) for piece in pieces]
+
+
+def weights_of(model: nn.Module, layouts: Sequence[Layout] = ()) -> list[Weight]:
+    """All of a whole model of transformers, with their parts in those layouts. Raises UserError if it cannot be cut
+    so."""
     cuts = {
         degree: [cuts_of(model, TensorParallel(rank, degree)) for rank in range(degree)]
-        for degree in sorted({*degrees} - {1})
+        for degree in sorted({layout.tensor for layout in layouts} - {1})
+    }
+    staged = {(layout.pipeline, layout.layers): layout for layout in layouts if layout.pipeline > 1}
+    stages = {
+        key: stages_of(cast(PreTrainedModel, model), layout.runs(layers_of(model)))
+        for key, layout in sorted(staged.items())
     }
     return [
         Weight(
@@ -308,6 +342,7 @@ def weights_of(model: nn.Module, degrees: Iterable[int]) -> list[Weight]:
             parameter.dtype,
             parameter.requires_grad,
             {degree: tuple(of_rank.get(id(parameter)) for of_rank in of_ranks) for degree, of_ranks in cuts.items()},
+            {key: holders[name] for key, holders in stages.items()},
         )
         for name, parameter in model.named_parameters()
     ]

@@ -30,11 +30,15 @@ class Weight:
     """Others move once."""
     cuts: Mapping[int, tuple[Cut | None, ...]] = field(default_factory=dict)
     """By tensor-parallel degree over 1: the part of each tensor rank; None for all of it."""
-    stages: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """By pipeline degree over 1: the stages that have it."""
+    stages: Mapping[tuple[int, tuple[int, ...]], tuple[int, ...]] = field(default_factory=dict)
+    """By pipeline degree over 1 and the layers of the stages, as a layout says them: the stages that have it."""
 
     def cut(self, layout: Layout, rank: int) -> Cut | None:
         return None if layout.tensor == 1 else self.cuts[layout.tensor][layout.tensor_rank(rank)]
+
+    def is_on(self, layout: Layout, rank: int) -> bool:
+        """Whether the stage of a rank has it."""
+        return layout.pipeline == 1 or layout.pipeline_rank(rank) in self.stages[layout.pipeline, layout.layers]
 
     @property
     def value_bytes(self) -> int:
@@ -127,7 +131,9 @@ def transfers(
     cells: dict[tuple, list[_Cell]] = {}  # layers are alike
     layers: dict[str, list[Move]] = {}
     for weight in weights:
-        ends = ((weight.cuts.get(end.tensor), weight.stages.get(end.pipeline)) for end in (source, target))
+        ends = (
+            (weight.cuts.get(end.tensor), weight.stages.get((end.pipeline, end.layers))) for end in (source, target)
+        )
         alike = weight.shape, *ends
         if alike not in cells:
             held = {rank: parts(weight, source, rank) for rank in source.mesh}
@@ -145,7 +151,7 @@ def stays(source: Layout, target: Layout, rank: int) -> bool:
     divides = source.zero_stage == 3, target.zero_stage == 3
     return (
         source.tensor_group(rank) == target.tensor_group(rank)
-        and source.pipeline == target.pipeline
+        and (source.pipeline, source.layers) == (target.pipeline, target.layers)
         and source.pipeline_rank(rank) == target.pipeline_rank(rank)
         and divides[0] == divides[1]
         and (not divides[0] or source.data_group(rank) == target.data_group(rank))
@@ -155,7 +161,7 @@ def stays(source: Layout, target: Layout, rank: int) -> bool:
 def parts(weight: Weight, layout: Layout, rank: int) -> list[Part]:
     """What `rank` holds of `weight`: if its stage has it, its tensor-parallel part; under ZeRO 3 of the values of that,
     row by row, an equal run for each data rank in the order of rank numbers, the last ones shorter."""
-    if layout.pipeline > 1 and layout.pipeline_rank(rank) not in weight.stages[layout.pipeline]:
+    if not weight.is_on(layout, rank):
         return []
     rows, columns = math.prod(weight.shape[: weight.dim]), math.prod(weight.shape[weight.dim :])
     inner = columns // weight.shape[weight.dim] if columns and weight.shape else 1

@@ -227,15 +227,6 @@ def devices(roles: Mapping[str, Pipelines]) -> list[tuple[int, ...]]:
     for alone, name in ((a.places.keys() - b.places, one), (b.places.keys() - a.places, other)):
         if alone:
             raise CannotFuse(f"rank {min(alone)} trains the {name} alone")
-    lines = _lines(a, b)
-    if set(a.ranks) != _pieces(lines, a.stages) or set(b.ranks) != _pieces(lines, b.stages, against=True):
-        fitting = _fitting(a, b.stages)
-        raise CannotFuse(f"the {other} does not run against the {one}, as it would on the mesh {fitting}")
-    return lines
-
-
-def _lines(a: Pipelines, b: Pipelines) -> list[tuple[int, ...]]:
-    """The ranks as either role says which comes after which; nonsense where the roles do not agree."""
     after: dict[int, int] = {}
     for ranks in (*a.ranks, *(ranks[::-1] for ranks in b.ranks)):
         after.update(itertools.pairwise(ranks))
@@ -245,17 +236,17 @@ def _lines(a: Pipelines, b: Pipelines) -> list[tuple[int, ...]]:
         while line[-1] in after and len(line) < lcm(a.stages, b.stages):
             line.append(after[line[-1]])
         lines.append(tuple(line))
+
+    def pieces(stages: int) -> set[tuple[int, ...]]:
+        return {line[start : start + stages] for line in lines for start in range(0, len(line), stages)}
+
+    if pieces(a.stages) != set(a.ranks) or pieces(b.stages) != {ranks[::-1] for ranks in b.ranks}:
+        raise CannotFuse(f"the {other} does not run against the {one}, as it would on the mesh {_fitting(a, b.stages)}")
     return lines
-
-
-def _pieces(lines: Iterable[Sequence[int]], stages: int, against: bool = False) -> set[tuple[int, ...]]:
-    """Pipelines of so many stages, side by side on the lines."""
-    pieces = (tuple(line[start : start + stages]) for line in lines for start in range(0, len(line), stages))
-    return {piece[::-1] if against else piece for piece in pieces}
 
 
 def _fitting(a: Pipelines, stages: int) -> list[int]:
     """A mesh on which pipelines of so many stages run against those of `a`."""
     ranks = list(itertools.chain.from_iterable(a.ranks))
     pipelines = [ranks[start : start + stages][::-1] for start in range(0, len(ranks), stages)]
-    return [rank for stage in zip(*pipelines, strict=True) for rank in stage]
+    return [rank for stage in zip(*sorted(pipelines), strict=True) for rank in stage]

@@ -188,11 +188,11 @@ class StagedRoles:
         return ("fused", fused(roles, woven)) if fuses else ("1f1b", plain)
 
     def _instance(self, roles: Mapping[str, Pipelines]) -> Instance:
-        """What the search is told: mean seconds and activations of micro-batches, and the room for these. Before anything
-        is measured a backward pass takes two forward ones. Raises CannotFuse where there is no room."""
+        """What the search is told: mean seconds and activations of micro-batches, and the room for these. Before
+        anything is measured a backward pass takes two forward ones. Raises CannotFuse where there is no room."""
         pipelines = []
         for role, each in roles.items():
-            layers = self.layouts[f"{role}_train"].stage_layers(self.layers[role])
+            layers = self.layouts[f"{role}_train"].runs(self.layers[role])
             keys = [[(role, stage, kind) for stage in range(each.stages)] for kind in (FORWARD, BACKWARD)]
             unmeasured = [tuple((1.0 + kind) * count for count in layers) for kind in (FORWARD, BACKWARD)]
             is_known = all(key in self.taken for of_kind in keys for key in of_kind)

@@ -111,11 +111,12 @@ class AugmentedGraphs:
 
     def reallocation_seconds(self, call: Call, source: Assignment, target: Assignment) -> float:
         workload = self.costs.workload
-        sizes = bytes_by_kind(workload.models[call.role], workload.value_bytes)
-        return seconds_between(source.cut, target.cut, sizes, self.costs.cluster)
+        model = workload.models[call.role]
+        sizes = bytes_by_kind(model, workload.value_bytes)
+        return seconds_between(source.cut, target.cut, sizes, self.costs.cluster, model.shape.layers)
 
     def offload_seconds(self, call: Call, assignment: Assignment) -> float:
         workload, layout = self.costs.workload, assignment.layout
-        ranks = layout.tensor * layout.pipeline * (layout.data if layout.zero_stage == 3 else 1)
-        size = workload.models[call.role].parameters * workload.value_bytes / ranks
+        ranks = layout.tensor * (layout.data if layout.zero_stage == 3 else 1)
+        size = workload.models[call.role].largest_stage(layout).parameters * workload.value_bytes / ranks
         return size / (self.costs.cluster.device.host_bandwidth * ACHIEVED_BANDWIDTH)

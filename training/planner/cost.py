@@ -98,7 +98,7 @@ class CallCosts:
         # under ZeRO 3 the recomputed forward and the backward pass of a layer share one gathering
         stage = forward * forwards + backward + self._gathered(model, assignment) * 2
         group = self._links_of(assignment).data
-        weights = model.trained_parameters / (layout.tensor * layout.pipeline)
+        weights = model.largest_stage(layout).trained_parameters / layout.tensor
         zero_stage = max(
             layout.zero_stage, int(workload.precision == "bf16")
         )  # DeepSpeed keeps fp32 weights from stage 1 on
@@ -140,13 +140,32 @@ class CallCosts:
     def _pass(
         self, model: Model, assignment: Assignment, rows: float, length: int, context: float | None = None
     ) -> CallCost:
-        """One forward pass of the slowest stage over `rows` x `length` tokens: the last stage, which has the head.
+        """One forward pass of the slowest stage over `rows` x `length` tokens: the last stage, which has the head, or
+        one of more layers.
 
         With `context` a decode step: so many earlier keys and values are read for every token.
         """
+        *before, last = assignment.layout.runs(model.shape.layers)
+        slowest = self.stage_pass(model, assignment, last, True, rows, length, context)
+        if (most := max(before, default=0)) > last:
+            other = self.stage_pass(model, assignment, most, False, rows, length, context)
+            return max(slowest, other, key=lambda cost: cost.seconds)
+        return slowest
+
+    def stage_pass(
+        self,
+        model: Model,
+        assignment: Assignment,
+        layers: int,
+        has_head: bool,
+        rows: float,
+        length: int,
+        context: float | None = None,
+    ) -> CallCost:
+        """One forward pass of a stage of so many layers."""
         shape, layout, width = model.shape, assignment.layout, self.workload.value_bytes
-        layers, tokens = model.stage_layers(layout.pipeline), rows * length
-        weights = (layers * model.layer_weights + model.head_weights) / layout.tensor
+        tokens = rows * length
+        weights = (layers * model.layer_weights + model.head_weights * has_head) / layout.tensor
         arithmetic = max(2 * weights * tokens / self.flops, weights * width / self.memory_bandwidth)
         pairs = tokens * (length / 2 if context is None else context) * layers / layout.tensor
         attention = 4 * pairs * shape.heads * shape.head_dim / self.flops
@@ -156,8 +175,8 @@ class CallCosts:
             attention = max(attention, read / self.memory_bandwidth)
         group = self._links_of(assignment).tensor
         one_layer = self.calibration.launch_seconds if context is None else self.calibration.decode_launch_seconds
-        launch = (layers + HEAD_LAUNCHES) * one_layer
-        latency = (2 * layers + HEAD_COLLECTIVES) * group.latency
+        launch = (layers + HEAD_LAUNCHES * has_head) * one_layer
+        latency = (2 * layers + HEAD_COLLECTIVES * has_head) * group.latency
         hidden = 0.0 if context is not None else min(1.0, (arithmetic + attention) / (launch + latency))
         exchange = 2 * layers * (group.all_reduce(tokens * shape.hidden * width) - group.latency)
         return CallCost(
@@ -192,8 +211,8 @@ class CallCosts:
         if layout.zero_stage < 3 or layout.data == 1:
             return CallCost()
         group = self._links_of(assignment).data
-        weights = model.parameters * self.workload.value_bytes / (layout.tensor * layout.pipeline)
-        latency = group.latency * (model.stage_layers(layout.pipeline) - 1)
+        weights = model.largest_stage(layout).parameters * self.workload.value_bytes / layout.tensor
+        latency = group.latency * (max(layout.runs(model.shape.layers)) - 1)
         return CallCost(zero=latency + group.all_gather(weights))
 
     def _gradient_reduction(self, assignment: Assignment, weights: float, zero_stage: int) -> tuple[float, float]:

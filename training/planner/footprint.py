@@ -58,7 +58,8 @@ class Footprints:
         if own_weights and self.graph.training_call(call.role) is not None:
             parts.append(Part(f"{name}, a copy", weights, phase=call.name))
         elif own_weights:
-            parts.append(_loaded(call, model.parameters * self.workload.value_bytes, divided))
+            whole = model.largest_stage(assignment.layout).parameters * self.workload.value_bytes
+            parts.append(_loaded(call, whole, divided))
             waits = [Part(f"{name}, on the host", weights, "host"), Part(name, weights, phase=call.name)]
             parts += waits if assignment.offload else [Part(name, weights)]
         if divided:
@@ -105,12 +106,13 @@ class Footprints:
 
     def _trained(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
         layout = assignment.layout
-        parameters = -(-model.parameters // (layout.tensor * layout.pipeline))
+        stage = model.largest_stage(layout)
+        parameters = -(-stage.parameters // layout.tensor)
         settings = OptimizerSettings(zero_stage=layout.zero_stage, lora=model.lora)
         dtype = DTYPES[self.workload.precision]
-        parts = training_parts(f"{call.role} ", parameters, model.shape, settings, dtype, layout.data, call.name)
+        parts = training_parts(f"{call.role} ", parameters, stage.shape, settings, dtype, layout.data, call.name)
         divided = layout.zero_stage == 3
-        whole = model.parameters * (self.workload.value_bytes if divided else 4)
+        whole = stage.parameters * (self.workload.value_bytes if divided else 4)
         return [*(part for part in parts if not part.phase.endswith(LOADING)), _loaded(call, whole, divided)]
 
     def _passes(self, call: Call, model: Model, assignment: Assignment) -> list[Part]:
@@ -119,7 +121,7 @@ class Footprints:
         rows = -(-workload.rows(call.kind) // (layout.data * assignment.micro_batches))
         if call.kind == "generate":
             rows = workload.rows_together(call.kind, assignment)
-        layers = model.stage_layers(layout.pipeline)
+        layers = max(layout.runs(model.shape.layers))
         tokens = rows * (workload.prompt_tokens if call.kind == "generate" else workload.longest)
         one_layer = tokens * model.layer_activations // layout.tensor
         logit_bytes = {"generate": SAMPLING_BYTES_PER_LOGIT, "score": SCORING_BYTES_PER_LOGIT}
@@ -144,8 +146,8 @@ class Footprints:
 
     def _share(self, model: Model, assignment: Assignment, divided: bool) -> int:
         layout = assignment.layout
-        ranks = layout.tensor * layout.pipeline * (layout.data if divided else 1)
-        return -(-model.parameters * self.workload.value_bytes // ranks)
+        ranks = layout.tensor * (layout.data if divided else 1)
+        return -(-model.largest_stage(layout).parameters * self.workload.value_bytes // ranks)
 
     def _gathered(self, call: Call, model: Model, assignment: Assignment) -> Part:
         whole = self._share(model, assignment, divided=False)

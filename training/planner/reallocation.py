@@ -25,20 +25,23 @@ from training.planner.workload import Model
 Array = NDArray[np.float64]
 SETUP_SECONDS = 0.03
 """To start the broadcasts and to allocate the copy (ReaLHF's estimator takes the same)."""
-KINDS = 3
-"""Of weights: cut over outputs, cut over inputs, and whole in every tensor-parallel part."""
+KINDS = 6
+"""Of weights: in the layers cut over outputs, cut over inputs, and whole in every tensor-parallel part; tables of the
+vocabulary that the first pipeline stage has, the last one, and both."""
 
 
 def bytes_by_kind(model: Model, value_bytes: int) -> Array:
     """(KINDS): what moves when the weights have changed. Adapters, where they are trained, are cut over outputs."""
     s = model.shape
     if model.lora.rank:
-        return np.array([model.trained_parameters, 0, 0]) * float(value_bytes)
+        return np.eye(KINDS)[0] * float(model.trained_parameters * value_bytes)
     attention = s.hidden * s.head_dim
     outputs = s.layers * (attention * (s.heads + 2 * s.kv_heads) + (2 if s.is_gated else 1) * s.hidden * s.ffn)
-    outputs += s.vocabulary * s.hidden + (s.output_matrix if model.has_vocabulary_head else 0)
     inputs = s.layers * (attention * s.heads + s.hidden * s.ffn)
-    kinds = np.array([outputs, inputs, max(0, model.parameters - outputs - inputs)], dtype=np.float64)
+    head = s.output_matrix if model.has_vocabulary_head else 0
+    tables = (0, 0, s.embedding) if model.has_vocabulary_head and not head else (s.embedding, head, 0)
+    rest = max(0, model.parameters - outputs - inputs - sum(tables))
+    kinds = np.array([outputs, inputs, rest, *tables], dtype=np.float64)
     return kinds * (model.parameters / kinds.sum() * value_bytes)
 
 
@@ -64,7 +67,7 @@ class Holdings:
 
 @dataclass(frozen=True)
 class Shares:
-    """What a cluster holds in a number of cuts."""
+    """What a cluster holds in a number of cuts of a model."""
 
     ranks: Holdings
     nodes: Holdings
@@ -73,10 +76,11 @@ class Shares:
     """(cuts): nodes that hold anything."""
 
     @classmethod
-    def of(cls, cuts: list[Cut], cluster: Cluster) -> "Shares":
+    def of(cls, cuts: list[Cut], cluster: Cluster, layers: int) -> "Shares":
+        """`layers` are the model's."""
         bounds = np.zeros((6, len(cuts), KINDS, cluster.size))
         for place, (mesh, *degrees) in enumerate(cuts):
-            bounds[:, place, :, list(mesh)] = boxes(len(mesh), *degrees)
+            bounds[:, place, :, list(mesh)] = boxes(layers, len(mesh), *degrees)
         ranks = Holdings.of(bounds)
         holds = (ranks.volumes > 0).reshape(len(cuts), KINDS, cluster.nodes, cluster.devices_per_node)
         by_node = bounds.reshape(6, *holds.shape)
@@ -127,27 +131,31 @@ def reallocation_seconds(
     return SETUP_SECONDS + (np.maximum(in_node, network) + copied) / ACHIEVED_BANDWIDTH
 
 
-def seconds_between(source: Cut, target: Cut, sizes: Array, cluster: Cluster) -> float:
-    """Of one reallocation; 0 only if cut and placement are equal."""
+def seconds_between(source: Cut, target: Cut, sizes: Array, cluster: Cluster, layers: int) -> float:
+    """Of one reallocation of a model of so many layers; 0 only if cut and placement are equal."""
     if source == target:
         return 0.0
     first = np.zeros(1, dtype=np.int64)
-    shares = Shares.of([source], cluster), Shares.of([target], cluster)
+    shares = Shares.of([source], cluster, layers), Shares.of([target], cluster, layers)
     return float(reallocation_seconds(shares[0], first, shares[1], first, sizes, cluster)[0])
 
 
 @cache
-def boxes(ranks: int, data: int, tensor: int, pipeline: int, divided: bool, layers: tuple[int, ...]) -> Array:
-    """(ranks, 6, KINDS): what each rank of a mesh holds, of weights with a row or column for each part."""
-    runs = layers or (1,) * pipeline
-    layout = Layout(tuple(range(ranks)), data, tensor, pipeline, 3 if divided else 0)
+def boxes(
+    layers: int, ranks: int, data: int, tensor: int, pipeline: int, divided: bool, runs: tuple[int, ...]
+) -> Array:
+    """(ranks, 6, KINDS): what each rank of a mesh holds of a model, of weights with a row or column for each part."""
+    layout = Layout(tuple(range(ranks)), data, tensor, pipeline, 3 if divided else 0, runs)
     found = np.zeros((ranks, 6, KINDS))
-    for kind, (shape, dim) in enumerate((((tensor * data,), 0), ((data, tensor), 1), ((data,), None))):
+    outputs = (tensor * data,), 0
+    for kind, (shape, dim) in enumerate((outputs, ((data, tensor), 1), ((data,), None), *[outputs] * 3)):
         cut = [None if dim is None else PartOfWeight(dim, even(shape[dim], part, tensor)) for part in range(tensor)]
-        weight = Weight("", shape, torch.uint8, True, {tensor: tuple(cut)}, {pipeline: tuple(range(pipeline))})
+        weight = Weight("", shape, torch.uint8, True, {tensor: tuple(cut)}, {(pipeline, runs): tuple(range(pipeline))})
         rows, columns = (1, *shape)[-2:]
         for rank in range(ranks):
-            ((box, *_),), stage = parts(weight, layout, rank), layout.pipeline_rank(rank)
-            run = (sum(runs[:end]) / sum(runs) for end in (stage, stage + 1))
-            found[rank, :, kind] = *run, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
+            ((box, *_),), stage = parts(weight, layout, rank), layout.stage_cut(rank, layers)
+            tables = {3: stage.is_first, 4: stage.is_last, 5: stage.is_first or stage.is_last}
+            if tables.get(kind, True):
+                run = (0, 1) if kind in tables else (stage.run.start / layers, stage.run.stop / layers)
+                found[rank, :, kind] = *run, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
     return found

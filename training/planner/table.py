@@ -18,6 +18,7 @@ from training.planner.augmented import AugmentedGraphs
 from training.planner.options import EVERYTHING, Option, Options, Space, meshes
 from training.planner.reallocation import Shares, bytes_by_kind, reallocation_seconds
 from training.planner.simulate import ITERATIONS
+from training.planner.workload import Workload
 
 Array = NDArray[np.float64]
 Choices = NDArray[np.int64]
@@ -99,8 +100,7 @@ class PlanTable:
         for index, call in enumerate(graph.calls):
             training = graph.training_call(call.role)
             if training is not None and training != call:
-                sizes = bytes_by_kind(workload.models[call.role], workload.value_bytes)
-                self.uses.append(self._use(index, place[training.name], sizes))
+                self.uses.append(self._use(index, place[training.name], workload))
 
     @property
     def space(self) -> int:
@@ -187,10 +187,11 @@ class PlanTable:
             seconds = use.known[source, target]
         return seconds
 
-    def _use(self, call: int, training: int, sizes: Array) -> Use:
-        source, target = (Shares.of(self.columns[i].cuts, self.cluster) for i in (training, call))
+    def _use(self, call: int, training: int, workload: Workload) -> Use:
+        model = workload.models[self.graph.calls[call].role]
+        source, target = (Shares.of(self.columns[i].cuts, self.cluster, model.shape.layers) for i in (training, call))
         known = np.where(self._apart(call, training), np.nan, 0.0)
-        return Use(call, training, sizes, source, target, known)
+        return Use(call, training, bytes_by_kind(model, workload.value_bytes), source, target, known)
 
     def _apart(self, call: int, training: int) -> NDArray[np.bool_]:
         """(cuts of the training + 1, cuts of the call + 1): whether they are decided and differ."""

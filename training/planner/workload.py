@@ -1,11 +1,13 @@
 """What one iteration computes: the models of the roles, the samples and their lengths."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
+from training.hybrid_engine.layout import Layout
+from training.pipelines.cut import StageCut
 from training.plan import Assignment
 from training.role_settings import LoRASettings
 from training.shape import Shape
@@ -55,9 +57,25 @@ class Model:
         """Numbers that a layer keeps of one token for its backward pass."""
         return self.shape.activation_values(1, checkpointing=False) // self.shape.layers
 
-    def stage_layers(self, pipeline: int) -> int:
-        """Layers of the largest of so many pipeline stages."""
-        return -(-self.shape.layers // pipeline)
+    def stages(self, layout: Layout) -> "tuple[Model, ...]":
+        """What its pipeline stages hold."""
+        if layout.pipeline == 1:
+            return (self,)
+        runs = layout.runs(self.shape.layers)
+        if runs not in self._stages:
+            cuts = (StageCut(stage, runs) for stage in range(len(runs)))
+            shapes = (self.shape.stage(cut, self.has_vocabulary_head) for cut in cuts)
+            self._stages[runs] = tuple(replace(self, shape=shape) for shape in shapes)
+        return self._stages[runs]
+
+    def largest_stage(self, layout: Layout) -> "Model":
+        """The pipeline stage that has most weights."""
+        return max(self.stages(layout), key=lambda stage: stage.parameters)
+
+    @cached_property
+    def _stages(self) -> "dict[tuple[int, ...], tuple[Model, ...]]":
+        """By layers."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(family: str, scorer: bool = False) -> Any:
-    """The same random model on every rank; biases, norms and heads are random too."""
+def build(family: str, scorer: bool = False, layers: int = 0) -> Any:
+    """The same random model on every rank; biases, norms and heads are random too. `layers` of 0 leave it its own."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     model_type, values = FAMILIES[family]
     config = AutoConfig.for_model(model_type, **values, **({"num_labels": 1} if scorer else {}))
+    if layers:
+        config.num_hidden_layers = layers
     torch.manual_seed(0)
     model = (AutoModelForSequenceClassification if scorer else AutoModelForCausalLM).from_config(config)
     randomise(model)

@@ -1,13 +1,15 @@
-"""From any layout on four ranks to any other: the parts are those of the whole weights, bitwise; the bytes are those
-that the description says; the extra memory is at most two layers and a half."""
+"""From layouts on four ranks to others: the parts are those of the whole weights, bitwise; the bytes are those that the
+description says; the extra memory is at most two layers and a half."""
+
+import random
 
 import pytest
 import torch
 
 from tests.ranks import run_ranks
 
-FAMILY = "llama tied, 2 key heads"
-SHAPES = [  # mesh, data, tensor, ZeRO stage
+FAMILY, MODEL_LAYERS = "llama tied, 2 key heads", 3
+SHAPES = [  # mesh, data, tensor, ZeRO stage, pipeline, layers
     ((0, 1, 2, 3), 4, 1, 0),
     ((0, 1, 2, 3), 4, 1, 3),
     ((0, 1, 2, 3), 2, 2, 0),
@@ -18,14 +20,28 @@ SHAPES = [  # mesh, data, tensor, ZeRO stage
     ((1, 2, 3), 3, 1, 3),
     ((0, 3), 1, 2, 0),
     ((2,), 1, 1, 0),
+    ((0, 1, 2, 3), 2, 1, 0, 2),
+    ((2, 3, 0, 1), 2, 1, 1, 2, (1, 2)),
+    ((3, 1, 0), 1, 1, 0, 3),
+    ((1, 2), 1, 1, 1, 2, (1, 2)),
 ]
+TARGETS = 6
+"""Of each layout, drawn once; `benchmarks.layout_pairs` has all."""
 TIMES = ("first", "again")
 
 
 def layouts():
     from training.hybrid_engine.layout import Layout
 
-    return [Layout(mesh, data, tensor, zero_stage=stage) for mesh, data, tensor, stage in SHAPES]
+    return [
+        Layout(mesh, data, tensor, *pipeline[:1] or [1], stage, *pipeline[1:])
+        for mesh, data, tensor, stage, *pipeline in SHAPES
+    ]
+
+
+def pairs():
+    draw, all_ = random.Random(1), layouts()
+    return {source: draw.sample(all_, TARGETS) for source in all_}
 
 
 def dividers(ranks):
@@ -53,7 +69,9 @@ def dividers(ranks):
 
 
 def expected(whole, weight, layout, rank):
-    """By the cut alone, and the run of a data rank under ZeRO 3; flat."""
+    """By the cut alone, and the run of a data rank under ZeRO 3; flat. None where another stage has it."""
+    if layout.pipeline > 1 and layout.pipeline_rank(rank) not in stages_by_name(weight.name, layout):
+        return None
     cut = weight.cut(layout, rank)
     part = (whole if cut is None else cut(whole)).flatten()
     if layout.zero_stage < 3:
@@ -61,6 +79,18 @@ def expected(whole, weight, layout, rank):
     group = layout.data_group(rank)
     share = -(-part.numel() // len(group))
     return part[group.index(rank) * share :][:share]
+
+
+def stages_by_name(name, layout):
+    """Of the tied Llama."""
+    if "embed_tokens" in name:
+        return {0, layout.pipeline - 1}
+    runs = layout.layers or {2: (2, 1), 3: (1, 1, 1)}[layout.pipeline]
+    return (
+        {[stage for stage, run in enumerate(runs) for _ in range(run)][int(name.split(".")[2])]}
+        if ("layers" in name)
+        else {layout.pipeline - 1}
+    )
 
 
 def described(moves, rank, moves_again):
@@ -78,7 +108,7 @@ def all_pairs(ranks, directory):
 
     parts = {layout: tensor_parallel_of(layout) for layout in layouts()}
     divide, first = dividers(ranks), type(layouts()[0])((0,))
-    model, later = build(FAMILY), build(FAMILY)
+    model, later = (build(FAMILY, layers=MODEL_LAYERS) for _ in range(2))
     randomise(later, seed=2)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("mlp" in name)
@@ -89,14 +119,14 @@ def all_pairs(ranks, directory):
     if ranks.rank > 0:
         randomise(model, seed=3)  # nobody may read them
     sizes = {}
-    for weight in weights_of(model, ()):
+    for weight in weights_of(model):
         sizes[weight.layer] = sizes.get(weight.layer, 0) + before[weight.name].numel() * weight.value_bytes
     results = []
-    for source in layouts():
+    for source, targets in pairs().items():
         into = Reallocation(model, first, source, parts[source], ranks, divide=divide.get(source))
         from_there = {
             target: Reallocation(model, source, target, parts[target], ranks, into, divide.get(target))
-            for target in layouts()
+            for target in targets
         }
         for time, wholes in zip(TIMES, (before, after), strict=True):
             if ranks.rank == 0:
@@ -104,7 +134,7 @@ def all_pairs(ranks, directory):
                     parameter.data.copy_(wholes[name])
             into.run()
             for target, reallocation in from_there.items():
-                weights = weights_of(model, (source.tensor, target.tensor))
+                weights = weights_of(model, (source, target))
                 module, held = reallocation.run(), reallocation.weights
                 is_target = ranks.rank in target.mesh
                 assert (module is None) == (not is_target) == (not held)
@@ -113,6 +143,7 @@ def all_pairs(ranks, directory):
                     for weight in weights
                     if is_target
                     for part in [expected(wholes[weight.name], weight, target, ranks.rank)]
+                    if part is not None
                 }
                 moved = reallocation.moved
                 results.append(
@@ -124,7 +155,44 @@ def all_pairs(ranks, directory):
                         "layers": moved.buffer / max(sizes.values()),
                     }
                 )
-    return {"pairs": results, "in a part": within_a_part(ranks)}
+    return {"pairs": results, "in a part": within_a_part(ranks), "from stages": from_trained_stages(ranks)}
+
+
+def from_trained_stages(ranks) -> dict[str, bool]:
+    """Stages with adapters, in bf16, as an engine has them: by target, whether this rank's part is right, also after
+    the adapters have changed, and whether those alone moved then."""
+    import copy
+
+    from tests.inference.tensor_parallel.families import build, randomise
+    from training.hybrid_engine.layout import Layout
+    from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of, weights_of
+    from training.models.policy import Policy
+    from training.pipelines.stage_model import held_weights, keep_stage
+    from training.role_settings import LoRASettings
+
+    source = Layout((2, 3, 0, 1), 2, pipeline=2, layers=(1, 2))
+    targets = [Layout((0, 1, 2, 3), 4), Layout((0, 2), tensor=2), Layout((0, 1, 2, 3), 2, pipeline=2, layers=(1, 2))]
+    whole = Policy(build(FAMILY, layers=MODEL_LAYERS), LoRASettings(rank=2)).model.to(torch.bfloat16)
+    stage = copy.deepcopy(whole)
+    keep_stage(stage, source.stage_cut(ranks.rank, MODEL_LAYERS))
+    found = {}
+    for target in targets:
+        moving = Reallocation(whole, source, target, tensor_parallel_of(target), ranks, stage=stage)
+        for seed in (1, 2):
+            randomise(whole, seed)
+            for name, weight in held_weights(stage).items():
+                weight.data.copy_(whole.get_parameter(name))
+            module, held = moving.run(), moving.weights
+            right = (module is None) == (ranks.rank not in target.mesh)
+            for weight in weights_of(whole, (target,)) if held else []:
+                part = expected(whole.get_parameter(weight.name), weight, target, ranks.rank)
+                if weight.is_trained or seed == 1:
+                    right &= weight.name not in held if part is None else torch.equal(held[weight.name].flatten(), part)
+            found[f"{target}, {seed}"] = right
+        found[f"{target}, adapters"] = (
+            moving.moved.received < 10_000 < sum(w.numel() for w in held.values()) or not held
+        )
+    return found
 
 
 def within_a_part(ranks) -> bool | None:
@@ -150,7 +218,7 @@ def results(tmp_path_factory):
 
 def cases(results):
     for of_rank in results:
-        assert len(of_rank["pairs"]) == len(SHAPES) ** 2 * len(TIMES)
+        assert len(of_rank["pairs"]) == len(SHAPES) * TARGETS * len(TIMES)
         yield from of_rank["pairs"]
 
 
@@ -174,3 +242,9 @@ def test_the_buffer_is_no_more_than_two_layers_and_a_half(results):
 
 def test_a_part_of_the_ranks_moves_weights_by_numbers_of_its_own(results):
     assert [of_rank["in a part"] for of_rank in results] == [None, True, None, True]
+
+
+def test_stages_that_train_give_other_layouts_what_they_have_learnt(results):
+    for of_rank in results:
+        assert len(of_rank["from stages"]) == 9
+        assert all(of_rank["from stages"].values()), of_rank["from stages"]

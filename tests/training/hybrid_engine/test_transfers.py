@@ -16,12 +16,19 @@ from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import Weight, stays, transfers
 
 DEGREES = (2, 4)
+LAYERS_OF_STAGES = [(2, ()), (2, (2, 1)), (2, (1, 2)), (3, ())]
 PAIRS = 200
 
 
-def weight(name, shape, cut_of, trained=True, stages=(0,)):
+def weight(name, shape, cut_of, trained=True):
+    """Of three layers, of which even stages have 2 and 1."""
     cuts = {size: tuple(cut_of(rank, size) for rank in range(size)) for size in DEGREES}
-    return Weight(name, shape, torch.float32, trained, cuts, {2: stages})
+    stages = {}
+    for degree, layers in LAYERS_OF_STAGES:
+        ends = np.cumsum(layers or {2: (2, 1), 3: (1, 1, 1)}[degree])
+        layer = int(name.split(".")[1]) if "." in name else None
+        stages[degree, layers] = (0, degree - 1) if layer is None else (int(np.searchsorted(ends, layer, "right")),)
+    return Weight(name, shape, torch.float32, trained, cuts, stages)
 
 
 def copied_heads(rank, size):
@@ -31,23 +38,27 @@ def copied_heads(rank, size):
 
 
 WEIGHTS = [
-    weight("embed", (11, 4), lambda r, n: Cut(0, *rows_of(11, r, n)), stages=(0, 1)),  # tied with the head
+    weight("embed", (11, 4), lambda r, n: Cut(0, *rows_of(11, r, n))),  # tied with the head
     weight("layers.0.column", (8, 3), lambda r, n: Cut(0, even(8, r, n))),
     weight("layers.0.row", (3, 8), lambda r, n: Cut(1, even(8, r, n))),
     weight("layers.0.qkv", (5, 24), lambda r, n: Cut(1, even(24, r, n, blocks=3))),
     weight("layers.0.key", (6, 5), copied_heads),
     weight("layers.0.norm", (7,), lambda r, n: None, trained=False),
-    weight("layers.1.row", (3, 8), lambda r, n: Cut(1, even(8, r, n)), stages=(1,)),
+    weight("layers.1.row", (3, 8), lambda r, n: Cut(1, even(8, r, n))),
+    weight("layers.2.row", (3, 8), lambda r, n: Cut(1, even(8, r, n))),
 ]
-LAYERS = [["embed"], [w.name for w in WEIGHTS if "layers.0" in w.name], ["layers.1.row"]]
+LAYERS = [["embed"], [w.name for w in WEIGHTS if "layers.0" in w.name], ["layers.1.row"], ["layers.2.row"]]
 
 
 def random_layout(draw):
-    size = draw.choice((1, 2, 4, 8))
+    size = draw.choice((1, 2, 3, 4, 6, 8))
     tensor = draw.choice([t for t in (1, *DEGREES) if size % t == 0])
-    pipeline = draw.choice([p for p in (1, 1, 2) if size // tensor % p == 0])
-    mesh = tuple(sorted(draw.sample(range(8), size)))
-    return Layout(mesh, size // tensor // pipeline, tensor, pipeline, draw.choice((0, 3)))
+    degrees = [(p, layers) for p, layers in LAYERS_OF_STAGES if size // tensor % p == 0]
+    pipeline, layers = draw.choice([*degrees, *[(1, ())] * max(1, len(degrees))])
+    stage = size // pipeline
+    mesh = draw.sample(range(8), size)
+    mesh = [rank for first in range(0, size, stage) for rank in sorted(mesh[first : first + stage])]
+    return Layout(tuple(mesh), stage // tensor, tensor, pipeline, draw.choice((0, 3)), layers)
 
 
 def pairs():
@@ -57,7 +68,7 @@ def pairs():
 
 def part_of(values, weight, layout, rank):
     """What the rank holds, flat."""
-    if layout.pipeline > 1 and layout.pipeline_rank(rank) not in weight.stages[layout.pipeline]:
+    if layout.pipeline > 1 and layout.pipeline_rank(rank) not in weight.stages[layout.pipeline, layout.layers]:
         return np.zeros(0)
     cut = weight.cut(layout, rank)
     held = torch.from_numpy(values) if cut is None else cut(torch.from_numpy(values))
@@ -155,3 +166,8 @@ def test_what_stays():
     )
     assert not stays(Layout((0, 1), 2, zero_stage=3), Layout(four, 4, zero_stage=3), 0)
     assert stays(Layout((0, 1), 2, zero_stage=3), Layout((0, 1), 2, zero_stage=3), 0)
+    in_two = Layout(four, 2, pipeline=2, layers=(2, 1))
+    assert stays(in_two, Layout((1, 2), pipeline=2, layers=(2, 1)), 2)  # the last stage here and there
+    assert not stays(in_two, Layout((2, 1), pipeline=2, layers=(2, 1)), 2)
+    assert not stays(in_two, Layout(four, 2, pipeline=2, layers=(1, 2)), 2)
+    assert not stays(in_two, Layout(four, 4), 2)

@@ -1,5 +1,7 @@
 """Orders on real layouts: 1F1B as everybody draws it, fused where roles run against each other, and what is refused."""
 
+import itertools
+
 import pytest
 
 from tests.training.pipelines.works import random_orders
@@ -107,6 +109,25 @@ def test_why_roles_cannot_be_fused(a, b, why):
     one_forward_one_backward(roles_of(a, b)), serial(roles_of(a, b))
 
 
+@pytest.mark.parametrize("stages", itertools.product((1, 2, 4), repeat=2))
+def test_every_mesh_of_four_ranks_is_fused_where_the_roles_run_against_each_other(stages):
+    """A line is there where pipelines of the first role, in some sequence, are pipelines of the second, reversed."""
+    a, b = stages
+    first = Layout((0, 1, 2, 3), 4 // a, pipeline=a)
+    fusing = 0
+    for mesh in itertools.permutations(range(4)):
+        roles = roles_of(first, Layout(mesh, 4 // b, pipeline=b))
+        sequences = [sum(pipelines, ()) for pipelines in itertools.permutations(roles["actor"].ranks)]
+        reversed_pieces = [{each[start : start + b][::-1] for start in range(0, 4, b)} for each in sequences]
+        if set(roles["critic"].ranks) in reversed_pieces:
+            fusing += 1
+            assert sorted(sum(devices(roles), ())) == [0, 1, 2, 3]
+        else:
+            with pytest.raises(CannotFuse):
+                devices(roles)
+    assert 0 < fusing <= 24
+
+
 def test_it_takes_two():
     with pytest.raises(CannotFuse, match="two roles, and here train actor"):
         devices({"actor": Pipelines.of(Layout((0, 1), pipeline=2), 1)})
@@ -171,6 +192,7 @@ def orders(*rows):
         (("cF0 aF0 aB0 cB0", "aF0 aB0 cF0 cB0"), "wait for each other: rank 0 for forward 0 of critic"),
         (("aF0 cF0 aB0 cB0", "cF0 cB0 aF0 aB0"), "wait for each other: rank 0 for backward 0 of actor"),
         (("aB0 aF0 cF0 cB0", "aF0 aB0 cF0 cB0"), "wait for each other: rank 0 for backward 0 of actor"),
+        (("aF0 aB0 cF0 cB0", "aB0 aF0 cF0 cB0"), "wait for each other: rank 0 for backward 0 of actor"),
         (("aF0 aB0 cF0", "aF0 aB0 cF0 cB0"), r"rank 0 does the backwards \[\] of critic"),
         (("aF0 aB0 cF0 cB0 cB0", "aF0 aB0 cF0 cB0"), r"rank 0 does the backwards \[0, 0\] of critic"),
         (("aF1 aB0 cF0 cB0", "aF0 aB0 cF0 cB0"), r"rank 0 does the forwards \[1\] of actor"),

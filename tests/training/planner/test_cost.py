@@ -72,6 +72,16 @@ def test_pipeline_bubbles_by_hand():
         assert found.pipeline == pytest.approx(3 / micro_batches * (found.arithmetic + found.attention) + sent)
 
 
+def test_unequal_stages_are_as_slow_as_the_slowest():
+    """The head of this actor is worth two of its layers."""
+    even, long_first, long_last = (
+        cost("actor_train", Assignment(Layout((0, 1), pipeline=2, layers=runs), 16)).arithmetic
+        for runs in ((), (14, 10), (10, 14))
+    )
+    assert long_first / even == pytest.approx(14 * LAYER / (12 * LAYER + HEAD))
+    assert long_last / even == pytest.approx((14 * LAYER + HEAD) / (12 * LAYER + HEAD))
+
+
 def test_generation_in_a_pipeline_is_as_slow_as_its_last_stage():
     one, four = (cost("actor_generate", Assignment(Layout((0, 1, 2, 3), data=4 // p, pipeline=p), p)) for p in (1, 4))
     assert one.launch == pytest.approx(127 * 25 * 1e-4)

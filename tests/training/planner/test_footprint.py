@@ -7,6 +7,7 @@ import pytest
 from inference.errors import UserError
 from tests.training.planner.conftest import LARGE, SMALL, graphs_on, ppo_workload
 from training.hybrid_engine.layout import Layout
+from training.pipelines.cut import StageCut
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.hardware import GIB
@@ -27,14 +28,24 @@ def parts(name: str, layout: Layout, micro_batches: int = 1, own_weights: bool =
 def test_training_on_two_tensor_ranks_of_two_stages_with_divided_optimiser_states():
     found = parts("actor_train", Layout(EIGHT, 2, 2, 2, zero_stage=1), 4)
     tokens, layer = (64 // 4 // 2 // 4) * 256, 4 * 2048 + 4 * 2048 + 2 * 8192
+    stage = (P + V * 2048) // 2  # embedding and output matrix are one, which both stages have
     assert found == {
-        ("actor weights", "device", False): 2 * P // 4,
-        ("actor gradients", "device", False): 2 * P // 4,
-        ("actor optimiser states", "device", False): 12 * P // 4 // 2,
+        ("actor weights", "device", False): 2 * stage // 2,
+        ("actor gradients", "device", False): 2 * stage // 2,
+        ("actor optimiser states", "device", False): 12 * stage // 2 // 2,
         ("activations", "device", True): 2 * (2 * tokens * 12 * 2048 + tokens * layer // 2),
         ("logits", "device", True): 2 * 128 * V * 16 // 2,
-        ("actor weights, whole", "host", True): 4 * P,
+        ("actor weights, whole", "host", True): 4 * stage,
     }
+
+
+def test_the_stage_that_holds_most_decides():
+    """The actor's output matrix is its embedding, the critic has none."""
+    layer, embedding = 12 * 1024**2, V * 1024
+    assert LARGE.stage(StageCut(1, (20, 4))).parameters == 4 * 12 * 2048**2 + V * 2048
+    for runs, most in (((12, 12), 12 * layer + embedding), ((8, 16), max(8 * layer + embedding, 16 * layer))):
+        found = parts("critic_score", Layout((0, 1), pipeline=2, layers=runs))
+        assert found["critic weights, a copy", "device", True] == 2 * most
 
 
 def test_generation_keeps_a_copy_and_the_cache():

@@ -12,16 +12,16 @@ from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import transfers
 from training.plan import Assignment, Plan
 from training.planner.hardware import Cluster
-from training.planner.reallocation import SETUP_SECONDS, Shares, Traffic, bytes_by_kind, seconds_between
+from training.planner.reallocation import KINDS, SETUP_SECONDS, Shares, Traffic, bytes_by_kind, seconds_between
 
 CLUSTER = Cluster.named("a100-80g", 2, 4)
 LINK, NETWORK, COPY = 300e9 * 0.8, 25e9 * 0.8, 2 / (2039e9 * 0.8)
 GB = 1e9
-SIZES = np.array([GB, 0, 0])
+SIZES, LAYERS = GB * np.eye(KINDS)[0], 24
 
 
 def seconds(source: Layout, target: Layout) -> float:
-    return seconds_between(Assignment(source).cut, Assignment(target).cut, SIZES, CLUSTER)
+    return seconds_between(Assignment(source).cut, Assignment(target).cut, SIZES, CLUSTER, LAYERS)
 
 
 def test_equal_cuts_on_equal_ranks_cost_nothing():
@@ -35,7 +35,7 @@ def test_any_other_pair_costs_something(random_plans):
     cuts = {assignment.cut for plan in random_plans for assignment in plan.assignments.values()}
     for source in cuts:
         for target in list(cuts)[:40]:
-            assert (seconds_between(source, target, SIZES, CLUSTER) == 0) == (source == target)
+            assert (seconds_between(source, target, SIZES, CLUSTER, LAYERS) == 0) == (source == target)
 
 
 def test_placement_counts():
@@ -62,7 +62,8 @@ def test_over_nodes_each_node_receives_what_it_lacks_once():
     assert seconds(copies, two_stages) == pytest.approx(SETUP_SECONDS + GB / 8 * COPY)
 
 
-def test_bytes_are_those_that_the_runtime_moves():
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_bytes_are_those_that_the_runtime_moves(is_tied):
     """For a model whose sizes all divide, on aligned meshes, exactly; `transfers` is what the runtime executes. Under
     ZeRO 3 with tensor-parallel parts over two nodes what a node holds is no box; there only what ranks receive is."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,12 +73,19 @@ def test_bytes_are_those_that_the_runtime_moves():
     from training.shape import Shape
 
     config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4,
+        vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=4, tie_word_embeddings=is_tied,
     )  # fmt: skip
     with torch.device("meta"):
         llama = LlamaForCausalLM(config)
     sizes = bytes_by_kind(Model(Shape.from_config_values(config.to_dict()), True), llama.dtype.itemsize)
+    final_norm = 4 * config.hidden_size
+    """Of the last stage; it is counted among what all stages have."""
+    staged = [
+        Layout((0, 1, 2, 3, 4, 5), 2, pipeline=3),
+        Layout((4, 5, 6, 7, 0, 1, 2, 3), 2, 2, 2, layers=(1, 2)),
+        Layout((5, 1), pipeline=2),
+    ]
     layouts = [
         Layout(tuple(range(start, start + size)), size // tensor, tensor, zero_stage=stage)
         for size in (1, 2, 4, 8)
@@ -87,23 +95,26 @@ def test_bytes_are_those_that_the_runtime_moves():
         for stage in (0, 3)
         if stage == 0 or size > tensor
     ]
-    pairs = [(a, b) for a, b in random.Random(2).sample([*itertools.product(layouts, repeat=2)], 12) if a != b]
-    sources, targets = (Shares.of([Assignment(pair[end]).cut for pair in pairs], CLUSTER) for end in (0, 1))
+    pairs = [(a, b) for a, b in random.Random(2).sample([*itertools.product(layouts, repeat=2)], 8) if a != b]
+    for one in staged:
+        pairs += [(one, layouts[0]), (layouts[3], one), (one, layouts[-2]), (one, staged[staged.index(one) - 1])]
+    sources, targets = (Shares.of([Assignment(pair[end]).cut for pair in pairs], CLUSTER, 3) for end in (0, 1))
     places = np.arange(len(pairs))
     traffic = Traffic.between(sources, places, targets, places, sizes)
     assert traffic.received.any(axis=1).mean() > 0.7 and traffic.imported.any(axis=1).mean() > 0.3
     for place, (source, target) in enumerate(pairs):
-        weights = weights_of(llama, (source.tensor, target.tensor))
+        weights = weights_of(llama, (source, target))
         moves = [m for layer in transfers(source, target, weights, 4) for m in layer if m.sender != m.receiver]
         received, imported = np.zeros(8), np.zeros(2)
         for move in moves:
             received[move.receiver] += move.bytes
             imported[move.receiver // 4] += move.bytes * (move.sender // 4 != move.receiver // 4)
-        assert np.allclose(traffic.received[place], received), (source, target)
+        slack = {"atol": final_norm * (source.pipeline > 1 or target.pipeline > 1)}
+        assert np.allclose(traffic.received[place], received, **slack), (source, target)
         if not any(
             layout.zero_stage == 3 and layout.tensor > 1 and len(layout.mesh) > 4 for layout in (source, target)
         ):
-            assert np.allclose(traffic.imported[place], imported), (source, target)
+            assert np.allclose(traffic.imported[place], imported, **slack), (source, target)
 
 
 def test_every_call_on_a_trained_role_is_charged(two_nodes, random_plans):

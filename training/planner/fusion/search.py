@@ -15,7 +15,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from training.planner.fusion.baselines import serial_1f1b
+from training.planner.fusion.baselines import consecutive_1f1b
 from training.planner.fusion.beam import Beam
 from training.planner.fusion.bound import ROUNDING
 from training.planner.fusion.event_loop import Rule
@@ -76,7 +76,7 @@ def find_schedule(
 ) -> Outcome:
     """Never longer than `start`, a schedule of the same instance, and where as long never larger in memory.
 
-    Without `start` it is serial 1F1B, where the memory cap has room for that.
+    Without `start` it is 1F1B of one model after the other, where the memory cap has room for that.
     """
     search = _Search(instance, seed, effort, seconds, start)
     search.search()
@@ -95,8 +95,8 @@ class _Search:
         self.least = self.slack.memory_bound(self.bound)
         """Memory of schedules that meet the bound."""
         self.latest = [each.latest(self.bound, instance.memory_cap) for each in self.scheduler.directions]
-        if start is None and (serial := serial_1f1b(instance)).peak_memory <= instance.memory_cap:
-            start = serial
+        if start is None and (unfused := consecutive_1f1b(instance)).peak_memory <= instance.memory_cap:
+            start = unfused
         self.best = self.scheduler.one_at_a_time() if start is None else self.scheduler.read(start)
         self.shortest_at = self._elapsed()
         self.tightness = 0.9
