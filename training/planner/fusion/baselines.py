@@ -29,15 +29,6 @@ def serial_1f1b(instance: Instance) -> Schedule:
     return Schedule(one, tuple(operations)).repeated(instance.mini_batches)
 
 
-def consecutive_1f1b(instance: Instance) -> Schedule:
-    """The same without a barrier: a device begins with what is next when it is done with what was before."""
-    rows = [
-        [operation for model in range(2) for operation in one_forward_one_backward(instance, model, device)]
-        for device in range(instance.devices)
-    ]
-    return timed(instance, [row * instance.mini_batches for row in rows])
-
-
 def interleaved_greedy(instance: Instance) -> Schedule:
     """Whatever is ready starts: backwards first, and of what else is equal the model with more work on a device.
 

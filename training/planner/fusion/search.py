@@ -15,7 +15,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from training.planner.fusion.baselines import consecutive_1f1b
+from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.beam import Beam
 from training.planner.fusion.bound import ROUNDING
 from training.planner.fusion.event_loop import Rule
@@ -95,8 +95,8 @@ class _Search:
         self.least = self.slack.memory_bound(self.bound)
         """Memory of schedules that meet the bound."""
         self.latest = [each.latest(self.bound, instance.memory_cap) for each in self.scheduler.directions]
-        if start is None and (unfused := consecutive_1f1b(instance)).peak_memory <= instance.memory_cap:
-            start = unfused
+        if start is None and (serial := serial_1f1b(instance)).peak_memory <= instance.memory_cap:
+            start = timed(instance, serial.orders)  # without the barrier
         self.best = self.scheduler.one_at_a_time() if start is None else self.scheduler.read(start)
         self.shortest_at = self._elapsed()
         self.tightness = 0.9

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from training.planner.fusion.baselines import consecutive_1f1b, interleaved_greedy, serial_1f1b
+from training.planner.fusion.baselines import interleaved_greedy, serial_1f1b
 from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance, Pipeline
 from training.planner.fusion.replay import check, replay
 from training.planner.fusion.schedule import ImpossibleSchedule, Schedule, timed
@@ -86,13 +86,6 @@ def test_1f1b_has_its_closed_forms(stages, micro_batches):
     assert schedule.makespan == alone + (3 + stages - 1) * 4
     assert schedule.device_memory == [2 * min(micro_batches, stages - stage) for stage in range(stages)]
     assert min(each.start for each in schedule.operations if each.model == 1) == alone, "a barrier between the models"
-
-
-def test_without_the_barrier_1f1b_is_no_slower_and_takes_the_same_memory(instance):
-    serial, consecutive = serial_1f1b(instance), consecutive_1f1b(instance)
-    check(consecutive)
-    assert consecutive.makespan <= serial.makespan + 1e-9
-    assert consecutive.device_memory == serial.device_memory
 
 
 def test_mini_batches_follow_one_another_under_the_barrier():
