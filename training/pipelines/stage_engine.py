@@ -177,6 +177,10 @@ class StageEngine(ZeroEngine):
         super().put_weights(kept)
         self._send_table()
 
+    @property
+    def savers(self) -> Ranks | None:
+        return self.pipeline if self.ranks.is_first else None
+
     def trained_weights(self) -> dict[str, Tensor]:
         """Those of all stages, whole, in fp32 on the CPU, named as in the language model.
 

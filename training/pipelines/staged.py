@@ -25,7 +25,7 @@ from training.pipelines.orders import (
 )
 from training.pipelines.stage_engine import ScoringWork, TrainingWork
 from training.plan import Plan
-from training.planner.fusion.baselines import consecutive_1f1b
+from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS, Instance, Pipeline
 from training.planner.fusion.search import QUICK, find_schedule
 
@@ -34,6 +34,8 @@ LEAST_GAIN = 0.02
 """What fusing must save of the seconds of 1F1B for `auto` to fuse."""
 NEWS = 0.1
 """Measured rates that differ by more than this from those of the last search are a reason to search again."""
+VALUE_BYTES = 4
+"""Of a value kept for the backward pass, at most."""
 USABLE = 0.8
 """Of the memory that is free after an update under 1F1B, what a fused order may take for activations."""
 
@@ -86,8 +88,8 @@ class StagedRoles:
         activations: Mapping[str, float] = MappingProxyType({}),
         say: Callable[[str], None] = lambda text: None,
     ):
-        """`layers` are those of the models, `activations` the bytes that a token takes in a layer until its backward
-        pass, by role; `say` shows a line."""
+        """`layers` are those of the models, `activations` the values that a token leaves in a layer until its
+        backward pass, by role; `say` shows a line."""
         self.ranks, self.layers, self.order, self.activations, self.say = ranks, layers, order, activations, say
         self.layouts = {name: each.layout for name, each in plan.assignments.items() if each.layout.pipeline > 1}
         links = dict.fromkeys((name.partition("_")[0], layout) for name, layout in self.layouts.items())
@@ -178,7 +180,7 @@ class StagedRoles:
             self._say_once(f"PPO: training is not fused: {reason}")
             return "1f1b", plain
         woven = find_schedule(instance, effort=QUICK).schedule
-        one, other = consecutive_1f1b(instance).makespan, woven.makespan
+        one, other = serial_1f1b(instance).makespan, woven.makespan
         fuses = self.order == "fused" or other <= (1 - LEAST_GAIN) * one
         if self.taken:
             self._say_once(
@@ -198,11 +200,11 @@ class StagedRoles:
             is_known = all(key in self.taken for of_kind in keys for key in of_kind)
             times = [tuple(self.taken[key].mean for key in of_kind) for of_kind in keys] if is_known else unmeasured
             tokens = self.taken[keys[0][0]].tokens / self.taken[keys[0][0]].count if is_known else 1
-            activations = tuple(self.activations.get(role, 0.0) * tokens * count for count in layers)
+            activations = tuple(self.activations.get(role, 0.0) * VALUE_BYTES * tokens * count for count in layers)
             pipelines.append(Pipeline(each.stages, each.micro_batches, *times, activations))
         boundless = Instance(*pipelines)
         try:
-            return replace(boundless, memory_cap=consecutive_1f1b(boundless).peak_memory + self.spare)
+            return replace(boundless, memory_cap=serial_1f1b(boundless).peak_memory + self.spare)
         except ValueError:
             raise CannotFuse("the memory has no room for a micro-batch of both at one time") from None
 

@@ -19,10 +19,8 @@ from training.planner.cost import CallCosts
 from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here
 from training.planner.simulate import Interval, Schedule, list_schedule
-from training.run_directory import read_json
-from training.shape import Shape
 from training.stage import Stage
-from training.step3_rlhf.planned import graphs_of
+from training.step3_rlhf.planned import graphs_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,6 @@ class Forecast:
         costs = CallCosts(workload, self.graphs.costs.cluster)
         nodes = AugmentedGraphs(self.graphs.graph, costs).nodes(self.plan)
         return list_schedule([replace(n, seconds=0.0) if n.name in left_out else n for n in nodes], iterations=1)
-
-
-def shape_of(directory: Path) -> Shape:
-    return Shape.from_config_values(read_json(directory / "config.json", "fetch or train the model again"))
 
 
 def hardware_of(stage: Stage) -> Cluster | None:

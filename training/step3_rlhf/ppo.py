@@ -82,7 +82,7 @@ def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -
         return load_causal_lm(sft, chat_format, torch.float32)
 
     def write(weights: dict[str, Tensor], places: tuple[Path, Path]) -> None:
-        members = None if actor is None else actor.ranks
+        members = None if actor is None else actor.savers
         stage.save_weights(weights, lora, places, load, chat_format, members=members)
 
     write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
