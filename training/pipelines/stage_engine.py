@@ -73,6 +73,11 @@ class StageEngine(ZeroEngine):
                 f"A pipeline goes through ranks {list(pipeline.mesh)}, which come in other places among those of their "
                 f"stages: list the ranks of each stage of the mesh in ascending order."
             )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(
+                f"No weights of pipeline stage {cut.stage} are trained: adapt layers of all {len(cut.layers)} stages "
+                f"(lora.targets), or choose fewer stages."
+            )
         self.clips_here = len(cut.layers) > 1
         """DeepSpeed, which knows one stage, clips where there is no other."""
         self.limit = settings.gradient_clipping

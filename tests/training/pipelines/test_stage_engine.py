@@ -7,9 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
 
+from inference.errors import UserError
 from tests.ranks import run_ranks
 from tests.training.hybrid_engine.test_zero_engine import make_rows
+from training.data.batching import TokenBatch, plan_micro_batches
+from training.distributed import Ranks
+from training.hybrid_engine.kept_weights import KeptWeights
+from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.moving_average import MovingAverage
+from training.hybrid_engine.zero_engine import ZeroEngine
+from training.models.policy import Policy
+from training.models.scorer import Scorer
+from training.pipelines.cut import StageCut
+from training.pipelines.executor import connect, execute
+from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial
+from training.pipelines.stage_engine import StageEngine, StagePass
+from training.pipelines.stage_model import keep_stage, tied_table
+from training.planner.fusion.instance import FORWARD, Instance, Pipeline
+from training.planner.fusion.search import find_schedule
+from training.role_settings import LoRASettings, OptimizerSettings
 
 LAYERS = (2, 1)
 UPDATES, TIED_UPDATES = 3, 100
@@ -24,6 +42,8 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     lora: int = 0
     clipping: float = 0.0
+    backwards: bool = False
+    """The last rank has the first stage."""
     tolerance: float = 0.0
     """Largest difference, relative to the largest weight, with one data rank."""
 
@@ -35,7 +55,7 @@ CASES = {
     "recomputed": Case(zero_stage=1, settings={"gradient_checkpointing": True}),
     "clipped": Case(zero_stage=1, settings=OVERLAPPING, clipping=CLIPPED, tolerance=CLOSE),
     "tied": Case("tied", clipping=CLIPPED, tolerance=CLOSE),
-    "tied zero 1": Case("tied", 1, clipping=CLIPPED, tolerance=CLOSE),
+    "tied zero 1": Case("tied", 1, clipping=CLIPPED, backwards=True, tolerance=CLOSE),
     "opt": Case("opt", clipping=CLIPPED, tolerance=CLOSE),
     "bf16": Case(dtype="bfloat16"),
     "tied bf16": Case("tied", 1, "bfloat16", clipping=CLIPPED, tolerance=5e-3),
@@ -48,18 +68,14 @@ CASES = {
 OF_TWO_DATA_RANKS = ("plain", "clipped", "tied zero 1", "tied bf16", "offload", "scorer")
 KEPT = {"tied": 2, "tied zero 1": 4, "tied bf16": 4, "lora": 2}
 """Those that are saved and go on, and on how many ranks."""
+ONE_STAGE = ("tied", "tied bf16")
+"""Those whose whole model is trained as one stage too."""
 STEPS = 100
 """Of the one whose copies of a table are looked at after so many."""
 
 
 def make_model(case: Case) -> Any:
     """With adapters where the case has them; the same weights each time."""
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
-
-    from training.models.policy import Policy
-    from training.models.scorer import Scorer
-    from training.role_settings import LoRASettings
-
     torch.manual_seed(0)
     sizes = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": sum(LAYERS), "num_attention_heads": 4}
     lora = LoRASettings(rank=case.lora, learning_rate=3e-3)
@@ -80,8 +96,6 @@ def make_model(case: Case) -> Any:
 
 
 def settings_of(case: Case) -> Any:
-    from training.role_settings import LoRASettings, OptimizerSettings
-
     lora = LoRASettings(rank=case.lora, learning_rate=3e-3)
     own = {"zero_stage": case.zero_stage, "gradient_clipping": case.clipping, "lora": lora} | case.settings
     return OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, warmup=0, epsilon=1e-3, **own)
@@ -92,8 +106,6 @@ LENGTHS = [len(prompt) + len(response) for prompt, response in ROWS]
 
 
 def batch_of(micro_batch: Any) -> Any:
-    from training.data.batching import TokenBatch
-
     return TokenBatch.of([ROWS[i] for i in micro_batch.rows], torch.device("cpu"))
 
 
@@ -104,17 +116,11 @@ def loss_of(said: Any) -> torch.Tensor:
 
 def micro_batches_of(data_rank: int, data: int, update: int) -> list:
     """Of unequal sizes, others in each update; of some rows alone where `update` is negative."""
-    from training.data.batching import plan_micro_batches
-
     return plan_micro_batches(LENGTHS[: update if update < 0 else None], 60 + 20 * max(update, 0), data)[data_rank]
 
 
 def train_whole(ranks, directory):
     """All ranks have the whole model; the first one leaves the weights of each case in a file."""
-    from training.hybrid_engine.zero_engine import ZeroEngine
-    from training.pipelines.cut import StageCut
-    from training.pipelines.stage_engine import StageEngine
-
     found = {}
     for name, case in CASES.items():
         if ranks.size == 2 and name not in OF_TWO_DATA_RANKS:
@@ -124,7 +130,7 @@ def train_whole(ranks, directory):
         found[name] = {"steps": steps}
         if ranks.is_first:
             torch.save(weights, directory / f"{name} {ranks.size}.pt")
-        if ranks.size == 1 and name in KEPT:
+        if ranks.size == 1 and name in ONE_STAGE:
             found[name]["one stage"] = []
             for passes_one_by_one in (True, False):
                 arguments = (10, ranks, ranks, StageCut(0, (sum(LAYERS),)))
@@ -137,8 +143,6 @@ def train_whole(ranks, directory):
 
 def trained(engine, ranks, passes_one_by_one: bool = False) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """The updates of a whole model, and the weights then."""
-    from training.pipelines.stage_engine import StagePass
-
     steps = []
     for update in range(UPDATES):
         micro_batches = micro_batches_of(ranks.rank, ranks.size, update)
@@ -156,44 +160,30 @@ class Stage:
     """This rank's of a case, on two stages."""
 
     def __init__(self, ranks, name: str):
-        from training.hybrid_engine.layout import Layout
-        from training.pipelines.executor import connect
-        from training.pipelines.orders import Pipelines
-        from training.pipelines.stage_engine import StageEngine
-        from training.pipelines.stage_model import keep_stage
-
         case, self.ranks = CASES[name], ranks
-        layout = Layout(tuple(range(ranks.size)), data=ranks.size // 2, pipeline=2, layers=LAYERS)
+        mesh = tuple(range(ranks.size))[:: -1 if case.backwards else 1]
+        layout = Layout(mesh, data=ranks.size // 2, pipeline=2, layers=LAYERS)
         cut, self.data, self.data_rank = layout.stage_cut(ranks.rank, 3), layout.data, layout.data_rank(ranks.rank)
         self.pipelines = Pipelines.of(layout, 1)
-        parts = [ranks.part(group) for group in (*layout.data_groups, *self.pipelines.ranks)]
+        parts = [ranks.part(group) for group in (*layout.stage_meshes, *self.pipelines.ranks)]
         mine, pipeline = [part for part in parts if part is not None]
-        self.links = {"role": connect(ranks, self.pipelines)}
+        self.links = connect(ranks, self.pipelines)
         model = make_model(case)
         keep_stage(model.model, cut)
         self.engine = StageEngine(model, settings_of(case), getattr(torch, case.dtype), 10, mine, pipeline, cut)
 
-    def update(self, update: int, factor: float = 1.0) -> dict[str, float]:
-        from training.pipelines.stage_engine import StagePass
-
-        micro_batches = micro_batches_of(self.data_rank, self.data, update)
+    def work(self, update: int) -> Any:
         passes = [
-            StagePass(partial(batch_of, each), lambda said, each=each: factor * loss_of(said) * each.weight)
-            for each in micro_batches
+            StagePass(partial(batch_of, each), lambda said, each=each: loss_of(said) * each.weight)
+            for each in micro_batches_of(self.data_rank, self.data, update)
         ]
-        self.run(self.engine.work(passes))
+        return self.engine.work(passes)
+
+    def update(self, update: int) -> dict[str, float]:
+        compute({"role": (self, self.work(update))}, one_forward_one_backward)
         return self.engine.step()
 
-    def run(self, work: Any, *kinds: int) -> None:
-        from training.pipelines.executor import execute
-        from training.pipelines.orders import one_forward_one_backward
-
-        pipelines = replace(self.pipelines, micro_batches=work.count, **({"kinds": kinds} if kinds else {}))
-        execute(one_forward_one_backward({"role": pipelines}), self.ranks.rank, {"role": work}, self.links)
-
     def table(self) -> bytes:
-        from training.pipelines.stage_model import tied_table
-
         return tied_table(self.engine.language_model).detach().float().numpy().tobytes()
 
     def shared(self) -> bool:
@@ -211,8 +201,31 @@ class Stage:
         """What the model says of some batches; on the last stage."""
         said: dict[int, Any] = {}
         batches = [batch_of(each) for each in micro_batches_of(0, 1, 0)]
-        self.run(self.engine.scoring_work(batches, said.__setitem__), 0)
+        compute({"role": (self, self.engine.scoring_work(batches, said.__setitem__))}, serial, kinds=(FORWARD,))
         return [said[place][0].tolist() for place in sorted(said)]
+
+
+def compute(works, order, **more) -> None:
+    """The works of stages, by role: (stage, work)."""
+    roles = {role: replace(each.pipelines, micro_batches=work.count, **more) for role, (each, work) in works.items()}
+    [ranks] = {each.ranks for each, _ in works.values()}
+    links = {role: each.links for role, (each, _) in works.items()}
+    execute(order(roles), ranks.rank, {role: work for role, (_, work) in works.items()}, links)
+
+
+def fused_orders(roles):
+    a, b = (Pipeline(each.stages, each.micro_batches, 1, 2, 1) for each in roles.values())
+    return fused(roles, find_schedule(Instance(a, b), effort=2_000).schedule)
+
+
+def trained_together(ranks, order) -> list:
+    """Steps and weights of two roles, the second against the first, with unlike numbers of micro-batches."""
+    stages = {"actor": Stage(ranks, "plain"), "critic": Stage(ranks, "tied zero 1")}
+    steps = []
+    for _ in range(UPDATES):
+        compute({role: (stage, stage.work(-8 if role == "critic" else 0)) for role, stage in stages.items()}, order)
+        steps += [stage.engine.step() for stage in stages.values()]
+    return [steps, *(weight.tolist() for s in stages.values() for weight in s.engine.trained_weights().values())]
 
 
 def train_stages(ranks, directory):
@@ -241,14 +254,13 @@ def train_stages(ranks, directory):
                 stage.update(-8)
             found[name]["shared later"] = stage.shared() and before != stage.table()
         found[name]["broken"] = stage.broken_norm()
+    if ranks.size == 2:
+        found["together"] = trained_together(ranks, fused_orders) == trained_together(ranks, serial)
     return found
 
 
 def go_on(stage, directory) -> dict[str, bool]:
     """Save, train, and go back in two ways."""
-    from training.hybrid_engine.kept_weights import KeptWeights
-    from training.hybrid_engine.moving_average import MovingAverage
-
     engine, average = stage.engine, MovingAverage(stage.engine, 0.5)
     stage.update(0)
     average.update()
@@ -299,8 +311,8 @@ def found(tmp_path_factory):
 def cases_of(found, data: int):
     """(case, what the first rank found, what all of them did, the steps of the whole model)."""
     of_ranks, whole = found[data, "stages"], found[data, "whole"][0]
-    for name, first in of_ranks[0].items():
-        yield name, first, [each[name] for each in of_ranks], whole[name]["steps"]
+    for name in whole:
+        yield name, of_ranks[0][name], [each[name] for each in of_ranks], whole[name]["steps"]
 
 
 @pytest.mark.parametrize("data", [1, 2])
@@ -350,4 +362,25 @@ def test_what_is_saved_and_kept_goes_on_to_the_bit(found):
 def test_one_stage_is_the_whole_model_to_the_bit(found):
     """Its passes one by one, and as an engine without stages runs them."""
     same = {name: whole["one stage"] for name, whole in found[1, "whole"][0].items() if "one stage" in whole}
-    assert same == {name: [True, True] for name in KEPT}
+    assert same == {name: [True, True] for name in ONE_STAGE}
+
+
+def test_two_roles_against_each_other_train_the_same_in_a_fused_order(found):
+    assert all(rank["together"] for rank in found[1, "stages"])
+
+
+class Crossing(Ranks):
+    """Of two stages, whose ranks have other places among those of their stages."""
+
+    def gather(self, value: Any, phase: str = "") -> list[Any]:
+        return [value, (1 - value[0], 1 - value[1])]
+
+
+def test_a_mesh_out_of_order_and_a_stage_without_adapters_are_refused_in_a_sentence():
+    alone, model, cut = Ranks(0, 1, torch.device("cpu")), make_model(CASES["plain"]), StageCut(1, LAYERS)
+    arguments = model, settings_of(CASES["plain"]), torch.float32, 10, alone
+    with pytest.raises(UserError, match="list the ranks of each stage of the mesh in ascending order"):
+        StageEngine(*arguments, Crossing(0, 2, torch.device("cpu"), mesh=(0, 3)), cut)
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match="No weights of pipeline stage 1 are trained"):
+        StageEngine(*arguments, alone, cut)
