@@ -163,10 +163,10 @@ class Updates:
                 if settings.ppo_kl_stop < done[-1].row.get("kl/old_k3", 0.0):
                     break
         done += self.told(ours)
-        self.roles.staged.learn()
+        of_stages = self.roles.staged.learn()
         rows = [each.row for each in done]
         tokens = sum(each.tokens for each in done)
-        metrics = pooled([each.statistics for each in done]).means(tokens) | done[-1].step
+        metrics = pooled([each.statistics for each in done]).means(tokens) | done[-1].step | of_stages
         metrics["update/mini_batches"] = len(done)
         if "kl/old_k3" in metrics:  # not in the critic's warm-up
             metrics["kl/old_k3_max"] = max(row["kl/old_k3"] for row in rows)
