@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from training.distributed import Ranks, local_size
-from training.fusion.timeline import Span, Timeline
+from training.fusion.timeline import Timeline
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import (
     CannotFuse,
@@ -151,6 +151,18 @@ class StagedRoles:
         achieved, expected = (sum(each) for each in zip((0.0, 0.0), *slowest, strict=True))
         return {"pipeline/seconds": achieved, "pipeline/seconds_expected": expected}
 
+    def newest(self) -> dict[str, Any] | None:
+        """This rank's passes of the newest optimiser step in stages, for a picture; None where it has made none."""
+        if not self.trained:
+            return None
+        newest = self.trained[-1]
+        ours = [event for event in newest.expected if event.rank == self.ranks.rank]
+        passes = [
+            [[f"{role} {KINDS[kind]}", start, end] for _, (role, kind, _), start, end in events]
+            for events in (newest.events, ours)
+        ]
+        return {"order": newest.order, "achieved": passes[0], "predicted": passes[1]}
+
     def _timeline(self, orders: Orders, tokens: Mapping[str, list[int]]) -> list[Event]:
         """When each operation would run by what was measured, with micro-batches of so many tokens."""
 
@@ -222,8 +234,3 @@ def free_memory(ranks: Ranks) -> float:
     import psutil  # DeepSpeed needs it too
 
     return psutil.virtual_memory().available / local_size()
-
-
-def spans_of(events: list[Event]) -> list[Span]:
-    """For a picture."""
-    return [Span(f"{event.operation.role} {KINDS[event.operation.kind]}", event.start, event.end) for event in events]

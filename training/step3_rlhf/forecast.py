@@ -121,3 +121,19 @@ def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Spa
             for rank in range(len(spans))
         ],
     }
+
+
+def update_data(of_ranks: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The same of the newest optimiser step in pipeline stages, in seconds from its beginning; None without stages.
+
+    `of_ranks` are by rank, as `StagedRoles.newest` gives them.
+    """
+    told = [each for each in of_ranks if each is not None]
+    if not told:
+        return None
+    data: dict[str, Any] = {"order": told[0]["order"]}
+    for name in ("achieved", "predicted"):
+        passes = [[] if each is None else each[name] for each in of_ranks]
+        begun = min((start for of_rank in passes for _, start, _ in of_rank), default=0.0)
+        data[name] = [[[kind, start - begun, end - begun] for kind, start, end in of_rank] for of_rank in passes]
+    return data
