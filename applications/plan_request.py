@@ -162,6 +162,8 @@ def request_of(
     if machine is not None:
         settings = with_number_format(settings, machine)
     rlhf = settings.rlhf
+    if rlhf.exact is True and cluster.device.has_own_memory:
+        raise UserError(f"rlhf.exact=true works on CPUs only; take rlhf.exact=auto to plan for {cluster.device.name}.")
     actor = require_shape(settings.actor_source, settings.architecture.get("model"))
     scorer = None
     if rlhf.has_critic or rlhf.has_reward_model:

@@ -85,7 +85,8 @@ class Plan:
         assignments = {}
         for call in calls or settings.calls:
             is_actor = call.role == "reference" and settings.actor.lora.rank  # its adapters switched off
-            stage = getattr(settings, "actor" if is_actor else call.role).zero_stage
+            placed = getattr(settings, "actor" if is_actor else call.role)
+            stage, waits = placed.zero_stage, placed.offload == "parameters"  # only frozen roles have it
             if call.kind == "train":
                 rows, layout = -(-samples // settings.mini_batches), Layout.over(ranks, zero_stage=stage)
             elif call.kind == "generate":
@@ -96,7 +97,8 @@ class Plan:
                 rows, tensor = samples, getattr(degrees, call.role, 1)
                 setting = f"rlhf.scoring_tensor_parallel.{call.role}"
                 layout = Layout.over(ranks, tensor, stage if stage == 3 and tensor == 1 else 0, setting)
-            assignments[call.name] = Assignment(layout, packed(rows, layout, length, tokens), micro_batch_limit=tokens)
+            count = packed(rows, layout, length, tokens)
+            assignments[call.name] = Assignment(layout, count, waits, micro_batch_limit=tokens)
         return cls(assignments)
 
     @classmethod

@@ -10,6 +10,7 @@ from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
 from training.planner.workload import Workload
 from training.rlhf_settings import RLHFSettings
+from training.role_settings import misplaced
 from training.shape import Shape
 
 
@@ -55,16 +56,11 @@ def unrunnable(plan: Plan, graph: DataflowGraph, workload: Workload, settings: R
                 f"rlhf.fusion.mode=inter needs generation on all ranks and roles that score whole on each of them, "
                 f"which {name} is not; use auto or none."
             )
-        placed = getattr(settings, call.role)
-        if call.kind == "train" and placed.offload == "optimizer+parameters" and layout.zero_stage < 3:
-            found.append(f"{name} has rlhf.{call.role}.offload=optimizer+parameters, which needs zero_stage 3.")
-        elif call.kind == "train" and placed.offload != "none" and layout.zero_stage == 0:
-            found.append(f"{name} has rlhf.{call.role}.offload=optimizer, which needs zero_stage 1, 2 or 3.")
-        elif call.kind == "score" and placed.offload == "parameters" and layout.zero_stage < 3:
-            found.append(
-                f"{name} has rlhf.{call.role}.offload=parameters, which needs zero_stage 3; or leave it out and give "
-                f"the call offload: yes."
-            )
+        if settings.exact is True and call.kind == "generate" and layout.tensor > 1:
+            found.append(f"{name} is tensor-parallel, which rlhf.exact=true cannot be; use data, or rlhf.exact=auto.")
+        offload = getattr(settings, call.role).offload
+        if call.kind == "train" and (problem := misplaced(offload, layout.zero_stage)):
+            found.append(f"{name} has zero_stage {layout.zero_stage}, and rlhf.{call.role}.{problem}.")
     return found + (_against_fusing(plan, graph) if settings.fusion.training == "fused" else [])
 
 

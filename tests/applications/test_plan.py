@@ -136,6 +136,7 @@ def test_the_table_for_people():
     [
         (["--gpu", "z80"], "--gpu takes .*this-machine or a profile's YAML file, not 'z80'"),
         (["--model", "someone/unknown"], "is not known without the hub"),
+        (["--set", "rlhf.exact=true"], "works on CPUs only; take rlhf.exact=auto to plan for a100-80g"),
         (["--model", "opt-66b", "--gpus-per-node", "1", "--gpu", "rtx-4090"], "fit"),
     ],
 )

@@ -106,7 +106,7 @@ class Roles:
     def __init__(self, stage: Stage, sft: Path, scorer: Path | None, chat_format: ChatFormat, updates: tuple[int, int]):
         """All ranks make it. `scorer` is that of `starting_scorer`; `updates` the optimiser steps that the learning
         rates of actor and critic span."""
-        settings, dtype = stage.config.rlhf, stage.dtype
+        settings, dtype = stage.config.rlhf.as_planned, stage.dtype
         self.settings, self.stage = settings, stage
         self.exact = settle_exactness(stage, sft)
         """How training and scoring of the actor equal its generation to the bit, where they do."""
@@ -171,7 +171,6 @@ class Roles:
     ) -> None:
         """Make the engine of a role on the ranks that train it, and on all what brings its weights to other calls."""
         home, dtype = self.plan[f"{role}_train"].layout, self.stage.dtype
-        placed = settings.model_copy(update={"zero_stage": home.zero_stage})
         elsewhere = [
             call
             for call in self.calls
@@ -183,11 +182,11 @@ class Roles:
             loaded, with_weights = loads(home.zero_stage, dtype, place.stage_ranks)
             module = load(loaded, with_weights, place.cut)
             if place.cut is None:
-                engine = ZeroEngine(module, placed, dtype, updates, place.ranks)
+                engine = ZeroEngine(module, settings, dtype, updates, place.ranks)
             else:
                 assert place.pipeline is not None
                 keep_stage(module.model, place.cut)
-                engine = StageEngine(module, placed, dtype, updates, place.stage_ranks, place.pipeline, place.cut)
+                engine = StageEngine(module, settings, dtype, updates, place.stage_ranks, place.pipeline, place.cut)
                 stage = engine.language_model
             self._engines[role] = engine
             model = engine.language_model
@@ -223,10 +222,7 @@ class Roles:
             whole = Layout.over(ranks.size)
             part = Reallocation(module.model, whole, local, place.tensor_parallel, ranks).run()
             module.model = cast(PreTrainedModel, part)  # the whole one is forgotten here
-        update: dict[str, Any] = {"zero_stage": layout.zero_stage}
-        if place.assignment.offload and layout.zero_stage == 3:
-            update["offload"] = "parameters"  # DeepSpeed brings them layer by layer
-        frozen = freeze(module, settings.model_copy(update=update), self.stage.dtype, ranks)
+        frozen = freeze(module, settings, self.stage.dtype, ranks)
         self._scoring[role] = frozen
         if place.assignment.offload and layout.zero_stage < 3 and ranks.device.type != "cpu":
             self._waiting[role] = WaitingWeights(frozen, ranks.device)
