@@ -210,11 +210,14 @@ class StagedRoles:
             keys = [[(role, stage, kind) for stage in range(each.stages)] for kind in (FORWARD, BACKWARD)]
             unmeasured = [tuple((1.0 + kind) * count for count in layers) for kind in (FORWARD, BACKWARD)]
             is_known = all(key in self.taken for of_kind in keys for key in of_kind)
-            times = [tuple(self.taken[key].mean for key in of_kind) for of_kind in keys] if is_known else unmeasured
+            forward, backward = (
+                [tuple(self.taken[key].mean for key in of_kind) for of_kind in keys] if is_known else unmeasured
+            )
             tokens = self.taken[keys[0][0]].tokens / self.taken[keys[0][0]].count if is_known else 1
             activations = tuple(self.activations.get(role, 0.0) * VALUE_BYTES * tokens * count for count in layers)
-            pipelines.append(Pipeline(each.stages, each.micro_batches, *times, activations))
-        boundless = Instance(*pipelines)
+            pipelines.append(Pipeline(each.stages, each.micro_batches, forward, backward, activations))
+        one, other = pipelines
+        boundless = Instance(one, other)
         try:
             return replace(boundless, memory_cap=serial_1f1b(boundless).peak_memory + self.spare)
         except ValueError:

@@ -25,8 +25,8 @@ def check_first_update(stage: Stage, roles: Roles, experience: list[Experience])
     if place is not None:
         shortest = sorted(experience, key=lambda e: e.length)[: -(-len(experience) // settings.mini_batches)]
         rows = [shortest[row] for row in place.micro_batches([e.length for e in shortest])[-1].rows]
-        for found in roles.logprobs([token_batch(rows, ranks.device)]):
-            logprobs = found.cpu()
+        for of_rows in roles.logprobs([token_batch(rows, ranks.device)]):
+            logprobs = of_rows.cpu()
             generated = torch.cat([e.generation_logprobs for e in rows])
             old = torch.cat([e.logprobs for e in rows])
             difference = float((logprobs - generated).abs().mean()) if whole else 0.0

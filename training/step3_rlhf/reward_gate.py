@@ -52,8 +52,8 @@ def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, fl
     place, right = roles.places.get(REWARD_SCORE.name), 0.0
     with roles.scoring(), roles.present([REWARD_SCORE]):
         shares = shared(pairs, place, stage.config.rlhf.micro_batch_tokens) if pairs and place else []
-        rows = (rows_of([pairs[row] for row in share.rows]) for share in shares)
-        scores = roles.score("reward", [TokenBatch.of(each, stage.ranks.device) for each in rows]) if shares else []
+        texts = (rows_of([pairs[row] for row in share.rows]) for share in shares)
+        scores = roles.score("reward", [TokenBatch.of(each, stage.ranks.device) for each in texts]) if shares else []
         for share, found in zip(shares, scores, strict=bool(scores)):
             chosen, rejected = found.chunk(2)
             right += float((chosen > rejected).sum()) * share.weight

@@ -319,10 +319,9 @@ class Roles:
         Float32: log-probabilities at the temperature of the policy (response tokens), of the actor as the call has it
         or of the frozen SFT model; values (response tokens); scores of the reward model at the last tokens (rows).
         """
-        module, more = self._scoring.get(role) or self._engines.get(role), ()
+        module: nn.Module | ZeroEngine | None = self._scoring.get(role) or self._engines.get(role)
+        more = (self.settings.temperature,) if role in ("actor", "reference") else ()
         with ExitStack() as stack:
-            if role in ("actor", "reference"):
-                more = (self.settings.temperature,)
             if role == "reference" and self.actor_is_reference:
                 module = self.actor
                 stack.enter_context(cast(Policy, self.actor.module).without_adapter())

@@ -209,7 +209,8 @@ def update_everywhere(ranks, directory):
     experience = make_experience(sft)
     weights, results = {}, {}
     for case in itertools.product(ZERO_STAGES, RANKS_OF_LORA, BUDGETS):
-        stage = SimpleNamespace(config=make_config(sft, *case), ranks=ranks, dtype=torch.float32)
+        display = SimpleNamespace(say=print)
+        stage = SimpleNamespace(config=make_config(sft, *case), ranks=ranks, dtype=torch.float32, display=display)
         targets = Targets.of(experience, stage.config.rlhf, KL_COEFFICIENT)
         torch.manual_seed(0)  # adapters begin at random
         roles = Roles(stage, sft, reward, chat_format, (EPOCHS * MINI_BATCHES, EPOCHS * MINI_BATCHES))
