@@ -136,5 +136,7 @@ def test_without_weights_a_stage_has_room_for_its_own(directories, tokenizer):
     load = partial(load_causal_lm, directories["opt"], tokenizer, torch.float32)
     cut = StageCut(1, (1, 2))
     read, empty = (held_weights(Policy(load(with_weights=w, cut=cut), LORA, cut=cut).model) for w in (True, False))
-    shapes = [{name: (value.shape, value.requires_grad) for name, value in held.items()} for held in (read, empty)]
+    shapes = [{name: (w.shape, w.device, w.requires_grad) for name, w in held.items()} for held in (read, empty)]
     assert shapes[0] == shapes[1]
+    absent = load(with_weights=False, cut=cut).model.decoder.layers[0]
+    assert all(weight.is_meta for weight in absent.parameters())
