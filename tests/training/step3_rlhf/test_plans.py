@@ -112,7 +112,7 @@ def iterate_by_plans(ranks, directory):
             waited += present
             if "actor_score" in ppo.roles.moves:
                 shared.append(ppo.roles.moves["actor_generate"] is ppo.roles.moves["actor_score"])
-    resumed = go_on(ranks, directory)
+    resumed = go_on(ranks, directory, RESUMED)
     return {"plans": found, "kept": kept, "present": waited, "shared": shared, "resumed": resumed}
 
 
@@ -164,17 +164,17 @@ RESUMED: dict[str, Any] = {
 """The actor is on the second rank alone; all ranks meet after each mini-batch, and the model before is kept."""
 
 
-def go_on(ranks, directory):
+def go_on(ranks, directory, settings: dict[str, Any]):
     """Iteration 2 of a run, and of one that goes on from a checkpoint after iteration 1; the model that is left."""
     from training.models.loading import load_causal_lm
     from training.step3_rlhf.ppo import save_actor
     from training.steps import SFT
 
-    first = make_ppo(ranks, directory / "resumed", RESUMED)
+    first = make_ppo(ranks, directory / "resumed", settings)
     follow(first, range(1, 2))
     first.save(1, stopped=False)
     states = []
-    second = make_ppo(ranks, directory / "resumed", RESUMED)
+    second = make_ppo(ranks, directory / "resumed", settings)
     number, stopped = second.resume(second.stage.journal("updates.jsonl"))
     for ppo in (first, second):
         found = follow(ppo, range(2, 3))
