@@ -102,6 +102,11 @@ def require_cut(model: Path, tensor: int, asked: str) -> None:
 def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where rlhf.plan does not fit the calls, the models or the ranks."""
     if not config.rlhf.plan:
+        if config.rlhf.fusion.training == "fused":
+            raise UserError(
+                "rlhf.fusion.training=fused weaves actor and critic that train in pipeline stages, and only a plan "
+                "has these: give one with --plan, or use auto."
+            )
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(config.dtype, device)

@@ -1,5 +1,7 @@
 """What the planner is told of step 3: its calls, its models, the samples of an iteration."""
 
+from pathlib import Path
+
 import torch
 
 from inference.errors import UserError
@@ -13,6 +15,7 @@ from training.planner.footprint import DTYPES
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.workload import Precision, Workload
+from training.run_directory import read_json
 from training.shape import Shape
 from training.step3_rlhf.old_logprobs import iteration_calls
 
@@ -46,6 +49,11 @@ def require_runnable(
     found = problems(plan, graph, workload, ranks) or unrunnable(plan, graph, workload, config.rlhf, ranks)
     if sentence := next(iter(found), ""):
         raise UserError(f"rlhf.plan cannot run on {ranks} process{'es' * (ranks > 1)}: {sentence}")
+
+
+def shape_of(directory: Path) -> Shape:
+    """Of the model in a directory. Raises UserError where its config.json cannot be read."""
+    return Shape.from_config_values(read_json(directory / "config.json", "fetch or train the model again"))
 
 
 def workload_of(config: RunConfig, actor: Shape | None, scorer: Shape | None, dtype: torch.dtype) -> Workload:

@@ -38,14 +38,11 @@ PLANS: dict[str, dict[str, Any]] = {
         "plan": plan(TOGETHER, ALL | {"offload": True}, ALL | {"offload": True}, ALL, ZERO_3, ALL),
         "release_generation": True,
     },
-    "the other way round": {  # the actor on the second rank alone; all meet after each mini-batch, a model is kept
+    "the other way round": {
         "plan": plan(FIRST, ZERO_3, ALL | {"micro_batches": 3}, ZERO_3, SECOND, FIRST),
         "ema": 0.5,
-        "kl": {"coefficient": 0.05, "stop": 1e9},
-        "ppo_kl_stop": 1e9,
     },
 }
-RESUMED = "whole the other way round"
 ADAPTED: dict[str, dict[str, Any]] = {
     "none": {},
     "apart": {"plan": plan(SECOND, FIRST, FIRST, FIRST, SECOND, FIRST)},
@@ -116,17 +113,14 @@ def iterate_by_plans(ranks, directory):
             ppo = make_ppo(ranks, place, {**common, **settings})
             present = wait(ppo.roles) if "waiting" in name else []
             filled = count_runs(ppo.roles.moves["actor_generate"]) if "actor_score" in ppo.roles.moves else []
-            responses, rows = follow(ppo, range(1, 2), check=True)
-            if f"{kind} {name}" == RESUMED:
-                ppo.save(1, stopped=False)
-            later = follow(ppo, range(2, ITERATIONS + 1))
-            weights = weights_here(ppo)
-            found[f"{kind} {name}"] = {"responses": responses + later[0], "rows": rows + later[1], "weights": weights}
-            if f"{kind} {name}" == RESUMED:
-                resumed = go_on(ranks, place, settings) | {"straight": [later, weights, kept_weights(ppo)]}
+            responses, rows = follow(ppo, range(1, ITERATIONS + 1), check=True)
+            ema = {} if ppo.roles.ema is None else {n: w.flatten().tolist() for n, w in ppo.roles.ema.weights().items()}
+            weights = {role: trained(ppo, role) for role in ("actor", "critic")} | {"ema": ema}
+            found[f"{kind} {name}"] = {"responses": responses, "rows": rows, "weights": weights}
             kept[f"{kind} {name}"] = bytes_to_generate(ppo)
             waited += present
             shared += filled
+    resumed = go_on(ranks, directory, RESUMED)
     return {"plans": found, "kept": kept, "present": waited, "shared": shared, "resumed": resumed}
 
 
@@ -182,34 +176,40 @@ def wait(roles) -> list[str]:
     return events
 
 
-def weights_here(ppo) -> dict[str, dict[str, list[float]]]:
-    ema = {} if ppo.roles.ema is None else {n: w.flatten().tolist() for n, w in ppo.roles.ema.weights().items()}
-    return {role: trained(ppo, role) for role in ("actor", "critic")} | {"ema": ema}
+RESUMED: dict[str, Any] = {
+    **PLANS["the other way round"],
+    "kl": {"coefficient": 0.05, "stop": 1e9},
+    "ppo_kl_stop": 1e9,
+}
+"""The actor is on the second rank alone; all ranks meet after each mini-batch, and the model before is kept."""
 
 
-def kept_weights(ppo) -> list[list[float]]:
-    return [tensor.tolist() for tensor in ppo.inside.kept]
-
-
-def go_on(ranks, place, settings):
-    """Iteration 2 from a checkpoint after iteration 1; the models that are left."""
+def go_on(ranks, directory, settings: dict[str, Any]):
+    """Iteration 2 of a run, and of one that goes on from a checkpoint after iteration 1; the model that is left."""
     from training.models.loading import load_causal_lm
     from training.step3_rlhf.ppo import save_actor
     from training.steps import SFT
 
-    ppo = make_ppo(ranks, place, settings)
-    number, stopped = ppo.resume(ppo.stage.journal("updates.jsonl"))
-    found = follow(ppo, range(2, ITERATIONS + 1))
-    save_actor(ppo.stage, ppo.roles, ppo.stage.earlier_model(SFT), ppo.chat_format)
+    first = make_ppo(ranks, directory / "resumed", settings)
+    follow(first, range(1, 2))
+    first.save(1, stopped=False)
+    states = []
+    second = make_ppo(ranks, directory / "resumed", settings)
+    number, stopped = second.resume(second.stage.journal("updates.jsonl"))
+    for ppo in (first, second):
+        found = follow(ppo, range(2, 3))
+        kept = [tensor.tolist() for tensor in ppo.inside.kept]
+        ema = {} if ppo.roles.ema is None else {n: w.tolist() for n, w in ppo.roles.ema.weights().items()}
+        states.append([found, trained(ppo, "actor"), trained(ppo, "critic"), ema, kept])
+    save_actor(second.stage, second.roles, second.stage.earlier_model(SFT), second.chat_format)
     left = {
         name: {
             key: weight.flatten().tolist()
-            for key, weight in load_causal_lm(model, ppo.chat_format, torch.float32).named_parameters()
+            for key, weight in load_causal_lm(place, second.chat_format, torch.float32).named_parameters()
         }
-        for name, model in (("actor", ppo.stage.directory.model), ("ema", ppo.stage.directory.ema_model))
+        for name, place in (("actor", second.stage.directory.model), ("ema", second.stage.directory.ema_model))
     }
-    resumed = [found, weights_here(ppo), kept_weights(ppo)]
-    return {"number": number, "stopped": stopped, "resumed": resumed, "left": left}
+    return {"number": number, "stopped": stopped, "states": states, "left": left}
 
 
 @pytest.fixture(scope="module")
@@ -265,11 +265,12 @@ def test_a_run_by_a_plan_goes_on_to_the_same_bits_and_leaves_the_actor_wherever_
     first, second = (rank["resumed"] for rank in ran)
     assert first["number"] == second["number"] == 1 and not first["stopped"]
     for rank in (first, second):
-        assert rank["straight"] == rank["resumed"]
-    (_, here, kept), (_, elsewhere, none) = second["resumed"], first["resumed"]
-    assert here["actor"] and here["ema"] and kept and elsewhere["critic"]
-    assert not (here["critic"] or elsewhere["actor"] or elsewhere["ema"] or none)
-    assert first["left"] == {"actor": here["actor"], "ema": here["ema"]}
+        straight, resumed = rank["states"]
+        assert straight == resumed
+    (_, actor, critic, ema, kept), (_, elsewhere, there, nothing, none) = second["states"][1], first["states"][1]
+    assert actor and ema and kept and there and not (critic or elsewhere or nothing or none)
+    averages = {key: torch.tensor(weight).flatten().tolist() for key, weight in ema.items()}
+    assert first["left"] == {"actor": actor, "ema": averages}
 
 
 def test_what_generation_keeps_is_given_back_while_training(ran):
