@@ -83,6 +83,8 @@ def _against_stages(call: Call, layout: Layout, workload: Workload) -> list[str]
         found.append(f"{has}, each of them tensor-parallel, which does not run; choose one.")
     if workload.precision == "fp16":
         found.append(f"{has}, which do not run in fp16, whose loss is scaled; use --set dtype=bf16 or pipeline 1.")
+    if (model := workload.models.get(call.role)) and model.shape.why_no_stages:
+        found.append(f"{has}. {model.shape.why_no_stages}")
     return found
 
 
