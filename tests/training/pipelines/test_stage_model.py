@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from inference.errors import UserError
 from inference.families import meta_model
@@ -222,6 +222,52 @@ def test_a_stage_holds_its_share_and_no_more():
     assert sum(counts) == sum(p.numel() for p in whole.parameters()) + table
     layer = sum(p.numel() for p in whole.model.decoder.layers[0].parameters())
     assert counts[1] == 3 * layer
+
+
+class UsesEmbeddingsAgain(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        table, norm = self.model.embed_tokens, self.model.norm
+        norm.register_forward_hook(lambda *given: given[-1] + table.weight.mean())
+
+
+class HasWeightsOutside(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.scale = nn.Parameter(torch.ones(1))
+
+
+class ScalesBetweenLayers(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].register_forward_pre_hook(lambda _, given: (given[0] * 2, *given[1:]))
+
+
+class RunsALayerTwice(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[2] = self.model.layers[1]
+
+
+class KeepsFp32(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[0].register_forward_hook(lambda *given: given[-1].float())
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        (UsesEmbeddingsAgain, "weights are used before their layers and behind them"),
+        (HasWeightsOutside, "some of their weights are in no layer"),
+        (ScalesBetweenLayers, "something is done between their layers"),
+        (RunsALayerTwice, "they do not call each layer once, in order"),
+        (KeepsFp32, "another number format than the weights"),
+    ],
+)
+def test_what_a_family_may_not_do(family, reason):
+    with pytest.raises(UserError, match=f"Models of type 'llama' cannot be cut into pipeline stages .*{reason}"):
+        require_stages(family(AutoConfig.for_model("llama", **GATED, num_hidden_layers=3)), 2)
 
 
 def test_too_few_layers_and_families_that_cannot_be_cut_are_refused():
