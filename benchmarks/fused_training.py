@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import work
 from benchmarks.work import LENGTHS, MINI_BATCHES, SAMPLES, SIZES
-from training.gantt import Bar, Panel, gantt_svg
+from training.gantt import PASS_COLOURS, Bar, Panel, gantt_svg
 from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import (
     Event,
@@ -50,12 +50,6 @@ PROFILED = 3
 """Rounds of 1F1B that give the seconds; the one before them warms up."""
 GAIN, PREDICTED, OWN = 0.8, 0.10, 0.05
 """Targets: share of the promised gain over 1F1B that is achieved, error of predictions, own share."""
-COLOURS = {
-    "actor forward": "#2597cf",
-    "actor backward": "#387ecd",
-    "critic forward": "#ab8b09",
-    "critic backward": "#d66c0f",
-}
 Seconds = Mapping[tuple[int, Operation], float]
 """By rank and operation."""
 
@@ -195,7 +189,7 @@ def run_rank(size: str, lengths: str, rounds: int, layers: dict[str, tuple[int, 
                 for name in orders
                 for said, each in (("measured", done[name][-1]), ("predicted", predicted(orders[name], seconds)))
             ]
-            picture.write_text(gantt_svg(panels, COLOURS))
+            picture.write_text(gantt_svg(panels, PASS_COLOURS))
     stop_ranks()
 
 
