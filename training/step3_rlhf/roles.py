@@ -271,8 +271,9 @@ class Roles:
         """
         blocked = list(self._frozen_blocked)
         for call in self.calls:
-            if call.kind == "score" and call.name in self.moves:
-                self._use(call, self._brought(call))
+            if call.kind == "score" and (move := self.moves.get(call.name)) is not None:
+                is_here = move.is_filled and move is self.moves.get(ACTOR_GENERATE.name)  # since samples were drawn
+                self._use(call, move.module if is_here else self._brought(call))
         if CRITIC_SCORE.name in self.places and self.plan[CRITIC_SCORE.name].layout.zero_stage < 3:
             blocked.append(BlockedWeights(self._scoring.get("critic") or self.critic.module))
         with ExitStack() as stack:
