@@ -237,7 +237,8 @@ def train_stages(ranks, directory):
         stage = Stage(ranks, name)
         steps = [stage.update(number) for number in range(UPDATES)]
         weights = stage.engine.trained_weights()
-        found[name] = {"steps": steps, "names": sorted(weights)}
+        own = sum(part.numel() for part in stage.engine.own_weights())
+        found[name] = {"steps": steps, "names": sorted(weights), "own": own}
         if case.model in ("tied", "opt"):
             found[name]["shared"] = stage.shared()
         if ranks.is_first:
@@ -245,6 +246,7 @@ def train_stages(ranks, directory):
             assert {key: weight.shape for key, weight in weights.items()} == {key: w.shape for key, w in whole.items()}
             largest = max(float(weight.abs().max()) for weight in whole.values())
             differences = [float((weights[key] - weight).abs().max()) for key, weight in whole.items()]
+            found[name]["whole"] = sum(weight.numel() for weight in whole.values())
             found[name]["error"] = max(differences) / largest
         if KEPT.get(name) == ranks.size:
             found[name] |= go_on(stage, directory / f"{name} {ranks.size}")
@@ -282,7 +284,7 @@ def go_on(stage, directory) -> dict[str, bool]:
     after = look()
     kept.put_back()
     back = look()
-    stage.ranks.barrier()
+    stage.update(0)  # away from there, before it is loaded
     engine.load(directory / "role")
     average.load(directory / "average")
     loaded = look()
@@ -336,6 +338,11 @@ def test_the_first_rank_alone_gets_weights(found):
     for data in (1, 2):
         for name, first, of_ranks, _ in cases_of(found, data):
             assert first["names"] and not any(each["names"] for each in of_ranks[1:]), name
+
+
+def test_a_weight_has_one_optimiser_state_also_where_two_stages_hold_it(found):
+    for name, first, of_ranks, _ in cases_of(found, 1):
+        assert first["whole"] <= sum(each["own"] for each in of_ranks) < first["whole"] + 50, name  # padding
 
 
 def test_copies_of_a_tied_table_are_equal_to_the_bit(found):
