@@ -181,6 +181,7 @@ class Stage:
 
     def update(self, update: int) -> dict[str, float]:
         compute({"role": (self, self.work(update))}, one_forward_one_backward)
+        self.was_training = self.engine.module.training
         return self.engine.step()
 
     def table(self) -> bytes:
@@ -238,7 +239,8 @@ def train_stages(ranks, directory):
         steps = [stage.update(number) for number in range(UPDATES)]
         weights = stage.engine.trained_weights()
         own = sum(part.numel() for part in stage.engine.own_weights())
-        found[name] = {"steps": steps, "names": sorted(weights), "own": own}
+        modes = [stage.was_training, stage.engine.module.training]
+        found[name] = {"steps": steps, "names": sorted(weights), "own": own, "modes": modes}
         if case.model in ("tied", "opt"):
             found[name]["shared"] = stage.shared()
         if ranks.is_first:
@@ -343,6 +345,11 @@ def test_the_first_rank_alone_gets_weights(found):
 def test_a_weight_has_one_optimiser_state_also_where_two_stages_hold_it(found):
     for name, first, of_ranks, _ in cases_of(found, 1):
         assert first["whole"] <= sum(each["own"] for each in of_ranks) < first["whole"] + 50, name  # padding
+
+
+def test_a_stage_is_in_training_mode_where_activations_are_recomputed_and_until_the_step(found):
+    for name, first, _, _ in cases_of(found, 1):
+        assert first["modes"] == [name == "recomputed", False], name
 
 
 def test_copies_of_a_tied_table_are_equal_to_the_bit(found):
