@@ -9,7 +9,6 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, size, verdict
@@ -17,7 +16,7 @@ from inference.redaction import redacted
 from inference.screen import USUAL_COLUMNS, columns
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, rows_per_micro_batch
-from training.plan import Assignment, Plan
+from training.plan import Assignment
 from training.plan_file import mesh_text
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
@@ -26,7 +25,7 @@ from training.steps import Step
 
 __all__ = ["check_fits", "dry_run"]
 
-_PHASE_ORDER = {"": 0, LOADING: 1, "generation": 2, "training": 3, "saving": 4}
+_PHASE_ORDER = {"": 0, LOADING: 1, "generation": 2, "scoring": 3, "training": 4, "saving": 5}
 
 
 def dry_run(
@@ -106,8 +105,7 @@ def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
 
 
 def _rlhf_step(outlook: Outlook) -> list[str]:
-    plan = outlook.plan
-    rlhf = placed(outlook.config.rlhf, plan)
+    rlhf, plan = outlook.config.rlhf.as_planned, outlook.plan
     samples = rlhf.prompts_per_iteration * rlhf.samples_per_prompt
     mini_batch = math.ceil(samples / rlhf.mini_batches)
     updates = rlhf.iterations * rlhf.ppo_epochs * rlhf.mini_batches
@@ -142,21 +140,6 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
         *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.length),
         *(_line(name, described(assignment)) for name, assignment in plan.assignments.items() if rlhf.plan),
     ]
-
-
-def placed(rlhf: RLHFSettings, plan: Plan) -> RLHFSettings:
-    """With the ZeRO stages and tensor-parallel degrees of its plan."""
-    changed: dict[str, Any] = {}
-    degrees: dict[str, int] = {}
-    for name, assignment in plan.assignments.items():
-        role, _, kind = name.partition("_")
-        if kind == "train" or role in ("reference", "reward"):
-            stage = assignment.layout.zero_stage
-            changed[role] = getattr(rlhf, role).model_copy(update={"zero_stage": stage})
-        if kind == "score" and role != "actor":
-            degrees[role] = assignment.layout.tensor
-    changed["scoring_tensor_parallel"] = rlhf.scoring_tensor_parallel.model_copy(update=degrees)
-    return rlhf.model_copy(update=changed)
 
 
 def described(assignment: Assignment) -> str:

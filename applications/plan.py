@@ -15,10 +15,14 @@ from training.calls import Call
 from training.plan import Assignment
 from training.plan_checks import problems
 from training.plan_file import read_plan, to_yaml
+from training.planner.fused_training import turned
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
 from training.planner.options import EVERYTHING, Space
 from training.planner.search import Found, Progress, search
 from training.planner.table import PlanTable
+
+SHORTER = 0.3
+"""Effort of a search whose plan is only compared."""
 
 
 def plan_command(
@@ -45,7 +49,8 @@ def plan_command(
     if check is not None:
         outcomes = [checked(request, check)]
     else:
-        outcomes = [searched(request, seed, effort, told), *compared(request, seed, effort)]
+        first, *others = fastest(request, seed, effort, told)
+        outcomes = [first, *compared(request, seed, effort), *others]
         if everything:
             outcomes.append(searched(request, seed, effort, told, "not yet runnable", EVERYTHING))
     if json_output:
@@ -70,14 +75,37 @@ def searched(
 ) -> Outcome:
     """The best plan that runs, or the best of another space. Raises UserError where none fits."""
     found = best_plans(request, space or request.runnable, seed, effort, progress)
-    outcomes = [request.outcome(name, request.completed(one.plan)) for one in found]
+    plans = [turned(request.completed(one.plan), request.graphs.graph) for one in found]
+    outcomes = [request.outcome(name, plan) for plan in plans]
     if space is not None:
-        return outcomes[0]
-    best = next((outcome for outcome in outcomes if outcome.runs), None)
+        return min(outcomes, key=lambda outcome: outcome.seconds)
+    best = min((outcome for outcome in outcomes if outcome.runs), key=lambda outcome: outcome.seconds, default=None)
     if best is None:
         why = " ".join(outcomes[0].refused) or outcomes[0].why_not
         raise UserError(f"None of the best plans runs. {why}")
     return best
+
+
+def fastest(
+    request: Request, seed: int = 0, effort: float = 1.0, progress: Callable[[Progress], bool] | None = None
+) -> list[Outcome]:
+    """The best plan that runs; behind it, on several ranks, the best of those whose training is all in pipeline stages,
+    and of those without stages, where it is not one of them. Raises UserError where none fits."""
+    outcomes = [searched(request, seed, effort, progress)]
+    spaces: dict[str, Callable[[Call, Assignment], bool]] = {
+        "in stages": lambda call, one: call.kind != "train" or one.layout.pipeline > 1,
+        "no stages": lambda call, one: one.layout.pipeline == 1,
+    }
+    for name, belongs in spaces.items() if request.cluster.size > 1 else ():
+        if outcomes[0].stages != name:
+            space = Space(
+                runs=lambda call, one, belongs=belongs: belongs(call, one) and request.runs(call, one)  # type: ignore
+            )
+            with suppress(UserError):
+                outcomes.append(searched(request, seed, SHORTER * effort, None, name, space))
+    best = min((outcome for outcome in outcomes if outcome.runs), key=lambda outcome: outcome.seconds)
+    others = [replace(each, name=each.stages) for each in outcomes if each is not best and each.runs and each.stages]
+    return [replace(best, name="searched"), *others]
 
 
 def best_plans(

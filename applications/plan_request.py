@@ -1,5 +1,6 @@
 """What `rlhf-chat plan` is asked, and what it answers: a run on a cluster; plans with their estimates."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from training.plan_checks import unrunnable
 from training.planner.augmented import AugmentedGraphs
 from training.planner.estimate import Estimate, estimate
 from training.planner.footprint import DTYPES, Footprints
+from training.planner.fused_training import FusedTraining, fused_training
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
@@ -38,10 +40,29 @@ class Outcome:
     """Why it does not fit, or why there is none."""
     refused: tuple[str, ...] = ()
     """Why this runtime does not run it, a sentence each."""
+    training: FusedTraining | None = None
+    """Of actor and critic, where they train in pipeline stages on the same ranks."""
 
     @property
     def runs(self) -> bool:
         return self.found is not None and not self.why_not and not self.refused
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration, training in one fused schedule where that is faster; infinite where there is no plan."""
+        if self.found is None:
+            return math.inf
+        gain = max(0.0, self.training.serial - self.training.fused) if self.training else 0.0
+        return self.found.iteration_seconds - gain
+
+    @property
+    def stages(self) -> str:
+        """Whether all training is in pipeline stages, or nothing is; '' where some is."""
+        assert self.found is not None
+        degrees = {name: one.layout.pipeline for name, one in self.found.plan.assignments.items()}
+        if set(degrees.values()) == {1}:
+            return "no stages"
+        return "in stages" if all(n > 1 for name, n in degrees.items() if name.endswith("_train")) else ""
 
 
 @dataclass(frozen=True)
@@ -117,8 +138,9 @@ class Request:
 
     def outcome(self, name: str, plan: Plan) -> Outcome:
         """With what is wrong with it. Raises UserError where it cannot be costed."""
-        found = estimate(plan, self.graphs_of(plan))
-        return Outcome(name, found, self.overfull(found), tuple(self.why_not_run(plan)))
+        graphs = self.graphs_of(plan)
+        found, refused = estimate(plan, graphs), tuple(self.why_not_run(plan))
+        return Outcome(name, found, self.overfull(found), refused, fused_training(plan, graphs))
 
     def overfull(self, found: Estimate) -> str:
         """Why the plan does not fit, a sentence; '' if it does."""
@@ -162,6 +184,8 @@ def request_of(
     if machine is not None:
         settings = with_number_format(settings, machine)
     rlhf = settings.rlhf
+    if rlhf.exact is True and cluster.device.has_own_memory:
+        raise UserError(f"rlhf.exact=true works on CPUs only; take rlhf.exact=auto to plan for {cluster.device.name}.")
     actor = require_shape(settings.actor_source, settings.architecture.get("model"))
     scorer = None
     if rlhf.has_critic or rlhf.has_reward_model:

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from training.plan_file import from_blocks
 from training.rlhf_settings import RLHFSettings
-from training.role_settings import OptimizerSettings, Settings
+from training.role_settings import OptimizerSettings, Settings, misplaced
 from training.steps import METHODS, REWARD, SFT, STEPS, Method, Step
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -75,6 +75,12 @@ class StepSettings(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of activations and attention weights that training drops, wherever the family has dropout; 0 is off."""
     optimizer: OptimizerSettings = OptimizerSettings()
+
+    @model_validator(mode="after")
+    def _offload_has_its_stage(self):
+        if found := misplaced(self.optimizer.offload, self.optimizer.zero_stage):
+            raise ValueError(f"optimizer.{found}")
+        return self
 
 
 class SFTSettings(StepSettings):

@@ -74,8 +74,8 @@ def require_overlays(config: RunConfig, dtype: torch.dtype) -> None:
         "sft.optimizer": config.sft.optimizer,
         "reward.optimizer": config.reward.optimizer,
         "dpo.optimizer": config.dpo.optimizer,
-        "rlhf.actor": config.rlhf.actor,
-        "rlhf.critic": config.rlhf.critic,
+        "rlhf.actor": config.rlhf.as_planned.actor,
+        "rlhf.critic": config.rlhf.as_planned.critic,
     }
     for name, settings in roles.items():
         if settings.deepspeed:

@@ -20,7 +20,7 @@ from training.deepspeed_config import effective_zero_stage
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import stays
 from training.plan import Assignment, Plan
-from training.role_settings import FrozenSettings, OptimizerSettings
+from training.role_settings import OptimizerSettings
 from training.shape import Shape
 from training.steps import Step
 
@@ -151,7 +151,7 @@ def _rlhf_parts(
     config: RunConfig, plan: Plan, actor: Shape, scorer: Shape, dtype: torch.dtype, rank: int
 ) -> Iterator[Part]:
     """What one rank has to do with: the roles whose calls it takes part in."""
-    rlhf, longest = config.rlhf, config.data.longest
+    rlhf, longest = config.rlhf.as_planned, config.data.longest
     samples = rlhf.prompts_per_iteration * rlhf.samples_per_prompt
 
     def takes_part(call: str) -> bool:
@@ -186,10 +186,9 @@ def _rlhf_parts(
         return _pass_parts(here(call, whole), config.data, tokens, checkpointing, dtype, phase, 1, logits, alive)
 
     def trained(role: str, whole: Shape) -> list[Part]:
-        call = f"{role}_train"
-        layout, shape = plan[call].layout, here(call, whole)
-        placed = getattr(rlhf, role).model_copy(update={"zero_stage": layout.zero_stage})
-        return training_parts(f"{role} ", shape.parameters, shape, placed, dtype, layout.data, f"{role} training")
+        call, settings = f"{role}_train", getattr(rlhf, role)
+        shape, data = here(call, whole), plan[call].layout.data
+        return training_parts(f"{role} ", shape.parameters, shape, settings, dtype, data, f"{role} training")
 
     if takes_part("actor_train"):
         yield from trained("actor", actor)
@@ -199,18 +198,16 @@ def _rlhf_parts(
     yield from copy("critic_score", scorer, "score")
     if takes_part("reward_score"):
         held = here("reward_score", scorer).parameters
-        yield from _frozen_parts("reward", held, rlhf.reward, plan["reward_score"], dtype)
+        yield from _frozen_parts("reward", held, plan["reward_score"], dtype)
     if rlhf.ema and takes_part("actor_train"):
-        layout = plan["actor_train"].layout
-        placed = rlhf.actor.model_copy(update={"zero_stage": layout.zero_stage})
         shape = here("actor_train", actor)
         weights = (_adapters(shape, rlhf.actor) or shape.parameters) * 4
         place: Place = "device" if rlhf.actor.offload == "none" else "host"
-        divides = effective_zero_stage(placed, dtype) >= 1
-        yield Part("actor average, fp32", _share(weights, layout.data if divides else 1), place)
+        ranks = plan["actor_train"].layout.data if effective_zero_stage(rlhf.actor, dtype) >= 1 else 1
+        yield Part("actor average, fp32", _share(weights, ranks), place)
     if takes_part("reference_score") and not plan.actor_is_reference(rlhf.actor.lora):
         held = here("reference_score", actor).parameters
-        yield from _frozen_parts("reference", held, rlhf.reference, plan["reference_score"], dtype)
+        yield from _frozen_parts("reference", held, plan["reference_score"], dtype)
     scored = plan.assignments.get("actor_score")
     if scored is not None and scored.cut == plan["actor_generate"].cut:
         yield from copy("actor_generate", actor, "generate and score")
@@ -231,17 +228,15 @@ def _rlhf_parts(
             yield from _saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters)
 
 
-def _frozen_parts(
-    role: str, parameters: int, settings: FrozenSettings, assignment: Assignment, dtype: torch.dtype
-) -> list[Part]:
-    layout, waits = assignment.layout, assignment.offload
-    place: Place = "device" if settings.offload == "none" and not waits else "host"
+def _frozen_parts(role: str, parameters: int, assignment: Assignment, dtype: torch.dtype) -> list[Part]:
+    layout = assignment.layout
+    place: Place = "host" if assignment.offload else "device"
     whole, divides = parameters * dtype.itemsize, layout.zero_stage == 3
     where = "whole (first rank)" if divides else "whole"
-    held = _share(whole, layout.data if divides else layout.tensor)
+    held, comes_whole = _share(whole, layout.data if divides else layout.tensor), assignment.offload and not divides
     return [
         Part(f"{role} weights", held, place),
-        *([Part(f"{role} weights, for its call", held, phase=f"{role} scoring")] if waits else []),
+        *([Part(f"{role} weights, for its call", held, phase=f"{role} scoring")] if comes_whole else []),
         Part(f"{role} weights, {where}", whole, "host", f"{role} {LOADING}", first_rank_only=divides),
     ]
 

@@ -59,6 +59,12 @@ class Plan:
         training = graph.training_call(call.role)
         return training is not None and self[call.name].cut != self[training.name].cut
 
+    def moves_weights(self, graph: DataflowGraph, call: Call) -> bool:
+        """Whether they are brought for `call`: no earlier call of the iteration has brought them into its cut."""
+        earlier = graph.calls[: graph.calls.index(call)]
+        alike = (each.role == call.role and self[each.name].cut == self[call.name].cut for each in earlier)
+        return self.reallocates(graph, call) and not any(alike)
+
     def actor_is_reference(self, lora: LoRASettings) -> bool:
         """Whether the reference is the actor with its adapters (`lora`) switched off: it scores in the cut in which
         the actor is trained, and has no weights of its own that wait in host memory."""
@@ -85,7 +91,8 @@ class Plan:
         assignments = {}
         for call in calls or settings.calls:
             is_actor = call.role == "reference" and settings.actor.lora.rank  # its adapters switched off
-            stage = getattr(settings, "actor" if is_actor else call.role).zero_stage
+            placed = getattr(settings, "actor" if is_actor else call.role)
+            stage, waits = placed.zero_stage, placed.offload == "parameters"  # only frozen roles have it
             if call.kind == "train":
                 rows, layout = -(-samples // settings.mini_batches), Layout.over(ranks, zero_stage=stage)
             elif call.kind == "generate":
@@ -96,7 +103,8 @@ class Plan:
                 rows, tensor = samples, getattr(degrees, call.role, 1)
                 setting = f"rlhf.scoring_tensor_parallel.{call.role}"
                 layout = Layout.over(ranks, tensor, stage if stage == 3 and tensor == 1 else 0, setting)
-            assignments[call.name] = Assignment(layout, packed(rows, layout, length, tokens), micro_batch_limit=tokens)
+            count = packed(rows, layout, length, tokens)
+            assignments[call.name] = Assignment(layout, count, waits, micro_batch_limit=tokens)
         return cls(assignments)
 
     @classmethod

@@ -5,10 +5,12 @@ import difflib
 from inference.errors import UserError
 from training.calls import ACTOR_SCORE, Call
 from training.hybrid_engine.layout import Layout
+from training.pipelines.orders import CannotFuse, Pipelines, devices
 from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
 from training.planner.workload import Workload
 from training.rlhf_settings import RLHFSettings
+from training.role_settings import misplaced
 from training.shape import Shape
 
 
@@ -54,17 +56,22 @@ def unrunnable(plan: Plan, graph: DataflowGraph, workload: Workload, settings: R
                 f"rlhf.fusion.mode=inter needs generation on all ranks and roles that score whole on each of them, "
                 f"which {name} is not; use auto or none."
             )
-        placed = getattr(settings, call.role)
-        if call.kind == "train" and placed.offload == "optimizer+parameters" and layout.zero_stage < 3:
-            found.append(f"{name} has rlhf.{call.role}.offload=optimizer+parameters, which needs zero_stage 3.")
-        elif call.kind == "train" and placed.offload != "none" and layout.zero_stage == 0:
-            found.append(f"{name} has rlhf.{call.role}.offload=optimizer, which needs zero_stage 1, 2 or 3.")
-        elif call.kind == "score" and placed.offload == "parameters" and layout.zero_stage < 3:
-            found.append(
-                f"{name} has rlhf.{call.role}.offload=parameters, which needs zero_stage 3; or leave it out and give "
-                f"the call offload: yes."
-            )
-    return found
+        if settings.exact is True and call.kind == "generate" and layout.tensor > 1:
+            found.append(f"{name} is tensor-parallel, which rlhf.exact=true cannot be; use data, or rlhf.exact=auto.")
+        offload = getattr(settings, call.role).offload
+        if call.kind == "train" and (problem := misplaced(offload, layout.zero_stage)):
+            found.append(f"{name} has zero_stage {layout.zero_stage}, and rlhf.{call.role}.{problem}.")
+    return found + (_against_fusing(plan, graph) if settings.fusion.training == "fused" else [])
+
+
+def _against_fusing(plan: Plan, graph: DataflowGraph) -> list[str]:
+    layouts = {call.role: plan[call.name].layout for call in graph.calls if call.kind == "train"}
+    reason = "it cuts no call that trains into stages" if all(each.pipeline == 1 for each in layouts.values()) else ""
+    try:
+        devices({role: Pipelines.of(layout, 1) for role, layout in layouts.items()})
+    except CannotFuse as error:
+        reason = reason or str(error)
+    return [f"rlhf.fusion.training=fused: {reason}; change the plan, or use auto."] if reason else []
 
 
 def _against_stages(call: Call, layout: Layout, workload: Workload) -> list[str]:
@@ -76,6 +83,8 @@ def _against_stages(call: Call, layout: Layout, workload: Workload) -> list[str]
         found.append(f"{has}, each of them tensor-parallel, which does not run; choose one.")
     if workload.precision == "fp16":
         found.append(f"{has}, which do not run in fp16, whose loss is scaled; use --set dtype=bf16 or pipeline 1.")
+    if (model := workload.models.get(call.role)) and model.shape.why_no_stages:
+        found.append(f"{has}. {model.shape.why_no_stages}")
     return found
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from inference.errors import UserError
 from training.calls import Call, rlhf_calls
 from training.plan_file import from_blocks, read_plan, to_blocks
-from training.role_settings import DecayRate, FrozenSettings, OptimizerSettings, Settings
+from training.role_settings import DecayRate, FrozenSettings, OptimizerSettings, Settings, misplaced
 
 
 class KLSettings(Settings):
@@ -63,7 +63,8 @@ class ScoringDegrees(Settings):
 
 
 class FusionSettings(Settings):
-    """Inter-stage fusion: samples are scored as they end, the long tail is gathered on few ranks. Same algorithm."""
+    """Inter-stage fusion: samples are scored as they end, the long tail is gathered on few ranks. Intra-stage fusion:
+    actor and critic train in each other's pauses. Same algorithm."""
 
     mode: Literal["none", "inter", "auto"] = "auto"
     """auto fuses where a simulation with measured costs says that it pays, and logs what it decided."""
@@ -73,6 +74,9 @@ class FusionSettings(Settings):
     """Samples that one rank (one tensor-parallel group) takes then, at most; 0: the simulation chooses."""
     move: Literal["auto", "cache", "tokens"] = "auto"
     """What travels with a sample: its keys and values, or only its tokens (a new prefill); auto takes the cheaper."""
+    training: Literal["auto", "serial", "1f1b", "fused"] = "auto"
+    """Order of micro-batches where a plan trains in pipeline stages: one at a time, 1F1B role by role, or actor
+    and critic woven together; auto takes the faster of the last two."""
 
 
 class RLHFSettings(Settings):
@@ -145,7 +149,8 @@ class RLHFSettings(Settings):
     recomputes otherwise."""
     plan: dict[str, dict[str, Any]] = Field({})
     """Where each call runs (docs/plans.md): a file as the command `plan` writes it, or what is in one. It then
-    decides about ZeRO stages, tensor-parallel degrees and micro-batches of step 3. Empty: every call on all ranks."""
+    decides about ZeRO stages, tensor-parallel degrees, micro-batches and where frozen roles wait in step 3. Empty:
+    every call on all ranks."""
     fusion: FusionSettings = FusionSettings()
     kl: KLSettings = KLSettings()
     actor: OptimizerSettings = OptimizerSettings(learning_rate=1e-6, epsilon=1e-5)
@@ -199,6 +204,21 @@ class RLHFSettings(Settings):
         return rlhf_calls(self.advantage, self.has_reward_model, self.has_reference)
 
     @property
+    def as_planned(self) -> "RLHFSettings":
+        """With the ZeRO stages, tensor-parallel degrees and offload of frozen roles of the plan, if there is one."""
+        changed: dict[str, Any] = {}
+        for role in ("actor", "critic", "reference", "reward"):
+            is_trained = isinstance(getattr(self, role), OptimizerSettings)
+            if block := self.plan.get(f"{role}_train" if is_trained else f"{role}_score"):
+                placed = {"zero_stage": block["zero_stage"]}
+                placed |= {} if is_trained else {"offload": "parameters" if block.get("offload") else "none"}
+                changed[role] = getattr(self, role).model_copy(update=placed)
+        scoring = {role: self.plan.get(f"{role}_score") for role in ScoringDegrees.model_fields}
+        degrees = {role: block["tensor"] for role, block in scoring.items() if block}
+        changed["scoring_tensor_parallel"] = self.scoring_tensor_parallel.model_copy(update=degrees)
+        return self.model_copy(update=changed)
+
+    @property
     def divided_scorer(self) -> str:
         """A role that scores and is divided over ranks, so that no rank can score alone; '' if there is none."""
         reference = "actor" if self.actor.lora.rank else "reference"  # with LoRA the actor is the reference too
@@ -209,6 +229,14 @@ class RLHFSettings(Settings):
             if getattr(self, role).zero_stage == 3 or getattr(self.scoring_tensor_parallel, role, 1) > 1
         ]
         return min(divided, default="")
+
+    @model_validator(mode="after")
+    def _offload_has_its_stage(self):
+        for role in () if self.plan else ("actor", "critic", "reference", "reward"):  # a plan has stages of its own
+            settings = getattr(self, role)
+            if found := misplaced(settings.offload, settings.zero_stage):
+                raise ValueError(f"{role}.{found}")
+        return self
 
     @model_validator(mode="after")
     def _scoring_degrees_fit_the_roles(self):

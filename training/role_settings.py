@@ -42,6 +42,13 @@ class LoRASettings(Settings):
         return targets
 
 
+def misplaced(offload: str, zero_stage: int) -> str:
+    """Why DeepSpeed cannot keep this in host memory under that stage; '' where it can."""
+    if offload == "optimizer" and zero_stage == 0:
+        return "offload=optimizer needs zero_stage 1, 2 or 3"
+    return f"offload={offload} needs zero_stage 3" if "parameters" in offload and zero_stage < 3 else ""
+
+
 class OptimizerSettings(Settings):
     """How one role's weights are trained."""
 
@@ -71,14 +78,6 @@ class OptimizerSettings(Settings):
     deepspeed: dict[str, Any] = {}
     """DeepSpeed configuration laid over ours, for what has no setting here; a key that it would ignore is refused."""
 
-    @model_validator(mode="after")
-    def _offload_needs_zero(self):
-        if self.offload == "optimizer" and self.zero_stage == 0:
-            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3")
-        if self.offload == "optimizer+parameters" and self.zero_stage != 3:
-            raise ValueError("offload=optimizer+parameters needs zero_stage 3")
-        return self
-
     @property
     def adapter_learning_rate(self) -> float:
         return self.lora.learning_rate or self.learning_rate
@@ -91,12 +90,6 @@ class FrozenSettings(Settings):
     """0 keeps the weights whole on every rank, 3 divides them over the ranks."""
     offload: Literal["none", "parameters"] = "none"
     """`parameters` keeps them in host memory between uses (GPU runs; needs ZeRO stage 3)."""
-
-    @model_validator(mode="after")
-    def _offload_needs_zero(self):
-        if self.offload == "parameters" and self.zero_stage != 3:
-            raise ValueError("offload=parameters needs zero_stage 3")
-        return self
 
     @property
     def as_optimizer(self) -> OptimizerSettings:

@@ -58,7 +58,7 @@ def planned(tmp_path_factory):
 def test_everything_as_data(planned):
     data, _ = planned
     assert [plan["name"] for plan in data["plans"]] == [
-        "searched", "as set", "one mesh", "DeepSpeed-Chat", "Megatron-style", "not yet runnable",
+        "searched", "as set", "one mesh", "DeepSpeed-Chat", "Megatron-style", "in stages", "not yet runnable",
     ]  # fmt: skip
     searched, *others = data["plans"]
     others, beyond = others[:-1], others[-1]
@@ -66,9 +66,16 @@ def test_everything_as_data(planned):
         searched["seconds_per_iteration"] <= plan["seconds_per_iteration"] for plan in others if plan["runs"]
     )
     assert beyond["seconds_per_iteration"] <= searched["seconds_per_iteration"]
+    staged = data["plans"][5]
+    assert {call["pipeline"] for name, call in staged["calls"].items() if name.endswith("train")} == {2}
+    plain, slower = (f"{plan['seconds_per_iteration']:.1f} s" for plan in (searched, staged))
+    assert data["stages"].startswith(
+        f"An iteration takes {plain} at best without pipeline stages; with stages {slower}"
+    )
+    assert "so they lose" in data["stages"]
     for plan in data["plans"]:
         cut = any(
-            call["pipeline"] > 1 or (name.endswith("train") and call["tensor"] > 1)
+            (call["pipeline"] > 1 and name.endswith("generate")) or (name.endswith("train") and call["tensor"] > 1)
             for name, call in plan["calls"].items()
         )
         assert not (cut and plan["runs"]) and bool(plan.get("refused")) == (plan["fits"] and not plan["runs"])
@@ -82,7 +89,7 @@ def test_everything_as_data(planned):
         assert plan["hours"] == pytest.approx(hours) and plan["cost"] == pytest.approx(hours * 2 * 2.0)
         assert set(plan["peak_bytes"]) == {"0", "1"}
     actor = find_shape("facebook/opt-1.3b", None)
-    assert others[-1]["host_peak_bytes"] == 2 * 4 * actor.parameters  # both ranks of the node read it in fp32
+    assert others[3]["host_peak_bytes"] == 2 * 4 * actor.parameters  # both ranks of the node read it in fp32
 
 
 def test_the_plan_file_costs_what_the_search_said(planned):
@@ -106,8 +113,8 @@ def test_the_picture_has_a_panel_a_plan(planned):
     _, directory = planned
     picture = xml.etree.ElementTree.fromstring((directory / "plan.svg").read_text())
     texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
-    assert sum("s an iteration" in (text or "") for text in texts) == 6
-    assert sum(element.tag.endswith("title") for element in picture.iter()) >= 36  # six calls of six plans
+    assert sum("s an iteration" in (text or "") for text in texts) == 7
+    assert sum(element.tag.endswith("title") for element in picture.iter()) >= 42  # six calls of seven plans
 
 
 def test_a_faster_network_never_hurts(planned):
@@ -136,6 +143,7 @@ def test_the_table_for_people():
     [
         (["--gpu", "z80"], "--gpu takes .*this-machine or a profile's YAML file, not 'z80'"),
         (["--model", "someone/unknown"], "is not known without the hub"),
+        (["--set", "rlhf.exact=true"], "works on CPUs only; take rlhf.exact=auto to plan for a100-80g"),
         (["--model", "opt-66b", "--gpus-per-node", "1", "--gpu", "rtx-4090"], "fit"),
     ],
 )

@@ -104,6 +104,20 @@ def test_what_a_plan_replaces_is_not_judged(tmp_path):
     assert done.exit_code == 0, done.exception
 
 
+def test_a_plan_says_where_weights_lie(tmp_path):
+    """Offload is judged by its stages; its frozen roles wait where it says so."""
+    divided = GOOD.replace(TRAINS, "actor_train: {mesh: 0-1, data: 2, zero_stage: 1}")
+    divided = divided.replace("reference_score: {mesh: 0}", "reference_score: {mesh: 0, offload: yes}")
+    settings = ["actor.offload=optimizer", "critic.offload=optimizer+parameters", "reward.offload=parameters"]
+    for rank in (0, 4):
+        asked = ["dtype=fp32", f"rlhf.actor.lora.rank={rank}", *(f"rlhf.{setting}" for setting in settings)]
+        done = dry_run(tmp_path, divided, *(word for one in asked for word in ("--set", one)))
+        assert done.exit_code == 0, done.exception
+        lines = {line.split()[0]: line for line in done.output.splitlines() if line.strip()}
+        assert "ZeRO stage 1, offload of optimizer" in lines["actor"]
+        assert "offload of parameters" in lines["reference"] and "offload" not in lines["reward"]
+
+
 def test_a_plan_that_another_method_has_no_use_for_or_that_leaves_ranks_idle(tmp_path):
     assert "method dpo does not have" in str(dry_run(tmp_path, GOOD, "--method", "dpo").exception)
     assert "method dpo does not have" in str(
@@ -117,11 +131,7 @@ def test_a_plan_that_another_method_has_no_use_for_or_that_leaves_ranks_idle(tmp
 def test_settings_and_a_plan_that_exclude_each_other(tmp_path):
     for setting, sentence in (
         ("rlhf.fusion.mode=inter", "rlhf.fusion.mode=inter needs generation on all ranks"),
-        ("rlhf.actor.offload=optimizer", "rlhf.actor.offload=optimizer"),
-        (
-            "rlhf.reference={offload: parameters, zero_stage: 3}",
-            "reference_score has rlhf.reference.offload=parameters",
-        ),
+        ("rlhf.actor.offload=optimizer", "actor_train has zero_stage 0, and rlhf.actor.offload=optimizer needs"),
         ("rlhf.fusion.rows=65", "rlhf.fusion.rows=65 is more than the 64 slots of actor_generate"),
         ("rlhf.old_logprobs=recompute", "no line for the call 'actor_score'"),
     ):

@@ -3,6 +3,7 @@ import re
 import pytest
 
 from inference.errors import UserError
+from training.config import SFTSettings
 from training.config_files import load_config, setting_keys
 from training.merging import merge
 from training.role_settings import OptimizerSettings
@@ -100,7 +101,7 @@ def test_merge_changes_neither_side():
 
 def test_offload_of_parameters_needs_stage_3():
     with pytest.raises(ValueError, match="needs zero_stage 3"):
-        OptimizerSettings(zero_stage=2, offload="optimizer+parameters")
+        SFTSettings(optimizer=OptimizerSettings(zero_stage=2, offload="optimizer+parameters"))
 
 
 def test_setting_keys_are_dotted():

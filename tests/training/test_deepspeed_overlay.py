@@ -43,6 +43,14 @@ def test_what_would_do_nothing_or_something_else_is_refused(overlay, said):
         judge(overlay)
 
 
+def test_a_plan_has_stages_of_its_own():
+    plan = "rlhf.plan={actor_train: {mesh: 0-1, data: 2, zero_stage: %d}}"
+    overlay = "rlhf.actor.deepspeed={zero_optimization: {reduce_bucket_size: 9}}"
+    judge("{}", plan % 1, overlay)
+    with pytest.raises(UserError, match="ignores 'zero_optimization' at zero_stage=0"):
+        judge("{}", plan % 0, overlay, "rlhf.actor.zero_stage=1")
+
+
 @pytest.mark.parametrize(
     ("overlay", "stage", "said"),
     [

@@ -32,6 +32,9 @@ from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
 from training.models.adapters import add_lora
 from training.models.layers import keep_layers
+from training.pipelines.cut import StageCut
+from training.pipelines.stage_files import read_stage
+from training.pipelines.stage_model import held_by
 from training.private_surfaces import multiplies_bf16
 from training.role_settings import LoRASettings
 from training.run_directory import write_directory
@@ -53,15 +56,21 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def load_causal_lm(
-    directory: Path, chat_format: ChatFormat, dtype: torch.dtype, dropout: float = 0.0, with_weights: bool = True
+    directory: Path,
+    chat_format: ChatFormat,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    with_weights: bool = True,
+    cut: StageCut | None = None,
 ) -> PreTrainedModel:
     """A causal language model whose embeddings hold all of the format's tokens.
 
     `dropout` takes the place of the model's own; 0 switches it off. Without weights the parameters are uninitialised:
-    another rank brings them.
+    another rank brings them. With a `cut` only its stage's are read, and those of other stages are on the meta device
+    until `keep_stage` takes them out.
     """
     config = _read_config(directory)
-    model, _ = _load(AutoModelForCausalLM, directory, config, dtype, dropout, with_weights)
+    model, _ = _load(AutoModelForCausalLM, directory, config, dtype, dropout, with_weights, cut)
     require_tied(model, directory)
     fit_vocabulary(model, chat_format)
     return model
@@ -99,10 +108,11 @@ def load_scorer(
     dropout: float = 0.0,
     with_weights: bool = True,
     trained: bool = False,
+    cut: StageCut | None = None,
 ) -> PreTrainedModel:
     """A model with a linear head of one output a token (`score`); a fresh head is drawn from N(0, 1 / (d + 1)).
 
-    `layers` keeps only the first so many; 0 keeps all. `dropout` and `with_weights` as in `load_causal_lm`. Of a
+    `layers` keeps only the first so many; 0 keeps all. `dropout`, `with_weights` and `cut` as in `load_causal_lm`. Of a
     `trained` one the head is in the files: a fresh one gives scores at random.
     The initialisation is that of "The N implementation details of RLHF with PPO" (detail 11).
     """
@@ -115,6 +125,7 @@ def load_scorer(
             dtype,
             dropout,
             with_weights,
+            cut,
             may_miss=() if trained else SCORE_HEAD,
             may_have=_beside_scorer(layers),
         )
@@ -218,15 +229,22 @@ def _load(
     dtype: torch.dtype,
     dropout: float,
     with_weights: bool,
+    cut: StageCut | None,
     **allowed: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and which of the weights that it `may_miss` were made up."""
     set_dropout(config, dropout)
-    if with_weights:
+    if with_weights and cut is not None and len(cut.layers) > 1:
+        try:
+            whole = structure(loader, config, dtype)
+        except Exception as error:
+            raise unloadable(directory, error) from error
+        model, made_up = read_stage(whole, directory, cut, dtype=dtype, **allowed)
+    elif with_weights:
         model, made_up = read_weights(loader, directory, config=config, dtype=dtype, **allowed)
     else:
         try:
-            model, made_up = _without_weights(loader, config, dtype), set()
+            model, made_up = _without_weights(loader, config, dtype, cut), set()
         except Exception as error:
             raise unloadable(directory, error) from error
     for module in model.modules():
@@ -247,17 +265,26 @@ def freeze_other_parts(model: PreTrainedModel) -> None:
         parameter.requires_grad_(False)
 
 
-def _without_weights(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with uninitialised parameters, which take no memory until somebody writes into them."""
+def structure(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its buffers, and with parameters on the meta device."""
     with init_empty_weights(include_buffers=False):
         model = loader.from_config(config, dtype=dtype)
     model.tie_weights()
+    return model
+
+
+def _without_weights(
+    loader: Any, config: PreTrainedConfig, dtype: torch.dtype, cut: StageCut | None
+) -> PreTrainedModel:
+    """The model with uninitialised parameters, which take no memory until somebody writes into them."""
+    model = structure(loader, config, dtype)
+    held = set(model.parameters()) if cut is None else held_by(model, cut)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
     for module in model.modules():
         for name, old in module.named_parameters(recurse=False):
-            if old not in made:
+            if old in held and old not in made:
                 made[old] = nn.Parameter(torch.empty_like(old, device="cpu"), old.requires_grad)
-            setattr(module, name, made[old])
+            setattr(module, name, made.get(old, old))
     return model
 
 
@@ -270,7 +297,8 @@ def fit_vocabulary(model: PreTrainedModel, chat_format: ChatFormat) -> None:
     old = inputs.num_embeddings
     if chat_format.vocabulary_size <= old:
         return
-    model.resize_token_embeddings(chat_format.vocabulary_size, mean_resizing=False)
+    with torch.random.fork_rng(devices=[]):  # it draws rows, which are written over; a stage may have no table
+        model.resize_token_embeddings(chat_format.vocabulary_size, mean_resizing=False)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         if table is not None:
             weight: Any = table.weight

@@ -15,7 +15,7 @@ from inference.generation.exactness import Exactness, filled
 from inference.generation.prefixes import Prefixes, at
 from inference.private_surfaces import attention_of, set_attention
 from training.data.batching import TokenBatch
-from training.pipelines.stage_model import EMBEDS, handing_over, sends_on
+from training.pipelines.stage_model import handing_over, sends_on
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of families that change the logits after the output head, which their own forward has to do then."""
@@ -74,11 +74,12 @@ def _call_packed(
     if received is not None and more:
         received = torch.cat([received, received[-1:].expand(more, -1)])
     inputs = {"position_ids": filled(positions, rows), "tokens": prefixes or sequences}
-    inputs |= {"input_ids": filled(ids, rows)} if received is None else {EMBEDS: received[None]}
+    inputs["input_ids"] = filled(ids, rows)
     kept = None
     if logits_at is not None:
         kept = prefixes.stands_for[logits_at] if prefixes else logits_at
-    output, is_sent = _call(model, inputs, None if kept is None else filled(kept, rows))
+    handed = None if received is None else received[None]
+    output, is_sent = _call(model, inputs, handed, None if kept is None else filled(kept, rows))
     output = output[0, : count if is_sent or kept is None else len(kept)]
     return at(output, prefixes.stands_for) if prefixes and kept is None and not is_sent else output
 
@@ -87,26 +88,31 @@ def _call_padded(
     model: PreTrainedModel, batch: TokenBatch, logits_at: Tensor | None, received: Tensor | None
 ) -> Tensor:
     ids, mask, positions = batch.padded()
-    inputs = {"attention_mask": mask} | ({"input_ids": ids} if received is None else {EMBEDS: received})
+    inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(backbone_of(model).forward).parameters:  # BLOOM counts them from the mask
         inputs["position_ids"] = positions
     if logits_at is not None and any(getattr(model.config, name, None) for name in LOGIT_CHANGES):
         row, column = mask.nonzero()[logits_at].unbind(1)
         wanted, place = column.unique(return_inverse=True)
-        output, is_sent = _call(model, inputs, wanted)
+        output, is_sent = _call(model, inputs, received, wanted)
         return output if is_sent else output[row, place]
-    output, is_sent = _call(model, inputs)
+    output, is_sent = _call(model, inputs, received)
     if is_sent:
         return output
     hidden = output[mask.bool()]
     return hidden if logits_at is None else model.get_output_embeddings()(hidden[logits_at])
 
 
-def _call(model: PreTrainedModel, inputs: dict[str, Any], logits_at: Tensor | None = None) -> tuple[Tensor, bool]:
+def _call(
+    model: PreTrainedModel, inputs: dict[str, Any], received: Tensor | None, logits_at: Tensor | None = None
+) -> tuple[Tensor, bool]:
     """The last hidden states, or logits at those places in each row, (rows, ..., ...); of a stage but the last what it
-    sends, and True."""
+    sends, and True. `received` is (rows, tokens, hidden)."""
     whole: Any = model
-    with handing_over(model, inputs.get(EMBEDS)) as sent:
+    if received is not None:
+        embeddings = torch.zeros_like(received)  # their place has to be taken: no layer sees them
+        inputs = {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": embeddings}
+    with handing_over(model, received) as sent:
         if logits_at is None or sends_on(model):
             output = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
         else:

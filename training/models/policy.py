@@ -12,22 +12,32 @@ from inference.generation.sampler import log_sum
 from training.data.batching import TokenBatch
 from training.models.adapters import add_lora
 from training.models.packing import call_on_tokens, use_packing
-from training.pipelines.stage_model import sends_on
+from training.pipelines.cut import StageCut
+from training.pipelines.stage_model import keep_stage, sends_on
 from training.role_settings import LoRASettings
 
 
 class Policy(nn.Module):
     """The model with optional adapters; its forward takes logits at response positions only.
 
-    `exact` makes a token's bits independent of the micro-batch, where the model runs packed on a CPU.
+    `exact` makes a token's bits independent of the micro-batch, where the model runs packed on a CPU. With a `cut` one
+    stage is kept of a whole `model`.
     """
 
-    def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None, exact: Exactness | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        lora: LoRASettings | None = None,
+        exact: Exactness | None = None,
+        cut: StageCut | None = None,
+    ):
         super().__init__()
         self.model, self.exact = model, exact
         use_packing(model)
         adapted = add_lora(model, lora) if lora is not None and lora.rank else None
         self._adapted = [adapted] if adapted is not None else []  # in a list: it holds `model`, no second submodule
+        if cut is not None:
+            keep_stage(model, cut)
 
     def forward(
         self, batch: TokenBatch, temperature: float = 1.0, received: Tensor | None = None

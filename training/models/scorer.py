@@ -8,14 +8,18 @@ from transformers import PreTrainedModel
 from training.data.batching import TokenBatch
 from training.models.adapters import add_lora
 from training.models.packing import call_on_tokens, use_packing
-from training.pipelines.stage_model import sends_on
+from training.pipelines.cut import StageCut
+from training.pipelines.stage_model import keep_stage, sends_on
 from training.role_settings import LoRASettings
 
 
 class Scorer(nn.Module):
-    """The model with optional adapters. Scores are (raw - shift) / scale, with both from the model's config.json."""
+    """The model with optional adapters. Scores are (raw - shift) / scale, with both from the model's config.json.
 
-    def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None):
+    With a `cut` one stage is kept of a whole `model`.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None, cut: StageCut | None = None):
         super().__init__()
         self.model = model
         use_packing(model)
@@ -23,6 +27,8 @@ class Scorer(nn.Module):
         self.scale = float(getattr(model.config, "score_scale", 1.0))
         if lora is not None and lora.rank:
             add_lora(model, lora)
+        if cut is not None:
+            keep_stage(model, cut)
 
     @property
     def score_head(self) -> nn.Module:

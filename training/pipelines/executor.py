@@ -105,19 +105,22 @@ def execute(
 
         return receive
 
+    def compute(operation: Operation, received: Tensor | None) -> None:
+        start = _now(events)
+        result = _compute(works[operation.role], operation, received)
+        if events is not None:
+            events.append(Event(rank, operation, start, _now(events)))
+        if link := links[operation.role].targets.get(operation.kind):
+            assert result is not None, f"{operation} has given nothing to send"
+            sends.send(result, link)
+
     with _Sends() as sends:
         receive = post(order[0]) if order else None
         for place, operation in enumerate(order):
             assert receive is not None
             received = receive()
             receive = post(order[place + 1]) if place + 1 < len(order) else None
-            start = _now(events)
-            result = _compute(works[operation.role], operation, received)
-            if events is not None:
-                events.append(Event(rank, operation, start, _now(events)))
-            if link := links[operation.role].targets.get(operation.kind):
-                assert result is not None, f"{operation} has given nothing to send"
-                sends.send(result, link)
+            compute(operation, received)
 
 
 def play(orders: Orders, works: Mapping[tuple[int, str], Work], seconds: Callable[[int, Operation], float]) -> None:

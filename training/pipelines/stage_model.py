@@ -7,7 +7,8 @@ layers matters to it. Which families can be cut so is tried on a model of the sa
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,6 @@ from inference.private_surfaces import set_attention
 from inference.tensor_parallel.shard import base_of
 from training.pipelines.cut import StageCut
 
-EMBEDS = "inputs_embeds"
 TRIAL_LENGTHS = (1, 2)
 """Of the sequences in a trial."""
 
@@ -40,7 +40,7 @@ class Parts:
     stack: str
     """The list of its layers."""
     before: frozenset[str]
-    """Those outside of it that the first layer's input is made of. All others come after the last layer."""
+    """Those outside of it that are needed before the first layer. All others come after the last one."""
     outputs: int
     """A layer gives so many values, the hidden states first; 0: it gives them alone."""
 
@@ -69,7 +69,8 @@ class AbsentPart(nn.Module):
         super().__init__()
         self.gives_nothing = gives_nothing
 
-    def forward(self, value: Tensor, *values: Any, **named: Any) -> Tensor:
+    def forward(self, *values: Any, **named: Any) -> Tensor:
+        value = next(value for value in (*values, *named.values()) if isinstance(value, Tensor))
         return value.new_zeros((), dtype=torch.float32) if self.gives_nothing else value
 
 
@@ -166,7 +167,15 @@ def cut_out(model: PreTrainedModel, parts: Parts, cut: StageCut) -> None:
     """`keep_stage`, of a model whose parts are known."""
     whole_names = {id(parameter): name for name, parameter in model.named_parameters()}
     shared = {name for name, stages in holders(model, parts, cut.layers).items() if len(stages) > 1}
-    kept = set(held_modules(model, parts, cut))
+    leave_out(model, parts, set(held_modules(model, parts, cut)))
+    held = {name: whole_names[id(parameter)] for name, parameter in model.named_parameters()}
+    renamed = {name: whole for name, whole in held.items() if name != whole}
+    table = next((name for name, whole in held.items() if whole in shared), None)
+    vars(model)["stage"] = Stage(cut, parts.stack, renamed, table)
+
+
+def leave_out(model: PreTrainedModel, parts: Parts, kept: Set[nn.Module]) -> None:
+    """Put absent ones in the places of all layers, and of all parts with parameters, that are not kept."""
     layers: Any = model.get_submodule(parts.stack)
     for number, layer in enumerate(layers):
         if layer not in kept:
@@ -174,10 +183,6 @@ def cut_out(model: PreTrainedModel, parts: Parts, cut: StageCut) -> None:
     for name, module in list(parts_outside(model, parts.stack)):
         if module not in kept and next(module.parameters(), None) is not None:
             model.set_submodule(name, AbsentPart(isinstance(base_of(module), nn.Embedding)))
-    held = {name: whole_names[id(parameter)] for name, parameter in model.named_parameters()}
-    renamed = {name: whole for name, whole in held.items() if name != whole}
-    table = next((name for name, whole in held.items() if whole in shared), None)
-    vars(model)["stage"] = Stage(cut, parts.stack, renamed, table)
 
 
 def held_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -204,6 +209,12 @@ def require_cut(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
         )
 
 
+def held_by(model: PreTrainedModel, cut: StageCut) -> set[nn.Parameter]:
+    """The parameters of a whole model that a stage holds."""
+    stages = stages_of(model, cut.layers)
+    return {parameter for name, parameter in model.named_parameters() if cut.stage in stages[name]}
+
+
 def held_modules(model: PreTrainedModel, parts: Parts, cut: StageCut) -> Iterator[nn.Module]:
     """What a stage has of a whole model: a run of its layers, and on the first and last one what is outside of them."""
     layers: Any = model.get_submodule(parts.stack)
@@ -225,12 +236,14 @@ def parts_outside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module
 
 _PARTS: dict[tuple[type[nn.Module], str], Parts | str] = {}
 """By class and configuration; a text says why the family cannot be cut."""
+OF_NO_PART = re.compile(r'"(dtype|vocab_size|\w+_token_id)": .*')
+"""What a configuration may say otherwise of the same parts."""
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
     """The parts of a whole model of at least two layers, perhaps with LoRA. Raises UserError if it cannot be cut."""
     config: Any = model.config
-    shape = type(model), config.to_json_string(use_diff=False)
+    shape = type(model), OF_NO_PART.sub("", config.to_json_string(use_diff=False))
     if shape not in _PARTS:
         try:
             _PARTS[shape] = tried(model)
@@ -256,8 +269,9 @@ def tried(model: PreTrainedModel) -> Parts:
         with no_init_weights():
             built: Any = type(model)(config)
         shape = built.to(torch.bfloat16).eval()  # grouped products have no shapes in fp32
-        for part in (shape.config, text_config(shape.config)):
-            part.pad_token_id = None  # some look for it in the ids
+        for part in shape.modules():
+            if isinstance(part, PreTrainedModel):  # ids without values hold no padding to warn of
+                vars(part)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
         set_attention(shape.config, PACKED_ATTENTION if packs else "eager")
         row = Sequences(TRIAL_LENGTHS)
         ids = torch.zeros(1, sum(TRIAL_LENGTHS), dtype=torch.long)
@@ -273,17 +287,18 @@ def tried(model: PreTrainedModel) -> Parts:
         cut_out(shape, parts, last)
         received = torch.zeros(*ids.shape, text_config(config).hidden_size, dtype=torch.bfloat16)
         with handing_over(shape, received):
-            backbone_of(shape)(**{EMBEDS: received}, **inputs)
+            backbone_of(shape)(inputs_embeds=received, **inputs)
     return parts
 
 
 def watched(model: Any, inputs: dict[str, Any]) -> Parts:
     """What one forward pass shows of a model's parts."""
     stack = stack_of(model)
-    layers = model.get_submodule(stack)
+    layers, outside = model.get_submodule(stack), dict(parts_outside(model, stack))
     watch = Watch(layers)
     hooks = [layer.register_forward_pre_hook(watch.enter, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(watch.leave) for layer in layers]
+    hooks += [module.register_forward_hook(watch.note) for module in outside.values()]
     last = backbone_of(model)(**inputs).last_hidden_state
     for hook in hooks:
         hook.remove()
@@ -291,11 +306,11 @@ def watched(model: Any, inputs: dict[str, Any]) -> Parts:
         raise NoStages("they do not call each layer once, in order")
     if watch.before & leaves(last):
         raise NoStages("weights are used before their layers and behind them")
-    outside = dict(parts_outside(model, stack))
     if set(model.parameters()) - {p for module in (layers, *outside.values()) for p in module.parameters()}:
         raise NoStages("some of their weights are in no layer")
-    before = {name for name, module in outside.items() if not watch.before.isdisjoint(map(id, module.parameters()))}
-    return Parts(stack, frozenset(before), watch.outputs)
+    used = {name for name, module in outside.items() if not watch.before.isdisjoint(map(id, module.parameters()))}
+    early = {name for name, module in outside.items() if module in watch.early}  # some let all pass where there is text
+    return Parts(stack, frozenset(used | early), watch.outputs)
 
 
 class Watch:
@@ -307,7 +322,13 @@ class Watch:
         self.called, self.outputs = 0, 0
         self.before: set[int] = set()
         """Ids of the parameters that the first layer's input is made of."""
+        self.early: set[nn.Module] = set()
+        """Other modules that were called before the first layer."""
         self._passed: Tensor | None = None
+
+    def note(self, module: nn.Module, *_: Any) -> None:
+        if self._passed is None:
+            self.early.add(module)
 
     def enter(self, layer: nn.Module, values: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.called == len(self.layers) or layer is not self.layers[self.called]:
@@ -324,6 +345,8 @@ class Watch:
         hidden = output[0] if isinstance(output, tuple) else output
         if leaves(hidden) - {id(self._passed), *(id(parameter) for parameter in layer.parameters())}:
             raise NoStages("more passes from layer to layer than hidden states")
+        if hidden.dtype != next(layer.parameters()).dtype:
+            raise NoStages("their hidden states are kept in another number format than the weights")
         self.called += 1
         self._passed = hidden.detach().requires_grad_()
         if not isinstance(output, tuple):

@@ -13,17 +13,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 from inference.errors import UserError
-from inference.families import meta_model, require_supported_family, set_dropout
+from inference.families import meta_model, require_supported_family, set_dropout, text_config
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.tensor_parallel.group import TensorParallel
 from inference.tensor_parallel.shard import cuts_of, empty_shard
 from inference.weights import read_weights
 from tests.families import FAMILIES, UNBUILDABLE, VOCABULARY, WINDOW, build, narrow_config
+from tests.training.pipelines.test_stage_model import require_equal
 from training.data.batching import TokenBatch
 from training.models.policy import Policy
+from training.pipelines.stage_model import require_stages
 
 PAD, NO_END = 1, -1
+UNSTAGED = ("dbrx", "jetmoe", "llama4_text", "gemma3n_text", "gemma4", "gemma4_text", "hrm_text", "longcat_flash")
+"""Families that cannot be cut into pipeline stages."""
 CPU = torch.device("cpu")
 
 
@@ -103,6 +107,18 @@ class TestFamily:
         assert torch.allclose(logprobs, expected, atol=1e-4)
         assert torch.allclose(shared, torch.cat([plain_logprobs(model, *row) for row in begun]), atol=1e-4)
         assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
+
+    def test_cut_into_stages_or_refused(self, model):
+        layers = (1,) * text_config(model.config).num_hidden_layers
+        before = model.config._attn_implementation
+        try:
+            require_stages(model, len(layers))
+            model.zero_grad()
+            require_equal(Policy(model), layers, [*ROWS, (ROWS[0][0], ROWS[1][1])])
+        except UserError as refused:
+            assert "cannot be cut" in str(refused) and model.config.model_type in UNSTAGED
+        finally:
+            model.config._attn_implementation = before
 
     def test_with_more_tokens_saved_as_it_is_opened(self, model):
         model.resize_token_embeddings(VOCABULARY + 12, mean_resizing=False)

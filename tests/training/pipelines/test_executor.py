@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.fused_schedules import read_rows
 from tests.ranks import run_ranks
-from tests.training.pipelines.works import Layers, random_orders
+from tests.training.pipelines.works import Layers, Llamas, random_orders
 from tests.training.planner.fusion.test_bound import FILE
 from training.pipelines.executor import connect, execute, play
 from training.pipelines.orders import (
@@ -113,6 +113,36 @@ def test_every_order_gives_the_gradients_of_the_whole_models_to_the_bit(size, tm
                 assert needed is None or times[needed][1] <= start, f"{name}, {kind}: {operation} on rank {rank}"
             computed += 1
     assert computed == {2: 7, 4: 3 * 6 + 4 * 5}[size]
+
+
+LLAMAS = {2: ((2, 1), (1, 1)), 4: ((1, 2, 1, 1), (2, 1))}
+"""Layers of the stages of actor and critic, by number of ranks."""
+
+
+def roles_of_llamas(size):
+    a, b, *_ = MESHES["one against the other" if size == 2 else "a chain against two"]
+    return roles_of(a, b, 5, 3)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_two_llamas_in_one_process(size):
+    """Stages and micro-batches of unlike lengths, two pipelines of the critic on four ranks."""
+    roles = roles_of_llamas(size)
+    models = {
+        role: Llamas(each, 7, layers, role == "critic")
+        for (role, each), layers in zip(roles.items(), LLAMAS[size], strict=True)
+    }
+    whole = {role: [models[role].whole(line) for line in range(len(each.ranks))] for role, each in roles.items()}
+    for kind, orders in (orders_of(roles) | {"fused": fused_orders(roles)}).items():
+        works = {(rank, role): models[role].work(rank) for role, each in roles.items() for rank in each.places}
+        play(orders, works, lambda rank, operation: 1.0)
+        for role, each in roles.items():
+            for line, ranks in enumerate(each.ranks):
+                parts = [works[rank, role].gradients() for rank in ranks]
+                joined = {name: gradient for part in parts for name, gradient in part.items()}
+                assert sum(map(len, parts)) == len(joined) == len(whole[role][line])
+                for name, gradient in whole[role][line].items():
+                    assert torch.equal(joined[name], gradient), f"{kind}: {name} of {role}"
 
 
 @pytest.mark.parametrize("row", read_rows(FILE), ids=lambda row: row.name)

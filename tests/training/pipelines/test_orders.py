@@ -49,6 +49,15 @@ def test_a_pipeline_that_is_never_full():
     assert text(one_forward_one_backward(roles).by_rank[2]) == "F0 F1 B0 B1"
 
 
+def test_whole_models_on_every_rank():
+    roles = roles_of(Layout((0, 1), 2), Layout((1,)), (2, 1))
+    for orders in (serial(roles), one_forward_one_backward(roles)):
+        assert {rank: text(order) for rank, order in orders.by_rank.items()} == {
+            0: "F0 B0 F1 B1",
+            1: "F0 B0 F1 B1 F0 B0",
+        }
+
+
 def test_scoring_is_forwards_only():
     roles = {name: Pipelines.of(Layout((0, 1), pipeline=2), 3, (FORWARD,)) for name in ("actor", "reward")}
     for orders in (serial(roles), one_forward_one_backward(roles)):

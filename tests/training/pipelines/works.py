@@ -4,9 +4,16 @@ import copy
 import random
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from training.data.batching import TokenBatch
+from training.models.packing import hidden_shape
+from training.models.policy import Policy
+from training.models.scorer import Scorer
+from training.pipelines.cut import StageCut
 from training.pipelines.executor import Work
 from training.pipelines.orders import Operation, Orders, Pipelines
+from training.pipelines.stage_model import held_weights, keep_stage
 from training.planner.fusion.instance import BACKWARD, FORWARD
 
 WIDTH = 6
@@ -113,3 +120,70 @@ def random_orders(roles: dict[str, Pipelines], seed: int) -> Orders:
         by_rank[rank].append(operation)
         done.add((rank, operation))
     return Orders(roles, by_rank)
+
+
+class Llamas:
+    """A role as `Layers` is: a Llama, a policy or one that gives every token a number, cut as `layers` says."""
+
+    def __init__(self, pipelines: Pipelines, seed: int, layers: tuple[int, ...], scores: bool):
+        self.pipelines, self.layers, self.scores, self.seed = pipelines, layers, scores, seed
+        generator = torch.Generator().manual_seed(seed)
+
+        def row():
+            lengths = torch.randint(1, 6, (2,), generator=generator)
+            return [torch.randint(4, 60, (int(length),), generator=generator) for length in lengths]
+
+        self.inputs = [
+            [
+                TokenBatch.of([row() for _ in range(1 + number % 3)], torch.device("cpu"))
+                for number in range(pipelines.micro_batches)
+            ]
+            for _ in pipelines.ranks
+        ]
+
+    def whole_model(self):
+        sizes = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+        config = LlamaConfig(**sizes, num_hidden_layers=sum(self.layers), num_labels=1, pad_token_id=0)
+        torch.manual_seed(self.seed)
+        return Scorer(LlamaForSequenceClassification(config)) if self.scores else Policy(LlamaForCausalLM(config))
+
+    def work(self, rank: int) -> "ModelWork":
+        line, stage = self.pipelines.places[rank]
+        model, cut = self.whole_model(), StageCut(stage, self.layers)
+        keep_stage(model.model, cut)
+        return ModelWork(model, self.inputs[line], cut)
+
+    def whole(self, line: int) -> dict[str, torch.Tensor]:
+        """Gradients from the micro-batches of a pipeline, by plain autograd of the whole model."""
+        work = ModelWork(self.whole_model(), self.inputs[line], StageCut(0, (sum(self.layers),)))
+        for number in range(work.count):
+            work.forward(number, None)
+            work.backward(number, None)
+        return work.gradients()
+
+
+class ModelWork(Work):
+    def __init__(self, model, batches, cut):
+        self.model, self.batches, self.cut = model, batches, cut
+        self.count = len(batches)
+        self.alive: dict[int, tuple] = {}
+
+    def room(self, micro_batch):
+        return torch.full(hidden_shape(self.model.model, self.batches[micro_batch]), torch.nan)
+
+    def forward(self, micro_batch, received):
+        if received is not None:
+            received.requires_grad_()
+        made = self.model(self.batches[micro_batch], received=received)
+        if self.cut.is_last:
+            made = (made if torch.is_tensor(made) else made[0]).square().sum() * (micro_batch + 1)
+        self.alive[micro_batch] = received, made
+        return None if self.cut.is_last else made
+
+    def backward(self, micro_batch, gradient):
+        received, made = self.alive.pop(micro_batch)
+        made.backward(gradient)
+        return None if received is None else received.grad
+
+    def gradients(self):
+        return {name: weight.grad for name, weight in held_weights(self.model.model).items()}

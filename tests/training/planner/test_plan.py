@@ -128,6 +128,7 @@ def test_what_our_runtime_does_not_run(two_nodes):
     everywhere = tuple(range(4))
     staged = Layout(everywhere, 2, pipeline=2)
     fused = settings.model_copy(update={"fusion": settings.fusion.model_copy(update={"mode": "inter"})})
+    exact = settings.model_copy(update={"exact": True})
     for call, layout, asked, load, sentence in (
         ("actor_train", staged, settings, workload, ""),
         ("actor_train", replace(staged, zero_stage=1), fused, workload, ""),
@@ -137,6 +138,8 @@ def test_what_our_runtime_does_not_run(two_nodes):
         ("reward_score", Layout(everywhere, 1, 2, 2), settings, workload, "each of them tensor-parallel"),
         ("critic_train", staged, settings, fp16, "critic_train has 2 pipeline stages, which do not run in fp16"),
         ("actor_train", Layout(everywhere, 2, 2), settings, workload, "actor_train is tensor-parallel"),
+        ("actor_generate", Layout(everywhere, 2, 2), settings, workload, ""),
+        ("actor_generate", Layout(everywhere, 2, 2), exact, workload, "tensor-parallel, which rlhf.exact=true cannot"),
     ):
         changed = Plan({**ours.assignments, call: Assignment(layout)})
         found = unrunnable(changed, graph, load, asked, 4)
@@ -167,5 +170,9 @@ def test_the_plan_of_settings():
         "actor_train": Assignment(Layout(everywhere, 4, zero_stage=3), 2, micro_batch_limit=700),
         "critic_train": Assignment(Layout(everywhere, 4, zero_stage=2), 2, micro_batch_limit=700),
     }
+    waiting = {"reference": {"zero_stage": 3, "offload": "parameters"}}
+    for rank, waits in ((0, True), (4, False)):  # then it is the actor
+        adapted = RLHFSettings.model_validate({**waiting, "actor": {"lora": {"rank": rank}}})
+        assert Plan.of(adapted, 4, 200)["reference_score"].offload == waits
     with pytest.raises(UserError, match=r"rlhf\.scoring_tensor_parallel\.reward=2"):
         Plan.of(settings.model_copy(update={"generation_tensor_parallel": 1}), 3, 200)
