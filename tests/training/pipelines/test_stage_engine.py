@@ -23,7 +23,7 @@ from training.models.scorer import Scorer
 from training.pipelines.cut import StageCut
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial
-from training.pipelines.stage_engine import StageEngine, StagePass
+from training.pipelines.stage_engine import Pass, StageEngine
 from training.pipelines.stage_model import keep_stage, tied_table
 from training.planner.fusion.instance import FORWARD, Instance, Pipeline
 from training.planner.fusion.search import find_schedule
@@ -109,7 +109,7 @@ def batch_of(micro_batch: Any) -> Any:
     return TokenBatch.of([ROWS[i] for i in micro_batch.rows], torch.device("cpu"))
 
 
-def loss_of(said: Any) -> torch.Tensor:
+def loss_of(said: Any, batch: TokenBatch | None = None) -> torch.Tensor:
     """Of a policy, or of a scorer."""
     return (-said[0].sum() if isinstance(said, tuple) else 3 * said.square().sum()) / sum(LENGTHS)
 
@@ -149,7 +149,7 @@ def trained(engine, ranks, passes_one_by_one: bool = False) -> tuple[list[dict[s
         if not passes_one_by_one:
             steps.append(engine.update(micro_batches, lambda each: loss_of(engine(batch_of(each)))))
             continue
-        work = engine.work([StagePass(partial(batch_of, each), loss_of) for each in micro_batches])
+        work = engine.work([Pass(partial(batch_of, each), loss_of) for each in micro_batches])
         for place in range(work.count):
             assert work.forward(place, None) is work.backward(place, None) is None
         steps.append(engine.step())
@@ -174,7 +174,7 @@ class Stage:
 
     def work(self, update: int) -> Any:
         passes = [
-            StagePass(partial(batch_of, each), lambda said, each=each: loss_of(said) * each.weight)
+            Pass(partial(batch_of, each), loss_of, each.weight)
             for each in micro_batches_of(self.data_rank, self.data, update)
         ]
         return self.engine.work(passes)
