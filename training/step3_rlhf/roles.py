@@ -30,7 +30,6 @@ from training.models.policy import Policy
 from training.models.scorer import Scorer, at_last_token
 from training.pipelines.cut import StageCut
 from training.pipelines.stage_engine import ScoringWork, StageEngine
-from training.pipelines.stage_model import keep_stage
 from training.pipelines.staged import StagedRoles
 from training.plan import Cut, Plan
 from training.role_settings import FrozenSettings, OptimizerSettings
@@ -71,7 +70,7 @@ def load_critic(
     assert scorer is not None
     trained, layers = critic_starts(stage.config)
     model = load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights, trained=trained, cut=cut)
-    return Scorer(model, stage.config.rlhf.critic.lora)
+    return Scorer(model, stage.config.rlhf.critic.lora, cut)
 
 
 def critic_starts(config: RunConfig) -> tuple[bool, int]:
@@ -84,7 +83,8 @@ def load_reward(
     stage: Stage, scorer: Path, chat_format: ChatFormat, with_weights: bool, cut: StageCut | None = None
 ) -> Scorer:
     """The reward model, which has learned already."""
-    return Scorer(load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True, cut=cut))
+    model = load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True, cut=cut)
+    return Scorer(model, cut=cut)
 
 
 def shapes_of(config: RunConfig, sft: Path, scorer: Path | None) -> dict[str, Shape]:
@@ -137,7 +137,7 @@ class Roles:
 
         def load_actor(dtype: torch.dtype, with_weights: bool, cut: StageCut | None = None) -> Policy:
             model = load_causal_lm(sft, chat_format, dtype, with_weights=with_weights, cut=cut)
-            return Policy(model, settings.actor.lora, self.exact)
+            return Policy(model, settings.actor.lora, self.exact, cut)
 
         self._train("actor", load_actor, settings.actor, updates[0])
         if settings.has_critic:
@@ -147,7 +147,7 @@ class Roles:
 
             def load_reference(with_weights: bool, cut: StageCut | None = None) -> Policy:
                 model = load_causal_lm(sft, chat_format, dtype, with_weights=with_weights, cut=cut)
-                return Policy(model, exact=self.exact)
+                return Policy(model, exact=self.exact, cut=cut)
 
             self._freeze("reference", load_reference, settings.reference)
         if settings.has_reward_model:
@@ -185,7 +185,6 @@ class Roles:
                 engine = ZeroEngine(module, settings, dtype, updates, place.ranks)
             else:
                 assert place.pipeline is not None
-                keep_stage(module.model, place.cut)
                 engine = StageEngine(module, settings, dtype, updates, place.stage_ranks, place.pipeline, place.cut)
                 stage = engine.language_model
             self._engines[role] = engine
@@ -214,8 +213,6 @@ class Roles:
         layout, ranks = place.assignment.layout, place.ranks
         _, with_weights = loads(layout.zero_stage, self.stage.dtype, ranks)
         module = load(with_weights, place.cut)
-        if place.cut is not None:
-            keep_stage(module.model, place.cut)
         if layout.tensor > 1:
             order = sorted(layout.mesh)
             local = replace(layout, mesh=tuple(order.index(rank) for rank in layout.mesh))
@@ -271,8 +268,9 @@ class Roles:
         """
         blocked = list(self._frozen_blocked)
         for call in self.calls:
-            if call.kind == "score" and call.name in self.moves:
-                self._use(call, self._brought(call))
+            if call.kind == "score" and (move := self.moves.get(call.name)) is not None:
+                is_here = move.is_filled and move is self.moves.get(ACTOR_GENERATE.name)  # since samples were drawn
+                self._use(call, move.module if is_here else self._brought(call))
         if CRITIC_SCORE.name in self.places and self.plan[CRITIC_SCORE.name].layout.zero_stage < 3:
             blocked.append(BlockedWeights(self._scoring.get("critic") or self.critic.module))
         with ExitStack() as stack:
