@@ -52,7 +52,7 @@ def plan_command(
         first, *others = fastest(request, seed, effort, told)
         outcomes = [first, *compared(request, seed, effort), *others]
         if everything:
-            outcomes.append(searched(request, seed, effort, told, "not yet runnable", EVERYTHING))
+            outcomes.append(searched(request, seed, effort, told, "not yet runnable", EVERYTHING, False))
     if json_output:
         show_json(plan_report.as_data(request, outcomes))
     else:
@@ -72,18 +72,17 @@ def searched(
     progress: Callable[[Progress], bool] | None = None,
     name: str = "searched",
     space: Space | None = None,
+    must_run: bool = True,
 ) -> Outcome:
-    """The best plan that runs, or the best of another space. Raises UserError where none fits."""
+    """The best plan of a space, by default of what this runtime can run. Raises UserError where none fits or runs."""
     found = best_plans(request, space or request.runnable, seed, effort, progress)
     plans = [turned(request.completed(one.plan), request.graphs.graph) for one in found]
     outcomes = [request.outcome(name, plan) for plan in plans]
-    if space is not None:
-        return min(outcomes, key=lambda outcome: outcome.seconds)
-    best = min((outcome for outcome in outcomes if outcome.runs), key=lambda outcome: outcome.seconds, default=None)
-    if best is None:
+    runs = [outcome for outcome in outcomes if outcome.runs or not must_run]
+    if not runs:
         why = " ".join(outcomes[0].refused) or outcomes[0].why_not
         raise UserError(f"None of the best plans runs. {why}")
-    return best
+    return min(runs, key=lambda outcome: outcome.seconds)
 
 
 def fastest(
@@ -91,20 +90,26 @@ def fastest(
 ) -> list[Outcome]:
     """The best plan that runs; behind it, on several ranks, the best of those whose training is all in pipeline stages,
     and of those without stages, where it is not one of them. Raises UserError where none fits."""
-    outcomes = [searched(request, seed, effort, progress)]
     spaces: dict[str, Callable[[Call, Assignment], bool]] = {
+        "searched": lambda call, one: True,
         "in stages": lambda call, one: call.kind != "train" or one.layout.pipeline > 1,
         "no stages": lambda call, one: one.layout.pipeline == 1,
     }
-    for name, belongs in spaces.items() if request.cluster.size > 1 else ():
-        if outcomes[0].stages != name:
-            space = Space(
-                runs=lambda call, one, belongs=belongs: belongs(call, one) and request.runs(call, one)  # type: ignore
-            )
-            with suppress(UserError):
-                outcomes.append(searched(request, seed, SHORTER * effort, None, name, space))
-    best = min((outcome for outcome in outcomes if outcome.runs), key=lambda outcome: outcome.seconds)
-    others = [replace(each, name=each.stages) for each in outcomes if each is not best and each.runs and each.stages]
+    outcomes: list[Outcome] = []
+    why: UserError | None = None
+    for name, belongs in spaces.items():
+        if outcomes and (request.cluster.size == 1 or name in [outcome.stages for outcome in outcomes]):
+            continue
+        space = Space(runs=lambda call, one, belongs=belongs: belongs(call, one) and request.runs(call, one))  # type: ignore
+        first = (effort, progress) if not outcomes else (SHORTER * effort, None)
+        try:
+            outcomes.append(searched(request, seed, *first, name, space))
+        except UserError as error:
+            why = why or error
+    if why is not None and not outcomes:
+        raise why
+    best = min(outcomes, key=lambda outcome: outcome.seconds)
+    others = [replace(other, name=other.stages) for other in outcomes if other is not best and other.stages]
     return [replace(best, name="searched"), *others]
 
 
@@ -132,7 +137,7 @@ def compared(request: Request, seed: int, effort: float) -> list[Outcome]:
     all_ranks = tuple(range(cluster.size))
     makers: dict[str, Callable[[], Outcome]] = {
         "as set": lambda: request.outcome("as set", request.as_set),
-        "one mesh": lambda: searched(request, seed, effort, None, "one mesh", one_mesh),
+        "one mesh": lambda: searched(request, seed, effort, None, "one mesh", one_mesh, False),
         "DeepSpeed-Chat": lambda: request.outcome(
             "DeepSpeed-Chat", deepspeed_chat_plan(graph, request.workload, cluster)
         ),

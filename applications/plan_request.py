@@ -13,12 +13,11 @@ from training.calls import ACTOR_GENERATE, ACTOR_SCORE, Call
 from training.config import RunConfig
 from training.models.loading import resolve_dtype
 from training.plan import Assignment, Plan
-from training.plan_checks import unrunnable
+from training.plan_checks import cannot_run, unrunnable
 from training.planner.augmented import AugmentedGraphs
 from training.planner.estimate import Estimate, estimate
 from training.planner.footprint import DTYPES, Footprints
 from training.planner.fused_training import FusedTraining, fused_training
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
 from training.planner.options import Space
@@ -116,11 +115,11 @@ class Request:
         return Plan({**plan.assignments, ACTOR_SCORE.name: Assignment(layout, micro_batches)})
 
     def runs(self, call: Call, assignment: Assignment) -> bool:
-        return not self.why_not_run(Plan({call.name: assignment}), DataflowGraph((call,)))
+        return not cannot_run(call, assignment, self.workload, self.config.rlhf, self.cluster.size)
 
-    def why_not_run(self, plan: Plan, graph: DataflowGraph | None = None) -> list[str]:
+    def why_not_run(self, plan: Plan) -> list[str]:
         """What this runtime refuses of a plan that can be costed, a sentence each."""
-        return unrunnable(plan, graph or self.graphs.graph, self.workload, self.config.rlhf, self.cluster.size)
+        return unrunnable(plan, self.graphs.graph, self.workload, self.config.rlhf, self.cluster.size)
 
     @property
     def as_set(self) -> Plan:
@@ -140,7 +139,8 @@ class Request:
         """With what is wrong with it. Raises UserError where it cannot be costed."""
         graphs = self.graphs_of(plan)
         found, refused = estimate(plan, graphs), tuple(self.why_not_run(plan))
-        return Outcome(name, found, self.overfull(found), refused, fused_training(plan, graphs))
+        fuses = self.config.rlhf.fusion.training in ("auto", "fused")
+        return Outcome(name, found, self.overfull(found), refused, fused_training(plan, graphs) if fuses else None)
 
     def overfull(self, found: Estimate) -> str:
         """Why the plan does not fit, a sentence; '' if it does."""

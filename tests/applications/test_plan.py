@@ -15,6 +15,8 @@ from applications.auto_plan import best_plan, with_auto_plan
 from applications.cli import app
 from applications.expected_time import _ppo
 from applications.fit import GIB, Machine, Outlook, find_shape
+from applications.plan import fastest
+from applications.plan_report import ranks_text
 from applications.plan_request import make_request, request_of
 from applications.preset_store import load_preset
 from inference.errors import UserError
@@ -127,6 +129,10 @@ def test_a_faster_network_never_hurts(planned):
     assert seconds[0] > seconds[1]
 
 
+def test_ranks_in_an_order_of_their_own():
+    assert [ranks_text(mesh) for mesh in ((0, 1, 2), (4, 5, 0, 1, 3), (2,))] == ["0-2", "4-5,0-1,3", "2"]
+
+
 def test_the_table_for_people():
     done = run("--price", 2, "--set", "rlhf.kl.coefficient=0")
     assert done.exit_code == 0, done.output
@@ -211,7 +217,8 @@ def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path)
     blocks = {**to_blocks(Plan.of(RLHFSettings(), 1, 512)), "actor_score": {"mesh": 0}}
     config = RunConfig.model_validate({"model": "m", "rlhf": {"plan": blocks}})
     for dtype in (torch.float32, torch.bfloat16):
-        stage = SimpleNamespace(config=config, dtype=dtype, ranks=Ranks(0, 1, torch.device("cpu")))
+        display = SimpleNamespace(say=print)
+        stage = SimpleNamespace(config=config, dtype=dtype, ranks=Ranks(0, 1, torch.device("cpu")), display=display)
         made = roles.Roles(stage, None, tmp_path, None, (1, 1))
         assert ("actor_score" in made.places) == (dtype == torch.bfloat16)
         assert set(made.plan.assignments) == {call.name for call in made.calls}
@@ -248,6 +255,14 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     with pytest.raises(UserError, match="was made without a plan"):
         with_auto_plan(config, run, measures=True)  # measures nothing: rates are not asked for
     assert not capsys.readouterr().out
+
+
+def test_training_that_must_be_fused_is_planned_so(profiled):
+    config = RunConfig.model_validate({**TWO, "rlhf": {"fusion": {"training": "fused"}}})
+    best, *others = fastest(request_of(config, PROFILE.cluster), effort=0.05)
+    actor, critic = (best.found.plan[f"{role}_train"].layout for role in ("actor", "critic"))
+    assert best.runs and not others and actor.pipeline == critic.pipeline == 2 and actor.mesh == critic.mesh[::-1]
+    assert best.seconds == pytest.approx(best.found.iteration_seconds - best.training.serial + best.training.fused)
 
 
 @pytest.mark.parametrize(("multiplies", "precision"), [(True, "bf16"), (False, "fp32")])

@@ -61,6 +61,7 @@ def test_a_schedule_as_short_as_predicted_is_found():
     assert find_schedule(instance, effort=QUICK).schedule.makespan * 4 == pytest.approx(training.fused, rel=0.02)
     by_stage = {name: GRAPHS.costs.micro_batch_by_stage(CALLS[name], found[name]) for name in CALLS if "train" in name}
     a, b = by_stage.values()
+    assert a[0][0] / a[1][0] == pytest.approx(14 / (10 + 2.05), rel=0.03)
     busiest = 8 * max(sum((*a[rank], *b[1 - rank])) for rank in (0, 1))
     assert 4 * busiest * (1 - 1e-9) <= training.fused < training.serial
     calls = sum(GRAPHS.costs.cost(CALLS[name], found[name]).seconds for name in by_stage)
