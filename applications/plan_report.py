@@ -77,11 +77,20 @@ def plan_table(request: Request, outcome: Outcome) -> list[str]:
         layout = assignment.layout
         degrees = (layout.data, layout.tensor, layout.pipeline, layout.zero_stage, assignment.micro_batches)
         waits = "waits in host memory between uses" if assignment.offload else ""
-        rows.append((node.name, mesh_text(layout.mesh), *map(str, degrees), f"{node.seconds:.2f}", waits))
+        rows.append((node.name, ranks_text(layout.mesh), *map(str, degrees), f"{node.seconds:.2f}", waits))
     lines += table(rows, (16, 9, 5, 6, 6, 5, 6, 8))
     between = [node for node in found.nodes if node.kind != "call" and node.seconds >= MENTIONED]
     lines += [f"  {node.name:{min(58, max(0, columns() - 11))}} {node.seconds:7.2f}" for node in between]
     return lines
+
+
+def ranks_text(mesh: tuple[int, ...]) -> str:
+    """Ranks in their order, runs of them as `0-3`."""
+    runs: list[tuple[int, ...]] = []
+    for rank in mesh:
+        follows = runs and runs[-1][-1] == rank - 1
+        runs[-1:] = [(*runs[-1], rank)] if follows else [*runs[-1:], (rank,)]
+    return ",".join(mesh_text(run) for run in runs)
 
 
 def table(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:

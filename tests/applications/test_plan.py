@@ -16,6 +16,7 @@ from applications.cli import app
 from applications.expected_time import _ppo
 from applications.fit import GIB, Machine, Outlook, find_shape
 from applications.plan import fastest
+from applications.plan_report import ranks_text
 from applications.plan_request import make_request, request_of
 from applications.preset_store import load_preset
 from inference.errors import UserError
@@ -126,6 +127,10 @@ def test_a_faster_network_never_hurts(planned):
         done = run(*check, "--nodes", 2, "--gpus-per-node", 1)
         seconds.append(json.loads(done.stdout)["plans"][0]["seconds_per_iteration"])
     assert seconds[0] > seconds[1]
+
+
+def test_ranks_in_an_order_of_their_own():
+    assert [ranks_text(mesh) for mesh in ((0, 1, 2), (4, 5, 0, 1, 3), (2,))] == ["0-2", "4-5,0-1,3", "2"]
 
 
 def test_the_table_for_people():

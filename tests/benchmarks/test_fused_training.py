@@ -3,6 +3,8 @@
 import pytest
 
 from benchmarks.fused_training import instance_of, medians, panel, predicted, report
+from benchmarks.work import Size, build_models
+from tests.ranks import run_ranks
 from training.pipelines.orders import Pipelines, makespan, one_forward_one_backward, timeline
 
 ROLES = {"actor": Pipelines(((0, 1),), 2), "critic": Pipelines(((1, 0),), 3)}
@@ -28,6 +30,26 @@ def test_seconds_by_stage_come_from_events():
     assert max(bar.end for row in rows.values() for bar in row) == makespan(events())
 
 
+def measure(ranks, directory):
+    from benchmarks import fused_training, work
+
+    models = work.Models(directory / "models" / "actor", directory / "models" / "reward")
+    fused_training.SIZES["tiny"], work.models = TINY, lambda size: models
+    measured = fused_training.Measured.of(fused_training.Training(ranks, "tiny", "skew", LAYERS), 1)
+    return [measured.figures(), measured.picture().count("<title>") if ranks.is_first else 0]
+
+
+def test_the_benchmark_runs(tmp_path):
+    build_models(tmp_path / "models", TINY)
+    (figures, bars), (same, _) = run_ranks(__file__, "measure", 2, tmp_path)
+    assert figures == same, "a rank does not know what the other one did"
+    for name, each in figures.items():
+        assert min(each["predicted"], *each["walls"], *each["own"]) > 0 and 0 < each["busy"][0] < 1, name
+    assert bars == 3 * 2 * 2 * 8 * 2 * 2  # orders, measured and predicted, roles, micro-batches, kinds, stages
+
+
+TINY = Size(hidden=32, layers=3, heads=4, ffn=64)
+LAYERS = {"actor": (2, 1), "critic": (1, 2)}
 FOUND = {
     "serial": {"predicted": 3.0, "walls": [3.1, 3.0], "own": [0.02, 0.03], "busy": [0.5, 0.5]},
     "1f1b": {"predicted": 2.0, "walls": [2.0, 2.1], "own": [0.01, 0.02], "busy": [0.8, 0.8]},

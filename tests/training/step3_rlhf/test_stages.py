@@ -44,7 +44,7 @@ RESUMED = settings("fused", AGAINST, ema=0.5, ppo_kl_stop=1e9, kl={"coefficient"
 
 
 def iterate(ranks, directory):
-    """By plan: responses, metrics of updates, weights, the orders that were taken."""
+    """By plan: responses, metrics of updates, weights, the passes of the last optimiser step."""
     layers = 3 if ranks.size == 2 else 4
     if ranks.is_first:
         work.build_models(directory / "models", Size(hidden=32, layers=layers, heads=4, ffn=64))
@@ -55,9 +55,34 @@ def iterate(ranks, directory):
         ppo = make_ppo(ranks, directory / name, asked)
         responses, rows = follow(ppo, range(1, ITERATIONS + 1), check=True)
         weights = {role: trained(ppo, role) for role in ("actor", "critic")}
-        orders = [each.order for each in ppo.roles.staged.trained]
-        found[name] = {"responses": responses, "rows": rows, "weights": weights, "orders": orders}
-    return {"plans": found, "resumed": go_on(ranks, directory, RESUMED) if ranks.size == 2 else None}
+        passes = [[event.operation[:2] for event in each.events] for each in ppo.roles.staged.trained[-1:]]
+        found[name] = {"responses": responses, "rows": rows, "weights": weights, "passes": passes}
+        if name == "auto":
+            found["choices"] = choices(ppo.roles.staged)
+    chosen = found.pop("choices", None)
+    return {"plans": found, "chosen": chosen, "resumed": go_on(ranks, directory, RESUMED) if chosen else None}
+
+
+def choices(staged) -> dict[str, str]:
+    """The order that is chosen, by what passes are said to take."""
+    from training.pipelines.orders import Pipelines
+    from training.pipelines.staged import Taken
+
+    def choose(of_critic: float, micro_batches: int = 4, activation: float = 1.0) -> str:
+        roles = {role: Pipelines.of(staged.layouts[f"{role}_train"], micro_batches) for role in ("actor", "critic")}
+        seconds = {"actor": 1.0, "critic": of_critic}
+        keys = itertools.product(seconds, (0, 1), (0, 1))
+        staged.taken = {key: Taken(seconds[key[0]] * (1 + key[2]), 10, 1) for key in keys}
+        staged.activations, staged.spare = dict.fromkeys(seconds, activation), 0.0
+        staged._found.clear()
+        return staged._orders(roles)[0]
+
+    return {
+        "alike": choose(1.0),
+        "a small critic": choose(0.001),
+        "no room for both": choose(1.0, micro_batches=1),
+        "no activations": choose(1.0, micro_batches=1, activation=0.0),
+    }
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -96,10 +121,23 @@ def test_orders_change_no_bit(outcome):
 
 
 def test_each_order_is_the_one_asked_for(outcome):
-    for name in ("serial", "1f1b", "fused", "lines", "copies", "adapted fused"):
-        for rank in outcome:
-            if name in rank:
-                assert set(rank[name]["orders"]) == {name if name in ("serial", "1f1b") else "fused"}, name
+    for rank in outcome:
+        for name in rank.keys() - {"none", "adapted none", "one in stages"}:
+            (passes,) = rank[name]["passes"]
+            changes = sum(before[0] != after[0] for before, after in itertools.pairwise(passes))
+            assert changes == 1 if name in ("serial", "1f1b") else changes > 1, (name, passes)
+    if "serial" in outcome[0]:
+        assert [kind for _, kind in outcome[0]["serial"]["passes"][0]] == [0, 1] * 5
+        assert [kind for _, kind in outcome[0]["1f1b"]["passes"][0]] == [0, 0, 1, 0, 1, 1, 0, 1, 0, 1]
+
+
+def test_auto_fuses_where_it_pays_and_there_is_room(ran):
+    if ran[0]["chosen"] is None:
+        pytest.skip("two ranks show it")
+    for rank in ran:
+        assert rank["chosen"] == {
+            "alike": "fused", "a small critic": "1f1b", "no room for both": "1f1b", "no activations": "fused"
+        }  # fmt: skip
 
 
 def test_a_run_in_stages_goes_on_to_the_same_bits_and_leaves_its_models(ran):
