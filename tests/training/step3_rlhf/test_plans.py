@@ -61,7 +61,7 @@ def make_ppo(ranks, directory, settings: dict[str, Any]):
 
     lengths = Lengths(longest=5, spread=0.5)
     config = our_ppo.make_config("tiny", lengths, "fp32", "fp32", iterations=ITERATIONS, threads=1)
-    rlhf = {"mini_batches": 2, **settings}
+    rlhf = {"prompts_per_iteration": 16, "mini_batches": 2, **settings}
     config = RunConfig.model_validate(merge(config.model_dump(), {"processes": ranks.size, "rlhf": rlhf}))
     ppo = our_ppo.make_ppo(config, lengths, directory, ranks)
     ppo.rollouts.forced_lengths = None  # they forbid the end token, so that generation draws from something else
@@ -94,6 +94,7 @@ def iterate_by_plans(ranks, directory):
     from inference.chat_format import ChatFormat
     from training.stage import Stage
 
+    work.VOCABULARY_SIZE = 512
     if ranks.is_first:
         work.build_models(directory / "models", Size(hidden=32, layers=2, heads=4, ffn=64))
     ranks.barrier()
