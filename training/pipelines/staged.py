@@ -125,7 +125,7 @@ class StagedRoles:
         events: list[Event] = []
         execute(orders, self.ranks.rank, works, {role: self.links[role, layouts[role]] for role in works}, events)
         ours = {rank for each in roles.values() for line in each.ranks if self.ranks.rank in line for rank in line}
-        expected = self._timeline(orders, tokens) if self.taken else []
+        expected = self._timeline(orders, tokens) if self._is_known(roles) else []
         self.trained.append(Trained(name, events, [event for event in expected if event.rank in ours]))
         for _, (role, kind, number), start, end in events:
             key = role, roles[role].stage(self.ranks.rank), kind
@@ -179,11 +179,16 @@ class StagedRoles:
             self._found[key] = self._chosen(roles)
         return self._found[key]
 
+    def _is_known(self, roles: Mapping[str, Pipelines]) -> bool:
+        """Whether passes of all stages have been measured: a role may learn later than the other."""
+        stages = ((role, stage) for role, each in roles.items() for stage in range(each.stages))
+        return all((*each, kind) in self.taken for each in stages for kind in (FORWARD, BACKWARD))
+
     def _chosen(self, roles: Mapping[str, Pipelines]) -> tuple[str, Orders]:
         if self.order == "serial":
             return "serial", serial(roles)
         plain = one_forward_one_backward(roles)
-        if self.order == "1f1b" or (self.order == "auto" and not self.taken):
+        if self.order == "1f1b" or (self.order == "auto" and not self._is_known(roles)):
             return "1f1b", plain
         try:
             devices(roles)
@@ -194,7 +199,7 @@ class StagedRoles:
         woven = find_schedule(instance, effort=QUICK).schedule
         one, other = serial_1f1b(instance).makespan, woven.makespan
         fuses = self.order == "fused" or other <= (1 - LEAST_GAIN) * one
-        if self.taken:
+        if self._is_known(roles):
             self._say_once(
                 f"PPO: training of {' and '.join(roles)} is {'fused' if fuses else 'not fused'}: {other:.3g} s of an "
                 f"optimiser step expected, {one:.3g} s under 1F1B"
@@ -204,12 +209,11 @@ class StagedRoles:
     def _instance(self, roles: Mapping[str, Pipelines]) -> Instance:
         """What the search is told: mean seconds and activations of micro-batches, and the room for these. Before
         anything is measured a backward pass takes two forward ones. Raises CannotFuse where there is no room."""
-        pipelines = []
+        pipelines, is_known = [], self._is_known(roles)
         for role, each in roles.items():
             layers = self.layouts[f"{role}_train"].runs(self.layers[role])
             keys = [[(role, stage, kind) for stage in range(each.stages)] for kind in (FORWARD, BACKWARD)]
             unmeasured = [tuple((1.0 + kind) * count for count in layers) for kind in (FORWARD, BACKWARD)]
-            is_known = all(key in self.taken for of_kind in keys for key in of_kind)
             forward, backward = (
                 [tuple(self.taken[key].mean for key in of_kind) for of_kind in keys] if is_known else unmeasured
             )
