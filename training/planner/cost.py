@@ -1,6 +1,6 @@
 """Seconds of a call on a layout, part by part.
 
-Everything is counted from shapes and data sheets; what only measurement gives stands in `hardware.Calibration`. In a pass
+Everything is counted from shapes and data sheets; what only measurement gives is in `hardware.Calibration`. In a pass
 over many tokens the host runs ahead of the device, so that launches and the latency of collectives cost only what they
 take longer than the arithmetic. The kernels of a decode step are as short as their launches, and the host waits for
 every token: there launches, latency, arithmetic and reads add up.
