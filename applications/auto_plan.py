@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from applications.dry_run import duration
 from applications.fit import Machine
-from applications.plan import searched
-from applications.plan_report import plan_table, summary
+from applications.plan import fastest
+from applications.plan_report import plan_table, summary, verdict
 from applications.plan_request import Outcome, Request, request_of
 from applications.profile import measure_to
 from inference.errors import UserError
@@ -41,12 +41,15 @@ def best_plan(config: RunConfig, measures: bool) -> Plan:
     machine, ranks = Machine.here(), config.processes
     cluster, source = rates_here(machine, ranks, measures)
     request = request_of(config, replace(cluster, host_memory=float(machine.memory)), machine=machine)
-    best = searched(request, effort=min(1.0, ranks / LARGE))
+    best, *others = fastest(request, effort=min(1.0, ranks / LARGE))
     assert best.found is not None
     print("\n".join([*plan_table(request, best), "", *summary(request, [best, as_set(request)]), ""]))
+    if sentence := verdict([best, *others]):
+        print(sentence)
     print(
-        f"Step 3 is expected to take {duration(best.found.iteration_seconds)} an iteration, "
-        f"{duration(request.hours(best.found) * 3600)} in all, every response as long as it may be; rates: {source}.",
+        f"Step 3 is expected to take {duration(best.seconds)} an iteration, "
+        f"{duration(best.seconds * config.rlhf.iterations)} in all, every response as long as it may be; "
+        f"rates: {source}.",
         flush=True,
     )
     return best.found.plan

@@ -110,7 +110,7 @@ class Outlook:
             given = config.architecture.get("reward_model")
             scorer = find_shape(config.scorer_source, given, layers, config.needs_scorer)
         found = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer)
-        if config.rlhf.plan and any(step.draws_samples for step in steps):
+        if any(step.draws_samples for step in steps):
             require_runnable(config, found.ranks, actor, scorer, found.dtype)
         return found
 

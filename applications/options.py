@@ -70,7 +70,8 @@ Fusion = Annotated[
     typer.Option(
         metavar="MODE",
         help="Only changes PPO's speed, with several processes: inter scores finished answers while others are still "
-        "being written, none waits for all, auto takes the faster one. Default: auto.",
+        "being written, intra weaves the training of actor and critic where a plan has both in stages, both does "
+        "both, none neither, auto takes the faster ways. Default: auto.",
     ),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo.")]

@@ -15,10 +15,14 @@ from training.calls import Call
 from training.plan import Assignment
 from training.plan_checks import problems
 from training.plan_file import read_plan, to_yaml
+from training.planner.fused_training import turned
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
 from training.planner.options import EVERYTHING, Space
 from training.planner.search import Found, Progress, search
 from training.planner.table import PlanTable
+
+SHORTER = 0.3
+"""Effort of a search whose plan is only compared."""
 
 
 def plan_command(
@@ -45,9 +49,10 @@ def plan_command(
     if check is not None:
         outcomes = [checked(request, check)]
     else:
-        outcomes = [searched(request, seed, effort, told), *compared(request, seed, effort)]
+        first, *others = fastest(request, seed, effort, told)
+        outcomes = [first, *compared(request, seed, effort), *others]
         if everything:
-            outcomes.append(searched(request, seed, effort, told, "not yet runnable", EVERYTHING))
+            outcomes.append(searched(request, seed, effort, told, "not yet runnable", EVERYTHING, False))
     if json_output:
         show_json(plan_report.as_data(request, outcomes))
     else:
@@ -67,17 +72,45 @@ def searched(
     progress: Callable[[Progress], bool] | None = None,
     name: str = "searched",
     space: Space | None = None,
+    must_run: bool = True,
 ) -> Outcome:
-    """The best plan that runs, or the best of another space. Raises UserError where none fits."""
+    """The best plan of a space, by default of what this runtime can run. Raises UserError where none fits or runs."""
     found = best_plans(request, space or request.runnable, seed, effort, progress)
-    outcomes = [request.outcome(name, request.completed(one.plan)) for one in found]
-    if space is not None:
-        return outcomes[0]
-    best = next((outcome for outcome in outcomes if outcome.runs), None)
-    if best is None:
+    plans = [turned(request.completed(one.plan), request.graphs.graph) for one in found]
+    outcomes = [request.outcome(name, plan) for plan in plans]
+    runs = [outcome for outcome in outcomes if outcome.runs or not must_run]
+    if not runs:
         why = " ".join(outcomes[0].refused) or outcomes[0].why_not
         raise UserError(f"None of the best plans runs. {why}")
-    return best
+    return min(runs, key=lambda outcome: outcome.seconds)
+
+
+def fastest(
+    request: Request, seed: int = 0, effort: float = 1.0, progress: Callable[[Progress], bool] | None = None
+) -> list[Outcome]:
+    """The best plan that runs; behind it, on several ranks, the best of those whose training is all in pipeline stages,
+    and of those without stages, where it is not one of them. Raises UserError where none fits."""
+    spaces: dict[str, Callable[[Call, Assignment], bool]] = {
+        "searched": lambda call, one: True,
+        "in stages": lambda call, one: call.kind != "train" or one.layout.pipeline > 1,
+        "no stages": lambda call, one: one.layout.pipeline == 1,
+    }
+    outcomes: list[Outcome] = []
+    why: UserError | None = None
+    for name, belongs in spaces.items():
+        if outcomes and (request.cluster.size == 1 or name in [outcome.stages for outcome in outcomes]):
+            continue
+        space = Space(runs=lambda call, one, belongs=belongs: belongs(call, one) and request.runs(call, one))  # type: ignore
+        first = (effort, progress) if not outcomes else (SHORTER * effort, None)
+        try:
+            outcomes.append(searched(request, seed, *first, name, space))
+        except UserError as error:
+            why = why or error
+    if why is not None and not outcomes:
+        raise why
+    best = min(outcomes, key=lambda outcome: outcome.seconds)
+    others = [replace(other, name=other.stages) for other in outcomes if other is not best and other.stages]
+    return [replace(best, name="searched"), *others]
 
 
 def best_plans(
@@ -104,7 +137,7 @@ def compared(request: Request, seed: int, effort: float) -> list[Outcome]:
     all_ranks = tuple(range(cluster.size))
     makers: dict[str, Callable[[], Outcome]] = {
         "as set": lambda: request.outcome("as set", request.as_set),
-        "one mesh": lambda: searched(request, seed, effort, None, "one mesh", one_mesh),
+        "one mesh": lambda: searched(request, seed, effort, None, "one mesh", one_mesh, False),
         "DeepSpeed-Chat": lambda: request.outcome(
             "DeepSpeed-Chat", deepspeed_chat_plan(graph, request.workload, cluster)
         ),

@@ -1,5 +1,6 @@
 """What `rlhf-chat plan` shows: a table and a Gantt picture as text, all of it as JSON, the picture as SVG."""
 
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def as_text(request: Request, outcomes: Sequence[Outcome]) -> str:
         lines += plan_table(request, outcome) if outcome.found else [f"{outcome.name}: none. {outcome.why_not}"]
         lines.append("")
     lines += summary(request, outcomes)
+    lines += textwrap.wrap(verdict(outcomes), max(20, columns()))
     best = outcomes[0].found
     if best is not None:
         lines += ["", f"One iteration of the plan '{outcomes[0].name}':", *gantt_text(best)]
@@ -75,11 +77,20 @@ def plan_table(request: Request, outcome: Outcome) -> list[str]:
         layout = assignment.layout
         degrees = (layout.data, layout.tensor, layout.pipeline, layout.zero_stage, assignment.micro_batches)
         waits = "waits in host memory between uses" if assignment.offload else ""
-        rows.append((node.name, mesh_text(layout.mesh), *map(str, degrees), f"{node.seconds:.2f}", waits))
+        rows.append((node.name, ranks_text(layout.mesh), *map(str, degrees), f"{node.seconds:.2f}", waits))
     lines += table(rows, (16, 9, 5, 6, 6, 5, 6, 8))
     between = [node for node in found.nodes if node.kind != "call" and node.seconds >= MENTIONED]
     lines += [f"  {node.name:{min(58, max(0, columns() - 11))}} {node.seconds:7.2f}" for node in between]
     return lines
+
+
+def ranks_text(mesh: tuple[int, ...]) -> str:
+    """Ranks in their order, runs of them as `0-3`."""
+    runs: list[tuple[int, ...]] = []
+    for rank in mesh:
+        follows = runs and runs[-1][-1] == rank - 1
+        runs[-1:] = [(*runs[-1], rank)] if follows else [*runs[-1:], (rank,)]
+    return ",".join(mesh_text(run) for run in runs)
 
 
 def table(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
@@ -111,8 +122,25 @@ def summary(request: Request, outcomes: Sequence[Outcome]) -> list[str]:
             *([] if cost is None else [f"{cost:.0f}"]),
         )
         marks = ["does not fit"] * bool(outcome.why_not) + ["cannot be run yet"] * bool(outcome.refused)
+        marks += [f"{outcome.seconds:.1f} s fused"] * (outcome.seconds < seconds)
         rows.append((outcome.name, *figures, ", ".join(marks)))
     return table(rows, (16, 11, 13, 8, 10)[: len(rows[0]) - 1])
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+    """Whether pipeline stages pay, and a fused schedule of actor and critic, a sentence; '' where it is not known."""
+    runs = [(outcome, outcome.found.iteration_seconds) for outcome in outcomes if outcome.runs and outcome.found]
+    plain = min((seconds for outcome, seconds in runs if outcome.stages == "no stages"), default=math.inf)
+    staged = min((seconds for outcome, seconds in runs if outcome.stages != "no stages"), default=math.inf)
+    fused = min((outcome.seconds for outcome, seconds in runs if outcome.seconds < seconds), default=math.inf)
+    if math.inf in (plain, staged):
+        return ""
+    sentence = f"An iteration takes {plain:.1f} s at best without pipeline stages; with stages {staged:.1f} s, so they "
+    sentence += "win" if staged < plain else "lose"
+    if fused < math.inf:
+        wins = "wins" if fused < min(plain, staged) else "loses"
+        sentence += f"; with actor and critic in one fused schedule {fused:.1f} s, which {wins}"
+    return sentence + "."
 
 
 def rows_of(found: Estimate) -> dict[str, list[Interval]]:
@@ -175,6 +203,7 @@ def as_data(request: Request, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "nodes": request.cluster.nodes,
         "gpus_per_node": request.cluster.devices_per_node,
         "iterations": request.config.rlhf.iterations,
+        "stages": verdict(outcomes),
         "plans": [plan_data(request, outcome) for outcome in outcomes],
     }
 
@@ -205,6 +234,7 @@ def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:
         **({"refused": list(outcome.refused)} if outcome.refused else {}),
         **({"why_not": outcome.why_not} if outcome.why_not else {}),
         "seconds_per_iteration": found.iteration_seconds,
+        **({"fused_seconds_per_iteration": outcome.seconds} if outcome.training else {}),
         "hours": request.hours(found),
         "cost": request.cost(found),
         "calls": calls,

@@ -1,5 +1,6 @@
 """What `rlhf-chat plan` is asked, and what it answers: a run on a cluster; plans with their estimates."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,11 @@ from training.calls import ACTOR_GENERATE, ACTOR_SCORE, Call
 from training.config import RunConfig
 from training.models.loading import resolve_dtype
 from training.plan import Assignment, Plan
-from training.plan_checks import unrunnable
+from training.plan_checks import cannot_run, unrunnable
 from training.planner.augmented import AugmentedGraphs
 from training.planner.estimate import Estimate, estimate
 from training.planner.footprint import DTYPES, Footprints
-from training.planner.graph import DataflowGraph
+from training.planner.fused_training import FusedTraining, fused_training
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.machine import THIS_MACHINE, profile_file, read_profile
 from training.planner.options import Space
@@ -38,10 +39,29 @@ class Outcome:
     """Why it does not fit, or why there is none."""
     refused: tuple[str, ...] = ()
     """Why this runtime does not run it, a sentence each."""
+    training: FusedTraining | None = None
+    """Of actor and critic, where they train in pipeline stages on the same ranks."""
 
     @property
     def runs(self) -> bool:
         return self.found is not None and not self.why_not and not self.refused
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration, training in one fused schedule where that is faster; infinite where there is no plan."""
+        if self.found is None:
+            return math.inf
+        gain = max(0.0, self.training.serial - self.training.fused) if self.training else 0.0
+        return self.found.iteration_seconds - gain
+
+    @property
+    def stages(self) -> str:
+        """Whether all training is in pipeline stages, or nothing is; '' where some is."""
+        assert self.found is not None
+        degrees = {name: one.layout.pipeline for name, one in self.found.plan.assignments.items()}
+        if set(degrees.values()) == {1}:
+            return "no stages"
+        return "in stages" if all(n > 1 for name, n in degrees.items() if name.endswith("_train")) else ""
 
 
 @dataclass(frozen=True)
@@ -95,11 +115,11 @@ class Request:
         return Plan({**plan.assignments, ACTOR_SCORE.name: Assignment(layout, micro_batches)})
 
     def runs(self, call: Call, assignment: Assignment) -> bool:
-        return not self.why_not_run(Plan({call.name: assignment}), DataflowGraph((call,)))
+        return not cannot_run(call, assignment, self.workload, self.config.rlhf, self.cluster.size)
 
-    def why_not_run(self, plan: Plan, graph: DataflowGraph | None = None) -> list[str]:
+    def why_not_run(self, plan: Plan) -> list[str]:
         """What this runtime refuses of a plan that can be costed, a sentence each."""
-        return unrunnable(plan, graph or self.graphs.graph, self.workload, self.config.rlhf, self.cluster.size)
+        return unrunnable(plan, self.graphs.graph, self.workload, self.config.rlhf, self.cluster.size)
 
     @property
     def as_set(self) -> Plan:
@@ -117,8 +137,10 @@ class Request:
 
     def outcome(self, name: str, plan: Plan) -> Outcome:
         """With what is wrong with it. Raises UserError where it cannot be costed."""
-        found = estimate(plan, self.graphs_of(plan))
-        return Outcome(name, found, self.overfull(found), tuple(self.why_not_run(plan)))
+        graphs = self.graphs_of(plan)
+        found, refused = estimate(plan, graphs), tuple(self.why_not_run(plan))
+        fuses = self.config.rlhf.fusion.training in ("auto", "fused")
+        return Outcome(name, found, self.overfull(found), refused, fused_training(plan, graphs) if fuses else None)
 
     def overfull(self, found: Estimate) -> str:
         """Why the plan does not fit, a sentence; '' if it does."""

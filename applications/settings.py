@@ -43,15 +43,28 @@ def resolve_settings(
     return settings_of_new_run(base, config or [], overrides or [], given, run)
 
 
+FUSIONS = {
+    "none": {"mode": "none", "training": "1f1b"},
+    "inter": {"mode": "inter"},
+    "intra": {"training": "fused"},
+    "both": {"mode": "inter", "training": "fused"},
+    "auto": {"mode": "auto", "training": "auto"},
+}
+"""Values of --fusion: settings of `rlhf.fusion`."""
+
+
 def option_of(key: str) -> str:
     """The command's name for a setting."""
     return f"--{key.removeprefix('trained_').replace('_', '-')}"
 
 
 def nest(given: dict[str, object]) -> None:
-    """Put the flags of step 3 where the settings are."""
-    of_step_3 = {"plan": given.pop("plan", None), "fusion": {"mode": given.pop("fusion", None)}}
-    rlhf = {key: value for key, value in of_step_3.items() if value not in (None, {"mode": None})}
+    """Put the flags of step 3 where the settings are. Raises UserError for a fusion that there is not."""
+    fusion = given.pop("fusion", None)
+    if fusion is not None and fusion not in FUSIONS:
+        raise UserError(f"--fusion {fusion}: choose one of {', '.join(FUSIONS)}.")
+    of_step_3 = {"plan": given.pop("plan", None), "fusion": FUSIONS.get(str(fusion))}
+    rlhf = {key: value for key, value in of_step_3.items() if value is not None}
     if rlhf:
         given["rlhf"] = rlhf
 

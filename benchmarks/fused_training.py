@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks import work
 from benchmarks.work import LENGTHS, MINI_BATCHES, SAMPLES, SIZES
-from training.gantt import Bar, Panel, gantt_svg
+from training.gantt import PASS_COLOURS, Bar, Panel, gantt_svg
 from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import (
     Event,
@@ -50,12 +51,6 @@ PROFILED = 3
 """Rounds of 1F1B that give the seconds; the one before them warms up."""
 GAIN, PREDICTED, OWN = 0.8, 0.10, 0.05
 """Targets: share of the promised gain over 1F1B that is achieved, error of predictions, own share."""
-COLOURS = {
-    "actor forward": "#2597cf",
-    "actor backward": "#387ecd",
-    "critic forward": "#ab8b09",
-    "critic backward": "#d66c0f",
-}
 Seconds = Mapping[tuple[int, Operation], float]
 """By rank and operation."""
 
@@ -69,7 +64,7 @@ class Training:
         from training.models.policy import Policy
         from training.models.scorer import Scorer
         from training.pipelines.executor import connect
-        from training.pipelines.stage_engine import StageEngine, StagePass
+        from training.pipelines.stage_engine import Pass, StageEngine
         from training.pipelines.stage_model import keep_stage
         from training.role_settings import OptimizerSettings
 
@@ -79,7 +74,7 @@ class Training:
         self.roles: dict[str, Pipelines] = {}
         self.links: dict[str, Links] = {}
         self.engines: dict[str, Any] = {}
-        self.passes: dict[str, list[StagePass]] = {}
+        self.passes: dict[str, list[Pass]] = {}
         alone = [ranks.part([rank]) for rank in range(ranks.size)][ranks.rank]
         assert alone is not None
         for role in ROLES:
@@ -94,7 +89,7 @@ class Training:
                 model = Scorer(OPTForSequenceClassification.from_pretrained(directories.reward))
             keep_stage(model.model, cut)
             loss = actor_loss if role == "actor" else critic_loss
-            self.passes[role] = [StagePass(partial(batch_of, row), loss) for row in rows]
+            self.passes[role] = [Pass(partial(batch_of, row), loss) for row in rows]
             settings = OptimizerSettings(learning_rate=work.LEARNING_RATE)
             self.engines[role] = StageEngine(model, settings, torch.float32, 100, alone, ranks, cut)
 
@@ -126,11 +121,11 @@ def batch_of(row: tuple[torch.Tensor, torch.Tensor]) -> Any:
     return TokenBatch.of([row], torch.device("cpu"))
 
 
-def actor_loss(said: Any) -> torch.Tensor:
+def actor_loss(said: Any, batch: Any) -> torch.Tensor:
     return -said[0].mean()
 
 
-def critic_loss(said: torch.Tensor) -> torch.Tensor:
+def critic_loss(said: torch.Tensor, batch: Any) -> torch.Tensor:
     return said.square().mean()
 
 
@@ -160,42 +155,61 @@ def instance_of(roles: Mapping[str, Pipelines], seconds: Seconds) -> Instance:
     return Instance(pipeline("actor"), pipeline("critic"))
 
 
+@dataclass(frozen=True)
+class Measured:
+    orders: dict[str, Orders]
+    seconds: Seconds
+    """Before the rounds."""
+    rounds: dict[str, list[list[Event]]]
+
+    @classmethod
+    def of(cls, training: Training, rounds: int) -> "Measured":
+        """Of all orders in turn."""
+        roles = training.roles
+        orders = {"serial": serial(roles), "1f1b": one_forward_one_backward(roles)}
+        seconds = medians([training.round(orders["1f1b"]) for _ in range(PROFILED + 1)][1:])
+        orders["fused"] = fused(roles, find_schedule(instance_of(roles, seconds), effort=QUICK).schedule)
+        done: dict[str, list[list[Event]]] = {name: [] for name in orders}
+        for number in range(rounds):
+            for name in list(orders)[number % 3 :] + list(orders)[: number % 3]:
+                done[name].append(training.round(orders[name]))
+        return cls(orders, seconds, done)
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """By order."""
+        found = {}
+        for name, rounds in self.rounds.items():
+            orders = self.orders[name]
+            walls = [makespan(events) for events in rounds]
+            without = [makespan(predicted(orders, medians([events]))) for events in rounds]
+            found[name] = {
+                "predicted": makespan(predicted(orders, self.seconds)),
+                "walls": walls,
+                "own": [wall / each - 1 for wall, each in zip(walls, without, strict=True)],
+                "busy": [busiest(events) / wall for wall, events in zip(walls, rounds, strict=True)],
+            }
+        return found
+
+    def picture(self) -> str:
+        """The last round of each order above its prediction."""
+        panels = [
+            panel(f"{name}, {said}: {makespan(events):.2f} s", events)
+            for name, orders in self.orders.items()
+            for said, events in (("measured", self.rounds[name][-1]), ("predicted", predicted(orders, self.seconds)))
+        ]
+        return gantt_svg(panels, PASS_COLOURS)
+
+
 def run_rank(size: str, lengths: str, rounds: int, layers: dict[str, tuple[int, ...]], picture: Path | None) -> None:
     """The first rank prints what all have found."""
     from training.distributed import start_ranks, stop_ranks
 
     ranks = start_ranks(1)
-    training = Training(ranks, size, lengths, layers)
-    orders = {"serial": serial(training.roles), "1f1b": one_forward_one_backward(training.roles)}
-    seconds = medians([training.round(orders["1f1b"]) for _ in range(PROFILED + 1)][1:])
-    orders["fused"] = ranks.tell(
-        fused(training.roles, find_schedule(instance_of(training.roles, seconds), effort=QUICK).schedule), "a schedule"
-    )
-    done: dict[str, list[list[Event]]] = {name: [] for name in orders}
-    for number in range(rounds):
-        for name in list(orders)[number % 3 :] + list(orders)[: number % 3]:
-            done[name].append(training.round(orders[name]))
+    measured = Measured.of(Training(ranks, size, lengths, layers), rounds)
     if ranks.is_first:
-        found = {}
-        for name, events in done.items():
-            walls = [makespan(each) for each in events]
-            found[name] = {
-                "predicted": makespan(predicted(orders[name], seconds)),
-                "walls": walls,
-                "own": [
-                    wall / makespan(predicted(orders[name], medians([each]))) - 1
-                    for wall, each in zip(walls, events, strict=True)
-                ],
-                "busy": [busiest(each) / wall for wall, each in zip(walls, events, strict=True)],
-            }
-        print("FOUND " + json.dumps(found))
+        print("FOUND " + json.dumps(measured.figures()))
         if picture is not None:
-            panels = [
-                panel(f"{name}, {said}: {makespan(each):.2f} s", each)
-                for name in orders
-                for said, each in (("measured", done[name][-1]), ("predicted", predicted(orders[name], seconds)))
-            ]
-            picture.write_text(gantt_svg(panels, COLOURS))
+            picture.write_text(measured.picture())
     stop_ranks()
 
 

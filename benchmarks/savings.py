@@ -44,7 +44,7 @@ def logits_everywhere() -> None:
 
     plain = policy.call_on_tokens
 
-    def call(model, batch, logits_at=None, exact=None):
+    def call(model, batch, logits_at=None, exact=None, received=None):
         if logits_at is None:
             return plain(model, batch)
         return plain(model, batch, torch.arange(len(batch.ids), device=batch.ids.device), exact)[logits_at]

@@ -60,8 +60,8 @@ def test_a_rank_that_dies_while_samples_move_ends_the_run_with_a_sentence_and_th
 
 
 def test_a_mode_that_there_is_not(workplace):
-    done = rlhf_chat("run", "--model", "tiny", "--fusion", "intra", cwd=workplace)
-    assert done.code == 2 and "rlhf.fusion.mode" in done.err and len(done.err.strip().splitlines()) == 1
+    done = rlhf_chat("run", "--model", "tiny", "--fusion", "inner", cwd=workplace)
+    assert done.code == 2 and "none, inter, intra, both, auto" in done.err and len(done.err.strip().splitlines()) == 1
 
 
 def test_fusion_needs_whole_roles(workplace):

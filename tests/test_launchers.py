@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import applications
 import training
@@ -20,7 +21,16 @@ from benchmarks.kill_and_resume import metrics
 from tests.test_pipeline import assert_like_metrics
 from tests.warm import Forked, Python
 from training.run_directory import RunDirectory
-from training.steps import METHODS, SFT
+from training.steps import METHODS, PPO
+
+PLAN = """
+actor_generate: {mesh: 0-1, data: 2}
+reference_score: {mesh: 1}
+reward_score: {mesh: 0}
+critic_score: {mesh: 0}
+actor_train: {mesh: 0}
+critic_train: {mesh: 1}
+"""
 
 
 def free_port() -> int:
@@ -49,20 +59,26 @@ def start_with_deepspeed(script: Path, run: Path, processes: int) -> subprocess.
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes take two GPUs, or none")
-def test_two_processes_by_the_deepspeed_launcher_train_as_one_does(tiny_run, tmp_path):
+def test_two_processes_by_the_deepspeed_launcher_follow_a_plan_and_train_as_one_does(tiny_run, tmp_path):
     run = tmp_path / "launched"
-    run.mkdir()
-    shutil.copy(tiny_run / "config.yaml", run / "config.yaml")
-    shutil.copytree(tiny_run / "data", run / "data")
-    script = Path(training.__file__).parent / "step1_sft" / "main.py"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns(PPO.folder, "report*", "eval*"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["rlhf"]["plan"] = yaml.safe_load(PLAN)
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    script = Path(training.__file__).parent / PPO.folder / "main.py"
     done = start_with_deepspeed(script, run, 2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    ours, theirs = ([row for row in metrics(RunDirectory(path), SFT) if "eval/loss" in row] for path in (tiny_run, run))
-    assert [row["number"] for row in theirs] == [row["number"] for row in ours] == [0, 3, 6]
-    for a, b in zip(ours, theirs, strict=True):
-        assert b["eval/loss"] == pytest.approx(a["eval/loss"], rel=1e-4)
-    state = json.loads((run / "step1_sft" / "checkpoints" / "6" / "state.json").read_text())
+    assert_like_metrics(*(metrics(RunDirectory(path), PPO) for path in (tiny_run, run)))
+    require_planned(run)
+    state = json.loads((run / PPO.folder / "checkpoints" / "3" / "state.json").read_text())
     assert state["ranks"] == 2
+
+
+def require_planned(run: Path) -> None:
+    """In its newest iteration one rank trained the actor, the other the critic."""
+    did = json.loads((run / PPO.folder / "iteration.json").read_text())["achieved"]
+    trained = [{kind for kind, *_ in of_rank if kind.endswith("_train")} for of_rank in did]
+    assert trained == [{"actor_train"}, {"critic_train"}]
 
 
 LATE_AND_DYING = """
@@ -138,11 +154,15 @@ def is_listening(port: int) -> bool:
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes take two GPUs, or none")
 def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_after_a_node_was_lost(tiny_run, tmp_path):
+    """Step 3 by a plan: actor and critic are trained on a node each."""
     run, marker = tmp_path / "nodes", tmp_path / "died"
     (tmp_path / "sitecustomize.py").write_text(LATE_AND_DYING.format(run=str(run), marker=str(marker)))
     environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     preset = Path(applications.__file__).parent / "presets" / "tiny.yaml"
-    first = start_two_agents(start_cold, "step1_sft", run, "--config", str(preset), **environment)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN)
+    settings = ["--config", str(preset), "--plan", str(plan)]
+    first = start_two_agents(start_cold, "step1_sft", run, *settings, **environment)
     second = start_two_agents(start_fork, "step2_reward", run, **environment)
     assert [code for code, _ in first + second] == [0] * 4, first + second
     assert sum(text.count("Data from chitchat") for _, text in first + second) == 1, "prepared once"
@@ -151,6 +171,7 @@ def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_after
     assert "Another process of this run, or its machine, is gone" in said and "to go on" in said
     third = start_two_agents(start_fork, "step3_rlhf", run, **environment)
     assert [code for code, _ in third] == [0, 0] and "going on after iteration 1" in third[0][1], third
+    require_planned(run)
     for step in METHODS["ppo"]:
         ours, theirs = (metrics(RunDirectory(place), step) for place in (tiny_run, run))
         for row in (*ours, *theirs):  # pairs give no gradient to what their scores have in common: it is rounding

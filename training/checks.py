@@ -12,6 +12,7 @@ from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
 from training.models.adapters import require_lora_layers
 from training.models.loading import resolve_dtype
+from training.pipelines.stage_model import require_stages
 from training.plan import Plan
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
@@ -101,17 +102,22 @@ def require_cut(model: Path, tensor: int, asked: str) -> None:
 
 def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where rlhf.plan does not fit the calls, the models or the ranks."""
-    if not config.rlhf.plan:
-        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(config.dtype, device)
     shapes = [Shape.of(AutoConfig.from_pretrained(each, local_files_only=True)) for each in (actor, scorer) if each]
     require_runnable(config, processes, shapes[0], shapes[-1] if scorer else None, dtype)
+    if not config.rlhf.plan:
+        return
     calls = iteration_calls(config.rlhf, dtype)
     for name, assignment in Plan.of(config.rlhf, processes, config.data.longest, calls).assignments.items():
         model = actor if name.startswith(("actor", "reference")) else scorer
         assert model is not None
-        require_cut(model, assignment.layout.tensor, f"{name} of rlhf.plan")
+        layout, asked = assignment.layout, f"{name} of rlhf.plan"
+        require_cut(model, layout.tensor, asked)
+        try:
+            require_stages(AutoConfig.from_pretrained(model, local_files_only=True), layout.pipeline)
+        except UserError as error:
+            raise UserError(f"{asked}: {error}") from None
 
 
 def require_adapters(config: RunConfig, actor: Path, scorer: Path | None) -> None:

@@ -20,6 +20,7 @@ from training.yaml_text import KeyTwice, load_yaml, what_is_wrong
 OPTIONS = {
     "data.source": "--data",
     "rlhf.fusion.mode": "--fusion",
+    "rlhf.fusion.training": "--fusion",
     "sft_model": "--sft-model",
     "reward_model": "--reward-model",
     "trained_reward_model": "rlhf --reward-model",

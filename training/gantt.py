@@ -19,6 +19,13 @@ COLOURS = {
     "offload": "#9d755d",
 }
 """Of the calls of an iteration, and of what comes before them."""
+PASS_COLOURS = {
+    "actor forward": "#2597cf",
+    "actor backward": "#387ecd",
+    "critic forward": "#ab8b09",
+    "critic backward": "#d66c0f",
+}
+"""Of an optimiser step in pipeline stages."""
 WIDTH, ROW, HEAD, FOOT = 480, 22, 34, 60
 """Points: of the picture, of a row, above a panel, below all."""
 THIN = 0.5

@@ -59,6 +59,12 @@ class Plan:
         training = graph.training_call(call.role)
         return training is not None and self[call.name].cut != self[training.name].cut
 
+    def moves_weights(self, graph: DataflowGraph, call: Call) -> bool:
+        """Whether they are brought for `call`: no earlier call of the iteration has brought them into its cut."""
+        earlier = graph.calls[: graph.calls.index(call)]
+        alike = (each.role == call.role and self[each.name].cut == self[call.name].cut for each in earlier)
+        return self.reallocates(graph, call) and not any(alike)
+
     def actor_is_reference(self, lora: LoRASettings) -> bool:
         """Whether the reference is the actor with its adapters (`lora`) switched off: it scores in the cut in which
         the actor is trained, and has no weights of its own that wait in host memory."""

@@ -5,6 +5,7 @@ import difflib
 from inference.errors import UserError
 from training.calls import ACTOR_SCORE, Call
 from training.hybrid_engine.layout import Layout
+from training.pipelines.orders import CannotFuse, Pipelines, devices
 from training.plan import Assignment, Plan
 from training.planner.graph import DataflowGraph
 from training.planner.workload import Workload
@@ -34,33 +35,46 @@ def problems(plan: Plan, graph: DataflowGraph, workload: Workload, ranks: int) -
 
 def unrunnable(plan: Plan, graph: DataflowGraph, workload: Workload, settings: RLHFSettings, ranks: int) -> list[str]:
     """What keeps step 3 from running a plan that has no `problems`, call by call. Empty where it runs."""
-    found = []
-    for call in graph.calls:
-        layout, name = plan[call.name].layout, call.name
-        if layout.pipeline > 1:
-            found += _against_stages(call, layout, workload)
-        if call.kind == "train" and layout.tensor > 1:
-            found.append(f"{name} is tensor-parallel, which training cannot be yet; use data and a zero_stage.")
-        if call.kind == "generate" and layout.zero_stage:
-            found.append(f"{name} has a zero_stage, and generation needs its weights whole or tensor-parallel; use 0.")
-        if call.kind == "score" and layout.zero_stage == 3 and layout.tensor > 1:
-            found.append(f"{name} divides its weights twice, tensor-parallel and by ZeRO stage 3; choose one.")
-        slots = plan[name].together(settings.prompts_per_iteration * settings.samples_per_prompt)
-        if call.kind == "generate" and settings.fusion.rows > slots:
-            found.append(f"rlhf.fusion.rows={settings.fusion.rows} is more than the {slots} slots of {name}; lower it.")
-        is_whole = layout.mesh == tuple(range(ranks)) and (call.kind == "generate" or layout.is_whole)
-        is_whole &= not plan[name].offload
-        if settings.fusion.mode == "inter" and call.kind != "train" and not is_whole:
-            found.append(
-                f"rlhf.fusion.mode=inter needs generation on all ranks and roles that score whole on each of them, "
-                f"which {name} is not; use auto or none."
-            )
-        if settings.exact is True and call.kind == "generate" and layout.tensor > 1:
-            found.append(f"{name} is tensor-parallel, which rlhf.exact=true cannot be; use data, or rlhf.exact=auto.")
-        offload = getattr(settings, call.role).offload
-        if call.kind == "train" and (problem := misplaced(offload, layout.zero_stage)):
-            found.append(f"{name} has zero_stage {layout.zero_stage}, and rlhf.{call.role}.{problem}.")
+    found = [each for call in graph.calls for each in cannot_run(call, plan[call.name], workload, settings, ranks)]
+    return found + (_against_fusing(plan, graph) if settings.fusion.training == "fused" else [])
+
+
+def cannot_run(call: Call, assignment: Assignment, workload: Workload, settings: RLHFSettings, ranks: int) -> list[str]:
+    """What keeps step 3 from running a call so, whatever the others do."""
+    layout, name = assignment.layout, call.name
+    found = _against_stages(call, layout, workload) if layout.pipeline > 1 else []
+    if call.kind == "train" and layout.tensor > 1:
+        found.append(f"{name} is tensor-parallel, which training cannot be yet; use data and a zero_stage.")
+    if call.kind == "generate" and layout.zero_stage:
+        found.append(f"{name} has a zero_stage, and generation needs its weights whole or tensor-parallel; use 0.")
+    if call.kind == "score" and layout.zero_stage == 3 and layout.tensor > 1:
+        found.append(f"{name} divides its weights twice, tensor-parallel and by ZeRO stage 3; choose one.")
+    slots = assignment.together(settings.prompts_per_iteration * settings.samples_per_prompt)
+    if call.kind == "generate" and settings.fusion.rows > slots:
+        found.append(f"rlhf.fusion.rows={settings.fusion.rows} is more than the {slots} slots of {name}; lower it.")
+    is_whole = layout.mesh == tuple(range(ranks)) and (call.kind == "generate" or layout.is_whole)
+    is_whole &= not assignment.offload
+    if settings.fusion.mode == "inter" and call.kind != "train" and not is_whole:
+        found.append(
+            f"rlhf.fusion.mode=inter needs generation on all ranks and roles that score whole on each of them, "
+            f"which {name} is not; use auto or none."
+        )
+    if settings.exact is True and call.kind == "generate" and layout.tensor > 1:
+        found.append(f"{name} is tensor-parallel, which rlhf.exact=true cannot be; use data, or rlhf.exact=auto.")
+    offload = getattr(settings, call.role).offload
+    if call.kind == "train" and (problem := misplaced(offload, layout.zero_stage)):
+        found.append(f"{name} has zero_stage {layout.zero_stage}, and rlhf.{call.role}.{problem}.")
     return found
+
+
+def _against_fusing(plan: Plan, graph: DataflowGraph) -> list[str]:
+    layouts = {call.role: plan[call.name].layout for call in graph.calls if call.kind == "train"}
+    reason = "it cuts no call that trains into stages" if all(each.pipeline == 1 for each in layouts.values()) else ""
+    try:
+        devices({role: Pipelines.of(layout, 1) for role, layout in layouts.items()})
+    except CannotFuse as error:
+        reason = reason or str(error)
+    return [f"rlhf.fusion.training=fused: {reason}; change the plan, or use auto."] if reason else []
 
 
 def _against_stages(call: Call, layout: Layout, workload: Workload) -> list[str]:
@@ -72,6 +86,8 @@ def _against_stages(call: Call, layout: Layout, workload: Workload) -> list[str]
         found.append(f"{has}, each of them tensor-parallel, which does not run; choose one.")
     if workload.precision == "fp16":
         found.append(f"{has}, which do not run in fp16, whose loss is scaled; use --set dtype=bf16 or pipeline 1.")
+    if (model := workload.models.get(call.role)) and model.shape.why_no_stages:
+        found.append(f"{has}. {model.shape.why_no_stages}")
     return found
 
 

@@ -63,7 +63,8 @@ class ScoringDegrees(Settings):
 
 
 class FusionSettings(Settings):
-    """Inter-stage fusion: samples are scored as they end, the long tail is gathered on few ranks. Same algorithm."""
+    """Inter-stage fusion: samples are scored as they end, the long tail is gathered on few ranks. Intra-stage fusion:
+    actor and critic train in each other's pauses. Same algorithm."""
 
     mode: Literal["none", "inter", "auto"] = "auto"
     """auto fuses where a simulation with measured costs says that it pays, and logs what it decided."""
@@ -73,6 +74,9 @@ class FusionSettings(Settings):
     """Samples that one rank (one tensor-parallel group) takes then, at most; 0: the simulation chooses."""
     move: Literal["auto", "cache", "tokens"] = "auto"
     """What travels with a sample: its keys and values, or only its tokens (a new prefill); auto takes the cheaper."""
+    training: Literal["auto", "serial", "1f1b", "fused"] = "auto"
+    """Order of micro-batches where a plan trains in pipeline stages: one at a time, 1F1B role by role, or actor
+    and critic woven together; auto takes the faster of the last two."""
 
 
 class RLHFSettings(Settings):

@@ -4,10 +4,14 @@ Source of `activation_values`: "Reducing Activation Recomputation in Large Trans
 section 4).
 """
 
+import copy
 import re
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+from inference.errors import UserError
 from training.pipelines.cut import StageCut
 
 if TYPE_CHECKING:  # transformers takes a second to import
@@ -38,6 +42,7 @@ class Shape:
     """Name, and inputs + outputs, of every linear layer but the output matrix: where adapters can go."""
     embedding_width: int = 0
     """Where it is not `hidden`, as in OPT-350m."""
+    config: "PreTrainedConfig | None" = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_config_values(cls, values: dict[str, Any]) -> "Shape":
@@ -84,7 +89,27 @@ class Shape:
             output_matrix=output.weight.numel() if own_output else 0,
             linears=linears,
             embedding_width=table.shape[1],
+            config=config,
         )
+
+    @cached_property
+    def why_no_stages(self) -> str:
+        """Why models of this family cannot be cut into pipeline stages, a sentence; '' where they can."""
+        from training.models.layers import keep_layers
+        from training.pipelines.stage_model import require_stages
+
+        if self.config is None or self.layers < 2:
+            return ""
+        short = copy.deepcopy(self.config)
+        keep_layers(short, 2)
+        with suppress(UserError):  # quick, but some families are not made of two layers
+            require_stages(short, 2)
+            return ""
+        try:
+            require_stages(self.config, 2)
+        except UserError as error:
+            return str(error)
+        return ""
 
     @property
     def embedding(self) -> int:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
-from applications.report.schedule import schedule_part
+from applications.report.schedule import schedule_part, update_part
 from applications.report_table import pair_of, table_rows, training_signs
 from inference.errors import UserError, typed
 from inference.redaction import redacted, redacted_values
@@ -77,6 +77,7 @@ def render(run: RunDirectory) -> str:
         bad=[sign.text for sign in found if not sign.is_good],
         times=times(run, rows),
         schedule=schedule_part(run, rows[PPO]),
+        update=update_part(run),
         answers=answers(run, evaluation),
         courses=courses(run),
         changed=changed_settings(config),

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from applications.report.charts import VARIABLES, inline, number
-from training.gantt import COLOURS, Bar, Panel, draw
+from training.gantt import COLOURS, PASS_COLOURS, Bar, Panel, draw
 from training.pictures import ROW_COLOUR, drawing, svg
 from training.run_directory import RunDirectory, read_json
 from training.steps import PPO
@@ -41,14 +41,29 @@ def schedule_part(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> Sc
     return SchedulePart(rows, found["iteration"], picture(found))
 
 
+@dataclass(frozen=True)
+class UpdatePart:
+    order: str
+    picture: Markup
+
+
+def update_part(run: RunDirectory) -> UpdatePart | None:
+    """The newest optimiser step in pipeline stages; None where none was made, or none before was timed."""
+    file = run.step(PPO).iteration_file
+    found = read_json(file, "delete it").get("update") if file.exists() else None
+    drawn = picture(found) if found else None
+    return UpdatePart(found["order"], drawn) if found and drawn is not None else None
+
+
 @drawing()
 def picture(found: Mapping[str, Any]) -> Markup | None:
-    """None for an iteration of which no call was timed by itself."""
+    """None where nothing was timed by itself, or nothing predicted."""
     panels = [panel(title, found[title]) for title in ("predicted", "achieved")]
     if not all(any(panel.rows.values()) for panel in panels):
         return None
     shown = {bar.kind for each in panels for bars in each.rows.values() for bar in bars}
-    drawn, titles = draw(panels, {kind: colour for kind, colour in COLOURS.items() if kind in shown})
+    known = COLOURS | PASS_COLOURS
+    drawn, titles = draw(panels, {kind: colour for kind, colour in known.items() if kind in shown})
     colours = {**VARIABLES, ROW_COLOUR: "var(--grid)"}
     return inline(svg(drawn, "gantt", colours, titles), "gantt", "what each rank did when, predicted and achieved")
 

@@ -15,6 +15,8 @@ from applications.auto_plan import best_plan, with_auto_plan
 from applications.cli import app
 from applications.expected_time import _ppo
 from applications.fit import GIB, Machine, Outlook, find_shape
+from applications.plan import fastest
+from applications.plan_report import ranks_text
 from applications.plan_request import make_request, request_of
 from applications.preset_store import load_preset
 from inference.errors import UserError
@@ -58,7 +60,7 @@ def planned(tmp_path_factory):
 def test_everything_as_data(planned):
     data, _ = planned
     assert [plan["name"] for plan in data["plans"]] == [
-        "searched", "as set", "one mesh", "DeepSpeed-Chat", "Megatron-style", "not yet runnable",
+        "searched", "as set", "one mesh", "DeepSpeed-Chat", "Megatron-style", "in stages", "not yet runnable",
     ]  # fmt: skip
     searched, *others = data["plans"]
     others, beyond = others[:-1], others[-1]
@@ -66,9 +68,16 @@ def test_everything_as_data(planned):
         searched["seconds_per_iteration"] <= plan["seconds_per_iteration"] for plan in others if plan["runs"]
     )
     assert beyond["seconds_per_iteration"] <= searched["seconds_per_iteration"]
+    staged = data["plans"][5]
+    assert {call["pipeline"] for name, call in staged["calls"].items() if name.endswith("train")} == {2}
+    plain, slower = (f"{plan['seconds_per_iteration']:.1f} s" for plan in (searched, staged))
+    assert data["stages"].startswith(
+        f"An iteration takes {plain} at best without pipeline stages; with stages {slower}"
+    )
+    assert "so they lose" in data["stages"]
     for plan in data["plans"]:
         cut = any(
-            call["pipeline"] > 1 or (name.endswith("train") and call["tensor"] > 1)
+            (call["pipeline"] > 1 and name.endswith("generate")) or (name.endswith("train") and call["tensor"] > 1)
             for name, call in plan["calls"].items()
         )
         assert not (cut and plan["runs"]) and bool(plan.get("refused")) == (plan["fits"] and not plan["runs"])
@@ -82,7 +91,7 @@ def test_everything_as_data(planned):
         assert plan["hours"] == pytest.approx(hours) and plan["cost"] == pytest.approx(hours * 2 * 2.0)
         assert set(plan["peak_bytes"]) == {"0", "1"}
     actor = find_shape("facebook/opt-1.3b", None)
-    assert others[-1]["host_peak_bytes"] == 2 * 4 * actor.parameters  # both ranks of the node read it in fp32
+    assert others[3]["host_peak_bytes"] == 2 * 4 * actor.parameters  # both ranks of the node read it in fp32
 
 
 def test_the_plan_file_costs_what_the_search_said(planned):
@@ -106,8 +115,8 @@ def test_the_picture_has_a_panel_a_plan(planned):
     _, directory = planned
     picture = xml.etree.ElementTree.fromstring((directory / "plan.svg").read_text())
     texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
-    assert sum("s an iteration" in (text or "") for text in texts) == 6
-    assert sum(element.tag.endswith("title") for element in picture.iter()) >= 36  # six calls of six plans
+    assert sum("s an iteration" in (text or "") for text in texts) == 7
+    assert sum(element.tag.endswith("title") for element in picture.iter()) >= 42  # six calls of seven plans
 
 
 def test_a_faster_network_never_hurts(planned):
@@ -118,6 +127,10 @@ def test_a_faster_network_never_hurts(planned):
         done = run(*check, "--nodes", 2, "--gpus-per-node", 1)
         seconds.append(json.loads(done.stdout)["plans"][0]["seconds_per_iteration"])
     assert seconds[0] > seconds[1]
+
+
+def test_ranks_in_an_order_of_their_own():
+    assert [ranks_text(mesh) for mesh in ((0, 1, 2), (4, 5, 0, 1, 3), (2,))] == ["0-2", "4-5,0-1,3", "2"]
 
 
 def test_the_table_for_people():
@@ -204,7 +217,8 @@ def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path)
     blocks = {**to_blocks(Plan.of(RLHFSettings(), 1, 512)), "actor_score": {"mesh": 0}}
     config = RunConfig.model_validate({"model": "m", "rlhf": {"plan": blocks}})
     for dtype in (torch.float32, torch.bfloat16):
-        stage = SimpleNamespace(config=config, dtype=dtype, ranks=Ranks(0, 1, torch.device("cpu")))
+        display = SimpleNamespace(say=print)
+        stage = SimpleNamespace(config=config, dtype=dtype, ranks=Ranks(0, 1, torch.device("cpu")), display=display)
         made = roles.Roles(stage, None, tmp_path, None, (1, 1))
         assert ("actor_score" in made.places) == (dtype == torch.bfloat16)
         assert set(made.plan.assignments) == {call.name for call in made.calls}
@@ -241,6 +255,14 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     with pytest.raises(UserError, match="was made without a plan"):
         with_auto_plan(config, run, measures=True)  # measures nothing: rates are not asked for
     assert not capsys.readouterr().out
+
+
+def test_training_that_must_be_fused_is_planned_so(profiled):
+    config = RunConfig.model_validate({**TWO, "rlhf": {"fusion": {"training": "fused"}}})
+    best, *others = fastest(request_of(config, PROFILE.cluster), effort=0.05)
+    actor, critic = (best.found.plan[f"{role}_train"].layout for role in ("actor", "critic"))
+    assert best.runs and not others and actor.pipeline == critic.pipeline == 2 and actor.mesh == critic.mesh[::-1]
+    assert best.seconds == pytest.approx(best.found.iteration_seconds - best.training.serial + best.training.fused)
 
 
 @pytest.mark.parametrize(("multiplies", "precision"), [(True, "bf16"), (False, "fp32")])

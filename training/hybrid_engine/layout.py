@@ -88,8 +88,13 @@ class Layout:
 
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold the stages of one model with `rank`, in the order of the stages."""
+        return next(group for group in self.pipeline_groups if rank in group)
+
+    @property
+    def pipeline_groups(self) -> tuple[tuple[int, ...], ...]:
+        """All of them, in an order that is the same on every rank."""
         stage = self.tensor * self.data
-        return self.mesh[self.mesh.index(rank) % stage :: stage]
+        return tuple(self.mesh[place::stage] for place in range(stage))
 
     @property
     def stage_meshes(self) -> tuple[tuple[int, ...], ...]:

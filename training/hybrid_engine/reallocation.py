@@ -77,7 +77,8 @@ class Reallocation:
         self._copy: nn.Module | None = None
         self._pieces: list[Piece] = []
         self._shapes: dict[str, torch.Size] = {}
-        self._is_filled = False
+        self.is_filled = False
+        """Whether it has run, and what it gave was not released; the same on all ranks of both meshes."""
         self._cut = None
         if part is not None and target.pipeline > 1:
             self._cut = target.stage_cut(ranks.rank, layers_of(model))
@@ -108,9 +109,9 @@ class Reallocation:
         All ranks of both meshes call it. Frozen parameters move the first time only.
         """
         start = time.perf_counter()
-        if not self._is_filled and self.part is not None and not self.stays:
+        if not self.is_filled and self.part is not None and not self.stays:
             self._allocate()
-        steps = self._steps_again if self._is_filled else self._steps
+        steps = self._steps_again if self.is_filled else self._steps
         buffer = torch.empty(max((s.bytes for s in steps), default=0), dtype=torch.uint8, device=self.ranks.device)
         held = {name: here(weight).detach().reshape(-1) for name, weight in self._held().items()}
         own = {name: weight.detach().view(-1) for name, weight in self._own().items()}
@@ -118,7 +119,7 @@ class Reallocation:
         if self.divide is not None:
             for piece in self._pieces:
                 forget_whole(piece.local)
-        self._is_filled = True
+        self.is_filled = True
         sent, received, copied = (sum(numbers) for numbers in zip((0, 0, 0), *counts, strict=True))
         self.moved = Moved(sent, received, copied, buffer.numel(), time.perf_counter() - start)
         return self.module
@@ -127,7 +128,7 @@ class Reallocation:
         """Give the memory of the copy back until the next run. All ranks of both meshes call it."""
         for own in self._own().values():
             own.data = own.data.new_empty(0)
-        self._is_filled = False
+        self.is_filled = False
 
     def _allocate(self) -> None:
         if self._copy is None:

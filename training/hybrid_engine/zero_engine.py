@@ -183,6 +183,11 @@ class ZeroEngine:
             _, state = self.engine.load_checkpoint(files, tag=TAG, load_module_strict=not frozen)
         self.updates = state["updates"]
 
+    @property
+    def savers(self) -> Ranks | None:
+        """Those of which the first gets the `trained_weights`; None on a rank that has no part in it."""
+        return self.ranks
+
     def trained_weights(self) -> dict[str, Tensor]:
         """Whole trainable weights in fp32 on the CPU, named as in the language model.
 

@@ -34,6 +34,7 @@ from training.models.adapters import add_lora
 from training.models.layers import keep_layers
 from training.pipelines.cut import StageCut
 from training.pipelines.stage_files import read_stage
+from training.pipelines.stage_model import held_by
 from training.private_surfaces import multiplies_bf16
 from training.role_settings import LoRASettings
 from training.run_directory import write_directory
@@ -243,7 +244,7 @@ def _load(
         model, made_up = read_weights(loader, directory, config=config, dtype=dtype, **allowed)
     else:
         try:
-            model, made_up = _without_weights(loader, config, dtype), set()
+            model, made_up = _without_weights(loader, config, dtype, cut), set()
         except Exception as error:
             raise unloadable(directory, error) from error
     for module in model.modules():
@@ -272,15 +273,18 @@ def structure(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
     return model
 
 
-def _without_weights(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _without_weights(
+    loader: Any, config: PreTrainedConfig, dtype: torch.dtype, cut: StageCut | None
+) -> PreTrainedModel:
     """The model with uninitialised parameters, which take no memory until somebody writes into them."""
     model = structure(loader, config, dtype)
+    held = set(model.parameters()) if cut is None else held_by(model, cut)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
     for module in model.modules():
         for name, old in module.named_parameters(recurse=False):
-            if old not in made:
+            if old in held and old not in made:
                 made[old] = nn.Parameter(torch.empty_like(old, device="cpu"), old.requires_grad)
-            setattr(module, name, made[old])
+            setattr(module, name, made.get(old, old))
     return model
 
 

@@ -241,11 +241,13 @@ def devices(roles: Mapping[str, Pipelines]) -> list[tuple[int, ...]]:
         return {line[start : start + stages] for line in lines for start in range(0, len(line), stages)}
 
     if pieces(a.stages) != set(a.ranks) or pieces(b.stages) != {ranks[::-1] for ranks in b.ranks}:
-        raise CannotFuse(f"the {other} does not run against the {one}, as it would on the mesh {_fitting(a, b.stages)}")
+        raise CannotFuse(
+            f"the {other} does not run against the {one}, as it would on the mesh {mesh_against(a, b.stages)}"
+        )
     return lines
 
 
-def _fitting(a: Pipelines, stages: int) -> list[int]:
+def mesh_against(a: Pipelines, stages: int) -> list[int]:
     """A mesh on which pipelines of so many stages run against those of `a`."""
     ranks = list(itertools.chain.from_iterable(a.ranks))
     pipelines = [ranks[start : start + stages][::-1] for start in range(0, len(ranks), stages)]

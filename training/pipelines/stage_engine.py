@@ -26,14 +26,21 @@ from training.role_settings import OptimizerSettings
 
 
 @dataclass(frozen=True)
-class StagePass:
-    """A micro-batch on its way through all stages and back."""
+class Pass:
+    """A micro-batch on its way through a role's model and back."""
 
     batch: Callable[[], TokenBatch]
-    loss: Callable[[Any], Tensor]
-    """Of what the last stage says: the micro-batch's share of the total loss, times its weight."""
+    loss: Callable[[Any, TokenBatch], Tensor]
+    """Of what the model, or its last stage, says of the batch: the micro-batch's share of the total loss."""
+    weight: float = 1.0
+    """0 for one that only keeps a rank in step."""
     more: tuple[Any, ...] = ()
     """What the model takes after the batch."""
+
+    def of_whole(self, model: Callable[..., Any]) -> Tensor:
+        """The loss by a model without stages."""
+        batch = self.batch()
+        return self.loss(model(batch, *self.more), batch)
 
 
 class StageEngine(ZeroEngine):
@@ -90,7 +97,7 @@ class StageEngine(ZeroEngine):
             self.copy.requires_grad_(False)
         super().__init__(model, settings, dtype, total_steps, ranks, dropout)
 
-    def work(self, passes: Sequence[StagePass]) -> "TrainingWork":
+    def work(self, passes: Sequence[Pass]) -> "TrainingWork":
         """This stage's forward and backward passes before the next step."""
         if self.in_training_mode:
             self.engine.train()
@@ -175,6 +182,10 @@ class StageEngine(ZeroEngine):
         super().put_weights(kept)
         self._send_table()
 
+    @property
+    def savers(self) -> Ranks | None:
+        return self.pipeline if self.ranks.is_first else None
+
     def trained_weights(self) -> dict[str, Tensor]:
         """Those of all stages, whole, in fp32 on the CPU, named as in the language model.
 
@@ -226,7 +237,7 @@ class ScoringWork(StageWork):
 class TrainingWork(StageWork):
     """Adds gradients to those of an engine. What stands between a forward pass and its backward pass is kept."""
 
-    def __init__(self, engine: StageEngine, passes: Sequence[StagePass]):
+    def __init__(self, engine: StageEngine, passes: Sequence[Pass]):
         super().__init__(engine.language_model, [each.batch() for each in passes])
         self.engine, self.passes = engine, passes
         self.between: dict[int, tuple[Tensor | None, Tensor]] = {}
@@ -237,7 +248,8 @@ class TrainingWork(StageWork):
             received.requires_grad_()
         made = self.engine(self.batches[place], *self.passes[place].more, received=received)
         if self.engine.cut.is_last:
-            made = self.passes[place].loss(made) * self.engine.ranks.size  # DeepSpeed takes the mean over ranks
+            share = self.passes[place].loss(made, self.batches[place]) * self.passes[place].weight
+            made = share * self.engine.ranks.size  # DeepSpeed takes the mean over ranks
         self.between[place] = received, made
         return None if self.engine.cut.is_last else made.detach()
 

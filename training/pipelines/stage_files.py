@@ -32,7 +32,7 @@ def read_stage(
         stage_class(whole, parts, cut),
         directory,
         may_miss=may_miss,
-        may_have=lambda key: key in names or key.removeprefix(prefix) in names or may_have(key),
+        may_have=lambda key: key in names or may_have(key),
         config=whole.config,
         **options,
     )

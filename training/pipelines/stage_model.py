@@ -7,6 +7,7 @@ layers matters to it. Which families can be cut so is tried on a model of the sa
 
 import copy
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,6 +209,12 @@ def require_cut(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
         )
 
 
+def held_by(model: PreTrainedModel, cut: StageCut) -> set[nn.Parameter]:
+    """The parameters of a whole model that a stage holds."""
+    stages = stages_of(model, cut.layers)
+    return {parameter for name, parameter in model.named_parameters() if cut.stage in stages[name]}
+
+
 def held_modules(model: PreTrainedModel, parts: Parts, cut: StageCut) -> Iterator[nn.Module]:
     """What a stage has of a whole model: a run of its layers, and on the first and last one what is outside of them."""
     layers: Any = model.get_submodule(parts.stack)
@@ -229,12 +236,14 @@ def parts_outside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module
 
 _PARTS: dict[tuple[type[nn.Module], str], Parts | str] = {}
 """By class and configuration; a text says why the family cannot be cut."""
+OF_NO_PART = re.compile(r'"(dtype|vocab_size|\w+_token_id)": .*')
+"""What a configuration may say otherwise of the same parts."""
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
     """The parts of a whole model of at least two layers, perhaps with LoRA. Raises UserError if it cannot be cut."""
     config: Any = model.config
-    shape = type(model), config.to_json_string(use_diff=False)
+    shape = type(model), OF_NO_PART.sub("", config.to_json_string(use_diff=False))
     if shape not in _PARTS:
         try:
             _PARTS[shape] = tried(model)
@@ -336,6 +345,8 @@ class Watch:
         hidden = output[0] if isinstance(output, tuple) else output
         if leaves(hidden) - {id(self._passed), *(id(parameter) for parameter in layer.parameters())}:
             raise NoStages("more passes from layer to layer than hidden states")
+        if hidden.dtype != next(layer.parameters()).dtype:
+            raise NoStages("their hidden states are kept in another number format than the weights")
         self.called += 1
         self._passed = hidden.detach().requires_grad_()
         if not isinstance(output, tuple):

@@ -83,7 +83,7 @@ class AugmentedGraphs:
             waits.append(After(name))
         versions = tuple(After(e.producer, e.iterations_back) for e in before(self.graph.version_edges, call.name))
         training = self.graph.training_call(call.role)
-        if training is not None and plan.reallocates(self.graph, call):
+        if training is not None and plan.moves_weights(self.graph, call):
             source = plan[training.name]
             name, both = f"reallocate for {call.name}", ranks | frozenset(source.layout.mesh)
             seconds = self.reallocation_seconds(call, source, assignment)

@@ -91,12 +91,7 @@ class CallCosts:
         rows = self._rows("train", assignment)
         forwards = 2 if workload.checkpointing else 1
         forward = self._pass(model, assignment, rows, workload.length)
-        backward = CallCost(
-            arithmetic=(BACKWARD_OF_ADAPTERS if model.lora.rank else BACKWARD) * forward.arithmetic,
-            attention=BACKWARD * forward.attention,
-            launch=BACKWARD * forward.launch,
-            tensor_parallel=forward.tensor_parallel,
-        )
+        backward = _backward(model, forward)
         # under ZeRO 3 the recomputed forward and the backward pass of a layer share one gathering, and the first one
         # too where DeepSpeed keeps as many weights whole as are passed until then
         reread = (forwards + 1) * model.largest_stage(layout).parameters / layout.tensor > MAX_LIVE_PARAMETERS
@@ -116,6 +111,19 @@ class CallCosts:
         parts = workload.micro_batches("train", assignment)
         passes = self._pipelined(stage, model, assignment, rows * workload.length, parts, sends=2)
         return (passes + step) * (workload.mini_batches * workload.epochs)
+
+    def micro_batch_by_stage(self, call: Call, assignment: Assignment) -> list[tuple[float, float]]:
+        """Seconds of a forward and a backward pass of a call that trains on each pipeline stage, with what each sends;
+        where activations are recomputed the backward pass does it."""
+        model, layout = self.workload.models[call.role], assignment.layout
+        rows, last = self._rows("train", assignment), layout.pipeline - 1
+        hop = self._links_of(assignment).hop.send(self._sent(model, assignment, rows * self.workload.length))
+        found = []
+        for stage, layers in enumerate(layout.runs(model.shape.layers)):
+            forward = self.stage_pass(model, assignment, layers, stage == last, rows, self.workload.length)
+            backward = _backward(model, forward) + forward * self.workload.checkpointing
+            found.append((forward.seconds + hop * (stage < last), backward.seconds + hop * (stage > 0)))
+        return found
 
     def _generate(self, model: Model, assignment: Assignment) -> CallCost:
         """Waves of `pipeline` groups of rows (all rows where there is one stage): prefill, then decode steps.
@@ -262,3 +270,13 @@ class CallCosts:
         if key not in self._links:
             self._links[key] = links_of(assignment.layout, self.cluster)
         return self._links[key]
+
+
+def _backward(model: Model, forward: CallCost) -> CallCost:
+    """Of one forward pass."""
+    return CallCost(
+        arithmetic=(BACKWARD_OF_ADAPTERS if model.lora.rank else BACKWARD) * forward.arithmetic,
+        attention=BACKWARD * forward.attention,
+        launch=BACKWARD * forward.launch,
+        tensor_parallel=forward.tensor_parallel,
+    )

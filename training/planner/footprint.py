@@ -129,9 +129,8 @@ class Footprints:
         parts = []
         if call.kind == "train":
             in_flight = min(assignment.micro_batches, layout.pipeline)
-            inputs = in_flight * tokens * layers * model.shape.hidden
-            kept = inputs + one_layer if workload.checkpointing else in_flight * layers * one_layer
-            parts.append(Part("activations", kept * width, phase=call.name))
+            kept = in_flight * self.kept(call, assignment, layers) + one_layer * width * workload.checkpointing
+            parts.append(Part("activations", kept, phase=call.name))
         else:
             parts.append(Part("activations", (one_layer + tokens * model.shape.hidden) * width, phase=call.name))
         if call.kind == "generate":
@@ -143,6 +142,13 @@ class Footprints:
         if model.has_vocabulary_head:
             parts.append(Part("logits", logits // layout.tensor, phase=call.name))
         return parts
+
+    def kept(self, call: Call, assignment: Assignment, layers: int) -> int:
+        """Bytes that a micro-batch keeps of so many layers from its forward to its backward pass."""
+        model, layout = self.workload.models[call.role], assignment.layout
+        tokens = -(-self.workload.rows("train") // (layout.data * assignment.micro_batches)) * self.workload.longest
+        layer = model.shape.hidden if self.workload.checkpointing else model.layer_activations // layout.tensor
+        return tokens * layers * layer * self.workload.value_bytes
 
     def _share(self, model: Model, assignment: Assignment, divided: bool) -> int:
         layout = assignment.layout

@@ -66,6 +66,9 @@ class Use:
     target: Shares
     known: Array
     """(cuts of the training + 1, cuts of the call + 1): seconds, NaN where not yet computed."""
+    earlier: tuple[tuple[int, NDArray[np.bool_]], ...]
+    """Calls before it that may have brought the weights, and where their cuts differ from its own: (cuts of the earlier
+    one + 1, cuts of the call + 1)."""
 
 
 class PlanTable:
@@ -117,8 +120,9 @@ class PlanTable:
 
     def evaluate(self, choices: Choices) -> tuple[Array, Array]:
         """Seconds of an iteration, and the share of its usable memory that the fullest rank needs: (plans) each."""
-        moves = [self._moves(use, choices) for use in self.uses]
-        return self._seconds(choices, moves), self._fullness(choices)
+        cut = np.stack([column.cut[choices[i]] for i, column in enumerate(self.columns)])
+        moves = [self._moves(use, cut) for use in self.uses]
+        return self._seconds(choices, moves), self._fullness(choices, cut)
 
     def _seconds(self, choices: Choices, moves: list[Array]) -> Array:
         seconds = [column.seconds[choices[i]] for i, column in enumerate(self.columns)]
@@ -163,9 +167,8 @@ class PlanTable:
             found.append(lag * ((a != b) & (a != UNDECIDED) & (b != UNDECIDED)))
         return found
 
-    def _fullness(self, choices: Choices) -> Array:
+    def _fullness(self, choices: Choices, cut: NDArray[np.int64]) -> Array:
         held, most = 0.0, 0.0
-        cut = [column.cut[choices[i]] for i, column in enumerate(self.columns)]
         own = {call: apart[cut[training], cut[call]] for call, training, apart in self.borrowers}
         for i, column in enumerate(self.columns):
             has_rank = self.has_rank[column.mesh[choices[i]]]  # (plans, ranks)
@@ -175,27 +178,30 @@ class PlanTable:
             most = np.maximum(most, needed[1][:, None] * has_rank)
         return np.max(held + most, axis=1)
 
-    def _moves(self, use: Use, choices: Choices) -> Array:
+    def _moves(self, use: Use, cut: NDArray[np.int64]) -> Array:
         """Seconds of the reallocation before a call: (plans)."""
-        source = self.columns[use.training].cut[choices[use.training]]
-        target = self.columns[use.call].cut[choices[use.call]]
+        source, target = cut[use.training], cut[use.call]
         seconds = use.known[source, target]
         if np.isnan(seconds).any():
             pairs = np.unique(np.stack([source, target])[:, np.isnan(seconds)], axis=1)
             found = reallocation_seconds(use.source, pairs[0], use.target, pairs[1], use.sizes, self.cluster)
             use.known[pairs[0], pairs[1]] = found
             seconds = use.known[source, target]
+        for call, apart in use.earlier:
+            seconds = seconds * apart[cut[call], target]
         return seconds
 
     def _use(self, call: int, training: int, workload: Workload) -> Use:
         model = workload.models[self.graph.calls[call].role]
         source, target = (Shares.of(self.columns[i].cuts, self.cluster, model.shape.layers) for i in (training, call))
         known = np.where(self._apart(call, training), np.nan, 0.0)
-        return Use(call, training, bytes_by_kind(model, workload.value_bytes), source, target, known)
+        uses = [i for i, each in enumerate(self.graph.calls) if each.role == self.graph.calls[call].role]
+        earlier = tuple((i, self._apart(call, i)) for i in uses if i < call)
+        return Use(call, training, bytes_by_kind(model, workload.value_bytes), source, target, known, earlier)
 
-    def _apart(self, call: int, training: int) -> NDArray[np.bool_]:
-        """(cuts of the training + 1, cuts of the call + 1): whether they are decided and differ."""
-        source, target = self.columns[training].cuts, self.columns[call].cuts
+    def _apart(self, call: int, other: int) -> NDArray[np.bool_]:
+        """(cuts of the other + 1, cuts of the call + 1): whether they are decided and differ."""
+        source, target = self.columns[other].cuts, self.columns[call].cuts
         apart = np.ones((len(source) + 1, len(target) + 1), dtype=bool)
         apart[UNDECIDED], apart[:, UNDECIDED] = False, False
         places = {cut: number for number, cut in enumerate(target)}

@@ -19,10 +19,8 @@ from training.planner.cost import CallCosts
 from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here
 from training.planner.simulate import Interval, Schedule, list_schedule
-from training.run_directory import read_json
-from training.shape import Shape
 from training.stage import Stage
-from training.step3_rlhf.planned import graphs_of
+from training.step3_rlhf.planned import graphs_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,6 @@ class Forecast:
         costs = CallCosts(workload, self.graphs.costs.cluster)
         nodes = AugmentedGraphs(self.graphs.graph, costs).nodes(self.plan)
         return list_schedule([replace(n, seconds=0.0) if n.name in left_out else n for n in nodes], iterations=1)
-
-
-def shape_of(directory: Path) -> Shape:
-    return Shape.from_config_values(read_json(directory / "config.json", "fetch or train the model again"))
 
 
 def hardware_of(stage: Stage) -> Cluster | None:
@@ -127,3 +121,19 @@ def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Spa
             for rank in range(len(spans))
         ],
     }
+
+
+def update_data(of_ranks: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The same of the newest optimiser step in pipeline stages, in seconds from its beginning; None without stages.
+
+    `of_ranks` are by rank, as `StagedRoles.newest` gives them.
+    """
+    told = [each for each in of_ranks if each is not None]
+    if not told:
+        return None
+    data: dict[str, Any] = {"order": told[0]["order"]}
+    for name in ("achieved", "predicted"):
+        passes = [[] if each is None else each[name] for each in of_ranks]
+        begun = min((start for of_rank in passes for _, start, _ in of_rank), default=0.0)
+        data[name] = [[[kind, start - begun, end - begun] for kind, start, end in of_rank] for of_rank in passes]
+    return data

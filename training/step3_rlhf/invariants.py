@@ -25,12 +25,13 @@ def check_first_update(stage: Stage, roles: Roles, experience: list[Experience])
     if place is not None:
         shortest = sorted(experience, key=lambda e: e.length)[: -(-len(experience) // settings.mini_batches)]
         rows = [shortest[row] for row in place.micro_batches([e.length for e in shortest])[-1].rows]
-        logprobs = roles.logprobs(token_batch(rows, ranks.device)).cpu()
-        generated = torch.cat([e.generation_logprobs for e in rows])
-        old = torch.cat([e.logprobs for e in rows])
-        difference = float((logprobs - generated).abs().mean()) if whole else 0.0
-        error, kl = float(((logprobs - old).exp() - 1).abs().mean()), float(ppo_math.kl_k3(old, logprobs).mean())
-        ours = difference, error, kl
+        for of_rows in roles.logprobs([token_batch(rows, ranks.device)]):
+            logprobs = of_rows.cpu()
+            generated = torch.cat([e.generation_logprobs for e in rows])
+            old = torch.cat([e.logprobs for e in rows])
+            difference = float((logprobs - generated).abs().mean()) if whole else 0.0
+            error, kl = float(((logprobs - old).exp() - 1).abs().mean()), float(ppo_math.kl_k3(old, logprobs).mean())
+            ours = difference, error, kl
     of_ranks = [each for each in ranks.gather(ours) if each is not None]
     worst, ratio_error = (max(each[i] for each in of_ranks) for i in (0, 1))
     tolerance = TOLERANCE[stage.dtype]

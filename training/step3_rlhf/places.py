@@ -25,8 +25,8 @@ class CallPlace:
     """Those that hold the same layers: all of the call where it has no stages."""
     cut: StageCut | None = None
     """This rank's layers; None for all."""
-    pipeline: tuple[int, ...] = ()
-    """The ranks of the run that have the stages of this one's model, in the order of the stages."""
+    pipeline: Ranks | None = None
+    """Those that have the stages of this one's model; None without stages."""
 
     @property
     def speaks(self) -> bool:
@@ -50,7 +50,8 @@ class CallPlaces:
     def __init__(self, plan: Plan, ranks: Ranks, layers: Mapping[str, int] = MappingProxyType({})):
         self.plan = plan
         layouts = [assignment.layout for assignment in plan.assignments.values()]
-        meshes = dict.fromkeys(tuple(sorted(mesh)) for each in layouts for mesh in (each.mesh, *each.stage_meshes))
+        groups_of = [(each.mesh, *(each.stage_meshes + each.pipeline_groups) * (each.pipeline > 1)) for each in layouts]
+        meshes = dict.fromkeys(tuple(sorted(mesh)) for groups in groups_of for mesh in groups)
         parts = {mesh: ranks.part(mesh) for mesh in meshes}
         cut = {(layout.mesh, layout.tensor): layout for layout in layouts if layout.tensor > 1}
         groups = {place: tensor_parallel_of(layout) for place, layout in cut.items()}
@@ -65,10 +66,12 @@ class CallPlaces:
                 continue
             stage = parts[tuple(sorted(layout.stage_meshes[layout.pipeline_rank(rank)]))]
             assert stage is not None
-            share = layout.stage_cut(rank, layers[name.partition("_")[0]]) if layout.pipeline > 1 else None
-            self._places[name] = CallPlace(
-                assignment, members, part, layout.data_rank(rank), stage, share, layout.pipeline_group(rank)
-            )
+            share = pipeline = None
+            if layout.pipeline > 1:
+                share = layout.stage_cut(rank, layers[name.partition("_")[0]])
+                pipeline = parts[tuple(sorted(layout.pipeline_group(rank)))]
+            data_rank = layout.data_rank(rank)
+            self._places[name] = CallPlace(assignment, members, part, data_rank, stage, share, pipeline)
 
     def __getitem__(self, call: str) -> CallPlace:
         """For a call that this rank takes part in."""

@@ -1,5 +1,7 @@
 """What the planner is told of step 3: its calls, its models, the samples of an iteration."""
 
+from pathlib import Path
+
 import torch
 
 from inference.errors import UserError
@@ -13,6 +15,7 @@ from training.planner.footprint import DTYPES
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.workload import Precision, Workload
+from training.run_directory import read_json
 from training.shape import Shape
 from training.step3_rlhf.old_logprobs import iteration_calls
 
@@ -39,13 +42,25 @@ def graphs_of(
 def require_runnable(
     config: RunConfig, ranks: int, actor: Shape | None, scorer: Shape | None, dtype: torch.dtype
 ) -> None:
-    """Raises UserError where so many ranks cannot run the plan of the settings; the first problem is its sentence. A
-    shape that is None is not judged."""
+    """Raises UserError where so many ranks cannot run the plan of the settings, or fused training has none; the first
+    problem is its sentence. A shape that is None is not judged."""
+    if not config.rlhf.plan:
+        if config.rlhf.fusion.training == "fused":
+            raise UserError(
+                "rlhf.fusion.training=fused weaves actor and critic that train in pipeline stages, and only a plan has "
+                "these: give one with --plan, or use auto."
+            )
+        return
     graph, plan = DataflowGraph(iteration_calls(config.rlhf, dtype)), from_blocks(config.rlhf.plan)
     workload = workload_of(config, actor, scorer, dtype)
     found = problems(plan, graph, workload, ranks) or unrunnable(plan, graph, workload, config.rlhf, ranks)
     if sentence := next(iter(found), ""):
         raise UserError(f"rlhf.plan cannot run on {ranks} process{'es' * (ranks > 1)}: {sentence}")
+
+
+def shape_of(directory: Path) -> Shape:
+    """Of the model in a directory. Raises UserError where its config.json cannot be read."""
+    return Shape.from_config_values(read_json(directory / "config.json", "fetch or train the model again"))
 
 
 def workload_of(config: RunConfig, actor: Shape | None, scorer: Shape | None, dtype: torch.dtype) -> Workload:

@@ -27,7 +27,7 @@ from training.stage import Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
-from training.step3_rlhf.forecast import Forecast, as_data, metrics_of
+from training.step3_rlhf.forecast import Forecast, as_data, metrics_of, update_data
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
 from training.step3_rlhf.reward_gate import look_at_reward_model
@@ -82,7 +82,7 @@ def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -
         return load_causal_lm(sft, chat_format, torch.float32)
 
     def write(weights: dict[str, Tensor], places: tuple[Path, Path]) -> None:
-        members = None if actor is None else actor.ranks
+        members = None if actor is None else actor.savers
         stage.save_weights(weights, lora, places, load, chat_format, members=members)
 
     write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
@@ -352,15 +352,17 @@ class PPO:
         all ranks call it."""
         seconds = clock.elapsed()
         ours = [Span(span.kind, span.start - clock.begun, span.end - clock.begun) for span in clock.calls.spans]
-        spans = self.ranks.gather_on_first(ours, "what each rank did")
+        told = self.ranks.gather_on_first((ours, self.roles.staged.newest()), "what each rank did")
         if not self.ranks.is_first:
             return {}
+        spans = [of_rank for of_rank, _ in told]
         schedule = None
         if self.forecast is not None:
             idle = [ACTOR_TRAIN.name] if number <= self.settings.critic_warmup else []
             lengths = [len(e.prompt) for e in experience], [len(e.response) for e in experience]
             schedule = self.forecast.schedule(*lengths, left_out=idle)
-        write_json(self.stage.directory.iteration_file, as_data(number, schedule, spans))
+        data = as_data(number, schedule, spans) | {"update": update_data([newest for _, newest in told])}
+        write_json(self.stage.directory.iteration_file, data)
         return {} if schedule is None else metrics_of(schedule, spans, seconds)
 
     def timing(self, experience: list[Experience], clock: Clock) -> dict[str, float]:

@@ -51,10 +51,12 @@ def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, fl
     pairs = stage.token_pairs(rows[: stage.config.reward.eval_rows], chat_format) if rows else []
     place, right = roles.places.get(REWARD_SCORE.name), 0.0
     with roles.scoring(), roles.present([REWARD_SCORE]):
-        for micro_batch in shared(pairs, place, stage.config.rlhf.micro_batch_tokens) if pairs and place else []:
-            batch = TokenBatch.of(rows_of([pairs[row] for row in micro_batch.rows]), stage.ranks.device)
-            chosen, rejected = roles.scores(batch).chunk(2)
-            right += float((chosen > rejected).sum()) * micro_batch.weight
+        shares = shared(pairs, place, stage.config.rlhf.micro_batch_tokens) if pairs and place else []
+        texts = (rows_of([pairs[row] for row in share.rows]) for share in shares)
+        scores = roles.score("reward", [TokenBatch.of(each, stage.ranks.device) for each in texts]) if shares else []
+        for share, found in zip(shares, scores, strict=bool(scores)):
+            chosen, rejected = found.chunk(2)
+            right += float((chosen > rejected).sum()) * share.weight
     speaks = place is not None and place.speaks
     right = float(stage.ranks.sum(torch.tensor([right if speaks else 0.0]))[0])
     return {"accuracy": right / max(1, len(pairs)), "pairs": len(pairs)}

@@ -1,7 +1,7 @@
 """The roles of step 3: the actor always, reference, critic and reward model where the settings have them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from inference.chat_format import ChatFormat
 from inference.generation.cpu_weights import BlockedWeights
 from training.calls import ACTOR_GENERATE, CRITIC_SCORE, Call
+from training.config import RunConfig
 from training.data.batching import TokenBatch
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
@@ -27,12 +28,17 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
 from training.models.scorer import Scorer, at_last_token
+from training.pipelines.cut import StageCut
+from training.pipelines.stage_engine import ScoringWork, StageEngine
+from training.pipelines.staged import StagedRoles
 from training.plan import Cut, Plan
 from training.role_settings import FrozenSettings, OptimizerSettings
+from training.shape import Shape
 from training.stage import Stage
 from training.step3_rlhf.exactness import settle_exactness
 from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.places import CallPlaces
+from training.step3_rlhf.planned import shape_of
 from training.steps import REWARD, SFT
 
 
@@ -53,19 +59,42 @@ def starting_scorer(stage: Stage) -> Path | None:
 
 
 def load_critic(
-    stage: Stage, scorer: Path | None, chat_format: ChatFormat, dtype: torch.dtype, with_weights: bool
+    stage: Stage,
+    scorer: Path | None,
+    chat_format: ChatFormat,
+    dtype: torch.dtype,
+    with_weights: bool,
+    cut: StageCut | None = None,
 ) -> Scorer:
     """The critic as it starts."""
     assert scorer is not None
-    trained = stage.config.rlhf.has_reward_model or bool(stage.config.trained_reward_model)
-    layers = 0 if trained else stage.config.reward.layers
-    model = load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights, trained=trained)
-    return Scorer(model, stage.config.rlhf.critic.lora)
+    trained, layers = critic_starts(stage.config)
+    model = load_scorer(scorer, chat_format, dtype, layers, with_weights=with_weights, trained=trained, cut=cut)
+    return Scorer(model, stage.config.rlhf.critic.lora, cut)
 
 
-def load_reward(stage: Stage, scorer: Path, chat_format: ChatFormat, with_weights: bool) -> Scorer:
+def critic_starts(config: RunConfig) -> tuple[bool, int]:
+    """Whether the critic starts from a trained scorer, and how many of its layers it has; 0 means all."""
+    trained = config.rlhf.has_reward_model or bool(config.trained_reward_model)
+    return trained, 0 if trained else config.reward.layers
+
+
+def load_reward(
+    stage: Stage, scorer: Path, chat_format: ChatFormat, with_weights: bool, cut: StageCut | None = None
+) -> Scorer:
     """The reward model, which has learned already."""
-    return Scorer(load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True))
+    model = load_scorer(scorer, chat_format, stage.dtype, with_weights=with_weights, trained=True, cut=cut)
+    return Scorer(model, cut=cut)
+
+
+def shapes_of(config: RunConfig, sft: Path, scorer: Path | None) -> dict[str, Shape]:
+    """Of the models, by role."""
+    shapes = dict.fromkeys(("actor", "reference"), shape_of(sft))
+    if scorer is not None:
+        shapes |= dict.fromkeys(("critic", "reward"), shape_of(scorer))
+        if layers := critic_starts(config)[1]:
+            shapes["critic"] = replace(shapes["critic"], layers=layers)
+    return shapes
 
 
 class Roles:
@@ -83,7 +112,17 @@ class Roles:
         """How training and scoring of the actor equal its generation to the bit, where they do."""
         self.calls = iteration_calls(settings, dtype, self.exact is not None)
         self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
-        self.places = CallPlaces(self.plan, stage.ranks)
+        has_stages = any(assignment.layout.pipeline > 1 for assignment in self.plan.assignments.values())
+        shapes = shapes_of(stage.config, sft, scorer) if has_stages else {}
+        layers = {role: shape.layers for role, shape in shapes.items()}
+        self.places = CallPlaces(self.plan, stage.ranks, layers)
+        activations = {
+            role: shapes[role].activation_values(1, getattr(settings, role).gradient_checkpointing) / layers[role]
+            for role in shapes.keys() & {"actor", "critic"}
+        }
+        self.staged = StagedRoles(
+            self.plan, stage.ranks, layers, settings.fusion.training, activations, stage.display.say
+        )
         self.actor_is_reference = self.plan.actor_is_reference(settings.actor.lora)
         self._engines: dict[str, ZeroEngine] = {}
         """Of the roles that this rank trains."""
@@ -96,9 +135,9 @@ class Roles:
         self.critic_scale: tuple[float, float] | None = None
         """Shift and scale that PPO gave it; None while it has its own."""
 
-        def load_actor(dtype: torch.dtype, with_weights: bool) -> Policy:
-            model = load_causal_lm(sft, chat_format, dtype, with_weights=with_weights)
-            return Policy(model, settings.actor.lora, self.exact)
+        def load_actor(dtype: torch.dtype, with_weights: bool, cut: StageCut | None = None) -> Policy:
+            model = load_causal_lm(sft, chat_format, dtype, with_weights=with_weights, cut=cut)
+            return Policy(model, settings.actor.lora, self.exact, cut)
 
         self._train("actor", load_actor, settings.actor, updates[0])
         if settings.has_critic:
@@ -106,8 +145,9 @@ class Roles:
         self.ema = MovingAverage(self.actor, settings.ema) if settings.ema and self.trains("actor") else None
         if settings.has_reference and not self.actor_is_reference:
 
-            def load_reference(with_weights: bool) -> Policy:
-                return Policy(load_causal_lm(sft, chat_format, dtype, with_weights=with_weights), exact=self.exact)
+            def load_reference(with_weights: bool, cut: StageCut | None = None) -> Policy:
+                model = load_causal_lm(sft, chat_format, dtype, with_weights=with_weights, cut=cut)
+                return Policy(model, exact=self.exact, cut=cut)
 
             self._freeze("reference", load_reference, settings.reference)
         if settings.has_reward_model:
@@ -127,7 +167,7 @@ class Roles:
         ]
 
     def _train(
-        self, role: str, load: Callable[[torch.dtype, bool], Policy | Scorer], settings: OptimizerSettings, updates: int
+        self, role: str, load: Callable[..., Policy | Scorer], settings: OptimizerSettings, updates: int
     ) -> None:
         """Make the engine of a role on the ranks that train it, and on all what brings its weights to other calls."""
         home, dtype = self.plan[f"{role}_train"].layout, self.stage.dtype
@@ -137,12 +177,19 @@ class Roles:
             if call.role == role and self.plan[call.name].cut != self.plan[f"{role}_train"].cut
         ]
         torch.manual_seed(self.stage.config.seed)  # what is drawn does not depend on which roles lie here
+        stage: nn.Module | None = None
         if place := self.places.get(f"{role}_train"):
-            loaded, with_weights = loads(home.zero_stage, dtype, place.ranks)
-            engine = ZeroEngine(load(loaded, with_weights), settings, dtype, updates, place.ranks)
+            loaded, with_weights = loads(home.zero_stage, dtype, place.stage_ranks)
+            module = load(loaded, with_weights, place.cut)
+            if place.cut is None:
+                engine = ZeroEngine(module, settings, dtype, updates, place.ranks)
+            else:
+                assert place.pipeline is not None
+                engine = StageEngine(module, settings, dtype, updates, place.stage_ranks, place.pipeline, place.cut)
+                stage = engine.language_model
             self._engines[role] = engine
             model = engine.language_model
-        elif elsewhere:
+        if elsewhere and (place is None or stage is not None):
             model = load(dtype, False).to(dtype).model
         moves: dict[Cut, Reallocation] = {}
         for call in elsewhere:
@@ -151,20 +198,21 @@ class Roles:
                 target, part, divides = assignment.layout, None, None
                 if place is not None:
                     part, divides = place.tensor_parallel, partial(divide_to_score, dtype=dtype, ranks=place.ranks)
+                divide = divides if target.zero_stage == 3 else None
                 moves[assignment.cut] = Reallocation(
-                    model, home, target, part, self.stage.ranks, divide=divides if target.zero_stage == 3 else None
+                    model, home, target, part, self.stage.ranks, divide=divide, stage=stage
                 )
             self.moves[call.name] = moves[assignment.cut]
 
-    def _freeze(self, role: str, load: Callable[[bool], Policy | Scorer], settings: FrozenSettings) -> None:
-        """Load a role that only scores, where it does: whole on every rank, divided by ZeRO 3, or a tensor-parallel
-        part."""
+    def _freeze(self, role: str, load: Callable[..., Policy | Scorer], settings: FrozenSettings) -> None:
+        """Load a role that only scores, where it does: whole on every rank, divided by ZeRO 3, a stage, or a
+        tensor-parallel part."""
         place = self.places.get(f"{role}_score")
         if place is None:
             return
         layout, ranks = place.assignment.layout, place.ranks
         _, with_weights = loads(layout.zero_stage, self.stage.dtype, ranks)
-        module = load(with_weights)
+        module = load(with_weights, place.cut)
         if layout.tensor > 1:
             order = sorted(layout.mesh)
             local = replace(layout, mesh=tuple(order.index(rank) for rank in layout.mesh))
@@ -220,8 +268,9 @@ class Roles:
         """
         blocked = list(self._frozen_blocked)
         for call in self.calls:
-            if call.kind == "score" and call.name in self.moves:
-                self._use(call, self._brought(call))
+            if call.kind == "score" and (move := self.moves.get(call.name)) is not None:
+                is_here = move.is_filled and move is self.moves.get(ACTOR_GENERATE.name)  # since samples were drawn
+                self._use(call, move.module if is_here else self._brought(call))
         if CRITIC_SCORE.name in self.places and self.plan[CRITIC_SCORE.name].layout.zero_stage < 3:
             blocked.append(BlockedWeights(self._scoring.get("critic") or self.critic.module))
         with ExitStack() as stack:
@@ -256,50 +305,38 @@ class Roles:
         if call.role == "critic" and self.critic_scale is not None:
             self.scale_critic(*self.critic_scale)
 
-    def _ask(self, role: str, *inputs: Any) -> Any:
-        """The forward pass of a role in its score call."""
-        if role not in self._scoring:
-            return self._engines[role](*inputs)
-        with self.places[f"{role}_score"].ranks.as_world():
-            return self._scoring[role](*inputs)
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """Of the actor as it is trained, float32 (response tokens) of each batch; none on a stage but the last."""
+        return [logprobs for logprobs, _ in self._ask("actor_train", self.actor, batches, self.settings.temperature)]
 
     @torch.no_grad()
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """Of the actor as it is trained, float32 (response tokens)."""
-        return self.actor(batch, self.settings.temperature)[0]
+    def score(self, role: str, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """What the score call of a role makes of each batch, on ranks that take part; nothing on a stage but the last.
 
-    @torch.no_grad()
-    def old_logprobs(self, batch: TokenBatch) -> Tensor:
-        """Of the actor as its score call has it, float32 (response tokens)."""
-        return self._ask("actor", batch, self.settings.temperature)[0]
+        Float32: log-probabilities at the temperature of the policy (response tokens), of the actor as the call has it
+        or of the frozen SFT model; values (response tokens); scores of the reward model at the last tokens (rows).
+        """
+        module: nn.Module | ZeroEngine | None = self._scoring.get(role) or self._engines.get(role)
+        more = (self.settings.temperature,) if role in ("actor", "reference") else ()
+        with ExitStack() as stack:
+            if role == "reference" and self.actor_is_reference:
+                module = self.actor
+                stack.enter_context(cast(Policy, self.actor.module).without_adapter())
+            said = self._ask(f"{role}_score", module, batches, *more)
+        read = {"critic": response_values, "reward": at_last_token}.get(role, lambda found, _: found[0])
+        return [read(found, batch) for found, batch in zip(said, batches, strict=bool(said))]
 
-    @torch.no_grad()
-    def reference_logprobs(self, batch: TokenBatch) -> Tensor:
-        """Of the frozen SFT model, at the temperature of the policy; float32 (response tokens)."""
-        if not self.actor_is_reference:
-            return self._ask("reference", batch, self.settings.temperature)[0]
-        with cast(Policy, self.actor.module).without_adapter():
-            return self.actor(batch, self.settings.temperature)[0]
-
-    @torch.no_grad()
-    def values(self, batch: TokenBatch) -> Tensor:
-        """Of the critic, float32 (response tokens)."""
-        return response_values(self._ask("critic", batch), batch)
-
-    @torch.no_grad()
-    def scores(self, batch: TokenBatch) -> Tensor:
-        """Of the reward model at each sample's last token, float32 (rows)."""
-        return at_last_token(self._ask("reward", batch), batch)
-
-    def score(self, role: str, batch: TokenBatch) -> Tensor:
-        """The score call of a role (`training.calls`): what it makes of `batch`."""
-        calls = {
-            "actor": self.old_logprobs,
-            "reference": self.reference_logprobs,
-            "reward": self.scores,
-            "critic": self.values,
-        }
-        return calls[role](batch)
+    def _ask(self, call: str, module: Any, batches: Sequence[TokenBatch], *more: Any) -> list[Any]:
+        """What a role's model, or the last stage of it, says of each batch; nothing on the other stages."""
+        place = self.places[call]
+        with nullcontext() if isinstance(module, ZeroEngine) else place.stage_ranks.as_world():
+            if place.cut is None:
+                return [module(batch, *more) for batch in batches]
+            found: list[Any] = [None] * len(batches)
+            model = getattr(module, "module", module).model
+            self.staged.score(call, ScoringWork(module, model, place.cut, batches, found.__setitem__, *more))
+        return found if place.cut.is_last else []
 
     def save(self, directory: Path) -> None:
         """All ranks call it; each role is saved by those that train it."""

@@ -112,23 +112,21 @@ class Rollouts:
     def begin_scoring(self, rows: list[Experience], calls: Sequence[Call] = ()) -> Callable[[], list[Experience]]:
         """Start the forward passes of `calls` (default: all that score) on `rows`; what is returned waits for them and
         gives scored rows."""
-        batch = token_batch(rows, self.stage.ranks.device)
-        sizes = [len(e.response) for e in rows]
-        taught = self.as_taught(rows) if self.stage.config.rlhf.has_reward_model else batch
-        found = {
-            call.outputs[0]: self.roles.score(call.role, taught if call.role == "reward" else batch)
-            for call in calls or self.scoring
-        }
+        calls = calls or self.scoring
+        batches = {is_taught: self.read(rows, is_taught) for is_taught in {call.role == "reward" for call in calls}}
+        found = {call.outputs[0]: self.roles.score(call.role, [batches[call.role == "reward"]])[0] for call in calls}
+        return lambda: with_found(rows, found)
 
-        def finish() -> list[Experience]:
-            of_tokens = {key: values.cpu().split(sizes) for key, values in found.items() if key != "scores"}
-            scores = found["scores"].tolist() if "scores" in found else [e.score for e in rows]
-            return [
-                replace(e, score=scores[i], **{key: of_rows[i] for key, of_rows in of_tokens.items()})
-                for i, e in enumerate(rows)
-            ]
+    def score_in_stages(self, shares: list[list[Experience]], call: Call) -> list[list[Experience]]:
+        """Micro-batches as a call scores them that runs in stages; as they were on all stages but the last."""
+        found = self.roles.score(call.role, [self.read(rows, call.role == "reward") for rows in shares])
+        if not found:
+            return shares
+        return [with_found(rows, {call.outputs[0]: each}) for rows, each in zip(shares, found, strict=True)]
 
-        return finish
+    def read(self, rows: list[Experience], is_taught: bool) -> TokenBatch:
+        """The rows as they were generated, or as the reward model was taught to read them."""
+        return self.as_taught(rows) if is_taught else token_batch(rows, self.stage.ranks.device)
 
     def as_taught(self, rows: list[Experience]) -> TokenBatch:
         """The rows as the reward model was trained to read them: with one end, whatever token ended a response."""
@@ -147,6 +145,17 @@ class Rollouts:
             "work/response_tokens": sum(s.response_tokens for s in shares),
             "work/prefilled_tokens": sum(s.prefilled_tokens for s in shares),
         }
+
+
+def with_found(rows: list[Experience], found: dict[str, Tensor]) -> list[Experience]:
+    """Rows with what calls have found: scores (rows), all else (response tokens of all rows)."""
+    sizes = [len(e.response) for e in rows]
+    of_tokens = {key: values.cpu().split(sizes) for key, values in found.items() if key != "scores"}
+    scores = found["scores"].tolist() if "scores" in found else [e.score for e in rows]
+    return [
+        replace(e, score=scores[i], **{key: of_rows[i] for key, of_rows in of_tokens.items()})
+        for i, e in enumerate(rows)
+    ]
 
 
 @dataclass
@@ -206,9 +215,16 @@ class Rollout:
         with ExitStack() as stack:
             with self.clock.calls.span("offload"):
                 stack.enter_context(self.rollouts.roles.present(calls))
-            for micro_batch in place.micro_batches([e.length for e in experience]) if place is not None else []:
+            micro_batches = place.micro_batches([e.length for e in experience]) if place is not None else []
+            shares = [[experience[row] for row in micro_batch.rows] for micro_batch in micro_batches]
+            if place is not None and place.cut is not None:
+                for call in calls:
+                    with self.clock.calls.span(call.name):
+                        shares = self.rollouts.score_in_stages(shares, call)
+                scored = [e for each, rows in zip(micro_batches, shares, strict=True) if each.weight for e in rows]
+                return scored if place.speaks else []
+            for micro_batch, rows in zip(micro_batches, shares, strict=True):
                 start = time.perf_counter()
-                rows = [experience[row] for row in micro_batch.rows]
                 for call in calls:
                     with self.clock.calls.span(call.name):
                         rows = self.rollouts.begin_scoring(rows, [call])()

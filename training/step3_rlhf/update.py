@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor
 from training.data.batching import MicroBatch, TokenBatch
 from training.fusion.timeline import Timeline
 from training.hybrid_engine.overflow import step_together
+from training.pipelines.stage_engine import Pass, StageEngine
 from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
-from training.step3_rlhf.experience import Experience, Targets, TokenTargets, token_batch
+from training.step3_rlhf.experience import Experience, Targets, token_batch
 from training.step3_rlhf.places import CallPlace
 from training.step3_rlhf.ptx import Demonstrations, Drawn
 from training.step3_rlhf.roles import Roles, response_values
@@ -54,11 +55,13 @@ class MiniBatch:
         """Of all responses."""
         return sum(len(self.batch.experience[row].response) for row in self.rows)
 
-    def part(self, micro_batch: MicroBatch, device: torch.device) -> tuple[list[int], TokenBatch, TokenTargets]:
-        """A micro-batch: its samples' places in the batch, what the models read, and what the losses aim at."""
-        rows = [self.rows[i] for i in micro_batch.rows]
-        experience = [self.batch.experience[row] for row in rows]
-        return rows, token_batch(experience, device), self.batch.targets.of_tokens(rows, device)
+    def rows_of(self, micro_batch: MicroBatch) -> list[int]:
+        """Its samples' places in the batch."""
+        return [self.rows[i] for i in micro_batch.rows]
+
+    def read(self, rows: list[int], device: torch.device) -> TokenBatch:
+        """What the models read of these samples."""
+        return token_batch([self.batch.experience[row] for row in rows], device)
 
 
 @dataclass(frozen=True)
@@ -127,21 +130,6 @@ class Done:
         }
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A micro-batch with the loss that it takes."""
-
-    micro_batch: MicroBatch
-    loss: Callable[[MicroBatch], Tensor]
-
-    @property
-    def weight(self) -> float:
-        return self.micro_batch.weight
-
-    def run(self) -> Tensor:
-        return self.loss(self.micro_batch)
-
-
 class Updates:
     """Those of a run. The losses themselves are in `ppo_math`."""
 
@@ -175,9 +163,10 @@ class Updates:
                 if settings.ppo_kl_stop < done[-1].row.get("kl/old_k3", 0.0):
                     break
         done += self.told(ours)
+        of_stages = self.roles.staged.learn()
         rows = [each.row for each in done]
         tokens = sum(each.tokens for each in done)
-        metrics = pooled([each.statistics for each in done]).means(tokens) | done[-1].step
+        metrics = pooled([each.statistics for each in done]).means(tokens) | done[-1].step | of_stages
         metrics["update/mini_batches"] = len(done)
         if "kl/old_k3" in metrics:  # not in the critic's warm-up
             metrics["kl/old_k3_max"] = max(row["kl/old_k3"] for row in rows)
@@ -189,14 +178,13 @@ class Updates:
 
     def passes(self, mini_batch: MiniBatch, statistics: Statistics) -> dict[str, list[Pass]]:
         """This rank's, by role."""
-        losses = {"actor": self.actor_loss, "critic": self.critic_loss}
+        kinds = {"actor": self.actor_pass, "critic": self.critic_pass}
         if mini_batch.batch.number <= self.settings.critic_warmup:
-            del losses["actor"]
+            del kinds["actor"]
         passes: dict[str, list[Pass]] = {}
-        for role, loss in losses.items():
+        for role, make in kinds.items():
             if (place := self.roles.places.get(f"{role}_train")) is not None:
-                one = partial(loss, mini_batch, statistics)
-                passes[role] = [Pass(each, one) for each in place.micro_batches(mini_batch.lengths)]
+                passes[role] = [make(mini_batch, statistics, each) for each in place.micro_batches(mini_batch.lengths)]
                 if role == "actor" and self.ptx is not None:
                     passes[role] += self.ptx_passes(self.ptx, place, mini_batch, statistics)
         return passes
@@ -216,47 +204,57 @@ class Updates:
             self.roles.ema.update()
         return done
 
-    def actor_loss(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Tensor:
+    def actor_pass(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Pass:
         """A micro-batch's share of the actor's mean loss a token."""
-        settings, batch = self.settings, mini_batch.batch
-        rows, tokens, targets = mini_batch.part(micro_batch, self.ranks.device)
-        logprobs, entropy = self.roles.actor(tokens, settings.temperature)
-        loss = ppo_math.actor_loss(
-            logprobs,
-            entropy,
-            targets.logprobs,
-            targets.reference_logprobs,
-            targets.advantages,
-            settings.clip,
-            batch.kl_coefficient if settings.kl_in_loss else None,
-        )
-        self.require_finite(loss.total, "The policy loss", batch, rows)
-        statistics.add(loss, micro_batch.weight)
-        return loss.total / mini_batch.tokens
+        settings, batch, rows = self.settings, mini_batch.batch, mini_batch.rows_of(micro_batch)
 
-    def critic_loss(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Tensor:
+        def loss_of(said: tuple[Tensor, Tensor], _: TokenBatch) -> Tensor:
+            targets = batch.targets.of_tokens(rows, self.ranks.device)
+            loss = ppo_math.actor_loss(
+                *said,
+                targets.logprobs,
+                targets.reference_logprobs,
+                targets.advantages,
+                settings.clip,
+                batch.kl_coefficient if settings.kl_in_loss else None,
+            )
+            self.require_finite(loss.total, "The policy loss", batch, rows)
+            statistics.add(loss, micro_batch.weight)
+            return loss.total / mini_batch.tokens
+
+        read = partial(mini_batch.read, rows, self.ranks.device)
+        return Pass(read, loss_of, micro_batch.weight, (settings.temperature,))
+
+    def critic_pass(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Pass:
         """A micro-batch's share of the critic's mean loss a token."""
-        rows, tokens, targets = mini_batch.part(micro_batch, self.ranks.device)
-        values = response_values(self.roles.critic(tokens), tokens)
-        loss = ppo_math.critic_loss(values, targets.values, targets.returns, self.settings.value_clip)
-        self.require_finite(loss.total, "The value loss", mini_batch.batch, rows)
-        statistics.add(loss, micro_batch.weight)
-        return loss.total / mini_batch.tokens
+        batch, rows = mini_batch.batch, mini_batch.rows_of(micro_batch)
 
-    def ptx_loss(self, drawn: Drawn, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Tensor:
+        def loss_of(scores: Tensor, tokens: TokenBatch) -> Tensor:
+            targets = batch.targets.of_tokens(rows, self.ranks.device)
+            values = response_values(scores, tokens)
+            loss = ppo_math.critic_loss(values, targets.values, targets.returns, self.settings.value_clip)
+            self.require_finite(loss.total, "The value loss", batch, rows)
+            statistics.add(loss, micro_batch.weight)
+            return loss.total / mini_batch.tokens
+
+        return Pass(partial(mini_batch.read, rows, self.ranks.device), loss_of, micro_batch.weight)
+
+    def ptx_pass(self, drawn: Drawn, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Pass:
         """A micro-batch's share of the mean loss of the demonstrations, weighed."""
-        logprobs, _ = self.roles.actor(drawn.batch(micro_batch, self.ranks.device))
-        loss = ppo_math.ptx_loss(logprobs, drawn.tokens, mini_batch.tokens)
-        statistics.add(loss, micro_batch.weight)
-        return self.settings.ptx.coefficient * loss.total
+
+        def loss_of(said: tuple[Tensor, Tensor], _: TokenBatch) -> Tensor:
+            loss = ppo_math.ptx_loss(said[0], drawn.tokens, mini_batch.tokens)
+            statistics.add(loss, micro_batch.weight)
+            return self.settings.ptx.coefficient * loss.total
+
+        return Pass(partial(drawn.batch, micro_batch, self.ranks.device), loss_of, micro_batch.weight)
 
     def ptx_passes(
         self, ptx: Demonstrations, place: CallPlace, mini_batch: MiniBatch, statistics: Statistics
     ) -> list[Pass]:
         """This rank's, over the demonstrations of an optimiser step."""
         drawn = ptx.draw(*self.demonstrations_of(mini_batch.update, len(mini_batch.batch.experience)))
-        loss = partial(self.ptx_loss, drawn, mini_batch, statistics)
-        return [Pass(each, loss) for each in place.micro_batches(drawn.lengths)]
+        return [self.ptx_pass(drawn, mini_batch, statistics, each) for each in place.micro_batches(drawn.lengths)]
 
     def demonstrations_of(self, update: int, samples: int) -> tuple[int, int]:
         """Where those of an optimiser step begin, counted through all updates of the run, and how many they are: each
@@ -273,11 +271,18 @@ class Updates:
         In fp16 with rlhf.align_overflow all roles step, or none.
         """
         engines = {role: self.roles.critic if role == "critic" else self.roles.actor for role in passes}
+        staged = {role: engine for role, engine in engines.items() if isinstance(engine, StageEngine)}
+        if staged:
+            works = {role: engine.work(passes[role]) for role, engine in staged.items()}
+            self.roles.staged.train(works, self.calls)
         steps: Any = {}
         for role, engine in engines.items():
             with self.calls.span(f"{role}_train"):
-                advance = engine.accumulate if self.steps_together else engine.update
-                steps[role] = advance(passes[role], Pass.run)
+                if role in staged:
+                    steps[role] = engine.step()
+                else:
+                    advance = engine.accumulate if self.steps_together else engine.update
+                    steps[role] = advance(passes[role], partial(Pass.of_whole, model=engine))
         if not self.steps_together:
             return steps, True
         steps, stepped = step_together(list(engines.values()), self.ranks)

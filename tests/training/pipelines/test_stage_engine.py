@@ -23,7 +23,7 @@ from training.models.scorer import Scorer
 from training.pipelines.cut import StageCut
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial
-from training.pipelines.stage_engine import StageEngine, StagePass
+from training.pipelines.stage_engine import Pass, StageEngine
 from training.pipelines.stage_model import keep_stage, tied_table
 from training.planner.fusion.instance import FORWARD, Instance, Pipeline
 from training.planner.fusion.search import find_schedule
@@ -109,7 +109,7 @@ def batch_of(micro_batch: Any) -> Any:
     return TokenBatch.of([ROWS[i] for i in micro_batch.rows], torch.device("cpu"))
 
 
-def loss_of(said: Any) -> torch.Tensor:
+def loss_of(said: Any, batch: TokenBatch | None = None) -> torch.Tensor:
     """Of a policy, or of a scorer."""
     return (-said[0].sum() if isinstance(said, tuple) else 3 * said.square().sum()) / sum(LENGTHS)
 
@@ -149,7 +149,7 @@ def trained(engine, ranks, passes_one_by_one: bool = False) -> tuple[list[dict[s
         if not passes_one_by_one:
             steps.append(engine.update(micro_batches, lambda each: loss_of(engine(batch_of(each)))))
             continue
-        work = engine.work([StagePass(partial(batch_of, each), loss_of) for each in micro_batches])
+        work = engine.work([Pass(partial(batch_of, each), loss_of) for each in micro_batches])
         for place in range(work.count):
             assert work.forward(place, None) is work.backward(place, None) is None
         steps.append(engine.step())
@@ -174,13 +174,14 @@ class Stage:
 
     def work(self, update: int) -> Any:
         passes = [
-            StagePass(partial(batch_of, each), lambda said, each=each: loss_of(said) * each.weight)
+            Pass(partial(batch_of, each), loss_of, each.weight)
             for each in micro_batches_of(self.data_rank, self.data, update)
         ]
         return self.engine.work(passes)
 
     def update(self, update: int) -> dict[str, float]:
         compute({"role": (self, self.work(update))}, one_forward_one_backward)
+        self.was_training = self.engine.module.training
         return self.engine.step()
 
     def table(self) -> bytes:
@@ -237,7 +238,9 @@ def train_stages(ranks, directory):
         stage = Stage(ranks, name)
         steps = [stage.update(number) for number in range(UPDATES)]
         weights = stage.engine.trained_weights()
-        found[name] = {"steps": steps, "names": sorted(weights)}
+        own = sum(part.numel() for part in stage.engine.own_weights())
+        modes = [stage.was_training, stage.engine.module.training]
+        found[name] = {"steps": steps, "names": sorted(weights), "own": own, "modes": modes}
         if case.model in ("tied", "opt"):
             found[name]["shared"] = stage.shared()
         if ranks.is_first:
@@ -245,6 +248,7 @@ def train_stages(ranks, directory):
             assert {key: weight.shape for key, weight in weights.items()} == {key: w.shape for key, w in whole.items()}
             largest = max(float(weight.abs().max()) for weight in whole.values())
             differences = [float((weights[key] - weight).abs().max()) for key, weight in whole.items()]
+            found[name]["whole"] = sum(weight.numel() for weight in whole.values())
             found[name]["error"] = max(differences) / largest
         if KEPT.get(name) == ranks.size:
             found[name] |= go_on(stage, directory / f"{name} {ranks.size}")
@@ -282,7 +286,7 @@ def go_on(stage, directory) -> dict[str, bool]:
     after = look()
     kept.put_back()
     back = look()
-    stage.ranks.barrier()
+    stage.update(0)  # away from there, before it is loaded
     engine.load(directory / "role")
     average.load(directory / "average")
     loaded = look()
@@ -336,6 +340,16 @@ def test_the_first_rank_alone_gets_weights(found):
     for data in (1, 2):
         for name, first, of_ranks, _ in cases_of(found, data):
             assert first["names"] and not any(each["names"] for each in of_ranks[1:]), name
+
+
+def test_a_weight_has_one_optimiser_state_also_where_two_stages_hold_it(found):
+    for name, first, of_ranks, _ in cases_of(found, 1):
+        assert first["whole"] <= sum(each["own"] for each in of_ranks) < first["whole"] + 50, name  # padding
+
+
+def test_a_stage_is_in_training_mode_where_activations_are_recomputed_and_until_the_step(found):
+    for name, first, _, _ in cases_of(found, 1):
+        assert first["modes"] == [name == "recomputed", False], name
 
 
 def test_copies_of_a_tied_table_are_equal_to_the_bit(found):

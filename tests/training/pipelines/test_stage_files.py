@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.tiny_model import VOCABULARY_SIZE, build_tiny_model
+from tests.families import build, narrow_config
 from tests.training.pipelines.test_stage_model import FAMILIES
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy
@@ -101,6 +102,17 @@ def test_with_more_tokens_than_the_files_have(tokenizer, family, tmp_path):
     require_same(partial(load_causal_lm, tmp_path, tokenizer, torch.float32), Policy, (1, 1, 1), LORA)
 
 
+def test_what_the_files_know_beside_parameters(tokenizer, tmp_path):
+    """A mixture's router has a bias that is no parameter."""
+    whole: Any = build(narrow_config("deepseek_v3", first_k_dense_replace=0))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    whole.get_buffer(name).uniform_(-1, 1)
+    whole.save_pretrained(tmp_path)
+    cut = StageCut(1, (1, 1))
+    stage = Policy(load_causal_lm(tmp_path, tokenizer, torch.float32, cut=cut), cut=cut).model
+    assert torch.equal(stage.get_buffer(name), whole.get_buffer(name))
+
+
 def test_weights_of_other_stages_are_not_looked_at(directories, tokenizer, tmp_path):
     """Theirs have other shapes here, and one is missing."""
     model = AutoModelForCausalLM.from_pretrained(directories["llama"])
@@ -136,5 +148,7 @@ def test_without_weights_a_stage_has_room_for_its_own(directories, tokenizer):
     load = partial(load_causal_lm, directories["opt"], tokenizer, torch.float32)
     cut = StageCut(1, (1, 2))
     read, empty = (held_weights(Policy(load(with_weights=w, cut=cut), LORA, cut=cut).model) for w in (True, False))
-    shapes = [{name: (value.shape, value.requires_grad) for name, value in held.items()} for held in (read, empty)]
+    shapes = [{name: (w.shape, w.device, w.requires_grad) for name, w in held.items()} for held in (read, empty)]
     assert shapes[0] == shapes[1]
+    absent = load(with_weights=False, cut=cut).model.decoder.layers[0]
+    assert all(weight.is_meta for weight in absent.parameters())

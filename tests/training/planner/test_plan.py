@@ -3,15 +3,18 @@ from dataclasses import replace
 import pytest
 
 from inference.errors import UserError
+from tests.families import narrow_config
 from tests.training.planner.conftest import graphs_on
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment, Plan
-from training.plan_checks import problems, unrunnable
+from training.plan_checks import cannot_run, problems, unrunnable
 from training.plan_file import from_yaml, read_plan, to_yaml
 from training.planner.estimate import estimate
 from training.planner.hardware import USABLE_MEMORY
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
+from training.planner.workload import Workload
 from training.rlhf_settings import RLHFSettings
+from training.shape import Shape
 
 
 def test_a_plan_file_reads_as_it_was_written(random_plans):
@@ -144,6 +147,16 @@ def test_what_our_runtime_does_not_run(two_nodes):
         changed = Plan({**ours.assignments, call: Assignment(layout)})
         found = unrunnable(changed, graph, load, asked, 4)
         assert len(found) == bool(sentence) and sentence in "".join(found)
+
+
+def test_families_that_cannot_be_cut_into_stages_are_not_planned_so(two_nodes):
+    shapes = [Shape.of(narrow_config(family)) for family in ("llama", "gemma3n_text")]
+    assert [bool(shape.why_no_stages) for shape in shapes] == [False, True]
+    score = next(call for call in two_nodes.graph.calls if call.name == "reward_score")
+    for shape in shapes:
+        workload = Workload.of({"reward": shape}, 16, 8, 8)
+        found = cannot_run(score, Assignment(Layout((0, 1), pipeline=2)), workload, RLHFSettings(), 2)
+        assert found == [f"reward_score has 2 pipeline stages. {shape.why_no_stages}"] * bool(shape.why_no_stages)
 
 
 def test_a_line_for_a_call_that_does_not_run_is_left_out():

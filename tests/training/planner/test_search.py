@@ -7,6 +7,7 @@ import pytest
 
 from inference.errors import UserError
 from tests.training.planner.conftest import Plans, graphs_on, ppo_workload
+from training.calls import with_recomputed_logprobs
 from training.plan_checks import problems
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
@@ -48,6 +49,20 @@ def require_like_estimates(table, choices, graphs):
         found = estimate(table.plan(choices[:, i]), graphs)
         assert seconds[i] == pytest.approx(found.iteration_seconds)
         assert fullness[i] == pytest.approx(found.peak_bytes / graphs.costs.cluster.usable_memory)
+
+
+def test_weights_are_brought_once_for_calls_in_one_cut():
+    found = graphs_on(1, 2)
+    graphs = AugmentedGraphs(DataflowGraph(with_recomputed_logprobs(found.graph.calls)), found.costs)
+    table, score = PlanTable(graphs), graphs.graph.call("actor_score")
+    choices, moved = draw_choices(table, 100), [0, 0]
+    for plan in map(table.plan, choices.T):
+        brought = [node.call.name for node in graphs.nodes(plan) if node.kind == "reallocation"]
+        shares = plan["actor_generate"].cut == plan["actor_score"].cut
+        assert ("actor_score" in brought) == (plan.reallocates(graphs.graph, score) and not shares)
+        moved["actor_generate" in brought and shares] += 1
+    assert min(moved) > 5
+    require_like_estimates(table, choices, graphs)
 
 
 def test_a_reference_beside_adapters_needs_weights_of_its_own_only_in_another_cut_or_on_the_host():

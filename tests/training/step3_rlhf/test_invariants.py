@@ -45,8 +45,8 @@ class DirectRoles:
         self.places = {"actor_train": CallPlace(assignment, Ranks(0, 1, CPU), TensorParallel(), 0, Ranks(0, 1, CPU))}
 
     @torch.no_grad()
-    def logprobs(self, batch: TokenBatch) -> torch.Tensor:
-        return self.policy(batch, self.temperature)[0]
+    def logprobs(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+        return [self.policy(batch, self.temperature)[0] for batch in batches]
 
 
 def make_policy(family: str = "opt", dtype: torch.dtype = torch.float32) -> Policy:
@@ -88,7 +88,8 @@ def generate(policy: Policy, min_tokens: int = 0) -> list[Experience]:
 
 def recompute(ppo: SimpleNamespace, experience: list[Experience]) -> list[Experience]:
     """With old log-probabilities as scoring takes them, one sample at a time."""
-    return [replace(each, logprobs=ppo.roles.logprobs(token_batch([each], CPU))) for each in experience]
+    logprobs = ppo.roles.logprobs([token_batch([each], CPU) for each in experience])
+    return [replace(each, logprobs=found) for each, found in zip(experience, logprobs, strict=True)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,7 +165,7 @@ def test_logits_read_one_place_too_late_are_found(tmp_path, monkeypatch, family)
     policy = make_policy(family)
     experience = generate(policy)
 
-    def too_late(self, batch, temperature):
+    def too_late(self, batch, temperature, received=None):
         logits = call_on_tokens(self.model, batch, logits_at=batch.predicting + 1) / temperature
         return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0], None
 

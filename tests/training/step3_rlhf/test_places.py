@@ -39,28 +39,19 @@ def test_ranks_of_stages_in_both_directions():
 
     actor = [each["actor_train"] for each in places]
     assert [place.cut for place in actor] == [StageCut(stage, (1, 3)) for stage in (0, 0, 1, 1)]
-    assert [(place.data_rank, place.pipeline) for place in actor] == [
-        (0, (0, 2)),
-        (1, (1, 3)),
-        (0, (0, 2)),
-        (1, (1, 3)),
-    ]
+    lines = [(0, (0, 2)), (1, (1, 3))] * 2
+    assert [(place.data_rank, place.pipeline.mesh) for place in actor] == lines
     critic = [each["critic_train"] for each in places]
     assert [place.cut.stage for place in critic] == [1, 1, 0, 0] and critic[0].cut.layers == (3, 2)
-    assert [(place.data_rank, place.pipeline) for place in critic] == [
-        (0, (2, 0)),
-        (1, (3, 1)),
-        (0, (2, 0)),
-        (1, (3, 1)),
-    ]
+    assert [(place.data_rank, place.pipeline.mesh) for place in critic] == lines
     for place in (*actor, *critic):
         assert place.ranks.size == 4 and place.stage_ranks.size == 2 and place.stage_ranks.rank == place.data_rank
     assert [actor[0].stage_ranks.mesh, actor[2].stage_ranks.mesh] == [(0, 1), (2, 3)]
 
     scored = places[3]["critic_score"]
-    assert (scored.cut, scored.pipeline, scored.stage_ranks.size) == (StageCut(0, (3, 2)), (3, 2), 1)
+    assert (scored.cut, scored.pipeline.mesh, scored.stage_ranks.size) == (StageCut(0, (3, 2)), (2, 3), 1)
     whole = places[2]["reward_score"]
-    assert (whole.cut, whole.pipeline, whole.stage_ranks, whole.data_rank) == (None, (2,), whole.ranks, 1)
+    assert (whole.cut, whole.pipeline, whole.stage_ranks, whole.data_rank) == (None, None, whole.ranks, 1)
     assert "reward_score" not in places[0] and "critic_score" not in places[1]
 
 

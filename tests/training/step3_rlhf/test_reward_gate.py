@@ -33,9 +33,9 @@ class Likes:
     def present(self, calls):
         return nullcontext()
 
-    def scores(self, batch) -> torch.Tensor:
-        self.asked += 1
-        return self.sign * batch.ids[..., batch.last].flatten().float()
+    def score(self, role, batches) -> list[torch.Tensor]:
+        self.asked += len(batches)
+        return [self.sign * batch.ids[..., batch.last].flatten().float() for batch in batches]
 
 
 def look(tmp_path, roles: Likes, pairs: list[tuple[int, int]], *overrides: str, ranks: Ranks = ONE) -> list[str]:

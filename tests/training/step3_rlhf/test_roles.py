@@ -15,6 +15,8 @@ from training.config_files import load_config
 from training.data.batching import TokenBatch
 from training.step3_rlhf.roles import starting_scorer
 
+SCORED = ("reference", "critic", "reward")
+
 
 def score_inside_and_outside(ranks, directory):
     """Largest differences by call, and the layers that had blocked weights; called in a process of its own."""
@@ -38,9 +40,9 @@ def score_inside_and_outside(ranks, directory):
 
     found = {}
     for state in ("fresh", "updated"):  # the critic's blocked weights must follow its updates
-        plain = [call(batch) for call in (roles.logprobs, roles.reference_logprobs, roles.values, roles.scores)]
+        plain = [*roles.logprobs([batch]), *(roles.score(role, [batch])[0] for role in SCORED)]
         with patch.object(BlockedWeights, "in_use", count), roles.scoring():
-            inside = [call(batch) for call in (roles.logprobs, roles.reference_logprobs, roles.values, roles.scores)]
+            inside = [*roles.logprobs([batch]), *(roles.score(role, [batch])[0] for role in SCORED)]
         found[state] = [float((a - b).abs().max()) for a, b in zip(plain, inside, strict=True)]
         ppo.iterate(1, check=False)
     return found, blocked
@@ -91,10 +93,10 @@ def score_in_layouts(ranks, directory):
     )
     found = {}
 
-    def scored(call, in_parts: bool) -> list[float]:
+    def scored(roles, role: str, in_parts: bool) -> list[float]:
         if in_parts:  # ranks of a tensor-parallel group have the same rows
-            return call(together).tolist()
-        return [score for scores in ranks.gather(call(ours).tolist(), "scores") for score in scores]
+            return roles.score(role, [together])[0].tolist()
+        return [score for scores in ranks.gather(roles.score(role, [ours])[0].tolist()) for score in scores]
 
     for number, (name, settings) in enumerate(LAYOUTS.items()):
         config = our_ppo.make_config("tiny", lengths, "fp32", "fp32", iterations=2, threads=1)
@@ -103,9 +105,8 @@ def score_in_layouts(ranks, directory):
         roles, states = ppo.roles, []
         for _ in range(2):
             with roles.scoring():
-                calls = {"reference": roles.reference_logprobs, "reward": roles.scores, "critic": roles.values}
                 in_parts = settings.get("scoring_tensor_parallel", {})
-                states.append([scored(call, role in in_parts) for role, call in calls.items()])
+                states.append([scored(roles, role, role in in_parts) for role in ("reference", "reward", "critic")])
             metrics = ppo.iterate(1, check=False).metrics
         whole = sum(p.numel() for p in ppo.roles.actor.module.parameters())
         held = sum(p.numel() for p in roles._scoring["reference"].parameters())
