@@ -53,6 +53,8 @@ class Setting:
     overlaps: bool = False
     """Whether a rank can score beside decoding (CUDA)."""
     seed: int = 0
+    off: str = "switched off"
+    """Why none, where that is the mode."""
 
 
 @dataclass
@@ -113,7 +115,7 @@ class FusionChoice:
         """Anew, from what is known now."""
         setting = self.setting
         if setting.mode == "none":
-            return Choice(None, "switched off")
+            return Choice(None, setting.off)
         if setting.instances == 1:
             return self._for_one_instance()
         if self.costs is None or not self.prompts:

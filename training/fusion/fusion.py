@@ -47,6 +47,7 @@ class Fusion:
                 rows=settings.fusion.rows,
                 overlaps=device == "cuda",
                 seed=stage.config.seed,
+                off="switched off" if can_fuse else "not all ranks generate and score in all roles alone",
             ),
             LengthStatistics(stage.config.data.max_response_tokens),
         )
