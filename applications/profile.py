@@ -1,6 +1,7 @@
 """`rlhf-chat profile`: measures this machine, so that `rlhf-chat plan --gpu this-machine` can plan for it."""
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 from applications.files import write_text
@@ -54,4 +55,11 @@ def describe(profile: MachineProfile) -> str:
     ]
     if profile.ranks > 1:
         lines.append(f"{'a collective':<22}{calibration.collective_seconds * 1e6:.0f} us over two ranks")
+        lines.append(f"{'... to decode a token':<22}{calibration.decode_collective * 1e6:.0f} us")
+    if isfinite(calibration.copy_bandwidth):
+        shares = (
+            f"all-gather {calibration.gather_share:.0%}, reduce-scatter {calibration.scatter_share:.0%} of the link"
+        )
+        lines.append(f"{'ZeRO':<22}{shares}; new memory {calibration.copy_bandwidth / 1e9:.2f} GB/s")
+        lines.append(f"{'... around a layer':<22}{calibration.hook_seconds * 1e6:.0f} us a pass under ZeRO 3")
     return "\n".join(lines)

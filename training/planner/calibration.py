@@ -1,4 +1,4 @@
-"""The four constants of `hardware.Calibration`, from measured seconds.
+"""Four constants of `hardware.Calibration`, from measured seconds.
 
 Least squares of relative errors by Gauss-Newton. Seconds are almost linear in the constants (the compute share taken
 as its inverse), so few rounds do. A weak pull to the prior keeps constants in reason that the measurements hardly tell

@@ -21,14 +21,18 @@ class Group:
     """Bytes a second that each rank sends."""
     latency: float
     """Seconds before the first byte; grows with log2 of the ranks."""
+    decode_latency: float
+    """The same in a decode step."""
 
     def all_reduce(self, size: float) -> float:
         """Seconds to sum `size` bytes that every rank has."""
         return self.latency + 2 * (self.size - 1) / self.size * size / self.bandwidth if self.size > 1 else 0.0
 
-    def all_gather(self, size: float) -> float:
-        """Seconds until every rank has `size` bytes of which each had a part; so long takes a reduce-scatter too."""
-        return self.latency + (self.size - 1) / self.size * size / self.bandwidth if self.size > 1 else 0.0
+    def all_gather(self, size: float, share: float = 1.0) -> float:
+        """Seconds until every rank has `size` bytes of which each had a part, at a share of the bandwidth; those of a
+        reduce-scatter too."""
+        sent = (self.size - 1) / self.size * size
+        return self.latency + sent / (self.bandwidth * share) if self.size > 1 else 0.0
 
     def send(self, size: float) -> float:
         """Seconds to send `size` bytes to one neighbour."""
@@ -65,5 +69,6 @@ def _group(groups: Iterable[tuple[int, ...]], size: int, cluster: Cluster, one_w
     bandwidth = cluster.device.link_bandwidth
     if leaving:
         bandwidth = min(bandwidth, cluster.network_bandwidth / max(leaving.values()))
-    latency = cluster.calibration.collective_seconds * log2(size) if size > 1 else 0.0
-    return Group(size, bandwidth * ACHIEVED_BANDWIDTH, latency)
+    calibration = cluster.calibration
+    latencies = (seconds * log2(size) for seconds in (calibration.collective_seconds, calibration.decode_collective))
+    return Group(size, bandwidth * ACHIEVED_BANDWIDTH, *latencies)

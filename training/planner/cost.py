@@ -1,6 +1,6 @@
 """Seconds of a call on a layout, part by part.
 
-Everything is counted from shapes and data sheets; four calibrated constants stand in `hardware.Calibration`. In a pass
+Everything is counted from shapes and data sheets; what only measurement gives is in `hardware.Calibration`. In a pass
 over many tokens the host runs ahead of the device, so that launches and the latency of collectives cost only what they
 take longer than the arithmetic. The kernels of a decode step are as short as their launches, and the host waits for
 every token: there launches, latency, arithmetic and reads add up.
@@ -12,6 +12,7 @@ Attention arithmetic: "Reducing Activation Recomputation in Large Transformer Mo
 from dataclasses import dataclass, fields
 
 from training.calls import Call
+from training.memory import MAX_LIVE_PARAMETERS
 from training.plan import Assignment
 from training.planner.collectives import Links, links_of
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
@@ -80,6 +81,7 @@ class CallCosts:
     def _score(self, model: Model, assignment: Assignment) -> CallCost:
         rows = self._rows("score", assignment)
         stage = self._pass(model, assignment, rows, self.workload.length) + self._gathered(model, assignment)
+        stage = stage + self._hooks(model, assignment)
         parts = self.workload.micro_batches("score", assignment)
         return self._pipelined(stage, model, assignment, rows * self.workload.length, parts)
 
@@ -90,9 +92,11 @@ class CallCosts:
         forwards = 2 if workload.checkpointing else 1
         forward = self._pass(model, assignment, rows, workload.length)
         backward = _backward(model, forward)
-        # under ZeRO 3 the recomputed forward and the backward pass of a layer share one gathering
-        stage = forward * forwards + backward + self._gathered(model, assignment) * 2
-        group = self._links_of(assignment).data
+        # under ZeRO 3 the recomputed forward and the backward pass of a layer share one gathering, and the first one
+        # too where DeepSpeed keeps as many weights whole as are passed until then
+        reread = (forwards + 1) * model.largest_stage(layout).parameters / layout.tensor > MAX_LIVE_PARAMETERS
+        stage = forward * forwards + backward + self._gathered(model, assignment) * (2 if reread else 1)
+        stage = stage + self._hooks(model, assignment) * 2
         weights = model.largest_stage(layout).trained_parameters / layout.tensor
         zero_stage = max(
             layout.zero_stage, int(workload.precision == "bf16")
@@ -101,7 +105,7 @@ class CallCosts:
         updated = weights / (layout.data if zero_stage else 1)
         step = CallCost(
             gradients=reduced,
-            zero=group.all_gather(gathered) if gathered else 0.0,
+            zero=gathered,
             optimizer=updated * OPTIMIZER_BYTES / self.memory_bandwidth,
         )
         parts = workload.micro_batches("train", assignment)
@@ -184,7 +188,8 @@ class CallCosts:
         group = self._links_of(assignment).tensor
         one_layer = self.calibration.launch_seconds if context is None else self.calibration.decode_launch_seconds
         launch = (layers + HEAD_LAUNCHES * has_head) * one_layer
-        latency = (2 * layers + HEAD_COLLECTIVES * has_head) * group.latency
+        one_collective = group.latency if context is None else group.decode_latency
+        latency = (2 * layers + HEAD_COLLECTIVES * has_head) * one_collective
         hidden = 0.0 if context is not None else min(1.0, (arithmetic + attention) / (launch + latency))
         exchange = 2 * layers * (group.all_reduce(tokens * shape.hidden * width) - group.latency)
         return CallCost(
@@ -221,15 +226,40 @@ class CallCosts:
         group = self._links_of(assignment).data
         weights = model.largest_stage(layout).parameters * self.workload.value_bytes / layout.tensor
         latency = group.latency * (max(layout.runs(model.shape.layers)) - 1)
-        return CallCost(zero=latency + group.all_gather(weights))
+        received = group.all_gather(weights, self.calibration.gather_share) + self._copied(weights)
+        return CallCost(zero=latency + received)
+
+    def _hooks(self, model: Model, assignment: Assignment) -> CallCost:
+        """Of ZeRO 3 around every module, in one pass forward or backward."""
+        if assignment.layout.zero_stage < 3:
+            return CallCost()
+        return CallCost(zero=self.calibration.hook_seconds * max(assignment.layout.runs(model.shape.layers)))
 
     def _gradient_reduction(self, assignment: Assignment, weights: float, zero_stage: int) -> tuple[float, float]:
-        """Seconds to sum the gradients of one optimiser step; bytes of new weights that data ranks then gather."""
+        """Seconds to sum the gradients of one optimiser step, and then to gather the new weights.
+
+        Every backward pass writes gradients anew. DeepSpeed flattens them before it sums; from ZeRO 1 on it copies them
+        to a bucket before that, and flattens a rank's own part for its optimiser. ZeRO 1 and 2 keep a copy of that part
+        of every sum.
+        """
         group, size = self._links_of(assignment).data, weights * self.workload.value_bytes
+        micro_batches, calibration = self.workload.micro_batches("train", assignment), self.calibration
+        written = self._copied(size) * micro_batches
+        if group.size == 1:
+            return written, 0.0
         if zero_stage == 0:
-            return group.all_reduce(size), 0.0
-        times = self.workload.micro_batches("train", assignment) if zero_stage >= 2 else 1
-        return group.all_gather(size) * times, 0.0 if zero_stage == 3 else size
+            return written + self._copied(size) + group.all_reduce(size), 0.0
+        own, times = self._copied(size / group.size), micro_batches if zero_stage >= 2 else 1
+        if zero_stage == 3:
+            summed, gathered = group.all_gather(size, calibration.scatter_share), 0.0
+        else:
+            summed = own + group.all_gather(size, calibration.reduce_share)
+            gathered = group.all_gather(size, calibration.gather_share)
+        return written + (self._copied(2 * size) + summed) * times + own, gathered
+
+    def _copied(self, size: float) -> float:
+        """Seconds to write `size` bytes into memory that is new to the process."""
+        return size / self.calibration.copy_bandwidth
 
     def _rows(self, kind: str, assignment: Assignment) -> float:
         """Rows of a micro-batch."""

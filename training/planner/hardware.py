@@ -1,4 +1,4 @@
-"""What a plan runs on: devices, links, and the four constants that only measurement gives.
+"""What a plan runs on: devices, links, and the constants that only measurement gives.
 
 Peak rates are the makers' data sheets: dense matrix products, one direction of a link.
 """
@@ -91,11 +91,29 @@ class Calibration:
     requests sent, results and statistics collected."""
     decode_seconds: float = 0.0
     """To run one layer in a decode step, nearly without arithmetic; 0: as long as to launch it in other passes."""
+    decode_collective_seconds: float = 0.0
+    """Latency of a collective in a decode step; 0: as in other passes."""
+    gather_share: float = 1.0
+    """Of the link's bandwidth that an all-gather reaches."""
+    scatter_share: float = 1.0
+    """Of it that a reduce-scatter reaches."""
+    reduce_share: float = 1.0
+    """Of it that gradients reach under ZeRO 1 and 2, where each rank needs a part of the sum; 0.5: an all-reduce."""
+    copy_bandwidth: float = inf
+    """Bytes a second written into memory that is new to a process, as when gradients are flattened; infinite where that
+    is nothing beside the link."""
+    hook_seconds: float = 0.0
+    """Of ZeRO 3's hooks around the modules of one layer, in a pass."""
 
     @property
     def decode_launch_seconds(self) -> float:
         """Of one layer in a decode step."""
         return self.decode_seconds or self.launch_seconds
+
+    @property
+    def decode_collective(self) -> float:
+        """Latency of a collective over two ranks in a decode step."""
+        return self.decode_collective_seconds or self.collective_seconds
 
 
 @dataclass(frozen=True)

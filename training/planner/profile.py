@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,17 @@ from torch import nn
 import rlhf_chat  # noqa: F401  a script of ranks, too
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.tensor_parallel.group import TensorParallel
+from inference.tensor_parallel.shard import empty_shard
 from training.distributed import Ranks, start_ranks, stop_ranks
+from training.planner.cost import BACKWARD
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Calibration, Device
 from training.planner.machine import THIS_MACHINE, MachineProfile
 from training.planner.workload import Precision
 from training.versions import processor, versions
 from training.watchdog import begin_script
 
-REPEATS = 7
+REPEATS, FEW = 7, 3
 SLOW = 2.0
 """Seconds of a program that once is enough for, as products in bf16 on a CPU that only imitates them."""
 COLLECTIVES = 40
@@ -39,10 +42,14 @@ ROWS, DECODED = 16, 9
 """Samples that decode together, and tokens of each."""
 LAYERS = (4, 20)
 """Of two stacks: the difference of their seconds is that of the layers between them."""
+FEW_LAYERS = (2, 6)
+"""The same where a layer waits for other ranks, or for DeepSpeed."""
+ALL_REDUCE_SHARE = 0.5
+"""Of the link, for a sum of which a rank needs its part: what DeepSpeed's all-reduce under ZeRO 1 and 2 comes to."""
 
 
 def measure(ranks: Ranks) -> MachineProfile:
-    """The same on every rank: the slowest one's. Takes about ten seconds on two cores."""
+    """The same on every rank: the slowest one's. Takes about fifteen seconds on two cores."""
     meter = Meter(ranks)
     rates = meter.matrix_products()
     memory = meter.memory_bandwidth()
@@ -53,7 +60,24 @@ def measure(ranks: Ranks) -> MachineProfile:
     )  # fmt: skip
     launches = meter.launch_seconds(), latency, 0.0, meter.decode_seconds()
     calibration = Calibration(meter.compute_share(rates["fp32"]), *launches)
+    if meter.is_cpu and ranks.size > 1:  # a GPU's host runs ahead of it, and its memory is fast beside the link
+        calibration = replace(
+            calibration,
+            decode_collective_seconds=meter.decode_collective_seconds(calibration.decode_seconds),
+            gather_share=meter.gather_bandwidth() / link,
+            scatter_share=meter.scatter_bandwidth() / link,
+            reduce_share=ALL_REDUCE_SHARE,
+            copy_bandwidth=meter.copy_bandwidth(),
+            hook_seconds=meter.hook_seconds(calibration.launch_seconds),
+        )
     return MachineProfile(device, ranks.size, calibration, where(ranks))
+
+
+@dataclass(frozen=True)
+class OneToken:
+    """A micro-batch."""
+
+    weight: float = 1.0
 
 
 class Meter:
@@ -65,10 +89,10 @@ class Meter:
         self.scale = 1 if self.is_cpu else 8
         """How much larger the work on a GPU is."""
 
-    def seconds(self, program: Callable[[], Any]) -> float:
+    def seconds(self, program: Callable[[], Any], repeats: int = REPEATS) -> float:
         """Median of several calls after two that warm up, or of the first one that is slow, of the slowest rank."""
         taken = []
-        for repeat in range(REPEATS + 2):
+        for repeat in range(repeats + 2):
             self.ranks.barrier()
             self._wait()
             begun = time.perf_counter()
@@ -135,6 +159,44 @@ class Meter:
         exchange = 2 * (size - 1) / size * rows.numel() * rows.element_size() / bandwidth
         return max(0.0, (both - alone) / COLLECTIVES - exchange) / log2(size), bandwidth
 
+    def gather_bandwidth(self) -> float:
+        """Bytes a second that a rank sends in an all-gather of 128 MiB, too many for buffers that gloo has."""
+        whole, part, sent = self._divided()
+        return sent / self.seconds(lambda: dist.all_gather_into_tensor(whole, part), FEW)
+
+    def scatter_bandwidth(self) -> float:
+        """The same in a reduce-scatter."""
+        whole, part, sent = self._divided()
+        return sent / self.seconds(lambda: dist.reduce_scatter_tensor(part, whole), FEW)
+
+    def _divided(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """What all ranks have together, what each has of it, and the bytes of the others."""
+        part = torch.ones(2**25 // self.ranks.size, device=self.device)
+        whole = part.repeat(self.ranks.size)
+        return whole, part, (len(whole) - len(part)) * whole.element_size()
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second written into a buffer as DeepSpeed makes it for gradients: so large that the system gives new
+        memory, and clears every page of it first."""
+        many = torch.ones(2**24, device=self.device)
+        taken = self.seconds(lambda: torch.empty(2**28, device=self.device)[: len(many)].copy_(many))
+        return many.numel() * many.element_size() / taken
+
+    def hook_seconds(self, launch: float) -> float:
+        """Of DeepSpeed around one layer, in a forward or a backward pass under ZeRO 3, beside `launch` seconds for its
+        kernels: with weights so small that all ranks keep them whole, it gathers none."""
+        from training.hybrid_engine.zero_engine import ZeroEngine  # seconds that only this needs
+        from training.role_settings import OptimizerSettings
+
+        ids, taken = torch.ones(1, 1, dtype=torch.long, device=self.device), []
+        for layers in FEW_LAYERS:
+            settings = OptimizerSettings(zero_stage=3)
+            engine = ZeroEngine(self.stack(layers, hidden=64), settings, torch.float32, 1, self.ranks)
+            loss = lambda _, engine=engine: engine(ids, use_cache=False)[0].sum()  # noqa: E731
+            taken.append(self.seconds(lambda: engine.accumulate([OneToken()], loss), FEW))  # noqa: B023
+        one_layer = (taken[1] - taken[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0])
+        return max(0.0, one_layer - (1 + BACKWARD) * launch) / 2
+
     def launch_seconds(self) -> float:
         """To run one layer on one token, nearly without arithmetic."""
         few, more = (self.stack(layers, hidden=64) for layers in LAYERS)
@@ -147,10 +209,21 @@ class Meter:
         few, more = (self._decode(self.stack(layers, hidden=64, generates=True)) for layers in LAYERS)
         return max(0.0, more - few) / (LAYERS[1] - LAYERS[0]) / (DECODED - 1)
 
-    def _decode(self, model: nn.Module) -> float:
+    def decode_collective_seconds(self, alone: float) -> float:
+        """Of a collective over two ranks in a decode step of the engine that generates: a tensor-parallel layer takes
+        two of them longer than one `alone`. Ranks that come from many small kernels wait longer for each other."""
+        part = TensorParallel(self.ranks.rank, self.ranks.size, dist.group.WORLD)
+        whole = (self.stack(layers, 64 * part.size, generates=True) for layers in FEW_LAYERS)
+        few, more = (self._decode(shard(model, part), FEW) for model in whole)
+        one_layer = (more - few) / (FEW_LAYERS[1] - FEW_LAYERS[0]) / (DECODED - 1)
+        return max(0.0, one_layer - alone) / 2 / log2(part.size)
+
+    def _decode(self, model: nn.Module, repeats: int = REPEATS) -> float:
         engine = GenerationEngine(model, END, PAD, slots=ROWS)
         prompts, settings = [torch.ones(1, dtype=torch.long)] * ROWS, SamplingSettings(DECODED)
-        return self.seconds(lambda: list(engine.generate(prompts, settings, SamplingKey(0), lengths=[DECODED] * ROWS)))
+        return self.seconds(
+            lambda: list(engine.generate(prompts, settings, SamplingKey(0), lengths=[DECODED] * ROWS)), repeats
+        )
 
     def compute_share(self, rate: float) -> float:
         """Of `rate` that a stack of layers reaches, forward, over 2,048 tokens in fp32."""
@@ -173,6 +246,14 @@ class Meter:
     def _forward(self, model: nn.Module, ids: torch.Tensor) -> float:
         with torch.inference_mode():
             return self.seconds(lambda: model(ids, use_cache=False))
+
+
+def shard(model: nn.Module, part: TensorParallel) -> nn.Module:
+    """A rank's part of a model, with weights of 0."""
+    cut, pieces = empty_shard(model, part)
+    for piece in pieces:
+        nn.init.zeros_(piece.local)
+    return cut
 
 
 def device_memory(ranks: Ranks) -> float:

@@ -128,19 +128,20 @@ def all_pairs(ranks, directory):
             target: Reallocation(model, source, target, parts[target], ranks, into, divide.get(target))
             for target in targets
         }
+        weights_to = {target: weights_of(model, (source, target)) for target in targets}
+        moves_to = {target: transfers(source, target, weights) for target, weights in weights_to.items()}
         for time, wholes in zip(TIMES, (before, after), strict=True):
             if ranks.rank == 0:
                 for name, parameter in model.named_parameters():
                     parameter.data.copy_(wholes[name])
             into.run()
             for target, reallocation in from_there.items():
-                weights = weights_of(model, (source, target))
                 module, held = reallocation.run(), reallocation.weights
                 is_target = ranks.rank in target.mesh
                 assert (module is None) == (not is_target) == (not held)
                 equal = {
                     weight.name: torch.equal(here(held[weight.name]).flatten()[: len(part)], part)
-                    for weight in weights
+                    for weight in weights_to[target]
                     if is_target
                     for part in [expected(wholes[weight.name], weight, target, ranks.rank)]
                     if part is not None
@@ -151,7 +152,7 @@ def all_pairs(ranks, directory):
                         "name": f"{source} -> {target}, {time}",
                         "equal": all(equal.values()) and equal.keys() == held.keys(),
                         "bytes": [moved.sent, moved.received],
-                        "described": described(transfers(source, target, weights), ranks.rank, time == "again"),
+                        "described": described(moves_to[target], ranks.rank, time == "again"),
                         "layers": moved.buffer / max(sizes.values()),
                     }
                 )

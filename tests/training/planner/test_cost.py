@@ -157,6 +157,56 @@ def test_zero_stages_by_hand():
     assert found[1].optimizer == pytest.approx(found[0].optimizer / 8)
 
 
+def test_what_zero_sends_and_copies_on_ranks_without_gpus():
+    """DeepSpeed flattens all gradients, from ZeRO 1 on out of a bucket, and then a rank's part."""
+    shares = {"gather_share": 0.25, "scatter_share": 0.2, "reduce_share": 0.5, "copy_bandwidth": 1e9}
+    cluster = GRAPHS.costs.cluster
+    cluster = replace(cluster, calibration=replace(cluster.calibration, **shares, hook_seconds=1e-3))
+    size, bandwidth, latency, step, parts = LARGE.parameters * 2, 300e9 * 0.8, 5e-5, 4, 2
+    sent, copied = size / 2 / bandwidth, size / 1e9
+    costs = CallCosts(replace(ppo_workload(), precision="fp16"), cluster)
+    found = [costs.cost(CALLS["actor_train"], Assignment(Layout((0, 1), 2, zero_stage=z), parts)) for z in range(4)]
+    written = parts * copied
+    assert [c.gradients / step for c in found] == pytest.approx([
+        written + copied + latency + 2 * sent,
+        written + 2.5 * copied + latency + sent / 0.5 + copied / 2,
+        written + parts * (2.5 * copied + latency + sent / 0.5) + copied / 2,
+        written + parts * (2 * copied + latency + sent / 0.2) + copied / 2,
+    ])  # fmt: skip
+    gathered = 24 * latency + sent / 0.25 + copied
+    hooks = 2 * 24 * 1e-3
+    assert [c.zero / step for c in found] == pytest.approx(
+        [0, *[latency + sent / 0.25] * 2, parts * (2 * gathered + hooks)]
+    )
+    alone = costs.cost(CALLS["actor_train"], Assignment(Layout((0,)), parts))
+    assert alone.gradients == pytest.approx(step * written) and alone.zero == 0
+    scored = costs.cost(CALLS["reference_score"], Assignment(Layout((0, 1), 2, zero_stage=3), parts))
+    assert scored.zero == pytest.approx(parts * (gathered + hooks / 2))
+
+
+@pytest.mark.parametrize(("checkpointing", "most"), [(False, 1e9 / 2), (True, 1e9 / 3)])
+def test_weights_of_a_small_model_stay_whole_until_its_backward_pass(checkpointing, most):
+    """Under ZeRO 3 DeepSpeed keeps what is read again before 1e9 weights are passed."""
+    zero_3 = Assignment(Layout((0, 1), 2, zero_stage=3), 2)
+    for parameters, times in ((most - 1, 1), (most + 1, 2)):
+        shape = replace(LARGE, parameters=int(parameters))
+        roles = dict.fromkeys(("actor", "reference", "critic", "reward"), shape)
+        workload = Workload.of(roles, 64, 128, 128, checkpointing=checkpointing, precision="fp16")
+        costs = CallCosts(workload, GRAPHS.costs.cluster)
+        once = costs.cost(CALLS["reference_score"], zero_3).zero
+        assert costs.cost(CALLS["actor_train"], zero_3).zero == pytest.approx(4 * times * once)
+
+
+def test_collectives_of_a_decode_step_wait_longer():
+    cluster = GRAPHS.costs.cluster
+    slow = replace(cluster, calibration=replace(cluster.calibration, decode_collective_seconds=2e-4))
+    cut = Assignment(Layout((0, 1, 2, 3), tensor=4))
+    for name, call in CALLS.items():
+        before, after = (CallCosts(ppo_workload(), each).cost(call, cut) for each in (cluster, slow))
+        longer = 127 * (2 * 24 + 3) * 2 * (2e-4 - 5e-5) if name == "actor_generate" else 0
+        assert after.tensor_parallel - before.tensor_parallel == pytest.approx(longer)
+
+
 def test_groups_share_the_network():
     cluster = Cluster.named("a100-80g", 2, 4)
     links = links_of(Layout(tuple(range(8)), 2, 4), cluster)

@@ -1,6 +1,7 @@
 """Profiles of machines: kept in a file, read again, used as hardware; what the meter measures has the right unit."""
 
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ def test_a_profile_survives_its_file(tmp_path):
     assert read_profile(file) == PROFILE
     cluster = read_profile(file).cluster
     assert (cluster.nodes, cluster.devices_per_node, cluster.calibration) == (1, 2, PROFILE.calibration)
+
+
+def test_a_profile_of_an_earlier_version_opens(tmp_path):
+    """What it does not say costs nothing beyond the link, as in the data sheets."""
+    file, later = tmp_path / "machine.yaml", [field.name for field in fields(Calibration)[4:]]
+    file.write_text(
+        "".join(line for line in PROFILE.to_yaml().splitlines(True) if line.split(":")[0].strip() not in later)
+    )
+    assert read_profile(file) == PROFILE and "share: 0.8" in file.read_text() and "copy" not in file.read_text()
 
 
 @pytest.mark.parametrize("text", ["", "device: 3", "[1, 2]", "a: b: c", "device: {name: x}\nranks: 1\ncalibration: {}"])
@@ -58,11 +68,38 @@ def test_the_meter_counts_operations_and_bytes(monkeypatch):
     assert meter.memory_bandwidth() == 8192 * 4096 * 4
 
 
+def test_the_meter_counts_what_a_rank_sends_in_zero_s_collectives(monkeypatch):
+    """Of 128 MiB in four ranks' parts."""
+    meter, sizes = Meter(Ranks(0, 4, torch.device("cpu"))), []
+    monkeypatch.setattr(meter, "seconds", lambda program, _: program() or 0.5)
+    for collective in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        monkeypatch.setattr(
+            f"training.planner.profile.dist.{collective}", lambda *tensors: sizes.append(tuple(map(len, tensors)))
+        )
+    assert meter.gather_bandwidth() == meter.scatter_bandwidth() == 2**27 * 3 / 4 / 0.5
+    assert sizes == [(2**25, 2**23), (2**23, 2**25)]
+    monkeypatch.setattr(meter, "seconds", lambda program: len(program()) / 2**25)
+    assert meter.copy_bandwidth() == 2**26 / 0.5
+
+
+def test_a_collective_of_a_decode_step_is_what_a_tensor_parallel_layer_takes_longer(monkeypatch):
+    """Two a layer, in each of 8 steps; between four ranks two rounds."""
+    meter, taken = Meter(Ranks(0, 4, torch.device("cpu"))), []
+
+    def decode(model, _):
+        taken.append([layer.fc1.out_features for layer in model.model.decoder.layers])
+        return {1: 0.4, 2: 2.0}[len(taken)]
+
+    monkeypatch.setattr(meter, "_decode", decode)
+    assert meter.decode_collective_seconds(0.02) == pytest.approx((1.6 / 4 / 8 - 0.02) / 2 / 2)
+    assert taken == [[256] * 2, [256] * 6]  # of 1,024
+
+
 def test_a_layer_of_a_decode_step_is_what_a_deeper_model_takes_longer(monkeypatch):
     """16 layers more, in the 8 steps behind the prefill."""
     meter, lengths = Meter(Ranks(0, 1, torch.device("cpu"))), []
 
-    def seconds(program):
+    def seconds(program, _):
         lengths.append([len(sample.response_ids) for sample in program()])
         return {1: 0.4, 2: 2.0}[len(lengths)]
 

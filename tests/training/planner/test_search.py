@@ -70,7 +70,7 @@ def test_a_reference_beside_adapters_needs_weights_of_its_own_only_in_another_cu
     table, lora = PlanTable(graphs), graphs.costs.workload.models["actor"].lora
     choices = draw_choices(table, 100)
     shared = [table.plan(choice).actor_is_reference(lora) for choice in choices.T]
-    assert 10 < sum(shared) < 90
+    assert 5 < sum(shared) < 95
     zero_3 = [plan["reference_score"].layout.zero_stage == 3 for plan in map(table.plan, choices.T)]
     assert any(a and b for a, b in zip(shared, zero_3, strict=True))
     require_like_estimates(table, choices, graphs)

@@ -47,7 +47,7 @@ RESUMED = settings("fused", AGAINST, ema=0.5, ppo_kl_stop=1e9, kl={"coefficient"
 
 def iterate(ranks, directory):
     """By plan: responses, metrics of updates, weights, the passes of the last optimiser step."""
-    layers = 3 if ranks.size == 2 else 4
+    layers, work.VOCABULARY_SIZE = 3 if ranks.size == 2 else 4, 512
     if ranks.is_first:
         work.build_models(directory / "models", Size(hidden=32, layers=layers, heads=4, ffn=64))
     ranks.barrier()
