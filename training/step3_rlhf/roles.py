@@ -121,7 +121,7 @@ class Roles:
             for role in shapes.keys() & {"actor", "critic"}
         }
         self.staged = StagedRoles(
-            self.plan, stage.ranks, layers, settings.fusion.training, activations, stage.display.say
+            self.plan, stage.ranks, layers, settings.fusion.training, activations, lambda text: stage.display.say(text)
         )
         self.actor_is_reference = self.plan.actor_is_reference(settings.actor.lora)
         self._engines: dict[str, ZeroEngine] = {}
