@@ -24,6 +24,11 @@ class Call:
         return f"{self.role}_{self.kind}"
 
 
+def role_of(call: str) -> str:
+    """Of a call by its name."""
+    return call.partition("_")[0]
+
+
 ACTOR_GENERATE = Call("actor", "generate", ("prompts",), ("samples", "logprobs"))
 ACTOR_SCORE = Call("actor", "score", ("samples",), ("logprobs",))
 """Old log-probabilities taken anew: after generation in 16 bit, whose own are too coarse."""

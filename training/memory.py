@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
-from training.calls import Call
+from training.calls import Call, role_of
 from training.config import DataSettings, RunConfig
 from training.deepspeed_config import effective_zero_stage
 from training.hybrid_engine.layout import Layout
@@ -165,7 +165,7 @@ def _rlhf_parts(
 
     def copy(call: str, whole: Shape, use: str) -> Iterator[Part]:
         """Of trained weights, beside those that are trained, where `call` has them in another layout."""
-        role = call.partition("_")[0]
+        role = role_of(call)
         if not takes_part(call) or stays(plan[f"{role}_train"].layout, plan[call].layout, rank):
             return
         layout, shape = plan[call].layout, here(call, whole)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.distributed import PATIENCE, Ranks
 from training.pipelines.orders import Event, Operation, Orders, Pipelines, timeline
-from training.planner.fusion.instance import BACKWARD, FORWARD
+from training.planner.fusion.instance import FORWARD
 
 POLLED = 0.001
 """Seconds between two looks at a GPU's message."""
@@ -59,14 +59,14 @@ class Links:
 def connect(ranks: Ranks, pipelines: Pipelines) -> Links:
     """The links of a role's stage on this rank; all ranks of the run call it, also those that the role is not on.
 
-    Two neighbours have a process group for either direction, and those of every role are their own: in each the
+    Two neighbours have a process group for each kind of operation, and those of every role are their own: in each the
     messages come in the same sequence at both ends, whatever the orders are.
     """
     sources, targets = {}, {}
     first = torch.zeros(1, device=ranks.device)  # opens a connection, for which NCCL makes both ends wait
     for line in pipelines.ranks:
-        for kind, way in ((FORWARD, line), (BACKWARD, line[::-1])):
-            for source, target in pairwise(way):
+        for kind in pipelines.kinds:
+            for source, target in pairwise(line if kind == FORWARD else line[::-1]):
                 group = dist.new_group([source, target], timeout=PATIENCE)
                 if ranks.rank == source:
                     targets[kind] = Link(group, dist.get_group_rank(group, target))
@@ -86,7 +86,8 @@ def execute(
 ) -> None:
     """All operations of this rank, whose times are added to `events`.
 
-    Receives are posted one operation ahead; nothing waits for a send before the end.
+    Receives are posted one operation ahead. Training waits for no send before its end, so that ranks cannot wait for
+    each other; one role's forward passes alone run one way, and a stage that is ahead of the next waits for it.
     """
     order = orders.by_rank.get(rank, ())
     _require_counts(orders, {(rank, role): work for role, work in works.items()})
@@ -114,13 +115,19 @@ def execute(
             assert result is not None, f"{operation} has given nothing to send"
             sends.send(result, link)
 
-    with _Sends() as sends:
+    with _Sends(_most_sends(orders, len(order))) as sends:
         receive = post(order[0]) if order else None
         for place, operation in enumerate(order):
             assert receive is not None
             received = receive()
             receive = post(order[place + 1]) if place + 1 < len(order) else None
             compute(operation, received)
+
+
+def _most_sends(orders: Orders, operations: int) -> int:
+    """Under way at one time from a rank with so many operations."""
+    only = next(iter(orders.roles.values()))
+    return only.stages + 1 if len(orders.roles) == 1 and only.kinds == (FORWARD,) else operations
 
 
 def play(orders: Orders, works: Mapping[tuple[int, str], Work], seconds: Callable[[int, Operation], float]) -> None:
@@ -162,7 +169,9 @@ def _now(events: Sequence[Event] | None) -> float:
 class _Sends:
     """Keeps what is sent until it has left: a thread waits, for only that tells gloo's sends that are done."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """`send` waits while so many are under way."""
+        self._places = threading.Semaphore(most)
         self._under_way: queue.SimpleQueue[tuple[dist.Work, Tensor] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._waiter = threading.Thread(target=self._wait, daemon=True)
@@ -180,18 +189,21 @@ class _Sends:
                 raise self._error
 
     def send(self, tensor: Tensor, link: Link) -> None:
+        self._places.acquire()
         tensor = tensor.detach().contiguous()
         work = dist.isend(tensor, group=link.group, group_dst=link.peer)
         assert work is not None
         self._under_way.put((work, tensor))
 
     def _wait(self) -> None:
-        try:
-            while (sent := self._under_way.get()) is not None:
-                work, tensor = sent
+        while (sent := self._under_way.get()) is not None:
+            work, tensor = sent
+            try:
                 while tensor.is_cuda and not work.is_completed():  # `wait` would hold up the stream that computes
                     time.sleep(POLLED)
-                work.wait()
-                del sent, work, tensor
-        except BaseException as error:
-            self._error = error
+                if self._error is None:
+                    work.wait()
+            except BaseException as error:
+                self._error = error
+            del sent, work, tensor
+            self._places.release()

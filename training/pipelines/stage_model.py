@@ -52,7 +52,7 @@ class AbsentPart(nn.Module):
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageParts:
     """What a cut model says of itself."""
 
     cut: StageCut
@@ -63,7 +63,7 @@ class Stage:
     """The parameter that first and last stage share."""
 
 
-def stage_of(model: nn.Module) -> Stage | None:
+def stage_of(model: nn.Module) -> StageParts | None:
     """What `keep_stage` has left of a model; None of a whole one."""
     return vars(model).get("stage")
 
@@ -148,7 +148,7 @@ def cut_out(model: PreTrainedModel, parts: Parts, cut: StageCut) -> None:
     held = {name: whole_names[id(parameter)] for name, parameter in model.named_parameters()}
     renamed = {name: whole for name, whole in held.items() if name != whole}
     table = next((name for name, whole in held.items() if whole in shared), None)
-    vars(model)["stage"] = Stage(cut, parts.stack, renamed, table)
+    vars(model)["stage"] = StageParts(cut, parts.stack, renamed, table)
 
 
 def leave_out(model: PreTrainedModel, parts: Parts, kept: Set[nn.Module]) -> None:

@@ -1,12 +1,13 @@
 """The roles that a plan cuts into stages: in which order their passes run, and what an order is expected to take."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
+from training.calls import role_of
 from training.distributed import Ranks, local_size
 from training.fusion.timeline import Timeline
 from training.pipelines.executor import connect, execute
@@ -40,8 +41,8 @@ USABLE = 0.8
 """Of the memory that is free after an update under 1F1B, what a fused order may take for activations."""
 
 
-Key = tuple[str, int, int]
-"""Role, stage, kind of operation."""
+StageKind = tuple[str, int, int]
+"""Role, stage, kind of operation: what is measured together."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,24 @@ class StagedRoles:
         backward pass, by role; `say` shows a line."""
         self.ranks, self.layers, self.order, self.activations, self.say = ranks, layers, order, activations, say
         self.layouts = {name: each.layout for name, each in plan.assignments.items() if each.layout.pipeline > 1}
-        links = dict.fromkeys((name.partition("_")[0], layout) for name, layout in self.layouts.items())
-        self.links = {key: connect(ranks, Pipelines.of(key[1], 0)) for key in links}
-        self.taken: dict[Key, Taken] = {}
+        trained = {(role_of(name), layout) for name, layout in self.layouts.items() if name.endswith("_train")}
+        links = dict.fromkeys((role_of(name), layout) for name, layout in self.layouts.items())
+        self.links = {
+            key: connect(ranks, Pipelines.of(key[1], 0, (FORWARD, BACKWARD) if key in trained else (FORWARD,)))
+            for key in links
+        }
+        self.taken: dict[StageKind, Taken] = {}
         """On all ranks, when it was last searched for an order."""
         self.spare = 0.0
         """Bytes that every rank has for activations beyond those of 1F1B."""
-        self.newly_taken: dict[Key, Taken] = {}
+        self.newly_taken: dict[StageKind, Taken] = {}
         """On this rank, since the last `learn`."""
         self.trained: list[Trained] = []
         """Since the last `learn`."""
+        self.newest: Trained | None = None
         self._found: dict[tuple, tuple[str, Orders]] = {}
+        self._to_say: list[str] = []
+        """By this rank, in the next `learn`."""
         self._said: set[str] = set()
 
     def __contains__(self, call: str) -> bool:
@@ -111,7 +119,7 @@ class StagedRoles:
 
     def score(self, call: str, work: ScoringWork) -> None:
         """Its forward passes, on a rank that takes part in the call."""
-        role, layout = call.partition("_")[0], self.layouts[call]
+        role, layout = role_of(call), self.layouts[call]
         roles = {role: Pipelines.of(layout, work.count, (FORWARD,))}
         execute(one_forward_one_backward(roles), self.ranks.rank, {role: work}, {role: self.links[role, layout]})
 
@@ -126,42 +134,49 @@ class StagedRoles:
         execute(orders, self.ranks.rank, works, {role: self.links[role, layouts[role]] for role in works}, events)
         ours = {rank for each in roles.values() for line in each.ranks if self.ranks.rank in line for rank in line}
         expected = self._timeline(orders, tokens) if self._is_known(roles) else []
-        self.trained.append(Trained(name, events, [event for event in expected if event.rank in ours]))
+        self.newest = Trained(name, events, [event for event in expected if event.rank in ours])
+        self.trained.append(self.newest)
         for _, (role, kind, number), start, end in events:
             key = role, roles[role].stage(self.ranks.rank), kind
             self.newly_taken[key] = self.newly_taken.get(key, Taken()) + Taken(end - start, tokens[role][number], 1)
             calls.add(f"{role}_train", start, end)
 
     def learn(self) -> dict[str, float]:
-        """What was measured becomes what orders to come are searched with. Returns metrics of the iteration."""
+        """What was measured becomes what orders to come are searched with, and what ranks have to say is said. Returns
+        metrics of the iteration."""
         if not any(name.endswith("_train") for name in self.layouts):
             return {}
-        seconds = [(makespan(each.events), makespan(each.expected or each.events)) for each in self.trained]
-        ours = self.newly_taken, seconds, free_memory(self.ranks)
+        achieved = sum(makespan(each.events) for each in self.trained)
+        expected = sum(makespan(each.expected) for each in self.trained if each.expected)
+        ours = self.newly_taken, (achieved, expected), free_memory(self.ranks), self._to_say
         found = self.ranks.gather(ours, "what stages took")
-        now: dict[Key, Taken] = {}
-        for of_rank, _, _ in found:
+        self.newly_taken, self.trained, self._to_say = {}, [], []
+        for text in dict.fromkeys(text for *_, texts in found for text in texts if text not in self._said):
+            self._said.add(text)
+            self.say(text)
+        now: dict[StageKind, Taken] = {}
+        for of_rank, *_ in found:
             now |= {key: now.get(key, Taken()) + taken for key, taken in of_rank.items()}
         if any(abs(each.rate - self.taken.get(key, Taken(0, 1)).rate) > NEWS * each.rate for key, each in now.items()):
             self.taken |= now
-            self.spare = USABLE * min(spare for _, _, spare in found)
+            self.spare = USABLE * min(spare for _, _, spare, _ in found)
             self._found.clear()
-        self.newly_taken, self.trained = {}, self.trained[-1:]
-        slowest = max((rows for _, rows, _ in found), key=lambda rows: sum(taken for taken, _ in rows))
-        achieved, expected = (sum(each) for each in zip((0.0, 0.0), *slowest, strict=True))
-        return {"pipeline/seconds": achieved, "pipeline/seconds_expected": expected}
+        achieved, expected = max(seconds for _, seconds, *_ in found)
+        metrics = {"pipeline/seconds": achieved, "pipeline/seconds_expected": expected}
+        return metrics if expected else {"pipeline/seconds": achieved}
 
-    def newest(self) -> dict[str, Any] | None:
-        """This rank's passes of the newest optimiser step in stages, for a picture; None where it has made none."""
-        if not self.trained:
+    def picture(self, begun: float) -> dict[str, Any] | None:
+        """This rank's passes of the newest optimiser step in stages, achieved ones in seconds from `begun` on its
+        clock; None where it has made none since."""
+        if self.newest is None or self.newest.events[0].start < begun:
             return None
-        newest = self.trained[-1]
-        ours = [event for event in newest.expected if event.rank == self.ranks.rank]
-        passes = [
-            [[f"{role} {KINDS[kind]}", start, end] for _, (role, kind, _), start, end in events]
-            for events in (newest.events, ours)
-        ]
-        return {"order": newest.order, "achieved": passes[0], "predicted": passes[1]}
+
+        def passes(events: Iterable[Event], begun: float) -> list[list[Any]]:
+            return [[f"{role} {KINDS[kind]}", start - begun, end - begun] for _, (role, kind, _), start, end in events]
+
+        ours = [event for event in self.newest.expected if event.rank == self.ranks.rank]
+        achieved = passes(self.newest.events, begun)
+        return {"order": self.newest.order, "achieved": achieved, "predicted": passes(ours, 0.0)}
 
     def _timeline(self, orders: Orders, tokens: Mapping[str, list[int]]) -> list[Event]:
         """When each operation would run by what was measured, with micro-batches of so many tokens."""
@@ -194,21 +209,22 @@ class StagedRoles:
             devices(roles)
             instance = self._instance(roles)
         except CannotFuse as reason:
-            self._say_once(f"PPO: training is not fused: {reason}")
+            self._to_say.append(f"PPO: training is not fused: {reason}")
             return "1f1b", plain
         woven = find_schedule(instance, effort=QUICK).schedule
         one, other = serial_1f1b(instance).makespan, woven.makespan
         fuses = self.order == "fused" or other <= (1 - LEAST_GAIN) * one
         if self._is_known(roles):
-            self._say_once(
+            self._to_say.append(
                 f"PPO: training of {' and '.join(roles)} is {'fused' if fuses else 'not fused'}: {other:.3g} s of an "
                 f"optimiser step expected, {one:.3g} s under 1F1B"
             )
         return ("fused", fused(roles, woven)) if fuses else ("1f1b", plain)
 
     def _instance(self, roles: Mapping[str, Pipelines]) -> Instance:
-        """What the search is told: mean seconds and activations of micro-batches, and the room for these. Before
-        anything is measured a backward pass takes two forward ones. Raises CannotFuse where there is no room."""
+        """What the search is told: mean seconds and activations of micro-batches, and the room for these. Before all
+        is measured a backward pass takes two forward ones, and no bound of the memory is known. Raises CannotFuse
+        where there is no room."""
         pipelines, is_known = [], self._is_known(roles)
         for role, each in roles.items():
             layers = self.layouts[f"{role}_train"].runs(self.layers[role])
@@ -222,15 +238,12 @@ class StagedRoles:
             pipelines.append(Pipeline(each.stages, each.micro_batches, forward, backward, activations))
         one, other = pipelines
         boundless = Instance(one, other)
+        if not is_known:
+            return boundless
         try:
             return replace(boundless, memory_cap=serial_1f1b(boundless).peak_memory + self.spare)
         except ValueError:
             raise CannotFuse("the memory has no room for a micro-batch of both at one time") from None
-
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self.say(text)
 
 
 def free_memory(ranks: Ranks) -> float:

@@ -5,7 +5,7 @@ What the schedule takes is its lower bound, which our search meets as a rule (do
 
 from dataclasses import dataclass, replace
 
-from training.calls import Call
+from training.calls import Call, role_of
 from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
@@ -37,7 +37,7 @@ def turned(plan: Plan, graph: DataflowGraph) -> Plan:
     turns = {
         name: replace(assignment, layout=replace(assignment.layout, mesh=mesh))
         for name, assignment in plan.assignments.items()
-        if assignment.cut == cut and name.partition("_")[0] == second.role
+        if assignment.cut == cut and role_of(name) == second.role
     }
     return Plan({**plan.assignments, **turns})
 

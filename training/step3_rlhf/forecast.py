@@ -126,7 +126,7 @@ def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Spa
 def update_data(of_ranks: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     """The same of the newest optimiser step in pipeline stages, in seconds from its beginning; None without stages.
 
-    `of_ranks` are by rank, as `StagedRoles.newest` gives them.
+    `of_ranks` are by rank, as `StagedRoles.picture` gives them from the beginning of the iteration.
     """
     told = [each for each in of_ranks if each is not None]
     if not told:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from inference.tensor_parallel.group import TensorParallel
+from training.calls import role_of
 from training.data.batching import MicroBatch, deal_micro_batches, plan_micro_batches
 from training.distributed import Ranks
 from training.hybrid_engine.reallocation import tensor_parallel_of
@@ -68,7 +69,7 @@ class CallPlaces:
             assert stage is not None
             share = pipeline = None
             if layout.pipeline > 1:
-                share = layout.stage_cut(rank, layers[name.partition("_")[0]])
+                share = layout.stage_cut(rank, layers[role_of(name)])
                 pipeline = parts[tuple(sorted(layout.pipeline_group(rank)))]
             data_rank = layout.data_rank(rank)
             self._places[name] = CallPlace(assignment, members, part, data_rank, stage, share, pipeline)

@@ -352,7 +352,7 @@ class PPO:
         all ranks call it."""
         seconds = clock.elapsed()
         ours = [Span(span.kind, span.start - clock.begun, span.end - clock.begun) for span in clock.calls.spans]
-        told = self.ranks.gather_on_first((ours, self.roles.staged.newest()), "what each rank did")
+        told = self.ranks.gather_on_first((ours, self.roles.staged.picture(clock.begun)), "what each rank did")
         if not self.ranks.is_first:
             return {}
         spans = [of_rank for of_rank, _ in told]

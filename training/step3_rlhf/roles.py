@@ -121,7 +121,7 @@ class Roles:
             for role in shapes.keys() & {"actor", "critic"}
         }
         self.staged = StagedRoles(
-            self.plan, stage.ranks, layers, settings.fusion.training, activations, stage.display.say
+            self.plan, stage.ranks, layers, settings.fusion.training, activations, lambda text: stage.display.say(text)
         )
         self.actor_is_reference = self.plan.actor_is_reference(settings.actor.lora)
         self._engines: dict[str, ZeroEngine] = {}
@@ -177,7 +177,7 @@ class Roles:
             if call.role == role and self.plan[call.name].cut != self.plan[f"{role}_train"].cut
         ]
         torch.manual_seed(self.stage.config.seed)  # what is drawn does not depend on which roles lie here
-        stage: nn.Module | None = None
+        trained_stage: nn.Module | None = None
         if place := self.places.get(f"{role}_train"):
             loaded, with_weights = loads(home.zero_stage, dtype, place.stage_ranks)
             module = load(loaded, with_weights, place.cut)
@@ -186,10 +186,10 @@ class Roles:
             else:
                 assert place.pipeline is not None
                 engine = StageEngine(module, settings, dtype, updates, place.stage_ranks, place.pipeline, place.cut)
-                stage = engine.language_model
+                trained_stage = engine.language_model
             self._engines[role] = engine
             model = engine.language_model
-        if elsewhere and (place is None or stage is not None):
+        if elsewhere and (place is None or trained_stage is not None):
             model = load(dtype, False).to(dtype).model
         moves: dict[Cut, Reallocation] = {}
         for call in elsewhere:
@@ -200,7 +200,7 @@ class Roles:
                     part, divides = place.tensor_parallel, partial(divide_to_score, dtype=dtype, ranks=place.ranks)
                 divide = divides if target.zero_stage == 3 else None
                 moves[assignment.cut] = Reallocation(
-                    model, home, target, part, self.stage.ranks, divide=divide, stage=stage
+                    model, home, target, part, self.stage.ranks, divide=divide, stage=trained_stage
                 )
             self.moves[call.name] = moves[assignment.cut]
 

@@ -1,5 +1,8 @@
 """Orders computed on real ranks, and on all ranks in one process: the same gradients to the bit, in the order said."""
 
+import time
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -18,7 +21,7 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.instance import Instance, Pipeline
+from training.planner.fusion.instance import FORWARD, Instance, Pipeline
 from training.planner.fusion.search import find_schedule
 
 MESHES = {
@@ -94,6 +97,29 @@ def compute_everything(ranks, directory):
                     wrong.append(f"{name}, {kind}: gradients of {role}")
             times[f"{name}, {kind}"] = [[*event.operation, event.start, event.end] for event in events]
     return {"wrong": wrong, "times": times}
+
+
+SCORED, STAGES = 16, {2: (0, 1), 4: (2, 0, 3, 1)}
+
+
+def score_slowly(ranks, directory):
+    """When each forward pass began and ended on this rank; the last stage is slow."""
+    roles = {"reward": Pipelines((STAGES[ranks.size],), SCORED, (FORWARD,))}
+    work, events = Layers(roles["reward"], seed=0).work(ranks.rank), []
+    if ranks.rank == STAGES[ranks.size][-1]:
+        work.note = lambda kind, number: time.sleep(0.01)
+    links = {"reward": connect(ranks, roles["reward"])}
+    execute(one_forward_one_backward(roles), ranks.rank, {"reward": work}, links, events)
+    return [[event.start, event.end] for event in events]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_stage_that_scores_waits_for_the_next(size, tmp_path):
+    found = run_ranks(__file__, "score_slowly", size, tmp_path, timeout=120)
+    ahead = (size + 1) + 3  # sent; then one in place, one to compute and the one that is computed
+    for rank, following in pairwise(STAGES[size]):
+        for number in range(ahead, SCORED):
+            assert found[following][number - ahead][1] <= found[rank][number][0], (rank, number)
 
 
 @pytest.mark.parametrize("size", [2, 4])

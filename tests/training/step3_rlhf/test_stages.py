@@ -57,7 +57,8 @@ def iterate(ranks, directory):
         ppo = make_ppo(ranks, directory / name, asked)
         responses, rows = follow(ppo, range(1, ITERATIONS + 1), check=True)
         weights = {role: trained(ppo, role) for role in ("actor", "critic")}
-        passes = [[event.operation[:2] for event in each.events] for each in ppo.roles.staged.trained[-1:]]
+        newest = ppo.roles.staged.newest
+        passes = [event.operation[:2] for event in newest.events] if newest else []
         found[name] = {"responses": responses, "rows": rows, "weights": weights, "passes": passes}
         if name == "auto":
             found["choices"] = choices(ppo.roles.staged)
@@ -125,12 +126,12 @@ def test_orders_change_no_bit(outcome):
 def test_each_order_is_the_one_asked_for(outcome):
     for rank in outcome:
         for name in rank.keys() - {"none", "warmed none", "adapted none", "one in stages"}:
-            (passes,) = rank[name]["passes"]
+            passes = rank[name]["passes"]
             changes = sum(before[0] != after[0] for before, after in itertools.pairwise(passes))
             assert changes == 1 if name in ("serial", "1f1b") else changes > 1, (name, passes)
     if "serial" in outcome[0]:
-        assert [kind for _, kind in outcome[0]["serial"]["passes"][0]] == [0, 1] * 5
-        assert [kind for _, kind in outcome[0]["1f1b"]["passes"][0]] == [0, 0, 1, 0, 1, 1, 0, 1, 0, 1]
+        assert [kind for _, kind in outcome[0]["serial"]["passes"]] == [0, 1] * 5
+        assert [kind for _, kind in outcome[0]["1f1b"]["passes"]] == [0, 0, 1, 0, 1, 1, 0, 1, 0, 1]
 
 
 def test_auto_fuses_where_it_pays_and_there_is_room(ran):
