@@ -103,7 +103,7 @@ class Outlook:
     @classmethod
     def of(cls, config: RunConfig, steps: Sequence[Step], nodes: int) -> "Outlook":
         actor = find_shape(config.actor_source, config.architecture.get("model"))
-        layers = 0 if config.trained_reward_model else config.reward.layers
+        layers = config.scorer_layers
         if config.scorer_source == config.actor_source and not layers and not config.needs_scorer:
             scorer = actor
         else:

@@ -1,18 +1,19 @@
 """What is refused before anything trains: settings that do not fit the models."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from inference.errors import UserError
-from inference.families import longest_text
+from inference.families import longest_text, text_config
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
-from training.models.adapters import require_lora_layers
-from training.models.loading import resolve_dtype
-from training.pipelines.stage_model import require_stages
+from training.models.adapters import add_lora, require_lora_layers
+from training.models.loading import resolve_dtype, scorer_config
+from training.pipelines.stage_model import stages_of
 from training.plan import Plan
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
@@ -104,20 +105,42 @@ def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | 
     """Raise UserError where rlhf.plan does not fit the calls, the models or the ranks."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(config.dtype, device)
-    shapes = [Shape.of(AutoConfig.from_pretrained(each, local_files_only=True)) for each in (actor, scorer) if each]
-    require_runnable(config, processes, shapes[0], shapes[-1] if scorer else None, dtype)
+    of_actor = AutoConfig.from_pretrained(actor, local_files_only=True)
+    of_scorer = scorer_config(scorer, config.scorer_layers) if scorer else None
+    require_runnable(config, processes, Shape.of(of_actor), Shape.of(of_scorer) if of_scorer else None, dtype)
     if not config.rlhf.plan:
         return
-    calls = iteration_calls(config.rlhf, dtype)
-    for name, assignment in Plan.of(config.rlhf, processes, config.data.longest, calls).assignments.items():
+    plan = Plan.of(config.rlhf, processes, config.data.longest, iteration_calls(config.rlhf, dtype))
+    for name, assignment in plan.assignments.items():
         model = actor if name.startswith(("actor", "reference")) else scorer
         assert model is not None
-        layout, asked = assignment.layout, f"{name} of rlhf.plan"
-        require_cut(model, layout.tensor, asked)
-        try:
-            require_stages(AutoConfig.from_pretrained(model, local_files_only=True), layout.pipeline)
-        except UserError as error:
-            raise UserError(f"{asked}: {error}") from None
+        require_cut(model, assignment.layout.tensor, f"{name} of rlhf.plan")
+    for role, loader, values in (
+        ("actor", AutoModelForCausalLM, of_actor),
+        ("critic", AutoModelForSequenceClassification, of_scorer),
+    ):
+        trained = plan.assignments.get(f"{role}_train")
+        if trained and trained.layout.pipeline > 1:
+            require_adapted_stages(role, loader, values, trained.layout, getattr(config.rlhf, role).lora)
+
+
+def require_adapted_stages(role: str, loader: Any, config: Any, layout: Layout, lora: LoRASettings) -> None:
+    """Raise UserError where the LoRA targets of a role that trains in pipeline stages leave a stage without any."""
+    if not lora.rank or lora.targets == "all-linear":
+        return
+    key = f"rlhf.{role}.lora.targets"
+    with torch.device("meta"):
+        model = loader.from_config(config)
+        require_lora_layers(model, lora, key)
+        add_lora(model, lora)
+    runs = layout.runs(text_config(config).num_hidden_layers)
+    holders = stages_of(model, runs)
+    adapted = {stage for name, weight in model.named_parameters() if weight.requires_grad for stage in holders[name]}
+    if idle := sorted(set(range(len(runs))) - adapted):
+        raise UserError(
+            f"{key}={lora.targets} names no layer of stage {idle[0] + 1} of the {len(runs)} in which {role}_train of "
+            f"rlhf.plan trains: adapt layers of all stages, or choose fewer."
+        )
 
 
 def require_adapters(config: RunConfig, actor: Path, scorer: Path | None) -> None:

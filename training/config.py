@@ -271,3 +271,8 @@ class RunConfig(Settings):
         """What reward model and critic are, or start from, as far as it is known before step 1."""
         base = self.actor_source if self.reward.initialize_from == "sft" else self.reward_model_source
         return self.trained_reward_model or base
+
+    @property
+    def scorer_layers(self) -> int:
+        """How many of its layers, the first ones, reward model and critic have; 0: all."""
+        return 0 if self.trained_reward_model else self.reward.layers

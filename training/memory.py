@@ -224,7 +224,7 @@ def _rlhf_parts(
         yield Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation")
     if takes_part("actor_train"):
         yield from passes("actor", actor)
-        if rank == min(plan["actor_train"].layout.stage_meshes[0]):  # the critic is not kept
+        if rank == min(plan["actor_train"].layout.mesh):  # the critic is not kept
             yield from _saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters)
 
 

@@ -42,7 +42,7 @@ class Assignment:
     def cut(self) -> Cut:
         """Equal where each rank holds the same part of the weights."""
         layout = self.layout
-        return layout.mesh, layout.data, layout.tensor, layout.pipeline, layout.zero_stage == 3, layout.layers
+        return layout.mesh, layout.data, layout.tensor, layout.pipeline, layout.zero_stage == 3, layout.uneven_layers
 
 
 @dataclass(frozen=True)

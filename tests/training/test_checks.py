@@ -7,7 +7,7 @@ from transformers import AutoConfig, BloomConfig, CodeGenConfig, GPT2Config, Lla
 
 from inference.errors import UserError
 from inference.families import longest_text
-from training.checks import require_actor_learns, require_adapters, require_layouts, require_positions
+from training.checks import require_actor_learns, require_adapters, require_layouts, require_plan, require_positions
 from training.config_files import load_config
 from training.rlhf_settings import RLHFSettings
 
@@ -110,6 +110,55 @@ def test_lora_targets_that_fit(tmp_path):
         require_adapters(adapted("sft.optimizer", f"sft.optimizer.lora.targets={targets}"), tmp_path, tmp_path)
     dpo = ["method=dpo", "rlhf.actor.lora.targets=[nothing]"]  # of a step that this method has not
     require_adapters(adapted("rlhf.actor", *dpo), tmp_path, None)
+
+
+CALLS = ("actor_generate", "reference_score", "reward_score", "critic_score", "actor_train", "critic_train")
+
+
+def planned(*overrides: str, **calls: dict):
+    """On two ranks; calls that are not given run on the first one."""
+    plan = {name: {"mesh": 0} for name in CALLS} | calls
+    return load_config([], ["model=any", "dtype=fp32", f"rlhf.plan={json.dumps(plan)}", *overrides])
+
+
+def test_both_doors_judge_a_plan_by_the_layers_that_a_scorer_keeps(tmp_path):
+    """Its base checkpoint has six, of which two stay."""
+    from applications.fit import Outlook
+    from training.steps import PPO
+
+    OPTConfig(**OPT.to_diff_dict() | {"num_hidden_layers": 6}).save_pretrained(tmp_path)
+
+    def judge(layers: list[int]) -> None:
+        cut = {"mesh": "0-1", "pipeline": 2, "layers": layers}
+        config = planned(f"model={tmp_path}", "reward.layers=2", "processes=2", reward_score=cut, critic_train=cut)
+        for door in (lambda: require_plan(config, 2, tmp_path, tmp_path), lambda: Outlook.of(config, [PPO], 1)):
+            try:
+                door()
+                found.append("")
+            except UserError as error:
+                found.append(str(error))
+
+    found: list[str] = []
+    judge([1, 1])
+    assert found == ["", ""]
+    judge([3, 3])
+    assert found[2] == found[3] and "[3, 3] layers, 6 together, of a model of 2" in found[2]
+
+
+@pytest.mark.parametrize(
+    ("role", "targets", "idle"),
+    [("actor", "[layers.0.fc1]", 2), ("actor", "[layers.1.fc1]", 1), ("actor", "[fc1]", 0), ("critic", "[0.fc1]", 0)],
+)
+def test_adapters_must_leave_no_stage_without_any(tmp_path, role, targets, idle):
+    """The last stage of a critic has its head, which is trained too."""
+    OPT.save_pretrained(tmp_path)
+    lora = [f"rlhf.{role}.lora.rank=2", f"rlhf.{role}.lora.targets={targets}"]
+    config = planned(*lora, **{f"{role}_train": {"mesh": "0-1", "pipeline": 2}})
+    if not idle:
+        require_plan(config, 2, tmp_path, tmp_path)
+        return
+    with pytest.raises(UserError, match=rf"rlhf\.{role}\.lora\.targets=.* names no layer of stage {idle} of the 2"):
+        require_plan(config, 2, tmp_path, tmp_path)
 
 
 def adapted(role: str, *overrides: str):

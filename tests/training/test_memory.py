@@ -289,6 +289,18 @@ def test_a_stage_holds_its_layers_and_the_first_one_more_passes(opt_13b, opt_350
     assert found[1]["", "critic weights to score, whole"] == 2 * opt_350m.scorer_parameters
 
 
+def test_the_lowest_rank_of_a_pipeline_saves(opt_13b, opt_350m):
+    blocks: dict[str, Any] = {
+        call: {"mesh": 0}
+        for call in ("actor_generate", "actor_score", "reference_score", "reward_score", "critic_score", "critic_train")
+    }
+    blocks["actor_train"] = {"mesh": [1, 0], "pipeline": 2}
+    config = opt_config(f"rlhf.plan={json.dumps(blocks)}")
+    plan = Plan.of(config.rlhf, 2, config.data.longest)
+    of_ranks = [_rlhf_parts(config, plan, opt_13b, opt_350m, torch.bfloat16, rank) for rank in (0, 1)]
+    assert [any(part.phase == "saving" for part in parts) for parts in of_ranks] == [True, False]
+
+
 def test_the_fullest_rank_is_that_of_each_place(opt_13b, opt_350m):
     """The first rank trains with its optimiser on the host, the second has the actor and the reference on its GPU."""
     config = planned(actor_generate=1, reference_score=1)

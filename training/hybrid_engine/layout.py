@@ -65,6 +65,11 @@ class Layout:
         """The layers of each stage, of a model with so many."""
         return self.layers or even_runs(layers, self.pipeline)
 
+    @property
+    def uneven_layers(self) -> tuple[int, ...]:
+        """`layers`; none also where they say what would be without them. Equal where stages are."""
+        return () if self.layers == even_runs(sum(self.layers), self.pipeline) else self.layers
+
     def stage_cut(self, rank: int, layers: int) -> StageCut:
         """The share of a model with so many layers that `rank` has."""
         return StageCut(self.pipeline_rank(rank), self.runs(layers))

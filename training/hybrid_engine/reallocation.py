@@ -331,7 +331,7 @@ def weights_of(model: nn.Module, layouts: Sequence[Layout] = ()) -> list[Weight]
         degree: [cuts_of(model, TensorParallel(rank, degree)) for rank in range(degree)]
         for degree in sorted({layout.tensor for layout in layouts} - {1})
     }
-    staged = {(layout.pipeline, layout.layers): layout for layout in layouts if layout.pipeline > 1}
+    staged = {(layout.pipeline, layout.uneven_layers): layout for layout in layouts if layout.pipeline > 1}
     stages = {
         key: stages_of(cast(PreTrainedModel, model), layout.runs(layers_of(model)))
         for key, layout in sorted(staged.items())

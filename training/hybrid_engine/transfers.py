@@ -31,14 +31,14 @@ class Weight:
     cuts: Mapping[int, tuple[Cut | None, ...]] = field(default_factory=dict)
     """By tensor-parallel degree over 1: the part of each tensor rank; None for all of it."""
     stages: Mapping[tuple[int, tuple[int, ...]], tuple[int, ...]] = field(default_factory=dict)
-    """By pipeline degree over 1 and the layers of the stages, as a layout says them: the stages that have it."""
+    """By pipeline degree over 1 and `uneven_layers` of a layout: the stages that have it."""
 
     def cut(self, layout: Layout, rank: int) -> Cut | None:
         return None if layout.tensor == 1 else self.cuts[layout.tensor][layout.tensor_rank(rank)]
 
     def is_on(self, layout: Layout, rank: int) -> bool:
         """Whether the stage of a rank has it."""
-        return layout.pipeline == 1 or layout.pipeline_rank(rank) in self.stages[layout.pipeline, layout.layers]
+        return layout.pipeline == 1 or layout.pipeline_rank(rank) in self.stages[layout.pipeline, layout.uneven_layers]
 
     @property
     def value_bytes(self) -> int:
@@ -132,7 +132,8 @@ def transfers(
     layers: dict[str, list[Move]] = {}
     for weight in weights:
         ends = (
-            (weight.cuts.get(end.tensor), weight.stages.get((end.pipeline, end.layers))) for end in (source, target)
+            (weight.cuts.get(end.tensor), weight.stages.get((end.pipeline, end.uneven_layers)))
+            for end in (source, target)
         )
         alike = weight.shape, *ends
         if alike not in cells:
@@ -151,7 +152,7 @@ def stays(source: Layout, target: Layout, rank: int) -> bool:
     divides = source.zero_stage == 3, target.zero_stage == 3
     return (
         source.tensor_group(rank) == target.tensor_group(rank)
-        and (source.pipeline, source.layers) == (target.pipeline, target.layers)
+        and (source.pipeline, source.uneven_layers) == (target.pipeline, target.uneven_layers)
         and source.pipeline_rank(rank) == target.pipeline_rank(rank)
         and divides[0] == divides[1]
         and (not divides[0] or source.data_group(rank) == target.data_group(rank))

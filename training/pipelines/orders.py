@@ -20,7 +20,7 @@ from training.planner.fusion.schedule import ImpossibleSchedule, Schedule
 
 
 class Operation(NamedTuple):
-    """A micro-batch on one stage."""
+    """Names a pass of a role's micro-batch through one stage."""
 
     role: str
     kind: int
@@ -32,7 +32,7 @@ class Operation(NamedTuple):
 
 
 class Event(NamedTuple):
-    """An operation with its times."""
+    """Says when a rank computed an operation."""
 
     rank: int
     operation: Operation
@@ -47,7 +47,7 @@ class CannotFuse(ValueError):
 
 @dataclass(frozen=True)
 class Pipelines:
-    """One role on its ranks."""
+    """Says which ranks compute which stages of one role."""
 
     ranks: tuple[tuple[int, ...], ...]
     """Those of each pipeline, in the order of the stages."""
@@ -163,7 +163,7 @@ def makespan(events: Iterable[Event]) -> float:
 
 
 def serial(roles: Mapping[str, Pipelines]) -> Orders:
-    """One role after the other, one micro-batch after the other: forward through all stages, and back."""
+    """Let one role follow the other, and one micro-batch the other: it goes forward through all stages, and back."""
 
     def order(role: str, rank: int) -> list[Operation]:
         numbers = range(roles[role].micro_batches)
@@ -173,7 +173,7 @@ def serial(roles: Mapping[str, Pipelines]) -> Orders:
 
 
 def one_forward_one_backward(roles: Mapping[str, Pipelines]) -> Orders:
-    """One role after the other: forwards until the pipeline is full, then backward and forward in turn."""
+    """Let one role follow the other, with forwards until its pipeline is full, then backward and forward in turn."""
 
     def order(role: str, rank: int) -> list[Operation]:
         pipelines = roles[role]

@@ -27,7 +27,7 @@ from training.role_settings import OptimizerSettings
 
 @dataclass(frozen=True)
 class Pass:
-    """A micro-batch on its way through a role's model and back."""
+    """Says what a micro-batch is, and what its loss is, on its way through a role's model and back."""
 
     batch: Callable[[], TokenBatch]
     loss: Callable[[Any, TokenBatch], Tensor]
@@ -64,6 +64,7 @@ class StageEngine(ZeroEngine):
         cut: StageCut,
         dropout: bool = False,
     ):
+        assert len(cut.layers) > 1
         self.pipeline, self.cut = pipeline, cut
         seats = pipeline.gather((cut.stage, ranks.rank), "loading the models")
         self.stages = [stage for stage, _ in seats]
@@ -73,20 +74,12 @@ class StageEngine(ZeroEngine):
                 f"A pipeline goes through ranks {list(pipeline.mesh)}, which come in other places among those of their "
                 f"stages: list the ranks of each stage of the mesh in ascending order."
             )
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise UserError(
-                f"No weights of pipeline stage {cut.stage} are trained: adapt layers of all {len(cut.layers)} stages "
-                f"(lora.targets), or choose fewer stages."
-            )
-        self.clips_here = len(cut.layers) > 1
-        """DeepSpeed, which knows one stage, clips where there is no other."""
         self.limit = settings.gradient_clipping
-        if self.clips_here:
-            assert effective_zero_stage(settings, dtype) < 2, "gradients are summed on each rank before a step"
-            whole = {"zero_optimization": {"overlap_comm": False}}  # all are reduced at once
-            changes = {"gradient_clipping": 0.0, "deepspeed": merge(settings.deepspeed, whole)}
-            settings = settings.model_copy(update=changes)
-        table = tied_table(model.model) if self.clips_here else None
+        assert effective_zero_stage(settings, dtype) < 2, "gradients are summed on each rank before a step"
+        whole = {"zero_optimization": {"overlap_comm": False}}  # all are reduced at once
+        changes = {"gradient_clipping": 0.0, "deepspeed": merge(settings.deepspeed, whole)}  # clipped over all stages
+        settings = settings.model_copy(update=changes)
+        table = tied_table(model.model)
         trained = table if table is not None and table.requires_grad else None
         self.table = trained if cut.is_first else None
         self.copy = trained if cut.is_last else None
@@ -107,13 +100,6 @@ class StageEngine(ZeroEngine):
             self.copy_gradient = torch.zeros_like(self.copy, dtype=torch.float32)
         return TrainingWork(self, passes)
 
-    def scoring_work(
-        self, batches: Sequence[TokenBatch], keep: Callable[[int, Any], None], *more: Any
-    ) -> "ScoringWork":
-        """Forward passes without gradients of what the model takes: a batch and `more`. `keep` gets, on the last stage,
-        a batch's place and what the model says of it."""
-        return ScoringWork(self, self.language_model, self.cut, batches, keep, *more)
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to those of this stage."""
         with self.ranks.as_world():
@@ -124,19 +110,16 @@ class StageEngine(ZeroEngine):
             self.copy.grad = None
 
     def step(self) -> dict[str, float]:
-        if not self.engine.is_gradient_accumulation_boundary():
-            self._send_gradient_of_copy()
-            with self.ranks.as_world():
-                self.engine.set_gradient_accumulation_boundary(True)
-                self.engine.allreduce_gradients()
+        self._send_gradient_of_copy()
+        with self.ranks.as_world():
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
         found = super().step()
         self._send_table()
         return found
 
-    def _gradient_norm(self) -> Tensor | None:
+    def _gradient_norm(self) -> Tensor:
         """Of all stages together, by which the gradients of this one are clipped."""
-        if not self.clips_here:
-            return super()._gradient_norm()
         gradients, divided = reduced_gradients(self.engine)
         squared = norm_of(gradients).double() ** 2
         if divided:
@@ -208,7 +191,8 @@ class StageWork:
 
 
 class ScoringWork(StageWork):
-    """Of `ask`, which is called as the model is."""
+    """Calls `ask` as the model is called, with a batch and `more`, without gradients. On the last stage `keep` gets a
+    batch's place and what the model says of it."""
 
     def __init__(
         self,

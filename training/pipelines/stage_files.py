@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from inference.weights import read_weights
 from training.pipelines.cut import StageCut
-from training.pipelines.stage_model import Parts, held_modules, holders, leave_out, parts_of, parts_outside, require_cut
+from training.pipelines.stage_model import held_modules, holders, leave_out, parts_of, require_cut
+from training.pipelines.stage_trial import Parts, parts_outside
 
 
 def read_stage(

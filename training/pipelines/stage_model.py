@@ -5,10 +5,8 @@ received, and the one behind the run keeps what it sends on, so that nothing els
 layers matters to it. Which families can be cut so is tried on a model of the same shape without memory.
 """
 
-import copy
-import inspect
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,33 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from inference.errors import UserError
 from inference.families import backbone_of, meta_model, text_config
-from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
-from inference.private_surfaces import set_attention
 from inference.tensor_parallel.shard import base_of
 from training.pipelines.cut import StageCut
-
-TRIAL_LENGTHS = (1, 2)
-"""Of the sequences in a trial."""
-
-
-class NoStages(ValueError):
-    """Why a family cannot be cut."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a model consists of, by the names of its modules."""
-
-    stack: str
-    """The list of its layers."""
-    before: frozenset[str]
-    """Those outside of it that are needed before the first layer. All others come after the last one."""
-    outputs: int
-    """A layer gives so many values, the hidden states first; 0: it gives them alone."""
+from training.pipelines.stage_trial import NoStages, Parts, hidden_of, parts_outside, watched, without_values
 
 
 class AbsentLayer(nn.Module):
@@ -57,7 +34,7 @@ class AbsentLayer(nn.Module):
         self.passed: Tensor | None = None
 
     def forward(self, *values: Any, **named: Any) -> Any:
-        hidden = _hidden(values, named) if self.handed is None else self.handed
+        hidden = hidden_of(values, named) if self.handed is None else self.handed
         self.passed = hidden
         return (hidden, *[None] * (self.outputs - 1)) if self.outputs else hidden
 
@@ -224,16 +201,6 @@ def held_modules(model: PreTrainedModel, parts: Parts, cut: StageCut) -> Iterato
             yield module
 
 
-def parts_outside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules that have nothing of the layers, whose list is called `stack`."""
-    way = stack.split(".")
-    for depth, step in enumerate(way):
-        start = "".join(f"{name}." for name in way[:depth])
-        for name, module in model.get_submodule(start[:-1]).named_children():
-            if name != step:
-                yield start + name, module
-
-
 _PARTS: dict[tuple[type[nn.Module], str], Parts | str] = {}
 """By class and configuration; a text says why the family cannot be cut."""
 OF_NO_PART = re.compile(r'"(dtype|vocab_size|\w+_token_id)": .*')
@@ -260,127 +227,16 @@ def parts_of(model: PreTrainedModel) -> Parts:
 
 
 def tried(model: PreTrainedModel) -> Parts:
-    """What a forward pass through all layers shows of a family, and whether its last layers then run alone.
+    """What a forward pass through all layers shows of a family whose last layer then runs alone.
 
     Raises NoStages where more passes from layer to layer than hidden states.
     """
-    packs, config = can_pack(model), copy.deepcopy(model.config)
+    shape, inputs = without_values(model)
     with torch.device("meta"), torch.enable_grad():
-        with no_init_weights():
-            built: Any = type(model)(config)
-        shape = built.to(torch.bfloat16).eval()  # grouped products have no shapes in fp32
-        for part in shape.modules():
-            if isinstance(part, PreTrainedModel):  # ids without values hold no padding to warn of
-                vars(part)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
-        set_attention(shape.config, PACKED_ATTENTION if packs else "eager")
-        row = Sequences(TRIAL_LENGTHS)
-        ids = torch.zeros(1, sum(TRIAL_LENGTHS), dtype=torch.long)
-        inputs: dict[str, Any] = {"use_cache": False}
-        if packs:
-            inputs |= {"position_ids": row.positions(ids.device), "tokens": row}
-        elif (
-            "position_ids" in inspect.signature(backbone_of(shape).forward).parameters
-        ):  # else it makes its own of a mask
-            inputs |= {"attention_mask": torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bfloat16)}
-        parts = watched(shape, {"input_ids": ids, **inputs})
-        last = StageCut(1, (len(shape.get_submodule(parts.stack)) - 1, 1))
-        cut_out(shape, parts, last)
-        received = torch.zeros(*ids.shape, text_config(config).hidden_size, dtype=torch.bfloat16)
+        parts = watched(shape, inputs)
+        text: Any = text_config(shape.config)
+        cut_out(shape, parts, StageCut(1, (text.num_hidden_layers - 1, 1)))
+        received = torch.zeros(*inputs.pop("input_ids").shape, text.hidden_size, dtype=shape.dtype)
         with handing_over(shape, received):
             backbone_of(shape)(inputs_embeds=received, **inputs)
     return parts
-
-
-def watched(model: Any, inputs: dict[str, Any]) -> Parts:
-    """What one forward pass shows of a model's parts."""
-    stack = stack_of(model)
-    layers, outside = model.get_submodule(stack), dict(parts_outside(model, stack))
-    watch = Watch(layers)
-    hooks = [layer.register_forward_pre_hook(watch.enter, with_kwargs=True) for layer in layers]
-    hooks += [layer.register_forward_hook(watch.leave) for layer in layers]
-    hooks += [module.register_forward_hook(watch.note) for module in outside.values()]
-    last = backbone_of(model)(**inputs).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    if watch.called < len(layers):
-        raise NoStages("they do not call each layer once, in order")
-    if watch.before & leaves(last):
-        raise NoStages("weights are used before their layers and behind them")
-    if set(model.parameters()) - {p for module in (layers, *outside.values()) for p in module.parameters()}:
-        raise NoStages("some of their weights are in no layer")
-    used = {name for name, module in outside.items() if not watch.before.isdisjoint(map(id, module.parameters()))}
-    early = {name for name, module in outside.items() if module in watch.early}  # some let all pass where there is text
-    return Parts(stack, frozenset(used | early), watch.outputs)
-
-
-class Watch:
-    """Hooks of a stack of layers: each must take the hidden states of the one before as they are, and nothing else that
-    was made with weights."""
-
-    def __init__(self, layers: Iterable[nn.Module]):
-        self.layers = list(layers)
-        self.called, self.outputs = 0, 0
-        self.before: set[int] = set()
-        """Ids of the parameters that the first layer's input is made of."""
-        self.early: set[nn.Module] = set()
-        """Other modules that were called before the first layer."""
-        self._passed: Tensor | None = None
-
-    def note(self, module: nn.Module, *_: Any) -> None:
-        if self._passed is None:
-            self.early.add(module)
-
-    def enter(self, layer: nn.Module, values: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if self.called == len(self.layers) or layer is not self.layers[self.called]:
-            raise NoStages("they do not call each layer once, in order")
-        hidden = _hidden(values, named)
-        if self._passed is None:
-            self.before = leaves(hidden)
-            self._passed = hidden.detach().requires_grad_()
-        elif hidden is not self._passed:
-            raise NoStages("something is done between their layers")
-        return ((self._passed, *values[1:]), named) if values else (values, {**named, "hidden_states": self._passed})
-
-    def leave(self, layer: nn.Module, _: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        if leaves(hidden) - {id(self._passed), *(id(parameter) for parameter in layer.parameters())}:
-            raise NoStages("more passes from layer to layer than hidden states")
-        if hidden.dtype != next(layer.parameters()).dtype:
-            raise NoStages("their hidden states are kept in another number format than the weights")
-        self.called += 1
-        self._passed = hidden.detach().requires_grad_()
-        if not isinstance(output, tuple):
-            return self._passed
-        self.outputs = len(output)
-        return (self._passed, *[None] * (len(output) - 1))
-
-
-def stack_of(model: PreTrainedModel) -> str:
-    """The name of the list of a model's layers. Raises NoStages where there is none."""
-    text: Any = text_config(model.config)
-    decoder = backbone_of(model) if text is model.config else model.get_decoder()
-    start = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers:
-            return start + name
-    raise NoStages("they have no list of layers")
-
-
-def leaves(tensor: Tensor) -> set[int]:
-    """Ids of the tensors that one was made of, as autograd sees it."""
-    nodes: list[Any] = [tensor.grad_fn] if tensor.grad_fn is not None else []
-    found = {id(tensor)} if tensor.requires_grad and not nodes else set()
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        for before, _ in node.next_functions:
-            if before is not None and before not in seen:
-                seen.add(before)
-                nodes.append(before)
-    return found
-
-
-def _hidden(values: tuple, named: dict[str, Any]) -> Tensor:
-    return values[0] if values else named["hidden_states"]

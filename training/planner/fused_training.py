@@ -6,7 +6,7 @@ What the schedule takes is its lower bound, which our search meets as a rule (do
 from dataclasses import dataclass, replace
 
 from training.calls import Call, role_of
-from training.pipelines.orders import CannotFuse, Pipelines, devices, mesh_against
+from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.footprint import Footprints
@@ -55,7 +55,7 @@ def fused_training(plan: Plan, graphs: AugmentedGraphs) -> FusedTraining | None:
         devices(roles)
         a, b = (_pipeline(call, plan, graphs) for call in both)
         instance = Instance(a, b, memory_cap=_room(both, plan, graphs))
-    except (CannotFuse, ValueError):
+    except ValueError:  # CannotFuse too
         return None
     steps = workload.mini_batches * workload.epochs
     return FusedTraining(steps * serial_1f1b(instance).makespan, steps * Slack.of(instance).lower_bound())

@@ -25,9 +25,9 @@ from training.planner.workload import Model
 Array = NDArray[np.float64]
 SETUP_SECONDS = 0.03
 """To start the broadcasts and to allocate the copy (ReaLHF's estimator takes the same)."""
-KINDS = 6
+KINDS = 7
 """Of weights: in the layers cut over outputs, cut over inputs, and whole in every tensor-parallel part; tables of the
-vocabulary that the first pipeline stage has, the last one, and both."""
+vocabulary that the first pipeline stage has, the last one, and both; the final norm, which the last one has whole."""
 
 
 def bytes_by_kind(model: Model, value_bytes: int) -> Array:
@@ -41,7 +41,8 @@ def bytes_by_kind(model: Model, value_bytes: int) -> Array:
     head = s.output_matrix if model.has_vocabulary_head else 0
     tables = (0, 0, s.embedding) if model.has_vocabulary_head and not head else (s.embedding, head, 0)
     rest = max(0, model.parameters - outputs - inputs - sum(tables))
-    kinds = np.array([outputs, inputs, rest, *tables], dtype=np.float64)
+    final_norm = min(rest, s.hidden)
+    kinds = np.array([outputs, inputs, rest - final_norm, *tables, final_norm], dtype=np.float64)
     return kinds * (model.parameters / kinds.sum() * value_bytes)
 
 
@@ -147,15 +148,15 @@ def boxes(
     """(ranks, 6, KINDS): what each rank of a mesh holds of a model, of weights with a row or column for each part."""
     layout = Layout(tuple(range(ranks)), data, tensor, pipeline, 3 if divided else 0, runs)
     found = np.zeros((ranks, 6, KINDS))
-    outputs = (tensor * data,), 0
-    for kind, (shape, dim) in enumerate((outputs, ((data, tensor), 1), ((data,), None), *[outputs] * 3)):
+    outputs, whole = ((tensor * data,), 0), ((data,), None)
+    for kind, (shape, dim) in enumerate((outputs, ((data, tensor), 1), whole, *[outputs] * 3, whole)):
         cut = [None if dim is None else PartOfWeight(dim, even(shape[dim], part, tensor)) for part in range(tensor)]
         weight = Weight("", shape, torch.uint8, True, {tensor: tuple(cut)}, {(pipeline, runs): tuple(range(pipeline))})
         rows, columns = (1, *shape)[-2:]
         for rank in range(ranks):
             ((box, *_),), stage = parts(weight, layout, rank), layout.stage_cut(rank, layers)
-            tables = {3: stage.is_first, 4: stage.is_last, 5: stage.is_first or stage.is_last}
-            if tables.get(kind, True):
-                run = (0, 1) if kind in tables else (stage.run.start / layers, stage.run.stop / layers)
+            outside = {3: stage.is_first, 4: stage.is_last, 5: stage.is_first or stage.is_last, 6: stage.is_last}
+            if outside.get(kind, True):
+                run = (0, 1) if kind in outside else (stage.run.start / layers, stage.run.stop / layers)
                 found[rank, :, kind] = *run, box.top / rows, box.bottom / rows, box.left / columns, box.right / columns
     return found

@@ -81,7 +81,7 @@ def prepare_models(config: RunConfig, processes: int, say: Say) -> ChatFormat:
     if config.needs_scorer:
         scorer = resolve_model(config.scorer_source, say)
         trained = bool(config.trained_reward_model)
-        require_scorer(scorer, config.scorer_source, trained, 0 if trained else config.reward.layers)
+        require_scorer(scorer, config.scorer_source, trained, config.scorer_layers)
         require = require_same_format if trained else require_same_tokens  # one that is to be trained learns to read
         require(chat_format, ChatFormat.load(scorer), config.actor_source, config.scorer_source)
     require_fitting(config, processes, actor, scorer)

@@ -1,6 +1,7 @@
 """From layouts on four ranks to others: the parts are those of the whole weights, bitwise; the bytes are those that the
 description says; the extra memory is at most two layers and a half."""
 
+import itertools
 import random
 
 import pytest
@@ -26,7 +27,7 @@ SHAPES = [  # mesh, data, tensor, ZeRO stage, pipeline, layers
     ((1, 2), 1, 1, 1, 2, (1, 2)),
 ]
 TARGETS = 6
-"""Of each layout, drawn once; `benchmarks.layout_pairs` has all."""
+"""Of each layout, drawn once, so that each way of cutting meets each; `benchmarks.layout_pairs` has all."""
 TIMES = ("first", "again")
 
 
@@ -40,7 +41,7 @@ def layouts():
 
 
 def pairs():
-    draw, all_ = random.Random(1), layouts()
+    draw, all_ = random.Random(7), layouts()
     return {source: draw.sample(all_, TARGETS) for source in all_}
 
 
@@ -221,6 +222,17 @@ def cases(results):
     for of_rank in results:
         assert len(of_rank["pairs"]) == len(SHAPES) * TARGETS * len(TIMES)
         yield from of_rank["pairs"]
+
+
+def test_each_layout_is_a_target_and_each_way_of_cutting_meets_each():
+    def way(layout):
+        return layout.tensor > 1, layout.pipeline > 1, layout.zero_stage == 3
+
+    found = [(source, target) for source, targets in pairs().items() for target in targets]
+    assert {target for _, target in found} == set(layouts())
+    ways = {way(layout) for layout in layouts()}
+    assert len(ways) == 5
+    assert {(way(source), way(target)) for source, target in found} == set(itertools.product(ways, repeat=2))
 
 
 def test_each_part_is_that_of_the_whole_weights_bitwise(results):

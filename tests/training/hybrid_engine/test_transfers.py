@@ -68,7 +68,7 @@ def pairs():
 
 def part_of(values, weight, layout, rank):
     """What the rank holds, flat."""
-    if layout.pipeline > 1 and layout.pipeline_rank(rank) not in weight.stages[layout.pipeline, layout.layers]:
+    if layout.pipeline > 1 and layout.pipeline_rank(rank) not in weight.stages[layout.pipeline, layout.uneven_layers]:
         return np.zeros(0)
     cut = weight.cut(layout, rank)
     held = torch.from_numpy(values) if cut is None else cut(torch.from_numpy(values))
@@ -171,3 +171,4 @@ def test_what_stays():
     assert not stays(in_two, Layout((2, 1), pipeline=2, layers=(2, 1)), 2)
     assert not stays(in_two, Layout(four, 2, pipeline=2, layers=(1, 2)), 2)
     assert not stays(in_two, Layout(four, 4), 2)
+    assert stays(in_two, Layout(four, 2, pipeline=2), 2)  # as even as can be, in so many words

@@ -23,7 +23,7 @@ from training.models.scorer import Scorer
 from training.pipelines.cut import StageCut
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial
-from training.pipelines.stage_engine import Pass, StageEngine
+from training.pipelines.stage_engine import Pass, ScoringWork, StageEngine
 from training.pipelines.stage_model import keep_stage, tied_table
 from training.planner.fusion.instance import FORWARD, Instance, Pipeline
 from training.planner.fusion.search import find_schedule
@@ -68,8 +68,6 @@ CASES = {
 OF_TWO_DATA_RANKS = ("plain", "clipped", "tied zero 1", "tied bf16", "offload", "scorer")
 KEPT = {"tied": 2, "tied zero 1": 4, "tied bf16": 4, "lora": 2}
 """Those that are saved and go on, and on how many ranks."""
-ONE_STAGE = ("tied", "tied bf16")
-"""Those whose whole model is trained as one stage too."""
 STEPS = 100
 """Of the one whose copies of a table are looked at after so many."""
 
@@ -130,29 +128,15 @@ def train_whole(ranks, directory):
         found[name] = {"steps": steps}
         if ranks.is_first:
             torch.save(weights, directory / f"{name} {ranks.size}.pt")
-        if ranks.size == 1 and name in ONE_STAGE:
-            found[name]["one stage"] = []
-            for passes_one_by_one in (True, False):
-                arguments = (10, ranks, ranks, StageCut(0, (sum(LAYERS),)))
-                one = StageEngine(make_model(case), settings_of(case), getattr(torch, case.dtype), *arguments)
-                own_steps, own = trained(one, ranks, passes_one_by_one)
-                equal = own_steps == steps and all(torch.equal(own[key], weights[key]) for key in weights)
-                found[name]["one stage"].append(equal)
     return found
 
 
-def trained(engine, ranks, passes_one_by_one: bool = False) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def trained(engine, ranks) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """The updates of a whole model, and the weights then."""
     steps = []
     for update in range(UPDATES):
         micro_batches = micro_batches_of(ranks.rank, ranks.size, update)
-        if not passes_one_by_one:
-            steps.append(engine.update(micro_batches, lambda each: loss_of(engine(batch_of(each)))))
-            continue
-        work = engine.work([Pass(partial(batch_of, each), loss_of) for each in micro_batches])
-        for place in range(work.count):
-            assert work.forward(place, None) is work.backward(place, None) is None
-        steps.append(engine.step())
+        steps.append(engine.update(micro_batches, lambda each: loss_of(engine(batch_of(each)))))
     return steps, engine.trained_weights()
 
 
@@ -202,7 +186,8 @@ class Stage:
         """What the model says of some batches; on the last stage."""
         said: dict[int, Any] = {}
         batches = [batch_of(each) for each in micro_batches_of(0, 1, 0)]
-        compute({"role": (self, self.engine.scoring_work(batches, said.__setitem__))}, serial, kinds=(FORWARD,))
+        work = ScoringWork(self.engine, self.engine.language_model, self.engine.cut, batches, said.__setitem__)
+        compute({"role": (self, work)}, serial, kinds=(FORWARD,))
         return [said[place][0].tolist() for place in sorted(said)]
 
 
@@ -373,12 +358,6 @@ def test_what_is_saved_and_kept_goes_on_to_the_bit(found):
             assert sum("average" in file for file in files) == size, files
 
 
-def test_one_stage_is_the_whole_model_to_the_bit(found):
-    """Its passes one by one, and as an engine without stages runs them."""
-    same = {name: whole["one stage"] for name, whole in found[1, "whole"][0].items() if "one stage" in whole}
-    assert same == {name: [True, True] for name in ONE_STAGE}
-
-
 def test_two_roles_against_each_other_train_the_same_in_a_fused_order(found):
     assert all(rank["together"] for rank in found[1, "stages"])
 
@@ -390,11 +369,8 @@ class Crossing(Ranks):
         return [value, (1 - value[0], 1 - value[1])]
 
 
-def test_a_mesh_out_of_order_and_a_stage_without_adapters_are_refused_in_a_sentence():
-    alone, model, cut = Ranks(0, 1, torch.device("cpu")), make_model(CASES["plain"]), StageCut(1, LAYERS)
-    arguments = model, settings_of(CASES["plain"]), torch.float32, 10, alone
+def test_a_mesh_out_of_order_is_refused_in_a_sentence():
+    alone, crossing = Ranks(0, 1, torch.device("cpu")), Crossing(0, 2, torch.device("cpu"), mesh=(0, 3))
+    arguments = make_model(CASES["plain"]), settings_of(CASES["plain"]), torch.float32, 10, alone
     with pytest.raises(UserError, match="list the ranks of each stage of the mesh in ascending order"):
-        StageEngine(*arguments, Crossing(0, 2, torch.device("cpu"), mesh=(0, 3)), cut)
-    model.requires_grad_(False)
-    with pytest.raises(UserError, match="No weights of pipeline stage 1 are trained"):
-        StageEngine(*arguments, alone, cut)
+        StageEngine(*arguments, crossing, StageCut(1, LAYERS))
