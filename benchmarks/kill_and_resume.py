@@ -30,7 +30,7 @@ from training.run_directory import RunDirectory
 from training.steps import METHODS, Step
 
 ORPHAN_SECONDS = 60.0
-UNEQUAL_METRICS = ("time/", "memory/", "tokens_per_second")
+UNEQUAL_METRICS = ("time/", "memory/", "tokens_per_second", "plan/", "pipeline/")
 TARGETS = ("command", "launcher", "rank", "group")
 
 

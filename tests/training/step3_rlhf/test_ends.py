@@ -35,9 +35,10 @@ def samples() -> list[Sample]:
 def test_the_reward_model_reads_the_end_that_it_was_taught_and_the_others_what_was_drawn(chat_format):
     read = {}
 
-    def score(role, batch):
+    def score(role, batches):
+        (batch,) = batches
         read[role] = batch.ids.tolist()
-        return torch.zeros(3 if role == "reward" else 7)
+        return [torch.zeros(3 if role == "reward" else 7)]
 
     rollouts: Any = SimpleNamespace(
         stage=SimpleNamespace(
@@ -49,6 +50,7 @@ def test_the_reward_model_reads_the_end_that_it_was_taught_and_the_others_what_w
         roles=SimpleNamespace(score=score),
     )
     rollouts.as_taught = lambda rows: Rollouts.as_taught(rollouts, rows)
+    rollouts.read = lambda rows, is_taught: Rollouts.read(rollouts, rows, is_taught)
     rows = Rollouts.begin_scoring(rollouts, [Experience.of(sample) for sample in samples()])()
     drawn = [65, 66, 70, TAUGHT, 65, 66, 71, 72, OTHER, 65, 66, 73, 74]
     assert read["reference"] == read["critic"] == drawn

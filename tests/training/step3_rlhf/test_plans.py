@@ -54,13 +54,13 @@ GROUPED: dict[str, dict[str, Any]] = {
 }
 
 
-def make_ppo(ranks, directory, settings: dict[str, Any]):
+def make_ppo(ranks, directory, settings: dict[str, Any], dtype: str = "fp32"):
     from benchmarks import our_ppo
     from training.config import RunConfig
     from training.merging import merge
 
     lengths = Lengths(longest=5, spread=0.5)
-    config = our_ppo.make_config("tiny", lengths, "fp32", "fp32", iterations=ITERATIONS, threads=1)
+    config = our_ppo.make_config("tiny", lengths, dtype, "fp32", iterations=ITERATIONS, threads=1)
     rlhf = {"prompts_per_iteration": 16, "mini_batches": 2, **settings}
     config = RunConfig.model_validate(merge(config.model_dump(), {"processes": ranks.size, "rlhf": rlhf}))
     ppo = our_ppo.make_ppo(config, lengths, directory, ranks)

@@ -20,7 +20,24 @@ LINES = {"mesh": "0-3", "data": 2, "pipeline": 2, "micro_batches": 2}
 AGAINST_LINES = LINES | {"mesh": [2, 3, 0, 1], "zero_stage": 1}
 COPIES = {"mesh": [1, 3, 0, 2], "data": 2, "pipeline": 2, "micro_batches": 2}
 LORA = {"lora": {"rank": 2}}
-ADAPTED = {"actor": LORA, "critic": LORA}
+ADAPTED = {"actor": LORA, "critic": LORA, "critic_warmup": 1}
+GROUPED = {
+    "advantage": "rloo",
+    "samples_per_prompt": 2,
+    "old_logprobs": "recompute",
+    "actor": {"gradient_checkpointing": True},
+    "ptx": {"coefficient": 0.5},
+    "mini_batches": 4,
+    "ppo_kl_stop": 1e-7,
+}
+ACTOR_ALONE = {"actor_generate": ALL, "actor_score": UNEVEN, "reference_score": FORWARDS, "reward_score": BACKWARDS}
+STOPPED = {"kl": {"coefficient": 0.05, "stop": 1e-6}}
+RATES = {"actor": {"learning_rate": 1e-4}, "critic": {"learning_rate": 1e-3}}
+"""Those of the preset `tiny`."""
+APART = 1e-6
+"""Weights at most, relative to their norm; what is found is 1e-8, after five iterations too."""
+MOVED = 1000 * APART
+"""Weights at least."""
 
 
 def settings(order: str, plan: dict[str, Any], **others: Any) -> dict[str, Any]:
@@ -29,24 +46,32 @@ def settings(order: str, plan: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 ON_TWO: dict[str, dict[str, Any]] = {
     "none": {},
-    **{order: settings(order, AGAINST) for order in ("serial", "1f1b", "fused", "auto")},
+    "long none": {"iterations": 5},
+    "long fused": settings("fused", AGAINST, iterations=5),
+    **{order: settings(order, AGAINST) for order in ("serial", "1f1b", "auto")},
     "one in stages": settings("1f1b", plan(ALL, ALL, ALL, {"mesh": 0}, BACKWARDS | {"zero_stage": 1}, {"mesh": 0})),
-    "warmed none": {"critic_warmup": 1},
-    "warmed fused": settings("fused", AGAINST, critic_warmup=1),
     "adapted none": ADAPTED,
     "adapted fused": settings("fused", AGAINST, **ADAPTED),
+    "grouped none": GROUPED,
+    "grouped fused": settings("fused", {**ACTOR_ALONE, "actor_train": UNEVEN}, **GROUPED),
+    "half none": {"iterations": 1, "exact": False},
+    "half fused": settings("fused", AGAINST | {"actor_score": UNEVEN}, iterations=1, exact=False),
+    "stopped none": STOPPED,
+    "stopped fused": settings("fused", AGAINST, **STOPPED),
 }
-"""In the last one the actor's stages, their adapters off, are the reference."""
+"""Under "adapted fused" the actor's stages, their adapters off, are the reference; one role alone cannot be fused."""
 ON_FOUR: dict[str, dict[str, Any]] = {
     "none": {},
     "lines": settings("fused", plan(FOUR, LINES, FOUR, LINES, LINES, AGAINST_LINES)),
     "copies": settings("fused", plan(FOUR, FOUR, FOUR, FOUR, LINES | {"data": 1, "pipeline": 4}, COPIES)),
 }
-RESUMED = settings("fused", AGAINST, ema=0.5, ppo_kl_stop=1e9, kl={"coefficient": 0.05, "stop": 1e9})
+RESUMED = settings("fused", AGAINST, **RATES, ema=0.5, ppo_kl_stop=1e9, kl={"coefficient": 0.05, "stop": 1e9})
 
 
 def iterate(ranks, directory):
-    """By plan: responses, metrics of updates, weights, the passes of the last optimiser step."""
+    """By plan: responses, metrics of updates, weights and how far they moved, the passes of the last optimiser step."""
+    from training.merging import merge
+
     layers, work.VOCABULARY_SIZE = 3 if ranks.size == 2 else 4, 512
     if ranks.is_first:
         work.build_models(directory / "models", Size(hidden=32, layers=layers, heads=4, ffn=64))
@@ -54,16 +79,43 @@ def iterate(ranks, directory):
     work.models = lambda size: work.Models(directory / "models" / "actor", directory / "models" / "reward")
     found = {}
     for name, asked in (ON_TWO if ranks.size == 2 else ON_FOUR).items():
-        ppo = make_ppo(ranks, directory / name, asked)
-        responses, rows = follow(ppo, range(1, ITERATIONS + 1), check=True)
+        write_demonstrations(ranks, directory / name)
+        ppo = make_ppo(ranks, directory / name, merge(RATES, asked), "bf16" if name.startswith("half") else "fp32")
+        start = {role: engine.trained_weights() for role, engine in ppo.roles._engines.items()}
+        responses, rows = follow(ppo, range(1, asked.get("iterations", ITERATIONS) + 1), check=True)
+        if name.startswith("stopped"):
+            ppo.end_inside(ppo.inside, ITERATIONS, stopped=True)
         weights = {role: trained(ppo, role) for role in ("actor", "critic")}
+        moved = {role: distance(ppo.roles._engines[role].trained_weights(), each) for role, each in start.items()}
         newest = ppo.roles.staged.newest
         passes = [event.operation[:2] for event in newest.events] if newest else []
-        found[name] = {"responses": responses, "rows": rows, "weights": weights, "passes": passes}
+        found[name] = {"responses": responses, "rows": rows, "moved": moved, "weights": weights, "passes": passes}
         if name == "auto":
             found["choices"] = choices(ppo.roles.staged)
     chosen = found.pop("choices", None)
     return {"plans": found, "chosen": chosen, "resumed": go_on(ranks, directory, RESUMED) if chosen else None}
+
+
+def distance(ours, theirs) -> float:
+    """Of all weights together, relative to the norm of theirs; 0 where there are none."""
+    norms = [
+        torch.cat([torch.zeros(1), *(each[key].flatten() for key in theirs)]).norm()
+        for each in ({key: ours[key].flatten() - theirs[key].flatten() for key in theirs}, theirs)
+    ]
+    return float(norms[0] / norms[1].clamp_min(1e-30))
+
+
+def write_demonstrations(ranks, run) -> None:
+    from training.data.rows import write_rows
+    from training.run_directory import RunDirectory
+
+    if ranks.is_first:
+        answers = ("word9", "word8 " * 4, "word7 " * 6)
+        rows = [{"prompt": [{"role": "user", "content": answer}], "response": answer} for answer in answers]
+        file = RunDirectory(run).data / "sft_train.jsonl"
+        file.parent.mkdir(parents=True)
+        write_rows(file, rows)
+    ranks.barrier()
 
 
 def choices(staged) -> dict[str, str]:
@@ -105,19 +157,32 @@ def test_stages_learn_what_whole_models_do(outcome):
             assert rank[name]["responses"] == outcome[0][expected]["responses"], name
             assert rank[name]["rows"] == outcome[0][name]["rows"], name
         pairs = zip(*(itertools.chain(*outcome[0][each]["rows"]) for each in (name, expected)), strict=True)
+        in_bf16 = name.startswith("half")
         for row, other in pairs:
-            assert row == pytest.approx(other, rel=1e-3, abs=1e-5), name
-        for role in ("actor", "critic"):
+            assert row == pytest.approx(other, **({"rel": 0.1, "abs": 1e-2} if in_bf16 else {"rel": 1e-3, "abs": 1e-5}))
+        for role in ("actor",) if name.startswith("grouped") else ("actor", "critic"):
             ours, theirs = (weights_of(outcome, each, role) for each in (name, expected))
             assert ours.keys() == theirs.keys() and ours
-            for key, weight in ours.items():
-                assert torch.allclose(weight, theirs[key], rtol=0, atol=1e-5), (name, role, key)
+            moved = max(rank[name]["moved"].get(role, 0.0) for rank in outcome)
+            if (name.split()[0], role) == ("stopped", "actor"):
+                assert moved == 0, name  # the model before the update that went too far
+            else:
+                assert moved > MOVED, (name, role)
+            assert distance(ours, theirs) <= (0.03 * moved if in_bf16 else APART), (name, role)
+
+
+def test_runs_that_stop_by_their_kl_stop_in_stages_too(outcome):
+    for rank in outcome:
+        if "stopped fused" in rank:
+            assert [len(rows) for rows in rank["stopped fused"]["rows"]] == [2, 0]
+            assert [len(rows) for rows in rank["grouped fused"]["rows"]] == [2, 2]  # of four mini-batches
+            assert rank["grouped fused"]["rows"][0][0]["ptx/loss"] > 1
 
 
 def test_orders_change_no_bit(outcome):
     for rank in outcome:
         if "serial" in rank:
-            for order in ("1f1b", "fused", "auto"):
+            for order in ("1f1b", "auto"):
                 assert [rank[order][key] for key in ("rows", "weights")] == [
                     rank["serial"][key] for key in ("rows", "weights")
                 ]
@@ -125,7 +190,9 @@ def test_orders_change_no_bit(outcome):
 
 def test_each_order_is_the_one_asked_for(outcome):
     for rank in outcome:
-        for name in rank.keys() - {"none", "warmed none", "adapted none", "one in stages"}:
+        for name in rank.keys() - {"one in stages", "grouped fused"}:
+            if name.endswith("none"):
+                continue
             passes = rank[name]["passes"]
             changes = sum(before[0] != after[0] for before, after in itertools.pairwise(passes))
             assert changes == 1 if name in ("serial", "1f1b") else changes > 1, (name, passes)
