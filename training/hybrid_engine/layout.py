@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def uneven_layers(self) -> tuple[int, ...]:
-        """`layers`; none also where they say what would be without them. Equal where stages are."""
+        """`layers`, or none where these only spell out what is so without them: equal wherever the stages are."""
         return () if self.layers == even_runs(sum(self.layers), self.pipeline) else self.layers
 
     def stage_cut(self, rank: int, layers: int) -> StageCut:
