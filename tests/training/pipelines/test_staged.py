@@ -33,7 +33,8 @@ class Run:
         for rank in range(size):
             ranks = SimpleNamespace(rank=rank, size=size, device=torch.device("cpu"), gather=lambda value, _: self.all)
             say = self.said.setdefault(rank, []).append
-            self.of_ranks.append(StagedRoles(plan, ranks, dict.fromkeys(LAYOUTS, 2), order, {"actor": 1.0}, say))
+            layers, activations = dict.fromkeys(LAYOUTS, 2), dict.fromkeys(LAYOUTS, 1.0)
+            self.of_ranks.append(StagedRoles(plan, ranks, layers, order, activations, say))
 
     def execute(self, orders, rank, works, links, events):
         for operation in orders.by_rank[rank]:
