@@ -45,15 +45,16 @@ def test_the_benchmark_runs(tmp_path):
     assert figures == same, "a rank does not know what the other one did"
     for name, each in figures.items():
         assert min(each["predicted"], *each["walls"], *each["own"]) > 0 and 0 < each["busy"][0] < 1, name
+        assert each["kept"] == pytest.approx(1, abs=0.05), name
     assert bars == 3 * 2 * 2 * 8 * 2 * 2  # orders, measured and predicted, roles, micro-batches, kinds, stages
 
 
 TINY = Size(hidden=32, layers=3, heads=4, ffn=64)
 LAYERS = {"actor": (2, 1), "critic": (1, 2)}
 FOUND = {
-    "serial": {"predicted": 3.0, "walls": [3.1, 3.0], "own": [0.02, 0.03], "busy": [0.5, 0.5]},
-    "1f1b": {"predicted": 2.0, "walls": [2.0, 2.1], "own": [0.01, 0.02], "busy": [0.8, 0.8]},
-    "fused": {"predicted": 1.6, "walls": [1.6, 1.7], "own": [0.01, 0.02], "busy": [0.9, 0.9]},
+    "serial": {"predicted": 3.0, "walls": [3.1, 3.0], "own": [0.02, 0.03], "busy": [0.5, 0.5], "kept": 1.0},
+    "1f1b": {"predicted": 2.0, "walls": [2.0, 2.1], "own": [0.01, 0.02], "busy": [0.8, 0.8], "kept": 1.0},
+    "fused": {"predicted": 1.6, "walls": [1.6, 1.7], "own": [0.01, 0.02], "busy": [0.9, 0.9], "kept": 1.0},
 }
 
 
@@ -63,6 +64,7 @@ FOUND = {
         ("serial", {"walls": [3.4, 3.4]}),
         ("1f1b", {"own": [0.06, 0.06]}),
         ("fused", {"walls": [1.75, 1.75]}),
+        ("fused", {"kept": 1.06}),
     ],
 )
 def test_targets_can_be_missed(name, changes, capsys):
