@@ -4,8 +4,8 @@
     python -m benchmarks.random_plans --out FILE --show      # the table of a file again, nothing is run
 
 Two processes with one core each; models, prompts and forced lengths of `work.py`, fp32. The machine is profiled first
-(`rlhf-chat profile`). Its four constants are then fitted to `--fitted` plans of their own, drawn like the others, and
-predict the rest; what the profile alone says is printed too. Every plan is started anew in every round, the order of
+(`rlhf-chat profile`), and predicts. With `--fitted` its four constants are then fitted to plans of their own, drawn like
+the others, and what the profile alone says is printed too. Every plan is started anew in every round, the order of
 plans turned by one: one iteration warms up, `--iterations` are measured, and the slowest rank counts. Ends with 1 where
 a target is missed. Runs that are in the file already are not made again.
 """
@@ -212,7 +212,7 @@ def main() -> int:
     parser.add_argument("--lengths", choices=list(LENGTHS), default="skew")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--plans", type=int, default=12)
-    parser.add_argument("--fitted", type=int, default=5, help="further plans, to fit the constants to")
+    parser.add_argument("--fitted", type=int, default=0, help="further plans, to fit the constants to")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--patience", type=float, default=20, help="seconds to wait for an idle machine before a run")
