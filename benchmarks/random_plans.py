@@ -4,8 +4,8 @@
     python -m benchmarks.random_plans --out FILE --show      # the table of a file again, nothing is run
 
 Two processes with one core each; models, prompts and forced lengths of `work.py`, fp32. The machine is profiled first
-(`rlhf-chat profile`), and predicts. With `--fitted` its four constants are then fitted to plans of their own, drawn like
-the others, and what the profile alone says is printed too. Every plan is started anew in every round, the order of
+(`rlhf-chat profile`), and predicts. With `--fitted` its four constants are fitted to plans of their own, drawn like the
+others, and what the profile alone says is printed too. Every plan is started anew in every round, the order of
 plans turned by one: one iteration warms up, `--iterations` are measured, and the slowest rank counts. Ends with 1 where
 a target is missed. Runs that are in the file already are not made again.
 """
