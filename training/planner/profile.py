@@ -49,7 +49,7 @@ ALL_REDUCE_SHARE = 0.5
 
 
 def measure(ranks: Ranks) -> MachineProfile:
-    """The same on every rank: the slowest one's. Takes about fifteen seconds on two cores."""
+    """The same on every rank: the slowest one's. Takes about half a minute on two cores."""
     meter = Meter(ranks)
     rates = meter.matrix_products()
     memory = meter.memory_bandwidth()
