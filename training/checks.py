@@ -19,7 +19,7 @@ from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
 from training.shape import Shape
 from training.step3_rlhf.old_logprobs import iteration_calls
-from training.step3_rlhf.planned import require_runnable
+from training.step3_rlhf.planned import require_plan_to_fuse, require_runnable
 from training.steps import METHODS
 
 
@@ -103,13 +103,13 @@ def require_cut(model: Path, tensor: int, asked: str) -> None:
 
 def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
     """Raise UserError where rlhf.plan does not fit the calls, the models or the ranks."""
+    if not config.rlhf.plan:
+        return require_plan_to_fuse(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(config.dtype, device)
     of_actor = AutoConfig.from_pretrained(actor, local_files_only=True)
     of_scorer = scorer_config(scorer, config.scorer_layers) if scorer else None
     require_runnable(config, processes, Shape.of(of_actor), Shape.of(of_scorer) if of_scorer else None, dtype)
-    if not config.rlhf.plan:
-        return
     plan = Plan.of(config.rlhf, processes, config.data.longest, iteration_calls(config.rlhf, dtype))
     for name, assignment in plan.assignments.items():
         model = actor if name.startswith(("actor", "reference")) else scorer

@@ -39,18 +39,22 @@ def graphs_of(
     return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
 
 
+def require_plan_to_fuse(config: RunConfig) -> None:
+    """Raises UserError for settings without a plan that ask for fused training."""
+    if config.rlhf.fusion.training == "fused":
+        raise UserError(
+            "rlhf.fusion.training=fused weaves actor and critic that train in pipeline stages, and only a plan has "
+            "these: give one with --plan, or use auto."
+        )
+
+
 def require_runnable(
     config: RunConfig, ranks: int, actor: Shape | None, scorer: Shape | None, dtype: torch.dtype
 ) -> None:
     """Raises UserError where so many ranks cannot run the plan of the settings, or fused training has none; the first
     problem is its sentence. A shape that is None is not judged."""
     if not config.rlhf.plan:
-        if config.rlhf.fusion.training == "fused":
-            raise UserError(
-                "rlhf.fusion.training=fused weaves actor and critic that train in pipeline stages, and only a plan has "
-                "these: give one with --plan, or use auto."
-            )
-        return
+        return require_plan_to_fuse(config)
     graph, plan = DataflowGraph(iteration_calls(config.rlhf, dtype)), from_blocks(config.rlhf.plan)
     workload = workload_of(config, actor, scorer, dtype)
     found = problems(plan, graph, workload, ranks) or unrunnable(plan, graph, workload, config.rlhf, ranks)
