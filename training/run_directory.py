@@ -1,7 +1,7 @@
 """Where everything of a run lies, and the promise that files appear whole or not at all.
 
 runs/<name>/
-  config.yaml  starts.jsonl  data/  evaluation.json  comparison.jsonl  report.html
+  config.yaml  starts.jsonl  data/  evaluation.json  comparison.jsonl  report.html  preferences.jsonl
   step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl; steps.py)
     model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
