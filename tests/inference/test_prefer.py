@@ -7,12 +7,12 @@ import sys
 from dataclasses import replace
 
 import pytest
-from inference.preferences import DRAWS, Answer, BlindPair, PreferenceFile
 
 from inference.chat_model import ChatModel
 from inference.errors import UserError
 from inference.generation.sample import SamplingSettings
 from inference.prefer import Answerers, Interview, again, drawn
+from inference.preferences import DRAWS, Answer, BlindPair, PreferenceFile
 from tests.inference.test_chat import Echo, TypedLines, in_child, user
 
 SETTINGS = SamplingSettings(max_tokens=24, temperature=0.7)
@@ -168,22 +168,14 @@ def test_a_second_person_judges_the_same_answers(file):
 
 
 def test_single_keys_in_a_real_terminal(file):
-    """Keys pressed before both answers are there count for nothing."""
     pair = BlindPair.of(user("hi"), Answer("a", "x", 1), Answer("b", "y", 2), 0.7, 24)
-    waits, goes_on = os.pipe()
-
-    def pairs():
-        os.read(waits, 1)
-        yield from (pair, pair, pair)
 
     def talk() -> None:
         with open(0, encoding="utf-8") as sys.stdin, open(1, "w", encoding="utf-8") as sys.stdout:
-            Interview(file, "ann").collect(pairs())
+            Interview(file, "ann").collect([pair, pair, pair])
 
     process, descriptor = in_child(talk, terminal=True)
     shown = b""
-    os.write(descriptor, b"1\n")
-    os.write(goes_on, b"!")
     for number, key in enumerate((b"x", b"2", b"=", b"q"), 1):
         while shown.count(b"q quit: ") < number:
             shown += os.read(descriptor, 1000)
