@@ -47,11 +47,11 @@ def ask(run, monkeypatch, text: str, target=None, **given) -> list:
 
 
 def test_the_command_from_a_pipe_to_the_next_round(run):
-    done = rlhf_chat("prefer", run.path, "--as", "ann", "--max-tokens", 4, cwd=run.path, stdin="Hi\n1\n\n2\n\n=\n")
+    done = rlhf_chat("prefer", run.path, "--as", "ann", cwd=run.path, stdin="Hi\n1\n\n2\n\n=\n")
     assert done.code == 0, done.err
     first, second, third = PreferenceFile(run.preferences).read()
     assert [each.prompt for each in (first, second, third)] == [messages(t) for t in ("Hi", "A tree?", "A lake?")]
-    assert {first.model_a, first.model_b} == {"run/rlhf"} and (first.temperature, first.max_tokens) == (0.7, 4)
+    assert {first.model_a, first.model_b} == {"run/rlhf"} and (first.temperature, first.max_tokens) == (0.7, 12)
     assert done.out.startswith(f"1: {first.response_a}\n2: ") and done.out.count("user: ") == 2
     assert f"Collected 3 verdicts of ann; {run.preferences} has 3 verdicts, 2 for one of two answers." in done.err
     assert f"rlhf-chat run --from {run.path} --data {run.preferences} --name run-round2" in done.err
@@ -64,11 +64,6 @@ def test_two_models_are_named_in_the_file_and_nowhere_else(run, monkeypatch, cap
     (click,) = ask(run, monkeypatch, "Hi\n1\n", against="sft", max_tokens=3)
     assert {click.model_a, click.model_b} == {"run/rlhf", "run/sft"}
     assert "sft" not in capsys.readouterr().out
-
-
-def test_settings_are_the_runs_where_none_are_given(run, monkeypatch):
-    (click,) = ask(run, monkeypatch, "Hi\n1\n")
-    assert (click.temperature, click.max_tokens) == (0.7, 12)
 
 
 def test_models_by_their_words(run, place):

@@ -1,9 +1,9 @@
-"""What the verdicts of people say: which of two models they prefer, and how far they agree with each other."""
+"""What the verdicts of people say: which of two models they prefer, how far they agree, and what else moves them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 from inference.preferences import Preference
 from training.data.split import choose_groups
@@ -94,20 +94,6 @@ def questions(clicks: Clicks) -> list[str]:
 # People
 
 
-class Agreement(NamedTuple):
-    """Of two people, or of one with themselves, over the pairs of answers that both have judged."""
-
-    pairs: int
-    same: float
-    """Share of the pairs with the same verdict."""
-    low: float
-    high: float
-    kappa: float | None
-    """1: always the same verdict, 0: as often as chance alone would have it; None where chance alone would always."""
-    kappa_low: float | None
-    kappa_high: float | None
-
-
 def agreements(clicks: Clicks) -> list[dict[str, Any]]:
     """Of each two people who have judged the same answers."""
     last: dict[str, dict[Hashable, Preference]] = defaultdict(dict)
@@ -117,11 +103,11 @@ def agreements(clicks: Clicks) -> list[dict[str, Any]]:
     for one, other in combinations(people(clicks), 2):
         both = [(click, last[other][pair]) for pair, click in last[one].items() if pair in last[other]]
         if both:
-            found.append({"people": [one, other], **agreement(both)._asdict()})
+            found.append({"people": [one, other], **agreement(both)})
     return found
 
 
-def repeated(clicks: Clicks) -> dict[str, Agreement]:
+def repeated(clicks: Clicks) -> dict[str, dict[str, Any]]:
     """How far each person who has judged the same answers more than once says the same, the first time and the last."""
     verdicts: dict[str, dict[Hashable, list[Preference]]] = defaultdict(lambda: defaultdict(list))
     for click in clicks:
@@ -130,10 +116,12 @@ def repeated(clicks: Clicks) -> dict[str, Agreement]:
     return {by: agreement(both) for by, both in twice.items() if both}
 
 
-def agreement(both: Sequence[tuple[Preference, Preference]]) -> Agreement:
-    """Cohen's kappa (1960, Educational and Psychological Measurement 20, 37-46), with his interval for a known share of
-    chance, that of the share of equal verdicts. Which of two answers comes first means nothing, so of those who prefer
-    one by chance half prefer the same.
+def agreement(both: Sequence[tuple[Preference, Preference]]) -> dict[str, Any]:
+    """The share of pairs with the same verdict (`same`), and Cohen's kappa: 1 is always the same and 0 as often as by
+    chance; None where chance alone gives always the same. Each has its 95 % interval, kappa the one of its author
+    (1960, Educational and Psychological Measurement 20, 37-46), for whom the share of chance is known.
+
+    Which of two answers comes first means nothing, so of those who prefer one half prefer the same by chance.
     """
     same = [meaning(one) == meaning(other) for one, other in both]
     size = statistics.effective_size(same, questions([one for one, _ in both]))
@@ -141,26 +129,33 @@ def agreement(both: Sequence[tuple[Preference, Preference]]) -> Agreement:
     first, second = (Counter(meaning(click)[0] for click in clicks) for clicks in zip(*both, strict=True))
     chance = sum(first[kind] * second[kind] / (2 if kind == "better" else 1) for kind in first) / len(both) ** 2
     kappas = [None if chance == 1 else (each - chance) / (1 - chance) for each in (share, low, high)]
-    return Agreement(len(both), share, low, high, *kappas)
+    names = ("pairs", "same", "low", "high", "kappa", "kappa_low", "kappa_high")
+    return dict(zip(names, (len(both), share, low, high, *kappas), strict=True))
 
 
-# Sides
+# What else moves them
 
 
-class Side(NamedTuple):
-    """How often the left of two answers is the better one; half of the time, where its side does not matter."""
+def overview(clicks: Clicks) -> dict[str, Any]:
+    """Who has clicked how often, verdicts for neither answer, the side that is preferred, and who agrees with whom."""
+    verdicts = Counter(click.winner for click in clicks)
+    return {
+        "clicks": len(clicks),
+        "by": {name: sum(click.by == name for click in clicks) for name in people(clicks)},
+        "ties": verdicts["tie"],
+        "both_bad": verdicts["both bad"],
+        "left": left(clicks),
+        "repeated": repeated(clicks),
+        "agreement": agreements(clicks),
+    }
 
-    clicks: int
-    rate: float
-    low: float
-    high: float
 
-    @property
-    def is_biased(self) -> bool:
-        return not self.low <= 0.5 <= self.high
-
-
-def side(clicks: Iterable[Preference]) -> Side | None:
-    """None where nobody has preferred one of two answers."""
-    left = [click.winner == "a" for click in clicks if click.winner in ("a", "b")]
-    return Side(len(left), *statistics.share(sum(left), len(left))) if left else None
+def left(clicks: Clicks) -> dict[str, dict[str, float]]:
+    """How often each person prefers the left of two answers: by chance, since sides are drawn, half of the time."""
+    found = {}
+    for name in people(clicks):
+        sides = [click.winner == "a" for click in clicks if click.by == name and click.winner in ("a", "b")]
+        if sides:
+            rate, low, high = statistics.share(sum(sides), len(sides))
+            found[name] = {"clicks": len(sides), "rate": rate, "low": low, "high": high}
+    return found

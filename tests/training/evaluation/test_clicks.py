@@ -85,13 +85,21 @@ def test_agreement_with_oneself_is_of_the_first_and_the_last_time():
         *verdicts("ann", "oO"),
     ]
     ((name, of_ann),) = clicks.repeated(found).items()
-    assert (name, of_ann.pairs, of_ann.same) == ("ann", 3, pytest.approx(2 / 3))
+    assert (name, of_ann["pairs"], of_ann["same"]) == ("ann", 3, pytest.approx(2 / 3))
 
 
-def test_the_side_that_is_preferred():
-    found = [click("ann", "one", f"{i}") for i in range(30)] + [click("ann", "tie", "t")]
-    left = clicks.side(found)
-    assert left is not None and (left.clicks, left.rate, left.is_biased) == (30, 1.0, True)
-    even = clicks.side([click("ann", "one", f"{i}", swapped=i % 2 == 0) for i in range(30)])
-    assert even is not None and even.rate == 0.5 and not even.is_biased
-    assert clicks.side([click("ann", "tie")]) is None
+def test_the_side_that_each_person_prefers():
+    found = [click("ann", "one", f"{i}") for i in range(30)] + [click("ann", "tie", "t"), click("ben", "tie")]
+    assert clicks.left(found) == {
+        "ann": {"clicks": 30, "rate": 1.0, "low": pytest.approx(30 / (30 + 1.96**2)), "high": 1.0}
+    }
+    even = clicks.left([click("ann", "one", f"{i}", swapped=i % 2 == 0) for i in range(30)])
+    assert even["ann"]["rate"] == 0.5 and even["ann"]["low"] < 0.5 < even["ann"]["high"]
+
+
+def test_an_overview_counts_everything():
+    found = [*verdicts("ben", "oOtb"), *verdicts("ann", "oo"), *verdicts("ben", "o")]
+    seen = clicks.overview(found)
+    assert seen["clicks"] == 7 and seen["by"] == {"ben": 5, "ann": 2} and (seen["ties"], seen["both_bad"]) == (1, 1)
+    assert list(seen["left"]) == ["ben", "ann"] and seen["repeated"]["ben"]["pairs"] == 1
+    assert seen["agreement"][0]["people"] == ["ben", "ann"] and seen["agreement"][0]["pairs"] == 2
