@@ -117,7 +117,10 @@ def build_chitchat(
     new_questions = flatten(reader.read([dialogue for dialogue in dialogues if dialogue.question in held_out]))
     add_evaluation(sets, new_talk, new_questions, rng)
     keep_once(sets)
-    rated = share_texts(texts, settings, seed, chat_format) if settings.split[1] > 0 else None
+    prompts, held_out_prompts = ([row["prompt"] for row in rows] for rows in (sets.prompts_train, sets.prompts_eval))
+    rated = (
+        share_texts(texts, settings, seed, chat_format, prompts, held_out_prompts) if settings.split[1] > 0 else None
+    )
     if rated:
         sets.pairs_train, sets.pairs_eval, sets.panel = rated.pairs_train, rated.pairs_eval, rated.panel
         reader.left_out.update(rated.left_out)

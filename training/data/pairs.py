@@ -31,8 +31,10 @@ class Answer:
     """The mean of its ratings."""
 
 
-def make_pairs(answers: Sequence[Answer], prompt: list[Message], rng: random.Random, uses: int = USES) -> list[PairRow]:
-    """All that `uses` of each answer give, in random order; no pair twice."""
+def make_pairs(
+    answers: Sequence[Answer], prompts: Sequence[list[Message]], rng: random.Random, uses: int = USES
+) -> list[PairRow]:
+    """All that `uses` of each answer give, in random order, each under one of the prompts; no pair twice."""
     pairs: list[PairRow] = []
     used: Counter[int] = Counter()
     met: set[frozenset[int]] = set()
@@ -52,7 +54,7 @@ def make_pairs(answers: Sequence[Answer], prompt: list[Message], rng: random.Ran
             used.update((i, j))
             pairs.append(
                 {
-                    "prompt": prompt,
+                    "prompt": rng.choice(prompts),
                     "chosen": chosen.text,
                     "rejected": rejected.text,
                     "chosen_score": chosen.score,

@@ -60,11 +60,11 @@ HELD_OUT = 500
 OTHERS = 300
 """Texts of each other kind that are judged."""
 EVALUATION_PAIRS = 200
-PROMPT: list[Message] = [
+ANY_PROMPT: list[Message] = [
     {"role": "system", "content": "You chat with a friend."},
     {"role": "user", "content": "Say something."},
 ]
-"""What a rated text is taken to answer."""
+"""What a rated text is taken to answer where there is no talk."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class RatedText:
     """One a person; empty where those in the source are not the ones of the mean."""
 
 
+Prompts = Sequence[list[Message]]
 RatedTexts = Mapping[str, Sequence[RatedText]]
 """By kind, see DOMAINS."""
 
@@ -149,8 +150,18 @@ class RatedRows:
     notes: list[str]
 
 
-def share_texts(texts: RatedTexts, settings: DataSettings, seed: int, chat_format: ChatFormat) -> RatedRows:
+def share_texts(
+    texts: RatedTexts,
+    settings: DataSettings,
+    seed: int,
+    chat_format: ChatFormat,
+    prompts: Prompts = (),
+    held_out_prompts: Prompts = (),
+) -> RatedRows:
     """Pairs of tweets to train on, pairs and single texts to evaluate with; the seed decides which.
+
+    Each is taken to answer a prompt drawn at random, so that a reward model reads it where it will read replies: what
+    it learns then carries over to them better than from texts under one and the same prompt.
 
     Raises UserError where no pair is left.
     """
@@ -164,13 +175,15 @@ def share_texts(texts: RatedTexts, settings: DataSettings, seed: int, chat_forma
     trained = [tweet for tweet in tweets if tweet.text not in held_out][: settings.limit or None]
     panel = {TWEETS: judged} | {domain: list(islice(usable[domain], OTHERS)) for domain in DOMAINS if domain != TWEETS}
 
+    unseen = held_out_prompts or [ANY_PROMPT]
+
     def answers(texts: Sequence[RatedText]) -> list[Answer]:
         return [Answer(each.text, len(chat_format.response_ids(each.text)), each.mean) for each in texts]
 
     rows = RatedRows(
-        pairs_train=make_pairs(answers(trained), PROMPT, rng),
-        pairs_eval=make_pairs(answers(judged), PROMPT, rng, uses=1)[:EVALUATION_PAIRS],
-        panel=[panel_row(domain, each) for domain, texts in panel.items() for each in texts],
+        pairs_train=make_pairs(answers(trained), prompts or [ANY_PROMPT], rng),
+        pairs_eval=make_pairs(answers(judged), unseen, rng, uses=1)[:EVALUATION_PAIRS],
+        panel=[panel_row(domain, each, rng.choice(unseen)) for domain, texts in panel.items() for each in texts],
         left_out=usable[TWEETS].left_out,
         notes=[
             f"step 2: pairs of {len(trained):,} tweets, by what people rated as more positive; held out: "
@@ -214,9 +227,9 @@ class Usable:
         return "" if is_decent(text) else "rude words"
 
 
-def panel_row(domain: str, rated: RatedText) -> PanelRow:
+def panel_row(domain: str, rated: RatedText, prompt: list[Message]) -> PanelRow:
     return {
-        "prompt": PROMPT,
+        "prompt": prompt,
         "response": rated.text,
         "domain": domain,
         "mean": rated.mean,

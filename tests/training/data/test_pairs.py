@@ -25,7 +25,7 @@ def test_pairs_give_nothing_away():
     # positive texts are longer here, as they are in real talk
     answers = [Answer(f"text {i}", rng.randint(2, 20) + round(2 * score), score) for i, score in enumerate(scores)]
     by_text = {answer.text: answer for answer in answers}
-    pairs = make_pairs(answers, PROMPT, random.Random(1))
+    pairs = make_pairs(answers, [PROMPT], random.Random(1))
     assert len(pairs) > 300  # of 450 at most
     used, longer = Counter(), Counter()
     for pair in pairs:
@@ -37,9 +37,9 @@ def test_pairs_give_nothing_away():
     assert max(used.values()) == 3
     assert abs(longer[1] - longer[-1]) <= 1
     assert len({frozenset((pair["chosen"], pair["rejected"])) for pair in pairs}) == len(pairs)
-    once = make_pairs(answers, PROMPT, random.Random(1), uses=1)
+    once = make_pairs(answers, [PROMPT], random.Random(1), uses=1)
     assert set(Counter(pair[side] for pair in once for side in ("chosen", "rejected")).values()) == {1}
 
 
 def test_too_few_texts_give_no_pairs():
-    assert make_pairs([Answer("alone", 5, 0.9)], PROMPT, random.Random(1)) == []
+    assert make_pairs([Answer("alone", 5, 0.9)], [PROMPT], random.Random(1)) == []

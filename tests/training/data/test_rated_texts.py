@@ -126,3 +126,15 @@ def test_the_prepared_data_hold_the_panel(tmp_path, word_format):
     without = settings.model_copy(update={"split": (1, 0, 1)})
     prepare_data(without, 1, tmp_path / "other", word_format, lambda line: None)
     assert not (tmp_path / "other" / "panel.jsonl").exists() and not read_rows(tmp_path / "other" / "pairs_train.jsonl")
+
+
+def test_texts_answer_prompts_and_held_out_ones_what_is_held_out(word_format):
+    texts, (known, unseen) = (
+        texts_in(EXCERPT),
+        ([[{"role": "user", "content": f"{kind} {i}"}] for i in range(9)] for kind in "ab"),
+    )
+    rows = share_texts(texts, SETTINGS, 1, word_format, known, unseen)
+    for found, allowed in ((rows.pairs_train, known), (rows.pairs_eval, unseen), (rows.panel, unseen)):
+        assert len({row["prompt"][0]["content"] for row in found}) == 9 and all(
+            row["prompt"] in allowed for row in found
+        )
