@@ -284,11 +284,11 @@ def prefer(
     ] = "",
     temperature: Annotated[
         float | None,
-        typer.Option(metavar="NUMBER", min=0.0, help="How freely words are drawn. Default: rlhf.temperature, or 0.7."),
+        typer.Option(metavar="NUMBER", min=0.0, help="How freely words are drawn. Default: the run's, or 0.7."),
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Longest answer, in tokens. Default: data.max_response_tokens, or 256."),
+        typer.Option(metavar="N", min=1, help="Longest answer, in tokens. Default: the run's, or 256."),
     ] = None,
     to: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where verdicts go. Default: preferences.jsonl in the run.")

@@ -178,10 +178,12 @@ class Answerers:
         for _ in range(DRAWS):
             one, other = (Answer(label, "", new_seed()) for label in self.labels)
             pair = BlindPair.of(prompt, one, other, self.settings.temperature, self.settings.max_tokens)
-            for side in ("left", "right"):
-                for answer in self.growing(prompt, getattr(pair, side)):
-                    pair = replace(pair, **{side: answer})
-                    show(pair)
+            for answer in self.growing(prompt, pair.left):
+                pair = replace(pair, left=answer)
+                show(pair)
+            for answer in self.growing(prompt, pair.right):
+                pair = replace(pair, right=answer)
+                show(pair)
             if not pair.are_equal:
                 return pair
         raise UserError(f"Both answers were the same {DRAWS} times: say something else.")
