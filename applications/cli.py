@@ -329,7 +329,8 @@ def evaluate(
         typer.Option(
             metavar="JUDGE",
             help="Who says which answer is better: true (the known rule), learned (the run's reward model), reward "
-            "(its reward function and address too), or a reward model. Default: true where it is known, else learned.",
+            "(its reward function and address too), clicks (people, of what they have judged; asks no model), or a "
+            "reward model. Default: true where it is known, else learned.",
         ),
     ] = "",
     prompts: Annotated[

@@ -12,14 +12,16 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from applications.report_table import measured_accuracy_line, pair_of, reward_accuracy_line, table_rows
+from applications.report_table import clicks_verdict, measured_accuracy_line, pair_of, reward_accuracy_line, table_rows
 from inference.model_package import find_package
 from inference.model_store import TINY
 from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
+from inference.preferences import PreferenceFile
 from inference.streams import printable
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
+from training.evaluation.clicks import win_rates
 from training.evaluation.guard_rails import guard_signs, verdict
-from training.lineage import base_model, origin_of, sources_of, trace
+from training.lineage import base_model, label_of_step, origin_of, sources_of, trace
 from training.metrics import duration
 from training.run_directory import RunDirectory
 from training.starts import versions_of
@@ -84,9 +86,19 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         accuracy=accuracy_line(run, comparison) if REWARD in steps_to(step) else "",
         trained_elsewhere=trained_elsewhere(config, evaluation),
         verdict=verdict,
+        clicks=clicks_line(run, step),
         bad=[s.text for s in guard_signs(comparison, *pair_of(comparison)) if not s.is_good] if comparison else [],
         versions=versions_of(run, step, stored.get("versions", {})),
     )
+
+
+def clicks_line(run: RunDirectory, step: Step) -> str:
+    """What people said of the model beside the one before it; empty where nobody was asked."""
+    if step.compared_with is None:
+        return ""
+    labels = (label_of_step(run, run.read_config(), each) for each in (step, step.compared_with))
+    rates = win_rates(PreferenceFile(run.preferences).read(), *labels)
+    return clicks_verdict(rates) if rates else ""
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name
 from training.data.rows import read_rows
 from training.evaluation.clicks import agreements, judged, people
-from training.lineage import base_model
+from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of
 from training.trust import require_reading, require_yes
@@ -95,7 +95,7 @@ def find_answerer(target: Path, source: str, trusts: bool) -> Answerer:
         if source != "base":
             given = config.given_model(step_of(source))
             directory = resolve_model(given, to_stderr) if given else run.require_model(step_of(source))
-            return Answerer(f"{target.resolve().name}/{source}", directory)
+            return Answerer(label_of(directory), directory)
         if not (base := base_model(config)):
             raise UserError(f"The base model of {target} is not known: name the base model itself.")
         require_yes(target, of_models(config), trusts)
@@ -105,9 +105,8 @@ def find_answerer(target: Path, source: str, trusts: bool) -> Answerer:
         wanted = settings_for_model(source)["model"]
         return Answerer(wanted, resolve_model(wanted, to_stderr))
     require_reading(path, trusts)
-    ((label, directory),) = find_chat_models(path, compare=False)
-    is_run = (path / "config.yaml").is_file()
-    return Answerer(f"{path.resolve().name}/{label.lower()}" if is_run else label, directory)
+    ((_, directory),) = find_chat_models(path, compare=False)
+    return Answerer(label_of(directory), directory)
 
 
 def to_stderr(line: str) -> None:

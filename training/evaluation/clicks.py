@@ -8,6 +8,7 @@ from typing import Any
 from inference.preferences import Preference
 from training.data.split import choose_groups
 from training.evaluation import statistics
+from training.steps import WRITING
 
 Clicks = Sequence[Preference]
 
@@ -42,6 +43,18 @@ def compared(clicks: Clicks) -> list[tuple[str, str]]:
     pairs = ((click.model_a, click.model_b) for click in clicks if click.model_a != click.model_b)
     found = Counter((min(pair), max(pair)) for pair in pairs)
     return [pair for pair, _ in found.most_common()]
+
+
+def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
+    """The model that is measured and what it is measured against: one of the run `home` before others, and of these the
+    one of the later step."""
+    steps = ["base", *(step.command for step in WRITING)]
+
+    def lateness(label: str) -> tuple[bool, int]:
+        run, _, step = label.rpartition("/")
+        return run == home, steps.index(step) if step in steps else -1
+
+    return pair if lateness(pair[0]) > lateness(pair[1]) else (pair[1], pair[0])
 
 
 def between(clicks: Clicks, model: str, against: str) -> list[Preference]:
