@@ -59,7 +59,7 @@ def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
 
 def between(clicks: Clicks, model: str, against: str) -> list[Preference]:
     """The last words on an answer of each."""
-    return [click for click in newest(clicks) if {click.model_a, click.model_b} == {model, against} != {model}]
+    return newest([click for click in clicks if {click.model_a, click.model_b} == {model, against} != {model}])
 
 
 def win_rates(clicks: Clicks, model: str, against: str) -> dict[str, Any] | None:
