@@ -38,7 +38,7 @@ def resolve_next_round(
     config = before.read_config()
     if run.config_file.exists():
         return found_from_anywhere(load_config(files, overrides, stored_settings(run, parent), given))
-    models = models_of(before)
+    models = models_of(before, "reward_model" in given)
     values = merge({**config.model_dump(mode="json"), **models}, read_yaml(FEW_PAIRS))
     preferences = parent.resolve() / "preferences.jsonl"
     values["data"] |= {"source": str(preferences), "parent": str(parent.resolve()), "limit": 0}
@@ -67,11 +67,11 @@ def stored_settings(run: RunDirectory, parent: Path) -> dict[str, Any]:
     return stored.model_dump(mode="json")
 
 
-def models_of(run: RunDirectory) -> Mapping[str, Any]:
-    """Settings by which another run begins with the newest models of this one."""
+def models_of(run: RunDirectory, has_scorer: bool) -> Mapping[str, Any]:
+    """Settings by which another run begins with the newest models of this one, the reward model unless it has one."""
     _, policy = find_newest_model(run.path)
     values: dict[str, Any] = {"sft_model": str(policy.resolve()), "trained_reward_model": ""}
-    if reward_model := newest_reward_model(run):
+    if not has_scorer and (reward_model := newest_reward_model(run)):
         reward = run.read_config().reward.model_dump(mode="json")
         values |= {"reward_model": reward_model, "reward": {**reward, "layers": 0, "initialize_from": "base"}}
     return values | {"architecture": {}, "announce": ""}

@@ -28,7 +28,7 @@ def go_on(sets: RowSets, parent: Path, seed: int) -> str:
     sets.prompts_train = [row for row in sets.prompts_train if group_of(row) not in aside]
     shuffle(sets, seed)
     sets.prompts_eval, sets.sft_train, sets.sft_eval = theirs.prompts_eval, theirs.sft_train, theirs.sft_eval
-    also = f"; {len(moved):,} pairs have a question that was held out there, so they are held out" * bool(moved)
+    also = f"; pairs whose question was held out there, and so is here: {len(moved):,}" * bool(moved)
     return f"the held-out prompts, the demonstrations and most prompts are those of {parent}{also}"
 
 
