@@ -22,6 +22,7 @@ from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.entries import BadRow
 from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_tokenizer, shared_prompts
 from training.data.prepare import COUNTS_FILE, read_counts
+from training.data.rated_texts import load_texts
 from training.data.reading import NAMES_OF_KINDS, read_source
 from training.data.rows import Row, RowSets, read_rows
 from training.data.sources import parse_source
@@ -122,7 +123,8 @@ def accepted(opened: Target, file: Path) -> Lines:
 def read_embedded(opened: Target) -> Target:
     if opened.chat_format is None:
         raise UserError(f"'{EMBEDDED_DATA}' is cut to a model's tokens: say for which, with --model smollm2-135m.")
-    sets: RowSets = build_chitchat(load_dialogues(), opened.settings, opened.split_seed, opened.chat_format)[0]
+    texts = load_texts(lambda line: print(line, file=sys.stderr))
+    sets: RowSets = build_chitchat(load_dialogues(), texts, opened.settings, opened.split_seed, opened.chat_format)[0]
     for name, rows in sets.items():
         kind, _, part = name.partition("_")
         lines = Lines(rows, [f"{EMBEDDED_DATA} {name} {number}" for number in range(1, len(rows) + 1)])

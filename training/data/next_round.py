@@ -16,9 +16,15 @@ def go_on(sets: RowSets, parent: Path, seed: int) -> str:
     The held-out prompts and all demonstrations are the parent's, in its order, so that rounds are compared on the same
     ones. No question is trained on that was held out there. Raises UserError where the parent's rows are not there.
     """
-    theirs = RowSets(**{name: read_rows(rows_file(parent, name)) for name, _ in sets.items()})
+    theirs = RowSets()
+    for name, _ in sets.items():
+        setattr(theirs, name, read_rows(rows_file(parent, name)))
     group_of = choose_groups([row for each in (sets, theirs) for _, rows in each.items() for row in rows])
-    held_out_there = {group_of(row) for name, rows in theirs.items() if name.endswith("_eval") for row in rows}
+    trained, held_out = (
+        {group_of(row) for name, rows in theirs.items() if name.endswith(part) for row in rows}
+        for part in ("_train", "_eval")
+    )
+    held_out_there = held_out - trained  # the texts of the embedded default are held out, and not what they answer
     moved = once([row for row in sets.pairs_train if group_of(row) in held_out_there], evaluation=True)
     sets.pairs_eval += moved
     aside = held_out_there | set(map(group_of, sets.pairs_eval))

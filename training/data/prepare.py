@@ -14,6 +14,7 @@ from training.config import EMBEDDED_DATA, DataSettings
 from training.data.blend import blend
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.next_round import SHARES, go_on
+from training.data.rated_texts import load_texts
 from training.data.reading import SourceRows, read_sources
 from training.data.rows import PairRow, RowSets, write_rows
 from training.data.split import keep_once, kind_of, shuffle, split_rows
@@ -21,6 +22,8 @@ from training.run_directory import read_json, write_directory, write_json
 from training.steps import METHODS
 
 COUNTS_FILE = "counts.json"
+PANEL_FILE = "panel.jsonl"
+"""Rows of people's ratings, where the data have some."""
 LEFT_OUT_FILE = "left_out.jsonl"
 PLACES_NAMED = 3
 """How many places the terminal names for each reason; the rest are in the file."""
@@ -76,6 +79,8 @@ def prepare_data(
     def write(place: Path) -> None:
         for name, rows in sets.items():
             write_rows(place / f"{name}.jsonl", rows)
+        if sets.panel:
+            write_rows(place / PANEL_FILE, sets.panel)
         if left_out:
             lines = [json.dumps({"place": place, "reason": reason}, ensure_ascii=False) for place, reason in left_out]
             (place / LEFT_OUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -112,7 +117,7 @@ def build_rows(
 ) -> tuple[RowSets, DataCounts, list[tuple[str, str]]]:
     """The rows of each step, their counts, and place and reason of what was left out."""
     if settings.source == EMBEDDED_DATA:
-        sets, skipped, notes = build_chitchat(load_dialogues(), settings, seed, chat_format)
+        sets, skipped, notes = build_chitchat(load_dialogues(), load_texts(report), settings, seed, chat_format)
         return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
     found = read_sources(settings, report, chat_format)
     sets, notes = split_and_blend(found, settings, seed)
