@@ -286,6 +286,58 @@ def chat(
     chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
 
 
+@command()
+def prefer(
+    target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run directory; or a model, with --to.")],
+    as_: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="Who judges. Default: your name on this machine.")
+    ] = None,
+    again: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Judge what NAME has judged, for the agreement of two people (or of one, twice). Asks no model. "
+            "Default: new answers.",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help=f"Whose answers: base, {OWN_MODELS}, a run, a model directory, preset or hub id. Default: the newest.",
+        ),
+    ] = "",
+    against: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="Another one, to tell which is better. Default: one model answers twice."),
+    ] = "",
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", min=0.0, help="How freely words are drawn. Default: the run's, or 0.7."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Longest answer, in tokens. Default: the run's, or 256."),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where verdicts go. Default: preferences.jsonl in the run.")
+    ] = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Say which of two answers is better; a run can learn from it (docs/preferences.md).
+
+    rlhf-chat prefer runs/demo
+
+    rlhf-chat prefer runs/demo --as ben --against sft
+
+    rlhf-chat prefer runs/demo --as ben --again ann
+    """
+    from applications.prefer import prefer_command
+
+    prefer_command(target, as_, again, model, against, temperature, max_tokens, to, trust)
+
+
 @command(name="eval")
 def evaluate(
     run_directory: RunPath,
