@@ -57,9 +57,22 @@ def rlhf_chat(
 @command()
 def run(
     model: Model = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Instead of --model: go on from RUN's newest model, with its settings, on --data or on the "
+            "preferences collected for it (docs/next_round.md). Default: none.",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The run is runs/NAME, or a path with a / in it; default: MODEL's name."),
+        typer.Option(
+            metavar="NAME",
+            help="The run is runs/NAME, or a path with a / in it; default: MODEL's name, or after --from RUN "
+            "RUN-round2, RUN-round3 ...",
+        ),
     ] = None,
     data: Data = None,
     reward_model: RewardModel = None,
@@ -92,11 +105,27 @@ def run(
     rlhf-chat run --model opt-13b --dry-run
 
     rlhf-chat run --model smollm2-135m --name direct --method dpo
+
+    rlhf-chat run --from runs/demo
     """
     from applications.commands import pipeline_command
 
     pipeline_command(
-        model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, plan, method, trust
+        model,
+        from_,
+        name,
+        data,
+        reward_model,
+        steps,
+        dry_run,
+        config,
+        set_,
+        seed,
+        processes,
+        fusion,
+        plan,
+        method,
+        trust,
     )
 
 
