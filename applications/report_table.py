@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -112,6 +112,8 @@ def evaluation_table(
             f"On the {unseen['prompts']} prompts under questions that no step was trained on: {unseen['rate']:.1%} "
             f"({unseen['low']:.1%} to {unseen['high']:.1%})"
         )
+    if clicks := result.get("clicks"):
+        print_clicks(console, clicks)
     print_answers(console, pair_of(result), answers_file)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -154,6 +156,71 @@ def measured_accuracy_line(who: str, found: dict[str, Any]) -> str:
         f"{who}: {whole['rate']:.1%} of {whole['pairs']} held-out pairs ranked right (95 % interval {whole['low']:.1%} "
         f"to {whole['high']:.1%}; {', '.join(parts)})"
     )
+
+
+def overview_lines(seen: Mapping[str, Any]) -> list[str]:
+    """Who clicked what, as `clicks.overview` has it."""
+    share = {
+        name: f"{seen[key] / seen['clicks']:.0%} {name}"
+        for key, name in (("ties", "about the same"), ("both_bad", "both bad"))
+    }
+    by = ", ".join(f"{name} {count:,}" for name, count in seen["by"].items())
+    lines = [f"{seen['clicks']:,} verdicts ({by}): {', '.join(share.values())}"]
+    for name, left in seen["left"].items():
+        lines.append(f"{name} prefers the left answer in {with_interval(left)} of {left['clicks']:,} verdicts")
+    for name, found in seen["repeated"].items():
+        lines.append(f"{name}, asked again, says the same of {agreement_text(found)}")
+    return lines + agreement_lines(seen["agreement"])
+
+
+def agreement_lines(agreement: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each two people."""
+    return [f"{' and '.join(found['people'])} say the same of {agreement_text(found)}" for found in agreement]
+
+
+def agreement_text(found: Mapping[str, Any]) -> str:
+    """`70.0% (52.1% to 83.3%) of 30 pairs, kappa 0.45 (0.12 to 0.70)`."""
+    kappa = (
+        "; chance alone would always"
+        if found["kappa"] is None
+        else f", kappa {found['kappa']:z.2f} ({found['kappa_low']:z.2f} to {found['kappa_high']:z.2f})"
+    )
+    return f"{found['same']:.1%} ({found['low']:.1%} to {found['high']:.1%}) of {found['pairs']:,} pairs{kappa}"
+
+
+def with_interval(found: Mapping[str, Any]) -> str:
+    return f"{found['rate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+
+
+def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
+    """How often people prefer a model to another, one by one and together."""
+    table = Table()
+    for name in (
+        "preferred by",
+        "verdicts",
+        "about the same",
+        "both bad",
+        f"{rates['model']} preferred to {rates['against']}",
+    ):
+        table.add_column(Text(name), justify="left" if name == "preferred by" else "right")
+    everybody = {"all": rates["together"]} if len(rates["by"]) > 1 else {}
+    for name, found in {**rates["by"], **everybody}.items():
+        table.add_row(Text(name), *(f"{found[key]:,}" for key in ("clicks", "ties", "both_bad")), with_interval(found))
+    return table
+
+
+def clicks_verdict(rates: Mapping[str, Any]) -> str:
+    """What all people together show."""
+    found = rates["together"]
+    win = {**found, "prompts": found["clicks"], "judge": f"clicks of {' and '.join(rates['by'])}"}
+    return verdict(win, rates["against"], rates["model"])
+
+
+def print_clicks(console: Console, rates: Mapping[str, Any]) -> None:
+    console.print(clicks_table(rates))
+    console.print(clicks_verdict(rates), markup=False)
+    for line in agreement_lines(rates["agreement"]):
+        console.print(line, markup=False)
 
 
 def print_answers(console: Console, pair: Mapping[str, str], file: Path) -> None:

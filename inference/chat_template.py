@@ -8,7 +8,9 @@ import json
 import re
 from contextlib import suppress
 from datetime import date
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, cast
+
+from typing_extensions import TypedDict  # pydantic reads this one in Python 3.11 too
 
 from inference.errors import UserError, reason
 

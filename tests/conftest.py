@@ -6,12 +6,14 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.warm import Command, Done, fork_all
+from inference.model_store import cache_directory
+from tests.warm import ROOT, Command, Done, fork_all
 
 gc.set_threshold(700, 10, 100)  # a search through all that the libraries have made is long, and finds nothing
 
@@ -59,6 +61,19 @@ def state(tmp_path_factory) -> Path:
     """Where commands keep what runs may do: not where those of this user do."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
     return Path(os.environ["XDG_STATE_HOME"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept(tmp_path_factory) -> None:
+    """What commands keep: what this user has, but an excerpt of the rated texts, which need a network otherwise."""
+    base, own = tmp_path_factory.getbasetemp(), cache_directory()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    shared.mkdir(exist_ok=True)
+    there = {place.name: place for place in own.glob("*")}
+    for name, place in (there | {"rated-texts-1": ROOT / "tests" / "data" / "rated_texts"}).items():
+        with suppress(FileExistsError):  # of another worker
+            (shared / name).symlink_to(place)
+    os.environ["RLHF_CHAT_CACHE"] = str(shared)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Where everything of a run lies, and the promise that files appear whole or not at all.
 
 runs/<name>/
-  config.yaml  starts.jsonl  data/  evaluation.json  comparison.jsonl  report.html
+  config.yaml  starts.jsonl  data/  evaluation.json  comparison.jsonl  report.html  preferences.jsonl
   step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl; steps.py)
     model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from inference.disk import settle
+from inference.disk import settle, write_text
 from inference.errors import UserError, typed
 from inference.locks import hold_lock
 from training.config import RunConfig
@@ -51,6 +51,11 @@ class RunDirectory:
     def starts_file(self) -> Path:
         """What ran each time, where and when (training/starts.py)."""
         return self.path / "starts.jsonl"
+
+    @property
+    def preferences(self) -> Path:
+        """What people said of two answers of its models (inference/preferences.py)."""
+        return self.path / "preferences.jsonl"
 
     @property
     def last_step(self) -> Step:
@@ -226,21 +231,6 @@ class StepDirectory:
         file = self.path.with_name(f".{self.path.name}.lock")
         with hold_lock(file, f"{self.path} is still being written by another process", wait_seconds):
             yield
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a file at once: a reader or a crash sees the old text or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # ranks may write the same file at the same time
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(file)) from error  # of a full disk it knows no name
 
 
 def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:

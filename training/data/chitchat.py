@@ -1,8 +1,9 @@
-"""The embedded default: people's small talk from the package `chitchat-dataset`, with a preference whose rule is known.
+"""The embedded default: people's small talk from the package `chitchat-dataset`, and texts that people rated.
 
-A sample is a context (the question that a dialogue is about and its last turns) with a person's reply. Six of the 34
-questions are kept for evaluation altogether; of the others, some dialogues are. Left out on purpose: the dialogues'
-own ratings (they follow length and little else), dialogues without a question, and rude talk.
+Steps 1 and 3 learn from the talk, step 2 from the ratings (rated_texts.py). A sample is a context (the question that a
+dialogue is about and its last turns) with a person's reply. Six of the 34 questions are kept for evaluation altogether;
+of the others, some dialogues are. Left out on purpose: the dialogues' own ratings (they follow length and little else),
+dialogues without a question, and rude talk.
 """
 
 import json
@@ -12,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import pairwise
 from typing import Any
 
 from inference.chat_format import ChatFormat
@@ -20,10 +20,9 @@ from inference.chat_template import Message
 from inference.errors import UserError
 from training.config import DataSettings
 from training.data.decency import is_decent, is_talk
-from training.data.pairs import Sample, make_pairs
+from training.data.rated_texts import RatedTexts, share_texts
 from training.data.rows import PromptRow, RowSets, SFTRow
 from training.data.split import check_shares, keep_once, opening
-from training.data.upbeat import upbeat_score
 
 HELD_OUT_QUESTIONS = 6
 SAMPLES_PER_DIALOGUE = 8
@@ -32,10 +31,9 @@ CONTEXT_TURNS = (3, 1)
 """Turns of a context, first choice first; odd, so that it begins and ends with the user's."""
 SAME_REPLY = 3
 """How often the same reply ("yeah") is kept."""
-PAIRS_PER_QUESTION = 120
 EVALUATION_ROWS = 600
 ENOUGH_ROWS = 1500
-"""With fewer than this for any step, the steps share all training dialogues instead of dividing them."""
+"""With fewer than this for step 1 or 3, both get all training dialogues instead of dividing them."""
 MIN_REPLY_TOKENS = 2
 MAX_CHARACTERS_PER_TOKEN = 6
 """Talk has about 4; a text with more than this for each token allowed counts as too long without tokenising it."""
@@ -48,6 +46,15 @@ class Dialogue:
     question: str
     turns: list[str]
     """Two people in turn."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A person's reply in its context."""
+
+    question: str
+    prompt: list[Message]
+    reply: str
 
 
 def load_dialogues() -> list[Dialogue]:
@@ -75,9 +82,12 @@ def read_dialogue(name: str, value: dict[str, Any]) -> Dialogue:
 
 
 def build_chitchat(
-    dialogues: Sequence[Dialogue], settings: DataSettings, seed: int, chat_format: ChatFormat
+    dialogues: Sequence[Dialogue], texts: RatedTexts, settings: DataSettings, seed: int, chat_format: ChatFormat
 ) -> tuple[RowSets, Counter[str], list[str]]:
-    """The rows, how many replies were left out and why, and notes. No dialogue is in both training and evaluation."""
+    """The rows, how many replies and rated texts were left out and why, and notes.
+
+    No dialogue and no rated text is in both training and evaluation.
+    """
     check_shares(settings.split)
     if why := chat_format.refusal(next(prompts_for(Dialogue("", "Tea?", ["Yes."]), 0))):
         raise UserError(
@@ -107,10 +117,18 @@ def build_chitchat(
     new_questions = flatten(reader.read([dialogue for dialogue in dialogues if dialogue.question in held_out]))
     add_evaluation(sets, new_talk, new_questions, rng)
     keep_once(sets)
+    prompts, held_out_prompts = ([row["prompt"] for row in rows] for rows in (sets.prompts_train, sets.prompts_eval))
+    rated = (
+        share_texts(texts, settings, seed, chat_format, prompts, held_out_prompts) if settings.split[1] > 0 else None
+    )
+    if rated:
+        sets.pairs_train, sets.pairs_eval, sets.panel = rated.pairs_train, rated.pairs_eval, rated.panel
+        reader.left_out.update(rated.left_out)
     notes = [
         f"{len(known) - evaluated:,} dialogues to train on; held out: {evaluated:,} more, "
         f"and all {len(dialogues) - len(known):,} about {len(held_out)} of the {len(questions)} questions",
-        "the steps share their dialogues" if shared else "each step has dialogues of its own",
+        f"steps 1 and 3 {'share their dialogues' if shared else 'have dialogues of their own'}",
+        *(rated.notes if rated else []),
     ]
     return sets, reader.left_out, notes
 
@@ -175,7 +193,7 @@ class Reader:
         if not all(map(is_decent, [reply, *(message["content"] for message in prompt)])):
             return "rude words"
         self._said[bare(reply)] += 1
-        return Sample(dialogue.name, dialogue.question, prompt, reply, tokens, upbeat_score(reply))
+        return Sample(dialogue.question, prompt, reply)
 
     def _reply_tokens(self, text: str) -> int:
         """Without the end of turn; the limit for a text that counts as too long."""
@@ -223,41 +241,38 @@ def flatten(samples: Iterable[Iterable[Sample]]) -> list[Sample]:
 def share_out(
     training: list[list[Sample]], shares: tuple[float, float, float], rng: random.Random
 ) -> tuple[RowSets, bool]:
-    """The training rows, and whether the steps had to share dialogues. A step whose share is 0 gets nothing."""
-    bounds = [round(len(training) * sum(shares[:place]) / sum(shares)) for place in range(4)]
-    sets = training_rows([flatten(training[start:end]) for start, end in pairwise(bounds)], rng)
-    counts = (len(sets.sft_train), len(sets.pairs_train), len(sets.prompts_train))
-    if all(count >= ENOUGH_ROWS for count, share in zip(counts, shares, strict=True) if share > 0):
+    """Training rows of steps 1 and 3, and whether they had to share dialogues: step 1 gets its share, step 3 the rest.
+
+    A step whose share is 0 gets nothing.
+    """
+    bound = round(len(training) * shares[0] / sum(shares))
+    sets = training_rows(flatten(training[:bound]), flatten(training[bound:]) if shares[2] > 0 else [], rng)
+    counts = (len(sets.sft_train), len(sets.prompts_train))
+    if all(count >= ENOUGH_ROWS for count, share in zip(counts, shares[::2], strict=True) if share > 0):
         return sets, False
-    return training_rows([flatten(training) if share > 0 else [] for share in shares], rng), True
+    first, third = (flatten(training) if share > 0 else [] for share in shares[::2])
+    return training_rows(first, third, rng), True
 
 
-def training_rows(parts: list[list[Sample]], rng: random.Random) -> RowSets:
-    """Rows for steps 1, 2 and 3 from the samples for each."""
-    first, second, third = parts
-    sets = RowSets(
-        sft_train=[sft_row(sample) for sample in first],
-        pairs_train=make_pairs(second, PAIRS_PER_QUESTION, rng),
-        prompts_train=prompt_rows(third),
-    )
+def training_rows(first: list[Sample], third: list[Sample], rng: random.Random) -> RowSets:
+    """Rows for steps 1 and 3 from the samples for each."""
+    sets = RowSets(sft_train=[sft_row(sample) for sample in first], prompts_train=prompt_rows(third))
     rng.shuffle(sets.sft_train)
     rng.shuffle(sets.prompts_train)
     return sets
 
 
 def add_evaluation(sets: RowSets, new_talk: list[Sample], new_questions: list[Sample], rng: random.Random) -> None:
-    """Held-out rows, half of them under held-out questions where there are enough; SFT's are all under known ones."""
+    """Held-out rows, half of the prompts under held-out questions where there are enough; SFT's are all under known
+    ones."""
     half = EVALUATION_ROWS // 2
     for samples, is_new in ((new_talk, False), (new_questions, True)):
-        per_question = -(-half // max(1, len({sample.question for sample in samples})))
-        for pair in make_pairs(samples, per_question, rng)[:half]:
-            sets.pairs_eval.append({**pair, "held_out_question": is_new})
         prompts = prompt_rows(samples)
         rng.shuffle(prompts)
         for prompt in prompts[:half]:
             sets.prompts_eval.append({**prompt, "held_out_question": is_new})
     sets.sft_eval = [{**sft_row(sample), "held_out_question": False} for sample in new_talk]
-    for _, rows in sets.items()[1::2]:
+    for rows in (sets.sft_eval, sets.prompts_eval):
         rng.shuffle(rows)
 
 

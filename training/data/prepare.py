@@ -13,6 +13,8 @@ from inference.errors import UserError
 from training.config import EMBEDDED_DATA, DataSettings
 from training.data.blend import blend
 from training.data.chitchat import build_chitchat, load_dialogues
+from training.data.next_round import SHARES, go_on
+from training.data.rated_texts import load_texts
 from training.data.reading import SourceRows, read_sources
 from training.data.rows import PairRow, RowSets, write_rows
 from training.data.split import keep_once, kind_of, shuffle, split_rows
@@ -20,6 +22,8 @@ from training.run_directory import read_json, write_directory, write_json
 from training.steps import METHODS
 
 COUNTS_FILE = "counts.json"
+PANEL_FILE = "panel.jsonl"
+"""Rows of people's ratings, where the data have some."""
 LEFT_OUT_FILE = "left_out.jsonl"
 PLACES_NAMED = 3
 """How many places the terminal names for each reason; the rest are in the file."""
@@ -67,11 +71,16 @@ def prepare_data(
     if counts_file.exists():
         return DataCounts(**read_counts(directory))
     sets, counts, left_out = build_rows(settings, seed, chat_format, report)
+    if settings.parent:
+        counts.notes.append(go_on(sets, Path(settings.parent), seed))
+        counts.rows = count_rows(sets)
     require_difference(sets.pairs_train, settings, chat_format)
 
     def write(place: Path) -> None:
         for name, rows in sets.items():
             write_rows(place / f"{name}.jsonl", rows)
+        if sets.panel:
+            write_rows(place / PANEL_FILE, sets.panel)
         if left_out:
             lines = [json.dumps({"place": place, "reason": reason}, ensure_ascii=False) for place, reason in left_out]
             (place / LEFT_OUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -108,7 +117,7 @@ def build_rows(
 ) -> tuple[RowSets, DataCounts, list[tuple[str, str]]]:
     """The rows of each step, their counts, and place and reason of what was left out."""
     if settings.source == EMBEDDED_DATA:
-        sets, skipped, notes = build_chitchat(load_dialogues(), settings, seed, chat_format)
+        sets, skipped, notes = build_chitchat(load_dialogues(), load_texts(report), settings, seed, chat_format)
         return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
     found = read_sources(settings, report, chat_format)
     sets, notes = split_and_blend(found, settings, seed)
@@ -134,15 +143,20 @@ def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) 
                 row["source"] = each.source.label
     elif found[0].source.weight != 1:
         raise UserError(f"{found[0].source} is the only source, so its weight says nothing: leave it out.")
-    sets = split_rows(rows, settings.split, settings.held_out, seed)
+    shares = SHARES if settings.parent else settings.split
+    sets = split_rows(rows, shares, settings.held_out, seed, all_serve_all=bool(settings.parent))
     repeats = keep_once(sets)
     shuffle(sets, seed)
     notes = [f"each prompt or pair is in a set once: {repeats:,} repeats are left out"] if repeats else []
     if sets.steps_share:
         notes.append("too few questions to give each step some of its own: every step trains on all of them")
-    elif any(kind_of(row) == "pair" for row in rows) and sum(share > 0 for share in settings.split) > 1:
-        shares = ":".join(f"{share:g}" for share in settings.split)
-        notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shares} (data.split)")
+    elif (
+        not settings.parent
+        and any(kind_of(row) == "pair" for row in rows)
+        and sum(share > 0 for share in settings.split) > 1
+    ):
+        shared = ":".join(f"{share:g}" for share in settings.split)
+        notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shared} (data.split)")
     return blend(sets, {each.source.label: each.source.weight for each in found}, seed), notes
 
 

@@ -28,6 +28,7 @@ class PairRow(TypedDict):
     chosen: str
     rejected: str
     chosen_score: NotRequired[float]
+    """With the embedded default: the mean of people's ratings, from -4 to 4."""
     rejected_score: NotRequired[float]
     held_out_question: NotRequired[bool]
     source: NotRequired[str]
@@ -43,7 +44,21 @@ class PromptRow(TypedDict):
     source: NotRequired[str]
 
 
-# What is not required comes with the embedded default: the true scores, and in evaluation rows whether nothing was
+class PanelRow(TypedDict):
+    """A text that people rated, which no step is trained on (embedded default only)."""
+
+    prompt: list[Message]
+    """What it is taken to answer."""
+    response: str
+    domain: str
+    """`tweets`, which others of the training are too, or another kind of text."""
+    mean: float
+    """Of the ratings, from -4 (extremely negative) to 4 (extremely positive)."""
+    ratings: list[int]
+    """One a person."""
+
+
+# What is not required comes with the embedded default: the scores, and in evaluation rows whether nothing was
 # trained on under the row's question. `source` is there where there are several.
 Row = SFTRow | PairRow | PromptRow
 
@@ -58,15 +73,20 @@ class RowSets:
     pairs_eval: list[PairRow] = field(default_factory=list)
     prompts_train: list[PromptRow] = field(default_factory=list)
     prompts_eval: list[PromptRow] = field(default_factory=list)
+    panel: list[PanelRow] = field(default_factory=list)
+    """What people rated, to compare a reward model with them."""
     steps_share: bool = False
     """Whether the training rows were too few to give each step some of its own."""
 
     def items(self) -> list[tuple[str, list[Row]]]:
-        """Name and rows of each set."""
-        return [(each.name, getattr(self, each.name)) for each in fields(self) if each.name != "steps_share"]
+        """Name and rows of each set for a step."""
+        return [(each.name, getattr(self, each.name)) for each in fields(self) if each.name not in NO_STEP]
 
 
-def write_rows(file: Path, rows: Sequence[Row]) -> None:
+NO_STEP = ("panel", "steps_share")
+
+
+def write_rows(file: Path, rows: Sequence[Row | PanelRow]) -> None:
     with open(file, "w", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

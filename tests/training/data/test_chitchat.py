@@ -5,12 +5,15 @@ from itertools import pairwise
 import pytest
 
 from inference.errors import UserError
+from tests.warm import ROOT
 from training.config import DataSettings
 from training.data import chitchat
 from training.data.chitchat import Dialogue, build_chitchat, prompts_for, read_dialogue
+from training.data.rated_texts import texts_in
 
 SETTINGS = DataSettings(max_prompt_tokens=60, max_response_tokens=20, held_out=0.1)
 WORDS = ["river", "stone", "window", "garden", "paper", "train", "coffee", "music", "happy", "great", "sad", "awful"]
+TEXTS = texts_in(ROOT / "tests" / "data" / "rated_texts")
 
 
 def make_dialogues(questions=10, each=12, turns=6, seed=0):
@@ -57,40 +60,39 @@ def test_prompts():
 
 def test_training_and_evaluation_share_no_dialogue_question_or_prompt(word_format):
     dialogues = make_dialogues()
-    sets, _, notes = build_chitchat(dialogues, SETTINGS, 1, word_format)
+    sets, _, notes = build_chitchat(dialogues, TEXTS, SETTINGS, 1, word_format)
     rows = dict(sets.items())
     assert all(rows.values())
     owners = {name: set.union(*(owner_of(row, dialogues) for row in rows[name])) for name in rows}
     trained = set.union(*(owners[name] for name in rows if name.endswith("train")))
     evaluated = set.union(*(owners[name] for name in rows if name.endswith("eval")))
     assert not trained & evaluated
-    new = [row for row in [*rows["pairs_eval"], *rows["prompts_eval"]] if row["held_out_question"]]
-    old = [row for row in [*rows["pairs_eval"], *rows["prompts_eval"]] if not row["held_out_question"]]
+    new = [row for row in rows["prompts_eval"] if row["held_out_question"]]
+    old = [row for row in [*rows["sft_eval"], *rows["prompts_eval"]] if not row["held_out_question"]]
     assert new and old
     questions = {name.split("-")[0] for name in trained}
     assert len(questions) == 5  # of ten, half are held out where there are not enough for six
     assert all({name.split("-")[0] for name in owner_of(row, dialogues)} <= questions for row in old)
     assert not any({name.split("-")[0] for name in owner_of(row, dialogues)} & questions for row in new)
     assert "5 of the 10 questions" in notes[0]
-    assert notes[1] == "the steps share their dialogues"
+    assert notes[1] == "steps 1 and 3 share their dialogues"
 
 
 def test_steps_get_dialogues_of_their_own_when_there_are_enough(word_format, monkeypatch):
     monkeypatch.setattr(chitchat, "ENOUGH_ROWS", 20)
     dialogues = make_dialogues()
-    sets, _, notes = build_chitchat(dialogues, SETTINGS, 1, word_format)
-    assert notes[1] == "each step has dialogues of its own"
-    rows = (sets.sft_train, sets.pairs_train, sets.prompts_train)
-    owners = [set.union(*(owner_of(row, dialogues) for row in each)) for each in rows]
-    assert not any(first & second for i, first in enumerate(owners) for second in owners[i + 1 :])
-    # 120 dialogues, 5 of 10 questions known: 60, of which 6 are held out; 54 in shares of 2, 4, 4
-    assert [len(each) for each in owners] == [11, 21, 22]
+    sets, _, notes = build_chitchat(dialogues, TEXTS, SETTINGS, 1, word_format)
+    assert notes[1] == "steps 1 and 3 have dialogues of their own"
+    owners = [set.union(*(owner_of(row, dialogues) for row in rows)) for rows in (sets.sft_train, sets.prompts_train)]
+    assert not owners[0] & owners[1]
+    # 120 dialogues, 5 of 10 questions known: 60, of which 6 are held out; of 54 a fifth is step 1's, the rest step 3's
+    assert [len(each) for each in owners] == [11, 43]
 
 
 def test_rows_keep_to_the_limits(word_format):
     dialogues = make_dialogues(turns=12)
     settings = SETTINGS.model_copy(update={"max_prompt_tokens": 30, "max_response_tokens": 10})
-    sets, left_out, _ = build_chitchat(dialogues, settings, 1, word_format)
+    sets, left_out, _ = build_chitchat(dialogues, TEXTS, settings, 1, word_format)
     assert len(sets.sft_train) > 50
     for row in sets.sft_train:
         assert len(word_format.prompt_ids(row["prompt"])) <= 30
@@ -104,7 +106,7 @@ def test_rows_keep_to_the_limits(word_format):
 
 
 def test_long_contexts_are_kept_where_they_fit(word_format):
-    sets, _, _ = build_chitchat(make_dialogues(), SETTINGS, 1, word_format)
+    sets, _, _ = build_chitchat(make_dialogues(), TEXTS, SETTINGS, 1, word_format)
     assert {len(row["prompt"]) for row in sets.sft_train} == {2, 4}
 
 
@@ -122,9 +124,9 @@ def test_long_contexts_are_kept_where_they_fit(word_format):
 )
 def test_what_is_left_out(word_format, turns, reason):
     dialogues = [*make_dialogues(), *(Dialogue(f"x{q}", f"What about topic {chr(97 + q)}?", turns) for q in range(10))]
-    _, left_out, _ = build_chitchat(dialogues, SETTINGS, 1, word_format)
+    _, left_out, _ = build_chitchat(dialogues, TEXTS, SETTINGS, 1, word_format)
     assert left_out[reason] >= 10
-    assert build_chitchat(make_dialogues(), SETTINGS, 1, word_format)[1][reason] == 0
+    assert build_chitchat(make_dialogues(), TEXTS, SETTINGS, 1, word_format)[1][reason] == 0
 
 
 def test_the_same_reply_is_kept_three_times(word_format):
@@ -132,21 +134,21 @@ def test_the_same_reply_is_kept_three_times(word_format):
     dialogues += [Dialogue(f"x{i}", "What about topic a?", [f"train {i}", "Haha yes sure!"]) for i in range(20)]
     dialogues += [Dialogue(f"y{i}", "What about topic a?", [f"coffee {i}", "hahaha, YES sure"]) for i in range(20)]
     for seed in range(3):
-        sets, _, _ = build_chitchat(dialogues, SETTINGS, seed, word_format)
+        sets, _, _ = build_chitchat(dialogues, TEXTS, SETTINGS, seed, word_format)
         assert sum("sure" in row["response"] for row in sets.sft_train) in (0, 3)  # 0: the question is held out
 
 
 def test_the_seed_decides_and_the_order_of_the_dialogues_does_not(word_format):
     dialogues = make_dialogues()
-    sets, *_ = build_chitchat(dialogues, SETTINGS, 1, word_format)
-    assert build_chitchat(dialogues[::-1], SETTINGS, 1, word_format)[0] == sets
-    assert build_chitchat(dialogues, SETTINGS, 2, word_format)[0] != sets
+    sets, *_ = build_chitchat(dialogues, TEXTS, SETTINGS, 1, word_format)
+    assert build_chitchat(dialogues[::-1], TEXTS, SETTINGS, 1, word_format)[0] == sets
+    assert build_chitchat(dialogues, TEXTS, SETTINGS, 2, word_format)[0] != sets
 
 
 def test_limit_counts_dialogues(word_format):
     settings = SETTINGS.model_copy(update={"limit": 40})
     dialogues = make_dialogues()
-    sets, *_ = build_chitchat(dialogues, settings, 1, word_format)
+    sets, *_ = build_chitchat(dialogues, TEXTS, settings, 1, word_format)
     used = set.union(*(owner_of(row, dialogues) for _, rows in sets.items() for row in rows))
     assert 20 < len(used) <= 40
 
@@ -154,7 +156,7 @@ def test_limit_counts_dialogues(word_format):
 def test_limits_that_leave_nothing(word_format):
     settings = SETTINGS.model_copy(update={"max_prompt_tokens": 4})
     with pytest.raises(UserError, match="max_prompt_tokens=4"):
-        build_chitchat(make_dialogues(), settings, 1, word_format)
+        build_chitchat(make_dialogues(), TEXTS, settings, 1, word_format)
 
 
 def test_the_package(word_format):
@@ -162,7 +164,7 @@ def test_the_package(word_format):
     assert len({dialogue.question for dialogue in dialogues}) == 34
     assert all(len(dialogue.turns) >= 2 for dialogue in dialogues)
     settings = DataSettings(max_prompt_tokens=64, max_response_tokens=32, limit=300)
-    sets, *_ = build_chitchat(dialogues, settings, 1, word_format)
+    sets, *_ = build_chitchat(dialogues, TEXTS, settings, 1, word_format)
     assert min(len(rows) for _, rows in sets.items()) >= 8, json.dumps({n: len(r) for n, r in sets.items()})
 
 
@@ -172,6 +174,6 @@ def test_no_context_of_the_evaluation_opens_as_one_of_training(word_format):
     for place, dialogue in enumerate(dialogues):  # the same turn in every dialogue, written in three ways
         opening = (turns[0], f" {turns[0].upper()}", f"{turns[0].replace(' ', '  ')}!")[place % 3]
         dialogue.turns[:] = [opening, f"{turns[1]} {place}"]
-    sets, *_ = build_chitchat(dialogues, SETTINGS, 1, word_format)
+    sets, *_ = build_chitchat(dialogues, TEXTS, SETTINGS, 1, word_format)
     said = [[row["prompt"][1]["content"].lower() for row in rows] for rows in (sets.prompts_train, sets.prompts_eval)]
     assert sum("river" in text for text in said[0]) and not any("river" in text for text in said[1])

@@ -120,4 +120,4 @@ def test_rows_of_a_run_that_began_before_templates_were_asked_are_kept_apart(tmp
 
 def test_the_embedded_dialogues_say_what_the_template_refuses(format_with):
     with pytest.raises(UserError, match=r"chitchat begin with a system message.*System role not supp.*--data"):
-        build_chitchat([], DataSettings(), 1, format_with(NO_SYSTEM))
+        build_chitchat([], {}, DataSettings(), 1, format_with(NO_SYSTEM))

