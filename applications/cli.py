@@ -57,9 +57,22 @@ def rlhf_chat(
 @command()
 def run(
     model: Model = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Instead of --model: go on from RUN's newest model, with its settings, on --data or on the "
+            "preferences collected for it (docs/next_round.md). Default: none.",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The run is runs/NAME, or a path with a / in it; default: MODEL's name."),
+        typer.Option(
+            metavar="NAME",
+            help="The run is runs/NAME, or a path with a / in it; default: MODEL's name, or after --from RUN "
+            "RUN-round2, RUN-round3 ...",
+        ),
     ] = None,
     data: Data = None,
     reward_model: RewardModel = None,
@@ -92,11 +105,27 @@ def run(
     rlhf-chat run --model opt-13b --dry-run
 
     rlhf-chat run --model smollm2-135m --name direct --method dpo
+
+    rlhf-chat run --from runs/demo
     """
     from applications.commands import pipeline_command
 
     pipeline_command(
-        model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, plan, method, trust
+        model,
+        from_,
+        name,
+        data,
+        reward_model,
+        steps,
+        dry_run,
+        config,
+        set_,
+        seed,
+        processes,
+        fusion,
+        plan,
+        method,
+        trust,
     )
 
 
@@ -446,10 +475,17 @@ def serve(
         int, typer.Option(metavar="N", min=2, help="Tokens of a prompt and its answer; at most the model's.")
     ] = 2048,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 1024,
+    preferences: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where verdicts of people go. Default: preferences.jsonl in the run, of a model nowhere.",
+        ),
+    ] = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Serve trained models: the OpenAI protocol, and a page that shows SFT and RLHF side by side.
+    """Serve trained models: the OpenAI protocol, a page that shows SFT and RLHF side by side, and one to judge answers.
 
     rlhf-chat serve runs/demo
 
@@ -459,7 +495,7 @@ def serve(
     from training.trust import require_reading
 
     require_reading(target, trust)
-    serve_command(target, host, port, token, slots, queue, context, max_tokens)
+    serve_command(target, host, port, token, slots, queue, context, max_tokens, preferences)
 
 
 for function in (plan, profile, doctor):

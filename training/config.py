@@ -28,6 +28,8 @@ class DataSettings(Settings):
     """Longest prompt; older turns are dropped first."""
     max_response_tokens: int = Field(256, ge=2)
     """Longest response, its end-of-turn token included."""
+    parent: str = ""
+    """A run that this one goes on from (`run --from`): what it holds out stays held out, and its prompts serve here."""
     limit: int = Field(0, ge=0)
     """Use at most this many rows (of the embedded default: dialogues) of each source; 0 means all."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -111,7 +113,8 @@ class EvaluationSettings(Settings):
     prompts: int = Field(200, ge=0)
     """Held-out prompts answered by the SFT and the RLHF (or DPO) model in the end; 0 leaves the comparison out."""
     rows: int = Field(200, ge=0)
-    """Held-out pairs (accuracy of a judge or reward model from elsewhere) and demonstrations (perplexity) read then."""
+    """Held-out pairs (accuracy of a judge or reward model from elsewhere), demonstrations (perplexity) and answers (KL,
+    perplexity) read then."""
     true_score: Literal["none", "upbeat"] = "none"
     """The rule behind the preference, when it is known: `upbeat` is the vaderSentiment lexicon."""
 

@@ -17,7 +17,7 @@ from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.preferences import PreferenceFile
 from training.config import EvaluationSettings
 from training.data.rows import read_rows
-from training.data.split import choose_groups, identity
+from training.data.split import choose_groups, once
 from training.data.upbeat import upbeat_score
 from training.evaluation import statistics
 from training.evaluation.answers import Answers, encode, same_tokens
@@ -73,7 +73,7 @@ class Comparison:
         asks = self.judge is not None and self.judge.source == "reward"
         self.rewards = Rewards(self.settings, stage.ranks) if asks else None
         limit = self.request.prompts or stage.config.evaluation.prompts or EvaluationSettings().prompts
-        self.held_out = distinct_prompts(self.eval_rows("prompts"))[:limit]
+        self.held_out = once(self.eval_rows("prompts"), evaluation=True)[:limit]
         if not self.held_out:
             raise UserError("The run holds out no prompts to answer: it needs more rows, or a larger data.held_out.")
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
@@ -95,18 +95,19 @@ class Comparison:
         with reading(self.stage, self.model.directory) as reader:
             ours = self.answer(reader, self.model)
             our_perplexity = self.perplexity(reader)
-            ours_by_ours = reader.logprobs_of(ours, self.settings.temperature)
+            ours_by_ours = reader.logprobs_of(self.read(ours), self.settings.temperature)
         pair = {self.against.key: self.measure(theirs), self.model.key: self.measure(ours)}
         pair[self.against.key] |= their_perplexity
         pair[self.model.key] |= our_perplexity
-        if same_tokens(ours.chat_format, theirs.chat_format):
+        if ours_by_ours and same_tokens(ours.chat_format, theirs.chat_format):
             with reading(self.stage, self.against.directory) as reader:
-                ours_by_theirs = reader.logprobs_of(ours, self.settings.temperature)
+                ours_by_theirs = reader.logprobs_of(self.read(ours), self.settings.temperature)
             logratios = [float((p - q).sum()) for p, q in zip(ours_by_ours, ours_by_theirs, strict=True)]
             pair[self.model.key]["kl"], pair[self.against.key]["kl"] = statistics.mean(logratios), 0.0
         with reading(self.stage, untouched) as reader:
             for key, answers in ((self.against.key, theirs), (self.model.key, ours)):
-                pair[key][key_of_untouched] = perplexity_of(reader.logprobs_of(answers))
+                if logprobs := reader.logprobs_of(self.read(answers)):
+                    pair[key][key_of_untouched] = perplexity_of(logprobs)
 
         result: dict[str, Any] = {
             "prompts": len(self.held_out),
@@ -201,6 +202,10 @@ class Comparison:
         texts = [chat_format.decode(sample.response_ids) for sample in samples]
         return Answers(chat_format, [row["prompt"] for row in self.held_out], samples, texts)
 
+    def read(self, answers: Answers) -> Answers:
+        """The answers whose KL and perplexity are taken: they cost as much as all the rest."""
+        return answers.first(self.stage.config.evaluation.rows)
+
     def perplexity(self, reader: Reader) -> dict[str, float]:
         """Of the held-out demonstrations; what a model forgets of its data in PPO shows here."""
         rows = [encode(reader.chat_format, row["prompt"], row["response"], self.data) for row in self.demonstrations]
@@ -240,11 +245,3 @@ def truth(answers: Answers) -> list[float]:
 def perplexity_of(logprobs: list[Tensor]) -> float:
     """Of all tokens together."""
     return statistics.perplexity(-float(torch.cat(logprobs).double().mean()))
-
-
-def distinct_prompts(rows: Sequence[Any]) -> list[Any]:
-    """Each prompt once, also of runs whose data hold it several times: an answer counted twice says nothing new."""
-    found: dict[tuple[Any, ...], Any] = {}
-    for row in rows:
-        found.setdefault(identity(row, evaluation=True), row)
-    return list(found.values())
