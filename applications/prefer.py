@@ -3,7 +3,6 @@
 import gc
 import getpass
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -92,13 +91,14 @@ def find_answerer(target: Path, source: str, trusts: bool) -> Answerer:
     run = RunDirectory(target)
     if source in ("base", *(step.command for step in WRITING)):
         config = run.read_config()
+        given = "" if source == "base" else config.given_model(step_of(source))
+        if source == "base" or given:
+            require_yes(target, of_models(config), trusts)
         if source != "base":
-            given = config.given_model(step_of(source))
             directory = resolve_model(given, to_stderr) if given else run.require_model(step_of(source))
             return Answerer(label_of(directory), directory)
         if not (base := base_model(config)):
             raise UserError(f"The base model of {target} is not known: name the base model itself.")
-        require_yes(target, of_models(config), trusts)
         return Answerer(f"{target.resolve().name}/{source}", resolve_model(base, to_stderr))
     path = Path(source).expanduser() if source else target
     if source and not path.exists():
@@ -196,17 +196,9 @@ def outcome(file: PreferenceFile, by: str, collected: int, run: RunDirectory | N
         if by in found["people"]:
             yield f"{' and '.join(found['people'])} agree on {found['same']:.0%} of {counted(found['pairs'], 'pair')}."
     if run is not None and decided:
-        yield (
-            f"The next round: rlhf-chat run --from {typed(run.path)} --data {typed(file.path)} "
-            f"--name {typed(next_name(run.path.resolve().name))}"
-        )
+        data = "" if file.path == run.preferences else f" --data {typed(file.path)}"
+        yield f"The next round: rlhf-chat run --from {typed(run.path)}{data}"
 
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def next_name(name: str) -> str:
-    """`demo` -> `demo-round2` -> `demo-round3`."""
-    stem, number = re.fullmatch(r"(.*?)(?:-round(\d+))?", name).groups()  # type: ignore[union-attr]  # it always matches
-    return f"{stem}-round{int(number or 1) + 1}"
