@@ -173,9 +173,9 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
     if "true_score" in ours and ours.get("learned_reward", 0) > theirs.get("learned_reward", 0):
         rose = ours["true_score"] > theirs["true_score"]
         text = (
-            "The lexicon's score rose with the learned reward"
+            "The score of the lexicon rose with the learned reward"
             if rose
-            else "The learned reward rose, the lexicon's score did not"
+            else "The learned reward rose, the score of the lexicon did not"
         )
         found.append(Sign(rose, text))
     return [*found, *guard_signs(evaluation, *pair_of(evaluation))]
