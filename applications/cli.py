@@ -57,9 +57,22 @@ def rlhf_chat(
 @command()
 def run(
     model: Model = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Instead of --model: go on from RUN's newest model, with its settings, on --data or on the "
+            "preferences collected for it (docs/next_round.md). Default: none.",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The run is runs/NAME, or a path with a / in it; default: MODEL's name."),
+        typer.Option(
+            metavar="NAME",
+            help="The run is runs/NAME, or a path with a / in it; default: MODEL's name, or after --from RUN "
+            "RUN-round2, RUN-round3 ...",
+        ),
     ] = None,
     data: Data = None,
     reward_model: RewardModel = None,
@@ -92,11 +105,27 @@ def run(
     rlhf-chat run --model opt-13b --dry-run
 
     rlhf-chat run --model smollm2-135m --name direct --method dpo
+
+    rlhf-chat run --from runs/demo
     """
     from applications.commands import pipeline_command
 
     pipeline_command(
-        model, name, data, reward_model, steps, dry_run, config, set_, seed, processes, fusion, plan, method, trust
+        model,
+        from_,
+        name,
+        data,
+        reward_model,
+        steps,
+        dry_run,
+        config,
+        set_,
+        seed,
+        processes,
+        fusion,
+        plan,
+        method,
+        trust,
     )
 
 
@@ -257,6 +286,58 @@ def chat(
     chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
 
 
+@command()
+def prefer(
+    target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run directory; or a model, with --to.")],
+    as_: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="Who judges. Default: your name on this machine.")
+    ] = None,
+    again: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Judge what NAME has judged, for the agreement of two people (or of one, twice). Asks no model. "
+            "Default: new answers.",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help=f"Whose answers: base, {OWN_MODELS}, a run, a model directory, preset or hub id. Default: the newest.",
+        ),
+    ] = "",
+    against: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="Another one, to tell which is better. Default: one model answers twice."),
+    ] = "",
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", min=0.0, help="How freely words are drawn. Default: the run's, or 0.7."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Longest answer, in tokens. Default: the run's, or 256."),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where verdicts go. Default: preferences.jsonl in the run.")
+    ] = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Say which of two answers is better; a run can learn from it (docs/preferences.md).
+
+    rlhf-chat prefer runs/demo
+
+    rlhf-chat prefer runs/demo --as ben --against sft
+
+    rlhf-chat prefer runs/demo --as ben --again ann
+    """
+    from applications.prefer import prefer_command
+
+    prefer_command(target, as_, again, model, against, temperature, max_tokens, to, trust)
+
+
 @command(name="eval")
 def evaluate(
     run_directory: RunPath,
@@ -393,10 +474,17 @@ def serve(
         int, typer.Option(metavar="N", min=2, help="Tokens of a prompt and its answer; at most the model's.")
     ] = 2048,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 1024,
+    preferences: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where verdicts of people go. Default: preferences.jsonl in the run, of a model nowhere.",
+        ),
+    ] = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Serve trained models: the OpenAI protocol, and a page that shows SFT and RLHF side by side.
+    """Serve trained models: the OpenAI protocol, a page that shows SFT and RLHF side by side, and one to judge answers.
 
     rlhf-chat serve runs/demo
 
@@ -406,7 +494,7 @@ def serve(
     from training.trust import require_reading
 
     require_reading(target, trust)
-    serve_command(target, host, port, token, slots, queue, context, max_tokens)
+    serve_command(target, host, port, token, slots, queue, context, max_tokens, preferences)
 
 
 for function in (plan, profile, doctor):

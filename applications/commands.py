@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from applications.next_round import next_name
 from applications.settings import resolve_settings
 from inference.errors import UserError
 from training.config import RunConfig
@@ -16,6 +17,7 @@ AUTO = "auto"
 
 def pipeline_command(
     model: str | None,
+    parent: Path | None,
     name: str | None,
     data: list[str] | None,
     reward_model: str | None,
@@ -40,10 +42,12 @@ def pipeline_command(
         "plan": None if plan == AUTO else plan,
         "method": method,
     }
-    if model is None and config is None and name is None:
+    if parent is not None and model is not None:
+        raise UserError(f"--from {parent} says what to begin with, its newest model: leave --model {model} out.")
+    if model is None and config is None and name is None and parent is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
-    path = run_path(name, model)
-    settings = resolve_settings(model, config, overrides, flags, RunDirectory(path))
+    path = run_path(name or (next_name(parent) if parent else None), model)
+    settings = resolve_settings(model, config, overrides, flags, RunDirectory(path), parent)
     asked = settings or RunDirectory(path).read_config()
     if plan and not any(step.draws_samples for step in asked.steps):
         raise UserError(f"--plan places the calls of step 3, which method {asked.method} does not have: leave it out.")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -116,6 +116,8 @@ def evaluation_table(
             f"On the {unseen['prompts']} prompts under questions that no step was trained on: {unseen['rate']:.1%} "
             f"({unseen['low']:.1%} to {unseen['high']:.1%})"
         )
+    if clicks := result.get("clicks"):
+        print_clicks(console, clicks)
     print_answers(console, pair_of(result), answers_file)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -123,7 +125,8 @@ def evaluation_table(
 def training_signs(run: RunDirectory, step: Step) -> list[Sign]:
     """What the metrics of a step say against its model, whatever a judge says of it."""
     rows = Journal(run.step(step).metrics_file).read() if step.draws_samples else []
-    alike = bool(rows) and bool(rows[-1].get("warning/alike"))
+    warned = [row["warning/alike"] for row in rows if "warning/alike" in row]
+    alike = bool(warned) and bool(warned[-1])
     text = "Scores: no answer had another one than those it is compared with, so there was nothing to learn"
     return [Sign(False, text)] if alike else []
 
@@ -170,10 +173,8 @@ def panel_rows(panel: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Kind of text, and the share of pairs in which each of PANEL_COLUMNS agrees with the panel; the first interval."""
     found = []
     for domain, each in panel.items():
-        learned = each["learned"]
-        interval = f"{learned['rate']:.1%} ({learned['low']:.1%} to {learned['high']:.1%})"
         others = (f"{each[judge]['rate']:.1%}" for judge in list(PANEL_COLUMNS)[1:])
-        found.append((f"{domain} ({each['texts']} texts)", interval, *others))
+        found.append((f"{domain} ({each['texts']} texts)", with_interval(each["learned"]), *others))
     return found
 
 
@@ -197,6 +198,71 @@ def print_panel(console: Console, panel: Mapping[str, Any]) -> None:
         table.add_row(*map(Text, row))
     console.print(table)
     console.print(panel_line(panel), markup=False)
+
+
+def overview_lines(seen: Mapping[str, Any]) -> list[str]:
+    """Who clicked what, as `clicks.overview` has it."""
+    share = {
+        name: f"{seen[key] / seen['clicks']:.0%} {name}"
+        for key, name in (("ties", "about the same"), ("both_bad", "both bad"))
+    }
+    by = ", ".join(f"{name} {count:,}" for name, count in seen["by"].items())
+    lines = [f"{seen['clicks']:,} verdicts ({by}): {', '.join(share.values())}"]
+    for name, left in seen["left"].items():
+        lines.append(f"{name} prefers the left answer in {with_interval(left)} of {left['clicks']:,} verdicts")
+    for name, found in seen["repeated"].items():
+        lines.append(f"{name}, asked again, says the same of {agreement_text(found)}")
+    return lines + agreement_lines(seen["agreement"])
+
+
+def agreement_lines(agreement: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each two people."""
+    return [f"{' and '.join(found['people'])} say the same of {agreement_text(found)}" for found in agreement]
+
+
+def agreement_text(found: Mapping[str, Any]) -> str:
+    """`70.0% (52.1% to 83.3%) of 30 pairs, kappa 0.45 (0.12 to 0.70)`."""
+    kappa = (
+        "; chance alone would always"
+        if found["kappa"] is None
+        else f", kappa {found['kappa']:z.2f} ({found['kappa_low']:z.2f} to {found['kappa_high']:z.2f})"
+    )
+    return f"{found['same']:.1%} ({found['low']:.1%} to {found['high']:.1%}) of {found['pairs']:,} pairs{kappa}"
+
+
+def with_interval(found: Mapping[str, Any]) -> str:
+    return f"{found['rate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+
+
+def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
+    """How often people prefer a model to another, one by one and together."""
+    table = Table()
+    for name in (
+        "preferred by",
+        "verdicts",
+        "about the same",
+        "both bad",
+        f"{rates['model']} preferred to {rates['against']}",
+    ):
+        table.add_column(Text(name), justify="left" if name == "preferred by" else "right")
+    everybody = {"all": rates["together"]} if len(rates["by"]) > 1 else {}
+    for name, found in {**rates["by"], **everybody}.items():
+        table.add_row(Text(name), *(f"{found[key]:,}" for key in ("clicks", "ties", "both_bad")), with_interval(found))
+    return table
+
+
+def clicks_verdict(rates: Mapping[str, Any]) -> str:
+    """What all people together show."""
+    found = rates["together"]
+    win = {**found, "prompts": found["clicks"], "judge": f"clicks of {' and '.join(rates['by'])}"}
+    return verdict(win, rates["against"], rates["model"])
+
+
+def print_clicks(console: Console, rates: Mapping[str, Any]) -> None:
+    console.print(clicks_table(rates))
+    console.print(clicks_verdict(rates), markup=False)
+    for line in agreement_lines(rates["agreement"]):
+        console.print(line, markup=False)
 
 
 def print_answers(console: Console, pair: Mapping[str, str], file: Path) -> None:

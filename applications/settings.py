@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from applications.next_round import resolve_next_round
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config import RunConfig
@@ -18,29 +19,28 @@ def resolve_settings(
     overrides: list[str] | None,
     flags: Mapping[str, object],
     run: RunDirectory | None = None,
+    parent: Path | None = None,
 ) -> RunConfig | None:
     """Preset, then files, then --set, then flags; None when nothing was given, so that a run keeps its own.
 
-    Without a model or a file, what is given is laid over the settings of `run`.
+    With a `parent` (`run --from`) its settings take the place of the preset's. Without it, a model or a file, what is
+    given is laid over the settings of `run`.
     """
     given = {key: value for key, value in flags.items() if value is not None}
+    if parent is not None:
+        assert run is not None
+        return resolve_next_round(parent, config or [], overrides or [], as_settings(given), run)
     if model is None and not config and not overrides and not given:
         return None
     if model is None and not config and run is not None and run.config_file.exists():
         stored = run.read_config().model_dump(mode="json")
-        if "data" in given:
-            given["data"] = {"source": data_sources(given["data"])}
-        nest(given)
-        return found_from_anywhere(load_config([], overrides or [], stored, given))
+        return found_from_anywhere(load_config([], overrides or [], stored, as_settings(given)))
     if model is None and not config:
         options = ", ".join(["--set"] * bool(overrides) + [option_of(key) for key in given])
         new = f"{run.path} would be a new run, so " if run is not None else ""
         raise UserError(f"{new}{options} needs --model or --config as well: say which model the run is for.")
-    if "data" in given:
-        given["data"] = {"source": data_sources(given["data"])}
-    nest(given)
     base = settings_for_model(model) if model is not None else {}
-    return settings_of_new_run(base, config or [], overrides or [], given, run)
+    return settings_of_new_run(base, config or [], overrides or [], as_settings(given), run)
 
 
 FUSIONS = {
@@ -58,15 +58,15 @@ def option_of(key: str) -> str:
     return f"--{key.removeprefix('trained_').replace('_', '-')}"
 
 
-def nest(given: dict[str, object]) -> None:
-    """Put the flags of step 3 where the settings are. Raises UserError for a fusion that there is not."""
-    fusion = given.pop("fusion", None)
+def as_settings(given: Mapping[str, object]) -> dict[str, object]:
+    """The flags where the settings are. Raises UserError for a fusion that there is not."""
+    fusion = given.get("fusion")
     if fusion is not None and fusion not in FUSIONS:
         raise UserError(f"--fusion {fusion}: choose one of {', '.join(FUSIONS)}.")
-    of_step_3 = {"plan": given.pop("plan", None), "fusion": FUSIONS.get(str(fusion))}
+    of_step_3 = {"plan": given.get("plan"), "fusion": FUSIONS.get(str(fusion))}
     rlhf = {key: value for key, value in of_step_3.items() if value is not None}
-    if rlhf:
-        given["rlhf"] = rlhf
+    settings = {key: value for key, value in given.items() if key not in of_step_3} | ({"rlhf": rlhf} if rlhf else {})
+    return settings | ({"data": {"source": data_sources(given["data"])}} if "data" in given else {})
 
 
 def data_sources(given: object) -> list[str]:

@@ -4,7 +4,7 @@ In a pipe nothing but the answers goes to the output. Two models answer the same
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import zip_longest
@@ -159,7 +159,7 @@ class Terminal:
         labels = zip(self.session.labels, self.session.models, strict=True)
         self.write("Talking to " + " and ".join(f"{label} ({model.description})" for label, model in labels) + "\n")
         self.write("/quit or Ctrl-D ends the chat, Ctrl-C stops an answer, /help lists the commands.\n")
-        while (line := self.read_line()) is not None:
+        while (line := read_line(self.source, self.sink)) is not None:
             try:
                 if line in ("/quit", "/exit"):
                     return
@@ -169,21 +169,6 @@ class Terminal:
                     self.show_answer(line)
             except UserError as error:
                 self.write(f"{error}\n")
-
-    def read_line(self) -> str | None:
-        """What was typed, without blanks around it; None at Ctrl-D or Ctrl-C."""
-        try:
-            if self.source is sys.stdin and self.sink is sys.stdout:
-                with suppress(ImportError):  # not on every system; with it input() edits lines and remembers them
-                    import readline  # noqa: F401
-                return input("> ").strip()
-            self.write("> ")
-            if line := self.source.readline():
-                return line.strip()
-        except (KeyboardInterrupt, EOFError):
-            pass
-        self.write("\n")
-        return None
 
     def obey(self, line: str) -> None:
         """Carry out a command. Raises UserError for one that does not exist or has a wrong value."""
@@ -238,19 +223,42 @@ class Terminal:
                 self.console.print(self.arrange(answers))  # so the whole comes at the end
 
     def arrange(self, answers: list[str]) -> RenderableType:
-        """Answers under their labels: in columns if the terminal is wide enough, else one under the other."""
-        labels = self.session.labels
-        if self.console.width < COLUMN_WIDTH * len(labels):
-            return Group(*(Text(f"{label}\n{answer}\n") for label, answer in zip(labels, answers, strict=True)))
-        table = Table(expand=True, show_edge=False)
-        for label in labels:
-            table.add_column(Text(label), ratio=1)
-        table.add_row(*(Text(answer) for answer in answers))
-        return table
+        return arrange(self.session.labels, answers, self.console.width)
 
     def write(self, text: str) -> None:
-        self.sink.write(printable(text))
-        self.sink.flush()
+        write(self.sink, text)
+
+
+def arrange(labels: Sequence[str], answers: Sequence[str], width: int) -> RenderableType:
+    """Answers under their labels: in columns if the terminal is wide enough, else one under the other."""
+    if width < COLUMN_WIDTH * len(labels):
+        return Group(*(Text(f"{label}\n{answer}\n") for label, answer in zip(labels, answers, strict=True)))
+    table = Table(expand=True, show_edge=False)
+    for label in labels:
+        table.add_column(Text(label), ratio=1)
+    table.add_row(*(Text(answer) for answer in answers))
+    return table
+
+
+def read_line(source: TextIO, sink: TextIO) -> str | None:
+    """What was typed, without blanks around it; None at Ctrl-D or Ctrl-C."""
+    try:
+        if source is sys.stdin and sink is sys.stdout:
+            with suppress(ImportError):  # not on every system; with it input() edits lines and remembers them
+                import readline  # noqa: F401
+            return input("> ").strip()
+        write(sink, "> ")
+        if line := source.readline():
+            return line.strip()
+    except (KeyboardInterrupt, EOFError):
+        pass
+    write(sink, "\n")
+    return None
+
+
+def write(sink: TextIO, text: str) -> None:
+    sink.write(printable(text))
+    sink.flush()
 
 
 def change_settings(settings: SamplingSettings, assignments: str) -> SamplingSettings:

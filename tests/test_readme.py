@@ -1,4 +1,4 @@
-"""The README's commands run as they stand there."""
+"""The commands of the README, and of its second page, run as they stand there."""
 
 import os
 import re
@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"<!-- test -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = "README.md", "docs/next_round.md"
+BLOCKS = [
+    block.replace("runs/demo", "runs/readme")  # which the README's first command made of `tiny`
+    for page in PAGES
+    for block in re.findall(r"<!-- test -->\n```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+]
 
 
 NOT_FOR_CHAT = {

@@ -28,6 +28,8 @@ class DataSettings(Settings):
     """Longest prompt; older turns are dropped first."""
     max_response_tokens: int = Field(256, ge=2)
     """Longest response, its end-of-turn token included."""
+    parent: str = ""
+    """A run that this one goes on from (`run --from`): what it holds out stays held out, and its prompts serve here."""
     limit: int = Field(0, ge=0)
     """Use at most this many rows (of the embedded default: dialogues) of each source; 0 means all."""
     bad_rows: Literal["refuse", "skip"] = "refuse"

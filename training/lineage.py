@@ -69,6 +69,27 @@ def base_model(config: RunConfig) -> str:
     return "" if config.model in seen else config.model
 
 
+def rounds_of(run: RunDirectory) -> list[RunDirectory]:
+    """The run and those that it goes on from (data.parent), the first one first; a parent that is gone ends them."""
+    found = [run]
+    while parent := found[-1].read_config().data.parent:
+        before = RunDirectory(Path(parent))
+        if before in found or not before.config_file.exists():
+            break
+        found.append(before)
+    return found[::-1]
+
+
+def newest_reward_model(run: RunDirectory) -> str:
+    """Of the run, or of the newest round before it that has one: its own or the one that it was given; else empty."""
+    for each in reversed(rounds_of(run)):
+        if each.step(REWARD).is_finished:
+            return str(each.step(REWARD).model.resolve())
+        if given := each.read_config().trained_reward_model:
+            return given
+    return ""
+
+
 @dataclass(frozen=True)
 class Source:
     """A model that another one began with, or was trained with."""

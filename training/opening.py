@@ -15,7 +15,7 @@ from training.merging import merge
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 from training.trust import made_here, require_yes
-from training.uses import of_models, of_training
+from training.uses import inherited, of_models, of_training
 from training.versions import versions
 
 CHANGEABLE = {
@@ -64,6 +64,9 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
         refuse_others(run, stored, config)
         before = of_training(run, stored)
         require_yes(run.path, [use for use in wanted if use in before], trusts)
+    if stored is None and config.data.parent:
+        parent = RunDirectory(Path(config.data.parent))
+        require_yes(parent.path, inherited(parent, {use.text for use in wanted}), trusts)
     for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
         require_yes(parent.path, set(of_models(parent.read_config())) & set(of_models(config)), trusts)
     if config != stored:

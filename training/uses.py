@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from inference.model_store import TINY
@@ -30,6 +30,11 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
             if role.deepspeed
         ),
     ]
+
+
+def inherited(parent: RunDirectory, wanted: Collection[str]) -> list[Use]:
+    """Of a run that goes on from `parent`: what both ask for (`wanted` has the texts of its own uses), and reading."""
+    return [*of_reading(parent.path), *(use for use in of_training(parent, parent.read_config()) if use.text in wanted)]
 
 
 def of_evaluation(run: RunDirectory, config: RunConfig, judge: str) -> list[Use]:

@@ -10,10 +10,12 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from inference.chat_format import ChatFormat
+from inference.preferences import Preference
 from training.config import DataSettings
 from training.data.rows import Row
 from training.data.sources import parse_source
 from training.data.split import choose_groups, kind_of
+from training.evaluation.clicks import overview
 
 ANSWERS = {"pair": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
 """The keys of a row's answers, by its kind."""
@@ -190,6 +192,23 @@ def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) 
         *found("error", "no trained token", "an answer has no token but the end of its turn", empty),
         *found("error", "chosen = rejected", cut, same),
     ]
+
+
+def lint_clicks(clicks: Sequence[Preference]) -> list[Finding]:
+    """What moves people other than the answers, and who agrees no more than chance would."""
+    seen, findings = overview(clicks), []
+    for name, left in seen["left"].items():
+        if left["clicks"] >= ENOUGH_PAIRS and not left["low"] <= 0.5 <= left["high"]:
+            side, share = ("left", left["rate"]) if left["rate"] > 0.5 else ("right", 1 - left["rate"])
+            sentence = f"{name} prefers the {side} answer in {share:.0%} of the verdicts, and sides are drawn at random"
+            findings.append(Finding("warning", "side bias", sentence, left["clicks"]))
+    pairs = [(f"{name} and the same person later", found) for name, found in seen["repeated"].items()]
+    pairs += [(" and ".join(found["people"]), found) for found in seen["agreement"]]
+    for who, found in pairs:
+        if found["pairs"] >= ENOUGH_PAIRS and found["kappa_low"] is not None and found["kappa_low"] <= 0:
+            sentence = f"{who} agree on {found['same']:.0%} of {found['pairs']} pairs, which may be chance"
+            findings.append(Finding("warning", "no agreement", sentence, found["pairs"]))
+    return findings
 
 
 def shared_prompts(train: Lines, evaluation: Lines) -> list[Finding]:

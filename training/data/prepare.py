@@ -13,6 +13,7 @@ from inference.errors import UserError
 from training.config import EMBEDDED_DATA, DataSettings
 from training.data.blend import blend
 from training.data.chitchat import build_chitchat, load_dialogues
+from training.data.next_round import SHARES, go_on
 from training.data.rated_texts import load_texts
 from training.data.reading import SourceRows, read_sources
 from training.data.rows import PANEL_FILE, PairRow, RowSets, write_rows
@@ -68,6 +69,9 @@ def prepare_data(
     if counts_file.exists():
         return DataCounts(**read_counts(directory))
     sets, counts, left_out = build_rows(settings, seed, chat_format, report)
+    if settings.parent:
+        counts.notes.append(go_on(sets, Path(settings.parent), seed))
+        counts.rows = count_rows(sets)
     require_difference(sets.pairs_train, settings, chat_format)
 
     def write(place: Path) -> None:
@@ -137,15 +141,20 @@ def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) 
                 row["source"] = each.source.label
     elif found[0].source.weight != 1:
         raise UserError(f"{found[0].source} is the only source, so its weight says nothing: leave it out.")
-    sets = split_rows(rows, settings.split, settings.held_out, seed)
+    shares = SHARES if settings.parent else settings.split
+    sets = split_rows(rows, shares, settings.held_out, seed, all_serve_all=bool(settings.parent))
     repeats = keep_once(sets)
     shuffle(sets, seed)
     notes = [f"each prompt or pair is in a set once: {repeats:,} repeats are left out"] if repeats else []
     if sets.steps_share:
         notes.append("too few questions to give each step some of its own: every step trains on all of them")
-    elif any(kind_of(row) == "pair" for row in rows) and sum(share > 0 for share in settings.split) > 1:
-        shares = ":".join(f"{share:g}" for share in settings.split)
-        notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shares} (data.split)")
+    elif (
+        not settings.parent
+        and any(kind_of(row) == "pair" for row in rows)
+        and sum(share > 0 for share in settings.split) > 1
+    ):
+        shared = ":".join(f"{share:g}" for share in settings.split)
+        notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shared} (data.split)")
     return blend(sets, {each.source.label: each.source.weight for each in found}, seed), notes
 
 

@@ -1,13 +1,17 @@
 """Sources -> rows, each with its place, and a report of what was found in each source."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from inference.chat_format import ChatFormat
 from inference.collecting import without_collecting
 from inference.errors import UserError
+from inference.preferences import Preference
 from training.config import DataSettings
 from training.data.entries import BadRow, Entry, LeftOut
 from training.data.files import read_file
@@ -17,6 +21,7 @@ from training.data.hub import fetch_files, matching
 from training.data.hub_sets import PLAIN, HubSet, find_set
 from training.data.rated_answers import Rating, pair_rows
 from training.data.rows import Row
+from training.data.shapes import CLICK_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
 from training.data.templates import require_accepted
@@ -38,6 +43,8 @@ class SourceRows:
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
     """Place and reason of each line that gave no row, and whether something was wrong with it."""
     notes: list[str] = field(default_factory=list)
+    clicks: list[Preference] = field(default_factory=list)
+    """What people said of two answers (docs/preferences.md), of rows that are used and others."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -91,6 +98,7 @@ def read_source(
             if isinstance(value, BadRow):
                 raise value
             if isinstance(value, dict):
+                result.clicks += clicks_in(value)
                 value = hub_set.adapt(value)
             read = read_row(value)
             if chat_format is not None:
@@ -116,11 +124,26 @@ def read_source(
         if used == settings.limit:
             break
     unused -= pair_up(result, ratings)
+    undecided = [
+        f"{result.reasons[why]:,} {why.removeprefix('both answers are ')}"
+        for why in UNDECIDED.values()
+        if result.reasons[why]
+    ]
+    result.notes += [f"{' and '.join(undecided)}, which teach nothing"] * bool(undecided)
     for keys, what in ((unused, "not used"), (extra, "for a reward function only")):
         if keys:
             more = f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
             result.notes.append(f"{what}: {', '.join(sorted(keys)[:KEYS_NAMED])}{more}")
     return result
+
+
+def clicks_in(value: dict[str, Any]) -> list[Preference]:
+    """What somebody said of two answers, if the value is that."""
+    if not value.keys() >= CLICK_COLUMNS:
+        return []
+    with suppress(ValueError):
+        return [Preference.of(json.dumps(value))]
+    return []
 
 
 def pair_up(result: SourceRows, ratings: dict[int, Rating]) -> set[str]:

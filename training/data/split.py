@@ -9,22 +9,26 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from inference.chat_template import Message
 from inference.errors import UserError
 from training.data.one_spelling import one_spelling
 from training.data.rows import PairRow, PromptRow, Row, RowSets, SFTRow
 
+T = TypeVar("T")
 USES = {"pair": ("sft", "pairs", "prompts"), "sft": ("sft",), "prompt": ("prompts",)}
 """What rows of a kind can be, by their use in training. Where nothing else gives prompts, demonstrations do as well."""
 SHARES = ("sft", "pairs", "prompts")
 """What the shares of data.split are of."""
 
 
-def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out: float, seed: int) -> RowSets:
+def split_rows(
+    rows: Sequence[Row], shares: tuple[float, float, float], held_out: float, seed: int, all_serve_all: bool = False
+) -> RowSets:
     """Share pairs out over the three steps, in proportion to `shares` (as DeepSpeed-Chat); demonstrations go to step 1
-    and prompts to step 3. Demonstrations alone train step 1, and all their prompts serve step 3 too.
+    and prompts to step 3. Demonstrations alone train step 1, and all their prompts serve step 3 too. Where
+    `all_serve_all`, each pair serves each step that has a share.
 
     `held_out` is the share of the questions kept for evaluation, at least one of each kind with two or more. Nothing is
     trained on their rows, so they serve every step that they can. Rows are group by group, in their own order.
@@ -44,12 +48,12 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], held_out
     for kind, groups in kinds.items():
         served = {use: share for use, share in zip(SHARES, shares, strict=True) if use in USES[kind] and share > 0}
         trained = {name: group for name, group in groups.items() if name not in aside}
-        share_all = 0 < len(trained) < len(served)  # else a step would have none
-        sets.steps_share |= share_all
+        too_few = not all_serve_all and 0 < len(trained) < len(served)  # a step would have none
+        sets.steps_share |= too_few
         assigned = assign_uses(trained, served, seed)
         for name, group in groups.items():
             for use in served:
-                if name in aside or share_all or assigned[name] == use:
+                if name in aside or too_few or all_serve_all or assigned[name] == use:
                     add_rows(sets, use, group, evaluation=name in aside)
     if kinds.keys() == {"sft"} and shares[2] > 0:
         for name, group in kinds["sft"].items():
@@ -89,12 +93,18 @@ def keep_once(sets: RowSets) -> int:
     """Leave each row in a set once, the first of equal ones; returns how many went."""
     gone = 0
     for name, rows in sets.items():
-        first: dict[Any, Row] = {}
-        for row in rows:
-            first.setdefault(identity(row, evaluation=name.endswith("_eval")), row)
-        gone += len(rows) - len(first)
-        rows[:] = first.values()
+        kept = once(rows, evaluation=name.endswith("_eval"))
+        gone += len(rows) - len(kept)
+        rows[:] = kept
     return gone
+
+
+def once(rows: Sequence[T], evaluation: bool) -> list[T]:
+    """The first of equal ones."""
+    first: dict[tuple[Any, ...], T] = {}
+    for row in rows:
+        first.setdefault(identity(row, evaluation), row)
+    return list(first.values())
 
 
 def shuffle(sets: RowSets, seed: int) -> None:
@@ -102,13 +112,12 @@ def shuffle(sets: RowSets, seed: int) -> None:
         random.Random(f"{seed} order {name}").shuffle(rows)
 
 
-def identity(row: Row, evaluation: bool) -> tuple[Any, ...]:
+def identity(row: Any, evaluation: bool) -> tuple[Any, ...]:
     """What two rows that are the same have in common; spaces around a message do not count, and in evaluation nor does
     what a reward function is told beside a prompt."""
-    values = cast(dict[str, Any], row)
     prompt = tuple((message["role"], message["content"].strip()) for message in row["prompt"])
-    extra = "" if evaluation or "extra" not in values else json.dumps(values["extra"], sort_keys=True, default=str)
-    return prompt, values.get("response"), values.get("chosen"), values.get("rejected"), extra
+    extra = "" if evaluation or "extra" not in row else json.dumps(row["extra"], sort_keys=True, default=str)
+    return prompt, row.get("response"), row.get("chosen"), row.get("rejected"), extra
 
 
 def in_random_order(names: Sequence[str], salt: str) -> list[str]:

@@ -16,7 +16,7 @@ from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from training.config import EvaluationSettings
 from training.data.rows import read_rows
-from training.data.split import choose_groups, identity
+from training.data.split import choose_groups, once
 from training.data.upbeat import upbeat_score
 from training.evaluation import statistics
 from training.evaluation.answers import Answers, encode, same_tokens
@@ -72,7 +72,7 @@ class Comparison:
         asks = self.judge is not None and self.judge.source == "reward"
         self.rewards = Rewards(self.settings, stage.ranks) if asks else None
         limit = self.request.prompts or stage.config.evaluation.prompts or EvaluationSettings().prompts
-        self.held_out = distinct_prompts(self.eval_rows("prompts"))[:limit]
+        self.held_out = once(self.eval_rows("prompts"), evaluation=True)[:limit]
         if not self.held_out:
             raise UserError("The run holds out no prompts to answer: it needs more rows, or a larger data.held_out.")
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
@@ -236,11 +236,3 @@ def truth(answers: Answers) -> list[float]:
 def perplexity_of(logprobs: list[Tensor]) -> float:
     """Of all tokens together."""
     return statistics.perplexity(-float(torch.cat(logprobs).double().mean()))
-
-
-def distinct_prompts(rows: Sequence[Any]) -> list[Any]:
-    """Each prompt once, also of runs whose data hold it several times: an answer counted twice says nothing new."""
-    found: dict[tuple[Any, ...], Any] = {}
-    for row in rows:
-        found.setdefault(identity(row, evaluation=True), row)
-    return list(found.values())

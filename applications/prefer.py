@@ -1,0 +1,213 @@
+"""`rlhf-chat prefer`: a person says which of two answers is better, and the run learns from it next."""
+
+import gc
+import getpass
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from applications.preset_store import settings_for_model
+from inference.chat_target import find_chat_models
+from inference.collecting import without_collecting
+from inference.errors import UserError, typed
+from inference.model_store import resolve_model
+from inference.preferences import Preference, PreferenceFile, checked_name
+from training.data.rows import read_rows
+from training.evaluation.clicks import agreements, judged, people
+from training.lineage import base_model
+from training.run_directory import RunDirectory
+from training.steps import PROMPTS, WRITING, step_of
+from training.trust import require_reading, require_yes
+from training.uses import of_models
+
+USUAL_TEMPERATURE, USUAL_TOKENS = 0.7, 256
+"""Of a model that lies in no run."""
+
+
+@dataclass(frozen=True)
+class Answerer:
+    label: str
+    """`RUN/step`, or the name of a model directory."""
+    directory: Path
+
+
+def prefer_command(
+    target: Path,
+    name: str | None,
+    again: str | None,
+    model: str,
+    against: str,
+    temperature: float | None,
+    max_tokens: int | None,
+    to: Path | None,
+    trusts: bool = False,
+) -> None:
+    """`rlhf-chat prefer`."""
+    require_reading(target, trusts)
+    run = RunDirectory(target) if (target / "config.yaml").is_file() else None
+    by = checked_name(login_name() if name is None else name)
+    if run is None and again is None:
+        find_chat_models(target, compare=False)  # what is neither is refused with its way out
+    if run is None and to is None:
+        raise UserError(f"{target} is no run: say where the verdicts go, with --to FILE.")
+    place = run.preferences if to is None and run is not None else to
+    assert place is not None
+    file = PreferenceFile(place)
+    known = file.read()
+    if again is None:
+        pair = [find_answerer(target, model, trusts), find_answerer(target, against or model, trusts)]
+        if against and pair[0].directory.resolve() == pair[1].directory.resolve():
+            raise UserError(f"{pair[0].label} and {pair[1].label} are the same model: give another one with --against.")
+        config = run.read_config() if run is not None else None
+        usual = (
+            (config.rlhf.temperature, config.data.max_response_tokens) if config else (USUAL_TEMPERATURE, USUAL_TOKENS)
+        )
+        temperature = usual[0] if temperature is None else temperature
+        if not against and temperature == 0:
+            raise UserError("At --temperature 0 a model gives the same answer twice: give more, or another --against.")
+        collected = collect(file, by, pair, temperature, max_tokens or usual[1], suggestions(run, known))
+    else:
+        collected = collect_again(file, by, waiting(known, by, checked_name(again)))
+    for line in outcome(file, by, collected, run):
+        print(line, file=sys.stdout if sys.stdout.isatty() else sys.stderr)
+
+
+def login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a user of whom the system knows no name
+        raise UserError("Nobody knows what you are called here: say who judges, with --as NAME.") from None
+
+
+# Models
+
+
+def find_answerer(target: Path, source: str, trusts: bool) -> Answerer:
+    """The model that `source` stands for: one of the run's own, another run's newest, a model of any kind, or (empty)
+    the target's newest. Raises UserError where it is not there."""
+    run = RunDirectory(target)
+    if source in ("base", *(step.command for step in WRITING)):
+        config = run.read_config()
+        if source != "base":
+            given = config.given_model(step_of(source))
+            directory = resolve_model(given, to_stderr) if given else run.require_model(step_of(source))
+            return Answerer(f"{target.resolve().name}/{source}", directory)
+        if not (base := base_model(config)):
+            raise UserError(f"The base model of {target} is not known: name the base model itself.")
+        require_yes(target, of_models(config), trusts)
+        return Answerer(f"{target.resolve().name}/{source}", resolve_model(base, to_stderr))
+    path = Path(source).expanduser() if source else target
+    if source and not path.exists():
+        wanted = settings_for_model(source)["model"]
+        return Answerer(wanted, resolve_model(wanted, to_stderr))
+    require_reading(path, trusts)
+    ((label, directory),) = find_chat_models(path, compare=False)
+    is_run = (path / "config.yaml").is_file()
+    return Answerer(f"{path.resolve().name}/{label.lower()}" if is_run else label, directory)
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# Pairs
+
+
+def collect(
+    file: PreferenceFile,
+    by: str,
+    pair: list[Answerer],
+    temperature: float,
+    max_tokens: int,
+    suggested: Iterator[Any],
+) -> int:
+    """Ask until the person has had enough; how many verdicts there were."""
+    with without_collecting():
+        from inference.private_surfaces import import_transformers_lightly
+
+        import_transformers_lightly()
+        from inference.chat_model import ChatModel
+        from inference.generation.sample import SamplingSettings
+        from inference.prefer import COMMANDS, Answerers, Interview, drawn
+
+        models = {each.directory: ChatModel.load(each.directory) for each in pair}
+        gc.freeze()  # looking through all that is loaded takes longer than the first word
+    labelled = [(each.label, models[each.directory]) for each in pair]
+    answerers = Answerers(labelled, SamplingSettings(max_tokens, temperature))
+    interview = Interview(file, by)
+    if interview.is_terminal:
+        names = " and ".join(dict.fromkeys(each.label for each in pair))
+        interview.tell(
+            f"Each message gets two answers of {names}, on sides drawn at random. Enter alone takes one of the run's "
+            f"own messages.\nVerdicts of {by} go to {file.path} at once. {COMMANDS}."
+        )
+    return interview.collect(drawn(interview, answerers, suggested))
+
+
+def suggestions(run: RunDirectory | None, known: Iterable[Preference]) -> Iterator[Any]:
+    """The prompts that the run trains on and nobody has judged answers to yet."""
+    if run is None or not (file := run.data / f"{PROMPTS.name}_train.jsonl").exists():
+        return
+    seen = {json.dumps(click.prompt) for click in known}
+    for row in read_rows(file):
+        if (key := json.dumps(row["prompt"])) not in seen:
+            seen.add(key)
+            yield row["prompt"]
+
+
+def waiting(known: list[Preference], by: str, other: str) -> list[Preference]:
+    """What `other` has judged and `by` has not; of `by` alone, what they have judged once. Raises UserError for a name
+    that is not there."""
+    if other not in people(known):
+        names = ", ".join(people(known))
+        raise UserError(f"{other} has judged nothing yet" + (f": there are verdicts of {names}." if names else "."))
+    theirs = {judged(click): click for click in known if click.by == other}
+    ours = [judged(click) for click in known if click.by == by]
+    done = {pair for pair in ours if by != other or ours.count(pair) > 1}
+    return [click for pair, click in theirs.items() if pair not in done]
+
+
+def collect_again(file: PreferenceFile, by: str, clicks: list[Preference]) -> int:
+    from inference.prefer import Interview, again
+
+    interview = Interview(file, by)
+    interview.tell(
+        f"{len(clicks)} pairs to judge again, their sides drawn anew." if clicks else "Nothing is left to judge."
+    )
+    return interview.collect(again(interview, clicks))
+
+
+# The end
+
+
+def outcome(file: PreferenceFile, by: str, collected: int, run: RunDirectory | None) -> Iterator[str]:
+    """What was collected, how far people agree, and what to do with it."""
+    clicks = file.read()
+    decided = sum(click.winner in ("a", "b") for click in clicks)
+    whole = counted(len(clicks), "verdict")
+    yield (
+        f"Collected {counted(max(collected, 0), 'verdict')} of {by}; {file.path} has {whole}, "
+        f"{decided} for one of two answers."
+    )
+    for found in agreements(clicks):
+        if by in found["people"]:
+            yield f"{' and '.join(found['people'])} agree on {found['same']:.0%} of {counted(found['pairs'], 'pair')}."
+    if run is not None and decided:
+        yield (
+            f"The next round: rlhf-chat run --from {typed(run.path)} --data {typed(file.path)} "
+            f"--name {typed(next_name(run.path.resolve().name))}"
+        )
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def next_name(name: str) -> str:
+    """`demo` -> `demo-round2` -> `demo-round3`."""
+    stem, number = re.fullmatch(r"(.*?)(?:-round(\d+))?", name).groups()  # type: ignore[union-attr]  # it always matches
+    return f"{stem}-round{int(number or 1) + 1}"

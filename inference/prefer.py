@@ -1,0 +1,231 @@
+"""Two answers to one message, in the terminal or through a pipe, and what somebody thinks of them.
+
+In a pipe the lines are a message and a verdict in turn. An empty message takes the next suggestion.
+"""
+
+import os
+import sys
+import termios
+import tty
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TextIO
+
+from rich.live import Live
+
+from inference.chat import arrange, check_settings, read_line, write
+from inference.chat_model import ChatModel
+from inference.chat_template import Message
+from inference.console import PrintableConsole
+from inference.errors import UserError
+from inference.generation.sample import SamplingSettings
+from inference.preferences import DRAWS, Answer, BlindPair, Preference, PreferenceFile, Winner, new_seed
+from inference.streams import unguarded
+
+VERDICTS: dict[str, Winner] = {"1": "a", "2": "b", "=": "tie", "0": "both bad"}
+KEYS = "1 or 2 is better, = about the same, 0 both bad, u undo, s skip, q quit"
+SAID = {"1": "1", "2": "2", "=": "about the same", "0": "both bad", "u": "undo", "s": "skip", "q": "quit"}
+"""Each key, and what is shown when it was pressed."""
+COMMANDS = "/undo takes your newest verdict back, /quit leaves (so does Ctrl-D)"
+LABELS = ("1", "2")
+CTRL_D = "\x04"
+
+Show = Callable[[BlindPair], object]
+
+
+class Interview:
+    """A person who says messages and judges pairs; each verdict is in the file when the next pair is shown."""
+
+    def __init__(self, file: PreferenceFile, by: str, source: TextIO | None = None, sink: TextIO | None = None):
+        """`source` and `sink` default to stdin and stdout."""
+        self.file, self.by = file, by
+        self.source, self.sink = source or sys.stdin, sink or sys.stdout
+        if reconfigure := getattr(self.source, "reconfigure", None):
+            reconfigure(errors="replace")  # bytes that are not text must not end it
+        self.is_terminal = self.source.isatty() and self.sink.isatty()
+        self.has_keys = self.is_terminal and self.source is sys.stdin and self.sink is sys.stdout
+        self.console = PrintableConsole(file=self.sink, highlight=False)
+        self.lines = 0
+        """Read so far from a pipe."""
+        self.collected = 0
+
+    def collect(self, pairs: Iterable[BlindPair]) -> int:
+        """Ask for a verdict on each, until the pairs, the input or the person's patience end; how many there were."""
+        try:
+            for pair in pairs:
+                self.judge(pair)
+        except (EOFError, KeyboardInterrupt):
+            self.tell("")
+        return self.collected
+
+    def judge(self, pair: BlindPair) -> None:
+        """Ask until there is a verdict; one that is taken back is asked for anew, before this one.
+
+        Raises EOFError where the person quits or the input ends.
+        """
+        waiting = [pair]
+        while waiting:
+            self.show(waiting[-1])
+            key = self.read_key()
+            if key == "q":
+                raise EOFError
+            if key == "u":
+                waiting += self.taken_back()
+                continue
+            if key in VERDICTS:
+                self.file.add(waiting[-1].judged(VERDICTS[key], self.by))
+                self.collected += 1
+            waiting.pop()
+            if waiting:
+                self.show_prompt(waiting[-1].prompt)
+
+    def taken_back(self) -> list[BlindPair]:
+        """The pair of the person's newest verdict, which is gone from the file; none where there is none."""
+        undone = self.file.undo(self.by)
+        if undone is None:
+            self.tell("There is nothing to take back.")
+            return []
+        self.collected -= 1
+        self.show_prompt(undone.prompt)
+        return [BlindPair.again(undone)]
+
+    def say(self) -> str | None:
+        """The next message; None at the end."""
+        if self.is_terminal:
+            return read_line(self.source, self.sink)
+        self.lines += 1
+        line = self.source.readline()
+        return line.strip() if line else None
+
+    def read_key(self) -> str:
+        """One of SAID. Raises EOFError at the end of the input, and in a pipe UserError for a line that is none."""
+        while True:
+            with single_keys(self.source) if self.has_keys else nullcontext(self.source.readline) as read:
+                if self.is_terminal:
+                    write(self.sink, f"{KEYS}: ")
+                key = read()
+            self.lines += 1
+            if key in ("", CTRL_D):
+                raise EOFError
+            key = key.strip().lower()
+            if self.has_keys:
+                write(self.sink, f"{SAID.get(key, '')}\n")
+            if key in SAID:
+                return key
+            if not self.is_terminal:
+                raise UserError(f"Line {self.lines} of the input is {key[:20]!a} and no verdict: {KEYS}.")
+
+    @contextmanager
+    def watching(self) -> Iterator[Show]:
+        """Inside, answers are shown as they grow."""
+        if not self.is_terminal:
+            yield lambda pair: None
+            return
+        with Live(console=self.console, transient=True) as live:
+            yield lambda pair: live.update(arrange(LABELS, texts(pair), self.console.width))
+
+    def show(self, pair: BlindPair) -> None:
+        """Both answers, whole."""
+        if self.is_terminal:
+            self.console.print(arrange(LABELS, texts(pair), self.console.width))
+        else:
+            sink = unguarded(self.sink)
+            sink.writelines(f"{label}: {text}\n" for label, text in zip(LABELS, texts(pair), strict=True))
+            sink.flush()
+
+    def show_prompt(self, prompt: Sequence[Message]) -> None:
+        """Of what the person has not just typed."""
+        for message in prompt:
+            write(self.sink, f"{message['role']}: {message['content']}\n")
+
+    def tell(self, sentence: str) -> None:
+        """In a pipe beside the answers."""
+        if self.is_terminal:
+            write(self.sink, f"{sentence}\n")
+        elif sentence:
+            print(sentence, file=sys.stderr)
+
+
+@contextmanager
+def single_keys(terminal: TextIO) -> Iterator[Callable[[], str]]:
+    """Inside, what is yielded waits for the next key. Keys that were pressed before count for nothing."""
+    descriptor = terminal.fileno()
+    settings = termios.tcgetattr(descriptor)
+    tty.setcbreak(descriptor)
+    try:
+        yield lambda: os.read(descriptor, 32).decode(errors="replace")
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, settings)
+
+
+def texts(pair: BlindPair) -> tuple[str, str]:
+    return pair.left.text, pair.right.text
+
+
+# Pairs
+
+
+class Answerers:
+    """Two models, or one twice, under the labels that go into the file."""
+
+    def __init__(self, models: Sequence[tuple[str, ChatModel]], settings: SamplingSettings):
+        check_settings(settings)
+        self.labels, self.models, self.settings = [label for label, _ in models], dict(models), settings
+
+    def pair(self, prompt: list[Message], show: Show = lambda pair: None) -> BlindPair:
+        """`show` gets the pair as it grows. Raises UserError where the answers are equal each time."""
+        for _ in range(DRAWS):
+            one, other = (Answer(label, "", new_seed()) for label in self.labels)
+            pair = BlindPair.of(prompt, one, other, self.settings.temperature, self.settings.max_tokens)
+            for answer in self.growing(prompt, pair.left):
+                pair = replace(pair, left=answer)
+                show(pair)
+            for answer in self.growing(prompt, pair.right):
+                pair = replace(pair, right=answer)
+                show(pair)
+            if not pair.are_equal:
+                return pair
+        raise UserError(f"Both answers were the same {DRAWS} times: say something else.")
+
+    def growing(self, prompt: list[Message], answer: Answer) -> Iterator[Answer]:
+        for piece in self.models[answer.model].reply(prompt, self.settings, answer.seed, 0):
+            answer = replace(answer, text=answer.text + piece)
+            yield answer
+
+
+def drawn(interview: Interview, models: Answerers, suggestions: Iterator[list[Message]]) -> Iterator[BlindPair]:
+    """Answers to what the person says, or to the next suggestion. In a pipe raises UserError where none is left, and
+    where the answers are always equal; in a terminal that is said."""
+    while (text := interview.say()) is not None:
+        if interview.is_terminal and text in ("/quit", "/exit"):
+            return
+        if interview.is_terminal and text == "/undo":
+            yield from interview.taken_back()
+            continue
+        try:
+            if interview.is_terminal and text.startswith("/"):
+                raise UserError(f"There is no command {text.split()[0]}; {COMMANDS}.")
+            prompt = [Message(role="user", content=text)] if text else next(suggestions, None)
+            if prompt is None:
+                raise UserError("There is no message left to suggest: type one.")
+            if not text:
+                interview.show_prompt(prompt)
+            with interview.watching() as show:
+                pair = models.pair(prompt, show)
+        except KeyboardInterrupt:
+            interview.tell("(stopped)")
+        except UserError as error:
+            if not interview.is_terminal:
+                raise
+            interview.tell(str(error))
+        else:
+            yield pair
+
+
+def again(interview: Interview, before: Iterable[Preference]) -> Iterator[BlindPair]:
+    """The same answers once more, their sides drawn anew."""
+    for preference in before:
+        pair = BlindPair.again(preference)
+        interview.show_prompt(pair.prompt)
+        yield BlindPair.of(pair.prompt, pair.left, pair.right, pair.temperature, pair.max_tokens)
