@@ -92,18 +92,19 @@ class Comparison:
         with reading(self.stage, self.model.directory) as reader:
             ours = self.answer(reader, self.model)
             our_perplexity = self.perplexity(reader)
-            ours_by_ours = reader.logprobs_of(ours, self.settings.temperature)
+            ours_by_ours = reader.logprobs_of(self.read(ours), self.settings.temperature)
         pair = {self.against.key: self.measure(theirs), self.model.key: self.measure(ours)}
         pair[self.against.key] |= their_perplexity
         pair[self.model.key] |= our_perplexity
-        if same_tokens(ours.chat_format, theirs.chat_format):
+        if ours_by_ours and same_tokens(ours.chat_format, theirs.chat_format):
             with reading(self.stage, self.against.directory) as reader:
-                ours_by_theirs = reader.logprobs_of(ours, self.settings.temperature)
+                ours_by_theirs = reader.logprobs_of(self.read(ours), self.settings.temperature)
             logratios = [float((p - q).sum()) for p, q in zip(ours_by_ours, ours_by_theirs, strict=True)]
             pair[self.model.key]["kl"], pair[self.against.key]["kl"] = statistics.mean(logratios), 0.0
         with reading(self.stage, untouched) as reader:
             for key, answers in ((self.against.key, theirs), (self.model.key, ours)):
-                pair[key][key_of_untouched] = perplexity_of(reader.logprobs_of(answers))
+                if logprobs := reader.logprobs_of(self.read(answers)):
+                    pair[key][key_of_untouched] = perplexity_of(logprobs)
 
         result: dict[str, Any] = {
             "prompts": len(self.held_out),
@@ -196,6 +197,10 @@ class Comparison:
         samples.sort(key=lambda sample: sample.index)
         texts = [chat_format.decode(sample.response_ids) for sample in samples]
         return Answers(chat_format, [row["prompt"] for row in self.held_out], samples, texts)
+
+    def read(self, answers: Answers) -> Answers:
+        """The answers whose KL and perplexity are taken: they cost as much as all the rest."""
+        return answers.first(self.stage.config.evaluation.rows)
 
     def perplexity(self, reader: Reader) -> dict[str, float]:
         """Of the held-out demonstrations; what a model forgets of its data in PPO shows here."""
