@@ -31,6 +31,7 @@ from training.evaluation.candidates import (
     sources,
 )
 from training.evaluation.clicks import win_rates
+from training.evaluation.panel import agreements, read_panel, rows_to_score
 from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
 from training.lineage import trained_elsewhere
@@ -157,10 +158,13 @@ class Comparison:
             key = "learned_reward" if directory == self.reward_model else "judge_reward"
             for candidate, scores in zip((self.against, self.model), known[directory], strict=True):
                 pair[candidate.key][key] = statistics.mean(scores)
-            own = self.accuracy_of_step_2() if directory == self.reward_model else {}
-            if accuracy := own or reward_accuracy(model, pairs, self.data):
+            own = self.found_by_step_2() if directory == self.reward_model else {}
+            if accuracy := own.get("reward_accuracy") or reward_accuracy(model, pairs, self.data):
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = accuracy
+            if directory == self.reward_model and (panel := read_panel(self.stage.run)):
+                rows = rows_to_score(panel, model.chat_format, self.data)
+                result["panel"] = own.get("panel") or agreements(panel, model.scores(rows))
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
             totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
@@ -169,12 +173,10 @@ class Comparison:
                 pair[candidate.key]["reward"] = statistics.mean(scores)
         return None if self.judge is None else known[self.judge.source]
 
-    def accuracy_of_step_2(self) -> dict[str, Any]:
-        """What step 2 found of the reward model that it trained: there is one figure of it. Empty of another's model,
-        and where an early version trained it.
-        """
+    def found_by_step_2(self) -> dict[str, Any]:
+        """What step 2 found of the reward model that it trained: there is one figure of it. Nothing of another's."""
         trained_here = not self.stage.config.given_model(REWARD)
-        return self.stage.run.step(REWARD).read_result().get("reward_accuracy", {}) if trained_here else {}
+        return self.stage.run.step(REWARD).read_result() if trained_here else {}
 
     def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> list[float]:
         """The sum that PPO was told to raise, answer by answer."""

@@ -177,7 +177,7 @@ def test_the_better_answer_is_marked(tags):
         ({"length": 18.0}, {"Length of answers: 1.50 times that of SFT (0.7 to 1.3)"}),
         ({"distinct_bigrams": 0.3}, {"Variety (distinct bigrams): 0.50 times that of SFT (at least 0.8)"}),
         ({"most_frequent_share": 0.2}, {"Most frequent answer: 20.0% of all (at most 3%)"}),
-        ({"true_score": 0.2}, {"The learned reward rose, the true score did not"}),
+        ({"true_score": 0.2}, {"The learned reward rose, the score of the lexicon did not"}),
     ],
 )
 def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):
