@@ -14,7 +14,7 @@ from markupsafe import Markup
 from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
 from applications.report.schedule import schedule_part, update_part
-from applications.report_table import pair_of, table_rows, training_signs
+from applications.report_table import PANEL_COLUMNS, pair_of, table_rows, training_signs
 from inference.errors import UserError, typed
 from inference.redaction import redacted, redacted_values
 from training.config import RunConfig
@@ -141,6 +141,10 @@ def intervals(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[I
     accuracy = reward_accuracy(run, evaluation)
     if "reward_accuracy" not in measured and accuracy is not None:
         found.append(Interval("reward model ranks pairs right", f"{accuracy[0]:.1%}", None))
+    for domain, judges in measured.get("panel", {}).items():
+        for judge, name in PANEL_COLUMNS.items():
+            label = f"{name} agrees with people on {domain}" if judge == "learned" else f"… {name}"
+            found.append(with_interval(label, judges[judge], "soft"))
     return found
 
 
@@ -169,7 +173,9 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
     if "true_score" in ours and ours.get("learned_reward", 0) > theirs.get("learned_reward", 0):
         rose = ours["true_score"] > theirs["true_score"]
         text = (
-            "The true score rose with the learned reward" if rose else "The learned reward rose, the true score did not"
+            "The score of the lexicon rose with the learned reward"
+            if rose
+            else "The learned reward rose, the score of the lexicon did not"
         )
         found.append(Sign(rose, text))
     return [*found, *guard_signs(evaluation, *pair_of(evaluation))]

@@ -41,7 +41,7 @@ class Candidate:
 class Judge:
     name: str
     source: Path | Literal["truth", "reward"]
-    """A reward model, the known rule, or all that PPO was told to raise."""
+    """A reward model, the lexicon, or all that PPO was told to raise."""
 
 
 def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
@@ -107,7 +107,7 @@ def find_judge(stage: Stage, wanted: str, reward_model: Path | None) -> Judge | 
     if wanted == "learned" and reward_model is None:
         stage.run.require_model(REWARD)
     if wanted == "true" or (not wanted and knows_truth):
-        return Judge("upbeat score (known rule)", "truth")
+        return Judge("upbeat score (lexicon)", "truth")
     if wanted == "reward":
         if stage.config.rlhf.has_reward_model and reward_model is None:
             stage.run.require_model(REWARD)
