@@ -16,7 +16,7 @@ from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name
 from training.data.rows import read_rows
-from training.evaluation.clicks import agreements, judged, people
+from training.evaluation.clicks import agreements, people
 from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of
@@ -164,8 +164,8 @@ def waiting(known: list[Preference], by: str, other: str) -> list[Preference]:
     if other not in people(known):
         names = ", ".join(people(known))
         raise UserError(f"{other} has judged nothing yet" + (f": there are verdicts of {names}." if names else "."))
-    theirs = {judged(click): click for click in known if click.by == other}
-    ours = [judged(click) for click in known if click.by == by]
+    theirs = {click.pair: click for click in known if click.by == other}
+    ours = [click.pair for click in known if click.by == by]
     done = {pair for pair in ours if by != other or ours.count(pair) > 1}
     return [click for pair, click in theirs.items() if pair not in done]
 

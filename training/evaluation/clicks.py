@@ -15,13 +15,7 @@ Clicks = Sequence[Preference]
 
 def newest(clicks: Clicks) -> list[Preference]:
     """Each person's last word on each pair of answers."""
-    return list({(click.by, judged(click)): click for click in clicks}.values())
-
-
-def judged(click: Preference) -> Hashable:
-    """What the verdict is on, whichever side each answer stood on."""
-    prompt = tuple((message["role"], message["content"]) for message in click.prompt)
-    return prompt, *sorted((click.response_a, click.response_b))
+    return list({(click.by, click.pair): click for click in clicks}.values())
 
 
 def meaning(click: Preference) -> tuple[str, ...]:
@@ -111,7 +105,7 @@ def agreements(clicks: Clicks) -> list[dict[str, Any]]:
     """Of each two people who have judged the same answers."""
     last: dict[str, dict[Hashable, Preference]] = defaultdict(dict)
     for click in newest(clicks):
-        last[click.by][judged(click)] = click
+        last[click.by][click.pair] = click
     found = []
     for one, other in combinations(people(clicks), 2):
         both = [(click, last[other][pair]) for pair, click in last[one].items() if pair in last[other]]
@@ -124,7 +118,7 @@ def repeated(clicks: Clicks) -> dict[str, dict[str, Any]]:
     """How far each person who has judged the same answers more than once says the same, the first time and the last."""
     verdicts: dict[str, dict[Hashable, list[Preference]]] = defaultdict(lambda: defaultdict(list))
     for click in clicks:
-        verdicts[click.by][judged(click)].append(click)
+        verdicts[click.by][click.pair].append(click)
     twice = {by: [(v[0], v[-1]) for v in of_pair.values() if len(v) > 1] for by, of_pair in verdicts.items()}
     return {by: agreement(both) for by, both in twice.items() if both}
 
