@@ -200,6 +200,18 @@ def print_panel(console: Console, panel: Mapping[str, Any]) -> None:
     console.print(panel_line(panel), markup=False)
 
 
+def overview_table(result: Mapping[str, Any], width: int = 0) -> str:
+    """What people clicked, as text: each two models that they compared, then the people."""
+    console = Console(file=io.StringIO(), width=width or columns(), highlight=False)
+    for rates in result["pairs"]:
+        print_clicks(console, {**rates, "agreement": []})
+    if not result["pairs"]:
+        console.print("All verdicts are on two answers of one model: prefer --against MODEL compares two.")
+    for line in overview_lines(result):
+        console.print(line, markup=False)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
 def overview_lines(seen: Mapping[str, Any]) -> list[str]:
     """Who clicked what, as `clicks.overview` has it."""
     share = {
@@ -253,9 +265,9 @@ def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
 
 def clicks_verdict(rates: Mapping[str, Any]) -> str:
     """What all people together show."""
-    found = rates["together"]
-    win = {**found, "prompts": found["clicks"], "judge": f"clicks of {' and '.join(rates['by'])}"}
-    return verdict(win, rates["against"], rates["model"])
+    found, people = rates["together"], len(rates["by"])
+    by = f"{found['clicks']} verdicts of {people} {'person' if people == 1 else 'people'}"
+    return verdict({**found, "prompts": found["clicks"], "judge": by}, rates["against"], rates["model"])
 
 
 def print_clicks(console: Console, rates: Mapping[str, Any]) -> None:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
-from training.lineage import Source, base_model
+from training.lineage import Source, base_model, label_of
 from training.models.loading import require_scorer
+from training.run_directory import RunDirectory
 from training.stage import Stage
 from training.steps import COMPARED, REWARD, SFT, WRITING, step_of
 
@@ -35,6 +36,10 @@ class Candidate:
     key: str
     name: str
     directory: Path
+
+    def label(self, run: RunDirectory) -> str:
+        """What verdicts of people that a run has collected call it."""
+        return f"{run.path.resolve().name}/base" if self.key == "base" else label_of(self.directory, self.name)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.preferences import PreferenceFile
 from training.config import EvaluationSettings
 from training.data.rows import read_rows
 from training.data.split import choose_groups, once
@@ -29,6 +30,7 @@ from training.evaluation.candidates import (
     find_reward_model,
     sources,
 )
+from training.evaluation.clicks import win_rates
 from training.evaluation.panel import agreements, read_panel, rows_to_score
 from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
@@ -76,6 +78,8 @@ class Comparison:
         if not self.held_out:
             raise UserError("The run holds out no prompts to answer: it needs more rows, or a larger data.held_out.")
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
+        labels = (each.label(stage.run) for each in (self.model, self.against))
+        self.clicks = win_rates(PreferenceFile(stage.run.preferences).read(), *labels)
 
     def eval_rows(self, kind: str) -> list[Any]:
         """Held-out rows of the run; none where its data were never prepared for them."""
@@ -123,6 +127,8 @@ class Comparison:
             unseen = [i for i, row in enumerate(self.held_out) if row.get("held_out_question")]
             if 0 < len(unseen) < len(self.held_out):  # only the embedded default knows its questions
                 result["win_rate_unseen_questions"] = win_rate(scores, questions, unseen)
+        if self.clicks is not None:
+            result["clicks"] = self.clicks
         self.write_answers(answers_file, theirs, ours, scores)
         write_json(result_file, result)
         return result

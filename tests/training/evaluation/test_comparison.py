@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.sample import Sample
+from inference.preferences import PreferenceFile
 from tests.tiny_runs import QUESTIONS, messages
+from tests.training.evaluation.clicks import click
 from training.config import DataSettings
 from training.evaluation.answers import Answers, same_tokens
 from training.evaluation.candidates import Request, find_pair, sources
@@ -36,6 +38,8 @@ def measured(finished, tmp_path_factory):
 
     stage = make_stage(finished, PPO, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
     stage.display.quiet = True
+    for winner, other in (("other", "run/rlhf"), ("other", "run/rlhf"), ("one", "run/dpo")):
+        PreferenceFile(finished.preferences).add(click("ann", winner, one=("run/sft", "No."), other=(other, "Yes!")))
     out = tmp_path_factory.mktemp("out")
     result = Comparison(stage).run(out / "result.json", out / "answers.jsonl")
     assert json.loads((out / "result.json").read_text()) == result
@@ -71,6 +75,15 @@ def test_the_win_rate_is_that_of_the_scores_beside_the_answers(measured):
     for key in ("sft", "rlhf"):
         mean = sum(row[f"{key}_score"] for row in answers) / 6
         assert result[key]["learned_reward"] == pytest.approx(mean)
+
+
+def test_the_win_rate_by_clicks_is_that_of_the_two_models(measured, stage):
+    result, _ = measured
+    clicks = result["clicks"]
+    assert (clicks["model"], clicks["against"]) == ("run/rlhf", "run/sft")
+    assert clicks["together"] == clicks["by"]["ann"] and clicks["together"]["clicks"] == 1  # one pair, judged twice
+    assert clicks["together"]["rate"] == 1.0
+    assert Comparison(stage, Request("sft", "base")).clicks is None
 
 
 def test_perplexity_of_the_demonstrations_is_that_of_plain_transformers(measured, finished):
