@@ -163,8 +163,9 @@ class Comparison:
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = accuracy
             if directory == self.reward_model and (panel := read_panel(self.stage.run)):
-                rows = rows_to_score(panel, model.chat_format, self.data)
-                result["panel"] = own.get("panel") or agreements(panel, model.scores(rows))
+                result["panel"] = own.get("panel") or agreements(
+                    panel, model.scores(rows_to_score(panel, model.chat_format, self.data))
+                )
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
             totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
