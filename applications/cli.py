@@ -474,10 +474,17 @@ def serve(
         int, typer.Option(metavar="N", min=2, help="Tokens of a prompt and its answer; at most the model's.")
     ] = 2048,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 1024,
+    preferences: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where verdicts of people go. Default: preferences.jsonl in the run, of a model nowhere.",
+        ),
+    ] = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Serve trained models: the OpenAI protocol, and a page that shows SFT and RLHF side by side.
+    """Serve trained models: the OpenAI protocol, a page that shows SFT and RLHF side by side, and one to judge answers.
 
     rlhf-chat serve runs/demo
 
@@ -487,7 +494,7 @@ def serve(
     from training.trust import require_reading
 
     require_reading(target, trust)
-    serve_command(target, host, port, token, slots, queue, context, max_tokens)
+    serve_command(target, host, port, token, slots, queue, context, max_tokens, preferences)
 
 
 for function in (plan, profile, doctor):

@@ -121,7 +121,8 @@ def evaluation_table(
 def training_signs(run: RunDirectory, step: Step) -> list[Sign]:
     """What the metrics of a step say against its model, whatever a judge says of it."""
     rows = Journal(run.step(step).metrics_file).read() if step.draws_samples else []
-    alike = bool(rows) and bool(rows[-1].get("warning/alike"))
+    warned = [row["warning/alike"] for row in rows if "warning/alike" in row]
+    alike = bool(warned) and bool(warned[-1])
     text = "Scores: no answer had another one than those it is compared with, so there was nothing to learn"
     return [Sign(False, text)] if alike else []
 

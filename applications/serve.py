@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import socket
 from pathlib import Path
@@ -14,11 +15,24 @@ from inference.streams import guard_output
 
 if TYPE_CHECKING:
     from inference.chat_model import ChatModel
+    from inference.serving.judging import Collecting
     from inference.serving.service import Limits, Service
 
 
+USUAL_TEMPERATURE, USUAL_TOKENS = 0.7, 256
+"""Of answers to be judged by a model that lies in no run."""
+
+
 def serve_command(
-    target: Path, host: str, port: int, token: str | None, slots: int, queue: int, context: int, max_tokens: int
+    target: Path,
+    host: str,
+    port: int,
+    token: str | None,
+    slots: int,
+    queue: int,
+    context: int,
+    max_tokens: int,
+    preferences: Path | None,
 ) -> None:
     """`rlhf-chat serve`; returns after Ctrl-C. Raises UserError for what cannot be served, or not here."""
     guard_output()  # whoever reads its log may go
@@ -31,19 +45,58 @@ def serve_command(
         from inference.serving.server import Server
         from inference.serving.service import Limits, Service
 
+        collecting = find_collecting(found, preferences)
         limits = Limits(slots, queue, context, max_tokens)
         models = {name: ChatModel.load(path) for name, path in found.items()}
         check_context(models, limits)
         service = Service(models, limits)
         lines = [
             f"Serving {' and '.join(models)} of {target}; the chat page is {page_address(listener, host, token)}",
+            *collecting_lines(collecting, page_address(listener, host, token, "prefer")),
             f"OpenAI protocol: base URL {address(listener, host)}/v1, API key {token or 'of any kind'}",
             f"Up to {slots} answers of a model at a time, {queue} waiting; {size(reserve_memory(service, models))} for "
             "keys and values. Ctrl-C stops.",
         ]
-        app = create_app(service, token, loopback_only=is_loopback(host))
+        app = create_app(service, token, loopback_only=is_loopback(host), collecting=collecting)
         Server(app, service, ready=lambda: print("\n".join(lines), flush=True)).run([listener])
     print("Stopped.")
+
+
+def find_collecting(found: dict[str, Path], preferences: Path | None) -> Collecting | None:
+    """Two answers of the newest of the models, drawn as its run does, and the run's prompts to be suggested; None where
+    it lies in no run and there is no file for verdicts. Raises UserError where the file is damaged."""
+    from inference.preferences import PreferenceFile
+    from inference.serving.judging import Answerer, Collecting
+    from training.data.rows import read_rows
+    from training.lineage import origin_of
+    from training.steps import PROMPTS
+
+    name, directory = list(found.items())[-1]
+    origin = origin_of(directory)
+    if origin is None:
+        if preferences is None:
+            return None
+        answerer = Answerer(name, name)
+        return Collecting(PreferenceFile(preferences), (answerer, answerer), USUAL_TEMPERATURE, USUAL_TOKENS)
+    config, prompts = origin.run.read_config(), origin.run.data / f"{PROMPTS.name}_train.jsonl"
+    file = PreferenceFile(preferences or origin.run.preferences)
+    rows = [row["prompt"] for row in read_rows(prompts)] if prompts.exists() else []
+    seen = {json.dumps(verdict.prompt) for verdict in file.read()}
+    answerer = Answerer(name, f"{origin.run.path.name}/{origin.step.command}")
+    return Collecting(
+        file,
+        (answerer, answerer),
+        config.rlhf.temperature,
+        config.data.max_response_tokens,
+        sorted(rows, key=lambda prompt: json.dumps(prompt) in seen),  # what nobody has judged answers to comes first
+    )
+
+
+def collecting_lines(collecting: Collecting | None, page: str) -> list[str]:
+    if collecting is None:
+        return []
+    labels = " and ".join(dict.fromkeys(each.label for each in collecting.answerers))
+    return [f"To judge answers of {labels}: {page}; verdicts go to {collecting.file.path}"]
 
 
 def choose_token(token: str | None, host: str) -> str | None:
@@ -87,6 +140,6 @@ def address(listener: socket.socket, host: str) -> str:
     return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
 
 
-def page_address(listener: socket.socket, host: str, token: str | None) -> str:
+def page_address(listener: socket.socket, host: str, token: str | None, page: str = "") -> str:
     """With the token behind `#`, which browsers keep to themselves."""
-    return address(listener, host) + (f"/#token={token}" if token else "/")
+    return f"{address(listener, host)}/{page}" + (f"#token={token}" if token else "")

@@ -78,7 +78,7 @@ def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks
     chat_format = stage.chat_format(actor, reward)
     updates = config.rlhf.iterations * MINI_BATCHES
     prompts = list(work.prompts(config.rlhf.iterations))
-    ppo = PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, prompts[:1])
+    ppo = PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, [])
     ppo.rollouts.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
     return ppo
 

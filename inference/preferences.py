@@ -94,7 +94,7 @@ class BlindPair:
     @classmethod
     def of(cls, prompt: list[Message], one: Answer, other: Answer, temperature: float, max_tokens: int) -> "BlindPair":
         """The side of each is drawn at random."""
-        left, right = (one, other) if secrets.randbits(1) else (other, one)
+        left, right = (one, other) if secrets.randbelow(2) else (other, one)
         return cls(prompt, left, right, temperature, max_tokens)
 
     @classmethod

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,13 @@ class PlainBar(Bar):
         left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
         parts = f"{self.name} {self.done}/{self.total}", f"{duration(left)} left", text
         self.display.say(" · ".join(filter(None, parts)))
+
+
+def held_out_line(name: str, number: int, evaluation: Mapping[str, float]) -> str:
+    """What an evaluation found, for people."""
+    found = {key.removeprefix("eval/"): value for key, value in evaluation.items() if key.startswith("eval/")}
+    shown = " · ".join(f"{key.replace('_', ' ')} {value:z.3f}" for key, value in found.items())
+    return f"{name} {number}: held-out {shown or 'rows: none'}"
 
 
 def duration(seconds: float) -> str:

@@ -161,6 +161,10 @@ class RLHFSettings(Settings):
     """Iterations between looks at the fixed prompts in samples.jsonl."""
     sample_prompts: int = Field(4, ge=1)
     """How many fixed prompts those are."""
+    eval_every: int = Field(0, ge=0)
+    """Iterations between evaluations on held-out prompts, with one before the first and one at the end; 0: none."""
+    eval_prompts: int = Field(64, ge=1)
+    """Held-out prompts answered in an evaluation."""
     checkpoint_every: int = Field(10, ge=0)
     """Iterations between checkpoints; 0 means none."""
     keep_checkpoints: int = Field(2, ge=1)

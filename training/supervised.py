@@ -15,7 +15,7 @@ from training.data.epochs import Epochs
 from training.evaluation.guard_rails import DOUBTFUL_ACCURACY
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.launchers import processes_option
-from training.metrics import WARNING
+from training.metrics import WARNING, held_out_line
 from training.stage import Stage
 from training.steps import Step
 
@@ -158,8 +158,7 @@ def validate(stage: Stage, task: Task, number: int, metrics: Mapping[str, float]
     """Evaluate, write it down in one row with the `metrics` of the optimiser step, say it."""
     evaluation = task.evaluate()
     stage.metrics.write(number, {**(metrics or {}), **evaluation})
-    shown = " · ".join(f"{name.removeprefix('eval/')} {value:z.3f}" for name, value in evaluation.items())
-    stage.display.say(f"{task.name} {number}: held-out {shown or 'rows: none'}")
+    stage.display.say(held_out_line(task.name, number, evaluation))
     return evaluation
 
 

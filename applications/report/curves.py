@@ -55,23 +55,53 @@ def supervised_charts(rows: Rows, unit: str) -> list[Chart]:
 
 
 def ppo_charts(rows: Rows, config: RunConfig) -> list[Chart]:
-    def one(title: str, note: str, key: str, label: str, marks: Iterable[Mark] = (), from_zero: bool = True) -> Chart:
-        return Chart(title, note, [series(rows, key, label)], "iteration", tuple(marks), from_zero)
+    def one(
+        title: str,
+        note: str,
+        key: str,
+        label: str,
+        marks: Iterable[Mark] = (),
+        from_zero: bool = True,
+        held_out: str = "",
+    ) -> Chart:
+        beside = [series(rows, held_out, "held-out", "b")] if held_out else []
+        return Chart(title, note, [series(rows, key, label), *beside], "iteration", tuple(marks), from_zero)
 
     kl = config.rlhf.kl
     bounds = [Mark(value, label) for value, label in ((kl.stop, "stop"), (kl.target, "target")) if value]
-    score = series(rows, "reward/score_mean", "score", spread="reward/score_std")
-    lengths = series(rows, "response/length_mean", "mean"), series(rows, "response/length_max", "longest", "soft")
+    score = (
+        series(rows, "reward/score_mean", "score", spread="reward/score_std"),
+        series(rows, "eval/reward", "held-out", "b"),
+    )
+    lengths = (
+        series(rows, "response/length_mean", "mean"),
+        series(rows, "response/length_max", "longest", "soft"),
+        series(rows, "eval/length", "held-out", "b"),
+    )
     seconds = [
         series(rows, f"time/{name}", name.replace("_", " "), PHASES[name])
         for name in ("generate", "generate_and_score", "score", "train")
     ]
     return [
-        Chart("Score", "of the reward model; band: one deviation", [score], "iteration"),
-        one("KL to the SFT model", "nats a response", "kl/reference", "KL", bounds),
+        Chart("Score", "of the reward model; band: one deviation", score, "iteration"),
+        one("KL to the SFT model", "nats a response", "kl/reference", "KL", bounds, held_out="eval/kl"),
         Chart("Length", "tokens of a response", lengths, "iteration", from_zero=True),
         one("Entropy", "nats a token; near 0 is collapse", "policy/entropy", "entropy"),
-        one("Ended by itself", "share of responses", "response/ended_fraction", "ended", from_zero=False),
+        one(
+            "Ended by itself",
+            "share of responses",
+            "response/ended_fraction",
+            "ended",
+            from_zero=False,
+            held_out="eval/ended_fraction",
+        ),
+        one(
+            "Variety",
+            "distinct bigrams; falls when answers become alike",
+            "response/distinct_bigrams",
+            "variety",
+            held_out="eval/distinct_bigrams",
+        ),
         one("Clipped", "share of tokens outside the clip range", "policy/clip_fraction", "clipped"),
         one("Critic", "explained variance; 1 is perfect", "value/explained_variance", "explained", [Mark(0, "none")]),
         one("Value loss", "of the critic", "value/loss", "loss"),

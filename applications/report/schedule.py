@@ -25,7 +25,7 @@ class SchedulePart:
 
 def schedule_part(run: RunDirectory, metrics: Sequence[Mapping[str, Any]]) -> SchedulePart | None:
     """None where nothing was predicted: no rates of the machine were known."""
-    names = [key.split("/")[1] for key in (metrics[-1] if metrics else {}) if key.endswith("/predicted")]
+    names = dict.fromkeys(key.split("/")[1] for row in metrics for key in row if key.endswith("/predicted"))
     rows = []
     for name in names:
         predicted, achieved = (

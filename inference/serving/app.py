@@ -1,12 +1,13 @@
-"""The web application: the OpenAI protocol's paths, the health of the server, and the page."""
+"""The web application: the OpenAI protocol's paths, those of verdicts, the health of the server, and the pages."""
 
 import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,11 +17,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from inference.preferences import BlindPair
 from inference.serving.answers import Answers
 from inference.serving.errors import ApiError
 from inference.serving.guard import Guard
 from inference.serving.job import Job
-from inference.serving.request import parse_request
+from inference.serving.judging import Collecting, Judging
+from inference.serving.request import PairRequest, VerdictRequest, json_object, parse_request, validated
 from inference.serving.service import Service
 
 MOST_BYTES = 2**20
@@ -33,9 +36,14 @@ BODY_SECONDS = 60
 """In which a request must have arrived."""
 
 
-def create_app(service: Service, token: str | None = None, loopback_only: bool = True) -> Starlette:
+def create_app(
+    service: Service,
+    token: str | None = None,
+    loopback_only: bool = True,
+    collecting: Collecting | None = None,
+) -> Starlette:
     """`token` is what `/v1` asks for; `loopback_only` turns away requests under other names than localhost."""
-    api = Api(service)
+    api, verdicts = Api(service), Verdicts(Judging(service, collecting) if collecting else None)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -47,11 +55,16 @@ def create_app(service: Service, token: str | None = None, loopback_only: bool =
 
     return Starlette(
         routes=[
-            Route("/", Page().show),
+            Route("/", Page("page.html").show),
+            Route("/prefer", Page("prefer.html").show),
             Route("/health", api.health),
             Route("/v1/models", api.models),
             Route("/v1/models/{name}", api.model),
             Route("/v1/chat/completions", api.complete, methods=["POST"]),
+            Route("/v1/pairs", verdicts.pair, methods=["POST"]),
+            Route("/v1/preferences", verdicts.count),
+            Route("/v1/preferences", verdicts.judge, methods=["POST"]),
+            Route("/v1/preferences", verdicts.undo, methods=["DELETE"]),
         ],
         middleware=[Middleware(Guard, token=token, loopback_only=loopback_only)],
         exception_handlers={
@@ -98,16 +111,13 @@ class Api:
         }
 
     async def complete(self, request: Request) -> Response:
-        # a page of another site cannot send this type without asking first, and is never told yes
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "Send the request with 'Content-Type: application/json'.")
-        wanted = parse_request(await read_body(request))
+        wanted = parse_request(await read_json(request))
         job = await self.service.begin(wanted)
         answers = Answers(wanted, job)
         if wanted.stream:
             return EventStream(answers, self.service)
         try:
-            return await until_gone(request, answers)
+            return await until_gone(request, answers.body())
         finally:
             self.service.end(job)
 
@@ -128,9 +138,50 @@ class EventStream(StreamingResponse):
             self.service.end(self.job)
 
 
-async def until_gone(request: Request, answers: Answers) -> Response:
+class Verdicts:
+    """What people say of two answers, where the server keeps it."""
+
+    def __init__(self, judging: Judging | None):
+        self._judging = judging
+
+    @property
+    def judging(self) -> Judging:
+        if self._judging is None:
+            message = "This server keeps no preferences: start it with rlhf-chat serve MODEL --preferences FILE."
+            raise ApiError(404, message, code="no_preferences")
+        return self._judging
+
+    async def pair(self, request: Request) -> Response:
+        judging = self.judging
+        wanted = validated(PairRequest, json_object(await read_json(request)))
+
+        async def body() -> dict[str, Any]:
+            return shown_pair(await judging.draw(wanted))
+
+        return await until_gone(request, body())
+
+    async def count(self, request: Request) -> Response:
+        judging = self.judging
+        suggests = bool(judging.collecting.prompts)
+        return JSONResponse({"count": await judging.count(request.query_params.get("by", "")), "suggests": suggests})
+
+    async def judge(self, request: Request) -> Response:
+        judging = self.judging
+        await judging.judge(validated(VerdictRequest, json_object(await read_json(request))))
+        return JSONResponse({"kept": True})
+
+    async def undo(self, request: Request) -> Response:
+        return JSONResponse(shown_pair(await self.judging.undo(request.query_params.get("by", ""))))
+
+
+def shown_pair(pair: BlindPair) -> dict[str, Any]:
+    """Without what would tell whose answers they are."""
+    return {"id": pair.id, "messages": pair.prompt, "answers": [pair.left.text, pair.right.text]}
+
+
+async def until_gone(request: Request, body: Coroutine[Any, Any, Any]) -> Response:
     """The whole answer, or nothing if the client leaves before."""
-    answer, gone = asyncio.ensure_future(answers.body()), asyncio.ensure_future(disconnection(request))
+    answer, gone = asyncio.ensure_future(body), asyncio.ensure_future(disconnection(request))
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
         return JSONResponse(answer.result()) if answer.done() else Response(status_code=CLIENT_GONE)
@@ -142,6 +193,13 @@ async def until_gone(request: Request, answers: Answers) -> Response:
 async def disconnection(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def read_json(request: Request) -> bytes:
+    """A page of another site cannot send this type without asking first, and is never told yes. Raises ApiError."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "Send the request with 'Content-Type: application/json'.")
+    return await read_body(request)
 
 
 async def read_body(request: Request) -> bytes:
@@ -165,10 +223,15 @@ async def read_body(request: Request) -> bytes:
 
 
 class Page:
-    """The chat page, which may load nothing and talk to nobody but this server."""
+    """A page, which may load nothing and talk to nobody but this server."""
 
-    def __init__(self) -> None:
-        self.html = (files("inference.serving") / "page.html").read_text(encoding="utf-8")
+    def __init__(self, name: str) -> None:
+        self.html, style, script = (
+            (files("inference.serving") / file).read_text(encoding="utf-8")
+            for file in (name, "common.css", "common.js")
+        )
+        self.html = self.html.replace("<style>", f"<style>{style}</style>\n<style>", 1)
+        self.html = self.html.replace("<script>", f"<script>{script}</script>\n<script>", 1)
         inline = {
             tag: " ".join(
                 f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -196,7 +259,7 @@ async def show_error(request: Request, error: Exception) -> Response:
 async def show_http_error(request: Request, error: Exception) -> Response:
     """Of Starlette's own: a path or a method that there is not."""
     assert isinstance(error, HTTPException)
-    there = "GET /v1/models, POST /v1/chat/completions, GET /health and the page at /"
+    there = "GET /v1/models, POST /v1/chat/completions, GET /health and the pages at / and /prefer"
     message = f"There is no {request.method} {request.url.path[:80]} here; there are {there}."
     return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
 

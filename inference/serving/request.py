@@ -1,13 +1,14 @@
-"""The body of POST /v1/chat/completions -> a checked `ChatRequest`."""
+"""The body of a request -> what is wanted, checked."""
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from inference.chat_template import Message
 from inference.generation.sample import SamplingSettings
+from inference.preferences import Winner
 from inference.serving.errors import ApiError
 from inference.serving.logprobs import MOST_ALTERNATIVES
 
@@ -66,6 +67,13 @@ class ChatMessage(Strict):
         if calls:
             raise ValueError("this server has no tools; leave such messages out")
         return calls
+
+
+def as_message(message: ChatMessage) -> Message:
+    return {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+
+
+Request = TypeVar("Request", bound=Strict)
 
 
 class StreamOptions(Strict):
@@ -136,7 +144,7 @@ class ChatRequest(Strict):
     def conversation(self) -> list[Message]:
         """All before the answer."""
         turns = self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
-        return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in turns]
+        return [as_message(message) for message in turns]
 
     @property
     def settings(self) -> SamplingSettings:
@@ -145,8 +153,48 @@ class ChatRequest(Strict):
         return SamplingSettings(0, temperature, self.top_p, self.top_k)
 
 
+class PairRequest(Strict):
+    """What two answers are wanted to; without messages to the server's next suggestion."""
+
+    messages: list[ChatMessage] = []
+
+    @field_validator("messages")
+    @classmethod
+    def wait_for_an_answer(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        if messages and (messages[-1].role != "user" or not messages[-1].content.strip()):
+            raise ValueError("the last one must be what a user says")
+        return messages
+
+    @property
+    def conversation(self) -> list[Message]:
+        return [as_message(message) for message in self.messages]
+
+
+class VerdictRequest(Strict):
+    """What a person says of a pair that the server has given."""
+
+    pair: str
+    winner: Winner
+    by: str
+
+
 def parse_request(body: bytes) -> ChatRequest:
     """Raises ApiError (400) with the name of what is wrong."""
+    wanted = {}
+    for name, value in json_object(body).items():
+        if value is None:  # clients send null for what they leave open
+            continue
+        if name in MEANS_NOTHING:
+            if value not in MEANS_NOTHING[name]:
+                there = " and ".join(json.dumps(value) for value in MEANS_NOTHING[name] if value)
+                message = f"This server has no '{name}'{f' other than {there}' if there else ''}; leave it out."
+                raise ApiError(400, message, name, "unsupported_parameter")
+        elif name not in IGNORED:
+            wanted[name] = value
+    return validated(ChatRequest, wanted)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
     try:
         given = json.loads(body)
         json.dumps(given, ensure_ascii=False).encode()  # half of a surrogate pair is no character
@@ -154,25 +202,20 @@ def parse_request(body: bytes) -> ChatRequest:
         raise ApiError(400, f"The request body is not JSON in UTF-8 ({error}).", code="invalid_json") from None
     if not isinstance(given, dict):
         raise ApiError(400, "The request body must be a JSON object.", code="invalid_json")
-    wanted = {}
-    for name, value in given.items():
-        if value is None:  # clients send null for what they leave open
-            continue
-        if name in ChatRequest.model_fields:
-            wanted[name] = value
-        elif name in MEANS_NOTHING:
-            if value not in MEANS_NOTHING[name]:
-                there = " and ".join(json.dumps(value) for value in MEANS_NOTHING[name] if value)
-                message = f"This server has no '{name}'{f' other than {there}' if there else ''}; leave it out."
-                raise ApiError(400, message, name, "unsupported_parameter")
-        elif name not in IGNORED:
-            raise ApiError(400, f"Unrecognized request argument: {name[:80]}.", name[:80], "unknown_parameter")
+    return given
+
+
+def validated(kind: type[Request], given: dict[str, Any]) -> Request:
+    """Raises ApiError (400) with the name of what is wrong."""
+    if unknown := next((name for name in given if name not in kind.model_fields), None):
+        raise ApiError(400, f"Unrecognized request argument: {unknown[:80]}.", unknown[:80], "unknown_parameter")
     try:
-        return ChatRequest.model_validate(wanted)
+        return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-        reason, kind = first["msg"].removeprefix("Value error, "), first["type"]
+        reason, fault = first["msg"].removeprefix("Value error, "), first["type"]
         reason = re.sub("a valid dictionary or instance of .*", "an object", reason)
-        code = "missing_required_parameter" if kind == "missing" else "invalid_value"
-        raise ApiError(400, f"{param}: {reason}.", param, "invalid_type" if kind.endswith("_type") else code) from None
+        code = "missing_required_parameter" if fault == "missing" else "invalid_value"
+        code = "invalid_type" if fault.endswith("_type") else code
+        raise ApiError(400, f"{param}: {reason}.", param, code) from None

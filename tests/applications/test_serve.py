@@ -1,5 +1,6 @@
 """`rlhf-chat serve`: from the command to an answer and to Ctrl-C, and what it refuses."""
 
+import json
 import re
 import signal
 import socket
@@ -12,10 +13,13 @@ import openai
 import pytest
 
 from applications.process import main
-from applications.serve import choose_token
+from applications.serve import choose_token, find_collecting
 from inference.errors import UserError
+from inference.preferences import Answer, BlindPair, PreferenceFile
+from inference.serving.judging import Answerer
 from inference.serving.served_models import find_served_models
 from inference.tiny_model import build_tiny_model
+from training.run_directory import RunDirectory
 
 CONFIG = '{"architectures": ["OPTForCausalLM"]}'
 
@@ -26,7 +30,7 @@ def run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "demo"
     build_tiny_model(run / "step1_sft" / "model")
     finish(run, "step1_sft")
-    (run / "config.yaml").write_text("")
+    (run / "config.yaml").write_text("model: tiny\n")
     return run
 
 
@@ -55,6 +59,31 @@ def test_names_of_models(run, tmp_path, capsys):
     assert find_served_models(mine) == {"mine": mine}
     with pytest.raises(UserError, match="does not exist"):
         find_served_models(tmp_path / "nothing")
+
+
+def test_whose_answers_are_judged_and_where_verdicts_go(tmp_path):
+    run, mine = RunDirectory(tmp_path / "demo"), tmp_path / "mine"
+    for place in (run.data, mine):
+        place.mkdir(parents=True)
+    run.config_file.write_text("model: tiny\nrlhf: {temperature: 0.6}\ndata: {max_response_tokens: 20}\n")
+    finish(run.path, "step1_sft")
+    finish(run.path, "step3_rlhf")
+    prompts = [[{"role": "user", "content": text}] for text in ("One", "Two", "Three")]
+    (run.data / "prompts_train.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    pair = BlindPair(prompts[0], Answer("demo/rlhf", "x", 1), Answer("demo/rlhf", "y", 2), 0.6, 20)
+    PreferenceFile(run.preferences).add(pair.judged("a", "ada"))
+    newest = Answerer("rlhf", "demo/rlhf")
+    for target in (run.path, run.path / "step3_rlhf", run.path / "step3_rlhf" / "model"):
+        found = find_collecting(find_served_models(target), None)
+        assert (found.answerers, found.temperature, found.max_tokens) == ((newest, newest), 0.6, 20)
+        assert found.file.path == run.preferences and found.prompts == [*prompts[1:], prompts[0]]
+    (mine / "config.json").write_text(CONFIG)
+    assert find_collecting(find_served_models(mine), None) is None
+    elsewhere = find_collecting(find_served_models(mine), tmp_path / "verdicts.jsonl")
+    assert elsewhere.answerers == (Answerer("mine", "mine"),) * 2 and elsewhere.file.path == tmp_path / "verdicts.jsonl"
+    run.preferences.write_text("{}\n")
+    with pytest.raises(UserError, match=r"preferences\.jsonl, line 1, is no preference"):
+        find_collecting(find_served_models(run.path), None)
 
 
 def test_a_token_is_made_where_others_can_come_in():
@@ -93,6 +122,12 @@ def test_from_start_to_ctrl_c(run):
         first = process.stdout.readline()
         found = re.search(r"Serving sft of .*; the chat page is (http://127\.0\.0\.1:\d+)/#token=secret", first)
         assert found, first + process.stderr.read()
+        line = process.stdout.readline()
+        verdicts = f"verdicts go to {run / 'preferences.jsonl'}"
+        assert line == f"To judge answers of demo/sft: {found[1]}/prefer#token=secret; {verdicts}\n"
+        headers = {"authorization": "Bearer secret"}
+        mine = httpx.get(f"{found[1]}/v1/preferences", params={"by": "ada"}, headers=headers, timeout=60)
+        assert mine.json() == {"count": 0, "suggests": False}
         client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="secret")
         messages = [{"role": "user", "content": "How are you?"}]
         answer = client.chat.completions.create(model="sft", messages=messages, max_tokens=5, seed=1)

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
 from training.fusion.timeline import Span
 from training.hybrid_engine.kept_weights import KeptWeights
-from training.metrics import Journal
+from training.metrics import Journal, held_out_line
 from training.models.loading import load_causal_lm
 from training.reward_sources import RewardFailed
 from training.rewards import Rewards
@@ -28,6 +28,7 @@ from training.step3_rlhf import ppo_math
 from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
 from training.step3_rlhf.forecast import Forecast, as_data, metrics_of, update_data
+from training.step3_rlhf.held_out import HeldOut, encode_prompt, mean_kl
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
 from training.step3_rlhf.reward_gate import look_at_reward_model
@@ -40,12 +41,11 @@ from training.steps import SFT
 
 def train(stage: Stage) -> None:
     """The whole step: set up, iterate, save."""
-    config, settings = stage.config, stage.config.rlhf
+    settings = stage.config.rlhf
     sft, scorer = stage.earlier_model(SFT), starting_scorer(stage)
     chat_format = stage.chat_format(sft, scorer)
     rows, held_out = stage.rows(chat_format)
     prompts = [prompt for (prompt,) in stage.tokens(rows, ("prompt",), chat_format)]
-    fixed = [encode_prompt(row, chat_format, config.data.max_prompt_tokens) for row in (held_out or rows)]
 
     per_iteration = settings.ppo_epochs * settings.mini_batches
     actor_iterations = settings.iterations - settings.critic_warmup
@@ -66,7 +66,7 @@ def train(stage: Stage) -> None:
     forecast = None
     if stage.ranks.is_first:
         forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer)
-    ppo = PPO(stage, roles, chat_format, prompts, fixed[: settings.sample_prompts], rows, forecast)
+    ppo = PPO(stage, roles, chat_format, prompts, rows, held_out, forecast)
     iterations = ppo.fit()
 
     save_actor(stage, roles, sft, chat_format)
@@ -88,10 +88,6 @@ def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -
     write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
     if stage.config.rlhf.ema:
         write(roles.ema.weights() if roles.ema is not None else {}, (directory.ema_model, directory.ema_adapter))
-
-
-def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor:
-    return torch.tensor(chat_format.prompt_ids(row["prompt"], max_tokens))
 
 
 def beside(metrics: Mapping[str, float]) -> str:
@@ -124,19 +120,21 @@ class PPO:
         roles: Roles,
         chat_format: ChatFormat,
         prompts: list[Tensor],
-        fixed_prompts: list[Tensor],
-        rows: list[dict] | None = None,
+        rows: list[dict],
+        held_out: Sequence[dict] = (),
         forecast: Forecast | None = None,
     ):
         """`rows` are those of the prompts, for rewards that read text. What a `forecast` says of an iteration becomes
         metrics beside what it took."""
         self.stage, self.settings, self.ranks, self.roles = stage, stage.config.rlhf, stage.ranks, roles
-        self.chat_format, self.prompts, self.fixed_prompts = chat_format, prompts, fixed_prompts
+        self.chat_format, self.prompts, self.rows, self.forecast = chat_format, prompts, rows, forecast
+        shown, limit = (held_out or rows)[: self.settings.sample_prompts], stage.config.data.max_prompt_tokens
+        self.fixed_prompts = [encode_prompt(row, chat_format, limit) for row in shown]
         kl = self.settings.kl
         self.kl = ppo_math.KLController(kl.coefficient, kl.target, kl.horizon)
         self.rollouts = Rollouts(stage, roles, chat_format)
         self.rewards = Rewards(self.settings, stage.ranks, roles.reward_is_normalized)
-        self.rows, self.forecast = rows or [], forecast
+        self.held_out = HeldOut(stage, self.rollouts, self.rewards, chat_format, held_out)
         self.order = Epochs(len(prompts), f"{stage.config.seed}/prompts")
         self.inside = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema) if kl.stop else None
         """The model before the newest update, whose KL was within rlhf.kl.stop."""
@@ -174,6 +172,8 @@ class PPO:
                     stopped = self.end_inside(self.inside, number, stopped)
                 if ends or number % settings.samples_every == 0:
                     self.show_fixed_prompts(number)
+                if self.held_out.rows and (ends or number % settings.eval_every == 0):
+                    self.evaluate(number, stopped)
                 terminated = stage.told_to_end()
                 if terminated or (settings.checkpoint_every and (ends or number % settings.checkpoint_every == 0)):
                     self.save(number, stopped)
@@ -200,16 +200,25 @@ class PPO:
 
     def measure_kl(self, number: int) -> float:
         """Of the present actor to the reference, on the samples that iteration `number` would learn from."""
-        seats = self.choose_prompts(number)
-        rollout = self.rollouts.start([self.prompts[seat] for seat in seats], seats, number, Clock())
-        experience = rollout.generate_and_score() if rollout.is_fused else rollout.score(rollout.generate())
-        kls = [float(ppo_math.kl_k3(e.logprobs, e.reference_logprobs).sum()) for e in experience]
-        return sum(kls) / len(kls)
+        prompts = [self.prompts[seat] for seat in self.choose_prompts(number)]
+        return mean_kl(self.rollouts.answers(prompts, SamplingKey(self.stage.config.seed, number)))
 
-    def save(self, number: int, stopped: bool) -> None:
-        """A checkpoint after iteration `number`."""
+    def evaluate(self, number: int, stopped: bool) -> None:
+        """On held-out prompts, after iteration `number`. All ranks call it."""
+        try:
+            evaluation = self.held_out.measure()
+        except RewardFailed:
+            if number and self.settings.checkpoint_every:
+                self.save(number, stopped, to_evaluate=True)
+            raise
+        self.stage.metrics.write(number, evaluation)
+        self.stage.display.say(held_out_line("PPO", number, evaluation))
+
+    def save(self, number: int, stopped: bool, to_evaluate: bool = False) -> None:
+        """A checkpoint after iteration `number`; `to_evaluate` where what goes on from it must do that first."""
         fusion = self.rollouts.fusion.chooser.as_dict()
         state = {"kl_coefficient": self.kl.coefficient, "stopped": stopped, "fusion": fusion}
+        state |= {"to_evaluate": to_evaluate}
         state |= {"rewards": self.rewards.state(), "critic_scale": self.roles.critic_scale}
 
         def write(directory: Path) -> None:
@@ -228,6 +237,8 @@ class PPO:
             self.stage.metrics.rewind(-1)
             self.stage.samples.rewind(-1)
             self.show_fixed_prompts(0)
+            if self.held_out.rows:
+                self.evaluate(0, stopped=False)
             return 0, False
         directory, state = checkpoint
         with self.stage.checkpoints.reading(directory):
@@ -243,9 +254,12 @@ class PPO:
         self.stage.samples.rewind(state["number"])
         updates.rewind(state["number"])
         for metrics in self.stage.metrics.read():
-            self.watch.look(metrics)
+            if "reward/total" in metrics:  # else it is of an evaluation
+                self.watch.look(metrics)
         self.saved = state["number"]
         self.stage.display.say(f"PPO: going on after iteration {state['number']}")
+        if state.get("to_evaluate"):
+            self.evaluate(state["number"], state["stopped"])
         return state["number"], state["stopped"]
 
     def iterate(self, number: int, check: bool) -> Iteration:
@@ -342,10 +356,10 @@ class PPO:
 
     def show_fixed_prompts(self, number: int) -> None:
         """What the actor answers now to the same few held-out prompts, into samples.jsonl. All ranks call it."""
-        found = self.rollouts.generate(self.fixed_prompts, SamplingKey(self.stage.config.seed, 0))
-        for prompt_ids, (response_ids, ended) in zip(self.fixed_prompts, found, strict=True):
-            prompt, response = self.chat_format.decode(prompt_ids.tolist()), self.chat_format.decode(response_ids)
-            self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": ended})
+        key = SamplingKey(self.stage.config.seed, 0)
+        for found in self.rollouts.answers(self.fixed_prompts, key, scored=False):
+            prompt, response = (self.chat_format.decode(ids.tolist()) for ids in (found.prompt, found.response))
+            self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": found.ended})
 
     def beside_forecast(self, number: int, experience: list[Experience], clock: Clock) -> dict[str, float]:
         """Seconds of each call as they were predicted for samples of these lengths and as they were, on the first rank;

@@ -17,6 +17,7 @@ from training.data.batching import TokenBatch
 from training.fusion.choice import Choice
 from training.fusion.costs import Measured
 from training.fusion.fusion import Fusion
+from training.fusion.lengths import deal
 from training.fusion.rollout import Report
 from training.fusion.simulator import Job
 from training.plan import Assignment, Plan
@@ -54,20 +55,36 @@ class Rollouts:
     def start(self, prompts: list[Tensor], seats: list[int], number: int, clock: Clock) -> "Rollout":
         """That of iteration `number`, its samples on their way. `seats` are the places of the prompts in the data."""
         choice, shares = self.fusion.choose(number), self.fusion.deal(seats)
+        key = SamplingKey(self.stage.config.seed, number)
+        limits = None if self.forced_lengths is None else self.forced_lengths(number)
+        return self._begin(prompts, seats, key, choice, shares, clock, limits)
+
+    def aside(self, prompts: list[Tensor], key: SamplingKey) -> "Rollout":
+        """One that nothing is learned from, neither by the policy nor by fusion; never fused."""
+        shares = deal([1.0] * len(prompts), self.fusion.place.layout.data)
+        return self._begin(prompts, [], key, Choice(None, "nothing is learned from it"), shares, Clock())
+
+    def _begin(
+        self,
+        prompts: list[Tensor],
+        seats: list[int],
+        key: SamplingKey,
+        choice: Choice,
+        shares: list[list[int]],
+        clock: Clock,
+        lengths: list[int] | None = None,
+    ) -> "Rollout":
         begun = time.perf_counter()
         with clock.phase("time/reallocate"), clock.calls.span("reallocation"):
             engine = self.generation_engine()
-        limits = [self.sampling.max_tokens] * len(prompts)
-        if self.forced_lengths is not None:
-            limits = self.forced_lengths(number)
+        limits = lengths or [self.sampling.max_tokens] * len(prompts)
         decoding = None
         if engine is not None:
             ours = [Sample(index, prompts[index], limits[index]) for index in shares[self.fusion.place.instance]]
             largest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
             room = (0, 0) if choice.policy is None else (len(prompts), largest)  # for samples of other instances
-            key = SamplingKey(self.stage.config.seed, number)
-            decoding = engine.start(ours, self.sampling, key, may_end=self.forced_lengths is None, room=room)
-        return Rollout(self, number, prompts, seats, choice, shares, decoding, clock, begun)
+            decoding = engine.start(ours, self.sampling, key, may_end=lengths is None, room=room)
+        return Rollout(self, key.iteration, prompts, seats, choice, shares, decoding, clock, begun)
 
     def generation_engine(self) -> GenerationEngine | None:
         """Generates with the actor's present weights; its memory is kept from iteration to iteration. None where this
@@ -91,13 +108,13 @@ class Rollouts:
             if self.engine is not None:
                 self.engine.release()
 
-    def generate(self, prompts: list[Tensor], key: SamplingKey) -> list[tuple[list[int], bool]]:
-        """The response to each prompt, and whether it ended, on every rank: whichever of them generate."""
-        engine = self.generation_engine()
-        samples = [] if engine is None else engine.generate(prompts, self.sampling, key)
-        found = [(each.response_ids, each.ended) for each in sorted(samples, key=lambda each: each.index)]
+    def answers(self, prompts: list[Tensor], key: SamplingKey, scored: bool = True) -> list[Experience]:
+        """What the present policy answers, in the order of the prompts, on every rank. All ranks call it."""
+        rollout = self.aside(prompts, key)
+        experience = rollout.generate()
+        experience = rollout.score(experience) if scored else experience
         self.end()
-        return max(self.stage.ranks.gather(found, "answers to fixed prompts"), key=len)
+        return experience
 
     @property
     def scored_together(self) -> list[list[Call]]:

@@ -54,6 +54,7 @@ def make_run(path, evaluated: bool = True, rlhf: dict | None = None, attack: str
     run.step(PPO).iteration_file.write_text(json.dumps({"iteration": 17, "achieved": spans, "predicted": was_to}))
     run.step(PPO).metrics_file.write_text(
         lines([{"number": n, "reward/score_mean": n / 10, "policy/entropy": float("nan"), **ppo} for n in range(1, 18)])
+        + lines([{"number": n, "eval/reward": n / 12, "eval/distinct_bigrams": 0.5} for n in (0, 9, 17)])
     )
     run.step(PPO).samples_file.write_text(
         lines([{"number": n, "prompt": attack, "response": f"{attack} {n}"} for n in (0, 8, 17)])
@@ -276,7 +277,7 @@ def test_a_browser_lays_it_out_at_every_width_and_asks_for_nothing(page, complai
         page.goto(report.as_uri())
         found = page.evaluate(MEASURE)
         assert page.title() == "report <run>: rlhf-chat report"
-        assert found["charts"] == 9 and found["padding"] == padding and found["over"] == 0
+        assert found["charts"] == 10 and found["padding"] == padding and found["over"] == 0
         assert found["outside"] == found["overlaps"] == found["split"] == []
         assert found["smallest"] > 10
         assert set(found["colours"]) <= {rgb(colour) for colour in schemes()[scheme == "dark"].values()}

@@ -1,10 +1,12 @@
 """A server of a tiny model in this process, on a free port."""
 
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +15,9 @@ import pytest
 
 from inference.chat_model import ChatModel
 from inference.generation.sample import SamplingSettings
+from inference.preferences import PreferenceFile
 from inference.serving.app import create_app
+from inference.serving.judging import Answerer, Collecting
 from inference.serving.lane import Lane, Told
 from inference.serving.listener import bind
 from inference.serving.server import Server
@@ -29,6 +33,7 @@ class Served:
     url: str
     service: Service
     server: Server
+    verdicts: PreferenceFile | None = None
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, **options)
@@ -50,7 +55,8 @@ def serving(service: Service, grace: float = 5.0, connections: int | None = None
     thread.start()
     try:
         assert is_ready.wait(60)
-        yield Served(url, service, server)
+        collecting = options.get("collecting")
+        yield Served(url, service, server, collecting and collecting.file)
     finally:
         server.should_exit = True
         thread.join(60)
@@ -69,11 +75,12 @@ def model(tiny_model_directory) -> ChatModel:
 
 
 @pytest.fixture(scope="package")
-def served(tiny_model_directory) -> Iterator[Served]:
+def served(tiny_model_directory, tmp_path_factory) -> Iterator[Served]:
     models = {name: ChatModel.load(tiny_model_directory) for name in ("sft", "rlhf")}
     service = Service(models, LIMITS)
     assert service.warm_up() > 0
-    with serving(service) as running:
+    setup = collecting(tmp_path_factory.mktemp("served") / "preferences.jsonl")
+    with serving(service, collecting=setup) as running:
         yield running
 
 
@@ -108,3 +115,62 @@ def hold(monkeypatch, when: Callable[[Lane], bool]) -> threading.Event:
 
     monkeypatch.setattr(Lane, "step", held_step)
     return go
+
+
+CLIENT = httpx.Client(timeout=120)
+PROMPTS: list[Any] = [
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Number {n}?"}] for n in (1, 2)
+]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What people do whom two models answer."""
+
+    served: Served
+
+    @property
+    def file(self) -> PreferenceFile:
+        assert self.served.verdicts is not None
+        return self.served.verdicts
+
+    def ask(self, method: str, path: str, status: int = 200, **options: Any) -> Any:
+        response = CLIENT.request(method, f"{self.served.url}/v1/{path}", **options)
+        assert response.status_code == status, response.text
+        return response.json() if status == 200 else response.json()["error"]
+
+    def pair(self, messages: Any = MESSAGES, status: int = 200) -> Any:
+        return self.ask("POST", "pairs", status, json={"messages": messages})
+
+    def judge(self, pair: str, winner: str = "a", by: str = "ada", status: int = 200) -> Any:
+        return self.ask("POST", "preferences", status, json={"pair": pair, "winner": winner, "by": by})
+
+    def undo(self, by: str = "ada", status: int = 200) -> Any:
+        return self.ask("DELETE", "preferences", status, params={"by": by})
+
+    def count(self, by: str = "ada") -> Any:
+        return self.ask("GET", "preferences", params={"by": by})["count"]
+
+
+def collecting(file: Path, **changes: Any) -> Collecting:
+    answerers = Answerer("sft", "demo/sft"), Answerer("rlhf", "demo/rlhf")
+    given = {"answerers": answerers, "temperature": 0.9, "max_tokens": 8, "prompts": PROMPTS, **changes}
+    return Collecting(PreferenceFile(file), **given)
+
+
+@pytest.fixture
+def judged(served) -> Judged:
+    """With nothing judged."""
+    served.verdicts.path.unlink(missing_ok=True)
+    return Judged(served)
+
+
+def both(model: ChatModel) -> Service:
+    """Of the same weights; their labels tell them apart."""
+    return Service({"sft": model, "rlhf": model}, LIMITS)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """RLHF_CHAT_PICTURES keeps the screenshots, to be looked at."""
+    return Path(os.environ.get("RLHF_CHAT_PICTURES", tmp_path))

@@ -1,11 +1,8 @@
 """The chat page in Chromium, where there is one."""
 
 import json
-import os
 import re
-from pathlib import Path
 
-import pytest
 from playwright.sync_api import Page, Route, expect
 
 from inference.serving.service import Service
@@ -20,12 +17,6 @@ GAP = """p => {
 ENDED = ("(stopped: the page was loaded anew)", "The connection ended before the answer did.")
 """Which of the two depends on what the browser ends first."""
 TOPS = "answers => answers.map(answer => answer.getBoundingClientRect().top)"
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    """RLHF_CHAT_PICTURES keeps the screenshots, to be looked at."""
-    return Path(os.environ.get("RLHF_CHAT_PICTURES", tmp_path))
 
 
 def open_page(page: Page, address: str, served: str = "SFT | RLHF", **fields: object) -> None:

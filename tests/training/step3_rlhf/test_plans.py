@@ -11,6 +11,8 @@ from benchmarks.work import Lengths, Size
 from tests.ranks import run_ranks
 
 ITERATIONS = 2
+HELD_OUT = [{"prompt": [{"role": "user", "content": f"{'very ' * n}short?"}]} for n in range(3)]
+"""Fewer on a rank than in an iteration, of other lengths."""
 ALL = {"mesh": "0-1", "data": 2}
 ZERO_3 = ALL | {"zero_stage": 3}
 FIRST, SECOND = {"mesh": 0}, {"mesh": 1}
@@ -61,7 +63,7 @@ def make_ppo(ranks, directory, settings: dict[str, Any], dtype: str = "fp32"):
 
     lengths = Lengths(longest=5, spread=0.5)
     config = our_ppo.make_config("tiny", lengths, dtype, "fp32", iterations=ITERATIONS, threads=1)
-    rlhf = {"prompts_per_iteration": 16, "mini_batches": 2, **settings}
+    rlhf = {"prompts_per_iteration": 16, "mini_batches": 2, "eval_every": 1, **settings}
     config = RunConfig.model_validate(merge(config.model_dump(), {"processes": ranks.size, "rlhf": rlhf}))
     ppo = our_ppo.make_ppo(config, lengths, directory, ranks)
     ppo.rollouts.forced_lengths = None  # they forbid the end token, so that generation draws from something else
@@ -93,6 +95,7 @@ def iterate_by_plans(ranks, directory):
     """By kind and plan: responses, metrics of updates, weights."""
     from inference.chat_format import ChatFormat
     from training.stage import Stage
+    from training.step3_rlhf.held_out import HeldOut
 
     work.VOCABULARY_SIZE = 512
     if ranks.is_first:
@@ -117,7 +120,9 @@ def iterate_by_plans(ranks, directory):
             responses, rows = follow(ppo, range(1, ITERATIONS + 1), check=True)
             ema = {} if ppo.roles.ema is None else {n: w.flatten().tolist() for n, w in ppo.roles.ema.weights().items()}
             weights = {role: trained(ppo, role) for role in ("actor", "critic")} | {"ema": ema}
-            found[f"{kind} {name}"] = {"responses": responses, "rows": rows, "weights": weights}
+            held_out = HeldOut(ppo.stage, ppo.rollouts, ppo.rewards, chat_format, HELD_OUT).measure()
+            del held_out["time/evaluate"]
+            found[f"{kind} {name}"] = {"responses": responses, "rows": rows, "weights": weights, "held_out": held_out}
             kept[f"{kind} {name}"] = bytes_to_generate(ppo)
             waited += present
             shared += filled
@@ -246,6 +251,8 @@ def test_other_plans_learn_the_same(outcome, name):
     assert first[name]["rows"] == second[name]["rows"]
     for rows, others in zip(itertools.chain(*first[name]["rows"]), itertools.chain(*expected["rows"]), strict=True):
         assert rows == pytest.approx(others, rel=1e-3, abs=1e-5)
+    assert first[name]["held_out"] == second[name]["held_out"]
+    assert first[name]["held_out"] == pytest.approx(expected["held_out"], abs=1e-3)
     for role in ("actor", "critic"):
         ours, theirs = weights_of(outcome, name, role), weights_of(outcome, f"{kind} none", role)
         assert ours.keys() == theirs.keys() and (ours or (kind, role) == ("grouped", "critic"))
@@ -281,9 +288,11 @@ def test_what_generation_keeps_is_given_back_while_training(ran):
 
 
 def test_calls_of_a_role_in_one_cut_share_a_copy(ran):
-    assert [rank["shared"] for rank in ran] == [[ITERATIONS]] * 2  # of "generation apart": brought once in each
+    assert [rank["shared"] for rank in ran] == [
+        [ITERATIONS + 1]
+    ] * 2  # of "generation apart": once in each, and to evaluate
 
 
 def test_roles_that_wait_come_for_their_call_one_at_a_time(ran):
     once = ["reference comes", "reference goes", "reward comes", "reward goes"]
-    assert all(rank["present"] == once * ITERATIONS for rank in ran)
+    assert all(rank["present"] == once * (ITERATIONS + 1) for rank in ran)

@@ -19,6 +19,7 @@ BASE = {
     "prompts_per_iteration": 3,
     "mini_batches": 2,
     "samples_every": 100,
+    "sample_prompts": 1,
     "checkpoint_every": 1,
     "missing_end_penalty": 0.5,
     "actor": {"learning_rate": 1e-2, "warmup": 0},
@@ -93,7 +94,7 @@ def run_step(
     stage = make_stage(run, PPO, config, ranks)
     prompts = [[{"role": "user", "content": f"{'very ' * n}short?"}] for n in range(PROMPTS)]
     rows = [{"prompt": prompt, "extra": {"number": n}} for n, prompt in enumerate(prompts)]
-    stage.rows = lambda chat_format: (rows, rows[:1])
+    stage.rows = lambda chat_format: (rows, rows)
     stage.said = []
     stage.display.say = stage.said.append
     seen = SimpleNamespace(stage=stage, weights=[], averages=[], averaged=[], values=[], scorers={})

@@ -1,0 +1,148 @@
+"""People say which of two answers is better. Whose answers they are never leaves the server."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any, TypeVar
+
+from inference.chat_model import longest_answer
+from inference.chat_template import Message
+from inference.errors import UserError
+from inference.preferences import DRAWS, Answer, BlindPair, PreferenceFile, checked_name, new_seed
+from inference.serving.answers import Answers
+from inference.serving.errors import ApiError
+from inference.serving.request import ChatRequest, PairRequest, VerdictRequest
+from inference.serving.service import Service
+
+MOST_PAIRS = 1000
+"""That wait for a verdict, and that had one; older ones are forgotten."""
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True)
+class Answerer:
+    name: str
+    """Of the model, as it is served."""
+    label: str
+    """In the file of verdicts."""
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """What is asked of whom, and where verdicts go."""
+
+    file: PreferenceFile
+    answerers: tuple[Answerer, Answerer]
+    """Two models, or one twice."""
+    temperature: float
+    max_tokens: int
+    """Of an answer, at most."""
+    prompts: Sequence[list[Message]] = ()
+    """To be suggested, one after the other."""
+
+
+class Judging:
+    """In the event loop, for any number of people."""
+
+    def __init__(self, service: Service, collecting: Collecting):
+        self.service, self.collecting = service, collecting
+        room = min(service.desk(each.name).lane.context for each in collecting.answerers)
+        self.max_tokens = longest_answer(min(collecting.max_tokens, service.limits.max_tokens), room)
+        self._prompts = cycle(collecting.prompts)
+        self._pairs: dict[str, BlindPair] = {}
+        self._judged: dict[str, VerdictRequest] = {}
+        self._writing = asyncio.Lock()
+
+    async def draw(self, request: PairRequest) -> BlindPair:
+        """Both answers when both are there. Raises ApiError."""
+        prompt = request.conversation or self._suggestion()
+        for _ in range(DRAWS):
+            pair = await self._draw(prompt)
+            if not pair.are_equal:
+                remember(self._pairs, pair.id, pair)
+                return pair
+        message = f"Both answers were the same {DRAWS} times: say something else."
+        raise ApiError(422, message, code="equal_answers")
+
+    async def judge(self, verdict: VerdictRequest) -> None:
+        """Return when the verdict is on the disk; sent a second time it changes nothing. Raises ApiError."""
+        async with self._writing:
+            if (before := self._judged.get(verdict.pair)) == verdict:
+                return
+            if before is not None:
+                raise ApiError(409, "These two answers have a verdict already; undo it first.", "pair", "judged")
+            if (pair := self._pairs.get(verdict.pair)) is None:
+                message = (
+                    "The server does not know these two answers any more, as it was started anew or they have waited "
+                    "too long: skip them. Verdicts that were kept are still there."
+                )
+                raise ApiError(404, message, "pair", "pair_not_found")
+            preference = pair.judged(verdict.winner, named(verdict.by))
+            await self._kept(lambda: self.collecting.file.add(preference))
+            del self._pairs[pair.id]
+            remember(self._judged, pair.id, verdict)
+
+    async def undo(self, by: str) -> BlindPair:
+        """What this person has judged last; the verdict is taken back. Raises ApiError."""
+        by = named(by)
+        async with self._writing:
+            preference = await self._kept(lambda: self.collecting.file.undo(by))
+            if preference is None:
+                raise ApiError(404, f"There is no verdict of {by} to take back.", code="nothing_judged")
+            self._judged.pop(preference.id, None)
+            pair = BlindPair.again(preference)
+            remember(self._pairs, pair.id, pair)
+            return pair
+
+    async def count(self, by: str) -> int:
+        """The verdicts of a person. Raises ApiError."""
+        by = named(by)
+        return await self._kept(lambda: sum(preference.by == by for preference in self.collecting.file.read()))
+
+    async def _draw(self, prompt: list[Message]) -> BlindPair:
+        try:
+            async with asyncio.TaskGroup() as tasks:  # where one is refused, the other ends too
+                answers = [tasks.create_task(self._answer(each, prompt)) for each in self.collecting.answerers]
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        one, other = (answer.result() for answer in answers)
+        return BlindPair.of(prompt, one, other, self.collecting.temperature, self.max_tokens)
+
+    async def _answer(self, answerer: Answerer, prompt: list[Message]) -> Answer:
+        seed = new_seed()
+        sampling = {"temperature": self.collecting.temperature, "max_tokens": self.max_tokens, "seed": seed}
+        request = ChatRequest.model_validate({"model": answerer.name, "messages": prompt}).model_copy(update=sampling)
+        job = await self.service.begin(request)
+        try:
+            body: dict[str, Any] = await Answers(request, job).body()
+        finally:
+            self.service.end(job)
+        return Answer(answerer.label, body["choices"][0]["message"]["content"], seed)
+
+    def _suggestion(self) -> list[Message]:
+        for prompt in self._prompts:
+            return prompt
+        raise ApiError(404, "This server has no messages to suggest: type one.", code="no_suggestions")
+
+    async def _kept(self, work: Callable[[], Kept]) -> Kept:
+        """In a thread: disks can be slow. What a person can put right becomes an ApiError."""
+        try:
+            return await asyncio.to_thread(work)
+        except UserError as error:
+            raise ApiError(507 if isinstance(error.__cause__, OSError) else 500, str(error)) from None
+
+
+def named(by: str) -> str:
+    """The name as it is kept. Raises ApiError."""
+    try:
+        return checked_name(by)
+    except UserError as error:
+        raise ApiError(400, str(error), "by", "invalid_value") from None
+
+
+def remember(known: dict[str, Kept], key: str, value: Kept) -> None:
+    """The oldest go where there are too many."""
+    known[key] = value
+    while len(known) > MOST_PAIRS:
+        del known[next(iter(known))]
