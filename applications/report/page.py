@@ -15,6 +15,7 @@ from applications.report.charts import Chart, Segment, interval, line_chart, num
 from applications.report.curves import PHASES, charts
 from applications.report.schedule import schedule_part, update_part
 from applications.report_table import pair_of, table_rows, training_signs
+from applications.rounds import HEADINGS, rounds
 from inference.errors import UserError, typed
 from inference.redaction import redacted, redacted_values
 from training.config import RunConfig
@@ -69,6 +70,8 @@ def render(run: RunDirectory) -> str:
             if rows[step] or step in config.steps
         ],
         headline=headline(evaluation),
+        rounds=rounds(run),
+        round_headings=HEADINGS,
         intervals=intervals(run, evaluation),
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
