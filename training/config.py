@@ -113,7 +113,8 @@ class EvaluationSettings(Settings):
     prompts: int = Field(200, ge=0)
     """Held-out prompts answered by the SFT and the RLHF (or DPO) model in the end; 0 leaves the comparison out."""
     rows: int = Field(200, ge=0)
-    """Held-out pairs (accuracy of a judge or reward model from elsewhere) and demonstrations (perplexity) read then."""
+    """Held-out pairs (accuracy of a judge or reward model from elsewhere), demonstrations (perplexity) and answers (KL,
+    perplexity) read then."""
     true_score: Literal["none", "upbeat"] = "none"
     """The rule behind the preference, when it is known: `upbeat` is the vaderSentiment lexicon."""
 

@@ -12,7 +12,7 @@ from training import steps
 from training.run_directory import RunDirectory
 from training.steps import DPO, PPO
 
-BETTER = {**SFT, "kl": 1.25, "length": 11.0}
+BETTER = {**SFT, "kl": 1.25, "length": 11.0, "most_frequent_share": 0.01}
 
 
 def make_run(path, step, evaluation, **settings):

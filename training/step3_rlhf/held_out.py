@@ -8,7 +8,8 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
-from training.evaluation.comparison import EVALUATION_ITERATION, distinct_prompts
+from training.data.split import once
+from training.evaluation.comparison import EVALUATION_ITERATION
 from training.evaluation.statistics import distinct_bigrams, mean
 from training.rewards import Rewards
 from training.stage import Stage
@@ -31,7 +32,7 @@ class HeldOut:
     ):
         self.stage, self.rollouts, self.rewards, self.chat_format = stage, rollouts, rewards, chat_format
         settings, limit = stage.config.rlhf, stage.config.data.max_prompt_tokens
-        self.rows = distinct_prompts(rows)[-settings.eval_prompts :] if settings.eval_every else []
+        self.rows = once(rows, evaluation=True)[-settings.eval_prompts :] if settings.eval_every else []
         self.prompts = [encode_prompt(row, chat_format, limit) for row in self.rows]
 
     def measure(self) -> dict[str, float]:
