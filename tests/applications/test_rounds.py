@@ -78,6 +78,9 @@ def test_a_row_for_each_round(second):
 def test_the_model_with_which_the_chain_began(second):
     first = RunDirectory(second.path.parent / "first")
     assert first_sft(second) == first.step(steps.SFT).model and first_sft(first) is None
+    values = yaml.safe_load(second.config_file.read_text())
+    second.config_file.write_text(yaml.safe_dump({**values, "sft_model": str(first.step(steps.SFT).model)}))
+    assert first_sft(second) is None  # against which it is measured anyway
     assert rounds(first) == [] and rounds_table(first) == ""
 
 

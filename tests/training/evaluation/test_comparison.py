@@ -326,7 +326,7 @@ def test_the_reward_function_is_loaded_only_to_judge(stage, finished, tmp_path):
 def test_a_run_or_a_directory_can_be_measured(stage, finished, tmp_path):
     request = Request(model=str(finished.path), against=str(finished.step(SFT).model), prompts=2)
     result = Comparison(stage, request).run(tmp_path / "r.json", tmp_path / "a.jsonl")
-    assert result["pair"] == {"against": "model", "model": "run (RLHF)"}
+    assert result["pair"] == {"against": "run (SFT)", "model": "run (RLHF)"}
 
 
 @pytest.mark.parametrize(
