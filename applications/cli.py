@@ -357,7 +357,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="JUDGE",
-            help="Who says which answer is better: true (the known rule), learned (the run's reward model), reward "
+            help="Who says which answer is better: true (the lexicon), learned (the run's reward model), reward "
             "(its reward function and address too), clicks (people, of what they have judged; asks no model), or a "
             "reward model. Default: true where it is known, else learned.",
         ),

@@ -188,7 +188,7 @@ def panel_line(panel: Mapping[str, Any]) -> str:
     return (
         f"On {domain}, what it learned from, the reward model agrees with the panel in {each['learned']['rate']:.1%} "
         f"of pairs, one person in {each['person']['rate']:.1%}, the lexicon in {each['lexicon']['rate']:.1%}: "
-        f"{rate:+.1f} points to the lexicon (95 % interval {low:+.1f} to {high:+.1f})"
+        f"{rate:+.1f} points against the lexicon (95 % interval {low:+.1f} to {high:+.1f})"
     )
 
 

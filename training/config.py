@@ -31,7 +31,7 @@ class DataSettings(Settings):
     parent: str = ""
     """A run that this one goes on from (`run --from`): what it holds out stays held out, and its prompts serve here."""
     limit: int = Field(0, ge=0)
-    """Use at most this many rows (of the embedded default: dialogues) of each source; 0 means all."""
+    """Use at most this many rows (of the embedded default: dialogues, and rated texts) of each source; 0 means all."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
 
@@ -116,7 +116,7 @@ class EvaluationSettings(Settings):
     """Held-out pairs (accuracy of a judge or reward model from elsewhere), demonstrations (perplexity) and answers (KL,
     perplexity) read then."""
     true_score: Literal["none", "upbeat"] = "none"
-    """The rule behind the preference, when it is known: `upbeat` is the vaderSentiment lexicon."""
+    """A rule that judges the answers beside the learned reward: `upbeat` is the vaderSentiment lexicon."""
 
 
 class LoggingSettings(Settings):

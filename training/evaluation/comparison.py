@@ -172,8 +172,9 @@ class Comparison:
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = accuracy
             if directory == self.reward_model and (panel := read_panel(self.stage.run)):
-                rows = rows_to_score(panel, model.chat_format, self.data)
-                result["panel"] = own.get("panel") or agreements(panel, model.scores(rows))
+                result["panel"] = own.get("panel") or agreements(
+                    panel, model.scores(rows_to_score(panel, model.chat_format, self.data))
+                )
         if self.judge_before is not None and self.judge_before != self.judge:
             of_before = win_rate(known[self.judge_before.source], self.questions(), range(len(self.held_out)))
             result["win_rate_before"] = of_before | {"judge": self.judge_before.name}
