@@ -260,8 +260,8 @@ def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
         f"{rates['model']} preferred to {rates['against']}",
     ):
         table.add_column(Text(name), justify="left" if name == "preferred by" else "right")
-    everybody = {"all": rates["together"]} if len(rates["by"]) > 1 else {}
-    for name, found in {**rates["by"], **everybody}.items():
+    everybody = [("all", rates["together"])] if len(rates["by"]) > 1 else []
+    for name, found in [*rates["by"].items(), *everybody]:
         table.add_row(Text(name), *(f"{found[key]:,}" for key in ("clicks", "ties", "both_bad")), with_interval(found))
     return table
 
