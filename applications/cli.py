@@ -369,8 +369,9 @@ def evaluate(
         str,
         typer.Option(
             metavar="JUDGE",
-            help="Who says which answer is better: true (the known rule), learned (the run's reward model), reward "
-            "(its reward function and address too), or a reward model. Default: true where it is known, else learned.",
+            help="Who says which answer is better: true (the lexicon), learned (the run's reward model), reward "
+            "(its reward function and address too), clicks (people, of what they have judged; asks no model), or a "
+            "reward model. Default: true where it is known, else learned.",
         ),
     ] = "",
     prompts: Annotated[
@@ -494,6 +495,13 @@ def serve(
         int, typer.Option(metavar="N", min=2, help="Tokens of a prompt and its answer; at most the model's.")
     ] = 2048,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 1024,
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help=f"Whose answers are judged beside the newest's: base, {OWN_MODELS}, a run, a model. Default: its own.",
+        ),
+    ] = "",
     preferences: Annotated[
         Path | None,
         typer.Option(
@@ -514,7 +522,7 @@ def serve(
     from training.trust import require_reading
 
     require_reading(target, trust)
-    serve_command(target, host, port, token, slots, queue, context, max_tokens, preferences)
+    serve_command(target, host, port, token, slots, queue, context, max_tokens, against, preferences, trust)
 
 
 for function in (plan, profile, doctor):

@@ -8,16 +8,20 @@ from pathlib import Path
 
 from applications.launch import run_stage_script
 from applications.preset_store import settings_for_model
-from applications.report_table import evaluation_table
-from inference.errors import UserError
+from applications.report_table import evaluation_table, overview_table
+from inference.chat_target import find_chat_models
+from inference.errors import UserError, typed
+from inference.preferences import PreferenceFile
 from inference.streams import show_json
 from training.data.sources import absolute
-from training.run_directory import RunDirectory
-from training.steps import WRITING
-from training.trust import require_yes
+from training.evaluation import clicks
+from training.lineage import label_of, label_of_step
+from training.run_directory import RunDirectory, write_json
+from training.steps import WRITING, step_of
+from training.trust import require_reading, require_yes
 from training.uses import of_evaluation
 
-JUDGES = ("true", "learned", "reward")
+JUDGES = ("true", "learned", "reward", "clicks")
 WORDS = ("base", *(step.command for step in WRITING))
 
 
@@ -34,6 +38,12 @@ def evaluate(
 ) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
+    if judge == "clicks":
+        require_reading(path, trusts)
+        if prompts or seed is not None or eval_data:
+            raise UserError("--judge clicks asks no model: leave --prompts, --seed and --eval-data out.")
+        evaluate_clicks(run, model, against, as_json)
+        return
     require_yes(run.path, of_evaluation(run, run.read_config(), judge), trusts)
     options = {"--model": known(model), "--against": known(against), "--judge": known(judge, JUDGES)}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
@@ -56,6 +66,42 @@ def evaluate(
     else:
         print(evaluation_table(result, answers_file))
     print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
+
+
+def evaluate_clicks(run: RunDirectory, model: str, against: str, as_json: bool) -> None:
+    """Print what people said of the models, of each two or of those that are named. Loads none."""
+    found = PreferenceFile(run.preferences).read()
+    if not found:
+        raise UserError(f"{run.path} has no verdicts of people yet: rlhf-chat prefer {typed(run.path)} collects them.")
+    first, second = (label(run, source) if source else "" for source in (model, against))
+    there = [clicks.in_order(pair, run.path.resolve().name) for pair in clicks.compared(found)]
+    turned = [pair[::-1] if first == pair[1] or second == pair[0] else pair for pair in there]
+    pairs = [pair for pair in turned if first in ("", pair[0]) and second in ("", pair[1])]
+    if (model or against) and not pairs:
+        listed = ", ".join(map(" against ".join, there)) or "none"
+        raise UserError(
+            f"Nobody has judged {' against '.join(filter(None, (first, second)))} in {run.preferences} (there are: "
+            f"{listed}); rlhf-chat prefer {typed(run.path)} --against MODEL asks for it."
+        )
+    result = {"pairs": [clicks.win_rates(found, *pair) for pair in pairs], **clicks.overview(found)}
+    result_file = run.path / "evaluations" / f"{file_name(model, against, 'clicks', 0, None)}.json"
+    result_file.parent.mkdir(exist_ok=True)
+    write_json(result_file, result)
+    if as_json:
+        show_json(result)
+    else:
+        print(overview_table(result))
+    print(f"Written to {result_file}", file=sys.stderr)
+
+
+def label(run: RunDirectory, source: str) -> str:
+    """What verdicts call the model that `source` stands for: a word for one of the run's own, a place, or the label."""
+    path = Path(source).expanduser()
+    if source == "base":
+        return f"{run.path.resolve().name}/base"
+    if source in WORDS:
+        return label_of_step(run, run.read_config(), step_of(source))
+    return label_of(find_chat_models(path, compare=False)[0][1]) if path.exists() else source
 
 
 def known(source: str, words: tuple[str, ...] = WORDS) -> str:

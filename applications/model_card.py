@@ -12,14 +12,27 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from applications.report_table import measured_accuracy_line, pair_of, reward_accuracy_line, table_rows
+from applications.report_table import (
+    PANEL_COLUMNS,
+    PANEL_TITLE,
+    clicks_verdict,
+    measured_accuracy_line,
+    pair_of,
+    panel_line,
+    panel_rows,
+    reward_accuracy_line,
+    table_rows,
+)
 from inference.model_package import find_package
 from inference.model_store import TINY
 from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
+from inference.preferences import PreferenceFile
 from inference.streams import printable
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
+from training.data.rows import PANEL_FILE
+from training.evaluation.clicks import win_rates
 from training.evaluation.guard_rails import guard_signs, verdict
-from training.lineage import base_model, origin_of, sources_of, trace
+from training.lineage import base_model, label_of_step, origin_of, sources_of, trace
 from training.metrics import duration
 from training.run_directory import RunDirectory
 from training.starts import versions_of
@@ -60,6 +73,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
     evaluation = None if step.leaves_scorer else comparison
     values = json.loads((run.step(step).model / "config.json").read_text(encoding="utf-8"))
     source = began_with(config, exported)
+    panel = panel_of(run, comparison) if REWARD in steps_to(step) else {}
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     return environment.get_template("model_card.md.jinja").render(
         front_matter=Markup(yaml.safe_dump(front_matter(config, exported), sort_keys=False).strip()),
@@ -75,18 +89,32 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         reading=scored_otherwise(chat_format) if step.leaves_scorer else "",
         content=lambda text: Markup(json.dumps(chat_format.template.as_read(text))),
         is_read_by_older=values["model_type"] in READ_BY_OLDER and has_old_names(exported.lies_on or place),
-        data=data_text(config),
+        data=data_text(run, config),
         path=", ".join(each.title for each in steps_to(step)),
         steps=step_rows(run, config, exported.step),
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
         measures=table_rows(evaluation) if evaluation else [],
         accuracy=accuracy_line(run, comparison) if REWARD in steps_to(step) else "",
+        panel_title=PANEL_TITLE,
+        panel_columns=PANEL_COLUMNS.values(),
+        panel_rows=panel_rows(panel) if panel else [],
+        panel_line=panel_line(panel) if panel else "",
         trained_elsewhere=trained_elsewhere(config, evaluation),
         verdict=verdict,
+        clicks=clicks_line(run, step),
         bad=[s.text for s in guard_signs(comparison, *pair_of(comparison)) if not s.is_good] if comparison else [],
         versions=versions_of(run, step, stored.get("versions", {})),
     )
+
+
+def clicks_line(run: RunDirectory, step: Step) -> str:
+    """What people said of the model beside the one before it; empty where nobody was asked."""
+    if step.compared_with is None:
+        return ""
+    labels = (label_of_step(run, run.read_config(), each) for each in (step, step.compared_with))
+    rates = win_rates(PreferenceFile(run.preferences).read(), *labels)
+    return clicks_verdict(rates) if rates else ""
 
 
 def plain(value: Any) -> Any:
@@ -138,11 +166,18 @@ def public_name(source: str) -> str:
     return source if is_hub_id(source) or source.startswith(PACKAGE) else Path(source).name
 
 
-def data_text(config: RunConfig) -> str:
+def data_text(run: RunDirectory, config: RunConfig) -> str:
     if config.data.source == EMBEDDED_DATA:
+        dialogues = "dialogues between people from the Python package chitchat-dataset (MIT)"
+        if not (run.data / PANEL_FILE).exists():  # of an early version
+            return (
+                f"{dialogues}; of two replies, the more upbeat one by the lexicon vaderSentiment (MIT) was preferred: "
+                "a demonstration, not what people prefer"
+            )
         return (
-            "dialogues between people from the Python package chitchat-dataset (MIT); of two replies, the more upbeat "
-            "one by the lexicon vaderSentiment (MIT) was preferred: a demonstration, not what people prefer"
+            f"{dialogues}, and tweets that about 20 people each rated for how positive they are, from the source "
+            "distribution of vaderSentiment (MIT; C.J. Hutto and E. Gilbert, VADER, ICWSM 2014); what they rated as "
+            "more positive was preferred, which says nothing of truth or use"
         )
     return f"{', '.join(map(public_name, config.data.sources))} (not part of this directory)"
 
@@ -208,3 +243,10 @@ def accuracy_line(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> st
     if evaluation and "reward_accuracy" in evaluation:
         return measured_accuracy_line("Reward model", evaluation["reward_accuracy"])
     return reward_accuracy_line(run.step(REWARD).read_result()) if run.step(REWARD).is_finished else ""
+
+
+def panel_of(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """How far the reward model agrees with people who rated texts; empty where nobody measured it."""
+    if evaluation and "panel" in evaluation:
+        return evaluation["panel"]
+    return run.step(REWARD).read_result().get("panel", {}) if run.step(REWARD).is_finished else {}

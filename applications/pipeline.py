@@ -7,7 +7,7 @@ import time
 
 from applications.fit import Machine
 from applications.launch import run_stage_script
-from applications.report_table import comparison_table, reward_accuracy_line
+from applications.report_table import comparison_table, panel_line, reward_accuracy_line
 from inference.errors import typed
 from training.config import RunConfig
 from training.data.rows import read_rows
@@ -87,6 +87,8 @@ def run_step(run: RunDirectory, config: RunConfig, step: Step, display: Display)
     display.say(f"{title}: {duration(seconds)}, model in {directory.model}")
     if step.leaves_scorer and (accuracy := reward_accuracy_line(directory.read_result())):
         display.say(accuracy)
+    if step.leaves_scorer and (panel := directory.read_result().get("panel")):
+        display.say(panel_line(panel))
     return seconds
 
 

@@ -3,7 +3,6 @@
 import gc
 import getpass
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name
 from training.data.rows import read_rows
-from training.evaluation.clicks import agreements, judged, people
-from training.lineage import base_model
+from training.evaluation.clicks import agreements, people
+from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of
 from training.trust import require_reading, require_yes
@@ -92,22 +91,22 @@ def find_answerer(target: Path, source: str, trusts: bool) -> Answerer:
     run = RunDirectory(target)
     if source in ("base", *(step.command for step in WRITING)):
         config = run.read_config()
+        given = "" if source == "base" else config.given_model(step_of(source))
+        if source == "base" or given:
+            require_yes(target, of_models(config), trusts)
         if source != "base":
-            given = config.given_model(step_of(source))
             directory = resolve_model(given, to_stderr) if given else run.require_model(step_of(source))
-            return Answerer(f"{target.resolve().name}/{source}", directory)
+            return Answerer(label_of(directory), directory)
         if not (base := base_model(config)):
             raise UserError(f"The base model of {target} is not known: name the base model itself.")
-        require_yes(target, of_models(config), trusts)
         return Answerer(f"{target.resolve().name}/{source}", resolve_model(base, to_stderr))
     path = Path(source).expanduser() if source else target
     if source and not path.exists():
         wanted = settings_for_model(source)["model"]
         return Answerer(wanted, resolve_model(wanted, to_stderr))
     require_reading(path, trusts)
-    ((label, directory),) = find_chat_models(path, compare=False)
-    is_run = (path / "config.yaml").is_file()
-    return Answerer(f"{path.resolve().name}/{label.lower()}" if is_run else label, directory)
+    ((_, directory),) = find_chat_models(path, compare=False)
+    return Answerer(label_of(directory), directory)
 
 
 def to_stderr(line: str) -> None:
@@ -165,8 +164,8 @@ def waiting(known: list[Preference], by: str, other: str) -> list[Preference]:
     if other not in people(known):
         names = ", ".join(people(known))
         raise UserError(f"{other} has judged nothing yet" + (f": there are verdicts of {names}." if names else "."))
-    theirs = {judged(click): click for click in known if click.by == other}
-    ours = [judged(click) for click in known if click.by == by]
+    theirs = {click.pair: click for click in known if click.by == other}
+    ours = [click.pair for click in known if click.by == by]
     done = {pair for pair in ours if by != other or ours.count(pair) > 1}
     return [click for pair, click in theirs.items() if pair not in done]
 
@@ -197,17 +196,9 @@ def outcome(file: PreferenceFile, by: str, collected: int, run: RunDirectory | N
         if by in found["people"]:
             yield f"{' and '.join(found['people'])} agree on {found['same']:.0%} of {counted(found['pairs'], 'pair')}."
     if run is not None and decided:
-        yield (
-            f"The next round: rlhf-chat run --from {typed(run.path)} --data {typed(file.path)} "
-            f"--name {typed(next_name(run.path.resolve().name))}"
-        )
+        data = "" if file.path == run.preferences else f" --data {typed(file.path)}"
+        yield f"The next round: rlhf-chat run --from {typed(run.path)}{data}"
 
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def next_name(name: str) -> str:
-    """`demo` -> `demo-round2` -> `demo-round3`."""
-    stem, number = re.fullmatch(r"(.*?)(?:-round(\d+))?", name).groups()  # type: ignore[union-attr]  # it always matches
-    return f"{stem}-round{int(number or 1) + 1}"

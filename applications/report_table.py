@@ -17,7 +17,7 @@ from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, Step
 
 ROWS = (
-    ("true upbeat score", "true_score", "{:z.3f}"),
+    ("upbeat score (lexicon)", "true_score", "{:z.3f}"),
     ("learned reward", "learned_reward", "{:z.3f}"),
     ("reward of the judge", "judge_reward", "{:z.3f}"),
     ("reward, all sources", "reward", "{:z.3f}"),
@@ -84,6 +84,8 @@ def evaluation_table(
         text = measured_accuracy_line(who, result[key]) if key in result else line
         if text:
             console.print(text)
+    if "panel" in result:
+        print_panel(console, result["panel"])
     sampling = result["sampling"]
     console.print(
         f"{result['prompts']} held-out prompts, temperature {sampling['temperature']:g}, "
@@ -103,6 +105,8 @@ def evaluation_table(
     console.print(table)
     if "win_rate" in result:
         console.print(verdict(result["win_rate"], *names), markup=False)
+        if "panel" in result and "lexicon" in result["win_rate"]["judge"]:
+            console.print("No reward saw the lexicon; its makers are those of the ratings.")
     else:
         console.print(
             "No win rate: nothing judges (no finished reward model, no true score); name a judge with eval --judge."
@@ -158,6 +162,56 @@ def measured_accuracy_line(who: str, found: dict[str, Any]) -> str:
     )
 
 
+PANEL_COLUMNS = {"learned": "reward model", "person": "one person", "lexicon": "lexicon"}
+PANEL_TITLE = (
+    "Of two held-out texts that a panel of people rated at least 1 apart (from -4 to 4, by how positive they are), the "
+    "more positive one is put higher in"
+)
+
+
+def panel_rows(panel: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Kind of text, and the share of pairs in which each of PANEL_COLUMNS agrees with the panel; the first interval."""
+    found = []
+    for domain, each in panel.items():
+        others = (f"{each[judge]['rate']:.1%}" for judge in list(PANEL_COLUMNS)[1:])
+        found.append((f"{domain} ({each['texts']} texts)", with_interval(each["learned"]), *others))
+    return found
+
+
+def panel_line(panel: Mapping[str, Any]) -> str:
+    """What the reward model has over the lexicon on the texts of its training's kind."""
+    domain, each = next(iter(panel.items()))
+    rate, low, high = (100 * each["over_lexicon"][key] for key in ("rate", "low", "high"))
+    return (
+        f"On {domain}, what it learned from, the reward model agrees with the panel in {each['learned']['rate']:.1%} "
+        f"of pairs, one person in {each['person']['rate']:.1%}, the lexicon in {each['lexicon']['rate']:.1%}: "
+        f"{rate:+.1f} points against the lexicon (95 % interval {low:+.1f} to {high:+.1f})"
+    )
+
+
+def print_panel(console: Console, panel: Mapping[str, Any]) -> None:
+    console.print(f"{PANEL_TITLE}:")
+    table = Table()
+    for name in ("", *PANEL_COLUMNS.values()):
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    for row in panel_rows(panel):
+        table.add_row(*map(Text, row))
+    console.print(table)
+    console.print(panel_line(panel), markup=False)
+
+
+def overview_table(result: Mapping[str, Any], width: int = 0) -> str:
+    """What people clicked, as text: each two models that they compared, then the people."""
+    console = Console(file=io.StringIO(), width=width or columns(), highlight=False)
+    for rates in result["pairs"]:
+        print_clicks(console, {**rates, "agreement": []})
+    if not result["pairs"]:
+        console.print("All verdicts are on two answers of one model: prefer --against MODEL compares two.")
+    for line in overview_lines(result):
+        console.print(line, markup=False)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
 def overview_lines(seen: Mapping[str, Any]) -> list[str]:
     """Who clicked what, as `clicks.overview` has it."""
     share = {
@@ -211,9 +265,9 @@ def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
 
 def clicks_verdict(rates: Mapping[str, Any]) -> str:
     """What all people together show."""
-    found = rates["together"]
-    win = {**found, "prompts": found["clicks"], "judge": f"clicks of {' and '.join(rates['by'])}"}
-    return verdict(win, rates["against"], rates["model"])
+    found, people = rates["together"], len(rates["by"])
+    by = f"{found['clicks']} verdicts of {people} {'person' if people == 1 else 'people'}"
+    return verdict({**found, "prompts": found["clicks"], "judge": by}, rates["against"], rates["model"])
 
 
 def print_clicks(console: Console, rates: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import socket
 from pathlib import Path
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
     from inference.serving.service import Limits, Service
 
 
-USUAL_TEMPERATURE, USUAL_TOKENS = 0.7, 256
-"""Of answers to be judged by a model that lies in no run."""
-
-
 def serve_command(
     target: Path,
     host: str,
@@ -32,7 +27,9 @@ def serve_command(
     queue: int,
     context: int,
     max_tokens: int,
+    against: str,
     preferences: Path | None,
+    trusts: bool = False,
 ) -> None:
     """`rlhf-chat serve`; returns after Ctrl-C. Raises UserError for what cannot be served, or not here."""
     guard_output()  # whoever reads its log may go
@@ -45,9 +42,9 @@ def serve_command(
         from inference.serving.server import Server
         from inference.serving.service import Limits, Service
 
-        collecting = find_collecting(found, preferences)
+        collecting, others = find_collecting(target, found, against, preferences, trusts)
         limits = Limits(slots, queue, context, max_tokens)
-        models = {name: ChatModel.load(path) for name, path in found.items()}
+        models = {name: ChatModel.load(path) for name, path in (found | others).items()}
         check_context(models, limits)
         service = Service(models, limits)
         lines = [
@@ -62,34 +59,44 @@ def serve_command(
     print("Stopped.")
 
 
-def find_collecting(found: dict[str, Path], preferences: Path | None) -> Collecting | None:
-    """Two answers of the newest of the models, drawn as its run does, and the run's prompts to be suggested; None where
-    it lies in no run and there is no file for verdicts. Raises UserError where the file is damaged."""
+def find_collecting(
+    target: Path, found: dict[str, Path], against: str, preferences: Path | None, trusts: bool
+) -> tuple[Collecting | None, dict[str, Path]]:
+    """Two answers of the newest of the models that were found, or one of it and one of `against`, drawn as its run
+    does, with the run's prompts to be suggested; and the models that are to be served for it besides.
+
+    None where it lies in no run and there is no file for verdicts. Raises UserError for models that cannot be told
+    apart, and where the file is damaged.
+    """
+    from applications.prefer import USUAL_TEMPERATURE, USUAL_TOKENS, find_answerer, suggestions
     from inference.preferences import PreferenceFile
     from inference.serving.judging import Answerer, Collecting
-    from training.data.rows import read_rows
     from training.lineage import origin_of
-    from training.steps import PROMPTS
 
     name, directory = list(found.items())[-1]
     origin = origin_of(directory)
-    if origin is None:
-        if preferences is None:
-            return None
-        answerer = Answerer(name, name)
-        return Collecting(PreferenceFile(preferences), (answerer, answerer), USUAL_TEMPERATURE, USUAL_TOKENS)
-    config, prompts = origin.run.read_config(), origin.run.data / f"{PROMPTS.name}_train.jsonl"
-    file = PreferenceFile(preferences or origin.run.preferences)
-    rows = [row["prompt"] for row in read_rows(prompts)] if prompts.exists() else []
-    seen = {json.dumps(verdict.prompt) for verdict in file.read()}
-    answerer = Answerer(name, f"{origin.run.path.name}/{origin.step.command}")
-    return Collecting(
-        file,
-        (answerer, answerer),
-        config.rlhf.temperature,
-        config.data.max_response_tokens,
-        sorted(rows, key=lambda prompt: json.dumps(prompt) in seen),  # what nobody has judged answers to comes first
-    )
+    run = origin.run if origin else None
+    place = preferences or (run.preferences if run else None)
+    if place is None:
+        if against:
+            raise UserError(f"{target} lies in no run: say where verdicts go, with --preferences FILE.")
+        return None, {}
+    one = other = Answerer(name, f"{origin.run.path.name}/{origin.step.command}" if origin else name)
+    others: dict[str, Path] = {}
+    if against:
+        asked = find_answerer(run.path if run else target, against, trusts)
+        served = {path.resolve(): name for name, path in found.items()}
+        other = Answerer(served.get(asked.directory.resolve(), asked.label.replace("/", "-")), asked.label)
+        if one.name == other.name or one.label == other.label:
+            raise UserError(f"{against} and {target} are both {one.label}: give another one with --against.")
+        if asked.directory.resolve() not in served:
+            others[other.name] = asked.directory
+    if not run:
+        return Collecting(PreferenceFile(place), (one, other), USUAL_TEMPERATURE, USUAL_TOKENS), others
+    config, file = run.read_config(), PreferenceFile(place)
+    sampling = config.rlhf.temperature, config.data.max_response_tokens
+    prompts = list(suggestions(run, file.read())) or list(suggestions(run, []))  # all, where each has been judged
+    return Collecting(file, (one, other), *sampling, prompts), others
 
 
 def collecting_lines(collecting: Collecting | None, page: str) -> list[str]:

@@ -226,6 +226,5 @@ def drawn(interview: Interview, models: Answerers, suggestions: Iterator[list[Me
 def again(interview: Interview, before: Iterable[Preference]) -> Iterator[BlindPair]:
     """The same answers once more, their sides drawn anew."""
     for preference in before:
-        pair = BlindPair.again(preference)
-        interview.show_prompt(pair.prompt)
-        yield BlindPair.of(pair.prompt, pair.left, pair.right, pair.temperature, pair.max_tokens)
+        interview.show_prompt(preference.prompt)
+        yield BlindPair.again(preference, redrawn=True)

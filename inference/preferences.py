@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -62,6 +62,12 @@ class Preference:
             raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
     @property
+    def pair(self) -> Hashable:
+        """What the verdict is on, whichever side each answer stood on."""
+        prompt = tuple((message["role"], message["content"]) for message in self.prompt)
+        return prompt, *sorted((self.response_a, self.response_b))
+
+    @property
     def line(self) -> str:
         """JSON without the end of the line."""
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -98,11 +104,12 @@ class BlindPair:
         return cls(prompt, left, right, temperature, max_tokens)
 
     @classmethod
-    def again(cls, preference: Preference) -> "BlindPair":
-        """What was judged, on the sides where it was, for a verdict that was taken back."""
+    def again(cls, preference: Preference, redrawn: bool = False) -> "BlindPair":
+        """What was judged, on the sides where it was, or on sides that are drawn anew, for another person."""
         left = Answer(preference.model_a, preference.response_a, preference.seed_a)
         right = Answer(preference.model_b, preference.response_b, preference.seed_b)
-        return cls(preference.prompt, left, right, preference.temperature, preference.max_tokens)
+        make = cls.of if redrawn else cls
+        return make(preference.prompt, left, right, preference.temperature, preference.max_tokens)
 
     @property
     def are_equal(self) -> bool:

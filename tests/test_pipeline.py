@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
 from tests.pages import ROOT, written_metrics
+from training.evaluation.panel import agreements
 from training.run_directory import RunDirectory
 from training.starts import read_starts
-from training.steps import DPO, METHODS, PPO
+from training.steps import DPO, METHODS, PPO, REWARD
 
 
 def test_one_command_leaves_everything(tiny_run, workplace):
@@ -40,6 +41,20 @@ def test_the_accuracy_of_the_reward_model_is_one_figure(tiny_run, workplace):
     said = re.findall(r"([\d.]+% of \d+) held-out pairs", (workplace / "output.txt").read_text())
     assert len(said) == 3 and len(set(said)) == 1  # after step 2, before PPO, in the table
     assert said[0] in (tiny_run / "report.html").read_text()
+
+
+def test_the_table_says_how_far_the_reward_model_agrees_with_people(tiny_run, workplace):
+    panel = json.loads((tiny_run / "evaluation.json").read_text())["panel"]
+    assert list(panel) == ["tweets", "product reviews", "editorials", "film reviews"]
+    assert panel == RunDirectory(tiny_run).step(REWARD).read_result()["panel"]
+    said, rate = " ".join((workplace / "output.txt").read_text().split()), f"{panel['tweets']['learned']['rate']:.1%}"
+    assert said.count(f"the reward model agrees with the panel in {rate} of pairs") == 2  # after step 2, in the table
+    assert f"tweets ({panel['tweets']['texts']} texts) │ {rate} (" in said and "No reward saw the lexicon" in said
+    assert "reward model agrees with people on tweets</span>" in (tiny_run / "report.html").read_text()
+    scores = [json.loads(line) for line in (tiny_run / "step2_reward" / "panel.jsonl").read_text().splitlines()]
+    assert agreements([row | {"ratings": [0]} for row in scores], [row["learned"] for row in scores])["tweets"][
+        "learned"
+    ] == pytest.approx(panel["tweets"]["learned"])
 
 
 def test_what_ran_each_step_is_kept(tiny_run):

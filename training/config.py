@@ -33,7 +33,7 @@ class DataSettings(Settings):
     parent: str = ""
     """A run that this one goes on from (`run --from`): what it holds out stays held out, and its prompts serve here."""
     limit: int = Field(0, ge=0)
-    """Use at most this many rows (of the embedded default: dialogues) of each source; 0 means all."""
+    """Use at most this many rows (of the embedded default: dialogues, and rated texts) of each source; 0 means all."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
 
@@ -133,9 +133,10 @@ class EvaluationSettings(Settings):
     prompts: int = Field(200, ge=0)
     """Held-out prompts answered by the SFT and the RLHF (or DPO) model in the end; 0 leaves the comparison out."""
     rows: int = Field(200, ge=0)
-    """Held-out pairs (accuracy of a judge or reward model from elsewhere) and demonstrations (perplexity) read then."""
+    """Held-out pairs (accuracy of a judge or reward model from elsewhere), demonstrations (perplexity) and answers (KL,
+    perplexity) read then."""
     true_score: Literal["none", "upbeat"] = "none"
-    """The rule behind the preference, when it is known: `upbeat` is the vaderSentiment lexicon."""
+    """A rule that judges the answers beside the learned reward: `upbeat` is the vaderSentiment lexicon."""
 
 
 class LoggingSettings(Settings):

@@ -41,6 +41,18 @@ def origin_of(source: str | Path) -> Origin | None:
     return Origin(run, step) if step is not None and run.config_file.exists() else None
 
 
+def label_of(model: str | Path, name: str = "") -> str:
+    """`demo/sft`, as verdicts of people call the model in a directory; of one that lies in no run `name`, or the
+    directory's."""
+    origin = origin_of(model)
+    return f"{origin.run.path.name}/{origin.step.command}" if origin else name or Path(model).resolve().name
+
+
+def label_of_step(run: RunDirectory, config: RunConfig, step: Step) -> str:
+    """That of the model that a step of the run leaves, or of what is used instead."""
+    return label_of(config.given_model(step) or run.step(step).model)
+
+
 def inherit(config: RunConfig, run: RunDirectory | None) -> RunConfig:
     """`config` with what a run that is to begin at `run` has of the run that its models come from: the seed of the
     split, and, of an SFT model that was given for the base as well, the base. A run that is there keeps its own."""

@@ -179,6 +179,11 @@ class StepDirectory:
         return self.path / "reward_accuracy.json"
 
     @property
+    def panel_file(self) -> Path:
+        """The score of each text that people rated, beside their mean rating and the lexicon's."""
+        return self.path / "panel.jsonl"
+
+    @property
     def iteration_file(self) -> Path:
         """Step 3: who did what when in the newest iteration, and who was to."""
         return self.path / "iteration.json"

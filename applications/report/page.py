@@ -14,13 +14,15 @@ from markupsafe import Markup
 from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
 from applications.report.schedule import schedule_part, update_part
-from applications.report_table import pair_of, table_rows, training_signs
+from applications.report_table import PANEL_COLUMNS, clicks_verdict, overview_lines, pair_of, table_rows, training_signs
 from inference.errors import UserError, typed
+from inference.preferences import PreferenceFile
 from inference.redaction import redacted, redacted_values
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
+from training.evaluation import clicks
 from training.evaluation.guard_rails import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
 from training.metrics import WARNING, Journal, duration
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
@@ -73,6 +75,7 @@ def render(run: RunDirectory) -> str:
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
         measures=table_rows(evaluation) if evaluation else [],
+        clicks=clicks_part(run),
         signs=found,
         bad=[sign.text for sign in found if not sign.is_good],
         times=times(run, rows),
@@ -151,12 +154,42 @@ def intervals(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[I
     accuracy = reward_accuracy(run, evaluation)
     if "reward_accuracy" not in measured and accuracy is not None:
         found.append(Interval("reward model ranks pairs right", f"{accuracy[0]:.1%}", None))
+    for domain, judges in measured.get("panel", {}).items():
+        for judge, name in PANEL_COLUMNS.items():
+            label = f"{name} agrees with people on {domain}" if judge == "learned" else f"… {name}"
+            found.append(with_interval(label, judges[judge], "soft"))
     return found
 
 
 def with_interval(label: str, measured: Mapping[str, Any], colour: str) -> Interval:
     rate, low, high = (measured[key] for key in ("rate", "low", "high"))
     return Interval(label, f"{rate:.1%} ({low:.1%} to {high:.1%})", interval(rate, low, high, colour, label))
+
+
+@dataclass(frozen=True)
+class ClicksPart:
+    """What people said of the run's answers."""
+
+    verdicts: list[str]
+    intervals: list[Interval]
+    lines: list[str]
+
+
+def clicks_part(run: RunDirectory) -> ClicksPart | None:
+    found = PreferenceFile(run.preferences).read()
+    if not found:
+        return None
+    pairs = [clicks.in_order(pair, run.path.resolve().name) for pair in clicks.compared(found)]
+    rates = [rate for pair in pairs if (rate := clicks.win_rates(found, *pair)) is not None]
+    return ClicksPart(
+        [f"{clicks_verdict(each)}." for each in rates],
+        [
+            with_interval(f"{each['model']} preferred to {each['against']} by {name}", theirs, "soft")
+            for each in rates
+            for name, theirs in each["by"].items()
+        ],
+        overview_lines(clicks.overview(found)),
+    )
 
 
 def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]:
@@ -179,7 +212,9 @@ def signs(run: RunDirectory, evaluation: Mapping[str, Any] | None) -> list[Sign]
     if "true_score" in ours and ours.get("learned_reward", 0) > theirs.get("learned_reward", 0):
         rose = ours["true_score"] > theirs["true_score"]
         text = (
-            "The true score rose with the learned reward" if rose else "The learned reward rose, the true score did not"
+            "The score of the lexicon rose with the learned reward"
+            if rose
+            else "The learned reward rose, the score of the lexicon did not"
         )
         found.append(Sign(rose, text))
     return [*found, *guard_signs(evaluation, *pair_of(evaluation))]

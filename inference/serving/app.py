@@ -163,7 +163,7 @@ class Verdicts:
     async def count(self, request: Request) -> Response:
         judging = self.judging
         suggests = bool(judging.collecting.prompts)
-        return JSONResponse({"count": await judging.count(request.query_params.get("by", "")), "suggests": suggests})
+        return JSONResponse({**await judging.count(request.query_params.get("by", "")), "suggests": suggests})
 
     async def judge(self, request: Request) -> Response:
         judging = self.judging

@@ -1,7 +1,7 @@
 """People say which of two answers is better. Whose answers they are never leaves the server."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from inference.chat_model import longest_answer
 from inference.chat_template import Message
 from inference.errors import UserError
-from inference.preferences import DRAWS, Answer, BlindPair, PreferenceFile, checked_name, new_seed
+from inference.preferences import DRAWS, Answer, BlindPair, Preference, PreferenceFile, checked_name, new_seed
 from inference.serving.answers import Answers
 from inference.serving.errors import ApiError
 from inference.serving.request import ChatRequest, PairRequest, VerdictRequest
@@ -17,6 +17,7 @@ from inference.serving.service import Service
 
 MOST_PAIRS = 1000
 """That wait for a verdict, and that had one; older ones are forgotten."""
+Key = TypeVar("Key")
 Kept = TypeVar("Kept")
 
 
@@ -52,10 +53,13 @@ class Judging:
         self._prompts = cycle(collecting.prompts)
         self._pairs: dict[str, BlindPair] = {}
         self._judged: dict[str, VerdictRequest] = {}
+        self._given: dict[tuple[str, Hashable], bool] = {}  # of others' pairs, to whom
         self._writing = asyncio.Lock()
 
     async def draw(self, request: PairRequest) -> BlindPair:
         """Both answers when both are there. Raises ApiError."""
+        if request.unjudged_by is not None:
+            return await self._of_others(named(request.unjudged_by))
         prompt = request.conversation or self._suggestion()
         for _ in range(DRAWS):
             pair = await self._draw(prompt)
@@ -95,10 +99,20 @@ class Judging:
             remember(self._pairs, pair.id, pair)
             return pair
 
-    async def count(self, by: str) -> int:
-        """The verdicts of a person. Raises ApiError."""
+    async def count(self, by: str) -> dict[str, int]:
+        """The verdicts of a person, and the pairs that others alone have judged. Raises ApiError."""
         by = named(by)
-        return await self._kept(lambda: sum(preference.by == by for preference in self.collecting.file.read()))
+        known = await self._kept(self.collecting.file.read)
+        return {"count": sum(each.by == by for each in known), "others": len(unjudged(known, by))}
+
+    async def _of_others(self, by: str) -> BlindPair:
+        for verdict in unjudged(await self._kept(self.collecting.file.read), by):
+            if (by, verdict.pair) not in self._given:
+                remember(self._given, (by, verdict.pair), True)
+                pair = BlindPair.again(verdict, redrawn=True)
+                remember(self._pairs, pair.id, pair)
+                return pair
+        raise ApiError(404, f"Nothing that others have judged is left for {by}.", code="none_left")
 
     async def _draw(self, prompt: list[Message]) -> BlindPair:
         try:
@@ -133,6 +147,12 @@ class Judging:
             raise ApiError(507 if isinstance(error.__cause__, OSError) else 500, str(error)) from None
 
 
+def unjudged(known: Sequence[Preference], by: str) -> list[Preference]:
+    """A verdict of others on each pair that a person has not judged."""
+    mine = {each.pair for each in known if each.by == by}
+    return list({each.pair: each for each in known if each.pair not in mine}.values())
+
+
 def named(by: str) -> str:
     """The name as it is kept. Raises ApiError."""
     try:
@@ -141,7 +161,7 @@ def named(by: str) -> str:
         raise ApiError(400, str(error), "by", "invalid_value") from None
 
 
-def remember(known: dict[str, Kept], key: str, value: Kept) -> None:
+def remember(known: dict[Key, Kept], key: Key, value: Kept) -> None:
     """The oldest go where there are too many."""
     known[key] = value
     while len(known) > MOST_PAIRS:

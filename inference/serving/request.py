@@ -154,9 +154,11 @@ class ChatRequest(Strict):
 
 
 class PairRequest(Strict):
-    """What two answers are wanted to; without messages to the server's next suggestion."""
+    """What two answers are wanted to: to messages, without them to the server's next suggestion; or answers that others
+    have judged and this person has not."""
 
     messages: list[ChatMessage] = []
+    unjudged_by: str | None = None
 
     @field_validator("messages")
     @classmethod

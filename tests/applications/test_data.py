@@ -9,6 +9,8 @@ from applications.process import main
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.model_store import resolve_model
+from inference.preferences import PreferenceFile
+from tests.training.evaluation.clicks import click
 from training.config import DataSettings, RunConfig
 from training.data.prepare import prepare_data
 from training.run_directory import RunDirectory
@@ -131,3 +133,47 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2 and "There is no data source" in capsys.readouterr().err
+
+
+# What people clicked
+
+
+@pytest.fixture
+def clicked(tmp_path) -> str:
+    file = PreferenceFile(tmp_path / "preferences.jsonl")
+    for i, winner in enumerate(("one", "other", "tie", "tie", "both bad")):
+        file.add(click("ann", winner, f"question {i}"))
+    return str(file.path)
+
+
+def test_verdicts_are_shown_as_pairs_and_no_column_is_called_unused(clicked, capsys):
+    show_command(clicked, None, None, 3, None)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{clicked}: 2 pairs (preference, text); 2 about the same and 1 bad, which teach nothing\n")
+    assert "left out" not in said and "not used" not in said and "bad row" not in said
+    assert said.count("rejected:") == 2 and "question 1?" not in said
+    assert "chosen:\nuser: question 1\nassistant: ⟦Yes!⟧" in said
+
+
+def test_lint_tells_who_clicked_what(clicked, capsys):
+    assert lint_command(clicked, None, False, None) == 0
+    said = capsys.readouterr().out
+    assert "5 verdicts (ann 5): 40% about the same, 20% both bad" in said
+    assert "ann prefers the left answer in 50.0% (9.5% to 90.5%) of 2 verdicts" in said
+    assert "2 rows, 0 errors, 0 warnings" in said
+    assert lint_command(clicked, None, True, None) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["clicks"]["by"] == {"ann": 5} and found["clicks"]["ties"] == 2 and found["findings"] == []
+
+
+def test_verdicts_alone_that_teach_nothing_are_no_data(tmp_path, capsys):
+    file = PreferenceFile(tmp_path / "ties.jsonl")
+    file.add(click("ann", "tie"))
+    assert lint_command(str(file.path), None, False, None) == 1
+    assert "1 about the same, which teach nothing" in capsys.readouterr().out
+
+
+def test_other_files_with_such_columns_say_what_they_do_not_use(tmp_path, capsys):
+    row = {"prompt": "Hi", "response_a": "a", "response_b": "b", "winner": "a", "by": "ann"}
+    show_command(write(tmp_path / "a.jsonl", row), None, None, 1, None)
+    assert "not used: by" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from applications import prefer
-from applications.prefer import find_answerer, next_name, prefer_command
+from applications.prefer import find_answerer, prefer_command
 from inference.errors import UserError
 from inference.preferences import PreferenceFile
 from tests.conftest import rlhf_chat
@@ -54,7 +54,7 @@ def test_the_command_from_a_pipe_to_the_next_round(run):
     assert {first.model_a, first.model_b} == {"run/rlhf"} and (first.temperature, first.max_tokens) == (0.7, 12)
     assert done.out.startswith(f"1: {first.response_a}\n2: ") and done.out.count("user: ") == 2
     assert f"Collected 3 verdicts of ann; {run.preferences} has 3 verdicts, 2 for one of two answers." in done.err
-    assert f"rlhf-chat run --from {run.path} --data {run.preferences} --name run-round2" in done.err
+    assert f"The next round: rlhf-chat run --from {run.path}\n" in done.err
     done = rlhf_chat("prefer", run.path, "--as", "ben", "--again", "ann", cwd=run.path, stdin="1\n1\n=\n")
     assert done.code == 0, done.err
     assert "3 pairs to judge again" in done.err and "ann and ben agree on " in done.err
@@ -141,11 +141,3 @@ def test_who_judges_is_the_name_on_this_machine(monkeypatch):
     monkeypatch.setattr(prefer.getpass, "getuser", nobody)
     with pytest.raises(UserError, match="--as NAME"):
         prefer.login_name()
-
-
-def test_names_of_the_next_rounds():
-    assert [next_name(name) for name in ("demo", "demo-round2", "demo-round10")] == [
-        "demo-round2",
-        "demo-round3",
-        "demo-round11",
-    ]

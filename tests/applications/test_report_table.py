@@ -104,9 +104,9 @@ def test_every_measure_stands_in_its_row_and_column(tmp_path):
         assert heading in text
 
 
-def test_the_true_score_is_shown_where_it_is_known(tmp_path):
+def test_the_score_of_the_lexicon_is_shown_where_it_judges(tmp_path):
     run = make_run(tmp_path, [], {**SFT, "true_score": 0.1234}, {**RLHF, "true_score": -0.5})
-    assert cells(comparison_table(run, width=120))[0] == ["true upbeat score", "0.123", "-0.500"]
+    assert cells(comparison_table(run, width=120))[0] == ["upbeat score (lexicon)", "0.123", "-0.500"]
 
 
 def test_win_rate_with_its_interval_and_judge(tmp_path):

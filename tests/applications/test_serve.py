@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import httpx
 import openai
@@ -72,18 +73,33 @@ def test_whose_answers_are_judged_and_where_verdicts_go(tmp_path):
     (run.data / "prompts_train.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     pair = BlindPair(prompts[0], Answer("demo/rlhf", "x", 1), Answer("demo/rlhf", "y", 2), 0.6, 20)
     PreferenceFile(run.preferences).add(pair.judged("a", "ada"))
-    newest = Answerer("rlhf", "demo/rlhf")
+    newest, first = Answerer("rlhf", "demo/rlhf"), Answerer("sft", "demo/sft")
     for target in (run.path, run.path / "step3_rlhf", run.path / "step3_rlhf" / "model"):
-        found = find_collecting(find_served_models(target), None)
-        assert (found.answerers, found.temperature, found.max_tokens) == ((newest, newest), 0.6, 20)
-        assert found.file.path == run.preferences and found.prompts == [*prompts[1:], prompts[0]]
+        found, others = collecting_of(target)
+        assert (found.answerers, found.temperature, found.max_tokens) == ((newest, newest), 0.6, 20) and not others
+        assert found.file.path == run.preferences and found.prompts == prompts[1:]  # the first has been judged
+    assert collecting_of(run.path, "sft")[0].answerers == (newest, first)
+    assert collecting_of(run.path / "step3_rlhf", "sft")[1] == {"demo-sft": run.path / "step1_sft" / "model"}
     (mine / "config.json").write_text(CONFIG)
-    assert find_collecting(find_served_models(mine), None) is None
-    elsewhere = find_collecting(find_served_models(mine), tmp_path / "verdicts.jsonl")
-    assert elsewhere.answerers == (Answerer("mine", "mine"),) * 2 and elsewhere.file.path == tmp_path / "verdicts.jsonl"
+    assert collecting_of(run.path, str(mine)) == (ANY, {"mine": mine})
+    for same in ("rlhf", str(run.path), str(run.path / "step3_rlhf" / "model")):
+        with pytest.raises(UserError, match=r"are both demo/rlhf: give another one with --against"):
+            collecting_of(run.path, same)
+    with pytest.raises(UserError, match=r"step2_dpo .* is not finished"):
+        collecting_of(run.path, "dpo")
     run.preferences.write_text("{}\n")
     with pytest.raises(UserError, match=r"preferences\.jsonl, line 1, is no preference"):
-        find_collecting(find_served_models(run.path), None)
+        collecting_of(run.path)
+    assert collecting_of(mine) == (None, {})
+    with pytest.raises(UserError, match="lies in no run: say where verdicts go, with --preferences FILE"):
+        collecting_of(mine, "sft")
+    elsewhere, others = collecting_of(mine, str(run.path), tmp_path / "verdicts.jsonl")
+    assert elsewhere.answerers == (Answerer("mine", "mine"), Answerer("demo-rlhf", "demo/rlhf"))
+    assert elsewhere.file.path == tmp_path / "verdicts.jsonl" and list(others) == ["demo-rlhf"]
+
+
+def collecting_of(target: Path, against: str = "", preferences: Path | None = None) -> tuple:
+    return find_collecting(target, find_served_models(target), against, preferences, trusts=True)
 
 
 def test_a_token_is_made_where_others_can_come_in():
@@ -127,7 +143,7 @@ def test_from_start_to_ctrl_c(run):
         assert line == f"To judge answers of demo/sft: {found[1]}/prefer#token=secret; {verdicts}\n"
         headers = {"authorization": "Bearer secret"}
         mine = httpx.get(f"{found[1]}/v1/preferences", params={"by": "ada"}, headers=headers, timeout=60)
-        assert mine.json() == {"count": 0, "suggests": False}
+        assert mine.json() == {"count": 0, "others": 0, "suggests": False}
         client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="secret")
         messages = [{"role": "user", "content": "How are you?"}]
         answer = client.chat.completions.create(model="sft", messages=messages, max_tokens=5, seed=1)

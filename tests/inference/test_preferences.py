@@ -94,6 +94,14 @@ def test_sides_are_drawn():
     assert len({pair.id for pair in pairs}) == 200
 
 
+def test_the_same_pair_with_its_sides_drawn_anew():
+    first = PAIR.judged("a", "ada")
+    again = [BlindPair.again(first, redrawn=True) for _ in range(40)]
+    assert {pair.left for pair in again} == {PAIR.left, PAIR.right}
+    assert {pair.judged("b", "bob").pair for pair in again} == {first.pair}
+    assert replace(first, response_b="Great").pair != first.pair != replace(first, prompt=first.prompt * 2).pair
+
+
 @pytest.mark.parametrize("name", ["", "  ", "x" * 81, "\x1b[2J"])
 def test_a_name_is_needed(name):
     with pytest.raises(UserError, match=r"^Say who judges: a name of 1 to 80"):

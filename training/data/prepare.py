@@ -17,14 +17,12 @@ from training.data.eval_data import read_eval_data
 from training.data.next_round import SHARES, go_on
 from training.data.rated_texts import load_texts
 from training.data.reading import SourceRows, read_sources
-from training.data.rows import PairRow, RowSets, write_rows
+from training.data.rows import PANEL_FILE, PairRow, RowSets, write_rows
 from training.data.split import keep_once, kind_of, shuffle, split_rows
 from training.run_directory import read_json, write_directory, write_json
 from training.steps import METHODS
 
 COUNTS_FILE = "counts.json"
-PANEL_FILE = "panel.jsonl"
-"""Rows of people's ratings, where the data have some."""
 LEFT_OUT_FILE = "left_out.jsonl"
 PLACES_NAMED = 3
 """How many places the terminal names for each reason; the rest are in the file."""

@@ -85,6 +85,8 @@ class RowSets:
 
 
 NO_STEP = ("panel", "steps_share")
+PANEL_FILE = "panel.jsonl"
+"""Of the panel's rows beside those of the steps, where there are some."""
 
 
 def write_rows(file: Path, rows: Sequence[Row | PanelRow]) -> None:

@@ -24,6 +24,9 @@ class Answers:
     samples: list[Sample]
     texts: list[str]
 
+    def first(self, count: int) -> "Answers":
+        return Answers(self.chat_format, self.prompts[:count], self.samples[:count], self.texts[:count])
+
     def rows(self, reader: ChatFormat, data: DataSettings, to_score: bool = False) -> list[Row]:
         """As `reader` has them: the same tokens, or the text anew; no end token where the answer did not end.
 

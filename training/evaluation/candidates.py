@@ -7,8 +7,9 @@ from typing import Literal
 
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
-from training.lineage import Source, base_model
+from training.lineage import Source, base_model, label_of
 from training.models.loading import require_scorer
+from training.run_directory import RunDirectory
 from training.stage import Stage
 from training.steps import COMPARED, REWARD, SFT, WRITING, step_of
 
@@ -38,12 +39,16 @@ class Candidate:
     name: str
     directory: Path
 
+    def label(self, run: RunDirectory) -> str:
+        """What verdicts of people that a run has collected call it."""
+        return f"{run.path.resolve().name}/base" if self.key == "base" else label_of(self.directory, self.name)
+
 
 @dataclass(frozen=True)
 class Judge:
     name: str
     source: Path | Literal["truth", "reward"]
-    """A reward model, the known rule, or all that PPO was told to raise."""
+    """A reward model, the lexicon, or all that PPO was told to raise."""
 
 
 def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
@@ -109,7 +114,7 @@ def find_judge(stage: Stage, wanted: str, reward_model: Path | None) -> Judge | 
     if wanted == "learned" and reward_model is None:
         stage.run.require_model(REWARD)
     if wanted == "true" or (not wanted and knows_truth):
-        return Judge("upbeat score (known rule)", "truth")
+        return Judge("upbeat score (lexicon)", "truth")
     if wanted == "reward":
         if stage.config.rlhf.has_reward_model and reward_model is None:
             stage.run.require_model(REWARD)

@@ -8,19 +8,14 @@ from typing import Any
 from inference.preferences import Preference
 from training.data.split import choose_groups
 from training.evaluation import statistics
+from training.steps import WRITING
 
 Clicks = Sequence[Preference]
 
 
 def newest(clicks: Clicks) -> list[Preference]:
     """Each person's last word on each pair of answers."""
-    return list({(click.by, judged(click)): click for click in clicks}.values())
-
-
-def judged(click: Preference) -> Hashable:
-    """What the verdict is on, whichever side each answer stood on."""
-    prompt = tuple((message["role"], message["content"]) for message in click.prompt)
-    return prompt, *sorted((click.response_a, click.response_b))
+    return list({(click.by, click.pair): click for click in clicks}.values())
 
 
 def meaning(click: Preference) -> tuple[str, ...]:
@@ -44,9 +39,21 @@ def compared(clicks: Clicks) -> list[tuple[str, str]]:
     return [pair for pair, _ in found.most_common()]
 
 
+def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
+    """The model that is measured and what it is measured against: one of the run `home` before others, and of these the
+    one of the later step."""
+    steps = ["base", *(step.command for step in WRITING)]
+
+    def lateness(label: str) -> tuple[bool, int]:
+        run, _, step = label.rpartition("/")
+        return run == home, steps.index(step) if step in steps else -1
+
+    return pair if lateness(pair[0]) > lateness(pair[1]) else (pair[1], pair[0])
+
+
 def between(clicks: Clicks, model: str, against: str) -> list[Preference]:
     """The last words on an answer of each."""
-    return [click for click in newest(clicks) if {click.model_a, click.model_b} == {model, against} != {model}]
+    return newest([click for click in clicks if {click.model_a, click.model_b} == {model, against} != {model}])
 
 
 def win_rates(clicks: Clicks, model: str, against: str) -> dict[str, Any] | None:
@@ -98,7 +105,7 @@ def agreements(clicks: Clicks) -> list[dict[str, Any]]:
     """Of each two people who have judged the same answers."""
     last: dict[str, dict[Hashable, Preference]] = defaultdict(dict)
     for click in newest(clicks):
-        last[click.by][judged(click)] = click
+        last[click.by][click.pair] = click
     found = []
     for one, other in combinations(people(clicks), 2):
         both = [(click, last[other][pair]) for pair, click in last[one].items() if pair in last[other]]
@@ -111,7 +118,7 @@ def repeated(clicks: Clicks) -> dict[str, dict[str, Any]]:
     """How far each person who has judged the same answers more than once says the same, the first time and the last."""
     verdicts: dict[str, dict[Hashable, list[Preference]]] = defaultdict(lambda: defaultdict(list))
     for click in clicks:
-        verdicts[click.by][judged(click)].append(click)
+        verdicts[click.by][click.pair].append(click)
     twice = {by: [(v[0], v[-1]) for v in of_pair.values() if len(v) > 1] for by, of_pair in verdicts.items()}
     return {by: agreement(both) for by, both in twice.items() if both}
 

@@ -15,6 +15,7 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.preferences import PreferenceFile
 from training.config import EvaluationSettings
 from training.data.eval_data import read_eval_data
 from training.data.rows import RowSets, read_rows
@@ -31,6 +32,8 @@ from training.evaluation.candidates import (
     find_reward_model,
     sources,
 )
+from training.evaluation.clicks import win_rates
+from training.evaluation.panel import agreements, read_panel, rows_to_score
 from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
 from training.lineage import trained_elsewhere
@@ -80,6 +83,8 @@ class Comparison:
                 "The run holds out no prompts to answer: it needs more rows, a larger data.held_out, or --eval-data."
             )
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
+        labels = (each.label(stage.run) for each in (self.model, self.against))
+        self.clicks = win_rates(PreferenceFile(stage.run.preferences).read(), *labels)
 
     def read_given(self) -> RowSets | None:
         """The rows of the request; None where those that the run holds out are meant."""
@@ -118,18 +123,19 @@ class Comparison:
         with reading(self.stage, self.model.directory) as reader:
             ours = self.answer(reader, self.model)
             our_perplexity = self.perplexity(reader)
-            ours_by_ours = reader.logprobs_of(ours, self.settings.temperature)
+            ours_by_ours = reader.logprobs_of(self.read(ours), self.settings.temperature)
         pair = {self.against.key: self.measure(theirs), self.model.key: self.measure(ours)}
         pair[self.against.key] |= their_perplexity
         pair[self.model.key] |= our_perplexity
-        if same_tokens(ours.chat_format, theirs.chat_format):
+        if ours_by_ours and same_tokens(ours.chat_format, theirs.chat_format):
             with reading(self.stage, self.against.directory) as reader:
-                ours_by_theirs = reader.logprobs_of(ours, self.settings.temperature)
+                ours_by_theirs = reader.logprobs_of(self.read(ours), self.settings.temperature)
             logratios = [float((p - q).sum()) for p, q in zip(ours_by_ours, ours_by_theirs, strict=True)]
             pair[self.model.key]["kl"], pair[self.against.key]["kl"] = statistics.mean(logratios), 0.0
         with reading(self.stage, untouched) as reader:
             for key, answers in ((self.against.key, theirs), (self.model.key, ours)):
-                pair[key][key_of_untouched] = perplexity_of(reader.logprobs_of(answers))
+                if logprobs := reader.logprobs_of(self.read(answers)):
+                    pair[key][key_of_untouched] = perplexity_of(logprobs)
 
         result: dict[str, Any] = {
             "prompts": len(self.held_out),
@@ -149,6 +155,8 @@ class Comparison:
             unseen = [i for i, row in enumerate(self.held_out) if row.get("held_out_question")]
             if 0 < len(unseen) < len(self.held_out):  # only the embedded default knows its questions
                 result["win_rate_unseen_questions"] = win_rate(scores, questions, unseen)
+        if self.clicks is not None:
+            result["clicks"] = self.clicks
         self.write_answers(answers_file, theirs, ours, scores)
         write_json(result_file, result)
         return result
@@ -178,10 +186,14 @@ class Comparison:
             key = "learned_reward" if directory == self.reward_model else "judge_reward"
             for candidate, scores in zip((self.against, self.model), known[directory], strict=True):
                 pair[candidate.key][key] = statistics.mean(scores)
-            own = self.accuracy_of_step_2() if directory == self.reward_model else {}
-            if accuracy := own or reward_accuracy(model, pairs, self.data):
+            own = self.found_by_step_2() if directory == self.reward_model else {}
+            if accuracy := own.get("reward_accuracy") or reward_accuracy(model, pairs, self.data):
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = accuracy
+            if directory == self.reward_model and (panel := read_panel(self.stage.run)):
+                result["panel"] = own.get("panel") or agreements(
+                    panel, model.scores(rows_to_score(panel, model.chat_format, self.data))
+                )
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
             totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
@@ -190,12 +202,10 @@ class Comparison:
                 pair[candidate.key]["reward"] = statistics.mean(scores)
         return None if self.judge is None else known[self.judge.source]
 
-    def accuracy_of_step_2(self) -> dict[str, Any]:
-        """What step 2 found of the reward model that it trained: there is one figure of it. Empty of another's model,
-        and where an early version trained it.
-        """
+    def found_by_step_2(self) -> dict[str, Any]:
+        """What step 2 found of the reward model that it trained: there is one figure of it. Nothing of another's."""
         trained_here = self.given is None and not self.stage.config.given_model(REWARD)
-        return self.stage.run.step(REWARD).read_result().get("reward_accuracy", {}) if trained_here else {}
+        return self.stage.run.step(REWARD).read_result() if trained_here else {}
 
     def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> list[float]:
         """The sum that PPO was told to raise, answer by answer."""
@@ -222,6 +232,10 @@ class Comparison:
         samples.sort(key=lambda sample: sample.index)
         texts = [chat_format.decode(sample.response_ids) for sample in samples]
         return Answers(chat_format, [row["prompt"] for row in self.held_out], samples, texts)
+
+    def read(self, answers: Answers) -> Answers:
+        """The answers whose KL and perplexity are taken: they cost as much as all the rest."""
+        return answers.first(self.stage.config.evaluation.rows)
 
     def perplexity(self, reader: Reader) -> dict[str, float]:
         """Of the held-out demonstrations; what a model forgets of its data in PPO shows here."""

@@ -37,8 +37,13 @@ def reward_accuracy(model: "RewardModel", rows: Sequence[Any], data: DataSetting
     scores = model.scores(rows_of(pairs))
     right = [a > b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
     lengths, unseen = [pair.longer for pair in pairs], [pair.is_unseen for pair in pairs]
-    group_of = choose_groups(rows)
-    return accuracy_by_length(right, lengths, unseen, [group_of(row) for row, _ in kept])
+    return accuracy_by_length(right, lengths, unseen, groups_of([row for row, _ in kept]))
+
+
+def groups_of(rows: Sequence[Any]) -> Sequence[Hashable]:
+    """The question of each pair. Where all have the same one, a pair stands for itself: what is drawn are answers."""
+    groups = list(map(choose_groups(rows), rows))
+    return groups if len(set(groups)) > 1 else range(len(rows))
 
 
 def token_pair(model: "RewardModel", row: Any, data: DataSettings) -> TokenPair:

@@ -1,6 +1,6 @@
 """The reward model on top of the shared loop."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.split import choose_groups
 from training.data.token_pairs import TokenPair, length_bucket, rows_of
-from training.evaluation.ranking import Accuracy, accuracy_by_length
+from training.evaluation.answers import Row
+from training.evaluation.panel import agreements, read_panel, rows_to_score, write_scores
+from training.evaluation.ranking import Accuracy, accuracy_by_length, groups_of
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
@@ -54,9 +55,14 @@ def train(stage: Stage) -> None:
         engine, lambda: load_scorer(source, chat_format, torch.float32, settings.layers), chat_format, scale
     )
     counted = {"optimizer_steps": total, "rows": len(pairs), "held_out": len(evaluated)}
-    rows_of_pairs: list[Any] = [held_out[pair.place] for pair in evaluated]
-    ranking = task.ranking([*map(choose_groups(rows_of_pairs), rows_of_pairs)])
-    stage.finish({**counted, **evaluation, **scale, "reward_accuracy": ranking})
+    ranking = task.ranking(groups_of([held_out[pair.place] for pair in evaluated]))
+    found: dict[str, Any] = {"reward_accuracy": ranking}
+    if panel := stage.ranks.tell(read_panel(stage.run), "the texts that people rated"):
+        scores = task.scores_of_texts(rows_to_score(panel, chat_format, config.data)).tolist()
+        found["panel"] = agreements(panel, scores)
+        if stage.ranks.is_first:
+            write_scores(stage.directory.panel_file, panel, scores)
+    stage.finish({**counted, **evaluation, **scale, **found})
 
 
 def initial_model(stage: Stage) -> Path:
@@ -130,25 +136,39 @@ class RewardTask:
             self.held_out_scores = self.scores(self.held_out)
         return self.held_out_scores
 
-    @torch.no_grad()
     def scores(self, pairs: list[TokenPair]) -> Tensor:
         """Of chosen and rejected, float64 (2, pairs). All ranks call it and get the same."""
-        ranks, found = self.stage.ranks, dict[int, list[float]]()
-        plan = plan_micro_batches(
-            [pair.tokens for pair in pairs], self.stage.config.reward.micro_batch_tokens, ranks.size
-        )
+        lengths = [pair.tokens for pair in pairs]
+        return self._on_all_ranks(
+            lengths, lambda rows: torch.stack(self._scores([pairs[row] for row in rows]), dim=1)
+        ).T
+
+    def scores_of_texts(self, rows: list[Row]) -> Tensor:
+        """Of single answers, float64 (rows). All ranks call it and get the same."""
+        lengths = [len(prompt) + len(response) for prompt, response in rows]
+        return self._on_all_ranks(lengths, lambda chosen: self._last([rows[row] for row in chosen]))
+
+    @torch.no_grad()
+    def _on_all_ranks(self, lengths: list[int], score: Callable[[list[int]], Tensor]) -> Tensor:
+        """What `score` gives for rows of these lengths, (rows, ...) as float64; each rank takes a share."""
+        ranks, found = self.stage.ranks, dict[int, Any]()
+        plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
         for micro_batch in plan[ranks.rank]:
-            scores = torch.stack(self._scores([pairs[row] for row in micro_batch.rows]), dim=1)
+            scores = score(micro_batch.rows)
             if micro_batch.weight:
                 found.update(zip(micro_batch.rows, scores.tolist(), strict=True))
         every = {row: scores for share in ranks.gather(found) for row, scores in share.items()}
-        return torch.tensor([every[row] for row in range(len(pairs))], dtype=torch.float64).T
+        return torch.tensor([every[row] for row in range(len(lengths))], dtype=torch.float64)
 
     def _scores(self, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""
-        batch = TokenBatch.of(rows_of(pairs), self.stage.ranks.device)
-        chosen, rejected = at_last_token(self.engine(batch), batch).chunk(2)
+        chosen, rejected = self._last(rows_of(pairs)).chunk(2)
         return chosen, rejected
+
+    def _last(self, rows: Sequence[Row]) -> Tensor:
+        """Of each row's last token; float32 (rows)."""
+        batch = TokenBatch.of(rows, self.stage.ranks.device)
+        return at_last_token(self.engine(batch), batch)
 
 
 def accuracies_of(pair: TokenPair) -> list[str]:

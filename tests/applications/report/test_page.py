@@ -11,7 +11,9 @@ from playwright.sync_api import expect
 
 from applications.report.page import render, reward_accuracy, signs, write_report
 from inference.errors import UserError
+from inference.preferences import PreferenceFile
 from tests.applications.report.test_charts import schemes
+from tests.training.evaluation.clicks import click
 from training.run_directory import RunDirectory
 from training.steps import METHODS, PPO, REWARD, SFT
 
@@ -70,6 +72,9 @@ def make_run(path, evaluated: bool = True, rlhf: dict | None = None, attack: str
         prompt = [{"role": "system", "content": attack}, {"role": "user", "content": "Hi"}]
         answers = {"prompt": prompt, "sft": attack, "rlhf": LONG, "sft_score": 0.25, "rlhf_score": 0.5}
         run.comparison_of(PPO)[1].write_text(lines([answers] * 12))
+        for by, winner in (("<b>ann</b>", "other"), ("<b>ann</b>", "tie"), ("ben", "other")):
+            theirs, ours = ("report <run>/sft", f"{LONG}{winner}"), ("report <run>/rlhf", attack)
+            PreferenceFile(run.preferences).add(click(by, winner, "Hi?", theirs, ours))
     return run
 
 
@@ -133,6 +138,15 @@ def test_everything_has_its_place(tags):
     assert "1:00" in text and "3:00" in text and "load, evaluate, save 129 s" in text  # 180 s less 17 times 3
 
 
+def test_what_people_prefer_stands_there(tags, tmp_path):
+    text = " ".join(tags.text.split())
+    assert "What people prefer No difference is shown: report <run>/rlhf wins against report <run>/sft in 83.3%" in text
+    assert "report <run>/rlhf preferred to report <run>/sft by <b>ann</b> 75.0% (" in text
+    assert "3 verdicts (<b>ann</b> 2, ben 1): 33% about the same, 0% both bad" in text
+    assert "<b>ann</b> and ben say the same of 100.0%" in text
+    assert "What people prefer" not in Tags(render(make_run(tmp_path, evaluated=False))).text
+
+
 def test_what_was_predicted_stands_beside_what_was_achieved(tags, tmp_path):
     text = " ".join(tags.text.split())
     assert "actor train 4 5 -20%" in text and "Iteration 17 what each rank did when" in text
@@ -166,7 +180,7 @@ def test_the_better_answer_is_marked(tags):
         ({"length": 18.0}, {"Length of answers: 1.50 times that of SFT (0.7 to 1.3)"}),
         ({"distinct_bigrams": 0.3}, {"Variety (distinct bigrams): 0.50 times that of SFT (at least 0.8)"}),
         ({"most_frequent_share": 0.2}, {"Most frequent answer: 20.0% of all (at most 3%)"}),
-        ({"true_score": 0.2}, {"The learned reward rose, the true score did not"}),
+        ({"true_score": 0.2}, {"The learned reward rose, the score of the lexicon did not"}),
     ],
 )
 def test_signs_of_a_fooled_judge_stand_out(tmp_path, rlhf, expected):

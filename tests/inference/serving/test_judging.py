@@ -55,6 +55,21 @@ def test_undo_gives_the_newest_back_to_be_judged_again(judged):
     assert judged.judge(first["id"], status=404)["code"] == "pair_not_found"  # its verdict was taken back
 
 
+def test_a_second_person_judges_what_others_have_judged(judged):
+    pairs = [judged.pair() for _ in range(3)]
+    for pair in pairs:
+        judged.judge(pair["id"])
+    judged.judge(judged.ask("POST", "pairs", json={"unjudged_by": "bob"})["id"], "b", "bob")
+    assert judged.ask("GET", "preferences", params={"by": "bob"}) == {"count": 1, "others": 2, "suggests": True}
+    rest = [judged.ask("POST", "pairs", json={"unjudged_by": "bob"}) for _ in range(2)]  # the second before a verdict
+    assert [sorted(pair["answers"]) for pair in rest] == [sorted(pair["answers"]) for pair in pairs[1:]]
+    for by in ("ada", "bob"):
+        error = judged.ask("POST", "pairs", 404, json={"unjudged_by": by})
+        assert error["message"] == f"Nothing that others have judged is left for {by}."
+    kept = judged.file.read()
+    assert kept[0].pair == kept[3].pair and (kept[3].by, kept[3].winner) == ("bob", "b")
+
+
 def test_a_verdict_sent_twice_counts_once(judged):
     pair = judged.pair()["id"]
     with ThreadPoolExecutor(4) as clicks:

@@ -69,7 +69,15 @@ def test_by_mouse(page, complaints, judged, pictures):
         kept = judged.file.read()[-1]
         assert (kept.by, kept.winner, [kept.response_a, kept.response_b]) == ("Ada", winner, shown)
         assert kept.prompt == [{"role": "user", "content": "How was your day?"}]
-    assert {name for each in told for name in each} == {"count", "suggests", "id", "messages", "answers", "kept"}
+    assert {name for each in told for name in each} == {
+        "count",
+        "others",
+        "suggests",
+        "id",
+        "messages",
+        "answers",
+        "kept",
+    }
     kept = page.evaluate(
         "JSON.stringify([Object.keys(localStorage), Object.keys(JSON.parse(sessionStorage.prefer).state)])"
     )
@@ -131,6 +139,21 @@ def test_suggestions_follow_each_other(page, judged):
     page.keyboard.press("2")
     expect(page.locator("#message")).to_be_focused()
     assert page.input_value("#then") == "write"
+
+
+def test_what_others_have_judged_is_judged_again(page, judged):
+    for _ in range(2):
+        judged.judge(judged.pair()["id"])
+    open_page(page, judged.served.url)
+    page.click("#others")
+    for number in (1, 2):
+        expect(page.locator("[data-winner=a]")).to_be_enabled()
+        page.keyboard.press("2")
+        expect(page.locator(COUNT)).to_have_text(f"{number} judged")
+    expect(page.locator("#problem")).to_have_text("Nothing that others have judged is left for Ada.")
+    kept = judged.file.read()
+    assert [each.pair for each in kept[2:]] == [each.pair for each in kept[:2]]
+    assert [each.by for each in kept] == ["ada", "ada", "Ada", "Ada"]
 
 
 def test_going_on_from_the_better_answer(page, judged):

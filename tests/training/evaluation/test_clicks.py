@@ -51,6 +51,12 @@ def test_the_last_word_of_a_person_on_a_pair_counts_whatever_its_sides():
     )
 
 
+def test_the_same_words_of_another_model_are_another_pair():
+    found = [click("ann", "other"), click("ann", "one", other=("round2/rlhf", "Yes!"))]
+    result = clicks.win_rates(found, "demo/rlhf", "demo/sft")
+    assert result is not None and result["together"]["rate"] == 1.0
+
+
 def verdicts(by: str, said: str, swapped: bool = False) -> list[Preference]:
     """A letter a question: o(ne), O(ther), t(ie), b(oth bad)."""
     words = {"o": "one", "O": "other", "t": "tie", "b": "both bad"}

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.sample import Sample
+from inference.preferences import PreferenceFile
 from tests.tiny_runs import QUESTIONS, messages
+from tests.training.evaluation.clicks import click
 from training.config import DataSettings
 from training.evaluation.answers import Answers, same_tokens
 from training.evaluation.candidates import Request, find_pair, sources
@@ -36,6 +38,8 @@ def measured(finished, tmp_path_factory):
 
     stage = make_stage(finished, PPO, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
     stage.display.quiet = True
+    for winner, other in (("other", "run/rlhf"), ("other", "run/rlhf"), ("one", "run/dpo")):
+        PreferenceFile(finished.preferences).add(click("ann", winner, one=("run/sft", "No."), other=(other, "Yes!")))
     out = tmp_path_factory.mktemp("out")
     result = Comparison(stage).run(out / "result.json", out / "answers.jsonl")
     assert json.loads((out / "result.json").read_text()) == result
@@ -73,6 +77,15 @@ def test_the_win_rate_is_that_of_the_scores_beside_the_answers(measured):
         assert result[key]["learned_reward"] == pytest.approx(mean)
 
 
+def test_the_win_rate_by_clicks_is_that_of_the_two_models(measured, stage):
+    result, _ = measured
+    clicks = result["clicks"]
+    assert (clicks["model"], clicks["against"]) == ("run/rlhf", "run/sft")
+    assert clicks["together"] == clicks["by"]["ann"] and clicks["together"]["clicks"] == 1  # one pair, judged twice
+    assert clicks["together"]["rate"] == 1.0
+    assert Comparison(stage, Request("sft", "base")).clicks is None
+
+
 def test_perplexity_of_the_demonstrations_is_that_of_plain_transformers(measured, finished):
     result, _ = measured
     chat_format = ChatFormat.load(finished.step(SFT).model)
@@ -97,14 +110,14 @@ def test_kl_is_the_mean_sum_of_logratios_at_the_sampling_temperature(measured, s
     with reading(stage, comparison.model.directory) as reader:
         ours = comparison.answer(reader, comparison.model)
     sums = []
-    for sample in ours.samples:
+    for sample in ours.samples[:4]:  # evaluation.rows
         rows = [
             plain_logprobs(finished.step(step).model, sample.prompt_ids.tolist(), sample.response_ids, 0.7)
             for step in (PPO, SFT)
         ]
         assert sample.logprobs == pytest.approx(rows[0].tolist(), abs=1e-4)  # it was drawn at that temperature
         sums.append(float((rows[0] - rows[1]).sum()))
-    assert result["rlhf"]["kl"] == pytest.approx(sum(sums) / 6, rel=1e-3) and result["sft"]["kl"] == 0.0
+    assert result["rlhf"]["kl"] == pytest.approx(sum(sums) / 4, rel=1e-3) and result["sft"]["kl"] == 0.0
 
 
 def test_rewards_are_scaled_scores_at_the_last_token(stage, finished):
@@ -145,7 +158,8 @@ def test_every_measure_is_of_the_models_own_answers(measured, stage, finished):
         found = result[candidate.key]
         assert {name: found[name] for name in comparison.measure(answers)} == comparison.measure(answers)
         base = finished.path.parent / "base"
-        logprobs = torch.cat([plain_logprobs(base, *ids) for ids in zip(prompts, responses, strict=True)])
+        read = [*zip(prompts, responses, strict=True)][:4]  # evaluation.rows
+        logprobs = torch.cat([plain_logprobs(base, *ids) for ids in read])
         assert found["perplexity_untouched"] == pytest.approx(math.exp(-float(logprobs.mean())), rel=1e-4)
 
 

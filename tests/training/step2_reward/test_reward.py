@@ -26,6 +26,7 @@ from tests.supervised_steps import (
     train_by_hand,
     with_idle_micro_batch,
 )
+from training.data.token_pairs import rows_of
 from training.evaluation.ranking import Accuracy
 from training.models.loading import load_scorer, save_model
 from training.models.scorer import Scorer
@@ -255,14 +256,23 @@ def ranking_anew(task: RewardTask, questions: list[str]) -> dict[str, Accuracy]:
     return task.ranking(questions)
 
 
-@pytest.mark.parametrize("measure", [RewardTask.evaluate, scale_anew])
+def scores_of_texts(task: RewardTask) -> dict[int, float]:
+    return dict(enumerate(task.scores_of_texts(rows_of(task.held_out)).tolist()))
+
+
+def test_a_text_alone_has_the_score_that_it_has_in_a_pair(task):
+    chosen, rejected = task.scores(task.held_out).tolist()
+    assert list(scores_of_texts(task).values()) == pytest.approx([*chosen, *rejected], abs=1e-5)
+
+
+@pytest.mark.parametrize("measure", [RewardTask.evaluate, scale_anew, scores_of_texts])
 def test_an_idle_micro_batch_does_not_count(task, monkeypatch, measure):
     expected = measure(task)
     monkeypatch.setattr(reward, "plan_micro_batches", with_idle_micro_batch(reward.plan_micro_batches))
     assert measure(task) == expected
 
 
-@pytest.mark.parametrize("measure", [RewardTask.evaluate, scale_anew])
+@pytest.mark.parametrize("measure", [RewardTask.evaluate, scale_anew, scores_of_texts])
 def test_two_ranks_measure_the_mean_over_all_pairs(task, measure):
     """Not the mean of their means."""
     assert on_two_ranks(task, lambda: measure(task)) == pytest.approx(measure(task), rel=1e-5, abs=1e-6)
