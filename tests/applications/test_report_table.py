@@ -130,6 +130,26 @@ def test_questions_that_were_never_trained_on_have_a_line_of_their_own(tmp_path)
     assert "no step was trained" not in comparison_table(make_run(tmp_path, []))
 
 
+def test_agreement_with_people_stands_beside_one_person_and_the_lexicon(tmp_path):
+    rates = (("learned", 0.947), ("person", 0.935), ("lexicon", 0.926), ("over_lexicon", 0.021))
+    judges = {judge: {"rate": rate, "low": rate - 0.01, "high": rate + 0.02} for judge, rate in rates}
+    result = {"prompts": 80, "sampling": {"temperature": 0.7, "max_tokens": 48}, "sft": SFT, "rlhf": RLHF}
+    result["win_rate"] = WIN | {"judge": "upbeat score (lexicon)"}
+    result["panel"] = {
+        "tweets": {"texts": 471, "pairs": 9, **judges},
+        "film reviews": {"texts": 30, "pairs": 5, **judges},
+    }
+    run = make_run(tmp_path, [])
+    run.comparison_of(PPO)[0].write_text(json.dumps(result))
+    text = one_line(comparison_table(run, width=120))
+    assert "│ tweets (471 texts) │ 94.7% (93.7% to 96.7%) │ 93.5% │ 92.6% │ │ film reviews (30 texts) │ 94.7%" in text
+    assert "in 94.7% of pairs, one person in 93.5%, the lexicon in 92.6%: +2.1 points against the lexicon" in text
+    assert "(95 % interval +1.1 to +4.1)" in text and "No reward saw the lexicon" in text
+    result["win_rate"] = WIN  # by another judge
+    run.comparison_of(PPO)[0].write_text(json.dumps(result))
+    assert "No reward saw" not in comparison_table(run)
+
+
 def test_reward_accuracy_comes_from_the_finished_step_2(tmp_path):
     text = one_line(comparison_table(make_run(tmp_path, [], reward=ACCURACY)))
     assert "81.2% of held-out pairs ranked right (up to 8 tokens 75.0%, up to 99 tokens 90.0%)" in text

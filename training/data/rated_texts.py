@@ -59,6 +59,8 @@ HELD_OUT = 500
 """Tweets that are kept for evaluation, where there are four times as many."""
 OTHERS = 300
 """Texts of each other kind that are judged."""
+LOOKED_AT = 4 * OTHERS
+"""Texts of such a kind that are drawn; about half of them are too long."""
 EVALUATION_PAIRS = 200
 ANY_PROMPT: list[Message] = [
     {"role": "system", "content": "You chat with a friend."},
@@ -166,8 +168,10 @@ def share_texts(
     Raises UserError where no pair is left.
     """
     rng = random.Random(f"{seed} rated texts")
+    shuffled = {domain: rng.sample(texts[domain], len(texts[domain])) for domain in DOMAINS}
     usable = {
-        domain: Usable(rng.sample(texts[domain], len(texts[domain])), settings, chat_format) for domain in DOMAINS
+        domain: Usable(each if domain == TWEETS else each[:LOOKED_AT], settings, chat_format)
+        for domain, each in shuffled.items()
     }
     tweets = list(usable[TWEETS])
     judged = [tweet for tweet in tweets if tweet.ratings][: min(HELD_OUT, len(tweets) // 4)]

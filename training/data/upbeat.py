@@ -1,4 +1,4 @@
-"""How upbeat a text is: the rule behind the embedded default's preference, so that its truth is known."""
+"""How upbeat a text is by a lexicon, which judges answers and has no part in any reward."""
 
 import functools
 

@@ -132,6 +132,7 @@ class Judged:
         }
 
     def over_lexicon(self) -> PairMean:
+        """Learned less lexicon."""
         return mean_over_pairs(self.learned - self.lexicon, self.pairs)
 
 
@@ -170,6 +171,12 @@ def write_scores(file: Path, rows: Sequence[Any], scores: Sequence[float]) -> No
 
 def rows_to_score(rows: Sequence[Any], chat_format: ChatFormat, data: DataSettings) -> list[Row]:
     return [encode(chat_format, row["prompt"], row["response"], data) for row in rows]
+
+
+def over_lexicon_of(lines: Sequence[Any]) -> PairMean:
+    """Of lines that `write_scores` wrote."""
+    scores, lexicon = ([line[judge] for line in lines] for judge in ("learned", "lexicon"))
+    return Judged.of([line | {"ratings": [0]} for line in lines], scores, lexicon).over_lexicon()
 
 
 def pooled(means: Sequence[PairMean], texts: Sequence[Sequence[Hashable]]) -> PairMean:
