@@ -269,7 +269,7 @@ def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
 def clicks_verdict(rates: Mapping[str, Any]) -> str:
     """What all people together show."""
     found, people = rates["together"], len(rates["by"])
-    by = f"{found['clicks']} verdicts of {people} {'person' if people == 1 else 'people'}"
+    by = f"{found['clicks']} verdict{'s' * (found['clicks'] != 1)} of {people} {'person' if people == 1 else 'people'}"
     return verdict({**found, "prompts": found["clicks"], "judge": by}, rates["against"], rates["model"])
 
 
