@@ -416,3 +416,28 @@ def test_where_the_compared_models_and_the_judge_come_from_is_said(stage, finish
     ]
     own = Comparison(stage)
     assert trained_elsewhere(stage.run, sources(stage, (own.against, own.model), own.judge)) == []
+
+
+def test_given_rows_take_the_place_of_those_that_the_run_holds_out(finished, tmp_path):
+    from training.distributed import Ranks
+    from training.stage import make_stage
+
+    given = tmp_path / "given.jsonl"
+    rows = [{"prompt": f"{n} apples?", "chosen": "Yes, please.", "rejected": "No."} for n in ("Two", "Three", "No")]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = finished.data / "prompts_train.jsonl"
+    trained.write_text(json.dumps({"prompt": messages("two apples")}) + "\n")
+    stage = make_stage(finished, PPO, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
+    stage.display.quiet = True
+    try:
+        comparison = Comparison(stage, Request(eval_data=(str(given),)))
+        result = comparison.run(tmp_path / "result.json", tmp_path / "answers.jsonl")
+    finally:
+        trained.unlink()
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert sorted(row["prompt"][0]["content"] for row in answers) == ["No apples?", "Three apples?", "Two apples?"]
+    assert result["reward_accuracy"]["all"]["pairs"] == 3
+    assert {row["response"] for row in comparison.demonstrations} == {"Yes, please."}
+    assert result["trained_elsewhere"] == [
+        f"Of the 3 prompts that were given, 1 have a question that {finished.path} trained on."
+    ]
