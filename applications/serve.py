@@ -71,7 +71,7 @@ def find_collecting(
     from applications.prefer import USUAL_TEMPERATURE, USUAL_TOKENS, find_answerer, suggestions
     from inference.preferences import PreferenceFile
     from inference.serving.judging import Answerer, Collecting
-    from training.lineage import origin_of
+    from training.lineage import label_of, origin_of
 
     name, directory = list(found.items())[-1]
     origin = origin_of(directory)
@@ -81,7 +81,7 @@ def find_collecting(
         if against:
             raise UserError(f"{target} lies in no run: say where verdicts go, with --preferences FILE.")
         return None, {}
-    one = other = Answerer(name, f"{origin.run.path.name}/{origin.step.command}" if origin else name)
+    one = other = Answerer(name, label_of(directory, name))
     others: dict[str, Path] = {}
     if against:
         asked = find_answerer(run.path if run else target, against, trusts)
