@@ -13,6 +13,7 @@ from applications.options import (
     Config,
     Data,
     Debug,
+    EvalData,
     Fusion,
     Json,
     Model,
@@ -75,6 +76,7 @@ def run(
         ),
     ] = None,
     data: Data = None,
+    eval_data: EvalData = None,
     reward_model: RewardModel = None,
     method: Annotated[
         str | None, typer.Option(metavar="METHOD", help=f"What follows step 1: {FOLLOWS}. Default: ppo, or the run's.")
@@ -115,6 +117,7 @@ def run(
         from_,
         name,
         data,
+        eval_data,
         reward_model,
         steps,
         dry_run,
@@ -134,6 +137,7 @@ def sft(
     run_directory: RunPath,
     model: Model = None,
     data: Data = None,
+    eval_data: EvalData = None,
     config: Config = None,
     set_: Set = None,
     seed: Seed = None,
@@ -149,7 +153,7 @@ def sft(
     """
     from applications.commands import step_command
 
-    step_command(SFT, run_directory, model, data, config, set_, seed, processes, trust)
+    step_command(SFT, run_directory, model, data, eval_data, config, set_, seed, processes, trust)
 
 
 @command()
@@ -158,6 +162,7 @@ def reward(
     model: Model = None,
     reward_model: RewardModel = None,
     data: Data = None,
+    eval_data: EvalData = None,
     config: Config = None,
     set_: Set = None,
     seed: Seed = None,
@@ -173,7 +178,9 @@ def reward(
     """
     from applications.commands import step_command
 
-    step_command(REWARD, run_directory, model, data, config, set_, seed, processes, trust, reward_model=reward_model)
+    step_command(
+        REWARD, run_directory, model, data, eval_data, config, set_, seed, processes, trust, reward_model=reward_model
+    )
 
 
 def add_other_method(step: Step) -> None:
@@ -184,6 +191,7 @@ def add_other_method(step: Step) -> None:
         sft_model: SFTModel = None,
         model: Model = None,
         data: Data = None,
+        eval_data: EvalData = None,
         config: Config = None,
         set_: Set = None,
         seed: Seed = None,
@@ -193,7 +201,9 @@ def add_other_method(step: Step) -> None:
     ) -> None:
         from applications.commands import step_command
 
-        step_command(step, run_directory, model, data, config, set_, seed, processes, trust, sft_model=sft_model)
+        step_command(
+            step, run_directory, model, data, eval_data, config, set_, seed, processes, trust, sft_model=sft_model
+        )
 
     function.__doc__ = f"""{step.name} ({step.title}) instead of steps 2 and 3; with --sft-model in a new run directory.
 
@@ -219,6 +229,7 @@ def rlhf(
     ] = None,
     model: Model = None,
     data: Data = None,
+    eval_data: EvalData = None,
     config: Config = None,
     set_: Set = None,
     seed: Seed = None,
@@ -241,6 +252,7 @@ def rlhf(
         run_directory,
         model,
         data,
+        eval_data,
         config,
         set_,
         seed,
@@ -374,6 +386,14 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Another seed draws other answers. Default: the run's.")
     ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval-data",
+            metavar="SOURCE",
+            help="Prompts, pairs and demonstrations to measure on. Default: what the run holds out.",
+        ),
+    ] = None,
     json_: Json = False,
     trust: Trust = False,
     debug: Debug = False,
@@ -386,7 +406,7 @@ def evaluate(
     """
     from applications.evaluate import evaluate
 
-    evaluate(run_directory, model, against, judge, prompts, seed, json_, trust)
+    evaluate(run_directory, model, against, judge, prompts, seed, json_, trust, eval_data or [])
 
 
 @command()

@@ -88,6 +88,7 @@ OPENED = (
     ("run", "--name", "{run}", "--dry-run"),
     ("chat", "{run}", "--max-tokens", "2"),
     ("chat", "{run}/step1_sft/model", "--max-tokens", "2"),
+    ("prefer", "{run}", "--as", "ann", "--max-tokens", "2"),
     ("report", "{run}"),
     ("export", "{run}", "--out", "{new}"),
 )
@@ -97,6 +98,7 @@ REFUSED = (
     *((step, "{run}") for step in ("sft", "reward", "rlhf", "dpo")),
     ("eval", "{run}"),
     ("eval", "{run}", "--judge", "reward"),
+    ("prefer", "{run}", "--as", "ann", "--against", "base"),
     ("data", "show", "{run}"),
     ("data", "lint", "{run}"),
     ("rlhf", "{new}", "--sft-model", "{run}/step1_sft/model", "--reward-model", "{run}/step2_reward/model"),

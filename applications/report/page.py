@@ -15,6 +15,7 @@ from applications.report.charts import Chart, Segment, interval, line_chart, num
 from applications.report.curves import PHASES, charts
 from applications.report.schedule import schedule_part, update_part
 from applications.report_table import PANEL_COLUMNS, clicks_verdict, overview_lines, pair_of, table_rows, training_signs
+from applications.rounds import HEADINGS, rounds
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from inference.redaction import redacted, redacted_values
@@ -66,11 +67,13 @@ def render(run: RunDirectory) -> str:
         name=run.path.resolve().name,
         config=config,
         steps=[
-            StepPart(title_of(step), run.step(step).is_finished, charts(step, rows[step], config))
+            StepPart(title_of(step), run.step(step).is_finished, kept(run.step(step)), charts(step, rows[step], config))
             for step in rows
             if rows[step] or step in config.steps
         ],
         headline=headline(evaluation),
+        rounds=rounds(run),
+        round_headings=HEADINGS,
         intervals=intervals(run, evaluation),
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
@@ -96,11 +99,21 @@ def render(run: RunDirectory) -> str:
 class StepPart:
     title: str
     is_finished: bool
+    kept: str
+    """Which model was left, where the best was kept."""
     charts: list[Chart]
 
 
 def title_of(step: Step) -> str:
     return f"Step {step.number}: {step.title}"
+
+
+def kept(step: StepDirectory) -> str:
+    result = step.read_result() if step.is_finished else {}
+    if "kept" not in result:
+        return ""
+    unit, last = ("iteration", "iterations") if step.step.draws_samples else ("optimiser step", "optimizer_steps")
+    return f"The model is that after {unit} {result['kept']} of {result[last]}, which had the best evaluation."
 
 
 def read_metrics(step: StepDirectory) -> list[dict[str, Any]]:

@@ -18,11 +18,13 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.preferences import PreferenceFile
 from tests.families import build, narrow_config
 from tests.inference.templates import FAMILIES, Family, bytes_tokenizer
 from tests.older_transformers import raw_scores
 from tests.plain_reader import scores
 from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
+from tests.training.evaluation.clicks import click
 from training.config import RunConfig
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, SFT
@@ -106,8 +108,11 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
         "win_rate": {"prompts": 6, "rate": 0.75, "low": 0.51, "high": 1.0, "judge": "learned reward"},
     }
     run.comparison_of(PPO)[0].write_text(json.dumps(evaluation))
+    PreferenceFile(run.preferences).add(click("Ada L.", "other", one=("run/sft", "No."), other=("run/rlhf", "Yes!")))
     export(run.path, tmp_path / "mine", "merged", "", "rlhf")
     card = (tmp_path / "mine" / "README.md").read_text()
+    assert "run/rlhf wins against run/sft in 100.0% of prompts by 1 verdict of 1 person" in card
+    assert "Ada" not in card
     assert card.startswith("---\nlibrary_name: transformers\n") and "# mine\n" in card
     assert (
         "| KL to SFT (nats a reply) | 0.00 | 1.25 |" in card
@@ -123,6 +128,7 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
         assert line in card
     assert str(run.path.parent) not in card and "`base`" in card
     run.comparison_of(PPO)[0].unlink()
+    run.preferences.unlink()
 
 
 def test_the_card_names_other_runs_without_their_paths(run):

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.preferences import PreferenceFile
 from training.config import EvaluationSettings
-from training.data.rows import read_rows
+from training.data.eval_data import read_eval_data
+from training.data.rows import RowSets, read_rows
 from training.data.split import choose_groups, once
 from training.data.upbeat import upbeat_score
 from training.evaluation import statistics
@@ -26,6 +28,7 @@ from training.evaluation.candidates import (
     Request,
     base_directory,
     find_judge,
+    find_judge_before,
     find_pair,
     find_reward_model,
     sources,
@@ -70,19 +73,45 @@ class Comparison:
         self.data, self.settings = stage.config.data, stage.config.rlhf
         self.model, self.against = find_pair(stage, self.request)
         self.reward_model = find_reward_model(stage)
-        self.judge = find_judge(stage, self.request.judge, self.reward_model)
+        self.judge_before = find_judge_before(stage)
+        self.judge = find_judge(stage, self.request.judge, self.reward_model, self.judge_before)
         asks = self.judge is not None and self.judge.source == "reward"
         self.rewards = Rewards(self.settings, stage.ranks) if asks else None
+        self.given = self.read_given()
         limit = self.request.prompts or stage.config.evaluation.prompts or EvaluationSettings().prompts
         self.held_out = once(self.eval_rows("prompts"), evaluation=True)[:limit]
         if not self.held_out:
-            raise UserError("The run holds out no prompts to answer: it needs more rows, or a larger data.held_out.")
+            raise UserError(
+                "The run holds out no prompts to answer: it needs more rows, a larger data.held_out, or --eval-data."
+            )
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
         labels = (each.label(stage.run) for each in (self.model, self.against))
         self.clicks = win_rates(PreferenceFile(stage.run.preferences).read(), *labels)
 
+    def read_given(self) -> RowSets | None:
+        """The rows of the request; None where those that the run holds out are meant."""
+        if not self.request.eval_data:
+            return None
+        settings = self.data.model_copy(update={"eval_source": list(self.request.eval_data)})
+        chat_format = ChatFormat.load(self.model.directory)
+        return read_eval_data(settings, self.stage.display.say, chat_format).sets(self.stage.config.split_seed)
+
+    def seen_in_training(self) -> str:
+        """How many of the prompts that were given have a question that this run trained on."""
+        files = sorted(self.stage.run.data.glob("*_train.jsonl"))
+        trained: list[Any] = [row for file in files for row in read_rows(file)]
+        group_of = choose_groups([*trained, *self.held_out])
+        known = set(map(group_of, trained))
+        seen = sum(group_of(row) in known for row in self.held_out)
+        where = self.stage.run.path
+        return (
+            f"Of the {len(self.held_out):,} prompts that were given, {seen:,} have a question that {where} trained on."
+        )
+
     def eval_rows(self, kind: str) -> list[Any]:
         """Held-out rows of the run; none where its data were never prepared for them."""
+        if self.given is not None:
+            return getattr(self.given, f"{kind}_eval")
         file = self.stage.run.data / f"{kind}_eval.jsonl"
         return read_rows(file) if file.exists() else []
 
@@ -115,14 +144,14 @@ class Comparison:
             "sampling": {"temperature": self.settings.temperature, "max_tokens": self.data.max_response_tokens},
             "pair": {self.against.key: self.against.name, self.model.key: self.model.name},
         }
-        if found := trained_elsewhere(self.stage.run, sources(self.stage, (self.against, self.model), self.judge)):
+        found = trained_elsewhere(self.stage.run, sources(self.stage, (self.against, self.model), self.judge))
+        if found := found if self.given is None else [self.seen_in_training()]:
             result["trained_elsewhere"] = found
         scores = self.score(theirs, ours, pair, result)
         result |= pair
         if scores is not None:
             assert self.judge is not None
-            questions = list(map(choose_groups(self.held_out), self.held_out))
-            everywhere = range(len(self.held_out))
+            questions, everywhere = self.questions(), range(len(self.held_out))
             result["win_rate"] = win_rate(scores, questions, everywhere) | {"judge": self.judge.name}
             unseen = [i for i, row in enumerate(self.held_out) if row.get("held_out_question")]
             if 0 < len(unseen) < len(self.held_out):  # only the embedded default knows its questions
@@ -132,6 +161,10 @@ class Comparison:
         self.write_answers(answers_file, theirs, ours, scores)
         write_json(result_file, result)
         return result
+
+    def questions(self) -> list[str]:
+        """Those of the prompts, in their order."""
+        return list(map(choose_groups(self.held_out), self.held_out))
 
     def untouched(self) -> tuple[str, Path]:
         """A model that judges how plain the answers are, and what its perplexity is called: the base model, or the SFT
@@ -148,7 +181,8 @@ class Comparison:
     ) -> tuple[list[float], list[float]] | None:
         """The judge's scores of both models' answers; rewards land in `pair`, accuracies in `result`."""
         known: dict[Path | str, tuple[list[float], list[float]]] = {"truth": (truth(theirs), truth(ours))}
-        wanted = [self.reward_model, self.judge.source if self.judge is not None else None]
+        before = self.judge_before.source if self.judge_before is not None else None
+        wanted = [self.reward_model, self.judge.source if self.judge is not None else None, before]
         pairs = self.eval_rows("pairs")[: self.stage.config.evaluation.rows]
         for directory in dict.fromkeys(wanted):
             if not isinstance(directory, Path):
@@ -156,8 +190,11 @@ class Comparison:
             model = RewardModel(self.stage, directory)
             known[directory] = model.scores_of_both(theirs, ours)
             key = "learned_reward" if directory == self.reward_model else "judge_reward"
+            key = "reward_before" if directory == before else key
             for candidate, scores in zip((self.against, self.model), known[directory], strict=True):
                 pair[candidate.key][key] = statistics.mean(scores)
+            if directory not in wanted[:2]:
+                continue
             own = self.found_by_step_2() if directory == self.reward_model else {}
             if accuracy := own.get("reward_accuracy") or reward_accuracy(model, pairs, self.data):
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
@@ -166,6 +203,9 @@ class Comparison:
                 result["panel"] = own.get("panel") or agreements(
                     panel, model.scores(rows_to_score(panel, model.chat_format, self.data))
                 )
+        if self.judge_before is not None and self.judge_before != self.judge:
+            of_before = win_rate(known[self.judge_before.source], self.questions(), range(len(self.held_out)))
+            result["win_rate_before"] = of_before | {"judge": self.judge_before.name}
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
             totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
@@ -176,7 +216,7 @@ class Comparison:
 
     def found_by_step_2(self) -> dict[str, Any]:
         """What step 2 found of the reward model that it trained: there is one figure of it. Nothing of another's."""
-        trained_here = not self.stage.config.given_model(REWARD)
+        trained_here = self.given is None and not self.stage.config.given_model(REWARD)
         return self.stage.run.step(REWARD).read_result() if trained_here else {}
 
     def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> list[float]:
