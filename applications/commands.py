@@ -20,6 +20,7 @@ def pipeline_command(
     parent: Path | None,
     name: str | None,
     data: list[str] | None,
+    eval_data: list[str] | None,
     reward_model: str | None,
     steps: str | None,
     dry_run: bool,
@@ -35,6 +36,7 @@ def pipeline_command(
     """`rlhf-chat run`."""
     flags = {
         "data": data or None,
+        "eval_data": eval_data or None,
         "reward_model": reward_model,
         "seed": seed,
         "processes": processes,
@@ -74,6 +76,7 @@ def step_command(
     run_directory: Path,
     model: str | None,
     data: list[str] | None,
+    eval_data: list[str] | None,
     config: list[Path] | None,
     overrides: list[str] | None,
     seed: int | None,
@@ -84,7 +87,7 @@ def step_command(
 ) -> None:
     """`rlhf-chat sft | reward | rlhf | dpo`; `plan` and `given` are settings that only some of them have."""
     given["plan"] = None if plan == AUTO else plan
-    flags = {"data": data or None, "seed": seed, "processes": processes, **given}
+    flags = {"data": data or None, "eval_data": eval_data or None, "seed": seed, "processes": processes, **given}
     model = model or given.get("sft_model")
     if step.method and (model is not None or config):
         flags["method"] = step.method  # a run that begins so goes on so

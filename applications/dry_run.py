@@ -72,6 +72,7 @@ def _machine_and_models(outlook: Outlook) -> list[str]:
             "data",
             ", ".join(config.data.sources) + (f", at most {config.data.limit:,} rows" if config.data.limit else ""),
         ),
+        *([_line("evaluation data", ", ".join(config.data.eval_sources))] if config.data.eval_sources else []),
         _line("lengths", f"prompt {config.data.max_prompt_tokens} + response {config.data.max_response_tokens} tokens"),
     ]
 

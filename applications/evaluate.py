@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from applications.launch import run_stage_script
@@ -12,6 +13,7 @@ from inference.chat_target import find_chat_models
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from inference.streams import show_json
+from training.data.sources import absolute
 from training.evaluation import clicks
 from training.lineage import label_of, label_of_step
 from training.run_directory import RunDirectory, write_json
@@ -32,13 +34,14 @@ def evaluate(
     seed: int | None,
     as_json: bool,
     trusts: bool = False,
+    eval_data: Sequence[str] = (),
 ) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
     if judge == "clicks":
         require_reading(path, trusts)
-        if prompts or seed is not None:
-            raise UserError("--judge clicks asks no model: leave --prompts and --seed out.")
+        if prompts or seed is not None or eval_data:
+            raise UserError("--judge clicks asks no model: leave --prompts, --seed and --eval-data out.")
         evaluate_clicks(run, model, against, as_json)
         return
     require_yes(run.path, of_evaluation(run, run.read_config(), judge), trusts)
@@ -46,11 +49,12 @@ def evaluate(
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
     arguments += [] if seed is None else ["--seed", str(seed)]
+    arguments += [part for text in eval_data for part in ("--eval-data", absolute(text))]
     result_file, answers_file = run.comparison_of(run.last_step)
     if run.step(run.last_step).is_finished and not arguments:
         arguments = ["--model", run.last_step.command]
     else:  # the run's own comparison would seem to be done
-        result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts, seed)}.json"
+        result_file = path / "evaluations" / f"{file_name(model, against, judge, prompts, seed, eval_data)}.json"
         answers_file = result_file.with_suffix(".jsonl")
         arguments += ["--to", str(result_file)]
     with run.locked():
@@ -115,8 +119,11 @@ def known(source: str, words: tuple[str, ...] = WORDS) -> str:
         raise UserError(f"{error} Of the run itself: {', '.join(words)}.") from None
 
 
-def file_name(model: str, against: str, judge: str, prompts: int, seed: int | None) -> str:
+def file_name(
+    model: str, against: str, judge: str, prompts: int, seed: int | None, eval_data: Sequence[str] = ()
+) -> str:
     """`rlhf-against-base-by-learned-50`: what was asked, as far as it was."""
     parts = [model or "model", f"against-{against}" if against else "", f"by-{judge}" if judge else ""]
+    parts += [f"on-{text}" for text in eval_data]
     parts += [f"{prompts}-prompts" if prompts else "", "" if seed is None else f"seed-{seed}"]
     return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)).replace("/", "_")).strip("._") or "model"

@@ -344,6 +344,9 @@ def disk_needed(outlook: Outlook) -> int:
         shape = outlook.shape_of(step)
         models = 2 if step.draws_samples and config.rlhf.ema else 1
         total += models * shape.parameters * TORCH_DTYPES[config.save_dtype].itemsize if shape is not None else 0
+        if config.of_step(step).keep == "best" and shape is not None:  # that of each checkpoint, the newest, a new one
+            best = (keep * bool(every) + 2) * _trained_parameters(shape, trained[0][1])
+            total += best * (models * 4 + outlook.dtype.itemsize)
         for trained_shape, optimizer in trained:
             if every and trained_shape is not None:
                 total += (keep + 1) * _checkpoint_bytes(trained_shape, optimizer, outlook.dtype)

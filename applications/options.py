@@ -33,6 +33,15 @@ Data = Annotated[
         "SOURCE=2 counts twice. Default: chitchat, dialogues that come with rlhf-chat.",
     ),
 ]
+EvalData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--eval-data",
+        metavar="SOURCE",
+        help="Data for evaluation alone, given as --data is; no question of it is trained on. Default: a share of the "
+        "data is held out.",
+    ),
+]
 Config = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="A YAML file with settings; of several, the later one wins. Default: none."),

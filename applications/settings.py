@@ -63,10 +63,12 @@ def as_settings(given: Mapping[str, object]) -> dict[str, object]:
     fusion = given.get("fusion")
     if fusion is not None and fusion not in FUSIONS:
         raise UserError(f"--fusion {fusion}: choose one of {', '.join(FUSIONS)}.")
+    sources = {"source": given.get("data"), "eval_source": given.get("eval_data")}
+    data = {key: data_sources(value) for key, value in sources.items() if value is not None}
     of_step_3 = {"plan": given.get("plan"), "fusion": FUSIONS.get(str(fusion))}
     rlhf = {key: value for key, value in of_step_3.items() if value is not None}
-    settings = {key: value for key, value in given.items() if key not in of_step_3} | ({"rlhf": rlhf} if rlhf else {})
-    return settings | ({"data": {"source": data_sources(given["data"])}} if "data" in given else {})
+    settings = {key: value for key, value in given.items() if key not in {*of_step_3, "data", "eval_data"}}
+    return settings | ({"rlhf": rlhf} if rlhf else {}) | ({"data": data} if data else {})
 
 
 def data_sources(given: object) -> list[str]:

@@ -25,6 +25,8 @@ memory and peers."""
 class Checkpoints:
     """The directory `checkpoints/` of one step."""
 
+    what = "checkpoint"
+
     def __init__(self, directory: Path, keep: int, ranks: Ranks):
         self.directory = directory
         self.keep = keep
@@ -33,10 +35,10 @@ class Checkpoints:
     def save(self, number: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
         """All ranks call `write(directory)`; then the checkpoint gets its name, and old ones go."""
         temporary = self.directory / f".{number}.tmp"
-        older = self.numbers()[-1:]
+        older = self.gone_on_from.numbers()[-1:]
         goes_on = f"then the same command goes on from {f'checkpoint {older[0]}' if older else 'the start of the step'}"
         try:
-            with writing(f"checkpoint {number}", self.directory, goes_on):
+            with writing(f"{self.what} {number}", self.directory, goes_on):
                 self._write(number, temporary, write, state)
         except UserError:
             if self.ranks.size == 1:  # other ranks may still be writing; `newest` removes it at the next start
@@ -58,9 +60,18 @@ class Checkpoints:
                 wait_until_seen(temporary / name)
             write_json(temporary / STATE_FILE, {**state, "number": number, "ranks": self.ranks.size, "files": files})
             publish_directory(temporary, self.directory / str(number))
-            for old in self.numbers()[: -self.keep]:
+            for old in self.superfluous():
                 remove_directory(self.directory / str(old))
         self.ranks.barrier("saving a checkpoint")
+
+    @property
+    def gone_on_from(self) -> "Checkpoints":
+        """Those that a run goes on from when one cannot be written."""
+        return self
+
+    def superfluous(self) -> list[int]:
+        """Numbers of those that go."""
+        return self.numbers()[: -self.keep]
 
     def numbers(self) -> list[int]:
         """Numbers of the complete checkpoints, oldest first."""

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from training.plan_file import from_blocks
 from training.rlhf_settings import RLHFSettings
-from training.role_settings import OptimizerSettings, Settings, misplaced
+from training.role_settings import Keep, OptimizerSettings, Settings, misplaced, unguided
 from training.steps import METHODS, REWARD, SFT, STEPS, Method, Step
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -18,6 +18,8 @@ EMBEDDED_DATA = "chitchat"
 class DataSettings(Settings):
     source: str | list[str] = EMBEDDED_DATA
     """`chitchat` (the embedded default), a file, directory or hub id; a list blends several, `=2` is a weight."""
+    eval_source: str | list[str] = ""
+    """Data for evaluation alone, named as `source` is; what they serve, `source` need not hold out. Empty: none."""
     split: tuple[float, float, float] = (2, 4, 4)
     """Shares of one data set that go to steps 1, 2 and 3, when one set serves all steps."""
     held_out: float = Field(0.05, gt=0, lt=0.5)
@@ -43,6 +45,20 @@ class DataSettings(Settings):
     @property
     def sources(self) -> list[str]:
         return [self.source] if isinstance(self.source, str) else self.source
+
+    @property
+    def eval_sources(self) -> list[str]:
+        return [self.eval_source] * bool(self.eval_source) if isinstance(self.eval_source, str) else self.eval_source
+
+    @field_validator("eval_source")
+    @classmethod
+    def _check_eval_source(cls, source: str | list[str]) -> str | list[str]:
+        texts = [source] * bool(source) if isinstance(source, str) else source
+        if not all(text.strip() for text in texts):
+            raise ValueError("is empty; give a file, a directory or a hub id")
+        if EMBEDDED_DATA in texts:
+            raise ValueError(f"'{EMBEDDED_DATA}' has a split of its own; it evaluates what is trained on it alone")
+        return texts[0] if len(texts) == 1 else texts or ""
 
     @field_validator("source")
     @classmethod
@@ -70,6 +86,8 @@ class StepSettings(Settings):
     """Optimiser steps between evaluations on held-out rows; 0 means only at the start and the end."""
     eval_rows: int = Field(200, ge=1)
     """Held-out rows used in an evaluation."""
+    keep: Keep = "last"
+    """The model that is left: the last one, or that of the best evaluation, by accuracy (pairs) and then by loss."""
     checkpoint_every: int = Field(50, ge=0)
     """Optimiser steps between checkpoints; 0 means none."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -79,7 +97,9 @@ class StepSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
 
     @model_validator(mode="after")
-    def _offload_has_its_stage(self):
+    def _fits_together(self):
+        if found := unguided(self.keep, self.eval_every):
+            raise ValueError(found)
         if found := misplaced(self.optimizer.offload, self.optimizer.zero_stage):
             raise ValueError(f"optimizer.{found}")
         return self

@@ -14,7 +14,7 @@ from training.run_directory import RunDirectory
 from training.steps import DEMONSTRATIONS, PAIRS, PPO, PROMPTS, REWARD, SFT, STEPS, Step
 
 HELD_OUT = {PROMPTS: "prompts", PAIRS: "pairs", DEMONSTRATIONS: "demonstrations"}
-SHARED_OUT_BY = ("source", "split", "held_out", "limit", "bad_rows")
+SHARED_OUT_BY = ("source", "eval_source", "split", "held_out", "limit", "bad_rows")
 """Settings of the data that decide which rows are held out, beside the split's seed."""
 
 

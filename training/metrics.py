@@ -157,11 +157,11 @@ class PlainBar(Bar):
         self.display.say(" · ".join(filter(None, parts)))
 
 
-def held_out_line(name: str, number: int, evaluation: Mapping[str, float]) -> str:
+def held_out_line(name: str, number: int, evaluation: Mapping[str, float], is_best: bool = False) -> str:
     """What an evaluation found, for people."""
     found = {key.removeprefix("eval/"): value for key, value in evaluation.items() if key.startswith("eval/")}
     shown = " · ".join(f"{key.replace('_', ' ')} {value:z.3f}" for key, value in found.items())
-    return f"{name} {number}: held-out {shown or 'rows: none'}"
+    return f"{name} {number}: held-out {shown or 'rows: none'}{' · the best so far' * is_best}"
 
 
 def duration(seconds: float) -> str:

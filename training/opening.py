@@ -104,7 +104,7 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
 
 def require_sources(config: RunConfig) -> None:
     """Raise UserError where a data source is not there: a mistyped one is not another setting."""
-    for text in config.data.sources:
+    for text in (*config.data.sources, *config.data.eval_sources):
         source = parse_source(text)
         if text != EMBEDDED_DATA and not source.is_hub_id and find_set(source.name) is None:
             find_files(source.copy or source.path)

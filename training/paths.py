@@ -15,6 +15,7 @@ def found_from_anywhere(config: RunConfig) -> RunConfig:
         setattr(config, name, absolute_model(getattr(config, name)))
     if config.data.source != EMBEDDED_DATA:
         config.data.source = [absolute(text) for text in config.data.sources]
+    config.data.eval_source = [absolute(text) for text in config.data.eval_sources]
     config.data.parent = absolute_model(config.data.parent)
     rlhf = config.rlhf
     rlhf.ptx.source = absolute(rlhf.ptx.source) if rlhf.ptx.source else ""

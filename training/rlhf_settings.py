@@ -1,5 +1,6 @@
 """The settings of step 3: rollouts, rewards, KL penalty, fusion, updates, and its four roles."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from inference.errors import UserError
 from training.calls import Call, rlhf_calls
 from training.plan_file import from_blocks, read_plan, to_blocks
-from training.role_settings import DecayRate, FrozenSettings, OptimizerSettings, Settings, misplaced
+from training.role_settings import DecayRate, FrozenSettings, Keep, OptimizerSettings, Settings, misplaced, unguided
 
 
 class KLSettings(Settings):
@@ -23,10 +24,18 @@ class KLSettings(Settings):
     stop: float = Field(0.0, ge=0)
     """End training when the KL in nats per response exceeds this, with the model of the iteration before, which was
     inside; 0 never stops."""
+    keep: float = Field(0.0, ge=0)
+    """With rlhf.keep=best: the largest KL in nats per response of a model that may be kept; 0 means that of `stop`, and
+    any where that is 0."""
     place: Literal["auto", "reward", "loss"] = "auto"
     """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: loss for grpo."""
     measure: bool = False
-    """Score with a reference, for the metrics and warnings of KL, also where coefficient, target and stop are 0."""
+    """Score with a reference, for the metrics and warnings of KL, also where nothing else asks for it."""
+
+    @property
+    def bound(self) -> float:
+        """The largest KL of a model that keep=best keeps."""
+        return self.keep or self.stop or math.inf
 
 
 class RewardWeights(Settings):
@@ -165,6 +174,8 @@ class RLHFSettings(Settings):
     """Iterations between evaluations on held-out prompts, with one before the first and one at the end; 0: none."""
     eval_prompts: int = Field(64, ge=1)
     """Held-out prompts answered in an evaluation."""
+    keep: Keep = "last"
+    """The model that is left: the last one, or that of the evaluation with the highest reward within kl.keep."""
     checkpoint_every: int = Field(10, ge=0)
     """Iterations between checkpoints; 0 means none."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -194,7 +205,7 @@ class RLHFSettings(Settings):
     @property
     def has_reference(self) -> bool:
         """Whether the frozen SFT model scores; it is loaded unless, with LoRA, it is the actor."""
-        return self.kl.measure or max(self.kl.coefficient, self.kl.target, self.kl.stop) > 0
+        return self.kl.measure or max(self.kl.coefficient, self.kl.target, self.kl.stop, self.kl.keep) > 0
 
     @property
     def kl_in_loss(self) -> bool:
@@ -233,6 +244,12 @@ class RLHFSettings(Settings):
             if getattr(self, role).zero_stage == 3 or getattr(self.scoring_tensor_parallel, role, 1) > 1
         ]
         return min(divided, default="")
+
+    @model_validator(mode="after")
+    def _the_best_is_looked_for(self):
+        if found := unguided(self.keep, self.eval_every):
+            raise ValueError(found)
+        return self
 
     @model_validator(mode="after")
     def _offload_has_its_stage(self):

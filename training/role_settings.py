@@ -42,6 +42,16 @@ class LoRASettings(Settings):
         return targets
 
 
+Keep = Literal["last", "best"]
+
+
+def unguided(keep: Keep, eval_every: int) -> str:
+    """Why no best model can be chosen; '' where one can, or is not asked for."""
+    return "keep=best chooses by evaluations on the way, so eval_every must be over 0" * (
+        keep == "best" and not eval_every
+    )
+
+
 def misplaced(offload: str, zero_stage: int) -> str:
     """Why DeepSpeed cannot keep this in host memory under that stage; '' where it can."""
     if offload == "optimizer" and zero_stage == 0:

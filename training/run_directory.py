@@ -3,7 +3,7 @@
 runs/<name>/
   config.yaml  starts.jsonl  data/  evaluation.json  comparison.jsonl  report.html  preferences.jsonl
   step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl; steps.py)
-    model/  checkpoints/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
+    model/  checkpoints/N/  best/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
 
 import json
@@ -200,6 +200,11 @@ class StepDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """With keep=best: the weights of the best evaluation."""
+        return self.path / "best"
 
     @property
     def metrics_file(self) -> Path:

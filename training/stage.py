@@ -106,7 +106,7 @@ class Stage:
         step = self.directory.step
         files = [self.run.data / f"{step.rows.name}_{part}.jsonl" for part in ("train", "eval")]
         self.ranks.see(*files, self.run.data / COUNTS_FILE)
-        require_rows(self.run.data, step)
+        require_rows(self.run.data, step, self.settings.keep)
         train, held_out = map(read_rows, files)
         return train, held_out
 

@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from training.best import Best
 from training.config import StepSettings
 from training.data.batching import MicroBatch, plan_micro_batches
 from training.data.epochs import Epochs
 from training.evaluation.guard_rails import DOUBTFUL_ACCURACY
+from training.hybrid_engine.kept_weights import KeptWeights
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.launchers import processes_option
 from training.metrics import WARNING, held_out_line
@@ -85,7 +87,8 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
         idle = f"{rows} rows leave {ranks - rows} of {ranks} ranks idle"
         stage.display.say(f"Warning: {idle}: use {processes_option(rows)}")
     epochs = Epochs(rows, f"{stage.config.seed}")
-    number, evaluation = resume(stage, task)
+    best = Best(stage, KeptWeights(task.engine), rank_of, "optimiser step") if settings.keep == "best" else None
+    number, evaluation = resume(stage, task, best)
     before = next((row for row in stage.metrics.read() if "eval/loss" in row), None)  # others than the first rank: None
     stage.expect_checkpoints("optimiser step")
     with stage.display.progress(task.name, total, number) as bar:
@@ -97,7 +100,7 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
             metrics = train_batch(stage, task, batch, settings.micro_batch_tokens, number)
             bar.advance(f"loss {metrics['loss']:.3f}")
             if number == total or (settings.eval_every and number % settings.eval_every == 0):
-                evaluation = validate(stage, task, number, metrics)
+                evaluation = validate(stage, task, best, number, metrics)
                 if before is not None and (sentence := nothing_learned(step, before, evaluation, number == total)):
                     stage.display.say(f"{WARNING}{task.name} {number}: {sentence}")
                     before = None  # once is enough
@@ -108,7 +111,10 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
                 stage.checkpoints.save(number, task.engine.save, {"evaluation": evaluation})
             if ended:
                 raise stage.terminated(number)
-    return evaluation
+    if best is None:
+        return evaluation
+    best.put_back(total)
+    return task.evaluate() | {"kept": best.number}
 
 
 def seed_dropout(stage: Stage, number: int) -> None:
@@ -116,13 +122,22 @@ def seed_dropout(stage: Stage, number: int) -> None:
     torch.manual_seed(random.Random(f"dropout/{stage.config.seed}/{number}/{stage.ranks.rank}").getrandbits(63))
 
 
-def resume(stage: Stage, task: Task) -> tuple[int, dict[str, float]]:
+def rank_of(evaluation: Mapping[str, float]) -> tuple[float, float] | None:
+    """For keep=best: of pairs by accuracy, and then, as all else, by loss."""
+    if not evaluation:
+        return None
+    return evaluation.get("eval/accuracy", 0.0), -evaluation["eval/loss"]
+
+
+def resume(stage: Stage, task: Task, best: Best | None) -> tuple[int, dict[str, float]]:
     """Optimiser steps done and the last evaluation; the journals forget what came after. New runs are evaluated."""
     checkpoint = stage.checkpoints.newest()
+    if best is not None:
+        best.go_on_after(checkpoint[1]["number"] if checkpoint else -1)
     if checkpoint is None:
         stage.metrics.rewind(-1)
         stage.samples.rewind(-1)
-        return 0, validate(stage, task, 0)
+        return 0, validate(stage, task, best, 0)
     directory, state = checkpoint
     with stage.checkpoints.reading(directory):
         task.engine.load(directory)
@@ -154,11 +169,14 @@ def nothing_learned(step: Step, before: Mapping[str, float], now: Mapping[str, f
     )
 
 
-def validate(stage: Stage, task: Task, number: int, metrics: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Evaluate, write it down in one row with the `metrics` of the optimiser step, say it."""
+def validate(
+    stage: Stage, task: Task, best: Best | None, number: int, metrics: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Evaluate, write it down in one row with the `metrics` of the optimiser step, say it, keep the best so far."""
     evaluation = task.evaluate()
     stage.metrics.write(number, {**(metrics or {}), **evaluation})
-    stage.display.say(held_out_line(task.name, number, evaluation))
+    is_best = best is not None and best.look(number, evaluation)
+    stage.display.say(held_out_line(task.name, number, evaluation, is_best))
     return evaluation
 
 

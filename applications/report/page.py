@@ -67,7 +67,7 @@ def render(run: RunDirectory) -> str:
         name=run.path.resolve().name,
         config=config,
         steps=[
-            StepPart(title_of(step), run.step(step).is_finished, charts(step, rows[step], config))
+            StepPart(title_of(step), run.step(step).is_finished, kept(run.step(step)), charts(step, rows[step], config))
             for step in rows
             if rows[step] or step in config.steps
         ],
@@ -99,11 +99,21 @@ def render(run: RunDirectory) -> str:
 class StepPart:
     title: str
     is_finished: bool
+    kept: str
+    """Which model was left, where the best was kept."""
     charts: list[Chart]
 
 
 def title_of(step: Step) -> str:
     return f"Step {step.number}: {step.title}"
+
+
+def kept(step: StepDirectory) -> str:
+    result = step.read_result() if step.is_finished else {}
+    if "kept" not in result:
+        return ""
+    unit, last = ("iteration", "iterations") if step.step.draws_samples else ("optimiser step", "optimizer_steps")
+    return f"The model is that after {unit} {result['kept']} of {result[last]}, which had the best evaluation."
 
 
 def read_metrics(step: StepDirectory) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def test_without_clicks_there_is_a_sentence(clicked, tmp_path, capsys):
         UserError, match=r"Nobody has judged demo/sft against demo/base in .* demo/rlhf against demo/sft"
     ):
         by_clicks(clicked, "sft", "base")
-    with pytest.raises(UserError, match="leave --prompts and --seed out"):
+    with pytest.raises(UserError, match="leave --prompts, --seed and --eval-data out"):
         by_clicks(clicked, seed=1)
     run = RunDirectory(tmp_path / "new")
     run.write_config(RunConfig(model="tiny"), {})

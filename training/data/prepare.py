@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from inference.errors import UserError
 from training.config import EMBEDDED_DATA, DataSettings
 from training.data.blend import blend
 from training.data.chitchat import build_chitchat, load_dialogues
+from training.data.eval_data import read_eval_data
 from training.data.next_round import SHARES, go_on
 from training.data.rated_texts import load_texts
 from training.data.reading import SourceRows, read_sources
@@ -68,10 +69,14 @@ def prepare_data(
     counts_file = directory / COUNTS_FILE
     if counts_file.exists():
         return DataCounts(**read_counts(directory))
-    sets, counts, left_out = build_rows(settings, seed, chat_format, report)
+    eval_data = read_eval_data(settings, report, chat_format)
+    sets, counts, left_out = build_rows(settings, seed, chat_format, report, eval_data.serves)
     if settings.parent:
         counts.notes.append(go_on(sets, Path(settings.parent), seed))
-        counts.rows = count_rows(sets)
+    if eval_data.found:
+        counts.notes.append(eval_data.hold_out(sets, seed))
+        left_out += [(place, reason) for each in eval_data.found for place, reason, _ in each.left_out]
+    counts.rows = count_rows(sets)
     require_difference(sets.pairs_train, settings, chat_format)
 
     def write(place: Path) -> None:
@@ -111,14 +116,19 @@ def require_difference(pairs: list[PairRow], settings: DataSettings, chat_format
 
 
 def build_rows(
-    settings: DataSettings, seed: int, chat_format: ChatFormat, report: Callable[[str], None]
+    settings: DataSettings,
+    seed: int,
+    chat_format: ChatFormat,
+    report: Callable[[str], None],
+    evaluated: Collection[str] = (),
 ) -> tuple[RowSets, DataCounts, list[tuple[str, str]]]:
-    """The rows of each step, their counts, and place and reason of what was left out."""
+    """The rows of each step, their counts, and place and reason of what was left out. What is `evaluated` by other data
+    holds nothing out of a user's own."""
     if settings.source == EMBEDDED_DATA:
         sets, skipped, notes = build_chitchat(load_dialogues(), load_texts(report), settings, seed, chat_format)
         return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
     found = read_sources(settings, report, chat_format)
-    sets, notes = split_and_blend(found, settings, seed)
+    sets, notes = split_and_blend(found, settings, seed, evaluated)
     left_out = [(place, reason) for each in found for place, reason, _ in each.left_out]
     reasons = Counter(reason for _, reason in left_out)
     places: dict[str, list[str]] = {reason: [] for reason in reasons}
@@ -129,7 +139,9 @@ def build_rows(
     return sets, DataCounts(count_rows(sets), dict(reasons.most_common()), notes, places, sources), left_out
 
 
-def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) -> tuple[RowSets, list[str]]:
+def split_and_blend(
+    found: list[SourceRows], settings: DataSettings, seed: int, evaluated: Collection[str] = ()
+) -> tuple[RowSets, list[str]]:
     """All sources together are shared out over steps and evaluation, each row once; then their weights count.
 
     Also returns what a person should know about it. What several sources have is the one's with the largest weight.
@@ -142,7 +154,7 @@ def split_and_blend(found: list[SourceRows], settings: DataSettings, seed: int) 
     elif found[0].source.weight != 1:
         raise UserError(f"{found[0].source} is the only source, so its weight says nothing: leave it out.")
     shares = SHARES if settings.parent else settings.split
-    sets = split_rows(rows, shares, settings.held_out, seed, all_serve_all=bool(settings.parent))
+    sets = split_rows(rows, shares, settings.held_out, seed, all_serve_all=bool(settings.parent), evaluated=evaluated)
     repeats = keep_once(sets)
     shuffle(sets, seed)
     notes = [f"each prompt or pair is in a set once: {repeats:,} repeats are left out"] if repeats else []

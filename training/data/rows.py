@@ -9,6 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 from inference.chat_template import Message
 from inference.errors import UserError
+from training.role_settings import Keep
 from training.steps import PROMPTS, Step
 
 
@@ -121,8 +122,13 @@ INSTEAD = {
 """Command of a step -> how it goes without its rows."""
 
 
-def require_rows(directory: Path, step: Step) -> None:
-    """Raise UserError where a run's data directory has nothing for `step` to train on."""
+def require_rows(directory: Path, step: Step, keep: Keep = "last") -> None:
+    """Raise UserError where a run's data directory has nothing for `step` to train on, or to choose the best by."""
+    if keep == "best" and (directory / f"{step.rows.name}_eval.jsonl").stat().st_size == 0:
+        raise UserError(
+            f"{step.command}.keep=best chooses by held-out rows, and the data hold none out for step {step.label}: "
+            f"give some with --eval-data, more data, or {step.command}.keep=last."
+        )
     file = directory / f"{step.rows.name}_train.jsonl"
     if file.stat().st_size == 0:
         files = [each for each in directory.glob("*_*.jsonl") if each.stem != "left_out" and each.stat().st_size]

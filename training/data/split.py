@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar, cast
 
 from inference.chat_template import Message
@@ -24,14 +24,20 @@ SHARES = ("sft", "pairs", "prompts")
 
 
 def split_rows(
-    rows: Sequence[Row], shares: tuple[float, float, float], held_out: float, seed: int, all_serve_all: bool = False
+    rows: Sequence[Row],
+    shares: tuple[float, float, float],
+    held_out: float,
+    seed: int,
+    all_serve_all: bool = False,
+    evaluated: Collection[str] = (),
 ) -> RowSets:
     """Share pairs out over the three steps, in proportion to `shares` (as DeepSpeed-Chat); demonstrations go to step 1
     and prompts to step 3. Demonstrations alone train step 1, and all their prompts serve step 3 too. Where
     `all_serve_all`, each pair serves each step that has a share.
 
-    `held_out` is the share of the questions kept for evaluation, at least one of each kind with two or more. Nothing is
-    trained on their rows, so they serve every step that they can. Rows are group by group, in their own order.
+    `held_out` is the share of the questions kept for evaluation, at least one of each kind with two or more; none of a
+    kind whose uses are all `evaluated` by other data. Nothing is trained on their rows, so they serve every step that
+    they can. Rows are group by group, in their own order.
     """
     check_shares(shares)
     group_of = choose_groups(rows)
@@ -39,8 +45,10 @@ def split_rows(
     for row in rows:
         kinds[kind_of(row)][group_of(row)].append(row)
     aside: set[str] = set()
-    for groups in kinds.values():
-        aside |= hold_out(groups, held_out, seed)
+    for kind, groups in kinds.items():
+        used = [use for use, share in zip(SHARES, shares, strict=True) if share > 0 and use in USES[kind]]
+        if not set(used) <= set(evaluated):
+            aside |= hold_out(groups, held_out, seed)
     for groups in kinds.values():  # what one kind holds out may be all that another has
         if groups.keys() <= aside:
             aside.remove(in_random_order(list(groups), f"{seed} hold out")[-1])

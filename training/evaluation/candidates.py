@@ -29,6 +29,8 @@ class Request:
     prompts: int = 0
     seed: int | None = None
     """Of the answers."""
+    eval_data: tuple[str, ...] = ()
+    """Sources of the rows to measure on, in place of those that the run holds out."""
 
 
 @dataclass(frozen=True)

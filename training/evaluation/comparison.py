@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.preferences import PreferenceFile
 from training.config import EvaluationSettings
-from training.data.rows import read_rows
+from training.data.eval_data import read_eval_data
+from training.data.rows import RowSets, read_rows
 from training.data.split import choose_groups, once
 from training.data.upbeat import upbeat_score
 from training.evaluation import statistics
@@ -75,16 +77,41 @@ class Comparison:
         self.judge = find_judge(stage, self.request.judge, self.reward_model, self.judge_before)
         asks = self.judge is not None and self.judge.source == "reward"
         self.rewards = Rewards(self.settings, stage.ranks) if asks else None
+        self.given = self.read_given()
         limit = self.request.prompts or stage.config.evaluation.prompts or EvaluationSettings().prompts
         self.held_out = once(self.eval_rows("prompts"), evaluation=True)[:limit]
         if not self.held_out:
-            raise UserError("The run holds out no prompts to answer: it needs more rows, or a larger data.held_out.")
+            raise UserError(
+                "The run holds out no prompts to answer: it needs more rows, a larger data.held_out, or --eval-data."
+            )
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
         labels = (each.label(stage.run) for each in (self.model, self.against))
         self.clicks = win_rates(PreferenceFile(stage.run.preferences).read(), *labels)
 
+    def read_given(self) -> RowSets | None:
+        """The rows of the request; None where those that the run holds out are meant."""
+        if not self.request.eval_data:
+            return None
+        settings = self.data.model_copy(update={"eval_source": list(self.request.eval_data)})
+        chat_format = ChatFormat.load(self.model.directory)
+        return read_eval_data(settings, self.stage.display.say, chat_format).sets(self.stage.config.split_seed)
+
+    def seen_in_training(self) -> str:
+        """How many of the prompts that were given have a question that this run trained on."""
+        files = sorted(self.stage.run.data.glob("*_train.jsonl"))
+        trained: list[Any] = [row for file in files for row in read_rows(file)]
+        group_of = choose_groups([*trained, *self.held_out])
+        known = set(map(group_of, trained))
+        seen = sum(group_of(row) in known for row in self.held_out)
+        where = self.stage.run.path
+        return (
+            f"Of the {len(self.held_out):,} prompts that were given, {seen:,} have a question that {where} trained on."
+        )
+
     def eval_rows(self, kind: str) -> list[Any]:
         """Held-out rows of the run; none where its data were never prepared for them."""
+        if self.given is not None:
+            return getattr(self.given, f"{kind}_eval")
         file = self.stage.run.data / f"{kind}_eval.jsonl"
         return read_rows(file) if file.exists() else []
 
@@ -117,7 +144,8 @@ class Comparison:
             "sampling": {"temperature": self.settings.temperature, "max_tokens": self.data.max_response_tokens},
             "pair": {self.against.key: self.against.name, self.model.key: self.model.name},
         }
-        if found := trained_elsewhere(self.stage.run, sources(self.stage, (self.against, self.model), self.judge)):
+        found = trained_elsewhere(self.stage.run, sources(self.stage, (self.against, self.model), self.judge))
+        if found := found if self.given is None else [self.seen_in_training()]:
             result["trained_elsewhere"] = found
         scores = self.score(theirs, ours, pair, result)
         result |= pair
@@ -188,7 +216,7 @@ class Comparison:
 
     def found_by_step_2(self) -> dict[str, Any]:
         """What step 2 found of the reward model that it trained: there is one figure of it. Nothing of another's."""
-        trained_here = not self.stage.config.given_model(REWARD)
+        trained_here = self.given is None and not self.stage.config.given_model(REWARD)
         return self.stage.run.step(REWARD).read_result() if trained_here else {}
 
     def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> list[float]:

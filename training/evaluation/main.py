@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trust", action="store_true", help="yes to what a run from elsewhere would run and send to")
     parser.add_argument("--prompts", type=int, default=0, help="how many; 0: evaluation.prompts")
     parser.add_argument("--seed", type=int, help="of the answers; default: the run's")
+    parser.add_argument("--eval-data", action="append", default=[], help="rows instead of the run's; several times")
     parser.add_argument("--to", type=Path, help="the JSON file for the result; the answers go beside it as .jsonl")
     return parser.parse_args()
 
@@ -38,7 +39,8 @@ if __name__ == "__main__":
 
     arguments = parse_arguments()
     run = RunDirectory(arguments.run_directory)
-    request = Request(arguments.model, arguments.against, arguments.judge, arguments.prompts, arguments.seed)
+    asked = arguments.model, arguments.against, arguments.judge, arguments.prompts, arguments.seed
+    request = Request(*asked, tuple(arguments.eval_data))
     compared = [step for step in COMPARED if step.command == arguments.model] or COMPARED
     own_files = run.comparison_of(compared[0])
     files = (arguments.to, arguments.to.with_suffix(".jsonl")) if arguments.to else own_files

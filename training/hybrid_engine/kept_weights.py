@@ -10,12 +10,12 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 
 
 class KeptWeights:
-    """Of a trained role and its moving average, in main memory.
+    """Of a trained role and its moving average, in main memory or in files.
 
     The state of the optimiser is not kept: training ends with what is put back.
     """
 
-    def __init__(self, engine: ZeroEngine | None, average: MovingAverage | None):
+    def __init__(self, engine: ZeroEngine | None, average: MovingAverage | None = None):
         """`engine` is None on ranks that do not train the role."""
         self.engine = engine
         self.averages = average.averages if average is not None else []
@@ -27,8 +27,10 @@ class KeptWeights:
         self.is_kept = True
         if self.engine is None:
             return
-        held = [*self.engine.held_weights(), *self.averages]
-        self.kept = [tensor.detach().to("cpu", copy=True) for tensor in held]
+        self.kept = [tensor.to("cpu", copy=True) for tensor in self._held(self.engine)]
+
+    def _held(self, engine: ZeroEngine) -> list[Tensor]:
+        return [tensor.detach() for tensor in (*engine.held_weights(), *self.averages)]
 
     def put_back(self) -> None:
         """All ranks call it."""
@@ -41,11 +43,18 @@ class KeptWeights:
 
     def save(self, directory: Path) -> None:
         """All ranks call it; each writes its part."""
-        if self.engine is None:
-            return
-        directory = self.engine.folder(directory)
+        if self.engine is not None:
+            self._write(self.engine, directory, self.kept)
+
+    def save_present(self, directory: Path) -> None:
+        """As `save`, of the weights as they are now, which are not kept in memory."""
+        if self.engine is not None:
+            self._write(self.engine, directory, self._held(self.engine))
+
+    def _write(self, engine: ZeroEngine, directory: Path, tensors: list[Tensor]) -> None:
+        directory = engine.folder(directory)
         directory.mkdir(exist_ok=True, parents=True)
-        torch.save(self.kept, directory / f"{self.engine.ranks.rank}.pt")
+        torch.save(tensors, directory / f"{engine.ranks.rank}.pt")
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote with as many ranks."""

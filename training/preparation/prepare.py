@@ -54,7 +54,7 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, step
     prepare_data(config.data, config.split_seed, run.data, chat_format, say)
     try:
         for step in trained_now:
-            require_rows(run.data, step)
+            require_rows(run.data, step, config.of_step(step).keep)
     except UserError:
         if not are_there:  # so that the run's name is free
             shutil.rmtree(run.data)

@@ -1,7 +1,7 @@
 """What the policy answers to held-out prompts while it learns, measured; nothing is learned from it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class HeldOut:
 
 def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor:
     return torch.tensor(chat_format.prompt_ids(row["prompt"], max_tokens))
+
+
+def rank_within(bound: float, evaluation: Mapping[str, float]) -> tuple[float] | None:
+    """For keep=best: by reward, none where the KL is over the bound. Without a reference it is not measured."""
+    return (evaluation["eval/reward"],) if evaluation.get("eval/kl", 0.0) <= bound else None
 
 
 def mean_kl(experience: list[Experience]) -> float:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
+from training.best import Best
 from training.calls import ACTOR_SCORE, ACTOR_TRAIN
 from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
@@ -28,7 +30,7 @@ from training.step3_rlhf import ppo_math
 from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
 from training.step3_rlhf.forecast import Forecast, as_data, metrics_of, update_data
-from training.step3_rlhf.held_out import HeldOut, encode_prompt, mean_kl
+from training.step3_rlhf.held_out import HeldOut, encode_prompt, mean_kl, rank_within
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
 from training.step3_rlhf.reward_gate import look_at_reward_model
@@ -68,9 +70,13 @@ def train(stage: Stage) -> None:
         forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer)
     ppo = PPO(stage, roles, chat_format, prompts, rows, held_out, forecast)
     iterations = ppo.fit()
+    kept = {}
+    if ppo.best is not None:
+        ppo.best.put_back(iterations)
+        kept = {"kept": ppo.best.number}
 
     save_actor(stage, roles, sft, chat_format)
-    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient})
+    stage.finish({"iterations": iterations, "kl_coefficient": ppo.kl.coefficient} | kept)
 
 
 def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -> None:
@@ -135,6 +141,10 @@ class PPO:
         self.rollouts = Rollouts(stage, roles, chat_format)
         self.rewards = Rewards(self.settings, stage.ranks, roles.reward_is_normalized)
         self.held_out = HeldOut(stage, self.rollouts, self.rewards, chat_format, held_out)
+        self.best = None
+        if self.settings.keep == "best":
+            weights = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema)
+            self.best = Best(stage, weights, partial(rank_within, kl.bound), "iteration")
         self.order = Epochs(len(prompts), f"{stage.config.seed}/prompts")
         self.inside = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema) if kl.stop else None
         """The model before the newest update, whose KL was within rlhf.kl.stop."""
@@ -212,7 +222,8 @@ class PPO:
                 self.save(number, stopped, to_evaluate=True)
             raise
         self.stage.metrics.write(number, evaluation)
-        self.stage.display.say(held_out_line("PPO", number, evaluation))
+        is_best = self.best is not None and self.best.look(number, evaluation)
+        self.stage.display.say(held_out_line("PPO", number, evaluation, is_best))
 
     def save(self, number: int, stopped: bool, to_evaluate: bool = False) -> None:
         """A checkpoint after iteration `number`; `to_evaluate` where what goes on from it must do that first."""
@@ -232,6 +243,8 @@ class PPO:
     def resume(self, updates: Journal) -> tuple[int, bool]:
         """Iterations done, and whether the run had stopped early; the journals forget what came after."""
         checkpoint = self.stage.checkpoints.newest()
+        if self.best is not None:
+            self.best.go_on_after(checkpoint[1]["number"] if checkpoint else -1)
         if checkpoint is None:
             updates.rewind(-1)
             self.stage.metrics.rewind(-1)

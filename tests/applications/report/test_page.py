@@ -44,6 +44,8 @@ def make_run(path, evaluated: bool = True, rlhf: dict | None = None, attack: str
     for step in METHODS["ppo"]:
         run.step(step).model.mkdir(parents=True)
         run.step(step).result_file.write_text(json.dumps({"seconds": 60.0 * step.number, "eval/accuracy": 0.81}))
+    kept = {"seconds": 180.0, "eval/accuracy": 0.81, "iterations": 17, "kept": 9}
+    run.step(PPO).result_file.write_text(json.dumps(kept))
     run.step(SFT).metrics_file.write_text(
         lines([{"number": n, "loss": 4 - n / 50, "time/train": 0.5, "tokens_per_second": 900.0} for n in range(1, 100)])
         + lines([{"number": 99, "eval/loss": 2.2, "eval/perplexity": 9.0}])
@@ -127,6 +129,7 @@ def test_everything_has_its_place(tags):
     assert verdict in text
     assert "Out of bounds" not in text
     assert "75.0% (61.0% to 89.0%)" in text and "KL to SFT (nats a reply) 0.00 2.50" in text
+    assert "The model is that after iteration 9 of 17, which had the best evaluation." in text
     assert "seed 7 1" in text  # what differs from the default, and the default
     assert "torch 2.13.0" in text and "Step 3: PPO" in text and "SFT" in text and "iteration 17" in text
     assert tags.count("article") == 8 and tags.count("details") == 2

@@ -439,11 +439,35 @@ def test_a_round_is_measured_against_the_one_before_by_the_rewards_of_both(stage
     ours, before = result["win_rate"], result["win_rate_before"]
     assert (ours["judge"], before["judge"]) == ("learned reward", "reward of run")
     assert before["rate"] == pytest.approx(1 - ours["rate"]) and before["rate"] != 0.5
-    assert result["rlhf"]["reward_before"] + result["rlhf"]["learned_reward"] == pytest.approx(
-        -0.5
-    )  # 2 x shift / scale
+    both = result["rlhf"]["reward_before"] + result["rlhf"]["learned_reward"]
+    assert both == pytest.approx(-0.5)  # twice the shift, by the scale
 
     shutil.rmtree(run.step(REWARD).path)
     direct = Comparison(later).run(tmp_path / "direct.json", tmp_path / "direct.jsonl")
     assert direct["win_rate"]["judge"] == "reward of run" and "win_rate_before" not in direct
     assert direct["win_rate"]["rate"] == before["rate"] and "judge_accuracy" in direct
+
+
+def test_given_rows_take_the_place_of_those_that_the_run_holds_out(finished, tmp_path):
+    from training.distributed import Ranks
+    from training.stage import make_stage
+
+    given = tmp_path / "given.jsonl"
+    rows = [{"prompt": f"{n} apples?", "chosen": "Yes, please.", "rejected": "No."} for n in ("Two", "Three", "No")]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = finished.data / "prompts_train.jsonl"
+    trained.write_text(json.dumps({"prompt": messages("two apples")}) + "\n")
+    stage = make_stage(finished, PPO, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
+    stage.display.quiet = True
+    try:
+        comparison = Comparison(stage, Request(eval_data=(str(given),)))
+        result = comparison.run(tmp_path / "result.json", tmp_path / "answers.jsonl")
+    finally:
+        trained.unlink()
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert sorted(row["prompt"][0]["content"] for row in answers) == ["No apples?", "Three apples?", "Two apples?"]
+    assert result["reward_accuracy"]["all"]["pairs"] == 3
+    assert {row["response"] for row in comparison.demonstrations} == {"Yes, please."}
+    assert result["trained_elsewhere"] == [
+        f"Of the 3 prompts that were given, 1 have a question that {finished.path} trained on."
+    ]

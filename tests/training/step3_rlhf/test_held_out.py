@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,13 @@ from training.steps import PPO
 
 SETTINGS = {**BASE, "iterations": 3, "checkpoint_every": 2, "ema": 0.5, "temperature": 0.9, "kl": {"coefficient": 0.1}}
 EVALUATED = {**SETTINGS, "eval_every": 2, "eval_prompts": 4}
+STEADY = {"learning_rate": 1e-2, "warmup": 0, "schedule": "constant"}
+"""So that a shorter run learns the same."""
+BEST = {**EVALUATED, "iterations": 4, "eval_every": 1, "actor": STEADY, "critic": STEADY, "keep": "best"}
+BEST["kl"] = {"coefficient": 0.1, "keep": 1.0}
+TOLD = [{"eval/reward": r, "eval/kl": kl} for r, kl in ((0.1, 0.0), (0.2, 0.2), (0.9, 0.9), (0.5, 0.5), (2.0, 1.1))]
+KEPT = 2
+"""The last evaluation of TOLD is over the bound."""
 SCORER = """
 from pathlib import Path
 evaluations = []
@@ -29,10 +37,48 @@ def left(seen) -> dict:
     if not seen.stage.ranks.is_first:
         return {}
     model = seen.stage.directory.model / "model.safetensors"
-    digest = hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else ""
+    digest = digest_of(model) if model.exists() else ""
     file = seen.stage.directory.metrics_file
     metrics = [json.loads(line) for line in file.read_text().splitlines()]
-    return {"model": digest, "metrics": metrics, "said": seen.stage.said}
+    found = {"model": digest, "metrics": metrics, "said": seen.stage.said}
+    if seen.stage.directory.is_finished:
+        found["result"] = seen.stage.directory.read_result()
+        found["average"] = digest_of(seen.stage.directory.ema_model / "model.safetensors")
+    return found
+
+
+def digest_of(file) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def run_best(ranks, directory, models, settings: dict) -> dict:
+    """A run that keeps the best within a bound, one that is killed, and one that ends where the best was; by what
+    evaluations are told to find."""
+    from training.step3_rlhf.held_out import HeldOut
+    from training.step3_rlhf.ppo import PPO
+
+    evaluate, found = PPO.evaluate, {}
+
+    def told(trainer, number: int, stopped: bool) -> None:
+        with patch.object(HeldOut, "measure", lambda held_out: TOLD[number]):
+            evaluate(trainer, number, stopped)
+
+    with patch.object(PPO, "evaluate", told):
+        found["best"] = left(run_step(ranks, directory / "best", models, settings))
+        if ranks.size == 1:
+            run_step(ranks, directory / "killed best", models, settings, killed_in=4)
+            found["killed"] = left(run_step(ranks, directory / "killed best", models, settings))
+    shorter = {**settings, "iterations": KEPT, "keep": "last", "eval_every": 0}
+    return found | {"shorter": left(run_step(ranks, directory / "shorter", models, shorter))}
+
+
+def run_together(ranks, directory):
+    models = make_models(ranks, directory)
+    found = {}
+    for zero, lora in ((1, 0), (3, 4)):
+        actor = {**STEADY, "zero_stage": zero, "lora": {"rank": lora}}
+        found[f"{zero} {lora}"] = run_best(ranks, directory / f"{zero}{lora}", models, {**BEST, "actor": actor})
+    return found
 
 
 def run_alone(ranks, directory):
@@ -52,6 +98,7 @@ def run_alone(ranks, directory):
         run_step(ranks, directory / "failed", models, {**EVALUATED, **more, "checkpoint_every": 3})
     (directory / "fails").unlink()
     found["failed"] = left(run_step(ranks, directory / "failed", models, {**EVALUATED, **more, "checkpoint_every": 3}))
+    found["kept"] = run_best(ranks, directory, models, BEST)
     return found | {"by hand": by_hand(models, directory / "with" / PPO.folder / "model")}
 
 
@@ -91,6 +138,11 @@ def alone(tmp_path_factory):
     return run_ranks(__file__, "run_alone", 1, tmp_path_factory.mktemp("held-out"))[0]
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    return run_ranks(__file__, "run_together", 2, tmp_path_factory.mktemp("held-out"))[0]
+
+
 def evaluations(found: dict) -> list[dict]:
     return [line for line in learning(found["metrics"]) if "eval/reward" in line]
 
@@ -120,3 +172,19 @@ def test_a_run_that_was_killed_or_whose_reward_failed_evaluates_as_one_that_was_
     assert alone[name]["model"] == alone["with"]["model"]
     assert learning(alone[name]["metrics"]) == learning(alone["with"]["metrics"])
     assert any(text == "PPO: going on after iteration 2" for text in alone[name]["said"])
+
+
+@pytest.mark.parametrize("case", ["alone", "1 0", "3 4"])
+def test_the_best_within_the_bound_is_left_with_its_average(request, case):
+    found = request.getfixturevalue("alone")["kept"] if case == "alone" else request.getfixturevalue("together")[case]
+    best, shorter = found["best"], found["shorter"]
+    assert best["result"]["kept"] == KEPT
+    assert (best["model"], best["average"]) == (shorter["model"], shorter["average"])
+    assert "kept" not in shorter["result"] and best["result"]["iterations"] == 4
+
+
+def test_a_killed_run_keeps_the_same_model(alone):
+    best, killed = alone["kept"]["best"], alone["kept"]["killed"]
+    assert (killed["model"], killed["average"]) == (best["model"], best["average"])
+    assert killed["result"]["kept"] == best["result"]["kept"]
+    assert learning(killed["metrics"]) == learning(best["metrics"])
