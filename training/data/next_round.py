@@ -1,11 +1,11 @@
 """The rows of a run that goes on from another one: what was held out there stays held out, its prompts serve here."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from inference.errors import UserError
 from training.data.rows import PANEL_FILE, PanelRow, RowSets, read_rows
-from training.data.split import T, choose_groups, identity, once, shuffle
+from training.data.split import choose_groups, identity, once, shuffle
 
 SHARES = (0, 1, 1)
 """`data.split` of such a run, whose step 1 is done: pairs serve steps 2 and 3."""
@@ -28,10 +28,10 @@ def go_on(sets: RowSets, parent: Path, seed: int) -> str:
         for part in ("_train", "_eval")
     )
     held_out_there = held_out - trained  # the texts of the embedded default are held out, and not what they answer
-    held_out_here = [] if theirs.prompts_eval else sets.prompts_eval
+    held_out_here = [] if theirs.prompts_eval else cast(list[Any], sets.prompts_eval)
     aside = set(map(group_of, [*sets.pairs_eval, *held_out_here]))
 
-    def left(rows: list[T]) -> list[T]:
+    def left(rows: list[Any]) -> list[Any]:
         return [row for row in rows if group_of(row) not in aside and question_of(row) not in held_out_there]
 
     moved = once([row for row in sets.pairs_train if question_of(row) in held_out_there], evaluation=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
-from training.lineage import Source, base_model, label_of, newest_reward_model, origin_of, rounds_of
+from training.lineage import Source, base_model, label_of, origin_of, reward_model_before
 from training.models.loading import require_scorer
 from training.run_directory import RunDirectory
 from training.stage import Stage
@@ -106,8 +106,7 @@ def find_reward_model(stage: Stage) -> Path | None:
 
 def find_judge_before(stage: Stage) -> Judge | None:
     """The reward model of the run that this one goes on from, or of one before that; None where there is none."""
-    *before, _ = rounds_of(stage.run)
-    source = newest_reward_model(before[-1]) if before else ""
+    source = reward_model_before(stage.config)
     if not source:
         return None
     origin = origin_of(source)
