@@ -63,6 +63,8 @@ def test_a_second_person_judges_what_others_have_judged(judged):
     assert judged.ask("GET", "preferences", params={"by": "bob"}) == {"count": 1, "others": 2, "suggests": True}
     rest = [judged.ask("POST", "pairs", json={"unjudged_by": "bob"}) for _ in range(2)]  # the second before a verdict
     assert [sorted(pair["answers"]) for pair in rest] == [sorted(pair["answers"]) for pair in pairs[1:]]
+    sides = {tuple(judged.ask("POST", "pairs", json={"unjudged_by": f"{n}"})["answers"]) for n in range(20)}
+    assert len(sides) == 2  # of the first pair; else once in 500,000
     for by in ("ada", "bob"):
         error = judged.ask("POST", "pairs", 404, json={"unjudged_by": by})
         assert error["message"] == f"Nothing that others have judged is left for {by}."
