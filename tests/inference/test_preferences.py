@@ -188,7 +188,7 @@ def test_a_file_of_another_kind_is_left_as_it_is(file, foreign):
         ):
             use()
     assert file.path.read_bytes() == foreign.encode("latin-1")
-    mixed = f"{PAIR.judged('a', 'ada').line}\n{foreign.strip()}".encode("utf-8")
+    mixed = f"{PAIR.judged('a', 'ada').line}\n{foreign.strip()}".encode()
     file.path.write_bytes(mixed)
     with pytest.raises(UserError, match="is no verdict"):
         file.add(PAIR.judged("a", "ada"))
