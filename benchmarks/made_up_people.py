@@ -3,9 +3,10 @@
     python -m benchmarks.made_up_people runs/demo --out benchmarks/results/made_up_people.json
     python -m benchmarks.made_up_people runs/demo --method dpo --set dpo.epochs=4
 
-The newest model of the run answers its own training prompts twice. Each person judges the same pairs of answers by one
-rule, and `rlhf-chat run --from` goes on from the run with that person's verdicts. Both models then answer the run's
-held-out prompts, on which the person judges again, a tie counting half. Pairs and rounds lie in runs/made-up-NAME.
+The newest model of the run answers its own training prompts twice. Each person judges pairs of answers by one rule,
+skips those that are alike by it, and `rlhf-chat run --from` goes on from the run with that person's verdicts. Both
+models then answer the run's held-out prompts, on which the person judges again, a tie counting half. Verdicts and
+rounds lie in runs/made-up-NAME.
 Prints Markdown. Exit code 1 where a person does not prefer the new model, or a guard rail is broken.
 """
 
@@ -13,7 +14,6 @@ import argparse
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -61,9 +61,10 @@ class Person:
     taste: str
     score: Callable[[str], float]
 
-    def verdict(self, pair: BlindPair) -> Winner:
+    def verdict(self, pair: BlindPair) -> Winner | None:
+        """None where the person skips the pair."""
         left, right = self.score(pair.left.text), self.score(pair.right.text)
-        return "tie" if left == right else "a" if left > right else "b"
+        return None if left == right else "a" if left > right else "b"
 
 
 PEOPLE = (
@@ -72,22 +73,21 @@ PEOPLE = (
 )
 
 
-def draw_pairs(run: RunDirectory, count: int) -> list[BlindPair]:
-    """Two different answers of the run's newest model to each of its next training prompts, as `prefer` draws them."""
+def draw_pairs(run: RunDirectory) -> Iterator[BlindPair]:
+    """Two different answers of the run's newest model to each of its training prompts, as `prefer` draws them."""
     answerer, config = find_answerer(run.path, "", trusts=False), run.read_config()
     model = ChatModel.load(answerer.directory)
     settings = SamplingSettings(config.data.max_response_tokens, config.rlhf.temperature)
     engine = GenerationEngine(model.model, model.format.end_ids, model.pad_id, SLOTS, graphs=False)
     prompts = suggestions(run, [])
-    pairs: list[BlindPair] = []
-    while len(pairs) < count and (asked := list(islice(prompts, count - len(pairs)))):
+    while asked := list(islice(prompts, SLOTS * 4)):
         seeds = [(new_seed(), new_seed()) for _ in asked]
         texts = answers(model, engine, asked, seeds, settings)
         for prompt, both, of_both in zip(asked, seeds, texts, strict=True):
             one, other = (Answer(answerer.label, *each) for each in zip(of_both, both, strict=True))
             pair = BlindPair.of(prompt, one, other, settings.temperature, settings.max_tokens)
-            pairs += [] if pair.are_equal else [pair]
-    return pairs
+            if not pair.are_equal:
+                yield pair
 
 
 def answers(
@@ -125,7 +125,7 @@ def one_round(run: RunDirectory, person: Person, file: PreferenceFile, name: str
     signs = guard_signs(evaluation, before, after)
     return {
         "taste": person.taste,
-        "verdicts": Counter("tie" if click.winner == "tie" else "better" for click in file.read()),
+        "clicks": len(file.read()),
         "step": made.last_step.command,
         "win_rate": win_rate((scores[0], scores[1]), questions, range(len(rows))),
         "evaluation": {key: evaluation[key] for key in (before, after)},
@@ -141,14 +141,13 @@ def trained(run: RunDirectory) -> Iterator[Any]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| taste | verdicts for one answer | preferred over the one before | target | KL | length | guard rails |",
+        "| taste | clicks | preferred over the one before | target | KL | length | guard rails |",
         "|---|---|---|---|---|---|---|",
     ]
     for each in found.values():
         win, (before, after) = each["win_rate"], each["evaluation"].values()
-        clicks = sum(each["verdicts"].values())
         lines.append(
-            f"| {each['taste']} | {each['verdicts']['better']} of {clicks} | {win['rate']:.3f} ({win['low']:.3f} to "
+            f"| {each['taste']} | {each['clicks']} | {win['rate']:.3f} ({win['low']:.3f} to "
             f"{win['high']:.3f}), {win['prompts']} prompts | >= {TARGET} | {after.get('kl', float('nan')):.2f} | "
             f"{before['length']:.1f} to {after['length']:.1f} | {'; '.join(each['broken']) or 'hold'} |"
         )
@@ -158,7 +157,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="whose newest model is asked, and gone on from")
-    parser.add_argument("--clicks", type=int, default=200, help="pairs that each person judges")
+    parser.add_argument("--clicks", type=int, default=200, help="of each person")
     parser.add_argument("--people", nargs="+", default=[person.name for person in PEOPLE])
     parser.add_argument("--name", default="made-up", help="pairs and rounds lie in runs/NAME-...")
     parser.add_argument("--method", help="of run: ppo or dpo; default: the run's")
@@ -170,10 +169,14 @@ def main() -> int:
     options += ["--method", arguments.method] if arguments.method else []
     chosen = [person for person in PEOPLE if person.name in arguments.people]
     files = {person.name: PreferenceFile(Path("runs") / f"{arguments.name}-{person.name}.jsonl") for person in chosen}
-    if missing := [person for person in chosen if not files[person.name].path.exists()]:
-        for pair in draw_pairs(run, arguments.clicks):
-            for person in missing:
-                files[person.name].add(pair.judged(person.verdict(pair), person.name))
+    left = {person: arguments.clicks - len(files[person.name].read()) for person in chosen}
+    for pair in draw_pairs(run) if any(left.values()) else ():
+        for person in chosen:
+            if left[person] and (verdict := person.verdict(pair)):
+                files[person.name].add(pair.judged(verdict, person.name))
+                left[person] -= 1
+        if not any(left.values()):
+            break
     for person in chosen:
         name = f"{arguments.name}-{person.name}"
         found[person.name] = one_round(run, person, files[person.name], name, options)

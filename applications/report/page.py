@@ -179,7 +179,7 @@ class ClicksPart:
 
 
 def clicks_part(run: RunDirectory) -> ClicksPart | None:
-    found = PreferenceFile(run.preferences).read()
+    found = PreferenceFile(run.preferences).read_or_say()
     if not found:
         return None
     pairs = [clicks.in_order(pair, run.path.resolve().name) for pair in clicks.compared(found)]

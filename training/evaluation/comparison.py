@@ -86,7 +86,7 @@ class Comparison:
             )
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
         labels = (each.label(stage.run) for each in (self.model, self.against))
-        self.clicks = win_rates(PreferenceFile(stage.run.preferences).read(), *labels)
+        self.clicks = win_rates(PreferenceFile(stage.run.preferences).read_or_say(stage.display.say), *labels)
 
     def read_given(self) -> RowSets | None:
         """The rows of the request; None where those that the run holds out are meant."""

@@ -162,12 +162,17 @@ def test_a_full_disk_keeps_the_pair_for_another_try(model, tmp_path):
             assert [kept.by for kept in setup.file.read()] == ["ada"]
 
 
-def test_a_damaged_file_is_named_and_still_takes_verdicts(judged):
-    judged.file.path.write_text("{}\n")
-    error = judged.ask("GET", "preferences", 500, params={"by": "ada"})
-    assert "line 1, is no preference" in error["message"]
+def test_a_damaged_file_is_named_and_still_takes_verdicts_but_one_of_another_kind_does_not(judged):
     judged.judge(judged.pair()["id"])
-    assert Preference.of(judged.file.path.read_text().splitlines()[1]).by == "ada"
+    first = judged.file.path.read_text()
+    judged.file.path.write_text(first + "{}\n")
+    error = judged.ask("GET", "preferences", 500, params={"by": "ada"})
+    assert "line 2, is no verdict" in error["message"]
+    judged.judge(judged.pair()["id"])
+    assert Preference.of(judged.file.path.read_text().splitlines()[2]).by == "ada"
+    judged.file.path.write_text("# Notes\n")
+    assert "is no file of verdicts" in judged.judge(judged.pair()["id"], status=500)["message"]
+    assert judged.file.path.read_text() == "# Notes\n"
 
 
 def test_a_server_that_keeps_none_says_how(model):
