@@ -28,6 +28,14 @@ def next_name(parent: Path) -> str:
     return f"{known[1]}-round{int(known[2]) + 1}" if known else f"{name}-round2"
 
 
+def next_command(parent: Path, data: str = "") -> str:
+    """That makes a new run, whose name is given where one with the usual name is there; `data` are other options."""
+    name = usual = next_name(parent)
+    while (Path("runs") / name).exists():
+        name = next_name(Path(name))
+    return f"rlhf-chat run --from {typed(parent)}{data}{f' --name {name}' if name != usual else ''}"
+
+
 def resolve_next_round(
     parent: Path, files: list[Path], overrides: list[str], given: dict[str, Any], run: RunDirectory
 ) -> RunConfig:

@@ -4,9 +4,11 @@ What is done is skipped, what is half done resumed.
 """
 
 import time
+from pathlib import Path
 
 from applications.fit import Machine
 from applications.launch import run_stage_script
+from applications.next_round import next_command
 from applications.report_table import comparison_table, panel_line, reward_accuracy_line
 from applications.rounds import first_sft, over_first_file, rounds_table
 from inference.errors import typed
@@ -40,8 +42,11 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
     begun = time.monotonic()
     if config.announce:
         display.say(config.announce)
-    for sentence in changed_inputs(run, config):
+    changed = changed_inputs(run, config)
+    for sentence in changed:
         display.say(f"{WARNING}{sentence}")
+    if changed and config.data.parent:
+        display.say(f"A new round on what is there now: {next_command(Path(config.data.parent))}")
     for step in METHODS[config.method]:
         if step not in steps and (why := left_out(config, step)):
             display.say(f"Step {step.number} is left out: {why}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from applications.next_round import next_command
 from applications.preset_store import settings_for_model
 from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
@@ -197,7 +198,7 @@ def outcome(file: PreferenceFile, by: str, collected: int, run: RunDirectory | N
             yield f"{' and '.join(found['people'])} agree on {found['same']:.0%} of {counted(found['pairs'], 'pair')}."
     if run is not None and decided:
         data = "" if file.path == run.preferences else f" --data {typed(file.path)}"
-        yield f"The next round: rlhf-chat run --from {typed(run.path)}{data}"
+        yield f"The next round: {next_command(run.path, data)}"
 
 
 def counted(number: int, what: str) -> str:

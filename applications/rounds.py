@@ -22,7 +22,16 @@ from training.run_directory import RunDirectory, read_json
 from training.starts import read_starts
 from training.steps import PAIRS, SFT, Step
 
-HEADINGS = ("", "pairs", "over the one before", "by clicks", "over the first SFT model", "KL", "length", "guard rails")
+HEADINGS = (
+    "",
+    "pairs",
+    "over the one before",
+    "by clicks",
+    "over the first SFT model",
+    "KL (to that one)",
+    "length",
+    "guard rails",
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def round_of(run: RunDirectory, before: RunDirectory | None) -> Round:
         share(evaluation.get("win_rate")),
         clicks_over(run, before),
         share(first.get("win_rate")),
-        f"{ours['kl']:.2f}" if "kl" in ours else "",
+        kl_of(evaluation) + (f" ({far})" if before is not None and (far := kl_of(first)) else ""),
         f"{ours['length']:.1f}" if ours else "",
         "; ".join(bad) or ("hold" if ours else ""),
     )
@@ -89,6 +98,11 @@ def share(win: Mapping[str, Any] | None) -> str:
         return ""
     judge = f", {win['judge']}" if "judge" in win else ""
     return f"{win['rate']:.1%} ({win['low']:.1%} to {win['high']:.1%}){judge}"
+
+
+def kl_of(evaluation: Mapping[str, Any]) -> str:
+    found = evaluation.get(list(pair_of(evaluation))[-1], {})
+    return f"{found['kl']:.2f}" if "kl" in found else ""
 
 
 def by_whom(run: RunDirectory) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from applications.next_round import next_name
+from applications.next_round import next_command, next_name
 from applications.settings import resolve_settings
 from inference.errors import UserError
 from tests.tiny_runs import make_tiny_run
@@ -105,3 +105,12 @@ def test_a_parent_without_what_is_needed(parent, tmp_path):
 def test_a_round_has_a_name(parent, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert next_name(Path(parent)) == name
+
+
+def test_the_command_of_the_next_round_takes_no_name_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parent, more = Path("runs/demo"), " --data a.jsonl"
+    assert next_command(parent, more) == "rlhf-chat run --from runs/demo --data a.jsonl"
+    for name in ("demo-round2", "demo-round3"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert next_command(parent, more) == "rlhf-chat run --from runs/demo --data a.jsonl --name demo-round4"

@@ -56,7 +56,8 @@ def second(tmp_path):
 def test_a_row_for_each_round(second):
     over_first = over_first_file(second, DPO)
     over_first.parent.mkdir()
-    over_first.write_text(json.dumps({"win_rate": {**WIN, "rate": 0.8}}))
+    far = {"win_rate": {**WIN, "rate": 0.8}, "pair": {"against": "first (SFT)", "dpo": "DPO"}, "dpo": {"kl": 4.5}}
+    over_first.write_text(json.dumps(far))
     first, last = rounds(second)
     assert (
         first.name == "first (RLHF)"
@@ -70,7 +71,7 @@ def test_a_row_for_each_round(second):
     assert (last.name, last.pairs) == ("second (DPO)", "1,234 (ann 3, bob 1)")  # who clicked later is not in it
     assert last.over_before.endswith("reward of first") and last.over_first.startswith("80.0%")
     assert last.by_clicks.startswith("75.0% (") and last.by_clicks.endswith(", 4")
-    assert (last.kl, last.length, last.guard_rails) == ("1.25", "11.0", "hold")
+    assert (last.kl, last.length, last.guard_rails) == ("1.25 (4.50)", "11.0", "hold") and first.kl == "3.46"
     table = rounds_table(second, 200)
     assert all(cell in table for cell in (last.pairs, "second (DPO)", "over the first SFT model"))
 

@@ -125,7 +125,13 @@ def test_a_command_that_has_nothing_left_to_do_says_it(tmp_path, capsys, monkeyp
     pipeline.run_pipeline(run, config, [SFT])
     said = capsys.readouterr().out
     assert said.count(f"{source} has changed since the run was prepared; the run keeps its rows (a new run trains") == 1
-    assert "done already" in said
+    assert "done already" in said and "new round" not in said
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first-round2").mkdir(parents=True)
+    config.data.parent = str(tmp_path / "first")
+    pipeline.run_pipeline(run, config, [SFT])
+    said = "".join(capsys.readouterr().out.split())
+    assert f"isthere now: rlhf-chat run --from {tmp_path}/first --name first-round3".replace(" ", "") in said
 
 
 def test_a_stage_script_says_it_too(given, tmp_path, capsys, monkeypatch):
