@@ -113,7 +113,7 @@ def clicks_line(run: RunDirectory, step: Step) -> str:
     if step.compared_with is None:
         return ""
     labels = (label_of_step(run, run.read_config(), each) for each in (step, step.compared_with))
-    rates = win_rates(PreferenceFile(run.preferences).read(), *labels)
+    rates = win_rates(PreferenceFile(run.preferences).read_or_say(), *labels)
     return clicks_verdict(rates) if rates else ""
 
 

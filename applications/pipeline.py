@@ -8,6 +8,7 @@ import time
 from applications.fit import Machine
 from applications.launch import run_stage_script
 from applications.report_table import comparison_table, panel_line, reward_accuracy_line
+from applications.rounds import first_sft, over_first_file, rounds_table
 from inference.errors import typed
 from training.config import RunConfig
 from training.data.rows import read_rows
@@ -113,3 +114,11 @@ def compare(run: RunDirectory, config: RunConfig, step: Step, display: Display) 
             arguments += ["--judge", "reward"]  # nothing else judges, and it has just been asked
         run_stage_script("evaluation", run, 1, arguments)
     display.say(comparison_table(run, step=step))
+    first, file = first_sft(run), over_first_file(run, step)
+    if first is not None and not file.exists():
+        display.say(f"Comparing {step.name} and the SFT model of the first round on held-out prompts")
+        file.parent.mkdir(exist_ok=True)
+        arguments = ["--model", step.command, "--against", str(first), "--to", str(file)]
+        run_stage_script("evaluation", run, 1, arguments)
+    if table := rounds_table(run):
+        display.say(table)

@@ -20,6 +20,7 @@ ROWS = (
     ("upbeat score (lexicon)", "true_score", "{:z.3f}"),
     ("learned reward", "learned_reward", "{:z.3f}"),
     ("reward of the judge", "judge_reward", "{:z.3f}"),
+    ("reward of the run before", "reward_before", "{:z.3f}"),
     ("reward, all sources", "reward", "{:z.3f}"),
     ("KL to {against} (nats a reply)", "kl", "{:z.2f}"),
     ("length (tokens)", "length", "{:z.1f}"),
@@ -111,6 +112,8 @@ def evaluation_table(
         console.print(
             "No win rate: nothing judges (no finished reward model, no true score); name a judge with eval --judge."
         )
+    if "win_rate_before" in result:
+        console.print(verdict(result["win_rate_before"], *names), markup=False)
     if unseen := result.get("win_rate_unseen_questions"):
         console.print(
             f"On the {unseen['prompts']} prompts under questions that no step was trained on: {unseen['rate']:.1%} "
@@ -257,8 +260,8 @@ def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
         f"{rates['model']} preferred to {rates['against']}",
     ):
         table.add_column(Text(name), justify="left" if name == "preferred by" else "right")
-    everybody = {"all": rates["together"]} if len(rates["by"]) > 1 else {}
-    for name, found in {**rates["by"], **everybody}.items():
+    everybody = [("all", rates["together"])] if len(rates["by"]) > 1 else []
+    for name, found in [*rates["by"].items(), *everybody]:
         table.add_row(Text(name), *(f"{found[key]:,}" for key in ("clicks", "ties", "both_bad")), with_interval(found))
     return table
 

@@ -66,7 +66,7 @@ def find_collecting(
     does, with the run's prompts to be suggested; and the models that are to be served for it besides.
 
     None where it lies in no run and there is no file for verdicts. Raises UserError for models that cannot be told
-    apart, and where the file is damaged.
+    apart, and where `preferences` is a file of another kind.
     """
     from applications.prefer import USUAL_TEMPERATURE, USUAL_TOKENS, find_answerer, suggestions
     from inference.preferences import PreferenceFile
@@ -81,6 +81,9 @@ def find_collecting(
         if against:
             raise UserError(f"{target} lies in no run: say where verdicts go, with --preferences FILE.")
         return None, {}
+    file = PreferenceFile(place)
+    if preferences:
+        file.require_own()
     one = other = Answerer(name, label_of(directory, name))
     others: dict[str, Path] = {}
     if against:
@@ -92,10 +95,12 @@ def find_collecting(
         if asked.directory.resolve() not in served:
             others[other.name] = asked.directory
     if not run:
-        return Collecting(PreferenceFile(place), (one, other), USUAL_TEMPERATURE, USUAL_TOKENS), others
-    config, file = run.read_config(), PreferenceFile(place)
+        return Collecting(file, (one, other), USUAL_TEMPERATURE, USUAL_TOKENS), others
+    config = run.read_config()
     sampling = config.rlhf.temperature, config.data.max_response_tokens
-    prompts = list(suggestions(run, file.read())) or list(suggestions(run, []))  # all, where each has been judged
+    prompts = list(suggestions(run, file.read_or_say())) or list(
+        suggestions(run, [])
+    )  # all, where each has been judged
     return Collecting(file, (one, other), *sampling, prompts), others
 
 

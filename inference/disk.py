@@ -53,13 +53,21 @@ def disk_reason(error: BaseException | None, place: Path) -> str | None:
     return None
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replace a file at once: a reader or a crash sees the old text or the new one."""
+def write_text(file: Path, text: str, keeps_rights: bool = False) -> None:
+    """Replace a file at once: a reader or a crash sees the old text or the new one.
+
+    With `keeps_rights` its mode, and as far as possible its group, are those of the file that is replaced.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # ranks may write the same file at the same time
     try:
         with open(temporary, "w", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
+            if keeps_rights:
+                before = file.stat()
+                with suppress(PermissionError):  # of a group that one is not in
+                    os.fchown(handle.fileno(), -1, before.st_gid)
+                os.fchmod(handle.fileno(), stat.S_IMODE(before.st_mode))
             os.fsync(handle.fileno())
         os.replace(temporary, file)
     except OSError as error:

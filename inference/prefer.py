@@ -74,7 +74,11 @@ class Interview:
                 waiting += self.taken_back()
                 continue
             if key in VERDICTS:
-                self.file.add(waiting[-1].judged(VERDICTS[key], self.by))
+                try:
+                    self.file.add(waiting[-1].judged(VERDICTS[key], self.by))
+                except UserError as error:
+                    self.refused(error)
+                    continue
                 self.collected += 1
             waiting.pop()
             if waiting:
@@ -82,7 +86,11 @@ class Interview:
 
     def taken_back(self) -> list[BlindPair]:
         """The pair of the person's newest verdict, which is gone from the file; none where there is none."""
-        undone = self.file.undo(self.by)
+        try:
+            undone = self.file.undo(self.by)
+        except UserError as error:
+            self.refused(error)
+            return []
         if undone is None:
             self.tell("There is nothing to take back.")
             return []
@@ -138,6 +146,12 @@ class Interview:
         """Of what the person has not just typed."""
         for message in prompt:
             write(self.sink, f"{message['role']}: {message['content']}\n")
+
+    def refused(self, error: UserError) -> None:
+        """In a terminal the person hears why, can set it right and goes on; in a pipe it is raised."""
+        if not self.is_terminal:
+            raise error
+        self.tell(str(error))
 
     def tell(self, sentence: str) -> None:
         """In a pipe beside the answers."""
@@ -216,9 +230,7 @@ def drawn(interview: Interview, models: Answerers, suggestions: Iterator[list[Me
         except KeyboardInterrupt:
             interview.tell("(stopped)")
         except UserError as error:
-            if not interview.is_terminal:
-                raise
-            interview.tell(str(error))
+            interview.refused(error)
         else:
             yield pair
 

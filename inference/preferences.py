@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import re
 import secrets
-from collections.abc import Hashable, Iterator
+import sys
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -53,7 +55,7 @@ class Preference:
 
     @classmethod
     def of(cls, line: str) -> "Preference":
-        """Fields that are not known are left out. Raises ValueError with the reason where it is no preference."""
+        """Fields that are not known are left out. Raises ValueError with the reason where it is no verdict."""
         try:
             return _reader().validate_json(line)
         except ValidationError as error:
@@ -159,14 +161,15 @@ class PreferenceFile:
     def add(self, preference: Preference) -> None:
         """Return when it is on the disk. The file appears with the first one.
 
-        Raises UserError where the disk refuses; what was there stays.
+        Raises UserError where the disk refuses or the file is of another kind; what was there stays.
         """
         line = (preference.line + "\n").encode(errors="replace")  # half of a surrogate pair is no character
-        with self._locked():
-            is_new = not self.path.exists()
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        with self._locked() as place:
+            self.require_own()
+            is_new = not place.exists()
+            file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                end = _heal(file)
+                end = self._heal(file)
                 try:
                     if os.write(file, line) < len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -178,7 +181,7 @@ class PreferenceFile:
             finally:
                 os.close(file)
             if is_new:
-                _settle_directory(self.path.parent)
+                _settle_directory(place.parent)
 
     def undo(self, by: str) -> Preference | None:
         """Take away the newest verdict of a person and return it; None where there is none.
@@ -186,13 +189,13 @@ class PreferenceFile:
         Raises UserError where the disk refuses or the file is damaged.
         """
         by = checked_name(by)
-        with self._locked():
+        with self._locked() as place:
             lines = list(self._lines())
             newest = next((index for index in reversed(range(len(lines))) if lines[index][1].by == by), None)
             if newest is None:
                 return None
             _, preference = lines.pop(newest)
-            write_text(self.path, "".join(f"{line}\n" for line, _ in lines))
+            write_text(place, "".join(f"{line}\n" for line, _ in lines), keeps_rights=True)
             return preference
 
     def read(self) -> list[Preference]:
@@ -202,49 +205,89 @@ class PreferenceFile:
         """
         return [preference for _, preference in self._lines()]
 
+    def read_or_say(self, say: Callable[[str], object] = lambda line: print(line, file=sys.stderr)) -> list[Preference]:
+        """All verdicts; none where the file is damaged, which is said: what does more than collect goes on without."""
+        try:
+            return self.read()
+        except UserError as error:
+            say(f"Warning: {error} Until then no verdict of it counts here.")
+            return []
+
+    def require_own(self) -> None:
+        """Raise UserError where what is there begins with something other than a verdict."""
+        next(self._lines(), None)
+
     def _lines(self) -> Iterator[tuple[str, Preference]]:
         """Each line as it stands there, without its end."""
         try:
-            *whole, last = self.path.read_bytes().split(b"\n")
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.strip() or (not line.endswith(b"\n") and _is_cut(line)):
+                        continue
+                    try:
+                        text = line.removesuffix(b"\n").decode()
+                        preference = Preference.of(text)
+                    except ValueError as error:
+                        raise self._refusal(number, error) from None
+                    yield text, preference
         except FileNotFoundError:
             return
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror}); set that right.") from error
-        for number, line in enumerate([*whole, last], 1):
-            if not line.strip():
-                continue
-            try:
-                text = line.decode()
-                yield text, Preference.of(text)
-            except ValueError as error:
-                if number <= len(whole):
-                    raise UserError(
-                        f"{self.path}, line {number}, is no preference ({error}); mend that line or delete it."
-                    ) from None
+
+    def _refusal(self, number: int, error: ValueError) -> UserError:
+        if number == 1:
+            return UserError(
+                f"{self.path} is no file of verdicts (line 1: {error}); choose another file, or mend that line."
+            )
+        return UserError(f"{self.path}, line {number}, is no verdict ({error}); mend that line or delete it.")
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = self.path.with_name(f".{self.path.name}.lock")
+    def _locked(self) -> Iterator[Path]:
+        """What is yielded is the file itself, where links lead to one."""
+        place = Path(os.path.realpath(self.path))
+        lock = place.with_name(f".{place.name}.lock")
         busy = f"{self.path} is being written by another process"
         with writing("the verdict", self.path, AGAIN), hold_lock(lock, busy, LOCK_SECONDS, again_seconds=0.002):
-            yield
+            yield place
+
+    def _heal(self, file: int) -> int:
+        """Cut off what a kill or a full disk left of a last line, or end it if it is whole; returns the file's size.
+
+        Raises UserError where the last line is neither.
+        """
+        size = os.lseek(file, 0, os.SEEK_END)
+        start = size
+        while start and b"\n" not in (tail := os.pread(file, size, start := max(0, start - 2**16))):
+            pass
+        if not size or (last := tail.rpartition(b"\n")[2]) == b"":
+            return size
+        if _is_cut(last):
+            os.ftruncate(file, size - len(last))
+            return size - len(last)
+        try:
+            Preference.of(last.decode())
+        except ValueError as error:
+            raise UserError(
+                f"The last line of {self.path} is no verdict, nor the beginning of one ({error}); mend it, delete it, "
+                "or choose another file."
+            ) from None
+        os.write(file, b"\n")
+        return size + 1
 
 
-def _heal(file: int) -> int:
-    """Cut off what a kill or a full disk left of a last line, or end it if it is whole; returns the file's size."""
-    size = os.lseek(file, 0, os.SEEK_END)
-    start = size
-    while start and b"\n" not in (tail := os.pread(file, size, start := max(0, start - 2**16))):
-        pass
-    if not size or (last := tail.rpartition(b"\n")[2]) == b"":
-        return size
+def _is_cut(last: bytes) -> bool:
+    """Whether a last line is the beginning of one of ours, or the zeros that a crash of the machine leaves."""
+    text = last.rstrip(b"\0")
+    found = re.match(rb'\{"id": "([^"]*)', text)
+    begins = b'{"id": "' + (found[1] if found else b"") + b'", "time": "'
+    if not begins.startswith(text) and not text.startswith(begins):
+        return False
     try:
-        Preference.of(last.decode())
+        json.loads(text)
     except ValueError:
-        os.ftruncate(file, size - len(last))
-        return size - len(last)
-    os.write(file, b"\n")
-    return size + 1
+        return True
+    return False
 
 
 def _settle_directory(directory: Path) -> None:

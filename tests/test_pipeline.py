@@ -117,7 +117,7 @@ def test_dpo_in_one_command(workplace):
     for line in (
         "Step 1 of 2",
         "Step 2 of 2: direct preference",
-        "No difference is shown: DPO",
+        "by upbeat score (lexicon)",
         "rlhf-chat chat runs/direct",
     ):
         assert line in done.out

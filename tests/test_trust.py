@@ -59,7 +59,10 @@ def theirs(tmp_path_factory, called) -> RunDirectory:
     (run.path / "wandb").mkdir()
     (run.path / "wandb" / "settings").write_text(f"[default]\nbase_url = {called[0]}\n")
     values = yaml.safe_load(run.config_file.read_text())
-    values |= {"model": "evil/base", "data": {**values["data"], "source": str(place / "rows.jsonl")}}
+    values |= {
+        "model": "evil/base",
+        "data": {**values["data"], "source": str(place / "rows.jsonl"), "eval_source": "evil/eval"},
+    }
     values |= {"reward_model": "evil/reward", "logging": {"wandb": True}}
     values["rlhf"] |= {"reward_function": f"{run.path / 'trap.py'}:score", "reward_url": f"{called[0]}/score"}
     values["rlhf"] |= {"ptx": {"coefficient": 1.0, "source": "evil/rows"}}
@@ -77,6 +80,7 @@ TRAPS = (
     "fetch the model evil/base from the hub (model)",
     "fetch the model evil/reward from the hub (reward_model)",
     "read the data {place}/rows.jsonl (data.source)",
+    "fetch from the hub the data evil/eval (data.eval_source)",
     "fetch from the hub the data evil/rows (rlhf.ptx.source)",
     "send settings and metrics to Weights & Biases, project rlhf-chat (logging.wandb)",
     "let {run}/wandb/settings say where they are sent",
@@ -166,6 +170,31 @@ def test_the_next_round_asks_for_what_it_takes_over(begin, theirs, called):
     assert code == 2 and sorted(named.split("; ")) == sorted(
         [f"follow link, which leads to {place['place']}", *expected]
     )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"parent": {"trained_reward_model": "evil/rm"}}, {"reward_model": "evil/rm"}),
+        ({"parent": {}, "first": {"trained_reward_model": "evil/rm"}}, {"reward_model": "evil/rm"}),
+        ({"parent": {"trained_reward_model": "evil/rm"}}, {"reward_model": "tiny"}),  # which judges all the same
+        ({"parent": {"reward_model": "evil/rm"}}, {"trained_reward_model": "evil/rm"}),
+        ({"origin": {"reward_model": "evil/rm"}}, {"model": "evil/rm"}),
+    ],
+)
+def test_what_runs_before_name_is_asked_about_whichever_setting_it_becomes(run, tmp_path, theirs, ours):
+    for name, values in theirs.items():
+        (tmp_path / name).mkdir()
+        data = {"parent": str(tmp_path / "first")} if name == "parent" and "first" in theirs else {}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", **values, "data": data}))
+    begun = {"data": {"parent": str(tmp_path / "parent")}} if "parent" in theirs else {}
+    begun |= {"sft_model": str(tmp_path / "origin" / "step1_sft" / "model")} if "origin" in theirs else {}
+    config = load_config([], [], {"model": "tiny"} | begun | ours)
+    with pytest.raises(UserError, match=r"was not made here.* would fetch the model evil/rm from the hub"):
+        open_run(run, config)
+    assert not run.config_file.exists()
+    open_run(run, config, trusts=True)
+    open_run(run, None)
 
 
 @pytest.fixture

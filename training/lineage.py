@@ -102,6 +102,12 @@ def newest_reward_model(run: RunDirectory) -> str:
     return ""
 
 
+def reward_model_before(config: RunConfig) -> str:
+    """The newest of the runs that one with these settings goes on from; empty where there is none."""
+    parent = RunDirectory(Path(config.data.parent))
+    return newest_reward_model(parent) if config.data.parent and parent.config_file.exists() else ""
+
+
 @dataclass(frozen=True)
 class Source:
     """A model that another one began with, or was trained with."""

@@ -15,7 +15,7 @@ from training.merging import merge
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 from training.trust import made_here, require_yes
-from training.uses import inherited, of_models, of_training
+from training.uses import inherited, of_models, of_training, shared
 from training.versions import versions
 
 CHANGEABLE = {
@@ -66,9 +66,9 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
         require_yes(run.path, [use for use in wanted if use in before], trusts)
     if stored is None and config.data.parent:
         parent = RunDirectory(Path(config.data.parent))
-        require_yes(parent.path, inherited(parent, {use.text for use in wanted}), trusts)
+        require_yes(parent.path, inherited(parent, wanted), trusts)
     for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
-        require_yes(parent.path, set(of_models(parent.read_config())) & set(of_models(config)), trusts)
+        require_yes(parent.path, shared(of_models(parent.read_config()), wanted), trusts)
     if config != stored:
         refuse_secret(config.rlhf.reward_url)
         run.write_config(config, versions())

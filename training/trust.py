@@ -20,12 +20,18 @@ from inference.redaction import redacted
 class Use:
     """Something outside of a run's own rows and weights that its files ask for."""
 
-    text: str
+    what: str
     """What is done, for `would ...`."""
+    setting: str = ""
+    """The one that asks for it."""
     content: str = ""
     """SHA-256 of a file that is executed or obeyed."""
     lies_in_run: bool = False
     """Whether who hands the run on hands the file on too."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.what} ({self.setting})" if self.setting else self.what
 
     @property
     def key(self) -> str:

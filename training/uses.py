@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from inference.model_store import TINY
 from training.config import EMBEDDED_DATA, RunConfig
 from training.data.sources import parse_source
 from training.inputs import code_files
+from training.lineage import base_model, reward_model_before
 from training.paths import MODELS
 from training.run_directory import RunDirectory
 from training.trust import Use, of_reading
@@ -25,16 +26,22 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
         *of_data(run, config),
         *of_trackers(run, config),
         *(
-            Use(f"give DeepSpeed {json.dumps(role.deepspeed)} ({name}.deepspeed)")
+            Use(f"give DeepSpeed {json.dumps(role.deepspeed)}", f"{name}.deepspeed")
             for name, role in roles.items()
             if role.deepspeed
         ),
     ]
 
 
-def inherited(parent: RunDirectory, wanted: Collection[str]) -> list[Use]:
-    """Of a run that goes on from `parent`: what both ask for (`wanted` has the texts of its own uses), and reading."""
-    return [*of_reading(parent.path), *(use for use in of_training(parent, parent.read_config()) if use.text in wanted)]
+def inherited(parent: RunDirectory, wanted: Iterable[Use]) -> list[Use]:
+    """Of a run that goes on from `parent`: what both ask for, and reading."""
+    return [*of_reading(parent.path), *shared(of_training(parent, parent.read_config()), wanted)]
+
+
+def shared(theirs: Iterable[Use], ours: Iterable[Use]) -> list[Use]:
+    """Those of `theirs` that use what `ours` do, whichever setting names it."""
+    used = {use.what for use in ours}
+    return [use for use in theirs if use.what in used]
 
 
 def of_evaluation(run: RunDirectory, config: RunConfig, judge: str) -> list[Use]:
@@ -50,24 +57,25 @@ def of_looking(run: RunDirectory, config: RunConfig) -> list[Use]:
 def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
     """The reward function's files and the reward service's address."""
     for _, file in code_files(config) if config.rlhf.reward_weights.function else ():
-        yield of_file(run, file, f"run {file} (rlhf.reward_function)")
+        yield of_file(run, file, f"run {file}", "rlhf.reward_function")
     if config.rlhf.reward_url and config.rlhf.reward_weights.url:
-        yield Use(f"send prompts and answers to {config.rlhf.reward_url} (rlhf.reward_url)")
+        yield Use(f"send prompts and answers to {config.rlhf.reward_url}", "rlhf.reward_url")
 
 
 def of_models(config: RunConfig) -> Iterator[Use]:
     """Models of the hub; no code of a model is ever run, so that one on this machine needs no yes."""
-    for setting in MODELS:
-        name = getattr(config, setting)
+    named = [(setting, getattr(config, setting)) for setting in MODELS]
+    for setting, name in [*named, ("model", base_model(config)), ("trained_reward_model", reward_model_before(config))]:
         if name and name != TINY and not name.startswith("package:") and not Path(name).is_absolute():
-            yield Use(f"fetch the model {name} from the hub ({setting})")
+            yield Use(f"fetch the model {name} from the hub", setting)
 
 
 def of_data(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
     """Sources that lie outside of the run and are yet to be read."""
     from training.data.prepare import COUNTS_FILE  # imports transformers, and chat goes without
 
-    sources = [("data.source", text) for text in config.data.sources if not (run.data / COUNTS_FILE).exists()]
+    named = [("data.source", config.data.sources), ("data.eval_source", config.data.eval_sources)]
+    sources = [(key, text) for key, texts in named for text in texts if not (run.data / COUNTS_FILE).exists()]
     sources += [("rlhf.ptx.source", config.rlhf.ptx.source)] if config.rlhf.ptx.coefficient else []
     for setting, text in sources:
         if text and text != EMBEDDED_DATA:
@@ -75,20 +83,20 @@ def of_data(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
             place = source.copy or source.path
             if not place.resolve().is_relative_to(run.path.resolve()):
                 how = "read" if place.exists() else "fetch from the hub"
-                yield Use(f"{how} the data {source.label} ({setting})")
+                yield Use(f"{how} the data {source.label}", setting)
 
 
 def of_trackers(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
     if config.logging.wandb:
         project = config.logging.wandb_project
-        yield Use(f"send settings and metrics to Weights & Biases, project {project} (logging.wandb)")
+        yield Use(f"send settings and metrics to Weights & Biases, project {project}", "logging.wandb")
         theirs = run.path / "wandb" / "settings"  # which may name another address
         if theirs.is_file():
             yield of_file(run, theirs, f"let {theirs.resolve()} say where they are sent")
 
 
-def of_file(run: RunDirectory, file: Path, text: str) -> Use:
+def of_file(run: RunDirectory, file: Path, what: str, setting: str = "") -> Use:
     """A file that is executed or obeyed, as it is now."""
     with open(file, "rb") as handle:
         content = hashlib.file_digest(handle, "sha256").hexdigest()
-    return Use(text, content, file.resolve().is_relative_to(run.path.resolve()))
+    return Use(what, setting, content, file.resolve().is_relative_to(run.path.resolve()))

@@ -15,6 +15,7 @@ from applications.report.charts import Chart, Segment, interval, line_chart, num
 from applications.report.curves import PHASES, charts
 from applications.report.schedule import schedule_part, update_part
 from applications.report_table import PANEL_COLUMNS, clicks_verdict, overview_lines, pair_of, table_rows, training_signs
+from applications.rounds import HEADINGS, rounds
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from inference.redaction import redacted, redacted_values
@@ -71,6 +72,8 @@ def render(run: RunDirectory) -> str:
             if rows[step] or step in config.steps
         ],
         headline=headline(evaluation),
+        rounds=rounds(run),
+        round_headings=HEADINGS,
         intervals=intervals(run, evaluation),
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
@@ -176,7 +179,7 @@ class ClicksPart:
 
 
 def clicks_part(run: RunDirectory) -> ClicksPart | None:
-    found = PreferenceFile(run.preferences).read()
+    found = PreferenceFile(run.preferences).read_or_say()
     if not found:
         return None
     pairs = [clicks.in_order(pair, run.path.resolve().name) for pair in clicks.compared(found)]

@@ -1,6 +1,7 @@
 """`rlhf-chat data show | lint`, in this process; the model is `tiny`."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from inference.preferences import PreferenceFile
 from tests.training.evaluation.clicks import click
 from training.config import DataSettings, RunConfig
 from training.data.prepare import prepare_data
+from training.data.reading import read_sources
 from training.run_directory import RunDirectory
 
 PAIR = {"prompt": "How are you?", "chosen": "Very well!", "rejected": "Go away."}
@@ -164,6 +166,16 @@ def test_lint_tells_who_clicked_what(clicked, capsys):
     assert lint_command(clicked, None, True, None) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["clicks"]["by"] == {"ann": 5} and found["clicks"]["ties"] == 2 and found["findings"] == []
+
+
+def test_a_verdict_that_a_kill_has_cut_is_left_out_and_no_error(clicked, capsys):
+    Path(clicked).write_bytes(Path(clicked).read_bytes() + '{"id": "ü'.encode()[:-1])
+    (found,) = read_sources(DataSettings(source=clicked))
+    assert found.left_out[-1] == (f"{clicked}, line 6", "the last line was cut short", False) and len(found.rows) == 2
+    source = write(Path(clicked).with_name("rows.jsonl"), PAIR)
+    Path(source).write_bytes(Path(source).read_bytes() + b'{"prompt": ')
+    with pytest.raises(UserError, match="line 2: the line is not JSON"):
+        read_sources(DataSettings(source=source))
 
 
 def test_verdicts_alone_that_teach_nothing_are_no_data(tmp_path, capsys):

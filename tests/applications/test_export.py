@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from applications import model_card as cards
 from applications.export import export
-from applications.model_card import Exported, model_card, trained_elsewhere
+from applications.model_card import Exported, clicks_line, model_card, trained_elsewhere
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
@@ -129,6 +129,14 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
     assert str(run.path.parent) not in card and "`base`" in card
     run.comparison_of(PPO)[0].unlink()
     run.preferences.unlink()
+
+
+def test_a_damaged_file_of_verdicts_costs_the_card_one_line(run, capsys):
+    run.preferences.write_text("{}\n")
+    try:
+        assert clicks_line(run, PPO) == "" and "no file of verdicts (line 1: " in capsys.readouterr().err
+    finally:
+        run.preferences.unlink()
 
 
 def test_the_card_names_other_runs_without_their_paths(run):

@@ -114,7 +114,7 @@ def test_a_target_that_is_nothing_is_refused_as_chat_does(run, place, monkeypatc
 
 def test_a_damaged_file_is_found_before_anybody_clicks(run, monkeypatch):
     run.preferences.write_text("not JSON\n{}\n")
-    with pytest.raises(UserError, match="line 1, is no preference"):
+    with pytest.raises(UserError, match=r"is no file of verdicts \(line 1: "):
         ask(run, monkeypatch, "Hi\n1\n")
 
 

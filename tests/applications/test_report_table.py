@@ -1,12 +1,14 @@
 """The table at the end of a run, from files made by hand."""
 
+import io
 import json
 import re
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
-from applications.report_table import SHOWN_ANSWERS, comparison_table
+from applications.report_table import SHOWN_ANSWERS, clicks_table, comparison_table
 from training.run_directory import RunDirectory
 from training.steps import DPO, PPO, REWARD
 
@@ -148,6 +150,15 @@ def test_agreement_with_people_stands_beside_one_person_and_the_lexicon(tmp_path
     result["win_rate"] = WIN  # by another judge
     run.comparison_of(PPO)[0].write_text(json.dumps(result))
     assert "No reward saw" not in comparison_table(run)
+
+
+def test_a_person_whom_the_row_of_all_shares_its_name_with_keeps_a_row():
+    shares = {"rate": 0.5, "low": 0.25, "high": 0.75, "ties": 0, "both_bad": 0}
+    by = {"all": shares | {"clicks": 3}, "ann": shares | {"clicks": 4}}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(clicks_table({"model": "m", "against": "n", "by": by, "together": shares | {"clicks": 7}}))
+    rows = [row[:2] for row in cells(console.file.getvalue())]
+    assert [row for row in rows if row[1:] != ["verdicts"]] == [["all", "3"], ["ann", "4"], ["all", "7"]]
 
 
 def test_reward_accuracy_comes_from_the_finished_step_2(tmp_path):

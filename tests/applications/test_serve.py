@@ -62,7 +62,7 @@ def test_names_of_models(run, tmp_path, capsys):
         find_served_models(tmp_path / "nothing")
 
 
-def test_whose_answers_are_judged_and_where_verdicts_go(tmp_path):
+def test_whose_answers_are_judged_and_where_verdicts_go(tmp_path, capsys):
     run, mine = RunDirectory(tmp_path / "demo"), tmp_path / "mine"
     for place in (run.data, mine):
         place.mkdir(parents=True)
@@ -88,8 +88,10 @@ def test_whose_answers_are_judged_and_where_verdicts_go(tmp_path):
     with pytest.raises(UserError, match=r"step2_dpo .* is not finished"):
         collecting_of(run.path, "dpo")
     run.preferences.write_text("{}\n")
-    with pytest.raises(UserError, match=r"preferences\.jsonl, line 1, is no preference"):
-        collecting_of(run.path)
+    assert collecting_of(run.path)[0].prompts == prompts  # a damaged file keeps nobody from the chat
+    assert "is no file of verdicts (line 1: " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"config\.yaml is no file of verdicts"):
+        collecting_of(run.path, preferences=run.config_file)
     assert collecting_of(mine) == (None, {})
     with pytest.raises(UserError, match="lies in no run: say where verdicts go, with --preferences FILE"):
         collecting_of(mine, "sft")

@@ -144,6 +144,30 @@ def test_ctrl_c_stops_the_answers_and_not_the_interview(file):
     assert "(stopped)\n" in shown and winners(file) == [("two", "a")]
 
 
+def test_a_verdict_that_the_disk_refuses_is_asked_for_again(file, monkeypatch):
+    """Of the present pair, and of one that was to be taken back; in a pipe the sentence ends it."""
+    writes, full = iter([True, False, True, True]), UserError("The disk is full: make room, then judge it again.")
+    add, undo = PreferenceFile.add, PreferenceFile.undo
+
+    def refusing(work):
+        def maybe(*given):
+            if not next(writes, False):
+                raise full
+            return work(*given)
+
+        return maybe
+
+    monkeypatch.setattr(PreferenceFile, "add", refusing(add))
+    shown = ask(file, "one\n1\ntwo\n1\n2\nthree\n0\n", terminal=True)
+    assert winners(file) == [("one", "a"), ("two", "b"), ("three", "both bad")]
+    assert shown.count(str(full)) == 1 and [each.seed_a != each.seed_b for each in file.read()] == [True] * 3
+    monkeypatch.setattr(PreferenceFile, "undo", refusing(undo))
+    assert ask(file, "four\nu\ns\n/undo\n", terminal=True).count(str(full)) == 2 and len(file.read()) == 3
+    for text in ("five\n1\n", "five\nu\n"):
+        with pytest.raises(UserError, match="make room"):
+            ask(file, text)
+
+
 def test_a_second_person_judges_the_same_answers(file):
     ask(file, "one\n1\ntwo\n2\n", answerers(Seeded("s"), Seeded("r")))
     before = file.read()

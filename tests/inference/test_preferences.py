@@ -149,14 +149,50 @@ def test_ten_write_at_once(file):
     assert {name: by.count(name) for name in by} == dict.fromkeys(people, 10)
 
 
-@pytest.mark.parametrize("rest", ['{"id": "x", "ti', "\x00" * 70_000, "é"])
-def test_a_last_line_that_was_cut_off_is_healed(file, rest):
-    file.add(first := PAIR.judged("a", "ada"))
-    with open(file.path, "ab") as handle:
-        handle.write(rest.encode()[:-1] if rest == "é" else rest.encode())
-    assert file.read() == [first]
-    file.add(second := PAIR.judged("b", "ada"))
-    assert file.read() == [first, second]
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_last_line_that_was_cut_off_is_healed(file, before):
+    """At every byte; and the zeros that a crash leaves, behind a part of the line too."""
+    line = PAIR.judged("a", "ada").line.encode()
+    rests = [line[:length] for length in range(1, len(line))]
+    given = [PAIR.judged("a", "ada")] * before
+    start = "".join(f"{each.line}\n" for each in given).encode()
+    for rest in rests:
+        file.path.write_bytes(start + rest)
+        assert file.read() == given, rest
+    for rest in [*rests[:60:7], *rests[-3:], b"\0" * 70_000, line[:40] + b"\0" * 9]:
+        file.path.write_bytes(start + rest)
+        file.add(last := PAIR.judged("b", "ada"))
+        assert file.read() == [*given, last], rest
+    file.path.write_bytes(start + line)  # it is whole
+    file.add(last)
+    assert file.read() == [*given, Preference.of(line.decode()), last]
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "# Notes\n\nA last line without its end",
+        "A line with its end\n",
+        json.dumps([{"id": "1", "prompt": "Hi"}]),
+        json.dumps({"id": "p1", "prompt": "Hi", "chosen": "x", "rejected": "y"}),
+        '{"id": "p1", "prompt": "Hi", "chos',
+        json.dumps({"id": "p1", "time": "noon"}),
+        "\xff\xfe",
+    ],
+)
+def test_a_file_of_another_kind_is_left_as_it_is(file, foreign):
+    file.path.write_bytes(foreign.encode("latin-1"))
+    for use in (file.read, file.require_own, lambda: file.undo("ada"), lambda: file.add(PAIR.judged("a", "ada"))):
+        with pytest.raises(
+            UserError, match=r"preferences.jsonl is no file of verdicts \(line 1: .*choose another file"
+        ):
+            use()
+    assert file.path.read_bytes() == foreign.encode("latin-1")
+    mixed = f"{PAIR.judged('a', 'ada').line}\n{foreign.strip()}".encode()
+    file.path.write_bytes(mixed)
+    with pytest.raises(UserError, match="is no verdict"):
+        file.add(PAIR.judged("a", "ada"))
+    assert file.path.read_bytes() == mixed
 
 
 def test_a_damaged_line_is_named_and_stays(file):
@@ -165,10 +201,31 @@ def test_a_damaged_line_is_named_and_stays(file):
     with open(file.path, "a", encoding="utf-8") as handle:
         handle.write(bad)
     for use in (file.read, lambda: file.undo("ada")):
-        with pytest.raises(UserError, match=r"preferences.jsonl, line 2, is no preference \(winner: Input should be"):
+        with pytest.raises(UserError, match=r"preferences.jsonl, line 2, is no verdict \(winner: Input should be"):
             use()
+    said: list[str] = []
+    assert file.read_or_say(said.append) == [] and len(said) == 1
+    assert said[0].startswith(f"Warning: {file.path}, line 2, is no verdict") and "no verdict of it counts" in said[0]
     file.add(PAIR.judged("b", "ada"))  # a click is kept all the same
     assert bad in file.path.read_text() and len(file.path.read_text().split("\n")[:-1]) == 3
+
+
+def test_links_and_rights_stay_and_new_files_have_those_of_the_umask(file, tmp_path):
+    """The lock lies beside the file itself, so that it is one lock under both names."""
+    home = tmp_path / "home"
+    home.mkdir()
+    file.path.symlink_to(home / "verdicts.jsonl")
+    before = os.umask(0o002)
+    try:
+        file.add(PAIR.judged("a", "ada"))
+        os.umask(0o077)
+        file.add(PAIR.judged("a", "bob"))
+        assert file.undo("ada") and file.path.is_symlink()
+    finally:
+        os.umask(before)
+    assert [each.by for each in PreferenceFile(home / "verdicts.jsonl").read()] == ["bob"]
+    rights = {path.name: path.stat().st_mode & 0o777 for path in home.iterdir()}
+    assert rights == {"verdicts.jsonl": 0o664, ".verdicts.jsonl.lock": 0o664}
 
 
 def test_undo_takes_the_newest_of_that_person_and_leaves_the_rest_as_it_is(file):

@@ -11,7 +11,16 @@ from applications.settings import resolve_settings
 from inference.errors import UserError
 from tests.tiny_runs import messages
 from training.config_files import validate_config
-from training.lineage import Source, base_model, inherit, origin_of, sources_of, trained_elsewhere
+from training.lineage import (
+    Source,
+    base_model,
+    inherit,
+    newest_reward_model,
+    origin_of,
+    rounds_of,
+    sources_of,
+    trained_elsewhere,
+)
 from training.run_directory import RunDirectory
 from training.steps import DPO, PPO, REWARD, SFT, STEPS
 
@@ -187,3 +196,25 @@ def test_demonstrations_that_ppo_mixed_in_were_trained_on(parent, tmp_path):
     child = fork(tmp_path / "child", HELD_OUT)
     (sentence, _) = trained_elsewhere(child, [Source("mixed", model(mixed, PPO))])
     assert "0 of 3 prompts, 1 of 2 pairs, 1 of 1 demonstrations" in sentence
+
+
+# Rounds
+
+
+def test_a_chain_of_rounds_ends_where_a_run_is_gone_or_the_chain_is_closed(parent, tmp_path):
+    second = fork(tmp_path / "second", data={"parent": str(parent.path)})
+    third = fork(tmp_path / "third", data={"parent": str(second.path)})
+    assert rounds_of(third) == [parent, second, third] and rounds_of(parent) == [parent]
+    parent.config_file.unlink()
+    assert rounds_of(third) == [second, third]
+    second.config_file.write_text(yaml.safe_dump({"model": "tiny", "data": {"parent": str(third.path)}}))
+    assert rounds_of(third) == [second, third]
+
+
+def test_the_newest_reward_model_of_a_chain(parent, tmp_path):
+    second = fork(tmp_path / "second", data={"parent": str(parent.path)})
+    assert newest_reward_model(second) == ""  # no step of the parent is finished
+    parent.step(REWARD).result_file.write_text("{}")
+    assert newest_reward_model(second) == model(parent, REWARD)
+    given = fork(tmp_path / "given", data={"parent": str(parent.path)}, trained_reward_model="org/reward")
+    assert newest_reward_model(given) == "org/reward"

@@ -32,6 +32,10 @@ class LeftOut(BadRow):
     """Why a row is not used though nothing is wrong with it: it is left out whatever `data.bad_rows` says."""
 
 
+class CutShort(BadRow):
+    """The same of a last line that has no end: a kill or a full disk may have cut it."""
+
+
 Entry = tuple[str, Any]
 """The name of a row's place, and its value: a BadRow where it cannot be read."""
 

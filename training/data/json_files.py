@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import UserError
-from training.data.entries import BadRow, Entry, open_bytes
+from training.data.entries import BadRow, CutShort, Entry, open_bytes
 from training.data.messages import looks_like_messages
 from training.data.shapes import KNOWN_COLUMNS
 
@@ -36,7 +36,9 @@ def read_lines(file: Path) -> Iterator[Entry]:
     with open_bytes(file) as handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
-                yield f"{file}, line {number}", parse_line(line)
+                value = parse_line(line)
+                is_cut = isinstance(value, BadRow) and not line.endswith(b"\n")
+                yield f"{file}, line {number}", CutShort(str(value)) if is_cut else value
 
 
 def parse_line(line: bytes) -> Any:

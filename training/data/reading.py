@@ -13,7 +13,7 @@ from inference.collecting import without_collecting
 from inference.errors import UserError
 from inference.preferences import Preference
 from training.config import DataSettings
-from training.data.entries import BadRow, Entry, LeftOut
+from training.data.entries import BadRow, CutShort, Entry, LeftOut
 from training.data.files import read_file
 from training.data.find_files import find_files
 from training.data.formats import KNOWN_KEYS, read_row
@@ -99,6 +99,8 @@ def read_source(
     for place, value in entries(files, hub_set):
         clicks: list[Preference] = []
         try:
+            if isinstance(value, CutShort) and result.clicks:  # the next click would cut it off
+                raise LeftOut("the last line was cut short")
             if isinstance(value, BadRow):
                 raise value
             if isinstance(value, dict):

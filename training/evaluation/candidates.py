@@ -7,7 +7,7 @@ from typing import Literal
 
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
-from training.lineage import Source, base_model, label_of
+from training.lineage import Source, base_model, label_of, origin_of, reward_model_before
 from training.models.loading import require_scorer
 from training.run_directory import RunDirectory
 from training.stage import Stage
@@ -68,14 +68,16 @@ def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
     if source in NAMES:
         base = source == "base"
         directory = base_directory(stage) if base else stage.earlier_model(step_of(source))
-        return Candidate(source, NAMES[source], directory)
+        before = origin_of(stage.config.sft_model) if source == SFT.command else None
+        return Candidate(source, before.name if before and before.step is not SFT else NAMES[source], directory)
     path = Path(source).expanduser()
     if (path / "config.yaml").is_file():
         ((label, directory),) = find_chat_models(path, compare=False)
         return Candidate(key, f"{path.resolve().name} ({label})", directory)
     directory = stage.model_directory(source)
     refuse_reward_model(directory)
-    return Candidate(key, source if not path.is_dir() else path.resolve().name, directory)
+    origin = origin_of(directory)
+    return Candidate(key, origin.name if origin else path.resolve().name if path.is_dir() else source, directory)
 
 
 def base_directory(stage: Stage) -> Path:
@@ -102,9 +104,19 @@ def find_reward_model(stage: Stage) -> Path | None:
     return stage.earlier_model(REWARD) if given else None
 
 
-def find_judge(stage: Stage, wanted: str, reward_model: Path | None) -> Judge | None:
+def find_judge_before(stage: Stage) -> Judge | None:
+    """The reward model of the run that this one goes on from, or of one before that; None where there is none."""
+    source = reward_model_before(stage.config)
+    if not source:
+        return None
+    origin = origin_of(source)
+    return Judge(f"reward of {origin.run.path.name if origin else source}", stage.model_directory(source))
+
+
+def find_judge(stage: Stage, wanted: str, reward_model: Path | None, before: Judge | None = None) -> Judge | None:
     """Who says which of two answers is better: what is wanted, else the true score where it is known, else the learned
-    reward. A reward function or service of the run is asked only where that is wanted.
+    reward, at last that of the run `before`. A reward function or service of the run is asked only where that is
+    wanted.
 
     None where the run has neither. Raises UserError where what is wanted is not there.
     """
@@ -120,7 +132,7 @@ def find_judge(stage: Stage, wanted: str, reward_model: Path | None) -> Judge | 
             stage.run.require_model(REWARD)
         return Judge("reward", "reward")
     if wanted in ("", "learned"):
-        return Judge("learned reward", reward_model) if reward_model is not None else None
+        return Judge("learned reward", reward_model) if reward_model is not None else before
     directory = stage.model_directory(wanted)
     require_scorer(directory, wanted, trained=True)
     return Judge(f"reward of {Path(wanted).name}", directory)

@@ -28,6 +28,7 @@ from training.evaluation.candidates import (
     Request,
     base_directory,
     find_judge,
+    find_judge_before,
     find_pair,
     find_reward_model,
     sources,
@@ -72,7 +73,8 @@ class Comparison:
         self.data, self.settings = stage.config.data, stage.config.rlhf
         self.model, self.against = find_pair(stage, self.request)
         self.reward_model = find_reward_model(stage)
-        self.judge = find_judge(stage, self.request.judge, self.reward_model)
+        self.judge_before = find_judge_before(stage)
+        self.judge = find_judge(stage, self.request.judge, self.reward_model, self.judge_before)
         asks = self.judge is not None and self.judge.source == "reward"
         self.rewards = Rewards(self.settings, stage.ranks) if asks else None
         self.given = self.read_given()
@@ -84,7 +86,7 @@ class Comparison:
             )
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
         labels = (each.label(stage.run) for each in (self.model, self.against))
-        self.clicks = win_rates(PreferenceFile(stage.run.preferences).read(), *labels)
+        self.clicks = win_rates(PreferenceFile(stage.run.preferences).read_or_say(stage.display.say), *labels)
 
     def read_given(self) -> RowSets | None:
         """The rows of the request; None where those that the run holds out are meant."""
@@ -149,8 +151,7 @@ class Comparison:
         result |= pair
         if scores is not None:
             assert self.judge is not None
-            questions = list(map(choose_groups(self.held_out), self.held_out))
-            everywhere = range(len(self.held_out))
+            questions, everywhere = self.questions(), range(len(self.held_out))
             result["win_rate"] = win_rate(scores, questions, everywhere) | {"judge": self.judge.name}
             unseen = [i for i, row in enumerate(self.held_out) if row.get("held_out_question")]
             if 0 < len(unseen) < len(self.held_out):  # only the embedded default knows its questions
@@ -160,6 +161,10 @@ class Comparison:
         self.write_answers(answers_file, theirs, ours, scores)
         write_json(result_file, result)
         return result
+
+    def questions(self) -> list[str]:
+        """Those of the prompts, in their order."""
+        return list(map(choose_groups(self.held_out), self.held_out))
 
     def untouched(self) -> tuple[str, Path]:
         """A model that judges how plain the answers are, and what its perplexity is called: the base model, or the SFT
@@ -176,7 +181,8 @@ class Comparison:
     ) -> tuple[list[float], list[float]] | None:
         """The judge's scores of both models' answers; rewards land in `pair`, accuracies in `result`."""
         known: dict[Path | str, tuple[list[float], list[float]]] = {"truth": (truth(theirs), truth(ours))}
-        wanted = [self.reward_model, self.judge.source if self.judge is not None else None]
+        before = self.judge_before.source if self.judge_before is not None else None
+        wanted = [self.reward_model, self.judge.source if self.judge is not None else None, before]
         pairs = self.eval_rows("pairs")[: self.stage.config.evaluation.rows]
         for directory in dict.fromkeys(wanted):
             if not isinstance(directory, Path):
@@ -184,8 +190,11 @@ class Comparison:
             model = RewardModel(self.stage, directory)
             known[directory] = model.scores_of_both(theirs, ours)
             key = "learned_reward" if directory == self.reward_model else "judge_reward"
+            key = "reward_before" if directory == before else key
             for candidate, scores in zip((self.against, self.model), known[directory], strict=True):
                 pair[candidate.key][key] = statistics.mean(scores)
+            if directory not in wanted[:2]:
+                continue
             own = self.found_by_step_2() if directory == self.reward_model else {}
             if accuracy := own.get("reward_accuracy") or reward_accuracy(model, pairs, self.data):
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
@@ -194,6 +203,9 @@ class Comparison:
                 result["panel"] = own.get("panel") or panel_agreement(
                     panel, model.scores(rows_to_score(panel, model.chat_format, self.data))
                 )
+        if self.judge_before is not None and self.judge_before != self.judge:
+            of_before = win_rate(known[self.judge_before.source], self.questions(), range(len(self.held_out)))
+            result["win_rate_before"] = of_before | {"judge": self.judge_before.name}
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
             totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)

@@ -147,6 +147,13 @@ def test_what_people_prefer_stands_there(tags, tmp_path):
     assert "What people prefer" not in Tags(render(make_run(tmp_path, evaluated=False))).text
 
 
+def test_a_damaged_file_of_verdicts_is_said_and_the_report_is_there(tmp_path, capsys):
+    run = make_run(tmp_path)
+    run.preferences.write_text("{}\n")
+    assert "What people prefer" not in render(run)
+    assert "no file of verdicts (line 1: " in capsys.readouterr().err
+
+
 def test_what_was_predicted_stands_beside_what_was_achieved(tags, tmp_path):
     text = " ".join(tags.text.split())
     assert "actor train 4 5 -20%" in text and "Iteration 17 what each rank did when" in text

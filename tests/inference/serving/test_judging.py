@@ -63,6 +63,8 @@ def test_a_second_person_judges_what_others_have_judged(judged):
     assert judged.ask("GET", "preferences", params={"by": "bob"}) == {"count": 1, "others": 2, "suggests": True}
     rest = [judged.ask("POST", "pairs", json={"unjudged_by": "bob"}) for _ in range(2)]  # the second before a verdict
     assert [sorted(pair["answers"]) for pair in rest] == [sorted(pair["answers"]) for pair in pairs[1:]]
+    sides = {tuple(judged.ask("POST", "pairs", json={"unjudged_by": f"{n}"})["answers"]) for n in range(20)}
+    assert len(sides) == 2  # of the first pair; else once in 500,000
     for by in ("ada", "bob"):
         error = judged.ask("POST", "pairs", 404, json={"unjudged_by": by})
         assert error["message"] == f"Nothing that others have judged is left for {by}."
@@ -160,12 +162,17 @@ def test_a_full_disk_keeps_the_pair_for_another_try(model, tmp_path):
             assert [kept.by for kept in setup.file.read()] == ["ada"]
 
 
-def test_a_damaged_file_is_named_and_still_takes_verdicts(judged):
-    judged.file.path.write_text("{}\n")
-    error = judged.ask("GET", "preferences", 500, params={"by": "ada"})
-    assert "line 1, is no preference" in error["message"]
+def test_a_damaged_file_is_named_and_still_takes_verdicts_but_one_of_another_kind_does_not(judged):
     judged.judge(judged.pair()["id"])
-    assert Preference.of(judged.file.path.read_text().splitlines()[1]).by == "ada"
+    first = judged.file.path.read_text()
+    judged.file.path.write_text(first + "{}\n")
+    error = judged.ask("GET", "preferences", 500, params={"by": "ada"})
+    assert "line 2, is no verdict" in error["message"]
+    judged.judge(judged.pair()["id"])
+    assert Preference.of(judged.file.path.read_text().splitlines()[2]).by == "ada"
+    judged.file.path.write_text("# Notes\n")
+    assert "is no file of verdicts" in judged.judge(judged.pair()["id"], status=500)["message"]
+    assert judged.file.path.read_text() == "# Notes\n"
 
 
 def test_a_server_that_keeps_none_says_how(model):

@@ -101,7 +101,9 @@ def test_by_keys_with_undo_and_skip(page, complaints, judged):
         expected.append(("Ada", winner))
         expect(page.locator("#message")).to_be_focused()
         assert winners(judged) == expected
-    ask(page, "u = 1, 2, s")  # what is typed is no verdict
+    page.locator("#message").press_sequentially("u = 1, 2, s, n")  # what is typed is no verdict
+    page.keyboard.press("Enter")
+    expect(page.locator("#verdicts")).to_be_visible()
     assert winners(judged) == expected
     here = answers(page)
     page.keyboard.press("u")

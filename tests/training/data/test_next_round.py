@@ -8,7 +8,7 @@ from inference.errors import UserError
 from tests.tiny_runs import messages
 from training.config import DataSettings
 from training.data.prepare import prepare_data
-from training.data.rows import RowSets, read_rows, write_rows
+from training.data.rows import PANEL_FILE, RowSets, read_rows, write_rows
 
 HELD_OUT, TRAINED = [f"held out {i}" for i in range(6)], [f"trained on {i}" for i in range(6)]
 
@@ -33,7 +33,7 @@ def parent(tmp_path):
 def prepared(parent, questions, word_format, weight="", **settings):
     """The sets of the next round, whose pairs ask these questions, and what was said."""
     file, said = parent.parent / "pairs.jsonl", []
-    rows = [{"prompt": text, "chosen": f"a good answer to {text}", "rejected": "bad"} for text in questions]
+    rows = [{"prompt": text, "chosen": "a good answer", "rejected": "bad"} for text in questions]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (parent.parent / "more.jsonl").write_text(json.dumps({"prompt": "more?", "chosen": "a", "rejected": "b"}))
     source = [f"{file}={weight}", str(parent.parent / "more.jsonl")] if weight else str(file)
@@ -76,3 +76,37 @@ def test_a_parent_without_its_rows_is_named(parent, word_format):
     with pytest.raises(UserError, match=r"prompts_eval.jsonl is missing.*bring the rows of .*parent back"):
         prepared(parent, ["new?"], word_format)
     assert not (parent.parent / "data").exists()
+
+
+TALKS = [[*messages("Hello!"), {"role": "assistant", "content": "Hi."}, *messages(f"and then {i}?")] for i in range(40)]
+GREETED = [[{"role": "system", "content": f"You are {name}."}, *messages("Hello!")] for name in ("ann", "bob", "cid")]
+
+
+@pytest.mark.parametrize(("asked", "held_out"), [(TALKS, 4), (GREETED, 1)], ids=["messages", "systems"])
+def test_pairs_that_begin_with_one_message_are_shared_out_by_what_follows(parent, word_format, asked, held_out):
+    sets, _ = prepared(parent, asked, word_format, held_out=0.1)
+    assert len(sets["pairs_eval"]) == held_out and len(sets["pairs_train"]) == len(asked) - held_out
+    trained, aside = ([json.dumps(row["prompt"]) for row in sets[f"pairs_{part}"]] for part in ("train", "eval"))
+    prompts = {json.dumps(row["prompt"]) for row in sets["prompts_train"]}
+    assert prompts >= set(trained) and not prompts & set(aside)
+
+
+@pytest.mark.parametrize("asked", [HELD_OUT, HELD_OUT[:1], [[*messages(HELD_OUT[0]), *talk[1:]] for talk in TALKS]])
+def test_pairs_whose_questions_were_all_held_out_are_refused(parent, word_format, asked):
+    with pytest.raises(UserError, match=r"No pair is left to train on, as .*parent held out .*: give pairs on other"):
+        prepared(parent, asked, word_format)
+    assert not (parent.parent / "data").exists()
+
+
+def test_where_the_parent_held_out_no_prompts_there_are_those_of_the_new_rows(parent, word_format):
+    write_rows(parent / "data" / "prompts_eval.jsonl", [])
+    write_rows(parent / "data" / "prompts_train.jsonl", [{"prompt": messages(f"new {i}")} for i in range(9)])
+    sets, _ = prepared(parent, [f"new {i}" for i in range(5)], word_format)
+    assert len(sets["prompts_eval"]) == 1 and not set(asks(sets["prompts_eval"])) & set(asks(sets["prompts_train"]))
+
+
+def test_texts_that_people_rated_go_from_round_to_round(parent, word_format):
+    rated = [{"prompt": messages("?"), "response": "Fine", "domain": "tweets", "mean": 1.0, "ratings": [1]}]
+    write_rows(parent / "data" / PANEL_FILE, rated)
+    prepared(parent, ["new?", "newer?"], word_format)
+    assert read_rows(parent.parent / "data" / PANEL_FILE) == rated

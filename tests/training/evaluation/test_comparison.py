@@ -17,6 +17,7 @@ from inference.preferences import PreferenceFile
 from tests.tiny_runs import QUESTIONS, messages
 from tests.training.evaluation.clicks import click
 from training.config import DataSettings
+from training.config_files import validate_config
 from training.evaluation.answers import Answers, same_tokens
 from training.evaluation.candidates import Request, find_pair, sources
 from training.evaluation.comparison import Comparison, win_rate
@@ -24,6 +25,7 @@ from training.evaluation.ranking import accuracy_by_length, reward_accuracy
 from training.evaluation.scoring import RewardModel, reading
 from training.evaluation.statistics import share
 from training.lineage import trained_elsewhere
+from training.merging import merge
 from training.run_directory import RunDirectory
 from training.stage import Stage
 from training.step2_reward.reward import RewardTask
@@ -324,7 +326,7 @@ def test_the_reward_function_is_loaded_only_to_judge(stage, finished, tmp_path):
 def test_a_run_or_a_directory_can_be_measured(stage, finished, tmp_path):
     request = Request(model=str(finished.path), against=str(finished.step(SFT).model), prompts=2)
     result = Comparison(stage, request).run(tmp_path / "r.json", tmp_path / "a.jsonl")
-    assert result["pair"] == {"against": "model", "model": "run (RLHF)"}
+    assert result["pair"] == {"against": "run (SFT)", "model": "run (RLHF)"}
 
 
 @pytest.mark.parametrize(
@@ -416,6 +418,34 @@ def test_where_the_compared_models_and_the_judge_come_from_is_said(stage, finish
     ]
     own = Comparison(stage)
     assert trained_elsewhere(stage.run, sources(stage, (own.against, own.model), own.judge)) == []
+
+
+def test_a_round_is_measured_against_the_one_before_by_the_rewards_of_both(stage, finished, tmp_path):
+    run = RunDirectory(shutil.copytree(finished.path, tmp_path / "next"))
+    values = {"sft_model": str(finished.step(PPO).model), "data": {"parent": str(finished.path)}}
+    settings = merge(finished.read_config().model_dump(mode="json"), values)
+    run.write_config(validate_config(settings), {})
+    torch.manual_seed(5)
+    head = run.step(REWARD).model / "model.safetensors"
+    weights = load_file(head)
+    save_file(weights | {"score.weight": -weights["score.weight"]}, head, {"format": "pt"})  # it wants the opposite
+    later = dataclasses.replace(stage, run=run, config=run.read_config())
+    policy = run.step(PPO).model / "model.safetensors"
+    weights = {name: each + 0.05 * torch.randn(each.shape) for name, each in load_file(policy).items()}
+    save_file(weights, policy, {"format": "pt"})
+
+    result = Comparison(later).run(tmp_path / "result.json", tmp_path / "answers.jsonl")
+    assert result["pair"] == {"sft": "run (RLHF)", "rlhf": "RLHF"}
+    ours, before = result["win_rate"], result["win_rate_before"]
+    assert (ours["judge"], before["judge"]) == ("learned reward", "reward of run")
+    assert before["rate"] == pytest.approx(1 - ours["rate"]) and before["rate"] != 0.5
+    both = result["rlhf"]["reward_before"] + result["rlhf"]["learned_reward"]
+    assert both == pytest.approx(-0.5)  # twice the shift, by the scale
+
+    shutil.rmtree(run.step(REWARD).path)
+    direct = Comparison(later).run(tmp_path / "direct.json", tmp_path / "direct.jsonl")
+    assert direct["win_rate"]["judge"] == "reward of run" and "win_rate_before" not in direct
+    assert direct["win_rate"]["rate"] == before["rate"] and "judge_accuracy" in direct
 
 
 def test_given_rows_take_the_place_of_those_that_the_run_holds_out(finished, tmp_path):

@@ -1,6 +1,7 @@
 """Agreement with people, against sums by hand and against draws."""
 
 import random
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
 
@@ -9,6 +10,7 @@ import torch
 
 from training.data.upbeat import upbeat_score
 from training.evaluation.panel import Judged, mean_over_pairs, panel_agreement, pooled
+from training.evaluation.ranking import groups_of
 
 RATINGS = [[4, 3, 4], [1, 1, 1], [-1, 0, 1], [4, 2, -1, -1], [-4, -3, -2]]
 TEXTS = ["What a great and lovely day", "It is a table", "Not good", "A fine thing", "Awful, I hate it"]
@@ -62,6 +64,14 @@ def test_agreement_is_that_of_each_pair_by_hand():
     assert reviews["learned"]["rate"] == pytest.approx(1 - rates["learned"])
 
 
+def test_pairs_under_one_prompt_stand_for_themselves():
+    def pair(question, answer):
+        return {"prompt": [{"role": "user", "content": question}], "chosen": answer, "rejected": "no"}
+
+    assert len(set(groups_of([pair("Say something.", answer) for answer in "abc"]))) == 3
+    assert len(set(groups_of([pair("One?", "a"), pair("One?", "b"), pair("Two?", "c")]))) == 2
+
+
 def test_a_kind_of_text_without_pairs_far_enough_apart_is_left_out():
     assert panel_agreement(rows()[1:2] * 3, [1.0, 2.0, 3.0]) == {}
     with pytest.raises(ValueError, match="no pairs"):
@@ -104,7 +114,7 @@ def test_pooled_over_runs_a_text_of_several_runs_counts_once():
     first, second = (draw(50, rng).over_lexicon() for _ in range(2))
     names = [f"text {i}" for i in range(50)]
     same, apart = (
-        pooled([first, first], [names, names]),
+        pooled([first, replace(first)], [names, names]),
         pooled([first, second], [names, [f"other {n}" for n in names]]),
     )
     assert (same.value, same.error) == pytest.approx((first.value, first.error))
