@@ -25,7 +25,7 @@ from training.data.entries import BadRow
 from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_clicks, lint_tokenizer, shared_prompts
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rated_texts import load_texts
-from training.data.reading import NAMES_OF_KINDS, read_source
+from training.data.reading import JUDGED_AGAIN, NAMES_OF_KINDS, read_source
 from training.data.rows import Row, RowSets, read_rows
 from training.data.shapes import UNDECIDED
 from training.data.sources import parse_source
@@ -148,7 +148,7 @@ def read_user_data(opened: Target) -> Target:
         rows += found.rows
         places += found.places
         opened.described.append(found.describe())
-        opened.left_out += [each for each in found.left_out if each[1] not in UNDECIDED.values()]
+        opened.left_out += [each for each in found.left_out if each[1] not in (*UNDECIDED.values(), JUDGED_AGAIN)]
         opened.clicks += found.clicks
     for name, kind in KINDS.items():
         chosen = [i for i, row in enumerate(rows) if kind_of(row) == kind]

@@ -175,9 +175,9 @@ def data_text(run: RunDirectory, config: RunConfig) -> str:
                 "a demonstration, not what people prefer"
             )
         return (
-            f"{dialogues}, and tweets that about 20 people each rated for how positive they are, from the source "
-            "distribution of vaderSentiment (MIT; C.J. Hutto and E. Gilbert, VADER, ICWSM 2014); what they rated as "
-            "more positive was preferred, which says nothing of truth or use"
+            f"{dialogues}, and tweets that 20 to about 100 people each rated for how positive they are, from the "
+            "source distribution of vaderSentiment (MIT; C.J. Hutto and E. Gilbert, VADER, ICWSM 2014); what they "
+            "rated as more positive was preferred, which says nothing of truth or use"
         )
     return f"{', '.join(map(public_name, config.data.sources))} (not part of this directory)"
 

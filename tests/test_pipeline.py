@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
 from tests.pages import ROOT, written_metrics
-from training.evaluation.panel import agreements
+from training.evaluation.panel import panel_agreement
 from training.run_directory import RunDirectory
 from training.starts import read_starts
 from training.steps import DPO, METHODS, PPO, REWARD
@@ -52,7 +52,7 @@ def test_the_table_says_how_far_the_reward_model_agrees_with_people(tiny_run, wo
     assert f"tweets ({panel['tweets']['texts']} texts) │ {rate} (" in said and "No reward saw the lexicon" in said
     assert "reward model agrees with people on tweets</span>" in (tiny_run / "report.html").read_text()
     scores = [json.loads(line) for line in (tiny_run / "step2_reward" / "panel.jsonl").read_text().splitlines()]
-    assert agreements([row | {"ratings": [0]} for row in scores], [row["learned"] for row in scores])["tweets"][
+    assert panel_agreement([row | {"ratings": [0]} for row in scores], [row["learned"] for row in scores])["tweets"][
         "learned"
     ] == pytest.approx(panel["tweets"]["learned"])
 

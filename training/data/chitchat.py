@@ -32,6 +32,9 @@ CONTEXT_TURNS = (3, 1)
 SAME_REPLY = 3
 """How often the same reply ("yeah") is kept."""
 EVALUATION_ROWS = 600
+"""Prompts for the comparison of models."""
+MORE_ROWS = 64
+"""Prompts behind them, for evaluation while step 3 learns (`rlhf.eval_prompts`)."""
 ENOUGH_ROWS = 1500
 """With fewer than this for step 1 or 3, both get all training dialogues instead of dividing them."""
 MIN_REPLY_TOKENS = 2
@@ -117,7 +120,9 @@ def build_chitchat(
     new_questions = flatten(reader.read([dialogue for dialogue in dialogues if dialogue.question in held_out]))
     add_evaluation(sets, new_talk, new_questions, rng)
     keep_once(sets)
-    prompts, held_out_prompts = ([row["prompt"] for row in rows] for rows in (sets.prompts_train, sets.prompts_eval))
+    prompts, held_out_prompts = (
+        [row["prompt"] for row in rows] for rows in (sets.prompts_train, sets.prompts_eval[:EVALUATION_ROWS])
+    )
     rated = (
         share_texts(texts, settings, seed, chat_format, prompts, held_out_prompts) if settings.split[1] > 0 else None
     )
@@ -265,15 +270,17 @@ def training_rows(first: list[Sample], third: list[Sample], rng: random.Random) 
 def add_evaluation(sets: RowSets, new_talk: list[Sample], new_questions: list[Sample], rng: random.Random) -> None:
     """Held-out rows, half of the prompts under held-out questions where there are enough; SFT's are all under known
     ones."""
-    half = EVALUATION_ROWS // 2
+    half, more = EVALUATION_ROWS // 2, list[PromptRow]()
     for samples, is_new in ((new_talk, False), (new_questions, True)):
         prompts = prompt_rows(samples)
         rng.shuffle(prompts)
-        for prompt in prompts[:half]:
-            sets.prompts_eval.append({**prompt, "held_out_question": is_new})
+        rows: list[PromptRow] = [{**prompt, "held_out_question": is_new} for prompt in prompts]
+        sets.prompts_eval += rows[:half]
+        more += rows[half : half + MORE_ROWS // 2]
     sets.sft_eval = [{**sft_row(sample), "held_out_question": False} for sample in new_talk]
-    for rows in (sets.sft_eval, sets.prompts_eval):
-        rng.shuffle(rows)
+    for shuffled in (sets.sft_eval, sets.prompts_eval, more):
+        rng.shuffle(shuffled)
+    sets.prompts_eval += more
 
 
 def sft_row(sample: Sample) -> SFTRow:

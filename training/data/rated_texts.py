@@ -1,8 +1,8 @@
 """Texts that people rated, from the source distribution of the Python package `vaderSentiment`.
 
-About 20 people rated each text for how positive it is, from -4 (extremely negative) to 4 (extremely positive). The
-reward model of the embedded default learns from pairs of tweets (pairs.py); others are kept to see how well it agrees
-with these people (evaluation/panel.py). The package's lexicon has no part in it.
+20 to about 100 people rated each text for how positive it is, from -4 (extremely negative) to 4 (extremely positive).
+The reward model of the embedded default learns from pairs of tweets (pairs.py); others are kept to see how well it
+agrees with these people (evaluation/panel.py). The package's lexicon has no part in it.
 """
 
 import html
@@ -40,8 +40,8 @@ CACHE_NAME = "rated-texts-1"  # the number goes up when what is kept changes
 ROOT = PACKAGE.requirement.replace("==", "-")
 RESOURCES = "hutto_ICWSM_2014"
 ORIGIN = (
-    "texts that about 20 people each rated for how positive they are (C.J. Hutto and E. Gilbert, VADER, ICWSM 2014), "
-    "licence MIT"
+    "texts that 20 to about 100 people each rated for how positive they are (C.J. Hutto and E. Gilbert, VADER, ICWSM "
+    "2014), licence MIT"
 )
 TWEETS = "tweets"
 DOMAINS = {

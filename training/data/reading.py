@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,9 @@ from training.data.shapes import CLICK_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
 from training.data.templates import require_accepted
+from training.evaluation.clicks import newest
 
+JUDGED_AGAIN = "the same person has judged these answers again"
 KEYS_NAMED = 12
 NAMES_OF_KINDS = {"pair": "pairs", "sft": "demonstrations", "prompt": "prompts"}
 
@@ -93,14 +95,17 @@ def read_source(
     files, hub_set, result.notes = locate(source, report)
     used, unused, extra = 0, set[str](), set[str]()
     ratings: dict[int, Rating] = {}
+    clicked: list[tuple[Row, Preference]] = []
     for place, value in entries(files, hub_set):
+        clicks: list[Preference] = []
         try:
             if isinstance(value, CutShort) and result.clicks:  # the next click would cut it off
                 raise LeftOut("the last line was cut short")
             if isinstance(value, BadRow):
                 raise value
             if isinstance(value, dict):
-                result.clicks += clicks_in(value)
+                clicks = clicks_in(value)
+                result.clicks += clicks
                 value = hub_set.adapt(value)
             read = read_row(value)
             if chat_format is not None:
@@ -113,6 +118,7 @@ def read_source(
                 ) from None
             result.left_out.append((place, str(error), not left_out))
             continue
+        clicked += zip(read.rows, clicks, strict=False)
         result.rows += read.rows
         result.places += [place] * len(read.rows)
         if read.rating is not None:
@@ -126,12 +132,15 @@ def read_source(
         if used == settings.limit:
             break
     unused -= pair_up(result, ratings)
+    leave_out_judged_again(result, clicked)
     undecided = [
         f"{result.reasons[why]:,} {why.removeprefix('both answers are ')}"
         for why in UNDECIDED.values()
         if result.reasons[why]
     ]
     result.notes += [f"{' and '.join(undecided)}, which teach nothing"] * bool(undecided)
+    if count := result.reasons[JUDGED_AGAIN]:
+        result.notes.append(f"{count:,} left out that the same person judged again")
     for keys, what in ((unused, "not used"), (extra, "for a reward function only")):
         if keys:
             more = f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
@@ -146,6 +155,18 @@ def clicks_in(value: dict[str, Any]) -> list[Preference]:
     with suppress(ValueError):
         return [Preference.of(json.dumps(value))]
     return []
+
+
+def leave_out_judged_again(result: SourceRows, clicked: Sequence[tuple[Row, Preference]]) -> None:
+    """Keep each person's last word on two answers only; `clicked` has the rows that come from verdicts."""
+    last = set(map(id, newest(result.clicks)))
+    earlier = {id(row) for row, click in clicked if id(click) not in last}
+    if not earlier:
+        return
+    both = list(zip(result.rows, result.places, strict=True))
+    result.left_out += [(place, JUDGED_AGAIN, False) for row, place in both if id(row) in earlier]
+    result.rows = [row for row, _ in both if id(row) not in earlier]
+    result.places = [place for row, place in both if id(row) not in earlier]
 
 
 def pair_up(result: SourceRows, ratings: dict[int, Rating]) -> set[str]:

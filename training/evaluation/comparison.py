@@ -34,7 +34,7 @@ from training.evaluation.candidates import (
     sources,
 )
 from training.evaluation.clicks import win_rates
-from training.evaluation.panel import agreements, read_panel, rows_to_score
+from training.evaluation.panel import panel_agreement, read_panel, rows_to_score
 from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
 from training.lineage import trained_elsewhere
@@ -200,7 +200,7 @@ class Comparison:
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = accuracy
             if directory == self.reward_model and (panel := read_panel(self.stage.run)):
-                result["panel"] = own.get("panel") or agreements(
+                result["panel"] = own.get("panel") or panel_agreement(
                     panel, model.scores(rows_to_score(panel, model.chat_format, self.data))
                 )
         if self.judge_before is not None and self.judge_before != self.judge:

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_pairs import TokenPair, length_bucket, rows_of
 from training.evaluation.answers import Row
-from training.evaluation.panel import agreements, read_panel, rows_to_score, write_scores
+from training.evaluation.panel import panel_agreement, read_panel, rows_to_score, write_scores
 from training.evaluation.ranking import Accuracy, accuracy_by_length, groups_of
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -59,7 +59,7 @@ def train(stage: Stage) -> None:
     found: dict[str, Any] = {"reward_accuracy": ranking}
     if panel := stage.ranks.tell(read_panel(stage.run), "the texts that people rated"):
         scores = task.scores_of_texts(rows_to_score(panel, chat_format, config.data)).tolist()
-        found["panel"] = agreements(panel, scores)
+        found["panel"] = panel_agreement(panel, scores)
         if stage.ranks.is_first:
             write_scores(stage.directory.panel_file, panel, scores)
     stage.finish({**counted, **evaluation, **scale, **found})

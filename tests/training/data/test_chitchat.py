@@ -8,8 +8,9 @@ from inference.errors import UserError
 from tests.warm import ROOT
 from training.config import DataSettings
 from training.data import chitchat
-from training.data.chitchat import Dialogue, build_chitchat, prompts_for, read_dialogue
+from training.data.chitchat import Dialogue, Sample, build_chitchat, prompts_for, read_dialogue
 from training.data.rated_texts import texts_in
+from training.data.rows import RowSets
 
 SETTINGS = DataSettings(max_prompt_tokens=60, max_response_tokens=20, held_out=0.1)
 WORDS = ["river", "stone", "window", "garden", "paper", "train", "coffee", "music", "happy", "great", "sad", "awful"]
@@ -177,3 +178,13 @@ def test_no_context_of_the_evaluation_opens_as_one_of_training(word_format):
     sets, *_ = build_chitchat(dialogues, TEXTS, SETTINGS, 1, word_format)
     said = [[row["prompt"][1]["content"].lower() for row in rows] for rows in (sets.prompts_train, sets.prompts_eval)]
     assert sum("river" in text for text in said[0]) and not any("river" in text for text in said[1])
+
+
+def test_prompts_for_evaluation_while_it_learns_stand_behind_those_of_the_comparison():
+    sets = RowSets()
+    kinds = [[Sample("Q?", [{"role": "user", "content": f"{kind} {i}"}], "r") for i in range(400)] for kind in "ab"]
+    chitchat.add_evaluation(sets, *kinds, random.Random(1))
+    rows = sets.prompts_eval
+    assert len({row["prompt"][0]["content"] for row in rows}) == len(rows) == 664
+    assert sum(row["held_out_question"] for row in rows[:600]) == 300
+    assert sum(row["held_out_question"] for row in rows[600:]) == 32

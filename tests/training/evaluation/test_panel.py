@@ -2,16 +2,17 @@
 
 import random
 from dataclasses import replace
+from fractions import Fraction
 from itertools import combinations
 
 import pytest
 import torch
 
 from training.data.upbeat import upbeat_score
-from training.evaluation.panel import Judged, agreements, mean_over_pairs, pooled
+from training.evaluation.panel import Judged, mean_over_pairs, panel_agreement, pooled
 from training.evaluation.ranking import groups_of
 
-RATINGS = [[4, 3, 4], [1, 1, 1], [-1, 0, 1], [2, 2, -1], [-4, -3, -2]]
+RATINGS = [[4, 3, 4], [1, 1, 1], [-1, 0, 1], [4, 2, -1, -1], [-4, -3, -2]]
 TEXTS = ["What a great and lovely day", "It is a table", "Not good", "A fine thing", "Awful, I hate it"]
 SCORES = [1.5, -0.2, 0.3, 0.3, -0.1]
 
@@ -27,18 +28,32 @@ def half(a, b):
     return 1.0 if a > b else 0.5 if a == b else 0.0
 
 
+def of_each(ratings):
+    """Each rating and the mean of the others."""
+    return [(rating, Fraction(sum(ratings) - rating, len(ratings) - 1)) for rating in ratings]
+
+
+def one_alone(first, second):
+    (rating, others), (other_rating, others_of_other) = first, second
+    same, judged = half(rating, other_rating), half(others, others_of_other)
+    return 0.5 if 0.5 in (same, judged) else float(same == judged)
+
+
 def test_agreement_is_that_of_each_pair_by_hand():
-    found = agreements([*rows(), *rows("reviews")], [*SCORES, *[-score for score in SCORES]])
+    found = panel_agreement([*rows(), *rows("reviews")], [*SCORES, *[-score for score in SCORES]])
     expected = {"learned": [], "person": [], "lexicon": []}
     for i, j in combinations(range(5), 2):
-        means = [sum(RATINGS[k]) / 3 for k in (i, j)]
+        means = [sum(RATINGS[k]) / len(RATINGS[k]) for k in (i, j)]
         if abs(means[0] - means[1]) < 1:
             continue
         i, j = (i, j) if means[0] > means[1] else (j, i)
         expected["learned"].append(half(SCORES[i], SCORES[j]))
         expected["lexicon"].append(half(upbeat_score(TEXTS[i]), upbeat_score(TEXTS[j])))
-        expected["person"].append(sum(half(a, b) for a in RATINGS[i] for b in RATINGS[j]) / 9)
+        alone = [one_alone(a, b) for a in of_each(RATINGS[i]) for b in of_each(RATINGS[j])]
+        expected["person"].append(sum(alone) / len(alone))
     assert len(expected["learned"]) == 9  # the texts of means 1 and 1 are not 1 apart
+    without_one = [mean for _, mean in of_each(RATINGS[3])], [mean for _, mean in of_each(RATINGS[2])]
+    assert min(without_one[0]) < max(without_one[1])  # the panel's order hangs on one rating of each
     rates = {judge: sum(values) / 9 for judge, values in expected.items()}
     tweets, reviews = found["tweets"], found["reviews"]
     assert tweets["texts"] == 5 and tweets["pairs"] == 9
@@ -58,7 +73,7 @@ def test_pairs_under_one_prompt_stand_for_themselves():
 
 
 def test_a_kind_of_text_without_pairs_far_enough_apart_is_left_out():
-    assert agreements(rows()[1:2] * 3, [1.0, 2.0, 3.0]) == {}
+    assert panel_agreement(rows()[1:2] * 3, [1.0, 2.0, 3.0]) == {}
     with pytest.raises(ValueError, match="no pairs"):
         mean_over_pairs(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool))
 
@@ -68,7 +83,7 @@ def draw(texts, rng):
     found = []
     for _ in range(texts):
         mean = rng.uniform(-3, 3)
-        found.append(({"mean": mean, "ratings": [round(mean)]}, mean + rng.gauss(0, 1.2), mean + rng.gauss(0, 1.5)))
+        found.append(({"mean": mean, "ratings": [0]}, mean + rng.gauss(0, 1.2), mean + rng.gauss(0, 1.5)))
     return Judged.of(*map(list, zip(*found, strict=True)))
 
 
