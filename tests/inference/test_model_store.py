@@ -180,7 +180,7 @@ def test_cache_is_beside_the_users_other_caches(monkeypatch):
 
 
 def test_what_a_killed_process_left_is_not_used(cache, monkeypatch):
-    left_over = cache / f"{model_store.TINY_CACHE_NAME}.part-abc" / "model"
+    left_over = cache / f"{model_store.TINY_CACHE_NAME}.part-abc" / "made"
     left_over.mkdir(parents=True)
     (left_over / "config.json").write_text("{}")
     assert resolve_model("tiny") == cache / model_store.TINY_CACHE_NAME
@@ -200,7 +200,7 @@ def test_a_process_killed_while_building_leaves_no_model(cache):
         "model_store.resolve_model('tiny')\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == -9
-    assert [file.name for file in cache.glob("*.part-*/model/*")] == ["config.json"]
+    assert [file.name for file in cache.glob("*.part-*/made/*")] == ["config.json"]
     assert not (cache / model_store.TINY_CACHE_NAME).exists()
     assert (resolve_model("tiny") / "model.safetensors").is_file()
     assert list(cache.glob("*.part-*")) == []
