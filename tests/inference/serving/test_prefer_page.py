@@ -192,10 +192,10 @@ def test_a_verdict_that_is_not_kept_stays_to_be_given_again(page, judged):
     finally:
         folder.unlink()
         moved.rename(folder)
-    page.route("**/v1/preferences", lambda route: route.abort())
+    page.evaluate("() => { window.reached = fetch; window.fetch = () => Promise.reject(new TypeError()); }")
     page.keyboard.press("1")
     expect(page.locator("#problem")).to_have_text(re.compile("^This verdict is not kept. The server cannot be reached"))
-    page.unroute("**/v1/preferences")
+    page.evaluate("() => { window.fetch = reached; }")
     page.keyboard.press("1")
     expect(page.locator(COUNT)).to_have_text("1 judged")
     assert winners(judged) == [("Ada", "a")] and page.locator("#problem").text_content() == ""
