@@ -15,7 +15,7 @@ from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
 from inference.errors import UserError, typed
 from inference.model_store import resolve_model
-from inference.preferences import Preference, PreferenceFile, checked_name
+from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
 from training.data.rows import read_rows
 from training.evaluation.clicks import agreements, people
 from training.lineage import base_model, label_of
@@ -160,15 +160,11 @@ def suggestions(run: RunDirectory | None, known: Iterable[Preference]) -> Iterat
 
 
 def waiting(known: list[Preference], by: str, other: str) -> list[Preference]:
-    """What `other` has judged and `by` has not; of `by` alone, what they have judged once. Raises UserError for a name
-    that is not there."""
+    """Raises UserError for a name that is not there."""
     if other not in people(known):
         names = ", ".join(people(known))
         raise UserError(f"{other} has judged nothing yet" + (f": there are verdicts of {names}." if names else "."))
-    theirs = {click.pair: click for click in known if click.by == other}
-    ours = [click.pair for click in known if click.by == by]
-    done = {pair for pair in ours if by != other or ours.count(pair) > 1}
-    return [click for pair, click in theirs.items() if pair not in done]
+    return unjudged(known, by, other)
 
 
 def collect_again(file: PreferenceFile, by: str, clicks: list[Preference]) -> int:

@@ -6,7 +6,8 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -66,13 +67,16 @@ class Preference:
     @property
     def pair(self) -> Hashable:
         """What the verdict is on, whichever side each answer stood on."""
-        prompt = tuple((message["role"], message["content"]) for message in self.prompt)
-        return prompt, *sorted((self.response_a, self.response_b))
+        return _judged_on(self.prompt, self.response_a, self.response_b)
 
     @property
     def line(self) -> str:
         """JSON without the end of the line."""
         return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def _judged_on(prompt: list[Message], *texts: str) -> Hashable:
+    return tuple((message["role"], message["content"]) for message in prompt), *sorted(texts)
 
 
 @cache
@@ -114,6 +118,11 @@ class BlindPair:
         return make(preference.prompt, left, right, preference.temperature, preference.max_tokens)
 
     @property
+    def pair(self) -> Hashable:
+        """That of each verdict on it."""
+        return _judged_on(self.prompt, self.left.text, self.right.text)
+
+    @property
     def are_equal(self) -> bool:
         """Nobody can say which of the two is better."""
         return self.left.text.strip() == self.right.text.strip()
@@ -150,6 +159,14 @@ def checked_name(name: str) -> str:
     if not name or len(name) > LONGEST_NAME or printable(name) != name:
         raise UserError(f"Say who judges: a name of 1 to {LONGEST_NAME} characters that can be printed.")
     return name
+
+
+def unjudged(known: Sequence[Preference], by: str, other: str | None = None) -> list[Preference]:
+    """The newest verdict of `other`, or of anybody else, on each pair that a person has not judged; of their own, on
+    each that they have judged once."""
+    theirs = {each.pair: each for each in known if (each.by != by if other is None else each.by == other)}
+    ours = Counter(each.pair for each in known if each.by == by)
+    return [verdict for pair, verdict in theirs.items() if ours[pair] <= (by == other)]
 
 
 class PreferenceFile:

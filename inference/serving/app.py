@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -32,6 +32,9 @@ READ_ANYWAY = 8 * MOST_BYTES
 """A client that sends too much hears so only if it is heard out; what is longer still is cut off."""
 CLIENT_GONE = 499
 """The status that a log shows for a client that left; nobody receives it."""
+VERDICTS_LINK = '<a href="prefer">Judge answers</a>'
+"""On the chat page."""
+NO_VERDICTS = "This server keeps no preferences: start it with rlhf-chat serve MODEL --preferences FILE."
 BODY_SECONDS = 60
 """In which a request must have arrived."""
 
@@ -55,8 +58,8 @@ def create_app(
 
     return Starlette(
         routes=[
-            Route("/", Page("page.html").show),
-            Route("/prefer", Page("prefer.html").show),
+            Route("/", Page("page.html", without="" if collecting else VERDICTS_LINK).show),
+            Route("/prefer", Page("prefer.html").show if collecting else show_no_verdicts),
             Route("/health", api.health),
             Route("/v1/models", api.models),
             Route("/v1/models/{name}", api.model),
@@ -147,8 +150,7 @@ class Verdicts:
     @property
     def judging(self) -> Judging:
         if self._judging is None:
-            message = "This server keeps no preferences: start it with rlhf-chat serve MODEL --preferences FILE."
-            raise ApiError(404, message, code="no_preferences")
+            raise ApiError(404, NO_VERDICTS, code="no_preferences")
         return self._judging
 
     async def pair(self, request: Request) -> Response:
@@ -225,12 +227,12 @@ async def read_body(request: Request) -> bytes:
 class Page:
     """A page, which may load nothing and talk to nobody but this server."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, without: str = "") -> None:
         self.html, style, script = (
             (files("inference.serving") / file).read_text(encoding="utf-8")
             for file in (name, "common.css", "common.js")
         )
-        self.html = self.html.replace("<style>", f"<style>{style}</style>\n<style>", 1)
+        self.html = self.html.replace(without, "").replace("<style>", f"<style>{style}</style>\n<style>", 1)
         self.html = self.html.replace("<script>", f"<script>{script}</script>\n<script>", 1)
         inline = {
             tag: " ".join(
@@ -249,6 +251,10 @@ class Page:
 
     async def show(self, request: Request) -> Response:
         return HTMLResponse(self.html, headers=self.headers)
+
+
+async def show_no_verdicts(request: Request) -> Response:
+    return PlainTextResponse(NO_VERDICTS, 404)
 
 
 async def show_error(request: Request, error: Exception) -> Response:

@@ -1,7 +1,7 @@
 """People say which of two answers is better. Whose answers they are never leaves the server."""
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from inference.chat_model import longest_answer
 from inference.chat_template import Message
 from inference.errors import UserError
-from inference.preferences import DRAWS, Answer, BlindPair, Preference, PreferenceFile, checked_name, new_seed
+from inference.preferences import DRAWS, Answer, BlindPair, PreferenceFile, checked_name, new_seed, unjudged
 from inference.serving.answers import Answers
 from inference.serving.errors import ApiError
 from inference.serving.request import ChatRequest, PairRequest, VerdictRequest
@@ -53,13 +53,12 @@ class Judging:
         self._prompts = cycle(collecting.prompts)
         self._pairs: dict[str, BlindPair] = {}
         self._judged: dict[str, VerdictRequest] = {}
-        self._given: dict[tuple[str, Hashable], bool] = {}  # of others' pairs, to whom
         self._writing = asyncio.Lock()
 
     async def draw(self, request: PairRequest) -> BlindPair:
         """Both answers when both are there. Raises ApiError."""
         if request.unjudged_by is not None:
-            return await self._of_others(named(request.unjudged_by))
+            return await self._of_others(named(request.unjudged_by), request.skip)
         prompt = request.conversation or self._suggestion()
         for _ in range(DRAWS):
             pair = await self._draw(prompt)
@@ -105,10 +104,11 @@ class Judging:
         known = await self._kept(self.collecting.file.read)
         return {"count": sum(each.by == by for each in known), "others": len(unjudged(known, by))}
 
-    async def _of_others(self, by: str) -> BlindPair:
+    async def _of_others(self, by: str, skip: Sequence[str]) -> BlindPair:
+        """`skip` has the ids of pairs that the person looks at or has skipped; others come until they are judged."""
+        skipped = {self._pairs[id].pair for id in skip if id in self._pairs}
         for verdict in unjudged(await self._kept(self.collecting.file.read), by):
-            if (by, verdict.pair) not in self._given:
-                remember(self._given, (by, verdict.pair), True)
+            if verdict.pair not in skipped:
                 pair = BlindPair.again(verdict, redrawn=True)
                 remember(self._pairs, pair.id, pair)
                 return pair
@@ -145,12 +145,6 @@ class Judging:
             return await asyncio.to_thread(work)
         except UserError as error:
             raise ApiError(507 if isinstance(error.__cause__, OSError) else 500, str(error)) from None
-
-
-def unjudged(known: Sequence[Preference], by: str) -> list[Preference]:
-    """A verdict of others on each pair that a person has not judged."""
-    mine = {each.pair for each in known if each.by == by}
-    return list({each.pair: each for each in known if each.pair not in mine}.values())
 
 
 def named(by: str) -> str:

@@ -155,10 +155,11 @@ class ChatRequest(Strict):
 
 class PairRequest(Strict):
     """What two answers are wanted to: to messages, without them to the server's next suggestion; or answers that others
-    have judged and this person has not."""
+    have judged and this person has not, beside those that `skip` names by their ids."""
 
     messages: list[ChatMessage] = []
     unjudged_by: str | None = None
+    skip: list[str] = []
 
     @field_validator("messages")
     @classmethod

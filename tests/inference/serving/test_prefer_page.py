@@ -81,7 +81,7 @@ def test_by_mouse(page, complaints, judged, pictures):
     kept = page.evaluate(
         "JSON.stringify([Object.keys(localStorage), Object.keys(JSON.parse(sessionStorage.prefer).state)])"
     )
-    assert json.loads(kept) == [["by"], ["pair", "later", "conversation"]]
+    assert json.loads(kept) == [["by"], ["pair", "later", "conversation", "skipped"]]
     assert complaints == []
 
 
@@ -153,9 +153,39 @@ def test_what_others_have_judged_is_judged_again(page, judged):
         page.keyboard.press("2")
         expect(page.locator(COUNT)).to_have_text(f"{number} judged")
     expect(page.locator("#problem")).to_have_text("Nothing that others have judged is left for Ada.")
+    expect(page.locator("#others")).to_be_hidden()  # used up
+    assert page.input_value("#then") == "write"
     kept = judged.file.read()
     assert [each.pair for each in kept[2:]] == [each.pair for each in kept[:2]]
     assert [each.by for each in kept] == ["ada", "ada", "Ada", "Ada"]
+
+
+def test_two_at_once_judge_what_the_other_judges_without_a_reload(page, judged):
+    """What is fetched ahead and thrown away, by a reload, comes again; what was skipped does not."""
+    open_page(page, judged.served.url)
+    expect(page.locator("#others")).to_be_hidden()
+    theirs = [judged.pair() for _ in range(3)]
+    for pair in theirs:
+        judged.judge(pair["id"], by="Eve")
+    ask(page)
+    page.keyboard.press("1")
+    page.click("#others")
+    expect(page.locator("#verdicts")).to_be_visible()
+    seen = [sorted(answers(page))]
+    page.wait_for_function("ahead && ahead.promise.then(() => true)")
+    page.reload()
+    for key in "s11":
+        expect(page.locator("[data-winner=a]")).to_be_enabled()
+        seen.append(sorted(answers(page)))
+        page.keyboard.press(key)
+    expect(page.locator("#problem")).to_have_text("Nothing that others have judged is left for Ada.")
+    first, *rest = (sorted(pair["answers"]) for pair in theirs)
+    assert seen == [first, first, *rest]
+    expect(page.locator(COUNT)).to_have_text("3 judged")
+    expect(page.locator("#others")).to_be_hidden()
+    judged.judge(judged.pair()["id"], by="Eve")
+    page.evaluate("window.dispatchEvent(new Event('focus'))")
+    expect(page.locator("#others")).to_be_visible()
 
 
 def test_going_on_from_the_better_answer(page, judged):
@@ -290,10 +320,11 @@ def test_tabs_reach_every_button(page, judged):
 
 def test_a_server_that_keeps_no_verdicts_says_so(page, model):
     with serving(both(model)) as running:
+        page.goto(running.url)
+        expect(page.locator("h1")).to_have_text("rlhf-chat")
+        assert page.locator("text=Judge answers").count() == 0
         page.goto(f"{running.url}/prefer")
-        page.fill("#by", "Ada")
-        page.press("#by", "Tab")
-        expect(page.locator("#problem")).to_have_text(re.compile("^This server keeps no preferences: start it with"))
+        expect(page.locator("body")).to_have_text(re.compile("^This server keeps no preferences: start it with"))
 
 
 def test_a_token_is_asked_for_and_comes_from_the_chat_page(page, model, tmp_path):
