@@ -20,7 +20,7 @@ from inference.chat_template import Message
 from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.generation.sample import SamplingSettings
-from inference.preferences import DRAWS, Answer, BlindPair, Preference, PreferenceFile, Winner, new_seed
+from inference.preferences import DRAWS, EQUAL, Answer, BlindPair, Preference, PreferenceFile, Winner, new_seed
 from inference.streams import unguarded
 
 VERDICTS: dict[str, Winner] = {"1": "a", "2": "b", "=": "tie", "0": "both bad"}
@@ -200,7 +200,7 @@ class Answerers:
                 show(pair)
             if not pair.are_equal:
                 return pair
-        raise UserError(f"Both answers were the same {DRAWS} times: say something else.")
+        raise UserError(EQUAL)
 
     def growing(self, prompt: list[Message], answer: Answer) -> Iterator[Answer]:
         for piece in self.models[answer.model].reply(prompt, self.settings, answer.seed, 0):

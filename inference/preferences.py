@@ -27,6 +27,7 @@ Winner = Literal["a", "b", "tie", "both bad"]
 WINNERS: tuple[Winner, ...] = get_args(Winner)
 DRAWS = 3
 """Two answers that are equal are drawn anew until there have been so many."""
+EQUAL = f"Both answers were the same {DRAWS} times: say something else."
 LONGEST_NAME = 80
 AGAIN = "then judge it again"
 LOCK_SECONDS = 30.0

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from inference.chat_model import longest_answer
 from inference.chat_template import Message
 from inference.errors import UserError
-from inference.preferences import DRAWS, Answer, BlindPair, PreferenceFile, checked_name, new_seed, unjudged
+from inference.preferences import DRAWS, EQUAL, Answer, BlindPair, PreferenceFile, checked_name, new_seed, unjudged
 from inference.serving.answers import Answers
 from inference.serving.errors import ApiError
 from inference.serving.request import ChatRequest, PairRequest, VerdictRequest
@@ -65,8 +65,7 @@ class Judging:
             if not pair.are_equal:
                 remember(self._pairs, pair.id, pair)
                 return pair
-        message = f"Both answers were the same {DRAWS} times: say something else."
-        raise ApiError(422, message, code="equal_answers")
+        raise ApiError(422, EQUAL, code="equal_answers")
 
     async def judge(self, verdict: VerdictRequest) -> None:
         """Return when the verdict is on the disk; sent a second time it changes nothing. Raises ApiError."""

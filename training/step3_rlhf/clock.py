@@ -1,8 +1,12 @@
 """Where the time of an iteration goes."""
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from training.fusion.timeline import Timeline
 
@@ -29,3 +33,16 @@ class Clock:
     def elapsed(self) -> float:
         """Seconds since it was made."""
         return time.perf_counter() - self.begun
+
+    def metrics(self, tokens: int, device: torch.device) -> dict[str, float]:
+        """Seconds by phase, `tokens` generated a second, and this process's peak memory."""
+        seconds = self.elapsed()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        return {
+            **self.seconds,
+            "time/other": seconds - sum(self.seconds.values()),
+            "tokens_per_second": tokens / seconds,
+            "memory/peak_gb": peak / 1e9,
+        }

@@ -1,7 +1,7 @@
 """What the cost model says of an iteration, beside what the iteration took: call by call, and as a picture's data."""
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,15 @@ def metrics_of(schedule: Schedule, spans: Sequence[Sequence[Span]], seconds: flo
         if name in achieved
         for kind, values in (("predicted", predicted), ("achieved", achieved))
     }
+
+
+def beside(metrics: Mapping[str, float]) -> str:
+    """What an iteration took, and what was predicted, where something was; for its line of progress."""
+    names = "plan/iteration/achieved", "plan/iteration/predicted"
+    if names[0] not in metrics:
+        return ""
+    achieved, predicted = (metrics[name] for name in names)
+    return f" · {achieved:.3g} s, predicted {predicted:.3g}"
 
 
 def as_data(number: int, schedule: Schedule | None, spans: Sequence[Sequence[Span]]) -> dict[str, Any]:

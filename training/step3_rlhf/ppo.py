@@ -1,8 +1,6 @@
 """PPO for language models and its critic-free kin: set-up, the loop over iterations, one iteration on one screen."""
 
-import resource
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +27,7 @@ from training.stage import Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
-from training.step3_rlhf.forecast import Forecast, as_data, metrics_of, update_data
+from training.step3_rlhf.forecast import Forecast, as_data, beside, metrics_of, update_data
 from training.step3_rlhf.held_out import HeldOut, encode_prompt, mean_kl, rank_within
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
@@ -94,15 +92,6 @@ def save_actor(stage: Stage, roles: Roles, sft: Path, chat_format: ChatFormat) -
     write(actor.trained_weights() if actor is not None else {}, (directory.model, directory.adapter))
     if stage.config.rlhf.ema:
         write(roles.ema.weights() if roles.ema is not None else {}, (directory.ema_model, directory.ema_adapter))
-
-
-def beside(metrics: Mapping[str, float]) -> str:
-    """What an iteration took, and what was predicted, where something was; for its line of progress."""
-    names = "plan/iteration/achieved", "plan/iteration/predicted"
-    if names[0] not in metrics:
-        return ""
-    achieved, predicted = (metrics[name] for name in names)
-    return f" · {achieved:.3g} s, predicted {predicted:.3g}"
 
 
 @dataclass(frozen=True)
@@ -315,7 +304,11 @@ class PPO:
 
         # log
         metrics |= update.metrics | self.generation_gap(experience, update)
-        metrics |= self.rollouts.work() | of_rollout | self.timing(experience, clock)
+        metrics |= (
+            self.rollouts.work()
+            | of_rollout
+            | clock.metrics(sum(len(e.response) for e in experience), self.ranks.device)
+        )
         metrics |= self.beside_forecast(number, experience, clock)
         return Iteration(metrics, update.mini_batches, stopped, clock)
 
@@ -391,17 +384,3 @@ class PPO:
         data = as_data(number, schedule, spans) | {"update": update_data([newest for _, newest in told])}
         write_json(self.stage.directory.iteration_file, data)
         return {} if schedule is None else metrics_of(schedule, spans, seconds)
-
-    def timing(self, experience: list[Experience], clock: Clock) -> dict[str, float]:
-        """Seconds by phase, tokens generated a second, and this process's peak memory."""
-        seconds, tokens = clock.elapsed(), sum(len(e.response) for e in experience)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if self.ranks.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        other = seconds - sum(clock.seconds.values())
-        return {
-            **clock.seconds,
-            "time/other": other,
-            "tokens_per_second": tokens / seconds,
-            "memory/peak_gb": peak / 1e9,
-        }

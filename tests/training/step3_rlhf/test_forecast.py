@@ -16,9 +16,8 @@ from training.planner.augmented import After, Node
 from training.planner.estimate import estimate
 from training.planner.machine import profile_file
 from training.planner.simulate import list_schedule
-from training.step3_rlhf.forecast import Forecast, as_data, hardware_of, metrics_of, predicted_seconds
+from training.step3_rlhf.forecast import Forecast, as_data, beside, hardware_of, metrics_of, predicted_seconds
 from training.step3_rlhf.planned import graphs_of
-from training.step3_rlhf.ppo import beside
 
 CALL, MOVE = frozenset({0, 1}), frozenset({1})
 NODES = (
