@@ -23,7 +23,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(LOCK),$(BIN)/python -m pip install --quiet --require-hashes -r locks/build.txt)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet \
-		$(if $(LOCK),--require-hashes --no-build-isolation -r locks/$(LOCK).txt,-r requirements.txt)
+		$(if $(LOCK),--require-hashes --no-build-isolation --use-pep517 -r locks/$(LOCK).txt,-r requirements.txt)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
