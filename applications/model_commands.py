@@ -13,7 +13,9 @@ OWN_MODELS = ", ".join(step.command for step in WRITING)
 
 def chat(
     target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run directory or a model directory.")],
-    compare: Annotated[bool, typer.Option("--compare", help="SFT and RLHF (or DPO) side by side.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="SFT (or what the run began with) and RLHF (or DPO) side by side.")
+    ] = False,
     temperature: Annotated[
         float, typer.Option(metavar="NUMBER", min=0.0, help="How freely words are drawn; 0: always the likeliest.")
     ] = 0.7,
@@ -40,7 +42,7 @@ def chat(
     from training.trust import require_reading
 
     require_reading(target, trust)
-    chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
+    chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system, trust)
 
 
 def prefer(

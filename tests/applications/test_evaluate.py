@@ -146,7 +146,7 @@ def test_without_preferences_there_is_a_sentence(preferred, tmp_path, capsys):
         by_people(run)
     PreferenceFile(run.preferences).add(preference("ann", "one", one=("new/rlhf", "a"), other=("new/rlhf", "b")))
     assert by_people(run)["pairs"] == []
-    assert "All preferences are on two answers of one model" in " ".join(capsys.readouterr().out.split())
+    assert "All preferences are between two answers of one model" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_table_of_an_evaluation_has_what_people_preferred(tmp_path):
