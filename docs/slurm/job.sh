@@ -14,8 +14,8 @@ set -- "$@" ${SLURM_ARRAY_TASK_ID:+--set seed=$SLURM_ARRAY_TASK_ID}
 export RLHF_CHAT_GRACE=240 # seconds for the checkpoint, of the 300 above
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 export TORCH_EXTENSIONS_DIR=/tmp/$USER-extensions TRITON_CACHE_DIR=/tmp/$USER-triton # of the node
-for script in step1_sft step2_reward step3_rlhf; do
-    srun python training/$script/main.py "$run" "$@"
+for script in training/step1_sft/main.py training/step2_reward/main.py training/step3_rlhf/main.py; do
+    srun python $script "$run" "$@"
     code=$?
     if [ $code = 143 ]; then # ended by SIGTERM, with a checkpoint
         exec scontrol requeue "$SLURM_JOB_ID"
