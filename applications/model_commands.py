@@ -76,7 +76,7 @@ def prefer(
         typer.Option(metavar="N", min=1, help="Longest answer, in tokens. Default: the run's, or 256."),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where verdicts go. Default: preferences.jsonl in the run.")
+        Path | None, typer.Option(metavar="FILE", help="Where preferences go. Default: preferences.jsonl in the run.")
     ] = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -113,7 +113,7 @@ def evaluate(
         typer.Option(
             metavar="JUDGE",
             help="Who says which answer is better: true (the lexicon), learned (the run's reward model), reward "
-            "(its reward function and address too), clicks (people, of what they have judged; asks no model), or a "
+            "(its reward function and address too), people (their preferences; asks no model), or a "
             "reward model. Default: true where it is known, else learned.",
         ),
     ] = "",
@@ -246,7 +246,7 @@ def serve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where verdicts of people go. Default: preferences.jsonl in the run, of a model nowhere.",
+            help="Where preferences go. Default: preferences.jsonl in the run, of a model nowhere.",
         ),
     ] = None,
     trust: Trust = False,

@@ -21,7 +21,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def parent(made, tmp_path):
-    """Settings and names of finished steps, without the weights; somebody has clicked."""
+    """Settings and names of finished steps, without the weights; somebody has judged answers."""
     run = RunDirectory(shutil.copytree(made.path, tmp_path / "demo", ignore=shutil.ignore_patterns("*.safetensors")))
     (run.path / "preferences.jsonl").write_text("")
     values = yaml.safe_load(run.config_file.read_text())
