@@ -79,9 +79,9 @@ class Work:
         prior = replace(measured.calibration, controller_seconds=OVERHEAD)
 
         def predict(calibration: Calibration) -> list[float]:
-            return [self.forecast(plan, measured.calibrated(calibration))["iteration"] for plan in plans]
+            return [self.forecast(plan, replace(measured, calibration=calibration))["iteration"] for plan in plans]
 
-        return measured.calibrated(fit(predict, seconds, prior, PULL))
+        return replace(measured, calibration=fit(predict, seconds, prior, PULL))
 
 
 def drawn(request: Request, count: int, seed: int) -> list[Plan]:
