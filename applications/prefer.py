@@ -18,6 +18,7 @@ from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
 from training.data.rows import read_rows
 from training.evaluation.clicks import agreements, people
+from training.kept_models import find_model
 from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of
@@ -94,13 +95,13 @@ def find_answerer(target: Path, source: str, trusts: bool) -> Answerer:
         config = run.read_config()
         given = "" if source == "base" else config.given_model(step_of(source))
         if source == "base" or given:
-            require_yes(target, of_models(config), trusts)
+            require_yes(target, of_models(run, config), trusts)
         if source != "base":
-            directory = resolve_model(given, to_stderr) if given else run.require_model(step_of(source))
+            directory = find_model(run, given, to_stderr) if given else run.require_model(step_of(source))
             return Answerer(label_of(directory), directory)
         if not (base := base_model(config)):
             raise UserError(f"The base model of {target} is not known: name the base model itself.")
-        return Answerer(f"{target.resolve().name}/{source}", resolve_model(base, to_stderr))
+        return Answerer(f"{target.resolve().name}/{source}", find_model(run, base, to_stderr))
     path = Path(source).expanduser() if source else target
     if source and not path.exists():
         wanted = settings_for_model(source)["model"]
