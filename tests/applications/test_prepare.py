@@ -126,7 +126,7 @@ def test_models_are_kept_whole_once_and_are_no_longer_fetched(hub, tmp_path, mon
 
     run, config = RunDirectory(tmp_path / "run"), load_config([], [f"model={HUB_ID}", "method=dpo"])
     monkeypatch.setattr(kept_models, "resolve_model", lambda source, report: hub / source)
-    assert [use.what for use in of_models(run, config)] == [f"fetch the model {HUB_ID} from the hub"]
+    assert {use.what for use in of_models(run, config)} == {f"fetch the model {HUB_ID} from the hub"}
 
     def break_off(file: Path, place: Path) -> None:
         raise UserError("gone")
