@@ -39,7 +39,7 @@ def chat_command(
 def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     """What a run was given for SFT, such as the model of the round before; None where it trains its own."""
     from applications.prefer import to_stderr
-    from training.kept_models import find_model
+    from training.kept_models import local_model
     from training.lineage import label_of
     from training.run_directory import RunDirectory
     from training.trust import require_yes
@@ -51,5 +51,5 @@ def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     if not config.sft_model:
         return None
     require_yes(run, of_models(RunDirectory(run), config), trusts)
-    directory = find_model(RunDirectory(run), config.sft_model, to_stderr)
+    directory = local_model(RunDirectory(run), config.sft_model, to_stderr)
     return label_of(directory, config.sft_model), directory

@@ -14,7 +14,7 @@ from inference.errors import typed
 from rlhf_chat import HOME
 from training.config import RunConfig
 from training.inputs import changed_inputs, paths_of
-from training.kept_models import find_model, models_of
+from training.kept_models import local_model, models_of
 from training.metrics import WARNING, Display
 from training.opening import open_run
 from training.run_directory import RunDirectory
@@ -52,7 +52,7 @@ def prepare_command(
 
 def described(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     """The run's parts with their sizes in bytes, and what else a machine that trains it has to see, or reaches."""
-    models = [(source, find_model(run, source).resolve()) for source in models_of(config)]
+    models = [(source, local_model(run, source).resolve()) for source in models_of(config)]
     places = [run.path.resolve(), *(directory for _, directory in models), *paths_of(config)["reward_function"]]
     if config.data.parent:
         places.append(Path(config.data.parent).resolve())

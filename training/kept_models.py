@@ -20,7 +20,7 @@ def kept_model(run: RunDirectory, source: str) -> Path:
     return run.path / "models" / re.sub(r"[^\w.=-]+", "--", source.removeprefix("package:"))
 
 
-def find_model(run: RunDirectory, source: str, report: Report = print) -> Path:
+def local_model(run: RunDirectory, source: str, report: Report = print) -> Path:
     """The local directory of `source`: the run's own where it holds one, else as `resolve_model` has it."""
     kept = kept_model(run, source)
     return kept if kept.is_dir() else resolve_model(source, report)

@@ -24,7 +24,7 @@ from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache, TokenRows
 from training.data.token_pairs import TokenPair, left_out
 from training.distributed import Ranks
-from training.kept_models import find_model
+from training.kept_models import local_model
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -75,9 +75,9 @@ class Stage:
         """The local directory of a model; the first rank fetches it, then one of each other node, the others wait."""
         for fetches in (self.ranks.is_first, self.ranks.is_first_of_node):
             if fetches:
-                find_model(self.run, source, self.display.say)
+                local_model(self.run, source, self.display.say)
             self.ranks.barrier(f"fetching {source}")
-        directory = find_model(self.run, source, lambda line: None)
+        directory = local_model(self.run, source, lambda line: None)
         require_positions(source, directory, self.config.data)
         return directory
 

@@ -13,7 +13,7 @@ from inference.tiny_model import build_tiny_model
 from tests.conftest import rlhf_chat
 from tests.warm import ROOT, Command, Done, fork_all
 from training.config_files import load_config
-from training.kept_models import find_model, kept_model, models_of
+from training.kept_models import kept_model, local_model, models_of
 from training.run_directory import RunDirectory
 from training.uses import of_models
 
@@ -139,6 +139,6 @@ def test_models_are_kept_whole_once_and_are_no_longer_fetched(hub, tmp_path, mon
     kept_models.keep_models(run, config, print)
     weights = kept_model(run, HUB_ID) / "model.safetensors"
     assert weights.samefile(hub / HUB_ID / "model.safetensors")  # no room twice on one disk
-    assert find_model(run, HUB_ID) == weights.parent and not list(of_models(run, config))
+    assert local_model(run, HUB_ID) == weights.parent and not list(of_models(run, config))
     assert models_of(load_config([], ["model=a/b", "reward_model=c/d"])) == ["a/b", "c/d"]
     assert models_of(load_config([], ["model=a/b", "reward_model=c/d", "method=dpo"])) == ["a/b"]

@@ -20,7 +20,7 @@ from training.data.token_cache import TokenCache
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.inputs import inputs_of
-from training.kept_models import find_model, keep_models
+from training.kept_models import keep_models, local_model
 from training.lineage import sources_of, trained_elsewhere
 from training.models.loading import (
     require_causal_lm,
@@ -100,12 +100,12 @@ def make_tokens(config: RunConfig, run: RunDirectory, chat_format: ChatFormat, s
 
 def prepare_models(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> ChatFormat:
     """Fetch the models, which must fit the settings and each other. Returns the actor's format, which all steps use."""
-    actor = find_model(run, config.actor_source, say)
+    actor = local_model(run, config.actor_source, say)
     require_causal_lm(actor, config.actor_source)
     chat_format = ChatFormat.load(actor)
     scorer = None
     if config.needs_scorer:
-        scorer = find_model(run, config.scorer_source, say)
+        scorer = local_model(run, config.scorer_source, say)
         trained = bool(config.trained_reward_model)
         require_scorer(scorer, config.scorer_source, trained, config.scorer_layers)
         require = require_same_format if trained else require_same_tokens  # one that is to be trained learns to read
