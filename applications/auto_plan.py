@@ -21,8 +21,8 @@ LARGE = 8
 
 
 def with_auto_plan(config: RunConfig, run: RunDirectory, measures: bool) -> RunConfig:
-    """The settings of a run with the plan that it has for so many processes, or else with the best one for this machine,
-    which is printed.
+    """The settings of a run with the plan that it has for so many processes, or else with the best one for this
+    machine, which is printed.
 
     Where no rates of this machine are known it is profiled, if `measures`. Raises UserError where no plan fits.
     """
