@@ -108,15 +108,51 @@ def forget_whole(parameter: nn.Parameter) -> None:
         divided.partition()
 
 
-def begin_writing(optimizer: Any) -> None:
-    """Before weights are written under ZeRO 3: small parameters, which stand whole on every rank beside their shards,
-    are divided. It is what DeepSpeed does before it saves and loads. DeepSpeed 0.19.8."""
-    optimizer.checkpoint_event_prologue()
+def own_run(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int, int, int]:
+    """The values of a parameter that lie in this rank's `own_weights`: the first of them, their count (0: none), in
+    which tensor they are, and from where in it. ZeRO stage 1 to 3; DeepSpeed 0.19.8."""
+    trained: Any = parameter
+    if hasattr(trained, "ds_id"):
+        tensor, offset, size = optimizer.grad_position[optimizer.get_param_id(trained)]
+        start = size * optimizer._get_param_partition_rank(trained)
+        return start, max(0, min(size, trained.ds_numel - start)), tensor, offset
+    mapping = trained._hp_mapping
+    if mapping is None:
+        return 0, 0, 0, 0
+    place = mapping.hp_fragment_address
+    return mapping.lp_fragment_address.start, place.numel, mapping.param_group_index, place.start
 
 
-def end_writing(optimizer: Any) -> None:
-    """After it, they are made whole. DeepSpeed 0.19.8."""
+def refresh_weights(optimizer: Any) -> None:
+    """After `own_weights` were written, at ZeRO stage 1 to 3: what forward passes read follows. All ranks call it.
+    DeepSpeed does the same after a step and after it has loaded. DeepSpeed 0.19.8."""
+    if not hasattr(optimizer, OWN_WEIGHTS[0]):
+        return optimizer.update_lp_params()
+    optimizer.checkpoint_event_prologue()  # small parameters, which stand whole on every rank, are divided
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
     optimizer.checkpoint_event_epilogue()
+
+
+def is_on_disk(optimizer: Any) -> bool:
+    """Whether the optimiser's state lies on NVMe, so that `own_weights` are empty. DeepSpeed 0.19.8."""
+    return bool(getattr(optimizer, "swap_optimizer", False))
+
+
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What a dynamic loss scaler counts. DeepSpeed 0.19.8."""
+
+
+def loss_scale(optimizer: Any) -> dict[str, float]:
+    """Where a dynamic loss scale stands; empty where there is none."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return {name: getattr(scaler, name) for name in SCALE} if getattr(scaler, "dynamic", False) else {}
+
+
+def restore_loss_scale(optimizer: Any, scale: dict[str, float]) -> None:
+    """Go on from what `loss_scale` gave, where there is a dynamic one."""
+    if loss_scale(optimizer):
+        vars(optimizer.loss_scaler).update({name: scale[name] for name in SCALE if name in scale})
 
 
 def has_overflow(optimizer: Any) -> bool:

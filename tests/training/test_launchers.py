@@ -97,7 +97,11 @@ def test_the_advised_number_of_processes_is_taken(tmp_path: Path, environment):
     """Typed in as the sentence says: the settings take it, and the checkpoint goes on."""
     run, settings = RunDirectory(tmp_path), ["model=tiny", "sft.batch_size=4", "processes=1"]
     open_run(run, load_config([], settings))
-    Checkpoints(tmp_path / "c", 1, Ranks(0, 1, torch.device("cpu"))).save(1, lambda directory: None, {})
+
+    def old(directory):
+        (directory / "0.pt").touch()
+
+    Checkpoints(tmp_path / "c", 1, Ranks(0, 1, torch.device("cpu"))).save(1, old, {})
 
     class Two(Ranks):
         def tell(self, value, phase):

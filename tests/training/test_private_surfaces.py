@@ -2,6 +2,7 @@
 
 import atexit
 import inspect
+import math
 from datetime import timedelta
 from importlib import import_module
 from types import SimpleNamespace
@@ -39,10 +40,17 @@ def test_an_optimiser_keeps_its_weights_where_we_read_and_write_them(stage, dtyp
         assert is_divided(parameter), "ZeRO 3 no longer keeps a parameter's shape in ds_shape"
         assert not parameter.numel(), "ZeRO 3 no longer empties a parameter between uses"
         assert private_surfaces.own_part(parameter).numel() == torch.Size(whole_shape(parameter)).numel()
-        private_surfaces.begin_writing(engine.engine.optimizer)
-        assert all(not p.numel() for p in engine.module.parameters()), "the prologue no longer divides all parameters"
-        private_surfaces.end_writing(engine.engine.optimizer)
-        assert any(p.numel() for p in engine.module.parameters()), "the epilogue no longer makes small ones whole"
+    for weight in own:
+        weight.data.fill_(3.0)
+    private_surfaces.refresh_weights(engine.engine.optimizer)
+    read = [p.ds_tensor.view(-1)[: math.prod(p.ds_shape)] if stage == 3 else p for p in engine.module.parameters()]
+    assert all((values == 3).all() for values in read), "DeepSpeed no longer takes over what was written"
+    runs = [private_surfaces.own_run(engine.engine.optimizer, p) for p in engine.module.parameters()]
+    sizes = [math.prod(whole_shape(p)) for p in engine.module.parameters()]
+    assert [run[:2] for run in runs] == [(0, size) for size in sizes], "one rank no longer has all of each parameter"
+    assert not private_surfaces.is_on_disk(engine.engine.optimizer)
+    if stage == 3:
+        assert any(p.numel() for p in engine.module.parameters()), "small parameters are no longer made whole"
         for parameter in engine.module.parameters():
             private_surfaces.forget_whole(parameter)
         assert all(not p.numel() for p in engine.module.parameters()), "partition no longer lets go of a whole one"
@@ -108,6 +116,26 @@ def test_fp16_optimisers_look_for_an_overflow_where_we_answer():
         assert "def has_overflow(self, partition_gradients=True)" in source, kind
         assert "self._update_scale(self.overflow)" in source, kind
         assert "self.overflow = self.has_overflow(partition_gradients)" in source, kind
+
+
+def test_a_loss_scale_is_what_deepspeed_counts():
+    """With its scaler alone: fp16 does not run on a CPU."""
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+    def scaled(dynamic: bool):
+        arguments = {"init_scale": 1024, "scale_window": 2, "delayed_shift": 2, "min_scale": 1}
+        arguments["consecutive_hysteresis"] = False
+        return SimpleNamespace(loss_scaler=CreateLossScaler(torch.float16, 8.0, dynamic, arguments))
+
+    first, again = scaled(True), scaled(True)
+    for overflow in (True, True, False, False):
+        first.loss_scaler.update_scale(overflow)
+    private_surfaces.restore_loss_scale(again, private_surfaces.loss_scale(first))
+    assert vars(again.loss_scaler) == vars(first.loss_scaler) != vars(scaled(True).loss_scaler)
+    fixed = scaled(False)
+    assert private_surfaces.loss_scale(fixed) == {}
+    private_surfaces.restore_loss_scale(fixed, private_surfaces.loss_scale(first))
+    assert fixed.loss_scaler.cur_scale == 8.0
 
 
 def test_deepspeed_is_kept_from_compiling(monkeypatch):

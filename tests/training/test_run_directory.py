@@ -90,11 +90,14 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage):
         checkpoints.newest()
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
-    Checkpoints(tmp_path, keep=1, ranks=ALONE).save(1, lambda d: None, {})
-    state = json.loads((tmp_path / "1" / "state.json").read_text())
-    (tmp_path / "1" / "state.json").write_text(json.dumps({**state, "ranks": 2}))
-    with pytest.raises(UserError, match="written by 2 processes"):
+def test_another_number_of_processes_is_refused_where_an_earlier_version_wrote(tmp_path):
+    for number, name in enumerate(("0.safetensors", "0.pt"), 1):
+        Checkpoints(tmp_path, keep=1, ranks=ALONE).save(number, lambda d, name=name: (d / name).touch(), {})
+        state = tmp_path / str(number) / "state.json"
+        state.write_text(json.dumps({**json.loads(state.read_text()), "ranks": 2}))
+        if number == 1:
+            assert Checkpoints(tmp_path, keep=1, ranks=ALONE).newest()[1]["ranks"] == 2
+    with pytest.raises(UserError, match="written by 2 processes of an earlier version"):
         Checkpoints(tmp_path, keep=1, ranks=ALONE).newest()
 
 

@@ -19,47 +19,45 @@ class KeptWeights:
         """`engine` is None on ranks that do not train the role."""
         self.engine = engine
         self.averages = average.averages if average is not None else []
-        self.kept: list[Tensor] = []
+        self.kept: dict[str, list[Tensor]] = {}
         self.is_kept = False
         """Whether there is something to go back to, here or on other ranks."""
 
     def keep(self) -> None:
         self.is_kept = True
-        if self.engine is None:
-            return
-        self.kept = [tensor.to("cpu", copy=True) for tensor in self._held(self.engine)]
+        self.kept = {kind: [each.to("cpu", copy=True) for each in tensors] for kind, tensors in self._present.items()}
 
-    def _held(self, engine: ZeroEngine) -> list[Tensor]:
-        return [tensor.detach() for tensor in (*engine.held_weights(), *self.averages)]
+    @property
+    def _present(self) -> dict[str, list[Tensor]]:
+        if self.engine is None:
+            return {}
+        return {"weight": [each.detach() for each in self.engine.own_weights()], "average": self.averages}
 
     def put_back(self) -> None:
         """All ranks call it."""
         if self.engine is None:
             return
-        weights = len(self.kept) - len(self.averages)
-        self.engine.put_weights(self.kept[:weights])
-        for average, before in zip(self.averages, self.kept[weights:], strict=True):
-            average.copy_(before)
+        for kind, tensors in self._present.items():
+            for tensor, before in zip(tensors, self.kept[kind], strict=True):
+                tensor.copy_(before)
+        self.engine.refresh()
 
     def save(self, directory: Path) -> None:
         """All ranks call it; each writes its part."""
         if self.engine is not None:
-            self._write(self.engine, directory, self.kept)
+            self.engine.write(directory, self.kept)
 
     def save_present(self, directory: Path) -> None:
         """As `save`, of the weights as they are now, which are not kept in memory."""
         if self.engine is not None:
-            self._write(self.engine, directory, self._held(self.engine))
-
-    def _write(self, engine: ZeroEngine, directory: Path, tensors: list[Tensor]) -> None:
-        directory = engine.folder(directory)
-        directory.mkdir(exist_ok=True, parents=True)
-        torch.save(tensors, directory / f"{engine.ranks.rank}.pt")
+            self.engine.write(directory, self._present)
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote with as many ranks."""
+        """Go on from what `save` wrote."""
         self.is_kept = True
         if self.engine is None:
             return
-        file = self.engine.folder(directory) / f"{self.engine.ranks.rank}.pt"
-        self.kept = torch.load(file, map_location="cpu", weights_only=True)
+        self.kept = {
+            kind: [torch.empty_like(each, device="cpu") for each in tensors] for kind, tensors in self._present.items()
+        }
+        self.engine.read(directory, self.kept)

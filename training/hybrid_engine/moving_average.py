@@ -33,16 +33,11 @@ class MovingAverage:
 
     def save(self, directory: Path) -> None:
         """All ranks call it; each writes its part."""
-        directory = self.engine.folder(directory)
-        directory.mkdir(exist_ok=True, parents=True)
-        torch.save(self.averages, directory / f"{self.engine.ranks.rank}.pt")
+        self.engine.write(directory, {"weight": self.averages})
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote with as many ranks."""
-        file = self.engine.folder(directory) / f"{self.engine.ranks.rank}.pt"
-        kept = torch.load(file, map_location="cpu", weights_only=True)
-        for average, part in zip(self.averages, kept, strict=True):
-            average.copy_(part)
+        """Go on from what `save` wrote."""
+        self.engine.read(directory, {"weight": self.averages})
 
     @contextmanager
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -10,15 +10,28 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from inference.private_surfaces import whole_shape
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
 from training.hybrid_engine.deepspeed_setup import deepspeed
 from training.hybrid_engine.dividing import divide
+from training.hybrid_engine.fragments import Fragment, Written, write_fragments
 from training.hybrid_engine.tensors_only import tensors_only
-from training.private_surfaces import begin_writing, end_writing, own_part, own_weights, reduce_nothing
+from training.private_surfaces import (
+    is_on_disk,
+    loss_scale,
+    own_run,
+    own_weights,
+    reduce_nothing,
+    refresh_weights,
+    restore_loss_scale,
+)
 from training.role_settings import OptimizerSettings
 
 TAG = "state"
+"""Of DeepSpeed's own checkpoints."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each weight."""
 
 
 class HasWeight(Protocol):
@@ -141,47 +154,96 @@ class ZeroEngine:
             return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         return own_weights(self.engine.optimizer)
 
-    def held_weights(self) -> list[Tensor]:
-        """What this rank has of the trained weights: those of forward passes, and those that the optimiser updates."""
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        stage = self.engine.zero_optimization_stage()
-        read = [own_part(parameter) if stage == 3 else parameter.data for parameter in trained]
-        return read if stage == 0 else [*read, *self.own_weights()]
+    def fragments(self) -> list[Fragment]:
+        """Where the values of the trained parameters lie in `own_weights`."""
+        trained = [(name, each) for name, each in self.module.named_parameters() if each.requires_grad]
+        if self.engine.zero_optimization_stage() == 0:
+            return [Fragment(name, each.numel(), 0, each.numel(), at, 0) for at, (name, each) in enumerate(trained)]
+        runs = [(name, math.prod(whole_shape(each)), own_run(self.engine.optimizer, each)) for name, each in trained]
+        return [Fragment(name, whole, *run) for name, whole, run in runs if run[1]]
 
-    @torch.no_grad()
-    def put_weights(self, kept: Sequence[Tensor]) -> None:
-        """Go back to copies of what `held_weights` gave. All ranks call it."""
-        divides = self.engine.zero_optimization_stage() == 3
-        with self.ranks.as_world():
-            if divides:
-                begin_writing(self.engine.optimizer)
-            for held, before in zip(self.held_weights(), kept, strict=True):
-                held.copy_(before)
-            if divides:
-                end_writing(self.engine.optimizer)
+    def refresh(self) -> None:
+        """After `own_weights` were written: what forward passes read follows. All ranks call it."""
+        if self.engine.zero_optimization_stage() > 0:
+            with self.ranks.as_world():
+                refresh_weights(self.engine.optimizer)
+
+    def write(self, directory: Path, tensors: Mapping[str, Sequence[Tensor | None]], **notes: Any) -> None:
+        """Write tensors that lie as `own_weights` do. All ranks call it; each writes what it has, of what all have a
+        part."""
+        fragments = self.fragments()
+        if self.engine.zero_optimization_stage() == 0:
+            fragments = [fragment.share(self.ranks.rank, self.ranks.size) for fragment in fragments]
+        rank = self.ranks.mesh[self.ranks.rank] if self.ranks.mesh else self.ranks.rank
+        write_fragments(directory / f"{rank}.safetensors", fragments, tensors, notes)
+
+    def read(self, directory: Path, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+        """Fill `tensors` from what `write` wrote, with any number of ranks at any ZeRO stage."""
+        old = self.folder(directory) / f"{self.ranks.rank}.pt"
+        if not old.exists():
+            return Written(directory).read(self.fragments(), tensors)
+        flat = [tensor for of_kind in tensors.values() for tensor in of_kind]
+        kept = torch.load(old, map_location="cpu", weights_only=True)
+        for tensor, before in zip(flat, kept[-len(flat) :], strict=True):  # weights of forward passes came first
+            tensor.copy_(before)
 
     def folder(self, directory: Path) -> Path:
-        """Where these ranks write what is theirs alone, in a directory of the role."""
+        """Where these ranks alone wrote, in a directory of the role, when checkpoints were for as many ranks."""
         return directory
 
     def save(self, directory: Path) -> None:
         """Write what resuming needs. All ranks call it; frozen weights are left out, they come from their source."""
-        frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
-        with self.ranks.as_world():
-            self.engine.save_checkpoint(
-                str(self.folder(directory)),
-                tag=TAG,
-                client_state={"updates": self.updates},
-                exclude_frozen_parameters=frozen,
-            )
+        if is_on_disk(self.engine.optimizer):
+            with self.ranks.as_world():
+                state = {"updates": self.updates}
+                self.engine.save_checkpoint(
+                    str(self.folder(directory)), TAG, state, exclude_frozen_parameters=self._has_frozen
+                )
+            return
+        own = self.own_weights()
+        states = [self.engine.basic_optimizer.state.get(weight, {}) for weight in own]
+        steps = {each.name: float(states[each.tensor].get("step", 0)) for each in self.fragments()}
+        tensors = {"weight": own, **{moment: [state.get(moment) for state in states] for moment in MOMENTS}}
+        scale = loss_scale(self.engine.optimizer)
+        self.write(directory, tensors, updates=self.updates, steps=steps, loss_scale=scale)
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote. Nothing that the files ask for is run, see `tensors_only`."""
-        frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
-        with tensors_only(), self.ranks.as_world():
-            files = str(self.folder(directory))
-            _, state = self.engine.load_checkpoint(files, tag=TAG, load_module_strict=not frozen)
-        self.updates = state["updates"]
+        """Go on from what `save` wrote, with any number of ranks at any ZeRO stage. Nothing that files ask for is run.
+
+        DeepSpeed's own checkpoints open with as many ranks, at the stage that wrote them; see `tensors_only`.
+        """
+        folder = self.folder(directory)
+        if (folder / TAG).is_dir():
+            with tensors_only(), self.ranks.as_world():
+                _, state = self.engine.load_checkpoint(str(folder), TAG, load_module_strict=not self._has_frozen)
+            self.updates = state["updates"]
+            return self.refresh()
+        written, fragments, own = Written(directory), self.fragments(), self.own_weights()
+        steps: dict[str, float] = {}
+        for notes in written.notes:
+            steps |= notes["steps"]
+        moments: dict[str, list[Tensor | None]] = {moment: [None] * len(own) for moment in MOMENTS}
+        for at, weight in enumerate(own):
+            state = self.engine.basic_optimizer.state[weight]
+            step = max((steps[each.name] for each in fragments if each.tensor == at), default=0.0)
+            if not step:
+                state.clear()
+                continue
+            like_torch = isinstance(self.engine.basic_optimizer, torch.optim.AdamW)  # DeepSpeed's counts in a number
+            state["step"] = torch.tensor(step, dtype=torch.float32, device=weight.device) if like_torch else int(step)
+            for moment in MOMENTS:
+                dtype = weight.dtype if like_torch else torch.float32
+                state[moment] = state[moment].zero_() if moment in state else torch.zeros_like(weight, dtype=dtype)
+                moments[moment][at] = state[moment]
+        written.read(fragments, {"weight": own})
+        written.read([each for each in fragments if steps[each.name]], moments)
+        self.updates = written.notes[0]["updates"]
+        restore_loss_scale(self.engine.optimizer, written.notes[0]["loss_scale"])
+        self.refresh()
+
+    @property
+    def _has_frozen(self) -> bool:
+        return any(not parameter.requires_grad for parameter in self.module.parameters())
 
     @property
     def savers(self) -> Ranks | None:

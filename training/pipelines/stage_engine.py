@@ -157,12 +157,8 @@ class StageEngine(ZeroEngine):
     def folder(self, directory: Path) -> Path:
         return directory / f"stage{self.cut.stage}"
 
-    def load(self, directory: Path) -> None:
-        super().load(directory)
-        self._send_table()
-
-    def put_weights(self, kept: Sequence[Tensor]) -> None:
-        super().put_weights(kept)
+    def refresh(self) -> None:
+        super().refresh()
         self._send_table()
 
     @property

@@ -262,7 +262,7 @@ def go_on(stage, directory) -> dict[str, bool]:
     kept.keep()
 
     def look() -> list:
-        weights = [*engine.held_weights(), *engine.trained_weights().values(), *average.weights().values()]
+        weights = [*engine.module.parameters(), *engine.trained_weights().values(), *average.weights().values()]
         return [stage.scores(), *(weight.tolist() for weight in weights)]
 
     before = look()
@@ -282,7 +282,7 @@ def go_on(stage, directory) -> dict[str, bool]:
         "back": before == back,
         "loaded": before == loaded,
         "resumed": after == look(),
-        "files": sorted(str(file.relative_to(directory)) for file in directory.rglob("*.pt")),
+        "files": sorted(str(file.relative_to(directory)) for file in directory.rglob("*.safetensors")),
     }
 
 
