@@ -3,6 +3,7 @@
 # make quick  runs the tests that the changes since main touch
 # make floors runs the core of the tests with the lowest versions that pyproject.toml allows, in an environment of their
 #             own; FLOORS_KEPT="torch==2.13.0" takes these instead
+# make setup LOCK=cpu (or cuda) installs what locks/ names, and nothing whose hash is not there; make lock writes it again
 # make older  exports models and reads them with transformers 4.57 too, laid over the environment
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,18 +15,24 @@ CORE := tests/inference/test_chat_format.py tests/inference/test_model_files.py 
 	tests/training/test_old_run.py tests/training/models/test_models.py tests/training/models/test_scorers.py \
 	tests/training/models/test_adapters.py tests/training/preparation tests/training/step1_sft tests/training/step2_reward
 
-.PHONY: setup demo test pytest quick floors lint clean
+.PHONY: setup demo test pytest quick floors lint lock clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -r requirements.txt
+	$(if $(LOCK),$(BIN)/python -m pip install --quiet --require-hashes -r locks/build.txt)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet \
+		$(if $(LOCK),--require-hashes --no-build-isolation --use-pep517 -r locks/$(LOCK).txt,-r requirements.txt)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: setup
 	$(BIN)/rlhf-chat run --model smollm2-135m --name demo
+
+lock: setup
+	$(BIN)/python -m pip install --quiet uv==0.13.8
+	$(BIN)/python locks/lock.py
 
 lint: setup
 	$(BIN)/ruff check .
