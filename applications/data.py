@@ -22,7 +22,7 @@ from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.entries import BadRow
-from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_clicks, lint_tokenizer, shared_prompts
+from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_preferences, lint_tokenizer, shared_prompts
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rated_texts import load_texts
 from training.data.reading import JUDGED_AGAIN, NAMES_OF_KINDS, read_source
@@ -31,7 +31,7 @@ from training.data.shapes import UNDECIDED
 from training.data.sources import parse_source
 from training.data.split import kind_of
 from training.data.templates import require_accepted
-from training.evaluation.clicks import overview
+from training.evaluation.preferences import overview
 from training.run_directory import RunDirectory
 from training.trust import require_yes
 from training.uses import of_looking
@@ -54,8 +54,8 @@ class Target:
     """Of a run only: what it holds out."""
     described: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
-    clicks: list[Preference] = field(default_factory=list)
-    """Verdicts of people, as a source has them."""
+    preferences: list[Preference] = field(default_factory=list)
+    """Of people, as a source has them."""
 
 
 def open_target(target: str, model: str | None, overrides: list[str] | None, trusts: bool = False) -> Target:
@@ -149,7 +149,7 @@ def read_user_data(opened: Target) -> Target:
         places += found.places
         opened.described.append(found.describe())
         opened.left_out += [each for each in found.left_out if each[1] not in (*UNDECIDED.values(), JUDGED_AGAIN)]
-        opened.clicks += found.clicks
+        opened.preferences += found.preferences
     for name, kind in KINDS.items():
         chosen = [i for i, row in enumerate(rows) if kind_of(row) == kind]
         if chosen:
@@ -247,13 +247,13 @@ def lint_command(
     counts = {name: len(lines.rows) for name, lines in opened.train.items()}
     if as_json:
         values = {"data": target, "rows": counts, "errors": errors, "findings": [each.as_dict() for each in findings]}
-        values |= {"clicks": overview(opened.clicks)} if opened.clicks else {}
+        values |= {"preferences": overview(opened.preferences)} if opened.preferences else {}
         show_json(values)
         return 1 if errors else 0
     console = PrintableConsole(soft_wrap=True, highlight=False)
     for line in opened.described:
         console.print(line, markup=False)
-    for line in overview_lines(overview(opened.clicks)) if opened.clicks else ():
+    for line in overview_lines(overview(opened.preferences)) if opened.preferences else ():
         console.print(line, markup=False)
     for finding in findings:
         style = "bold red" if finding.level == "error" else "yellow"
@@ -271,7 +271,7 @@ def all_findings(opened: Target) -> list[Finding]:
         findings.append(Finding("error", "no rows", "there is no row to train on"))
     for lines in opened.train.values():
         findings += lint(lines, opened.chat_format, opened.settings)
-    findings += lint_clicks(opened.clicks)
+    findings += lint_preferences(opened.preferences)
     rows = [row for lines in opened.train.values() for row in lines.rows]
     places = [place for lines in opened.train.values() for place in lines.places]
     for lines in opened.evaluation.values():

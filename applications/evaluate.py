@@ -14,14 +14,16 @@ from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from inference.streams import show_json
 from training.data.sources import absolute
-from training.evaluation import clicks
+from training.evaluation import preferences
 from training.lineage import label_of, label_of_step
 from training.run_directory import RunDirectory, write_json
 from training.steps import WRITING, step_of
 from training.trust import require_reading, require_yes
 from training.uses import of_evaluation
 
-JUDGES = ("true", "learned", "reward", "clicks")
+JUDGES = ("true", "learned", "reward", "people")
+JUDGE_BEFORE = {"clicks": "people"}
+"""The word of early versions -> that of today."""
 WORDS = ("base", *(step.command for step in WRITING))
 
 
@@ -38,11 +40,12 @@ def evaluate(
 ) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
     run = RunDirectory(path)
-    if judge == "clicks":
+    judge = JUDGE_BEFORE.get(judge, judge)
+    if judge == "people":
         require_reading(path, trusts)
         if prompts or seed is not None or eval_data:
-            raise UserError("--judge clicks asks no model: leave --prompts, --seed and --eval-data out.")
-        evaluate_clicks(run, model, against, as_json)
+            raise UserError("--judge people asks no model: leave --prompts, --seed and --eval-data out.")
+        evaluate_preferences(run, model, against, as_json)
         return
     require_yes(run.path, of_evaluation(run, run.read_config(), judge), trusts)
     options = {"--model": known(model), "--against": known(against), "--judge": known(judge, JUDGES)}
@@ -68,13 +71,13 @@ def evaluate(
     print(f"Written to {result_file}, the answers to {answers_file}", file=sys.stderr)
 
 
-def evaluate_clicks(run: RunDirectory, model: str, against: str, as_json: bool) -> None:
+def evaluate_preferences(run: RunDirectory, model: str, against: str, as_json: bool) -> None:
     """Print what people said of the models, of each two or of those that are named. Loads none."""
     found = PreferenceFile(run.preferences).read()
     if not found:
-        raise UserError(f"{run.path} has no verdicts of people yet: rlhf-chat prefer {typed(run.path)} collects them.")
+        raise UserError(f"{run.path} has no preferences yet: rlhf-chat prefer {typed(run.path)} collects them.")
     first, second = (label(run, source) if source else "" for source in (model, against))
-    there = [clicks.in_order(pair, run.path.resolve().name) for pair in clicks.compared(found)]
+    there = [preferences.in_order(pair, run.path.resolve().name) for pair in preferences.compared(found)]
     turned = [pair[::-1] if first == pair[1] or second == pair[0] else pair for pair in there]
     pairs = [pair for pair in turned if first in ("", pair[0]) and second in ("", pair[1])]
     if (model or against) and not pairs:
@@ -83,8 +86,8 @@ def evaluate_clicks(run: RunDirectory, model: str, against: str, as_json: bool) 
             f"Nobody has judged {' against '.join(filter(None, (first, second)))} in {run.preferences} (there are: "
             f"{listed}); rlhf-chat prefer {typed(run.path)} --against MODEL asks for it."
         )
-    result = {"pairs": [clicks.win_rates(found, *pair) for pair in pairs], **clicks.overview(found)}
-    result_file = run.path / "evaluations" / f"{file_name(model, against, 'clicks', 0, None)}.json"
+    result = {"pairs": [preferences.win_rates(found, *pair) for pair in pairs], **preferences.overview(found)}
+    result_file = run.path / "evaluations" / f"{file_name(model, against, 'people', 0, None)}.json"
     result_file.parent.mkdir(exist_ok=True)
     write_json(result_file, result)
     if as_json:
@@ -95,7 +98,7 @@ def evaluate_clicks(run: RunDirectory, model: str, against: str, as_json: bool) 
 
 
 def label(run: RunDirectory, source: str) -> str:
-    """What verdicts call the model that `source` stands for: a word for one of the run's own, a place, or the label."""
+    """What preferences call the model that `source` stands for: one of the run's own, a place, or the label itself."""
     path = Path(source).expanduser()
     if source == "base":
         return f"{run.path.resolve().name}/base"

@@ -15,11 +15,11 @@ from markupsafe import Markup
 from applications.report_table import (
     PANEL_COLUMNS,
     PANEL_TITLE,
-    clicks_verdict,
     measured_accuracy_line,
     pair_of,
     panel_line,
     panel_rows,
+    people_prefer,
     reward_accuracy_line,
     table_rows,
 )
@@ -30,8 +30,8 @@ from inference.preferences import PreferenceFile
 from inference.streams import printable
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.data.rows import PANEL_FILE
-from training.evaluation.clicks import win_rates
 from training.evaluation.guard_rails import guard_signs, verdict
+from training.evaluation.preferences import win_rates
 from training.lineage import base_model, label_of_step, origin_of, sources_of, trace
 from training.metrics import duration
 from training.run_directory import RunDirectory
@@ -102,19 +102,19 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         panel_line=panel_line(panel) if panel else "",
         trained_elsewhere=trained_elsewhere(config, evaluation),
         verdict=verdict,
-        clicks=clicks_line(run, step),
+        preferences=preferences_line(run, step),
         bad=[s.text for s in guard_signs(comparison, *pair_of(comparison)) if not s.is_good] if comparison else [],
         versions=versions_of(run, step, stored.get("versions", {})),
     )
 
 
-def clicks_line(run: RunDirectory, step: Step) -> str:
+def preferences_line(run: RunDirectory, step: Step) -> str:
     """What people said of the model beside the one before it; empty where nobody was asked."""
     if step.compared_with is None:
         return ""
     labels = (label_of_step(run, run.read_config(), each) for each in (step, step.compared_with))
     rates = win_rates(PreferenceFile(run.preferences).read_or_say(), *labels)
-    return clicks_verdict(rates) if rates else ""
+    return people_prefer(rates) if rates else ""
 
 
 def plain(value: Any) -> Any:

@@ -13,7 +13,9 @@ OWN_MODELS = ", ".join(step.command for step in WRITING)
 
 def chat(
     target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run directory or a model directory.")],
-    compare: Annotated[bool, typer.Option("--compare", help="SFT and RLHF (or DPO) side by side.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="SFT (or what the run began with) and RLHF (or DPO) side by side.")
+    ] = False,
     temperature: Annotated[
         float, typer.Option(metavar="NUMBER", min=0.0, help="How freely words are drawn; 0: always the likeliest.")
     ] = 0.7,
@@ -40,7 +42,7 @@ def chat(
     from training.trust import require_reading
 
     require_reading(target, trust)
-    chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system)
+    chat_command(target, compare, temperature, top_p, top_k, max_tokens, seed, system, trust)
 
 
 def prefer(
@@ -76,7 +78,7 @@ def prefer(
         typer.Option(metavar="N", min=1, help="Longest answer, in tokens. Default: the run's, or 256."),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where verdicts go. Default: preferences.jsonl in the run.")
+        Path | None, typer.Option(metavar="FILE", help="Where preferences go. Default: preferences.jsonl in the run.")
     ] = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -113,7 +115,7 @@ def evaluate(
         typer.Option(
             metavar="JUDGE",
             help="Who says which answer is better: true (the lexicon), learned (the run's reward model), reward "
-            "(its reward function and address too), clicks (people, of what they have judged; asks no model), or a "
+            "(its reward function and address too), people (their preferences; asks no model), or a "
             "reward model. Default: true where it is known, else learned.",
         ),
     ] = "",
@@ -246,7 +248,7 @@ def serve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where verdicts of people go. Default: preferences.jsonl in the run, of a model nowhere.",
+            help="Where preferences go. Default: preferences.jsonl in the run, of a model nowhere.",
         ),
     ] = None,
     trust: Trust = False,

@@ -17,7 +17,8 @@ from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
 from training.data.rows import read_rows
-from training.evaluation.clicks import agreements, people
+from training.evaluation.preferences import agreements, people
+from training.kept_models import local_model
 from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of
@@ -29,7 +30,7 @@ USUAL_TEMPERATURE, USUAL_TOKENS = 0.7, 256
 
 
 @dataclass(frozen=True)
-class Answerer:
+class LabelledModel:
     label: str
     """`RUN/step`, or the name of a model directory."""
     directory: Path
@@ -53,15 +54,16 @@ def prefer_command(
     if run is None and again is None:
         find_chat_models(target, compare=False)  # what is neither is refused with its way out
     if run is None and to is None:
-        raise UserError(f"{target} is no run: say where the verdicts go, with --to FILE.")
+        raise UserError(f"{target} is no run: say where the preferences go, with --to FILE.")
     place = run.preferences if to is None and run is not None else to
     assert place is not None
     file = PreferenceFile(place)
     known = file.read()
     if again is None:
-        pair = [find_answerer(target, model, trusts), find_answerer(target, against or model, trusts)]
-        if against and pair[0].directory.resolve() == pair[1].directory.resolve():
-            raise UserError(f"{pair[0].label} and {pair[1].label} are the same model: give another one with --against.")
+        pair = [find_model(target, model, trusts), find_model(target, against or model, trusts)]
+        one, other = pair
+        if against and (one.label == other.label or one.directory.resolve() == other.directory.resolve()):
+            raise UserError(f"{one.label} and {other.label} cannot be told apart: give another one with --against.")
         config = run.read_config() if run is not None else None
         usual = (
             (config.rlhf.temperature, config.data.max_response_tokens) if config else (USUAL_TEMPERATURE, USUAL_TOKENS)
@@ -86,7 +88,7 @@ def login_name() -> str:
 # Models
 
 
-def find_answerer(target: Path, source: str, trusts: bool) -> Answerer:
+def find_model(target: Path, source: str, trusts: bool) -> LabelledModel:
     """The model that `source` stands for: one of the run's own, another run's newest, a model of any kind, or (empty)
     the target's newest. Raises UserError where it is not there."""
     run = RunDirectory(target)
@@ -94,20 +96,20 @@ def find_answerer(target: Path, source: str, trusts: bool) -> Answerer:
         config = run.read_config()
         given = "" if source == "base" else config.given_model(step_of(source))
         if source == "base" or given:
-            require_yes(target, of_models(config), trusts)
+            require_yes(target, of_models(run, config), trusts)
         if source != "base":
-            directory = resolve_model(given, to_stderr) if given else run.require_model(step_of(source))
-            return Answerer(label_of(directory), directory)
+            directory = local_model(run, given, to_stderr) if given else run.require_model(step_of(source))
+            return LabelledModel(label_of(directory), directory)
         if not (base := base_model(config)):
             raise UserError(f"The base model of {target} is not known: name the base model itself.")
-        return Answerer(f"{target.resolve().name}/{source}", resolve_model(base, to_stderr))
+        return LabelledModel(f"{target.resolve().name}/{source}", local_model(run, base, to_stderr))
     path = Path(source).expanduser() if source else target
     if source and not path.exists():
         wanted = settings_for_model(source)["model"]
-        return Answerer(wanted, resolve_model(wanted, to_stderr))
+        return LabelledModel(wanted, resolve_model(wanted, to_stderr))
     require_reading(path, trusts)
     ((_, directory),) = find_chat_models(path, compare=False)
-    return Answerer(label_of(directory), directory)
+    return LabelledModel(label_of(directory), directory)
 
 
 def to_stderr(line: str) -> None:
@@ -120,39 +122,39 @@ def to_stderr(line: str) -> None:
 def collect(
     file: PreferenceFile,
     by: str,
-    pair: list[Answerer],
+    pair: list[LabelledModel],
     temperature: float,
     max_tokens: int,
     suggested: Iterator[Any],
 ) -> int:
-    """Ask until the person has had enough; how many verdicts there were."""
+    """Ask until the person has had enough; how many pairs were judged."""
     with without_collecting():
         from inference.private_surfaces import import_transformers_lightly
 
         import_transformers_lightly()
         from inference.chat_model import ChatModel
         from inference.generation.sample import SamplingSettings
-        from inference.prefer import COMMANDS, Answerers, Interview, drawn
+        from inference.prefer import COMMANDS, Interview, ModelPair, drawn
 
         models = {each.directory: ChatModel.load(each.directory) for each in pair}
         gc.freeze()  # looking through all that is loaded takes longer than the first word
     labelled = [(each.label, models[each.directory]) for each in pair]
-    answerers = Answerers(labelled, SamplingSettings(max_tokens, temperature))
+    asked = ModelPair(labelled, SamplingSettings(max_tokens, temperature))
     interview = Interview(file, by)
     if interview.is_terminal:
         names = " and ".join(dict.fromkeys(each.label for each in pair))
         interview.tell(
             f"Each message gets two answers of {names}, on sides drawn at random. Enter alone takes one of the run's "
-            f"own messages.\nVerdicts of {by} go to {file.path} at once. {COMMANDS}."
+            f"own messages.\nPreferences of {by} go to {file.path} at once. {COMMANDS}."
         )
-    return interview.collect(drawn(interview, answerers, suggested))
+    return interview.collect(drawn(interview, asked, suggested))
 
 
 def suggestions(run: RunDirectory | None, known: Iterable[Preference]) -> Iterator[Any]:
     """The prompts that the run trains on and nobody has judged answers to yet."""
     if run is None or not (file := run.data / f"{PROMPTS.name}_train.jsonl").exists():
         return
-    seen = {json.dumps(click.prompt) for click in known}
+    seen = {json.dumps(each.prompt) for each in known}
     for row in read_rows(file):
         if (key := json.dumps(row["prompt"])) not in seen:
             seen.add(key)
@@ -163,18 +165,18 @@ def waiting(known: list[Preference], by: str, other: str) -> list[Preference]:
     """Raises UserError for a name that is not there."""
     if other not in people(known):
         names = ", ".join(people(known))
-        raise UserError(f"{other} has judged nothing yet" + (f": there are verdicts of {names}." if names else "."))
+        raise UserError(f"{other} has judged nothing yet" + (f": there are preferences of {names}." if names else "."))
     return unjudged(known, by, other)
 
 
-def collect_again(file: PreferenceFile, by: str, clicks: list[Preference]) -> int:
+def collect_again(file: PreferenceFile, by: str, before: list[Preference]) -> int:
     from inference.prefer import Interview, again
 
     interview = Interview(file, by)
     interview.tell(
-        f"{len(clicks)} pairs to judge again, their sides drawn anew." if clicks else "Nothing is left to judge."
+        f"{len(before)} pairs to judge again, their sides drawn anew." if before else "Nothing is left to judge."
     )
-    return interview.collect(again(interview, clicks))
+    return interview.collect(again(interview, before))
 
 
 # The end
@@ -182,14 +184,14 @@ def collect_again(file: PreferenceFile, by: str, clicks: list[Preference]) -> in
 
 def outcome(file: PreferenceFile, by: str, collected: int, run: RunDirectory | None) -> Iterator[str]:
     """What was collected, how far people agree, and what to do with it."""
-    clicks = file.read()
-    decided = sum(click.winner in ("a", "b") for click in clicks)
-    whole = counted(len(clicks), "verdict")
+    preferences = file.read()
+    decided = sum(each.winner in ("a", "b") for each in preferences)
+    whole = counted(len(preferences), "preference")
     yield (
-        f"Collected {counted(max(collected, 0), 'verdict')} of {by}; {file.path} has {whole}, "
+        f"Collected {counted(max(collected, 0), 'preference')} of {by}; {file.path} has {whole}, "
         f"{decided} for one of two answers."
     )
-    for found in agreements(clicks):
+    for found in agreements(preferences):
         if by in found["people"]:
             yield f"{' and '.join(found['people'])} agree on {found['same']:.0%} of {counted(found['pairs'], 'pair')}."
     if run is not None and decided:

@@ -1,6 +1,7 @@
 """The tables of an evaluation: accuracies, two models beside each other, and a few of their answers."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ def evaluation_table(
             f"On the {unseen['prompts']} prompts under questions that no step was trained on: {unseen['rate']:.1%} "
             f"({unseen['low']:.1%} to {unseen['high']:.1%})"
         )
-    if clicks := result.get("clicks"):
-        print_clicks(console, clicks)
+    if rates := of_people(result):
+        print_preferences(console, rates)
     print_answers(console, pair_of(result), answers_file)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -203,28 +204,36 @@ def print_panel(console: Console, panel: Mapping[str, Any]) -> None:
     console.print(panel_line(panel), markup=False)
 
 
+def of_people(evaluation: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What people prefer, if it is in an evaluation, also in one of an early version, which called it `clicks`."""
+    if "clicks" not in evaluation:
+        return evaluation.get("preferences")
+    found: Mapping[str, Any] = json.loads(json.dumps(evaluation["clicks"]).replace('"clicks": ', '"preferences": '))
+    return found
+
+
 def overview_table(result: Mapping[str, Any], width: int = 0) -> str:
-    """What people clicked, as text: each two models that they compared, then the people."""
+    """What people prefer, as text: each two models that they compared, then the people."""
     console = Console(file=io.StringIO(), width=width or columns(), highlight=False)
     for rates in result["pairs"]:
-        print_clicks(console, {**rates, "agreement": []})
+        print_preferences(console, {**rates, "agreement": []})
     if not result["pairs"]:
-        console.print("All verdicts are on two answers of one model: prefer --against MODEL compares two.")
+        console.print("All preferences are between two answers of one model: prefer --against MODEL compares two.")
     for line in overview_lines(result):
         console.print(line, markup=False)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 def overview_lines(seen: Mapping[str, Any]) -> list[str]:
-    """Who clicked what, as `clicks.overview` has it."""
+    """Who prefers what, as `preferences.overview` has it."""
     share = {
-        name: f"{seen[key] / seen['clicks']:.0%} {name}"
+        name: f"{seen[key] / seen['preferences']:.0%} {name}"
         for key, name in (("ties", "about the same"), ("both_bad", "both bad"))
     }
     by = ", ".join(f"{name} {count:,}" for name, count in seen["by"].items())
-    lines = [f"{seen['clicks']:,} verdicts ({by}): {', '.join(share.values())}"]
+    lines = [f"{seen['preferences']:,} preferences ({by}): {', '.join(share.values())}"]
     for name, left in seen["left"].items():
-        lines.append(f"{name} prefers the left answer in {with_interval(left)} of {left['clicks']:,} verdicts")
+        lines.append(f"{name} prefers the left answer in {with_interval(left)} of {left['preferences']:,} preferences")
     for name, found in seen["repeated"].items():
         lines.append(f"{name}, asked again, says the same of {agreement_text(found)}")
     return lines + agreement_lines(seen["agreement"])
@@ -249,33 +258,33 @@ def with_interval(found: Mapping[str, Any]) -> str:
     return f"{found['rate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
 
 
-def clicks_table(rates: Mapping[str, Any]) -> RenderableType:
+def preferences_table(rates: Mapping[str, Any]) -> RenderableType:
     """How often people prefer a model to another, one by one and together."""
-    table = Table()
-    for name in (
-        "preferred by",
-        "verdicts",
-        "about the same",
-        "both bad",
-        f"{rates['model']} preferred to {rates['against']}",
-    ):
-        table.add_column(Text(name), justify="left" if name == "preferred by" else "right")
-    everybody = [("all", rates["together"])] if len(rates["by"]) > 1 else []
-    for name, found in [*rates["by"].items(), *everybody]:
-        table.add_row(Text(name), *(f"{found[key]:,}" for key in ("clicks", "ties", "both_bad")), with_interval(found))
+    what = ("preferences", "about the same", "both bad", f"{rates['model']} preferred to {rates['against']}")
+    table = Table("preferred by", show_footer=len(rates["by"]) > 1)
+    table.columns[0].footer = "all"
+    for name, all_together in zip(what, shares(rates["together"]), strict=True):
+        table.add_column(Text(name), all_together, justify="right")
+    for name, found in rates["by"].items():
+        table.add_row(Text(name), *shares(found))
     return table
 
 
-def clicks_verdict(rates: Mapping[str, Any]) -> str:
+def shares(found: Mapping[str, Any]) -> tuple[str, ...]:
+    return *(f"{found[key]:,}" for key in ("preferences", "ties", "both_bad")), with_interval(found)
+
+
+def people_prefer(rates: Mapping[str, Any]) -> str:
     """What all people together show."""
     found, people = rates["together"], len(rates["by"])
-    by = f"{found['clicks']} verdict{'s' * (found['clicks'] != 1)} of {people} {'person' if people == 1 else 'people'}"
-    return verdict({**found, "prompts": found["clicks"], "judge": by}, rates["against"], rates["model"])
+    count = found["preferences"]
+    by = f"{count} preference{'s' * (count != 1)} of {people} {'person' if people == 1 else 'people'}"
+    return verdict({**found, "prompts": count, "judge": by}, rates["against"], rates["model"])
 
 
-def print_clicks(console: Console, rates: Mapping[str, Any]) -> None:
-    console.print(clicks_table(rates))
-    console.print(clicks_verdict(rates), markup=False)
+def print_preferences(console: Console, rates: Mapping[str, Any]) -> None:
+    console.print(preferences_table(rates))
+    console.print(people_prefer(rates), markup=False)
     for line in agreement_lines(rates["agreement"]):
         console.print(line, markup=False)
 

@@ -15,8 +15,8 @@ from inference.errors import UserError
 from inference.preferences import Preference, PreferenceFile
 from inference.screen import columns
 from training.data.prepare import COUNTS_FILE, read_counts
-from training.evaluation.clicks import people, win_rates
 from training.evaluation.guard_rails import guard_signs
+from training.evaluation.preferences import people, win_rates
 from training.lineage import rounds_of
 from training.run_directory import RunDirectory, read_json
 from training.starts import read_starts
@@ -26,7 +26,7 @@ HEADINGS = (
     "",
     "pairs",
     "over the one before",
-    "by clicks",
+    "by people",
     "over the first SFT model",
     "KL (to that one)",
     "length",
@@ -41,7 +41,7 @@ class Round:
     name: str
     pairs: str
     over_before: str
-    by_clicks: str
+    by_people: str
     over_first: str
     kl: str
     length: str
@@ -84,7 +84,7 @@ def round_of(run: RunDirectory, before: RunDirectory | None) -> Round:
         f"{run.path.resolve().name} ({run.last_step.name})",
         f"{counts.get(f'{PAIRS.name}_train', 0):,}" + (f" ({by})" if by else ""),
         share(evaluation.get("win_rate")),
-        clicks_over(run, before),
+        people_over(run, before),
         share(first.get("win_rate")),
         kl_of(evaluation) + (f" ({far})" if before is not None and (far := kl_of(first)) else ""),
         f"{ours['length']:.1f}" if ours else "",
@@ -106,18 +106,18 @@ def kl_of(evaluation: Mapping[str, Any]) -> str:
 
 
 def by_whom(run: RunDirectory) -> str:
-    """`ann 120, bob 80`: the verdicts that were there when the run was prepared; empty of other data."""
+    """`ann 120, bob 80`: the preferences that were there when the run was prepared; empty of other data."""
     started = [start["time"] for start in read_starts(run)][:1]
-    clicks = [
-        click
+    found = [
+        each
         for source in run.read_config().data.sources
-        for click in verdicts(Path(source))
-        if not started or click.time[:19] <= started[0][:19]
+        for each in preferences_in(Path(source))
+        if not started or each.time[:19] <= started[0][:19]
     ]
-    return ", ".join(f"{name} {sum(click.by == name for click in clicks):,}" for name in people(clicks))
+    return ", ".join(f"{name} {sum(each.by == name for each in found):,}" for name in people(found))
 
 
-def verdicts(file: Path) -> list[Preference]:
+def preferences_in(file: Path) -> list[Preference]:
     """Those in a file; none of other data, or of a file that is gone."""
     try:
         return PreferenceFile(file).read() if file.is_file() else []
@@ -125,13 +125,13 @@ def verdicts(file: Path) -> list[Preference]:
         return []
 
 
-def clicks_over(run: RunDirectory, before: RunDirectory | None) -> str:
-    """How often people preferred the run's model to the one before, by the verdicts collected for both."""
+def people_over(run: RunDirectory, before: RunDirectory | None) -> str:
+    """How often people preferred the run's model to the one before, by what was collected for both."""
     if before is None:
         return ""
     ours, theirs = (f"{each.path.resolve().name}/{each.last_step.command}" for each in (run, before))
-    found = win_rates([*verdicts(before.preferences), *verdicts(run.preferences)], ours, theirs)
-    return f"{share(found['together'])}, {found['together']['clicks']}" if found else ""
+    found = win_rates([*preferences_in(before.preferences), *preferences_in(run.preferences)], ours, theirs)
+    return f"{share(found['together'])}, {found['together']['preferences']}" if found else ""
 
 
 def rounds_table(run: RunDirectory, width: int = 0) -> str:

@@ -65,12 +65,12 @@ def find_collecting(
     """Two answers of the newest of the models that were found, or one of it and one of `against`, drawn as its run
     does, with the run's prompts to be suggested; and the models that are to be served for it besides.
 
-    None where it lies in no run and there is no file for verdicts. Raises UserError for models that cannot be told
+    None where it lies in no run and there is no file for preferences. Raises UserError for models that cannot be told
     apart, and where `preferences` is a file of another kind.
     """
-    from applications.prefer import USUAL_TEMPERATURE, USUAL_TOKENS, find_answerer, suggestions
+    from applications.prefer import USUAL_TEMPERATURE, USUAL_TOKENS, find_model, suggestions
     from inference.preferences import PreferenceFile
-    from inference.serving.judging import Answerer, Collecting
+    from inference.serving.judging import Collecting, ServedModel
     from training.lineage import label_of, origin_of
 
     name, directory = list(found.items())[-1]
@@ -79,17 +79,17 @@ def find_collecting(
     place = preferences or (run.preferences if run else None)
     if place is None:
         if against:
-            raise UserError(f"{target} lies in no run: say where verdicts go, with --preferences FILE.")
+            raise UserError(f"{target} lies in no run: say where preferences go, with --preferences FILE.")
         return None, {}
     file = PreferenceFile(place)
     if preferences:
         file.require_own()
-    one = other = Answerer(name, label_of(directory, name))
+    one = other = ServedModel(name, label_of(directory, name))
     others: dict[str, Path] = {}
     if against:
-        asked = find_answerer(run.path if run else target, against, trusts)
+        asked = find_model(run.path if run else target, against, trusts)
         served = {path.resolve(): name for name, path in found.items()}
-        other = Answerer(served.get(asked.directory.resolve(), asked.label.replace("/", "-")), asked.label)
+        other = ServedModel(served.get(asked.directory.resolve(), asked.label.replace("/", "-")), asked.label)
         if one.name == other.name or one.label == other.label:
             raise UserError(f"{against} and {target} are both {one.label}: give another one with --against.")
         if asked.directory.resolve() not in served:
@@ -107,8 +107,8 @@ def find_collecting(
 def collecting_lines(collecting: Collecting | None, page: str) -> list[str]:
     if collecting is None:
         return []
-    labels = " and ".join(dict.fromkeys(each.label for each in collecting.answerers))
-    return [f"To judge answers of {labels}: {page}; verdicts go to {collecting.file.path}"]
+    labels = " and ".join(dict.fromkeys(each.label for each in collecting.models))
+    return [f"To judge answers of {labels}: {page}; preferences go to {collecting.file.path}"]
 
 
 def choose_token(token: str | None, host: str) -> str | None:

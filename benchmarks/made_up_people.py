@@ -1,11 +1,11 @@
-"""Two made-up persons with known tastes click, the next round learns from each: does the new model please them more?
+"""Two made-up persons with known tastes judge, the next round learns from each: does the new model please them more?
 
     python -m benchmarks.made_up_people runs/demo --out benchmarks/results/made_up_people.json
     python -m benchmarks.made_up_people runs/demo --method dpo --set dpo.epochs=4
 
 The newest model of the run answers its own training prompts twice. Each person judges pairs of answers by one rule,
-skips those that are alike by it, and `rlhf-chat run --from` goes on from the run with that person's verdicts. Both
-models then answer the run's held-out prompts, on which the person judges again, a tie counting half. Verdicts and
+skips those that are alike by it, and `rlhf-chat run --from` goes on from the run with that person's preferences. Both
+models then answer the run's held-out prompts, on which the person judges again, a tie counting half. Preferences and
 rounds lie in runs/made-up-NAME.
 Prints Markdown. Exit code 1 where a person does not prefer the new model, or a guard rail is broken.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from applications.prefer import find_answerer, suggestions
+from applications.prefer import find_model, suggestions
 from benchmarks.ppo_iteration import machine
 from inference.chat_model import ChatModel
 from inference.generation.engine import GenerationEngine
@@ -61,7 +61,7 @@ class Person:
     taste: str
     score: Callable[[str], float]
 
-    def verdict(self, pair: BlindPair) -> Winner | None:
+    def choose(self, pair: BlindPair) -> Winner | None:
         """None where the person skips the pair."""
         left, right = self.score(pair.left.text), self.score(pair.right.text)
         return None if left == right else "a" if left > right else "b"
@@ -75,8 +75,8 @@ PEOPLE = (
 
 def draw_pairs(run: RunDirectory) -> Iterator[BlindPair]:
     """Two different answers of the run's newest model to each of its training prompts, as `prefer` draws them."""
-    answerer, config = find_answerer(run.path, "", trusts=False), run.read_config()
-    model = ChatModel.load(answerer.directory)
+    asked, config = find_model(run.path, "", trusts=False), run.read_config()
+    model = ChatModel.load(asked.directory)
     settings = SamplingSettings(config.data.max_response_tokens, config.rlhf.temperature)
     engine = GenerationEngine(model.model, model.format.end_ids, model.pad_id, SLOTS, graphs=False)
     prompts = suggestions(run, [])
@@ -84,7 +84,7 @@ def draw_pairs(run: RunDirectory) -> Iterator[BlindPair]:
         seeds = [(new_seed(), new_seed()) for _ in asked]
         texts = answers(model, engine, asked, seeds, settings)
         for prompt, both, of_both in zip(asked, seeds, texts, strict=True):
-            one, other = (Answer(answerer.label, *each) for each in zip(of_both, both, strict=True))
+            one, other = (Answer(asked.label, *each) for each in zip(of_both, both, strict=True))
             pair = BlindPair.of(prompt, one, other, settings.temperature, settings.max_tokens)
             if not pair.are_equal:
                 yield pair
@@ -112,7 +112,7 @@ def answers(
 
 
 def one_round(run: RunDirectory, person: Person, file: PreferenceFile, name: str, options: list[str]) -> dict[str, Any]:
-    """Train on the person's verdicts, then let them judge both models' answers to the held-out prompts."""
+    """Train on the person's preferences, then let them judge both models' answers to the held-out prompts."""
     path = Path("runs") / name
     command = [sys.executable, "-m", "rlhf_chat", "run", "--from", str(run.path), "--data", str(file.path)]
     subprocess.run([*command, "--name", str(path), *options], check=True)
@@ -125,7 +125,7 @@ def one_round(run: RunDirectory, person: Person, file: PreferenceFile, name: str
     signs = guard_signs(evaluation, before, after)
     return {
         "taste": person.taste,
-        "clicks": len(file.read()),
+        "preferences": len(file.read()),
         "step": made.last_step.command,
         "win_rate": win_rate((scores[0], scores[1]), questions, range(len(rows))),
         "evaluation": {key: evaluation[key] for key in (before, after)},
@@ -141,13 +141,13 @@ def trained(run: RunDirectory) -> Iterator[Any]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| taste | clicks | preferred over the one before | target | KL | length | guard rails |",
+        "| taste | preferences | preferred over the one before | target | KL | length | guard rails |",
         "|---|---|---|---|---|---|---|",
     ]
     for each in found.values():
         win, (before, after) = each["win_rate"], each["evaluation"].values()
         lines.append(
-            f"| {each['taste']} | {each['clicks']} | {win['rate']:.3f} ({win['low']:.3f} to "
+            f"| {each['taste']} | {each['preferences']} | {win['rate']:.3f} ({win['low']:.3f} to "
             f"{win['high']:.3f}), {win['prompts']} prompts | >= {TARGET} | {after.get('kl', float('nan')):.2f} | "
             f"{before['length']:.1f} to {after['length']:.1f} | {'; '.join(each['broken']) or 'hold'} |"
         )
@@ -157,7 +157,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="whose newest model is asked, and gone on from")
-    parser.add_argument("--clicks", type=int, default=200, help="of each person")
+    parser.add_argument("--preferences", type=int, default=200, help="of each person")
     parser.add_argument("--people", nargs="+", default=[person.name for person in PEOPLE])
     parser.add_argument("--name", default="made-up", help="pairs and rounds lie in runs/NAME-...")
     parser.add_argument("--method", help="of run: ppo or dpo; default: the run's")
@@ -169,11 +169,11 @@ def main() -> int:
     options += ["--method", arguments.method] if arguments.method else []
     chosen = [person for person in PEOPLE if person.name in arguments.people]
     files = {person.name: PreferenceFile(Path("runs") / f"{arguments.name}-{person.name}.jsonl") for person in chosen}
-    left = {person: arguments.clicks - len(files[person.name].read()) for person in chosen}
+    left = {person: arguments.preferences - len(files[person.name].read()) for person in chosen}
     for pair in draw_pairs(run) if any(left.values()) else ():
         for person in chosen:
-            if left[person] and (verdict := person.verdict(pair)):
-                files[person.name].add(pair.judged(verdict, person.name))
+            if left[person] and (winner := person.choose(pair)):
+                files[person.name].add(pair.judged(winner, person.name))
                 left[person] -= 1
         if not any(left.values()):
             break
@@ -182,7 +182,7 @@ def main() -> int:
         found[person.name] = one_round(run, person, files[person.name], name, options)
     print(table(found))
     if arguments.out:
-        settings = {"clicks": arguments.clicks, "options": options}
+        settings = {"preferences": arguments.preferences, "options": options}
         write_json(arguments.out, {"people": found, **settings, "machine": machine(), "versions": versions()})
     return int(any(each["win_rate"]["rate"] < TARGET or each["broken"] for each in found.values()))
 

@@ -24,8 +24,9 @@ def command_of(folder: str) -> str:
     return folder.partition("_")[2]
 
 
-def find_chat_models(target: Path, compare: bool) -> list[tuple[str, Path]]:
+def find_chat_models(target: Path, compare: bool, before: tuple[str, Path] | None = None) -> list[tuple[str, Path]]:
     """Labels and model directories: a run's last finished step, or SFT and what followed it to `compare`, or one model.
+    `before` is what the run was given for SFT.
 
     Says on stderr when nothing after SFT is finished yet. Raises UserError where there is nothing to
     talk to.
@@ -33,7 +34,7 @@ def find_chat_models(target: Path, compare: bool) -> list[tuple[str, Path]]:
     if not target.exists():
         raise UserError(f"{target} does not exist; give a run directory such as runs/demo, or a model directory.")
     if (target / "config.yaml").is_file():
-        return find_both_models(target) if compare else [find_newest_model(target)]
+        return find_both_models(target, before) if compare else [find_newest_model(target)]
     if not (target / "config.json").is_file():
         if (target / "model" / "config.json").is_file():
             raise UserError(f"{target} holds its model one level down; use {target / 'model'}.")
@@ -67,15 +68,17 @@ def find_newest_model(run: Path) -> tuple[str, Path]:
     return finished[-1], run / steps[finished[-1]] / "model"
 
 
-def find_both_models(run: Path) -> list[tuple[str, Path]]:
-    """SFT and what followed it: RLHF or DPO, or both."""
+def find_both_models(run: Path, before: tuple[str, Path] | None) -> list[tuple[str, Path]]:
+    """SFT, or what the run was given for it, and what followed: RLHF or DPO, or both."""
     steps = chat_steps(run)
     finished = [name for name, folder in steps.items() if is_finished(run / folder)]
-    if "SFT" not in finished or finished == ["SFT"]:
-        missing = folder_after_sft(steps) if finished == ["SFT"] else steps["SFT"]
+    has_first = before is not None or "SFT" in finished
+    if not has_first or finished in ([], ["SFT"]):
+        missing = folder_after_sft(steps) if has_first else steps["SFT"]
         command = f"rlhf-chat {command_of(missing)} {typed(run)}"
         raise UserError(f"To compare, {run} needs {missing}, which is not finished; run {command}.")
-    return [(name, run / steps[name] / "model") for name in finished]
+    first = [] if before is None else [before]
+    return first + [(name, run / steps[name] / "model") for name in finished]
 
 
 def folder_after_sft(steps: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Two answers to one message, in the terminal or through a pipe, and what somebody thinks of them.
 
-In a pipe the lines are a message and a verdict in turn. An empty message takes the next suggestion.
+In a pipe the lines are a message and a preference in turn. An empty message takes the next suggestion.
 """
 
 import os
@@ -20,14 +20,14 @@ from inference.chat_template import Message
 from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.generation.sample import SamplingSettings
-from inference.preferences import DRAWS, EQUAL, Answer, BlindPair, Preference, PreferenceFile, Winner, new_seed
+from inference.preferences import EQUAL, Answer, BlindPair, Preference, PreferenceFile, Winner, blank_pairs
 from inference.streams import unguarded
 
-VERDICTS: dict[str, Winner] = {"1": "a", "2": "b", "=": "tie", "0": "both bad"}
+WINNERS_BY_KEY: dict[str, Winner] = {"1": "a", "2": "b", "=": "tie", "0": "both bad"}
 KEYS = "1 or 2 is better, = about the same, 0 both bad, u undo, s skip, q quit"
 SAID = {"1": "1", "2": "2", "=": "about the same", "0": "both bad", "u": "undo", "s": "skip", "q": "quit"}
 """Each key, and what is shown when it was pressed."""
-COMMANDS = "/undo takes your newest verdict back, /quit leaves (so does Ctrl-D)"
+COMMANDS = "/undo takes your newest preference back, /quit leaves (so does Ctrl-D)"
 LABELS = ("1", "2")
 CTRL_D = "\x04"
 
@@ -35,7 +35,7 @@ Show = Callable[[BlindPair], object]
 
 
 class Interview:
-    """A person who says messages and judges pairs; each verdict is in the file when the next pair is shown."""
+    """A person who says messages and judges pairs; each preference is in the file when the next pair is shown."""
 
     def __init__(self, file: PreferenceFile, by: str, source: TextIO | None = None, sink: TextIO | None = None):
         """`source` and `sink` default to stdin and stdout."""
@@ -51,7 +51,7 @@ class Interview:
         self.collected = 0
 
     def collect(self, pairs: Iterable[BlindPair]) -> int:
-        """Ask for a verdict on each, until the pairs, the input or the person's patience end; how many there were."""
+        """Ask which of each two is better, until pairs, input or the person's patience end; how many were judged."""
         try:
             for pair in pairs:
                 self.judge(pair)
@@ -60,7 +60,7 @@ class Interview:
         return self.collected
 
     def judge(self, pair: BlindPair) -> None:
-        """Ask until there is a verdict; one that is taken back is asked for anew, before this one.
+        """Ask until there is a preference; one that is taken back is asked for anew, before this one.
 
         Raises EOFError where the person quits or the input ends.
         """
@@ -73,9 +73,9 @@ class Interview:
             if key == "u":
                 waiting += self.taken_back()
                 continue
-            if key in VERDICTS:
+            if key in WINNERS_BY_KEY:
                 try:
-                    self.file.add(waiting[-1].judged(VERDICTS[key], self.by))
+                    self.file.add(waiting[-1].judged(WINNERS_BY_KEY[key], self.by))
                 except UserError as error:
                     self.refused(error)
                     continue
@@ -85,7 +85,7 @@ class Interview:
                 self.show_prompt(waiting[-1].prompt)
 
     def taken_back(self) -> list[BlindPair]:
-        """The pair of the person's newest verdict, which is gone from the file; none where there is none."""
+        """The pair of the person's newest preference, which is gone from the file; none where there is none."""
         try:
             undone = self.file.undo(self.by)
         except UserError as error:
@@ -122,7 +122,7 @@ class Interview:
             if key in SAID:
                 return key
             if not self.is_terminal:
-                raise UserError(f"Line {self.lines} of the input is {key[:20]!a} and no verdict: {KEYS}.")
+                raise UserError(f"Line {self.lines} of the input is {key[:20]!a} and no preference: {KEYS}.")
 
     @contextmanager
     def watching(self) -> Iterator[Show]:
@@ -180,7 +180,7 @@ def texts(pair: BlindPair) -> tuple[str, str]:
 # Pairs
 
 
-class Answerers:
+class ModelPair:
     """Two models, or one twice, under the labels that go into the file."""
 
     def __init__(self, models: Sequence[tuple[str, ChatModel]], settings: SamplingSettings):
@@ -189,9 +189,7 @@ class Answerers:
 
     def pair(self, prompt: list[Message], show: Show = lambda pair: None) -> BlindPair:
         """`show` gets the pair as it grows. Raises UserError where the answers are equal each time."""
-        for _ in range(DRAWS):
-            one, other = (Answer(label, "", new_seed()) for label in self.labels)
-            pair = BlindPair.of(prompt, one, other, self.settings.temperature, self.settings.max_tokens)
+        for pair in blank_pairs(prompt, self.labels, self.settings.temperature, self.settings.max_tokens):
             for answer in self.growing(prompt, pair.left):
                 pair = replace(pair, left=answer)
                 show(pair)
@@ -208,7 +206,7 @@ class Answerers:
             yield answer
 
 
-def drawn(interview: Interview, models: Answerers, suggestions: Iterator[list[Message]]) -> Iterator[BlindPair]:
+def drawn(interview: Interview, models: ModelPair, suggestions: Iterator[list[Message]]) -> Iterator[BlindPair]:
     """Answers to what the person says, or to the next suggestion. In a pipe raises UserError where none is left, and
     where the answers are always equal; in a terminal that is said."""
     while (text := interview.say()) is not None:

@@ -1,4 +1,4 @@
-"""What people prefer: two answers whose sides are drawn at random, and the file of verdicts, which loses none."""
+"""What people prefer: two answers whose sides are drawn at random, and the file of preferences, which loses none."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ LOCK_SECONDS = 30.0
 @with_config(ConfigDict(strict=True))
 @dataclass(frozen=True)
 class Preference:
-    """One person's verdict on two answers to one message; `a` was shown first or left, `b` second or right."""
+    """One person's preference between two answers to one message; `a` was shown first or left, `b` second or right."""
 
     id: str
     time: str
@@ -57,7 +57,7 @@ class Preference:
 
     @classmethod
     def of(cls, line: str) -> "Preference":
-        """Fields that are not known are left out. Raises ValueError with the reason where it is no verdict."""
+        """Fields that are not known are left out. Raises ValueError with the reason where it is no preference."""
         try:
             return _reader().validate_json(line)
         except ValidationError as error:
@@ -67,7 +67,7 @@ class Preference:
 
     @property
     def pair(self) -> Hashable:
-        """What the verdict is on, whichever side each answer stood on."""
+        """The two answers to the message, whichever side each stood on."""
         return _judged_on(self.prompt, self.response_a, self.response_b)
 
     @property
@@ -98,7 +98,7 @@ class BlindPair:
 
     prompt: list[Message]
     left: Answer
-    """Shown left, or first: `a` of the verdict."""
+    """Shown left, or first: `a` of the preference."""
     right: Answer
     temperature: float
     max_tokens: int
@@ -120,7 +120,7 @@ class BlindPair:
 
     @property
     def pair(self) -> Hashable:
-        """That of each verdict on it."""
+        """That of each preference between the two."""
         return _judged_on(self.prompt, self.left.text, self.right.text)
 
     @property
@@ -129,7 +129,7 @@ class BlindPair:
         return self.left.text.strip() == self.right.text.strip()
 
     def judged(self, winner: Winner, by: str) -> Preference:
-        """The verdict of a person, now. Raises UserError for a name that cannot be."""
+        """The preference of a person, now. Raises UserError for a name that cannot be."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         left, right = self.left, self.right
         return Preference(
@@ -149,6 +149,16 @@ class BlindPair:
         )
 
 
+def blank_pairs(
+    prompt: list[Message], models: Sequence[str], temperature: float, max_tokens: int
+) -> Iterator[BlindPair]:
+    """To be answered one after the other until two answers differ: sides and seeds are drawn, texts are empty. `models`
+    has the labels of both."""
+    for _ in range(DRAWS):
+        one, other = (Answer(model, "", new_seed()) for model in models)
+        yield BlindPair.of(prompt, one, other, temperature, max_tokens)
+
+
 def new_seed() -> int:
     """Of an answer; small enough to be copied by hand."""
     return secrets.randbelow(10**9)
@@ -163,15 +173,15 @@ def checked_name(name: str) -> str:
 
 
 def unjudged(known: Sequence[Preference], by: str, other: str | None = None) -> list[Preference]:
-    """The newest verdict of `other`, or of anybody else, on each pair that a person has not judged; of their own, on
+    """The newest preference of `other`, or of anybody else, on each pair that a person has not judged; of their own, on
     each that they have judged once."""
     theirs = {each.pair: each for each in known if (each.by != by if other is None else each.by == other)}
     ours = Counter(each.pair for each in known if each.by == by)
-    return [verdict for pair, verdict in theirs.items() if ours[pair] <= (by == other)]
+    return [preference for pair, preference in theirs.items() if ours[pair] <= (by == other)]
 
 
 class PreferenceFile:
-    """JSON lines, one a verdict, that any number of threads and processes may write at the same time."""
+    """JSON lines, one a preference, that any number of threads and processes may write at the same time."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -202,7 +212,7 @@ class PreferenceFile:
                 _settle_directory(place.parent)
 
     def undo(self, by: str) -> Preference | None:
-        """Take away the newest verdict of a person and return it; None where there is none.
+        """Take away the newest preference of a person and return it; None where there is none.
 
         Raises UserError where the disk refuses or the file is damaged.
         """
@@ -217,22 +227,22 @@ class PreferenceFile:
             return preference
 
     def read(self) -> list[Preference]:
-        """All verdicts in their order; a last line that was cut off is not one.
+        """All preferences in their order; a last line that was cut off is not one.
 
         Raises UserError with the number of a line that is damaged.
         """
         return [preference for _, preference in self._lines()]
 
     def read_or_say(self, say: Callable[[str], object] = lambda line: print(line, file=sys.stderr)) -> list[Preference]:
-        """All verdicts; none where the file is damaged, which is said: what does more than collect goes on without."""
+        """All; none where the file is damaged, which is said: who does more than collect goes on without."""
         try:
             return self.read()
         except UserError as error:
-            say(f"Warning: {error} Until then no verdict of it counts here.")
+            say(f"Warning: {error} Until then no preference of it counts here.")
             return []
 
     def require_own(self) -> None:
-        """Raise UserError where what is there begins with something other than a verdict."""
+        """Raise UserError where what is there begins with something other than a preference."""
         next(self._lines(), None)
 
     def _lines(self) -> Iterator[tuple[str, Preference]]:
@@ -256,9 +266,9 @@ class PreferenceFile:
     def _refusal(self, number: int, error: ValueError) -> UserError:
         if number == 1:
             return UserError(
-                f"{self.path} is no file of verdicts (line 1: {error}); choose another file, or mend that line."
+                f"{self.path} is no file of preferences (line 1: {error}); choose another file, or mend that line."
             )
-        return UserError(f"{self.path}, line {number}, is no verdict ({error}); mend that line or delete it.")
+        return UserError(f"{self.path}, line {number}, is no preference ({error}); mend that line or delete it.")
 
     @contextmanager
     def _locked(self) -> Iterator[Path]:
@@ -266,7 +276,7 @@ class PreferenceFile:
         place = Path(os.path.realpath(self.path))
         lock = place.with_name(f".{place.name}.lock")
         busy = f"{self.path} is being written by another process"
-        with writing("the verdict", self.path, AGAIN), hold_lock(lock, busy, LOCK_SECONDS, again_seconds=0.002):
+        with writing("the preference", self.path, AGAIN), hold_lock(lock, busy, LOCK_SECONDS, again_seconds=0.002):
             yield place
 
     def _heal(self, file: int) -> int:
@@ -287,8 +297,8 @@ class PreferenceFile:
             Preference.of(last.decode())
         except ValueError as error:
             raise UserError(
-                f"The last line of {self.path} is no verdict, nor the beginning of one ({error}); mend it, delete it, "
-                "or choose another file."
+                f"The last line of {self.path} is no preference, nor the beginning of one ({error}); mend it, delete "
+                "it, or choose another file."
             ) from None
         os.write(file, b"\n")
         return size + 1

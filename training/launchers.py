@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import zlib
 
 from inference.errors import UserError
@@ -16,7 +17,7 @@ LAUNCHERS = {
 }
 """Variables of each: rank, size, and the same among the processes of this machine."""
 OF_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-OF_JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+OF_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 """What tells the jobs of a machine apart, the same for all processes of one."""
 
 
@@ -32,13 +33,38 @@ def adopt() -> None:
     os.environ.update(values)
     if "MASTER_ADDR" not in os.environ:
         if values["LOCAL_WORLD_SIZE"] != values["WORLD_SIZE"]:
-            raise UserError(
-                f"{launcher} started {values['WORLD_SIZE']} processes on several machines and does not say where they "
-                f"meet: set MASTER_ADDR to the first machine and MASTER_PORT to a free port, or use torchrun."
-            )
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-    job = "".join(os.environ.get(name, "") for name in OF_JOBS)
-    os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job.encode()) % 10000 if job else 29500))
+            os.environ["MASTER_ADDR"] = first_machine(launcher, values["WORLD_SIZE"])
+        else:
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.setdefault("MASTER_PORT", str(port_of_job()))
+
+
+def first_machine(launcher: str, size: str) -> str:
+    """Where the first process is, as Slurm says. Raises UserError where nobody does, or the name leads nowhere."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")  # gpu[07-09,12],big1
+    if launcher != SLURM or not nodes:
+        raise UserError(
+            f"{launcher} started {size} processes on several machines and does not say where they meet: "
+            f"set MASTER_ADDR to the first machine and MASTER_PORT to a free port, or use torchrun."
+        )
+    machine = re.sub(r"\[(\w+)[^]]*]", r"\1", re.match(r"(?:\[[^]]*]|[^,[])*", nodes)[0])
+    try:
+        socket.getaddrinfo(machine, None)
+    except OSError as error:
+        raise UserError(
+            f"{socket.gethostname()} cannot find {machine}, the first node by Slurm ({error.strerror}): set "
+            f"MASTER_ADDR to a name or address of it that all nodes know."
+        ) from None
+    return machine
+
+
+def port_of_job() -> int:
+    """The same for all processes of a job, another one for each job of a machine."""
+    job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    if job.isdigit():  # jobs of an array are numbered on: no two of a thousand collide
+        return 20000 + (10 * int(job) + int(step or 0) % 10) % 10000
+    name = "".join(os.environ.get(name, "") for name in OF_JOBS)
+    return 20000 + zlib.crc32(name.encode()) % 10000 if name else 29500
 
 
 def started_by() -> tuple[str, dict[str, str]] | None:

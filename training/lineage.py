@@ -42,7 +42,7 @@ def origin_of(source: str | Path) -> Origin | None:
 
 
 def label_of(model: str | Path, name: str = "") -> str:
-    """`demo/sft`, as verdicts of people call the model in a directory; of one that lies in no run `name`, or the
+    """`demo/sft`, as preferences call the model in a directory; of one that lies in no run `name`, or the
     directory's."""
     origin = origin_of(model)
     return f"{origin.run.path.name}/{origin.step.command}" if origin else name or Path(model).resolve().name

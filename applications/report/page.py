@@ -14,7 +14,7 @@ from markupsafe import Markup
 from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
 from applications.report.schedule import schedule_part, update_part
-from applications.report_table import PANEL_COLUMNS, clicks_verdict, overview_lines, pair_of, table_rows, training_signs
+from applications.report_table import PANEL_COLUMNS, overview_lines, pair_of, people_prefer, table_rows, training_signs
 from applications.rounds import HEADINGS, rounds
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
@@ -23,7 +23,7 @@ from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
-from training.evaluation import clicks
+from training.evaluation import preferences
 from training.evaluation.guard_rails import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
 from training.metrics import WARNING, Journal, duration
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
@@ -78,7 +78,7 @@ def render(run: RunDirectory) -> str:
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
         measures=table_rows(evaluation) if evaluation else [],
-        clicks=clicks_part(run),
+        preferences=preferences_part(run),
         signs=found,
         bad=[sign.text for sign in found if not sign.is_good],
         times=times(run, rows),
@@ -170,28 +170,28 @@ def with_interval(label: str, measured: Mapping[str, Any], colour: str) -> Inter
 
 
 @dataclass(frozen=True)
-class ClicksPart:
+class PreferencesPart:
     """What people said of the run's answers."""
 
-    verdicts: list[str]
+    models: list[str]
     intervals: list[Interval]
     lines: list[str]
 
 
-def clicks_part(run: RunDirectory) -> ClicksPart | None:
+def preferences_part(run: RunDirectory) -> PreferencesPart | None:
     found = PreferenceFile(run.preferences).read_or_say()
     if not found:
         return None
-    pairs = [clicks.in_order(pair, run.path.resolve().name) for pair in clicks.compared(found)]
-    rates = [rate for pair in pairs if (rate := clicks.win_rates(found, *pair)) is not None]
-    return ClicksPart(
-        [f"{clicks_verdict(each)}." for each in rates],
+    pairs = [preferences.in_order(pair, run.path.resolve().name) for pair in preferences.compared(found)]
+    rates = [rate for pair in pairs if (rate := preferences.win_rates(found, *pair)) is not None]
+    return PreferencesPart(
+        [f"{people_prefer(each)}." for each in rates],
         [
             with_interval(f"{each['model']} preferred to {each['against']} by {name}", theirs, "soft")
             for each in rates
             for name, theirs in each["by"].items()
         ],
-        overview_lines(clicks.overview(found)),
+        overview_lines(preferences.overview(found)),
     )
 
 

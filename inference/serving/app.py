@@ -1,4 +1,4 @@
-"""The web application: the OpenAI protocol's paths, those of verdicts, the health of the server, and the pages."""
+"""The web application: the OpenAI protocol's paths, those of preferences, the health of the server, and the pages."""
 
 import asyncio
 import base64
@@ -23,7 +23,7 @@ from inference.serving.errors import ApiError
 from inference.serving.guard import Guard
 from inference.serving.job import Job
 from inference.serving.judging import Collecting, Judging
-from inference.serving.request import PairRequest, VerdictRequest, json_object, parse_request, validated
+from inference.serving.request import PairRequest, PreferenceRequest, json_object, parse_request, validated
 from inference.serving.service import Service
 
 MOST_BYTES = 2**20
@@ -32,9 +32,9 @@ READ_ANYWAY = 8 * MOST_BYTES
 """A client that sends too much hears so only if it is heard out; what is longer still is cut off."""
 CLIENT_GONE = 499
 """The status that a log shows for a client that left; nobody receives it."""
-VERDICTS_LINK = '<a href="prefer">Judge answers</a>'
+PREFERENCES_LINK = '<a href="prefer">Judge answers</a>'
 """On the chat page."""
-NO_VERDICTS = "This server keeps no preferences: start it with rlhf-chat serve MODEL --preferences FILE."
+NO_PREFERENCES = "This server keeps no preferences: start it with rlhf-chat serve MODEL --preferences FILE."
 BODY_SECONDS = 60
 """In which a request must have arrived."""
 
@@ -46,7 +46,7 @@ def create_app(
     collecting: Collecting | None = None,
 ) -> Starlette:
     """`token` is what `/v1` asks for; `loopback_only` turns away requests under other names than localhost."""
-    api, verdicts = Api(service), Verdicts(Judging(service, collecting) if collecting else None)
+    api, preferences = Api(service), Preferences(Judging(service, collecting) if collecting else None)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -58,16 +58,16 @@ def create_app(
 
     return Starlette(
         routes=[
-            Route("/", Page("page.html", without="" if collecting else VERDICTS_LINK).show),
-            Route("/prefer", Page("prefer.html").show if collecting else show_no_verdicts),
+            Route("/", Page("page.html", without="" if collecting else PREFERENCES_LINK).show),
+            Route("/prefer", Page("prefer.html").show if collecting else show_no_preferences),
             Route("/health", api.health),
             Route("/v1/models", api.models),
             Route("/v1/models/{name}", api.model),
             Route("/v1/chat/completions", api.complete, methods=["POST"]),
-            Route("/v1/pairs", verdicts.pair, methods=["POST"]),
-            Route("/v1/preferences", verdicts.count),
-            Route("/v1/preferences", verdicts.judge, methods=["POST"]),
-            Route("/v1/preferences", verdicts.undo, methods=["DELETE"]),
+            Route("/v1/pairs", preferences.pair, methods=["POST"]),
+            Route("/v1/preferences", preferences.count),
+            Route("/v1/preferences", preferences.judge, methods=["POST"]),
+            Route("/v1/preferences", preferences.undo, methods=["DELETE"]),
         ],
         middleware=[Middleware(Guard, token=token, loopback_only=loopback_only)],
         exception_handlers={
@@ -141,7 +141,7 @@ class EventStream(StreamingResponse):
             self.service.end(self.job)
 
 
-class Verdicts:
+class Preferences:
     """What people say of two answers, where the server keeps it."""
 
     def __init__(self, judging: Judging | None):
@@ -150,7 +150,7 @@ class Verdicts:
     @property
     def judging(self) -> Judging:
         if self._judging is None:
-            raise ApiError(404, NO_VERDICTS, code="no_preferences")
+            raise ApiError(404, NO_PREFERENCES, code="no_preferences")
         return self._judging
 
     async def pair(self, request: Request) -> Response:
@@ -169,7 +169,7 @@ class Verdicts:
 
     async def judge(self, request: Request) -> Response:
         judging = self.judging
-        await judging.judge(validated(VerdictRequest, json_object(await read_json(request))))
+        await judging.judge(validated(PreferenceRequest, json_object(await read_json(request))))
         return JSONResponse({"kept": True})
 
     async def undo(self, request: Request) -> Response:
@@ -253,8 +253,8 @@ class Page:
         return HTMLResponse(self.html, headers=self.headers)
 
 
-async def show_no_verdicts(request: Request) -> Response:
-    return PlainTextResponse(NO_VERDICTS, 404)
+async def show_no_preferences(request: Request) -> Response:
+    return PlainTextResponse(NO_PREFERENCES, 404)
 
 
 async def show_error(request: Request, error: Exception) -> Response:

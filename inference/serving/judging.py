@@ -2,39 +2,39 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, TypeVar
 
 from inference.chat_model import longest_answer
 from inference.chat_template import Message
 from inference.errors import UserError
-from inference.preferences import DRAWS, EQUAL, Answer, BlindPair, PreferenceFile, checked_name, new_seed, unjudged
+from inference.preferences import EQUAL, Answer, BlindPair, PreferenceFile, blank_pairs, checked_name, unjudged
 from inference.serving.answers import Answers
 from inference.serving.errors import ApiError
-from inference.serving.request import ChatRequest, PairRequest, VerdictRequest
+from inference.serving.request import ChatRequest, PairRequest, PreferenceRequest
 from inference.serving.service import Service
 
 MOST_PAIRS = 1000
-"""That wait for a verdict, and that had one; older ones are forgotten."""
+"""That wait for a preference, and that had one; older ones are forgotten."""
 Key = TypeVar("Key")
 Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
-class Answerer:
+class ServedModel:
     name: str
     """Of the model, as it is served."""
     label: str
-    """In the file of verdicts."""
+    """In the file of preferences."""
 
 
 @dataclass(frozen=True)
 class Collecting:
-    """What is asked of whom, and where verdicts go."""
+    """What is asked of whom, and where preferences go."""
 
     file: PreferenceFile
-    answerers: tuple[Answerer, Answerer]
+    models: tuple[ServedModel, ServedModel]
     """Two models, or one twice."""
     temperature: float
     max_tokens: int
@@ -48,11 +48,11 @@ class Judging:
 
     def __init__(self, service: Service, collecting: Collecting):
         self.service, self.collecting = service, collecting
-        room = min(service.desk(each.name).lane.context for each in collecting.answerers)
+        room = min(service.desk(each.name).lane.context for each in collecting.models)
         self.max_tokens = longest_answer(min(collecting.max_tokens, service.limits.max_tokens), room)
         self._prompts = cycle(collecting.prompts)
         self._pairs: dict[str, BlindPair] = {}
-        self._judged: dict[str, VerdictRequest] = {}
+        self._judged: dict[str, PreferenceRequest] = {}
         self._writing = asyncio.Lock()
 
     async def draw(self, request: PairRequest) -> BlindPair:
@@ -60,45 +60,46 @@ class Judging:
         if request.unjudged_by is not None:
             return await self._of_others(named(request.unjudged_by), request.skip)
         prompt = request.conversation or self._suggestion()
-        for _ in range(DRAWS):
-            pair = await self._draw(prompt)
+        labels = [each.label for each in self.collecting.models]
+        for blank in blank_pairs(prompt, labels, self.collecting.temperature, self.max_tokens):
+            pair = await self._answered(blank)
             if not pair.are_equal:
                 remember(self._pairs, pair.id, pair)
                 return pair
         raise ApiError(422, EQUAL, code="equal_answers")
 
-    async def judge(self, verdict: VerdictRequest) -> None:
-        """Return when the verdict is on the disk; sent a second time it changes nothing. Raises ApiError."""
+    async def judge(self, request: PreferenceRequest) -> None:
+        """Return when the preference is on the disk; sent a second time it changes nothing. Raises ApiError."""
         async with self._writing:
-            if (before := self._judged.get(verdict.pair)) == verdict:
+            if (before := self._judged.get(request.pair)) == request:
                 return
             if before is not None:
-                raise ApiError(409, "These two answers have a verdict already; undo it first.", "pair", "judged")
-            if (pair := self._pairs.get(verdict.pair)) is None:
+                raise ApiError(409, "Which of these two is better was said already; undo it first.", "pair", "judged")
+            if (pair := self._pairs.get(request.pair)) is None:
                 message = (
                     "The server does not know these two answers any more, as it was started anew or they have waited "
-                    "too long: skip them. Verdicts that were kept are still there."
+                    "too long: skip them. Preferences that were kept are still there."
                 )
                 raise ApiError(404, message, "pair", "pair_not_found")
-            preference = pair.judged(verdict.winner, named(verdict.by))
+            preference = pair.judged(request.winner, named(request.by))
             await self._kept(lambda: self.collecting.file.add(preference))
             del self._pairs[pair.id]
-            remember(self._judged, pair.id, verdict)
+            remember(self._judged, pair.id, request)
 
     async def undo(self, by: str) -> BlindPair:
-        """What this person has judged last; the verdict is taken back. Raises ApiError."""
+        """What this person has judged last; the preference is taken back. Raises ApiError."""
         by = named(by)
         async with self._writing:
             preference = await self._kept(lambda: self.collecting.file.undo(by))
             if preference is None:
-                raise ApiError(404, f"There is no verdict of {by} to take back.", code="nothing_judged")
+                raise ApiError(404, f"There is no preference of {by} to take back.", code="nothing_judged")
             self._judged.pop(preference.id, None)
             pair = BlindPair.again(preference)
             remember(self._pairs, pair.id, pair)
             return pair
 
     async def count(self, by: str) -> dict[str, int]:
-        """The verdicts of a person, and the pairs that others alone have judged. Raises ApiError."""
+        """The preferences of a person, and the pairs that others alone have judged. Raises ApiError."""
         by = named(by)
         known = await self._kept(self.collecting.file.read)
         return {"count": sum(each.by == by for each in known), "others": len(unjudged(known, by))}
@@ -106,32 +107,34 @@ class Judging:
     async def _of_others(self, by: str, skip: Sequence[str]) -> BlindPair:
         """`skip` has the ids of pairs that the person looks at or has skipped; others come until they are judged."""
         skipped = {self._pairs[id].pair for id in skip if id in self._pairs}
-        for verdict in unjudged(await self._kept(self.collecting.file.read), by):
-            if verdict.pair not in skipped:
-                pair = BlindPair.again(verdict, redrawn=True)
+        for preference in unjudged(await self._kept(self.collecting.file.read), by):
+            if preference.pair not in skipped:
+                pair = BlindPair.again(preference, redrawn=True)
                 remember(self._pairs, pair.id, pair)
                 return pair
         raise ApiError(404, f"Nothing that others have judged is left for {by}.", code="none_left")
 
-    async def _draw(self, prompt: list[Message]) -> BlindPair:
+    async def _answered(self, blank: BlindPair) -> BlindPair:
         try:
             async with asyncio.TaskGroup() as tasks:  # where one is refused, the other ends too
-                answers = [tasks.create_task(self._answer(each, prompt)) for each in self.collecting.answerers]
+                left, right = (tasks.create_task(self._text(blank, side)) for side in (blank.left, blank.right))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
-        one, other = (answer.result() for answer in answers)
-        return BlindPair.of(prompt, one, other, self.collecting.temperature, self.max_tokens)
+        return replace(
+            blank, left=replace(blank.left, text=left.result()), right=replace(blank.right, text=right.result())
+        )
 
-    async def _answer(self, answerer: Answerer, prompt: list[Message]) -> Answer:
-        seed = new_seed()
-        sampling = {"temperature": self.collecting.temperature, "max_tokens": self.max_tokens, "seed": seed}
-        request = ChatRequest.model_validate({"model": answerer.name, "messages": prompt}).model_copy(update=sampling)
+    async def _text(self, pair: BlindPair, side: Answer) -> str:
+        name = next(each.name for each in self.collecting.models if each.label == side.model)
+        sampling = {"temperature": pair.temperature, "max_tokens": pair.max_tokens, "seed": side.seed}
+        request = ChatRequest.model_validate({"model": name, "messages": pair.prompt}).model_copy(update=sampling)
         job = await self.service.begin(request)
         try:
             body: dict[str, Any] = await Answers(request, job).body()
         finally:
             self.service.end(job)
-        return Answer(answerer.label, body["choices"][0]["message"]["content"], seed)
+        text: str = body["choices"][0]["message"]["content"]
+        return text
 
     def _suggestion(self) -> list[Message]:
         for prompt in self._prompts:

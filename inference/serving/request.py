@@ -173,7 +173,7 @@ class PairRequest(Strict):
         return [as_message(message) for message in self.messages]
 
 
-class VerdictRequest(Strict):
+class PreferenceRequest(Strict):
     """What a person says of a pair that the server has given."""
 
     pair: str

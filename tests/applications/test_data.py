@@ -11,7 +11,7 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.preferences import PreferenceFile
-from tests.training.evaluation.clicks import click
+from tests.training.evaluation.preferences import preference
 from training.config import DataSettings, RunConfig
 from training.data.prepare import prepare_data
 from training.data.reading import read_sources
@@ -137,50 +137,52 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and "There is no data source" in capsys.readouterr().err
 
 
-# What people clicked
+# What people preferred
 
 
 @pytest.fixture
-def clicked(tmp_path) -> str:
+def preferred(tmp_path) -> str:
     file = PreferenceFile(tmp_path / "preferences.jsonl")
     for i, winner in enumerate(("one", "other", "tie", "tie", "both bad")):
-        file.add(click("ann", winner, f"question {i}"))
+        file.add(preference("ann", winner, f"question {i}"))
     return str(file.path)
 
 
-def test_verdicts_are_shown_as_pairs_and_no_column_is_called_unused(clicked, capsys):
-    show_command(clicked, None, None, 3, None)
+def test_preferences_are_shown_as_pairs_and_no_column_is_called_unused(preferred, capsys):
+    show_command(preferred, None, None, 3, None)
     said = capsys.readouterr().out
-    assert said.startswith(f"{clicked}: 2 pairs (preference, text); 2 about the same and 1 bad, which teach nothing\n")
+    assert said.startswith(
+        f"{preferred}: 2 pairs (preference, text); 2 about the same and 1 bad, which teach nothing\n"
+    )
     assert "left out" not in said and "not used" not in said and "bad row" not in said
     assert said.count("rejected:") == 2 and "question 1?" not in said
     assert "chosen:\nuser: question 1\nassistant: ⟦Yes!⟧" in said
 
 
-def test_lint_tells_who_clicked_what(clicked, capsys):
-    assert lint_command(clicked, None, False, None) == 0
+def test_lint_tells_who_preferred_what(preferred, capsys):
+    assert lint_command(preferred, None, False, None) == 0
     said = capsys.readouterr().out
-    assert "5 verdicts (ann 5): 40% about the same, 20% both bad" in said
-    assert "ann prefers the left answer in 50.0% (9.5% to 90.5%) of 2 verdicts" in said
+    assert "5 preferences (ann 5): 40% about the same, 20% both bad" in said
+    assert "ann prefers the left answer in 50.0% (9.5% to 90.5%) of 2 preferences" in said
     assert "2 rows, 0 errors, 0 warnings" in said
-    assert lint_command(clicked, None, True, None) == 0
+    assert lint_command(preferred, None, True, None) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["clicks"]["by"] == {"ann": 5} and found["clicks"]["ties"] == 2 and found["findings"] == []
+    assert found["preferences"]["by"] == {"ann": 5} and found["preferences"]["ties"] == 2 and found["findings"] == []
 
 
-def test_a_verdict_that_a_kill_has_cut_is_left_out_and_no_error(clicked, capsys):
-    Path(clicked).write_bytes(Path(clicked).read_bytes() + '{"id": "ü'.encode()[:-1])
-    (found,) = read_sources(DataSettings(source=clicked))
-    assert found.left_out[-1] == (f"{clicked}, line 6", "the last line was cut short", False) and len(found.rows) == 2
-    source = write(Path(clicked).with_name("rows.jsonl"), PAIR)
+def test_a_preference_that_a_kill_has_cut_is_left_out_and_no_error(preferred, capsys):
+    Path(preferred).write_bytes(Path(preferred).read_bytes() + '{"id": "ü'.encode()[:-1])
+    (found,) = read_sources(DataSettings(source=preferred))
+    assert found.left_out[-1] == (f"{preferred}, line 6", "the last line was cut short", False) and len(found.rows) == 2
+    source = write(Path(preferred).with_name("rows.jsonl"), PAIR)
     Path(source).write_bytes(Path(source).read_bytes() + b'{"prompt": ')
     with pytest.raises(UserError, match="line 2: the line is not JSON"):
         read_sources(DataSettings(source=source))
 
 
-def test_verdicts_alone_that_teach_nothing_are_no_data(tmp_path, capsys):
+def test_preferences_alone_that_teach_nothing_are_no_data(tmp_path, capsys):
     file = PreferenceFile(tmp_path / "ties.jsonl")
-    file.add(click("ann", "tie"))
+    file.add(preference("ann", "tie"))
     assert lint_command(str(file.path), None, False, None) == 1
     assert "1 about the same, which teach nothing" in capsys.readouterr().out
 

@@ -9,9 +9,9 @@ from applications.report_table import evaluation_table
 from inference.errors import UserError
 from inference.preferences import PreferenceFile
 from tests.pages import command_named
-from tests.training.evaluation.clicks import click
+from tests.training.evaluation.preferences import preference
 from training.config import RunConfig
-from training.evaluation.clicks import win_rates
+from training.evaluation.preferences import win_rates
 from training.run_directory import RunDirectory
 
 MEASURES = {"kl": 0.0, "length": 5.0}
@@ -23,7 +23,7 @@ def test_files_are_named_by_what_was_asked():
     assert file_name("runs/../other", "org/model", "", 0, None) == "runs_.._other-against-org_model"
 
 
-@pytest.mark.parametrize("judge", ["true", "learned", "reward", "clicks"])
+@pytest.mark.parametrize("judge", ["true", "learned", "reward", "people"])
 def test_who_can_judge_is_what_the_help_says(judge):
     assert known(judge, JUDGES) == judge
     said = next(option.help for option in command_named("eval").params if option.name == "judge")
@@ -74,46 +74,47 @@ def test_a_judge_that_is_none_is_told_what_can_be_one(tmp_path):
     run = RunDirectory(tmp_path)
     run.write_config(RunConfig(model="tiny"), {})
     with pytest.raises(
-        UserError, match="no judge 'upbeat': --judge takes true, learned, reward, clicks, or a reward model"
+        UserError, match="no judge 'upbeat': --judge takes true, learned, reward, people, or a reward model"
     ):
         evaluate(tmp_path, "", "", "upbeat", 0, None, False)
 
 
-# By clicks
+# By preferences
 
 
 @pytest.fixture
-def clicked(tmp_path) -> RunDirectory:
-    """A run of settings and verdicts alone: 8 of 10 for RLHF by ann, and some on other pairs."""
+def preferred(tmp_path) -> RunDirectory:
+    """A run of settings and preferences alone: 8 of 10 for RLHF by ann, and some on other pairs."""
     run = RunDirectory(tmp_path / "demo")
     run.write_config(RunConfig(model="tiny"), {})
-    found = [click("ann", "other" if i < 8 else "one", f"question {i}") for i in range(10)]
+    found = [preference("ann", "other" if i < 8 else "one", f"question {i}") for i in range(10)]
     found += [
-        click("ben", "both bad", "question 0"),
-        click("ann", "one", one=("demo/rlhf", "a"), other=("demo/rlhf", "b")),
+        preference("ben", "both bad", "question 0"),
+        preference("ann", "one", one=("demo/rlhf", "a"), other=("demo/rlhf", "b")),
     ]
-    found += [click("ann", "one", one=("demo/base", "a"), other=("old/rlhf", "b"))]
+    found += [preference("ann", "one", one=("demo/base", "a"), other=("old/rlhf", "b"))]
     for each in found:
         PreferenceFile(run.preferences).add(each)
     return run
 
 
-def by_clicks(run, model="", against="", **given) -> dict:
-    evaluate(run.path, model, against, "clicks", given.get("prompts", 0), given.get("seed"), False)
-    return json.loads((run.path / "evaluations" / f"{file_name(model, against, 'clicks', 0, None)}.json").read_text())
+def by_people(run, model="", against="", **given) -> dict:
+    evaluate(run.path, model, against, given.get("judge", "people"), given.get("prompts", 0), given.get("seed"), False)
+    return json.loads((run.path / "evaluations" / f"{file_name(model, against, 'people', 0, None)}.json").read_text())
 
 
-def test_clicks_are_counted_without_a_model(clicked, capsys):
-    result = by_clicks(clicked)
+@pytest.mark.parametrize("judge", ["people", "clicks"])
+def test_preferences_are_counted_without_a_model(judge, preferred, capsys):
+    result = by_people(preferred, judge=judge)
     assert [(each["model"], each["against"]) for each in result["pairs"]] == [
         ("demo/rlhf", "demo/sft"),
         ("demo/base", "old/rlhf"),
     ]
-    assert result["pairs"][0]["by"]["ann"]["rate"] == 0.8 and result["pairs"][0]["together"]["clicks"] == 11
-    assert result["clicks"] == 13 and result["agreement"][0]["people"] == ["ann", "ben"]
+    assert result["pairs"][0]["by"]["ann"]["rate"] == 0.8 and result["pairs"][0]["together"]["preferences"] == 11
+    assert result["preferences"] == 13 and result["agreement"][0]["people"] == ["ann", "ben"]
     text = " ".join(capsys.readouterr().out.split())
     assert "│ ann │ 10 │ 0 │ 0 │ 80.0% (" in text and "│ ben │ 1 │ 0 │ 1 │ 50.0% (" in text
-    assert "demo/rlhf wins against demo/sft in 77.3% of prompts by 11 verdicts of 2 people" in text
+    assert "demo/rlhf wins against demo/sft in 77.3% of prompts by 11 preferences of 2 people" in text
     assert "ann and ben say the same of 0.0%" in text
 
 
@@ -127,32 +128,35 @@ def test_clicks_are_counted_without_a_model(clicked, capsys):
         ("base", "", ("demo/base", "old/rlhf")),
     ],
 )
-def test_clicks_of_the_models_that_are_named(clicked, model, against, pair):
-    (rates,) = by_clicks(clicked, model, against)["pairs"]
+def test_preferences_of_the_models_that_are_named(preferred, model, against, pair):
+    (rates,) = by_people(preferred, model, against)["pairs"]
     assert (rates["model"], rates["against"]) == pair
 
 
-def test_without_clicks_there_is_a_sentence(clicked, tmp_path, capsys):
+def test_without_preferences_there_is_a_sentence(preferred, tmp_path, capsys):
     with pytest.raises(
         UserError, match=r"Nobody has judged demo/sft against demo/base in .* demo/rlhf against demo/sft"
     ):
-        by_clicks(clicked, "sft", "base")
+        by_people(preferred, "sft", "base")
     with pytest.raises(UserError, match="leave --prompts, --seed and --eval-data out"):
-        by_clicks(clicked, seed=1)
+        by_people(preferred, seed=1)
     run = RunDirectory(tmp_path / "new")
     run.write_config(RunConfig(model="tiny"), {})
-    with pytest.raises(UserError, match="no verdicts of people yet: rlhf-chat prefer"):
-        by_clicks(run)
-    PreferenceFile(run.preferences).add(click("ann", "one", one=("new/rlhf", "a"), other=("new/rlhf", "b")))
-    assert by_clicks(run)["pairs"] == []
-    assert "All verdicts are on two answers of one model" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="has no preferences yet: rlhf-chat prefer"):
+        by_people(run)
+    PreferenceFile(run.preferences).add(preference("ann", "one", one=("new/rlhf", "a"), other=("new/rlhf", "b")))
+    assert by_people(run)["pairs"] == []
+    assert "All preferences are between two answers of one model" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_table_of_an_evaluation_has_what_people_clicked(tmp_path):
+def test_the_table_of_an_evaluation_has_what_people_preferred(tmp_path):
     answers = tmp_path / "a.jsonl"
     answers.write_text("")
-    rates = win_rates([click("ann", "other"), click("ben", "other")], "demo/rlhf", "demo/sft")
+    rates = win_rates([preference("ann", "other"), preference("ben", "other")], "demo/rlhf", "demo/sft")
     result = {"prompts": 1, "sampling": {"temperature": 0.7, "max_tokens": 12}, "sft": MEASURES, "rlhf": MEASURES}
-    text = " ".join(evaluation_table({**result, "clicks": rates}, answers, width=120).split())
-    assert "demo/rlhf wins against demo/sft in 100.0% of prompts by 2 verdicts of 2 people" in text
+    text = " ".join(evaluation_table({**result, "preferences": rates}, answers, width=120).split())
+    early = {"clicks" if key == "preferences" else key: value for key, value in rates["together"].items()}
+    early_rates = {**rates, "together": early, "by": dict.fromkeys(("ann", "ben"), early)}
+    assert "prompts by 2 preferences of" in evaluation_table({**result, "clicks": early_rates}, answers, width=120)
+    assert "demo/rlhf wins against demo/sft in 100.0% of prompts by 2 preferences of 2 people" in text
     assert "ann and ben say the same of 100.0%" in text and "│ ben │" in text

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from applications import model_card as cards
 from applications.export import export
-from applications.model_card import Exported, clicks_line, model_card, trained_elsewhere
+from applications.model_card import Exported, model_card, preferences_line, trained_elsewhere
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
@@ -24,7 +24,7 @@ from tests.inference.templates import FAMILIES, Family, bytes_tokenizer
 from tests.older_transformers import raw_scores
 from tests.plain_reader import scores
 from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
-from tests.training.evaluation.clicks import click
+from tests.training.evaluation.preferences import preference
 from training.config import RunConfig
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, SFT
@@ -108,10 +108,12 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
         "win_rate": {"prompts": 6, "rate": 0.75, "low": 0.51, "high": 1.0, "judge": "learned reward"},
     }
     run.comparison_of(PPO)[0].write_text(json.dumps(evaluation))
-    PreferenceFile(run.preferences).add(click("Ada L.", "other", one=("run/sft", "No."), other=("run/rlhf", "Yes!")))
+    PreferenceFile(run.preferences).add(
+        preference("Ada L.", "other", one=("run/sft", "No."), other=("run/rlhf", "Yes!"))
+    )
     export(run.path, tmp_path / "mine", "merged", "", "rlhf")
     card = (tmp_path / "mine" / "README.md").read_text()
-    assert "run/rlhf wins against run/sft in 100.0% of prompts by 1 verdict of 1 person" in card
+    assert "run/rlhf wins against run/sft in 100.0% of prompts by 1 preference of 1 person" in card
     assert "Ada" not in card
     assert card.startswith("---\nlibrary_name: transformers\n") and "# mine\n" in card
     assert (
@@ -131,10 +133,10 @@ def test_the_card_tells_how_the_model_was_made_and_no_path(run, tmp_path):
     run.preferences.unlink()
 
 
-def test_a_damaged_file_of_verdicts_costs_the_card_one_line(run, capsys):
+def test_a_damaged_file_of_preferences_costs_the_card_one_line(run, capsys):
     run.preferences.write_text("{}\n")
     try:
-        assert clicks_line(run, PPO) == "" and "no file of verdicts (line 1: " in capsys.readouterr().err
+        assert preferences_line(run, PPO) == "" and "no file of preferences (line 1: " in capsys.readouterr().err
     finally:
         run.preferences.unlink()
 

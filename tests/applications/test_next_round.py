@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from applications.chat import model_before
 from applications.next_round import next_command, next_name
 from applications.settings import resolve_settings
 from inference.errors import UserError
@@ -21,7 +22,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def parent(made, tmp_path):
-    """Settings and names of finished steps, without the weights; somebody has clicked."""
+    """Settings and names of finished steps, without the weights; somebody has judged answers."""
     run = RunDirectory(shutil.copytree(made.path, tmp_path / "demo", ignore=shutil.ignore_patterns("*.safetensors")))
     (run.path / "preferences.jsonl").write_text("")
     values = yaml.safe_load(run.config_file.read_text())
@@ -45,6 +46,14 @@ def test_the_next_round_begins_with_the_newest_models_on_the_preferences(parent)
     assert (config.model, config.seed, config.announce) == (parent.read_config().model, 7, "")
     assert config.evaluation.true_score == "none" and config.evaluation.prompts == 6
     assert config.steps == [SFT, REWARD, PPO] and config.given_model(SFT)
+
+
+def test_chat_compares_a_round_with_the_model_that_it_came_from(made, parent):
+    (parent.step(PPO).model / "model.safetensors").symlink_to(made.step(PPO).model / "model.safetensors")
+    run = RunDirectory(parent.path.parent / "next")
+    assert model_before(run.path, trusts=False) is None
+    run.write_config(go_on(parent), {})
+    assert model_before(run.path, trusts=False) == ("demo/rlhf", parent.step(PPO).model)
 
 
 def test_what_is_given_lies_above(parent, tmp_path):

@@ -1,13 +1,14 @@
-"""`rlhf-chat prefer`: whose answers, who judges, where verdicts go, and what is refused."""
+"""`rlhf-chat prefer`: whose answers, who judges, where preferences go, and what is refused."""
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
 
 from applications import prefer
-from applications.prefer import find_answerer, prefer_command
+from applications.prefer import find_model, prefer_command
 from inference.errors import UserError
 from inference.preferences import PreferenceFile
 from tests.conftest import rlhf_chat
@@ -53,7 +54,7 @@ def test_the_command_from_a_pipe_to_the_next_round(run):
     assert [each.prompt for each in (first, second, third)] == [messages(t) for t in ("Hi", "A tree?", "A lake?")]
     assert {first.model_a, first.model_b} == {"run/rlhf"} and (first.temperature, first.max_tokens) == (0.7, 12)
     assert done.out.startswith(f"1: {first.response_a}\n2: ") and done.out.count("user: ") == 2
-    assert f"Collected 3 verdicts of ann; {run.preferences} has 3 verdicts, 2 for one of two answers." in done.err
+    assert f"Collected 3 preferences of ann; {run.preferences} has 3 preferences, 2 for one of two answers." in done.err
     assert f"The next round: rlhf-chat run --from {run.path}\n" in done.err
     done = rlhf_chat("prefer", run.path, "--as", "ben", "--again", "ann", cwd=run.path, stdin="1\n1\n=\n")
     assert done.code == 0, done.err
@@ -61,14 +62,14 @@ def test_the_command_from_a_pipe_to_the_next_round(run):
 
 
 def test_two_models_are_named_in_the_file_and_nowhere_else(run, monkeypatch, capsys):
-    (click,) = ask(run, monkeypatch, "Hi\n1\n", against="sft", max_tokens=3)
-    assert {click.model_a, click.model_b} == {"run/rlhf", "run/sft"}
+    (preference,) = ask(run, monkeypatch, "Hi\n1\n", against="sft", max_tokens=3)
+    assert {preference.model_a, preference.model_b} == {"run/rlhf", "run/sft"}
     assert "sft" not in capsys.readouterr().out
 
 
 def test_models_by_their_words(run, place):
     found = {
-        word: find_answerer(run.path, word, False) for word in ("", "sft", "base", str(place / "base"), str(run.path))
+        word: find_model(run.path, word, False) for word in ("", "sft", "base", str(place / "base"), str(run.path))
     }
     assert {word: each.label for word, each in found.items()} == {
         "": "run/rlhf",
@@ -81,17 +82,20 @@ def test_models_by_their_words(run, place):
     assert found["base"].directory == place / "base"
 
 
-def test_a_model_directory_says_where_its_verdicts_go(run, place, monkeypatch):
-    with pytest.raises(UserError, match="is no run: say where the verdicts go, with --to FILE"):
+def test_a_model_directory_says_where_its_preferences_go(run, place, monkeypatch):
+    with pytest.raises(UserError, match="is no run: say where the preferences go, with --to FILE"):
         ask(run, monkeypatch, "", target=place / "base")
-    (click,) = ask(run, monkeypatch, "Hi\n2\n", target=place / "base", to=place / "mine.jsonl", max_tokens=3)
-    assert {click.model_a, click.model_b} == {"base"}
+    (preference,) = ask(run, monkeypatch, "Hi\n2\n", target=place / "base", to=place / "mine.jsonl", max_tokens=3)
+    assert {preference.model_a, preference.model_b} == {"base"}
+    namesake = shutil.copytree(place / "base", place / "other" / "base")
+    with pytest.raises(UserError, match="base and base cannot be told apart: give another one with --against"):
+        ask(run, monkeypatch, "", target=place / "base", against=str(namesake), to=place / "mine.jsonl")
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"against": "rlhf"}, "run/rlhf and run/rlhf are the same model: give another one with --against"),
+        ({"against": "rlhf"}, "run/rlhf and run/rlhf cannot be told apart: give another one with --against"),
         ({"against": "dpo"}, "step2_dpo of .* is not finished; run it first: rlhf-chat dpo"),
         ({"against": "sfft"}, "sfft"),
         ({"temperature": 0.0}, "gives the same answer twice"),
@@ -112,9 +116,9 @@ def test_a_target_that_is_nothing_is_refused_as_chat_does(run, place, monkeypatc
             ask(run, monkeypatch, "", target=target)
 
 
-def test_a_damaged_file_is_found_before_anybody_clicks(run, monkeypatch):
+def test_a_damaged_file_is_found_before_anybody_judges(run, monkeypatch):
     run.preferences.write_text("not JSON\n{}\n")
-    with pytest.raises(UserError, match=r"is no file of verdicts \(line 1: "):
+    with pytest.raises(UserError, match=r"is no file of preferences \(line 1: "):
         ask(run, monkeypatch, "Hi\n1\n")
 
 
@@ -127,7 +131,7 @@ def test_what_is_left_to_judge_again(run, monkeypatch, capsys):
     capsys.readouterr()
     assert len(ask(run, monkeypatch, "1\n", again="ann")) == 6
     assert "Nothing is left to judge." in capsys.readouterr().err
-    with pytest.raises(UserError, match="carl has judged nothing yet: there are verdicts of ann, ben"):
+    with pytest.raises(UserError, match="carl has judged nothing yet: there are preferences of ann, ben"):
         ask(run, monkeypatch, "", again="carl")
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from applications.report_table import SHOWN_ANSWERS, clicks_table, comparison_table
+from applications.report_table import SHOWN_ANSWERS, comparison_table, preferences_table
 from training.run_directory import RunDirectory
 from training.steps import DPO, PPO, REWARD
 
@@ -152,13 +152,14 @@ def test_agreement_with_people_stands_beside_one_person_and_the_lexicon(tmp_path
     assert "No reward saw" not in comparison_table(run)
 
 
-def test_a_person_whom_the_row_of_all_shares_its_name_with_keeps_a_row():
+def test_a_person_called_all_keeps_a_row_and_all_people_stand_below_a_line():
     shares = {"rate": 0.5, "low": 0.25, "high": 0.75, "ties": 0, "both_bad": 0}
-    by = {"all": shares | {"clicks": 3}, "ann": shares | {"clicks": 4}}
+    by = {"all": shares | {"preferences": 3}, "ann": shares | {"preferences": 4}}
     console = Console(file=io.StringIO(), width=120)
-    console.print(clicks_table({"model": "m", "against": "n", "by": by, "together": shares | {"clicks": 7}}))
+    console.print(preferences_table({"model": "m", "against": "n", "by": by, "together": shares | {"preferences": 7}}))
     rows = [row[:2] for row in cells(console.file.getvalue())]
-    assert [row for row in rows if row[1:] != ["verdicts"]] == [["all", "3"], ["ann", "4"], ["all", "7"]]
+    assert [row for row in rows if row[1:] != ["preferences"]] == [["all", "3"], ["ann", "4"], ["all", "7"]]
+    assert [line[0] for line in console.file.getvalue().splitlines()] == list("┏┃┡││├│└")
 
 
 def test_reward_accuracy_comes_from_the_finished_step_2(tmp_path):

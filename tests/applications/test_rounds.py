@@ -26,7 +26,7 @@ def make_run(path, step, evaluation, **settings):
     return run
 
 
-def verdict(by, model, winner="a", time="2026-01-31T12:00:00.000Z"):
+def preference(by, model, winner="a", time="2026-01-31T12:00:00.000Z"):
     models = (f"{model}/dpo", "first/rlhf") if model == "second" else ("first/rlhf", "first/rlhf")
     return Preference(
         "1", time, by, [{"role": "user", "content": by}], "yes", "no", winner, *models, 1, 2, 0.7, 16
@@ -39,8 +39,8 @@ def second(tmp_path):
     first = make_run(tmp_path / "first", PPO, {"sft": SFT, "rlhf": RLHF, "win_rate": WIN})
     first.step(steps.SFT).model.mkdir(parents=True)
     first.step(steps.SFT).result_file.write_text("{}")
-    late = verdict("eve", "first", time="2026-03-01T12:00:00.000Z")
-    first.preferences.write_text("\n".join([*[verdict("ann", "first")] * 3, verdict("bob", "first"), late, ""]))
+    late = preference("eve", "first", time="2026-03-01T12:00:00.000Z")
+    first.preferences.write_text("\n".join([*[preference("ann", "first")] * 3, preference("bob", "first"), late, ""]))
     evaluation = {"sft": SFT, "dpo": BETTER, "pair": DPO_PAIR, "win_rate": {**WIN, "judge": "reward of first"}}
     data = {"parent": str(first.path), "source": str(first.preferences)}
     second = make_run(tmp_path / "second", DPO, evaluation, data=data, sft_model=str(first.step(PPO).model))
@@ -48,7 +48,7 @@ def second(tmp_path):
         json.dumps({"number": 1, "time": "2026-02-01T12:00:00+00:00", "what": "preparation"}) + "\n"
     )
     second.preferences.write_text(
-        "\n".join([*(verdict(f"p{i}", "second") for i in range(3)), verdict("p", "second", "b")])
+        "\n".join([*(preference(f"p{i}", "second") for i in range(3)), preference("p", "second", "b")])
     )
     return second
 
@@ -64,13 +64,13 @@ def test_a_row_for_each_round(second):
         and first.over_before == first.over_first == "76.2% (70.3% to 82.2%), learned reward"
     )
     assert (
-        (first.pairs, first.by_clicks) == ("1,234", "")
+        (first.pairs, first.by_people) == ("1,234", "")
         and "KL" not in first.guard_rails
         and "Length" in first.guard_rails
     )
-    assert (last.name, last.pairs) == ("second (DPO)", "1,234 (ann 3, bob 1)")  # who clicked later is not in it
+    assert (last.name, last.pairs) == ("second (DPO)", "1,234 (ann 3, bob 1)")  # who judged later is not in it
     assert last.over_before.endswith("reward of first") and last.over_first.startswith("80.0%")
-    assert last.by_clicks.startswith("75.0% (") and last.by_clicks.endswith(", 4")
+    assert last.by_people.startswith("75.0% (") and last.by_people.endswith(", 4")
     assert (last.kl, last.length, last.guard_rails) == ("1.25 (4.50)", "11.0", "hold") and first.kl == "3.46"
     table = rounds_table(second, 200)
     assert all(cell in table for cell in (last.pairs, "second (DPO)", "over the first SFT model"))
@@ -89,4 +89,4 @@ def test_what_was_not_measured_is_empty(second):
     for file in (second.comparison_of(DPO)[0], second.preferences, second.data / "counts.json"):
         file.unlink()
     last = rounds(second)[-1]
-    assert (last.over_before, last.over_first, last.by_clicks, last.kl, last.guard_rails) == ("",) * 5
+    assert (last.over_before, last.over_first, last.by_people, last.kl, last.guard_rails) == ("",) * 5

@@ -17,7 +17,7 @@ from applications.process import main
 from applications.serve import choose_token, find_collecting
 from inference.errors import UserError
 from inference.preferences import Answer, BlindPair, PreferenceFile
-from inference.serving.judging import Answerer
+from inference.serving.judging import ServedModel
 from inference.serving.served_models import find_served_models
 from inference.tiny_model import build_tiny_model
 from training.run_directory import RunDirectory
@@ -62,7 +62,7 @@ def test_names_of_models(run, tmp_path, capsys):
         find_served_models(tmp_path / "nothing")
 
 
-def test_whose_answers_are_judged_and_where_verdicts_go(tmp_path, capsys):
+def test_whose_answers_are_judged_and_where_preferences_go(tmp_path, capsys):
     run, mine = RunDirectory(tmp_path / "demo"), tmp_path / "mine"
     for place in (run.data, mine):
         place.mkdir(parents=True)
@@ -73,12 +73,12 @@ def test_whose_answers_are_judged_and_where_verdicts_go(tmp_path, capsys):
     (run.data / "prompts_train.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     pair = BlindPair(prompts[0], Answer("demo/rlhf", "x", 1), Answer("demo/rlhf", "y", 2), 0.6, 20)
     PreferenceFile(run.preferences).add(pair.judged("a", "ada"))
-    newest, first = Answerer("rlhf", "demo/rlhf"), Answerer("sft", "demo/sft")
+    newest, first = ServedModel("rlhf", "demo/rlhf"), ServedModel("sft", "demo/sft")
     for target in (run.path, run.path / "step3_rlhf", run.path / "step3_rlhf" / "model"):
         found, others = collecting_of(target)
-        assert (found.answerers, found.temperature, found.max_tokens) == ((newest, newest), 0.6, 20) and not others
+        assert (found.models, found.temperature, found.max_tokens) == ((newest, newest), 0.6, 20) and not others
         assert found.file.path == run.preferences and found.prompts == prompts[1:]  # the first has been judged
-    assert collecting_of(run.path, "sft")[0].answerers == (newest, first)
+    assert collecting_of(run.path, "sft")[0].models == (newest, first)
     assert collecting_of(run.path / "step3_rlhf", "sft")[1] == {"demo-sft": run.path / "step1_sft" / "model"}
     (mine / "config.json").write_text(CONFIG)
     assert collecting_of(run.path, str(mine)) == (ANY, {"mine": mine})
@@ -89,15 +89,15 @@ def test_whose_answers_are_judged_and_where_verdicts_go(tmp_path, capsys):
         collecting_of(run.path, "dpo")
     run.preferences.write_text("{}\n")
     assert collecting_of(run.path)[0].prompts == prompts  # a damaged file keeps nobody from the chat
-    assert "is no file of verdicts (line 1: " in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"config\.yaml is no file of verdicts"):
+    assert "is no file of preferences (line 1: " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"config\.yaml is no file of preferences"):
         collecting_of(run.path, preferences=run.config_file)
     assert collecting_of(mine) == (None, {})
-    with pytest.raises(UserError, match="lies in no run: say where verdicts go, with --preferences FILE"):
+    with pytest.raises(UserError, match="lies in no run: say where preferences go, with --preferences FILE"):
         collecting_of(mine, "sft")
-    elsewhere, others = collecting_of(mine, str(run.path), tmp_path / "verdicts.jsonl")
-    assert elsewhere.answerers == (Answerer("mine", "mine"), Answerer("demo-rlhf", "demo/rlhf"))
-    assert elsewhere.file.path == tmp_path / "verdicts.jsonl" and list(others) == ["demo-rlhf"]
+    elsewhere, others = collecting_of(mine, str(run.path), tmp_path / "preferences.jsonl")
+    assert elsewhere.models == (ServedModel("mine", "mine"), ServedModel("demo-rlhf", "demo/rlhf"))
+    assert elsewhere.file.path == tmp_path / "preferences.jsonl" and list(others) == ["demo-rlhf"]
 
 
 def collecting_of(target: Path, against: str = "", preferences: Path | None = None) -> tuple:
@@ -141,8 +141,8 @@ def test_from_start_to_ctrl_c(run):
         found = re.search(r"Serving sft of .*; the chat page is (http://127\.0\.0\.1:\d+)/#token=secret", first)
         assert found, first + process.stderr.read()
         line = process.stdout.readline()
-        verdicts = f"verdicts go to {run / 'preferences.jsonl'}"
-        assert line == f"To judge answers of demo/sft: {found[1]}/prefer#token=secret; {verdicts}\n"
+        preferences = f"preferences go to {run / 'preferences.jsonl'}"
+        assert line == f"To judge answers of demo/sft: {found[1]}/prefer#token=secret; {preferences}\n"
         headers = {"authorization": "Bearer secret"}
         mine = httpx.get(f"{found[1]}/v1/preferences", params={"by": "ada"}, headers=headers, timeout=60)
         assert mine.json() == {"count": 0, "others": 0, "suggests": False}

@@ -594,6 +594,14 @@ def test_a_run_by_dpo(run_directory, capsys):
     assert find_chat_models(run_directory, compare=True) == [("SFT", sft), ("DPO", dpo), ("RLHF", rlhf)]
 
 
+def test_a_run_that_began_with_an_sft_model_is_compared_with_it(run_directory):
+    before = ("old/rlhf", run_directory / "elsewhere")
+    with pytest.raises(UserError, match=f"needs step3_rlhf, which is not finished; run rlhf-chat rlhf {run_directory}"):
+        find_chat_models(run_directory, True, before)
+    rlhf = finish(run_directory, "step3_rlhf")
+    assert find_chat_models(run_directory, True, before) == [before, ("RLHF", rlhf)]
+
+
 def test_a_step_without_its_result_is_not_finished(run_directory):
     sft = finish(run_directory, "step1_sft")
     rlhf = finish(run_directory, "step3_rlhf")

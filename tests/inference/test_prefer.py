@@ -1,4 +1,4 @@
-"""Two answers and a verdict: through a pipe, line by line in a terminal, and by single keys in a real one."""
+"""Two answers and a preference: through a pipe, line by line in a terminal, and by single keys in a real one."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ import pytest
 from inference.chat_model import ChatModel
 from inference.errors import UserError
 from inference.generation.sample import SamplingSettings
-from inference.prefer import Answerers, Interview, again, drawn
+from inference.prefer import Interview, ModelPair, again, drawn
 from inference.preferences import DRAWS, Answer, BlindPair, PreferenceFile
 from tests.inference.test_chat import Echo, TypedLines, in_child, user
 
@@ -35,14 +35,14 @@ def interview(file, text: str, by="ann", terminal=False) -> Interview:
     return Interview(file, by, source, sink)
 
 
-def answerers(one=None, other=None) -> Answerers:
+def asking(one=None, other=None) -> ModelPair:
     one = one or Seeded("s")
-    return Answerers([("demo/sft", one), ("demo/rlhf" if other else "demo/sft", other or one)], SETTINGS)
+    return ModelPair([("demo/sft", one), ("demo/rlhf" if other else "demo/sft", other or one)], SETTINGS)
 
 
 def ask(file, text: str, models=None, suggested=(), **given) -> str:
     asked = interview(file, text, **given)
-    asked.collect(drawn(asked, models or answerers(), iter(suggested)))
+    asked.collect(drawn(asked, models or asking(), iter(suggested)))
     return asked.sink.getvalue()
 
 
@@ -50,7 +50,7 @@ def winners(file) -> list[tuple[str, str]]:
     return [(each.prompt[-1]["content"], each.winner) for each in file.read()]
 
 
-def test_in_a_pipe_message_and_verdict_take_turns(file):
+def test_in_a_pipe_message_and_preference_take_turns(file):
     shown = ask(file, "one\n1\n two \n2\nthree\n=\nfour\n0\nfive\ns\nsix\nq\nseven\n1\n")
     assert winners(file) == [("one", "a"), ("two", "b"), ("three", "tie"), ("four", "both bad")]
     first = file.read()[0]
@@ -60,22 +60,22 @@ def test_in_a_pipe_message_and_verdict_take_turns(file):
 
 
 def test_the_side_is_drawn_and_each_answer_keeps_its_model_and_seed(file):
-    ask(file, "hi\n1\n" * 30, answerers(Seeded("s"), Seeded("r")))
-    clicks = file.read()
-    assert {click.model_a for click in clicks} == {"demo/sft", "demo/rlhf"}
-    for click in clicks:
+    ask(file, "hi\n1\n" * 30, asking(Seeded("s"), Seeded("r")))
+    preferences = file.read()
+    assert {preference.model_a for preference in preferences} == {"demo/sft", "demo/rlhf"}
+    for preference in preferences:
         for model, text, seed in (
-            (click.model_a, click.response_a, click.seed_a),
-            (click.model_b, click.response_b, click.seed_b),
+            (preference.model_a, preference.response_a, preference.seed_a),
+            (preference.model_b, preference.response_b, preference.seed_b),
         ):
             assert text == f"{'s' if model == 'demo/sft' else 'r'} hi/{seed}"
 
 
 def test_an_answer_can_be_drawn_again_by_its_seed(file, tiny_model_directory):
     model = ChatModel.load(tiny_model_directory)
-    ask(file, "hello\n1\n", answerers(model))
-    (click,) = file.read()
-    for text, seed in ((click.response_a, click.seed_a), (click.response_b, click.seed_b)):
+    ask(file, "hello\n1\n", asking(model))
+    (preference,) = file.read()
+    for text, seed in ((preference.response_a, preference.seed_a), (preference.response_b, preference.seed_b)):
         assert text == "".join(model.reply(user("hello"), SamplingSettings(24, temperature=0.7), seed, 0))
 
 
@@ -97,8 +97,8 @@ def test_an_empty_message_takes_the_next_suggestion(file):
     assert winners(file)[-1] == ("mine", "a")
 
 
-def test_a_wrong_verdict_in_a_pipe_names_its_line_and_loses_nothing(file):
-    with pytest.raises(UserError, match=r"Line 4 of the input is 'better' and no verdict: 1 or 2 is better"):
+def test_a_wrong_preference_in_a_pipe_names_its_line_and_loses_nothing(file):
+    with pytest.raises(UserError, match=r"Line 4 of the input is 'better' and no preference: 1 or 2 is better"):
         ask(file, "one\n1\ntwo\nbetter\n")
     assert winners(file) == [("one", "a")]
 
@@ -111,12 +111,12 @@ def test_equal_answers_are_drawn_anew_and_then_said(file):
 
     model = Stubborn()
     model.stays_equal = DRAWS - 1
-    ask(file, "hi\n1\n", answerers(model))
+    ask(file, "hi\n1\n", asking(model))
     assert len(model.asked) == 2 * DRAWS and len(file.read()) == 1
     model.stays_equal = 100
     with pytest.raises(UserError, match="the same 3 times: say something else"):
-        ask(file, "hi\n1\n", answerers(model))
-    assert "the same 3 times" in ask(file, "hi\n", answerers(model), terminal=True) and len(file.read()) == 1
+        ask(file, "hi\n1\n", asking(model))
+    assert "the same 3 times" in ask(file, "hi\n", asking(model), terminal=True) and len(file.read()) == 1
 
 
 def test_in_a_terminal_without_keys_a_line_is_read_and_asked_again(file):
@@ -140,11 +140,11 @@ def test_ctrl_c_stops_the_answers_and_not_the_interview(file):
                 raise KeyboardInterrupt
             yield str(seed)
 
-    shown = ask(file, "one\ntwo\n1\n", answerers(Interrupted()), terminal=True)
+    shown = ask(file, "one\ntwo\n1\n", asking(Interrupted()), terminal=True)
     assert "(stopped)\n" in shown and winners(file) == [("two", "a")]
 
 
-def test_a_verdict_that_the_disk_refuses_is_asked_for_again(file, monkeypatch):
+def test_a_preference_that_the_disk_refuses_is_asked_for_again(file, monkeypatch):
     """Of the present pair, and of one that was to be taken back; in a pipe the sentence ends it."""
     writes, full = iter([True, False, True, True]), UserError("The disk is full: make room, then judge it again.")
     add, undo = PreferenceFile.add, PreferenceFile.undo
@@ -169,7 +169,7 @@ def test_a_verdict_that_the_disk_refuses_is_asked_for_again(file, monkeypatch):
 
 
 def test_a_second_person_judges_the_same_answers(file):
-    ask(file, "one\n1\ntwo\n2\n", answerers(Seeded("s"), Seeded("r")))
+    ask(file, "one\n1\ntwo\n2\n", asking(Seeded("s"), Seeded("r")))
     before = file.read()
     for _ in range(10):
         asked = interview(file, "1\n2\n", by="ben")

@@ -1,4 +1,4 @@
-"""The file of verdicts: no click is lost, whatever ends the process, fills the disk or writes at the same time."""
+"""The file of preferences: none is lost, whatever ends the process, fills the disk or writes at the same time."""
 
 import json
 import os
@@ -22,37 +22,37 @@ PAIR = BlindPair(
     temperature=0.7,
     max_tokens=32,
 )
-CLICKS = """
+PREFERENCES = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from inference.preferences import Preference, PreferenceFile
 file, name, count = PreferenceFile(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 pattern = Preference.of(sys.argv[4])
-def click(number):
+def preference(number):
     file.add(replace(pattern, id=f"{name}-{number}", by=name))
     print(f"{name}-{number}", flush=True)
 """
-LOOP = CLICKS + "for number in range(count): click(number)"
+LOOP = PREFERENCES + "for number in range(count): preference(number)"
 ENDS = (
-    CLICKS
+    PREFERENCES
     + """
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
 def half(file, line, write=os.write): write(file, line[: len(line) // 2]); kill()
 def unended(file, line, write=os.write): write(file, line[:-1]); kill()
 ways = {"before": ("write", kill), "half": ("write", half), "unended": ("write", unended), "after": ("fsync", kill)}
-click(0)
+preference(0)
 for number, (call, instead) in enumerate(ways.values(), 1):
     if (child := os.fork()) == 0:
         setattr(os, call, instead)
-        click(f"killed-{number}")
+        preference(f"killed-{number}")
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    click(number)
+    preference(number)
 """
 )
 
 
-def clicking(program: str, path, name: str, count: int = 0) -> "subprocess.Popen[str]":
+def process_that_adds(program: str, path, name: str, count: int = 0) -> "subprocess.Popen[str]":
     given = str(path), name, str(count), PAIR.judged("a", "nobody").line
     return subprocess.Popen([sys.executable, "-c", program, *given], stdout=subprocess.PIPE, text=True)
 
@@ -62,7 +62,7 @@ def file(tmp_path) -> PreferenceFile:
     return PreferenceFile(tmp_path / "preferences.jsonl")
 
 
-def test_a_verdict_is_read_as_it_was_given(file):
+def test_a_preference_is_read_as_it_was_given(file):
     assert file.read() == [] and not file.path.exists()
     given = [PAIR.judged(winner, " Ada  L. ") for winner in ("a", "b", "tie", "both bad")]
     for preference in given:
@@ -108,8 +108,8 @@ def test_a_name_is_needed(name):
         checked_name(name)
 
 
-def test_a_kill_at_any_moment_of_a_click_loses_none_before_it(file):
-    process = clicking(ENDS, file.path, "ada")
+def test_a_kill_at_any_moment_of_a_preference_loses_none_before_it(file):
+    process = process_that_adds(ENDS, file.path, "ada")
     kept = process.communicate(timeout=60)[0].split()
     assert process.returncode == 0 and kept == [f"ada-{number}" for number in range(5)]
     found = [preference.id for preference in file.read()]
@@ -118,7 +118,7 @@ def test_a_kill_at_any_moment_of_a_click_loses_none_before_it(file):
 
 
 def test_a_killed_process_has_kept_what_it_has_said(file):
-    process = clicking(LOOP, file.path, "ada", 10**6)
+    process = process_that_adds(LOOP, file.path, "ada", 10**6)
     said = [process.stdout.readline().strip() for _ in range(20)]
     process.kill()
     said += process.communicate(timeout=60)[0].split()
@@ -128,13 +128,13 @@ def test_a_killed_process_has_kept_what_it_has_said(file):
 
 def test_ten_write_at_once(file):
     """Two processes and eight threads, while another one reads and takes back."""
-    processes = [clicking(LOOP, file.path, f"process-{number}", 10) for number in range(2)]
+    processes = [process_that_adds(LOOP, file.path, f"process-{number}", 10) for number in range(2)]
 
-    def click(name: str) -> None:
+    def preference(name: str) -> None:
         for _ in range(10):
             file.add(PAIR.judged("a", name))
 
-    threads = [threading.Thread(target=click, args=(f"thread-{number}",)) for number in range(8)]
+    threads = [threading.Thread(target=preference, args=(f"thread-{number}",)) for number in range(8)]
     for thread in threads:
         thread.start()
     for _ in range(10):
@@ -184,13 +184,13 @@ def test_a_file_of_another_kind_is_left_as_it_is(file, foreign):
     file.path.write_bytes(foreign.encode("latin-1"))
     for use in (file.read, file.require_own, lambda: file.undo("ada"), lambda: file.add(PAIR.judged("a", "ada"))):
         with pytest.raises(
-            UserError, match=r"preferences.jsonl is no file of verdicts \(line 1: .*choose another file"
+            UserError, match=r"preferences.jsonl is no file of preferences \(line 1: .*choose another file"
         ):
             use()
     assert file.path.read_bytes() == foreign.encode("latin-1")
     mixed = f"{PAIR.judged('a', 'ada').line}\n{foreign.strip()}".encode()
     file.path.write_bytes(mixed)
-    with pytest.raises(UserError, match="is no verdict"):
+    with pytest.raises(UserError, match="is no preference"):
         file.add(PAIR.judged("a", "ada"))
     assert file.path.read_bytes() == mixed
 
@@ -201,12 +201,15 @@ def test_a_damaged_line_is_named_and_stays(file):
     with open(file.path, "a", encoding="utf-8") as handle:
         handle.write(bad)
     for use in (file.read, lambda: file.undo("ada")):
-        with pytest.raises(UserError, match=r"preferences.jsonl, line 2, is no verdict \(winner: Input should be"):
+        with pytest.raises(UserError, match=r"preferences.jsonl, line 2, is no preference \(winner: Input should be"):
             use()
     said: list[str] = []
     assert file.read_or_say(said.append) == [] and len(said) == 1
-    assert said[0].startswith(f"Warning: {file.path}, line 2, is no verdict") and "no verdict of it counts" in said[0]
-    file.add(PAIR.judged("b", "ada"))  # a click is kept all the same
+    assert (
+        said[0].startswith(f"Warning: {file.path}, line 2, is no preference")
+        and "no preference of it counts" in said[0]
+    )
+    file.add(PAIR.judged("b", "ada"))  # a preference is kept all the same
     assert bad in file.path.read_text() and len(file.path.read_text().split("\n")[:-1]) == 3
 
 
@@ -214,7 +217,7 @@ def test_links_and_rights_stay_and_new_files_have_those_of_the_umask(file, tmp_p
     """The lock lies beside the file itself, so that it is one lock under both names."""
     home = tmp_path / "home"
     home.mkdir()
-    file.path.symlink_to(home / "verdicts.jsonl")
+    file.path.symlink_to(home / "preferences.jsonl")
     before = os.umask(0o002)
     try:
         file.add(PAIR.judged("a", "ada"))
@@ -223,9 +226,9 @@ def test_links_and_rights_stay_and_new_files_have_those_of_the_umask(file, tmp_p
         assert file.undo("ada") and file.path.is_symlink()
     finally:
         os.umask(before)
-    assert [each.by for each in PreferenceFile(home / "verdicts.jsonl").read()] == ["bob"]
+    assert [each.by for each in PreferenceFile(home / "preferences.jsonl").read()] == ["bob"]
     rights = {path.name: path.stat().st_mode & 0o777 for path in home.iterdir()}
-    assert rights == {"verdicts.jsonl": 0o664, ".verdicts.jsonl.lock": 0o664}
+    assert rights == {"preferences.jsonl": 0o664, ".preferences.jsonl.lock": 0o664}
 
 
 def test_undo_takes_the_newest_of_that_person_and_leaves_the_rest_as_it_is(file):
@@ -252,7 +255,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
                 file.add(preference := long.judged("a", "ada"))
                 given.append(preference)
         assert str(refused.value) == (
-            f"The disk of {file.path} is full, so the verdict could not be written: make room, then judge it again."
+            f"The disk of {file.path} is full, so the preference could not be written: make room, then judge it again."
         )
         kept = file.path.read_bytes()
         assert len(given) >= 2 and file.read() == given and kept.endswith(b"\n")
@@ -266,11 +269,11 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written .*, the verdict is not there"):
+    with pytest.raises(UserError, match=r"cannot be written .*, the preference is not there"):
         PreferenceFile(tmp_path / "file" / "preferences.jsonl").add(PAIR.judged("a", "ada"))
 
 
-def test_a_click_is_on_the_disk_when_add_returns(file, monkeypatch):
+def test_a_preference_is_on_the_disk_when_add_returns(file, monkeypatch):
     """The limit of 100 ms is that of people, who do not notice less."""
     synced, fsync = [], os.fsync
     monkeypatch.setattr("os.fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle)))

@@ -60,11 +60,29 @@ def test_they_meet_on_one_machine_and_jobs_do_not_collide(environment):
     ports = []
     for job in ("7", "8"):
         environment.clear()
-        environment.update({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": job})
+        environment.update({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": job, "SLURM_STEP_ID": "0"})
         adopt()
         assert (environment["RANK"], environment["MASTER_ADDR"]) == ("1", "127.0.0.1")
         ports.append(int(environment["MASTER_PORT"]))
-    assert ports[0] != ports[1] and all(20000 <= port < 30000 for port in ports)
+    assert ports == [20070, 20080]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1,n2", "n1"), ("gpu[07-09,12],big1", "gpu07"), ("r1n[3,5]s[1-2]", "r1n3s1"), ("big1,gpu[1-2]", "big1")],
+)
+def test_tasks_on_several_nodes_meet_at_the_first_one(environment, monkeypatch, nodes, first):
+    asked = []
+    monkeypatch.setattr(launchers.socket, "getaddrinfo", lambda machine, port: asked.append(machine))
+    environment.update({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7"})
+    adopt()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"], *asked) == (first, "20070", first)
+
+
+def test_a_node_that_has_no_address_is_named(environment):
+    environment.update({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST": "no.such.node.invalid"})
+    with pytest.raises(UserError, match=r"cannot find no\.such\.node\.invalid, .*: set MASTER_ADDR to a name"):
+        adopt()
 
 
 def test_several_machines_are_asked_where_they_meet(environment):

@@ -15,7 +15,7 @@ from training.config import DataSettings
 from training.data.rows import Row
 from training.data.sources import parse_source
 from training.data.split import choose_groups, kind_of
-from training.evaluation.clicks import overview
+from training.evaluation.preferences import overview
 
 ANSWERS = {"pair": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
 """The keys of a row's answers, by its kind."""
@@ -194,14 +194,14 @@ def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) 
     ]
 
 
-def lint_clicks(clicks: Sequence[Preference]) -> list[Finding]:
+def lint_preferences(preferences: Sequence[Preference]) -> list[Finding]:
     """What moves people other than the answers, and who agrees no more than chance would."""
-    seen, findings = overview(clicks), []
+    seen, findings = overview(preferences), []
     for name, left in seen["left"].items():
-        if left["clicks"] >= ENOUGH_PAIRS and not left["low"] <= 0.5 <= left["high"]:
+        if left["preferences"] >= ENOUGH_PAIRS and not left["low"] <= 0.5 <= left["high"]:
             side, share = ("left", left["rate"]) if left["rate"] > 0.5 else ("right", 1 - left["rate"])
-            sentence = f"{name} prefers the {side} answer in {share:.0%} of the verdicts, and sides are drawn at random"
-            findings.append(Finding("warning", "side bias", sentence, left["clicks"]))
+            sentence = f"{name} prefers the {side} answer in {share:.0%} of the pairs, and sides are drawn at random"
+            findings.append(Finding("warning", "side bias", sentence, left["preferences"]))
     pairs = [(f"{name} and the same person later", found) for name, found in seen["repeated"].items()]
     pairs += [(" and ".join(found["people"]), found) for found in seen["agreement"]]
     for who, found in pairs:

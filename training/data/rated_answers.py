@@ -1,6 +1,6 @@
 """Several answers to one prompt, and what somebody thought of them -> chosen and rejected.
 
-In one row: columns for the better and the worse answer (or several of either), two answers with a verdict or a score
+In one row: columns for the better and the worse answer (or several of either), two answers with a winner or a score
 each, or a list of answers with a score each. In several rows: answers to one prompt with a label or a score each.
 """
 
@@ -51,11 +51,20 @@ RANK = "rank"
 ORDERS = ("ranking", "rankings")
 """The rank of each answer, or the answers' numbers from the best to the worst: nobody knows."""
 FIRST, LEFT = ("first", "second"), ("left", "right")
-VERDICTS = ("winner", "preference", "preferred", "better", "choice", "better_response_id", "label", *sorted(BETTER))
+WINNER_COLUMNS = (
+    "winner",
+    "preference",
+    "preferred",
+    "better",
+    "choice",
+    "better_response_id",
+    "label",
+    *sorted(BETTER),
+)
 """Name or number of the better one of two answers."""
-LIKE_A_VERDICT = re.compile("winner|prefer|better|verdict")
+LIKE_A_WINNER = re.compile("winner|prefer|better|verdict")
 SHORT = 20
-"""Characters of what may be a verdict and not its reason."""
+"""Characters of what may be a winner and not its reason."""
 STRENGTHS = ("overall_preference", "preference_strength")
 """Below 0 where the first of two answers is better, above where the second is (HelpSteer2 and 3)."""
 TIE = re.compile(r"\b(ties?|tied|draw|equal|same|both|neither|none)\b|bothbad|^1\.5$")
@@ -161,12 +170,12 @@ def is_answer(value: Any) -> bool:
 
 
 def one_of_two(values: Mapping[str, Any]) -> Choice | None:
-    """Two answers in columns of their own, with scores or a verdict."""
+    """Two answers in columns of their own, with scores or a winner."""
     for column, (other, *ends) in TWO.items():
         if not {column, other} <= values.keys():
             continue
         columns = (column, other)
-        judged = by_scores(values, columns, ends) or by_verdict(values, columns, ends)
+        judged = by_scores(values, columns, ends) or by_winner(values, columns, ends)
         if judged is None:
             continue
         better, used = judged
@@ -190,7 +199,7 @@ def by_scores(values: Mapping[str, Any], columns: tuple[str, str], ends: list[st
     return None
 
 
-def by_verdict(values: Mapping[str, Any], columns: tuple[str, str], ends: list[str]) -> Judged | None:
+def by_winner(values: Mapping[str, Any], columns: tuple[str, str], ends: list[str]) -> Judged | None:
     for name in STRENGTHS:
         if (strength := number(values.get(name))) is not None:
             return None if strength == 0 else int(strength > 0), {name}
@@ -198,18 +207,18 @@ def by_verdict(values: Mapping[str, Any], columns: tuple[str, str], ends: list[s
     if values.keys() >= set(hot):
         first, second = (number(values[name]) or 0 for name in hot)
         return None if first == second else int(second > first), set(hot)
-    others = [name for name, value in values.items() if LIKE_A_VERDICT.search(name) and len(str(value)) <= SHORT]
-    for name in (*VERDICTS, *others):
+    others = [name for name, value in values.items() if LIKE_A_WINNER.search(name) and len(str(value)) <= SHORT]
+    for name in (*WINNER_COLUMNS, *others):
         if name in values and name not in columns:
             return named_answer(name, values[name], [values[column] for column in columns], columns, ends), {name}
     return None
 
 
-def named_answer(name: str, verdict: Any, answers: list[Any], columns: tuple[str, str], ends: list[str]) -> int | None:
-    """The place of the answer that a verdict names, None for a tie. Raises BadRow for what names neither."""
-    if verdict in answers:
-        return answers.index(verdict)
-    text = re.sub(r"\.0+$", "", str(verdict).strip().lower())  # 1.0 is 1
+def named_answer(name: str, winner: Any, answers: list[Any], columns: tuple[str, str], ends: list[str]) -> int | None:
+    """The place of the answer that is named, None for a tie. Raises BadRow for what names neither."""
+    if winner in answers:
+        return answers.index(winner)
+    text = re.sub(r"\.0+$", "", str(winner).strip().lower())  # 1.0 is 1
     if TIE.search(text):
         return None
     words = set(re.findall(r"[a-z]+|\d+", text))

@@ -21,11 +21,11 @@ from training.data.hub import fetch_files, matching
 from training.data.hub_sets import PLAIN, HubSet, find_set
 from training.data.rated_answers import Rating, pair_rows
 from training.data.rows import Row
-from training.data.shapes import CLICK_COLUMNS, UNDECIDED
+from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
 from training.data.templates import require_accepted
-from training.evaluation.clicks import newest
+from training.evaluation.preferences import newest
 
 JUDGED_AGAIN = "the same person has judged these answers again"
 KEYS_NAMED = 12
@@ -45,7 +45,7 @@ class SourceRows:
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
     """Place and reason of each line that gave no row, and whether something was wrong with it."""
     notes: list[str] = field(default_factory=list)
-    clicks: list[Preference] = field(default_factory=list)
+    preferences: list[Preference] = field(default_factory=list)
     """What people said of two answers (docs/preferences.md), of rows that are used and others."""
 
     @property
@@ -95,17 +95,17 @@ def read_source(
     files, hub_set, result.notes = locate(source, report)
     used, unused, extra = 0, set[str](), set[str]()
     ratings: dict[int, Rating] = {}
-    clicked: list[tuple[Row, Preference]] = []
+    judged: list[tuple[Row, Preference]] = []
     for place, value in entries(files, hub_set):
-        clicks: list[Preference] = []
+        preferences: list[Preference] = []
         try:
-            if isinstance(value, CutShort) and result.clicks:  # the next click would cut it off
+            if isinstance(value, CutShort) and result.preferences:  # the next one would cut it off
                 raise LeftOut("the last line was cut short")
             if isinstance(value, BadRow):
                 raise value
             if isinstance(value, dict):
-                clicks = clicks_in(value)
-                result.clicks += clicks
+                preferences = preferences_in(value)
+                result.preferences += preferences
                 value = hub_set.adapt(value)
             read = read_row(value)
             if chat_format is not None:
@@ -118,7 +118,7 @@ def read_source(
                 ) from None
             result.left_out.append((place, str(error), not left_out))
             continue
-        clicked += zip(read.rows, clicks, strict=False)
+        judged += zip(read.rows, preferences, strict=False)
         result.rows += read.rows
         result.places += [place] * len(read.rows)
         if read.rating is not None:
@@ -132,7 +132,7 @@ def read_source(
         if used == settings.limit:
             break
     unused -= pair_up(result, ratings)
-    leave_out_judged_again(result, clicked)
+    leave_out_judged_again(result, judged)
     undecided = [
         f"{result.reasons[why]:,} {why.removeprefix('both answers are ')}"
         for why in UNDECIDED.values()
@@ -148,19 +148,19 @@ def read_source(
     return result
 
 
-def clicks_in(value: dict[str, Any]) -> list[Preference]:
+def preferences_in(value: dict[str, Any]) -> list[Preference]:
     """What somebody said of two answers, if the value is that."""
-    if not value.keys() >= CLICK_COLUMNS:
+    if not value.keys() >= PREFERENCE_COLUMNS:
         return []
     with suppress(ValueError):
         return [Preference.of(json.dumps(value))]
     return []
 
 
-def leave_out_judged_again(result: SourceRows, clicked: Sequence[tuple[Row, Preference]]) -> None:
-    """Keep each person's last word on two answers only; `clicked` has the rows that come from verdicts."""
-    last = set(map(id, newest(result.clicks)))
-    earlier = {id(row) for row, click in clicked if id(click) not in last}
+def leave_out_judged_again(result: SourceRows, judged: Sequence[tuple[Row, Preference]]) -> None:
+    """Keep each person's last word on two answers only; `judged` has the rows that come from preferences."""
+    last = set(map(id, newest(result.preferences)))
+    earlier = {id(row) for row, preference in judged if id(preference) not in last}
     if not earlier:
         return
     both = list(zip(result.rows, result.places, strict=True))

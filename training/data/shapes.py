@@ -1,8 +1,8 @@
 """The columns that people have -> those of TRL's formats, which formats.py reads.
 
 ShareGPT's {"conversations": [{"from": ..., "value": ...}]} and Alpaca's {"instruction", "input", "output"}; columns
-`system` and `history` beside a prompt; names in capitals; a table's index; OpenAI's preferences, and those that people
-click here. Several answers of a row are the business of rated_answers.py.
+`system` and `history` beside a prompt; names in capitals; a table's index; OpenAI's preferences, and those that
+`rlhf-chat prefer` collects. Several answers of a row are the business of rated_answers.py.
 """
 
 from dataclasses import fields
@@ -36,17 +36,17 @@ KNOWN_COLUMNS = frozenset([*TEXTS, *LABELS, *CONVERSATIONS, *QUESTIONS, *SYSTEMS
 """All that are looked at."""
 INDEX_COLUMNS = ("", "unnamed: 0", "__index_level_0__")
 """What pandas writes for the numbers of its rows."""
-CLICK_COLUMNS = frozenset(field.name for field in fields(Preference))
-CLICK_TEXTS = frozenset(("prompt", "response_a", "response_b", "winner"))
+PREFERENCE_COLUMNS = frozenset(field.name for field in fields(Preference))
+PREFERENCE_TEXTS = frozenset(("prompt", "response_a", "response_b", "winner"))
 UNDECIDED = {"tie": "both answers are about the same", "both bad": "both answers are bad"}
-"""Verdicts of people for neither of two answers, and why their rows are not used."""
+"""Preferences for neither of two answers, and why their rows are not used."""
 
 
 def in_trls_columns(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what is understood under TRL's names; all other columns stay. Raises BadRow."""
     row = usual_names(row)
     refuse_tools(row)
-    from_click(row)
+    from_preference(row)
     if "messages" not in row:
         rename(row, CONVERSATIONS, "messages")
     from_openai(row)
@@ -103,13 +103,13 @@ def from_openai(row: dict[str, Any]) -> None:
         row["prompt"] = given["messages"]
 
 
-def from_click(row: dict[str, Any]) -> None:
+def from_preference(row: dict[str, Any]) -> None:
     """What `rlhf-chat prefer` writes: who said it when of which models is not trained on. Raises LeftOut."""
-    if not row.keys() >= CLICK_COLUMNS:
+    if not row.keys() >= PREFERENCE_COLUMNS:
         return
     if row["winner"] in UNDECIDED:
         raise LeftOut(UNDECIDED[row["winner"]])
-    for column in CLICK_COLUMNS - CLICK_TEXTS:
+    for column in PREFERENCE_COLUMNS - PREFERENCE_TEXTS:
         del row[column]
 
 

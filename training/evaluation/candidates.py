@@ -40,7 +40,7 @@ class Candidate:
     directory: Path
 
     def label(self, run: RunDirectory) -> str:
-        """What verdicts of people that a run has collected call it."""
+        """What preferences that a run has collected call it."""
         return f"{run.path.resolve().name}/base" if self.key == "base" else label_of(self.directory, self.name)
 
 

@@ -33,8 +33,8 @@ from training.evaluation.candidates import (
     find_reward_model,
     sources,
 )
-from training.evaluation.clicks import win_rates
 from training.evaluation.panel import panel_agreement, read_panel, rows_to_score
+from training.evaluation.preferences import win_rates
 from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
 from training.lineage import trained_elsewhere
@@ -86,7 +86,7 @@ class Comparison:
             )
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
         labels = (each.label(stage.run) for each in (self.model, self.against))
-        self.clicks = win_rates(PreferenceFile(stage.run.preferences).read_or_say(stage.display.say), *labels)
+        self.preferences = win_rates(PreferenceFile(stage.run.preferences).read_or_say(stage.display.say), *labels)
 
     def read_given(self) -> RowSets | None:
         """The rows of the request; None where those that the run holds out are meant."""
@@ -156,8 +156,8 @@ class Comparison:
             unseen = [i for i, row in enumerate(self.held_out) if row.get("held_out_question")]
             if 0 < len(unseen) < len(self.held_out):  # only the embedded default knows its questions
                 result["win_rate_unseen_questions"] = win_rate(scores, questions, unseen)
-        if self.clicks is not None:
-            result["clicks"] = self.clicks
+        if self.preferences is not None:
+            result["preferences"] = self.preferences
         self.write_answers(answers_file, theirs, ours, scores)
         write_json(result_file, result)
         return result

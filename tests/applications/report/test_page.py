@@ -13,7 +13,7 @@ from applications.report.page import render, reward_accuracy, signs, write_repor
 from inference.errors import UserError
 from inference.preferences import PreferenceFile
 from tests.applications.report.test_charts import schemes
-from tests.training.evaluation.clicks import click
+from tests.training.evaluation.preferences import preference
 from training.run_directory import RunDirectory
 from training.steps import METHODS, PPO, REWARD, SFT
 
@@ -74,7 +74,7 @@ def make_run(path, evaluated: bool = True, rlhf: dict | None = None, attack: str
         run.comparison_of(PPO)[1].write_text(lines([answers] * 12))
         for by, winner in (("<b>ann</b>", "other"), ("<b>ann</b>", "tie"), ("ben", "other")):
             theirs, ours = ("report <run>/sft", f"{LONG}{winner}"), ("report <run>/rlhf", attack)
-            PreferenceFile(run.preferences).add(click(by, winner, "Hi?", theirs, ours))
+            PreferenceFile(run.preferences).add(preference(by, winner, "Hi?", theirs, ours))
     return run
 
 
@@ -125,8 +125,8 @@ def test_what_a_model_said_is_text_and_nothing_else(tags):
 
 def test_everything_has_its_place(tags):
     text = " ".join(tags.text.split())
-    verdict = "RLHF beats SFT in 75.0% of prompts by upbeat score (95 % interval 61.0% to 89.0%; a tie counts half)."
-    assert verdict in text
+    preference = "RLHF beats SFT in 75.0% of prompts by upbeat score (95 % interval 61.0% to 89.0%; a tie counts half)."
+    assert preference in text
     assert "Out of bounds" not in text
     assert "75.0% (61.0% to 89.0%)" in text and "KL to SFT (nats a reply) 0.00 2.50" in text
     assert "The model is that after iteration 9 of 17, which had the best evaluation." in text
@@ -142,16 +142,16 @@ def test_what_people_prefer_stands_there(tags, tmp_path):
     text = " ".join(tags.text.split())
     assert "What people prefer No difference is shown: report <run>/rlhf wins against report <run>/sft in 83.3%" in text
     assert "report <run>/rlhf preferred to report <run>/sft by <b>ann</b> 75.0% (" in text
-    assert "3 verdicts (<b>ann</b> 2, ben 1): 33% about the same, 0% both bad" in text
+    assert "3 preferences (<b>ann</b> 2, ben 1): 33% about the same, 0% both bad" in text
     assert "<b>ann</b> and ben say the same of 100.0%" in text
     assert "What people prefer" not in Tags(render(make_run(tmp_path, evaluated=False))).text
 
 
-def test_a_damaged_file_of_verdicts_is_said_and_the_report_is_there(tmp_path, capsys):
+def test_a_damaged_file_of_preferences_is_said_and_the_report_is_there(tmp_path, capsys):
     run = make_run(tmp_path)
     run.preferences.write_text("{}\n")
     assert "What people prefer" not in render(run)
-    assert "no file of verdicts (line 1: " in capsys.readouterr().err
+    assert "no file of preferences (line 1: " in capsys.readouterr().err
 
 
 def test_what_was_predicted_stands_beside_what_was_achieved(tags, tmp_path):

@@ -17,7 +17,7 @@ from inference.chat_model import ChatModel
 from inference.generation.sample import SamplingSettings
 from inference.preferences import PreferenceFile
 from inference.serving.app import create_app
-from inference.serving.judging import Answerer, Collecting
+from inference.serving.judging import Collecting, ServedModel
 from inference.serving.lane import Lane, Told
 from inference.serving.listener import bind
 from inference.serving.server import Server
@@ -33,7 +33,7 @@ class Served:
     url: str
     service: Service
     server: Server
-    verdicts: PreferenceFile | None = None
+    preferences: PreferenceFile | None = None
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, **options)
@@ -131,8 +131,8 @@ class Judged:
 
     @property
     def file(self) -> PreferenceFile:
-        assert self.served.verdicts is not None
-        return self.served.verdicts
+        assert self.served.preferences is not None
+        return self.served.preferences
 
     def ask(self, method: str, path: str, status: int = 200, **options: Any) -> Any:
         response = CLIENT.request(method, f"{self.served.url}/v1/{path}", **options)
@@ -153,15 +153,15 @@ class Judged:
 
 
 def collecting(file: Path, **changes: Any) -> Collecting:
-    answerers = Answerer("sft", "demo/sft"), Answerer("rlhf", "demo/rlhf")
-    given = {"answerers": answerers, "temperature": 0.9, "max_tokens": 8, "prompts": PROMPTS, **changes}
+    models = ServedModel("sft", "demo/sft"), ServedModel("rlhf", "demo/rlhf")
+    given = {"models": models, "temperature": 0.9, "max_tokens": 8, "prompts": PROMPTS, **changes}
     return Collecting(PreferenceFile(file), **given)
 
 
 @pytest.fixture
 def judged(served) -> Judged:
     """With nothing judged."""
-    served.verdicts.path.unlink(missing_ok=True)
+    served.preferences.path.unlink(missing_ok=True)
     return Judged(served)
 
 

@@ -1,4 +1,4 @@
-"""Two answers and a verdict on them, through the server's own paths."""
+"""Two answers and a preference between them, through the server's own paths."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from tests.full_disk import small_disk
 from tests.inference.serving.conftest import LIMITS, MESSAGES, PROMPTS, Judged, alone, both, collecting, hold, serving
 
 
-def test_a_verdict_is_in_the_file_with_all_that_led_to_it(judged, model):
+def test_a_preference_is_in_the_file_with_all_that_led_to_it(judged, model):
     pair = judged.pair()
     judged.judge(pair["id"], "b", " Ada  L. ")
     (kept,) = judged.file.read()
@@ -49,10 +49,10 @@ def test_undo_gives_the_newest_back_to_be_judged_again(judged):
     again = judged.undo()
     assert again["answers"] == first["answers"] and again["messages"] == MESSAGES
     assert [preference.by for preference in judged.file.read()] == ["bob"]
-    assert judged.undo(status=404)["message"] == "There is no verdict of ada to take back."
+    assert judged.undo(status=404)["message"] == "There is no preference of ada to take back."
     judged.judge(again["id"], "tie")
     assert [(kept.by, kept.winner) for kept in judged.file.read()] == [("bob", "a"), ("ada", "tie")]
-    assert judged.judge(first["id"], status=404)["code"] == "pair_not_found"  # its verdict was taken back
+    assert judged.judge(first["id"], status=404)["code"] == "pair_not_found"  # its preference was taken back
 
 
 def test_a_second_person_judges_what_others_have_judged(judged):
@@ -76,26 +76,29 @@ def test_a_second_person_judges_what_others_have_judged(judged):
     assert kept[0].pair == kept[3].pair and (kept[3].by, kept[3].winner) == ("bob", "b")
 
 
-def test_a_verdict_sent_twice_counts_once(judged):
+def test_a_preference_sent_twice_counts_once(judged):
     pair = judged.pair()["id"]
-    with ThreadPoolExecutor(4) as clicks:
-        list(clicks.map(lambda _: judged.judge(pair), range(4)))
+    with ThreadPoolExecutor(4) as preferences:
+        list(preferences.map(lambda _: judged.judge(pair), range(4)))
     assert len(judged.file.read()) == 1
-    assert judged.judge(pair, "b", status=409)["message"] == "These two answers have a verdict already; undo it first."
+    assert (
+        judged.judge(pair, "b", status=409)["message"]
+        == "Which of these two is better was said already; undo it first."
+    )
 
 
 def test_ten_people_at_once(judged):
-    def click(person: int) -> None:
+    def preference(person: int) -> None:
         for winner in ("a", "b", "both bad"):
             judged.judge(judged.pair()["id"], winner, f"person {person}")
 
     with ThreadPoolExecutor(10) as people:
-        list(people.map(click, range(10)))
+        list(people.map(preference, range(10)))
     kept = [(each.by, each.winner) for each in judged.file.read()]
     assert sorted(kept) == [(f"person {n}", winner) for n in range(10) for winner in ("a", "b", "both bad")]
 
 
-def test_what_cannot_be_a_verdict_or_a_message(judged):
+def test_what_cannot_be_a_preference_or_a_message(judged):
     pair = judged.pair()["id"]
     assert judged.judge(pair, by="  ", status=400)["message"].startswith("Say who judges: a name of 1 to 80")
     assert judged.judge(pair, "left", status=400)["param"] == "winner"
@@ -166,16 +169,16 @@ def test_a_full_disk_keeps_the_pair_for_another_try(model, tmp_path):
             assert [kept.by for kept in setup.file.read()] == ["ada"]
 
 
-def test_a_damaged_file_is_named_and_still_takes_verdicts_but_one_of_another_kind_does_not(judged):
+def test_a_damaged_file_is_named_and_still_takes_preferences_but_one_of_another_kind_does_not(judged):
     judged.judge(judged.pair()["id"])
     first = judged.file.path.read_text()
     judged.file.path.write_text(first + "{}\n")
     error = judged.ask("GET", "preferences", 500, params={"by": "ada"})
-    assert "line 2, is no verdict" in error["message"]
+    assert "line 2, is no preference" in error["message"]
     judged.judge(judged.pair()["id"])
     assert Preference.of(judged.file.path.read_text().splitlines()[2]).by == "ada"
     judged.file.path.write_text("# Notes\n")
-    assert "is no file of verdicts" in judged.judge(judged.pair()["id"], status=500)["message"]
+    assert "is no file of preferences" in judged.judge(judged.pair()["id"], status=500)["message"]
     assert judged.file.path.read_text() == "# Notes\n"
 
 

@@ -28,7 +28,7 @@ def open_page(page: Page, url: str, name: str = "Ada", **fields: str) -> None:
 def ask(page: Page, message: str = "How was your day?") -> None:
     page.fill("#message", message)
     page.press("#message", "Enter")
-    expect(page.locator("#verdicts")).to_be_visible()
+    expect(page.locator("#preferences")).to_be_visible()
 
 
 def answers(page: Page) -> list[str]:
@@ -36,7 +36,7 @@ def answers(page: Page) -> list[str]:
 
 
 def answer_with(page: Page, *texts: str) -> None:
-    """The server's pairs, each of these two texts; their verdicts are not known to it."""
+    """The server's pairs, each of these two texts; their preferences are not known to it."""
 
     def respond(route: Route) -> None:
         asked = json.loads(route.request.post_data)["messages"] or PROMPTS[0]
@@ -64,7 +64,7 @@ def test_by_mouse(page, complaints, judged, pictures):
         assert left == right
         assert page.locator(".answers h3").all_text_contents() == ["Answer 1", "Answer 2"]
         shown = answers(page)
-        page.click(f"#verdicts button:has-text('{button}')")
+        page.click(f"#preferences button:has-text('{button}')")
         expect(page.locator(COUNT)).to_have_text(f"{number} judged")
         kept = judged.file.read()[-1]
         assert (kept.by, kept.winner, [kept.response_a, kept.response_b]) == ("Ada", winner, shown)
@@ -101,9 +101,9 @@ def test_by_keys_with_undo_and_skip(page, complaints, judged):
         expected.append(("Ada", winner))
         expect(page.locator("#message")).to_be_focused()
         assert winners(judged) == expected
-    page.locator("#message").press_sequentially("u = 1, 2, s, n")  # what is typed is no verdict
+    page.locator("#message").press_sequentially("u = 1, 2, s, n")  # what is typed is no preference
     page.keyboard.press("Enter")
-    expect(page.locator("#verdicts")).to_be_visible()
+    expect(page.locator("#preferences")).to_be_visible()
     assert winners(judged) == expected
     here = answers(page)
     page.keyboard.press("u")
@@ -120,7 +120,7 @@ def test_by_keys_with_undo_and_skip(page, complaints, judged):
     page.press("#by", "Tab")
     expect(page.locator(COUNT)).to_have_text("0 judged")
     page.click("#undo")
-    expect(page.locator("#problem")).to_have_text("There is no verdict of Eve to take back.")
+    expect(page.locator("#problem")).to_have_text("There is no preference of Eve to take back.")
     assert [text for text in complaints if "404" not in text] == []
 
 
@@ -129,7 +129,7 @@ def test_suggestions_follow_each_other(page, judged):
     page.focus("#send")
     page.keyboard.press("n")
     for number in (1, 2, 3):
-        expect(page.locator("#verdicts")).to_be_visible()
+        expect(page.locator("#preferences")).to_be_visible()
         first, last = page.locator(".said .text").all_text_contents()
         assert first == "Be brief." and re.fullmatch(r"Number \d\?", last)
         expect(page.locator("[data-winner=a]")).to_be_enabled()
@@ -137,7 +137,7 @@ def test_suggestions_follow_each_other(page, judged):
         expect(page.locator(COUNT)).to_have_text(f"{number} judged")
     assert len({kept.id for kept in judged.file.read()}) == 3
     page.select_option("#then", "write")
-    expect(page.locator("#verdicts")).to_be_visible()
+    expect(page.locator("#preferences")).to_be_visible()
     page.keyboard.press("2")
     expect(page.locator("#message")).to_be_focused()
     assert page.input_value("#then") == "write"
@@ -170,7 +170,7 @@ def test_two_at_once_judge_what_the_other_judges_without_a_reload(page, judged):
     ask(page)
     page.keyboard.press("1")
     page.click("#others")
-    expect(page.locator("#verdicts")).to_be_visible()
+    expect(page.locator("#preferences")).to_be_visible()
     seen = [sorted(answers(page))]
     page.wait_for_function("ahead && ahead.promise.then(() => true)")
     page.reload()
@@ -207,7 +207,7 @@ def test_going_on_from_the_better_answer(page, judged):
     assert page.evaluate("state.pair.messages.length") == 1
 
 
-def test_a_verdict_that_is_not_kept_stays_to_be_given_again(page, judged):
+def test_a_preference_that_is_not_kept_stays_to_be_given_again(page, judged):
     open_page(page, judged.served.url)
     ask(page)
     here = answers(page)
@@ -217,14 +217,16 @@ def test_a_verdict_that_is_not_kept_stays_to_be_given_again(page, judged):
     folder.write_text("")
     try:
         page.keyboard.press("1")
-        expect(page.locator("#problem")).to_have_text(re.compile("^This verdict is not kept. .* cannot be written"))
+        expect(page.locator("#problem")).to_have_text(re.compile("^This preference is not kept. .* cannot be written"))
         assert answers(page) == here and page.locator(COUNT).text_content() == "0 judged"
     finally:
         folder.unlink()
         moved.rename(folder)
     page.evaluate("() => { window.reached = fetch; window.fetch = () => Promise.reject(new TypeError()); }")
     page.keyboard.press("1")
-    expect(page.locator("#problem")).to_have_text(re.compile("^This verdict is not kept. The server cannot be reached"))
+    expect(page.locator("#problem")).to_have_text(
+        re.compile("^This preference is not kept. The server cannot be reached")
+    )
     page.evaluate("() => { window.fetch = reached; }")
     page.keyboard.press("1")
     expect(page.locator(COUNT)).to_have_text("1 judged")
@@ -289,7 +291,7 @@ def test_on_a_desktop_and_on_a_phone_in_the_dark(chromium, served, pictures, wid
     first, second = page.locator(".answers .answer").evaluate_all(TOPS)
     assert first < second if is_phone else first == second
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.locator("#verdicts kbd").first.is_visible() != is_phone
+    assert page.locator("#preferences kbd").first.is_visible() != is_phone
     for button in page.locator("footer button:visible").all():
         box = button.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
@@ -318,7 +320,7 @@ def test_tabs_reach_every_button(page, judged):
     assert winners(judged) == [("Ada", "b")]
 
 
-def test_a_server_that_keeps_no_verdicts_says_so(page, model):
+def test_a_server_that_keeps_no_preferences_says_so(page, model):
     with serving(both(model)) as running:
         page.goto(running.url)
         expect(page.locator("h1")).to_have_text("rlhf-chat")

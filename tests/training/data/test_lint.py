@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from inference.chat_format import ChatFormat
 from tests.inference.templates import FAMILIES, bytes_tokenizer
-from tests.training.evaluation.clicks import click
+from tests.training.evaluation.preferences import preference
 from training.config import DataSettings
-from training.data.lint import Lines, bad_rows, lint, lint_clicks, lint_tokenizer, shared_prompts
+from training.data.lint import Lines, bad_rows, lint, lint_preferences, lint_tokenizer, shared_prompts
 
 SETTINGS = DataSettings(max_prompt_tokens=12, max_response_tokens=4)
 
@@ -155,26 +155,32 @@ def test_a_template_that_writes_finished_dialogues_otherwise(tmp_path):
     assert "otherwise than its prompts" in found.sentence
 
 
-# What people clicked
+# What people preferred
 
 
 def test_a_side_that_is_preferred_is_a_warning():
-    found = {each.check: each for each in lint_clicks([click("ann", "one", f"{i}") for i in range(20)])}
-    assert found["side bias"].sentence.startswith("ann prefers the left answer in 100% of the verdicts")
-    few = [click("ann", "one", f"{i}") for i in range(19)]
-    even = [click("ben", "one", f"{i}", swapped=i % 2 == 0) for i in range(40)]
-    assert lint_clicks([*few, *even]) == [] == lint_clicks([])
+    found = {each.check: each for each in lint_preferences([preference("ann", "one", f"{i}") for i in range(20)])}
+    assert found["side bias"].sentence.startswith("ann prefers the left answer in 100% of the pairs")
+    few = [preference("ann", "one", f"{i}") for i in range(19)]
+    even = [preference("ben", "one", f"{i}", swapped=i % 2 == 0) for i in range(40)]
+    assert lint_preferences([*few, *even]) == [] == lint_preferences([])
 
 
 def test_people_who_agree_as_chance_would_are_a_warning():
-    def verdicts(by: str, said: str, swapped: bool = False) -> list:
+    def preferences(by: str, said: str, swapped: bool = False) -> list:
         words = {"o": "one", "O": "other"}
-        return [click(by, words[letter], f"{i}", swapped=swapped ^ (i // 2 % 2 == 0)) for i, letter in enumerate(said)]
+        return [
+            preference(by, words[letter], f"{i}", swapped=swapped ^ (i // 2 % 2 == 0)) for i, letter in enumerate(said)
+        ]
 
-    ann, ben, later = verdicts("ann", "oOoO" * 6), verdicts("ben", "oOOo" * 6, True), verdicts("ann", "oooO" * 6, True)
-    (found,) = lint_clicks([*ann, *ben])
+    ann, ben, later = (
+        preferences("ann", "oOoO" * 6),
+        preferences("ben", "oOOo" * 6, True),
+        preferences("ann", "oooO" * 6, True),
+    )
+    (found,) = lint_preferences([*ann, *ben])
     assert found.check == "no agreement" and found.sentence.startswith("ann and ben agree on 50% of 24 pairs")
-    assert lint_clicks([*ann, *later]) == []
-    assert lint_clicks([*ann, *(replace(each, by="carl") for each in ann)]) == []
-    (found,) = lint_clicks([*ann, *(replace(each, by="ann") for each in ben)])
+    assert lint_preferences([*ann, *later]) == []
+    assert lint_preferences([*ann, *(replace(each, by="carl") for each in ann)]) == []
+    (found,) = lint_preferences([*ann, *(replace(each, by="ann") for each in ben)])
     assert found.sentence.startswith("ann and the same person later agree on 50%")

@@ -32,7 +32,7 @@ PAIR = {"prompt": [QUESTION], "chosen": "good", "rejected": "bad"}
         },
         {"input": json.dumps({"messages": [QUESTION]}), "preferred_output": [GOOD], "non_preferred_output": [BAD]},
         {"prompt": "q", "chosen": "good", "rejected": "bad", "score_chosen": 2.5, "score_rejected": "2"},
-        # two answers with a verdict or scores
+        # two answers with a winner or scores
         {"prompt": "q", "response_a": "bad", "response_b": "good", "winner": "b"},
         {"prompt": "q", "response_a": "good", "response_b": "bad", "winner": "model_a"},
         {"prompt": "q", "Answer1": "bad", "Answer2": "good", "human_preference": "Answer 2"},

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from inference.errors import UserError
-from tests.training.evaluation.clicks import click
+from tests.training.evaluation.preferences import preference
 from training.config import DataSettings
 from training.data.reading import read_sources
 from training.data.sources import Source, absolute, parse_source
@@ -230,19 +230,19 @@ def test_one_source_given_twice(tmp_path):
         read_sources(DataSettings(source=[source, source]))
 
 
-def test_of_a_persons_verdicts_on_two_answers_the_last_one_is_trained_on(tmp_path):
-    clicks = [
-        click("ann", "one"),
-        click("ben", "one"),
-        click("ann", "tie", "How?"),
-        click("ann", "one", "Why?"),
-        click("ann", "other", swapped=True),
-        click("ann", "other", "How?"),
-        click("ann", "both bad", "Why?"),
+def test_of_a_persons_preferences_on_two_answers_the_last_one_is_trained_on(tmp_path):
+    preferences = [
+        preference("ann", "one"),
+        preference("ben", "one"),
+        preference("ann", "tie", "How?"),
+        preference("ann", "one", "Why?"),
+        preference("ann", "other", swapped=True),
+        preference("ann", "other", "How?"),
+        preference("ann", "both bad", "Why?"),
     ]
     scored = [{"prompt": "Rated", "response": text, "score": score} for text, score in (("good", 2), ("bad", 1))]
     write(tmp_path / "a.jsonl", *scored)
-    source = write(tmp_path / "b.jsonl", *(each.line + "\n" for each in clicks))
+    source = write(tmp_path / "b.jsonl", *(each.line + "\n" for each in preferences))
     found = read(tmp_path)
     assert [(row["prompt"][0]["content"], row["chosen"]) for row in found.rows] == [
         *(("Rated", "good"), ("Hi?", "No."), ("Hi?", "Yes!"), ("How?", "Yes!")),

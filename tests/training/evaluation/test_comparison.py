@@ -15,7 +15,7 @@ from inference.errors import UserError
 from inference.generation.sample import Sample
 from inference.preferences import PreferenceFile
 from tests.tiny_runs import QUESTIONS, messages
-from tests.training.evaluation.clicks import click
+from tests.training.evaluation.preferences import preference
 from training.config import DataSettings
 from training.config_files import validate_config
 from training.evaluation.answers import Answers, same_tokens
@@ -41,7 +41,9 @@ def measured(finished, tmp_path_factory):
     stage = make_stage(finished, PPO, finished.read_config(), Ranks(0, 1, torch.device("cpu")))
     stage.display.quiet = True
     for winner, other in (("other", "run/rlhf"), ("other", "run/rlhf"), ("one", "run/dpo")):
-        PreferenceFile(finished.preferences).add(click("ann", winner, one=("run/sft", "No."), other=(other, "Yes!")))
+        PreferenceFile(finished.preferences).add(
+            preference("ann", winner, one=("run/sft", "No."), other=(other, "Yes!"))
+        )
     out = tmp_path_factory.mktemp("out")
     result = Comparison(stage).run(out / "result.json", out / "answers.jsonl")
     assert json.loads((out / "result.json").read_text()) == result
@@ -79,13 +81,15 @@ def test_the_win_rate_is_that_of_the_scores_beside_the_answers(measured):
         assert result[key]["learned_reward"] == pytest.approx(mean)
 
 
-def test_the_win_rate_by_clicks_is_that_of_the_two_models(measured, stage):
+def test_the_win_rate_by_preferences_is_that_of_the_two_models(measured, stage):
     result, _ = measured
-    clicks = result["clicks"]
-    assert (clicks["model"], clicks["against"]) == ("run/rlhf", "run/sft")
-    assert clicks["together"] == clicks["by"]["ann"] and clicks["together"]["clicks"] == 1  # one pair, judged twice
-    assert clicks["together"]["rate"] == 1.0
-    assert Comparison(stage, Request("sft", "base")).clicks is None
+    preferences = result["preferences"]
+    assert (preferences["model"], preferences["against"]) == ("run/rlhf", "run/sft")
+    assert (
+        preferences["together"] == preferences["by"]["ann"] and preferences["together"]["preferences"] == 1
+    )  # one pair, judged twice
+    assert preferences["together"]["rate"] == 1.0
+    assert Comparison(stage, Request("sft", "base")).preferences is None
 
 
 def test_perplexity_of_the_demonstrations_is_that_of_plain_transformers(measured, finished):
@@ -133,7 +137,8 @@ def test_rewards_are_scaled_scores_at_the_last_token(stage, finished):
         with torch.no_grad():
             hidden = plain.model(ids[None]).last_hidden_state[0, -1]
             expected.append((float(plain.score(hidden)) - 0.5) / 2.0)
-    assert RewardModel(stage, finished.step(REWARD).model).scores_of(ours) == pytest.approx(expected, abs=1e-5)
+    scores, _ = RewardModel(stage, finished.step(REWARD).model).scores_of_both(ours, ours)
+    assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def plain_scores(directory, prompts, responses) -> list[float]:

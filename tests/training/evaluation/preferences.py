@@ -1,9 +1,9 @@
-"""Verdicts of people, made up."""
+"""Preferences of people, made up."""
 
 from inference.preferences import Answer, BlindPair, Preference
 
 
-def click(
+def preference(
     by: str,
     winner: str,
     prompt: str = "Hi?",

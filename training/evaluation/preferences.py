@@ -1,0 +1,168 @@
+"""What the preferences of people say: which of two models they prefer, how far they agree, and what else moves them."""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from itertools import combinations
+from typing import Any
+
+from inference.preferences import Preference
+from training.data.split import choose_groups
+from training.evaluation import statistics
+from training.steps import WRITING
+
+Preferences = Sequence[Preference]
+
+
+def newest(preferences: Preferences) -> list[Preference]:
+    """Each person's last word on each pair of answers."""
+    return list({(each.by, each.pair): each for each in preferences}.values())
+
+
+def meaning(preference: Preference) -> tuple[str, ...]:
+    """The same whichever side each answer stood on."""
+    better = {"a": preference.response_a, "b": preference.response_b}.get(preference.winner)
+    return (preference.winner,) if better is None else ("better", better)
+
+
+def people(preferences: Preferences) -> list[str]:
+    """Who has judged most comes first."""
+    return [name for name, _ in Counter(each.by for each in preferences).most_common()]
+
+
+# Models
+
+
+def compared(preferences: Preferences) -> list[tuple[str, str]]:
+    """The pairs of different models that were compared, those with most first; names in alphabetical order."""
+    pairs = ((each.model_a, each.model_b) for each in preferences if each.model_a != each.model_b)
+    found = Counter((min(pair), max(pair)) for pair in pairs)
+    return [pair for pair, _ in found.most_common()]
+
+
+def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
+    """The model that is measured and what it is measured against: one of the run `home` before others, and of these the
+    one of the later step."""
+    steps = ["base", *(step.command for step in WRITING)]
+
+    def lateness(label: str) -> tuple[bool, int]:
+        run, _, step = label.rpartition("/")
+        return run == home, steps.index(step) if step in steps else -1
+
+    return pair if lateness(pair[0]) > lateness(pair[1]) else (pair[1], pair[0])
+
+
+def between(preferences: Preferences, model: str, against: str) -> list[Preference]:
+    """The last words on an answer of each."""
+    return newest([each for each in preferences if {each.model_a, each.model_b} == {model, against} != {model}])
+
+
+def win_rates(preferences: Preferences, model: str, against: str) -> dict[str, Any] | None:
+    """How often people prefer `model`, together and one by one, and how far they agree; None where there is none."""
+    found = between(preferences, model, against)
+    if not found:
+        return None
+    by = {name: [each for each in found if each.by == name] for name in people(found)}
+    return {
+        "model": model,
+        "against": against,
+        "together": win_rate(found, model),
+        "by": {name: win_rate(theirs, model) for name, theirs in by.items()},
+        "agreement": agreements(found),
+    }
+
+
+def win_rate(preferences: Preferences, model: str) -> dict[str, Any]:
+    """Of `model`; where neither answer is better that counts half. Those on one question are not independent."""
+    ours, theirs = [0.0] * len(preferences), [0.0] * len(preferences)
+    for i, each in enumerate(preferences):
+        if each.winner in ("a", "b"):
+            better = each.model_a if each.winner == "a" else each.model_b
+            (ours if better == model else theirs)[i] = 1.0
+    groups = questions(preferences)
+    rate, low, high = statistics.win_rate(ours, theirs, groups)
+    winners = Counter(each.winner for each in preferences)
+    return {
+        "preferences": len(preferences),
+        "questions": len(set(groups)),
+        "ties": winners["tie"],
+        "both_bad": winners["both bad"],
+        "rate": rate,
+        "low": low,
+        "high": high,
+    }
+
+
+def questions(preferences: Preferences) -> list[str]:
+    """Of each preference the question that it belongs to."""
+    rows: list[Any] = [{"prompt": each.prompt} for each in preferences]
+    return list(map(choose_groups(rows), rows))
+
+
+# People
+
+
+def agreements(preferences: Preferences) -> list[dict[str, Any]]:
+    """Of each two people who have judged the same answers."""
+    last: dict[str, dict[Hashable, Preference]] = defaultdict(dict)
+    for each in newest(preferences):
+        last[each.by][each.pair] = each
+    found = []
+    for one, other in combinations(people(preferences), 2):
+        both = [(each, last[other][pair]) for pair, each in last[one].items() if pair in last[other]]
+        if both:
+            found.append({"people": [one, other], **agreement(both)})
+    return found
+
+
+def repeated(preferences: Preferences) -> dict[str, dict[str, Any]]:
+    """How far each person who has judged the same answers more than once says the same, the first time and the last."""
+    judged: dict[str, dict[Hashable, list[Preference]]] = defaultdict(lambda: defaultdict(list))
+    for each in preferences:
+        judged[each.by][each.pair].append(each)
+    twice = {by: [(v[0], v[-1]) for v in of_pair.values() if len(v) > 1] for by, of_pair in judged.items()}
+    return {by: agreement(both) for by, both in twice.items() if both}
+
+
+def agreement(both: Sequence[tuple[Preference, Preference]]) -> dict[str, Any]:
+    """The share of pairs with the same preference (`same`), and Cohen's kappa: 1 is always the same and 0 as often as
+    by chance; None where chance alone gives always the same. Each has its 95 % interval, kappa the one of its author
+    (1960, Educational and Psychological Measurement 20, 37-46), for whom the share of chance is known.
+
+    Which of two answers comes first means nothing, so of those who prefer one half prefer the same by chance.
+    """
+    same = [meaning(one) == meaning(other) for one, other in both]
+    size = statistics.effective_size(same, questions([one for one, _ in both]))
+    share, low, high = statistics.share(sum(same), len(same), size)
+    first, second = (Counter(meaning(each)[0] for each in theirs) for theirs in zip(*both, strict=True))
+    chance = sum(first[kind] * second[kind] / (2 if kind == "better" else 1) for kind in first) / len(both) ** 2
+    kappas = [None if chance == 1 else (each - chance) / (1 - chance) for each in (share, low, high)]
+    names = ("pairs", "same", "low", "high", "kappa", "kappa_low", "kappa_high")
+    return dict(zip(names, (len(both), share, low, high, *kappas), strict=True))
+
+
+# What else moves them
+
+
+def overview(preferences: Preferences) -> dict[str, Any]:
+    """Who has judged how often, how many for neither answer, the side that is preferred, and who agrees with whom."""
+    winners = Counter(each.winner for each in preferences)
+    return {
+        "preferences": len(preferences),
+        "by": {name: sum(each.by == name for each in preferences) for name in people(preferences)},
+        "ties": winners["tie"],
+        "both_bad": winners["both bad"],
+        "left": left(preferences),
+        "repeated": repeated(preferences),
+        "agreement": agreements(preferences),
+    }
+
+
+def left(preferences: Preferences) -> dict[str, dict[str, float]]:
+    """How often each person prefers the left of two answers: by chance, since sides are drawn, half of the time."""
+    found = {}
+    for name in people(preferences):
+        sides = [each.winner == "a" for each in preferences if each.by == name and each.winner in ("a", "b")]
+        if sides:
+            rate, low, high = statistics.share(sum(sides), len(sides))
+            found[name] = {"preferences": len(sides), "rate": rate, "low": low, "high": high}
+    return found
