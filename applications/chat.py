@@ -6,7 +6,6 @@ from pathlib import Path
 from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
 from inference.errors import UserError
-from inference.model_store import resolve_model
 
 
 def chat_command(
@@ -40,6 +39,7 @@ def chat_command(
 def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     """What a run was given for SFT, such as the model of the round before; None where it trains its own."""
     from applications.prefer import to_stderr
+    from training.kept_models import local_model
     from training.lineage import label_of
     from training.run_directory import RunDirectory
     from training.trust import require_yes
@@ -50,6 +50,6 @@ def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     config = RunDirectory(run).read_config()
     if not config.sft_model:
         return None
-    require_yes(run, of_models(config), trusts)
-    directory = resolve_model(config.sft_model, to_stderr)
+    require_yes(run, of_models(RunDirectory(run), config), trusts)
+    directory = local_model(RunDirectory(run), config.sft_model, to_stderr)
     return label_of(directory, config.sft_model), directory

@@ -1,7 +1,6 @@
 """The `rlhf-chat` command. Nothing heavy is imported before a command needs it."""
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,8 +14,12 @@ from applications.options import (
     Data,
     Debug,
     EvalData,
+    From,
     Fusion,
+    Json,
+    Method,
     Model,
+    Name,
     PlanFile,
     Processes,
     RewardModel,
@@ -26,7 +29,7 @@ from applications.options import (
     SFTModel,
     Trust,
 )
-from training.steps import COMPARED, METHODS, PPO, REWARD, SFT, Step
+from training.steps import COMPARED, PPO, REWARD, SFT, Step
 
 app = typer.Typer(
     name="rlhf-chat",
@@ -42,10 +45,6 @@ command = partial(app.command, cls=Command)
 
 app.add_typer(data_app, name="data")
 
-FOLLOWS = " or ".join(
-    f"{method} ({', then '.join(step.title for step in steps[1:])})" for method, steps in METHODS.items()
-)
-
 
 @app.callback()
 def rlhf_chat(
@@ -57,29 +56,12 @@ def rlhf_chat(
 @command()
 def run(
     model: Model = None,
-    from_: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="RUN",
-            help="Instead of --model: go on from RUN's newest model, with its settings, on --data or on the "
-            "preferences collected for it (docs/next_round.md). Default: none.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The run is runs/NAME, or a path with a / in it; default: MODEL's name, or after --from RUN "
-            "RUN-round2, RUN-round3 ...",
-        ),
-    ] = None,
+    from_: From = None,
+    name: Name = None,
     data: Data = None,
     eval_data: EvalData = None,
     reward_model: RewardModel = None,
-    method: Annotated[
-        str | None, typer.Option(metavar="METHOD", help=f"What follows step 1: {FOLLOWS}. Default: ppo, or the run's.")
-    ] = None,
+    method: Method = None,
     steps: Annotated[
         str | None,
         typer.Option(
@@ -129,6 +111,42 @@ def run(
         method,
         trust,
     )
+
+
+@command()
+def prepare(
+    model: Model = None,
+    from_: From = None,
+    name: Name = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    reward_model: RewardModel = None,
+    method: Method = None,
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    processes: Processes = None,
+    json_: Json = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """All of a run that needs the internet, and no training: for machines without it, which then need its directory.
+
+    rlhf-chat prepare --model opt-1.3b --name big
+
+    rlhf-chat run --name big
+    """
+    from applications.prepare import prepare_command
+
+    flags = {
+        "data": data or None,
+        "eval_data": eval_data or None,
+        "reward_model": reward_model,
+        "seed": seed,
+        "processes": processes,
+        "method": method,
+    }
+    prepare_command(model, from_, name, config, set_, flags, json_, trust)
 
 
 @command()

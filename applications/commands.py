@@ -1,6 +1,7 @@
 """What the commands do: options -> settings -> pipeline."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from applications.next_round import next_name
@@ -44,12 +45,7 @@ def pipeline_command(
         "plan": None if plan == AUTO else plan,
         "method": method,
     }
-    if parent is not None and model is not None:
-        raise UserError(f"--from {parent} says what to begin with, its newest model: leave --model {model} out.")
-    if model is None and config is None and name is None and parent is None:
-        raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
-    path = run_path(name or (next_name(parent) if parent else None), model)
-    settings = resolve_settings(model, config, overrides, flags, RunDirectory(path), parent)
+    path, settings = asked_for(model, parent, name, config, overrides, flags)
     asked = settings or RunDirectory(path).read_config()
     if plan and not any(step.draws_samples for step in asked.steps):
         raise UserError(f"--plan places the calls of step 3, which method {asked.method} does not have: leave it out.")
@@ -60,6 +56,23 @@ def pipeline_command(
         print_dry_run(asked, chosen, path)
         return
     execute(path, settings, chosen, trusts)
+
+
+def asked_for(
+    model: str | None,
+    parent: Path | None,
+    name: str | None,
+    config: list[Path] | None,
+    overrides: list[str] | None,
+    flags: Mapping[str, object],
+) -> tuple[Path, RunConfig | None]:
+    """The run's place and settings; None: it keeps its own."""
+    if parent is not None and model is not None:
+        raise UserError(f"--from {parent} says what to begin with, its newest model: leave --model {model} out.")
+    if model is None and config is None and name is None and parent is None:
+        raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
+    path = run_path(name or (next_name(parent) if parent else None), model)
+    return path, resolve_settings(model, config, overrides, flags, RunDirectory(path), parent)
 
 
 def run_path(name: str | None, model: str | None) -> Path:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from training.steps import METHODS
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -12,6 +14,29 @@ Model = Annotated[
         help="The pretrained model to begin with: a preset (tiny, smollm2-135m, opt-1.3b, ...), a model of the "
         "Hugging Face hub (owner/name) or a directory. Default: the run's own.",
     ),
+]
+From = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="RUN",
+        help="Instead of --model: go on from RUN's newest model, with its settings, on --data or on the "
+        "preferences collected for it (docs/next_round.md). Default: none.",
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The run is runs/NAME, or a path with a / in it; default: MODEL's name, or after --from RUN "
+        "RUN-round2, RUN-round3 ...",
+    ),
+]
+FOLLOWS = " or ".join(
+    f"{method} ({', then '.join(step.title for step in steps[1:])})" for method, steps in METHODS.items()
+)
+Method = Annotated[
+    str | None, typer.Option(metavar="METHOD", help=f"What follows step 1: {FOLLOWS}. Default: ppo, or the run's.")
 ]
 RewardModel = Annotated[
     str | None,

@@ -18,6 +18,7 @@ from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
 from training.data.rows import read_rows
 from training.evaluation.preferences import agreements, people
+from training.kept_models import local_model
 from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of
@@ -95,13 +96,13 @@ def find_model(target: Path, source: str, trusts: bool) -> LabelledModel:
         config = run.read_config()
         given = "" if source == "base" else config.given_model(step_of(source))
         if source == "base" or given:
-            require_yes(target, of_models(config), trusts)
+            require_yes(target, of_models(run, config), trusts)
         if source != "base":
-            directory = resolve_model(given, to_stderr) if given else run.require_model(step_of(source))
+            directory = local_model(run, given, to_stderr) if given else run.require_model(step_of(source))
             return LabelledModel(label_of(directory), directory)
         if not (base := base_model(config)):
             raise UserError(f"The base model of {target} is not known: name the base model itself.")
-        return LabelledModel(f"{target.resolve().name}/{source}", resolve_model(base, to_stderr))
+        return LabelledModel(f"{target.resolve().name}/{source}", local_model(run, base, to_stderr))
     path = Path(source).expanduser() if source else target
     if source and not path.exists():
         wanted = settings_for_model(source)["model"]

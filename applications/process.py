@@ -51,7 +51,7 @@ def main() -> None:
         sys.exit(EXIT_TERMINATED)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
-            trains = sys.argv[1:2] and sys.argv[1] in ("run", *(step.command for step in STEPS))
+            trains = sys.argv[1:2] and sys.argv[1] in ("run", "prepare", *(step.command for step in STEPS))
             goes_on = "; the same command goes on" if trains else ""
             print(f"\nrlhf-chat: stopped{goes_on}.", file=sys.stderr)
         raise

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from training.data.rows import read_rows
 from training.evaluation.guard_rails import KL, LENGTH, MOST_FREQUENT, PERPLEXITY, VARIETY
-from training.evaluation.panel import over_lexicon_of, pooled
+from training.evaluation.panel import Judged, PairMean, pooled
 from training.run_directory import RunDirectory
 from training.steps import METHODS, PPO, REWARD
 from training.versions import versions
@@ -115,6 +116,12 @@ def table(found: dict[int, dict[str, float]]) -> str:
         values = " | ".join(target.text(measured[key]) for measured in found.values())
         lines.append(f"| {target.label} | {target.bound} | {values} |")
     return "\n".join(lines)
+
+
+def over_lexicon_of(lines: Sequence[Any]) -> PairMean:
+    """Of lines that `write_scores` wrote."""
+    scores, lexicon = ([line[judge] for line in lines] for judge in ("learned", "lexicon"))
+    return Judged.of([line | {"ratings": [0]} for line in lines], scores, lexicon).over_lexicon()
 
 
 def main() -> int:

@@ -16,15 +16,16 @@ import csv
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.fused_replay import check, replay
 from training.gantt import Bar, Panel, gantt_svg
-from training.planner.fusion.baselines import interleaved_greedy, serial_1f1b
+from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.bound import ROUNDING
-from training.planner.fusion.instance import KINDS, MODELS, Instance, Pipeline
-from training.planner.fusion.replay import check, replay
-from training.planner.fusion.schedule import Schedule
+from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
+from training.planner.fusion.instance import FORWARD, KINDS, MODELS, Instance, Pipeline
+from training.planner.fusion.schedule import Schedule, timed
 from training.planner.fusion.search import SECONDS, Outcome, find_schedule
 
 SECONDS_TARGET, MEMORY_TARGET = 20, 1.10
@@ -204,6 +205,26 @@ def picture(result: Result) -> str:
     ]
     shown = {bar.kind for panel in panels for bars in panel.rows.values() for bar in bars}
     return gantt_svg(panels, {kind: colour for kind, colour in COLOURS.items() if kind in shown}, unit="units")
+
+
+def interleaved_greedy(instance: Instance) -> Schedule:
+    """Whatever is ready starts: backwards first, and of what else is equal the model with more work on a device.
+
+    As in RLHFuse's greedy schedule nothing holds forwards back, no memory cap either.
+    """
+    boundless = replace(instance, memory_cap=math.inf)
+    loop = EventLoop(boundless)
+    count = len(loop.time)
+    longest = max(loop.total) + 1
+    priority = []
+    for slot in range(count):
+        device, (model, kind) = slot // PER_DEVICE, divmod(slot % PER_DEVICE, PER_MODEL)
+        a, b = (instance.micro_batches(each) * sum(instance.times(each, device)) for each in range(2))
+        priority.append([2.0 * (kind == FORWARD) + (model != (a < b))] * longest)
+    rule = Rule(priority, [longest] * count, [[math.inf] * longest] * count)
+    state = loop.run(rule)
+    assert state is not None  # what is ready starts, so the devices cannot wait for each other
+    return timed(boundless, loop.orders(state))
 
 
 def main(arguments: list[str] | None = None) -> int:

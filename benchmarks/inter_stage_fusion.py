@@ -99,6 +99,12 @@ def measure(ranks: "Ranks", arguments: argparse.Namespace, directory: Path) -> d
     return {"costs": costs.as_dict(), "chosen": str(chosen), "pairs": pairs, "longest_alone": alone}
 
 
+def idle_seconds(spans: "list[Span]", start: float, end: float) -> float:
+    """Time of one rank in start .. end that no span but an idle one covers."""
+    busy = sum(max(0.0, min(span.end, end) - max(span.start, start)) for span in spans if span.kind != "idle")
+    return end - start - busy
+
+
 def calibrated(bench: Bench, off: "Choice", file: Path | None) -> "Costs":
     """Costs measured on pair 1 (pair 0 warms up), or those of another run."""
     from training.fusion.costs import Costs
@@ -131,7 +137,6 @@ def figures(pair: dict[str, Any], longest_alone: float) -> dict[str, float]:
 
 def idle_and_busy(spans: list[list["Span"]]) -> tuple[float, float, float]:
     """Rank-seconds of both between the first prompt and the last score, and the seconds between them."""
-    from training.fusion.timeline import idle_seconds
 
     rollout = [[span for span in rank if span.kind != "train"] for rank in spans]
     start = min(span.start for rank in rollout for span in rank)

@@ -26,6 +26,7 @@ from applications.launch import run_on_ranks
 from applications.plan import searched
 from applications.plan_request import Request, request_of
 from benchmarks import our_ppo, work
+from benchmarks.calibration import fit
 from benchmarks.ppo_iteration import machine
 from benchmarks.turns import wait_until_quiet
 from benchmarks.work import LENGTHS, PROMPT_TOKENS, SAMPLES, SIZES
@@ -33,7 +34,6 @@ from training.config import RunConfig
 from training.plan import Plan
 from training.plan_file import from_blocks, mesh_text, to_blocks
 from training.planner import profile
-from training.planner.calibration import fit
 from training.planner.hardware import Calibration
 from training.planner.machine import MachineProfile
 from training.planner.options import Options, meshes
@@ -79,9 +79,9 @@ class Work:
         prior = replace(measured.calibration, controller_seconds=OVERHEAD)
 
         def predict(calibration: Calibration) -> list[float]:
-            return [self.forecast(plan, measured.calibrated(calibration))["iteration"] for plan in plans]
+            return [self.forecast(plan, replace(measured, calibration=calibration))["iteration"] for plan in plans]
 
-        return measured.calibrated(fit(predict, seconds, prior, PULL))
+        return replace(measured, calibration=fit(predict, seconds, prior, PULL))
 
 
 def drawn(request: Request, count: int, seed: int) -> list[Plan]:

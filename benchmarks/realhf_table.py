@@ -17,8 +17,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.calibration import fit
 from training.planner.augmented import AugmentedGraphs
-from training.planner.calibration import fit
 from training.planner.cost import CallCosts
 from training.planner.estimate import estimate
 from training.planner.graph import DataflowGraph

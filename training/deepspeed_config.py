@@ -45,6 +45,7 @@ def deepspeed_config(settings: OptimizerSettings, dtype: torch.dtype, trained: b
 
 
 def effective_zero_stage(settings: OptimizerSettings, dtype: torch.dtype) -> int:
-    """bf16 with fp32 master weights and gradient sums needs stage 1: DeepSpeed keeps them from there on; with one rank
-    the two stages are the same."""
-    return max(settings.zero_stage, 1) if dtype == torch.bfloat16 and settings.master_weights else settings.zero_stage
+    """16 bits with fp32 master weights need stage 1: from there on DeepSpeed keeps sums of gradients in fp32, and a
+    state that other numbers of ranks can read; with one rank the two stages are the same. fp16 always has masters."""
+    has_masters = dtype == torch.float16 or (dtype == torch.bfloat16 and settings.master_weights)
+    return max(settings.zero_stage, 1) if has_masters else settings.zero_stage

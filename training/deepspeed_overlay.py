@@ -113,6 +113,11 @@ def require_used(name: str, settings: OptimizerSettings, dtype: torch.dtype) -> 
     zero = overlay.get("zero_optimization", {})
     if zero and stage == 0:
         raise UserError(f"{name}: DeepSpeed ignores 'zero_optimization' at zero_stage=0; set zero_stage to 1, 2 or 3.")
+    if zero.get("round_robin_gradients"):
+        raise UserError(
+            f"{name}: with 'zero_optimization.round_robin_gradients' DeepSpeed takes one weight for another where it "
+            f"is asked for them; leave it out."
+        )
     for key, value in zero.items():
         if key.startswith("stage3_") and stage < 3:
             raise UserError(f"{name}: DeepSpeed ignores 'zero_optimization.{key}' below zero_stage=3.")

@@ -50,7 +50,8 @@ def changed_inputs(run: RunDirectory, config: RunConfig) -> list[str]:
 
 def paths_of(config: RunConfig) -> dict[str, list[Path]]:
     own = [] if config.data.source == EMBEDDED_DATA else config.data.sources
-    sources = [parse_source(text) for text in (*own, *config.data.eval_sources)]
+    mixed = [config.rlhf.ptx.source] if config.rlhf.ptx.coefficient and config.rlhf.ptx.source else []
+    sources = [parse_source(text) for text in (*own, *config.data.eval_sources, *mixed)]
     file = config.rlhf.reward_function.rpartition(":")[0]
     models = [config.model, config.reward_model, config.sft_model, config.trained_reward_model]
     return {

@@ -50,7 +50,7 @@ def first_machine(launcher: str, size: str) -> str:
             f"{launcher} started {size} processes on several machines and does not say where they meet: "
             f"set MASTER_ADDR to the first machine and MASTER_PORT to a free port, or use torchrun."
         )
-    machine = re.sub(r"\[(\w+)[^]]*]", r"\1", re.match(r"(?:\[[^]]*]|[^,[])*", nodes)[0])
+    machine = re.sub(r"\[(\w+)[^]]*]", r"\1", re.split(r",(?![^[]*])", nodes)[0])
     try:
         socket.getaddrinfo(machine, None)
     except OSError as error:

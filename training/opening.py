@@ -68,7 +68,7 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
         parent = RunDirectory(Path(config.data.parent))
         require_yes(parent.path, inherited(parent, wanted), trusts)
     for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
-        require_yes(parent.path, shared(of_models(parent.read_config()), wanted), trusts)
+        require_yes(parent.path, shared(of_models(parent, parent.read_config()), wanted), trusts)
     if config != stored:
         refuse_secret(config.rlhf.reward_url)
         run.write_config(config, versions())

@@ -22,6 +22,11 @@ OWN_WEIGHTS = (
 """Where DeepSpeed's optimisers keep this rank's part of the weights; its public functions give one parameter at a
 time, through collectives. DeepSpeed 0.19.8."""
 
+READ_WEIGHTS = ("parallel_partitioned_bit16_groups", "bf16_partitioned_groups")
+"""Where those of ZeRO 1 and 2 keep what forward passes read, each rank's part of it. DeepSpeed 0.19.8."""
+GATHERED = 2**20
+"""Values of each rank in one collective."""
+
 
 def without_shared_memory(deepspeed: Any) -> None:
     """DeepSpeed compiles a shared-memory all-reduce on first use on a CPU: half a minute and a C++ compiler that a
@@ -125,9 +130,14 @@ def own_run(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int, int, int
 
 def refresh_weights(optimizer: Any) -> None:
     """After `own_weights` were written, at ZeRO stage 1 to 3: what forward passes read follows. All ranks call it.
-    DeepSpeed does the same after a step and after it has loaded. DeepSpeed 0.19.8."""
+    DeepSpeed does the same after a step, but below stage 3 it gathers all weights at once. DeepSpeed 0.19.8."""
     if not hasattr(optimizer, OWN_WEIGHTS[0]):
-        return optimizer.update_lp_params()
+        name = next(name for name in READ_WEIGHTS if hasattr(optimizer, name))
+        for parts, own in zip(getattr(optimizer, name), own_weights(optimizer), strict=True):
+            parts[dist.get_rank()].data.copy_(own.data)
+            for chunks in zip(*(part.data.split(GATHERED) for part in parts), strict=True):
+                dist.all_gather(list(chunks), chunks[dist.get_rank()])
+        return
     optimizer.checkpoint_event_prologue()  # small parameters, which stand whole on every rank, are divided
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)

@@ -1,7 +1,7 @@
 """Where everything of a run lies, and the promise that files appear whole or not at all.
 
 runs/<name>/
-  config.yaml  starts.jsonl  data/  evaluation.json  comparison.jsonl  report.html  preferences.jsonl
+  config.yaml  starts.jsonl  data/  models/  tokens/  evaluation.json  comparison.jsonl  report.html  preferences.jsonl
   step1_sft/  step2_reward/  step3_rlhf/  (or step2_dpo/ with evaluation_dpo.json, comparison_dpo.jsonl; steps.py)
     model/  checkpoints/N/  best/N/  metrics.jsonl  samples.jsonl  log.txt  result.json (written last: the step is done)
 """
@@ -41,6 +41,11 @@ class RunDirectory:
     @property
     def data(self) -> Path:
         return self.path / "data"
+
+    @property
+    def tokens(self) -> Path:
+        """Of its rows (training/data/token_cache.py)."""
+        return self.path / "tokens"
 
     @property
     def inputs_file(self) -> Path:

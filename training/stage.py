@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.disk import writing
-from inference.model_store import resolve_model
 from inference.redaction import RedactedLines
 from training.checkpoints import Checkpoints
 from training.checks import require_positions
@@ -23,8 +22,9 @@ from training.config import RunConfig
 from training.data.prepare import COUNTS_FILE, prepare_data
 from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache, TokenRows
-from training.data.token_pairs import PARTS, TokenPair, left_out
+from training.data.token_pairs import TokenPair, left_out
 from training.distributed import Ranks
+from training.kept_models import local_model
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -34,7 +34,7 @@ from training.models.loading import (
 )
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
-from training.steps import Step
+from training.steps import PAIRS, Step, TrainingRows
 from training.termination import TERMINATION, Terminated
 from training.tracking import metrics_journal
 
@@ -75,9 +75,9 @@ class Stage:
         """The local directory of a model; the first rank fetches it, then one of each other node, the others wait."""
         for fetches in (self.ranks.is_first, self.ranks.is_first_of_node):
             if fetches:
-                resolve_model(source, self.display.say)
+                local_model(self.run, source, self.display.say)
             self.ranks.barrier(f"fetching {source}")
-        directory = resolve_model(source, lambda line: None)
+        directory = local_model(self.run, source, lambda line: None)
         require_positions(source, directory, self.config.data)
         return directory
 
@@ -110,9 +110,9 @@ class Stage:
         train, held_out = map(read_rows, files)
         return train, held_out
 
-    def tokens(self, rows: list[dict], parts: tuple[str, ...], chat_format: ChatFormat) -> TokenRows:
-        """The tokens of each row's `parts` (`prompt`, keys of answers); the first rank makes them, all read them."""
-        cache = TokenCache(self.run.path / "tokens", rows, parts, chat_format, self.config.data)
+    def tokens(self, rows: list[dict], kind: TrainingRows, chat_format: ChatFormat) -> TokenRows:
+        """The tokens of each row's texts; the first rank makes them, all read them."""
+        cache = TokenCache(self.run.tokens, rows, kind.parts, chat_format, self.config.data)
         if self.ranks.is_first:
             cache.fill(self.display)
         self.ranks.barrier("making tokens of the rows")
@@ -121,7 +121,7 @@ class Stage:
 
     def token_pairs(self, rows: list[dict], chat_format: ChatFormat) -> list[TokenPair]:
         """Rows of pairs as tokens, without those that differ only beyond data.max_response_tokens."""
-        tokens = self.tokens(rows, PARTS, chat_format)
+        tokens = self.tokens(rows, PAIRS, chat_format)
         pairs = [TokenPair.of(*each, place) for place, each in enumerate(zip(rows, tokens, strict=True))]
         kept = [pair for pair in pairs if pair.differs]
         if len(kept) < len(pairs):

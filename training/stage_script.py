@@ -102,6 +102,7 @@ def run_preparation() -> int:
     parser = argparse.ArgumentParser(description="Fetch the models and make the data of a run.")
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("steps", nargs="*", help="those that follow now, as sft; default: all of the run")
+    parser.add_argument("--elsewhere", action="store_true", help="put into the run what they need there")
     add_trust(parser)
     arguments = parser.parse_args()
     run = RunDirectory(arguments.run_directory)
@@ -111,7 +112,7 @@ def run_preparation() -> int:
         if PARENT_VARIABLE not in os.environ:
             require_yes(run.path, of_training(run, config), arguments.trust)
         steps = [step for step in STEPS if step.command in arguments.steps]
-        prepare(config, run, config.processes, Display(log=run.log_file).say, steps)
+        prepare(config, run, config.processes, Display(log=run.log_file).say, steps, arguments.elsewhere)
         record_start(run, "preparation", config, 1)
 
     return end_in_sentences(body, run.error_file)

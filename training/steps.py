@@ -17,11 +17,15 @@ class TrainingRows:
     unit: str
     answers: int
     """Answers that a forward pass reads for one row."""
+    parts: tuple[str, ...]
+    """Keys of the texts that become tokens."""
 
 
-DEMONSTRATIONS = TrainingRows("sft", "prompts with a response, or messages", "rows", 1)
-PAIRS = TrainingRows("pairs", "prompts with a chosen and a rejected response", "pairs", 2)
-PROMPTS = TrainingRows("prompts", "prompts", "samples", 1)
+DEMONSTRATIONS = TrainingRows("sft", "prompts with a response, or messages", "rows", 1, ("prompt", "response"))
+PAIRS = TrainingRows(
+    "pairs", "prompts with a chosen and a rejected response", "pairs", 2, ("prompt", "chosen", "rejected")
+)
+PROMPTS = TrainingRows("prompts", "prompts", "samples", 1, ("prompt",))
 
 
 @dataclass(frozen=True)

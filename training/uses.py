@@ -7,8 +7,10 @@ from pathlib import Path
 
 from inference.model_store import TINY
 from training.config import EMBEDDED_DATA, RunConfig
+from training.data.rows import DEMONSTRATIONS_FILE
 from training.data.sources import parse_source
 from training.inputs import code_files
+from training.kept_models import kept_model
 from training.lineage import base_model, reward_model_before
 from training.paths import MODELS
 from training.run_directory import RunDirectory
@@ -22,7 +24,7 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
     return [
         *of_reading(run.path),
         *of_rewards(run, config),
-        *of_models(config),
+        *of_models(run, config),
         *of_data(run, config),
         *of_trackers(run, config),
         *(
@@ -46,12 +48,12 @@ def shared(theirs: Iterable[Use], ours: Iterable[Use]) -> list[Use]:
 
 def of_evaluation(run: RunDirectory, config: RunConfig, judge: str) -> list[Use]:
     """Of `eval`: the reward function and the address only where they judge."""
-    return [*of_reading(run.path), *(of_rewards(run, config) if judge == "reward" else ()), *of_models(config)]
+    return [*of_reading(run.path), *(of_rewards(run, config) if judge == "reward" else ()), *of_models(run, config)]
 
 
 def of_looking(run: RunDirectory, config: RunConfig) -> list[Use]:
     """Of `data show` and `data lint`."""
-    return [*of_reading(run.path), *of_models(config), *of_data(run, config)]
+    return [*of_reading(run.path), *of_models(run, config), *of_data(run, config)]
 
 
 def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
@@ -62,11 +64,12 @@ def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
         yield Use(f"send prompts and answers to {config.rlhf.reward_url}", "rlhf.reward_url")
 
 
-def of_models(config: RunConfig) -> Iterator[Use]:
+def of_models(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
     """Models of the hub; no code of a model is ever run, so that one on this machine needs no yes."""
     named = [(setting, getattr(config, setting)) for setting in MODELS]
     for setting, name in [*named, ("model", base_model(config)), ("trained_reward_model", reward_model_before(config))]:
-        if name and name != TINY and not name.startswith("package:") and not Path(name).is_absolute():
+        is_here = name.startswith("package:") or Path(name).is_absolute() or kept_model(run, name).is_dir()
+        if name and name != TINY and not is_here:
             yield Use(f"fetch the model {name} from the hub", setting)
 
 
@@ -76,7 +79,8 @@ def of_data(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
 
     named = [("data.source", config.data.sources), ("data.eval_source", config.data.eval_sources)]
     sources = [(key, text) for key, texts in named for text in texts if not (run.data / COUNTS_FILE).exists()]
-    sources += [("rlhf.ptx.source", config.rlhf.ptx.source)] if config.rlhf.ptx.coefficient else []
+    mixes = config.rlhf.ptx.coefficient and not (run.data / DEMONSTRATIONS_FILE).exists()
+    sources += [("rlhf.ptx.source", config.rlhf.ptx.source)] if mixes else []
     for setting, text in sources:
         if text and text != EMBEDDED_DATA:
             source = parse_source(text)

@@ -61,6 +61,7 @@ def test_a_plan_has_stages_of_its_own():
         ),
         ("{zero_optimization: {overlap_comm: perhaps}}", 1, "does not take 'zero_optimization.overlap_comm'"),
         ("{zero_optimization: {stage3_max_live_parameters: 9}}", 2, "below zero_stage=3"),
+        ("{zero_optimization: {round_robin_gradients: true}}", 2, "takes one weight for another .*; leave it out"),
         ("{zero_optimization: {offload_optimizer: {device: cpu}}}", 1, "the setting is offload"),
         ("{zero_optimization: {offload_optimizer: {pin_memry: true}}}", 3, "the setting is offload"),
         ("{zero_optimization: {cpu_offload: true}}", 3, "the setting is offload"),

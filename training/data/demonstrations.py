@@ -1,20 +1,24 @@
 """The demonstrations that PPO-ptx mixes into step 3: those of step 1, or another file of the user's."""
 
+import json
 from pathlib import Path
 from typing import cast
 
 from inference.chat_format import ChatFormat
+from inference.disk import write_text
 from inference.errors import UserError
 from training.config import RunConfig
 from training.data.reading import read_sources
-from training.data.rows import SFTRow, read_rows
+from training.data.rows import DEMONSTRATIONS_FILE, SFTRow, read_rows
 from training.data.split import opening
 
 
 def demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat | None = None) -> list[SFTRow]:
     """Rows with a prompt and a response, from `rlhf.ptx.source` (without the questions that the run holds out) or the
-    run's `data`. Raises UserError without any."""
-    source = config.rlhf.ptx.source
+    run's `data`, which keeps the former once they were read. Raises UserError without any."""
+    source, kept = config.rlhf.ptx.source, data / DEMONSTRATIONS_FILE
+    if source and kept.exists():
+        return cast(list[SFTRow], read_rows(kept))
     if source:
         given = config.data.model_copy(update={"source": source, "limit": 0})
         (read,) = read_sources(given, lambda _: None, chat_format)
@@ -28,3 +32,10 @@ def demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat | None
             f"file that has in rlhf.ptx.source, or set rlhf.ptx.coefficient=0."
         )
     return rows
+
+
+def keep_demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat) -> None:
+    """Raise UserError without any; those of another file are put beside the run's own, and not read anew."""
+    rows, kept = demonstrations(config, data, chat_format), data / DEMONSTRATIONS_FILE
+    if config.rlhf.ptx.source and not kept.exists():
+        write_text(kept, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -87,6 +87,8 @@ class RowSets:
 NO_STEP = ("panel", "steps_share")
 PANEL_FILE = "panel.jsonl"
 """Of the panel's rows beside those of the steps, where there are some."""
+DEMONSTRATIONS_FILE = "demonstrations.jsonl"
+"""Of those that rlhf.ptx.source names."""
 
 
 def write_rows(file: Path, rows: Sequence[Row | PanelRow]) -> None:

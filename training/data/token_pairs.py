@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PARTS = ("prompt", "chosen", "rejected")
-"""Of a row of pairs that become tokens."""
 LENGTH_BUCKETS = (8, 16, 32, 64, 128, 256)
 """Pairs are counted by the tokens of the longer answer: up to so many, from the bucket before on."""
 
@@ -27,7 +25,7 @@ class TokenPair:
 
     @classmethod
     def of(cls, row: dict[str, Any], tokens: Sequence[Tensor], place: int = 0) -> "TokenPair":
-        """Of a row and the tokens of its PARTS."""
+        """Of a row and the tokens of its texts."""
         prompt, chosen, rejected = tokens
         return cls(prompt, chosen, rejected, row.get("held_out_question", False), place)
 

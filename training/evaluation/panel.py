@@ -178,12 +178,6 @@ def rows_to_score(rows: Sequence[Any], chat_format: ChatFormat, data: DataSettin
     return [encode(chat_format, row["prompt"], row["response"], data) for row in rows]
 
 
-def over_lexicon_of(lines: Sequence[Any]) -> PairMean:
-    """Of lines that `write_scores` wrote."""
-    scores, lexicon = ([line[judge] for line in lines] for judge in ("learned", "lexicon"))
-    return Judged.of([line | {"ratings": [0]} for line in lines], scores, lexicon).over_lexicon()
-
-
 def pooled(means: Sequence[PairMean], texts: Sequence[Sequence[Hashable]]) -> PairMean:
     """The mean of several runs' means; `texts` names those of each run, for one text's errors go together."""
     by_text: dict[Hashable, float] = defaultdict(float)

@@ -81,9 +81,6 @@ class RewardModel:
             )
         return [found[key] for key in keys]
 
-    def scores_of(self, answers: Answers) -> list[float]:
-        return self.scores(answers.rows(self.chat_format, self.stage.config.data, to_score=True))
-
     def scores_of_both(self, theirs: Answers, ours: Answers) -> tuple[list[float], list[float]]:
         """Of two models' answers; one that both gave has one score, so it is a tie."""
         first, second = (

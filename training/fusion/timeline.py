@@ -42,9 +42,3 @@ class Timeline:
 
     def seconds(self, kind: str) -> float:
         return sum(span.end - span.start for span in self.spans if span.kind == kind)
-
-
-def idle_seconds(spans: list[Span], start: float, end: float) -> float:
-    """Time of one rank in start .. end that no span but an idle one covers."""
-    busy = sum(max(0.0, min(span.end, end) - max(span.start, start)) for span in spans if span.kind != "idle")
-    return end - start - busy

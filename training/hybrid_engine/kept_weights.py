@@ -58,6 +58,6 @@ class KeptWeights:
         if self.engine is None:
             return
         self.kept = {
-            kind: [torch.empty_like(each, device="cpu") for each in tensors] for kind, tensors in self._present.items()
+            kind: [torch.zeros_like(each, device="cpu") for each in tensors] for kind, tensors in self._present.items()
         }
         self.engine.read(directory, self.kept)

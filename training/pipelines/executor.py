@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.distributed import PATIENCE, Ranks
-from training.pipelines.orders import Event, Operation, Orders, Pipelines, timeline
+from training.pipelines.orders import Event, Operation, Orders, Pipelines
 from training.planner.fusion.instance import FORWARD
 
 POLLED = 0.001
@@ -90,7 +90,7 @@ def execute(
     each other; one role's forward passes alone run one way, and a stage that is ahead of the next waits for it.
     """
     order = orders.by_rank.get(rank, ())
-    _require_counts(orders, {(rank, role): work for role, work in works.items()})
+    _require_counts(orders, rank, works)
 
     def post(operation: Operation) -> Callable[[], Tensor | None]:
         link = links[operation.role].sources.get(operation.kind)
@@ -130,25 +130,8 @@ def _most_sends(orders: Orders, operations: int) -> int:
     return only.stages + 1 if len(orders.roles) == 1 and only.kinds == (FORWARD,) else operations
 
 
-def play(orders: Orders, works: Mapping[tuple[int, str], Work], seconds: Callable[[int, Operation], float]) -> None:
-    """The same on all ranks in this one process, in the sequence of the orders' `timeline`; works by rank and role."""
-    _require_counts(orders, works)
-    messages: dict[tuple[int, Operation], Tensor] = {}
-    for event in timeline(orders, seconds):
-        rank, operation = event.rank, event.operation
-        work, pipelines = works[rank, operation.role], orders.roles[operation.role]
-        received = None
-        if pipelines.source(rank, operation.kind) is not None:
-            received = work.room(operation.micro_batch).copy_(messages.pop((rank, operation)))
-        result = _compute(work, operation, received)
-        target = pipelines.target(rank, operation.kind)
-        if target is not None:
-            assert result is not None, f"{operation} has given nothing to send"
-            messages[target, operation] = result.detach()
-
-
-def _require_counts(orders: Orders, works: Mapping[tuple[int, str], Work]) -> None:
-    for (rank, role), work in works.items():
+def _require_counts(orders: Orders, rank: int, works: Mapping[str, Work]) -> None:
+    for role, work in works.items():
         needed = orders.roles[role].micro_batches
         if work.count != needed:
             raise ValueError(f"rank {rank} has {work.count} micro-batches of {role}, and its orders are of {needed}")

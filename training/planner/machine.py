@@ -32,10 +32,6 @@ class MachineProfile:
     def cluster(self) -> Cluster:
         return Cluster(self.device, 1, self.ranks, calibration=self.calibration)
 
-    def calibrated(self, calibration: Calibration) -> "MachineProfile":
-        """The same device with other constants."""
-        return replace(self, calibration=calibration)
-
     def to_yaml(self) -> str:
         values = asdict(self) | {"device": asdict(self.device) | {"peak_flops": dict(self.device.peak_flops)}}
         return HEADER + yaml.safe_dump(values | {"measured_on": dict(self.measured_on)}, sort_keys=False)

@@ -62,13 +62,3 @@ def list_schedule(nodes: Sequence[Node], iterations: int = ITERATIONS) -> Schedu
             ends[node.name, iteration] = last_end[node.name] = end
             intervals.append(Interval(node, iteration, start, end))
     return Schedule(tuple(intervals), iterations)
-
-
-def critical_path(nodes: Sequence[Node], iterations: int = ITERATIONS) -> float:
-    """Seconds of the longest chain of nodes that wait for each other, were every node alone on its ranks."""
-    ends: dict[tuple[str, int], float] = {}
-    for iteration in range(iterations):
-        for node in nodes:
-            ready = max((ends.get((a.name, iteration - a.iterations_back), 0.0) for a in node.after), default=0.0)
-            ends[node.name, iteration] = ready + node.seconds
-    return max(ends.values())

@@ -4,21 +4,23 @@ Models and data are fetched, and what can be known before anything trains is ref
 """
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.model_store import resolve_model
 from training.checks import require_fitting, require_processes
 from training.config import RunConfig
-from training.data.demonstrations import demonstrations
+from training.data.demonstrations import keep_demonstrations
 from training.data.prepare import prepare_data
 from training.data.rows import read_rows, require_rows
+from training.data.token_cache import TokenCache
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.inputs import inputs_of
+from training.kept_models import keep_models, local_model
 from training.lineage import sources_of, trained_elsewhere
 from training.models.loading import (
     require_causal_lm,
@@ -35,9 +37,17 @@ from training.tracking import require_packages
 Say = Callable[[str], None]
 
 
-def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, steps: Sequence[Step] = ()) -> None:
+def prepare(
+    config: RunConfig,
+    run: RunDirectory,
+    processes: int,
+    say: Say,
+    steps: Sequence[Step] = (),
+    elsewhere: bool = False,
+) -> None:
     """Fill the run's data/. `processes` is how many will train, on all nodes together, and `steps` what follows now;
-    empty: all of the run. Raises UserError.
+    empty: all of the run. If they train `elsewhere`, this machine need not be fit for it, and what they would fetch or
+    make of the rows there is put into the run. Raises UserError.
     """
     trained_now, steps = steps, steps or config.steps
     require_packages(config)
@@ -45,9 +55,10 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, step
     if warning := config.idle_warning(processes):
         say(warning)
     if not run.data.exists():  # a run that began before such keys were refused goes on as it did
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        has_gpu = torch.cuda.is_available() or (elsewhere and config.dtype == "fp16")
+        device = torch.device("cuda" if has_gpu else "cpu")
         require_overlays(config, resolve_dtype(config.dtype, device))
-    chat_format = prepare_models(config, processes, say)
+    chat_format = prepare_models(config, run, processes, say)
     rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu"))) if config.method == "ppo" else None
     inputs = None if run.inputs_file.exists() else inputs_of(config)  # before they are read
     are_there = run.data.exists()
@@ -64,22 +75,37 @@ def prepare(config: RunConfig, run: RunDirectory, processes: int, say: Say, step
     if inputs is not None:
         write_json(run.inputs_file, inputs)
     if rewards is not None and rewards.sources:
-        needed = any(step.draws_samples for step in steps)
+        needed = not elsewhere and any(step.draws_samples for step in steps)
         before = [str(place) for place, step in enumerate(config.steps, 1) if not step.draws_samples]
         without = f" To begin without it, train what comes before: --steps {','.join(before)}." * (len(steps) > 1)
         try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say, needed, without)
     if config.rlhf.ptx.coefficient:
-        demonstrations(config, run.data, chat_format)
+        keep_demonstrations(config, run.data, chat_format)
+    if elsewhere:
+        keep_models(run, config, say)
+        make_tokens(config, run, chat_format, say, steps)
 
 
-def prepare_models(config: RunConfig, processes: int, say: Say) -> ChatFormat:
+def make_tokens(config: RunConfig, run: RunDirectory, chat_format: ChatFormat, say: Say, steps: Sequence[Step]) -> None:
+    """Those that the steps read, where they would be kept."""
+    for step in steps:
+        for file, most in (("train", None), ("eval", getattr(config.of_step(step), "eval_rows", 0))):
+            rows = read_rows(run.data / f"{step.rows.name}_{file}.jsonl", most) if most != 0 else []
+            cache = TokenCache(run.tokens, rows, step.rows.parts, chat_format, config.data)
+            begun, was_there = time.monotonic(), cache.file.exists()
+            cache.fill()
+            if cache.file.exists() and not was_there:
+                say(f"Made the tokens of {len(rows):,} rows for {step.title} in {time.monotonic() - begun:.0f} s.")
+
+
+def prepare_models(config: RunConfig, run: RunDirectory, processes: int, say: Say) -> ChatFormat:
     """Fetch the models, which must fit the settings and each other. Returns the actor's format, which all steps use."""
-    actor = resolve_model(config.actor_source, say)
+    actor = local_model(run, config.actor_source, say)
     require_causal_lm(actor, config.actor_source)
     chat_format = ChatFormat.load(actor)
     scorer = None
     if config.needs_scorer:
-        scorer = resolve_model(config.scorer_source, say)
+        scorer = local_model(run, config.scorer_source, say)
         trained = bool(config.trained_reward_model)
         require_scorer(scorer, config.scorer_source, trained, config.scorer_layers)
         require = require_same_format if trained else require_same_tokens  # one that is to be trained learns to read

@@ -14,9 +14,9 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
+from training.steps import DEMONSTRATIONS
 from training.supervised import count_updates, fit
 
-PARTS = ("prompt", "response")
 FIRST_ANSWER_TOKENS = 32
 
 
@@ -28,7 +28,7 @@ def train(stage: Stage) -> None:
     for note in chat_format.notes:
         stage.display.say(note)
     rows, held_out = stage.rows(chat_format)
-    encoded = within_budget(stage.tokens(rows, PARTS, chat_format), settings.token_budget)
+    encoded = within_budget(stage.tokens(rows, DEMONSTRATIONS, chat_format), settings.token_budget)
     total = count_updates(len(encoded), settings)
 
     dtype, with_weights = loads(settings.optimizer.zero_stage, stage.dtype, stage.ranks)
@@ -38,7 +38,7 @@ def train(stage: Stage) -> None:
     if stage.ranks.is_first and fits and not stage.checkpoints.numbers():
         say_first_answer(stage, policy.to(stage.ranks.device), chat_format, (held_out or rows)[0])
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
-    evaluated = stage.tokens(held_out[: settings.eval_rows], PARTS, chat_format)
+    evaluated = stage.tokens(held_out[: settings.eval_rows], DEMONSTRATIONS, chat_format)
     task = SFTTask(stage, engine, encoded, evaluated)
     evaluation = fit(stage, task, settings, total)
 

@@ -36,7 +36,7 @@ from training.step3_rlhf.roles import Roles, starting_scorer
 from training.step3_rlhf.rollout import Rollouts
 from training.step3_rlhf.update import Batch, Update, Updates
 from training.step3_rlhf.watch import Watch
-from training.steps import SFT
+from training.steps import PROMPTS, SFT
 
 
 def train(stage: Stage) -> None:
@@ -45,7 +45,7 @@ def train(stage: Stage) -> None:
     sft, scorer = stage.earlier_model(SFT), starting_scorer(stage)
     chat_format = stage.chat_format(sft, scorer)
     rows, held_out = stage.rows(chat_format)
-    prompts = [prompt for (prompt,) in stage.tokens(rows, ("prompt",), chat_format)]
+    prompts = [prompt for (prompt,) in stage.tokens(rows, PROMPTS, chat_format)]
 
     per_iteration = settings.ppo_epochs * settings.mini_batches
     actor_iterations = settings.iterations - settings.critic_warmup

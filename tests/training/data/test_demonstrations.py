@@ -6,7 +6,7 @@ import pytest
 
 from inference.errors import UserError
 from training.config import RunConfig
-from training.data.demonstrations import demonstrations
+from training.data.demonstrations import demonstrations, keep_demonstrations
 
 
 def config(**ptx) -> RunConfig:
@@ -38,3 +38,12 @@ def test_questions_that_the_run_holds_out_are_not_trained_on(tmp_path):
     other.write_text("".join(json.dumps({"prompt": p, "response": "d"}) + "\n" for p in ("what is  tea", "x")))
     found = demonstrations(config(source=str(other)), tmp_path)
     assert [row["prompt"][0]["content"] for row in found] == ["x"]
+
+
+def test_those_of_another_file_are_kept_with_the_run(tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "x", "response": "d"}')
+    (data := tmp_path / "data").mkdir()
+    keep_demonstrations(config(source=str(other)), data, None)
+    other.unlink()
+    assert [row["prompt"][0]["content"] for row in demonstrations(config(source=str(other)), data)] == ["x"]

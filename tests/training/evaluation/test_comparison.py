@@ -137,7 +137,8 @@ def test_rewards_are_scaled_scores_at_the_last_token(stage, finished):
         with torch.no_grad():
             hidden = plain.model(ids[None]).last_hidden_state[0, -1]
             expected.append((float(plain.score(hidden)) - 0.5) / 2.0)
-    assert RewardModel(stage, finished.step(REWARD).model).scores_of(ours) == pytest.approx(expected, abs=1e-5)
+    scores, _ = RewardModel(stage, finished.step(REWARD).model).scores_of_both(ours, ours)
+    assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def plain_scores(directory, prompts, responses) -> list[float]:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -12,7 +13,7 @@ from training.models.policy import Policy
 from training.models.scorer import Scorer
 from training.pipelines.cut import StageCut
 from training.pipelines.executor import Work
-from training.pipelines.orders import Operation, Orders, Pipelines
+from training.pipelines.orders import Operation, Orders, Pipelines, timeline
 from training.pipelines.stage_model import held_weights, keep_stage
 from training.planner.fusion.instance import BACKWARD, FORWARD
 
@@ -187,3 +188,20 @@ class ModelWork(Work):
 
     def gradients(self):
         return {name: weight.grad for name, weight in held_weights(self.model.model).items()}
+
+
+def play(orders: Orders, works: Mapping[tuple[int, str], Work], seconds: Callable[[int, Operation], float]) -> None:
+    """What `execute` does, on all ranks in this one process, in the sequence of the orders' `timeline`; works by rank
+    and role."""
+    messages: dict[tuple[int, Operation], torch.Tensor] = {}
+    for event in timeline(orders, seconds):
+        rank, operation = event.rank, event.operation
+        work, pipelines = works[rank, operation.role], orders.roles[operation.role]
+        received = None
+        if pipelines.source(rank, operation.kind) is not None:
+            received = work.room(operation.micro_batch).copy_(messages.pop((rank, operation)))
+        step = work.forward if operation.kind == FORWARD else work.backward
+        result = step(operation.micro_batch, received)
+        target = pipelines.target(rank, operation.kind)
+        if target is not None:
+            messages[target, operation] = result.detach()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import realhf_table
+from benchmarks.calibration import PRIOR, fit
 from benchmarks.realhf_table import SHAPES, calibrate, calibration_experiment, read_rows
-from training.planner.calibration import PRIOR, fit
 from training.planner.hardware import Calibration
 
 FILE = Path(__file__).parents[2] / "data" / "realhf_v1_iteration_times.csv"

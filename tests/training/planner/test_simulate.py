@@ -1,15 +1,16 @@
 """Two evaluators that share nothing but plan and costs; bounds; a schedule by hand."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
+from tests.training.planner.events import makespan_by_events
 from training.calls import ACTOR_TRAIN
 from training.planner.augmented import After, AugmentedGraphs, Node
 from training.planner.estimate import estimate
-from training.planner.events import makespan_by_events
 from training.planner.graph import DataflowGraph
-from training.planner.simulate import critical_path, list_schedule
+from training.planner.simulate import ITERATIONS, list_schedule
 
 
 def node(name: str, seconds: float, ranks: set[int], *after: After) -> Node:
@@ -82,3 +83,13 @@ def test_an_estimate_adds_the_controllers_time(two_nodes, random_plans):
     found = estimate(random_plans[0], two_nodes)
     assert found.iteration_seconds == pytest.approx(found.schedule.makespan / 5 + 6 * 0.01)
     assert found.peak_bytes == max(memory.peak("device") for memory in found.memory.values())
+
+
+def critical_path(nodes: Sequence[Node], iterations: int = ITERATIONS) -> float:
+    """Seconds of the longest chain of nodes that wait for each other, were every node alone on its ranks."""
+    ends: dict[tuple[str, int], float] = {}
+    for iteration in range(iterations):
+        for node in nodes:
+            ready = max((ends.get((a.name, iteration - a.iterations_back), 0.0) for a in node.after), default=0.0)
+            ends[node.name, iteration] = ready + node.seconds
+    return max(ends.values())

@@ -15,6 +15,7 @@ from tests.families import build, narrow_config
 from tests.supervised_steps import make_run, metrics_of, prompt, result_of, settings_of, stage_of, text
 from training.config_files import load_config
 from training.preparation.prepare import prepare_models
+from training.run_directory import RunDirectory
 from training.step1_sft import sft
 from training.steps import SFT
 
@@ -69,7 +70,7 @@ def test_a_family_learns_and_its_saved_model_is_the_trained_one(family, tokenize
         FAMILIES[family],
         "method=dpo",
     ]
-    prepare_models(load_config([], settings), 1, print)
+    prepare_models(load_config([], settings), RunDirectory(tmp_path), 1, print)
     run = make_run(tmp_path / "run", "sft", rows, rows[:3])
     sft.train(stage_of(run, SFT, settings, one_rank))
 

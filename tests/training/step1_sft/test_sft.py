@@ -30,7 +30,7 @@ from training.models.policy import Policy
 from training.run_directory import RunDirectory
 from training.step1_sft import sft
 from training.step1_sft.sft import SFTTask, within_budget
-from training.steps import SFT
+from training.steps import DEMONSTRATIONS, SFT
 
 LORA = ["sft.optimizer.lora.rank=4", "sft.optimizer.learning_rate=1e-2"]
 CASES = {
@@ -150,7 +150,7 @@ def task(runs, tiny, one_rank) -> SFTTask:
     stage = stage_of(runs["plain"], SFT, [f"model={tiny}", *settings_of("sft"), "sft.micro_batch_tokens=30"], one_rank)
     chat_format = ChatFormat.load(tiny)
     policy = Policy(load_causal_lm(tiny, chat_format, torch.float32)).eval()
-    rows = stage.tokens(TRAIN, sft.PARTS, chat_format)
+    rows = stage.tokens(TRAIN, DEMONSTRATIONS, chat_format)
     return SFTTask(stage, policy, rows.first(0), rows)  # nine rows, in several micro-batches
 
 
