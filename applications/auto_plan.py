@@ -21,18 +21,14 @@ LARGE = 8
 
 
 def with_auto_plan(config: RunConfig, run: RunDirectory, measures: bool) -> RunConfig:
-    """The settings of a run with the plan that it has, or else with the best one for this machine, which is printed.
+    """The settings of a run with the plan that it has for so many processes, or else with the best one for this
+    machine, which is printed.
 
-    Where no rates of this machine are known it is profiled, if `measures`. Raises UserError where no plan fits, and
-    for a run that was made without one.
+    Where no rates of this machine are known it is profiled, if `measures`. Raises UserError where no plan fits.
     """
-    if not run.config_file.exists():
-        blocks = to_blocks(best_plan(config, measures))
-    elif not (blocks := run.read_config().rlhf.plan):
-        raise UserError(
-            f"{run.path} was made without a plan, and a run keeps its plan for life: leave --plan out to go on, "
-            f"or give a new run another name."
-        )
+    stored = run.read_config() if run.config_file.exists() else config
+    blocks = stored.rlhf.plan if stored.processes == config.processes else {}
+    blocks = blocks or to_blocks(best_plan(config, measures))
     return config.model_copy(update={"rlhf": config.rlhf.model_copy(update={"plan": blocks})})
 
 

@@ -45,7 +45,7 @@ def dry_run(
     for step in steps:
         settings = _rlhf_step(outlook) if step.draws_samples else _supervised_step(outlook, step)
         title = f"Step {step.label}: {step.title}"
-        lines += ["", title, *settings, *_time(outlook, step), *_memory(outlook, step)]
+        lines += ["", title, *settings, *_evaluations(outlook, step), *_time(outlook, step), *_memory(outlook, step)]
     lines += ["", *_where(outlook, run_directory), "", "Commands"]
     if isinstance(launch_commands, dict):
         lines += [line for step in steps if step in launch_commands for line in shell_lines(launch_commands[step])]
@@ -143,6 +143,27 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     ]
 
 
+def _evaluations(outlook: Outlook, step: Step) -> list[str]:
+    """On the way, and of the model that is left."""
+    config = outlook.config
+    if step.draws_samples:
+        count, prompts = config.rlhf.evaluations, config.rlhf.eval_prompts
+        found = [
+            f"{count} x {prompts} held-out prompts: at the start, every {config.rlhf.eval_every} iterations, at the end"
+        ]
+        lines = found * bool(count)
+    else:
+        settings = config.supervised(step)
+        every = f", every {settings.eval_every} optimiser steps" if settings.eval_every else ""
+        lines = [f"at the start{every} and at the end: {settings.eval_rows} held-out {step.rows.unit}"]
+        lines += ["the texts that people rated, where the data has them"] * step.leaves_scorer
+    if step.compared_with and config.evaluation.prompts:
+        lines += [
+            f"in the end: {config.evaluation.prompts} prompts, answered also by the {step.compared_with.name} model"
+        ]
+    return [_line("evaluations" if line is lines[0] else "", line) for line in lines]
+
+
 def described(assignment: Assignment) -> str:
     layout = assignment.layout
     degrees = {"data": layout.data, "tensor": layout.tensor, "pipeline": layout.pipeline}
@@ -210,7 +231,9 @@ def _time(outlook: Outlook, step: Step) -> list[str]:
     if len(expected.by_kind) > 1:
         text += f" ({', '.join(f'{kind} {duration(s)}' for kind, s in expected.by_kind.items())})"
     if step.draws_samples:
-        text += f", {duration(expected.seconds * outlook.config.rlhf.iterations)} in all"
+        text += f", {duration(expected.seconds * outlook.config.rlhf.iterations)} for all"
+        if expected.evaluations:
+            text += f", at most {duration(expected.evaluations)} for evaluations"
     lines = wrap(f"{text}, every row as long as it may be; rates: {expected.source}", len(_line("", "")))
     return [_line("time", lines[0]), *(_line("", line) for line in lines[1:])]
 

@@ -1,5 +1,6 @@
 """How long the steps of a run would take, by the planner's cost model: for the dry run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from applications.fit import Outlook
@@ -24,6 +25,8 @@ class ExpectedTime:
     seconds: float
     by_kind: dict[str, float]
     """Seconds of generating, scoring and training."""
+    evaluations: float
+    """Seconds of all evaluations of a step that draws samples: those on the way and the comparison at the end."""
     source: str
     """Where the rates come from."""
 
@@ -42,7 +45,17 @@ def expected_time(outlook: Outlook, step: Step) -> ExpectedTime | None:
     by_kind: dict[str, float] = {}
     for node in found.nodes:
         by_kind[node.call.kind] = by_kind.get(node.call.kind, 0.0) + node.seconds
-    return ExpectedTime(found.iteration_seconds, by_kind, source)
+    return ExpectedTime(found.iteration_seconds, by_kind, _evaluations(outlook, step, by_kind), source)
+
+
+def _evaluations(outlook: Outlook, step: Step, by_kind: Mapping[str, float]) -> float:
+    """As many answers as they ask for, each drawn and scored in the time of a sample of an iteration."""
+    if not step.draws_samples:
+        return 0.0
+    rlhf = outlook.config.rlhf
+    answers = rlhf.evaluations * rlhf.eval_prompts + 2 * outlook.config.evaluation.prompts
+    seconds = sum(by_kind.get(kind, 0.0) for kind in ("generate", "score"))
+    return seconds * answers / (rlhf.prompts_per_iteration * rlhf.samples_per_prompt)
 
 
 def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:

@@ -153,8 +153,8 @@ def is_listening(port: int) -> bool:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes take two GPUs, or none")
-def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_after_a_node_was_lost(tiny_run, tmp_path):
-    """Step 3 by a plan: actor and critic are trained on a node each."""
+def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_one_that_is_left_alone(tiny_run, tmp_path):
+    """Step 3 by a plan: actor and critic are trained on a node each, until one is lost."""
     run, marker = tmp_path / "nodes", tmp_path / "died"
     (tmp_path / "sitecustomize.py").write_text(LATE_AND_DYING.format(run=str(run), marker=str(marker)))
     environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
@@ -169,9 +169,12 @@ def test_two_nodes_train_as_one_process_does_with_files_that_show_late_and_after
     (code, said), (killed, _) = start_two_agents(start_fork, "step3_rlhf", run, DIES="1", **environment)
     assert marker.exists() and killed == -9 and code > 0, said
     assert "Another process of this run, or its machine, is gone" in said and "to go on" in said
-    third = start_two_agents(start_fork, "step3_rlhf", run, **environment)
-    assert [code for code, _ in third] == [0, 0] and "going on after iteration 1" in third[0][1], third
     require_planned(run)
+    script, log = str(Path(training.__file__).parent / PPO.folder / "main.py"), tmp_path / "alone.log"
+    refused = start_fork([script, str(run)], log, environment).wait(timeout=100)
+    assert refused == 2 and "uses rank 1, but the cluster has ranks 0 to 0" in log.read_text()
+    alone = start_fork([script, str(run), "--set", "rlhf.plan="], log, environment).wait(timeout=300)
+    assert alone == 0 and "going on after iteration 1, which 2 processes wrote, with 1" in log.read_text()
     for step in METHODS["ppo"]:
         ours, theirs = (metrics(RunDirectory(place), step) for place in (tiny_run, run))
         for row in (*ours, *theirs):  # pairs give no gradient to what their scores have in common: it is rounding

@@ -22,6 +22,10 @@ CHANGEABLE = {
     "announce",
     "method",
     "processes",
+    "threads",
+    "zero_stage",
+    "offload",
+    "generation_tensor_parallel",
     "micro_batch_tokens",
     "generation_batch",
     "release_generation",
@@ -33,9 +37,9 @@ CHANGEABLE = {
     "reward_retries",
     "measure",
 }
-"""Settings (last part of the key) that a run may go on with differently: memory, disk and processes (a checkpoint wants
-as many as wrote it), not what a step learns; where the same scores come from; whether KL is measured. So may all of
-rlhf.fusion and logging."""
+"""Settings (last part of the key) that a run may go on with differently: memory, disk, processes and what lies on each,
+not what a step learns; where the same scores come from; whether KL is measured."""
+CHANGEABLE_GROUPS = ("rlhf.fusion.", "rlhf.plan.", "rlhf.scoring_tensor_parallel.", "logging.", "architecture.")
 
 
 def settings_of_new_run(
@@ -90,10 +94,8 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
     refused = [
         f"{as_typed(key)}: {old!r} there, {new!r} now"
         for key, (old, new) in differences(stored.model_dump(), config.model_dump()).items()
-        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(("rlhf.fusion.", "logging.", "rlhf.plan."))
+        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(CHANGEABLE_GROUPS)
     ]
-    if stored.rlhf.plan != config.rlhf.plan:
-        refused.append("another rlhf.plan")
     if refused:
         require_sources(config)
         raise UserError(
@@ -113,9 +115,10 @@ def require_sources(config: RunConfig) -> None:
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ -> both values."""
     found: dict[str, tuple[Any, Any]] = {}
-    for key, value in old.items():
-        if isinstance(value, dict) and isinstance(new[key], dict):
-            found |= differences(value, {**dict.fromkeys(value), **new[key]}, f"{prefix}{key}.")
-        elif value != new[key]:
-            found[prefix + key] = (value, new[key])
+    for key in {**old, **new}:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found |= differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found[prefix + key] = (before, now)
     return found

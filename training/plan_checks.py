@@ -101,7 +101,10 @@ def _problems_of(call: Call, assignment: Assignment, is_frozen: bool, workload: 
     layout, name = assignment.layout, call.name
     found = []
     if outside := [rank for rank in layout.mesh if not 0 <= rank < ranks]:
-        found.append(f"{name} uses rank {outside[-1]}, but the cluster has ranks 0 to {ranks - 1}; name others.")
+        found.append(
+            f"{name} uses rank {outside[-1]}, but the cluster has ranks 0 to {ranks - 1}; name others, or go without a "
+            f"plan (--set rlhf.plan=)."
+        )
     if model := workload.models.get(call.role):
         found += _problems_of_cut(name, layout, model.shape)
     if assignment.micro_batches < 1:

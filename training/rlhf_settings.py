@@ -214,6 +214,11 @@ class RLHFSettings(Settings):
         return in_loss and self.has_reference
 
     @property
+    def evaluations(self) -> int:
+        """Those of eval_every: one before the first iteration, then every so many, and one at the end."""
+        return 1 + math.ceil(self.iterations / self.eval_every) if self.eval_every else 0
+
+    @property
     def calls(self) -> tuple[Call, ...]:
         """What an iteration runs."""
         return rlhf_calls(self.advantage, self.has_reward_model, self.has_reference)

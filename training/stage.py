@@ -168,6 +168,12 @@ class Stage:
                 write_directory(model, write)
         self.ranks.barrier("saving the model")
 
+    def say_goes_on(self, name: str, unit: str, state: dict[str, Any]) -> None:
+        """Say after which optimiser step or iteration (`unit`) the state of a checkpoint is, and who wrote it."""
+        wrote, ranks = state["ranks"], self.ranks.size
+        by_others = f", which {wrote} process{'es' * (wrote > 1)} wrote, with {ranks}" if wrote != ranks else ""
+        self.display.say(f"{name}: going on after {unit} {state['number']}{by_others}")
+
     def expect_checkpoints(self, unit: str) -> None:
         """From now on SIGTERM waits, within its grace, until an optimiser step or iteration (`unit`) has ended."""
         TERMINATION.unit, TERMINATION.newest = unit, partial(goes_on, self.checkpoints)

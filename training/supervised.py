@@ -143,7 +143,7 @@ def resume(stage: Stage, task: Task, best: Best | None) -> tuple[int, dict[str, 
         task.engine.load(directory)
     stage.metrics.rewind(state["number"])
     stage.samples.rewind(state["number"])
-    stage.display.say(f"{task.name}: going on after optimiser step {state['number']}")
+    stage.say_goes_on(task.name, "optimiser step", state)
     return state["number"], state["evaluation"]
 
 

@@ -100,7 +100,14 @@ def test_time_comes_from_the_planner_where_rates_are_known(monkeypatch, tmp_path
     assert pairs is not None and set(pairs.by_kind) == {"train"}  # a reward model of 0.3 billion
     assert dpo is not None and set(dpo.by_kind) == {"score", "train"} and dpo.seconds > pairs.seconds
     text = dry_run(outlook.config, [SFT, REWARD, PPO], tmp_path, COMMANDS)
-    assert "an optimiser step" in line_of(text, "time", "Step 2") and "in all" in " ".join(text.split())
+    assert "an optimiser step" in line_of(text, "time", "Step 2") and "for all" in " ".join(text.split())
+    # none on the way; two models answer 200 prompts, and an iteration draws 128 samples
+    assert found.evaluations == pytest.approx(400 / 128 * (found.by_kind["generate"] + found.by_kind["score"]))
+    often = outlook.with_settings({"rlhf": {"eval_every": 30, "eval_prompts": 32}, "evaluation": {"prompts": 0}})
+    measured = expected_time(often, PPO)
+    assert measured is not None and measured.evaluations == pytest.approx(5 * 32 / 400 * found.evaluations)
+    assert "5 x 32 held-out prompts" in dry_run(often.config, [PPO], tmp_path, COMMANDS)
+    assert "200 prompts, answered also by the SFT model" in text and "every 50 optimiser steps" in text
 
 
 def test_time_is_unknown_until_the_machine_is_profiled(laptop, monkeypatch, tmp_path):

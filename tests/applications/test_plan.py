@@ -251,10 +251,10 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     run.write_config(RunConfig.model_validate({**TWO, "rlhf": {"plan": kept}}), {})
     assert with_auto_plan(config, run, measures=False).rlhf.plan == kept  # the same command again goes on with it
     assert not capsys.readouterr().out
-    run.write_config(config, {})
-    with pytest.raises(UserError, match="was made without a plan"):
-        with_auto_plan(config, run, measures=True)  # measures nothing: rates are not asked for
-    assert not capsys.readouterr().out
+    for before in (config, RunConfig.model_validate({**TWO, "processes": 3, "rlhf": {"plan": kept}})):
+        run.write_config(before, {})
+        assert with_auto_plan(config, run, measures=False).rlhf.plan == planned.rlhf.plan  # of so many processes
+        assert "searched" in capsys.readouterr().out
 
 
 def test_training_that_must_be_fused_is_planned_so(profiled):

@@ -124,7 +124,7 @@ def test_a_port_that_is_taken_where_the_processes_meet(monkeypatch):
             start_ranks(threads=torch.get_num_threads())
 
 
-def test_a_run_keeps_its_plan_and_needs_the_file_once(tmp_path, monkeypatch):
+def test_a_run_keeps_its_plan_until_another_is_given_and_needs_the_file_once(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     run, file = RunDirectory(tmp_path / "run"), tmp_path / "plan.yaml"
     run.path.mkdir()
@@ -134,9 +134,9 @@ def test_a_run_keeps_its_plan_and_needs_the_file_once(tmp_path, monkeypatch):
         assert config.rlhf.plan["actor_generate"]["micro_batches"] == 1
         file.unlink()
         assert run.read_config().rlhf.plan == config.rlhf.plan
-        for other in ([], ["rlhf.plan={actor_generate: {mesh: 0}}"]):
-            with pytest.raises(UserError, match=r"other settings \(another rlhf\.plan\)"):
-                open_run(run, load_config([], ["model=m", *other]))
+        for plan in ({"actor_generate": {"mesh": 0}}, {"actor_train": {"mesh": 0}}, {}):
+            open_run(run, load_config([], [], {"model": "m", "rlhf": {"plan": plan}}))
+            assert run.read_config().rlhf.plan.keys() == plan.keys()
 
 
 def test_kl_may_be_measured_and_memory_spared_in_a_run_that_has_begun(tmp_path):
@@ -149,6 +149,30 @@ def test_kl_may_be_measured_and_memory_spared_in_a_run_that_has_begun(tmp_path):
         assert open_run(run, frugal) == frugal
         with pytest.raises(UserError, match=r"rlhf\.kl\.coefficient: 0\.0 there, 0\.1 now"):
             open_run(run, load_config([], ["model=m", "rlhf.kl.coefficient=0.1"]))
+
+
+def test_a_run_goes_on_by_other_ranks_in_another_place(tmp_path):
+    run = RunDirectory(tmp_path)
+    elsewhere = {
+        "model": "m",
+        "processes": 3,
+        "threads": 2,
+        "sft": {"optimizer": {"zero_stage": 3, "offload": "optimizer+parameters"}},
+        "reward": {"optimizer": {"zero_stage": 1}},
+        "dpo": {"optimizer": {"zero_stage": 2, "offload": "optimizer"}},
+        "rlhf": {
+            "actor": {"zero_stage": 2},
+            "reward": {"zero_stage": 3, "offload": "parameters"},
+            "generation_tensor_parallel": 3,
+            "scoring_tensor_parallel": {"reference": 3},
+        },
+    }
+    with run.locked():
+        open_run(run, load_config([], ["model=m"]))
+        assert open_run(run, load_config([], [], elsewhere)).processes == 3 == run.read_config().processes
+        for learned in ("master_weights=false", "deepspeed={zero_optimization: {round_robin_gradients: true}}"):
+            with pytest.raises(UserError, match=r"sft\.optimizer\.\w+.*: .* there, .* now"):
+                open_run(run, load_config([], ["model=m", f"sft.optimizer.{learned}"]))
 
 
 def test_a_data_file_that_is_not_there_is_no_other_setting(tmp_path):

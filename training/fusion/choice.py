@@ -56,6 +56,11 @@ class Setting:
     off: str = "switched off"
     """Why none, where that is the mode."""
 
+    @property
+    def shape(self) -> list[int]:
+        """What costs and policies hold for."""
+        return [self.instances, self.tensor, self.slots]
+
 
 @dataclass
 class Choice:
@@ -276,9 +281,12 @@ class FusionChoice:
 
     def as_dict(self) -> dict[str, Any]:
         """For checkpoints."""
-        return {"lengths": self.lengths.as_dict(), "prompts": self.prompts, **self.decided()}
+        decided = {**self.decided(), "instances": self.setting.shape}
+        return {"lengths": self.lengths.as_dict(), "prompts": self.prompts, **decided}
 
     def restore(self, values: dict[str, Any]) -> None:
+        """Go on from what `as_dict` gave; what was decided for other instances is decided anew."""
         self.lengths.restore(values["lengths"])
         self.prompts = list(values["prompts"])
-        self.take(values)
+        if values.get("instances") == self.setting.shape:
+            self.take(values)

@@ -31,7 +31,8 @@ class KeptWeights:
     def _present(self) -> dict[str, list[Tensor]]:
         if self.engine is None:
             return {}
-        return {"weight": [each.detach() for each in self.engine.own_weights()], "average": self.averages}
+        weights = {"weight": [each.detach() for each in self.engine.own_weights()]}
+        return weights | ({"average": self.averages} if self.averages else {})
 
     def put_back(self) -> None:
         """All ranks call it."""

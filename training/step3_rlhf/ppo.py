@@ -259,7 +259,7 @@ class PPO:
             if "reward/total" in metrics:  # else it is of an evaluation
                 self.watch.look(metrics)
         self.saved = state["number"]
-        self.stage.display.say(f"PPO: going on after iteration {state['number']}")
+        self.stage.say_goes_on("PPO", "iteration", state)
         if state.get("to_evaluate"):
             self.evaluate(state["number"], state["stopped"])
         return state["number"], state["stopped"]

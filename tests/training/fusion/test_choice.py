@@ -138,6 +138,17 @@ def test_a_restored_choice_goes_on_alike(setting, drifts):
     assert (fusion.next(4) == first) != (drifts and setting.mode != "none")
 
 
+@pytest.mark.parametrize("other", [{"instances": 3}, {"tensor": 2}, {"slots": 4}])
+def test_costs_and_policies_of_other_instances_are_forgotten_and_lengths_are_not(other):
+    fusion = a_choice(replace(SETTING, mode="inter"))
+    assert fusion.next(3).policy.rows > 0
+    restored = FusionChoice(replace(fusion.setting, **other), LengthStatistics(200))
+    restored.restore(json.loads(json.dumps(fusion.as_dict())))
+    assert restored.costs is restored.current is None
+    assert restored.lengths.recent == fusion.lengths.recent and restored.prompts == fusion.prompts
+    assert "not measured yet" in restored.next(4).reason
+
+
 def test_restored_before_the_first_choice():
     restored = FusionChoice(SETTING, LengthStatistics(200))
     restored.restore(json.loads(json.dumps(FusionChoice(SETTING, LengthStatistics(200)).as_dict())))
