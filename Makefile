@@ -17,9 +17,9 @@ CORE := tests/inference/test_chat_format.py tests/inference/test_model_files.py 
 
 .PHONY: setup demo test pytest quick floors lint lock clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready$(LOCK)
 
-$(VENV)/.ready: requirements.txt pyproject.toml
+$(VENV)/.ready$(LOCK): requirements.txt pyproject.toml $(if $(LOCK),locks/common.txt locks/$(LOCK).txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(LOCK),$(BIN)/python -m pip install --quiet --require-hashes -r locks/build.txt)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet \

@@ -13,7 +13,7 @@ from applications.pipeline import needed_steps
 from inference.errors import typed
 from rlhf_chat import HOME
 from training.config import RunConfig
-from training.inputs import changed_inputs, paths_of
+from training.inputs import changed_inputs, code_files
 from training.kept_models import local_model, models_of
 from training.metrics import WARNING, Display
 from training.opening import open_run
@@ -53,10 +53,10 @@ def prepare_command(
 def described(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     """The run's parts with their sizes in bytes, and what else a machine that trains it has to see, or reaches."""
     models = [(source, local_model(run, source).resolve()) for source in models_of(config)]
-    places = [run.path.resolve(), *(directory for _, directory in models), *paths_of(config)["reward_function"]]
+    places = [run.path.resolve(), *(directory for _, directory in models), *(file.resolve() for _, file in code_files(config))]
     if config.data.parent:
         places.append(Path(config.data.parent).resolve())
-    places += [HOME, Path(sys.prefix).resolve()]
+    places += [HOME, *(Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix))]
     return {
         "run": str(run.path.resolve()),
         "models": [{"source": source, **part(directory)} for source, directory in models],
@@ -87,7 +87,7 @@ def not_prepared(run: RunDirectory, config: RunConfig) -> Iterator[str]:
     if config.method == "ppo" and rlhf.reward_function and rlhf.reward_weights.function:
         yield f"What {rlhf.reward_function} itself opens is not known here."
     if config.logging.wandb:
-        yield "Metrics go to Weights & Biases: set WANDB_MODE=offline there, or logging.wandb=false in a new run."
+        yield "Metrics go to Weights & Biases: set WANDB_MODE=offline or logging.wandb=false there."
     if of_training(run, config):
         yield f"Where {record_file()} is not to be seen, the command asks whether you trust the run: give it --trust."
 

@@ -105,12 +105,11 @@ class Checkpoints:
             file = directory / name
             if not file.is_file() or file.stat().st_size != size:
                 raise UserError(f"The checkpoint {directory} is damaged ({name} is missing or cut); {way_out}.")
-        of_ranks_alone = any(name.endswith(".pt") for name in state["files"])  # earlier versions wrote them
-        if of_ranks_alone and state["ranks"] != self.ranks.size:
+        by_deepspeed = any(name.endswith(".pt") for name in state["files"])
+        if by_deepspeed and state["ranks"] != self.ranks.size:
             raise UserError(
-                f"The checkpoint {directory} was written by {state['ranks']} processes of an earlier version of "
-                f"rlhf-chat and cannot go on with "
-                f"{self.ranks.size}; use {processes_option(state['ranks'])}, or {way_out}."
+                f"The checkpoint {directory} was written by {state['ranks']} processes in DeepSpeed's form (by an "
+                f"earlier version, or with the optimiser on NVMe) and cannot go on with {self.ranks.size}; use {processes_option(state['ranks'])}, or {way_out}."
             )
         return directory, state
 

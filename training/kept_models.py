@@ -3,11 +3,13 @@
 import os
 import re
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from inference.disk import writing
-from inference.model_store import PICKLES, SAFETENSORS, TEXT_FILES, Report, resolve_model
+from inference.errors import UserError
+from inference.model_store import PICKLES, SAFETENSORS, TEXT_FILES, Report, check_model_directory, resolve_model
 from training.config import RunConfig
 from training.lineage import base_model, reward_model_before
 from training.run_directory import RunDirectory, write_directory
@@ -23,7 +25,10 @@ def kept_model(run: RunDirectory, source: str) -> Path:
 def local_model(run: RunDirectory, source: str, report: Report = print) -> Path:
     """The local directory of `source`: the run's own where it holds one, else as `resolve_model` has it."""
     kept = kept_model(run, source)
-    return kept if kept.is_dir() else resolve_model(source, report)
+    if not source or not kept.is_dir():
+        return resolve_model(source, report)
+    check_model_directory(kept)
+    return kept
 
 
 def models_of(config: RunConfig) -> list[str]:
@@ -47,7 +52,10 @@ def keep_models(run: RunDirectory, config: RunConfig, report: Report) -> None:
     """Put the models that do not lie where the user said into the run. Those of a directory stay there."""
     for source in models_of(config):
         kept = kept_model(run, source)
-        if kept.is_dir() or Path(source).is_absolute():
+        if Path(source).is_absolute():
+            continue
+        with suppress(UserError):  # not there, or not whole
+            check_model_directory(kept)
             continue
         directory = resolve_model(source, report)
 

@@ -17,7 +17,7 @@ LAUNCHERS = {
 }
 """Variables of each: rank, size, and the same among the processes of this machine."""
 OF_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-OF_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+OF_JOBS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 """What tells the jobs of a machine apart, the same for all processes of one."""
 
 
@@ -35,7 +35,7 @@ def adopt() -> None:
         size = values["WORLD_SIZE"]
         alone = values["LOCAL_WORLD_SIZE"] == size
         os.environ["MASTER_ADDR"] = "127.0.0.1" if alone else first_machine(launcher, size)
-    os.environ.setdefault("MASTER_PORT", str(port_of_job()))
+    os.environ.setdefault("MASTER_PORT", str(port_of_job(launcher)))
 
 
 def first_machine(launcher: str, size: str) -> str:
@@ -61,10 +61,10 @@ def first_machine(launcher: str, size: str) -> str:
     return machine
 
 
-def port_of_job() -> int:
+def port_of_job(launcher: str) -> int:
     """The same for all processes of a job, another one for each job of a machine."""
     job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    if job.isdigit():  # jobs of an array are numbered on: no two of a thousand collide
+    if launcher == SLURM and job.isdigit():  # jobs of an array are numbered on: no two of a thousand collide
         return 20000 + (10 * int(job) + int(step or 0) % 10) % 10000
     name = "".join(os.environ.get(name, "") for name in OF_JOBS)
     return 20000 + zlib.crc32(name.encode()) % 10000 if name else 29500

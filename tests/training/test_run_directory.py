@@ -97,7 +97,7 @@ def test_another_number_of_processes_is_refused_where_an_earlier_version_wrote(t
         state.write_text(json.dumps({**json.loads(state.read_text()), "ranks": 2}))
         if number == 1:
             assert Checkpoints(tmp_path, keep=1, ranks=ALONE).newest()[1]["ranks"] == 2
-    with pytest.raises(UserError, match="written by 2 processes of an earlier version"):
+    with pytest.raises(UserError, match="written by 2 processes in DeepSpeed's form"):
         Checkpoints(tmp_path, keep=1, ranks=ALONE).newest()
 
 

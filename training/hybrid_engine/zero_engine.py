@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from inference.errors import UserError
 from inference.private_surfaces import whole_shape
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
@@ -209,7 +210,8 @@ class ZeroEngine:
         DeepSpeed's own checkpoints open with as many ranks, at the stage that wrote them; see `tensors_only`.
         """
         folder = self.folder(directory)
-        if (folder / TAG).is_dir():
+        if any(directory.rglob(f"{TAG}/*.pt")):
+            self._require_own_stages(folder / TAG)
             with tensors_only(), self.ranks.as_world():
                 _, state = self.engine.load_checkpoint(str(folder), TAG, load_module_strict=not self._has_frozen)
             self.updates = state["updates"]
@@ -236,6 +238,18 @@ class ZeroEngine:
         self.updates = written.notes[0]["updates"]
         restore_loss_scale(self.engine.optimizer, written.notes[0]["loss_scale"])
         self.refresh()
+
+    def _require_own_stages(self, files: Path) -> None:
+        """Raise UserError where DeepSpeed wrote a checkpoint at another ZeRO stage, or with other pipeline stages."""
+        parts = any(files.glob("*zero_pp_rank_*_model_states.pt")), any(files.glob("*_optim_states.pt"))
+        stages = (3,) if parts[0] else (1, 2) if parts[1] else (0,)
+        if not files.is_dir() or self.engine.zero_optimization_stage() not in stages:
+            wrote = f"at ZeRO stage {' or '.join(map(str, stages))}" if files.is_dir() else "with other pipeline stages"
+            raise UserError(
+                f"{files.parent} was written {wrote} by DeepSpeed itself (by an earlier version of rlhf-chat, or with "
+                f"the optimiser on NVMe) and opens so alone: set zero_stage and rlhf.plan as they were, or go on with "
+                f"the version that wrote it."
+            )
 
     @property
     def _has_frozen(self) -> bool:

@@ -9,6 +9,7 @@ from inference.chat_format import ChatFormat
 from training.data.batching import MicroBatch, TokenBatch
 from training.data.demonstrations import demonstrations
 from training.data.epochs import Epochs
+from training.data.rows import DEMONSTRATIONS_FILE
 from training.stage import Stage
 
 Encoded = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
@@ -38,6 +39,7 @@ class Demonstrations:
 
     def __init__(self, stage: Stage, chat_format: ChatFormat):
         data = stage.config.data
+        stage.ranks.see(stage.run.data / DEMONSTRATIONS_FILE)
         self.rows: list[Encoded] = [
             (
                 torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
