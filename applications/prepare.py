@@ -53,7 +53,11 @@ def prepare_command(
 def described(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     """The run's parts with their sizes in bytes, and what else a machine that trains it has to see, or reaches."""
     models = [(source, local_model(run, source).resolve()) for source in models_of(config)]
-    places = [run.path.resolve(), *(directory for _, directory in models), *(file.resolve() for _, file in code_files(config))]
+    places = [
+        run.path.resolve(),
+        *(directory for _, directory in models),
+        *(file.resolve() for _, file in code_files(config)),
+    ]
     if config.data.parent:
         places.append(Path(config.data.parent).resolve())
     places += [HOME, *(Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix))]

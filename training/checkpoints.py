@@ -109,7 +109,8 @@ class Checkpoints:
         if by_deepspeed and state["ranks"] != self.ranks.size:
             raise UserError(
                 f"The checkpoint {directory} was written by {state['ranks']} processes in DeepSpeed's form (by an "
-                f"earlier version, or with the optimiser on NVMe) and cannot go on with {self.ranks.size}; use {processes_option(state['ranks'])}, or {way_out}."
+                f"earlier version, or with the optimiser on NVMe) and cannot go on with {self.ranks.size}; use "
+                f"{processes_option(state['ranks'])}, or {way_out}."
             )
         return directory, state
 
