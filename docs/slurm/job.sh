@@ -8,7 +8,7 @@
 #SBATCH --output=%x-%j.log
 # sbatch docs/slurm/job.sh RUN SETTINGS, as: sbatch docs/slurm/job.sh runs/big --model opt-1.3b
 # One task a GPU (--gpus-per-task=1 where the cluster counts them). With --array=1-3 a run and a seed for each.
-# STEPS="step1_sft step2_dpo" sbatch ... for DPO.
+# SCRIPTS="training/step1_sft/main.py training/step2_dpo/main.py" sbatch ... for DPO.
 run=$1${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
 shift
 set -- "$@" ${SLURM_ARRAY_TASK_ID:+--set seed=$SLURM_ARRAY_TASK_ID}
@@ -17,8 +17,8 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS
 cache=$(mktemp -du) # of each node, where what is compiled goes
 export TORCH_EXTENSIONS_DIR=$cache/extensions TRITON_CACHE_DIR=$cache/triton
 tasks=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE)) # of this start: after a requeue the nodes may be others
-for step in ${STEPS:-step1_sft step2_reward step3_rlhf}; do
-    srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$tasks python training/$step/main.py "$run" "$@"
+for script in ${SCRIPTS:-training/step1_sft/main.py training/step2_reward/main.py training/step3_rlhf/main.py}; do
+    srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$tasks python $script "$run" "$@"
     code=$?
     if [ $code = 143 ]; then # ended by SIGTERM, with a checkpoint
         exec scontrol requeue "$SLURM_JOB_ID"
