@@ -32,22 +32,25 @@ def adopt() -> None:
     launcher, values = known
     os.environ.update(values)
     if "MASTER_ADDR" not in os.environ:
-        if values["LOCAL_WORLD_SIZE"] != values["WORLD_SIZE"]:
-            os.environ["MASTER_ADDR"] = first_machine(launcher, values["WORLD_SIZE"])
-        else:
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        size = values["WORLD_SIZE"]
+        alone = values["LOCAL_WORLD_SIZE"] == size
+        os.environ["MASTER_ADDR"] = "127.0.0.1" if alone else first_machine(launcher, size)
     os.environ.setdefault("MASTER_PORT", str(port_of_job()))
 
 
 def first_machine(launcher: str, size: str) -> str:
-    """Where the first process is, as Slurm says. Raises UserError where nobody does, or the name leads nowhere."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")  # gpu[07-09,12],big1
-    if launcher != SLURM or not nodes:
+    """Where the first process is, as Slurm says; mpirun in a job starts at the job's first node.
+
+    Raises UserError where nobody says it, or the name leads nowhere.
+    """
+    of_step = os.environ.get("SLURM_STEP_NODELIST", "") if launcher == SLURM else ""
+    nodes = of_step or os.environ.get("SLURM_JOB_NODELIST", "")  # gpu[07-09,12],big1
+    if not nodes:
         raise UserError(
             f"{launcher} started {size} processes on several machines and does not say where they meet: "
             f"set MASTER_ADDR to the first machine and MASTER_PORT to a free port, or use torchrun."
         )
-    machine = re.sub(r"\[(\w+)[^]]*]", r"\1", re.match(r"(?:\[[^]]*]|[^,[])*", nodes)[0])
+    machine = re.sub(r"\[(\w+)[^]]*]", r"\1", re.split(r",(?![^[]*])", nodes)[0])
     try:
         socket.getaddrinfo(machine, None)
     except OSError as error:

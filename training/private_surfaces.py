@@ -166,20 +166,16 @@ def restore_loss_scale(optimizer: Any, scale: dict[str, float]) -> None:
 
 
 def has_overflow(optimizer: Any) -> bool:
-    """What an optimiser would find when stepping; the same on every rank. Some forget it after one look.
-    DeepSpeed 0.19.8."""
-    if hasattr(optimizer, "overflow_checker"):  # stage 0
-        return bool(optimizer.overflow_checker.check())
+    """What an optimiser of ZeRO stage 1 to 3 would find when stepping; the same on every rank. Some forget it after one
+    look. DeepSpeed 0.19.8."""
     return bool(optimizer.has_overflow())
 
 
-def overflow_replacements(optimizer: Any, overflow: bool, keeps_scale: bool) -> list[tuple[Any, str, Callable]]:
-    """Object, method, and what to put in front of it, so that an optimiser finds `overflow` when it looks, and does not
+def overflow_replacements(overflow: bool, keeps_scale: bool) -> dict[str, Callable]:
+    """Methods, and what to put in front of them, so that an optimiser finds `overflow` when it looks, and does not
     lower its loss scale if it `keeps_scale`. DeepSpeed 0.19.8."""
-    checker = getattr(optimizer, "overflow_checker", None)
-    owner, name = (checker, "check") if checker is not None else (optimizer, "has_overflow")
-    found: list[tuple[Any, str, Callable]] = [(owner, name, lambda *_, **__: overflow)]
-    return [*found, (optimizer, "_update_scale", lambda *_, **__: None)] if keeps_scale else found
+    found: dict[str, Callable] = {"has_overflow": lambda *_, **__: overflow}
+    return {**found, "_update_scale": lambda *_, **__: None} if keeps_scale else found
 
 
 def wait_at_most(patience: timedelta) -> None:

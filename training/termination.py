@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 from inference.errors import UserError
+from training.launchers import started_by
 from training.watchdog import PARENT_VARIABLE
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -74,7 +75,8 @@ class Termination:
 
 def say(sentence: str) -> None:
     """On stderr, once: by the command where there is one, else by the first rank."""
-    if PARENT_VARIABLE not in os.environ and int(os.environ.get("RANK", 0)) == 0:
+    _, values = started_by() or ("", {})
+    if PARENT_VARIABLE not in os.environ and int({**values, **os.environ}.get("RANK", 0)) == 0:
         print(sentence, file=sys.stderr, flush=True)
 
 

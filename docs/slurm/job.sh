@@ -1,5 +1,5 @@
 #!/bin/bash
-#SBATCH --nodes=2
+#SBATCH --nodes=1-2
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=1-00:00:00
 #SBATCH --signal=TERM@300
@@ -14,8 +14,9 @@ set -- "$@" ${SLURM_ARRAY_TASK_ID:+--set seed=$SLURM_ARRAY_TASK_ID}
 export RLHF_CHAT_GRACE=240 # seconds for the checkpoint, of the 300 above
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 export TORCH_EXTENSIONS_DIR=/tmp/$USER-extensions TRITON_CACHE_DIR=/tmp/$USER-triton # of the node
+tasks=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE)) # of this start: after a requeue the nodes may be others
 for script in training/step1_sft/main.py training/step2_reward/main.py training/step3_rlhf/main.py; do
-    srun python $script "$run" "$@"
+    srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$tasks python $script "$run" "$@"
     code=$?
     if [ $code = 143 ]; then # ended by SIGTERM, with a checkpoint
         exec scontrol requeue "$SLURM_JOB_ID"

@@ -79,6 +79,13 @@ def test_tasks_on_several_nodes_meet_at_the_first_one(environment, monkeypatch, 
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"], *asked) == (first, "20070", first)
 
 
+def test_mpirun_in_a_job_meets_at_its_first_node_and_not_at_that_of_its_own_step(environment, monkeypatch):
+    monkeypatch.setattr(launchers.socket, "getaddrinfo", lambda machine, port: None)
+    environment.update({**OPEN_MPI, "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_STEP_NODELIST": "n[2-3]"})
+    adopt()
+    assert environment["MASTER_ADDR"] == "n1"
+
+
 def test_a_node_that_has_no_address_is_named(environment):
     environment.update({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST": "no.such.node.invalid"})
     with pytest.raises(UserError, match=r"cannot find no\.such\.node\.invalid, .*: set MASTER_ADDR to a name"):

@@ -35,11 +35,11 @@ def overflows_now(engine: ZeroEngine) -> bool:
 @contextmanager
 def forced(optimizer: Any, overflow: bool, keeps_scale: bool) -> Iterator[None]:
     """Inside, the optimiser finds `overflow` when it looks, and does not lower its loss scale if it `keeps_scale`."""
-    replaced = overflow_replacements(optimizer, overflow, keeps_scale)
-    for owner, name, function in replaced:
-        setattr(owner, name, function)  # in front of the class's method
+    replaced = overflow_replacements(overflow, keeps_scale)
+    for name, function in replaced.items():
+        setattr(optimizer, name, function)  # in front of the class's method
     try:
         yield
     finally:
-        for owner, name, _ in replaced:
-            delattr(owner, name)
+        for name in replaced:
+            delattr(optimizer, name)

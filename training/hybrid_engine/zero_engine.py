@@ -136,14 +136,10 @@ class ZeroEngine:
         return {"grad_norm": float(norm or 0.0), "lr": rates[0]}
 
     def _gradient_norm(self) -> Tensor | None:
-        """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages.
-
-        In fp16 the gradient is still that of the scaled loss.
-        """
+        """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages."""
         if self.engine.zero_optimization_stage() > 0:
             return None
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return norm_of(gradients) / getattr(self.engine.optimizer, "loss_scale", 1.0)
+        return norm_of([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def own_weights(self) -> list[Tensor]:
         """This rank's part of the trained weights, as the optimiser updates them: writing into them is training.
@@ -164,7 +160,7 @@ class ZeroEngine:
 
     def refresh(self) -> None:
         """After `own_weights` were written: what forward passes read follows. All ranks call it."""
-        if self.engine.zero_optimization_stage() > 0:
+        if self.engine.zero_optimization_stage() > 0 and not is_on_disk(self.engine.optimizer):
             with self.ranks.as_world():
                 refresh_weights(self.engine.optimizer)
 

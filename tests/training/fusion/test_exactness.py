@@ -8,6 +8,7 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 
 from benchmarks import work
 from benchmarks.work import Lengths, Size
+from inference.generation.sample import SamplingKey
 from tests.ranks import run_ranks
 from training.fusion import choice
 from training.fusion.costs import Costs
@@ -80,11 +81,14 @@ def iterate_in_all_ways(ranks, directory):
         with patch.object(Rollout, "learn", watched), patch.multiple(choice, **known):
             for number in range(1, 1 + (ITERATIONS if tensor == 1 else 2)):
                 ppo.iterate(number, check=False)
+            ppo.rollouts.forced_lengths = None
+            alone = ppo.rollouts.answers([torch.arange(3, 9)], SamplingKey(16, ITERATIONS + 1))
         weights = ppo.roles.actor.trained_weights() | {
             f"critic {name}": tensor for name, tensor in ppo.roles.critic.trained_weights().items()
         }
         torch.save(weights, directory / f"{way}.{ranks.rank}.pt")
-        found[way] = {"experience": seen, "reports": reports}
+        held_out = [[e.response.tolist(), *numbers_of(e)] for e in alone]
+        found[way] = {"experience": seen, "reports": reports, "held_out": held_out}
     return found
 
 
@@ -106,6 +110,10 @@ def test_fusion_changes_nothing_but_the_time(size, tmp_path):
                 assert (index, tokens) == (our_index, our_tokens)
                 for one, other in zip(numbers, our_numbers, strict=True):
                     assert other == pytest.approx(one, abs=1e-5, rel=1e-5)
+        ((tokens, *numbers),), ((our_tokens, *our_numbers),) = (found[name]["held_out"] for name in (plain, way))
+        assert tokens == our_tokens and len(tokens) > 1  # one prompt in all: what rlhf.eval_every asks of few rows
+        for one, other in zip(numbers, our_numbers, strict=True):
+            assert other == pytest.approx(one, abs=1e-4, rel=1e-4)
         weights, ours = (torch.load(tmp_path / f"{name}.0.pt") for name in (plain, way))
         for role in ("model", "critic"):  # all weights of a role in one: the gradient of key biases is rounding alone
             whole, our_whole = (flat({n: t for n, t in w.items() if n.startswith(role)}) for w in (weights, ours))

@@ -1,15 +1,15 @@
-"""The optimiser step: weight decay on matrices alone, gradients that are no numbers, gradients of a scaled loss."""
+"""The optimiser step: weight decay on matrices alone, gradients that are no numbers, the ZeRO stage."""
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from tests.ranks import run_ranks
-from training.hybrid_engine.zero_engine import ZeroEngine, make_optimizer
+from training.deepspeed_config import effective_zero_stage
+from training.hybrid_engine.zero_engine import make_optimizer
 from training.role_settings import LoRASettings, OptimizerSettings
 
 
@@ -34,15 +34,6 @@ def test_weight_decay_shrinks_matrices_and_leaves_biases_and_norms():
     expected = {"linear.weight": shrunk, "table.weight": shrunk, "lora_A.weight": adapter}
     for name, parameter in model.named_parameters():
         assert parameter.flatten().tolist() == pytest.approx([expected.get(name, 2.0)] * parameter.numel()), name
-
-
-def test_the_norm_of_a_scaled_gradient_is_that_of_the_gradient():
-    """With a stand-in for DeepSpeed's fp16 optimiser at stage 0: fp16 does not run on a CPU."""
-    module = nn.Linear(2, 1, bias=False)
-    module.weight.grad = torch.tensor([[3.0, 4.0]], dtype=torch.float32) * 1024
-    for optimizer, expected in ((SimpleNamespace(loss_scale=1024.0), 5.0), (SimpleNamespace(), 5.0 * 1024)):
-        engine = SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 0)
-        assert float(ZeroEngine._gradient_norm(SimpleNamespace(engine=engine, module=module))) == expected
 
 
 def norms_of_broken_gradients(ranks, directory):
@@ -79,3 +70,9 @@ def test_gradients_that_are_no_numbers_are_noticed_at_every_stage_by_every_rank(
     for found in run_ranks(__file__, "norms_of_broken_gradients", 2, tmp_path):
         assert len(found) == 14
         assert all(not math.isfinite(float(norm)) for norm in found.values()), found
+
+
+@pytest.mark.parametrize(("dtype", "masters", "stage"), [("float32", 1, 0), ("float16", 0, 1), ("bfloat16", 1, 1)])
+def test_master_weights_raise_stage_0_and_no_other(dtype, masters, stage):
+    settings = [OptimizerSettings(zero_stage=at, master_weights=masters) for at in (0, 2)]
+    assert [effective_zero_stage(each, getattr(torch, dtype)) for each in settings] == [stage, 2]

@@ -271,7 +271,13 @@ def go_on(stage, directory) -> dict[str, bool]:
     after = look()
     kept.put_back()
     back = look()
+    kept.save(directory / "kept")
     stage.update(0)  # away from there, before it is loaded
+    from_files = KeptWeights(engine, average)
+    from_files.load(directory / "kept")
+    from_files.put_back()
+    best = look()
+    stage.update(0)
     engine.load(directory / "role")
     average.load(directory / "average")
     loaded = look()
@@ -280,6 +286,7 @@ def go_on(stage, directory) -> dict[str, bool]:
     return {
         "moved": before != after,
         "back": before == back,
+        "best": before == best,
         "loaded": before == loaded,
         "resumed": after == look(),
         "files": sorted(str(file.relative_to(directory)) for file in directory.rglob("*.safetensors")),
@@ -353,7 +360,10 @@ def test_a_gradient_that_is_no_number_on_one_stage_is_seen_on_all(found, data):
 def test_what_is_saved_and_kept_goes_on_to_the_bit(found):
     for name, size in KEPT.items():
         for rank in found[size // 2, "stages"]:
-            assert [rank[name][way] for way in ("moved", "back", "loaded", "resumed")] == [True] * 4, (name, size)
+            assert [rank[name][way] for way in ("moved", "back", "best", "loaded", "resumed")] == [True] * 5, (
+                name,
+                size,
+            )
             files = rank[name]["files"]
             assert sum("average" in file for file in files) == size, files
 
