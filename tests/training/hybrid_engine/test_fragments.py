@@ -110,7 +110,9 @@ def contents(directory) -> dict[str, Tensor]:
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 kind, start, name = key.split(":", 2)
-                runs.setdefault(f"{kind} {name}", {})[int(start)] = opened.get_tensor(key)
+                parts = runs.setdefault(f"{kind} {name}", {})
+                assert int(start) not in parts, "two ranks wrote the same"
+                parts[int(start)] = opened.get_tensor(key)
             for name, step in json.loads(opened.metadata()["notes"]).get("steps", {}).items():
                 runs[f"step {name}"] = {0: torch.tensor([step])}
     for name, parts in runs.items():
