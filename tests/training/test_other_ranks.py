@@ -142,7 +142,7 @@ def test_supervised_steps_go_on_by_other_ranks_and_zero_stages(directory, step):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-6)
     results = [result_of(RunDirectory(directory / name), step) for name in (step.command, f"same {step.command}")]
     ours, theirs = ({k: v for k, v in result.items() if isinstance(v, float | int)} for result in results)
-    assert ours == pytest.approx(theirs | {"seconds": ours["seconds"]}, rel=1e-5)
+    assert ours == pytest.approx(theirs | {"seconds": ours["seconds"]}, rel=1e-5, abs=1e-7)
 
 
 def test_ppo_goes_on_by_other_ranks_and_plans(directory):

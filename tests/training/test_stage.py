@@ -32,7 +32,7 @@ def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_cou
     rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts]
     said: list[str] = []
     stage: Any = SimpleNamespace(
-        tokens=lambda rows, parts, form: [tuple(torch.tensor(list(row[p].encode())) for p in parts) for row in rows],
+        tokens=lambda rows, kind, form: [[torch.tensor(list(row[p].encode())) for p in kind.parts] for row in rows],
         display=SimpleNamespace(say=said.append),
         config=SimpleNamespace(data=DataSettings(max_response_tokens=2)),
     )
