@@ -75,8 +75,8 @@ PEOPLE = (
 
 def draw_pairs(run: RunDirectory) -> Iterator[BlindPair]:
     """Two different answers of the run's newest model to each of its training prompts, as `prefer` draws them."""
-    asked, config = find_model(run.path, "", trusts=False), run.read_config()
-    model = ChatModel.load(asked.directory)
+    newest, config = find_model(run.path, "", trusts=False), run.read_config()
+    model = ChatModel.load(newest.directory)
     settings = SamplingSettings(config.data.max_response_tokens, config.rlhf.temperature)
     engine = GenerationEngine(model.model, model.format.end_ids, model.pad_id, SLOTS, graphs=False)
     prompts = suggestions(run, [])
@@ -84,9 +84,9 @@ def draw_pairs(run: RunDirectory) -> Iterator[BlindPair]:
         seeds = [(new_seed(), new_seed()) for _ in asked]
         texts = answers(model, engine, asked, seeds, settings)
         for prompt, both, of_both in zip(asked, seeds, texts, strict=True):
-            one, other = (Answer(asked.label, *each) for each in zip(of_both, both, strict=True))
+            one, other = (Answer(newest.label, *each) for each in zip(of_both, both, strict=True))
             pair = BlindPair.of(prompt, one, other, settings.temperature, settings.max_tokens)
-            if not pair.are_equal:
+            if not pair.teaches_nothing:
                 yield pair
 
 

@@ -196,7 +196,7 @@ class ModelPair:
             for answer in self.growing(prompt, pair.right):
                 pair = replace(pair, right=answer)
                 show(pair)
-            if not pair.are_equal:
+            if not pair.teaches_nothing:
                 return pair
         raise UserError(EQUAL)
 

@@ -27,7 +27,7 @@ Winner = Literal["a", "b", "tie", "both bad"]
 WINNERS: tuple[Winner, ...] = get_args(Winner)
 DRAWS = 3
 """Two answers that are equal are drawn anew until there have been so many."""
-EQUAL = f"Both answers were the same {DRAWS} times: say something else."
+EQUAL = f"Both answers were the same, or one was empty, {DRAWS} times: say something else."
 LONGEST_NAME = 80
 AGAIN = "then judge it again"
 LOCK_SECONDS = 30.0
@@ -124,9 +124,10 @@ class BlindPair:
         return _judged_on(self.prompt, self.left.text, self.right.text)
 
     @property
-    def are_equal(self) -> bool:
-        """Nobody can say which of the two is better."""
-        return self.left.text.strip() == self.right.text.strip()
+    def teaches_nothing(self) -> bool:
+        """Nobody can say which of the two is better, or one of them is empty."""
+        texts = {self.left.text.strip(), self.right.text.strip()}
+        return len(texts) < 2 or "" in texts
 
     def judged(self, winner: Winner, by: str) -> Preference:
         """The preference of a person, now. Raises UserError for a name that cannot be."""

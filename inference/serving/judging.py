@@ -63,7 +63,7 @@ class Judging:
         labels = [each.label for each in self.collecting.models]
         for blank in blank_pairs(prompt, labels, self.collecting.temperature, self.max_tokens):
             pair = await self._answered(blank)
-            if not pair.are_equal:
+            if not pair.teaches_nothing:
                 remember(self._pairs, pair.id, pair)
                 return pair
         raise ApiError(422, EQUAL, code="equal_answers")

@@ -94,6 +94,12 @@ def test_sides_are_drawn():
     assert len({pair.id for pair in pairs}) == 200
 
 
+@pytest.mark.parametrize(("left", "right", "nothing"), [("a", "b", False), ("a", " a\n", True), ("a", " ", True)])
+def test_what_teaches_nothing(left, right, nothing):
+    pair = replace(PAIR, left=replace(PAIR.left, text=left), right=replace(PAIR.right, text=right))
+    assert pair.teaches_nothing is nothing
+
+
 def test_the_same_pair_with_its_sides_drawn_anew():
     first = PAIR.judged("a", "ada")
     again = [BlindPair.again(first, redrawn=True) for _ in range(40)]

@@ -109,6 +109,8 @@ def from_preference(row: dict[str, Any]) -> None:
         return
     if row["winner"] in UNDECIDED:
         raise LeftOut(UNDECIDED[row["winner"]])
+    if not all(str(row[name]).strip() for name in ("response_a", "response_b")):
+        raise LeftOut("one of the two answers is empty")
     for column in PREFERENCE_COLUMNS - PREFERENCE_TEXTS:
         del row[column]
 

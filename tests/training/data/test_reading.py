@@ -1,6 +1,7 @@
 import gc
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow
 import pytest
@@ -228,6 +229,13 @@ def test_one_source_given_twice(tmp_path):
     source = write(tmp_path / "a.jsonl", PAIR)
     with pytest.raises(UserError, match=r"is given twice as a data source: give it once, with a weight"):
         read_sources(DataSettings(source=[source, source]))
+
+
+def test_a_preference_for_an_empty_answer_is_left_out(tmp_path):
+    empty = replace(preference("ann", "one", "How?"), response_a=" ")
+    write(tmp_path / "a.jsonl", *(each.line + "\n" for each in (preference("ann", "one"), empty)))
+    found = read(tmp_path)
+    assert len(found.rows) == 1 and "one of the two answers is empty" in str(found)
 
 
 def test_of_a_persons_preferences_on_two_answers_the_last_one_is_trained_on(tmp_path):
