@@ -116,7 +116,7 @@ def test_equal_answers_are_drawn_anew_and_then_said(file):
     model.stays_equal = 100
     with pytest.raises(UserError, match="the same, or one was empty, 3 times: say something else"):
         ask(file, "hi\n1\n", asking(model))
-    assert "the same, or one was empty, 3 times" in ask(file, "hi\n", asking(model), terminal=True) and len(file.read()) == 1
+    assert "one was empty, 3 times" in ask(file, "hi\n", asking(model), terminal=True) and len(file.read()) == 1
 
 
 def test_in_a_terminal_without_keys_a_line_is_read_and_asked_again(file):
