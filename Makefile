@@ -25,7 +25,7 @@ $(VENV)/.ready$(LOCK): requirements.txt pyproject.toml $(if $(LOCK),locks/common
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet \
 		$(if $(LOCK),--require-hashes --no-build-isolation --use-pep517 -r locks/$(LOCK).txt,-r requirements.txt)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	touch $@
+	touch $@ $(VENV)/.ready
 
 demo: setup
 	$(BIN)/rlhf-chat run --model smollm2-135m --name demo
