@@ -68,8 +68,7 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
         refuse_others(run, stored, config)
         before = of_training(run, stored)
         require_yes(run.path, [use for use in wanted if use in before], trusts)
-    if stored is None and config.data.parent:
-        parent = RunDirectory(Path(config.data.parent))
+    for parent in map(RunDirectory, map(Path, config.begun_from)) if stored is None else ():
         require_yes(parent.path, inherited(parent, wanted), trusts)
     for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
         require_yes(parent.path, shared(of_models(parent, parent.read_config()), wanted), trusts)
@@ -94,7 +93,7 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
     refused = [
         f"{as_typed(key)}: {old!r} there, {new!r} now"
         for key, (old, new) in differences(stored.model_dump(), config.model_dump()).items()
-        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(CHANGEABLE_GROUPS)
+        if not teaches_nothing(key)
     ]
     if refused:
         require_sources(config)
@@ -102,6 +101,11 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
             f"{run.path} was made with other settings ({', '.join(refused[:3])}); give a new run another name, or "
             f"leave these settings out to go on with the run's own."
         )
+
+
+def teaches_nothing(key: str) -> bool:
+    """Whether a setting, a dotted key, leaves alone what a step learns."""
+    return key.rpartition(".")[2] in CHANGEABLE or key.startswith(CHANGEABLE_GROUPS)
 
 
 def require_sources(config: RunConfig) -> None:
