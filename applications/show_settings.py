@@ -25,7 +25,7 @@ def settings_command(keys: list[str], source: str | None, as_json: bool) -> None
             hint = did_you_mean(near_keys(key, setting_keys()), "rlhf-chat settings lists all.")
             raise UserError(f"There is no setting '{key}': {hint}")
     values = defaults() if source is None else values_of(settings_named(source))
-    told = [
+    told: list[dict[str, Any]] = [
         {
             "key": key,
             "value": None if values[key] == REQUIRED else values[key],
