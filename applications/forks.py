@@ -6,11 +6,12 @@ from typing import Any
 from applications.next_round import next_name, settings_of_next_round
 from inference.errors import UserError
 from inference.preferences import PreferenceFile
+from training.changes import differences, teaches
 from training.config import RunConfig
 from training.config_files import load_config
 from training.data.sources import parse_source
 from training.merging import merge
-from training.opening import differences, settings_of_new_run, teaches_nothing
+from training.opening import settings_of_new_run
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 from training.steps import STEPS
@@ -67,7 +68,7 @@ def follows(parent: Path, before: RunConfig, fork: RunConfig) -> tuple[bool, str
         return True, "--data has preferences of people"
     found = differences(before.model_dump(), fork.model_dump())
     same = "fork_of", "data.split_seed", "announce"
-    others = [key for key in found if key == "method" or not (teaches_nothing(key) or key in same)]
+    others = [key for key in found if key == "method" or (key not in same and teaches(key, fork))]
     if others:
         return False, f"{others[0]} differs"
     if not (parent / "preferences.jsonl").exists():

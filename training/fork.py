@@ -13,13 +13,13 @@ from typing import Any
 
 from inference.disk import writing
 from inference.errors import UserError
+from training.changes import differences, teaches
 from training.config import RunConfig
 from training.config_files import as_typed
 from training.data.prepare import COUNTS_FILE
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
 from training.inputs import changes, code_of
 from training.kept_models import kept_model, link_or_copy, models_of
-from training.opening import differences, teaches_nothing
 from training.run_directory import RunDirectory, write_directory, write_json
 from training.starts import read_starts
 from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Step
@@ -76,7 +76,7 @@ class Fork:
 
     def _other_settings(self, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
         for key, (old, new) in differences(theirs, ours).items():
-            if not teaches_nothing(key):
+            if teaches(key, self.config) or teaches(key, self.theirs):
                 yield f"{as_typed(key)} is {new!r}, and {old!r} in {self.name}"
 
     def _changed_models(self, step: Step) -> Iterator[str]:
