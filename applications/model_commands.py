@@ -1,5 +1,6 @@
 """Those commands of `rlhf-chat` that take models as they are: `chat`, `prefer`, `eval`, `report`, `export`, `serve`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -152,6 +153,32 @@ def evaluate(
     from applications.evaluate import evaluate
 
     evaluate(run_directory, model, against, judge, prompts, seed, json_, trust, eval_data or [])
+
+
+HowMany = partial(typer.Option, metavar="[N]", min=0, show_default=False)
+
+
+def samples(
+    run_directory: RunPath,
+    iteration: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Which one. Default: the newest that was written.")
+    ] = None,
+    worst: Annotated[int, HowMany(help="The N (5) with the lowest reward.")] = 0,
+    best: Annotated[int, HowMany(help="The N (5) with the highest reward.")] = 0,
+    longest: Annotated[int, HowMany(help="The N (5) with most tokens. Default: all samples.")] = 0,
+    json_: Json = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """What the policy said in an iteration of step 3 (written with --set rlhf.rollouts_every=1), and its rewards.
+
+    rlhf-chat samples runs/demo --iteration 7 --worst 5
+    """
+    from applications.samples import samples_command
+    from training.trust import require_reading
+
+    require_reading(run_directory, trust)
+    samples_command(run_directory, iteration, worst, best, longest, json_)
 
 
 def report(

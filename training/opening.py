@@ -36,9 +36,10 @@ CHANGEABLE = {
     "reward_timeout",
     "reward_retries",
     "measure",
+    "rollouts_every",
 }
 """Settings (last part of the key) that a run may go on with differently: memory, disk, processes and what lies on each,
-not what a step learns; where the same scores come from; whether KL is measured."""
+not what a step learns; where the same scores come from; whether KL is measured; which samples are written down."""
 CHANGEABLE_GROUPS = ("rlhf.fusion.", "rlhf.plan.", "rlhf.scoring_tensor_parallel.", "logging.", "architecture.")
 
 

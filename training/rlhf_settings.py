@@ -170,6 +170,8 @@ class RLHFSettings(Settings):
     """Iterations between looks at the fixed prompts in samples.jsonl."""
     sample_prompts: int = Field(4, ge=1)
     """How many fixed prompts those are."""
+    rollouts_every: int = Field(0, ge=0)
+    """Iterations between those of which every sample goes into rollouts.jsonl; 0: none."""
     eval_every: int = Field(0, ge=0)
     """Iterations between evaluations on held-out prompts, with one before the first and one at the end; 0: none."""
     eval_prompts: int = Field(64, ge=1)

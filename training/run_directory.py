@@ -220,6 +220,11 @@ class StepDirectory:
         return self.path / "samples.jsonl"
 
     @property
+    def rollouts_file(self) -> Path:
+        """Step 3 with rlhf.rollouts_every: every sample of an iteration."""
+        return self.path / "rollouts.jsonl"
+
+    @property
     def log_file(self) -> Path:
         return self.path / "log.txt"
 

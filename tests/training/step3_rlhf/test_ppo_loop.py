@@ -29,6 +29,7 @@ BASE = {
 WARM = {
     **BASE,
     "critic_warmup": 2,
+    "rollouts_every": 1,
     "iterations": 5,
     "ema": 0.5,
     "kl": {"coefficient": 0.1, "target": 0.5, "horizon": 10},
@@ -176,6 +177,7 @@ def told(seen: SimpleNamespace) -> dict:
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
         "sampling": [getattr(seen.trainer.rollouts.sampling, name) for name in SAMPLING],
+        "rollouts": rollouts.read_text() if (rollouts := seen.stage.directory.rollouts_file).exists() else "",
         "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl", encoding="utf-8")],
         "numbers": [len(seen.mini_batches), seen.trainer.roles.critic_scale],
     }
@@ -193,7 +195,9 @@ def run_alone(ranks, directory):
     found["warm"] = told(run_step(ranks, directory / "warm", models, warm))
     ended = run_step(ranks, directory / "killed", models, {**warm, "checkpoint_every": 0}, terminated_in=2)
     kept = ended.stage.checkpoints.numbers()
-    run_step(ranks, directory / "killed", models, warm, killed_in=4)
+    halted = run_step(ranks, directory / "killed", models, warm, killed_in=4)
+    with open(halted.stage.directory.rollouts_file, "a", encoding="utf-8") as later:
+        later.write('{"number": 4, "sample": 0}\n{"number": 4, "sam')
     found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm)) | {"terminated": kept}
     models = sft, reward, chat_format
     run_step(ranks, directory / "no-kl", models, NO_KL, killed_in=2)
@@ -343,9 +347,41 @@ def test_the_coefficient_follows_the_kl_of_each_iteration(alone):
     assert len({line["kl/coefficient"] for line in metrics}) == len(metrics)
 
 
+def test_a_line_for_every_sample_says_what_came_of_it(alone):
+    lines = [json.loads(line) for line in alone["warm"]["rollouts"].splitlines()]
+    assert [(line["number"], line["sample"]) for line in lines] == [(n, i) for n in range(1, 6) for i in range(3)]
+
+    def means(of) -> list[float]:
+        """Of each iteration's lines, or of all their tokens."""
+        found = [[of(line) for line in lines if line["number"] == number] for number in range(1, 6)]
+        flat = [[x for each in values for x in (each if isinstance(each, list) else [each])] for values in found]
+        return [sum(each) / len(each) for each in flat]
+
+    for metric, of in {
+        "reward/total": lambda line: line["reward/total"],
+        "reward/model_mean": lambda line: line["reward/model"],
+        "reward/function_mean": lambda line: line["reward/function"],
+        "kl/reference_k1": lambda line: sum(line["kl"]),
+        "value/mean": lambda line: line["values"],
+        "advantage/mean": lambda line: line["advantages"],
+        "response/ended_fraction": lambda line: not line["truncated"],
+        "response/length_mean": lambda line: len(line["response_ids"]),
+    }.items():
+        assert means(of) == pytest.approx([row[metric] for row in alone["warm"]["metrics"]], abs=1e-4), metric
+    for line in lines:
+        parts = [line[f"reward/{part}"] for part in ("score", "missing_end", "kl")]
+        assert line["reward/total"] == pytest.approx(sum(parts), abs=2e-5)
+        assert line["reward/missing_end"] == -0.5 * line["truncated"]
+        assert "".join(line["tokens"]) == line["response"] and "short?" in line["prompt"]
+        assert {len(line[name]) for name in ("tokens", "logprobs", "kl", "values", "advantages")} == {
+            len(line["response_ids"])
+        }
+
+
 def test_a_run_that_was_killed_ends_as_one_that_was_not(alone):
     """To the bit: weights, average, coefficient, and the statistics that bring rewards onto one scale."""
     whole, resumed = alone["warm"], alone["warm, killed"]
+    assert resumed["rollouts"] == whole["rollouts"]
     assert resumed["terminated"] == [2]
     assert learning(resumed["metrics"]) == learning(whole["metrics"])
     assert (resumed["model"], resumed["ema_model"]) == (whole["model"], whole["ema_model"])
