@@ -13,7 +13,10 @@ OWN_MODELS = ", ".join(step.command for step in WRITING)
 
 
 def chat(
-    target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run directory or a model directory.")],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|MODEL", help="A run, a checkpoint (runs/demo@12), or a model directory."),
+    ],
     compare: Annotated[
         bool, typer.Option("--compare", help="SFT (or what the run began with) and RLHF (or DPO) side by side.")
     ] = False,
@@ -173,6 +176,8 @@ def samples(
     """What the policy said in an iteration of step 3 (written with --set rlhf.rollouts_every=1), and its rewards.
 
     rlhf-chat samples runs/demo --iteration 7 --worst 5
+
+    rlhf-chat samples runs/demo --best 3 --longest 3 --json
     """
     from applications.samples import samples_command
     from training.trust import require_reading
@@ -234,7 +239,7 @@ def export(
     from training.trust import require_reading
 
     require_reading(run_directory, trust)
-    export(run_directory, out, what, dtype, step)
+    export(run_directory, out, what, dtype, step, trust)
 
 
 def serve(

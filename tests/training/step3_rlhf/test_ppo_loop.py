@@ -92,6 +92,7 @@ def run_step(
     )
     run = RunDirectory(directory)
     run.step(PPO).path.mkdir(parents=True, exist_ok=True)
+    run.write_config(config, {})
     stage = make_stage(run, PPO, config, ranks)
     prompts = [[{"role": "user", "content": f"{'very ' * n}short?"}] for n in range(PROMPTS)]
     rows = [{"prompt": prompt, "extra": {"number": n}} for n, prompt in enumerate(prompts)]
@@ -155,6 +156,12 @@ def saved(directory) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
+def of_checkpoint(directory, number: int) -> dict[str, float]:
+    from training.checkpoint_models import checkpoint_of
+
+    return norms(saved(checkpoint_of(f"{directory}@{number}").model()))
+
+
 def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """Numbers that tell two sets of weights apart."""
     return {name: float(weight.double().sum() + weight.double().norm()) for name, weight in sorted(weights.items())}
@@ -193,6 +200,7 @@ def run_alone(ranks, directory):
     found = {}
     models = sft, foreign, chat_format
     found["warm"] = told(run_step(ranks, directory / "warm", models, warm))
+    found["warm"] |= {f"model {number}": of_checkpoint(directory / "warm", number) for number in (4, 5)}
     ended = run_step(ranks, directory / "killed", models, {**warm, "checkpoint_every": 0}, terminated_in=2)
     kept = ended.stage.checkpoints.numbers()
     halted = run_step(ranks, directory / "killed", models, warm, killed_in=4)
@@ -269,12 +277,14 @@ def run_together(ranks, directory):
     ):
         lora = {"rank": 3 if zero in (1, 3) else 0}
         settings = {**FREE, "kl": {}, "ema": 0, "iterations": 2, "mini_batches": 1, "exact": exact}
+        settings["checkpoint_every"] = 1
         settings["actor"] = {**FREE["actor"], "zero_stage": zero, "lora": lora}
         place = directory / f"exact{zero}{dtype}{exact}"
         seen = run_step(ranks, place, models, settings, dtype=dtype)
         if ranks.is_first:
             checked = json.loads((place / "step3_rlhf" / "first_update.json").read_text())
             found[f"{dtype} {zero} {exact}"] = told(seen) | {"checked": checked}
+            found[f"{dtype} {zero} {exact}"] |= {f"model {number}": of_checkpoint(place, number) for number in (1, 2)}
     return found
 
 
@@ -387,6 +397,14 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(alone):
     assert (resumed["model"], resumed["ema_model"]) == (whole["model"], whole["ema_model"])
     assert resumed["result"]["kl_coefficient"] == whole["result"]["kl_coefficient"]
     assert resumed["numbers"] == whole["numbers"]
+
+
+def test_a_checkpoint_opens_as_the_model_that_the_step_would_have_left_there(alone, together):
+    """With adapters and without, in fp32 and bf16, at each ZeRO stage, whole and in parts of two ranks."""
+    warm = alone["warm"]
+    assert warm["model 5"] == warm["model"] and warm["model 4"] == warm["weights"][3]
+    for run in ("fp32 0 True", "fp32 3 True", "bf16 1 True", "bf16 3 True", "bf16 2 False"):
+        assert together[run]["model 2"] == together[run]["model"] != together[run]["model 1"], run
 
 
 def test_training_equals_generation_to_the_bit(together):
