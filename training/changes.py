@@ -19,7 +19,8 @@ NAMES = {
     Kind.FREE: """
         announce method processes threads zero_stage offload generation_tensor_parallel micro_batch_tokens
         generation_batch release_generation gradient_checkpointing checkpoint_every keep_checkpoints reward_url
-        reward_timeout reward_retries measure samples_every sample_prompts architecture plan""",
+        reward_timeout reward_retries measure samples_every sample_prompts
+        rollouts_every architecture plan""",
     Kind.EVALUATION: "eval_every eval_rows eval_prompts",
     Kind.LENGTH: "epochs max_steps iterations",
     Kind.LEARNED: """

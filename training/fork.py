@@ -28,7 +28,7 @@ SMALL = 2**20
 """Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
 OF_ROWS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
 OF_ACCURACY = (*OF_ROWS, REWARD.given_by, "reward.eval_rows")
-OF_REFERENCE = (*OF_ROWS, SFT.given_by, "seed", "dpo.seed", "dpo.epochs", "dpo.max_steps", "dpo.batch_size")
+OF_REFERENCE = (*OF_ROWS, SFT.given_by)
 """Settings that decide what a given reward model, and DPO's reference, say of the run's pairs."""
 
 

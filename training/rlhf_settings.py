@@ -195,6 +195,8 @@ class RLHFSettings(Settings):
     """Iterations between looks at the fixed prompts in samples.jsonl."""
     sample_prompts: Prompts = Field(4, ge=1)
     """How many fixed prompts those are."""
+    rollouts_every: Iterations = Field(0, ge=0)
+    """Iterations between those of which every sample goes into rollouts.jsonl; 0: none."""
     eval_every: Iterations = Field(0, ge=0)
     """Iterations between evaluations on held-out prompts, with one before the first and one at the end; 0: none."""
     eval_prompts: Prompts = Field(64, ge=1)
