@@ -11,6 +11,7 @@ from inference.errors import UserError
 from inference.serving.listener import bind, is_loopback
 from inference.serving.served_models import find_served_models
 from inference.streams import guard_output
+from training.checkpoint_models import checkpoint_of
 
 if TYPE_CHECKING:
     from inference.chat_model import ChatModel
@@ -33,7 +34,8 @@ def serve_command(
 ) -> None:
     """`rlhf-chat serve`; returns after Ctrl-C. Raises UserError for what cannot be served, or not here."""
     guard_output()  # whoever reads its log may go
-    found = find_served_models(target)
+    at = checkpoint_of(target)
+    found = {at.name: at.model(trusts)} if at else find_served_models(target)
     token = choose_token(token, host)
     with bind(host, port) as listener:  # before the models, which take longer
         from inference.chat_model import ChatModel

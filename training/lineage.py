@@ -24,28 +24,32 @@ class Origin:
 
     run: RunDirectory
     step: Step
+    at: str = ""
+    """Of a checkpoint `@12`."""
 
     @property
     def name(self) -> str:
         """`demo (SFT)`."""
-        return f"{self.run.path.name} ({self.step.name})"
+        return f"{self.run.path.name} ({self.step.name}{self.at})"
 
 
 def origin_of(source: str | Path) -> Origin | None:
     """The step that left the model in a directory; None for one that lies in no run."""
     if not source:
         return None
-    path = Path(source).expanduser().resolve()
-    run = RunDirectory(path.parent.parent)
-    step = next((step for step in STEPS if step.folder == path.parent.name), None)
-    return Origin(run, step) if step is not None and run.config_file.exists() else None
+    place, at = Path(source).expanduser().resolve().parent, ""
+    if place.parent.name == "checkpoints":
+        place, at = place.parent.parent, f"@{place.name}"
+    run = RunDirectory(place.parent)
+    step = next((step for step in STEPS if step.folder == place.name), None)
+    return Origin(run, step, at) if step is not None and run.config_file.exists() else None
 
 
 def label_of(model: str | Path, name: str = "") -> str:
     """`demo/sft`, as preferences call the model in a directory; of one that lies in no run `name`, or the
     directory's."""
     origin = origin_of(model)
-    return f"{origin.run.path.name}/{origin.step.command}" if origin else name or Path(model).resolve().name
+    return f"{origin.run.path.name}/{origin.step.command}{origin.at}" if origin else name or Path(model).resolve().name
 
 
 def label_of_step(run: RunDirectory, config: RunConfig, step: Step) -> str:

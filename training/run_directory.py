@@ -229,6 +229,11 @@ class StepDirectory:
         return self.path / "samples.jsonl"
 
     @property
+    def rollouts_file(self) -> Path:
+        """Step 3 with rlhf.rollouts_every: every sample of an iteration."""
+        return self.path / "rollouts.jsonl"
+
+    @property
     def log_file(self) -> Path:
         return self.path / "log.txt"
 
@@ -255,6 +260,13 @@ class StepDirectory:
         file = self.path.with_name(f".{self.path.name}.lock")
         with hold_lock(file, f"{self.path} is still being written by another process", wait_seconds):
             yield
+
+
+def numbered(directory: Path) -> list[int]:
+    """Numbers of the complete checkpoints in it, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
 
 
 def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
