@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from applications.commands import asked_for
-from applications.fit import size
 from applications.launch import run_stage_script
 from applications.pipeline import needed_steps
 from inference.errors import typed
@@ -15,7 +14,7 @@ from rlhf_chat import HOME
 from training.config import RunConfig
 from training.inputs import changed_inputs, code_files
 from training.kept_models import local_model, models_of
-from training.metrics import WARNING, Display
+from training.metrics import WARNING, Display, size
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.trust import record_file
