@@ -285,4 +285,4 @@ def read_lines(file: Path) -> list[bytes]:
 
 
 def is_evaluation(row: Mapping[str, Any]) -> bool:
-    return all(key == "number" or key.startswith("eval/") for key in row)
+    return all(key == "number" or key.startswith(("eval/", "time/")) for key in row)

@@ -47,8 +47,8 @@ def resolve_settings(
 
 
 def settings_named(source: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Those of a run directory, of a YAML file, or of a model as --model names it. `overrides`, whose keys may be dotted,
-    lie over them. Raises UserError.
+    """Those of a run directory, a YAML file, or a model as --model names it, with `overrides` (keys may be dotted) over
+    them. Raises UserError.
     """
     try:
         given = nested(json.loads(json.dumps(overrides or {}, default=str)))  # paths as text, tuples as lists

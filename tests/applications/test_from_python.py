@@ -71,7 +71,7 @@ def fail_then_die() -> None:
         return [float(len(text)) for text in responses] if len(asked) == 1 else os._exit(9)
 
     settings = load_settings("tiny", LITTLE)
-    with pytest.raises(LookupError, match="^'no such judge'$"):
+    with pytest.raises(LookupError, match=r"^'no such judge'$"):
         train("run", settings, reward=refuses, quiet=True).wait()
     train("run", settings, reward=dies, quiet=True).wait()
 
@@ -144,9 +144,9 @@ def test_what_is_no_score_is_refused():
 
 
 def test_settings_and_runs_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match="no setting 'rlhf.kl.coef': did you mean 'rlhf.kl.coefficient'"):
+    with pytest.raises(UserError, match=r"no setting 'rlhf\.kl\.coef': did you mean 'rlhf\.kl\.coefficient'"):
         load_settings("tiny", {"rlhf": {"kl.coef": 1}})
-    with pytest.raises(UserError, match="'rlhf.kl.target' is there twice"):
+    with pytest.raises(UserError, match=r"'rlhf\.kl\.target' is there twice"):
         load_settings("tiny", {"rlhf.kl.target": 1, "rlhf": {"kl": {"target": 2}}})
     assert load_settings("tiny", {"data.split": (1, 1, 2), "rlhf.ptx.source": tmp_path}).rlhf.ptx.source == str(
         tmp_path
