@@ -6,16 +6,18 @@ from typing import Any
 
 from inference.errors import UserError, typed
 from inference.redaction import redacted
-from training.changes import differences, teaches
+from training.changes import Kind, differences, kind_of, teaches
 from training.config import EMBEDDED_DATA, RunConfig
 from training.config_files import as_typed, load_config
 from training.data.find_files import find_files
 from training.data.hub_sets import find_set
 from training.data.sources import parse_source
+from training.lengthening import may_have_length, set_aside
 from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
+from training.steps import step_of
 from training.trust import made_here, require_yes
 from training.uses import inherited, of_models, of_training, shared
 from training.versions import versions
@@ -54,6 +56,8 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
         require_yes(parent.path, shared(of_models(parent, parent.read_config()), wanted), trusts)
     if config != stored:
         refuse_secret(config.rlhf.reward_url)
+        if stored is not None:
+            set_aside(run, stored, config)
         run.write_config(config, versions())
     made_here(run.path, [use for use in wanted if use not in before])
     return config
@@ -72,6 +76,9 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
     """Raise UserError where settings differ that a run keeps for life."""
     found = differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
     others = {key: values for key, values in found.items() if teaches(key, config) or teaches(key, stored)}
+    for key in [key for key in others if kind_of(key) is Kind.LENGTH]:
+        if may_have_length(run, step_of(key.partition(".")[0]), stored, config):
+            del others[key]
     if not others:
         return
     require_sources(config)

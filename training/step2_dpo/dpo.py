@@ -8,6 +8,7 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from training import calls
 from training.data.batching import plan_micro_batches
+from training.data.epochs import count_updates
 from training.data.token_pairs import TokenPair
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -17,7 +18,7 @@ from training.stage import Stage
 from training.step2_dpo.dpo_math import dpo_loss, implicit_rewards
 from training.step2_dpo.reference import reference_logprobs, response_logprobs
 from training.steps import SFT
-from training.supervised import count_updates, fit
+from training.supervised import fit
 
 HELD_OUT = {
     "loss": "eval/loss",
