@@ -42,12 +42,9 @@ def cells() -> list[str]:
 
 def run_notebook_twice() -> None:
     names: dict = {}
-    for place in ("one", "two"):
-        os.mkdir(place)
-        os.chdir(place)
+    for _ in range(2):
         for cell in cells():
             exec(compile(cell, "docs/python.ipynb", "exec"), names)
-        os.chdir("..")
         assert list(names["metrics"].index) == [1, 2, 3]
         assert (names["metrics"]["reward/score_mean"] < 0).all()
 
@@ -71,7 +68,7 @@ def fail_then_die() -> None:
         return [float(len(text)) for text in responses] if len(asked) == 1 else os._exit(9)
 
     settings = load_settings("tiny", LITTLE)
-    with pytest.raises(LookupError, match=r"^'no such judge'$"):
+    with pytest.raises(LookupError, match="^no such judge$"):
         train("run", settings, reward=refuses, quiet=True).wait()
     train("run", settings, reward=dies, quiet=True).wait()
 
