@@ -38,11 +38,11 @@ def serve_command(
     found = {at.name: at.model(trusts)} if at else find_served_models(target)
     token = choose_token(token, host)
     with bind(host, port) as listener:  # before the models, which take longer
-        from applications.fit import size
         from inference.chat_model import ChatModel
         from inference.serving.app import create_app
         from inference.serving.server import Server
         from inference.serving.service import Limits, Service
+        from training.metrics import size
 
         collecting, others = find_collecting(target, found, against, preferences, trusts)
         limits = Limits(slots, queue, context, max_tokens)
@@ -130,7 +130,8 @@ def check_context(models: dict[str, ChatModel], limits: Limits) -> None:
 
 def reserve_memory(service: Service, models: dict[str, ChatModel]) -> int:
     """Make the room for keys and values and return its bytes. Raises UserError where it is too much."""
-    from applications.fit import Machine, size
+    from applications.fit import Machine
+    from training.metrics import size
 
     way_out = "give fewer --slots or a smaller --context"
     try:

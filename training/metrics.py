@@ -203,3 +203,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(bytes_: float) -> str:
+    """`1.5 GiB`, `212 GiB`, `38 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(bytes_) < 1023.5 or unit == "TiB":
+            break
+        bytes_ /= 1024
+    return f"{bytes_:.1f} {unit}" if bytes_ < 9.95 and unit != "B" else f"{bytes_:.0f} {unit}"
