@@ -71,6 +71,8 @@ class Fork:
         code = code_of(self.config)
         if step.draws_samples and any(start.get("reward_function", code) != code for start in self._starts(step)):
             yield f"{self.config.rlhf.reward_function} has changed"
+        if step.draws_samples and self.config.rlhf.reward_url != self.theirs.rlhf.reward_url:
+            yield f"rlhf.reward_url is another than in {self.name}"
         if any(self._other_rows(name) for name in rows_read(self.config, step)):
             yield f"its rows are others ({self.other_data})" if self.other_data else "its rows are others"
 
