@@ -216,7 +216,7 @@ def train(
 ) -> Training:
     """Begin to train in the run directory `path`, or go on where it stopped, and return at once.
 
-    `settings` are such as `load_settings` gives, or what it takes; default: the run's own, else those of `parent`. With a
+    `settings` are such as `load_settings` gives, or what it takes; default: those of the run, else of `parent`. With a
     `parent` the run is a fork of it: only the steps are trained that read something else (docs/forks.md).
     `reward(prompts, responses)` or `reward(prompts, responses, rows)`, with lists of messages, texts and the other keys
     of the data, returns a number for each response. It is asked in a thread of this process, once at a time; with
