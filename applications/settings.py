@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from applications.next_round import resolve_next_round
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config import RunConfig
@@ -19,17 +18,12 @@ def resolve_settings(
     overrides: list[str] | None,
     flags: Mapping[str, object],
     run: RunDirectory | None = None,
-    parent: Path | None = None,
 ) -> RunConfig | None:
     """Preset, then files, then --set, then flags; None when nothing was given, so that a run keeps its own.
 
-    With a `parent` (`run --from`) its settings take the place of the preset's. Without it, a model or a file, what is
-    given is laid over the settings of `run`.
+    Without a model or a file, what is given is laid over the settings of `run`.
     """
     given = {key: value for key, value in flags.items() if value is not None}
-    if parent is not None:
-        assert run is not None
-        return resolve_next_round(parent, config or [], overrides or [], as_settings(given), run)
     if model is None and not config and not overrides and not given:
         return None
     if model is None and not config and run is not None and run.config_file.exists():

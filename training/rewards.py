@@ -25,6 +25,8 @@ class Rewarded:
     """The weighted sums of what the sources gave."""
     scores: list[float]
     """Those that PPO raises: normalised and clipped source by source."""
+    parts: Parts
+    """What each source gave."""
     metrics: dict[str, float]
 
 
@@ -63,7 +65,7 @@ class Rewards:
         metrics = means_of(parts) if self.sources or self.weights.model != 1 else {}
         shaped, clipped = self._shape(parts)
         metrics["reward/clipped_fraction"] = clipped / len(responses)
-        return Rewarded(weighted(parts, len(responses)), weighted(shaped, len(responses)), metrics)
+        return Rewarded(weighted(parts, len(responses)), weighted(shaped, len(responses)), parts, metrics)
 
     def total(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
