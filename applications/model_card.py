@@ -219,8 +219,8 @@ def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[st
 
 
 def settings_text(config: RunConfig, step: Step) -> str:
-    own = config.reference_model
-    reference = f" (reference {public_name(own)})" if own and step.compared_with else ""
+    named = config.reference_model if step.compared_with else ""
+    reference = f" (reference {public_name(named)})" if named else ""
     if not step.draws_samples:
         settings = config.supervised(step)
         own = (name for name in type(settings).model_fields if name not in StepSettings.model_fields)

@@ -14,7 +14,7 @@ from training.config_files import load_config
 from training.data.batching import TokenBatch
 from training.lineage import Origin, sources_of, trace
 from training.paths import found_from_anywhere
-from training.step2_dpo import dpo, reference
+from training.step2_dpo import dpo
 from training.step3_rlhf.roles import Roles
 from training.steps import DPO, PPO, SFT
 
@@ -41,7 +41,8 @@ def test_ppo_scores_with_it_also_where_adapters_are_trained(models, one_rank, ra
     given = settings(models, f"rlhf.actor.lora.rank={rank}", "rlhf.advantage=reinforce++", "rlhf.temperature=2")
     config = load_config([], [*given, "rlhf.reward_weights.model=0", "rlhf.reward_function=a.py:f"])
     sft, own = models.step(SFT).model, models.step(PPO).model
-    stage = SimpleNamespace(config=config, ranks=one_rank, dtype=torch.float32, display=SimpleNamespace(say=print))
+    display = SimpleNamespace(say=print)
+    stage = SimpleNamespace(config=config, ranks=one_rank, dtype=torch.float32, display=display, seed=1)
     roles = Roles(stage, sft, None, ChatFormat.load(sft), (1, 1), own)
     batch = TokenBatch.of([(torch.tensor([5, 6, 7]), torch.tensor([8, 9]))], one_rank.device)
     logits = AutoModelForCausalLM.from_pretrained(own)(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:-1] / 2
@@ -56,7 +57,7 @@ def test_dpo_asks_it_once_before_the_policy_is_there(models, one_rank, tmp_path,
     run = make_run(tmp_path / "run", "pairs", rows[:4], rows[4:])
     dpo.train(stage_of(run, DPO, given, one_rank))
     form, own = ChatFormat.load(models.step(SFT).model), AutoModelForCausalLM.from_pretrained(models.step(PPO).model)
-    kept = load_file(run.step(DPO).path / reference.REFERENCE_FILE)
+    kept = load_file(run.step(DPO).reference_file)
     with torch.no_grad():
         for name, part in (("train", rows[:4]), ("eval", rows[4:])):
             for place, key in enumerate(("chosen", "rejected")):
