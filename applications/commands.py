@@ -169,7 +169,8 @@ def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: b
     steps = needed_steps(settings or run.read_config(), steps)
     if settings is not None and not run.config_file.exists():
         fork = Fork.of(run, settings)
-        check_fits(settings, fork.trained(steps) if fork else steps)
+        if trained := fork.trained(steps) if fork else steps:
+            check_fits(settings, trained)
     require_one_command()
     require_loopback()
     with run.locked():
