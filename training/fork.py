@@ -188,7 +188,7 @@ class Fork:
 
     def _name_own_base(self, step: Path) -> None:
         """In its adapters, which name their base by a full path, where that lies in the parent."""
-        for file in step.glob("*adapter/adapter_config.json"):
+        for file in step.rglob("adapter_config.json"):
             values = json.loads(file.read_text(encoding="utf-8"))
             base = Path(values["base_model_name_or_path"]).resolve()
             if base.is_relative_to(self.parent.path):
