@@ -28,7 +28,7 @@ SMALL = 2**20
 """Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
 OF_ROWS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
 OF_ACCURACY = (*OF_ROWS, REWARD.given_by, "reward.eval_rows")
-OF_REFERENCE = (*OF_ROWS, SFT.given_by)
+OF_REFERENCE = (*OF_ROWS, SFT.given_by, "reference_model")
 """Settings that decide what a given reward model, and DPO's reference, say of the run's pairs."""
 
 
@@ -250,6 +250,8 @@ def settings_read(config: RunConfig, step: Step) -> dict[str, Any]:
 def models_read(config: RunConfig, step: Step) -> dict[str, str]:
     """Setting -> model, of those that the step begins with and that no step of the run makes."""
     found = {each.given_by: config.given_model(each) for each in config.steps_before(step)}
+    if step.compared_with:
+        found["reference_model"] = config.reference_model
     if step is SFT:
         found["model"] = config.model
     if step is REWARD:

@@ -84,6 +84,7 @@ def made(parent):
         ((), ""),
         (("rlhf.kl.coefficient=0.2",), "3"),
         (("rlhf.seed=2",), "3"),
+        (("reference_model=tiny",), "3"),
         (("rlhf.seed=3",), ""),  # that of the run
         (("sft.seed=2",), "13"),
         (("seed=2",), "123"),
