@@ -114,11 +114,11 @@ def update_with_options(ranks, directory):
 @torch.no_grad()
 def offloaded_scores(ranks, models, experience) -> list[list[float]]:
     """Log-probabilities of a frozen model: whole, divided, divided and kept in main memory."""
+    from training.hybrid_engine.frozen import freeze
     from training.models.loading import load_causal_lm
     from training.models.policy import Policy
     from training.role_settings import FrozenSettings
     from training.step3_rlhf.experience import token_batch
-    from training.step3_rlhf.roles import freeze
 
     sft, _, chat_format = models
     places = [{}, {"zero_stage": 3}, {"zero_stage": 3, "offload": "parameters"}]
