@@ -27,8 +27,8 @@ from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Ste
 SMALL = 2**20
 """Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
 OF_ROWS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
-OF_ACCURACY = (*OF_ROWS, REWARD.given_by, "reward.eval_rows")
-OF_REFERENCE = (*OF_ROWS, SFT.given_by, "reference_model")
+OF_ACCURACY = {*OF_ROWS, REWARD.given_by, "reward.eval_rows"}
+OF_REFERENCE = {*OF_ROWS, SFT.given_by, "reference_model"}
 """Settings that decide what a given reward model, and DPO's reference, say of the run's pairs."""
 
 
@@ -71,6 +71,8 @@ class Fork:
         code = code_of(self.config)
         if step.draws_samples and any(start.get("reward_function", code) != code for start in self._starts(step)):
             yield f"{self.config.rlhf.reward_function} has changed"
+        if step.draws_samples and self.config.rlhf.reward_url != self.theirs.rlhf.reward_url:
+            yield f"rlhf.reward_url is another than in {self.name}"
         if any(self._other_rows(name) for name in rows_read(self.config, step)):
             yield f"its rows are others ({self.other_data})" if self.other_data else "its rows are others"
 
@@ -206,7 +208,7 @@ class Fork:
             before = []
         else:
             return
-        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & set(keys)
+        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & keys
         changed = [*self._changed_models(step), *filter(self._other_rows, rows)]
         if file.exists() and not (before or differ or changed):
             self.run.step(step).path.mkdir(exist_ok=True)
