@@ -27,8 +27,8 @@ from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Ste
 SMALL = 2**20
 """Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
 OF_ROWS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
-OF_ACCURACY = (*OF_ROWS, REWARD.given_by, "reward.eval_rows")
-OF_REFERENCE = (*OF_ROWS, SFT.given_by, "reference_model")
+OF_ACCURACY = {*OF_ROWS, REWARD.given_by, "reward.eval_rows"}
+OF_REFERENCE = {*OF_ROWS, SFT.given_by, "reference_model"}
 """Settings that decide what a given reward model, and DPO's reference, say of the run's pairs."""
 
 
@@ -190,7 +190,7 @@ class Fork:
 
     def _name_own_base(self, step: Path) -> None:
         """In its adapters, which name their base by a full path, where that lies in the parent."""
-        for file in step.glob("*adapter/adapter_config.json"):
+        for file in step.rglob("adapter_config.json"):
             values = json.loads(file.read_text(encoding="utf-8"))
             base = Path(values["base_model_name_or_path"]).resolve()
             if base.is_relative_to(self.parent.path):
@@ -209,7 +209,7 @@ class Fork:
             before = []
         else:
             return
-        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & set(keys)
+        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & keys
         changed = [*self._changed_models(step), *filter(self._other_rows, rows)]
         if file.exists() and not (before or differ or changed):
             self.run.step(step).path.mkdir(exist_ok=True)
