@@ -8,7 +8,7 @@ import typer
 from applications.data_commands import data_app
 from applications.help_pages import Command, Group
 from applications.machine_commands import doctor, plan, profile
-from applications.model_commands import chat, evaluate, export, prefer, report, serve
+from applications.model_commands import chat, evaluate, export, prefer, report, serve, settings
 from applications.options import (
     Config,
     Data,
@@ -282,5 +282,5 @@ def rlhf(
     )
 
 
-for function in (chat, prefer, evaluate, report, export, serve, plan, profile, doctor):
+for function in (chat, prefer, evaluate, report, settings, export, serve, plan, profile, doctor):
     command("eval" if function is evaluate else None)(function)

@@ -32,6 +32,7 @@ from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.data.rows import PANEL_FILE
 from training.evaluation.guard_rails import guard_signs, verdict
 from training.evaluation.preferences import win_rates
+from training.lengthening import was_lengthened
 from training.lineage import base_model, label_of_step, origin_of, sources_of, trace
 from training.metrics import duration
 from training.run_directory import RunDirectory
@@ -204,7 +205,8 @@ def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[st
             origin = origin_of(given)
             found.append((title, f"not trained here: {origin.name if origin else public_name(given)}", ""))
         elif run.step(each).is_finished:
-            found.append((title, settings_text(config, each), outcome(run.step(each).read_result())))
+            made = [outcome(run.step(each).read_result()), *was_lengthened(run.step(each))]
+            found.append((title, settings_text(config, each), ", ".join(made)))
     return found
 
 

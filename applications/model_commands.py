@@ -1,4 +1,4 @@
-"""Those commands of `rlhf-chat` that take models as they are: `chat`, `prefer`, `eval`, `report`, `export`, `serve`."""
+"""Commands that train nothing: `chat`, `prefer`, `eval`, `report`, `settings`, `export`, `serve`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -174,6 +174,33 @@ def report(
 
     require_reading(run_directory, trust)
     print(write_report(RunDirectory(run_directory), out))
+
+
+def settings(
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY]...", help="Settings, or groups of them such as rlhf.kl. Default: all."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL|RUN", help="Whose values: a model as `run` takes it, a run, or a YAML file."),
+    ] = None,
+    json_: Json = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """What settings mean, their defaults, and their values for a model or in a run.
+
+    rlhf-chat settings rlhf.kl --model smollm2-135m
+
+    rlhf-chat settings sft.epochs --model runs/demo
+    """
+    from applications.show_settings import settings_command
+    from training.trust import require_reading
+
+    if model is not None:
+        require_reading(Path(model).expanduser(), trust)
+    settings_command(keys or [], model, json_)
 
 
 def export(

@@ -43,6 +43,20 @@ def resolve_settings(
     return settings_of_new_run(base, config or [], overrides or [], as_settings(given), run)
 
 
+def settings_named(source: str, overrides: list[str] | None = None) -> RunConfig:
+    """Those of a run directory, of a YAML file, or of a model as --model names it, with `overrides` laid over them."""
+    path = Path(source).expanduser()
+    run = RunDirectory(path)
+    if run.config_file.exists():
+        return load_config([], overrides or [], run.read_config().model_dump(mode="json"))
+    if "/" in source and path.parent.is_dir() and not path.exists():  # else it would be owner/name on the hub
+        raise UserError(f"There is neither a run nor a file {source}.")
+    is_file = path.suffix in (".yaml", ".yml")
+    settings = resolve_settings(None if is_file else source, [path] if is_file else None, overrides, {})
+    assert settings is not None
+    return settings
+
+
 FUSIONS = {
     "none": {"mode": "none", "training": "1f1b"},
     "inter": {"mode": "inter"},

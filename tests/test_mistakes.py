@@ -74,7 +74,7 @@ def test_another_models_run_directory(monkeypatch, capsys, tiny_run, workplace):
     said = sentence(monkeypatch, capsys, workplace, "run", "--model", "opt-125m", "--name", "demo")
     assert "was made with other settings" in said and "another name" in said
     said = sentence(monkeypatch, capsys, workplace, "run", "--model", "tiny", "--name", "demo", "--seed", 9)
-    assert "seed: 1 there, 9 now" in said
+    assert "seed: 1 there, 9 now" in said and "rlhf-chat run --from runs/demo --name NEW --set seed=9" in said
 
 
 def test_a_run_goes_on_with_smaller_micro_batches_and_with_nothing_else(tiny_run, workplace):

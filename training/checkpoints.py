@@ -13,7 +13,7 @@ from inference.disk import writing
 from inference.errors import UserError
 from training.distributed import Ranks
 from training.launchers import processes_option
-from training.run_directory import publish_directory, read_json, write_json
+from training.run_directory import numbered, publish_directory, read_json, write_json
 from training.shared_files import wait_until_seen
 
 STATE_FILE = "state.json"
@@ -75,9 +75,7 @@ class Checkpoints:
 
     def numbers(self) -> list[int]:
         """Numbers of the complete checkpoints, oldest first."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdigit())
+        return numbered(self.directory)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Directory and state of the newest checkpoint, its files checked; None where there is none.

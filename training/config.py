@@ -9,6 +9,7 @@ from training.plan_file import from_blocks
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import Keep, OptimizerSettings, Settings, misplaced, unguided
 from training.steps import METHODS, REWARD, SFT, STEPS, Method, Step
+from training.units import Checkpoints, Epochs, Prompts, Ranks, Rows, Share, Tokens, Unit, Updates
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -23,17 +24,17 @@ class DataSettings(Settings):
     """Data for evaluation alone, named as `source` is; what they serve, `source` need not hold out. Empty: none."""
     split: tuple[float, float, float] = (2, 4, 4)
     """Shares of one data set that go to steps 1, 2 and 3, when one set serves all steps."""
-    held_out: float = Field(0.05, gt=0, lt=0.5)
+    held_out: Share = Field(0.05, gt=0, lt=0.5)
     """Share of the prompts (of the embedded default: dialogues) that is kept for evaluation."""
     split_seed: int = Field(-1, ge=-1, lt=2**63)
     """Seed of what is held out and what each step gets; -1: that of the run that the models come from, else `seed`."""
-    max_prompt_tokens: int = Field(256, ge=4)
+    max_prompt_tokens: Tokens = Field(256, ge=4)
     """Longest prompt; older turns are dropped first."""
-    max_response_tokens: int = Field(256, ge=2)
+    max_response_tokens: Tokens = Field(256, ge=2)
     """Longest response, its end-of-turn token included."""
     parent: str = ""
     """A run that this one goes on from (`run --from`): what it holds out stays held out, and its prompts serve here."""
-    limit: int = Field(0, ge=0)
+    limit: Rows = Field(0, ge=0)
     """Use at most this many rows (of the embedded default: dialogues, and rated texts) of each source; 0 means all."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
@@ -75,25 +76,25 @@ class DataSettings(Settings):
 class StepSettings(Settings):
     """What steps 1 and 2 (reward model, DPO) have in common."""
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: Rows = Field(32, ge=1)
     """Rows (pairs in step 2) in one optimiser step, over all ranks."""
-    micro_batch_tokens: int = Field(4096, ge=8)
+    micro_batch_tokens: Tokens = Field(4096, ge=8)
     """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
-    epochs: int = Field(1, ge=1)
+    epochs: Epochs = Field(1, ge=1)
     """Passes over the training rows."""
-    max_steps: int = Field(0, ge=0)
+    max_steps: Updates = Field(0, ge=0)
     """Stop after this many optimiser steps; 0 means after all epochs."""
-    eval_every: int = Field(50, ge=0)
+    eval_every: Updates = Field(50, ge=0)
     """Optimiser steps between evaluations on held-out rows; 0 means only at the start and the end."""
-    eval_rows: int = Field(200, ge=1)
+    eval_rows: Rows = Field(200, ge=1)
     """Held-out rows used in an evaluation."""
     keep: Keep = "last"
     """The model that is left: the last one, or that of the best evaluation, by accuracy (pairs) and then by loss."""
-    checkpoint_every: int = Field(50, ge=0)
+    checkpoint_every: Updates = Field(50, ge=0)
     """Optimiser steps between checkpoints; 0 means none."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Checkpoints = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: Share = Field(0.0, ge=0, lt=1)
     """Share of activations and attention weights that training drops, wherever the family has dropout; 0 is off."""
     optimizer: OptimizerSettings = OptimizerSettings()
 
@@ -107,14 +108,14 @@ class StepSettings(Settings):
 
 
 class SFTSettings(StepSettings):
-    token_budget: int = Field(0, ge=0)
+    token_budget: Tokens = Field(0, ge=0)
     """Use only the first rows that have together no more than this many tokens; 0 means all rows."""
 
 
 class RewardSettings(StepSettings):
     initialize_from: Literal["base", "sft"] = "base"
     """Start from the reward model's base checkpoint, or from step 1's model (same architecture only)."""
-    layers: int = Field(0, ge=0)
+    layers: Annotated[int, Unit("layers")] = Field(0, ge=0)
     """Use only the first so many layers of the base checkpoint, for the critic too; 0 uses all."""
     normalize: bool = True
     """Shift and scale the scores so that human replies of held-out rows have mean 0 and standard deviation 1."""
@@ -125,7 +126,7 @@ class DPOSettings(StepSettings):
     """What is made of the implicit rewards of a pair; `sigmoid` is DPO as published."""
     beta: float = Field(0.1, gt=0)
     """How dear it is to leave the reference: an implicit reward is beta times the log-ratio of policy and reference."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: Share = Field(0.0, ge=0, lt=0.5)
     """Share of the pairs taken to be labelled the wrong way round (conservative DPO); 0: none."""
     length_normalized: bool = False
     """Divide each log-ratio by its response's tokens, so that length earns nothing; wants a larger beta (2 to 10)."""
@@ -140,9 +141,9 @@ class DPOSettings(StepSettings):
 
 
 class EvaluationSettings(Settings):
-    prompts: int = Field(200, ge=0)
+    prompts: Prompts = Field(200, ge=0)
     """Held-out prompts answered by the SFT and the RLHF (or DPO) model in the end; 0 leaves the comparison out."""
-    rows: int = Field(200, ge=0)
+    rows: Rows = Field(200, ge=0)
     """Held-out pairs (accuracy of a judge or reward model from elsewhere), demonstrations (perplexity) and answers (KL,
     perplexity) read then."""
     true_score: Literal["none", "upbeat"] = "none"
@@ -177,9 +178,9 @@ class RunConfig(Settings):
     """Number format of the weights while computing; auto is bf16 where that is fast, else fp32 (fp16 on a GPU)."""
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the models that the run leaves behind."""
-    processes: int = Field(1, ge=1)
+    processes: Ranks = Field(1, ge=1)
     """Processes (ranks) on this machine; each takes one GPU where there are GPUs."""
-    threads: int = Field(0, ge=0)
+    threads: Annotated[int, Unit("threads")] = Field(0, ge=0)
     """CPU threads of one process; 0 divides the machine's cores among the processes."""
     data: DataSettings = DataSettings()
     sft: SFTSettings = SFTSettings()

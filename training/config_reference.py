@@ -5,7 +5,7 @@ python -m training.config_reference > docs/configuration.md
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin
@@ -18,6 +18,7 @@ from training.config import RunConfig
 from training.config_files import setting_keys
 from training.formulas.table import Table
 from training.formulas.tables import TABLES
+from training.units import Unit
 
 HEAD = """\
 # Configuration reference
@@ -38,7 +39,7 @@ last the options of the command itself (`--data`, `--reward-model`, `--seed`, `-
 is an error that names the nearest one; so is a key that is twice in one file, for one of the two would be lost. Paths
 are kept absolute, as they are found from where the command is given. A file may begin with `extends: other`, which
 reads `other.yaml` beside it first. The resolved settings of a run are in its `config.yaml`, with the versions of what
-ran.
+ran. `rlhf-chat settings KEY --model NAME` shows what stands here, with the values for a model or in a run.
 
 The defaults below are those without a preset; the presets are in `applications/presets/`. Each holds whatever else of
 its group is set, and wherever: `--set rlhf.actor.zero_stage=1` leaves the actor's learning rate at its own default.
@@ -93,9 +94,21 @@ def groups() -> list[Group]:
 @cache
 def defaults() -> dict[str, Any]:
     """Dotted key of every setting -> its value in a run of which only the model is given."""
-    config = RunConfig(model=REQUIRED)
+    return values_of(RunConfig(model=REQUIRED))
+
+
+def values_of(config: RunConfig) -> dict[str, Any]:
+    """Dotted key of every setting -> its value; groups are left out."""
     values = {key: attrgetter(key)(config) for key in setting_keys()}
     return {key: value for key, value in values.items() if not isinstance(value, BaseModel)}
+
+
+def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted key and field of every setting, in the order of the page."""
+    yield from ((prefix + name, info) for name, info in settings_of(model))
+    for name, info in model.model_fields.items():
+        if (inner := group_model(info)) is not None:
+            yield from fields(inner, f"{prefix}{name}.")
 
 
 def settings_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
@@ -117,23 +130,28 @@ def section(group: Group) -> str:
     lines = ["", f"## {title}", ""]
     if len(group.places) > 1:
         lines += [f"The same settings in {len(group.places)} places; write `{group.places[0]}.KEY` and so on.", ""]
-    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines += ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
     prefix = f"{group.places[0]}." if group.places[0] and len(group.places) == 1 else ""
     for name, info in settings_of(group.model):
-        cells = [f"`{prefix}{name}`", type_text(info), default_text(group, name, info), description(info)]
+        cells = [f"`{prefix}{name}`", type_text(info), default_text(group, name, info), unit(info), description(info)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def entries(table: Table) -> str:
     """Heading and table of the formulas that a setting may name."""
-    facts = [each.name for each in fields(table.kind) if each.name != "formula"]
+    facts = list(next(iter(table.entries.values())).facts)
     lines = ["", f"### Entries of `{table.setting}`", "", f"| entry | formula | {' | '.join(facts)} |"]
     lines.append("|---" * (len(facts) + 2) + "|")
     for name, entry in table.entries.items():
         cells = [f"`{name}`", " ".join((entry.formula.__doc__ or "").split()), *map(show, entry.facts.values())]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def unit(info: FieldInfo) -> str:
+    """`tokens`; empty where a setting counts and measures nothing."""
+    return next((each.name for each in info.metadata if isinstance(each, Unit)), "")
 
 
 def description(info: FieldInfo) -> str:

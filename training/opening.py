@@ -1,45 +1,26 @@
 """Opening a run whose lock is held: a new one gets its settings, one that is there keeps its own; what those are."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from inference.errors import UserError
+from inference.errors import UserError, typed
 from inference.redaction import redacted
+from training.changes import Kind, differences, kind_of, teaches
 from training.config import EMBEDDED_DATA, RunConfig
 from training.config_files import as_typed, load_config
 from training.data.find_files import find_files
 from training.data.hub_sets import find_set
 from training.data.sources import parse_source
+from training.lengthening import may_have_length, set_aside
 from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
+from training.steps import step_of
 from training.trust import made_here, require_yes
 from training.uses import inherited, of_models, of_training, shared
 from training.versions import versions
-
-CHANGEABLE = {
-    "announce",
-    "method",
-    "processes",
-    "threads",
-    "zero_stage",
-    "offload",
-    "generation_tensor_parallel",
-    "micro_batch_tokens",
-    "generation_batch",
-    "release_generation",
-    "gradient_checkpointing",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "reward_url",
-    "reward_timeout",
-    "reward_retries",
-    "measure",
-}
-"""Settings (last part of the key) that a run may go on with differently: memory, disk, processes and what lies on each,
-not what a step learns; where the same scores come from; whether KL is measured."""
-CHANGEABLE_GROUPS = ("rlhf.fusion.", "rlhf.plan.", "rlhf.scoring_tensor_parallel.", "logging.", "architecture.")
 
 
 def settings_of_new_run(
@@ -75,6 +56,8 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
         require_yes(parent.path, shared(of_models(parent, parent.read_config()), wanted), trusts)
     if config != stored:
         refuse_secret(config.rlhf.reward_url)
+        if stored is not None:
+            set_aside(run, stored, config)
         run.write_config(config, versions())
     made_here(run.path, [use for use in wanted if use not in before])
     return config
@@ -91,17 +74,27 @@ def refuse_secret(address: str) -> None:
 
 def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> None:
     """Raise UserError where settings differ that a run keeps for life."""
-    refused = [
-        f"{as_typed(key)}: {old!r} there, {new!r} now"
-        for key, (old, new) in differences(stored.model_dump(), config.model_dump()).items()
-        if key.rpartition(".")[2] not in CHANGEABLE and not key.startswith(CHANGEABLE_GROUPS)
-    ]
-    if refused:
-        require_sources(config)
-        raise UserError(
-            f"{run.path} was made with other settings ({', '.join(refused[:3])}); give a new run another name, or "
-            f"leave these settings out to go on with the run's own."
-        )
+    found = differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
+    others = {key: values for key, values in found.items() if teaches(key, config) or teaches(key, stored)}
+    for key in [key for key in others if kind_of(key) is Kind.LENGTH]:
+        if may_have_length(run, step_of(key.partition(".")[0]), stored, config):
+            del others[key]
+    if not others:
+        return
+    require_sources(config)
+    first = dict(list(others.items())[:3])
+    differ = ", ".join(f"{as_typed(key)}: {old!r} there, {new!r} now" for key, (old, new) in first.items())
+    changed = " ".join(f"--set {typed(f'{key}={text_of(new)}')}" for key, (_, new) in first.items())
+    another = f"rlhf-chat run --from {typed(run.path)} --name NEW {changed}{' ...' * (len(others) > 3)}"
+    raise UserError(
+        f"{run.path} was made with other settings ({differ}); leave these out to go on with the run's own, or "
+        f"{'give a new run another name' if 'model' in others else f'begin another run: {another}'}."
+    )
+
+
+def text_of(value: Any) -> str:
+    """As --set takes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def require_sources(config: RunConfig) -> None:
@@ -110,15 +103,3 @@ def require_sources(config: RunConfig) -> None:
         source = parse_source(text)
         if text != EMBEDDED_DATA and not source.is_hub_id and find_set(source.name) is None:
             find_files(source.copy or source.path)
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ -> both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in {**old, **new}:
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found |= differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            found[prefix + key] = (before, now)
-    return found

@@ -12,21 +12,35 @@ from training.formulas.estimators import ESTIMATORS, Estimator
 from training.formulas.shapings import SHAPINGS
 from training.plan_file import from_blocks, read_plan, to_blocks
 from training.role_settings import DecayRate, FrozenSettings, Keep, OptimizerSettings, Settings, misplaced, unguided
+from training.units import (
+    Checkpoints,
+    Epochs,
+    Iterations,
+    Nats,
+    Prompts,
+    Ranks,
+    Rows,
+    Samples,
+    Share,
+    Tokens,
+    Unit,
+    Updates,
+)
 
 
 class KLSettings(Settings):
     coefficient: float = Field(0.05, ge=0)
     """Weight of the per-token KL penalty towards the reference (its starting value when adaptive)."""
-    centering: float = Field(0.0, ge=0, le=1)
+    centering: Share = Field(0.0, ge=0, le=1)
     """Share of the mean KL per token that is taken off each token's penalty: at 1 short responses are not favoured."""
-    target: float = Field(0.0, ge=0)
+    target: Nats = Field(0.0, ge=0)
     """KL to the reference in nats per response that the controller steers to; 0 keeps the coefficient fixed."""
-    horizon: float = Field(10_000, gt=0)
+    horizon: Annotated[float, Unit("samples")] = Field(10_000, gt=0)
     """Samples over which the adaptive controller acts (smaller reacts faster)."""
-    stop: float = Field(0.0, ge=0)
+    stop: Nats = Field(0.0, ge=0)
     """End training when the KL in nats per response exceeds this, with the model of the iteration before, which was
     inside; 0 never stops."""
-    keep: float = Field(0.0, ge=0)
+    keep: Nats = Field(0.0, ge=0)
     """With rlhf.keep=best: the largest KL in nats per response of a model that may be kept; 0 means that of `stop`, and
     any where that is 0."""
     place: Literal["auto", "reward", "loss"] = "auto"
@@ -59,18 +73,18 @@ class PTXSettings(Settings):
     """Weight of the SFT loss per token beside the policy loss (DeepSpeed-Chat: 27.8); 0 switches it off."""
     source: str = ""
     """JSON-lines file (or directory) of demonstrations; empty means those of step 1, data/sft_train.jsonl."""
-    rows: int = Field(0, ge=0)
+    rows: Rows = Field(0, ge=0)
     """Demonstrations in each mini-batch, over all ranks; 0 means as many as it has samples."""
 
 
 class ScoringDegrees(Settings):
     """Ranks that score together in a role, each with a part of its weights; each divides the number of ranks."""
 
-    reference: int = Field(1, ge=1)
+    reference: Ranks = Field(1, ge=1)
     """Of the reference; over 1 where it does not fit whole on a rank beside training."""
-    reward: int = Field(1, ge=1)
+    reward: Ranks = Field(1, ge=1)
     """Of the reward model, as for the reference."""
-    critic: int = Field(1, ge=1)
+    critic: Ranks = Field(1, ge=1)
     """Of the critic, which keeps a part of its weights for scoring then, beside those that it trains."""
 
 
@@ -80,9 +94,9 @@ class FusionSettings(Settings):
 
     mode: Literal["none", "inter", "auto"] = "auto"
     """auto fuses where a simulation with measured costs says that it pays, and logs what it decided."""
-    threshold: int = Field(0, ge=0)
+    threshold: Samples = Field(0, ge=0)
     """Unfinished samples at which the tail is gathered; 0: the simulation chooses."""
-    rows: int = Field(0, ge=0)
+    rows: Samples = Field(0, ge=0)
     """Samples that one rank (one tensor-parallel group) takes then, at most; 0: the simulation chooses."""
     move: Literal["auto", "cache", "tokens"] = "auto"
     """What travels with a sample: its keys and values, or only its tokens (a new prefill); auto takes the cheaper."""
@@ -94,32 +108,32 @@ class FusionSettings(Settings):
 class RLHFSettings(Settings):
     advantage: Annotated[str, AfterValidator(ESTIMATORS.kept)] = "gae"
     """Estimator of the advantages: `gae` is PPO with a critic; the others need none."""
-    iterations: int = Field(100, ge=1)
+    iterations: Iterations = Field(100, ge=1)
     """PPO rounds: each generates new samples and trains on them."""
-    prompts_per_iteration: int = Field(64, ge=1)
+    prompts_per_iteration: Prompts = Field(64, ge=1)
     """Prompts of one iteration, over all ranks."""
-    samples_per_prompt: int = Field(1, ge=1)
+    samples_per_prompt: Samples = Field(1, ge=1)
     """Responses generated for each prompt."""
-    mini_batches: int = Field(4, ge=1)
+    mini_batches: Updates = Field(4, ge=1)
     """Optimiser steps that one PPO epoch makes over an iteration's samples."""
-    ppo_epochs: int = Field(1, ge=1)
+    ppo_epochs: Epochs = Field(1, ge=1)
     """Passes over an iteration's samples."""
-    micro_batch_tokens: int = Field(4096, ge=8)
+    micro_batch_tokens: Tokens = Field(4096, ge=8)
     """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
-    generation_batch: int = Field(32, ge=1)
+    generation_batch: Samples = Field(32, ge=1)
     """Samples that one rank (one tensor-parallel group) decodes at the same time: slots, refilled as samples end."""
     release_generation: bool = False
     """Give back, while training, the memory of what generation keeps: keys and values, and a copy of the weights."""
-    generation_tensor_parallel: int = Field(1, ge=1)
+    generation_tensor_parallel: Ranks = Field(1, ge=1)
     """Ranks that generate together, each with a part of the actor's weights; divides the number of ranks."""
     scoring_tensor_parallel: ScoringDegrees = ScoringDegrees()
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities are taken at the same temperature."""
-    min_response_tokens: int = Field(0, ge=0)
+    min_response_tokens: Tokens = Field(0, ge=0)
     """The end-of-turn token is forbidden before this many tokens."""
     clip: float = Field(0.2, gt=0)
     """PPO's clip range of the policy ratio."""
-    ppo_kl_stop: float = Field(0.0, ge=0)
+    ppo_kl_stop: Annotated[float, Unit("nats a token")] = Field(0.0, ge=0)
     """End an iteration's updates when a mini-batch is this far from the old policy (k3, nats a token); 0 never does."""
     value_clip: float = Field(0.2, ge=0)
     """Clip range of the value function around its old prediction; 0 switches it off."""
@@ -135,9 +149,9 @@ class RLHFSettings(Settings):
     reward_url: str = ""
     """http(s) address that scores responses: POST {prompts, responses, rows} -> {scores}; added as well. A secret in it
     is named: https://me:${REWARD_KEY}@host stands for the environment variable's value."""
-    reward_timeout: float = Field(60.0, gt=0)
+    reward_timeout: Annotated[float, Unit("seconds")] = Field(60.0, gt=0)
     """Seconds to wait for an answer of `reward_url`."""
-    reward_retries: int = Field(5, ge=0)
+    reward_retries: Annotated[int, Unit("tries")] = Field(5, ge=0)
     """Further tries when `reward_url` does not answer, with growing pauses."""
     reward_weights: RewardWeights = RewardWeights()
     reward_normalization: Annotated[str, AfterValidator(SHAPINGS.kept)] = "running"
@@ -147,7 +161,7 @@ class RLHFSettings(Settings):
     """Normalised scores are clipped to +- this, others never; 0 switches it off."""
     missing_end_penalty: float = Field(1.0, ge=0)
     """Taken off the score of a response that has no end-of-turn token; 0 switches it off."""
-    critic_warmup: int = Field(0, ge=0)
+    critic_warmup: Iterations = Field(0, ge=0)
     """Iterations at the start in which only the critic learns."""
     align_overflow: bool = True
     """In fp16: when the gradient of actor or critic overflows, both skip that optimiser step."""
@@ -170,19 +184,19 @@ class RLHFSettings(Settings):
     critic: OptimizerSettings = OptimizerSettings(learning_rate=9e-6, epsilon=1e-5)
     reference: FrozenSettings = FrozenSettings()
     reward: FrozenSettings = FrozenSettings()
-    samples_every: int = Field(10, ge=1)
+    samples_every: Iterations = Field(10, ge=1)
     """Iterations between looks at the fixed prompts in samples.jsonl."""
-    sample_prompts: int = Field(4, ge=1)
+    sample_prompts: Prompts = Field(4, ge=1)
     """How many fixed prompts those are."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: Iterations = Field(0, ge=0)
     """Iterations between evaluations on held-out prompts, with one before the first and one at the end; 0: none."""
-    eval_prompts: int = Field(64, ge=1)
+    eval_prompts: Prompts = Field(64, ge=1)
     """Held-out prompts answered in an evaluation."""
     keep: Keep = "last"
     """The model that is left: the last one, or that of the evaluation with the highest reward within kl.keep."""
-    checkpoint_every: int = Field(10, ge=0)
+    checkpoint_every: Iterations = Field(10, ge=0)
     """Iterations between checkpoints; 0 means none."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: Checkpoints = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
 
     @field_validator("plan", mode="before")

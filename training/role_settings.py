@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from training.merging import merge
+from training.units import Share
 
 ZeroStage = Literal[0, 1, 2, 3]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -66,7 +67,7 @@ class OptimizerSettings(Settings):
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up; linear and cosine end at 0."""
-    warmup: float = Field(0.05, ge=0, le=1)
+    warmup: Share = Field(0.05, ge=0, le=1)
     """Share of all optimiser steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay, on matrices only."""

@@ -248,6 +248,13 @@ class StepDirectory:
             yield
 
 
+def numbered(directory: Path) -> list[int]:
+    """Numbers of the complete checkpoints in it, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+
+
 def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
     """Replace a file of safetensors at once. What fails leaves nothing."""
     from safetensors.torch import save_file

@@ -25,6 +25,7 @@ from training.data.token_cache import TokenCache, TokenRows
 from training.data.token_pairs import TokenPair, left_out
 from training.distributed import Ranks
 from training.kept_models import local_model
+from training.lengthening import not_planned_so
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,
@@ -173,6 +174,8 @@ class Stage:
         wrote, ranks = state["ranks"], self.ranks.size
         by_others = f", which {wrote} process{'es' * (wrote > 1)} wrote, with {ranks}" if wrote != ranks else ""
         self.display.say(f"{name}: going on after {unit} {state['number']}{by_others}")
+        if sentence := not_planned_so(self.directory):
+            self.display.say(sentence)
 
     def expect_checkpoints(self, unit: str) -> None:
         """From now on SIGTERM waits, within its grace, until an optimiser step or iteration (`unit`) has ended."""

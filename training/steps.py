@@ -61,6 +61,11 @@ class Step:
         return str(self.number) if self in METHODS["ppo"] else f"{self.number} ({self.name})"
 
     @property
+    def unit(self) -> str:
+        """What its progress and its checkpoints are counted in."""
+        return "iteration" if self.draws_samples else "optimiser step"
+
+    @property
     def name(self) -> str:
         """Of its model, for people: `RLHF`."""
         return self.command.upper()

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.best import Best
 from training.config import StepSettings
 from training.data.batching import MicroBatch, plan_micro_batches
-from training.data.epochs import Epochs
+from training.data.epochs import Epochs, count_updates, updates_per_epoch
 from training.evaluation.guard_rails import DOUBTFUL_ACCURACY
 from training.hybrid_engine.kept_weights import KeptWeights
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -58,16 +58,6 @@ def batch_of_update(epochs: Epochs, settings: StepSettings, number: int) -> list
     epoch, place = divmod(number, updates_per_epoch(epochs.size, settings))
     begin = place * settings.batch_size
     return epochs.order(epoch)[begin : begin + settings.batch_size].tolist()
-
-
-def updates_per_epoch(rows: int, settings: StepSettings) -> int:
-    return max(1, rows // settings.batch_size)
-
-
-def count_updates(rows: int, settings: StepSettings) -> int:
-    """Optimiser steps of the whole step."""
-    total = updates_per_epoch(rows, settings) * settings.epochs
-    return min(total, settings.max_steps) if settings.max_steps else total
 
 
 def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:

@@ -25,6 +25,7 @@ from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
 from training.evaluation import preferences
 from training.evaluation.guard_rails import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
+from training.lengthening import not_planned_so
 from training.metrics import WARNING, Journal, duration
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
 from training.starts import read_starts
@@ -67,7 +68,9 @@ def render(run: RunDirectory) -> str:
         name=run.path.resolve().name,
         config=config,
         steps=[
-            StepPart(title_of(step), run.step(step).is_finished, kept(run.step(step)), charts(step, rows[step], config))
+            StepPart(
+                title_of(step), run.step(step).is_finished, notes(run.step(step)), charts(step, rows[step], config)
+            )
             for step in rows
             if rows[step] or step in config.steps
         ],
@@ -99,8 +102,8 @@ def render(run: RunDirectory) -> str:
 class StepPart:
     title: str
     is_finished: bool
-    kept: str
-    """Which model was left, where the best was kept."""
+    notes: list[str]
+    """Which model was left, where the best was kept; whether the step was lengthened."""
     charts: list[Chart]
 
 
@@ -108,12 +111,18 @@ def title_of(step: Step) -> str:
     return f"Step {step.number}: {step.title}"
 
 
+def notes(step: StepDirectory) -> list[str]:
+    return list(filter(None, (kept(step), not_planned_so(step))))
+
+
 def kept(step: StepDirectory) -> str:
     result = step.read_result() if step.is_finished else {}
     if "kept" not in result:
         return ""
-    unit, last = ("iteration", "iterations") if step.step.draws_samples else ("optimiser step", "optimizer_steps")
-    return f"The model is that after {unit} {result['kept']} of {result[last]}, which had the best evaluation."
+    last = "iterations" if step.step.draws_samples else "optimizer_steps"
+    return (
+        f"The model is that after {step.step.unit} {result['kept']} of {result[last]}, which had the best evaluation."
+    )
 
 
 def read_metrics(step: StepDirectory) -> list[dict[str, Any]]:

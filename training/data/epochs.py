@@ -3,6 +3,8 @@
 import random
 from array import array
 
+from training.config import StepSettings
+
 
 class Epochs:
     """The order of an epoch is a function of (salt, epoch) alone, so that resuming needs no cursor. The last one asked
@@ -27,3 +29,13 @@ class Epochs:
             epoch, seat = divmod(start + len(chosen), self.size)
             chosen += self.order(epoch)[seat : seat + count - len(chosen)]
         return chosen
+
+
+def updates_per_epoch(rows: int, settings: StepSettings) -> int:
+    return max(1, rows // settings.batch_size)
+
+
+def count_updates(rows: int, settings: StepSettings) -> int:
+    """Optimiser steps of the whole step."""
+    total = updates_per_epoch(rows, settings) * settings.epochs
+    return min(total, settings.max_steps) if settings.max_steps else total

@@ -84,7 +84,7 @@ def ipo(pairs: Pairs) -> Tensor:
     return (pairs.margin / pairs.beta - 1 / (2 * pairs.beta)).square()
 
 
-def sppo(pairs: Pairs) -> Tensor:
+def sppo_hard(pairs: Pairs) -> Tensor:
     """((c - 1/2) / beta)² + ((r + 1/2) / beta)² (SPPO with hard labels, Wu et al. 2024, arXiv 2405.00675)."""
     return ((pairs.chosen - 0.5) / pairs.beta).square() + ((pairs.rejected + 0.5) / pairs.beta).square()
 
@@ -108,7 +108,7 @@ DPO_LOSSES = Table(
         "robust": DPOLoss(robust, smooths=True),
         "hinge": DPOLoss(hinge),
         "ipo": DPOLoss(ipo),
-        "sppo": DPOLoss(sppo),
+        "sppo_hard": DPOLoss(sppo_hard),
         "apo_zero": DPOLoss(apo_zero),
         "apo_down": DPOLoss(apo_down),
     },

@@ -7,6 +7,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.epochs import count_updates
 from training.data.token_cache import TokenRows, Tokens
 from training.evaluation.statistics import perplexity
 from training.hybrid_engine.dividing import loads
@@ -15,7 +16,7 @@ from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
 from training.steps import DEMONSTRATIONS
-from training.supervised import count_updates, fit
+from training.supervised import fit
 
 FIRST_ANSWER_TOKENS = 32
 

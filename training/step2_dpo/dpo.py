@@ -8,6 +8,7 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from training import calls
 from training.data.batching import plan_micro_batches
+from training.data.epochs import count_updates
 from training.data.token_pairs import TokenPair
 from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
 from training.formulas.own import loaded
@@ -18,7 +19,7 @@ from training.models.policy import Policy
 from training.stage import Stage
 from training.step2_dpo.reference import reference_logprobs, response_logprobs
 from training.steps import SFT
-from training.supervised import count_updates, fit
+from training.supervised import fit
 
 HELD_OUT = {
     "loss": "eval/loss",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.epochs import count_updates
 from training.data.token_pairs import TokenPair, length_bucket, rows_of
 from training.evaluation.answers import Row
 from training.evaluation.panel import panel_agreement, read_panel, rows_to_score, write_scores
@@ -19,7 +20,7 @@ from training.models.loading import load_scorer
 from training.models.scorer import Scorer, at_last_token
 from training.stage import Stage
 from training.steps import SFT
-from training.supervised import count_updates, fit
+from training.supervised import fit
 
 ACCURACY_UP_TO = {
     8: "eval/accuracy_up_to_8_tokens",

@@ -25,7 +25,7 @@ BY_HAND = {  # rewards 0 and 0, 0.5 and -0.5, 1.5 and 0.5 (margins 0, 1, 1), wit
     "robust": [math.log(2)] + [(0.75 * ONE[0] - 0.25 * ONE[1]) / 0.5] * 2,
     "hinge": [1.0, 0.0, 0.0],
     "ipo": [1.0, 1.0, 1.0],  # (0 - 1)² and (1 / 0.5 - 1)²
-    "sppo": [2.0, 0.0, 8.0],  # (-1)² + 1², 0² + 0², 2² + 2²
+    "sppo_hard": [2.0, 0.0, 8.0],  # (-1)² + 1², 0² + 0², 2² + 2²
     "apo_zero": [1.0, 1 - SIGMOID[0.5] + SIGMOID[-0.5], 1 - SIGMOID[1.5] + SIGMOID[0.5]],
     "apo_down": [1.0, SIGMOID[0.5] + 1 - SIGMOID[1.0], SIGMOID[1.5] + 1 - SIGMOID[1.0]],
 }

@@ -1,0 +1,51 @@
+import pytest
+
+from inference.errors import UserError
+from training.changes import KINDS, kind_of, teaches
+from training.config_files import load_config
+from training.config_reference import defaults
+from training.opening import open_run
+from training.run_directory import RunDirectory
+
+
+def test_every_setting_is_in_a_class_and_every_name_there_is_a_settings():
+    for key in defaults():
+        kind_of(key)  # raises
+    unknown = [name for name in KINDS if not any(f".{name}." in f".{key}." for key in defaults())]
+    assert not unknown
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        "threads=2",
+        "logging={tensorboard: true, wandb_project: mine}",
+        "evaluation={prompts: 3, rows: 2, true_score: upbeat}",
+        "rlhf={samples_every: 1, sample_prompts: 2, eval_every: 2, eval_prompts: 3}",
+        "sft={eval_every: 2, eval_rows: 3}",
+        "dpo={eval_every: 0, eval_rows: 3}",
+        "reward.eval_every=1",
+    ],
+)
+def test_what_teaches_nothing_changes_in_a_run_that_is_there(tmp_path, free):
+    run = RunDirectory(tmp_path)
+    open_run(run, load_config([], ["model=m"]))
+    changed = load_config([], ["model=m", free])
+    assert open_run(run, changed) == changed == run.read_config()
+
+
+@pytest.mark.parametrize(
+    ("begun", "refused"),
+    [
+        (["sft.keep=best"], "sft.eval_every=7"),
+        (["rlhf={keep: best, eval_every: 3}"], "rlhf.eval_prompts=7"),
+        ([], "reward.eval_rows=7"),  # the scale of the scores is measured on them
+        ([], "rlhf.actor.deepspeed={zero_optimization: {overlap_comm: true}}"),
+    ],
+)
+def test_evaluations_that_decide_stay(tmp_path, begun, refused):
+    run = RunDirectory(tmp_path)
+    open_run(run, load_config([], ["model=m", *begun]))
+    with pytest.raises(UserError, match=refused.partition("=")[0].replace(".", r"\.")):
+        open_run(run, load_config([], ["model=m", *begun, refused]))
+    assert teaches(refused.partition("=")[0], run.read_config())

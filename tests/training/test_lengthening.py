@@ -1,0 +1,143 @@
+"""A step that is to be longer than it was: what is set aside, what is refused, and what is trained then."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from inference.errors import UserError
+from inference.tiny_model import build_tiny_model
+from tests.supervised_steps import make_run, metrics_of, stage_of
+from training.config_files import load_config
+from training.lengthening import not_planned_so, was_lengthened
+from training.opening import open_run
+from training.run_directory import RunDirectory
+from training.step2_dpo import dpo
+from training.steps import DPO, PPO, REWARD, SFT
+
+BEGUN = ["model=m", "sft.max_steps=6", "rlhf.iterations=3"]
+SIGNS = ("evaluation.json", "comparison.jsonl", "report.html", "evaluations/rlhf-against-first-sft.json")
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    """All three steps finished and compared, with names instead of weights; 200 rows are 6 optimiser steps an epoch."""
+    run = RunDirectory(tmp_path / "a")
+    open_run(run, load_config([], BEGUN))
+    for step, number in ((SFT, 6), (REWARD, 6), (PPO, 3)):
+        directory = run.step(step)
+        for name in ("model/model.safetensors", "metrics.jsonl", f"checkpoints/{number}/weights", "best/2/weights"):
+            (directory.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory.path / name).write_text(step.command)
+        (directory.checkpoints / str(number) / "state.json").write_text("{}")
+        directory.result_file.write_text(json.dumps({"iterations": 3} if step is PPO else {"rows": 200}))
+    for name in SIGNS:
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_text(name)
+    return run
+
+
+def reopen(run: RunDirectory, *settings: str) -> None:
+    open_run(run, load_config([], [*BEGUN, *settings]))
+
+
+def files(place: Path) -> set[str]:
+    return {str(file.relative_to(place)) for file in place.rglob("*") if file.is_file()}
+
+
+def of_step(folder: str) -> set[str]:
+    return {f"{folder}/{name}" for name in ("model/model.safetensors", "metrics.jsonl", "result.json")}
+
+
+def test_a_longer_last_step_goes_on_and_its_comparisons_are_made_anew(run):
+    reopen(run, "rlhf.iterations=5")
+    earlier = RunDirectory(run.path / "earlier_1")
+    assert files(earlier.path) == {"config.yaml", *SIGNS, *of_step("step3_rlhf")}
+    assert earlier.read_config().rlhf.iterations == 3 and run.read_config().rlhf.iterations == 5
+    assert earlier.step(PPO).is_finished and not run.step(PPO).is_finished
+    kept = {name for name in files(run.path) if not name.startswith(("earlier_1", "."))}
+    assert kept >= {
+        "step3_rlhf/model/model.safetensors",
+        "step3_rlhf/checkpoints/3/weights",
+        "step3_rlhf/best/2/weights",
+    }
+    assert not kept & {*SIGNS} and run.step(SFT).is_finished and run.step(REWARD).is_finished
+    assert was_lengthened(run.step(PPO)) == ["lengthened after iteration 3 (rlhf.iterations 3, then 5)"]
+    assert not_planned_so(run.step(PPO)).endswith("what there was of the shorter one is in earlier_1.")
+    run.step(PPO).result_file.write_text("{}")
+    reopen(run, "rlhf.iterations=9")
+    assert len(was_lengthened(run.step(PPO))) == 2 and (run.path / "earlier_2").is_dir()
+
+
+def test_later_steps_that_began_with_the_shorter_one_are_set_aside_whole(run):
+    reopen(run, "sft.max_steps=9", "sft.epochs=2", "rlhf.iterations=5")
+    later = {f"step3_rlhf/{name}" for name in ("checkpoints/3/weights", "checkpoints/3/state.json", "best/2/weights")}
+    expected = {"config.yaml", *SIGNS, *of_step("step1_sft"), *of_step("step3_rlhf"), *later}
+    assert files(run.path / "earlier_1") == expected
+    assert not run.step(PPO).path.exists() and run.step(REWARD).is_finished
+    assert was_lengthened(run.step(SFT)) and not was_lengthened(run.step(PPO))  # which begins anew, with this plan
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "sentence"),
+    [
+        (None, ["rlhf.iterations=2"], r"iterations: 3 there, 2 now.*--from .*a --name NEW --set rlhf\.iterations=2"),
+        (None, ["sft.max_steps=5", "sft.epochs=9"], r"sft\.\w+: \d there, \d now"),
+        ("step1_sft/checkpoints", ["sft.max_steps=9", "sft.epochs=2"], r"no checkpoint.*--set sft\.epochs=2 --set sft"),
+        ('{"stopped": true}', ["rlhf.iterations=5"], r"was ended by rlhf\.kl\.stop, .*--set rlhf\.kl\.stop=\d"),
+    ],
+)
+def test_what_cannot_be_longer_is_refused_and_left_as_it_is(run, change, settings, sentence):
+    if change and change.startswith("{"):
+        (run.step(PPO).checkpoints / "3" / "state.json").write_text(change)
+    elif change:
+        (run.path / change).rename(run.path / ".gone")
+    before = files(run.path), run.config_file.read_text()
+    with pytest.raises(UserError, match=sentence):
+        reopen(run, *settings)
+    assert before == (files(run.path), run.config_file.read_text())
+
+
+@pytest.mark.parametrize("same", ["sft.epochs=9", "dpo.max_steps=1"])
+def test_a_length_that_trains_nothing_more_changes_nothing(run, same):
+    """Six optimiser steps have an end in sft.max_steps already; DPO has learned nothing yet."""
+    before = files(run.path)
+    reopen(run, same)
+    assert files(run.path) == before and not was_lengthened(run.step(SFT))
+
+
+def test_a_command_that_is_killed_on_the_way_loses_nothing_and_is_told_of_once(run, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunDirectory, "write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        reopen(run, "sft.max_steps=9", "sft.epochs=2")
+    reopen(run, "sft.max_steps=9", "sft.epochs=2")
+    assert len(was_lengthened(run.step(SFT))) == 1 and run.read_config().sft.max_steps == 9
+    assert (run.path / "earlier_1" / "step3_rlhf" / "model").is_dir() and not run.step(SFT).is_finished
+
+
+def test_another_evaluation_makes_way_for_its_comparison_alone(run):
+    reopen(run, "evaluation.prompts=9")
+    assert files(run.path / "earlier_1") == {"config.yaml", *SIGNS}
+    assert run.step(PPO).is_finished and not was_lengthened(run.step(PPO))
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended(tmp_path, one_rank):
+    """At a constant rate it is a run planned so, to the bit, the evaluation at the shorter one's end aside. DPO asks
+    the reference about pairs that the shorter one never saw."""
+    build_tiny_model(tmp_path / "tiny")
+    texts = [f"Word number {n}" for n in range(8)]
+    rows = [{"prompt": [{"role": "user", "content": t}], "chosen": t, "rejected": t[:6]} for t in texts]
+    common = [f"model={tmp_path / 'tiny'}", f"sft_model={tmp_path / 'tiny'}", "method=dpo", "dtype=fp32"]
+    common += ["dpo.batch_size=2", "dpo.eval_every=0", "dpo.optimizer={learning_rate: 1.0e-3, warmup: 0}"]
+
+    def train(name: str, schedule: str, *lengths: int) -> list[dict]:
+        run = make_run(tmp_path / name, "pairs", rows[:6], rows[6:])
+        for steps in lengths:
+            settings = [*common, f"dpo.optimizer.schedule={schedule}", f"dpo.max_steps={steps}"]
+            open_run(run, load_config([], settings))
+            dpo.train(stage_of(run, DPO, settings, one_rank))
+        return metrics_of(run, DPO)[0]
+
+    assert train("longer", "constant", 1, 3) == train("planned", "constant", 3)
+    rates = [line["lr"] for line in train("falling", "linear", 1, 3) if line["number"]]
+    assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
