@@ -22,6 +22,12 @@ def chat_command(
     """`rlhf-chat chat`."""
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"--seed takes a whole number of 64 bits, not {seed}.")
+    name = ""
+    if "@" in target.name:
+        from training.checkpoint_models import checkpoint_of
+
+        if at := checkpoint_of(target):
+            name, target = at.name, at.model(trusts)
     found = find_chat_models(target, compare, model_before(target, trusts) if compare else None)
     with without_collecting():
         from inference.private_surfaces import import_transformers_lightly
@@ -31,7 +37,7 @@ def chat_command(
         from inference.chat_model import ChatModel
         from inference.generation.sample import SamplingSettings
 
-        models = [(label, ChatModel.load(path)) for label, path in found]
+        models = [(name or label, ChatModel.load(path)) for label, path in found]
         gc.freeze()  # looking through all that is loaded takes longer than the first word
     chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
 

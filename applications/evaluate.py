@@ -13,6 +13,7 @@ from inference.chat_target import find_chat_models
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from inference.streams import show_json
+from training.checkpoint_models import checkpoint_of
 from training.data.sources import absolute
 from training.evaluation import preferences
 from training.lineage import label_of, label_of_step
@@ -39,6 +40,8 @@ def evaluate(
     eval_data: Sequence[str] = (),
 ) -> None:
     """Print the evaluation. Without options it is the run's own, and renews evaluation.json."""
+    if at := checkpoint_of(path):
+        path, model = at.run.path, model or str(path)
     run = RunDirectory(path)
     judge = JUDGE_BEFORE.get(judge, judge)
     if judge == "people":
@@ -48,6 +51,8 @@ def evaluate(
         evaluate_preferences(run, model, against, as_json)
         return
     require_yes(run.path, of_evaluation(run, run.read_config(), judge), trusts)
+    for at in filter(None, map(checkpoint_of, (model, against))):
+        at.allow(trusts)
     options = {"--model": known(model), "--against": known(against), "--judge": known(judge, JUDGES)}
     arguments = [part for option, value in options.items() if value for part in (option, value)]
     arguments += ["--prompts", str(prompts)] if prompts else []
@@ -99,6 +104,8 @@ def evaluate_preferences(run: RunDirectory, model: str, against: str, as_json: b
 
 def label(run: RunDirectory, source: str) -> str:
     """What preferences call the model that `source` stands for: one of the run's own, a place, or the label itself."""
+    if at := checkpoint_of(source):
+        return f"{at.run.path.resolve().name}/{at.name}"
     path = Path(source).expanduser()
     if source == "base":
         return f"{run.path.resolve().name}/base"
@@ -109,7 +116,7 @@ def label(run: RunDirectory, source: str) -> str:
 
 def known(source: str, words: tuple[str, ...] = WORDS) -> str:
     """A preset's model for its name; what else it is, is found out later. Raises UserError for what it cannot be."""
-    if not source or source in words or Path(source).expanduser().exists():
+    if not source or source in words or Path(source).expanduser().exists() or checkpoint_of(source):
         return source
     try:
         return settings_for_model(source)["model"]

@@ -12,6 +12,7 @@ from inference.disk import writing
 from inference.errors import UserError, typed
 from inference.older_versions import SCORER, rewrite_config, rewrite_tokenizer
 from inference.untrusted import refuse_code
+from training.checkpoint_models import checkpoint_of
 from training.config import RunConfig
 from training.lineage import origin_of
 from training.run_directory import RunDirectory, StepDirectory, write_directory
@@ -22,25 +23,32 @@ DTYPES = ("fp32", "bf16", "fp16")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
+def export(path: Path, to: Path, what: str, dtype: str, name: str, trusts: bool = False) -> None:
     """Write the directory `to` and say what is in it. Raises UserError before anything is written."""
-    run = RunDirectory(path)
+    at = checkpoint_of(path)
+    run = at.run if at else RunDirectory(path)
     config = run.read_config()
     steps = ("", *(each.command for each in STEPS))
     for given, allowed, option in ((what, KINDS, "--what"), (name, steps, "--step"), (dtype, ("", *DTYPES), "--dtype")):
         if given not in allowed:
             raise UserError(f"{option} takes {', '.join(filter(None, allowed))}, not '{given}'.")
     step = step_of(name) if name else next((each for each in COMPARED if run.step(each).is_finished), SFT)
-    refuse_code(run.require_model(step))
+    if at is None:
+        run.require_model(step)
+    elif name:
+        raise UserError(f"{path} says which step's model is meant: leave --step out.")
+    else:
+        step = at.step
     require_free(to)
-    directory = run.step(step)
+    directory = at.opened(trusts) if at else run.step(step)
+    refuse_code(directory.model)
     write: Callable[[Path], None]
     if what == "adapter":
         if dtype:
             raise UserError("--dtype is for --what merged: an adapter stays as it was trained.")
         if step.leaves_scorer:
             raise UserError("A reward model is exported whole, its score head is no part of an adapter: --what merged.")
-        base, adapters = adapters_of(run, config, step)
+        base, adapters = adapters_of(run, config, step, directory.adapter)
 
         def write(place: Path) -> None:
             write_adapter(adapters, directory, base, place)
@@ -53,7 +61,9 @@ def export(path: Path, to: Path, what: str, dtype: str, name: str) -> None:
     def write_all(place: Path) -> None:
         write(place)
         lies_on = base_directory(adapters[0]) if adapters else None
-        exported = Exported(to.resolve().name, step, what, dtype or config.save_dtype, base, lies_on)
+        exported = Exported(
+            to.resolve().name, directory, what, dtype or config.save_dtype, base, lies_on, at.number if at else None
+        )
         card = model_card(run, config, exported, place)
         (place / "README.md").write_text(card, encoding="utf-8")
 
@@ -118,21 +128,21 @@ def save_weights(model_directory: Path, dtype: str, place: Path, is_scorer: bool
         model.save_pretrained(place)
 
 
-def adapters_of(run: RunDirectory, config: RunConfig, step: Step) -> tuple[str, list[Path]]:
+def adapters_of(run: RunDirectory, config: RunConfig, step: Step, adapter: Path) -> tuple[str, list[Path]]:
     """The base model's name and the adapters that lie on it, first to last. Raises UserError where there are none."""
-    adapter = run.step(step).adapter
     if not adapter.is_dir():
         raise UserError(f"The {step.name} model has no adapter, all its weights were trained: use --what merged.")
     source = config.sft_model or str(run.step(SFT).model) if step.starts_from else config.model
     below = origin_of(source)
     if below is None:
         return source, [adapter]
-    if not below.run.step(below.step).adapter.is_dir():
+    lies_below = Path(source).with_name("adapter")
+    if not lies_below.is_dir():
         raise UserError(
             f"The adapter lies on the {below.step.name} model of {below.run.path}, all of whose weights were trained, "
             f"and fits no model that others have; export with --what merged."
         )
-    base, adapters = adapters_of(below.run, below.run.read_config(), below.step)
+    base, adapters = adapters_of(below.run, below.run.read_config(), below.step, lies_below)
     return base, [*adapters, adapter]
 
 

@@ -19,6 +19,7 @@ from training.config_files import validate_config
 from training.distributed import require_gpus
 from training.memory import Place, StepMemory, estimate_step_memory
 from training.merging import merge
+from training.metrics import size
 from training.models.layers import keep_layers
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
 from training.plan import Plan
@@ -367,12 +368,3 @@ def nearest_existing(path: Path) -> Path:
     """The path itself or the first of its parents that is there."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
-
-
-def size(bytes_: float) -> str:
-    """`1.5 GiB`, `212 GiB`, `38 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(bytes_) < 1023.5 or unit == "TiB":
-            break
-        bytes_ /= 1024
-    return f"{bytes_:.1f} {unit}" if bytes_ < 9.95 and unit != "B" else f"{bytes_:.0f} {unit}"

@@ -8,6 +8,9 @@ from typer.core import TyperCommand, TyperGroup
 
 RENAMED = {"rlhf": {"--actor": "--sft-model", "--reward": "--reward-model"}, "export": {"--to": "--out"}}
 """Command -> its options' old names, which are read for one more version."""
+COUNTS = {"samples": {"--worst", "--best", "--longest"}}
+"""Command -> its options whose number may be left out."""
+USUAL_COUNT = "5"
 
 
 HYPHEN = "\u2011"
@@ -30,7 +33,12 @@ def unbroken(text: str) -> str:
 
 class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [self.present_name(argument) for argument in args])
+        given = [self.present_name(argument) for argument in args]
+        counts = COUNTS.get(self.name or "", set())
+        for place in reversed([place for place, argument in enumerate(given) if argument in counts]):
+            if not "".join(given[place + 1 : place + 2]).isdigit():
+                given.insert(place + 1, USUAL_COUNT)
+        return super().parse_args(ctx, given)
 
     def present_name(self, argument: str) -> str:
         """The argument, or the option's name of today, with a note."""

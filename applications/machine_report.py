@@ -142,7 +142,8 @@ def check_cpu() -> Check:
 
 
 def check_memory() -> Check:
-    from applications.fit import Machine, size
+    from applications.fit import Machine
+    from training.metrics import size
 
     memory = Machine.here().memory
     if memory < LITTLE_MEMORY:
@@ -153,7 +154,8 @@ def check_memory() -> Check:
 def check_gpus() -> Check:
     import torch
 
-    from applications.fit import Machine, size
+    from applications.fit import Machine
+    from training.metrics import size
 
     listed = gpus_of_driver()
     if torch.cuda.is_available():

@@ -35,7 +35,7 @@ from training.evaluation.preferences import win_rates
 from training.lengthening import was_lengthened
 from training.lineage import base_model, label_of_step, origin_of, sources_of, trace
 from training.metrics import duration
-from training.run_directory import RunDirectory
+from training.run_directory import RunDirectory, StepDirectory
 from training.starts import versions_of
 from training.steps import DEMONSTRATIONS, METHODS, REWARD, Step
 
@@ -46,7 +46,8 @@ PACKAGE = "package:"
 @dataclass(frozen=True)
 class Exported:
     name: str
-    step: Step
+    directory: StepDirectory
+    """The model's, as its step or its checkpoint left it."""
     what: str
     """merged or adapter."""
     dtype: str
@@ -54,6 +55,12 @@ class Exported:
     """What an adapter lies on; else empty."""
     lies_on: Path | None = None
     """Its directory."""
+    checkpoint: int | None = None
+    """Number of the checkpoint; None: the step was finished."""
+
+    @property
+    def step(self) -> Step:
+        return self.directory.step
 
 
 def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: Path) -> str:
@@ -69,10 +76,11 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
     from inference.template_check import scored_otherwise
 
     step = exported.step
-    chat_format = ChatFormat.load(place if step.leaves_scorer else run.step(step).model)
-    comparison = run.read_comparison(step if step.compared_with else run.last_step)
+    chat_format = ChatFormat.load(place if step.leaves_scorer else exported.directory.model)
+    is_of_end = exported.checkpoint is None
+    comparison = run.read_comparison(step if step.compared_with else run.last_step) if is_of_end else None
     evaluation = None if step.leaves_scorer else comparison
-    values = json.loads((run.step(step).model / "config.json").read_text(encoding="utf-8"))
+    values = json.loads((exported.directory.model / "config.json").read_text(encoding="utf-8"))
     source = began_with(config, exported)
     panel = panel_of(run, comparison) if REWARD in steps_to(step) else {}
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
@@ -103,7 +111,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         panel_line=panel_line(panel) if panel else "",
         trained_elsewhere=trained_elsewhere(config, evaluation),
         verdict=verdict,
-        preferences=preferences_line(run, step),
+        preferences=preferences_line(run, step) if is_of_end else "",
         bad=[s.text for s in guard_signs(comparison, *pair_of(comparison)) if not s.is_good] if comparison else [],
         versions=versions_of(run, step, stored.get("versions", {})),
     )

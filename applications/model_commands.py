@@ -1,5 +1,6 @@
 """Commands that train nothing: `chat`, `prefer`, `eval`, `report`, `settings`, `export`, `serve`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,10 @@ OWN_MODELS = ", ".join(step.command for step in WRITING)
 
 
 def chat(
-    target: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run directory or a model directory.")],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|MODEL", help="A run, a checkpoint (runs/demo@12), or a model directory."),
+    ],
     compare: Annotated[
         bool, typer.Option("--compare", help="SFT (or what the run began with) and RLHF (or DPO) side by side.")
     ] = False,
@@ -148,10 +152,40 @@ def evaluate(
     rlhf-chat eval runs/demo
 
     rlhf-chat eval runs/demo --model runs/other --against base --judge learned
+
+    rlhf-chat eval runs/demo@12 --against runs/demo@8
     """
     from applications.evaluate import evaluate
 
     evaluate(run_directory, model, against, judge, prompts, seed, json_, trust, eval_data or [])
+
+
+HowMany = partial(typer.Option, metavar="[N]", min=0, show_default=False)
+
+
+def samples(
+    run_directory: RunPath,
+    iteration: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Which one. Default: the newest that was written.")
+    ] = None,
+    worst: Annotated[int, HowMany(help="The N (5) with the lowest reward.")] = 0,
+    best: Annotated[int, HowMany(help="The N (5) with the highest reward.")] = 0,
+    longest: Annotated[int, HowMany(help="The N (5) with most tokens. Default: all samples.")] = 0,
+    json_: Json = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """What the policy said in an iteration of step 3 (written with --set rlhf.rollouts_every=1), and its rewards.
+
+    rlhf-chat samples runs/demo --iteration 7 --worst 5
+
+    rlhf-chat samples runs/demo --best 3 --longest 3 --json
+    """
+    from applications.samples import samples_command
+    from training.trust import require_reading
+
+    require_reading(run_directory, trust)
+    samples_command(run_directory, iteration, worst, best, longest, json_)
 
 
 def report(
@@ -226,7 +260,7 @@ def export(
 
     rlhf-chat export runs/demo --out my-model --dtype bf16
 
-    rlhf-chat export runs/demo --out my-adapter --what adapter
+    rlhf-chat export runs/demo@12 --out my-adapter --what adapter
 
     rlhf-chat export runs/demo --out my-reward --step reward
     """
@@ -234,7 +268,7 @@ def export(
     from training.trust import require_reading
 
     require_reading(run_directory, trust)
-    export(run_directory, out, what, dtype, step)
+    export(run_directory, out, what, dtype, step, trust)
 
 
 def serve(

@@ -16,6 +16,7 @@ from inference.collecting import without_collecting
 from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
+from training.checkpoint_models import checkpoint_of
 from training.data.rows import read_rows
 from training.evaluation.preferences import agreements, people
 from training.kept_models import local_model
@@ -48,6 +49,8 @@ def prefer_command(
     trusts: bool = False,
 ) -> None:
     """`rlhf-chat prefer`."""
+    if at := checkpoint_of(target):
+        target, model = at.run.path, model or str(target)
     require_reading(target, trusts)
     run = RunDirectory(target) if (target / "config.yaml").is_file() else None
     by = checked_name(login_name() if name is None else name)
@@ -103,6 +106,9 @@ def find_model(target: Path, source: str, trusts: bool) -> LabelledModel:
         if not (base := base_model(config)):
             raise UserError(f"The base model of {target} is not known: name the base model itself.")
         return LabelledModel(f"{target.resolve().name}/{source}", local_model(run, base, to_stderr))
+    if at := checkpoint_of(source):
+        directory = at.model(trusts)
+        return LabelledModel(label_of(directory, at.name), directory)
     path = Path(source).expanduser() if source else target
     if source and not path.exists():
         wanted = settings_for_model(source)["model"]

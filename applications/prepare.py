@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from applications.commands import asked_for
-from applications.fit import size
 from applications.launch import run_stage_script
 from applications.pipeline import needed_steps
 from inference.errors import typed
@@ -16,7 +15,7 @@ from training.config import RunConfig
 from training.formulas.tables import own_files
 from training.inputs import CODE, changed_inputs, code_files
 from training.kept_models import local_model, models_of
-from training.metrics import WARNING, Display
+from training.metrics import WARNING, Display, size
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.trust import record_file
@@ -26,6 +25,7 @@ from training.uses import of_training
 def prepare_command(
     model: str | None,
     parent: Path | None,
+    goes_on: bool | None,
     name: str | None,
     config: list[Path] | None,
     overrides: list[str] | None,
@@ -34,7 +34,7 @@ def prepare_command(
     trusts: bool,
 ) -> None:
     """Make the run, or complete it, and print what lies where and what a machine that trains it has to see."""
-    path, settings = asked_for(model, parent, name, config, overrides, flags)
+    path, settings = asked_for(model, parent, goes_on, name, config, overrides, flags)
     run = RunDirectory(path)
     with run.locked():
         opened = open_run(run, settings, trusts)
@@ -59,8 +59,8 @@ def described(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         *(directory for _, directory in models),
         *(file.resolve() for _, file in code_files(config, *CODE)),
     ]
-    if config.data.parent:
-        places.append(Path(config.data.parent).resolve())
+    if config.round_of:
+        places.append(Path(config.round_of).resolve())
     places += [HOME, *(Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix))]
     return {
         "run": str(run.path.resolve()),

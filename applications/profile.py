@@ -5,9 +5,10 @@ from math import isfinite
 from pathlib import Path
 
 from applications.files import write_text
-from applications.fit import Machine, size
+from applications.fit import Machine
 from applications.launch import run_on_ranks
 from inference.errors import UserError, typed
+from training.metrics import size
 from training.planner.hardware import ACHIEVED_BANDWIDTH
 from training.planner.machine import MachineProfile, profile_file
 

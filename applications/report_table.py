@@ -258,6 +258,11 @@ def with_interval(found: Mapping[str, Any]) -> str:
     return f"{found['rate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
 
 
+def share(win: Mapping[str, Any] | None) -> str:
+    """`73.2% (66.9% to 78.7%), learned reward`; empty where it was not measured."""
+    return "" if win is None else with_interval(win) + (f", {win['judge']}" if "judge" in win else "")
+
+
 def preferences_table(rates: Mapping[str, Any]) -> RenderableType:
     """How often people prefer a model to another, one by one and together."""
     what = ("preferences", "about the same", "both bad", f"{rates['model']} preferred to {rates['against']}")

@@ -1,4 +1,4 @@
-"""Round after round: what each run of a chain of `run --from` was trained on, and what it gained."""
+"""Round after round: what each run of a chain of `run --go-on` was trained on, and what it gained."""
 
 import io
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from applications.report_table import pair_of
+from applications.report_table import pair_of, share
 from inference.errors import UserError
 from inference.preferences import Preference, PreferenceFile
 from inference.screen import columns
@@ -90,14 +90,6 @@ def round_of(run: RunDirectory, before: RunDirectory | None) -> Round:
         f"{ours['length']:.1f}" if ours else "",
         "; ".join(bad) or ("hold" if ours else ""),
     )
-
-
-def share(win: Mapping[str, Any] | None) -> str:
-    """`73.2% (66.9% to 78.7%), learned reward`."""
-    if win is None:
-        return ""
-    judge = f", {win['judge']}" if "judge" in win else ""
-    return f"{win['rate']:.1%} ({win['low']:.1%} to {win['high']:.1%}){judge}"
 
 
 def kl_of(evaluation: Mapping[str, Any]) -> str:

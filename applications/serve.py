@@ -11,6 +11,7 @@ from inference.errors import UserError
 from inference.serving.listener import bind, is_loopback
 from inference.serving.served_models import find_served_models
 from inference.streams import guard_output
+from training.checkpoint_models import checkpoint_of
 
 if TYPE_CHECKING:
     from inference.chat_model import ChatModel
@@ -33,14 +34,15 @@ def serve_command(
 ) -> None:
     """`rlhf-chat serve`; returns after Ctrl-C. Raises UserError for what cannot be served, or not here."""
     guard_output()  # whoever reads its log may go
-    found = find_served_models(target)
+    at = checkpoint_of(target)
+    found = {at.name: at.model(trusts)} if at else find_served_models(target)
     token = choose_token(token, host)
     with bind(host, port) as listener:  # before the models, which take longer
-        from applications.fit import size
         from inference.chat_model import ChatModel
         from inference.serving.app import create_app
         from inference.serving.server import Server
         from inference.serving.service import Limits, Service
+        from training.metrics import size
 
         collecting, others = find_collecting(target, found, against, preferences, trusts)
         limits = Limits(slots, queue, context, max_tokens)
@@ -128,7 +130,8 @@ def check_context(models: dict[str, ChatModel], limits: Limits) -> None:
 
 def reserve_memory(service: Service, models: dict[str, ChatModel]) -> int:
     """Make the room for keys and values and return its bytes. Raises UserError where it is too much."""
-    from applications.fit import Machine, size
+    from applications.fit import Machine
+    from training.metrics import size
 
     way_out = "give fewer --slots or a smaller --context"
     try:

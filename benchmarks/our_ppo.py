@@ -3,7 +3,7 @@
     python -m benchmarks.our_ppo --size s --lengths skew --dtype bf16 --master fp32
 
 An iteration is what a run does in one: PPO.iterate, metrics written. Checkpoints and sample tables, which come every
-tenth iteration, and the check of a run's first update are left out.
+tenth iteration, and the check of a run's first update are left out. With --rollouts every sample is written down.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def make_config(
     threads: int,
     old_logprobs: str = "auto",
     exact: bool | str = "auto",
+    rollouts: bool = False,
 ) -> RunConfig:
     """Settings of the run; what is not named is the default of every run."""
     models = work.models(size)
@@ -57,6 +58,7 @@ def make_config(
                 generation_batch=SAMPLES,
                 old_logprobs=old_logprobs,
                 exact=exact,
+                rollouts_every=int(rollouts),
                 actor=optimizer,
                 critic=optimizer,
             ),
@@ -97,6 +99,7 @@ def iterate(ppo: "PPO", number: int, lengths: Lengths) -> dict[str, float]:
         "generate": metrics["time/generate"] + metrics.get("time/reallocate", 0.0),
         "score": metrics["time/score"],
         "train": metrics["time/train"],
+        "rollouts": metrics.get("time/rollouts", 0.0),
         "total": total,
         "tokens": tokens,
     }
@@ -120,6 +123,7 @@ def main() -> None:
     parser.add_argument("--exact", choices=["auto", "true", "false"], default="auto")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rollouts", action="store_true", help="with rlhf.rollouts_every=1")
     parser.add_argument("--turns", action="store_true", help="wait to be asked for each iteration (ppo_iteration.py)")
     arguments = parser.parse_args()
     channel = Channel() if arguments.turns else None
@@ -133,6 +137,7 @@ def main() -> None:
         arguments.threads,
         arguments.old_logprobs,
         {"true": True, "false": False}.get(arguments.exact, "auto"),
+        arguments.rollouts,
     )
     with tempfile.TemporaryDirectory() as directory:
         measure(config, lengths, describe(config, arguments.master), Path(directory), channel)

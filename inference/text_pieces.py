@@ -1,6 +1,11 @@
 """Text of token ids that grow, in pieces that hold whole characters."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"
 """What a decoder writes for bytes that are not, or not yet, a character."""
@@ -34,3 +39,22 @@ class TextPieces:
         seen = self._decode(list(ids[start:]))
         if seen and text.endswith(seen):
             self._start, self._taken = start, len(seen)
+
+
+def pieces_of(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The text of each token, special ones too; joined, they are the text of all. A character that takes several tokens
+    stands at the last of them."""
+    from tokenizers.decoders import DecodeStream
+
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text, pieces = str(decode(list(ids))), list[str]()
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        stream = DecodeStream(skip_special_tokens=False)
+        try:
+            pieces = [stream.step(backend, token) or "" for token in ids]
+        except Exception:  # it refuses what is no text
+            pieces = []
+    if not pieces or not text.startswith("".join(pieces)):
+        growing = TextPieces(lambda some: str(decode(some)))
+        pieces = [growing.take(ids[: place + 1]) for place in range(len(ids))]
+    return [*pieces[:-1], text[len("".join(pieces[:-1])) :]] if pieces else []

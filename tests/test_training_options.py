@@ -46,6 +46,7 @@ SETTINGS = {
     "ptx": {"coefficient": 1.0, "rows": 3},
     "checkpoint_every": 10,
     "samples_every": 10,
+    "rollouts_every": 2,
 }
 
 
@@ -123,5 +124,6 @@ def test_a_function_that_fails_loses_nothing(runs):
     for name in ("model", "ema_model"):
         files = [run / "step3_rlhf" / name / "model.safetensors" for run in (whole, halted)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
-    journals = [(run / "step3_rlhf" / "updates.jsonl").read_text() for run in (whole, halted)]
-    assert journals[0] == journals[1] and len(journals[0].splitlines()) == 3 * 2
+    for name, lines in (("updates.jsonl", 3 * 2), ("rollouts.jsonl", 8)):
+        journals = [(run / "step3_rlhf" / name).read_text() for run in (whole, halted)]
+        assert journals[0] == journals[1] and len(journals[0].splitlines()) == lines

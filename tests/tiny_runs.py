@@ -9,6 +9,7 @@ import yaml
 
 from inference.chat_format import ChatFormat
 from inference.tiny_model import build_tiny_model
+from training.merging import merge
 from training.models.adapters import add_lora
 from training.models.loading import load_causal_lm, load_scorer, save_model
 from training.role_settings import LoRASettings
@@ -39,8 +40,10 @@ def make_tiny_run(
     chat_format = ChatFormat.load(path / "base")
     run = RunDirectory(path / "run")
     run.data.mkdir(parents=True)
-    run.config_file.write_text(yaml.safe_dump({"model": str(path / "base"), **SETTINGS}))
     lora = LoRASettings(rank=lora_rank, alpha=2 * lora_rank or 1)
+    adapted = {"lora": {"rank": lora.rank, "alpha": lora.alpha}}
+    settings = merge(SETTINGS, {"sft": {"optimizer": adapted}, "rlhf": {"actor": adapted}})
+    run.config_file.write_text(yaml.safe_dump({"model": str(path / "base"), **settings}))
     for step, source, seed in ((SFT, path / "base", 1), (PPO, run.step(SFT).model, 2)):
         run.step(step).path.mkdir(parents=True)
         adapter = run.step(step).adapter if lora_rank else None

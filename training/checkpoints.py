@@ -5,7 +5,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,34 +112,38 @@ class Checkpoints:
             )
         return directory, state
 
-    @contextmanager
-    def reading(self, directory: Path) -> Iterator[None]:
+    def reading(self, directory: Path) -> AbstractContextManager[None]:
         """Around the loading of the checkpoint `directory`: what is damaged or foreign in it becomes a UserError."""
-        try:
-            yield
-        except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise self._damaged(directory, error) from error
-        except pickle.UnpicklingError as error:
-            wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
-            if wanted is None:
-                raise self._damaged(directory, error) from error
-            raise UserError(
-                f"The checkpoint {directory} would run {wanted[1]}, which none of rlhf-chat asks for, so it was not "
-                f"read: {self._way_out(directory)}, and go on only with runs of people you trust."
-            ) from error
-        except RuntimeError as error:
-            if not any(text in str(error) for text in MISFITS):
-                raise
-            raise self._damaged(directory, error) from error
-
-    def _damaged(self, directory: Path, error: Exception) -> UserError:
-        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0][:200].rstrip(".")
-        return UserError(
-            f"The checkpoint {directory} is damaged or of another model ({reason}); {self._way_out(directory)}."
-        )
+        return reading(directory, self._way_out(directory))
 
     def _way_out(self, directory: Path) -> str:
         return f"delete {directory} to go on from {'the one before' if len(self.numbers()) > 1 else 'the start'}"
+
+
+@contextmanager
+def reading(directory: Path, way_out: str) -> Iterator[None]:
+    """Around the loading of a checkpoint: what is damaged or foreign in it becomes a UserError with the way out."""
+
+    def damaged(error: Exception) -> UserError:
+        reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0][:200].rstrip(".")
+        return UserError(f"The checkpoint {directory} is damaged or of another model ({reason}); {way_out}.")
+
+    try:
+        yield
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise damaged(error) from error
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        if wanted is None:
+            raise damaged(error) from error
+        raise UserError(
+            f"The checkpoint {directory} would run {wanted[1]}, which none of rlhf-chat asks for, so it was not "
+            f"read: {way_out}, and go on only with runs of people you trust."
+        ) from error
+    except RuntimeError as error:
+        if not any(text in str(error) for text in MISFITS):
+            raise
+        raise damaged(error) from error
 
 
 def remove_directory(directory: Path) -> None:

@@ -24,28 +24,32 @@ class Origin:
 
     run: RunDirectory
     step: Step
+    at: str = ""
+    """Of a checkpoint `@12`."""
 
     @property
     def name(self) -> str:
         """`demo (SFT)`."""
-        return f"{self.run.path.name} ({self.step.name})"
+        return f"{self.run.path.name} ({self.step.name}{self.at})"
 
 
 def origin_of(source: str | Path) -> Origin | None:
     """The step that left the model in a directory; None for one that lies in no run."""
     if not source:
         return None
-    path = Path(source).expanduser().resolve()
-    run = RunDirectory(path.parent.parent)
-    step = next((step for step in STEPS if step.folder == path.parent.name), None)
-    return Origin(run, step) if step is not None and run.config_file.exists() else None
+    place, at = Path(source).expanduser().resolve().parent, ""
+    if place.parent.name == "checkpoints":
+        place, at = place.parent.parent, f"@{place.name}"
+    run = RunDirectory(place.parent)
+    step = next((step for step in STEPS if step.folder == place.name), None)
+    return Origin(run, step, at) if step is not None and run.config_file.exists() else None
 
 
 def label_of(model: str | Path, name: str = "") -> str:
     """`demo/sft`, as preferences call the model in a directory; of one that lies in no run `name`, or the
     directory's."""
     origin = origin_of(model)
-    return f"{origin.run.path.name}/{origin.step.command}" if origin else name or Path(model).resolve().name
+    return f"{origin.run.path.name}/{origin.step.command}{origin.at}" if origin else name or Path(model).resolve().name
 
 
 def label_of_step(run: RunDirectory, config: RunConfig, step: Step) -> str:
@@ -82,9 +86,9 @@ def base_model(config: RunConfig) -> str:
 
 
 def rounds_of(run: RunDirectory) -> list[RunDirectory]:
-    """The run and those that it goes on from (data.parent), the first one first; a parent that is gone ends them."""
+    """The run and those that it goes on from, the first one first; a parent that is gone ends them."""
     found = [run]
-    while parent := found[-1].read_config().data.parent:
+    while parent := found[-1].read_config().round_of:
         before = RunDirectory(Path(parent))
         if before in found or not before.config_file.exists():
             break
@@ -104,8 +108,8 @@ def newest_reward_model(run: RunDirectory) -> str:
 
 def reward_model_before(config: RunConfig) -> str:
     """The newest of the runs that one with these settings goes on from; empty where there is none."""
-    parent = RunDirectory(Path(config.data.parent))
-    return newest_reward_model(parent) if config.data.parent and parent.config_file.exists() else ""
+    parent = RunDirectory(Path(config.round_of))
+    return newest_reward_model(parent) if config.round_of and parent.config_file.exists() else ""
 
 
 @dataclass(frozen=True)

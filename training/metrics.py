@@ -1,9 +1,10 @@
 """What a run shows and keeps: metrics.jsonl, samples.jsonl, progress bars (plain lines in a pipe)."""
 
 import json
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from inference.disk import GO_ON, writing
 from inference.errors import UserError
 from inference.redaction import redacted
 from inference.streams import printable
-from training.run_directory import write_text
 
 PLAIN_LINE_SECONDS = 10.0
 WARNING = "Warning: "
 """How a line begins that a log and the report repeat."""
+
+
+BEGIN = re.compile(rb'\{"number": (\d+),')
+"""How a journal's line begins."""
 
 
 class Journal:
@@ -38,30 +42,60 @@ class Journal:
         self.file = file
 
     def write(self, number: int, values: dict[str, Any]) -> None:
-        line = json.dumps({"number": number, **values}, ensure_ascii=False) + "\n"
+        self.extend(number, [values])
+
+    def extend(self, number: int, rows: Iterable[dict[str, Any]]) -> None:
+        """A line for each of the rows."""
+        lines = "".join(json.dumps({"number": number, **row}, ensure_ascii=False) + "\n" for row in rows)
         with writing("a line of it", self.file), open(self.file, "a", encoding="utf-8") as handle:
-            handle.write(line)
+            handle.write(lines)
 
     def rewind(self, number: int) -> None:
         """Forget what was written after `number`, and a last line that a crash cut short."""
         if not self.file.exists():
             return
-        kept = [row for row in self.read() if row["number"] <= number]
-        write_text(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        kept = 0
+        for row, end in self._rows():
+            if row["number"] > number:
+                break
+            kept = end
+        with open(self.file, "r+b") as file:
+            file.truncate(kept)
+            file.seek(max(0, kept - 1))
+            if file.read(1) not in (b"", b"\n"):  # the crash took the end of the line alone
+                file.write(b"\n")
 
     def read(self) -> list[dict[str, Any]]:
         """The lines, without a last one that a crash cut short. Raises UserError for any other that is damaged."""
-        rows: list[dict[str, Any]] = []
+        return [row for row, _ in self._rows()]
+
+    def read_one(self, number: int | None = None) -> tuple[list[dict[str, Any]], list[int]]:
+        """The lines of a number (None: of the newest one), and all numbers that are there; others are not decoded."""
+        numbers, kept = set[int](), list[bytes]()
+        if self.file.exists():
+            with open(self.file, "rb") as lines:
+                for line in lines:
+                    if (begin := BEGIN.match(line)) and line.endswith(b"\n"):
+                        here = int(begin[1])
+                        if number is None and here not in numbers:
+                            kept.clear()
+                        numbers.add(here)
+                        if number in (None, here):
+                            kept.append(line)
+        return [row for line in kept if (row := read_line(line)) is not None], sorted(numbers)
+
+    def _rows(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Each line, and where it ends in the file."""
         if not self.file.exists():
-            return rows
+            return
+        end = 0
         with open(self.file, "rb") as lines:
             for place, line in enumerate(lines, 1):
-                row = read_line(line)
-                if row is not None:
-                    rows.append(row)
+                end += len(line)
+                if (row := read_line(line)) is not None:
+                    yield row, end
                 elif line.endswith(b"\n"):
                     raise UserError(f"Line {place} of {self.file} is damaged: delete that line, {GO_ON}.")
-        return rows
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
@@ -79,7 +113,7 @@ class NullJournal(Journal):
     def __init__(self) -> None:
         super().__init__(Path("/dev/null"))
 
-    def write(self, number: int, values: dict[str, Any]) -> None:
+    def extend(self, number: int, rows: Iterable[dict[str, Any]]) -> None:
         pass
 
     def rewind(self, number: int) -> None:
@@ -169,3 +203,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(bytes_: float) -> str:
+    """`1.5 GiB`, `212 GiB`, `38 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(bytes_) < 1023.5 or unit == "TiB":
+            break
+        bytes_ /= 1024
+    return f"{bytes_:.1f} {unit}" if bytes_ < 9.95 and unit != "B" else f"{bytes_:.0f} {unit}"

@@ -26,6 +26,8 @@ class Rewarded:
     """The weighted sums of what the sources gave."""
     scores: list[float]
     """Those that PPO raises: normalised and clipped source by source."""
+    parts: Parts
+    """What each source gave."""
     metrics: dict[str, float]
     scale_of_model: tuple[float, float] | None
     """What the reward model's scores are less, and over, where they are shaped."""
@@ -68,7 +70,7 @@ class Rewards:
         shaped, clipped = self._shape(parts, scales)
         metrics["reward/clipped_fraction"] = clipped / len(responses)
         raw, scores = weighted(parts, len(responses)), weighted(shaped, len(responses))
-        return Rewarded(raw, scores, metrics, scales.get("model"))
+        return Rewarded(raw, scores, parts, metrics, scales.get("model"))
 
     def total(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int

@@ -11,7 +11,16 @@ from training.calls import Call, rlhf_calls
 from training.formulas.estimators import ESTIMATORS, Estimator
 from training.formulas.shapings import SHAPINGS
 from training.plan_file import from_blocks, read_plan, to_blocks
-from training.role_settings import DecayRate, FrozenSettings, Keep, OptimizerSettings, Settings, misplaced, unguided
+from training.role_settings import (
+    DecayRate,
+    FrozenSettings,
+    Keep,
+    OptimizerSettings,
+    Settings,
+    StepSeed,
+    misplaced,
+    unguided,
+)
 from training.units import (
     Checkpoints,
     Epochs,
@@ -108,6 +117,8 @@ class FusionSettings(Settings):
 class RLHFSettings(Settings):
     advantage: Annotated[str, AfterValidator(ESTIMATORS.kept)] = "gae"
     """Estimator of the advantages: `gae` is PPO with a critic; the others need none."""
+    seed: StepSeed = -1
+    """Seed of everything that the step draws at random; -1: the run's."""
     iterations: Iterations = Field(100, ge=1)
     """PPO rounds: each generates new samples and trains on them."""
     prompts_per_iteration: Prompts = Field(64, ge=1)
@@ -188,6 +199,8 @@ class RLHFSettings(Settings):
     """Iterations between looks at the fixed prompts in samples.jsonl."""
     sample_prompts: Prompts = Field(4, ge=1)
     """How many fixed prompts those are."""
+    rollouts_every: Iterations = Field(0, ge=0)
+    """Iterations between those of which every sample goes into rollouts.jsonl; 0: none."""
     eval_every: Iterations = Field(0, ge=0)
     """Iterations between evaluations on held-out prompts, with one before the first and one at the end; 0: none."""
     eval_prompts: Prompts = Field(64, ge=1)

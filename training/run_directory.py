@@ -19,7 +19,7 @@ import yaml
 
 from inference.disk import settle, write_text
 from inference.errors import UserError, typed
-from inference.locks import hold_lock
+from inference.locks import hold_lock, is_held
 from training.config import RunConfig
 from training.config_files import read_yaml, validate_config
 from training.paths import found_from_anywhere
@@ -84,6 +84,16 @@ class RunDirectory:
     @property
     def lock_file(self) -> Path:
         return self.path / ".lock"
+
+    @property
+    def lock_files(self) -> list[Path]:
+        """Of the run and of its steps."""
+        return [self.lock_file, *self.path.glob(".step*.lock")]
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a command, or a stage, works in it now."""
+        return any(map(is_held, self.lock_files))
 
     @property
     def error_file(self) -> Path:
@@ -154,8 +164,7 @@ class RunDirectory:
                     yield
                 except UserError:
                     if is_new and not self.data.exists():
-                        locks = *self.path.glob(".step*.lock"), self.lock_file
-                        for file in (self.config_file, self.error_file, self.log_file, *locks):
+                        for file in (self.config_file, self.error_file, self.log_file, *self.lock_files):
                             file.unlink(missing_ok=True)
                     raise
         except UserError:
@@ -182,6 +191,11 @@ class StepDirectory:
     def reward_accuracy_file(self) -> Path:
         """Step 3: how the reward model ranks held-out pairs."""
         return self.path / "reward_accuracy.json"
+
+    @property
+    def reference_file(self) -> Path:
+        """DPO: what its reference says of the pairs."""
+        return self.path / "reference.safetensors"
 
     @property
     def panel_file(self) -> Path:
@@ -218,6 +232,11 @@ class StepDirectory:
     @property
     def samples_file(self) -> Path:
         return self.path / "samples.jsonl"
+
+    @property
+    def rollouts_file(self) -> Path:
+        """Step 3 with rlhf.rollouts_every: every sample of an iteration."""
+        return self.path / "rollouts.jsonl"
 
     @property
     def log_file(self) -> Path:

@@ -40,8 +40,7 @@ class Use:
 
 def require_yes(run: Path, uses: Iterable[Use], trusts: bool) -> None:
     """Raise UserError unless each use is known of this run, or gets its yes: `trusts` (--trust), or by a terminal."""
-    known = keys_of(run)
-    asked = [use for use in dict.fromkeys(uses) if not {use.key, replace(use, content="").key} & known]
+    asked = unanswered(run, uses)
     if not asked:
         return
     texts = [" ".join(redacted(use.text).split()) for use in asked]
@@ -54,6 +53,12 @@ def require_yes(run: Path, uses: Iterable[Use], trusts: bool) -> None:
     elif not trusts:
         raise UserError(f"{foreign}; this command would {'; '.join(texts)}. If you trust that, say so with --trust.")
     remember(run, asked)
+
+
+def unanswered(run: Path, uses: Iterable[Use]) -> list[Use]:
+    """Those that nobody has said yes to."""
+    known = keys_of(run)
+    return [use for use in dict.fromkeys(uses) if not {use.key, replace(use, content="").key} & known]
 
 
 def require_reading(target: Path, trusts: bool) -> None:

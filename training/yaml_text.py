@@ -5,37 +5,68 @@ from typing import Any
 
 import yaml
 
+LIBYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Several times as fast, where PyYAML was built with it."""
+DEEP = 1000
+"""Brackets, or columns of a line; with less, nothing is so deep that libyaml would run out of stack."""
+
 
 class KeyTwice(yaml.MarkedYAMLError):
     """A mapping has a key two times."""
 
 
+def number_as_written(loader: Any, node: yaml.ScalarNode) -> Any:
+    """YAML 1.1 reads 2:4:4 as seconds and 010 as 8, which nobody means."""
+    text = str(loader.construct_scalar(node))
+    return text if re.match(r"[-+]?\d+:|[-+]?0\d", text) else loader.construct_yaml_int(node)
+
+
+def refuse_twice(node: yaml.MappingNode) -> None:
+    """Raise KeyTwice."""
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+        if name is None:
+            continue
+        line = key.start_mark.line + 1
+        if name in lines:
+            where = f"lines {lines[name]} and {line}" if line != lines[name] else f"line {line}"
+            raise KeyTwice(problem=f"'{key.value}' is there twice ({where}): put both together")
+        lines[name] = line
+
+
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if name is None:
-                continue
-            line = key.start_mark.line + 1
-            if name in lines:
-                where = f"lines {lines[name]} and {line}" if line != lines[name] else f"line {line}"
-                raise KeyTwice(problem=f"'{key.value}' is there twice ({where}): put both together")
-            lines[name] = line
+        refuse_twice(node)
         return node
 
-    def number_as_written(self, node: yaml.ScalarNode) -> Any:
-        """YAML 1.1 reads 2:4:4 as seconds and 010 as 8, which nobody means."""
-        text = str(self.construct_scalar(node))
-        return text if re.match(r"[-+]?\d+:|[-+]?0\d", text) else self.construct_yaml_int(node)
+
+class _Quick(LIBYAML):  # type: ignore[misc, valid-type]
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        left, seen = [node], set()
+        while left:
+            each = left.pop()
+            if isinstance(each, yaml.CollectionNode) and id(each) not in seen:
+                seen.add(id(each))
+                if isinstance(each, yaml.MappingNode):
+                    refuse_twice(each)
+                left += [part for entry in each.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        return node
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.number_as_written)
+for loader in (_Loader, _Quick):
+    loader.add_constructor("tag:yaml.org,2002:int", number_as_written)
 
 
 def load_yaml(text: str) -> Any:
     """The value of `text`. Raises yaml.YAMLError."""
+    try:
+        if max(text.count("[") + text.count("{"), *map(len, text.splitlines()), 0) < DEEP:
+            return yaml.load(text, Loader=_Quick)
+    except (yaml.YAMLError, RecursionError):
+        pass  # the other one says what is wrong
     return yaml.load(text, Loader=_Loader)
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
 from applications.report.curves import PHASES, charts
+from applications.report.rollouts import rollouts_part
 from applications.report.schedule import schedule_part, update_part
 from applications.report_table import PANEL_COLUMNS, overview_lines, pair_of, people_prefer, table_rows, training_signs
 from applications.rounds import HEADINGS, rounds
@@ -89,6 +90,7 @@ def render(run: RunDirectory) -> str:
         update=update_part(run),
         answers=answers(run, evaluation),
         courses=courses(run),
+        rollouts=rollouts_part(run),
         changed=changed_settings(config),
         settings=redacted(run.config_file.read_text(encoding="utf-8")),
         versions=versions_table(run, stored.get("versions", {})),

@@ -9,12 +9,13 @@ import pytest
 from applications import fit
 from applications.dry_run import check_fits, dry_run, duration, shell_lines
 from applications.expected_time import expected_time
-from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, size, verdict
+from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, verdict
 from applications.preset_store import load_preset, settings_for_model
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
 from training.config import RunConfig
 from training.config_files import load_config
+from training.metrics import size
 from training.planner.machine import profile_file
 from training.steps import DPO, PPO, REWARD, SFT
 

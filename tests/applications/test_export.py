@@ -4,6 +4,7 @@ import ast
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from applications import model_card as cards
 from applications.export import export
 from applications.model_card import Exported, model_card, preferences_line, trained_elsewhere
+from applications.prefer import find_model
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
@@ -23,9 +25,12 @@ from tests.families import build, narrow_config
 from tests.inference.templates import FAMILIES, Family, bytes_tokenizer
 from tests.older_transformers import raw_scores
 from tests.plain_reader import scores
-from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
+from tests.tiny_runs import QUESTIONS, make_tiny_run, messages, shaken_weights
 from tests.training.evaluation.preferences import preference
 from training.config import RunConfig
+from training.evaluation.candidates import find_candidate
+from training.hybrid_engine.fragments import Fragment, write_fragments
+from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, SFT
 
@@ -70,6 +75,45 @@ def test_the_merged_model_generates_the_same_tokens_in_transformers(run, tmp_pat
     assert front_matter(tmp_path / "out")["library_name"] == "transformers"
     values = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (values["temperature"], values["max_new_tokens"], values["do_sample"]) == (0.7, 12, True)
+
+
+def test_a_checkpoint_is_a_model_too_with_its_adapter_and_a_card_that_claims_no_more(run, tmp_path):
+    sft = run.step(SFT).model
+    trained = shaken_weights(sft, ChatFormat.load(sft), LoRASettings(rank=2, alpha=4), 7)
+    sizes = {name: each.numel() for name, each in trained.items()}
+    parts = [Fragment(f"model.{name}", size, 0, size, at, 0) for at, (name, size) in enumerate(sizes.items())]
+    for number in (7, 8):
+        checkpoint = run.step(PPO).checkpoints / str(number)
+        write_fragments(checkpoint / "actor" / "0.safetensors", parts, {"weight": list(trained.values())}, {})
+    (checkpoint / "actor" / "0.safetensors").write_bytes(b"12345678")
+    named = Path(f"{run.path}@7")
+    export(named, tmp_path / "whole", "merged", "", "")
+    export(named, tmp_path / "adapter", "adapter", "", "")
+    plain = AutoModelForCausalLM.from_pretrained(run.path.parent / "base")
+    ids = torch.tensor([ChatFormat.load(sft).prompt_ids(messages(QUESTIONS[5]))])
+    with torch.no_grad():
+        ours, theirs, end = (
+            AutoModelForCausalLM.from_pretrained(directory).eval()(ids).logits
+            for directory in (run.step(PPO).checkpoints / "7" / "model", tmp_path / "whole", run.step(PPO).model)
+        )
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(ids).logits
+    assert torch.equal(ours, theirs) and not torch.allclose(ours, end, atol=1e-3)
+    torch.testing.assert_close(adapted, ours, rtol=1e-4, atol=1e-5)
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "It is that after iteration 7, no end of training, and was not measured." in card
+    assert find_model(run.path, str(named), False).label == "run/rlhf@7"
+    assert find_candidate(SimpleNamespace(model_directory=Path), str(named), "model").name == "run (RLHF@7)"
+    for wrong, sentence in (
+        ("@9", r"run has no checkpoint 9 of step3_rlhf; there are: .*run@7, .*run@8\.$"),
+        ("/step1_sft@7", r"no checkpoint 7 of step1_sft; there are: .*run@7"),
+        ("/step2_reward@7", "is a checkpoint of a reward model"),
+        ("@8", "The checkpoint .*8 is damaged"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            export(Path(f"{run.path}{wrong}"), tmp_path / "no", "merged", "", "")
+    with pytest.raises(UserError, match="leave --step out"):
+        export(named, tmp_path / "no", "merged", "", "sft")
+    shutil.rmtree(run.step(PPO).checkpoints)
 
 
 def test_another_number_format_is_in_the_files(run, tmp_path):
@@ -292,7 +336,7 @@ def test_names_of_others_are_text_in_the_card(run, tmp_path):
     file, made = run.comparison_of(PPO)[0], run.config_file.read_text()
     file.write_text(json.dumps(evaluation))
     run.config_file.write_text(yaml.safe_dump({**yaml.safe_load(made), "versions": {rude: rude, "transformers": rude}}))
-    exported = Exported(rude, PPO, "merged", "fp32", "")
+    exported = Exported(rude, run.step(PPO), "merged", "fp32", "")
     card = model_card(run, config.model_copy(update={"model": f"{tmp_path}/{rude}"}), exported, run.step(PPO).model)
     file.unlink()
     run.config_file.write_text(made)

@@ -1,15 +1,17 @@
 """Locks hold, end with their holder, and hold where the file system knows none."""
 
 import errno
+import fcntl
 import os
 import socket
 from contextlib import ExitStack
+from threading import Timer
 
 import pytest
 
 from inference import locks
 from inference.errors import UserError
-from inference.locks import hold_lock
+from inference.locks import hold_lock, is_held
 
 
 @pytest.fixture(params=[None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -35,7 +37,18 @@ def test_one_holds_it_and_the_next_one_can(known, tmp_path):
         assert waited == [1]
         with hold_lock(tmp_path / "new" / "other", "Another one", 0):
             pass
+        assert is_held(file) and not is_held(tmp_path / "new" / "third")
+    assert not is_held(file)
     with hold_lock(file, "It is free again", 0):
+        pass
+
+
+def test_a_look_at_a_lock_refuses_nobody(tmp_path):
+    file = tmp_path / "lock"
+    look = os.open(file, os.O_CREAT)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    Timer(0.03, os.close, [look]).start()
+    with hold_lock(file, "It is taken", 0):
         pass
 
 

@@ -129,13 +129,16 @@ def test_adapters_of_a_fork_lie_on_the_base_of_the_run_before(parent, tmp_path):
     child = fork(tmp_path / "child", sft_model=model(parent, SFT))
     child.step(PPO).adapter.mkdir()
     with pytest.raises(UserError, match=r"lies on the SFT model of .*parent, all of whose weights were trained"):
-        adapters_of(child, child.read_config(), PPO)
+        adapters_of(child, child.read_config(), PPO, child.step(PPO).adapter)
     parent.step(SFT).adapter.mkdir()
-    found = adapters_of(child, child.read_config(), PPO)
+    found = adapters_of(child, child.read_config(), PPO, child.step(PPO).adapter)
     assert found == ("tiny", [parent.step(SFT).adapter, child.step(PPO).adapter])
     on_hub = fork(tmp_path / "on_hub", sft_model="org/sft")
     on_hub.step(PPO).adapter.mkdir()
-    assert adapters_of(on_hub, on_hub.read_config(), PPO) == ("org/sft", [on_hub.step(PPO).adapter])
+    assert adapters_of(on_hub, on_hub.read_config(), PPO, on_hub.step(PPO).adapter) == (
+        "org/sft",
+        [on_hub.step(PPO).adapter],
+    )
 
 
 # Held out stays held out

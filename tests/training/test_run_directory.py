@@ -109,3 +109,7 @@ def test_journal_forgets_what_came_after_and_a_torn_line(tmp_path):
         handle.write('{"number": 4, "lo')
     journal.rewind(2)
     assert journal.read() == [{"number": 1, "loss": 0.5}, {"number": 2, "loss": 1.0}]
+    journal.file.write_bytes(journal.file.read_bytes()[:-1])  # a crash took the end of the line alone
+    journal.rewind(2)
+    journal.write(3, {"loss": 1.5})
+    assert [row["number"] for row in journal.read()] == [1, 2, 3]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
+from training.checkpoint_models import checkpoint_of
 from training.lineage import Source, base_model, label_of, origin_of, reward_model_before
 from training.models.loading import require_scorer
 from training.run_directory import RunDirectory
@@ -22,7 +23,7 @@ class Request:
     """What to compare; '', 0 and None leave the choice to the run."""
 
     model: str = ""
-    """One of NAMES, a run directory (its newest model), a model directory or a hub id."""
+    """One of NAMES, a run (its newest model), a checkpoint (RUN@12), a model directory or a hub id."""
     against: str = ""
     judge: str = ""
     """true, learned, reward (all that PPO was told to raise), or a reward model's directory or hub id."""
@@ -70,6 +71,8 @@ def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
         directory = base_directory(stage) if base else stage.earlier_model(step_of(source))
         before = origin_of(stage.config.sft_model) if source == SFT.command else None
         return Candidate(source, before.name if before and before.step is not SFT else NAMES[source], directory)
+    if at := checkpoint_of(source):
+        source = str(at.model())
     path = Path(source).expanduser()
     if (path / "config.yaml").is_file():
         ((label, directory),) = find_chat_models(path, compare=False)

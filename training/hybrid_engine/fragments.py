@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 CHUNK = 2**22
 """Values of a tensor on a GPU that are copied at once."""
 
@@ -124,6 +125,15 @@ class Written:
                 for position, values in sorted(wanted, key=lambda each: each[0]):
                     opened.seek(position)
                     _fill(opened, values)
+
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """All that was written of a kind, flat, by the names of the parameters."""
+        runs = {name: runs for (of, name), runs in self.runs.items() if of == kind}
+        sizes = {name: max(run.stop for run in of_name) for name, of_name in runs.items()}
+        found = [torch.empty(size, dtype=TORCH_DTYPES[runs[name][0].dtype]) for name, size in sizes.items()]
+        fragments = [Fragment(name, size, 0, size, at, 0) for at, (name, size) in enumerate(sizes.items())]
+        self.read(fragments, {kind: found})
+        return dict(zip(sizes, found, strict=True))
 
     def _sources(self, kind: str, fragment: Fragment, part: Tensor) -> Iterable[tuple[Run, int, Tensor]]:
         """Run, position in its file, and what is to be filled from there."""

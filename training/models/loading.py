@@ -340,11 +340,14 @@ def save_model(
 ) -> None:
     """Write a plain Hugging Face directory: `model` (as training started from it, fp32) with the `trained` weights.
 
-    `trained` has the names that the model (with adapters, if `lora.rank`) gives its parameters, in fp32, which are
-    merged here: in 16 bit most of an adapter would be rounded away. `extra_config` lands in config.json.
+    `trained` has the names that the model (with adapters, if `lora.rank`) gives its parameters, in fp32, flat or in
+    their shapes, which are merged here: in 16 bit most of an adapter would be rounded away. `extra_config` lands in
+    config.json.
     """
     adapted = add_lora(model, lora) if lora.rank else None
-    unexpected = model.load_state_dict(trained, strict=False).unexpected_keys
+    shapes = {name: each.shape for name, each in model.named_parameters()}
+    shaped = {name: each.view(shapes.get(name, each.shape)) for name, each in trained.items()}
+    unexpected = model.load_state_dict(shaped, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"trained weights without a place in the model: {unexpected[:3]}")
     if adapted is not None:

@@ -18,10 +18,10 @@ from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
 from training.fusion.timeline import Span
 from training.hybrid_engine.kept_weights import KeptWeights
-from training.metrics import Journal, held_out_line
+from training.metrics import held_out_line
 from training.models.loading import load_causal_lm
 from training.reward_sources import RewardFailed
-from training.rewards import Rewards
+from training.rewards import Rewarded, Rewards
 from training.run_directory import write_json
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
@@ -34,6 +34,7 @@ from training.step3_rlhf.ptx import Demonstrations
 from training.step3_rlhf.reward_gate import look_at_reward_model
 from training.step3_rlhf.roles import Roles, starting_scorer
 from training.step3_rlhf.rollout import Rollouts
+from training.step3_rlhf.rollout_lines import rollout_lines
 from training.step3_rlhf.update import Batch, Update, Updates
 from training.step3_rlhf.watch import Watch
 from training.steps import PROMPTS, SFT
@@ -134,20 +135,21 @@ class PPO:
         if self.settings.keep == "best":
             weights = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema)
             self.best = Best(stage, weights, partial(rank_within, kl.bound), "iteration")
-        self.order = Epochs(len(prompts), f"{stage.config.seed}/prompts")
+        self.order = Epochs(len(prompts), f"{stage.seed}/prompts")
         self.inside = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema) if kl.stop else None
         """The model before the newest update, whose KL was within rlhf.kl.stop."""
         ptx = Demonstrations(stage, chat_format) if self.settings.ptx.coefficient else None
         self.updates = Updates(stage, roles, ptx)
         self.watch = Watch(self.settings.missing_end_penalty, self.settings.iterations)
+        self.mini_batch_lines = stage.journal("updates.jsonl")
+        self.sample_lines = stage.journal(stage.directory.rollouts_file.name)
         self.saved = 0
         """Iteration of the newest checkpoint."""
 
     def fit(self) -> int:
         """All iterations, from the newest checkpoint if there is one. Returns how many were made."""
         settings, stage = self.settings, self.stage
-        updates = stage.journal("updates.jsonl")
-        number, stopped = self.resume(updates)
+        number, stopped = self.resume()
         stage.expect_checkpoints("iteration")
         checked = False
         with stage.display.progress("PPO", settings.iterations, number) as bar:
@@ -163,7 +165,7 @@ class PPO:
                 metrics = iteration.metrics | self.watch_over(number, iteration.metrics)
                 stage.metrics.write(number, metrics)
                 for mini_batch in iteration.mini_batches:
-                    updates.write(number, mini_batch)
+                    self.mini_batch_lines.write(number, mini_batch)
                 kl = f" · KL {metrics['kl/reference']:z.2f}" if settings.has_reference else ""
                 bar.advance(f"score {metrics['reward/score_mean']:z.2f}{kl}{beside(metrics)}")
                 ends = stopped or number == settings.iterations
@@ -200,7 +202,7 @@ class PPO:
     def measure_kl(self, number: int) -> float:
         """Of the present actor to the reference, on the samples that iteration `number` would learn from."""
         prompts = [self.prompts[seat] for seat in self.choose_prompts(number)]
-        return mean_kl(self.rollouts.answers(prompts, SamplingKey(self.stage.config.seed, number)))
+        return mean_kl(self.rollouts.answers(prompts, SamplingKey(self.stage.seed, number)))
 
     def evaluate(self, number: int, stopped: bool) -> None:
         """On held-out prompts, after iteration `number`. All ranks call it."""
@@ -229,15 +231,13 @@ class PPO:
         self.stage.checkpoints.save(number, write, state)
         self.saved = number
 
-    def resume(self, updates: Journal) -> tuple[int, bool]:
+    def resume(self) -> tuple[int, bool]:
         """Iterations done, and whether the run had stopped early; the journals forget what came after."""
         checkpoint = self.stage.checkpoints.newest()
         if self.best is not None:
             self.best.go_on_after(checkpoint[1]["number"] if checkpoint else -1)
         if checkpoint is None:
-            updates.rewind(-1)
-            self.stage.metrics.rewind(-1)
-            self.stage.samples.rewind(-1)
+            self.rewind(-1)
             self.show_fixed_prompts(0)
             if self.held_out.rows:
                 self.evaluate(0, stopped=False)
@@ -252,9 +252,7 @@ class PPO:
                 self.roles.scale_critic(*state["critic_scale"])
             if self.inside is not None and (directory / "inside").exists():
                 self.inside.load(directory / "inside")
-        self.stage.metrics.rewind(state["number"])
-        self.stage.samples.rewind(state["number"])
-        updates.rewind(state["number"])
+        self.rewind(state["number"])
         for metrics in self.stage.metrics.read():
             if "reward/total" in metrics:  # else it is of an evaluation
                 self.watch.look(metrics)
@@ -263,6 +261,11 @@ class PPO:
         if state.get("to_evaluate"):
             self.evaluate(state["number"], state["stopped"])
         return state["number"], state["stopped"]
+
+    def rewind(self, number: int) -> None:
+        """The journals forget what came after iteration `number`."""
+        for journal in (self.stage.metrics, self.stage.samples, self.mini_batch_lines, self.sample_lines):
+            journal.rewind(number)
 
     def iterate(self, number: int, check: bool) -> Iteration:
         """Iteration `number`: prompts, generate, score, advantages, update, log. `check` looks at the first update."""
@@ -282,11 +285,12 @@ class PPO:
         of_rollout = rollout.learn(experience)
         self.rollouts.end()
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
-        experience, of_scores = self.reward(experience, texts, seats, clock)
+        experience, rewarded = self.reward(experience, texts, seats, clock)
 
         # advantages
         targets = Targets.of(experience, settings, coefficient)
-        metrics = targets.metrics(experience, settings, coefficient) | of_scores
+        metrics = targets.metrics(experience, settings, coefficient) | score_metrics(rewarded.raw, experience)
+        metrics |= rewarded.metrics
         metrics["response/distinct_bigrams"] = distinct_bigrams(texts)
         if check:
             check_first_update(self.stage, self.roles, experience)
@@ -294,15 +298,18 @@ class PPO:
         # update
         kl = metrics.get("kl/reference", 0.0)
         stopped = 0 < settings.kl.stop < kl
-        update = Update()
+        batch, update = Batch(number, experience, targets, seats, coefficient), Update()
         if not stopped:
             if self.inside is not None:
                 self.inside.keep()
             with clock.phase("time/train"), clock.timeline.span("train"):
-                update = self.updates.run(Batch(number, experience, targets, seats, coefficient), clock.calls)
+                update = self.updates.run(batch, clock.calls)
             self.kl.update(kl, len(experience))
 
         # log
+        if settings.rollouts_every and number % settings.rollouts_every == 0 and self.ranks.is_first:
+            with clock.phase("time/rollouts"):
+                self.sample_lines.extend(number, rollout_lines(batch, rewarded, self.chat_format, settings))
         metrics |= update.metrics | self.generation_gap(experience, update)
         metrics |= (
             self.rollouts.work()
@@ -314,8 +321,8 @@ class PPO:
 
     def reward(
         self, experience: list[Experience], texts: list[str], seats: list[int], clock: Clock
-    ) -> tuple[list[Experience], dict[str, float]]:
-        """The experience with the scores that PPO raises: of all that rewards, on one scale. And metrics of them."""
+    ) -> tuple[list[Experience], Rewarded]:
+        """The experience with the scores that PPO raises: of all that rewards, on one scale. And what they were."""
         rewards, asks = self.rewards, bool(self.rewards.sources)
         with clock.phase("time/reward") if asks else nullcontext():
             rewarded = rewards.reward(
@@ -325,13 +332,12 @@ class PPO:
                 [self.rows[seat].get("extra", {}) for seat in seats] if asks else [],
                 self.settings.samples_per_prompt,
             )
-        metrics = score_metrics(rewarded.raw, experience) | rewarded.metrics
         experience = [replace(e, score=score) for e, score in zip(experience, rewarded.scores, strict=True)]
         if rewarded.scale_of_model and self.settings.has_critic and not self.roles.critic_scale:
             shift, scale = rewarded.scale_of_model
             self.roles.scale_critic(shift, scale)
             experience = [replace(e, values=(e.values - shift) / scale) for e in experience]  # what it said before
-        return experience, metrics
+        return experience, rewarded
 
     def generation_gap(self, experience: list[Experience], update: Update) -> dict[str, float]:
         """The largest difference, in nats a token, between generation and training before the first update: of all
@@ -361,7 +367,7 @@ class PPO:
 
     def show_fixed_prompts(self, number: int) -> None:
         """What the actor answers now to the same few held-out prompts, into samples.jsonl. All ranks call it."""
-        key = SamplingKey(self.stage.config.seed, 0)
+        key = SamplingKey(self.stage.seed, 0)
         for found in self.rollouts.answers(self.fixed_prompts, key, scored=False):
             prompt, response = (self.chat_format.decode(ids.tolist()) for ids in (found.prompt, found.response))
             self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": found.ended})

@@ -1,6 +1,7 @@
 """Charts; places and ticks by hand."""
 
 import re
+from itertools import product
 from xml.etree import ElementTree
 
 import pytest
@@ -179,3 +180,15 @@ def test_the_page_colours_its_charts_and_they_are_legible_in_the_light_and_in_th
         assert used <= scheme.keys() and contrast(scheme["soft"], scheme["card"]) > 4.5
         assert all(contrast(scheme[name], scheme["card"]) > 3 for name in ("a", "b", "c", "faint"))
     assert {colour for name, colour in charts.COLOURS.items() if name != "soft"} == {light[name] for name in "abc"}
+
+
+def test_a_coloured_token_is_legible_in_the_light_and_in_the_dark():
+    mixed = set(re.findall(r"color-mix\(in srgb, var\(--(\w)\) (\d+)%", (HERE / "style.css").read_text()))
+    assert {name for name, _ in mixed} == {"a", "b"} and len(mixed) == 6
+    for scheme, (name, share) in product(schemes(), mixed):
+        channels = [(scheme[key][1:][i : i + 2] for i in (0, 2, 4)) for key in (name, "card")]
+        blend = "#" + "".join(
+            f"{round((int(ours, 16) * int(share) + int(card, 16) * (100 - int(share))) / 100):02x}"
+            for ours, card in zip(*channels, strict=True)
+        )
+        assert contrast(scheme["ink"], blend) > 4.5, (name, share)

@@ -63,6 +63,14 @@ def make_run(path, evaluated: bool = True, rlhf: dict | None = None, attack: str
     run.step(PPO).samples_file.write_text(
         lines([{"number": n, "prompt": attack, "response": f"{attack} {n}"} for n in (0, 8, 17)])
     )
+    sample = {"number": 17, "prompt": f"<|user|>{attack}", "truncated": False, "response_ids": [1, 2, 3, 0]}
+    sample |= {"reward/model": 0.5, "reward/score": 0.5, "reward/missing_end": 0.0, "kl": [0.05, -0.7, 3.0, 0.2]}
+    samples = [
+        {**sample, "sample": n, "reward/kl": -n / 4, "reward/total": 0.5 - n / 4, "advantages": [-2.5, n, n / 5, n]}
+        | {"tokens": [attack, "\n", LONG, "<|end|>"]}
+        for n in range(2)
+    ]
+    run.step(PPO).rollouts_file.write_text(lines([sample | {"number": 16}]) + lines(samples))
     (run.step(PPO).path / "first_update.json").write_text(json.dumps({"ratio_error": 1e-7, "kl_old": 0.0}))
     if evaluated:
         rlhf = {**MEASURES, "learned_reward": 1.5, "true_score": 0.7, "kl": 2.5, **(rlhf or {})}
@@ -132,7 +140,7 @@ def test_everything_has_its_place(tags):
     assert "The model is that after iteration 9 of 17, which had the best evaluation." in text
     assert "seed 7 1" in text  # what differs from the default, and the default
     assert "torch 2.13.0" in text and "Step 3: PPO" in text and "SFT" in text and "iteration 17" in text
-    assert tags.count("article") == 8 and tags.count("details") == 2
+    assert tags.count("article") == 8 + 2 and tags.count("details") == 2 + 2
     titles = ("Loss", "Accuracy", "KL to the SFT model", "Entropy")
     assert [title for title in titles if title in tags.captions] == list(titles[:3])  # entropy was never finite
     assert "1:00" in text and "3:00" in text and "load, evaluate, save 129 s" in text  # 180 s less 17 times 3
@@ -167,6 +175,27 @@ def test_what_was_predicted_stands_beside_what_was_achieved(tags, tmp_path):
     assert "actor train" in fused and "what each rank did when" not in fused
     run.step(PPO).metrics_file.write_text(lines([{"number": 1, "reward/score_mean": 0.1}]))
     assert "Predicted and achieved" not in Tags(render(run)).text
+
+
+def test_tokens_of_the_newest_samples_are_coloured_by_kl_or_by_advantage(page, report, tags):
+    text = " ".join(tags.text.split())
+    assert "Samples of iteration 17" in text and "sample 1 · reward 0.25 (score 0.50, KL penalty -0.25)" in text
+    assert text.index("sample 1 ·") < text.index("sample 0 ·")  # the one with the lowest reward first
+    assert "token KL advantage" in text and "\\n -0.70 1.00" in text
+    page.goto(report.as_uri())
+    first = page.locator(".rollouts article").first.locator(".text span")
+    seen = """nodes => nodes.map(node => getComputedStyle(node)).map(
+        style => [style.backgroundColor, style.textDecorationStyle])"""
+    clear, dotted = "rgba(0, 0, 0, 0)", "dotted"
+    by_kl = first.evaluate_all(seen)
+    assert [colour == clear for colour, _ in by_kl] == [True, False, False, False]
+    assert [line == dotted for _, line in by_kl] == [False, True, False, False]
+    assert len({colour for colour, _ in by_kl}) == 4
+    page.get_by_label("colour by advantage").check()
+    by_advantage = first.evaluate_all(seen)
+    assert [colour == clear for colour, _ in by_advantage] == [False, False, True, False]
+    assert [line == dotted for _, line in by_advantage] == [True, False, False, False]
+    assert first.nth(1).get_attribute("title") == "KL -0.70, advantage +1.00"
 
 
 def test_the_better_answer_is_marked(tags):

@@ -29,6 +29,7 @@ BASE = {
 WARM = {
     **BASE,
     "critic_warmup": 2,
+    "rollouts_every": 1,
     "iterations": 5,
     "ema": 0.5,
     "kl": {"coefficient": 0.1, "target": 0.5, "horizon": 10},
@@ -91,6 +92,7 @@ def run_step(
     )
     run = RunDirectory(directory)
     run.step(PPO).path.mkdir(parents=True, exist_ok=True)
+    run.write_config(config, {})
     stage = make_stage(run, PPO, config, ranks)
     prompts = [[{"role": "user", "content": f"{'very ' * n}short?"}] for n in range(PROMPTS)]
     rows = [{"prompt": prompt, "extra": {"number": n}} for n, prompt in enumerate(prompts)]
@@ -154,6 +156,12 @@ def saved(directory) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
+def of_checkpoint(directory, number: int) -> dict[str, float]:
+    from training.checkpoint_models import checkpoint_of
+
+    return norms(saved(checkpoint_of(f"{directory}@{number}").model()))
+
+
 def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """Numbers that tell two sets of weights apart."""
     return {name: float(weight.double().sum() + weight.double().norm()) for name, weight in sorted(weights.items())}
@@ -176,6 +184,7 @@ def told(seen: SimpleNamespace) -> dict:
     return {name: getattr(seen, name, None) for name in names} | {
         "said": seen.stage.said,
         "sampling": [getattr(seen.trainer.rollouts.sampling, name) for name in SAMPLING],
+        "rollouts": rollouts.read_text() if (rollouts := seen.stage.directory.rollouts_file).exists() else "",
         "updates": [json.loads(line) for line in open(seen.stage.directory.path / "updates.jsonl", encoding="utf-8")],
         "numbers": [len(seen.mini_batches), seen.trainer.roles.critic_scale],
     }
@@ -191,9 +200,12 @@ def run_alone(ranks, directory):
     found = {}
     models = sft, foreign, chat_format
     found["warm"] = told(run_step(ranks, directory / "warm", models, warm))
+    found["warm"] |= {f"model {number}": of_checkpoint(directory / "warm", number) for number in (4, 5)}
     ended = run_step(ranks, directory / "killed", models, {**warm, "checkpoint_every": 0}, terminated_in=2)
     kept = ended.stage.checkpoints.numbers()
-    run_step(ranks, directory / "killed", models, warm, killed_in=4)
+    halted = run_step(ranks, directory / "killed", models, warm, killed_in=4)
+    with open(halted.stage.directory.rollouts_file, "a", encoding="utf-8") as later:
+        later.write('{"number": 4, "sample": 0}\n{"number": 4, "sam')
     found["warm, killed"] = told(run_step(ranks, directory / "killed", models, warm)) | {"terminated": kept}
     models = sft, reward, chat_format
     run_step(ranks, directory / "no-kl", models, NO_KL, killed_in=2)
@@ -265,12 +277,14 @@ def run_together(ranks, directory):
     ):
         lora = {"rank": 3 if zero in (1, 3) else 0}
         settings = {**FREE, "kl": {}, "ema": 0, "iterations": 2, "mini_batches": 1, "exact": exact}
+        settings["checkpoint_every"] = 1
         settings["actor"] = {**FREE["actor"], "zero_stage": zero, "lora": lora}
         place = directory / f"exact{zero}{dtype}{exact}"
         seen = run_step(ranks, place, models, settings, dtype=dtype)
         if ranks.is_first:
             checked = json.loads((place / "step3_rlhf" / "first_update.json").read_text())
             found[f"{dtype} {zero} {exact}"] = told(seen) | {"checked": checked}
+            found[f"{dtype} {zero} {exact}"] |= {f"model {number}": of_checkpoint(place, number) for number in (1, 2)}
     return found
 
 
@@ -343,14 +357,54 @@ def test_the_coefficient_follows_the_kl_of_each_iteration(alone):
     assert len({line["kl/coefficient"] for line in metrics}) == len(metrics)
 
 
+def test_a_line_for_every_sample_says_what_came_of_it(alone):
+    lines = [json.loads(line) for line in alone["warm"]["rollouts"].splitlines()]
+    assert [(line["number"], line["sample"]) for line in lines] == [(n, i) for n in range(1, 6) for i in range(3)]
+
+    def means(of) -> list[float]:
+        """Of each iteration's lines, or of all their tokens."""
+        found = [[of(line) for line in lines if line["number"] == number] for number in range(1, 6)]
+        flat = [[x for each in values for x in (each if isinstance(each, list) else [each])] for values in found]
+        return [sum(each) / len(each) for each in flat]
+
+    for metric, of in {
+        "reward/total": lambda line: line["reward/total"],
+        "reward/model_mean": lambda line: line["reward/model"],
+        "reward/function_mean": lambda line: line["reward/function"],
+        "kl/reference_k1": lambda line: sum(line["kl"]),
+        "value/mean": lambda line: line["values"],
+        "advantage/mean": lambda line: line["advantages"],
+        "response/ended_fraction": lambda line: not line["truncated"],
+        "response/length_mean": lambda line: len(line["response_ids"]),
+    }.items():
+        assert means(of) == pytest.approx([row[metric] for row in alone["warm"]["metrics"]], abs=1e-4), metric
+    for line in lines:
+        parts = [line[f"reward/{part}"] for part in ("score", "missing_end", "kl")]
+        assert line["reward/total"] == pytest.approx(sum(parts), abs=2e-5)
+        assert line["reward/missing_end"] == -0.5 * line["truncated"]
+        assert "".join(line["tokens"]) == line["response"] and "short?" in line["prompt"]
+        assert {len(line[name]) for name in ("tokens", "logprobs", "kl", "values", "advantages")} == {
+            len(line["response_ids"])
+        }
+
+
 def test_a_run_that_was_killed_ends_as_one_that_was_not(alone):
     """To the bit: weights, average, coefficient, and the statistics that bring rewards onto one scale."""
     whole, resumed = alone["warm"], alone["warm, killed"]
+    assert resumed["rollouts"] == whole["rollouts"]
     assert resumed["terminated"] == [2]
     assert learning(resumed["metrics"]) == learning(whole["metrics"])
     assert (resumed["model"], resumed["ema_model"]) == (whole["model"], whole["ema_model"])
     assert resumed["result"]["kl_coefficient"] == whole["result"]["kl_coefficient"]
     assert resumed["numbers"] == whole["numbers"]
+
+
+def test_a_checkpoint_opens_as_the_model_that_the_step_would_have_left_there(alone, together):
+    """With adapters and without, in fp32 and bf16, at each ZeRO stage, whole and in parts of two ranks."""
+    warm = alone["warm"]
+    assert warm["model 5"] == warm["model"] and warm["model 4"] == warm["weights"][3]
+    for run in ("fp32 0 True", "fp32 3 True", "bf16 1 True", "bf16 3 True", "bf16 2 False"):
+        assert together[run]["model 2"] == together[run]["model"] != together[run]["model 1"], run
 
 
 def test_training_equals_generation_to_the_bit(together):

@@ -1,0 +1,208 @@
+"""`rlhf-chat runs`: which runs are there, how far each is, and what came out."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from applications.report_table import share
+from inference.console import PrintableConsole
+from inference.errors import UserError
+from inference.screen import columns
+from training.config import RunConfig
+from training.metrics import Journal, duration, read_line, size
+from training.run_directory import RunDirectory, StepDirectory, read_json
+from training.starts import read_starts
+from training.steps import Step
+from training.termination import EXIT_TERMINATED
+from training.trust import of_reading, unanswered
+
+TAIL = 2**16
+"""Bytes at the end of a journal, in which its last line is."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run as `rlhf-chat runs --json` has it; times in UTC."""
+
+    run: str
+    state: str
+    """running (a command works in it), finished, stopped, failed, or unreadable."""
+    step: str = ""
+    """The last one, or the one that it is at, and how many iterations or optimiser steps that has done."""
+    model: str = ""
+    method: str = ""
+    seed: int = 0
+    started: str = ""
+    written: str = ""
+    """When anything in it was written last."""
+    seconds: float = 0.0
+    """That its steps took, from each start to the last line that was kept."""
+    bytes: int = 0
+    """On the disk; what has several names in it counts once."""
+    result: str = ""
+    """The win rate with its interval; before there is one, the newest figures; of what failed, the sentence."""
+    win_rate: Mapping[str, Any] | None = None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        age = ago(self.started or self.written)
+        return self.run, self.state, self.step, age, duration(self.seconds), size(self.bytes), self.result
+
+
+HEADINGS = ("run", "state", "step", "begun", "trained", "size", "result")
+
+
+def runs_command(directory: Path, as_json: bool) -> None:
+    found = sorted(map(listed, find_runs(directory)), key=lambda each: each.written, reverse=True)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found], indent=2))
+    elif not found:
+        print(f"There is no run in {directory}: rlhf-chat run --model tiny makes one.")
+    else:
+        table = Table(*HEADINGS, box=None, pad_edge=False)
+        for each in found:
+            table.add_row(*map(Text, each.cells))
+        PrintableConsole(width=columns(), highlight=False).print(table)
+
+
+def find_runs(directory: Path) -> list[RunDirectory]:
+    """The directory itself, or the runs in it and in its folders, by name. Raises UserError where it is not there."""
+    if not directory.is_dir():
+        raise UserError(f"There is no directory {directory}: say where the runs are, as in rlhf-chat runs DIRECTORY.")
+    found = []
+    for place, folders, files in os.walk(directory):
+        folders[:] = [] if "config.yaml" in files else sorted(name for name in folders if not name.startswith("."))
+        found += [RunDirectory(Path(place))] * ("config.yaml" in files)
+    return sorted(found, key=lambda run: run.path)
+
+
+def listed(run: RunDirectory) -> Listed:
+    """What the files of a run say; one that cannot be read says why."""
+    name, (held, written) = str(run.path), measure(run.path)
+    try:
+        if links := unanswered(run.path, of_reading(run.path)):
+            raise UserError(f"Reading it would {'; '.join(use.text for use in links)} (docs/safety.md).")
+        config = run.read_config()
+        starts = read_starts(run)
+        steps = [step for step in config.steps if not config.given_model(step)] or config.steps
+        at = next((step for step in steps if not run.step(step).is_finished), steps[-1])
+        state, sentence = state_of(run, at)
+        comparison = run.read_comparison(run.last_step) or {}
+        return Listed(
+            name,
+            state,
+            progress(run.step(at), config),
+            config.model,
+            config.method,
+            config.seed,
+            starts[0]["time"] if starts else "",
+            written,
+            round(sum(seconds_of(run.step(step), starts) for step in steps), 1),
+            held,
+            sentence or share(comparison.get("win_rate")) or newest_figures(run.step(at)),
+            comparison.get("win_rate"),
+        )
+    except (UserError, OSError) as error:
+        return Listed(name, "unreadable", written=written, bytes=held, result=str(error))
+
+
+def state_of(run: RunDirectory, at: Step) -> tuple[str, str]:
+    """State of a run that is at a step; with the sentence of what failed."""
+    if run.is_in_use:
+        return "running", ""
+    if run.step(at).is_finished:
+        return "finished", ""
+    for file in (run.step(at).error_file, run.error_file):
+        error = read_json(file, "delete it") if file.exists() else {}
+        if error.get("code", EXIT_TERMINATED) != EXIT_TERMINATED:
+            return "failed", str(error.get("sentence", ""))
+    return "stopped", ""
+
+
+def progress(step: StepDirectory, config: RunConfig) -> str:
+    """`rlhf 40/100`, `sft 12`, `sft` of one that has not begun or is finished."""
+    row = {} if step.is_finished else last_row(step.metrics_file)
+    of = f"/{config.rlhf.iterations}" if step.step.draws_samples else ""
+    return f"{step.step.command} {row['number']}{of}" if row else step.step.command
+
+
+def newest_figures(step: StepDirectory) -> str:
+    """`score 0.52, KL 1.20`, `loss 2.31`: of the last line of the metrics."""
+    shown = {
+        "reward/score_mean": "score",
+        "kl/reference": "KL",
+        "eval/accuracy": "accuracy",
+        "eval/loss": "held-out loss",
+    }
+    row = last_row(step.metrics_file)
+    found = {name: row[key] for key, name in ({**shown, "loss": "loss"}).items() if key in row}
+    return ", ".join(f"{name} {value:.3g}" for name, value in found.items() if math.isfinite(value))
+
+
+def last_row(journal: Path) -> dict[str, Any]:
+    """The last line that is whole; empty where there is none."""
+    if not journal.exists():
+        return {}
+    with open(journal, "rb") as lines:
+        lines.seek(max(0, os.path.getsize(journal) - TAIL))
+        rows = (read_line(line) for line in reversed(lines.read().splitlines()))
+        return next((row for row in rows if row is not None), {})
+
+
+def seconds_of(step: StepDirectory, starts: list[dict[str, Any]]) -> float:
+    """From each start of the step to its last line that was kept, and of a finished one to its end."""
+    begun = [unix(start["time"]) for start in starts if start["what"] == step.path.name]
+    last = step.read_result().get("seconds", 0.0) if step.is_finished else None  # of the last start
+    if last is not None and len(begun) < 2:
+        return float(last)
+    if not step.metrics_file.exists():
+        return 0.0
+    times = [row["time/unix"] for row in Journal(step.metrics_file).read() if "time/unix" in row]
+    ends = [*begun[1:], math.inf]
+    found = [
+        max((time - start for time in times if start <= time < end), default=0.0)
+        for start, end in zip(begun, ends, strict=False)
+    ]
+    return sum(found if last is None else [*found[:-1], last])
+
+
+def measure(directory: Path) -> tuple[int, str]:
+    """Bytes of the files in a directory, each once, and when the newest was written."""
+    found: dict[tuple[int, int], os.stat_result] = {}
+    for file in files_in(directory):
+        found[file.st_dev, file.st_ino] = file
+    newest = max((file.st_mtime for file in found.values()), default=0.0)
+    return sum(file.st_size for file in found.values()), datetime.fromtimestamp(newest, UTC).isoformat(
+        timespec="seconds"
+    )
+
+
+def files_in(directory: Path) -> Iterator[os.stat_result]:
+    """Of all files in it, none followed; what is deleted meanwhile is left out."""
+    for place, _, files in os.walk(directory):
+        for name in files:
+            try:
+                yield os.lstat(os.path.join(place, name))
+            except FileNotFoundError:
+                continue
+
+
+def unix(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
+
+
+def ago(time: str) -> str:
+    """`40 s`, `5 min`, `3 h`, `2 d` before now."""
+    passed = max(0.0, datetime.now(UTC).timestamp() - unix(time))
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if passed >= 2 * seconds:
+            return f"{passed / seconds:.0f} {unit}"
+    return f"{passed:.0f} s"

@@ -1,0 +1,109 @@
+"""The model of a checkpoint, `runs/a@12` or `runs/a/step1_sft@40`, as a model directory that all else can open."""
+
+import atexit
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from inference.disk import writing
+from inference.errors import UserError
+from training.kept_models import local_model
+from training.run_directory import RunDirectory, StepDirectory, numbered, write_directory
+from training.steps import SFT, STEPS, Step
+from training.trust import require_yes
+from training.uses import of_evaluation
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    run: RunDirectory
+    step: Step
+    number: int
+
+    @property
+    def name(self) -> str:
+        """`rlhf@12`."""
+        return f"{self.step.command}@{self.number}"
+
+    @property
+    def path(self) -> Path:
+        return self.run.step(self.step).checkpoints / str(self.number)
+
+    def allow(self, trusts: bool) -> None:
+        """Get the yes to what opening it would follow and fetch, if the run was not made here."""
+        require_yes(self.run.path, of_evaluation(self.run, self.run.read_config(), ""), trusts)
+
+    def model(self, trusts: bool = False) -> Path:
+        """The model directory, made from the checkpoint when it is first asked for; it goes with the checkpoint."""
+        return self.opened(trusts).model
+
+    def opened(self, trusts: bool = False) -> StepDirectory:
+        """The checkpoint as if it were a finished step: its model, and with LoRA its adapter. In a run that is not
+        ours to write in they lie elsewhere until the command ends."""
+        self.allow(trusts)
+        place = StepDirectory(self.path, self.step)
+        if place.model.is_dir():
+            return place
+        if not os.access(self.path, os.W_OK):
+            place = StepDirectory(Path(tempfile.mkdtemp(prefix=f"{self.name}-")), self.step)
+            atexit.register(shutil.rmtree, place.path, ignore_errors=True)
+        with writing(f"the model of {self.name}", place.path, "then give the same command"):
+            write_directory(place.model, partial(self._write, adapter=place.adapter))
+        return place
+
+    def _write(self, model: Path, adapter: Path) -> None:
+        """What the step would have left if it had ended here."""
+        import torch
+
+        import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
+        from inference.chat_format import ChatFormat
+        from inference.quiet import quiet_transformers
+        from training.checkpoints import reading
+        from training.hybrid_engine.fragments import Written
+        from training.models.loading import TORCH_DTYPES, load_causal_lm, save_model
+
+        config, settings = self.run.read_config(), self.run.read_config().of_step(self.step)
+        trained = settings.actor if self.step.draws_samples else settings.optimizer
+        given = config.model if self.step is SFT else config.given_model(SFT)
+        base = local_model(self.run, given, lambda line: None) if given else self.run.require_model(SFT)
+        chat_format = ChatFormat.load(base)
+        if any(self.path.rglob("*.pt")):
+            raise UserError(
+                f"{self.path} was written by DeepSpeed itself (by an earlier version of rlhf-chat, or with the "
+                f"optimiser on NVMe): only training goes on from it."
+            )
+        with reading(self.path, "choose another one"):
+            weights = Written(self.path / "actor" if self.step.draws_samples else self.path).whole("weight")
+        named = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        whole = load_causal_lm(base, chat_format, torch.float32)
+        dtype = TORCH_DTYPES[config.save_dtype]
+        with quiet_transformers():
+            save_model(model, whole, chat_format, named, trained.lora, dtype, adapter_directory=adapter)
+
+
+def checkpoint_of(target: str | Path) -> Checkpoint | None:
+    """The checkpoint that `target` names; None for what names none. Raises UserError where it is not there, or is of
+    a model that scores."""
+    named = re.fullmatch(r"(.+)@(\d+)", str(target))
+    if named is None or Path(target).expanduser().exists():
+        return None
+    place = Path(named[1]).expanduser()
+    of_step = next((step for step in STEPS if step.folder == place.resolve().name), None)
+    run = RunDirectory(place.resolve().parent if of_step else place)
+    if not run.config_file.is_file():
+        return None
+    there = {step: numbered(run.step(step).checkpoints) for step in STEPS if not step.leaves_scorer}
+    last = next((step for step in reversed(there) if there[step]), SFT)
+    step, number = of_step or last, int(named[2])
+    if step.leaves_scorer:
+        raise UserError(f"{target} is a checkpoint of a reward model, whose scale is measured when its step ends.")
+    if number not in there[step]:
+        listed = ", ".join(
+            f"{run.path}{'' if each is last else f'/{each.folder}'}@{n}" for each in there for n in there[each]
+        )
+        raise UserError(f"{run.path} has no checkpoint {number} of {step.folder}; there are: {listed or 'none'}.")
+    return Checkpoint(run, step, number)
