@@ -172,6 +172,9 @@ class RunConfig(Settings):
     """A finished SFT model used instead of step 1's; steps 2 and 3 then need no step 1."""
     trained_reward_model: str = ""
     """A finished reward model used instead of step 2's."""
+    reference_model: str = ""
+    """What PPO's KL and DPO's log-ratios count from: a model as `model` is, or a run, whose newest one it is; empty:
+    the SFT model."""
     fork_of: str = ""
     """A run whose rows and steps serve here where nothing that decides about them differs (`run --from`)."""
     method: Method = "ppo"
@@ -207,6 +210,13 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self):
+        self.rlhf._has_own_reference = bool(self.reference_model)
+        self.rlhf.require_fitting_roles()
+        if self.reference_model and self.method == "ppo" and not self.rlhf.has_reference:
+            raise ValueError(
+                f"reference_model={self.reference_model} would never be asked, as rlhf.kl has no coefficient, target "
+                f"or stop; give one, or rlhf.kl.measure=true"
+            )
         self.require_work_for(self.processes)
         supervised = [self.supervised(step).optimizer for step in STEPS if not step.draws_samples]
         trained = (*supervised, self.rlhf.actor, self.rlhf.critic)

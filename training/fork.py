@@ -27,8 +27,8 @@ from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Ste
 SMALL = 2**20
 """Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
 OF_ROWS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
-OF_ACCURACY = (*OF_ROWS, REWARD.given_by, "reward.eval_rows")
-OF_REFERENCE = (*OF_ROWS, SFT.given_by)
+OF_ACCURACY = {*OF_ROWS, REWARD.given_by, "reward.eval_rows"}
+OF_REFERENCE = {*OF_ROWS, SFT.given_by, "reference_model"}
 """Settings that decide what a given reward model, and DPO's reference, say of the run's pairs."""
 
 
@@ -72,6 +72,8 @@ class Fork:
             code = code_of(self.config, kind)
             if any(start.get(kind, code) != code for start in self._starts(step)):
                 yield f"{', '.join(map(str, paths_of(self.config)[kind]))} has changed"
+        if step.draws_samples and self.config.rlhf.reward_url != self.theirs.rlhf.reward_url:
+            yield f"rlhf.reward_url is another than in {self.name}"
         if any(self._other_rows(name) for name in rows_read(self.config, step)):
             yield f"its rows are others ({self.other_data})" if self.other_data else "its rows are others"
 
@@ -207,7 +209,7 @@ class Fork:
             before = []
         else:
             return
-        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & set(keys)
+        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & keys
         changed = [*self._changed_models(step), *filter(self._other_rows, rows)]
         if file.exists() and not (before or differ or changed):
             self.run.step(step).path.mkdir(exist_ok=True)
@@ -251,6 +253,8 @@ def settings_read(config: RunConfig, step: Step) -> dict[str, Any]:
 def models_read(config: RunConfig, step: Step) -> dict[str, str]:
     """Setting -> model, of those that the step begins with and that no step of the run makes."""
     found = {each.given_by: config.given_model(each) for each in config.steps_before(step)}
+    if step.compared_with:
+        found["reference_model"] = config.reference_model
     if step is SFT:
         found["model"] = config.model
     if step is REWARD:

@@ -61,6 +61,7 @@ def paths_of(config: RunConfig) -> dict[str, list[Path]]:
     sources = [parse_source(text) for text in (*own, *config.data.eval_sources, *mixed)]
     file = config.rlhf.reward_function.rpartition(":")[0]
     models = [config.model, config.reward_model, config.sft_model, config.trained_reward_model]
+    models.append(config.reference_model)
     return {
         "data": [source.copy or source.path for source in sources if (source.copy or source.path).exists()],
         "models": [Path(name) for name in models if Path(name).is_absolute()],

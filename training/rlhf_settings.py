@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from inference.errors import UserError
 from training.calls import Call, rlhf_calls
@@ -223,6 +223,14 @@ class RLHFSettings(Settings):
         except UserError as error:
             raise ValueError(str(error).rstrip(".")) from None
 
+    _has_own_reference: bool = PrivateAttr(False)
+    """Whether `reference_model` names one: RunConfig says so."""
+
+    @property
+    def reference_is_actor(self) -> bool:
+        """Whether the reference is the actor without its adapters, where both lie alike (Plan.actor_is_reference)."""
+        return bool(self.actor.lora.rank) and not self._has_own_reference
+
     @property
     def estimator(self) -> Estimator:
         """Its entry; training.formulas.own has the formula of a user's own."""
@@ -277,7 +285,7 @@ class RLHFSettings(Settings):
     @property
     def divided_scorer(self) -> str:
         """A role that scores and is divided over ranks, so that no rank can score alone; '' if there is none."""
-        reference = "actor" if self.actor.lora.rank else "reference"  # with LoRA the actor is the reference too
+        reference = "actor" if self.reference_is_actor else "reference"
         roles = [reference] * self.has_reference + ["critic"] * self.has_critic + ["reward"] * self.has_reward_model
         divided = [
             role
@@ -305,8 +313,6 @@ class RLHFSettings(Settings):
         if self.plan:  # takes the place of degrees and stages
             return self
         degrees = self.scoring_tensor_parallel
-        if degrees.reference > 1 and self.actor.lora.rank:
-            raise ValueError("scoring_tensor_parallel.reference: with LoRA the actor is the reference; leave it at 1")
         for role in ("reference", "reward"):
             if getattr(degrees, role) > 1 and getattr(self, role).zero_stage == 3:
                 raise ValueError(
@@ -316,17 +322,24 @@ class RLHFSettings(Settings):
             raise ValueError(f"scoring_tensor_parallel.critic needs a critic, and {self.advantage} has none")
         return self
 
-    @model_validator(mode="after")
-    def _fusion_needs_whole_roles(self):
+    def require_fitting_roles(self) -> None:
+        """Raise ValueError where the reference, or a role that fusion needs whole, is divided as it cannot be."""
         if self.plan:  # is judged itself
-            return self
+            return
+        if self.scoring_tensor_parallel.reference > 1 and self.reference_is_actor:
+            raise ValueError(
+                "rlhf.scoring_tensor_parallel.reference: with LoRA the actor is the reference; leave it at 1"
+            )
         if self.fusion.mode == "inter" and self.divided_scorer:
             is_zero_3 = getattr(self, self.divided_scorer).zero_stage == 3
             raise ValueError(
-                f"fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} has "
-                f"{'zero_stage 3' if is_zero_3 else 'scoring_tensor_parallel over 1'}; use stage 0, 1 or 2 and whole "
-                f"weights for it, or fusion.mode=none"
+                f"rlhf.fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} "
+                f"has {'zero_stage 3' if is_zero_3 else 'scoring_tensor_parallel over 1'}; use stage 0, 1 or 2 and "
+                f"whole weights for it, or rlhf.fusion.mode=none"
             )
+
+    @model_validator(mode="after")
+    def _fusion_rows_are_decoded(self):
         if self.fusion.rows > self.generation_batch:
             raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")
         return self

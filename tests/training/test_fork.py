@@ -84,6 +84,7 @@ def made(parent):
         ((), ""),
         (("rlhf.kl.coefficient=0.2",), "3"),
         (("rlhf.seed=2",), "3"),
+        (("reference_model=tiny",), "3"),
         (("rlhf.seed=3",), ""),  # that of the run
         (("sft.seed=2",), "13"),
         (("seed=2",), "123"),
@@ -97,6 +98,7 @@ def made(parent):
         (("sft_model=tiny",), "23"),  # whose tokens the reward model has
         (("trained_reward_model=tiny",), "3"),
         (("rlhf.reward_weights.model=0",), "3"),
+        (("rlhf.reward_url=http://127.0.0.1:9",), "3"),
         (("data.max_response_tokens=20",), "123"),
         (("data.limit=5",), "123"),
     ],

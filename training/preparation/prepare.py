@@ -121,5 +121,10 @@ def prepare_models(config: RunConfig, run: RunDirectory, processes: int, say: Sa
         require_scorer(scorer, config.scorer_source, trained, config.scorer_layers)
         require = require_same_format if trained else require_same_tokens  # one that is to be trained learns to read
         require(chat_format, ChatFormat.load(scorer), config.actor_source, config.scorer_source)
-    require_fitting(config, processes, actor, scorer)
+    reference = None
+    if own := config.reference_model:
+        reference = local_model(run, own, say)
+        require_causal_lm(reference, own)
+        require_same_tokens(chat_format, ChatFormat.load(reference), config.actor_source, own)
+    require_fitting(config, processes, actor, scorer, reference)
     return chat_format

@@ -17,7 +17,7 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
-from training.step2_dpo.reference import reference_logprobs, response_logprobs
+from training.step2_dpo.reference import load_own_reference, reference_logprobs, response_logprobs
 from training.steps import SFT
 from training.supervised import fit
 
@@ -45,16 +45,19 @@ def train(stage: Stage) -> None:
     evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
     total = count_updates(len(pairs), settings)
 
+    sets = {"train": pairs, "eval": evaluated}
+    if own := stage.own_reference():  # asked, and forgotten, before the policy is there
+        reference_logprobs(stage, lambda: load_own_reference(stage, own, chat_format), sets)
     dtype, with_weights = loads(settings.optimizer.zero_stage, stage.dtype, stage.ranks)
     model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
     policy = Policy(model, settings.optimizer.lora)
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
-    made: dict[str, Any] = {"pairs": {"train": pairs, "eval": evaluated}}
+    made: dict[str, Any] = {"pairs": sets}
     evaluation: dict[str, float] = {}
     for call in calls.DPO:
         inputs = {key: made[key] for key in call.inputs}
         if call.kind == "score":
-            made[call.outputs[0]] = reference_logprobs(stage, engine, **inputs)
+            made[call.outputs[0]] = reference_logprobs(stage, lambda: engine, **inputs)
         else:
             evaluation = fit(stage, DPOTask(stage, engine, **inputs), settings, total)
 

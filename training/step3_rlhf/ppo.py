@@ -43,16 +43,15 @@ from training.steps import PROMPTS, SFT
 def train(stage: Stage) -> None:
     """The whole step: set up, iterate, save."""
     settings = stage.config.rlhf
-    sft, scorer = stage.earlier_model(SFT), starting_scorer(stage)
+    sft, scorer, reference = stage.earlier_model(SFT), starting_scorer(stage), stage.own_reference()
     chat_format = stage.chat_format(sft, scorer)
     rows, held_out = stage.rows(chat_format)
     prompts = [prompt for (prompt,) in stage.tokens(rows, PROMPTS, chat_format)]
 
     per_iteration = settings.ppo_epochs * settings.mini_batches
     actor_iterations = settings.iterations - settings.critic_warmup
-    roles = Roles(
-        stage, sft, scorer, chat_format, (actor_iterations * per_iteration, settings.iterations * per_iteration)
-    )
+    updates = actor_iterations * per_iteration, settings.iterations * per_iteration
+    roles = Roles(stage, sft, scorer, chat_format, updates, reference)
     look_at_reward_model(stage, roles, chat_format)
     if not settings.has_reference:
         stage.display.say(
@@ -66,7 +65,7 @@ def train(stage: Stage) -> None:
         )
     forecast = None
     if stage.ranks.is_first:
-        forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer)
+        forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer, reference or sft)
     ppo = PPO(stage, roles, chat_format, prompts, rows, held_out, forecast)
     iterations = ppo.fit()
     kept = {}
