@@ -191,7 +191,7 @@ class Fork:
 
     def _name_own_base(self, step: Path) -> None:
         """In its adapters, which name their base by a full path, where that lies in the parent."""
-        for file in step.glob("*adapter/adapter_config.json"):
+        for file in step.rglob("adapter_config.json"):
             values = json.loads(file.read_text(encoding="utf-8"))
             base = Path(values["base_model_name_or_path"]).resolve()
             if base.is_relative_to(self.parent.path):
@@ -202,6 +202,7 @@ class Fork:
         """Accuracy of a given reward model on the held-out pairs; what DPO's reference says of the pairs."""
         theirs = self.parent.step(step)
         before = [earlier for earlier in self.config.earlier_steps(step) if self.steps[earlier]]
+        keys: tuple[str, ...]
         if step is DPO:
             file, keys, rows = theirs.reference_file, OF_REFERENCE, rows_read(self.config, step)
         elif self.config.given_model(REWARD):
