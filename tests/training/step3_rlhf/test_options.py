@@ -17,6 +17,7 @@ from tests.training.step3_rlhf.test_ppo_updates import (
     make_config,
     make_experience,
     make_models,
+    stage_of,
 )
 
 GROUP, COEFFICIENT, PTX = 3, 0.5, 2.0
@@ -45,8 +46,7 @@ def make_ppo(ranks, directory, config, models):
         rows = [{"prompt": [{"role": "user", "content": p}], "response": r} for p, r in DEMONSTRATIONS]
         write_rows(directory / "sft_train.jsonl", rows)
     ranks.barrier()
-    run = SimpleNamespace(data=directory)
-    stage = SimpleNamespace(config=config, seed=config.seed, ranks=ranks, dtype=torch.float32, run=run)
+    stage = stage_of(config, ranks, directory)
     torch.manual_seed(0)
     roles = Roles(stage, sft, reward if config.rlhf.has_critic else None, chat_format, (100, 100))
     return PPO(stage, roles, chat_format, [], [])
