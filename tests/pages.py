@@ -19,6 +19,8 @@ from applications.cli import app
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config_files import load_config, setting_keys
+from training.formulas.table import OWN
+from training.formulas.tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -140,7 +142,10 @@ def mistake_of_settings(model: str | None, overrides: list[str], files: list[Pat
     try:
         named = bool(model) and "/" not in model and model not in ("M", "NAME", "base", "sft", "rlhf", "dpo")
         base = settings_for_model(model) if named else {"model": "tiny"}
-        load_config([ROOT / file for file in files if (ROOT / file).exists()], overrides, base)
+        entries = {table.setting for table in TABLES}
+        own = {each for each in overrides if each.partition("=")[0] in entries and OWN.fullmatch(each)}
+        given = [f"{each}()" if each in own else each for each in overrides]
+        load_config([ROOT / file for file in files if (ROOT / file).exists()], given, base)
     except UserError as error:
         return str(error)
     missing = [str(file) for file in files if not (ROOT / file).exists() and not EXAMPLES.fullmatch(str(file))]
