@@ -29,7 +29,7 @@ from applications.options import (
     SFTModel,
     Trust,
 )
-from applications.run_commands import runs
+from applications.run_commands import compare, runs
 from training.steps import COMPARED, PPO, REWARD, SFT, Step
 
 app = typer.Typer(
@@ -283,5 +283,19 @@ def rlhf(
     )
 
 
-for function in (runs, chat, prefer, evaluate, samples, report, settings, export, serve, plan, profile, doctor):
+for function in (
+    runs,
+    compare,
+    chat,
+    prefer,
+    evaluate,
+    samples,
+    report,
+    settings,
+    export,
+    serve,
+    plan,
+    profile,
+    doctor,
+):
     command("eval" if function is evaluate else None)(function)

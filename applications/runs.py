@@ -92,7 +92,7 @@ def listed(run: RunDirectory) -> Listed:
             raise UserError(f"Reading it would {'; '.join(use.text for use in links)} (docs/safety.md).")
         config = run.read_config()
         starts = read_starts(run)
-        steps = [step for step in config.steps if not config.given_model(step)] or config.steps
+        steps = steps_of(config)
         at = next((step for step in steps if not run.step(step).is_finished), steps[-1])
         state, sentence = state_of(run, at)
         comparison = run.read_comparison(run.last_step) or {}
@@ -112,6 +112,11 @@ def listed(run: RunDirectory) -> Listed:
         )
     except (UserError, OSError) as error:
         return Listed(name, "unreadable", written=written, bytes=held, result=str(error))
+
+
+def steps_of(config: RunConfig) -> list[Step]:
+    """Those that leave a model of the run's own."""
+    return [step for step in config.steps if not config.given_model(step)] or config.steps
 
 
 def state_of(run: RunDirectory, at: Step) -> tuple[str, str]:
