@@ -16,6 +16,7 @@ from applications.options import (
     EvalData,
     From,
     Fusion,
+    GoOn,
     Json,
     Method,
     Model,
@@ -58,6 +59,7 @@ def rlhf_chat(
 def run(
     model: Model = None,
     from_: From = None,
+    go_on: GoOn = None,
     name: Name = None,
     data: Data = None,
     eval_data: EvalData = None,
@@ -90,13 +92,16 @@ def run(
 
     rlhf-chat run --model smollm2-135m --name direct --method dpo
 
-    rlhf-chat run --from runs/demo
+    rlhf-chat run --from runs/demo --name other --set rlhf.kl.coefficient=0.1
+
+    rlhf-chat run --from runs/demo --go-on
     """
     from applications.commands import pipeline_command
 
     pipeline_command(
         model,
         from_,
+        go_on,
         name,
         data,
         eval_data,
@@ -118,6 +123,7 @@ def run(
 def prepare(
     model: Model = None,
     from_: From = None,
+    go_on: GoOn = None,
     name: Name = None,
     data: Data = None,
     eval_data: EvalData = None,
@@ -147,13 +153,14 @@ def prepare(
         "processes": processes,
         "method": method,
     }
-    prepare_command(model, from_, name, config, set_, flags, json_, trust)
+    prepare_command(model, from_, go_on, name, config, set_, flags, json_, trust)
 
 
 @command()
 def sft(
     run_directory: RunPath,
     model: Model = None,
+    from_: From = None,
     data: Data = None,
     eval_data: EvalData = None,
     config: Config = None,
@@ -171,13 +178,14 @@ def sft(
     """
     from applications.commands import step_command
 
-    step_command(SFT, run_directory, model, data, eval_data, config, set_, seed, processes, trust)
+    step_command(SFT, run_directory, model, data, eval_data, config, set_, seed, processes, trust, parent=from_)
 
 
 @command()
 def reward(
     run_directory: RunPath,
     model: Model = None,
+    from_: From = None,
     reward_model: RewardModel = None,
     data: Data = None,
     eval_data: EvalData = None,
@@ -197,7 +205,18 @@ def reward(
     from applications.commands import step_command
 
     step_command(
-        REWARD, run_directory, model, data, eval_data, config, set_, seed, processes, trust, reward_model=reward_model
+        REWARD,
+        run_directory,
+        model,
+        data,
+        eval_data,
+        config,
+        set_,
+        seed,
+        processes,
+        trust,
+        parent=from_,
+        reward_model=reward_model,
     )
 
 
@@ -208,6 +227,7 @@ def add_other_method(step: Step) -> None:
         run_directory: RunPath,
         sft_model: SFTModel = None,
         model: Model = None,
+        from_: From = None,
         data: Data = None,
         eval_data: EvalData = None,
         config: Config = None,
@@ -220,7 +240,18 @@ def add_other_method(step: Step) -> None:
         from applications.commands import step_command
 
         step_command(
-            step, run_directory, model, data, eval_data, config, set_, seed, processes, trust, sft_model=sft_model
+            step,
+            run_directory,
+            model,
+            data,
+            eval_data,
+            config,
+            set_,
+            seed,
+            processes,
+            trust,
+            parent=from_,
+            sft_model=sft_model,
         )
 
     function.__doc__ = f"""{step.name} ({step.title}) instead of steps 2 and 3; with --sft-model in a new run directory.
@@ -246,6 +277,7 @@ def rlhf(
         typer.Option(metavar="MODEL", help="A finished reward model, instead of step 2. Default: the run's own."),
     ] = None,
     model: Model = None,
+    from_: From = None,
     data: Data = None,
     eval_data: EvalData = None,
     config: Config = None,
@@ -257,9 +289,11 @@ def rlhf(
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Step 3, PPO, in a run directory; with --sft-model and --reward-model in a new one.
+    """Step 3, PPO, in a run directory; with --sft-model and --reward-model, or --from another run, in a new one.
 
     rlhf-chat rlhf runs/demo
+
+    rlhf-chat rlhf runs/other --from runs/demo --seed 2
 
     rlhf-chat rlhf runs/mine --sft-model my/sft --reward-model my/reward
     """
@@ -280,6 +314,7 @@ def rlhf(
         trained_reward_model=reward_model,
         fusion=fusion,
         plan=plan,
+        parent=from_,
     )
 
 

@@ -1,14 +1,15 @@
 """What the commands do: options -> settings -> pipeline."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from applications.next_round import next_name
-from applications.settings import resolve_settings
+from applications.settings import as_settings, resolve_settings
 from inference.errors import UserError
 from training.config import RunConfig
 from training.launchers import SLURM, started_by
+from training.merging import merge
 from training.run_directory import RunDirectory
 from training.steps import STEPS, Step
 
@@ -19,6 +20,7 @@ AUTO = "auto"
 def pipeline_command(
     model: str | None,
     parent: Path | None,
+    goes_on: bool | None,
     name: str | None,
     data: list[str] | None,
     eval_data: list[str] | None,
@@ -45,7 +47,7 @@ def pipeline_command(
         "plan": None if plan == AUTO else plan,
         "method": method,
     }
-    path, settings = asked_for(model, parent, name, config, overrides, flags)
+    path, settings = asked_for(model, parent, goes_on, name, config, overrides, flags, steps)
     asked = settings or RunDirectory(path).read_config()
     if plan and not any(step.draws_samples for step in asked.steps):
         raise UserError(f"--plan places the calls of step 3, which method {asked.method} does not have: leave it out.")
@@ -61,18 +63,51 @@ def pipeline_command(
 def asked_for(
     model: str | None,
     parent: Path | None,
+    goes_on: bool | None,
     name: str | None,
     config: list[Path] | None,
     overrides: list[str] | None,
     flags: Mapping[str, object],
+    steps: str | None = None,
 ) -> tuple[Path, RunConfig | None]:
     """The run's place and settings; None: it keeps its own."""
-    if parent is not None and model is not None:
-        raise UserError(f"--from {parent} says what to begin with, its newest model: leave --model {model} out.")
-    if model is None and config is None and name is None and parent is None:
+    if parent is not None:
+        place = run_path(name, None) if name else None
+        return from_parent(parent, model, place, config, overrides, flags, goes_on, steps)
+    if goes_on is not None:
+        raise UserError("--fork and --go-on say what becomes of another run: name it with --from RUN.")
+    if model is None and config is None and name is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
-    path = run_path(name or (next_name(parent) if parent else None), model)
-    return path, resolve_settings(model, config, overrides, flags, RunDirectory(path), parent)
+    path = run_path(name, model)
+    return path, resolve_settings(model, config, overrides, flags, RunDirectory(path))
+
+
+def from_parent(
+    parent: Path,
+    model: str | None,
+    path: Path | None,
+    config: list[Path] | None,
+    overrides: list[str] | None,
+    flags: Mapping[str, object],
+    goes_on: bool | None,
+    steps: str | None,
+) -> tuple[Path, RunConfig]:
+    """Place and settings of a fork or a next round, which is said. A seed is that of the `steps` that are chosen."""
+    from applications.forks import from_run
+
+    if model is not None:
+        raise UserError(
+            f"--from {parent} says what to begin with: leave --model out (another one: --set model={model})."
+        )
+    given = as_settings({key: value for key, value in flags.items() if value is not None})
+    if steps and "seed" in given:
+        base = RunDirectory(parent).read_config()
+        chosen = parse_steps(steps, base.model_copy(update={"method": given.get("method", base.method)}))
+        seed = given.pop("seed")
+        given = merge(given, {step.command: {"seed": seed} for step in chosen})
+    path, settings, sentence = from_run(parent, path, config or [], overrides or [], given, goes_on)
+    print(sentence, file=sys.stderr)
+    return path, settings
 
 
 def run_path(name: str | None, model: str | None) -> Path:
@@ -96,15 +131,21 @@ def step_command(
     processes: int | None,
     trusts: bool,
     plan: str | None = None,
+    parent: Path | None = None,
     **given: str | None,
 ) -> None:
     """`rlhf-chat sft | reward | rlhf | dpo`; `plan` and `given` are settings that only some of them have."""
     given["plan"] = None if plan == AUTO else plan
     flags = {"data": data or None, "eval_data": eval_data or None, "seed": seed, "processes": processes, **given}
-    model = model or given.get("sft_model")
-    if step.method and (model is not None or config):
+    if step.method and (parent or model or given.get("sft_model") or config):
         flags["method"] = step.method  # a run that begins so goes on so
-    settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
+    settings: RunConfig | None
+    if parent is not None:
+        place = run_directory, config, overrides, flags
+        _, settings = from_parent(parent, model, *place, goes_on=False, steps=step.command)
+    else:
+        model = model or given.get("sft_model")
+        settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
     if plan == AUTO:
         settings = planned(settings or RunDirectory(run_directory).read_config(), run_directory, measures=True)
     execute(run_directory, settings, [step], trusts)
@@ -121,18 +162,22 @@ def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: b
     from applications.dry_run import check_fits
     from applications.pipeline import needed_steps, run_pipeline
     from training.distributed import require_loopback
+    from training.fork import Fork
     from training.opening import open_run
 
     run = RunDirectory(path)
     steps = needed_steps(settings or run.read_config(), steps)
     if settings is not None and not run.config_file.exists():
-        check_fits(settings, steps)
+        fork = Fork.of(run, settings)
+        if trained := fork.trained(steps) if fork else steps:
+            check_fits(settings, trained)
     require_one_command()
     require_loopback()
     with run.locked():
         is_new = not run.config_file.exists()
         config = open_run(run, settings, trusts)
-        require_earlier_steps(run, config, steps, is_new)
+        if not config.fork_of:  # whose earlier steps come with its preparation
+            require_earlier_steps(run, config, steps, is_new)
         run_pipeline(run, config, steps)
 
 
@@ -164,8 +209,13 @@ def print_dry_run(settings: RunConfig, steps: list[Step], path: Path) -> None:
     from applications.dry_run import dry_run
     from applications.launch import stage_command
     from applications.pipeline import needed_steps
+    from training.fork import Fork
 
     steps = needed_steps(settings, steps)
+    if fork := Fork.of(RunDirectory(path), settings):
+        print("\n".join(fork.lines(steps)))
+        if not (steps := fork.trained(steps)):
+            return
     commands = {step: stage_command(step.folder, path, settings.processes) for step in steps}
     print(dry_run(settings, steps, path, commands))
 

@@ -152,6 +152,8 @@ def evaluate(
     rlhf-chat eval runs/demo
 
     rlhf-chat eval runs/demo --model runs/other --against base --judge learned
+
+    rlhf-chat eval runs/demo@12 --against runs/demo@8
     """
     from applications.evaluate import evaluate
 
@@ -258,7 +260,7 @@ def export(
 
     rlhf-chat export runs/demo --out my-model --dtype bf16
 
-    rlhf-chat export runs/demo --out my-adapter --what adapter
+    rlhf-chat export runs/demo@12 --out my-adapter --what adapter
 
     rlhf-chat export runs/demo --out my-reward --step reward
     """

@@ -1,4 +1,4 @@
-"""`rlhf-chat run --from RUN`: the settings of a run that goes on from the newest models of another one."""
+"""`rlhf-chat run --from RUN --go-on`: the settings of a run that goes on from the newest models of another one."""
 
 import re
 from collections.abc import Mapping
@@ -9,11 +9,10 @@ from applications.preset_store import PRESETS
 from inference.chat_target import find_newest_model
 from inference.errors import UserError, typed
 from training.config import RunConfig
-from training.config_files import load_config, read_yaml
+from training.config_files import read_yaml
 from training.lineage import newest_reward_model
 from training.merging import merge
 from training.opening import settings_of_new_run
-from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 from training.steps import REWARD
 
@@ -33,25 +32,21 @@ def next_command(parent: Path, data: str = "") -> str:
     name = usual = next_name(parent)
     while (Path("runs") / name).exists():
         name = next_name(Path(name))
-    return f"rlhf-chat run --from {typed(parent)}{data}{f' --name {name}' if name != usual else ''}"
+    return f"rlhf-chat run --from {typed(parent)} --go-on{data}{f' --name {name}' if name != usual else ''}"
 
 
-def resolve_next_round(
-    parent: Path, files: list[Path], overrides: list[str], given: dict[str, Any], run: RunDirectory
-) -> RunConfig:
-    """What is given, laid over the parent's settings, whose newest models are begun with; of a `run` that is there over
-    its own. Raises UserError where the parent lacks a model or preferences, and where `run` has another parent.
+def settings_of_next_round(parent: Path, files: list[Path], overrides: list[str], given: dict[str, Any]) -> RunConfig:
+    """What is given, laid over the parent's settings, whose newest models are begun with. Raises UserError where the
+    parent lacks a model or preferences.
     """
     before = RunDirectory(parent)
     config = before.read_config()
-    if run.config_file.exists():
-        return found_from_anywhere(load_config(files, overrides, stored_settings(run, parent), given))
     models = models_of(before, "reward_model" in given)
     values = merge({**config.model_dump(mode="json"), **models}, read_yaml(FEW_PAIRS))
     preferences = parent.resolve() / "preferences.jsonl"
     values["data"] |= {"source": str(preferences), "parent": str(parent.resolve()), "limit": 0}
     values["data"] |= {"split_seed": config.split_seed}
-    settings = settings_of_new_run(values, files, overrides, given, run)
+    settings = settings_of_new_run(values, files, overrides, given, None)
     if settings.data.source == str(preferences) and not preferences.exists():
         raise UserError(
             f"{parent} has no preferences yet ({preferences.name}): collect some with rlhf-chat prefer {typed(parent)} "
@@ -66,15 +61,6 @@ def resolve_next_round(
     return settings
 
 
-def stored_settings(run: RunDirectory, parent: Path) -> dict[str, Any]:
-    """Raises UserError where the run was made from another one."""
-    stored = run.read_config()
-    if stored.data.parent != str(parent.resolve()):
-        made = f"from {stored.data.parent}" if stored.data.parent else "without --from"
-        raise UserError(f"{run.path} was made {made}, not from {parent}: give the new round another --name.")
-    return stored.model_dump(mode="json")
-
-
 def models_of(run: RunDirectory, has_scorer: bool) -> Mapping[str, Any]:
     """Settings by which another run begins with the newest models of this one, the reward model unless it has one."""
     _, policy = find_newest_model(run.path)
@@ -82,4 +68,4 @@ def models_of(run: RunDirectory, has_scorer: bool) -> Mapping[str, Any]:
     if not has_scorer and (reward_model := newest_reward_model(run)):
         reward = run.read_config().reward.model_dump(mode="json")
         values |= {"reward_model": reward_model, "reward": {**reward, "layers": 0, "initialize_from": "base"}}
-    return values | {"architecture": {}, "announce": ""}
+    return values | {"architecture": {}, "announce": "", "fork_of": ""}

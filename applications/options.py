@@ -20,16 +20,24 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="RUN",
-        help="Instead of --model: go on from RUN's newest model, with its settings, on --data or on the "
-        "preferences collected for it (docs/next_round.md). Default: none.",
+        help="Instead of --model: begin as RUN did, and train only what other settings, data or seeds change "
+        "(docs/forks.md). Default: none.",
+    ),
+]
+GoOn = Annotated[
+    bool | None,
+    typer.Option(
+        "--go-on/--fork",
+        help="With --from: go on from RUN's newest model, on --data or on the preferences collected for it "
+        "(docs/next_round.md); or fork RUN. Default: go on with new preferences alone, else fork.",
     ),
 ]
 Name = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="The run is runs/NAME, or a path with a / in it; default: MODEL's name, or after --from RUN "
-        "RUN-round2, RUN-round3 ...",
+        help="The run is runs/NAME, or a path with a / in it; default: MODEL's name, or after --from RUN RUN-fork, or "
+        "with --go-on RUN-round2, RUN-round3 ...",
     ),
 ]
 FOLLOWS = " or ".join(

@@ -45,8 +45,8 @@ def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> Non
     changed = changed_inputs(run, config)
     for sentence in changed:
         display.say(f"{WARNING}{sentence}")
-    if changed and config.data.parent:
-        display.say(f"A new round on what is there now: {next_command(Path(config.data.parent))}")
+    if changed and config.round_of:
+        display.say(f"A new round on what is there now: {next_command(Path(config.round_of))}")
     for step in METHODS[config.method]:
         if step not in steps and (why := left_out(config, step)):
             display.say(f"Step {step.number} is left out: {why}")

@@ -24,6 +24,7 @@ from training.uses import of_training
 def prepare_command(
     model: str | None,
     parent: Path | None,
+    goes_on: bool | None,
     name: str | None,
     config: list[Path] | None,
     overrides: list[str] | None,
@@ -32,7 +33,7 @@ def prepare_command(
     trusts: bool,
 ) -> None:
     """Make the run, or complete it, and print what lies where and what a machine that trains it has to see."""
-    path, settings = asked_for(model, parent, name, config, overrides, flags)
+    path, settings = asked_for(model, parent, goes_on, name, config, overrides, flags)
     run = RunDirectory(path)
     with run.locked():
         opened = open_run(run, settings, trusts)
@@ -57,8 +58,8 @@ def described(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         *(directory for _, directory in models),
         *(file.resolve() for _, file in code_files(config)),
     ]
-    if config.data.parent:
-        places.append(Path(config.data.parent).resolve())
+    if config.round_of:
+        places.append(Path(config.round_of).resolve())
     places += [HOME, *(Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix))]
     return {
         "run": str(run.path.resolve()),

@@ -1,5 +1,6 @@
 """The process of `rlhf-chat`: its output and signals, how it ends, and what an error prints."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -11,12 +12,15 @@ from inference.errors import UserError
 from inference.streams import guard_output, printable
 from training.steps import STEPS
 from training.termination import EXIT_TERMINATED, StageFailed, Terminated
+from training.watchdog import PARENT_VARIABLE, begin_script
 
 EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
     """The console script: errors of the user become one sentence and exit code 2."""
+    if PARENT_VARIABLE in os.environ:
+        begin_script()
     guard_output(ends=True)
     if "--version" in sys.argv[1:]:
         from importlib.metadata import version

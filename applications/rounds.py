@@ -1,4 +1,4 @@
-"""Round after round: what each run of a chain of `run --from` was trained on, and what it gained."""
+"""Round after round: what each run of a chain of `run --go-on` was trained on, and what it gained."""
 
 import io
 from collections.abc import Mapping

@@ -1,16 +1,18 @@
 """The settings of a run from what was given on the command line: preset, files, --set, options."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from applications.next_round import resolve_next_round
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config import RunConfig
-from training.config_files import load_config
+from training.config_files import load_config, nested
 from training.opening import settings_of_new_run
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
+from training.yaml_text import KeyTwice, what_is_wrong
 
 
 def resolve_settings(
@@ -19,17 +21,12 @@ def resolve_settings(
     overrides: list[str] | None,
     flags: Mapping[str, object],
     run: RunDirectory | None = None,
-    parent: Path | None = None,
 ) -> RunConfig | None:
     """Preset, then files, then --set, then flags; None when nothing was given, so that a run keeps its own.
 
-    With a `parent` (`run --from`) its settings take the place of the preset's. Without it, a model or a file, what is
-    given is laid over the settings of `run`.
+    Without a model or a file, what is given is laid over the settings of `run`.
     """
     given = {key: value for key, value in flags.items() if value is not None}
-    if parent is not None:
-        assert run is not None
-        return resolve_next_round(parent, config or [], overrides or [], as_settings(given), run)
     if model is None and not config and not overrides and not given:
         return None
     if model is None and not config and run is not None and run.config_file.exists():
@@ -43,18 +40,23 @@ def resolve_settings(
     return settings_of_new_run(base, config or [], overrides or [], as_settings(given), run)
 
 
-def settings_named(source: str, overrides: list[str] | None = None) -> RunConfig:
-    """Those of a run directory, of a YAML file, or of a model as --model names it, with `overrides` laid over them."""
+def settings_named(source: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Those of a run directory, a YAML file, or a model as --model names it, with `overrides` (keys may be dotted) over
+    them. Raises UserError.
+    """
+    try:
+        given = nested(json.loads(json.dumps(overrides or {}, default=str)))  # paths as text, tuples as lists
+    except KeyTwice as error:
+        raise UserError(f"{what_is_wrong(error)}.") from None
     path = Path(source).expanduser()
     run = RunDirectory(path)
     if run.config_file.exists():
-        return load_config([], overrides or [], run.read_config().model_dump(mode="json"))
+        return found_from_anywhere(load_config([], [], run.read_config().model_dump(mode="json"), given))
     if "/" in source and path.parent.is_dir() and not path.exists():  # else it would be owner/name on the hub
         raise UserError(f"There is neither a run nor a file {source}.")
     is_file = path.suffix in (".yaml", ".yml")
-    settings = resolve_settings(None if is_file else source, [path] if is_file else None, overrides, {})
-    assert settings is not None
-    return settings
+    preset = {} if is_file else settings_for_model(source)
+    return settings_of_new_run(preset, [path] if is_file else [], [], given, None)
 
 
 FUSIONS = {

@@ -4,9 +4,9 @@
     python -m benchmarks.made_up_people runs/demo --method dpo --set dpo.epochs=4
 
 The newest model of the run answers its own training prompts twice. Each person judges pairs of answers by one rule,
-skips those that are alike by it, and `rlhf-chat run --from` goes on from the run with that person's preferences. Both
-models then answer the run's held-out prompts, on which the person judges again, a tie counting half. Preferences and
-rounds lie in runs/made-up-NAME.
+skips those that are alike by it, and `rlhf-chat run --go-on` goes on from the run with that person's preferences.
+Both models then answer the run's held-out prompts, on which the person judges again, a tie counting half. Preferences
+and rounds lie in runs/made-up-NAME.
 Prints Markdown. Exit code 1 where a person does not prefer the new model, or a guard rail is broken.
 """
 
@@ -114,7 +114,7 @@ def answers(
 def one_round(run: RunDirectory, person: Person, file: PreferenceFile, name: str, options: list[str]) -> dict[str, Any]:
     """Train on the person's preferences, then let them judge both models' answers to the held-out prompts."""
     path = Path("runs") / name
-    command = [sys.executable, "-m", "rlhf_chat", "run", "--from", str(run.path), "--data", str(file.path)]
+    command = [sys.executable, "-m", "rlhf_chat", "run", "--from", str(run.path), "--go-on", "--data", str(file.path)]
     subprocess.run([*command, "--name", str(path), *options], check=True)
     made = RunDirectory(path)
     evaluation = made.read_comparison(made.last_step) or {}

@@ -3,6 +3,8 @@
 `applications`, `training` and `inference` are names that others use too: on PYTHONPATH or in the working directory they
 would come first. After `import rlhf_chat` these three are those beside it, in this process; all other names, and
 `sys.path`, stay as they are. Every command and script imports it before anything else.
+
+Programs and notebooks have `load_settings`, `train` and `Run` from it (docs/python.md), imported when they are used.
 """
 
 import sys
@@ -10,7 +12,12 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from applications.from_python import Run, Settings, StageFailed, Training, UserError, load_settings, train
+
+__all__ = ["Run", "Settings", "StageFailed", "Training", "UserError", "load_settings", "train"]
 
 PACKAGES = ("applications", "training", "inference")
 HOME = Path(__file__).resolve().parent.parent
@@ -47,6 +54,14 @@ def place_of(module: ModuleType | None) -> Path | None:
     """The folder of a package, or the file of a module that is none."""
     places = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
     return Path(places[0]).resolve() if places[0] else None
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import applications.from_python
+
+    return getattr(applications.from_python, name)
 
 
 def end(sentence: str) -> NoReturn:

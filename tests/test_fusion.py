@@ -2,11 +2,13 @@
 
 import shutil
 
+import pytest
 import yaml
 
 from benchmarks.kill_and_resume import compare, metrics
 from tests.conftest import rlhf_chat
 from tests.test_pipeline import assert_like_metrics
+from training.metrics import Journal
 from training.run_directory import RunDirectory
 from training.steps import PPO
 
@@ -71,6 +73,13 @@ def test_a_fused_run_learns_what_a_plain_one_does(tiny_run, workplace):
     assert done.code == 0, done.out[-2000:] + done.err[-3000:]
     assert "fusion: inter, threshold 7, 8 rows an instance" in done.out and "1 repackings moved" in done.out
     assert_like_metrics(metrics(RunDirectory(tiny_run), PPO), metrics(RunDirectory(run), PPO))
+    plain, fused = (Journal(RunDirectory(path).step(PPO).rollouts_file).read() for path in (tiny_run, run))
+    assert len(plain) == 3 * 8 == len(fused)
+    for one, other in zip(plain, fused, strict=True):
+        assert one.keys() == other.keys() >= {"kl", "values", "advantages", "logprobs", "reward/model", "reward/total"}
+        for key, value in one.items():
+            is_measured = key in ("kl", "values", "advantages", "logprobs") or key.startswith("reward/")
+            assert other[key] == (pytest.approx(value, abs=1e-3) if is_measured else value), key
 
 
 def test_a_rank_that_dies_while_samples_move_ends_the_run_with_a_sentence_and_the_run_goes_on(

@@ -35,7 +35,7 @@ def sentence(monkeypatch, capsys, cwd, *arguments) -> str:
         (["run", "--model", "tiny", "--set", "rlhf.clip=-1"], "rlhf.clip"),
         (["run", "--model", "tiny", "--steps", "4"], "--steps takes some of 1,2,3"),
         (["run", "--model", "tiny", "--config", "none.yaml"], "no configuration file none.yaml"),
-        (["run", "--from", "runs/nowhere", "--model", "tiny"], "leave --model tiny out"),
+        (["run", "--from", "runs/nowhere", "--model", "tiny"], "leave --model out (another one: --set model=tiny)"),
         (["run", "--from", "runs/nowhere"], "runs/nowhere is not a run directory"),
         (["sft", "nowhere"], "not a run directory"),
         (["chat", "nowhere"], "nowhere"),

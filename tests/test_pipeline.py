@@ -192,3 +192,22 @@ def test_chat_in_a_pipe(tiny_run, workplace):
     assert again.out == done.out
     both = rlhf_chat("chat", "runs/demo", "--compare", "--max-tokens", 12, cwd=workplace, stdin="hello\n")
     assert both.code == 0 and "SFT" in both.out and "RLHF" in both.out
+
+
+def test_a_fork_trains_what_changes_and_takes_over_the_rest(tiny_run, workplace):
+    """Another seed of step 3, from a copy that is deleted then."""
+    parent, run = workplace / "runs" / "parent", RunDirectory(workplace / "runs" / "seed2")
+    shutil.copytree(tiny_run, parent)
+    command = "run", "--from", "runs/parent", "--name", "seed2", "--steps", "3", "--seed", "2", "--trust"
+    done = rlhf_chat(*command, cwd=workplace)
+    assert done.code == 0, done.out[-2000:] + done.err[-3000:]
+    said = done.out.partition("Step 3 of 3")[0]
+    assert said.count("that of parent, unchanged") == 2 and "(PPO): trained, as rlhf.seed is 2, and 1 in parent" in said
+    assert "a fork of runs/parent" in done.err
+    weights = "step2_reward/model/model.safetensors"
+    assert (run.path / weights).read_bytes() == (parent / weights).read_bytes()
+    ours, theirs = (metrics(RunDirectory(path), PPO) for path in (run.path, parent))
+    assert len(ours) == len(theirs) and ours[0]["reward/total"] != theirs[0]["reward/total"]
+    shutil.rmtree(parent)
+    again = rlhf_chat("run", "--name", "seed2", cwd=workplace)
+    assert again.code == 0 and again.out.count("done already") == 3, again.err

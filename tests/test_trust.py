@@ -159,12 +159,19 @@ def test_each_file_and_each_address_is_named_once(begin, theirs, called):
     assert sorted(named.split("; ")) == sorted(trap.format(**place) for trap in TRAPS)
 
 
-def test_the_next_round_asks_for_what_it_takes_over(begin, theirs, called):
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (("--go-on", "--data", "chitchat"), ("reward_model)", "data.source", "wandb/settings")),
+        (("--fork",), ("wandb/settings",)),
+    ],
+)
+def test_a_run_from_another_one_asks_for_what_it_takes_over(begin, theirs, called, words, own):
+    """All but what is its `own`."""
     (theirs.path / "link").symlink_to(theirs.path.parent)
-    code, said = begin(main, "rlhf-chat", "run", "--from", "{run}", "--name", "{new}", "--data", "chitchat")
+    code, said = begin(main, "rlhf-chat", "run", "--from", "{run}", "--name", "{new}", *words)
     (theirs.path / "link").unlink()
     place = {"run": theirs.path, "place": theirs.path.parent, "address": called[0]}
-    own = ("reward_model)", "data.source", "wandb/settings")  # those of the round are others
     expected = [trap.format(**place) for trap in TRAPS if not any(word in trap for word in own)]
     named = said.partition("this command would ")[2].removesuffix(". If you trust that, say so with --trust.\n")
     assert code == 2 and sorted(named.split("; ")) == sorted(

@@ -59,7 +59,9 @@ class Checkpoint:
         """What the step would have left if it had ended here."""
         import torch
 
+        import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
         from inference.chat_format import ChatFormat
+        from inference.quiet import quiet_transformers
         from training.checkpoints import reading
         from training.hybrid_engine.fragments import Written
         from training.models.loading import TORCH_DTYPES, load_causal_lm, save_model
@@ -79,7 +81,8 @@ class Checkpoint:
         named = {name.removeprefix("model."): weight for name, weight in weights.items()}
         whole = load_causal_lm(base, chat_format, torch.float32)
         dtype = TORCH_DTYPES[config.save_dtype]
-        save_model(model, whole, chat_format, named, trained.lora, dtype, adapter_directory=adapter)
+        with quiet_transformers():
+            save_model(model, whole, chat_format, named, trained.lora, dtype, adapter_directory=adapter)
 
 
 def checkpoint_of(target: str | Path) -> Checkpoint | None:

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from training.plan_file import from_blocks
 from training.rlhf_settings import RLHFSettings
-from training.role_settings import Keep, OptimizerSettings, Settings, misplaced, unguided
+from training.role_settings import Keep, OptimizerSettings, Settings, StepSeed, misplaced, unguided
 from training.steps import METHODS, REWARD, SFT, STEPS, Method, Step
 from training.units import Checkpoints, Epochs, Prompts, Ranks, Rows, Share, Tokens, Unit, Updates
 
@@ -32,7 +32,7 @@ class DataSettings(Settings):
     max_response_tokens: Tokens = Field(256, ge=2)
     """Longest response, its end-of-turn token included."""
     parent: str = ""
-    """A run that this one goes on from (`run --from`): what it holds out stays held out, and its prompts serve here."""
+    """A run that this one goes on from (`run --go-on`): what it holds out stays so, and its prompts serve here."""
     limit: Rows = Field(0, ge=0)
     """Use at most this many rows (of the embedded default: dialogues, and rated texts) of each source; 0 means all."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -93,6 +93,8 @@ class StepSettings(Settings):
     """Optimiser steps between checkpoints; 0 means none."""
     keep_checkpoints: Checkpoints = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
+    seed: StepSeed = -1
+    """Seed of everything that the step draws at random; -1: the run's."""
     dropout: Share = Field(0.0, ge=0, lt=1)
     """Share of activations and attention weights that training drops, wherever the family has dropout; 0 is off."""
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -160,6 +162,8 @@ class RunConfig(Settings):
     """A finished SFT model used instead of step 1's; steps 2 and 3 then need no step 1."""
     trained_reward_model: str = ""
     """A finished reward model used instead of step 2's."""
+    fork_of: str = ""
+    """A run whose rows and steps serve here where nothing that decides about them differs (`run --from`)."""
     method: Method = "ppo"
     """What follows step 1: a reward model and PPO (steps 2 and 3), or DPO alone, straight from the pairs."""
     seed: int = Field(1, ge=0, lt=2**63)
@@ -257,9 +261,24 @@ class RunConfig(Settings):
         assert isinstance(settings, StepSettings)
         return settings
 
+    def seed_of(self, step: Step) -> int:
+        """Of what a step draws at random."""
+        own = self.of_step(step).seed
+        return self.seed if own < 0 else own
+
     def given_model(self, step: Step) -> str:
         """The finished model that is used instead of what the step would leave; else empty."""
         return getattr(self, step.given_by) if step.given_by else ""
+
+    @property
+    def round_of(self) -> str:
+        """The run that this one goes on from in another round; a fork is none of the run that it is of."""
+        return "" if self.data.parent == self.fork_of else self.data.parent
+
+    @property
+    def begun_from(self) -> list[str]:
+        """The runs whose settings and rows this one has taken over."""
+        return list(dict.fromkeys(filter(None, (self.fork_of, self.data.parent))))
 
     @property
     def split_seed(self) -> int:

@@ -39,7 +39,9 @@ def load_config(
     """Merge `base`, YAML `files`, dotted `key=value` `overrides` and `flags`, later wins. Raises UserError."""
     merged: dict[str, Any] = dict(base or {})
     for file in files:
-        merged = merge(merged, read_yaml(file))
+        values = read_yaml(file)
+        values.pop("versions", None)  # of a run's own config.yaml
+        merged = merge(merged, values)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:

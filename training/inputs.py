@@ -36,16 +36,19 @@ def inputs_of(config: RunConfig) -> dict[str, dict[str, dict[str, Print]]]:
 
 
 def changed_inputs(run: RunDirectory, config: RunConfig) -> list[str]:
-    """A sentence for each input that is not as it was; what is gone is no news, and runs from before say nothing."""
+    """A sentence for each input that is not as it was."""
+    return [f"{path} has changed since the run was prepared; {KEPT[kind]}." for kind, path in changes(run)]
+
+
+def changes(run: RunDirectory) -> Iterator[tuple[str, str]]:
+    """Kind and path of each input that is not as it was; what is gone is no news, and runs from before say nothing."""
     if not run.inputs_file.exists():
-        return []
-    sentences = []
+        return
     for kind, paths in read_json(run.inputs_file, "delete it, then changes of the run's data are not noticed").items():
         for path, prints in paths.items():
             now = dict(files_of(kind, Path(path), prints))
             if now and (now.keys() != prints.keys() or any(differs(file, prints[name]) for name, file in now.items())):
-                sentences.append(f"{path} has changed since the run was prepared; {KEPT[kind]}.")
-    return sentences
+                yield kind, path
 
 
 def paths_of(config: RunConfig) -> dict[str, list[Path]]:

@@ -86,9 +86,9 @@ def base_model(config: RunConfig) -> str:
 
 
 def rounds_of(run: RunDirectory) -> list[RunDirectory]:
-    """The run and those that it goes on from (data.parent), the first one first; a parent that is gone ends them."""
+    """The run and those that it goes on from, the first one first; a parent that is gone ends them."""
     found = [run]
-    while parent := found[-1].read_config().data.parent:
+    while parent := found[-1].read_config().round_of:
         before = RunDirectory(Path(parent))
         if before in found or not before.config_file.exists():
             break
@@ -108,8 +108,8 @@ def newest_reward_model(run: RunDirectory) -> str:
 
 def reward_model_before(config: RunConfig) -> str:
     """The newest of the runs that one with these settings goes on from; empty where there is none."""
-    parent = RunDirectory(Path(config.data.parent))
-    return newest_reward_model(parent) if config.data.parent and parent.config_file.exists() else ""
+    parent = RunDirectory(Path(config.round_of))
+    return newest_reward_model(parent) if config.round_of and parent.config_file.exists() else ""
 
 
 @dataclass(frozen=True)

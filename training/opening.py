@@ -49,8 +49,7 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
         refuse_others(run, stored, config)
         before = of_training(run, stored)
         require_yes(run.path, [use for use in wanted if use in before], trusts)
-    if stored is None and config.data.parent:
-        parent = RunDirectory(Path(config.data.parent))
+    for parent in map(RunDirectory, map(Path, config.begun_from)) if stored is None else ():
         require_yes(parent.path, inherited(parent, wanted), trusts)
     for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
         require_yes(parent.path, shared(of_models(parent, parent.read_config()), wanted), trusts)

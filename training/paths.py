@@ -16,7 +16,7 @@ def found_from_anywhere(config: RunConfig) -> RunConfig:
     if config.data.source != EMBEDDED_DATA:
         config.data.source = [absolute(text) for text in config.data.sources]
     config.data.eval_source = [absolute(text) for text in config.data.eval_sources]
-    config.data.parent = absolute_model(config.data.parent)
+    config.data.parent, config.fork_of = map(absolute_model, (config.data.parent, config.fork_of))
     rlhf = config.rlhf
     rlhf.ptx.source = absolute(rlhf.ptx.source) if rlhf.ptx.source else ""
     file, colon, name = rlhf.reward_function.rpartition(":")

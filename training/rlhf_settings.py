@@ -9,7 +9,16 @@ from pydantic import Field, field_validator, model_validator
 from inference.errors import UserError
 from training.calls import Call, rlhf_calls
 from training.plan_file import from_blocks, read_plan, to_blocks
-from training.role_settings import DecayRate, FrozenSettings, Keep, OptimizerSettings, Settings, misplaced, unguided
+from training.role_settings import (
+    DecayRate,
+    FrozenSettings,
+    Keep,
+    OptimizerSettings,
+    Settings,
+    StepSeed,
+    misplaced,
+    unguided,
+)
 from training.units import (
     Checkpoints,
     Epochs,
@@ -105,6 +114,8 @@ class FusionSettings(Settings):
 class RLHFSettings(Settings):
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
     """Estimator of the advantages: `gae` is PPO with a critic; the others need none (docs/step3_rlhf.md)."""
+    seed: StepSeed = -1
+    """Seed of everything that the step draws at random; -1: the run's."""
     iterations: Iterations = Field(100, ge=1)
     """PPO rounds: each generates new samples and trains on them."""
     prompts_per_iteration: Prompts = Field(64, ge=1)

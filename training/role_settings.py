@@ -9,6 +9,7 @@ from training.units import Share
 
 ZeroStage = Literal[0, 1, 2, 3]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+StepSeed = Annotated[int, Field(ge=-1, lt=2**63)]
 
 
 class Settings(BaseModel):

@@ -193,6 +193,11 @@ class StepDirectory:
         return self.path / "reward_accuracy.json"
 
     @property
+    def reference_file(self) -> Path:
+        """DPO: what its reference says of the pairs."""
+        return self.path / "reference.safetensors"
+
+    @property
     def panel_file(self) -> Path:
         """The score of each text that people rated, beside their mean rating and the lexicon's."""
         return self.path / "panel.jsonl"

@@ -72,6 +72,11 @@ class Stage:
         """Those of the step."""
         return self.config.of_step(self.directory.step)
 
+    @property
+    def seed(self) -> int:
+        """Of what the step draws at random."""
+        return self.config.seed_of(self.directory.step)
+
     def model_directory(self, source: str) -> Path:
         """The local directory of a model; the first rank fetches it, then one of each other node, the others wait."""
         for fetches in (self.ranks.is_first, self.ranks.is_first_of_node):
@@ -221,7 +226,7 @@ def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -
     if ranks.is_first:
         directory.error_file.unlink(missing_ok=True)
     quiet_libraries(directory.log_file, ranks.is_first)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed_of(step))
     return Stage(
         config=config,
         ranks=ranks,

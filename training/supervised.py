@@ -76,7 +76,7 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
     if rows < ranks:
         idle = f"{rows} rows leave {ranks - rows} of {ranks} ranks idle"
         stage.display.say(f"Warning: {idle}: use {processes_option(rows)}")
-    epochs = Epochs(rows, f"{stage.config.seed}")
+    epochs = Epochs(rows, f"{stage.seed}")
     best = Best(stage, KeptWeights(task.engine), rank_of, "optimiser step") if settings.keep == "best" else None
     number, evaluation = resume(stage, task, best)
     before = next((row for row in stage.metrics.read() if "eval/loss" in row), None)  # others than the first rank: None
@@ -109,7 +109,7 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
 
 def seed_dropout(stage: Stage, number: int) -> None:
     """What an optimiser step drops is a function of (seed, step, rank) alone, so resuming needs no generator state."""
-    torch.manual_seed(random.Random(f"dropout/{stage.config.seed}/{number}/{stage.ranks.rank}").getrandbits(63))
+    torch.manual_seed(random.Random(f"dropout/{stage.seed}/{number}/{stage.ranks.rank}").getrandbits(63))
 
 
 def rank_of(evaluation: Mapping[str, float]) -> tuple[float, float] | None:

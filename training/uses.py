@@ -36,8 +36,10 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
 
 
 def inherited(parent: RunDirectory, wanted: Iterable[Use]) -> list[Use]:
-    """Of a run that goes on from `parent`: what both ask for, and reading."""
-    return [*of_reading(parent.path), *shared(of_training(parent, parent.read_config()), wanted)]
+    """Of a run that goes on from `parent`, or is a fork of it: what both ask for, and reading."""
+    config = parent.read_config()
+    theirs = [*of_training(parent, config), *of_data(parent, config, unread=True)]  # a fork may read the data anew
+    return [*of_reading(parent.path), *shared(theirs, wanted)]
 
 
 def shared(theirs: Iterable[Use], ours: Iterable[Use]) -> list[Use]:
@@ -73,13 +75,13 @@ def of_models(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
             yield Use(f"fetch the model {name} from the hub", setting)
 
 
-def of_data(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
-    """Sources that lie outside of the run and are yet to be read."""
+def of_data(run: RunDirectory, config: RunConfig, unread: bool = False) -> Iterator[Use]:
+    """Sources that lie outside of the run and are yet to be read; `unread`: as if none had been."""
     from training.data.prepare import COUNTS_FILE  # imports transformers, and chat goes without
 
     named = [("data.source", config.data.sources), ("data.eval_source", config.data.eval_sources)]
-    sources = [(key, text) for key, texts in named for text in texts if not (run.data / COUNTS_FILE).exists()]
-    mixes = config.rlhf.ptx.coefficient and not (run.data / DEMONSTRATIONS_FILE).exists()
+    sources = [(key, text) for key, texts in named for text in texts if unread or not (run.data / COUNTS_FILE).exists()]
+    mixes = config.rlhf.ptx.coefficient and (unread or not (run.data / DEMONSTRATIONS_FILE).exists())
     sources += [("rlhf.ptx.source", config.rlhf.ptx.source)] if mixes else []
     for setting, text in sources:
         if text and text != EMBEDDED_DATA:

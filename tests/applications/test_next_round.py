@@ -1,4 +1,4 @@
-"""`rlhf-chat run --from RUN`: which settings and models the next round begins with, and what is refused."""
+"""`rlhf-chat run --from RUN --go-on`: which settings and models the next round begins with, and what is refused."""
 
 import shutil
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from applications.chat import model_before
+from applications.forks import from_run
 from applications.next_round import next_command, next_name
-from applications.settings import resolve_settings
+from applications.settings import as_settings
 from inference.errors import UserError
 from tests.tiny_runs import make_tiny_run
 from training.run_directory import RunDirectory
@@ -33,8 +34,7 @@ def parent(made, tmp_path):
 
 
 def go_on(parent, *overrides, name="next", **flags):
-    run = RunDirectory(parent.path.parent / name)
-    return resolve_settings(None, None, list(overrides), flags, run, parent.path)
+    return from_run(parent.path, parent.path.parent / name, [], list(overrides), as_settings(flags), goes_on=True)[1]
 
 
 def test_the_next_round_begins_with_the_newest_models_on_the_preferences(parent):
@@ -119,7 +119,7 @@ def test_a_round_has_a_name(parent, name, tmp_path, monkeypatch):
 def test_the_command_of_the_next_round_takes_no_name_that_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parent, more = Path("runs/demo"), " --data a.jsonl"
-    assert next_command(parent, more) == "rlhf-chat run --from runs/demo --data a.jsonl"
+    assert next_command(parent, more) == "rlhf-chat run --from runs/demo --go-on --data a.jsonl"
     for name in ("demo-round2", "demo-round3"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert next_command(parent, more) == "rlhf-chat run --from runs/demo --data a.jsonl --name demo-round4"
+    assert next_command(parent, more) == "rlhf-chat run --from runs/demo --go-on --data a.jsonl --name demo-round4"

@@ -194,7 +194,7 @@ def test_what_is_planned_is_what_a_rollout_runs(dtype, setting, multiplies, adva
         monkeypatch.setattr(roles.Roles, loads, lambda *_: None)
     monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: multiplies)
     monkeypatch.setattr(roles, "settle_exactness", lambda stage, _: (multiplies and dtype == "bf16") or None)
-    stage = SimpleNamespace(config=request.config, dtype=DTYPES[dtype], ranks=Ranks(0, 1, torch.device("cpu")))
+    stage = SimpleNamespace(config=request.config, seed=1, dtype=DTYPES[dtype], ranks=Ranks(0, 1, torch.device("cpu")))
     ran = roles.Roles(stage, None, tmp_path, None, (1, 1)).calls
     assert request.graphs_of(request.as_set).graph.calls == ran
     another, one = (replace(request, machine=machine) for machine in (None, request.machine))
@@ -218,7 +218,9 @@ def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path)
     config = RunConfig.model_validate({"model": "m", "rlhf": {"plan": blocks}})
     for dtype in (torch.float32, torch.bfloat16):
         display = SimpleNamespace(say=print)
-        stage = SimpleNamespace(config=config, dtype=dtype, ranks=Ranks(0, 1, torch.device("cpu")), display=display)
+        stage = SimpleNamespace(
+            config=config, seed=1, dtype=dtype, ranks=Ranks(0, 1, torch.device("cpu")), display=display
+        )
         made = roles.Roles(stage, None, tmp_path, None, (1, 1))
         assert ("actor_score" in made.places) == (dtype == torch.bfloat16)
         assert set(made.plan.assignments) == {call.name for call in made.calls}

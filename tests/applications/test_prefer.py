@@ -55,7 +55,7 @@ def test_the_command_from_a_pipe_to_the_next_round(run):
     assert {first.model_a, first.model_b} == {"run/rlhf"} and (first.temperature, first.max_tokens) == (0.7, 12)
     assert done.out.startswith(f"1: {first.response_a}\n2: ") and done.out.count("user: ") == 2
     assert f"Collected 3 preferences of ann; {run.preferences} has 3 preferences, 2 for one of two answers." in done.err
-    assert f"The next round: rlhf-chat run --from {run.path}\n" in done.err
+    assert f"The next round: rlhf-chat run --from {run.path} --go-on\n" in done.err
     done = rlhf_chat("prefer", run.path, "--as", "ben", "--again", "ann", cwd=run.path, stdin="1\n1\n=\n")
     assert done.code == 0, done.err
     assert "3 pairs to judge again" in done.err and "ann and ben agree on " in done.err

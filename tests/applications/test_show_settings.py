@@ -37,7 +37,7 @@ def test_a_group_and_all(capsys):
 
 
 def test_values_of_a_run_and_of_a_file(capsys, tmp_path):
-    settings = settings_named("tiny", ["sft.epochs=7", "rlhf.kl.target=2"])
+    settings = settings_named("tiny", {"sft.epochs": 7, "rlhf": {"kl.target": 2}})
     RunDirectory(tmp_path / "run").write_config(settings, {"rlhf-chat": "0"})
     (tmp_path / "mine.yaml").write_text("model: tiny\nsft.epochs: 9\n")
     for source, value in ((tmp_path / "run", 7), (tmp_path / "mine.yaml", 9)):

@@ -131,7 +131,7 @@ def test_a_command_that_has_nothing_left_to_do_says_it(tmp_path, capsys, monkeyp
     config.data.parent = str(tmp_path / "first")
     pipeline.run_pipeline(run, config, [SFT])
     said = "".join(capsys.readouterr().out.split())
-    assert f"isthere now: rlhf-chat run --from {tmp_path}/first --name first-round3".replace(" ", "") in said
+    assert f"isthere now: rlhf-chat run --from {tmp_path}/first --go-on --name first-round3".replace(" ", "") in said
 
 
 def test_a_stage_script_says_it_too(given, tmp_path, capsys, monkeypatch):

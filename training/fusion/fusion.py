@@ -46,7 +46,7 @@ class Fusion:
                 threshold=settings.fusion.threshold,
                 rows=settings.fusion.rows,
                 overlaps=device == "cuda",
-                seed=stage.config.seed,
+                seed=stage.seed,
                 off="switched off" if can_fuse else "not all ranks generate and score in all roles alone",
             ),
             LengthStatistics(stage.config.data.max_response_tokens),

@@ -19,6 +19,7 @@ from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
+from training.fork import Fork
 from training.inputs import inputs_of
 from training.kept_models import keep_models, local_model
 from training.lineage import sources_of, trained_elsewhere
@@ -58,12 +59,22 @@ def prepare(
         has_gpu = torch.cuda.is_available() or (elsewhere and config.dtype == "fp16")
         device = torch.device("cuda" if has_gpu else "cpu")
         require_overlays(config, resolve_dtype(config.dtype, device))
+    fork = Fork.of(run, config)
+    if fork is not None:
+        fork.take_models()
     chat_format = prepare_models(config, run, processes, say)
     rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu"))) if config.method == "ppo" else None
     inputs = None if run.inputs_file.exists() else inputs_of(config)  # before they are read
     are_there = run.data.exists()
+    if fork is not None:
+        fork.take_rows()
     prepare_data(config.data, config.split_seed, run.data, chat_format, say)
     try:
+        if config.rlhf.ptx.coefficient:
+            keep_demonstrations(config, run.data, chat_format)
+        if fork is not None:
+            trained_now = fork.take_steps(trained_now, say)
+            steps = [step for step in steps if not run.step(step).is_finished]
         for step in trained_now:
             require_rows(run.data, step, config.of_step(step).keep)
     except UserError:
@@ -79,8 +90,6 @@ def prepare(
         before = [str(place) for place, step in enumerate(config.steps, 1) if not step.draws_samples]
         without = f" To begin without it, train what comes before: --steps {','.join(before)}." * (len(steps) > 1)
         try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say, needed, without)
-    if config.rlhf.ptx.coefficient:
-        keep_demonstrations(config, run.data, chat_format)
     if elsewhere:
         keep_models(run, config, say)
         make_tokens(config, run, chat_format, say, steps)

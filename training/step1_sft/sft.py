@@ -52,7 +52,7 @@ def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row:
     prompt = torch.tensor(chat_format.prompt_ids(row["prompt"], stage.config.data.max_prompt_tokens))
     engine = GenerationEngine(policy.model.eval(), chat_format.end_ids, chat_format.pad_id, slots=1)
     greedy = SamplingSettings(min(FIRST_ANSWER_TOKENS, stage.config.data.max_response_tokens), temperature=0.0)
-    (sample,) = engine.generate([prompt], greedy, SamplingKey(stage.config.seed))
+    (sample,) = engine.generate([prompt], greedy, SamplingKey(stage.seed))
     question, answer = row["prompt"][-1]["content"], chat_format.decode(sample.response_ids)
     stage.display.say(f"SFT: before training, the answer to {question[:80]!r} is {answer!r}")
 

@@ -11,8 +11,6 @@ from training.run_directory import write_tensors
 from training.stage import Stage
 from training.supervised import rows_trained_on
 
-REFERENCE_FILE = "reference.safetensors"
-
 
 def response_logprobs(engine: ZeroEngine, pairs: list[TokenPair], device: torch.device) -> Tensor:
     """Of whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
@@ -28,12 +26,12 @@ def reference_logprobs(stage: Stage, engine: ZeroEngine, pairs: dict[str, list[T
     NaN for pairs that no optimiser step will see. Must be called while `engine` still has the weights that it began
     with; fresh adapters change nothing.
     """
-    file = stage.directory.path / REFERENCE_FILE
+    file = stage.directory.reference_file
     stage.ranks.see(file)
     kept = load_file(file) if file.exists() else {}
     stage.ranks.barrier("a look at the reference")  # all have looked before the first rank writes
     train, held_out = pairs["train"], pairs["eval"]
-    needed = rows_trained_on(len(train), stage.settings, stage.config.seed)
+    needed = rows_trained_on(len(train), stage.settings, stage.seed)
     same = {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}
     if same and not kept["train"][:, needed].isnan().any():  # a longer run needs more of them
         return kept

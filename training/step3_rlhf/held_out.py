@@ -38,7 +38,7 @@ class HeldOut:
     def measure(self) -> dict[str, float]:
         """The present policy's metrics. All ranks call it and get the same. Raises RewardFailed."""
         begun = time.perf_counter()
-        experience = self.rollouts.answers(self.prompts, SamplingKey(self.stage.config.seed, ITERATION))
+        experience = self.rollouts.answers(self.prompts, SamplingKey(self.stage.seed, ITERATION))
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
         prompts, extras = zip(*((row["prompt"], row.get("extra", {})) for row in self.rows), strict=True)
         totals, _ = self.rewards.total([e.score for e in experience], list(prompts), texts, list(extras), group=1)

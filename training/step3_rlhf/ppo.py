@@ -135,7 +135,7 @@ class PPO:
         if self.settings.keep == "best":
             weights = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema)
             self.best = Best(stage, weights, partial(rank_within, kl.bound), "iteration")
-        self.order = Epochs(len(prompts), f"{stage.config.seed}/prompts")
+        self.order = Epochs(len(prompts), f"{stage.seed}/prompts")
         self.inside = KeptWeights(roles.actor if roles.trains("actor") else None, roles.ema) if kl.stop else None
         """The model before the newest update, whose KL was within rlhf.kl.stop."""
         ptx = Demonstrations(stage, chat_format) if self.settings.ptx.coefficient else None
@@ -202,7 +202,7 @@ class PPO:
     def measure_kl(self, number: int) -> float:
         """Of the present actor to the reference, on the samples that iteration `number` would learn from."""
         prompts = [self.prompts[seat] for seat in self.choose_prompts(number)]
-        return mean_kl(self.rollouts.answers(prompts, SamplingKey(self.stage.config.seed, number)))
+        return mean_kl(self.rollouts.answers(prompts, SamplingKey(self.stage.seed, number)))
 
     def evaluate(self, number: int, stopped: bool) -> None:
         """On held-out prompts, after iteration `number`. All ranks call it."""
@@ -368,7 +368,7 @@ class PPO:
 
     def show_fixed_prompts(self, number: int) -> None:
         """What the actor answers now to the same few held-out prompts, into samples.jsonl. All ranks call it."""
-        key = SamplingKey(self.stage.config.seed, 0)
+        key = SamplingKey(self.stage.seed, 0)
         for found in self.rollouts.answers(self.fixed_prompts, key, scored=False):
             prompt, response = (self.chat_format.decode(ids.tolist()) for ids in (found.prompt, found.response))
             self.stage.samples.write(number, {"prompt": prompt, "response": response, "ended": found.ended})

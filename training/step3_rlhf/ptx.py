@@ -47,7 +47,7 @@ class Demonstrations:
             )
             for row in demonstrations(stage.config, stage.run.data, chat_format)
         ]
-        self.order = Epochs(len(self.rows), f"{stage.config.seed}/demonstrations")
+        self.order = Epochs(len(self.rows), f"{stage.seed}/demonstrations")
 
     def draw(self, first: int, count: int) -> Drawn:
         """`count` rows from place `first` on, counted from 0 through all epochs."""

@@ -176,7 +176,7 @@ class Roles:
             for call in self.calls
             if call.role == role and self.plan[call.name].cut != self.plan[f"{role}_train"].cut
         ]
-        torch.manual_seed(self.stage.config.seed)  # what is drawn does not depend on which roles lie here
+        torch.manual_seed(self.stage.seed)  # what is drawn does not depend on which roles lie here
         trained_stage: nn.Module | None = None
         if place := self.places.get(f"{role}_train"):
             loaded, with_weights = loads(home.zero_stage, dtype, place.stage_ranks)

@@ -55,7 +55,7 @@ class Rollouts:
     def start(self, prompts: list[Tensor], seats: list[int], number: int, clock: Clock) -> "Rollout":
         """That of iteration `number`, its samples on their way. `seats` are the places of the prompts in the data."""
         choice, shares = self.fusion.choose(number), self.fusion.deal(seats)
-        key = SamplingKey(self.stage.config.seed, number)
+        key = SamplingKey(self.stage.seed, number)
         limits = None if self.forced_lengths is None else self.forced_lengths(number)
         return self._begin(prompts, seats, key, choice, shares, clock, limits)
 

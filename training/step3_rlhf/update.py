@@ -154,7 +154,7 @@ class Updates:
         done: list[Done] = []
         for epoch, place in itertools.product(range(settings.ppo_epochs), range(settings.mini_batches)):
             order = list(range(len(batch.experience)))
-            random.Random(f"{self.stage.config.seed}/samples/{batch.number}/{epoch}").shuffle(order)
+            random.Random(f"{self.stage.seed}/samples/{batch.number}/{epoch}").shuffle(order)
             update = ((batch.number - 1) * settings.ppo_epochs + epoch) * settings.mini_batches + place
             mini_batch = MiniBatch(batch, order[place :: settings.mini_batches], update)
             ours.append(self.mini_batch(mini_batch, Done(epoch, place, mini_batch.tokens)))

@@ -53,6 +53,8 @@ def test_all_pairs_serve_steps_2_and_3_beside_the_prompts_of_before(parent, word
     assert sorted(asks(sets["prompts_train"])) == sorted({*asks(sets["pairs_train"]), *theirs})
     assert [row["response"] for row in sets["sft_train"]] == ["yes"] and f"are those of {parent}" in said
     assert "shared out" not in said and "too few" not in said
+    for name in ("sft_train.jsonl", "sft_eval.jsonl"):  # so that step 1 of a fork is its parent's
+        assert (parent.parent / "data" / name).read_bytes() == (parent / "data" / name).read_bytes()
 
 
 def test_what_was_held_out_stays_held_out_in_its_order(parent, word_format):

@@ -46,7 +46,7 @@ def make_ppo(ranks, directory, config, models):
         write_rows(directory / "sft_train.jsonl", rows)
     ranks.barrier()
     run = SimpleNamespace(data=directory)
-    stage = SimpleNamespace(config=config, ranks=ranks, dtype=torch.float32, run=run)
+    stage = SimpleNamespace(config=config, seed=config.seed, ranks=ranks, dtype=torch.float32, run=run)
     torch.manual_seed(0)
     roles = Roles(stage, sft, reward if config.rlhf.has_critic else None, chat_format, (100, 100))
     return PPO(stage, roles, chat_format, [], [])

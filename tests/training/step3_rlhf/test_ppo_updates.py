@@ -210,7 +210,9 @@ def update_everywhere(ranks, directory):
     weights, results = {}, {}
     for case in itertools.product(ZERO_STAGES, RANKS_OF_LORA, BUDGETS):
         display = SimpleNamespace(say=print)
-        stage = SimpleNamespace(config=make_config(sft, *case), ranks=ranks, dtype=torch.float32, display=display)
+        stage = SimpleNamespace(
+            config=make_config(sft, *case), seed=1, ranks=ranks, dtype=torch.float32, display=display
+        )
         targets = Targets.of(experience, stage.config.rlhf, KL_COEFFICIENT)
         torch.manual_seed(0)  # adapters begin at random
         roles = Roles(stage, sft, reward, chat_format, (EPOCHS * MINI_BATCHES, EPOCHS * MINI_BATCHES))

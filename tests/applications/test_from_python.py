@@ -1,0 +1,160 @@
+"""Runs from Python: the notebook, several processes, Ctrl+C, a kernel that dies, and what a callable raises."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from applications.from_python import TOKEN_VARIABLE, Run, Served, load_settings, train
+from inference.errors import UserError
+from tests.warm import ROOT, Done, fork_all, fork_python
+from training.reward_sources import RewardEndpoint, RewardFailed
+from training.run_directory import RunDirectory
+
+LITTLE = {"rlhf.advantage": "rloo", "rlhf.samples_per_prompt": 2, "sft.max_steps": 1, "evaluation.prompts": 0}
+
+
+def in_a_kernel(function: Callable[[], object], directory: Path) -> Done:
+    """Call `function` in a process of its own, in which nothing of a test's is."""
+    return fork_all([partial(kernel, function)], [{}], directory, "", 300)[0]
+
+
+def kernel(function: Callable[[], object]) -> None:
+    fork_python()
+    function()
+
+
+def cells() -> list[str]:
+    """Of the notebook, those with code."""
+    notebook = json.loads((ROOT / "docs" / "python.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def run_notebook_twice() -> None:
+    names: dict = {}
+    for _ in range(2):
+        for cell in cells():
+            exec(compile(cell, "docs/python.ipynb", "exec"), names)
+        assert list(names["metrics"].index) == [1, 2, 3]
+        assert (names["metrics"]["reward/score_mean"] < 0).all()
+
+
+def test_the_notebook_runs_twice_in_one_kernel(tmp_path):
+    done = in_a_kernel(run_notebook_twice, tmp_path)
+    assert done.code == 0, done.out + done.err
+    printed = re.findall(r"^(\d) (-\d+\.\d+) (\d+\.\d+)$", done.out, re.MULTILINE)
+    assert [number for number, *_ in printed] == list("123") * 2 and printed[:3] == printed[3:]
+
+
+def fail_then_die() -> None:
+    """The callable raises before anything trains, then its process is gone in the first iteration."""
+    asked: list[int] = []
+
+    def refuses(prompts, responses):
+        raise LookupError("no such judge")
+
+    def dies(prompts, responses):
+        asked.append(len(responses))
+        return [float(len(text)) for text in responses] if len(asked) == 1 else os._exit(9)
+
+    settings = load_settings("tiny", LITTLE)
+    with pytest.raises(LookupError, match=r"^no such judge$"):
+        train("run", settings, reward=refuses, quiet=True).wait()
+    train("run", settings, reward=dies, quiet=True).wait()
+
+
+def go_on() -> None:
+    """Two processes ask here; Ctrl+C comes in the second iteration, and the same call goes on."""
+    asked = []
+
+    def interrupts(prompts, responses):
+        asked.append((os.getpid(), prompts[0][-1]["role"], len(responses)))
+        if len(asked) == 5:  # a trial, and two questions an iteration
+            os.kill(os.getpid(), signal.SIGINT)
+        return [float(len(text)) for text in responses]
+
+    settings = load_settings("run", {"processes": 2})
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        seen += [iteration["number"] for iteration in train("run", settings, reward=interrupts).iterations()]
+    run = train("run", settings, reward=interrupts, quiet=True)
+    numbers = [iteration["number"] for iteration in run.iterations()]
+    assert numbers == [1, 2, 3], (seen, numbers)
+    assert {(pid, role) for pid, role, _ in asked} == {(os.getpid(), "user")}
+    assert {count for *_, count in asked[1:5]} == {8}  # of 16 samples, half for each process
+    assert not run.is_running and list(run.metrics("sft").index) == [0, 1]
+    with pytest.raises(UserError, match="callable: give it as reward"):
+        train("run")
+
+
+def test_a_kernel_dies_and_another_goes_on_with_two_processes_through_ctrl_c(tmp_path):
+    died = in_a_kernel(fail_then_die, tmp_path)
+    assert died.code == 9, died.out + died.err
+    run = RunDirectory(tmp_path / "run")
+    with run.locked(60), run.step(run.read_config().steps[-1]).locked(60):  # nothing trains on without its kernel
+        assert TOKEN_VARIABLE in run.config_file.read_text()
+    done = in_a_kernel(go_on, tmp_path)
+    assert done.code == 0, done.out + done.err
+    assert "rlhf" in done.out.lower()  # what the command says is shown
+
+
+@pytest.fixture
+def served():
+    server = Served(lambda prompts, responses: (float(len(text)) for text in responses))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_who_knows_the_secret_is_answered(served, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, served.token)
+    assert served.token not in served.address
+    ask = RewardEndpoint(served.address, 10.0, 0).scores
+    assert ask([[], []], ["one", "seven"], [{}, {}]) == [3.0, 5.0]
+    monkeypatch.setenv(TOKEN_VARIABLE, "guessed")
+    with pytest.raises(RewardFailed, match="HTTP 401"):
+        ask([[]], ["one"], [{}])
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{served.server_address[1]}/", b"{}", timeout=10)
+    assert served.error is None
+
+
+def test_what_is_no_score_is_refused():
+    with pytest.raises(UserError, match=r"must take \(prompts, responses\)"):
+        Served(lambda prompts: [])
+    server = Served(lambda prompts, responses: [float("nan")])
+    with pytest.raises(RewardFailed, match="returned nan"):
+        server.scores([[]], ["one"], [{}])
+    assert "returned nan" in str(server.error)
+    server.shutdown()
+    server.server_close()
+
+
+def test_settings_and_runs_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"no setting 'rlhf\.kl\.coef': did you mean 'rlhf\.kl\.coefficient'"):
+        load_settings("tiny", {"rlhf": {"kl.coef": 1}})
+    with pytest.raises(UserError, match=r"'rlhf\.kl\.target' is there twice"):
+        load_settings("tiny", {"rlhf.kl.target": 1, "rlhf": {"kl": {"target": 2}}})
+    assert load_settings("tiny", {"data.split": (1, 1, 2), "rlhf.ptx.source": tmp_path}).rlhf.ptx.source == str(
+        tmp_path
+    )
+    with pytest.raises(UserError, match="not a run directory"):
+        train(tmp_path / "run")
+    with pytest.raises(UserError, match="There is no step 'ppo': the steps are sft, reward, rlhf, dpo"):
+        Run(tmp_path).metrics("ppo")
+
+
+def test_importing_it_imports_little():
+    program = "import rlhf_chat, sys; print({'torch', 'pydantic', 'applications.from_python'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,272 @@
+"""A fork (`run --from`): the rows and steps of another run that serve here unchanged, and what is trained because of
+what."""
+
+import filecmp
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from inference.disk import writing
+from inference.errors import UserError
+from training.changes import differences, teaches
+from training.config import RunConfig
+from training.config_files import as_typed
+from training.data.prepare import COUNTS_FILE
+from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
+from training.inputs import changes, code_of
+from training.kept_models import kept_model, link_or_copy, models_of
+from training.run_directory import RunDirectory, write_directory, write_json
+from training.starts import read_starts
+from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Step
+
+SMALL = 2**20
+"""Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
+OF_ROWS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
+OF_ACCURACY = (*OF_ROWS, REWARD.given_by, "reward.eval_rows")
+OF_REFERENCE = (*OF_ROWS, SFT.given_by)
+"""Settings that decide what a given reward model, and DPO's reference, say of the run's pairs."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    run: RunDirectory
+    config: RunConfig
+    parent: RunDirectory
+    theirs: RunConfig
+    """The parent's settings."""
+
+    @classmethod
+    def of(cls, run: RunDirectory, config: RunConfig) -> "Fork | None":
+        """None of a run that is no fork, or whose parent is gone."""
+        parent = RunDirectory(Path(config.fork_of))
+        there = config.fork_of and parent.config_file.exists()
+        return cls(run, config, parent, parent.read_config()) if there else None
+
+    @property
+    def name(self) -> str:
+        return self.parent.path.name
+
+    @cached_property
+    def steps(self) -> dict[Step, str]:
+        """Why each step of the run is trained; '' of one that is the parent's."""
+        found: dict[Step, str] = {}
+        for step in METHODS[self.config.method]:
+            if step in self.config.steps and not self.config.given_model(step):
+                found[step] = next(self._reasons(step, found), "")
+        return found
+
+    def _reasons(self, step: Step, before: Mapping[Step, str]) -> Iterator[str]:
+        if not self.parent.step(step).is_finished:
+            yield f"{self.name} has not finished it"
+        yield from self._other_settings(settings_read(self.config, step), settings_read(self.theirs, step))
+        for earlier in self.config.earlier_steps(step):
+            if before.get(earlier):
+                yield f"step {earlier.label} is"
+        yield from self._changed_models(step)
+        code = code_of(self.config)
+        if step.draws_samples and any(start.get("reward_function", code) != code for start in self._starts(step)):
+            yield f"{self.config.rlhf.reward_function} has changed"
+        if any(self._other_rows(name) for name in rows_read(self.config, step)):
+            yield f"its rows are others ({self.other_data})" if self.other_data else "its rows are others"
+
+    def _other_settings(self, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
+        for key, (old, new) in differences(theirs, ours).items():
+            if teaches(key, self.config) or teaches(key, self.theirs):
+                yield f"{as_typed(key)} is {new!r}, and {old!r} in {self.name}"
+
+    def _changed_models(self, step: Step) -> Iterator[str]:
+        for source in models_read(self.config, step).values():
+            if source in self._changed["models"]:
+                yield f"{source} has changed"
+
+    @cached_property
+    def _changed(self) -> dict[str, list[str]]:
+        """Inputs of the parent that are not as they were, by kind."""
+        found: dict[str, list[str]] = {"data": [], "models": [], "reward_function": []}
+        for kind, path in changes(self.parent):
+            found[kind].append(path)
+        return found
+
+    @cached_property
+    def other_data(self) -> str:
+        """Why the rows are made anew; '' where they are the parent's."""
+        ours, theirs = (
+            {"data": each.data.model_dump() | {"split_seed": each.split_seed}, "model": each.actor_source}
+            for each in (self.config, self.theirs)
+        )
+        if not (self.parent.data / COUNTS_FILE).exists():
+            return f"{self.name} has none"
+        found = [*self._other_settings(ours, theirs), *(f"{path} has changed" for path in self._changed["data"])]
+        return found[0] if found else ""
+
+    def _other_rows(self, name: str) -> bool:
+        """Whether a file of rows has another content here than there or, before it is made, would be made anew."""
+        ours, theirs = (run.data / name for run in (self.run, self.parent))
+        if not (self.run.data / COUNTS_FILE).exists():
+            laid_over = self.config.data.parent == self.config.fork_of and name.startswith(f"{DEMONSTRATIONS.name}_")
+            return bool(self.other_data) and not laid_over
+        if not (ours.exists() and theirs.exists()):
+            return ours.exists() or theirs.exists()
+        return not (os.path.samefile(ours, theirs) or filecmp.cmp(ours, theirs, shallow=False))
+
+    def lines(self, steps: Sequence[Step]) -> Iterator[str]:
+        """Which steps are the parent's, and why others of `steps` are trained."""
+        for step, why in self.steps.items():
+            if step in steps or not why:
+                yield self._line(step, why)
+
+    def trained(self, steps: Sequence[Step]) -> list[Step]:
+        """Those of `steps` that are not the parent's."""
+        return [step for step in steps if self.steps.get(step, "it is asked for")]
+
+    def _line(self, step: Step, why: str) -> str:
+        what = f"trained, as {why}" if why else f"that of {self.name}, unchanged"
+        return f"Step {step.label} ({step.title}): {what}"
+
+    def take_models(self) -> None:
+        """Those that the parent holds for machines without a network (`prepare`)."""
+        for source in models_of(self.config):
+            ours, theirs = kept_model(self.run, source), kept_model(self.parent, source)
+            if theirs.is_dir() and not ours.exists():
+                self._take(theirs, ours)
+
+    def take_rows(self) -> None:
+        """Rows and tokens, where they are the parent's; a run that has rows keeps them."""
+        if (self.run.data / COUNTS_FILE).exists() or self.other_data:
+            return
+        ptx = self.config.rlhf.ptx.source
+        mixes_others = ptx != self.theirs.rlhf.ptx.source or ptx in self._changed["data"]
+        self._take(self.parent.data, self.run.data, leave=[DEMONSTRATIONS_FILE] * mixes_others)
+        if self.parent.tokens.is_dir():
+            self._take(self.parent.tokens, self.run.tokens)
+
+    def take_steps(self, trained: Sequence[Step], say: Callable[[str], None]) -> list[Step]:
+        """Take over what is unchanged, and for a step that is `trained` what was measured before it began. Returns
+        those of `trained` that are still to be. Raises UserError where one of them begins with the model of a step that
+        would have to be trained as well.
+        """
+        for step in trained:
+            for earlier in self.config.earlier_steps(step):
+                why = self.steps.get(earlier)
+                if why and earlier not in trained and not self.run.step(earlier).is_finished:
+                    raise UserError(
+                        f"Step {step.label} begins with the model of step {earlier.label}, which is another one "
+                        f"than in {self.name}, as {why}: train step {earlier.label} too (--steps, or rlhf-chat run)."
+                    )
+        for step, why in self.steps.items():
+            if self.run.step(step).is_finished or self.run.step(step).checkpoints.exists():
+                continue
+            if not why:
+                self._take_step(step)
+            elif step in trained:
+                self._take_measured(step)
+            if step in trained or not why:
+                say(self._line(step, why))
+        return [step for step in trained if not self.run.step(step).is_finished]
+
+    def _take_step(self, step: Step) -> None:
+        theirs = self.parent.step(step).path
+        there, here = theirs.stat(), self.run.path.stat()
+        can_link = there.st_dev == here.st_dev and there.st_uid == os.getuid()
+        leave = ["error.json", *([] if can_link else ["checkpoints", "best"])]
+
+        def links(file: Path) -> bool:
+            return file.parent != theirs and file.stat().st_size >= SMALL
+
+        self._take(theirs, self.run.step(step).path, leave, links, self._name_own_base)
+        lines = [json.dumps(start, ensure_ascii=False) + "\n" for start in self._starts(step)]
+        with writing("a line of it", self.run.starts_file), open(self.run.starts_file, "a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+    def _starts(self, step: Step) -> list[dict[str, Any]]:
+        return [start for start in read_starts(self.parent) if start["what"] == step.folder]
+
+    def _name_own_base(self, step: Path) -> None:
+        """In its adapters, which name their base by a full path, where that lies in the parent."""
+        for file in step.glob("*adapter/adapter_config.json"):
+            values = json.loads(file.read_text(encoding="utf-8"))
+            base = Path(values["base_model_name_or_path"]).resolve()
+            if base.is_relative_to(self.parent.path):
+                own = self.run.path.resolve() / base.relative_to(self.parent.path)
+                write_json(file, values | {"base_model_name_or_path": str(own)})
+
+    def _take_measured(self, step: Step) -> None:
+        """Accuracy of a given reward model on the held-out pairs; what DPO's reference says of the pairs."""
+        theirs = self.parent.step(step)
+        before = [earlier for earlier in self.config.earlier_steps(step) if self.steps[earlier]]
+        if step is DPO:
+            file, keys, rows = theirs.reference_file, OF_REFERENCE, rows_read(self.config, step)
+        elif self.config.given_model(REWARD):
+            file, keys, rows = theirs.reward_accuracy_file, OF_ACCURACY, [f"{PAIRS.name}_eval.jsonl"]
+            before = []
+        else:
+            return
+        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & set(keys)
+        changed = [*self._changed_models(step), *filter(self._other_rows, rows)]
+        if file.exists() and not (before or differ or changed):
+            self.run.step(step).path.mkdir(exist_ok=True)
+            shutil.copyfile(file, self.run.step(step).path / file.name)
+
+    def _take(
+        self,
+        theirs: Path,
+        ours: Path,
+        leave: Sequence[str] = (),
+        links: Callable[[Path], bool] = lambda file: True,
+        change: Callable[[Path], None] = lambda place: None,
+    ) -> None:
+        """A directory, whole or not at all: links to some files, else copies; names at its top that it can `leave`."""
+
+        def write(place: Path) -> None:
+            for file in sorted(theirs.rglob("*")):
+                name = file.relative_to(theirs)
+                if not file.is_file() or name.parts[0] in leave or any(part.startswith(".") for part in name.parts):
+                    continue
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                (link_or_copy if links(file) else shutil.copyfile)(file, place / name)
+            change(place)
+
+        with writing(f"what is taken over from {self.name}", self.run.path):
+            write_directory(ours, write)
+
+
+def settings_read(config: RunConfig, step: Step) -> dict[str, Any]:
+    """What decides about the model that a step leaves, beside the rows, and the models of earlier steps."""
+    values = config.model_dump(mode="json")
+    own = values[step.command] | {"seed": config.seed_of(step)}
+    data = {key: values["data"][key] for key in ("max_prompt_tokens", "max_response_tokens")}
+    shared = {key: values[key] for key in ("dtype", "save_dtype")}
+    found = {step.command: own, "data": data, **shared, **models_read(config, step)}
+    if step.draws_samples and config.rlhf.has_critic and not config.rlhf.has_reward_model:  # it begins as step 2 would
+        found["reward"] = {key: values["reward"][key] for key in ("initialize_from", "layers")}
+    return found
+
+
+def models_read(config: RunConfig, step: Step) -> dict[str, str]:
+    """Setting -> model, of those that the step begins with and that no step of the run makes."""
+    found = {each.given_by: config.given_model(each) for each in config.steps_before(step)}
+    if step is SFT:
+        found["model"] = config.model
+    if step is REWARD:
+        found["model"] = config.actor_source  # of its tokens
+    critic_alone = step.draws_samples and config.rlhf.has_critic and not config.rlhf.has_reward_model
+    if critic_alone:
+        found[REWARD.given_by] = config.given_model(REWARD)
+    if (step is REWARD or critic_alone) and config.reward.initialize_from == "base":
+        found["reward_model"] = config.reward_model_source
+    return found
+
+
+def rows_read(config: RunConfig, step: Step) -> list[str]:
+    """Files in data/."""
+    found = [f"{step.rows.name}_train.jsonl", f"{step.rows.name}_eval.jsonl"]
+    if step.leaves_scorer:
+        found.append(PANEL_FILE)
+    if step.draws_samples and (ptx := config.rlhf.ptx).coefficient:
+        found.append(DEMONSTRATIONS_FILE if ptx.source else f"{DEMONSTRATIONS.name}_train.jsonl")
+    return found
