@@ -30,7 +30,7 @@ from applications.options import (
     SFTModel,
     Trust,
 )
-from applications.run_commands import compare, runs
+from applications.run_commands import clean, compare, runs
 from training.steps import COMPARED, PPO, REWARD, SFT, Step
 
 app = typer.Typer(
@@ -321,6 +321,7 @@ def rlhf(
 for function in (
     runs,
     compare,
+    clean,
     chat,
     prefer,
     evaluate,

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from applications.report_table import ROWS, pair_of, shown, training_signs
-from applications.runs import find_runs, seconds_of, state_of, steps_of
+from applications.runs import named_runs, seconds_of, state_of, steps_of
 from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.redaction import redacted_values
@@ -100,7 +100,8 @@ class Group:
 
 class Comparison:
     def __init__(self, results: Sequence[Result]):
-        every = dict.fromkeys(["seed", *(key for result in results for key in result.settings)])
+        known = {key for result in results for key in result.settings}
+        every = sorted(known, key=lambda key: (is_seed(key), key != "seed", key))
         values = {key: [result.settings.get(key) for result in results] for key in every}
         differ = {key: texts for key in every if len(set(texts := [text_of(value) for value in values[key]])) > 1}
         self.settings = [key for key in differ if not (is_seed(key) and copies(key, differ))]
@@ -228,12 +229,10 @@ def compare_command(runs: Sequence[Path], out: Path | None, as_csv: bool, as_jso
     """Raises UserError where there is no run, one cannot be read, or the page cannot be written."""
     if as_csv and as_json:
         raise UserError("--csv and --json are two forms of one table: leave one of them out.")
-    found = {run.path.resolve(): run for path in runs for run in find_runs(path)}
-    if not found:
-        raise UserError(f"There is no run in {', '.join(map(str, runs))}: rlhf-chat runs lists those of a directory.")
-    for run in found.values():
+    found = named_runs(runs)
+    for run in found:
         require_reading(run.path, trusts)
-    comparison = Comparison([result_of(run) for run in found.values()])
+    comparison = Comparison([result_of(run) for run in found])
     if as_json:
         print(json.dumps(comparison.as_json(), indent=2, ensure_ascii=False))
     elif as_csv:
@@ -285,31 +284,30 @@ def measures_of(run: RunDirectory, config: RunConfig, evaluation: Mapping[str, A
 
 
 def print_table(comparison: Comparison) -> None:
-    """As many columns as the terminal has room for; the settings and what is out of bounds in any case."""
+    """As many columns as the terminal has room for; settings, win rate and what is out of bounds in any case."""
     headings, rows = comparison.table()
     first = 1 + len(comparison.settings)
     console = PrintableConsole(width=columns(), highlight=False)
     headings = [heading if " " in heading else heading[::-1].replace(".", "\n.", 1)[::-1] for heading in headings]
     cells = [[row[place] for *_, row in rows] for place in range(len(headings))]
     widths = [
-        max(map(cell_len, (*(cells[place] if heading != BOUNDS else []), *heading.split())))
+        len(BOUNDS) if heading == BOUNDS else max(map(cell_len, (*cells[place], *heading.split())))
         for place, heading in enumerate(headings)
     ]
     places = [place for place in range(len(headings)) if place < first or any(cells[place])]
-    kept = [place for place in places if place < first or headings[place] == BOUNDS]
+    kept = [place for place in places if place <= first or headings[place] == BOUNDS]
     for place in (place for place in places if place not in kept):
         if sum(widths[each] + 2 for each in (*kept, place)) > console.width:
             break
         kept.append(place)
+    spare = console.width - sum(widths[place] + 2 for place in kept)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place in sorted(kept):
-        right = place >= first and headings[place] != BOUNDS
-        table.add_column(
-            Text(headings[place]),
-            overflow="fold",
-            min_width=widths[place] if right else None,
-            justify="right" if right else "left",
-        )
+        more = max(0, min(spare, max(map(cell_len, headings[place].splitlines())) - widths[place]))
+        width, spare = widths[place] + more if spare >= 0 else None, spare - more
+        is_figure = place >= first and headings[place] != BOUNDS
+        heading = Text(headings[place])
+        table.add_column(heading, overflow="fold", width=width, justify="right" if is_figure else "left")
     for _, _, is_group, row in rows:
         table.add_row(*(Text(row[place]) for place in sorted(kept)), style="bold" if is_group else "")
     console.print(table)

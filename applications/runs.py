@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,6 +82,14 @@ def find_runs(directory: Path) -> list[RunDirectory]:
         folders[:] = [] if "config.yaml" in files else sorted(name for name in folders if not name.startswith("."))
         found += [RunDirectory(Path(place))] * ("config.yaml" in files)
     return sorted(found, key=lambda run: run.path)
+
+
+def named_runs(places: Sequence[Path]) -> list[RunDirectory]:
+    """Those at the places and in them, each once. Raises UserError where there is none."""
+    found = {run.path.resolve(): run for place in places for run in find_runs(place)}
+    if not found:
+        raise UserError(f"There is no run in {', '.join(map(str, places))}: rlhf-chat runs lists those of a directory.")
+    return list(found.values())
 
 
 def listed(run: RunDirectory) -> Listed:

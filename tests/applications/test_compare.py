@@ -16,7 +16,7 @@ import yaml
 from applications.compare import Comparison, compare_command, result_of, short_names
 from inference.errors import UserError
 from tests.applications.report.test_page import lines
-from tests.applications.test_report_table import RLHF, SFT, WIN
+from tests.applications.test_report_table import SFT, WIN
 from tests.applications.test_rounds import make_run
 from tests.pages import ROOT
 from training import steps
@@ -44,8 +44,8 @@ def option(command: list[str], name: str) -> list[str]:
 def trained(path: Path, settings: dict, kl: float, rate: float, reward_model: Path | None = None) -> RunDirectory:
     """Nothing was trained: files as a finished run leaves them."""
     win = {**WIN, "rate": rate, "low": rate - 0.1, "high": rate + 0.1}
-    evaluation = {"sft": SFT, "rlhf": {**RLHF, **SFT, "kl": kl}, "win_rate": win}
-    run = make_run(path, PPO, evaluation, **settings)
+    evaluation = {"sft": SFT, "rlhf": {**SFT, "most_frequent_share": 0.01, "kl": kl}, "win_rate": win}
+    run = changed(make_run(path, PPO, evaluation), **settings)
     for step in (steps.SFT, REWARD):
         run.step(step).model.mkdir(parents=True)
         run.step(step).result_file.write_text(json.dumps({"seconds": 10.0, "eval/accuracy": 0.75, "eval/loss": 2.5}))
@@ -82,11 +82,12 @@ def test_the_documented_grid_is_one_table(grid, capsys, monkeypatch):
     compare_command([run.path for run in runs], Path(option(command, "--out")[0]), False, False, False)
     said = capsys.readouterr().out
     rows = [re.split(r"  +", line.strip()) for line in said.splitlines()]
-    assert rows[1][:4] == ["run", "seed", "coefficient", "win rate"]
-    assert rows[2][:4] == ["kl0.05-seed1", "1", "0.05", "50.0% (40.0% to 60.0%)"]
-    assert rows[5][:4] == ["mean of 3", "0.05", "51.0% ± 1.0%", "7.00 ± 0.50"] and rows[5][-1] == "3 of 3"
-    assert rows[9][:4] == ["mean of 3", "0.2", "54.0% ± 1.0%", f"2.50 ± {stdev(KL['0.2']):.2f}"]
-    assert [row[-1] for row in rows[2:5]] == ["KL"] * 3 and "KL" not in {row[-1] for row in rows[6:9]}
+    rows = rows[next(place for place, row in enumerate(rows) if row[0] == "run") :]
+    assert rows[0][:4] == ["run", "coefficient", "seed", "win rate"] and rows[0][-1] == "out of bounds"
+    assert rows[1][:4] == ["kl0.05-seed1", "0.05", "1", "50.0% (40.0% to 60.0%)"]
+    assert rows[4][:4] == ["mean of 3", "0.05", "51.0% ± 1.0%", "7.00 ± 0.50"] and rows[4][-1] == "3 of 3"
+    assert rows[8][:4] == ["mean of 3", "0.2", "54.0% ± 1.0%", f"2.50 ± {stdev(KL['0.2']):.2f}"]
+    assert [row[-1] for row in rows[1:4]] == ["KL"] * 3 and "KL" not in {row[-1] for row in rows[5:8]}
     assert (
         "by learned reward" in said and "standard deviation" in said and "scale" not in said and "prompts" not in said
     )
@@ -111,7 +112,7 @@ def test_json_and_csv_have_everything(grid, capsys):
     assert rows[0]["reward/eval/accuracy"] == "0.75" and rows[0]["seconds"] == "20.0"
     compare_command(places, None, False, True, False)
     found = json.loads(capsys.readouterr().out)
-    assert found["settings"] == ["rlhf.seed", "rlhf.kl.coefficient"] and len(found["runs"]) == 6
+    assert found["settings"] == ["rlhf.kl.coefficient", "rlhf.seed"] and len(found["runs"]) == 6
     assert found["groups"][0]["results"]["kl"] == {"mean": 7.0, "deviation": 0.5, "runs": 3}
     assert found["runs"][0]["results"]["win_rate"] == {"value": 0.5, "low": 0.4, "high": 0.6}
     with pytest.raises(UserError, match="--csv and --json"):
@@ -148,7 +149,7 @@ def test_the_seed_of_a_run_is_that_of_its_steps_and_what_teaches_nothing_parts_n
         stored["rlhf"]["seed"] = -1
         changed(run, rlhf=stored["rlhf"], seed=seed, processes=1 + seed % 2, fork_of=f"/nowhere/{seed}")
     comparison = Comparison([result_of(run) for run in (first, second, third)])
-    assert comparison.settings == ["seed", "processes"] and len(comparison.groups) == 1
+    assert comparison.settings == ["processes", "seed"] and len(comparison.groups) == 1
     *_, cells = comparison.table()[1][-1]
     assert cells[:3] == ["mean of 3", "", ""]
     changed(third, dtype="bf16")
