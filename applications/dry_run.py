@@ -91,6 +91,7 @@ def _scorers(outlook: Outlook) -> list[str]:
 def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
     settings = outlook.config.supervised(step)
     unit, together = step.rows.unit, step.rows.answers
+    reference = outlook.config.reference_model or "the model before its first update"
     rows = rows_per_micro_batch(settings.micro_batch_tokens, outlook.length, together) // together
     if settings.max_steps:
         updates = f"{settings.max_steps:,}, or {settings.epochs} x {unit} / {settings.batch_size} if that is less"
@@ -99,7 +100,7 @@ def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
     tokens = settings.batch_size * together * outlook.length
     return [
         _line("trains", _training(settings.optimizer)),
-        *([_line("reference", "the model before its first update, asked once")] if step.has_reference else []),
+        *([_line("reference", f"{reference}, asked once")] if step.has_reference else []),
         _line("batch", _batch(settings.batch_size, rows, outlook, unit)),
         _line("optimiser steps", updates),
         *_compute(outlook.shape_of(step), settings.optimizer, tokens),
@@ -123,8 +124,10 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
         at_a_time, batch = "where the plan says", f"{mini_batch} samples, in the micro-batches of the plan"
     if not rlhf.has_reference:
         reference = "none: rlhf.kl has no coefficient, target or stop (measure=true brings one back)"
-    elif outlook.plan.actor_is_reference(rlhf.actor.lora):
+    elif outlook.plan.actor_is_reference(rlhf.reference_is_actor):
         reference = "the actor with its adapters off"
+    elif own := outlook.config.reference_model:
+        reference = f"{own}, {_parameters(outlook.reference)}, {reference}"
     return [
         _line("actor", _training(rlhf.actor) + (f", average with decay {rlhf.ema:g}" if rlhf.ema else "")),
         _line("critic", _training(rlhf.critic) if rlhf.has_critic else f"none: advantages by {rlhf.advantage}"),

@@ -60,7 +60,8 @@ def _evaluations(outlook: Outlook, step: Step, by_kind: Mapping[str, float]) -> 
 
 def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     assert outlook.actor is not None
-    graphs = graphs_of(outlook.config, outlook.calls, outlook.actor, outlook.scorer, outlook.dtype, cluster)
+    shapes = outlook.actor, outlook.scorer
+    graphs = graphs_of(outlook.config, outlook.calls, *shapes, outlook.dtype, cluster, outlook.reference)
     return graphs, outlook.plan
 
 

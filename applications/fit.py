@@ -100,6 +100,8 @@ class Outlook:
     machine: Machine
     actor: Shape | None
     scorer: Shape | None
+    reference: Shape | None = None
+    """Of an own one; None also where its size is not known."""
 
     @classmethod
     def of(cls, config: RunConfig, steps: Sequence[Step], nodes: int) -> "Outlook":
@@ -110,9 +112,11 @@ class Outlook:
         else:
             given = config.architecture.get("reward_model")
             scorer = find_shape(config.scorer_source, given, layers, config.needs_scorer)
-        found = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer)
+        own = config.reference_model
+        reference = find_shape(own, config.architecture.get("reference_model")) if own else None
+        found = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer, reference)
         if any(step.draws_samples for step in steps):
-            require_runnable(config, found.ranks, actor, scorer, found.dtype)
+            require_runnable(config, found.ranks, actor, scorer, found.dtype, reference)
         return found
 
     @property
@@ -147,13 +151,15 @@ class Outlook:
         rlhf = self.config.rlhf
         scorers = [self.scorer] if rlhf.has_critic or rlhf.has_reward_model else []
         needed = [self.actor, *scorers] if step.draws_samples else [self.shape_of(step)]
+        needed += [self.reference] * bool(step.compared_with and self.config.reference_model)
         if any(shape is None for shape in needed):
             return None
         known = self.actor or self.scorer
         assert known is not None
         actor, scorer = self.actor or known, self.scorer or known  # the one that the step does not need is not read
         places = self.machine.places
-        return estimate_step_memory(step, self.config, actor, scorer, self.dtype, self.ranks, places, self.calls)
+        of_run = self.dtype, self.ranks, places, self.calls
+        return estimate_step_memory(step, self.config, actor, scorer, *of_run, self.reference)
 
     def largest(self) -> tuple[Step, int] | None:
         """The step whose processes need most, and their bytes."""
@@ -163,7 +169,7 @@ class Outlook:
 
     def with_settings(self, values: dict[str, Any], nodes: int = 0) -> "Outlook":
         config = validate_config(merge(self.config.model_dump(), values))
-        return Outlook(config, self.steps, nodes or self.nodes, self.machine, self.actor, self.scorer)
+        return Outlook(config, self.steps, nodes or self.nodes, self.machine, self.actor, self.scorer, self.reference)
 
 
 def check_fits(config: RunConfig, steps: Sequence[Step], nodes: int = 1) -> None:
@@ -216,7 +222,10 @@ def verdict(outlook: Outlook, run_directory: Path) -> str:
     """One line that begins with `Verdict:`."""
     largest = outlook.largest()
     if largest is None or any(outlook.memory(step) is None for step in outlook.steps):
-        unknown = outlook.config.model if outlook.actor is None else outlook.config.scorer_source
+        config = outlook.config
+        unknown = config.model if outlook.actor is None else config.scorer_source
+        if outlook.actor is not None and config.reference_model and outlook.reference is None:
+            unknown = config.reference_model
         return f"Verdict: unknown: the size of {unknown} is not known without the hub (a local directory would tell)"
     step, need = largest
     has = outlook.machine.per_process(outlook.config.processes)

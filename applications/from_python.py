@@ -19,6 +19,7 @@ from applications.settings import settings_named
 from inference.errors import EXIT_USER_ERROR, UserError
 from inference.streams import printable
 from rlhf_chat import HOME
+from training.changes import differences
 from training.config import RunConfig as Settings
 from training.merging import merge
 from training.metrics import Journal, read_line
@@ -79,7 +80,7 @@ class Run:
         """A row for each sample that was written down. Raises UserError where none was."""
         from pandas import DataFrame
 
-        rows = Journal(self._step(step).path / "rollouts.jsonl").read()
+        rows = Journal(self._step(step).rollouts_file).read()
         if not rows:
             raise UserError(f"{self.path} has no rollouts: train with the setting rlhf.rollouts_every=1.")
         return DataFrame(rows)
@@ -98,12 +99,21 @@ class Run:
 class Training(Run):
     """A run that is trained now, in a process of its own, which ends with this one."""
 
-    def __init__(self, path: Path, options: Sequence[str], settings: Settings, reward: "Served | None", quiet: bool):
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        given: Mapping[str, Any],
+        options: Sequence[str],
+        reward: "Served | None",
+        quiet: bool,
+    ):
+        """Start the command with `options` and the settings `given`, which make `settings`."""
         super().__init__(path)
         self._settings, self._reward, self._quiet = settings, reward, quiet
         self._scratch = tempfile.TemporaryDirectory(prefix="rlhf-chat-python-")
         config, self._errors = (Path(self._scratch.name) / name for name in ("settings.yaml", "errors.txt"))
-        config.write_text(json.dumps(settings.model_dump(mode="json")), encoding="utf-8")  # JSON is YAML
+        config.write_text(json.dumps(given), encoding="utf-8")  # JSON is YAML
         command = [sys.executable, str(HOME / "rlhf_chat" / "__main__.py"), "run", "--name", str(self.path)]
         environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_PIPES}
         environment |= {PARENT_VARIABLE: str(os.getpid()), "PYTHONSAFEPATH": "1"}
@@ -197,6 +207,7 @@ def train(
     path: str | Path,
     settings: Settings | str | Path | None = None,
     *,
+    parent: str | Path | None = None,
     reward: Reward | None = None,
     reward_model: bool = False,
     steps: Sequence[str] = (),
@@ -205,16 +216,19 @@ def train(
 ) -> Training:
     """Begin to train in the run directory `path`, or go on where it stopped, and return at once.
 
-    `settings` are such as `load_settings` gives, or what it takes; default: the run's own. `reward(prompts, responses)`
-    or `reward(prompts, responses, rows)`, with lists of messages, texts and the other keys of the data, returns a
-    number for each response. It is asked in a thread of this process, once at a time; with `reward_model` it is added
-    to the reward model's score, else it is the only reward. `steps` are names, as `("sft", "rlhf")`; default: all.
+    `settings` are such as `load_settings` gives, or what it takes; default: those of the run, else of `parent`. With a
+    `parent` the run is a fork of it: only the steps are trained that read something else (docs/forks.md).
+    `reward(prompts, responses)` or `reward(prompts, responses, rows)`, with lists of messages, texts and the other keys
+    of the data, returns a number for each response. It is asked in a thread of this process, once at a time; with
+    `reward_model` it is added to the reward model's score, else it is the only reward. `steps` are names, as
+    `("sft", "rlhf")`; default: all.
 
     Raises UserError for settings and arguments that cannot be; all else is raised by what waits.
     """
     place = Path(path).expanduser().absolute()
     if settings is None:
-        settings = Run(place, trust=trust).settings
+        begun = parent is None or RunDirectory(place).config_file.exists()
+        settings = Run(place if begun else str(parent), trust=trust).settings
     elif not isinstance(settings, Settings):
         settings = load_settings(settings, trust=trust)
     served = None
@@ -226,7 +240,12 @@ def train(
     elif TOKEN_VARIABLE in settings.rlhf.reward_url:
         raise UserError(f"The rewards of {path} come from a callable: give it as reward.")
     options = [f"--steps={','.join(steps)}"] * bool(steps) + ["--trust"] * trust
-    return Training(place, options, settings, served, quiet)
+    given = settings.model_dump(mode="json")
+    if parent is not None:
+        options += ["--from", str(Path(parent).expanduser()), "--fork"]
+        before = Run(parent, trust=trust).settings.model_dump(mode="json")
+        given = {key: new for key, (_, new) in differences(before, given).items()}
+    return Training(place, settings, given, options, served, quiet)
 
 
 class Served(ThreadingHTTPServer):

@@ -219,19 +219,23 @@ def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[st
 
 
 def settings_text(config: RunConfig, step: Step) -> str:
+    named = config.reference_model if step.compared_with else ""
+    reference = f" (reference {public_name(named)})" if named else ""
     if not step.draws_samples:
         settings = config.supervised(step)
         own = (name for name in type(settings).model_fields if name not in StepSettings.model_fields)
         values = {name.replace("_", " "): getattr(settings, name) for name in own}
         return (
             f"{optimizer_text(settings.optimizer)}, batch {settings.batch_size} {step.rows.unit}, "
-            f"{settings.epochs} epoch(s)" + "".join(f", {name} {value}" for name, value in values.items() if value)
+            f"{settings.epochs} epoch(s)"
+            + "".join(f", {name} {value}" for name, value in values.items() if value)
+            + reference
         )
     rlhf = config.rlhf
     return (
         f"{optimizer_text(rlhf.actor)} (critic {rlhf.critic.learning_rate:g}), "
         f"{rlhf.prompts_per_iteration * rlhf.samples_per_prompt} samples an iteration, clip {rlhf.clip:g}, "
-        f"KL coefficient {rlhf.kl.coefficient:g}, temperature {rlhf.temperature:g}"
+        f"KL coefficient {rlhf.kl.coefficient:g}{reference}, temperature {rlhf.temperature:g}"
     )
 
 

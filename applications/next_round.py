@@ -64,7 +64,7 @@ def settings_of_next_round(parent: Path, files: list[Path], overrides: list[str]
 def models_of(run: RunDirectory, has_scorer: bool) -> Mapping[str, Any]:
     """Settings by which another run begins with the newest models of this one, the reward model unless it has one."""
     _, policy = find_newest_model(run.path)
-    values: dict[str, Any] = {"sft_model": str(policy.resolve()), "trained_reward_model": ""}
+    values: dict[str, Any] = {"sft_model": str(policy.resolve()), "trained_reward_model": "", "reference_model": ""}
     if not has_scorer and (reward_model := newest_reward_model(run)):
         reward = run.read_config().reward.model_dump(mode="json")
         values |= {"reward_model": reward_model, "reward": {**reward, "layers": 0, "initialize_from": "base"}}

@@ -191,7 +191,9 @@ def request_of(
     if rlhf.has_critic or rlhf.has_reward_model:
         scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))
     dtype = DTYPES[cluster.device.precision if settings.dtype == "auto" else settings.dtype]
-    graphs = graphs_of(settings, iteration_calls(rlhf, dtype), actor, scorer, dtype, cluster)
+    own, given = settings.reference_model, settings.architecture.get("reference_model")
+    reference = require_shape(own, given) if own else None
+    graphs = graphs_of(settings, iteration_calls(rlhf, dtype), actor, scorer, dtype, cluster, reference)
     return Request(settings, graphs, price, machine)
 
 

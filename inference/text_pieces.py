@@ -1,7 +1,6 @@
 """Text of token ids that grow, in pieces that hold whole characters."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,13 +40,17 @@ class TextPieces:
             self._start, self._taken = start, len(seen)
 
 
+def whole_text(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text of all tokens, special ones too."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def pieces_of(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The text of each token, special ones too; joined, they are the text of all. A character that takes several tokens
-    stands at the last of them."""
+    """The text of each token; joined, they are the text of all. A character that takes several tokens stands at the
+    last of them."""
     from tokenizers.decoders import DecodeStream
 
-    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    text, pieces = str(decode(list(ids))), list[str]()
+    text, pieces = whole_text(ids, tokenizer), list[str]()
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         stream = DecodeStream(skip_special_tokens=False)
         try:
@@ -55,6 +58,6 @@ def pieces_of(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[
         except Exception:  # it refuses what is no text
             pieces = []
     if not pieces or not text.startswith("".join(pieces)):
-        growing = TextPieces(lambda some: str(decode(some)))
+        growing = TextPieces(lambda some: whole_text(some, tokenizer))
         pieces = [growing.take(ids[: place + 1]) for place in range(len(ids))]
     return [*pieces[:-1], text[len("".join(pieces[:-1])) :]] if pieces else []

@@ -19,19 +19,18 @@ NAMES = {
     Kind.FREE: """
         announce method processes threads zero_stage offload generation_tensor_parallel micro_batch_tokens
         generation_batch release_generation gradient_checkpointing checkpoint_every keep_checkpoints reward_url
-        reward_timeout reward_retries measure samples_every sample_prompts
-        rollouts_every architecture plan""",
+        reward_timeout reward_retries measure samples_every sample_prompts rollouts_every architecture plan""",
     Kind.EVALUATION: "eval_every eval_rows eval_prompts",
     Kind.LENGTH: "epochs max_steps iterations",
     Kind.LEARNED: """
-        model reward_model sft_model trained_reward_model fork_of seed dtype save_dtype source eval_source split
-        held_out split_seed max_prompt_tokens max_response_tokens parent limit bad_rows batch_size keep dropout
-        learning_rate schedule warmup weight_decay betas epsilon gradient_clipping master_weights rank alpha targets
-        deepspeed token_budget initialize_from layers normalize beta label_smoothing length_normalized advantage
-        prompts_per_iteration samples_per_prompt mini_batches ppo_epochs temperature min_response_tokens clip
-        ppo_kl_stop value_clip gamma lam whiten_advantages reward_function function url reward_normalization score_clip
-        missing_end_penalty critic_warmup align_overflow ema coefficient rows exact old_logprobs centering target
-        horizon stop place""",
+        model reward_model sft_model trained_reward_model reference_model fork_of seed dtype save_dtype source
+        eval_source split held_out split_seed max_prompt_tokens max_response_tokens parent limit bad_rows batch_size
+        keep dropout learning_rate schedule warmup weight_decay betas epsilon gradient_clipping master_weights rank
+        alpha targets deepspeed token_budget initialize_from layers normalize beta label_smoothing length_normalized
+        advantage loss prompts_per_iteration samples_per_prompt mini_batches ppo_epochs temperature min_response_tokens
+        clip ppo_kl_stop value_clip gamma lam whiten_advantages reward_function function url reward_normalization
+        score_clip missing_end_penalty critic_warmup align_overflow ema coefficient rows exact old_logprobs centering
+        target horizon stop place""",
 }
 """By the last part of the key."""
 KINDS = {name: kind for kind, names in NAMES.items() for name in names.split()} | {

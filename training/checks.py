@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from inference.errors import UserError
 from inference.families import longest_text, text_config
 from inference.tensor_parallel.plan import check_divides, cut_layers
+from training.calls import role_of
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
 from training.models.adapters import add_lora, require_lora_layers
@@ -31,15 +32,20 @@ def require_processes(config: RunConfig, processes: int) -> None:
         raise UserError(f"{processes} processes were started, and {error}.") from None
 
 
-def require_fitting(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
-    """Raise UserError where settings of the run do not fit the actor or the scorer (reward model and critic)."""
+def require_fitting(
+    config: RunConfig, processes: int, actor: Path, scorer: Path | None, reference: Path | None = None
+) -> None:
+    """Raise UserError where settings of the run do not fit the actor, the scorer (reward model and critic) or a
+    reference of its own."""
+    if reference is not None:
+        require_positions(config.reference_model, reference, config.data)
     require_positions(config.sft_model or config.model, actor, config.data)
     if scorer is not None:
         require_positions(config.trained_reward_model or config.reward_model_source, scorer, config.data)
     if config.method == "ppo":
         require_actor_learns(config.rlhf)
-        require_layouts(config, processes, actor, scorer)
-        require_plan(config, processes, actor, scorer)
+        require_layouts(config, processes, actor, scorer, reference or actor)
+        require_plan(config, processes, actor, scorer, reference or actor)
     require_adapters(config, actor, scorer)
 
 
@@ -68,14 +74,14 @@ def require_positions(name: str, directory: Path, settings: DataSettings) -> Non
         )
 
 
-def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
+def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path | None, reference: Path) -> None:
     """Raise UserError where a model of step 3 cannot be cut as asked for."""
     if config.rlhf.plan:  # it says how they are cut
         return
     degrees = config.rlhf.scoring_tensor_parallel
     asked = [
         ("generation_tensor_parallel", actor, config.rlhf.generation_tensor_parallel),
-        ("scoring_tensor_parallel.reference", actor, degrees.reference),
+        ("scoring_tensor_parallel.reference", reference, degrees.reference),
     ]
     if scorer is not None:
         asked += [
@@ -101,7 +107,7 @@ def require_cut(model: Path, tensor: int, asked: str) -> None:
         raise UserError(f"{asked}: {error}") from None
 
 
-def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | None) -> None:
+def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | None, reference: Path) -> None:
     """Raise UserError where rlhf.plan does not fit the calls, the models or the ranks."""
     if not config.rlhf.plan:
         return require_plan_to_fuse(config)
@@ -109,10 +115,12 @@ def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | 
     dtype = resolve_dtype(config.dtype, device)
     of_actor = AutoConfig.from_pretrained(actor, local_files_only=True)
     of_scorer = scorer_config(scorer, config.scorer_layers) if scorer else None
-    require_runnable(config, processes, Shape.of(of_actor), Shape.of(of_scorer) if of_scorer else None, dtype)
+    of_reference = AutoConfig.from_pretrained(reference, local_files_only=True)
+    shapes = Shape.of(of_actor), Shape.of(of_scorer) if of_scorer else None
+    require_runnable(config, processes, *shapes, dtype, Shape.of(of_reference))
     plan = Plan.of(config.rlhf, processes, config.data.longest, iteration_calls(config.rlhf, dtype))
     for name, assignment in plan.assignments.items():
-        model = actor if name.startswith(("actor", "reference")) else scorer
+        model = {"actor": actor, "reference": reference}.get(role_of(name), scorer)
         assert model is not None
         require_cut(model, assignment.layout.tensor, f"{name} of rlhf.plan")
     for role, loader, values in (

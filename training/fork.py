@@ -18,7 +18,7 @@ from training.config import RunConfig
 from training.config_files import as_typed
 from training.data.prepare import COUNTS_FILE
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
-from training.inputs import changes, code_of
+from training.inputs import KEPT, changes, code_of, paths_of
 from training.kept_models import kept_model, link_or_copy, models_of
 from training.run_directory import RunDirectory, write_directory, write_json
 from training.starts import read_starts
@@ -27,8 +27,8 @@ from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Ste
 SMALL = 2**20
 """Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
 OF_ROWS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
-OF_ACCURACY = (*OF_ROWS, REWARD.given_by, "reward.eval_rows")
-OF_REFERENCE = (*OF_ROWS, SFT.given_by)
+OF_ACCURACY = {*OF_ROWS, REWARD.given_by, "reward.eval_rows"}
+OF_REFERENCE = {*OF_ROWS, SFT.given_by, "reference_model"}
 """Settings that decide what a given reward model, and DPO's reference, say of the run's pairs."""
 
 
@@ -68,9 +68,12 @@ class Fork:
             if before.get(earlier):
                 yield f"step {earlier.label} is"
         yield from self._changed_models(step)
-        code = code_of(self.config)
-        if step.draws_samples and any(start.get("reward_function", code) != code for start in self._starts(step)):
-            yield f"{self.config.rlhf.reward_function} has changed"
+        for kind in ["reward_function"] * step.draws_samples + ["formulas"] * bool(step.method):
+            code = code_of(self.config, kind)
+            if any(start.get(kind, code) != code for start in self._starts(step)):
+                yield f"{', '.join(map(str, paths_of(self.config)[kind]))} has changed"
+        if step.draws_samples and self.config.rlhf.reward_url != self.theirs.rlhf.reward_url:
+            yield f"rlhf.reward_url is another than in {self.name}"
         if any(self._other_rows(name) for name in rows_read(self.config, step)):
             yield f"its rows are others ({self.other_data})" if self.other_data else "its rows are others"
 
@@ -87,7 +90,7 @@ class Fork:
     @cached_property
     def _changed(self) -> dict[str, list[str]]:
         """Inputs of the parent that are not as they were, by kind."""
-        found: dict[str, list[str]] = {"data": [], "models": [], "reward_function": []}
+        found: dict[str, list[str]] = {kind: [] for kind in KEPT}
         for kind, path in changes(self.parent):
             found[kind].append(path)
         return found
@@ -188,7 +191,7 @@ class Fork:
 
     def _name_own_base(self, step: Path) -> None:
         """In its adapters, which name their base by a full path, where that lies in the parent."""
-        for file in step.glob("*adapter/adapter_config.json"):
+        for file in step.rglob("adapter_config.json"):
             values = json.loads(file.read_text(encoding="utf-8"))
             base = Path(values["base_model_name_or_path"]).resolve()
             if base.is_relative_to(self.parent.path):
@@ -199,6 +202,7 @@ class Fork:
         """Accuracy of a given reward model on the held-out pairs; what DPO's reference says of the pairs."""
         theirs = self.parent.step(step)
         before = [earlier for earlier in self.config.earlier_steps(step) if self.steps[earlier]]
+        keys: tuple[str, ...]
         if step is DPO:
             file, keys, rows = theirs.reference_file, OF_REFERENCE, rows_read(self.config, step)
         elif self.config.given_model(REWARD):
@@ -206,7 +210,7 @@ class Fork:
             before = []
         else:
             return
-        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & set(keys)
+        differ = differences(self.theirs.model_dump(), self.config.model_dump()).keys() & keys
         changed = [*self._changed_models(step), *filter(self._other_rows, rows)]
         if file.exists() and not (before or differ or changed):
             self.run.step(step).path.mkdir(exist_ok=True)
@@ -250,6 +254,8 @@ def settings_read(config: RunConfig, step: Step) -> dict[str, Any]:
 def models_read(config: RunConfig, step: Step) -> dict[str, str]:
     """Setting -> model, of those that the step begins with and that no step of the run makes."""
     found = {each.given_by: config.given_model(each) for each in config.steps_before(step)}
+    if step.compared_with:
+        found["reference_model"] = config.reference_model
     if step is SFT:
         found["model"] = config.model
     if step is REWARD:

@@ -40,6 +40,7 @@ def models_of(config: RunConfig) -> list[str]:
                 config.actor_source,
                 config.scorer_source if config.needs_scorer else "",
                 config.trained_reward_model,
+                config.reference_model,
                 base_model(config),
                 reward_model_before(config),
             )

@@ -127,6 +127,7 @@ def sources_of(config: RunConfig) -> Iterator[Source]:
     for path, is_base in (
         (config.sft_model, False),
         (config.trained_reward_model, False),
+        (config.reference_model, config.reference_model == config.model),
         (config.model, True),
         (config.reward_model, True),
     ):
@@ -140,6 +141,8 @@ def before(origin: Origin) -> Iterator[Source]:
     for each in config.steps_before(step):
         path = config.given_model(each) or str(origin.run.step(each).model)
         yield Source(path, path)
+    if step.compared_with and config.reference_model:
+        yield Source(config.reference_model, config.reference_model, config.reference_model == config.model)
     if step is SFT:
         yield Source(config.model, config.model, is_base=True)
     elif step is REWARD and config.reward.initialize_from == "base":

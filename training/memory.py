@@ -104,15 +104,18 @@ def estimate_step_memory(
     ranks: int,
     places: tuple[Place, ...] = get_args(Place),
     calls: tuple[Call, ...] = (),
+    reference: Shape | None = None,
 ) -> StepMemory:
     """The memory of a step on one of `ranks` ranks. `scorer` is the shape of reward model and critic; `places` make up
-    a process's own memory; `calls` are those of an iteration, by default those of the settings.
+    a process's own memory; `calls` are those of an iteration, by default those of the settings; `reference` is the
+    shape of an own one, by default the actor's.
 
-    DPO holds no reference: what it says was asked of the actor before the first update.
+    DPO holds no reference: it was asked before the first update, an own one before the actor was loaded.
     """
+    reference = reference or actor
     if step.draws_samples:
         plan = Plan.of(config.rlhf, ranks, config.data.longest, calls)
-        return _rlhf_memory(config, plan, actor, scorer, dtype, ranks, places)
+        return _rlhf_memory(config, plan, actor, scorer, reference, dtype, ranks, places)
     settings = config.supervised(step)
     optimizer, scores = settings.optimizer, step.leaves_scorer
     shape, parameters = (scorer, scorer.scorer_parameters) if scores else (actor, actor.parameters)
@@ -120,7 +123,11 @@ def estimate_step_memory(
     passes = _pass_parts(shape, config.data, tokens, checkpointing, dtype, "training", step.rows.answers, not scores)
     training = training_parts("", parameters, shape, optimizer, dtype, ranks, "training")
     saving = _saving_parts(parameters, _adapters(shape, optimizer) or parameters)
-    return StepMemory((*training, *passes, *saving))
+    asked = []
+    if step.has_reference and config.reference_model:
+        share = ranks if optimizer.zero_stage == 3 else 1
+        asked = [Part("reference weights", _share(reference.parameters * dtype.itemsize, share), phase=LOADING)]
+    return StepMemory((*asked, *training, *passes, *saving))
 
 
 def _rlhf_memory(
@@ -128,6 +135,7 @@ def _rlhf_memory(
     plan: Plan,
     actor: Shape,
     scorer: Shape,
+    reference: Shape,
     dtype: torch.dtype,
     ranks: int,
     places: tuple[Place, ...],
@@ -135,7 +143,7 @@ def _rlhf_memory(
     """On the first rank, or, where the settings hold a plan, on the one that needs most: in `places`, and in each place
     that is not among them."""
     of_ranks = [
-        StepMemory(tuple(_rlhf_parts(config, plan, actor, scorer, dtype, rank)))
+        StepMemory(tuple(_rlhf_parts(config, plan, actor, scorer, dtype, rank, reference)))
         for rank in (range(ranks) if config.rlhf.plan else (0,))
     ]
 
@@ -148,7 +156,13 @@ def _rlhf_memory(
 
 
 def _rlhf_parts(
-    config: RunConfig, plan: Plan, actor: Shape, scorer: Shape, dtype: torch.dtype, rank: int
+    config: RunConfig,
+    plan: Plan,
+    actor: Shape,
+    scorer: Shape,
+    dtype: torch.dtype,
+    rank: int,
+    reference: Shape | None = None,
 ) -> Iterator[Part]:
     """What one rank has to do with: the roles whose calls it takes part in."""
     rlhf, longest = config.rlhf.as_planned, config.data.longest
@@ -205,8 +219,8 @@ def _rlhf_parts(
         place: Place = "device" if rlhf.actor.offload == "none" else "host"
         ranks = plan["actor_train"].layout.data if effective_zero_stage(rlhf.actor, dtype) >= 1 else 1
         yield Part("actor average, fp32", _share(weights, ranks), place)
-    if takes_part("reference_score") and not plan.actor_is_reference(rlhf.actor.lora):
-        held = here("reference_score", actor).parameters
+    if takes_part("reference_score") and not plan.actor_is_reference(rlhf.reference_is_actor):
+        held = here("reference_score", reference or actor).parameters
         yield from _frozen_parts("reference", held, plan["reference_score"], dtype)
     scored = plan.assignments.get("actor_score")
     if scored is not None and scored.cut == plan["actor_generate"].cut:

@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
+from inference.chat_target import find_newest_model
 from inference.model_store import TINY
 from training.config import EMBEDDED_DATA, RunConfig
 from training.data.sources import absolute, exists
 
-MODELS = ("model", "reward_model", "sft_model", "trained_reward_model")
+MODELS = ("model", "reward_model", "sft_model", "trained_reward_model", "reference_model")
 
 
 def found_from_anywhere(config: RunConfig) -> RunConfig:
     """`config` with absolute paths to what is there now; other names (of hub, preset, package) stay."""
+    reference = Path(config.reference_model).expanduser()
+    if config.reference_model and (reference / "config.yaml").is_file():  # a run, whose newest model it is
+        config.reference_model = str(find_newest_model(reference)[1])
     for name in MODELS:
         setattr(config, name, absolute_model(getattr(config, name)))
     if config.data.source != EMBEDDED_DATA:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from training.calls import Call
 from training.hybrid_engine.layout import Layout
 from training.planner.graph import DataflowGraph
-from training.role_settings import LoRASettings
 
 if TYPE_CHECKING:
     from training.rlhf_settings import RLHFSettings
@@ -65,11 +64,11 @@ class Plan:
         alike = (each.role == call.role and self[each.name].cut == self[call.name].cut for each in earlier)
         return self.reallocates(graph, call) and not any(alike)
 
-    def actor_is_reference(self, lora: LoRASettings) -> bool:
-        """Whether the reference is the actor with its adapters (`lora`) switched off: it scores in the cut in which
-        the actor is trained, and has no weights of its own that wait in host memory."""
+    def actor_is_reference(self, may_be: bool) -> bool:
+        """Whether the reference, which `may_be` the actor with its adapters switched off, is that: it scores in the cut
+        in which the actor is trained, and has no weights of its own that wait in host memory."""
         reference, training = (self.assignments.get(call) for call in ("reference_score", "actor_train"))
-        if not lora.rank or reference is None or training is None:
+        if not may_be or reference is None or training is None:
             return False
         return reference.cut == training.cut and not reference.offload
 
@@ -90,7 +89,7 @@ class Plan:
         tokens, degrees = settings.micro_batch_tokens, settings.scoring_tensor_parallel
         assignments = {}
         for call in calls or settings.calls:
-            is_actor = call.role == "reference" and settings.actor.lora.rank  # its adapters switched off
+            is_actor = call.role == "reference" and settings.reference_is_actor
             placed = getattr(settings, "actor" if is_actor else call.role)
             stage, waits = placed.zero_stage, placed.offload == "parameters"  # only frozen roles have it
             if call.kind == "train":

@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from inference.errors import UserError
 from training.calls import Call, rlhf_calls
+from training.formulas.estimators import ESTIMATORS, Estimator
+from training.formulas.shapings import SHAPINGS
 from training.plan_file import from_blocks, read_plan, to_blocks
 from training.role_settings import (
     DecayRate,
@@ -51,7 +53,8 @@ class KLSettings(Settings):
     """With rlhf.keep=best: the largest KL in nats per response of a model that may be kept; 0 means that of `stop`, and
     any where that is 0."""
     place: Literal["auto", "reward", "loss"] = "auto"
-    """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: loss for grpo."""
+    """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: as the
+    estimator's entry says."""
     measure: bool = False
     """Score with a reference, for the metrics and warnings of KL, also where nothing else asks for it."""
 
@@ -112,8 +115,8 @@ class FusionSettings(Settings):
 
 
 class RLHFSettings(Settings):
-    advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
-    """Estimator of the advantages: `gae` is PPO with a critic; the others need none (docs/step3_rlhf.md)."""
+    advantage: Annotated[str, AfterValidator(ESTIMATORS.kept)] = "gae"
+    """Estimator of the advantages: `gae` is PPO with a critic; the others need none."""
     seed: StepSeed = -1
     """Seed of everything that the step draws at random; -1: the run's."""
     iterations: Iterations = Field(100, ge=1)
@@ -150,7 +153,8 @@ class RLHFSettings(Settings):
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's lambda."""
     whiten_advantages: bool = True
-    """Give advantages mean 0 and standard deviation 1 over an iteration's batch; gae and reinforce++ only."""
+    """Give advantages mean 0 and standard deviation 1 over an iteration's batch, where the
+    estimator's entry says so."""
     reward_function: str = ""
     """`path/to/file.py:function` that scores responses, added to the reward model's score (docs/step3_rlhf.md)."""
     reward_url: str = ""
@@ -161,7 +165,7 @@ class RLHFSettings(Settings):
     reward_retries: Annotated[int, Unit("tries")] = Field(5, ge=0)
     """Further tries when `reward_url` does not answer, with growing pauses."""
     reward_weights: RewardWeights = RewardWeights()
-    reward_normalization: Literal["running", "none"] = "running"
+    reward_normalization: Annotated[str, AfterValidator(SHAPINGS.kept)] = "running"
     """Of scores that step 2 has not normalised (functions, addresses, other reward models): running makes their mean 0
     and their standard deviation 1, over all seen so far; none takes them as they are."""
     score_clip: float = Field(5.0, ge=0)
@@ -219,10 +223,23 @@ class RLHFSettings(Settings):
         except UserError as error:
             raise ValueError(str(error).rstrip(".")) from None
 
+    _has_own_reference: bool = PrivateAttr(False)
+    """Whether `reference_model` names one: RunConfig says so."""
+
+    @property
+    def reference_is_actor(self) -> bool:
+        """Whether the reference is the actor without its adapters, where both lie alike (Plan.actor_is_reference)."""
+        return bool(self.actor.lora.rank) and not self._has_own_reference
+
+    @property
+    def estimator(self) -> Estimator:
+        """Its entry; training.formulas.own has the formula of a user's own."""
+        return ESTIMATORS.entry(self.advantage)
+
     @property
     def has_critic(self) -> bool:
-        """Whether a critic is trained; only `gae` needs values."""
-        return self.advantage == "gae"
+        """Whether a critic is trained."""
+        return self.estimator.critic
 
     @property
     def has_reward_model(self) -> bool:
@@ -237,7 +254,7 @@ class RLHFSettings(Settings):
     @property
     def kl_in_loss(self) -> bool:
         """Whether the KL penalty is a term of the actor's loss, not a part of the rewards."""
-        in_loss = self.kl.place == "loss" or (self.kl.place == "auto" and self.advantage == "grpo")
+        in_loss = self.kl.place == "loss" or (self.kl.place == "auto" and self.estimator.kl == "loss")
         return in_loss and self.has_reference
 
     @property
@@ -248,7 +265,7 @@ class RLHFSettings(Settings):
     @property
     def calls(self) -> tuple[Call, ...]:
         """What an iteration runs."""
-        return rlhf_calls(self.advantage, self.has_reward_model, self.has_reference)
+        return rlhf_calls(self.has_critic, self.has_reward_model, self.has_reference)
 
     @property
     def as_planned(self) -> "RLHFSettings":
@@ -268,7 +285,7 @@ class RLHFSettings(Settings):
     @property
     def divided_scorer(self) -> str:
         """A role that scores and is divided over ranks, so that no rank can score alone; '' if there is none."""
-        reference = "actor" if self.actor.lora.rank else "reference"  # with LoRA the actor is the reference too
+        reference = "actor" if self.reference_is_actor else "reference"
         roles = [reference] * self.has_reference + ["critic"] * self.has_critic + ["reward"] * self.has_reward_model
         divided = [
             role
@@ -296,8 +313,6 @@ class RLHFSettings(Settings):
         if self.plan:  # takes the place of degrees and stages
             return self
         degrees = self.scoring_tensor_parallel
-        if degrees.reference > 1 and self.actor.lora.rank:
-            raise ValueError("scoring_tensor_parallel.reference: with LoRA the actor is the reference; leave it at 1")
         for role in ("reference", "reward"):
             if getattr(degrees, role) > 1 and getattr(self, role).zero_stage == 3:
                 raise ValueError(
@@ -307,26 +322,34 @@ class RLHFSettings(Settings):
             raise ValueError(f"scoring_tensor_parallel.critic needs a critic, and {self.advantage} has none")
         return self
 
-    @model_validator(mode="after")
-    def _fusion_needs_whole_roles(self):
+    def require_fitting_roles(self) -> None:
+        """Raise ValueError where the reference, or a role that fusion needs whole, is divided as it cannot be."""
         if self.plan:  # is judged itself
-            return self
+            return
+        if self.scoring_tensor_parallel.reference > 1 and self.reference_is_actor:
+            raise ValueError(
+                "rlhf.scoring_tensor_parallel.reference: with LoRA the actor is the reference; leave it at 1"
+            )
         if self.fusion.mode == "inter" and self.divided_scorer:
             is_zero_3 = getattr(self, self.divided_scorer).zero_stage == 3
             raise ValueError(
-                f"fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} has "
-                f"{'zero_stage 3' if is_zero_3 else 'scoring_tensor_parallel over 1'}; use stage 0, 1 or 2 and whole "
-                f"weights for it, or fusion.mode=none"
+                f"rlhf.fusion.mode=inter needs every role that scores whole on each rank, and {self.divided_scorer} "
+                f"has {'zero_stage 3' if is_zero_3 else 'scoring_tensor_parallel over 1'}; use stage 0, 1 or 2 and "
+                f"whole weights for it, or rlhf.fusion.mode=none"
             )
+
+    @model_validator(mode="after")
+    def _fusion_rows_are_decoded(self):
         if self.fusion.rows > self.generation_batch:
             raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")
         return self
 
     @model_validator(mode="after")
     def _estimator_has_what_it_needs(self):
-        if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
+        if self.samples_per_prompt < (least := self.estimator.samples):
             raise ValueError(
-                f"advantage={self.advantage} compares the samples of a prompt and needs samples_per_prompt of 2 or more"
+                f"advantage={self.advantage} compares the samples of a prompt and needs samples_per_prompt of {least} "
+                f"or more"
             )
         if self.critic_warmup and not self.has_critic:
             raise ValueError(f"critic_warmup={self.critic_warmup} needs a critic, and {self.advantage} has none")

@@ -95,6 +95,11 @@ class Stage:
         self.ranks.see(left.result_file, left.model)
         return self.run.require_model(step)
 
+    def own_reference(self) -> Path | None:
+        """What KL and log-ratios count from, where that is not the SFT model."""
+        own = self.config.reference_model
+        return self.model_directory(own) if own else None
+
     def chat_format(self, actor: Path, scorer: Path | None) -> ChatFormat:
         """The actor's format, which all steps use. Raises UserError where the scorer's tokens mean something else."""
         chat_format = ChatFormat.load(actor)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from applications import from_python as module
 from applications.from_python import TOKEN_VARIABLE, Run, Served, load_settings, train
 from inference.errors import UserError
 from tests.warm import ROOT, Done, fork_all, fork_python
@@ -46,6 +47,7 @@ def run_notebook_twice() -> None:
         for cell in cells():
             exec(compile(cell, "docs/python.ipynb", "exec"), names)
         assert list(names["metrics"].index) == [1, 2, 3]
+        assert list(names["rollouts"]["number"]) == sorted([1, 2, 3] * 16)
         assert (names["metrics"]["reward/score_mean"] < 0).all()
 
 
@@ -152,6 +154,19 @@ def test_settings_and_runs_that_are_not_there(tmp_path):
         train(tmp_path / "run")
     with pytest.raises(UserError, match="There is no step 'ppo': the steps are sft, reward, rlhf, dpo"):
         Run(tmp_path).metrics("ppo")
+
+
+def test_a_fork_is_given_what_differs_from_its_parent(tmp_path, monkeypatch):
+    begun: list[tuple] = []
+    monkeypatch.setattr(module, "Training", lambda *given: begun.append(given))
+    RunDirectory(tmp_path / "a").write_config(load_settings("tiny"), {})
+    settings = load_settings(tmp_path / "a", {"rlhf.kl.target": 2, "data.split": [2, 4, 4]})
+    train(tmp_path / "b", settings, parent=tmp_path / "a", steps=["rlhf"])
+    _, _, given, options, *_ = begun[0]
+    assert given == {"rlhf.kl.target": 2.0}
+    assert options == ["--steps=rlhf", "--from", str(tmp_path / "a"), "--fork"]
+    train(tmp_path / "b", parent=tmp_path / "a")
+    assert begun[1][1] == load_settings(tmp_path / "a") and begun[1][2] == {}
 
 
 def test_importing_it_imports_little():

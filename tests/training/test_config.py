@@ -150,6 +150,15 @@ def test_what_needs_a_reference(kl, has_reference):
     assert with_lora.rlhf.divided_scorer == ("actor" if has_reference else "")
 
 
+def test_a_reference_of_ones_own_lies_beside_an_actor_with_adapters():
+    given = ["model=m", "reference_model=other/m", "rlhf.actor={zero_stage: 3, lora: {rank: 4}}"]
+    assert load_config([], given).rlhf.divided_scorer == ""
+    assert load_config([], [*given, "rlhf.reference.zero_stage=3"]).rlhf.divided_scorer == "reference"
+    assert load_config([], [*given, "rlhf.scoring_tensor_parallel.reference=2"]).rlhf.divided_scorer == "reference"
+    with pytest.raises(UserError, match=r"reference_model=other/m would never be asked.*rlhf\.kl\.measure=true"):
+        load_config([], [*given, "rlhf.kl.coefficient=0"])
+
+
 def test_where_the_kl_penalty_acts():
     assert not load_config([], ["model=m", "rlhf.kl={place: loss, coefficient: 0}"]).rlhf.kl_in_loss
     grpo = ["model=m", "rlhf.samples_per_prompt=2", "rlhf.advantage=grpo"]

@@ -84,6 +84,7 @@ def made(parent):
         ((), ""),
         (("rlhf.kl.coefficient=0.2",), "3"),
         (("rlhf.seed=2",), "3"),
+        (("reference_model=tiny",), "3"),
         (("rlhf.seed=3",), ""),  # that of the run
         (("sft.seed=2",), "13"),
         (("seed=2",), "123"),
@@ -97,6 +98,7 @@ def made(parent):
         (("sft_model=tiny",), "23"),  # whose tokens the reward model has
         (("trained_reward_model=tiny",), "3"),
         (("rlhf.reward_weights.model=0",), "3"),
+        (("rlhf.reward_url=http://127.0.0.1:9",), "3"),
         (("data.max_response_tokens=20",), "123"),
         (("data.limit=5",), "123"),
     ],
@@ -118,7 +120,7 @@ def test_what_began_otherwise_takes_what_follows_with_it(parent, made):
 @pytest.mark.parametrize(
     ("file", "trained", "why"),
     [
-        ("mine.py", "3", "mine.py:score has changed"),
+        ("mine.py", "3", "mine.py has changed"),
         ("base/model.safetensors", "123", "base has changed"),
         ("rows.jsonl", "123", "its rows are others"),
     ],
@@ -147,8 +149,9 @@ def test_what_is_unchanged_is_taken_over_whole_and_lives_without_the_parent(pare
     parent.starts_file.write_text('{"number": 2, "what": "step1_sft"}\n{"number": 3, "what": "evaluation"}\n')
     (parent.step(SFT).path / "error.json").write_text("{}")
     base = {"base_model_name_or_path": str(parent.step(SFT).model)}
-    for place in (parent.step(SFT).path / "adapter", parent.step(REWARD).path / "adapter"):
-        place.mkdir()
+    adapters = [f"{SFT.folder}/adapter", f"{REWARD.folder}/adapter", f"{REWARD.folder}/checkpoints/7/adapter"]
+    for name in adapters:
+        (place := parent.path / name).mkdir()
         (place / "adapter_config.json").write_text(json.dumps(base))
     taken = made("rlhf.kl.coefficient=0.2").take()
     assert taken.said == [
@@ -165,8 +168,8 @@ def test_what_is_unchanged_is_taken_over_whole_and_lives_without_the_parent(pare
     assert not run.step(SFT).metrics_file.samefile(parent.step(SFT).metrics_file)
     assert [json.loads(line)["what"] for line in run.starts_file.read_text().splitlines()] == [SFT.folder]
     assert not (run.step(SFT).path / "error.json").exists()
-    for step in (SFT, REWARD):
-        values = json.loads((run.step(step).path / "adapter" / "adapter_config.json").read_text())
+    for name in adapters:
+        values = json.loads((run.path / name / "adapter_config.json").read_text())
         assert values["base_model_name_or_path"] == str(run.step(SFT).model)
     assert json.loads((parent.step(SFT).path / "adapter" / "adapter_config.json").read_text()) == base
     shutil.rmtree(parent.path)

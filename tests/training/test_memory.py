@@ -149,6 +149,18 @@ def test_step_2_trains_the_scorer_on_pairs(opt_13b, opt_350m):
     assert ("training", "logits") not in memory
 
 
+@pytest.mark.parametrize("lora", [0, 8])
+def test_a_reference_of_ones_own_has_its_own_size(opt_13b, opt_350m, lora):
+    """Beside the actor in PPO; in DPO before the policy is loaded; both divided by ZeRO 3."""
+    own = "reference_model=small", f"rlhf.actor.lora.rank={lora}", "dpo.optimizer.zero_stage=3"
+    memory = estimate_step_memory(PPO, opt_config(*own), opt_13b, opt_350m, torch.bfloat16, ranks=8, reference=opt_350m)
+    assert sizes(memory)[("", "reference weights")] == opt_350m.parameters * 2 // 8
+    memory = estimate_step_memory(
+        DPO, opt_config(*own, "method=dpo"), opt_13b, opt_350m, torch.bfloat16, ranks=8, reference=opt_350m
+    )
+    assert sizes(memory)[("loading", "reference weights")] == opt_350m.parameters * 2 // 8
+
+
 def test_dpo_trains_the_actor_on_pairs_and_holds_no_reference(opt_13b, opt_350m):
     config = opt_config("dpo.optimizer.zero_stage=2", "dpo.micro_batch_tokens=2048")
     memory = estimate_step_memory(DPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)

@@ -37,13 +37,13 @@ class Footprints:
     def lender(self, call: Call) -> Call | None:
         """The training whose weights `call` uses where both have one cut: that of its role; of a reference, the actor's
         if it trains adapters alone."""
-        is_actor = call.role == "reference" and self.workload.models["actor"].lora.rank
+        is_actor = call.role == "reference" and self.workload.reference_is_actor
         return self.graph.training_call("actor" if is_actor else call.role)
 
     def has_own_weights(self, call: Call, plan: Plan) -> bool:
         """Whether it needs others beside them."""
         if call.role == "reference":
-            return not plan.actor_is_reference(self.workload.models["actor"].lora)
+            return not plan.actor_is_reference(self.workload.reference_is_actor)
         return self.lender(call) is None or plan.reallocates(self.graph, call)
 
     def parts(self, call: Call, assignment: Assignment, own_weights: bool) -> tuple[Part, ...]:

@@ -93,6 +93,8 @@ class Workload:
     checkpointing: bool = True
     generation_batch: int = 0
     """Samples that a data rank decodes at the same time, at most, where a search may choose; 0 sets no bound."""
+    own_reference: bool = False
+    """Whether the reference is no SFT model, and so never the actor with its adapters off."""
 
     @classmethod
     def of(
@@ -108,6 +110,7 @@ class Workload:
         checkpointing: bool = True,
         lora: Mapping[str, LoRASettings] = MappingProxyType({}),
         generation_batch: int = 0,
+        own_reference: bool = False,
     ) -> "Workload":
         """`shapes` and `lora` are by role; a longest response of 0 means that all are equally long."""
         models = {
@@ -115,7 +118,13 @@ class Workload:
         }
         longest = longest_response or response_tokens
         lengths = prompt_tokens, response_tokens, longest
-        return cls(models, samples, *lengths, mini_batches, epochs, precision, checkpointing, generation_batch)
+        slots = generation_batch, own_reference
+        return cls(models, samples, *lengths, mini_batches, epochs, precision, checkpointing, *slots)
+
+    @property
+    def reference_is_actor(self) -> bool:
+        """Whether the reference is the actor without its adapters, where both lie alike."""
+        return bool(self.models["actor"].lora.rank) and not self.own_reference
 
     @property
     def length(self) -> int:

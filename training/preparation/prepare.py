@@ -20,6 +20,7 @@ from training.data.token_cache import TokenCache
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.fork import Fork
+from training.formulas.own import try_own
 from training.inputs import inputs_of
 from training.kept_models import keep_models, local_model
 from training.lineage import sources_of, trained_elsewhere
@@ -85,6 +86,7 @@ def prepare(
         say(sentence)
     if inputs is not None:
         write_json(run.inputs_file, inputs)
+    try_own(config)
     if rewards is not None and rewards.sources:
         needed = not elsewhere and any(step.draws_samples for step in steps)
         before = [str(place) for place, step in enumerate(config.steps, 1) if not step.draws_samples]
@@ -119,5 +121,10 @@ def prepare_models(config: RunConfig, run: RunDirectory, processes: int, say: Sa
         require_scorer(scorer, config.scorer_source, trained, config.scorer_layers)
         require = require_same_format if trained else require_same_tokens  # one that is to be trained learns to read
         require(chat_format, ChatFormat.load(scorer), config.actor_source, config.scorer_source)
-    require_fitting(config, processes, actor, scorer)
+    reference = None
+    if own := config.reference_model:
+        reference = local_model(run, own, say)
+        require_causal_lm(reference, own)
+        require_same_tokens(chat_format, ChatFormat.load(reference), config.actor_source, own)
+    require_fitting(config, processes, actor, scorer, reference)
     return chat_format

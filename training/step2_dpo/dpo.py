@@ -10,13 +10,14 @@ from training import calls
 from training.data.batching import plan_micro_batches
 from training.data.epochs import count_updates
 from training.data.token_pairs import TokenPair
+from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
+from training.formulas.own import loaded
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
-from training.step2_dpo.dpo_math import dpo_loss, implicit_rewards
-from training.step2_dpo.reference import reference_logprobs, response_logprobs
+from training.step2_dpo.reference import load_own_reference, reference_logprobs, response_logprobs
 from training.steps import SFT
 from training.supervised import fit
 
@@ -44,16 +45,19 @@ def train(stage: Stage) -> None:
     evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
     total = count_updates(len(pairs), settings)
 
+    sets = {"train": pairs, "eval": evaluated}
+    if own := stage.own_reference():  # asked, and forgotten, before the policy is there
+        reference_logprobs(stage, lambda: load_own_reference(stage, own, chat_format), sets)
     dtype, with_weights = loads(settings.optimizer.zero_stage, stage.dtype, stage.ranks)
     model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
     policy = Policy(model, settings.optimizer.lora)
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
-    made: dict[str, Any] = {"pairs": {"train": pairs, "eval": evaluated}}
+    made: dict[str, Any] = {"pairs": sets}
     evaluation: dict[str, float] = {}
     for call in calls.DPO:
         inputs = {key: made[key] for key in call.inputs}
         if call.kind == "score":
-            made[call.outputs[0]] = reference_logprobs(stage, engine, **inputs)
+            made[call.outputs[0]] = reference_logprobs(stage, lambda: engine, **inputs)
         else:
             evaluation = fit(stage, DPOTask(stage, engine, **inputs), settings, total)
 
@@ -74,6 +78,7 @@ class DPOTask:
         """Both have a `train` and an `eval` set."""
         self.stage, self.engine, self.settings = stage, engine, stage.settings
         self.pairs, self.reference_logprobs = pairs, reference_logprobs
+        self.of_pairs = loaded(DPO_LOSSES, self.settings.loss)
         self.lengths = [pair.tokens for pair in pairs["train"]]
 
     def place(self, row: int) -> int:
@@ -121,4 +126,5 @@ class DPOTask:
             "logprobs/rejected": logprobs[1].sum(),
         }
         values = torch.stack(list(measured.values())).tolist()
-        return dpo_loss(margins, self.settings.label_smoothing).sum(), dict(zip(measured, values, strict=True))
+        loss = self.of_pairs.formula(Pairs(rewards[0], rewards[1], self.settings.beta, self.settings.label_smoothing))
+        return loss.sum(), dict(zip(measured, values, strict=True))

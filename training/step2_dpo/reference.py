@@ -1,18 +1,36 @@
-"""Log-probabilities of the reference: what the policy says before its first update, kept so that it is asked once."""
+"""Log-probabilities of the reference, asked once: the policy before its first update, or a model of one's own."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_pairs import TokenPair, rows_of
+from training.hybrid_engine.dividing import loads
+from training.hybrid_engine.frozen import freeze
 from training.hybrid_engine.zero_engine import ZeroEngine
+from training.models.loading import load_causal_lm
+from training.models.policy import Policy
+from training.role_settings import FrozenSettings
 from training.run_directory import write_tensors
 from training.stage import Stage
 from training.supervised import rows_trained_on
 
 
-def response_logprobs(engine: ZeroEngine, pairs: list[TokenPair], device: torch.device) -> Tensor:
+def load_own_reference(stage: Stage, source: Path, chat_format: ChatFormat) -> nn.Module:
+    """Frozen, under the ZeRO stage of the policy if that divides weights."""
+    optimizer = stage.settings.optimizer
+    divided = FrozenSettings(zero_stage=3 if optimizer.zero_stage == 3 else 0)
+    _, with_weights = loads(optimizer.zero_stage, stage.dtype, stage.ranks)
+    model = load_causal_lm(source, chat_format, stage.dtype, with_weights=with_weights)
+    return freeze(Policy(model), divided, stage.dtype, stage.ranks)
+
+
+def response_logprobs(engine: nn.Module | ZeroEngine, pairs: list[TokenPair], device: torch.device) -> Tensor:
     """Of whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
     rows = rows_of(pairs)
     logprobs, _ = engine(TokenBatch.of(rows, device))
@@ -20,11 +38,13 @@ def response_logprobs(engine: ZeroEngine, pairs: list[TokenPair], device: torch.
     return torch.stack(sums).view(2, -1)
 
 
-def reference_logprobs(stage: Stage, engine: ZeroEngine, pairs: dict[str, list[TokenPair]]) -> dict[str, Tensor]:
+def reference_logprobs(
+    stage: Stage, reference: Callable[[], nn.Module | ZeroEngine], pairs: dict[str, list[TokenPair]]
+) -> dict[str, Tensor]:
     """For `train` and `eval` pairs float32 (2, pairs), on every rank: from the step's directory, else scored and kept.
 
-    NaN for pairs that no optimiser step will see. Must be called while `engine` still has the weights that it began
-    with; fresh adapters change nothing.
+    NaN for pairs that no optimiser step will see. A `reference` that is trained must still have the weights that it
+    began with; fresh adapters change nothing.
     """
     file = stage.directory.reference_file
     stage.ranks.see(file)
@@ -35,6 +55,7 @@ def reference_logprobs(stage: Stage, engine: ZeroEngine, pairs: dict[str, list[T
     same = {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}
     if same and not kept["train"][:, needed].isnan().any():  # a longer run needs more of them
         return kept
+    engine = reference()
     found = {
         "train": score_pairs(stage, engine, train, needed),
         "eval": score_pairs(stage, engine, held_out, list(range(len(held_out)))),
@@ -45,7 +66,7 @@ def reference_logprobs(stage: Stage, engine: ZeroEngine, pairs: dict[str, list[T
 
 
 @torch.no_grad()
-def score_pairs(stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], needed: list[int]) -> Tensor:
+def score_pairs(stage: Stage, engine: nn.Module | ZeroEngine, pairs: list[TokenPair], needed: list[int]) -> Tensor:
     """Each rank scores its share of the `needed` rows, then all know all of it; float32 (2, pairs)."""
     result = torch.full((2, len(pairs)), torch.nan)
     if not needed:

@@ -32,7 +32,7 @@ class Forecast:
 
     @classmethod
     def of(
-        cls, stage: Stage, plan: Plan, calls: tuple[Call, ...], actor: Path, scorer: Path | None
+        cls, stage: Stage, plan: Plan, calls: tuple[Call, ...], actor: Path, scorer: Path | None, reference: Path
     ) -> "Forecast | None":
         """With models as in these directories; `scorer` is reward model and critic. None where no rates of this machine
         are known."""
@@ -40,10 +40,11 @@ class Forecast:
             if (cluster := hardware_of(stage)) is None:
                 return None
             shapes = shape_of(actor), None if scorer is None else shape_of(scorer)
+            of_reference = shape_of(reference)
         except UserError as error:  # nothing that training needs
             stage.display.say(f"{WARNING}iterations are not predicted: {error}")
             return None
-        return cls(graphs_of(stage.config, calls, *shapes, stage.dtype, cluster), plan)
+        return cls(graphs_of(stage.config, calls, *shapes, stage.dtype, cluster, of_reference), plan)
 
     def schedule(self, prompts: Sequence[int], responses: Sequence[int], left_out: Collection[str] = ()) -> Schedule:
         """Of an iteration with prompts and responses of these lengths, in tokens, without the calls `left_out`."""

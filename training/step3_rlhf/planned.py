@@ -29,14 +29,15 @@ def graphs_of(
     scorer: Shape | None,
     dtype: torch.dtype,
     cluster: Cluster,
+    reference: Shape | None = None,
 ) -> AugmentedGraphs:
     """Of all plans for an iteration of `calls`; every response as long as it may be. `scorer` is reward model and
-    critic.
+    critic, `reference` that of the settings' own.
 
     Iterations do not overlap: what an iteration gave is told to all ranks.
     """
     graph = DataflowGraph(calls, iterations_overlap=False)
-    return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype), cluster))
+    return AugmentedGraphs(graph, CallCosts(workload_of(config, actor, scorer, dtype, reference), cluster))
 
 
 def require_plan_to_fuse(config: RunConfig) -> None:
@@ -49,14 +50,19 @@ def require_plan_to_fuse(config: RunConfig) -> None:
 
 
 def require_runnable(
-    config: RunConfig, ranks: int, actor: Shape | None, scorer: Shape | None, dtype: torch.dtype
+    config: RunConfig,
+    ranks: int,
+    actor: Shape | None,
+    scorer: Shape | None,
+    dtype: torch.dtype,
+    reference: Shape | None = None,
 ) -> None:
     """Raises UserError where so many ranks cannot run the plan of the settings, or fused training has none; the first
     problem is its sentence. A shape that is None is not judged."""
     if not config.rlhf.plan:
         return require_plan_to_fuse(config)
     graph, plan = DataflowGraph(iteration_calls(config.rlhf, dtype)), from_blocks(config.rlhf.plan)
-    workload = workload_of(config, actor, scorer, dtype)
+    workload = workload_of(config, actor, scorer, dtype, reference)
     found = problems(plan, graph, workload, ranks) or unrunnable(plan, graph, workload, config.rlhf, ranks)
     if sentence := next(iter(found), ""):
         raise UserError(f"rlhf.plan cannot run on {ranks} process{'es' * (ranks > 1)}: {sentence}")
@@ -67,9 +73,16 @@ def shape_of(directory: Path) -> Shape:
     return Shape.from_config_values(read_json(directory / "config.json", "fetch or train the model again"))
 
 
-def workload_of(config: RunConfig, actor: Shape | None, scorer: Shape | None, dtype: torch.dtype) -> Workload:
+def workload_of(
+    config: RunConfig,
+    actor: Shape | None,
+    scorer: Shape | None,
+    dtype: torch.dtype,
+    reference: Shape | None = None,
+) -> Workload:
+    """`reference` is that of the settings' own; None: as the actor's."""
     rlhf, data = config.rlhf, config.data
-    shapes = {"actor": actor, "reference": actor, "critic": scorer, "reward": scorer}
+    shapes = {"actor": actor, "reference": reference or actor, "critic": scorer, "reward": scorer}
     return Workload.of(
         {role: shape for role, shape in shapes.items() if shape is not None},
         samples=rlhf.prompts_per_iteration * rlhf.samples_per_prompt,
@@ -81,4 +94,5 @@ def workload_of(config: RunConfig, actor: Shape | None, scorer: Shape | None, dt
         checkpointing=rlhf.actor.gradient_checkpointing,
         lora={"actor": rlhf.actor.lora, "critic": rlhf.critic.lora},
         generation_batch=rlhf.generation_batch,
+        own_reference=bool(config.reference_model),
     )

@@ -43,16 +43,15 @@ from training.steps import PROMPTS, SFT
 def train(stage: Stage) -> None:
     """The whole step: set up, iterate, save."""
     settings = stage.config.rlhf
-    sft, scorer = stage.earlier_model(SFT), starting_scorer(stage)
+    sft, scorer, reference = stage.earlier_model(SFT), starting_scorer(stage), stage.own_reference()
     chat_format = stage.chat_format(sft, scorer)
     rows, held_out = stage.rows(chat_format)
     prompts = [prompt for (prompt,) in stage.tokens(rows, PROMPTS, chat_format)]
 
     per_iteration = settings.ppo_epochs * settings.mini_batches
     actor_iterations = settings.iterations - settings.critic_warmup
-    roles = Roles(
-        stage, sft, scorer, chat_format, (actor_iterations * per_iteration, settings.iterations * per_iteration)
-    )
+    updates = actor_iterations * per_iteration, settings.iterations * per_iteration
+    roles = Roles(stage, sft, scorer, chat_format, updates, reference)
     look_at_reward_model(stage, roles, chat_format)
     if not settings.has_reference:
         stage.display.say(
@@ -66,7 +65,7 @@ def train(stage: Stage) -> None:
         )
     forecast = None
     if stage.ranks.is_first:
-        forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer)
+        forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer, reference or sft)
     ppo = PPO(stage, roles, chat_format, prompts, rows, held_out, forecast)
     iterations = ppo.fit()
     kept = {}
@@ -333,9 +332,8 @@ class PPO:
                 self.settings.samples_per_prompt,
             )
         experience = [replace(e, score=score) for e, score in zip(experience, rewarded.scores, strict=True)]
-        of_model = rewards.statistics.get("model")
-        if of_model is not None and self.settings.has_critic and not self.roles.critic_scale:
-            shift, scale = of_model.mean, of_model.deviation
+        if rewarded.scale_of_model and self.settings.has_critic and not self.roles.critic_scale:
+            shift, scale = rewarded.scale_of_model
             self.roles.scale_critic(shift, scale)
             experience = [replace(e, values=(e.values - shift) / scale) for e in experience]  # what it said before
         return experience, rewarded

@@ -16,10 +16,8 @@ from inference.generation.cpu_weights import BlockedWeights
 from training.calls import ACTOR_GENERATE, CRITIC_SCORE, Call
 from training.config import RunConfig
 from training.data.batching import TokenBatch
-from training.deepspeed_config import deepspeed_config
-from training.distributed import Ranks
-from training.hybrid_engine.deepspeed_setup import deepspeed
-from training.hybrid_engine.dividing import divide, loads
+from training.hybrid_engine.dividing import loads
+from training.hybrid_engine.frozen import divide_to_score, freeze, gathering
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.moving_average import MovingAverage
 from training.hybrid_engine.reallocation import Reallocation
@@ -87,9 +85,9 @@ def load_reward(
     return Scorer(model, cut=cut)
 
 
-def shapes_of(config: RunConfig, sft: Path, scorer: Path | None) -> dict[str, Shape]:
+def shapes_of(config: RunConfig, sft: Path, scorer: Path | None, reference: Path) -> dict[str, Shape]:
     """Of the models, by role."""
-    shapes = dict.fromkeys(("actor", "reference"), shape_of(sft))
+    shapes = {"actor": shape_of(sft), "reference": shape_of(reference)}
     if scorer is not None:
         shapes |= dict.fromkeys(("critic", "reward"), shape_of(scorer))
         if layers := critic_starts(config)[1]:
@@ -103,9 +101,17 @@ class Roles:
     Each lies where the plan runs its calls: a rank has those whose calls it takes part in.
     """
 
-    def __init__(self, stage: Stage, sft: Path, scorer: Path | None, chat_format: ChatFormat, updates: tuple[int, int]):
+    def __init__(
+        self,
+        stage: Stage,
+        sft: Path,
+        scorer: Path | None,
+        chat_format: ChatFormat,
+        updates: tuple[int, int],
+        reference: Path | None = None,
+    ):
         """All ranks make it. `scorer` is that of `starting_scorer`; `updates` the optimiser steps that the learning
-        rates of actor and critic span."""
+        rates of actor and critic span; `reference` an own one, instead of the SFT model."""
         settings, dtype = stage.config.rlhf.as_planned, stage.dtype
         self.settings, self.stage = settings, stage
         self.exact = settle_exactness(stage, sft)
@@ -113,7 +119,7 @@ class Roles:
         self.calls = iteration_calls(settings, dtype, self.exact is not None)
         self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
         has_stages = any(assignment.layout.pipeline > 1 for assignment in self.plan.assignments.values())
-        shapes = shapes_of(stage.config, sft, scorer) if has_stages else {}
+        shapes = shapes_of(stage.config, sft, scorer, reference or sft) if has_stages else {}
         layers = {role: shape.layers for role, shape in shapes.items()}
         self.places = CallPlaces(self.plan, stage.ranks, layers)
         activations = {
@@ -123,7 +129,7 @@ class Roles:
         self.staged = StagedRoles(
             self.plan, stage.ranks, layers, settings.fusion.training, activations, lambda text: stage.display.say(text)
         )
-        self.actor_is_reference = self.plan.actor_is_reference(settings.actor.lora)
+        self.actor_is_reference = self.plan.actor_is_reference(settings.reference_is_actor)
         self._engines: dict[str, ZeroEngine] = {}
         """Of the roles that this rank trains."""
         self._scoring: dict[str, nn.Module] = {}
@@ -146,8 +152,8 @@ class Roles:
         if settings.has_reference and not self.actor_is_reference:
 
             def load_reference(with_weights: bool, cut: StageCut | None = None) -> Policy:
-                model = load_causal_lm(sft, chat_format, dtype, with_weights=with_weights, cut=cut)
-                return Policy(model, exact=self.exact, cut=cut)
+                model = load_causal_lm(reference or sft, chat_format, dtype, with_weights=with_weights, cut=cut)
+                return Policy(model, exact=None if reference else self.exact, cut=cut)
 
             self._freeze("reference", load_reference, settings.reference)
         if settings.has_reward_model:
@@ -355,30 +361,3 @@ class Roles:
 def response_values(scores: Tensor, batch: TokenBatch) -> Tensor:
     """The value of the state in which each response token is drawn: that of the token before it."""
     return scores[batch.predicting]
-
-
-def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
-    """A role that only scores: as it is on every rank's device, or divided over the ranks by ZeRO 3."""
-    model.eval().requires_grad_(False)
-    if settings.zero_stage == 0:
-        return model.to(ranks.device)
-    divide_to_score(model, dtype, ranks, settings)
-    return gathering(model, dtype, ranks, settings)
-
-
-DIVIDED = FrozenSettings(zero_stage=3)
-
-
-def divide_to_score(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> None:
-    """By ZeRO 3, in place."""
-    with ranks.as_world():
-        divide(model, deepspeed_config(settings.as_optimizer, dtype, trained=False), dtype, ranks)
-
-
-def gathering(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> nn.Module:
-    """`model`, which is divided, with a forward pass that gathers what it needs."""
-    config = deepspeed_config(settings.as_optimizer, dtype, trained=False)
-    with ranks.as_world():
-        engine, *_ = deepspeed.initialize(model=model.eval(), config=config, dist_init_required=False)
-    engine.eval()  # returns nothing, unlike torch's
-    return engine

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from inference.text_pieces import pieces_of
+from inference.text_pieces import pieces_of, whole_text
 from training.rewards import Rewarded
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf import ppo_math
@@ -33,7 +33,7 @@ def rollout_lines(
         yield {
             "sample": place,
             "row": batch.seats[place],
-            "prompt": "".join(pieces_of(sample.prompt.tolist(), tokenizer)),
+            "prompt": whole_text(sample.prompt.tolist(), tokenizer),
             "response": "".join(tokens),
             "truncated": not sample.ended,
             **{f"reward/{source}": scores[place] for source, (scores, _) in rewarded.parts.items()},

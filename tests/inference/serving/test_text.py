@@ -1,6 +1,7 @@
 """Text as it grows: whole characters, and no further than a stop string."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.serving.job import Choice
 from inference.serving.logprobs import Logprobs
 from inference.serving.stop_strings import StopStrings
-from inference.text_pieces import OVERLAP, WINDOW, TextPieces
+from inference.text_pieces import OVERLAP, WINDOW, TextPieces, pieces_of, whole_text
 
 
 def grow(model, text: str, stops=()) -> tuple[list[str], str | None]:
@@ -88,6 +89,21 @@ def test_random_bytes_join_to_the_decoded_whole(model):
         pieces = TextPieces(model.format.decode)
         grown = [pieces.take(ids[: end + 1], end + 1 == length) for end in range(length)]
         assert "".join(grown) == model.format.decode(ids)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_each_token_has_its_text_and_a_character_stands_at_its_last_token(model, is_fast):
+    tokenizer = model.format.tokenizer
+    given = tokenizer if is_fast else SimpleNamespace(decode=tokenizer.decode)
+    generator = torch.Generator().manual_seed(1)
+    for length in (1, 5, 200):
+        ids = torch.randint(0, 512, (length,), generator=generator).tolist()
+        pieces = pieces_of(ids, given)
+        assert "".join(pieces) == whole_text(ids, tokenizer) and len(pieces) == length
+    ids = [model.format.end_of_turn_id, *tokenizer.encode("\N{GRINNING FACE}!", add_special_tokens=False)]
+    assert pieces_of(ids, given) == ["</s>", *[""] * (len(ids) - 3), "\N{GRINNING FACE}", "!"] and len(ids) > 4
+    assert pieces_of(ids[:-2], given)[-1].strip("\ufffd") == ""  # cut within the character
+    assert pieces_of([], given) == []
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,11 @@ def switch_after_steps(ranks, directory):
 
 def switch_frozen_roles(ranks, directory):
     from tests.inference.tensor_parallel.families import build
+    from training.hybrid_engine.frozen import freeze
     from training.hybrid_engine.layout import Layout
     from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of
     from training.models.scorer import Scorer
     from training.role_settings import FrozenSettings
-    from training.step3_rlhf.roles import freeze
 
     part = tensor_parallel_of(Layout.over(ranks.size, ranks.size))
     same, results = batch(ranks, 99), {}

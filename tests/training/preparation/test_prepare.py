@@ -64,6 +64,7 @@ def test_idle_ranks_are_said_before_anything_is_fetched(tmp_path):
             r"weights in LACKING are not those .* missing \(model\.decoder\.final_layer",
         ),
         (["reward_model=LACKING"], "weights in LACKING are not those"),
+        (["reference_model=LACKING"], "weights in LACKING are not those"),
     ],
 )
 def test_models_that_cannot_train_are_refused_before_anything_is_made(tiny, tmp_path, settings, expected):

@@ -17,6 +17,7 @@ from tests.training.step3_rlhf.test_ppo_updates import (
     make_config,
     make_experience,
     make_models,
+    stage_of,
 )
 
 GROUP, COEFFICIENT, PTX = 3, 0.5, 2.0
@@ -45,8 +46,7 @@ def make_ppo(ranks, directory, config, models):
         rows = [{"prompt": [{"role": "user", "content": p}], "response": r} for p, r in DEMONSTRATIONS]
         write_rows(directory / "sft_train.jsonl", rows)
     ranks.barrier()
-    run = SimpleNamespace(data=directory)
-    stage = SimpleNamespace(config=config, seed=config.seed, ranks=ranks, dtype=torch.float32, run=run)
+    stage = stage_of(config, ranks, directory)
     torch.manual_seed(0)
     roles = Roles(stage, sft, reward if config.rlhf.has_critic else None, chat_format, (100, 100))
     return PPO(stage, roles, chat_format, [], [])
@@ -114,11 +114,11 @@ def update_with_options(ranks, directory):
 @torch.no_grad()
 def offloaded_scores(ranks, models, experience) -> list[list[float]]:
     """Log-probabilities of a frozen model: whole, divided, divided and kept in main memory."""
+    from training.hybrid_engine.frozen import freeze
     from training.models.loading import load_causal_lm
     from training.models.policy import Policy
     from training.role_settings import FrozenSettings
     from training.step3_rlhf.experience import token_batch
-    from training.step3_rlhf.roles import freeze
 
     sft, _, chat_format = models
     places = [{}, {"zero_stage": 3}, {"zero_stage": 3, "offload": "parameters"}]

@@ -199,6 +199,24 @@ def update_by_hand(sft, reward, experience, targets) -> dict:
     }
 
 
+def stage_of(config, ranks, directory):
+    """What a trainer needs that only updates; data of the run lie in `directory`."""
+    from training.metrics import NullJournal
+    from training.run_directory import StepDirectory
+    from training.steps import PPO
+
+    return SimpleNamespace(
+        config=config,
+        seed=config.seed,
+        ranks=ranks,
+        dtype=torch.float32,
+        display=SimpleNamespace(say=print),
+        run=SimpleNamespace(data=directory),
+        directory=StepDirectory(directory, PPO),
+        journal=lambda name: NullJournal(),
+    )
+
+
 def update_everywhere(ranks, directory):
     """All cases in one process group; weights go into a file of the first rank, the rest is returned by case."""
     from training.step3_rlhf.experience import Targets, token_batch
@@ -209,10 +227,7 @@ def update_everywhere(ranks, directory):
     experience = make_experience(sft)
     weights, results = {}, {}
     for case in itertools.product(ZERO_STAGES, RANKS_OF_LORA, BUDGETS):
-        display = SimpleNamespace(say=print)
-        stage = SimpleNamespace(
-            config=make_config(sft, *case), seed=1, ranks=ranks, dtype=torch.float32, display=display
-        )
+        stage = stage_of(make_config(sft, *case), ranks, directory)
         targets = Targets.of(experience, stage.config.rlhf, KL_COEFFICIENT)
         torch.manual_seed(0)  # adapters begin at random
         roles = Roles(stage, sft, reward, chat_format, (EPOCHS * MINI_BATCHES, EPOCHS * MINI_BATCHES))
