@@ -222,7 +222,10 @@ def verdict(outlook: Outlook, run_directory: Path) -> str:
     """One line that begins with `Verdict:`."""
     largest = outlook.largest()
     if largest is None or any(outlook.memory(step) is None for step in outlook.steps):
-        unknown = outlook.config.model if outlook.actor is None else outlook.config.scorer_source
+        config = outlook.config
+        unknown = config.model if outlook.actor is None else config.scorer_source
+        if outlook.actor is not None and config.reference_model and outlook.reference is None:
+            unknown = config.reference_model
         return f"Verdict: unknown: the size of {unknown} is not known without the hub (a local directory would tell)"
     step, need = largest
     has = outlook.machine.per_process(outlook.config.processes)

@@ -12,7 +12,8 @@ from applications.pipeline import needed_steps
 from inference.errors import typed
 from rlhf_chat import HOME
 from training.config import RunConfig
-from training.inputs import changed_inputs, code_files
+from training.formulas.tables import own_files
+from training.inputs import CODE, changed_inputs, code_files
 from training.kept_models import local_model, models_of
 from training.metrics import WARNING, Display, size
 from training.opening import open_run
@@ -56,7 +57,7 @@ def described(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     places = [
         run.path.resolve(),
         *(directory for _, directory in models),
-        *(file.resolve() for _, file in code_files(config)),
+        *(file.resolve() for _, file in code_files(config, *CODE)),
     ]
     if config.round_of:
         places.append(Path(config.round_of).resolve())
@@ -90,6 +91,8 @@ def not_prepared(run: RunDirectory, config: RunConfig) -> Iterator[str]:
         yield f"Step 3 asks {rlhf.reward_url} for rewards, so the machine has to reach it."
     if config.method == "ppo" and rlhf.reward_function and rlhf.reward_weights.function:
         yield f"What {rlhf.reward_function} itself opens is not known here."
+    for _, path in own_files(config):
+        yield f"What {path} itself opens is not known here."
     if config.logging.wandb:
         yield "Metrics go to Weights & Biases: set WANDB_MODE=offline or logging.wandb=false there."
     if of_training(run, config):

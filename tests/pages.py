@@ -19,6 +19,8 @@ from applications.cli import app
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config_files import load_config, setting_keys
+from training.formulas.table import OWN
+from training.formulas.tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -26,7 +28,7 @@ WINGS = ("rlhf_chat", "applications", "training", "inference", "benchmarks", "te
 STAGE_OPTIONS = ROOT / "training" / "stage_script.py"
 Refused: type[Exception] = BadParameter.__mro__[1]
 """What the command line's parser raises: typer exports only this one kind of it."""
-EXAMPLES = re.compile(r"path/to/.*|(my/.*|mine|my)\b.*")
+EXAMPLES = re.compile(r"path/to/.*|(my/.*|mine|my)\b.*|runs/\w+/config\.yaml")
 """Files and models that a reader has."""
 NAMES_OF_LIBRARIES = {"save_to_disk", "load_dataset", "from_file"}
 FOREIGN = {
@@ -140,7 +142,10 @@ def mistake_of_settings(model: str | None, overrides: list[str], files: list[Pat
     try:
         named = bool(model) and "/" not in model and model not in ("M", "NAME", "base", "sft", "rlhf", "dpo")
         base = settings_for_model(model) if named else {"model": "tiny"}
-        load_config([ROOT / file for file in files if (ROOT / file).exists()], overrides, base)
+        entries = {table.setting for table in TABLES}
+        own = {each for each in overrides if each.partition("=")[0] in entries and OWN.fullmatch(each)}
+        given = [f"{each}()" if each in own else each for each in overrides]
+        load_config([ROOT / file for file in files if (ROOT / file).exists()], given, base)
     except UserError as error:
         return str(error)
     missing = [str(file) for file in files if not (ROOT / file).exists() and not EXAMPLES.fullmatch(str(file))]
@@ -187,7 +192,7 @@ def wrong_options(text: str) -> list[str]:
 
 
 def options_of_command(name: str) -> frozenset[str]:
-    return frozenset(option for parameter in command_named(name).params for option in parameter.opts)
+    return frozenset(option for each in command_named(name).params for option in (*each.opts, *each.secondary_opts))
 
 
 def wrong_settings(text: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""Step 3 without critic and reward model, on the real command: rewards from a function, an average, demonstrations."""
+"""Step 3 without critic and reward model, on the real command: a user's own rewards, their scale and estimator, an
+average, demonstrations."""
 
 import json
 import shutil
@@ -9,6 +10,7 @@ import yaml
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
 from training.run_directory import RunDirectory
+from training.starts import read_starts
 from training.steps import PPO
 
 FUNCTION = """
@@ -23,9 +25,20 @@ def score(prompts, responses, rows):
             raise RuntimeError("the judge has left")
     assert len(prompts) == len(responses) in (4, 8) and prompts[0][-1]["role"] == "user"
     return [len(set(response)) / 10 for response in responses]
+
+from training.formulas.estimators import Estimator
+from training.formulas.shapings import Shaping
+
+def others(scored):
+    return (scored.by_prompt - scored.by_prompt.flip(1)).flatten()
+
+def halved(scores, so_far):
+    return so_far.mean, 2.0
+
+pairwise = Estimator(others, samples=2)
+half = Shaping(halved, clip=False)
 """
 SETTINGS = {
-    "advantage": "rloo",
     "samples_per_prompt": 2,
     "prompts_per_iteration": 4,
     "reward_weights": {"model": 0},
@@ -43,7 +56,8 @@ def new_run(tiny_run, directory, function):
         tiny_run, directory, ignore=shutil.ignore_patterns("step2*", "step3_rlhf", "evaluation.json", "comparison*")
     )
     config = yaml.safe_load((directory / "config.yaml").read_text())
-    config["rlhf"] = {**config["rlhf"], **SETTINGS, "reward_function": f"{function}:score"}
+    own = {"reward_function": "score", "advantage": "pairwise", "reward_normalization": "half"}
+    config["rlhf"] = {**config["rlhf"], **SETTINGS, **{key: f"{function}:{name}" for key, name in own.items()}}
     config["evaluation"] = {"prompts": 8, "true_score": "none"}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     return directory
@@ -91,6 +105,13 @@ def test_no_critic_is_kept_and_the_average_is_a_model_of_its_own(runs):
     row = metrics(RunDirectory(runs[0]), PPO)[-1]
     assert row["reward/function_mean"] == pytest.approx(row["reward/score_mean"]) and row["ptx/loss"] > 0
     assert not [name for name in row if name.startswith("value/")]
+
+
+def test_the_scale_of_rewards_is_the_user_s_and_so_is_the_estimator(runs):
+    row = metrics(RunDirectory(runs[0]), PPO)[-1]
+    assert row["reward/scaled_std"] == pytest.approx(row["reward/score_std"] / 2, rel=1e-5)
+    starts = [each for each in read_starts(RunDirectory(runs[0])) if each["what"] == PPO.folder]
+    assert list(starts[-1]["formulas"]) == ["mine.py"]
 
 
 def test_a_function_that_fails_loses_nothing(runs):

@@ -43,9 +43,7 @@ ACTOR_TRAIN_ON_GROUPS = Call("actor", "train", _EXPERIENCE)
 
 PPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, CRITIC_SCORE, ACTOR_TRAIN, CRITIC_TRAIN)
 GRPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, ACTOR_TRAIN_ON_GROUPS)
-RLOO = GRPO
-"""The same calls; what differs is a formula between them."""
-REINFORCE_PLUS_PLUS = GRPO
+"""Those of all estimators without a critic; what differs is a formula between them."""
 REFERENCE_SCORE_PAIRS = Call("reference", "score", ("pairs",), ("reference_logprobs",))
 """Once for each pair, before the first update, while the actor still is the reference."""
 ACTOR_TRAIN_ON_PAIRS = Call("actor", "train", ("pairs", "reference_logprobs"))
@@ -55,19 +53,16 @@ REWARD = (Call("reward", "train", ("pairs",)),)
 ALGORITHMS = {
     "ppo": PPO,
     "grpo": GRPO,
-    "rloo": RLOO,
-    "reinforce++": REINFORCE_PLUS_PLUS,
     "dpo": DPO,
     "sft": SFT,
     "reward": REWARD,
 }
 
 
-def rlhf_calls(advantage: str, with_reward_model: bool = True, with_reference: bool = True) -> tuple[Call, ...]:
-    """What step 3 runs with an estimator of `rlhf.advantage`; what a role that is not there would make comes with the
-    data."""
+def rlhf_calls(with_critic: bool, with_reward_model: bool = True, with_reference: bool = True) -> tuple[Call, ...]:
+    """What step 3 runs; what a role that is not there would make comes with the data."""
     absent = [REWARD_SCORE] * (not with_reward_model) + [REFERENCE_SCORE] * (not with_reference)
-    return tuple(call for call in ALGORITHMS["ppo" if advantage == "gae" else advantage] if call not in absent)
+    return tuple(call for call in (PPO if with_critic else GRPO) if call not in absent)
 
 
 def with_recomputed_logprobs(calls: tuple[Call, ...]) -> tuple[Call, ...]:

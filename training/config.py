@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from training.formulas.dpo_losses import DPO_LOSSES
 from training.plan_file import from_blocks
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import Keep, OptimizerSettings, Settings, StepSeed, misplaced, unguided
@@ -123,13 +124,22 @@ class RewardSettings(StepSettings):
 
 
 class DPOSettings(StepSettings):
+    loss: Annotated[str, AfterValidator(DPO_LOSSES.kept)] = "sigmoid"
+    """What is made of the implicit rewards of a pair; `sigmoid` is DPO as published."""
     beta: float = Field(0.1, gt=0)
     """How dear it is to leave the reference: an implicit reward is beta times the log-ratio of policy and reference."""
     label_smoothing: Share = Field(0.0, ge=0, lt=0.5)
-    """Share of the pairs taken to be labelled the wrong way round (conservative DPO); 0 is DPO as published."""
+    """Share of the pairs taken to be labelled the wrong way round (conservative DPO); 0: none."""
     length_normalized: bool = False
     """Divide each log-ratio by its response's tokens, so that length earns nothing; wants a larger beta (2 to 10)."""
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-6)
+
+    @model_validator(mode="after")
+    def _loss_reads_what_is_set(self):
+        if self.label_smoothing and not DPO_LOSSES.entry(self.loss).smooths:
+            known = [name for name, entry in DPO_LOSSES.entries.items() if entry.smooths]
+            raise ValueError(f"loss={self.loss} reads no label_smoothing: leave it at 0, or use {' or '.join(known)}")
+        return self
 
 
 class EvaluationSettings(Settings):

@@ -11,11 +11,13 @@ from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
 from training.config import RunConfig
 from training.config_files import setting_keys
+from training.formulas.table import Table
+from training.formulas.tables import TABLES
 from training.units import Unit
 
 HEAD = """\
@@ -43,6 +45,13 @@ The defaults below are those without a preset; the presets are in `applications/
 its group is set, and wherever: `--set rlhf.actor.zero_stage=1` leaves the actor's learning rate at its own default.
 """
 
+FORMULAS = """
+## Formulas
+
+The entries that a setting may name, with what each says of itself. [estimators.md](estimators.md) says how to write
+one of your own.
+"""
+
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 BOUNDS = {
     annotated_types.Ge: ("ge", "at least {}"),
@@ -64,7 +73,7 @@ class Group:
 
 def reference() -> str:
     """The whole page."""
-    return HEAD + "".join(section(group) for group in groups())
+    return HEAD + "".join([*map(section, groups()), FORMULAS, *map(entries, TABLES)])
 
 
 def groups() -> list[Group]:
@@ -129,6 +138,17 @@ def section(group: Group) -> str:
     return "\n".join(lines) + "\n"
 
 
+def entries(table: Table) -> str:
+    """Heading and table of the formulas that a setting may name."""
+    facts = list(next(iter(table.entries.values())).facts)
+    lines = ["", f"### Entries of `{table.setting}`", "", f"| entry | formula | {' | '.join(facts)} |"]
+    lines.append("|---" * (len(facts) + 2) + "|")
+    for name, entry in table.entries.items():
+        cells = [f"`{name}`", " ".join((entry.formula.__doc__ or "").split()), *map(show, entry.facts.values())]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def unit(info: FieldInfo) -> str:
     """`tokens`; empty where a setting counts and measures nothing."""
     return next((each.name for each in info.metadata if isinstance(each, Unit)), "")
@@ -143,7 +163,10 @@ def type_text(info: FieldInfo) -> str:
     bounds = []
     for kind, (attribute, words) in BOUNDS.items():
         bounds += [words.format(getattr(m, attribute)) for m in info.metadata if isinstance(m, kind)]
-    return ", ".join([annotation_text(info.annotation), *bounds])
+    checks = [getattr(each.func, "__self__", None) for each in info.metadata if isinstance(each, AfterValidator)]
+    tables = [check for check in checks if isinstance(check, Table)]
+    kinds = [f"one of {', '.join(map(show, each.entries))}, or `path/to/file.py:name`" for each in tables]
+    return ", ".join([*(kinds or [annotation_text(info.annotation)]), *bounds])
 
 
 def annotation_text(annotation: Any) -> str:

@@ -18,7 +18,7 @@ from training.config import RunConfig
 from training.config_files import as_typed
 from training.data.prepare import COUNTS_FILE
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
-from training.inputs import changes, code_of
+from training.inputs import KEPT, changes, code_of, paths_of
 from training.kept_models import kept_model, link_or_copy, models_of
 from training.run_directory import RunDirectory, write_directory, write_json
 from training.starts import read_starts
@@ -68,9 +68,10 @@ class Fork:
             if before.get(earlier):
                 yield f"step {earlier.label} is"
         yield from self._changed_models(step)
-        code = code_of(self.config)
-        if step.draws_samples and any(start.get("reward_function", code) != code for start in self._starts(step)):
-            yield f"{self.config.rlhf.reward_function} has changed"
+        for kind in ["reward_function"] * step.draws_samples + ["formulas"] * bool(step.method):
+            code = code_of(self.config, kind)
+            if any(start.get(kind, code) != code for start in self._starts(step)):
+                yield f"{', '.join(map(str, paths_of(self.config)[kind]))} has changed"
         if step.draws_samples and self.config.rlhf.reward_url != self.theirs.rlhf.reward_url:
             yield f"rlhf.reward_url is another than in {self.name}"
         if any(self._other_rows(name) for name in rows_read(self.config, step)):
@@ -89,7 +90,7 @@ class Fork:
     @cached_property
     def _changed(self) -> dict[str, list[str]]:
         """Inputs of the parent that are not as they were, by kind."""
-        found: dict[str, list[str]] = {"data": [], "models": [], "reward_function": []}
+        found: dict[str, list[str]] = {kind: [] for kind in KEPT}
         for kind, path in changes(self.parent):
             found[kind].append(path)
         return found

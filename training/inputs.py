@@ -9,14 +9,18 @@ from typing import Any
 
 from training.config import EMBEDDED_DATA, RunConfig
 from training.data.sources import parse_source
+from training.formulas.tables import own_files
 from training.run_directory import RunDirectory, read_json
 
 LARGE = 2**28
 """Bytes from which size and time of a file stand for its content; a smaller one is read, a tenth of a second each."""
+CODE = ("reward_function", "formulas")
+"""Kinds of inputs that are Python files of the user's."""
 KEPT = {
     "data": "the run keeps its rows (a new run trains on the new ones)",
     "models": "steps that are done keep what they made of the old one",
     "reward_function": "iterations from now on are rewarded by the new one",
+    "formulas": "what is trained from now on is trained by the new one",
 }
 """Kind of an input -> what its change means for the run."""
 
@@ -62,12 +66,13 @@ def paths_of(config: RunConfig) -> dict[str, list[Path]]:
         "data": [source.copy or source.path for source in sources if (source.copy or source.path).exists()],
         "models": [Path(name) for name in models if Path(name).is_absolute()],
         "reward_function": [Path(file)] if file else [],
+        "formulas": [path for _, path in own_files(config)],
     }
 
 
 def files_of(kind: str, path: Path, before: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
     """Names and files of an input; of code those in `before`, where they are known."""
-    if kind != "reward_function":
+    if kind not in CODE:
         yield from files_in(path)
         return
     path = path.resolve()  # what lies beside the file itself is imported
@@ -77,14 +82,14 @@ def files_of(kind: str, path: Path, before: Collection[str] | None = None) -> It
             yield name, file
 
 
-def code_of(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of the reward function's files, by name."""
-    return {name: print_of(file)["content"] for name, file in code_files(config)}
+def code_of(config: RunConfig, kind: str) -> dict[str, str]:
+    """SHA-256 of the files of a kind of CODE, by name."""
+    return {name: print_of(file)["content"] for name, file in code_files(config, kind)}
 
 
-def code_files(config: RunConfig) -> list[tuple[str, Path]]:
-    """Names and files of the reward function."""
-    return [named for path in paths_of(config)["reward_function"] for named in files_of("reward_function", path)]
+def code_files(config: RunConfig, *kinds: str) -> list[tuple[str, Path]]:
+    """Names and files of the user's code, of these kinds."""
+    return [named for kind in kinds for path in paths_of(config)[kind] for named in files_of(kind, path)]
 
 
 def with_imports(file: Path, known: frozenset[Path] = frozenset()) -> frozenset[Path]:

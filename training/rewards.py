@@ -6,9 +6,10 @@ from typing import Any
 
 from inference.chat_template import Message
 from training.distributed import Ranks
+from training.formulas.own import loaded
+from training.formulas.shapings import SHAPINGS, RunningStatistics, Shaping
 from training.reward_sources import NobodyAnswers, RewardEndpoint, RewardFailed, RewardFunction, Row, Source
 from training.rlhf_settings import RLHFSettings
-from training.running_statistics import RunningStatistics
 
 Parts = dict[str, tuple[list[float], float]]
 """Scores and weight of each source, by its name."""
@@ -28,13 +29,14 @@ class Rewarded:
     parts: Parts
     """What each source gave."""
     metrics: dict[str, float]
+    scale_of_model: tuple[float, float] | None
+    """What the reward model's scores are less, and over, where they are shaped."""
 
 
 class Rewards:
     """What PPO is told to raise: the weighted sum of the reward model's scores and those of the user's sources.
 
-    A source that step 2 has not normalised is by the mean and deviation of all its scores so far
-    (rlhf.reward_normalization). Only normalised scores are clipped.
+    Scores of a source that step 2 has not normalised are brought to a scale by an entry of training.formulas.shapings.
     """
 
     def __init__(self, settings: RLHFSettings, ranks: Ranks, model_is_normalized: bool = True):
@@ -48,9 +50,8 @@ class Rewards:
             endpoint = RewardEndpoint(settings.reward_url, settings.reward_timeout, settings.reward_retries)
             self.sources.append((endpoint, self.weights.url))
         names = [*["model"] * (self.has_model and not model_is_normalized), *(s.name for s, _ in self.sources)]
-        runs = settings.reward_normalization == "running"
-        self.statistics = {name: RunningStatistics() for name in names} if runs else {}
-        """Of each source that they normalise, by its name."""
+        self.statistics = {name: RunningStatistics() for name in names}
+        """Of each source that it shapes, by its name."""
 
     def reward(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
@@ -60,12 +61,16 @@ class Rewards:
         Raises RewardFailed on all ranks where a source failed on one of them.
         """
         parts = self._parts(of_model, prompts, responses, rows, group)
-        for name, statistics in self.statistics.items():
+        so_far = {name: replace(statistics) for name, statistics in self.statistics.items()}
+        for name, statistics in so_far.items():
             statistics.update(parts[name][0])
+        scales = {name: self.shaping.formula(parts[name][0], statistics) for name, statistics in so_far.items()}
+        self.statistics = so_far
         metrics = means_of(parts) if self.sources or self.weights.model != 1 else {}
-        shaped, clipped = self._shape(parts)
+        shaped, clipped = self._shape(parts, scales)
         metrics["reward/clipped_fraction"] = clipped / len(responses)
-        return Rewarded(weighted(parts, len(responses)), weighted(shaped, len(responses)), parts, metrics)
+        raw, scores = weighted(parts, len(responses)), weighted(shaped, len(responses))
+        return Rewarded(raw, scores, parts, metrics, scales.get("model"))
 
     def total(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
@@ -73,6 +78,10 @@ class Rewards:
         """Weighted sums of what the sources give, and the mean of each source; as `reward` otherwise."""
         parts = self._parts(of_model, prompts, responses, rows, group)
         return weighted(parts, len(responses)), means_of(parts)
+
+    @property
+    def shaping(self) -> Shaping:
+        return loaded(SHAPINGS, self.settings.reward_normalization)
 
     def state(self) -> dict[str, dict[str, float]]:
         """What a checkpoint keeps."""
@@ -82,15 +91,17 @@ class Rewards:
         """Go on from what `state` gave; a checkpoint without it is of a run that normalises nothing."""
         self.statistics = {name: RunningStatistics(**values) for name, values in (state or {}).items()}
 
-    def _shape(self, parts: Parts) -> tuple[Parts, int]:
-        """Scores as PPO takes them, and how many responses have one that was clipped."""
+    def _shape(self, parts: Parts, scales: dict[str, tuple[float, float]]) -> tuple[Parts, int]:
+        """Scores as PPO takes them, by the shift and scale of sources, and how many responses have one that was
+        clipped."""
         shaped: Parts = {}
         clipped: set[int] = set()
         bound = self.settings.score_clip
         for name, (scores, weight) in parts.items():
-            if name in self.statistics:
-                scores = self.statistics[name].normalized(scores)
-            if bound and (name in self.statistics or (name == "model" and self.model_is_normalized)):
+            if name in scales:
+                shift, scale = scales[name]
+                scores = [(score - shift) / scale for score in scores]
+            if bound and (self.shaping.clip if name in scales else name == "model" and self.model_is_normalized):
                 clipped |= {place for place, score in enumerate(scores) if abs(score) > bound}
                 scores = [max(-bound, min(bound, score)) for score in scores]
             shaped[name] = scores, weight

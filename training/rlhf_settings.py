@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from inference.errors import UserError
 from training.calls import Call, rlhf_calls
+from training.formulas.estimators import ESTIMATORS, Estimator
+from training.formulas.shapings import SHAPINGS
 from training.plan_file import from_blocks, read_plan, to_blocks
 from training.role_settings import (
     DecayRate,
@@ -51,7 +53,8 @@ class KLSettings(Settings):
     """With rlhf.keep=best: the largest KL in nats per response of a model that may be kept; 0 means that of `stop`, and
     any where that is 0."""
     place: Literal["auto", "reward", "loss"] = "auto"
-    """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: loss for grpo."""
+    """Where the penalty acts: taken off the rewards (k1), or added to the actor's loss (k3); auto: as the
+    estimator's entry says."""
     measure: bool = False
     """Score with a reference, for the metrics and warnings of KL, also where nothing else asks for it."""
 
@@ -112,8 +115,8 @@ class FusionSettings(Settings):
 
 
 class RLHFSettings(Settings):
-    advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
-    """Estimator of the advantages: `gae` is PPO with a critic; the others need none (docs/step3_rlhf.md)."""
+    advantage: Annotated[str, AfterValidator(ESTIMATORS.kept)] = "gae"
+    """Estimator of the advantages: `gae` is PPO with a critic; the others need none."""
     seed: StepSeed = -1
     """Seed of everything that the step draws at random; -1: the run's."""
     iterations: Iterations = Field(100, ge=1)
@@ -150,7 +153,8 @@ class RLHFSettings(Settings):
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's lambda."""
     whiten_advantages: bool = True
-    """Give advantages mean 0 and standard deviation 1 over an iteration's batch; gae and reinforce++ only."""
+    """Give advantages mean 0 and standard deviation 1 over an iteration's batch, where the
+    estimator's entry says so."""
     reward_function: str = ""
     """`path/to/file.py:function` that scores responses, added to the reward model's score (docs/step3_rlhf.md)."""
     reward_url: str = ""
@@ -161,7 +165,7 @@ class RLHFSettings(Settings):
     reward_retries: Annotated[int, Unit("tries")] = Field(5, ge=0)
     """Further tries when `reward_url` does not answer, with growing pauses."""
     reward_weights: RewardWeights = RewardWeights()
-    reward_normalization: Literal["running", "none"] = "running"
+    reward_normalization: Annotated[str, AfterValidator(SHAPINGS.kept)] = "running"
     """Of scores that step 2 has not normalised (functions, addresses, other reward models): running makes their mean 0
     and their standard deviation 1, over all seen so far; none takes them as they are."""
     score_clip: float = Field(5.0, ge=0)
@@ -228,9 +232,14 @@ class RLHFSettings(Settings):
         return bool(self.actor.lora.rank) and not self._has_own_reference
 
     @property
+    def estimator(self) -> Estimator:
+        """Its entry; training.formulas.own has the formula of a user's own."""
+        return ESTIMATORS.entry(self.advantage)
+
+    @property
     def has_critic(self) -> bool:
-        """Whether a critic is trained; only `gae` needs values."""
-        return self.advantage == "gae"
+        """Whether a critic is trained."""
+        return self.estimator.critic
 
     @property
     def has_reward_model(self) -> bool:
@@ -245,7 +254,7 @@ class RLHFSettings(Settings):
     @property
     def kl_in_loss(self) -> bool:
         """Whether the KL penalty is a term of the actor's loss, not a part of the rewards."""
-        in_loss = self.kl.place == "loss" or (self.kl.place == "auto" and self.advantage == "grpo")
+        in_loss = self.kl.place == "loss" or (self.kl.place == "auto" and self.estimator.kl == "loss")
         return in_loss and self.has_reference
 
     @property
@@ -256,7 +265,7 @@ class RLHFSettings(Settings):
     @property
     def calls(self) -> tuple[Call, ...]:
         """What an iteration runs."""
-        return rlhf_calls(self.advantage, self.has_reward_model, self.has_reference)
+        return rlhf_calls(self.has_critic, self.has_reward_model, self.has_reference)
 
     @property
     def as_planned(self) -> "RLHFSettings":
@@ -337,9 +346,10 @@ class RLHFSettings(Settings):
 
     @model_validator(mode="after")
     def _estimator_has_what_it_needs(self):
-        if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
+        if self.samples_per_prompt < (least := self.estimator.samples):
             raise ValueError(
-                f"advantage={self.advantage} compares the samples of a prompt and needs samples_per_prompt of 2 or more"
+                f"advantage={self.advantage} compares the samples of a prompt and needs samples_per_prompt of {least} "
+                f"or more"
             )
         if self.critic_warmup and not self.has_critic:
             raise ValueError(f"critic_warmup={self.critic_warmup} needs a critic, and {self.advantage} has none")

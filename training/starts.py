@@ -14,7 +14,7 @@ from typing import Any
 from inference.disk import writing
 from inference.redaction import redacted_arguments
 from training.config import RunConfig
-from training.inputs import code_of
+from training.inputs import CODE, code_of
 from training.metrics import read_line
 from training.run_directory import RunDirectory
 from training.steps import Step
@@ -43,7 +43,7 @@ def record_start(run: RunDirectory, what: str, config: RunConfig, processes: int
         "gpus": gpus,
         "commit": commit,
         "changed_since_commit": changed,
-        "reward_function": code_of(config),
+        **{kind: code_of(config, kind) for kind in CODE},
         "versions": versions(),
     }
     line = json.dumps(values, ensure_ascii=False) + "\n"

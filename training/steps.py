@@ -82,11 +82,11 @@ class Step:
         return next((method for method, steps in METHODS.items() if steps[-1] is self), None)
 
 
-MARGIN = "-log sigmoid of the margin"
+PAIR_LOSS = "mean over pairs"
 SFT = Step(1, "sft", "supervised fine-tuning", DEMONSTRATIONS, "nats a response token", given_by="sft_model")
-REWARD = Step(2, "reward", "reward model", PAIRS, MARGIN, given_by="trained_reward_model", leaves_scorer=True)
+REWARD = Step(2, "reward", "reward model", PAIRS, PAIR_LOSS, given_by="trained_reward_model", leaves_scorer=True)
 PPO = Step(3, "rlhf", "PPO", PROMPTS, "", (SFT, REWARD), compared_with=SFT, draws_samples=True)
-DPO = Step(2, "dpo", "direct preference optimisation", PAIRS, MARGIN, (SFT,), compared_with=SFT, has_reference=True)
+DPO = Step(2, "dpo", "direct preference optimisation", PAIRS, PAIR_LOSS, (SFT,), compared_with=SFT, has_reference=True)
 
 Method = Literal["ppo", "dpo"]
 METHODS: dict[Method, tuple[Step, ...]] = {"ppo": (SFT, REWARD, PPO), "dpo": (SFT, DPO)}

@@ -93,7 +93,7 @@ class UserFile:
     def _module_name(self) -> str:
         """The file's own, unless something else that can be imported has it."""
         name = self.file.stem
-        other = f"reward_file_{name.replace('.', '_')}"
+        other = f"user_file_{name.replace('.', '_')}"
         if "." in name:
             return other
         if name in sys.modules:
@@ -112,7 +112,7 @@ def refuse_own_package(error: ImportError | AttributeError) -> None:
     if theirs is not None:
         place = theirs.submodule_search_locations or [str(theirs.origin)]
         raise UserError(
-            f"The reward function asks for {name}, which here is rlhf-chat's own, {HOME / name}, and not {place[0]}: "
+            f"Your Python file asks for {name}, which here is rlhf-chat's own, {HOME / name}, and not {place[0]}: "
             f"give your package another name."
         ) from error
 

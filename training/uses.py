@@ -9,7 +9,8 @@ from inference.model_store import TINY
 from training.config import EMBEDDED_DATA, RunConfig
 from training.data.rows import DEMONSTRATIONS_FILE
 from training.data.sources import parse_source
-from training.inputs import code_files
+from training.formulas.tables import own_files
+from training.inputs import code_files, files_of
 from training.kept_models import kept_model
 from training.lineage import base_model, reward_model_before
 from training.paths import MODELS
@@ -24,6 +25,7 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
     return [
         *of_reading(run.path),
         *of_rewards(run, config),
+        *of_formulas(run, config),
         *of_models(run, config),
         *of_data(run, config),
         *of_trackers(run, config),
@@ -60,10 +62,17 @@ def of_looking(run: RunDirectory, config: RunConfig) -> list[Use]:
 
 def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
     """The reward function's files and the reward service's address."""
-    for _, file in code_files(config) if config.rlhf.reward_weights.function else ():
+    for _, file in code_files(config, "reward_function") if config.rlhf.reward_weights.function else ():
         yield of_file(run, file, f"run {file}", "rlhf.reward_function")
     if config.rlhf.reward_url and config.rlhf.reward_weights.url:
         yield Use(f"send prompts and answers to {config.rlhf.reward_url}", "rlhf.reward_url")
+
+
+def of_formulas(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
+    """The files of entries of the user's own."""
+    for setting, path in own_files(config):
+        for _, file in files_of("formulas", path):
+            yield of_file(run, file, f"run {file}", setting)
 
 
 def of_models(run: RunDirectory, config: RunConfig) -> Iterator[Use]:

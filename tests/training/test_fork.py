@@ -120,7 +120,7 @@ def test_what_began_otherwise_takes_what_follows_with_it(parent, made):
 @pytest.mark.parametrize(
     ("file", "trained", "why"),
     [
-        ("mine.py", "3", "mine.py:score has changed"),
+        ("mine.py", "3", "mine.py has changed"),
         ("base/model.safetensors", "123", "base has changed"),
         ("rows.jsonl", "123", "its rows are others"),
     ],

@@ -68,13 +68,15 @@ def test_what_a_reward_function_imports_from_beside_it_belongs_to_it(given, tmp_
     ):
         (tmp_path / name).write_text(text)
     write_json(run.inputs_file, inputs_of(config))
-    assert sorted(code_of(config)) == ["mine.py", "tools/__init__.py", "tools/words.py"]
+    assert sorted(code_of(config, "reward_function")) == ["mine.py", "tools/__init__.py", "tools/words.py"]
     (tmp_path / "other.py").write_text("x = 2")
     assert changed_inputs(run, config) == []
-    before = code_of(config)
+    before = code_of(config, "reward_function")
     (tmp_path / "tools/words.py").write_text("x = 2")
     assert len(changed_inputs(run, config)) == 1
-    assert [name for name, content in code_of(config).items() if content != before[name]] == ["tools/words.py"]
+    assert [name for name, content in code_of(config, "reward_function").items() if content != before[name]] == [
+        "tools/words.py"
+    ]
 
 
 def test_of_a_run_from_before_only_the_file_itself_is_known(given, tmp_path):

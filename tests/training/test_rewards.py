@@ -7,10 +7,10 @@ import torch
 
 from tests.training.test_reward_sources import PROMPTS, RESPONSES, ROWS, endpoint, write  # noqa: F401
 from training.distributed import Ranks
+from training.formulas.shapings import SHAPINGS, RunningStatistics, running
 from training.reward_sources import RewardEndpoint, RewardFailed
 from training.rewards import Rewards, try_sources
 from training.rlhf_settings import RLHFSettings
-from training.running_statistics import RunningStatistics
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -78,15 +78,14 @@ def test_running_statistics_are_those_of_all_numbers_together():
         statistics.update(batch)
     assert (statistics.count, statistics.mean) == (6, pytest.approx(2.0))
     assert statistics.deviation == pytest.approx((82 / 6) ** 0.5)
-    assert statistics.normalized([2.0, 2.0 + (82 / 6) ** 0.5]) == pytest.approx([0.0, 1.0])
 
 
 def test_numbers_that_differ_by_rounding_alone_are_not_spread_out():
     statistics = RunningStatistics()
     statistics.update([0.1 + 0.2, 0.3, 0.3])
-    assert statistics.normalized([0.1 + 0.2, 0.3]) == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert running([], statistics) == (pytest.approx(0.3), 1.0)
     statistics.update([0.0])
-    assert max(statistics.normalized([0.3])) > 0.5
+    assert running([], statistics)[1] < 0.2
 
 
 def test_a_function_of_0_to_100_keeps_its_differences(tmp_path):
@@ -111,6 +110,23 @@ def test_the_statistics_go_on_from_iteration_to_iteration(tmp_path):
     for each in (rewards, resumed):  # mean 1.5 of 0 2 1 3, squares 2.25 + 0.25 + 0.25 + 2.25
         assert reward(each, [1.0, 3.0]).scores == pytest.approx([-0.5 / 1.25**0.5, 1.5 / 1.25**0.5])
     assert resumed.state() == rewards.state()
+
+
+def test_each_shaping_shifts_and_scales_by_hand():
+    statistics = RunningStatistics()
+    for scores in ([0.0, 2.0], [1.0, 3.0]):  # all: mean 1.5, variance 1.25; the last: mean 2, variance 1
+        statistics.update(scores)
+    found = {name: entry.formula([1.0, 3.0], statistics) for name, entry in SHAPINGS.entries.items()}
+    deviation = pytest.approx(1.25**0.5)
+    assert found == {"running": (1.5, deviation), "scale": (0.0, deviation), "batch": (2.0, 1.0), "none": (0.0, 1.0)}
+
+
+def test_the_scale_of_a_reward_model_from_elsewhere_is_known(tmp_path):
+    rewards = Rewards(RLHFSettings(reward_normalization="batch"), ONE, model_is_normalized=False)
+    for scores in ([0.0, 0.0], [10.0, 30.0]):
+        found = rewards.reward(scores, PROMPTS, RESPONSES, ROWS, group=1)
+    assert found.scale_of_model == (20.0, 10.0) and found.scores == [-1.0, 1.0]
+    assert Rewards(RLHFSettings(), ONE).reward([1.0, 2.0], PROMPTS, RESPONSES, ROWS, group=1).scale_of_model is None
 
 
 def test_a_run_from_before_goes_on_without(tmp_path):

@@ -20,6 +20,7 @@ from training.data.token_cache import TokenCache
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.fork import Fork
+from training.formulas.own import try_own
 from training.inputs import inputs_of
 from training.kept_models import keep_models, local_model
 from training.lineage import sources_of, trained_elsewhere
@@ -85,6 +86,7 @@ def prepare(
         say(sentence)
     if inputs is not None:
         write_json(run.inputs_file, inputs)
+    try_own(config)
     if rewards is not None and rewards.sources:
         needed = not elsewhere and any(step.draws_samples for step in steps)
         before = [str(place) for place, step in enumerate(config.steps, 1) if not step.draws_samples]

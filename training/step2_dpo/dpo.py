@@ -10,12 +10,13 @@ from training import calls
 from training.data.batching import plan_micro_batches
 from training.data.epochs import count_updates
 from training.data.token_pairs import TokenPair
+from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
+from training.formulas.own import loaded
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
-from training.step2_dpo.dpo_math import dpo_loss, implicit_rewards
 from training.step2_dpo.reference import load_own_reference, reference_logprobs, response_logprobs
 from training.steps import SFT
 from training.supervised import fit
@@ -77,6 +78,7 @@ class DPOTask:
         """Both have a `train` and an `eval` set."""
         self.stage, self.engine, self.settings = stage, engine, stage.settings
         self.pairs, self.reference_logprobs = pairs, reference_logprobs
+        self.of_pairs = loaded(DPO_LOSSES, self.settings.loss)
         self.lengths = [pair.tokens for pair in pairs["train"]]
 
     def place(self, row: int) -> int:
@@ -124,4 +126,5 @@ class DPOTask:
             "logprobs/rejected": logprobs[1].sum(),
         }
         values = torch.stack(list(measured.values())).tolist()
-        return dpo_loss(margins, self.settings.label_smoothing).sum(), dict(zip(measured, values, strict=True))
+        loss = self.of_pairs.formula(Pairs(rewards[0], rewards[1], self.settings.beta, self.settings.label_smoothing))
+        return loss.sum(), dict(zip(measured, values, strict=True))

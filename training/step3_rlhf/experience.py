@@ -7,6 +7,8 @@ from torch import Tensor
 
 from inference.generation.sample import Sample
 from training.data.batching import TokenBatch
+from training.formulas.estimators import ESTIMATORS, Scored
+from training.formulas.own import loaded
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf import ppo_math
 
@@ -81,11 +83,14 @@ class Targets:
         values = pad([e.values for e in experience])
         mask = pad([torch.ones(len(e.response)) for e in experience]).bool()
         score = torch.tensor([total_score(e, settings) for e in experience])
-        centering = 0.0 if settings.kl_in_loss else settings.kl.centering
-        penalty = -ppo_math.token_rewards(torch.zeros_like(score), logprobs, reference, mask, kl_coefficient, centering)
-        advantages = estimate_advantages(score, logprobs, reference, values, mask, settings, kl_coefficient)
+        in_loss, estimator = settings.kl_in_loss, loaded(ESTIMATORS, settings.advantage)
+        centering = 0.0 if in_loss else settings.kl.centering
+        penalty = ppo_math.kl_penalty(logprobs, reference, mask, kl_coefficient, centering)
+        in_rewards = torch.zeros_like(penalty) if in_loss else penalty
+        group, gamma, lam = settings.samples_per_prompt, settings.gamma, settings.lam
+        advantages = estimator.advantages(Scored(score, in_rewards, values, mask, group, gamma, lam))
         returns = advantages + values  # before whitening
-        if settings.whiten_advantages and settings.advantage in ("gae", "reinforce++"):
+        if settings.whiten_advantages and estimator.whiten:
             advantages = ppo_math.whiten(advantages, mask)
         return cls(mask, logprobs, reference, values, score, penalty.sum(1), advantages, returns)
 
@@ -151,33 +156,6 @@ class TokenTargets:
     values: Tensor
     advantages: Tensor
     returns: Tensor
-
-
-def estimate_advantages(
-    score: Tensor,
-    logprobs: Tensor,
-    reference: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    settings: RLHFSettings,
-    kl_coefficient: float,
-) -> Tensor:
-    """The switch of `rlhf.advantage`: scores (samples) and the rest (samples, tokens) -> (samples, tokens).
-
-    With the KL penalty in the loss, rewards are the scores alone.
-    """
-    coefficient = 0.0 if settings.kl_in_loss else kl_coefficient
-    group = settings.samples_per_prompt
-
-    def rewards(score: Tensor) -> Tensor:
-        return ppo_math.token_rewards(score, logprobs, reference, mask, coefficient, settings.kl.centering)
-
-    if settings.advantage == "gae":
-        return ppo_math.generalized_advantages(rewards(score), values, mask, settings.gamma, settings.lam)
-    if settings.advantage == "reinforce++":
-        return ppo_math.discounted_returns(rewards(ppo_math.less_group_mean(score, group)), mask, settings.gamma)
-    estimator = {"rloo": ppo_math.leave_one_out, "grpo": ppo_math.group_normalized}[settings.advantage]
-    return estimator(rewards(score).sum(1), group)[:, None] * mask  # one for all tokens of a sample
 
 
 def score_metrics(raw: list[float], experience: list[Experience]) -> dict[str, float]:

@@ -332,9 +332,8 @@ class PPO:
                 self.settings.samples_per_prompt,
             )
         experience = [replace(e, score=score) for e, score in zip(experience, rewarded.scores, strict=True)]
-        of_model = rewards.statistics.get("model")
-        if of_model is not None and self.settings.has_critic and not self.roles.critic_scale:
-            shift, scale = of_model.mean, of_model.deviation
+        if rewarded.scale_of_model and self.settings.has_critic and not self.roles.critic_scale:
+            shift, scale = rewarded.scale_of_model
             self.roles.scale_critic(shift, scale)
             experience = [replace(e, values=(e.values - shift) / scale) for e in experience]  # what it said before
         return experience, rewarded

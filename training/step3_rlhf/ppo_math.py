@@ -1,7 +1,7 @@
 """The mathematics of PPO for language models, as pure functions of tensors.
 
-Names are those of the papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (Schulman et al. 2016, arXiv
-1506.02438), the KL estimators k1 and k3 (Schulman 2020, "Approximating KL divergence"). Padded tensors have the shape
+Names are those of the papers: PPO (Schulman et al. 2017, arXiv 1707.06347), the KL estimators k1 and k3 (Schulman 2020,
+"Approximating KL divergence"). Advantages are in training.formulas.estimators. Padded tensors have the shape
 (samples, tokens) with a bool mask of the same shape, True on response tokens, which are flush left; flat ones have the
 shape (tokens). All are float32.
 """
@@ -37,68 +37,14 @@ def kl_k3(logprobs: Tensor, other: Tensor) -> Tensor:
     return torch.expm1(logratio) - logratio
 
 
-def token_rewards(
-    score: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, coefficient: float, centering: float = 0.0
-) -> Tensor:
-    """-coefficient * k1 on every token, plus the score (samples) on each sample's last token; (samples, tokens).
+def kl_penalty(logprobs: Tensor, reference: Tensor, mask: Tensor, coefficient: float, centering: float = 0.0) -> Tensor:
+    """coefficient * k1 on every token; (samples, tokens).
 
     `centering` is the share of the mean k1 of all tokens that is taken off each: at 1 an average token costs nothing,
     so a response gains nothing by being short.
     """
     kl = kl_k1(logprobs, reference)
-    rewards = -coefficient * (kl - centering * masked_mean(kl, mask)) * mask
-    last = mask.sum(1) - 1
-    return rewards.scatter_add(1, last[:, None], score[:, None].to(rewards))
-
-
-def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """GAE, equation 16: the sum of (gamma * lam)^l * delta_{t+l}; nothing follows a sample's last token."""
-    advantages = torch.zeros_like(rewards)
-    next_value = torch.zeros_like(rewards[:, 0])
-    running = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        real = mask[:, t].to(rewards)
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        running = (delta + gamma * lam * running) * real
-        next_value = values[:, t] * real
-        advantages[:, t] = running
-    return advantages
-
-
-def leave_one_out(rewards: Tensor, group: int) -> Tensor:
-    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740, equation 8): less the mean of the other samples of the prompt.
-
-    (samples) -> (samples); the samples of a prompt stand together, `group` of them.
-    """
-    by_prompt = rewards.view(-1, group)
-    others = (by_prompt.sum(1, keepdim=True) - by_prompt) / (group - 1)
-    return (by_prompt - others).flatten()
-
-
-def group_normalized(rewards: Tensor, group: int) -> Tensor:
-    """GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): less the mean of the prompt's samples, over their
-    standard deviation (unbiased, plus 1e-4, as TRL and OpenRLHF take it).
-
-    (samples) -> (samples); the samples of a prompt stand together, `group` of them.
-    """
-    by_prompt = rewards.view(-1, group)
-    centred = by_prompt - by_prompt.mean(1, keepdim=True)
-    return (centred / (by_prompt.std(1, keepdim=True) + 1e-4)).flatten()
-
-
-def less_group_mean(rewards: Tensor, group: int) -> Tensor:
-    """The baseline of REINFORCE++ where a prompt has several samples; one sample alone is left as it is.
-
-    (samples) -> (samples); the samples of a prompt stand together, `group` of them.
-    """
-    by_prompt = rewards.view(-1, group)
-    return (by_prompt - by_prompt.mean(1, keepdim=True)).flatten() if group > 1 else rewards
-
-
-def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Each token's own reward and all that follow it, discounted; (samples, tokens). REINFORCE++ (Hu et al. 2025,
-    arXiv 2501.03262) takes these as advantages."""
-    return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)
+    return coefficient * (kl - centering * masked_mean(kl, mask)) * mask
 
 
 def correlation(first: Tensor, second: Tensor) -> float:

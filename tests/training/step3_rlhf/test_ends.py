@@ -46,7 +46,7 @@ def test_the_reward_model_reads_the_end_that_it_was_taught_and_the_others_what_w
             config=SimpleNamespace(rlhf=SimpleNamespace(has_reward_model=True)),
         ),
         chat_format=chat_format,
-        scoring=[call for call in rlhf_calls("gae", True) if call.kind == "score"],
+        scoring=[call for call in rlhf_calls(with_critic=True) if call.kind == "score"],
         roles=SimpleNamespace(score=score),
     )
     rollouts.as_taught = lambda rows: Rollouts.as_taught(rollouts, rows)

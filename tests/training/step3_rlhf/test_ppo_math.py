@@ -38,49 +38,14 @@ def test_k3_stays_finite_for_a_hopeless_token():
     assert torch.isfinite(ppo_math.kl_k3(torch.tensor([-500.0]), torch.tensor([-0.1]))).all()
 
 
-def test_token_rewards_put_the_score_on_the_last_real_token():
-    logprobs = torch.tensor([[-1.0, -1, -1], [-1, -1, -1]])
-    reference = torch.tensor([[-1.5, -1, -0.5], [-2, -1, 9]])
-    rewards = ppo_math.token_rewards(torch.tensor([10.0, 20]), logprobs, reference, MASK, coefficient=0.1)
-    # -0.1 * (logp - ref): row 1: -0.05, 0, 0.05 (+10); row 2: -0.1, 0 (+20), padding 0
-    assert torch.allclose(rewards, torch.tensor([[-0.05, 0, 10.05], [-0.1, 20, 0]]), atol=1e-6)
-
-
 def test_centering_takes_the_mean_penalty_off_every_token():
     logprobs = torch.tensor([[-1.0, -1, -1], [-1, -1, -1]])
     reference = torch.tensor([[-1.5, -1, -0.5], [-3, -2, 9]])
     # log-ratios 0.5, 0, -0.5 and 2, 1 (behind the end: nothing): their mean over the 5 tokens is 0.6
-    rewards = ppo_math.token_rewards(torch.zeros(2), logprobs, reference, MASK, coefficient=0.1, centering=1.0)
-    assert torch.allclose(rewards, torch.tensor([[0.01, 0.06, 0.11], [-0.14, -0.04, 0]]), atol=1e-6)
-    half = ppo_math.token_rewards(torch.zeros(2), logprobs, reference, MASK, coefficient=0.1, centering=0.5)
-    assert torch.allclose(half, torch.tensor([[-0.02, 0.03, 0.08], [-0.17, -0.07, 0]]), atol=1e-6)
-
-
-def test_generalized_advantages_by_hand():
-    rewards, values = torch.tensor([[0.0, 0, 1], [0, 2, 0]]), torch.tensor([[0.5, 0.4, 0.3], [1, 1, 77]])
-    advantages = ppo_math.generalized_advantages(rewards, values, MASK, gamma=0.5, lam=0.5)
-    # row 1, from the end: 1 - 0.3 = 0.7; 0 + 0.15 - 0.4 = -0.25, + 0.25 * 0.7 = -0.075;
-    # 0 + 0.2 - 0.5 = -0.3, + 0.25 * -0.075 = -0.31875
-    # row 2: 2 - 1 = 1; 0 + 0.5 - 1 = -0.5, + 0.25 * 1 = -0.25; the 77 behind the end counts for nothing
-    assert torch.allclose(advantages, torch.tensor([[-0.31875, -0.075, 0.7], [-0.25, 1, 0]]))
-
-
-def test_generalized_advantages_against_the_double_sum():
-    generator = torch.Generator().manual_seed(1)
-    rewards, values = torch.randn(4, 7, generator=generator), torch.randn(4, 7, generator=generator)
-    lengths = [7, 1, 4, 6]
-    mask = torch.arange(7)[None] < torch.tensor(lengths)[:, None]
-    gamma, lam = 0.9, 0.8
-    advantages = ppo_math.generalized_advantages(rewards * mask, values, mask, gamma, lam)
-    for row, length in enumerate(lengths):
-        for t in range(length):
-            total = 0.0
-            for k in range(t, length):
-                after = float(values[row, k + 1]) if k + 1 < length else 0.0
-                delta = float(rewards[row, k]) + gamma * after - float(values[row, k])
-                total += (gamma * lam) ** (k - t) * delta
-            assert float(advantages[row, t]) == pytest.approx(total, abs=1e-5)
-        assert not advantages[row, length:].any()
+    penalty = ppo_math.kl_penalty(logprobs, reference, MASK, coefficient=0.1, centering=1.0)
+    assert torch.allclose(-penalty, torch.tensor([[0.01, 0.06, 0.11], [-0.14, -0.04, 0]]), atol=1e-6)
+    half = ppo_math.kl_penalty(logprobs, reference, MASK, coefficient=0.1, centering=0.5)
+    assert torch.allclose(-half, torch.tensor([[-0.02, 0.03, 0.08], [-0.17, -0.07, 0]]), atol=1e-6)
 
 
 def test_policy_loss_clips_only_what_would_move_further_away():
@@ -162,32 +127,6 @@ def test_adaptive_kl_follows_its_target_and_a_fixed_one_stays():
     fixed = ppo_math.KLController(coefficient=0.3, target=0.0, horizon=100.0)
     fixed.update(kl=50.0, samples=10)
     assert fixed.coefficient == 0.3
-
-
-def test_leave_one_out_takes_off_the_mean_of_the_others():
-    # first prompt: 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2; second prompt: all alike
-    found = ppo_math.leave_one_out(torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0]), 3)
-    assert found.tolist() == [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]
-
-
-def test_group_normalisation_has_one_mean_and_deviation_a_prompt():
-    # means 2 and 10; unbiased deviations sqrt(2) and 0
-    found = ppo_math.group_normalized(torch.tensor([1.0, 3.0, 10.0, 10.0]), 2)
-    one = 1 / (2**0.5 + 1e-4)
-    assert found.tolist() == pytest.approx([-one, one, 0.0, 0.0])
-
-
-def test_the_group_mean_is_no_baseline_for_a_single_sample():
-    rewards = torch.tensor([1.0, 3.0, 5.0, 5.0])
-    assert ppo_math.less_group_mean(rewards, 2).tolist() == [-1.0, 1.0, 0.0, 0.0]
-    assert ppo_math.less_group_mean(rewards, 1).tolist() == rewards.tolist()
-
-
-def test_returns_are_the_rewards_to_come_discounted():
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    rewards = torch.tensor([[1.0, 0.0, 4.0], [2.0, 0.0, 0.0]])
-    found = ppo_math.discounted_returns(rewards, mask, gamma=0.5)
-    assert found.tolist() == [[1 + 0.25 * 4, 0.5 * 4, 4.0], [2.0, 0.0, 0.0]]
 
 
 def test_correlation():

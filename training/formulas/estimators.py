@@ -1,0 +1,134 @@
+"""The estimators of the advantages, which `rlhf.advantage` names. What they differ in stands in their entries.
+
+Imports torch where it is needed alone: settings are read without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from training.formulas.table import Entry, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The samples of an iteration, of all ranks: float32 on the CPU, (samples, tokens) unless said otherwise.
+
+    Response tokens are flush left, with zeros behind them. The samples of a prompt stand together.
+    """
+
+    score: Tensor
+    """(samples); of all that rewards, on one scale, less the penalty for a missing end."""
+    kl_penalty: Tensor
+    """Of each token, weighed; zeros where the penalty is a part of the loss."""
+    values: Tensor
+    """Of the critic; zeros without one."""
+    mask: Tensor
+    """bool; True on response tokens."""
+    group: int
+    """Samples of a prompt."""
+    gamma: float
+    lam: float
+
+    @property
+    def rewards(self) -> Tensor:
+        """Of each token: less its penalty, and with the score on the last one."""
+        last = self.mask.sum(1) - 1
+        return (-self.kl_penalty).scatter_add(1, last[:, None], self.score[:, None])
+
+    @property
+    def by_prompt(self) -> Tensor:
+        """The rewards of whole samples, (prompts, group)."""
+        return self.rewards.sum(1).view(-1, self.group)
+
+
+@dataclass(frozen=True)
+class Estimator(Entry):
+    """`formula` makes of Scored the advantages: (samples, tokens), or (samples) for one of all tokens of a sample."""
+
+    critic: bool = False
+    """Whether a critic is trained, whose values it reads."""
+    kl: Literal["reward", "loss"] = "reward"
+    """Where the KL penalty acts unless `rlhf.kl.place` says it."""
+    samples: int = 1
+    """The fewest samples a prompt."""
+    whiten: bool = False
+    """Whether `rlhf.whiten_advantages` whitens what it makes."""
+
+    def __post_init__(self) -> None:
+        if self.kl not in ("reward", "loss") or self.samples < 1:
+            raise ValueError("has kl='reward' or kl='loss', and samples of 1 or more")
+
+    def advantages(self, scored: Scored) -> Tensor:
+        """(samples, tokens), not whitened."""
+        found = self.formula(scored)
+        return found if found.dim() == 2 else found[:, None] * scored.mask
+
+    def complaint(self, found: Any, *given: Any) -> str:
+        shape = tuple(given[0].mask.shape)
+        if tuple(getattr(found, "shape", ())) not in (shape, shape[:1]):
+            return f"must return a tensor of shape {shape} or {shape[:1]}, not {str(found)[:80]!r}"
+        return "" if found.isfinite().all() else "returned advantages that are not finite numbers"
+
+    def example(self, settings: Any) -> tuple[Any, ...]:
+        """Two prompts, whose samples have one to three tokens."""
+        import torch
+
+        lengths = torch.arange(2 * settings.samples_per_prompt) % 3 + 1
+        mask = torch.arange(3) < lengths[:, None]
+        group, gamma, lam = settings.samples_per_prompt, settings.gamma, settings.lam
+        return (Scored(lengths - 1.5, 0.1 * mask, 0.5 * mask, mask, group, gamma, lam),)
+
+
+def gae(scored: Scored) -> Tensor:
+    """The sum of (gamma * lam)^l * delta_{t+l}, delta_t = reward_t + gamma * value_{t+1} - value_t (Schulman et al.
+    2016, arXiv 1506.02438, equation 16)."""
+    rewards, values = scored.rewards, scored.values
+    advantages = rewards.new_zeros(rewards.shape)
+    next_value = running = rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):  # nothing follows a sample's last token
+        real = scored.mask[:, t].to(rewards)
+        delta = rewards[:, t] + scored.gamma * next_value - values[:, t]
+        running = (delta + scored.gamma * scored.lam * running) * real
+        next_value = values[:, t] * real
+        advantages[:, t] = running
+    return advantages
+
+
+def rloo(scored: Scored) -> Tensor:
+    """R_i - mean of the other R of the prompt (Ahmadian et al. 2024, arXiv 2402.14740, equation 8)."""
+    by_prompt = scored.by_prompt
+    others = (by_prompt.sum(1, keepdim=True) - by_prompt) / (scored.group - 1)
+    return (by_prompt - others).flatten()
+
+
+def grpo(scored: Scored) -> Tensor:
+    """(R_i - mean R of the prompt) / (their deviation + 1e-4), unbiased as in TRL and OpenRLHF (Shao et al. 2024, arXiv
+    2402.03300, section 4.1.2)."""
+    by_prompt = scored.by_prompt
+    centred = by_prompt - by_prompt.mean(1, keepdim=True)
+    return (centred / (by_prompt.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def reinforce(scored: Scored) -> Tensor:
+    """The rewards of this token and those after it, discounted by gamma; with several samples a prompt the mean of
+    their scores is taken off each first (REINFORCE++, Hu et al. 2025, arXiv 2501.03262)."""
+    score = scored.score.view(-1, scored.group)
+    score = (score - score.mean(1, keepdim=True)).flatten() if scored.group > 1 else scored.score
+    return gae(replace(scored, score=score, values=scored.values * 0, lam=1.0))
+
+
+ESTIMATORS = Table(
+    "rlhf.advantage",
+    Estimator,
+    {
+        "gae": Estimator(gae, critic=True, whiten=True),
+        "rloo": Estimator(rloo, samples=2),
+        "grpo": Estimator(grpo, samples=2, kl="loss"),
+        "reinforce++": Estimator(reinforce, whiten=True),
+    },
+)

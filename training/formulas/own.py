@@ -1,0 +1,56 @@
+"""Entries of a user's own, loaded: their formulas run in this process, as reward functions do."""
+
+from dataclasses import replace
+from functools import cache
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from training.config import RunConfig
+from training.formulas.table import Entry, Table
+from training.formulas.tables import TABLES
+from training.reward_sources import RewardFailed, sentences
+from training.user_code import UserFile
+
+E = TypeVar("E", bound=Entry)
+
+
+@cache
+def loaded(table: Table[E], kept: str) -> E:
+    """The entry of a setting with its formula. Raises RewardFailed where a user's own cannot be had; what its formula
+    raises, and a result of another shape, become that too."""
+    entry, own = table.entry(kept), table.own(kept)
+    if own is None:
+        return entry
+    (path, name), kind = own, table.kind.__name__
+    setting = f"{table.setting}={path}:{name}"
+    if not path.is_file():
+        raise RewardFailed(f"{setting}: there is no file {path}; put it there again.")
+    file = UserFile(path)
+    with sentences(f"{setting}: the file cannot be loaded"):
+        theirs = getattr(file.load(), name, None)
+    if not isinstance(theirs, table.kind):
+        raise RewardFailed(f"{setting}: {name} is no {kind}; write `{name} = {kind}(formula, ...)`.")
+    if theirs.facts != entry.facts:
+        raise RewardFailed(
+            f"{setting}: the run was made with {entry.facts}, and the file now says {theirs.facts}; put that back, or "
+            f"make a new run."
+        )
+
+    def formula(*given: Any) -> Any:
+        with sentences(f"{setting} failed"), file.running():
+            found = theirs.formula(*given)
+        if complaint := theirs.complaint(found, *given):
+            raise RewardFailed(f"{setting} {complaint}; correct it and give the command again.")
+        return found
+
+    return replace(theirs, formula=formula)
+
+
+def try_own(config: RunConfig) -> None:
+    """Ask the formulas of the user's own once before anything trains, about made-up numbers. Raises RewardFailed."""
+    loaded.cache_clear()  # the files may have been corrected since
+    for table in TABLES:
+        kept = attrgetter(table.setting)(config)
+        if table.own(kept):
+            entry = loaded(table, kept)
+            entry.formula(*entry.example(attrgetter(table.setting.partition(".")[0])(config)))
