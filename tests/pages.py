@@ -28,7 +28,7 @@ WINGS = ("rlhf_chat", "applications", "training", "inference", "benchmarks", "te
 STAGE_OPTIONS = ROOT / "training" / "stage_script.py"
 Refused: type[Exception] = BadParameter.__mro__[1]
 """What the command line's parser raises: typer exports only this one kind of it."""
-EXAMPLES = re.compile(r"path/to/.*|(my/.*|mine|my)\b.*")
+EXAMPLES = re.compile(r"path/to/.*|(my/.*|mine|my)\b.*|runs/\w+/config\.yaml")
 """Files and models that a reader has."""
 NAMES_OF_LIBRARIES = {"save_to_disk", "load_dataset", "from_file"}
 FOREIGN = {
@@ -192,7 +192,7 @@ def wrong_options(text: str) -> list[str]:
 
 
 def options_of_command(name: str) -> frozenset[str]:
-    return frozenset(option for parameter in command_named(name).params for option in parameter.opts)
+    return frozenset(option for each in command_named(name).params for option in (*each.opts, *each.secondary_opts))
 
 
 def wrong_settings(text: str) -> list[str]:

@@ -12,8 +12,9 @@ MODELS = ("model", "reward_model", "sft_model", "trained_reward_model", "referen
 
 def found_from_anywhere(config: RunConfig) -> RunConfig:
     """`config` with absolute paths to what is there now; other names (of hub, preset, package) stay."""
-    if (Path(config.reference_model).expanduser() / "config.yaml").is_file():  # a run, whose newest model it is
-        config.reference_model = str(find_newest_model(Path(config.reference_model).expanduser())[1])
+    reference = Path(config.reference_model).expanduser()
+    if config.reference_model and (reference / "config.yaml").is_file():  # a run, whose newest model it is
+        config.reference_model = str(find_newest_model(reference)[1])
     for name in MODELS:
         setattr(config, name, absolute_model(getattr(config, name)))
     if config.data.source != EMBEDDED_DATA:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -167,6 +168,12 @@ def test_a_fork_is_given_what_differs_from_its_parent(tmp_path, monkeypatch):
     assert options == ["--steps=rlhf", "--from", str(tmp_path / "a"), "--fork"]
     train(tmp_path / "b", parent=tmp_path / "a")
     assert begun[1][1] == load_settings(tmp_path / "a") and begun[1][2] == {}
+
+
+def test_what_the_command_starts_is_not_the_command_again(monkeypatch):
+    """multiprocessing runs the program's file in its processes, under this name."""
+    monkeypatch.setattr("rlhf_chat.main", lambda: pytest.fail("the command has begun again"))
+    runpy.run_path(str(ROOT / "rlhf_chat" / "__main__.py"), run_name="__mp_main__")
 
 
 def test_importing_it_imports_little():

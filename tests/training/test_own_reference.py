@@ -76,3 +76,9 @@ def test_a_run_stands_for_its_newest_model_and_what_that_was_trained_on_is_known
     config = found_from_anywhere(load_config([], ["model=m", f"reference_model={models.path}"]))
     assert config.reference_model == str(models.step(PPO).model)
     assert Origin(models, PPO) in trace(sources_of(config))[0]
+
+
+def test_a_file_of_settings_in_the_working_directory_names_no_reference(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("model: m\n")
+    monkeypatch.chdir(tmp_path)
+    assert found_from_anywhere(load_config([], ["model=m"])).reference_model == ""
