@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Journal:
         if not self.file.exists():
             return
         kept = 0
-        for row, end in self._rows():
+        for row, end in self._rows(read_number):  # of rollouts there may be gigabytes
             if row["number"] > number:
                 break
             kept = end
@@ -67,7 +67,7 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """The lines, without a last one that a crash cut short. Raises UserError for any other that is damaged."""
-        return [row for row, _ in self._rows()]
+        return [row for row, _ in self._rows(read_line)]
 
     def read_one(self, number: int | None = None) -> tuple[list[dict[str, Any]], list[int]]:
         """The lines of a number (None: of the newest one), and all numbers that are there; others are not decoded."""
@@ -84,15 +84,15 @@ class Journal:
                             kept.append(line)
         return [row for line in kept if (row := read_line(line)) is not None], sorted(numbers)
 
-    def _rows(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Each line, and where it ends in the file."""
+    def _rows(self, read: Callable[[bytes], dict[str, Any] | None]) -> Iterator[tuple[dict[str, Any], int]]:
+        """What `read` finds in each line, and where the line ends in the file."""
         if not self.file.exists():
             return
         end = 0
         with open(self.file, "rb") as lines:
             for place, line in enumerate(lines, 1):
                 end += len(line)
-                if (row := read_line(line)) is not None:
+                if (row := read(line)) is not None:
                     yield row, end
                 elif line.endswith(b"\n"):
                     raise UserError(f"Line {place} of {self.file} is damaged: delete that line, {GO_ON}.")
@@ -105,6 +105,12 @@ def read_line(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("number"), int) else None
+
+
+def read_number(line: bytes) -> dict[str, Any] | None:
+    """As `read_line`, but the number alone of a line with a journal's beginning and end."""
+    begin = BEGIN.match(line)
+    return {"number": int(begin[1])} if begin and line.endswith(b"}\n") else read_line(line)
 
 
 class NullJournal(Journal):

@@ -113,3 +113,14 @@ def test_journal_forgets_what_came_after_and_a_torn_line(tmp_path):
     journal.rewind(2)
     journal.write(3, {"loss": 1.5})
     assert [row["number"] for row in journal.read()] == [1, 2, 3]
+
+
+def test_going_on_decodes_no_line_but_the_last(tmp_path, monkeypatch):
+    """Of rollouts there may be gigabytes."""
+    journal = Journal(tmp_path / "rollouts.jsonl")
+    for number in (1, 2, 3):
+        journal.write(number, {"prompt": "Hi"})
+    with monkeypatch.context() as patched:
+        patched.setattr("training.metrics.read_line", None)
+        journal.rewind(2)
+    assert [row["number"] for row in journal.read()] == [1, 2]
