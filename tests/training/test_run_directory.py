@@ -115,7 +115,7 @@ def test_journal_forgets_what_came_after_and_a_torn_line(tmp_path):
     assert [row["number"] for row in journal.read()] == [1, 2, 3]
 
 
-def test_going_on_decodes_no_line_but_the_last(tmp_path, monkeypatch):
+def test_going_on_decodes_no_whole_line(tmp_path, monkeypatch):
     """Of rollouts there may be gigabytes."""
     journal = Journal(tmp_path / "rollouts.jsonl")
     for number in (1, 2, 3):
