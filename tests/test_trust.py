@@ -257,6 +257,19 @@ def test_code_that_lies_in_a_run_is_known_by_its_content(run):
         open_run(run, None)
 
 
+def test_a_run_of_somebody_else_does_not_reach_into_another_one(run, tmp_path):
+    parent = RunDirectory(tmp_path / "mine")
+    parent.write_config(load_config([], ["model=tiny"]), {})
+    for setting in ("fork_of", "data.parent"):
+        run.write_config(load_config([], ["model=tiny", f"{setting}={parent.path}"]), {})
+        with pytest.raises(UserError, match=rf"take over what is in the run {parent.path} \({setting}\)"):
+            open_run(run, None)
+    open_run(run, None, trusts=True)
+    (parent.path / "link").symlink_to("/etc")
+    with pytest.raises(UserError, match=r"mine was not made here.* follow link, which leads to /etc"):
+        open_run(run, None)
+
+
 def test_a_terminal_is_asked_once(run, monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self):
