@@ -30,7 +30,7 @@ from applications.options import (
     SFTModel,
     Trust,
 )
-from applications.run_commands import runs
+from applications.run_commands import clean, compare, runs
 from training.steps import COMPARED, PPO, REWARD, SFT, Step
 
 app = typer.Typer(
@@ -318,5 +318,20 @@ def rlhf(
     )
 
 
-for function in (runs, chat, prefer, evaluate, samples, report, settings, export, serve, plan, profile, doctor):
+for function in (
+    runs,
+    compare,
+    clean,
+    chat,
+    prefer,
+    evaluate,
+    samples,
+    report,
+    settings,
+    export,
+    serve,
+    plan,
+    profile,
+    doctor,
+):
     command("eval" if function is evaluate else None)(function)

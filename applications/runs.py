@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,6 +84,14 @@ def find_runs(directory: Path) -> list[RunDirectory]:
     return sorted(found, key=lambda run: run.path)
 
 
+def named_runs(places: Sequence[Path]) -> list[RunDirectory]:
+    """Those at the places and in them, each once. Raises UserError where there is none."""
+    found = {run.path.resolve(): run for place in places for run in find_runs(place)}
+    if not found:
+        raise UserError(f"There is no run in {', '.join(map(str, places))}: rlhf-chat runs lists those of a directory.")
+    return list(found.values())
+
+
 def listed(run: RunDirectory) -> Listed:
     """What the files of a run say; one that cannot be read says why."""
     name, (held, written) = str(run.path), measure(run.path)
@@ -92,7 +100,7 @@ def listed(run: RunDirectory) -> Listed:
             raise UserError(f"Reading it would {'; '.join(use.text for use in links)} (docs/safety.md).")
         config = run.read_config()
         starts = read_starts(run)
-        steps = [step for step in config.steps if not config.given_model(step)] or config.steps
+        steps = steps_of(config)
         at = next((step for step in steps if not run.step(step).is_finished), steps[-1])
         state, sentence = state_of(run, at)
         comparison = run.read_comparison(run.last_step) or {}
@@ -112,6 +120,11 @@ def listed(run: RunDirectory) -> Listed:
         )
     except (UserError, OSError) as error:
         return Listed(name, "unreadable", written=written, bytes=held, result=str(error))
+
+
+def steps_of(config: RunConfig) -> list[Step]:
+    """Those that leave a model of the run's own."""
+    return [step for step in config.steps if not config.given_model(step)] or config.steps
 
 
 def state_of(run: RunDirectory, at: Step) -> tuple[str, str]:

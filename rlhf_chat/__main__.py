@@ -2,4 +2,5 @@
 
 from rlhf_chat import main
 
-main()
+if __name__ == "__main__":  # not in the processes that multiprocessing starts for it
+    main()

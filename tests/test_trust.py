@@ -219,7 +219,7 @@ def settings(run: RunDirectory, *given: str):
 
 
 def test_a_run_made_here_may_do_what_was_typed_and_nothing_else(run):
-    config = settings(run)
+    config = settings(run, "rlhf.reward_url=http://127.0.0.1:8")
     open_run(run, config)
     assert open_run(run, None) == config
     (run.path.parent / "mine.py").write_text("def score(p, r): return 1")  # its user's own file

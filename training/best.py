@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from training.checkpoints import Checkpoints, remove_directory
+from training.checkpoints import Checkpoints
 from training.hybrid_engine.kept_weights import KeptWeights
 from training.metrics import WARNING
+from training.run_directory import remove_directory
 from training.stage import Stage
 
 Rank = tuple[float, ...]

@@ -1,6 +1,5 @@
 """Checkpoints that appear whole or not at all; the newest few are kept."""
 
-import os
 import pickle
 import re
 import shutil
@@ -13,7 +12,7 @@ from inference.disk import writing
 from inference.errors import UserError
 from training.distributed import Ranks
 from training.launchers import processes_option
-from training.run_directory import numbered, publish_directory, read_json, write_json
+from training.run_directory import numbered, publish_directory, read_json, remove_directory, write_json
 from training.shared_files import wait_until_seen
 
 STATE_FILE = "state.json"
@@ -144,11 +143,3 @@ def reading(directory: Path, way_out: str) -> Iterator[None]:
         if not any(text in str(error) for text in MISFITS):
             raise
         raise damaged(error) from error
-
-
-def remove_directory(directory: Path) -> None:
-    """Delete a checkpoint so that a crash halfway leaves nothing that looks like one."""
-    doomed = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(directory, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -44,8 +44,8 @@ def require_fitting(
         require_positions(config.trained_reward_model or config.reward_model_source, scorer, config.data)
     if config.method == "ppo":
         require_actor_learns(config.rlhf)
-        require_layouts(config, processes, actor, scorer, reference or actor)
-        require_plan(config, processes, actor, scorer, reference or actor)
+        require_layouts(config, processes, actor, scorer, reference)
+        require_plan(config, processes, actor, scorer, reference)
     require_adapters(config, actor, scorer)
 
 
@@ -74,14 +74,16 @@ def require_positions(name: str, directory: Path, settings: DataSettings) -> Non
         )
 
 
-def require_layouts(config: RunConfig, processes: int, actor: Path, scorer: Path | None, reference: Path) -> None:
+def require_layouts(
+    config: RunConfig, processes: int, actor: Path, scorer: Path | None, reference: Path | None = None
+) -> None:
     """Raise UserError where a model of step 3 cannot be cut as asked for."""
     if config.rlhf.plan:  # it says how they are cut
         return
     degrees = config.rlhf.scoring_tensor_parallel
     asked = [
         ("generation_tensor_parallel", actor, config.rlhf.generation_tensor_parallel),
-        ("scoring_tensor_parallel.reference", reference, degrees.reference),
+        ("scoring_tensor_parallel.reference", reference or actor, degrees.reference),
     ]
     if scorer is not None:
         asked += [
@@ -107,7 +109,9 @@ def require_cut(model: Path, tensor: int, asked: str) -> None:
         raise UserError(f"{asked}: {error}") from None
 
 
-def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | None, reference: Path) -> None:
+def require_plan(
+    config: RunConfig, processes: int, actor: Path, scorer: Path | None, reference: Path | None = None
+) -> None:
     """Raise UserError where rlhf.plan does not fit the calls, the models or the ranks."""
     if not config.rlhf.plan:
         return require_plan_to_fuse(config)
@@ -115,12 +119,12 @@ def require_plan(config: RunConfig, processes: int, actor: Path, scorer: Path | 
     dtype = resolve_dtype(config.dtype, device)
     of_actor = AutoConfig.from_pretrained(actor, local_files_only=True)
     of_scorer = scorer_config(scorer, config.scorer_layers) if scorer else None
-    of_reference = AutoConfig.from_pretrained(reference, local_files_only=True)
+    of_reference = AutoConfig.from_pretrained(reference or actor, local_files_only=True)
     shapes = Shape.of(of_actor), Shape.of(of_scorer) if of_scorer else None
     require_runnable(config, processes, *shapes, dtype, Shape.of(of_reference))
     plan = Plan.of(config.rlhf, processes, config.data.longest, iteration_calls(config.rlhf, dtype))
     for name, assignment in plan.assignments.items():
-        model = {"actor": actor, "reference": reference}.get(role_of(name), scorer)
+        model = {"actor": actor, "reference": reference or actor}.get(role_of(name), scorer)
         assert model is not None
         require_cut(model, assignment.layout.tensor, f"{name} of rlhf.plan")
     for role, loader, values in (

@@ -328,3 +328,11 @@ def publish_directory(temporary: Path, directory: Path) -> None:
         os.rename(directory, old)
     os.rename(temporary, directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(directory: Path) -> None:
+    """Delete a checkpoint so that a crash halfway leaves nothing that looks like one."""
+    doomed = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
@@ -20,14 +20,16 @@ LINE = 16
 """Of the legend."""
 THICK = 24
 """Of a bar and of an interval."""
+IN_A_LINE = 6
+"""Values under the pointer that stand in one line."""
 MOST_POINTS = 60
 """More than these are averaged in groups."""
 FEW_POINTS = 12
 """Up to so many are drawn as dots too."""
-COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "soft": "#868e99"}
-VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)", COLOURS["soft"]: "var(--faint)"} | {
-    COLOURS[name]: f"var(--{name})" for name in "abc"
-}
+COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "d": "#8a3ab9", "e": "#b3265e", "f": "#6d6a12"}
+VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {each: f"var(--{name})" for name, each in COLOURS.items()}
+COLOURS["soft"] = "#868e99"
+VARIABLES[COLOURS["soft"]] = "var(--faint)"
 """What takes the place of the colours, so that the style sheet decides."""
 
 Point = tuple[float, float]
@@ -42,6 +44,10 @@ class Series:
     colour: str = "a"
     spread: Sequence[float] = ()
     """Half the height of a band around each point."""
+    line: str = "-"
+    """As matplotlib calls it: solid, dashed, dotted."""
+    is_part: bool = False
+    """One of several of which another line is the mean: thin, in no legend and under no pointer."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +66,22 @@ class Chart:
     x_label: str
     marks: Sequence[Mark] = ()
     from_zero: bool = False
+    has_legend: bool = True
+    """Else the page says what its lines are."""
 
 
 @drawing()
 def line_chart(chart: Chart, name: str) -> Markup:
     """The chart as an <svg>; series without points are left out. `name` is its own in the page."""
     series = [thinned(each) for each in chart.series if each.points]
-    columns = min(len(series), 2)
-    top = TOP + LINE * math.ceil(len(series) / columns)
+    named = [each for each in series if not each.is_part]
+    columns = min(len(named), 2)
+    top = TOP + LINE * math.ceil(len(named) / columns if chart.has_legend else len(named) / IN_A_LINE)
     picture = Figure((WIDTH / 72, HEIGHT / 72))
     axes = picture.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, 1 - (LEFT + RIGHT) / WIDTH, 1 - (top + BOTTOM) / HEIGHT))
     for each in series:
         draw(each, axes)
-    xs = sorted({x for each in series for x, _ in each.points})
+    xs = sorted({x for each in named for x, _ in each.points})
     for mark in chart.marks:
         axes.axhline(mark.value, color=COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
         axes.annotate(
@@ -84,7 +93,8 @@ def line_chart(chart: Chart, name: str) -> Markup:
             ha="right",
             gid="mark",
         )
-    axes.set_xlim(*((xs[0], xs[-1]) if xs[0] < xs[-1] else (xs[0] - 1, xs[0] + 1)))
+    first, last = axes.dataLim.intervalx
+    axes.set_xlim(*((first, last) if first < last else (first - 1, first + 1)))
     axes.set_xlabel(chart.x_label, labelpad=2)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     low, high = axes.dataLim.intervaly
@@ -93,19 +103,18 @@ def line_chart(chart: Chart, name: str) -> Markup:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, place: number(value))
     axes.grid(axis="y", clip_on=False)
-    legend = axes.legend(
-        loc="upper left", bbox_to_anchor=(0, 1 - 3 / HEIGHT), bbox_transform=picture.transFigure, ncols=columns
-    )
-    legend.set_gid("key")
+    if chart.has_legend:
+        legend = axes.legend(
+            loc="upper left", bbox_to_anchor=(0, 1 - 3 / HEIGHT), bbox_transform=picture.transFigure, ncols=columns
+        )
+        legend.set_gid("key")
     root = svg(picture, name, VARIABLES)
-    root[:] = [*readouts(series, xs, axes), *root]
+    root[:] = [*readouts(named, xs, axes), *root]
     return inline(
         root,
         "chart",
         f"{chart.title}: "
-        + "; ".join(
-            f"{each.label} from {number(each.points[0][1])} to {number(each.points[-1][1])}" for each in series
-        ),
+        + "; ".join(f"{each.label} from {number(each.points[0][1])} to {number(each.points[-1][1])}" for each in named),
     )
 
 
@@ -129,8 +138,10 @@ def draw(series: Series, axes: Axes) -> None:
         xs,
         ys,
         color=colour,
-        linewidth=1.4 if soft else 2,
-        marker="o",
+        linewidth=0.8 if series.is_part else 1.4 if soft else 2,
+        alpha=0.55 if series.is_part else None,
+        linestyle=series.line,
+        marker="" if series.is_part else "o",
         markersize=4,
         markeredgewidth=0,
         markevery=1 if len(xs) <= FEW_POINTS else [-1],
@@ -147,10 +158,12 @@ def readouts(series: Sequence[Series], xs: Sequence[float], axes: Axes) -> list[
     parts = []
     for (start, end), x in zip(pairwise(bounds), xs, strict=True):
         there = [f"{label} {number(found[x])}" for label, found in values if x in found]
+        said = [", ".join(there[i : i + IN_A_LINE]) for i in range(0, len(there), IN_A_LINE)]
         strip = Element(f"{SVG}g", {"class": "hit"})
         place = {"x": f"{start:.1f}", "width": f"{end - start:.1f}", "height": str(HEIGHT - BOTTOM)}
         SubElement(strip, f"{SVG}rect", place)
-        SubElement(strip, f"{SVG}text", {"y": "12"}).text = f"{x:g}: {', '.join(there)}"
+        for line, text in enumerate(said):
+            SubElement(strip, f"{SVG}text", {"y": str(12 + LINE * line)}).text = f"{x:g}: {text}" if not line else text
         parts.append(strip)
     return parts
 
@@ -174,7 +187,7 @@ def thinned(series: Series) -> Series:
 
     xs = [series.points[min(i + size, len(series.points)) - 1][0] for i in range(0, len(series.points), size)]
     ys = means([y for _, y in series.points])
-    return Series(series.label, list(zip(xs, ys, strict=True)), series.colour, means(series.spread))
+    return replace(series, points=list(zip(xs, ys, strict=True)), spread=means(series.spread))
 
 
 def number(value: float) -> str:

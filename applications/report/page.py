@@ -38,8 +38,11 @@ SHOWN_ANSWERS = 8
 
 def write_report(run: RunDirectory, out: Path | None = None) -> Path:
     """Write the page and return its place. Raises UserError where there is nothing to report, or no way to write."""
-    file = out or run.path / "report.html"
-    text = render(run)
+    return write_page(out or run.path / "report.html", render(run))
+
+
+def write_page(file: Path, text: str) -> Path:
+    """Raises UserError where it cannot be written."""
     try:
         write_text(file, text)
     except OSError as error:
@@ -47,8 +50,17 @@ def write_report(run: RunDirectory, out: Path | None = None) -> Path:
     return file
 
 
+def filled(template: str, **values: Any) -> str:
+    """A page from a template beside this file. It holds no script and asks for nothing, and its policy forbids both."""
+    css = (HERE / "style.css").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    css_hash = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    return environment.get_template(template).render(css=Markup(css), css_hash=css_hash, **values)
+
+
 def render(run: RunDirectory) -> str:
-    """The page. It holds no script and asks for nothing, and its policy forbids both."""
     config = run.read_config()
     stored = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
     evaluation = run.read_comparison(run.last_step)
@@ -58,14 +70,10 @@ def render(run: RunDirectory) -> str:
         raise UserError(
             f"Nothing was trained in {run.path} yet; start with rlhf-chat run --name {typed(run.path.name)}."
         )
-    css = (HERE / "style.css").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html").render(
+    return filled(
+        "page.html",
+        kind="report",
         line_chart=line_chart,
-        css=Markup(css),
-        css_hash=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
         name=run.path.resolve().name,
         config=config,
         steps=[

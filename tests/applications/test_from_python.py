@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from inference.errors import UserError
 from tests.warm import ROOT, Done, fork_all, fork_python
 from training.reward_sources import RewardEndpoint, RewardFailed
 from training.run_directory import RunDirectory
+from training.watchdog import PARENT_VARIABLE
 
 LITTLE = {"rlhf.advantage": "rloo", "rlhf.samples_per_prompt": 2, "sft.max_steps": 1, "evaluation.prompts": 0}
 
@@ -167,6 +169,20 @@ def test_a_fork_is_given_what_differs_from_its_parent(tmp_path, monkeypatch):
     assert options == ["--steps=rlhf", "--from", str(tmp_path / "a"), "--fork"]
     train(tmp_path / "b", parent=tmp_path / "a")
     assert begun[1][1] == load_settings(tmp_path / "a") and begun[1][2] == {}
+
+
+def test_what_the_command_starts_is_not_the_command_again(monkeypatch):
+    """multiprocessing runs the program's file in its processes, under this name."""
+    monkeypatch.setattr("rlhf_chat.main", lambda: pytest.fail("the command has begun again"))
+    runpy.run_path(str(ROOT / "rlhf_chat" / "__main__.py"), run_name="__mp_main__")
+
+
+def test_the_command_ends_with_the_process_that_it_trains_for():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    command = [sys.executable, "-m", "rlhf_chat", "run", "--model", "opt-13b", "--dry-run"]
+    done = subprocess.run(command, env={**os.environ, PARENT_VARIABLE: str(gone.pid)}, capture_output=True, timeout=60)
+    assert done.returncode == 70
 
 
 def test_importing_it_imports_little():

@@ -32,15 +32,21 @@ class Forecast:
 
     @classmethod
     def of(
-        cls, stage: Stage, plan: Plan, calls: tuple[Call, ...], actor: Path, scorer: Path | None, reference: Path
+        cls,
+        stage: Stage,
+        plan: Plan,
+        calls: tuple[Call, ...],
+        actor: Path,
+        scorer: Path | None,
+        own: Path | None = None,
     ) -> "Forecast | None":
-        """With models as in these directories; `scorer` is reward model and critic. None where no rates of this machine
-        are known."""
+        """With models as in these directories; `scorer` is reward model and critic, `own` a reference of one's own.
+        None where no rates of this machine are known."""
         try:
             if (cluster := hardware_of(stage)) is None:
                 return None
             shapes = shape_of(actor), None if scorer is None else shape_of(scorer)
-            of_reference = shape_of(reference)
+            of_reference = shape_of(own) if own else None
         except UserError as error:  # nothing that training needs
             stage.display.say(f"{WARNING}iterations are not predicted: {error}")
             return None

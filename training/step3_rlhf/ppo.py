@@ -65,7 +65,7 @@ def train(stage: Stage) -> None:
         )
     forecast = None
     if stage.ranks.is_first:
-        forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer, reference or sft)
+        forecast = Forecast.of(stage, roles.plan, roles.calls, sft, scorer, reference)
     ppo = PPO(stage, roles, chat_format, prompts, rows, held_out, forecast)
     iterations = ppo.fit()
     kept = {}

@@ -1,0 +1,368 @@
+"""`rlhf-chat compare`: runs side by side: the settings that differ, and what came out; seeds together."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from applications.report_table import ROWS, pair_of, shown, training_signs
+from applications.runs import named_runs, seconds_of, state_of, steps_of
+from inference.console import PrintableConsole
+from inference.errors import UserError
+from inference.redaction import redacted_values
+from inference.screen import columns
+from training.changes import teaches
+from training.config import RunConfig
+from training.evaluation.guard_rails import guard_signs
+from training.lengthening import was_lengthened
+from training.run_directory import RunDirectory
+from training.starts import read_starts
+from training.steps import REWARD
+from training.trust import require_reading
+
+NO_SETTINGS = ("fork_of", "data.parent", "announce")
+"""What says where a run comes from, or is only printed."""
+PERCENT = "{:.1%}"
+BOUNDS = "out of bounds"
+RATES = {
+    "win_rate": "win rate",
+    "win_rate_unseen_questions": "win rate, questions not trained on",
+    "reward_accuracy": "reward model right",
+}
+FIRST = ("win_rate", "kl", "length", "true_score", "learned_reward")
+"""Of the columns of a narrow terminal."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One result of a run, with its 95 % interval where it has one."""
+
+    title: str
+    form: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def text(self) -> str:
+        bounds = "" if self.low is None or self.high is None else f" ({self.show(self.low)} to {self.show(self.high)})"
+        return self.show(self.value) + bounds
+
+    def show(self, value: float) -> str:
+        return shown(value, self.form)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run, as it is compared with others."""
+
+    run: RunDirectory
+    config: RunConfig
+    state: str
+    judge: str
+    measures: Mapping[str, Measure]
+    out_of_bounds: Sequence[str]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Dotted keys -> values; where a seed follows that of the run, or of the models, that one."""
+        found = dict(flat(redacted_values(self.config.model_dump(mode="json", exclude={"architecture"}))))
+        seeds = {key: self.config.seed for key, value in found.items() if is_seed(key) and value == -1}
+        return {key: value for key, value in (found | seeds).items() if key not in NO_SETTINGS}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing that teaches but in seeds."""
+
+    results: Sequence[Result]
+
+    def measure(self, key: str) -> tuple[Measure, float, int] | None:
+        """Mean, standard deviation and number of runs that have it; None where fewer than two do."""
+        found = [result.measures[key] for result in self.results if key in result.measures]
+        if len(found) < 2:
+            return None
+        values = [each.value for each in found]
+        return Measure(found[0].title, found[0].form, mean(values)), stdev(values), len(found)
+
+
+class Comparison:
+    def __init__(self, results: Sequence[Result]):
+        known = {key for result in results for key in result.settings}
+        every = sorted(known, key=lambda key: (is_seed(key), key != "seed", key))
+        values = {key: [result.settings.get(key) for result in results] for key in every}
+        differ = {key: texts for key in every if len(set(texts := [text_of(value) for value in values[key]])) > 1}
+        self.settings = [key for key in differ if not (is_seed(key) and copies(key, differ))]
+        """Those that differ; a seed that is everywhere the same as another one is left out."""
+        taught = [key for key in differ if not is_seed(key) and any(teaches(key, result.config) for result in results)]
+        groups: dict[tuple[str, ...], list[Result]] = {}
+        for result in results:
+            groups.setdefault(tuple(text_of(result.settings.get(key)) for key in taught), []).append(result)
+        self.groups = [Group(each) for each in groups.values()]
+        self.results = [result for group in self.groups for result in group.results]
+        found = {key: each for result in self.results for key, each in result.measures.items()}
+        order = list(dict.fromkeys((*FIRST, *RATES, *(key for _, key, _ in ROWS), *found)))
+        self.measures = {key: found[key] for key in sorted(found, key=order.index)}
+        """Key -> one that shows its title; those of the comparison come first."""
+        self.names = short_names([result.run.path.resolve() for result in self.results])
+
+    def name(self, result: Result) -> str:
+        return self.names[result.run.path.resolve()]
+
+    def notes(self) -> Iterator[str]:
+        """How to read the figures, and what keeps those of some runs from being on one scale with those of others."""
+        if len(self.groups) < len(self.results):
+            yield "± is the standard deviation between runs that differ in seeds alone."
+        judges = dict.fromkeys(result.judge for result in self.results if result.judge)
+        if judges:
+            by = "; ".join(
+                judge
+                + (
+                    ""
+                    if len(judges) == 1
+                    else f" ({', '.join(self.name(r) for r in self.results if r.judge == judge)})"
+                )
+                for judge in judges
+            )
+            yield f"Win rates are over the SFT model that a run began with, by {by}; in brackets 95 % intervals."
+        if any("learned" in judge or "reward" in judge for judge in judges) and len(self.results) > 1:
+            scorers = {identity(result) for result in self.results if result.judge}
+            if len(scorers) > 1:
+                yield "The learned reward is another one in some runs: what it says of them is not on one scale."
+        prompts = {digest(result.run.data / "prompts_eval.jsonl") for result in self.results} - {""}
+        if len(prompts) > 1:
+            yield "The held-out prompts are not the same in all runs, so figures differ by them too."
+        for result in self.results:
+            for step in result.config.steps:
+                for time in was_lengthened(result.run.step(step)):
+                    yield f"{self.name(result)}: step {step.label} was {time}."
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "runs": [
+                {
+                    "run": str(result.run.path),
+                    "state": result.state,
+                    "group": number,
+                    "settings": {key: result.settings.get(key) for key in self.settings},
+                    "judge": result.judge,
+                    "results": {
+                        key: each.value
+                        if each.low is None
+                        else {"value": each.value, "low": each.low, "high": each.high}
+                        for key, each in result.measures.items()
+                    },
+                    "out_of_bounds": list(result.out_of_bounds),
+                }
+                for number, group in enumerate(self.groups, 1)
+                for result in group.results
+            ],
+            "groups": [
+                {
+                    "group": number,
+                    "runs": len(group.results),
+                    "results": {
+                        key: {"mean": found[0].value, "deviation": found[1], "runs": found[2]}
+                        for key in self.measures
+                        if (found := group.measure(key)) is not None
+                    },
+                }
+                for number, group in enumerate(self.groups, 1)
+            ],
+            "notes": list(self.notes()),
+        }
+
+    def csv_rows(self) -> Iterator[dict[str, Any]]:
+        """A row a run; a result with an interval is three columns."""
+        for each in self.as_json()["runs"]:
+            row = {"run": each["run"], "state": each["state"], "group": each["group"], **each["settings"]}
+            for key in self.measures:
+                found = each["results"].get(key, "")
+                row[key] = found["value"] if isinstance(found, dict) else found
+                if self.measures[key].low is not None:
+                    row |= {f"{key}_{end}": found[end] if isinstance(found, dict) else "" for end in ("low", "high")}
+            yield row | {"judge": each["judge"], "out_of_bounds": "; ".join(each["out_of_bounds"])}
+
+    def table(self) -> tuple[list[str], list[tuple[int, Group, bool, list[str]]]]:
+        """Headings; then rows: number of the group, the group, whether the row has its means, cells."""
+        headings = ["run", *self.settings, *(each.title for each in self.measures.values()), BOUNDS]
+        rows = []
+        for number, group in enumerate(self.groups, 1):
+            rows += [(number, group, False, self.row(result)) for result in group.results]
+            if len(group.results) > 1:
+                rows.append((number, group, True, self.row_of_group(group)))
+        return headings, rows
+
+    def row(self, result: Result) -> list[str]:
+        state = "" if result.state == "finished" else f" ({result.state})"
+        found = [result.measures[key].text if key in result.measures else "" for key in self.measures]
+        settings = [text_of(result.settings.get(key)) for key in self.settings]
+        return [self.name(result) + state, *settings, *found, ", ".join(map(rail, result.out_of_bounds))]
+
+    def row_of_group(self, group: Group) -> list[str]:
+        """Mean ± standard deviation of each result."""
+        cells = [f"mean of {len(group.results)}"]
+        for key in self.settings:
+            values = {text_of(result.settings.get(key)) for result in group.results}
+            cells.append(values.pop() if len(values) == 1 else "")
+        for key in self.measures:
+            found = group.measure(key)
+            cells.append(f"{found[0].text} ± {found[0].show(found[1])}" if found else "")
+        bad = sum(bool(result.out_of_bounds) for result in group.results)
+        return [*cells, f"{bad} of {len(group.results)}" if bad else ""]
+
+
+def compare_command(runs: Sequence[Path], out: Path | None, as_csv: bool, as_json: bool, trusts: bool) -> None:
+    """Raises UserError where there is no run, one cannot be read, or the page cannot be written."""
+    if as_csv and as_json:
+        raise UserError("--csv and --json are two forms of one table: leave one of them out.")
+    found = named_runs(runs)
+    for run in found:
+        require_reading(run.path, trusts)
+    comparison = Comparison([result_of(run) for run in found])
+    if as_json:
+        print(json.dumps(comparison.as_json(), indent=2, ensure_ascii=False))
+    elif as_csv:
+        rows = list(comparison.csv_rows())
+        writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print_table(comparison)
+    if out:
+        from applications.report.comparison_page import render_comparison  # draws: a second to import
+        from applications.report.page import write_page
+
+        write_page(out, render_comparison(comparison))
+        print(f"The curves of all: {out}", file=sys.stderr)
+
+
+def result_of(run: RunDirectory) -> Result:
+    config = run.read_config()
+    steps = steps_of(config)
+    at = next((step for step in steps if not run.step(step).is_finished), steps[-1])
+    evaluation = run.read_comparison(run.last_step) or {}
+    signs = training_signs(run, run.last_step) + (guard_signs(evaluation, *pair_of(evaluation)) if evaluation else [])
+    measures = {key: each for key, each in measures_of(run, config, evaluation) if math.isfinite(each.value)}
+    bad = [sign.text for sign in signs if not sign.is_good]
+    return Result(run, config, state_of(run, at)[0], evaluation.get("win_rate", {}).get("judge", ""), measures, bad)
+
+
+def measures_of(run: RunDirectory, config: RunConfig, evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
+    """What the comparison and the steps of a run left."""
+    results = {step: run.step(step).read_result() for step in steps_of(config) if run.step(step).is_finished}
+    accuracy = {**results.get(REWARD, {}), **evaluation}.get("reward_accuracy", {}).get("all")
+    for key, found in ({key: evaluation.get(key) for key in RATES} | {"reward_accuracy": accuracy}).items():
+        if found:
+            yield key, Measure(RATES[key], PERCENT, found["rate"], found["low"], found["high"])
+    pair = pair_of(evaluation)
+    ours = evaluation.get(list(pair)[-1], {})
+    for label, key, form in ROWS:
+        if key in ours:
+            yield key, Measure(label.format(against=next(iter(pair.values()))), form, ours[key])
+    for step, result in results.items():
+        for name, form in (("loss", "{:z.3f}"), ("accuracy", PERCENT)):
+            if f"eval/{name}" in result and not (step is REWARD and accuracy and name == "accuracy"):
+                title = f"{step.title}: held-out {name}"
+                yield f"{step.command}/eval/{name}", Measure(title, form, result[f"eval/{name}"])
+    starts = read_starts(run)
+    trained = sum(seconds_of(run.step(step), starts) for step in steps_of(config))
+    yield "seconds", Measure("seconds trained", "{:.0f}", trained)
+
+
+def print_table(comparison: Comparison) -> None:
+    """As many columns as the terminal has room for; settings, win rate and what is out of bounds in any case."""
+    headings, rows = comparison.table()
+    first = 1 + len(comparison.settings)
+    console = PrintableConsole(width=columns(), highlight=False)
+    headings = [heading if " " in heading else heading[::-1].replace(".", "\n.", 1)[::-1] for heading in headings]
+    cells = [[row[place] for *_, row in rows] for place in range(len(headings))]
+    widths = [
+        len(BOUNDS) if heading == BOUNDS else max(map(cell_len, (*cells[place], *heading.split())))
+        for place, heading in enumerate(headings)
+    ]
+    places = [place for place in range(len(headings)) if place < first or any(cells[place])]
+    kept = [place for place in places if place <= first or headings[place] == BOUNDS]
+    for place in (place for place in places if place not in kept):
+        if sum(widths[each] + 2 for each in (*kept, place)) > console.width:
+            break
+        kept.append(place)
+    spare = console.width - sum(widths[place] + 2 for place in kept)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place in sorted(kept):
+        more = max(0, min(spare, max(map(cell_len, headings[place].splitlines())) - widths[place]))
+        width, spare = widths[place] + more if spare >= 0 else None, spare - more
+        is_figure = place >= first and headings[place] != BOUNDS
+        heading = Text(headings[place])
+        table.add_column(heading, overflow="fold", width=width, justify="right" if is_figure else "left")
+    for _, _, is_group, row in rows:
+        table.add_row(*(Text(row[place]) for place in sorted(kept)), style="bold" if is_group else "")
+    console.print(table)
+    if left := [headings[place] for place in places if place not in kept]:
+        console.print(f"No room for: {', '.join(left)}. --csv, --json and --out FILE have them.", markup=False)
+    for note in comparison.notes():
+        console.print(note, markup=False)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def short_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Of directories; where two have one name, from where their ways part."""
+    names = {path: path.name for path in paths}
+    if len(set(names.values())) == len(paths):
+        return names
+    above = Path(os.path.commonpath(paths))
+    return {path: str(path.relative_to(above)) for path in paths}
+
+
+def is_seed(key: str) -> bool:
+    return key.endswith("seed")
+
+
+def copies(key: str, differ: Mapping[str, Sequence[str]]) -> bool:
+    """Whether an earlier one of the settings that differ has the same values."""
+    before = [each for each in differ if is_seed(each)]
+    return any(differ[each] == differ[key] for each in before[: before.index(key)])
+
+
+def text_of(value: Any) -> str:
+    """A setting as people read it; a path below the working directory from there."""
+    if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(Path.cwd()):
+        return str(Path(value).relative_to(Path.cwd()))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def rail(sign: str) -> str:
+    """The name of what is out of bounds: `KL` of `KL: 7.00 nats ...`."""
+    return sign.partition(":")[0]
+
+
+def identity(result: Result) -> object:
+    """Of the run's reward model: equal where it is the same files."""
+    given = result.config.trained_reward_model
+    file = (Path(given) if given else result.run.step(REWARD).model) / "model.safetensors"
+    return (found.st_dev, found.st_ino) if file.exists() and (found := file.stat()) else given or str(file)
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""

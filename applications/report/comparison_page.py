@@ -1,0 +1,83 @@
+"""The page of `rlhf-chat compare --out`: the table, and the curves of all runs in the same charts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+
+from applications.compare import Comparison, Group
+from applications.report.charts import COLOURS, Chart, Series, line_chart
+from applications.report.curves import charts
+from applications.report.page import filled, read_metrics, title_of
+from training.steps import STEPS, Step
+
+LINES = {"-": "", "--": "6 3", ":": "2 3", "-.": "6 2 2 2"}
+"""Kinds of lines, and what SVG calls them."""
+COLOUR_NAMES = [name for name in COLOURS if name != "soft"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of the table; `key` is the number of its line, `is_line` whether that is not one of the thin ones."""
+
+    cells: Sequence[str]
+    key: int
+    is_line: bool
+    is_group: bool
+    colour: str
+    dashes: str
+
+
+def render_comparison(comparison: Comparison) -> str:
+    headings, rows = comparison.table()
+    steps = [(title_of(step), found) for step in STEPS if (found := list(charts_of(step, comparison)))]
+    return filled(
+        "comparison.html",
+        kind="compare",
+        name=f"{len(comparison.results)} runs compared",
+        runs=[comparison.name(result) for result in comparison.results],
+        notes=list(comparison.notes()),
+        headings=headings,
+        rows=[look(number, cells, group, is_group) for number, group, is_group, cells in rows],
+        steps=steps,
+        has_seeds=len(comparison.groups) < len(comparison.results),
+        line_chart=line_chart,
+    )
+
+
+def look(number: int, cells: Sequence[str], group: Group, is_group: bool) -> Row:
+    colour, line = style(number)
+    return Row(cells, number, is_group or len(group.results) == 1, is_group, colour, LINES[line])
+
+
+def style(number: int) -> tuple[str, str]:
+    """Colour and kind of the line with a number, from 1."""
+    turn, colour = divmod(number - 1, len(COLOUR_NAMES))
+    return COLOUR_NAMES[colour], list(LINES)[turn % len(LINES)]
+
+
+def charts_of(step: Step, comparison: Comparison) -> Iterator[Chart]:
+    """Each line of the report's charts as a chart of its own, in which each group has that line."""
+    found: dict[tuple[str, str], tuple[Chart, dict[int, list[Series]]]] = {}
+    for number, group in enumerate(comparison.groups, 1):
+        for result in group.results:
+            for chart in charts(step, read_metrics(result.run.step(step)), result.config):
+                for line in chart.series:
+                    if line.points:
+                        _, lines = found.setdefault((chart.title, line.label), (chart, {}))
+                        lines.setdefault(number, []).append(line)
+    for (title, label), (chart, by_number) in found.items():
+        several = sum(name == title for name, _ in found) > 1
+        drawn = [line for number, lines in by_number.items() for line in of_group(number, lines)]
+        yield replace(chart, title=f"{title}: {label}" if several else title, series=drawn, has_legend=False, marks=())
+
+
+def of_group(number: int, lines: Sequence[Series]) -> list[Series]:
+    """The lines of a group's runs, and of several the mean where all have a point."""
+    colour, kind = style(number)
+    if len(lines) == 1:
+        return [Series(str(number), lines[0].points, colour, line=kind)]
+    values = [dict(line.points) for line in lines]
+    shared = [x for x, _ in lines[0].points if all(x in each for each in values)]
+    together = [(x, mean(each[x] for each in values)) for x in shared]
+    parts = [Series(str(number), line.points, colour, line=kind, is_part=True) for line in lines]
+    return [*parts, Series(str(number), together, colour, line=kind)]
