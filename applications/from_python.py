@@ -21,6 +21,7 @@ from inference.streams import printable
 from rlhf_chat import HOME
 from training.changes import differences
 from training.config import RunConfig as Settings
+from training.config_files import validate_config
 from training.merging import merge
 from training.metrics import Journal, read_line
 from training.reward_sources import checked, way_to_call
@@ -107,9 +108,10 @@ class Training(Run):
         options: Sequence[str],
         reward: "Served | None",
         quiet: bool,
+        trust: bool,
     ):
         """Start the command with `options` and the settings `given`, which make `settings`."""
-        super().__init__(path)
+        super().__init__(path, trust=trust)
         self._settings, self._reward, self._quiet = settings, reward, quiet
         self._scratch = tempfile.TemporaryDirectory(prefix="rlhf-chat-python-")
         config, self._errors = (Path(self._scratch.name) / name for name in ("settings.yaml", "errors.txt"))
@@ -233,19 +235,24 @@ def train(
         settings = load_settings(settings, trust=trust)
     served = None
     if reward is not None:
+        if settings.method == "dpo" or not settings.rlhf.reward_weights.url:
+            why = "method=dpo takes no rewards" if settings.method == "dpo" else "rlhf.reward_weights.url is 0"
+            raise UserError(f"The callable would never be asked, as {why}: leave it out, or set another value.")
         served = Served(reward)
         rlhf: dict[str, Any] = {"reward_url": served.address, "reward_timeout": SECONDS_TO_ANSWER, "reward_retries": 0}
         weights = {} if reward_model else {"reward_weights": {"model": 0.0}}
-        settings = Settings.model_validate(merge(settings.model_dump(mode="json"), {"rlhf": rlhf | weights}))
+        settings = validate_config(merge(settings.model_dump(mode="json"), {"rlhf": rlhf | weights}))
     elif TOKEN_VARIABLE in settings.rlhf.reward_url:
         raise UserError(f"The rewards of {path} come from a callable: give it as reward.")
+    else:
+        settings = validate_config(settings.model_dump(mode="json"))  # groups that were assigned to fit together
     options = [f"--steps={','.join(steps)}"] * bool(steps) + ["--trust"] * trust
     given = settings.model_dump(mode="json")
     if parent is not None:
         options += ["--from", str(Path(parent).expanduser()), "--fork"]
         before = Run(parent, trust=trust).settings.model_dump(mode="json")
         given = {key: new for key, (_, new) in differences(before, given).items() if key != "fork_of"}
-    return Training(place, settings, given, options, served, quiet)
+    return Training(place, settings, given, options, served, quiet, trust)
 
 
 class Served(ThreadingHTTPServer):

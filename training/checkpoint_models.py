@@ -11,6 +11,7 @@ from pathlib import Path
 
 from inference.disk import writing
 from inference.errors import UserError
+from training.checkpoints import STATE_FILE
 from training.kept_models import local_model
 from training.run_directory import RunDirectory, StepDirectory, numbered, write_directory
 from training.steps import SFT, STEPS, Step
@@ -51,12 +52,28 @@ class Checkpoint:
         if not os.access(self.path, os.W_OK):
             place = StepDirectory(Path(tempfile.mkdtemp(prefix=f"{self.name}-")), self.step)
             atexit.register(shutil.rmtree, place.path, ignore_errors=True)
-        with writing(f"the model of {self.name}", place.path, "then give the same command"):
-            write_directory(place.model, partial(self._write, adapter=place.adapter))
+        try:
+            with writing(f"the model of {self.name}", place.path, "then give the same command"):
+                write_directory(place.model, partial(self._write, adapter=place.adapter), replaces=False)
+        finally:
+            if not (self.path / STATE_FILE).exists():  # training has deleted it meanwhile
+                shutil.rmtree(self.path, ignore_errors=True)
+                raise self.missing()
         return place
 
+    def missing(self) -> UserError:
+        last = last_step(self.run)
+        listed = ", ".join(
+            f"{self.run.path}{'' if step is last else f'/{step.folder}'}@{number}"
+            for step in STEPS
+            for number in numbered(self.run.step(step).checkpoints)
+            if not step.leaves_scorer
+        )
+        there = f"there are: {listed or 'none'}"
+        return UserError(f"{self.run.path} has no checkpoint {self.number} of {self.step.folder}; {there}.")
+
     def _write(self, model: Path, adapter: Path) -> None:
-        """What the step would have left if it had ended here."""
+        """As the step writes the last one."""
         import torch
 
         import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
@@ -96,14 +113,14 @@ def checkpoint_of(target: str | Path) -> Checkpoint | None:
     run = RunDirectory(place.resolve().parent if of_step else place)
     if not run.config_file.is_file():
         return None
-    there = {step: numbered(run.step(step).checkpoints) for step in STEPS if not step.leaves_scorer}
-    last = next((step for step in reversed(there) if there[step]), SFT)
-    step, number = of_step or last, int(named[2])
-    if step.leaves_scorer:
+    found = Checkpoint(run, of_step or last_step(run), int(named[2]))
+    if found.step.leaves_scorer:
         raise UserError(f"{target} is a checkpoint of a reward model, whose scale is measured when its step ends.")
-    if number not in there[step]:
-        listed = ", ".join(
-            f"{run.path}{'' if each is last else f'/{each.folder}'}@{n}" for each in there for n in there[each]
-        )
-        raise UserError(f"{run.path} has no checkpoint {number} of {step.folder}; there are: {listed or 'none'}.")
-    return Checkpoint(run, step, number)
+    if found.number not in numbered(run.step(found.step).checkpoints):
+        raise found.missing()
+    return found
+
+
+def last_step(run: RunDirectory) -> Step:
+    """The last one that was begun."""
+    return next((step for step in reversed(STEPS) if run.step(step).path.exists()), SFT)

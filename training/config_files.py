@@ -69,30 +69,37 @@ def validate_config(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))  # kinds of a union
-        if first["type"] == "extra_forbidden":
-            value = first["input"]
-            while isinstance(value, dict) and len(value) == 1:
-                ((part, value),) = value.items()
-                key += f".{part}"
-            hint = did_you_mean(near_keys(key, setting_keys()), "docs/configuration.md lists all settings.")
-            raise UserError(f"There is no setting '{key}': {hint}") from None
-        if first["type"] == "missing":
-            raise UserError(f"The setting '{key}' is missing; give it with --{key} or --set {key}=...") from None
-        if first["input"] is None:
-            raise UserError(f"The setting '{key}' has no value: give it one, or leave the key out.") from None
-        if first["type"] == "tuple_type":
-            raise UserError(f"Setting {key}: must be a list, as in [2, 4, 4] (got {first['input']!r}).") from None
-        if first["type"] == "model_type":
-            raise UserError(f"'{key}' is a group of settings, as in {key}: {{...}} (got {first['input']!r}).") from None
-        given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
-        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        message = message.partition(", unable to")[0].replace("a valid integer", "a whole number")
-        if not key:
-            raise UserError(f"These settings do not fit together: {message}.") from None
-        joint = "." if isinstance(first["input"], dict) else ": "  # what is said of a group begins with a key in it
-        raise UserError(f"Setting {as_typed(key)}{joint}{message}{given}.") from None
+        raise refusal(error, RunConfig) from None
+
+
+def refusal(error: ValidationError, model: type[BaseModel]) -> UserError:
+    """The first thing wrong with values for `model`, as one sentence."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))  # kinds of a union
+    if first["type"] in ("extra_forbidden", "no_such_attribute"):
+        value = first["input"]
+        while isinstance(value, dict) and len(value) == 1:
+            ((part, value),) = value.items()
+            key += f".{part}"
+        hint = did_you_mean(near_keys(key, setting_keys(model)), "docs/configuration.md lists all settings.")
+        return UserError(f"There is no setting '{key}': {hint}")
+    if first["type"] == "missing":
+        return UserError(f"The setting '{key}' is missing; give it with --{key} or --set {key}=...")
+    if first["input"] is None:
+        return UserError(f"The setting '{key}' has no value: give it one, or leave the key out.")
+    if first["type"] == "tuple_type":
+        return UserError(f"Setting {key}: must be a list, as in [2, 4, 4] (got {first['input']!r}).")
+    if first["type"] == "model_type":
+        return UserError(f"'{key}' is a group of settings, as in {key}: {{...}} (got {first['input']!r}).")
+    given = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = message.partition(", unable to")[0].replace("a valid integer", "a whole number")
+    if not key:
+        return UserError(f"These settings do not fit together: {message}.")
+    joint = (
+        "." if isinstance(first["input"], dict | BaseModel) else ": "
+    )  # what is said of a group begins with a key in it
+    return UserError(f"Setting {as_typed(key)}{joint}{message}{given}.")
 
 
 def as_typed(key: str) -> str:

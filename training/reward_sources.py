@@ -93,6 +93,8 @@ def with_named_rows(call: Callable[..., Any], prompts: list, responses: list, ro
 
 def way_to_call(function: Callable[..., Any], setting: str) -> Callable[..., Any]:
     """How: with what the data say beside the prompts, if `function` takes that. Raises UserError where no way fits."""
+    if not callable(function):
+        raise UserError(f"{setting} is {function!r}; it must be a function of (prompts, responses).")
     try:
         signature = inspect.signature(function)
     except ValueError:  # of a built-in

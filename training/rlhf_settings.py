@@ -20,6 +20,7 @@ from training.role_settings import (
     StepSeed,
     misplaced,
     unguided,
+    without_nulls,
 )
 from training.units import (
     Checkpoints,
@@ -216,6 +217,7 @@ class RLHFSettings(Settings):
     @classmethod
     def _plan_as_it_is_kept(cls, given: Any) -> Any:
         """What is in the file, every block whole."""
+        given = without_nulls(given) if isinstance(given, dict) else given
         if given in ("", {}):
             return {}
         try:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from training.merging import merge
 from training.units import Share
@@ -24,6 +24,28 @@ class Settings(BaseModel):
         defaults = {name: field.default for name, field in cls.model_fields.items() if name in given}
         groups = {name: group.model_dump() for name, group in defaults.items() if isinstance(group, Settings)}
         return merge(groups, given)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises UserError for a value that cannot be, or does not fit to the others; all is then as it was."""
+        before = dict(self.__dict__)
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            from training.config_files import refusal
+
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise refusal(error, type(self)) from None
+
+
+def without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """In all groups: a null lies over a key to take it away."""
+    kept = {key: value for key, value in values.items() if value is not None}
+    return {key: without_nulls(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+Mapping = Annotated[dict[str, Any], AfterValidator(without_nulls)]
+"""With keys that are not ours."""
 
 
 class LoRASettings(Settings):
@@ -87,7 +109,7 @@ class OptimizerSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoRASettings = LoRASettings()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: Mapping = {}
     """DeepSpeed configuration laid over ours, for what has no setting here; a key that it would ignore is refused."""
 
     @property

@@ -306,17 +306,20 @@ def write_json(file: Path, values: Any) -> None:
     write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill a directory beside its place, then move it there; an older one is replaced. What fails leaves nothing."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        publish_directory(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+def write_directory(directory: Path, write: Callable[[Path], None], replaces: bool = True) -> None:
+    """Fill a directory beside its place, then move it there; an older one is replaced, or kept. What fails leaves
+    nothing. Others who write the same one wait."""
+    temporary, lock = (directory.with_name(f".{directory.name}.{ending}") for ending in ("tmp", "writing"))
+    with hold_lock(lock, f"{directory} is being written by another process"):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if replaces or not directory.exists():
+                temporary.mkdir(parents=True)
+                write(temporary)
+                publish_directory(temporary, directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def publish_directory(temporary: Path, directory: Path) -> None:

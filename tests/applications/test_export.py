@@ -85,6 +85,7 @@ def test_a_checkpoint_is_a_model_too_with_its_adapter_and_a_card_that_claims_no_
     for number in (7, 8):
         checkpoint = run.step(PPO).checkpoints / str(number)
         write_fragments(checkpoint / "actor" / "0.safetensors", parts, {"weight": list(trained.values())}, {})
+        (checkpoint / "state.json").write_text("{}")
     (checkpoint / "actor" / "0.safetensors").write_bytes(b"12345678")
     named = Path(f"{run.path}@7")
     export(named, tmp_path / "whole", "merged", "", "")

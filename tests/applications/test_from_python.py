@@ -11,16 +11,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from applications import from_python as module
+from applications.forks import from_run
 from applications.from_python import TOKEN_VARIABLE, Run, Served, load_settings, train
 from inference.errors import UserError
 from tests.warm import ROOT, Done, fork_all, fork_python
+from training.config_files import nested
 from training.reward_sources import RewardEndpoint, RewardFailed
 from training.run_directory import RunDirectory
+from training.termination import StageFailed
 from training.watchdog import PARENT_VARIABLE
 
 LITTLE = {"rlhf.advantage": "rloo", "rlhf.samples_per_prompt": 2, "sft.max_steps": 1, "evaluation.prompts": 0}
@@ -158,9 +162,73 @@ def test_settings_and_runs_that_are_not_there(tmp_path):
         Run(tmp_path).metrics("ppo")
 
 
-def test_a_fork_is_given_what_differs_from_its_parent(tmp_path, monkeypatch):
-    begun: list[tuple] = []
-    monkeypatch.setattr(module, "Training", lambda *given: begun.append(given))
+@pytest.mark.parametrize(
+    ("group", "name", "value", "sentence"),
+    [
+        ("rlhf.kl", "target", -1, r"^Setting target: must be greater than or equal to 0 \(got -1\)\.$"),
+        ("rlhf", "iterations", "many", r"^Setting iterations: must be a whole number \(got 'many'\)\.$"),
+        ("rlhf.kl", "tarjet", 1, r"no setting 'tarjet': did you mean 'target'"),
+        ("", "processes", 10**6, r"^These settings do not fit together: an iteration of 8 samples leaves [^[\n]*$"),
+    ],
+)
+def test_a_wrong_assignment_is_refused_and_changes_nothing(group, name, value, sentence):
+    settings = load_settings("tiny")
+    place = attrgetter(group)(settings) if group else settings
+    with pytest.raises(UserError, match=sentence):
+        setattr(place, name, value)
+    assert settings == load_settings("tiny")
+
+
+def test_groups_that_were_assigned_to_fit_no_more_are_refused(tmp_path):
+    settings = load_settings("tiny")
+    settings.rlhf.min_response_tokens = settings.data.max_response_tokens
+    with pytest.raises(UserError, match=r"rlhf\.min_response_tokens=16 must be less than"):
+        train(tmp_path / "run", settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reward", "sentence"),
+    [
+        ({"rlhf.reward_weights.url": 0}, len, r"never be asked, as rlhf\.reward_weights\.url is 0"),
+        ({"method": "dpo"}, len, "never be asked, as method=dpo"),
+        ({}, 3, r"The reward is 3; it must be a function of \(prompts, responses\)"),
+    ],
+)
+def test_a_reward_that_cannot_be_asked_is_refused(tmp_path, settings, reward, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train(tmp_path / "run", load_settings("tiny", settings), reward=reward)
+
+
+@pytest.fixture
+def begun(monkeypatch) -> list[tuple]:
+    found: list[tuple] = []
+    monkeypatch.setattr(module, "Training", lambda *given: found.append(given))
+    return found
+
+
+def test_what_a_fork_takes_out_of_a_mapping_is_gone(tmp_path, begun):
+    parent = load_settings("tiny", {"rlhf.actor.deepspeed": {"dump_state": True, "fp16": {"loss_scale": 2}}})
+    parent.rlhf.plan = {"rollout": {"mesh": 0}}
+    RunDirectory(tmp_path / "a").write_config(parent, {})
+    settings = load_settings(tmp_path / "a")
+    settings.rlhf.plan, settings.rlhf.actor.deepspeed = {}, {"fp16": {"hysteresis": 3}}
+    train(tmp_path / "b", settings, parent=tmp_path / "a")
+    _, fork, _ = from_run(tmp_path / "a", tmp_path / "b", [], [], nested(begun[0][2]), False)
+    assert fork.rlhf == settings.rlhf
+
+
+def test_a_run_of_somebody_else_is_trained_with_a_yes(tmp_path, monkeypatch):
+    RunDirectory(tmp_path / "a").write_config(load_settings("tiny"), {})
+    (tmp_path / "a" / "data").symlink_to(tmp_path)
+    settings = load_settings("tiny")
+    with pytest.raises(UserError, match="follow data"):
+        train(tmp_path / "a", settings)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(StageFailed, match="code 1"):
+        train(tmp_path / "a", settings, trust=True).wait()
+
+
+def test_a_fork_is_given_what_differs_from_its_parent(tmp_path, begun):
     RunDirectory(tmp_path / "a").write_config(load_settings("tiny"), {})
     settings = load_settings(tmp_path / "a", {"rlhf.kl.target": 2, "data.split": [2, 4, 4]})
     train(tmp_path / "b", settings, parent=tmp_path / "a", steps=["rlhf"])
