@@ -247,7 +247,7 @@ class Fork:
         """Accuracy of a given reward model on the held-out pairs; what DPO's reference says of the pairs."""
         theirs = self.parent.step(step)
         before = [earlier for earlier in self.config.earlier_steps(step) if self.steps[earlier]]
-        keys: tuple[str, ...]
+        keys: set[str]
         if step is DPO:
             file, keys, rows = theirs.reference_file, OF_REFERENCE, rows_read(self.config, step)
         elif self.config.given_model(REWARD):
