@@ -6,7 +6,7 @@ from typing import Any
 from applications.next_round import next_name, settings_of_next_round
 from inference.errors import UserError
 from inference.preferences import PreferenceFile
-from training.changes import differences, teaches
+from training.changes import differences
 from training.config import RunConfig
 from training.config_files import load_config
 from training.data.sources import parse_source
@@ -28,7 +28,7 @@ def from_run(
     """Place and settings of the run, and a sentence that says which of the two it is and why.
 
     Where `goes_on` does not say it, it is the next round on preferences of people: those that `--data` names or, where
-    nothing is typed that teaches anything else, those collected for the parent. A run that is there stays what it is,
+    nothing is typed that changes a setting, those collected for the parent. A run that is there stays what it is,
     with its own settings. Raises UserError where it is of another kind or from another run, or cannot begin.
     """
     before = RunDirectory(parent).read_config()
@@ -67,9 +67,7 @@ def follows(parent: Path, before: RunConfig, fork: RunConfig) -> tuple[bool, str
     if fork.data.source != before.data.source and any(map(are_preferences, fork.data.sources)):
         return True, "--data has preferences of people"
     found = differences(before.model_dump(), fork.model_dump())
-    same = "fork_of", "data.split_seed", "announce"
-    others = [key for key in found if key == "method" or (key not in same and teaches(key, fork))]
-    if others:
+    if others := [key for key in found if key not in ("fork_of", "data.split_seed", "announce")]:
         return False, f"{others[0]} differs"
     if not (parent / "preferences.jsonl").exists():
         return False, "no preferences are collected for it"
@@ -83,7 +81,7 @@ def settings_of_fork(
     and what it held out."""
     values = before.model_dump(mode="json") | {"fork_of": str(parent.resolve()), "announce": ""}
     values["data"]["split_seed"] = before.split_seed
-    if "seed" in given:  # all steps take it
+    if "seed" in {*given, *(override.partition("=")[0].strip() for override in overrides)}:  # all steps take it
         values = merge(values, {step.command: {"seed": -1} for step in STEPS})
     settings = found_from_anywhere(load_config(files, overrides, values, given))
     if settings.data.source != before.data.source:

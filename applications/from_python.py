@@ -251,7 +251,7 @@ def train(
     if parent is not None:
         options += ["--from", str(Path(parent).expanduser()), "--fork"]
         before = Run(parent, trust=trust).settings.model_dump(mode="json")
-        given = {key: new for key, (_, new) in differences(before, given).items()}
+        given = {key: new for key, (_, new) in differences(before, given).items() if key != "fork_of"}
     return Training(place, settings, given, options, served, quiet, trust)
 
 

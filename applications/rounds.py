@@ -19,7 +19,7 @@ from training.evaluation.guard_rails import guard_signs
 from training.evaluation.preferences import people, win_rates
 from training.lineage import rounds_of
 from training.run_directory import RunDirectory, read_json
-from training.starts import read_starts
+from training.starts import begun_at
 from training.steps import PAIRS, SFT, Step
 
 HEADINGS = (
@@ -99,12 +99,12 @@ def kl_of(evaluation: Mapping[str, Any]) -> str:
 
 def by_whom(run: RunDirectory) -> str:
     """`ann 120, bob 80`: the preferences that were there when the run was prepared; empty of other data."""
-    started = [start["time"] for start in read_starts(run)][:1]
+    started = begun_at(run)
     found = [
         each
         for source in run.read_config().data.sources
         for each in preferences_in(Path(source))
-        if not started or each.time[:19] <= started[0][:19]
+        if not started or each.time[:19] <= started[:19]
     ]
     return ", ".join(f"{name} {sum(each.by == name for each in found):,}" for name in people(found))
 

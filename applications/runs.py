@@ -19,7 +19,7 @@ from inference.screen import columns
 from training.config import RunConfig
 from training.metrics import Journal, duration, read_line, size
 from training.run_directory import RunDirectory, StepDirectory, read_json
-from training.starts import read_starts
+from training.starts import begun_at, read_starts
 from training.steps import Step
 from training.termination import EXIT_TERMINATED
 from training.trust import of_reading, unanswered
@@ -111,7 +111,7 @@ def listed(run: RunDirectory) -> Listed:
             config.model,
             config.method,
             config.seed,
-            starts[0]["time"] if starts else "",
+            begun_at(run),
             written,
             round(sum(seconds_of(run.step(step), starts) for step in steps), 1),
             held,

@@ -51,7 +51,8 @@ def settings_named(source: str, overrides: Mapping[str, Any] | None = None) -> R
     path = Path(source).expanduser()
     run = RunDirectory(path)
     if run.config_file.exists():
-        return found_from_anywhere(load_config([], [], run.read_config().model_dump(mode="json"), given))
+        values = run.read_config().model_dump(mode="json") | {"fork_of": ""}  # another run is no fork by that
+        return found_from_anywhere(load_config([], [], values, given))
     if "/" in source and path.parent.is_dir() and not path.exists():  # else it would be owner/name on the hub
         raise UserError(f"There is neither a run nor a file {source}.")
     is_file = path.suffix in (".yaml", ".yml")

@@ -219,7 +219,7 @@ def settings(run: RunDirectory, *given: str):
 
 
 def test_a_run_made_here_may_do_what_was_typed_and_nothing_else(run):
-    config = settings(run)
+    config = settings(run, "rlhf.reward_url=http://127.0.0.1:8")
     open_run(run, config)
     assert open_run(run, None) == config
     (run.path.parent / "mine.py").write_text("def score(p, r): return 1")  # its user's own file
@@ -254,6 +254,19 @@ def test_code_that_lies_in_a_run_is_known_by_its_content(run):
     open_run(run, None)
     (run.path / "package" / "__init__.py").write_text("import os")
     with pytest.raises(UserError, match=r"would run \S*package/__init__.py \(rlhf.reward_function\)\. If"):
+        open_run(run, None)
+
+
+def test_a_run_of_somebody_else_does_not_reach_into_another_one(run, tmp_path):
+    parent = RunDirectory(tmp_path / "mine")
+    parent.write_config(load_config([], ["model=tiny"]), {})
+    for setting in ("fork_of", "data.parent"):
+        run.write_config(load_config([], ["model=tiny", f"{setting}={parent.path}"]), {})
+        with pytest.raises(UserError, match=rf"take over what is in the run {parent.path} \({setting}\)"):
+            open_run(run, None)
+    open_run(run, None, trusts=True)
+    (parent.path / "link").symlink_to("/etc")
+    with pytest.raises(UserError, match=r"mine was not made here.* follow link, which leads to /etc"):
         open_run(run, None)
 
 

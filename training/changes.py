@@ -51,6 +51,8 @@ def kind_of(key: str) -> Kind:
 def teaches(key: str, config: RunConfig) -> bool:
     """Whether what a run with these settings learns, or the model that it leaves, depends on the setting."""
     kind = kind_of(key)
+    if key == "rlhf.reward_url":  # from another address come the same scores, from none there are none
+        return not config.rlhf.reward_url
     if kind is Kind.EVALUATION:
         return getattr(config, key.partition(".")[0]).keep == "best"
     return kind is not Kind.FREE

@@ -40,7 +40,8 @@ def load_config(
     merged: dict[str, Any] = dict(base or {})
     for file in files:
         values = read_yaml(file)
-        values.pop("versions", None)  # of a run's own config.yaml
+        if "versions" in values:  # a run's own config.yaml: another run is no fork by that
+            values = {key: value for key, value in values.items() if key not in ("versions", "fork_of")}
         merged = merge(merged, values)
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from inference.disk import writing
+from inference.disk import write_text, writing
 from inference.errors import UserError
 from training.changes import differences, teaches
 from training.config import RunConfig
@@ -20,7 +21,9 @@ from training.data.prepare import COUNTS_FILE
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
 from training.inputs import KEPT, changes, code_of, paths_of
 from training.kept_models import kept_model, link_or_copy, models_of
-from training.run_directory import RunDirectory, write_directory, write_json
+from training.lengthening import journal_of
+from training.metrics import Journal
+from training.run_directory import RunDirectory, StepDirectory, read_json, write_directory, write_json
 from training.starts import read_starts
 from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Step
 
@@ -61,6 +64,10 @@ class Fork:
         return found
 
     def _reasons(self, step: Step, before: Mapping[Step, str]) -> Iterator[str]:
+        if has_begun(self.run.step(step)):
+            if not self._is_taken(step):
+                yield f"{self.run.path.name} has begun it"
+            return
         if not self.parent.step(step).is_finished:
             yield f"{self.name} has not finished it"
         yield from self._other_settings(settings_read(self.config, step), settings_read(self.theirs, step))
@@ -76,6 +83,13 @@ class Fork:
             yield f"rlhf.reward_url is another than in {self.name}"
         if any(self._other_rows(name) for name in rows_read(self.config, step)):
             yield f"its rows are others ({self.other_data})" if self.other_data else "its rows are others"
+
+    def _is_taken(self, step: Step) -> bool:
+        """Whether the run has it from the parent, and neither has trained it on since."""
+        ours, theirs = self.run.step(step), self.parent.step(step)
+        if not (taken_file(ours).exists() and ours.is_finished and theirs.is_finished):
+            return False
+        return ours.result_file.read_bytes() == theirs.result_file.read_bytes()
 
     def _other_settings(self, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
         for key, (old, new) in differences(theirs, ours).items():
@@ -144,9 +158,9 @@ class Fork:
             return
         ptx = self.config.rlhf.ptx.source
         mixes_others = ptx != self.theirs.rlhf.ptx.source or ptx in self._changed["data"]
-        self._take(self.parent.data, self.run.data, leave=[DEMONSTRATIONS_FILE] * mixes_others)
         if self.parent.tokens.is_dir():
             self._take(self.parent.tokens, self.run.tokens)
+        self._take(self.parent.data, self.run.data, [DEMONSTRATIONS_FILE] * mixes_others, links=lambda file: False)
 
     def take_steps(self, trained: Sequence[Step], say: Callable[[str], None]) -> list[Step]:
         """Take over what is unchanged, and for a step that is `trained` what was measured before it began. Returns
@@ -162,17 +176,21 @@ class Fork:
                         f"than in {self.name}, as {why}: train step {earlier.label} too (--steps, or rlhf-chat run)."
                     )
         for step, why in self.steps.items():
-            if self.run.step(step).is_finished or self.run.step(step).checkpoints.exists():
+            if has_begun(self.run.step(step)):
+                self._record_starts(step)
                 continue
-            if not why:
-                self._take_step(step)
-            elif step in trained:
+            if not why and not self._take_step(step):  # all is looked at again
+                fork = Fork.of(self.run, self.config)
+                return fork.take_steps(trained, say) if fork else list(trained)
+            if why and step in trained:
                 self._take_measured(step)
             if step in trained or not why:
                 say(self._line(step, why))
         return [step for step in trained if not self.run.step(step).is_finished]
 
-    def _take_step(self, step: Step) -> None:
+    def _take_step(self, step: Step) -> bool:
+        """Whether the parent left it as it was meanwhile; else nothing is taken over."""
+        before, starts = state_of(self.parent.step(step)), self._starts(step)
         theirs = self.parent.step(step).path
         there, here = theirs.stat(), self.run.path.stat()
         can_link = there.st_dev == here.st_dev and there.st_uid == os.getuid()
@@ -181,10 +199,37 @@ class Fork:
         def links(file: Path) -> bool:
             return file.parent != theirs and file.stat().st_size >= SMALL
 
-        self._take(theirs, self.run.step(step).path, leave, links, self._name_own_base)
-        lines = [json.dumps(start, ensure_ascii=False) + "\n" for start in self._starts(step)]
-        with writing("a line of it", self.run.starts_file), open(self.run.starts_file, "a", encoding="utf-8") as file:
-            file.writelines(lines)
+        def change(place: Path) -> None:
+            if not self.parent.step(step).is_finished or state_of(self.parent.step(step)) != before:
+                raise ChangedMeanwhile(theirs)
+            self._name_own_base(place)
+            journal = Journal(place / journal_of(self.parent.step(step)).file.name)
+            if rows := journal.read():  # what was set aside stays in the parent
+                write_text(journal.file, "")
+                for row in rows:
+                    journal.write(row["number"], row | {"earlier": ""})
+            write_json(place / taken_file(self.run.step(step)).name, {"of": self.config.fork_of, "starts": starts})
+
+        try:
+            self._take(theirs, self.run.step(step).path, leave, links, change)
+        except ChangedMeanwhile:
+            return False
+        self._record_starts(step)
+        return True
+
+    def _record_starts(self, step: Step) -> None:
+        """Of a step that was taken over, in the run's own journal."""
+        file = taken_file(self.run.step(step))
+        known = read_starts(self.run)
+        if not file.exists() or any(start["what"] == step.folder for start in known):
+            return
+        taken = read_json(file, "delete the step, then it is taken over anew")
+        lines = [
+            json.dumps(start | {"number": number, "of": taken["of"]}, ensure_ascii=False) + "\n"
+            for number, start in enumerate(taken["starts"], len(known) + 1)
+        ]
+        with writing("a line of it", self.run.starts_file), open(self.run.starts_file, "a", encoding="utf-8") as handle:
+            handle.writelines(lines)
 
     def _starts(self, step: Step) -> list[dict[str, Any]]:
         return [start for start in read_starts(self.parent) if start["what"] == step.folder]
@@ -193,16 +238,16 @@ class Fork:
         """In its adapters, which name their base by a full path, where that lies in the parent."""
         for file in step.rglob("adapter_config.json"):
             values = json.loads(file.read_text(encoding="utf-8"))
-            base = Path(values["base_model_name_or_path"]).resolve()
-            if base.is_relative_to(self.parent.path):
-                own = self.run.path.resolve() / base.relative_to(self.parent.path)
+            base, parent = Path(values["base_model_name_or_path"] or "/").resolve(), self.parent.path.resolve()
+            if base.is_relative_to(parent):
+                own = self.run.path.resolve() / base.relative_to(parent)
                 write_json(file, values | {"base_model_name_or_path": str(own)})
 
     def _take_measured(self, step: Step) -> None:
         """Accuracy of a given reward model on the held-out pairs; what DPO's reference says of the pairs."""
         theirs = self.parent.step(step)
         before = [earlier for earlier in self.config.earlier_steps(step) if self.steps[earlier]]
-        keys: tuple[str, ...]
+        keys: set[str]
         if step is DPO:
             file, keys, rows = theirs.reference_file, OF_REFERENCE, rows_read(self.config, step)
         elif self.config.given_model(REWARD):
@@ -232,11 +277,38 @@ class Fork:
                 if not file.is_file() or name.parts[0] in leave or any(part.startswith(".") for part in name.parts):
                     continue
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
-                (link_or_copy if links(file) else shutil.copyfile)(file, place / name)
+                try:
+                    (link_or_copy if links(file) else shutil.copyfile)(file, place / name)
+                except FileNotFoundError:
+                    raise ChangedMeanwhile(theirs) from None
             change(place)
 
         with writing(f"what is taken over from {self.name}", self.run.path):
             write_directory(ours, write)
+
+
+class ChangedMeanwhile(UserError):
+    def __init__(self, theirs: Path):
+        super().__init__(f"{theirs} was changed while it was taken over: give the same command again.")
+
+
+def taken_file(step: StepDirectory) -> Path:
+    """In a step that was taken over: of which run, and its starts there."""
+    return step.path / "taken.json"
+
+
+def has_begun(step: StepDirectory) -> bool:
+    return step.is_finished or step.checkpoints.exists() or step.metrics_file.exists()
+
+
+def state_of(step: StepDirectory) -> dict[Path, tuple[int, int]]:
+    """Size and time of each file in it; a comparison may write into the log."""
+    found = {}
+    for file in step.path.rglob("*"):
+        with suppress(FileNotFoundError):  # it goes away in this moment
+            if file.is_file() and file != step.log_file:
+                found[file] = (file.stat().st_size, file.stat().st_mtime_ns)
+    return found
 
 
 def settings_read(config: RunConfig, step: Step) -> dict[str, Any]:

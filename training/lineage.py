@@ -59,8 +59,11 @@ def label_of_step(run: RunDirectory, config: RunConfig, step: Step) -> str:
 
 def inherit(config: RunConfig, run: RunDirectory | None) -> RunConfig:
     """`config` with what a run that is to begin at `run` has of the run that its models come from: the seed of the
-    split, and, of an SFT model that was given for the base as well, the base. A run that is there keeps its own."""
+    split, and, of an SFT model that was given for the base as well, the base. A run that is there keeps its own, and
+    what it is a fork of."""
     stored = run.read_config() if run is not None and run.config_file.exists() else None
+    if stored and not config.fork_of:
+        config.fork_of = stored.fork_of
     given = filter(None, (config.sft_model, config.trained_reward_model, config.model, config.reward_model))
     if config.data.split_seed < 0:
         parent = next((origin for source in given if (origin := origin_of(source))), None)

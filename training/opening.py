@@ -17,8 +17,8 @@ from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
-from training.steps import step_of
-from training.trust import made_here, require_yes
+from training.steps import STEPS, step_of
+from training.trust import made_here, of_reading, require_yes
 from training.uses import inherited, of_models, of_training, shared
 from training.versions import versions
 
@@ -49,8 +49,9 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
         refuse_others(run, stored, config)
         before = of_training(run, stored)
         require_yes(run.path, [use for use in wanted if use in before], trusts)
-    for parent in map(RunDirectory, map(Path, config.begun_from)) if stored is None else ():
-        require_yes(parent.path, inherited(parent, wanted), trusts)
+    for parent in map(RunDirectory, map(Path, config.begun_from)):
+        uses = inherited(parent, wanted) if stored is None else of_reading(parent.path)
+        require_yes(parent.path, uses, trusts)
     for parent in {origin.run for origin in trace(sources_of(config))[0]} if stored is None else ():
         require_yes(parent.path, shared(of_models(parent, parent.read_config()), wanted), trusts)
     if config != stored:
@@ -75,6 +76,9 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
     """Raise UserError where settings differ that a run keeps for life."""
     found = differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
     others = {key: values for key, values in found.items() if teaches(key, config) or teaches(key, stored)}
+    for step in STEPS:
+        if stored.seed_of(step) == config.seed_of(step):
+            others.pop(f"{step.command}.seed", None)
     for key in [key for key in others if kind_of(key) is Kind.LENGTH]:
         if may_have_length(run, step_of(key.partition(".")[0]), stored, config):
             del others[key]

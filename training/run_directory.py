@@ -159,13 +159,13 @@ class RunDirectory:
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             with hold_lock(self.lock_file, f"{self.path} is in use by another command", wait_seconds):
-                is_new = not self.config_file.exists()
+                is_new, kept = not self.config_file.exists(), {*self.path.iterdir()} - {self.error_file, self.log_file}
                 try:
                     yield
                 except UserError:
                     if is_new and not self.data.exists():
-                        for file in (self.config_file, self.error_file, self.log_file, *self.lock_files):
-                            file.unlink(missing_ok=True)
+                        for path in ({*self.path.iterdir()} - kept).union(self.lock_files):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                     raise
         except UserError:
             for path in made:

@@ -52,15 +52,28 @@ def record_start(run: RunDirectory, what: str, config: RunConfig, processes: int
 
 
 def read_starts(run: RunDirectory) -> list[dict[str, Any]]:
-    """In order; what a crash cut short is left out, and runs of before have none."""
+    """In order, those of steps that were taken over too (`of`: which run's); runs of before have none. What a crash cut
+    short, or is no start, is left out."""
     lines = run.starts_file.read_bytes().splitlines() if run.starts_file.exists() else []
-    return [start for line in lines if (start := read_line(line)) is not None]
+    return [start for line in lines if (start := read_line(line)) is not None and is_start(start)]
+
+
+def begun_at(run: RunDirectory) -> str:
+    """When the run's own first start was; empty where it has none."""
+    return next((start["time"] for start in read_starts(run) if "of" not in start), "")
+
+
+def is_start(values: Mapping[str, Any]) -> bool:
+    try:
+        return datetime.fromisoformat(values["time"]).tzinfo is not None and isinstance(values["what"], str)
+    except (LookupError, TypeError, ValueError):
+        return False
 
 
 def versions_of(run: RunDirectory, step: Step, made_by: Mapping[str, str]) -> Mapping[str, str]:
     """Of what ran the step last; `made_by`, those of the run's making, where nobody wrote it down."""
     starts = [start for start in read_starts(run) if start["what"] == step.folder]
-    return starts[-1]["versions"] if starts else made_by
+    return starts[-1].get("versions", made_by) if starts else made_by
 
 
 def command_line() -> list[str]:

@@ -28,6 +28,7 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
         *of_formulas(run, config),
         *of_models(run, config),
         *of_data(run, config),
+        *of_parents(run, config),
         *of_trackers(run, config),
         *(
             Use(f"give DeepSpeed {json.dumps(role.deepspeed)}", f"{name}.deepspeed")
@@ -40,7 +41,8 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
 def inherited(parent: RunDirectory, wanted: Iterable[Use]) -> list[Use]:
     """Of a run that goes on from `parent`, or is a fork of it: what both ask for, and reading."""
     config = parent.read_config()
-    theirs = [*of_training(parent, config), *of_data(parent, config, unread=True)]  # a fork may read the data anew
+    anew = [*of_data(parent, config, unread=True), *of_parents(parent, config, unread=True)]  # as a fork may
+    theirs = [*of_training(parent, config), *anew]
     return [*of_reading(parent.path), *shared(theirs, wanted)]
 
 
@@ -99,6 +101,16 @@ def of_data(run: RunDirectory, config: RunConfig, unread: bool = False) -> Itera
             if not place.resolve().is_relative_to(run.path.resolve()):
                 how = "read" if place.exists() else "fetch from the hub"
                 yield Use(f"{how} the data {source.label}", setting)
+
+
+def of_parents(run: RunDirectory, config: RunConfig, unread: bool = False) -> Iterator[Use]:
+    """Runs whose steps, and rows that are yet to be made, may be taken over."""
+    from training.data.prepare import COUNTS_FILE  # imports transformers, and chat goes without
+
+    rows = config.data.parent if unread or not (run.data / COUNTS_FILE).exists() else ""
+    for setting, path in (("fork_of", config.fork_of), ("data.parent", rows)):
+        if path and RunDirectory(Path(path)).config_file.exists():
+            yield Use(f"take over what is in the run {path}", setting)
 
 
 def of_trackers(run: RunDirectory, config: RunConfig) -> Iterator[Use]:

@@ -366,10 +366,11 @@ def versions_table(run: RunDirectory, made_by: Mapping[str, str]) -> tuple[list[
     """Headings, and each package with its version under each: one for all that ran with the same versions."""
     found: list[tuple[list[str], Mapping[str, str]]] = []
     for start in read_starts(run):
-        if found and found[-1][1] == start["versions"]:
+        made_with = start.get("versions", {})
+        if found and found[-1][1] == made_with:
             found[-1][0].append(start["what"])
         else:
-            found.append(([start["what"]], start["versions"]))
+            found.append(([start["what"]], made_with))
     if not found:
         return [""], [(package, [version]) for package, version in made_by.items()]
     packages = dict.fromkeys(package for _, versions in found for package in versions)

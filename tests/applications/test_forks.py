@@ -6,6 +6,7 @@ import pytest
 
 from applications.commands import asked_for, step_command
 from applications.forks import from_run
+from applications.settings import resolve_settings, settings_named
 from inference.errors import UserError
 from training.config_files import load_config
 from training.run_directory import RunDirectory
@@ -44,7 +45,9 @@ def files(tmp_path):
     ("overrides", "data", "goes_on", "why"),
     [
         ([], [], True, "no setting differs, and it has preferences"),
-        (["processes=2"], [], True, "no setting differs"),
+        (["processes=2"], [], False, "processes differs"),
+        (["evaluation.prompts=50"], [], False, "evaluation.prompts differs"),
+        (["rlhf.reward_url=http://127.0.0.1:9"], [], False, "rlhf.reward_url differs"),
         (["seed=7"], [], True, "no setting differs"),  # which it has
         (["rlhf.kl.coefficient=0.2"], [], False, "rlhf.kl.coefficient differs"),
         (["method=dpo"], [], False, "method differs"),
@@ -92,7 +95,8 @@ def test_a_seed_is_that_of_the_steps_that_are_chosen(parent, monkeypatch, capsys
     assert (chosen.seed_of(SFT), chosen.seed_of(PPO)) == (7, 5)
     assert settings("2", method="dpo", seed=5).dpo.seed == 5
     parent.write_config(chosen, {})
-    assert {settings(None, seed=8).seed_of(step) for step in chosen.steps} == {8}
+    for asked in (settings(None, seed=8), settings(None, ["seed=8"])):
+        assert {asked.seed_of(step) for step in chosen.steps} == {8}
     assert "x/y is a fork of" in capsys.readouterr().err
     executed = {}
     monkeypatch.setattr("applications.commands.execute", lambda *given: executed.update(enumerate(given)))
@@ -111,6 +115,12 @@ def test_what_is_there_stays_what_it_is(parent):
 
 def test_a_runs_own_settings_are_a_file_of_settings(parent, tmp_path):
     parent.write_config(parent.read_config(), {"torch": "1"})
-    assert load_config([parent.config_file], []) == parent.read_config()
+    before = parent.read_config()
+    assert load_config([parent.config_file], []) == before
+    parent.write_config(before.model_copy(update={"fork_of": str(tmp_path)}), {"torch": "1"})
+    assert load_config([parent.config_file], []) == settings_named(str(parent.path)) == before
+    assert load_config([parent.config_file], ["fork_of=/a"]).fork_of == "/a"
+    again = resolve_settings(None, [parent.config_file], ["fork_of="], {}, parent)
+    assert again is not None and again.fork_of == str(tmp_path)  # the run itself goes on
     with pytest.raises(UserError, match="--fork and --go-on say what becomes of another run"):
         asked_for("tiny", None, True, None, None, None, {})

@@ -58,6 +58,15 @@ def test_a_run_that_was_stopped(run):
     assert listed(run).state == "stopped"
 
 
+def test_starts_of_the_parent_and_lines_that_are_none(run):
+    begun = listed(run).started
+    before = start("step1_sft", -90) | {"of": "/runs/parent"}
+    run.starts_file.write_text(
+        lines(before, {"number": 2}, start("", 0) | {"time": "noon"}) + run.starts_file.read_text()
+    )
+    assert (listed(run).started, listed(run).state) == (begun, "stopped")
+
+
 def test_a_run_that_failed(run):
     run.step(PPO).error_file.write_text(json.dumps({"code": 3, "sentence": "loss is not finite at step3_rlhf 5"}))
     assert (listed(run).state, listed(run).result) == ("failed", "loss is not finite at step3_rlhf 5")

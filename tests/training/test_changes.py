@@ -39,6 +39,7 @@ def test_what_teaches_nothing_changes_in_a_run_that_is_there(tmp_path, free):
     [
         (["sft.keep=best"], "sft.eval_every=7"),
         (["rlhf={keep: best, eval_every: 3}"], "rlhf.eval_prompts=7"),
+        ([], "rlhf.reward_url=http://127.0.0.1:9"),
         ([], "reward.eval_rows=7"),  # the scale of the scores is measured on them
         ([], "rlhf.actor.deepspeed={zero_optimization: {overlap_comm: true}}"),
     ],
@@ -49,3 +50,19 @@ def test_evaluations_that_decide_stay(tmp_path, begun, refused):
     with pytest.raises(UserError, match=refused.partition("=")[0].replace(".", r"\.")):
         open_run(run, load_config([], ["model=m", *begun, refused]))
     assert teaches(refused.partition("=")[0], run.read_config())
+
+
+def test_a_seed_that_is_that_of_the_run_is_no_other(tmp_path):
+    run = RunDirectory(tmp_path)
+    open_run(run, load_config([], ["model=m", "seed=3"]))
+    open_run(run, load_config([], ["model=m", "seed=3", "sft.seed=3", "rlhf.reward_url="]))
+    with pytest.raises(UserError, match=r"sft\.seed: 3 there, 4 now"):
+        open_run(run, load_config([], ["model=m", "seed=3", "sft.seed=4"]))
+
+
+def test_a_run_keeps_having_a_reward_service(tmp_path):
+    run, address = RunDirectory(tmp_path), "rlhf.reward_url=http://127.0.0.1:"
+    for number in range(2):
+        open_run(run, load_config([], ["model=m", f"{address}{number}"]))
+    with pytest.raises(UserError, match=r"rlhf\.reward_url: 'http://127.0.0.1:1' there, '' now"):
+        open_run(run, load_config([], ["model=m"]))

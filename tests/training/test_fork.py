@@ -12,9 +12,13 @@ from training import fork as module
 from training.config_files import load_config
 from training.fork import Fork
 from training.inputs import inputs_of
+from training.kept_models import link_or_copy
+from training.lengthening import journal_of, not_planned_so
 from training.run_directory import RunDirectory, write_json
+from training.starts import begun_at, read_starts
 from training.steps import DPO, METHODS, PPO, REWARD, SFT, STEPS
 
+TIME = "2026-01-31T12:00:00+00:00"
 ROWS = ("sft_train", "sft_eval", "pairs_train", "pairs_eval", "prompts_train", "prompts_eval", "panel")
 
 
@@ -78,6 +82,11 @@ def made(parent):
     return make
 
 
+def write_starts(run: RunDirectory, *names: str, **values) -> None:
+    starts = [{"number": number, "time": TIME, "what": name} | values for number, name in enumerate(names, 1)]
+    run.starts_file.write_text("".join(json.dumps(start) + "\n" for start in starts))
+
+
 @pytest.mark.parametrize(
     ("overrides", "trained"),
     [
@@ -126,9 +135,9 @@ def test_what_began_otherwise_takes_what_follows_with_it(parent, made):
     ],
 )
 def test_a_file_that_has_changed_since_is_another_one(parent, made, tmp_path, file, trained, why):
-    start = {"number": 1, "what": PPO.folder, "reward_function": inputs_of(parent.read_config())["reward_function"]}
-    code = {name: each["content"] for path in start["reward_function"].values() for name, each in path.items()}
-    parent.starts_file.write_text(json.dumps(start | {"reward_function": code}) + "\n")
+    files = inputs_of(parent.read_config())["reward_function"]
+    code = {name: each["content"] for path in files.values() for name, each in path.items()}
+    write_starts(parent, PPO.folder, reward_function=code)
     assert made().trained == ""
     (tmp_path / file).write_text("something else")
     assert made().trained == trained and why in " ".join(made().fork.steps.values())
@@ -146,7 +155,8 @@ def test_rows_that_are_made_anew_are_compared_by_content(parent, made):
 
 
 def test_what_is_unchanged_is_taken_over_whole_and_lives_without_the_parent(parent, made):
-    parent.starts_file.write_text('{"number": 2, "what": "step1_sft"}\n{"number": 3, "what": "evaluation"}\n')
+    write_starts(parent, "preparation", SFT.folder, REWARD.folder, "evaluation")
+    journal_of(parent.step(SFT)).write(7, {"lengths": {"sft.epochs": [1, 2]}, "earlier": "earlier_1"})
     (parent.step(SFT).path / "error.json").write_text("{}")
     base = {"base_model_name_or_path": str(parent.step(SFT).model)}
     adapters = [f"{SFT.folder}/adapter", f"{REWARD.folder}/adapter", f"{REWARD.folder}/checkpoints/7/adapter"]
@@ -162,11 +172,17 @@ def test_what_is_unchanged_is_taken_over_whole_and_lives_without_the_parent(pare
     run = taken.run
     assert [run.step(step).is_finished for step in (SFT, REWARD, PPO)] == [True, True, False]
     assert not run.step(PPO).path.exists() and not run.step(DPO).path.exists()
-    names = ("data/sft_train.jsonl", "tokens/0.safetensors", "step1_sft/model/model.safetensors")
-    for name in (*names, "step2_reward/checkpoints/7/state.json"):
+    names = ("tokens/0.safetensors", "step1_sft/model/model.safetensors", "step2_reward/checkpoints/7/state.json")
+    for name in names:
         assert (run.path / name).samefile(parent.path / name)
-    assert not run.step(SFT).metrics_file.samefile(parent.step(SFT).metrics_file)
-    assert [json.loads(line)["what"] for line in run.starts_file.read_text().splitlines()] == [SFT.folder]
+    for name in ("data/sft_train.jsonl", "step1_sft/metrics.jsonl"):  # in which people write
+        assert not (run.path / name).samefile(parent.path / name)
+    run.starts_file.unlink()  # as if the command had been killed before
+    made("rlhf.kl.coefficient=0.2").take()
+    starts = [(start["number"], start["what"], start["of"]) for start in read_starts(run)]
+    assert starts == [(1, SFT.folder, str(parent.path)), (2, REWARD.folder, str(parent.path))]
+    assert begun_at(run) == "" and "earlier_1" not in not_planned_so(run.step(SFT))
+    assert "(sft.epochs 1, then 2)" in not_planned_so(run.step(SFT))
     assert not (run.step(SFT).path / "error.json").exists()
     for name in adapters:
         values = json.loads((run.path / name / "adapter_config.json").read_text())
@@ -182,6 +198,54 @@ def test_what_the_fork_has_begun_or_ended_itself_stays_its_own(made):
     taken.run.step(PPO).result_file.unlink()
     again = made().take()
     assert again.run.step(PPO).metrics_file.read_text() == "mine" and again.said == []
+
+
+def test_a_step_that_the_fork_trained_itself_is_never_the_parents(parent, made):
+    for step in (REWARD, PPO):
+        parent.step(step).result_file.rename(parent.step(step).path / "later")
+    mine = made().take().run.step(REWARD)
+    mine.model.mkdir(parents=True)
+    write_json(mine.result_file, {"seconds": 2})
+    for step in (REWARD, PPO):
+        (parent.step(step).path / "later").rename(parent.step(step).result_file)
+    again = made().take()
+    assert again.fork.steps == {SFT: "", REWARD: "b has begun it", PPO: "step 2 is"}
+    assert not again.run.step(PPO).path.exists()
+    write_json(parent.step(SFT).result_file, {"seconds": 3})  # trained on since
+    assert made().fork.steps[SFT] == "b has begun it"
+
+
+@pytest.mark.parametrize("gone", ["result.json", "checkpoints/7/state.json"])
+def test_a_step_that_the_parent_changes_meanwhile_is_not_taken_in_part(parent, made, monkeypatch, gone):
+    file = parent.step(PPO).path / gone
+
+    def copy(source, place):
+        if source.is_relative_to(parent.step(PPO).path):
+            file.unlink(missing_ok=True)
+        link_or_copy(source, place)
+
+    monkeypatch.setattr(module, "link_or_copy", copy)
+    taken = made().take()
+    is_trained = gone == "result.json"
+    assert taken.run.step(PPO).path.exists() != is_trained and not (taken.run.step(PPO).path / gone).exists()
+    assert taken.said[-1].endswith("trained, as a has not finished it" if is_trained else "that of a, unchanged")
+
+
+def test_tokens_come_with_rows_that_a_kill_kept_back(made, monkeypatch):
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        places = []
+
+        def second(fork, theirs, ours, *given, **named):
+            places.append(ours)
+            if places[1:]:
+                raise KeyboardInterrupt
+            take(fork, theirs, ours, *given, **named)
+
+        take = Fork._take
+        killed.setattr(Fork, "_take", second)
+        made().take()
+    run = made().take().run
+    assert (run.tokens / "0.safetensors").exists() and (run.data / "counts.json").exists()
 
 
 def test_a_step_whose_beginning_would_be_trained_is_refused_alone(made):

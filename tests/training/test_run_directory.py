@@ -31,6 +31,21 @@ def test_a_run_is_locked_for_one_command_at_a_time(tmp_path):
         pass
 
 
+def test_a_new_run_that_is_refused_leaves_what_was_there(tmp_path):
+    run = RunDirectory(tmp_path / "new" / "run")
+    for there in ([], [run.path / ".keep"]):
+        for file in there:
+            file.parent.mkdir(parents=True)
+            file.touch()
+        with pytest.raises(UserError, match="few"), run.locked():
+            for name in ("models/m", "tokens", "step1_sft/model", ".models.tmp"):
+                (run.path / name).mkdir(parents=True)
+            for name in ("config.yaml", "starts.jsonl", "error.json"):
+                (run.path / name).touch()
+            raise UserError("few")
+        assert list(tmp_path.rglob("*")) == ([run.path.parent, run.path, *there] if there else [])
+
+
 def test_missing_step_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r"step1_sft of .* is not finished; run it first: rlhf-chat sft"):
         RunDirectory(tmp_path).require_model(SFT)
