@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from training.config_files import as_typed
 from training.data.prepare import COUNTS_FILE
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
 from training.inputs import KEPT, changes, code_of, paths_of
-from training.kept_models import kept_model, link_or_copy, models_of
-from training.run_directory import RunDirectory, write_directory, write_json
+from training.kept_models import kept_model, link_or_copy, models_of, name_base
+from training.run_directory import RunDirectory, write_directory
 from training.starts import read_starts
 from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Step
 
@@ -181,22 +181,15 @@ class Fork:
         def links(file: Path) -> bool:
             return file.parent != theirs and file.stat().st_size >= SMALL
 
-        self._take(theirs, self.run.step(step).path, leave, links, self._name_own_base)
+        self._take(
+            theirs, self.run.step(step).path, leave, links, partial(name_base, old=self.parent.path, new=self.run.path)
+        )
         lines = [json.dumps(start, ensure_ascii=False) + "\n" for start in self._starts(step)]
         with writing("a line of it", self.run.starts_file), open(self.run.starts_file, "a", encoding="utf-8") as file:
             file.writelines(lines)
 
     def _starts(self, step: Step) -> list[dict[str, Any]]:
         return [start for start in read_starts(self.parent) if start["what"] == step.folder]
-
-    def _name_own_base(self, step: Path) -> None:
-        """In its adapters, which name their base by a full path, where that lies in the parent."""
-        for file in step.rglob("adapter_config.json"):
-            values = json.loads(file.read_text(encoding="utf-8"))
-            base = Path(values["base_model_name_or_path"]).resolve()
-            if base.is_relative_to(self.parent.path):
-                own = self.run.path.resolve() / base.relative_to(self.parent.path)
-                write_json(file, values | {"base_model_name_or_path": str(own)})
 
     def _take_measured(self, step: Step) -> None:
         """Accuracy of a given reward model on the held-out pairs; what DPO's reference says of the pairs."""
