@@ -1,5 +1,6 @@
 """The models that a prepared run holds itself, so that no cache and no hub is asked for them."""
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from inference.errors import UserError
 from inference.model_store import PICKLES, SAFETENSORS, TEXT_FILES, Report, check_model_directory, resolve_model
 from training.config import RunConfig
 from training.lineage import base_model, reward_model_before
-from training.run_directory import RunDirectory, write_directory
+from training.run_directory import RunDirectory, write_directory, write_json
 
 NOTICES = ("LICENSE*", "NOTICE*", "README.md")
 
@@ -85,3 +86,13 @@ def link_or_copy(file: Path, place: Path) -> None:
         os.link(file, place)
     except OSError:
         shutil.copyfile(file, place)
+
+
+def name_base(directory: Path, old: Path, new: Path) -> None:
+    """In the adapters in `directory`, which name their base by a full path: in `new` what lay in `old`."""
+    for file in directory.rglob("adapter_config.json"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        base = Path(values["base_model_name_or_path"]).resolve()
+        if base.is_relative_to(old.resolve()):
+            base = new.resolve() / base.relative_to(old.resolve())
+            write_json(file, values | {"base_model_name_or_path": str(base)})

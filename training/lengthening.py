@@ -18,10 +18,13 @@ from inference.errors import UserError, typed
 from training.changes import Kind, differences, kind_of
 from training.config import RunConfig
 from training.data.epochs import count_updates
-from training.kept_models import link_or_copy
+from training.kept_models import link_or_copy, name_base
 from training.metrics import Journal
-from training.run_directory import RunDirectory, StepDirectory, numbered, read_json, write_directory
+from training.run_directory import RunDirectory, StepDirectory, numbered, read_json, write_directory, write_json
 from training.steps import COMPARED, STEPS, Step, step_of
+
+PLAN = ".longer.json"
+"""What a change of the settings still has to set aside."""
 
 
 def may_have_length(run: RunDirectory, step: Step, before: RunConfig, now: RunConfig) -> bool:
@@ -78,19 +81,57 @@ def lengthened(run: RunDirectory, before: RunConfig, now: RunConfig) -> dict[Ste
     return found
 
 
-def set_aside(run: RunDirectory, before: RunConfig, now: RunConfig) -> None:
-    """Make way for what is longer, or compared otherwise. The run still has the settings `before`."""
+def plan_change(run: RunDirectory, before: RunConfig, now: RunConfig) -> None:
+    """Write down what makes way for what is longer, or compared otherwise, and what it is set aside as. It is done by
+    `make_way` once the run has the settings `now`, at the next opening if this command is killed."""
     longer = lengthened(run, before, now)
     if not longer and (before.evaluation == now.evaluation or not now.evaluation.prompts):
         return
-    finished = [run.step(step) for step in longer if run.step(step).is_finished]
-    later = [run.step(step) for step in STEPS if longer.keys() & set(steps_under(before, step))]
-    later = [directory for directory in later if directory.path.exists()]
+    finished = [step for step in longer if run.step(step).is_finished]
+    later = [step for step in STEPS if longer.keys() & set(steps_under(before, step)) and run.step(step).path.exists()]
     measured = [file for file in measurements(run) if file.exists()]
-    place = next(each for n in count(1) if not (each := run.path / f"earlier_{n}").exists())
+    place = next(name for n in count(1) if not (run.path / (name := f"earlier_{n}")).exists())
+    for step in (*finished, *later):
+        with run.step(step).locked():
+            pass
+    plan = {
+        "settings": run.config_file.read_text(encoding="utf-8"),
+        "place": place if finished or later or measured else "",
+        "finished": [step.command for step in finished],
+        "later": [step.folder for step in later],
+        "measured": [str(file.relative_to(run.path)) for file in measured],
+        "longer": {s.command: (numbered(run.step(s).checkpoints)[-1], lengths) for s, lengths in longer.items()},
+    }
+    write_json(run.path / PLAN, plan)
+
+
+def make_way(run: RunDirectory) -> None:
+    """Do what `plan_change` has written down, if the run has got its new settings, from where another command ended."""
+    if not (file := run.path / PLAN).exists():
+        return
+    plan = read_json(file, "delete it")
+    if run.config_file.read_text(encoding="utf-8") != plan["settings"]:
+        place, of = run.path / plan["place"], {step.command: run.step(step) for step in STEPS}
+        finished = [of[command] for command in plan["finished"]]
+        later = [each for each in of.values() if each.path.name in plan["later"]]
+        with ExitStack() as held:
+            for directory in (*finished, *later):
+                held.enter_context(directory.locked())
+            _make_way(run, plan, place, finished, later)
+            for command, (number, lengths) in plan["longer"].items():
+                journal_of(of[command]).write(number, {"lengths": lengths, "earlier": plan["place"]})
+            for directory in finished:
+                directory.result_file.unlink(missing_ok=True)
+    file.unlink()
+
+
+def _make_way(
+    run: RunDirectory, plan: dict[str, Any], place: Path, finished: list[StepDirectory], later: list[StepDirectory]
+) -> None:
+    measured = [run.path / name for name in plan["measured"]]
 
     def write(directory: Path) -> None:
-        shutil.copyfile(run.config_file, directory / run.config_file.name)
+        (directory / run.config_file.name).write_text(plan["settings"], encoding="utf-8")
         for each in [*(each.path for each in finished), *measured]:
             if each.is_dir():
                 unwanted = shutil.ignore_patterns("checkpoints", "best")
@@ -98,21 +139,18 @@ def set_aside(run: RunDirectory, before: RunConfig, now: RunConfig) -> None:
             else:
                 shutil.copyfile(each, directory / each.name)
 
-    with ExitStack() as held:
-        for directory in (*finished, *later):
-            held.enter_context(directory.locked())
-        if finished or later or measured:
-            with writing("what there was of the shorter one", run.path):
-                write_directory(place, write)
-        for directory in later:
+    if plan["place"]:
+        with writing("what there was of the shorter one", run.path):
+            write_directory(place, write, replaces=False)
+    for directory in later:
+        if directory.path.exists():
             os.rename(directory.path, place / directory.path.name)
-        for file in measured:
+    for directory in finished:
+        for earlier in run.path.glob("earlier_*"):
+            name_base(earlier, directory.path, place / directory.path.name)
+    for file in measured:
+        if file.exists():
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-        for directory in finished:
-            directory.result_file.unlink()
-        for step, lengths in longer.items():
-            number = numbered(run.step(step).checkpoints)[-1]
-            journal_of(run.step(step)).write(number, {"lengths": lengths, "earlier": place.name * place.exists()})
 
 
 def steps_under(config: RunConfig, step: Step) -> Iterator[Step]:

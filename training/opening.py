@@ -12,7 +12,7 @@ from training.config_files import as_typed, load_config
 from training.data.find_files import find_files
 from training.data.hub_sets import find_set
 from training.data.sources import parse_source
-from training.lengthening import may_have_length, set_aside
+from training.lengthening import make_way, may_have_length, plan_change
 from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.paths import found_from_anywhere
@@ -42,6 +42,7 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
     """The settings of `run`; a new one is made from `config`. What they ask for needs a yes (`trusts`) unless it is
     typed now, or was when the run was made here. Raises UserError without it, and where the settings disagree.
     """
+    make_way(run)
     stored = run.read_config() if config is None or run.config_file.exists() else None
     config = config or run.read_config()
     wanted, before = of_training(run, config), []
@@ -57,8 +58,9 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
     if config != stored:
         refuse_secret(config.rlhf.reward_url)
         if stored is not None:
-            set_aside(run, stored, config)
+            plan_change(run, stored, config)
         run.write_config(config, versions())
+        make_way(run)
     made_here(run.path, [use for use in wanted if use not in before])
     return config
 

@@ -1,6 +1,10 @@
 """A step that is to be longer than it was: what is set aside, what is refused, and what is trained then."""
 
 import json
+import os
+import shutil
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -106,13 +110,55 @@ def test_a_length_that_trains_nothing_more_changes_nothing(run, same):
     assert files(run.path) == before and not was_lengthened(run.step(SFT))
 
 
-def test_a_command_that_is_killed_on_the_way_loses_nothing_and_is_told_of_once(run, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(RunDirectory, "write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        reopen(run, "sft.max_steps=9", "sft.epochs=2")
-    reopen(run, "sft.max_steps=9", "sft.epochs=2")
-    assert len(was_lengthened(run.step(SFT))) == 1 and run.read_config().sft.max_steps == 9
-    assert (run.path / "earlier_1" / "step3_rlhf" / "model").is_dir() and not run.step(SFT).is_finished
+def state_of(run: RunDirectory) -> tuple:
+    """Files that are no leftovers, lengths, and what is said of step 1."""
+    there = {name for name in files(run.path) if not any(part.startswith(".") for part in Path(name).parts)}
+    return there, run.read_config().sft.max_steps, not_planned_so(run.step(SFT))
+
+
+def test_a_command_that_is_killed_anywhere_has_done_nothing_or_is_finished_by_any_other(run, monkeypatch):
+    """Before each change of a name on the disk; of what a dead process would do then nothing comes."""
+    longer = ["sft.max_steps=9", "sft.epochs=2", "evaluation.prompts=9"]
+    kept = shutil.copytree(run.path, run.path.with_name("kept"))
+    before, seen = state_of(run), []
+    for number in count():
+        left = number
+        shutil.rmtree(run.path)
+        shutil.copytree(kept, run.path)
+
+        def alive(act, *given, **named):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return act(*given, **named)
+
+        with monkeypatch.context() as patched:
+            for name in ("rename", "replace", "unlink", "rmdir"):
+                patched.setattr(os, name, partial(alive, getattr(os, name)))
+            try:
+                reopen(run, *longer)
+                break
+            except KeyboardInterrupt:
+                pass
+        for file in run.path.glob(".*.rights"):  # another process would have another name for it
+            file.unlink()
+        open_run(run, None)
+        seen.append(state_of(run))
+    after = state_of(run)
+    at = seen.index(after)
+    assert at > 1 and len(seen) > at + 4 and seen == [before] * at + [after] * (len(seen) - at)
+
+
+def test_adapters_that_are_set_aside_name_the_model_there(run):
+    config = run.step(PPO).path / "adapter" / "adapter_config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({"base_model_name_or_path": str(run.step(SFT).model)}))
+    reopen(run, "rlhf.iterations=5")
+    reopen(run, "rlhf.iterations=5", "sft.max_steps=9", "sft.epochs=2")
+    for earlier in ("earlier_1", "earlier_2"):
+        named = json.loads((run.path / earlier / config.relative_to(run.path)).read_text())["base_model_name_or_path"]
+        assert Path(named) == run.path / "earlier_2" / "step1_sft" / "model"
 
 
 def test_another_evaluation_makes_way_for_its_comparison_alone(run):
