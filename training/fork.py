@@ -20,7 +20,7 @@ from training.config_files import as_typed
 from training.data.prepare import COUNTS_FILE
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
 from training.inputs import KEPT, changes, code_of, paths_of
-from training.kept_models import kept_model, link_or_copy, models_of
+from training.kept_models import kept_model, link_or_copy, models_of, name_base
 from training.lengthening import journal_of
 from training.metrics import Journal
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_directory, write_json
@@ -202,7 +202,7 @@ class Fork:
         def change(place: Path) -> None:
             if not self.parent.step(step).is_finished or state_of(self.parent.step(step)) != before:
                 raise ChangedMeanwhile(theirs)
-            self._name_own_base(place)
+            name_base(place, self.parent.path, self.run.path)
             journal = Journal(place / journal_of(self.parent.step(step)).file.name)
             if rows := journal.read():  # what was set aside stays in the parent
                 write_text(journal.file, "")
@@ -233,15 +233,6 @@ class Fork:
 
     def _starts(self, step: Step) -> list[dict[str, Any]]:
         return [start for start in read_starts(self.parent) if start["what"] == step.folder]
-
-    def _name_own_base(self, step: Path) -> None:
-        """In its adapters, which name their base by a full path, where that lies in the parent."""
-        for file in step.rglob("adapter_config.json"):
-            values = json.loads(file.read_text(encoding="utf-8"))
-            base, parent = Path(values["base_model_name_or_path"] or "/").resolve(), self.parent.path.resolve()
-            if base.is_relative_to(parent):
-                own = self.run.path.resolve() / base.relative_to(parent)
-                write_json(file, values | {"base_model_name_or_path": str(own)})
 
     def _take_measured(self, step: Step) -> None:
         """Accuracy of a given reward model on the held-out pairs; what DPO's reference says of the pairs."""

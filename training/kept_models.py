@@ -92,7 +92,7 @@ def name_base(directory: Path, old: Path, new: Path) -> None:
     """In the adapters in `directory`, which name their base by a full path: in `new` what lay in `old`."""
     for file in directory.rglob("adapter_config.json"):
         values = json.loads(file.read_text(encoding="utf-8"))
-        base = Path(values["base_model_name_or_path"]).resolve()
+        base = Path(values["base_model_name_or_path"] or "/").resolve()
         if base.is_relative_to(old.resolve()):
             base = new.resolve() / base.relative_to(old.resolve())
             write_json(file, values | {"base_model_name_or_path": str(base)})

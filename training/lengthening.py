@@ -6,6 +6,7 @@ earlier_1, earlier_2 ..., and made anew.
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -110,6 +111,8 @@ def make_way(run: RunDirectory) -> None:
     if not (file := run.path / PLAN).exists():
         return
     plan = read_json(file, "delete it")
+    if not re.fullmatch(r"(earlier_\d+)?", plan["place"]):
+        raise UserError(f"{file} names a place that no run sets anything aside in: delete it.")
     if run.config_file.read_text(encoding="utf-8") != plan["settings"]:
         place, of = run.path / plan["place"], {step.command: run.step(step) for step in STEPS}
         finished = [of[command] for command in plan["finished"]]
@@ -128,7 +131,7 @@ def make_way(run: RunDirectory) -> None:
 def _make_way(
     run: RunDirectory, plan: dict[str, Any], place: Path, finished: list[StepDirectory], later: list[StepDirectory]
 ) -> None:
-    measured = [run.path / name for name in plan["measured"]]
+    measured = [file for file in measurements(run) if str(file.relative_to(run.path)) in plan["measured"]]
 
     def write(directory: Path) -> None:
         (directory / run.config_file.name).write_text(plan["settings"], encoding="utf-8")

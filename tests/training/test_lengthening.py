@@ -13,7 +13,7 @@ from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from tests.supervised_steps import make_run, metrics_of, stage_of
 from training.config_files import load_config
-from training.lengthening import not_planned_so, was_lengthened
+from training.lengthening import PLAN, not_planned_so, was_lengthened
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.step2_dpo import dpo
@@ -148,6 +148,17 @@ def test_a_command_that_is_killed_anywhere_has_done_nothing_or_is_finished_by_an
     after = state_of(run)
     at = seen.index(after)
     assert at > 1 and len(seen) > at + 4 and seen == [before] * at + [after] * (len(seen) - at)
+
+
+def test_a_plan_from_elsewhere_moves_and_deletes_nothing_outside_the_run(run, tmp_path):
+    (tmp_path / "mine").write_text("")
+    plan = {"settings": "", "finished": [], "later": [], "longer": {}, "measured": ["../mine"]}
+    (run.path / PLAN).write_text(json.dumps(plan | {"place": "../earlier_1"}))
+    with pytest.raises(UserError, match="delete it"):
+        reopen(run)
+    (run.path / PLAN).write_text(json.dumps(plan | {"place": "earlier_1"}))
+    reopen(run)
+    assert (tmp_path / "mine").exists()
 
 
 def test_adapters_that_are_set_aside_name_the_model_there(run):
