@@ -217,7 +217,10 @@ def settings(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL|RUN", help="Whose values: a model as `run` takes it, a run, or a YAML file."),
+        typer.Option(
+            metavar="MODEL|RUN",
+            help="Whose values: a model as `run` takes it, a run, or a YAML file. Default: no one's.",
+        ),
     ] = None,
     json_: Json = False,
     trust: Trust = False,

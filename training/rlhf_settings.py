@@ -324,8 +324,9 @@ class RLHFSettings(Settings):
             raise ValueError(f"scoring_tensor_parallel.critic needs a critic, and {self.advantage} has none")
         return self
 
-    def require_fitting_roles(self) -> None:
+    def require_fitting_roles(self, has_own_reference: bool) -> None:
         """Raise ValueError where the reference, or a role that fusion needs whole, is divided as it cannot be."""
+        self._has_own_reference = has_own_reference
         if self.plan:  # is judged itself
             return
         if self.scoring_tensor_parallel.reference > 1 and self.reference_is_actor:
@@ -342,7 +343,7 @@ class RLHFSettings(Settings):
 
     @model_validator(mode="after")
     def _fusion_rows_are_decoded(self):
-        if self.fusion.rows > self.generation_batch:
+        if not self.plan and self.fusion.rows > self.generation_batch:
             raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")
         return self
 

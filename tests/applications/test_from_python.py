@@ -91,6 +91,7 @@ def go_on() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return [float(len(text)) for text in responses]
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs that a shell has put into the background
     settings = load_settings("run", {"processes": 2})
     seen = []
     with pytest.raises(KeyboardInterrupt):

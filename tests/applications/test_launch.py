@@ -184,7 +184,7 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(tmp_path, monkeypatch, caps
     monkeypatch.setattr(launch, "stage_command", lambda *_: [sys.executable, "-c", program, str(begun)])
     signal_while_waiting(monkeypatch, signal.SIGINT, begun)
     run = RunDirectory(tmp_path)
-    monkeypatch.setattr(commands, "step_command", lambda *_: launch.run_stage_script("step1_sft", run, 1))
+    monkeypatch.setattr(commands, "step_command", lambda *_, **_more: launch.run_stage_script("step1_sft", run, 1))
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         main()

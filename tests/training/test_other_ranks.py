@@ -94,12 +94,11 @@ def go_on_with_ppo(ranks, directory, part: dict[str, Any]) -> None:
     number = part["number"]
     ppo = make_ppo(ranks, directory / "rlhf", merge(COMMON, part["rlhf"]))
     if number > 1:
-        journal = ppo.stage.journal("updates.jsonl")
-        ppo.resume(journal)
+        ppo.resume()
         keep_weights(directory, f"{number} kept", ppo)
         ppo.inside.put_back()
         keep_weights(directory, f"{number} inside", ppo)
-        assert ppo.resume(journal) == (number - 1, False)
+        assert ppo.resume() == (number - 1, False)
     keep_weights(directory, f"{number} begun", ppo)
     found = follow(ppo, range(number, number + 1), check=True)
     keep_weights(directory, f"{number} ended", ppo)

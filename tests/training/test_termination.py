@@ -111,7 +111,7 @@ def test_the_command_hands_it_on_and_ends_with_143(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("RLHF_CHAT_GRACE", "1")
     monkeypatch.setattr(launch, "LAUNCHER_SECONDS", 0)
     monkeypatch.setattr(launch, "stage_command", lambda *_: script)
-    monkeypatch.setattr(commands, "step_command", lambda *_: launch.run_stage_script("step1_sft", run, 1))
+    monkeypatch.setattr(commands, "step_command", lambda *_, **_more: launch.run_stage_script("step1_sft", run, 1))
     monkeypatch.setattr("sys.argv", ["rlhf-chat", "sft", str(tmp_path)])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:

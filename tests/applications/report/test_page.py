@@ -358,7 +358,14 @@ def test_what_was_trained_elsewhere_is_said(tmp_path):
 def test_warnings_are_repeated_once_and_each_step_has_the_versions_that_ran_it(tmp_path):
     run = make_run(tmp_path)
     run.step(PPO).log_file.write_text("Warning: it went astray\na library spoke\nWarning: it went astray\n")
-    start = {"number": 1, "time": "t", "processor": "p", "gpus": [], "commit": "c" * 40, "changed_since_commit": True}
+    start = {
+        "number": 1,
+        "time": "2026-11-30T09:00:00+00:00",
+        "processor": "p",
+        "gpus": [],
+        "commit": "c" * 40,
+        "changed_since_commit": True,
+    }
     ran = [
         start | {"what": step, "versions": {"torch": v}} for step, v in (("step1_sft", "2.13.0"), ("step3_rlhf", "3"))
     ]

@@ -201,7 +201,7 @@ def go_on(ranks, directory, settings: dict[str, Any]):
     first.save(1, stopped=False)
     states = []
     second = make_ppo(ranks, directory / "resumed", settings)
-    number, stopped = second.resume(second.stage.journal("updates.jsonl"))
+    number, stopped = second.resume()
     for ppo in (first, second):
         found = follow(ppo, range(2, 3))
         kept = [tensor.tolist() for tensors in ppo.inside.kept.values() for tensor in tensors]
