@@ -219,7 +219,7 @@ def settings(
         str | None,
         typer.Option(
             metavar="MODEL|RUN",
-            help="Whose values: a model as `run` takes it, a run, or a YAML file. Default: no one's.",
+            help="Whose values: a model as `run` takes it, a run, or a YAML file. Default: none.",
         ),
     ] = None,
     json_: Json = False,

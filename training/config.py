@@ -210,7 +210,8 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        self.rlhf.require_fitting_roles(bool(self.reference_model))
+        self.rlhf.take_reference(self.reference_model)
+        self.rlhf.require_fitting_roles()
         if self.reference_model and self.method == "ppo" and not self.rlhf.has_reference:
             raise ValueError(
                 f"reference_model={self.reference_model} would never be asked, as rlhf.kl has no coefficient, target "

@@ -226,7 +226,7 @@ class RLHFSettings(Settings):
             raise ValueError(str(error).rstrip(".")) from None
 
     _has_own_reference: bool = PrivateAttr(False)
-    """Whether `reference_model` names one: RunConfig says so."""
+    """Whether `reference_model` names one (`take_reference`)."""
 
     @property
     def reference_is_actor(self) -> bool:
@@ -324,9 +324,12 @@ class RLHFSettings(Settings):
             raise ValueError(f"scoring_tensor_parallel.critic needs a critic, and {self.advantage} has none")
         return self
 
-    def require_fitting_roles(self, has_own_reference: bool) -> None:
+    def take_reference(self, model: str) -> None:
+        """Know of the run's `reference_model`, which lies beside these settings; empty where the run has none."""
+        self._has_own_reference = bool(model)
+
+    def require_fitting_roles(self) -> None:
         """Raise ValueError where the reference, or a role that fusion needs whole, is divided as it cannot be."""
-        self._has_own_reference = has_own_reference
         if self.plan:  # is judged itself
             return
         if self.scoring_tensor_parallel.reference > 1 and self.reference_is_actor:
