@@ -21,8 +21,9 @@ HERE = Path(__file__).resolve().parent.parent
 
 def system(name: str, checkout: Path, given: argparse.Namespace) -> System:
     place = ["env", "-C", str(checkout), f"PYTHONPATH={checkout}"]
-    asked = ["--size", given.size, "--lengths", given.lengths, "--iterations", str(given.pairs + 1), "--turns"]
-    return System(name, [*place, sys.executable, "-m", "benchmarks.our_ppo", *asked])
+    asked = ["--size", given.size, "--lengths", given.lengths, "--dtype", given.dtype]
+    counted = ["--iterations", str(given.pairs + 1), "--turns"]
+    return System(name, [*place, sys.executable, "-m", "benchmarks.our_ppo", *asked, *counted])
 
 
 def main() -> int:
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("other", type=Path, help="the other checkout")
     parser.add_argument("--size", choices=list(SIZES), default="m")
     parser.add_argument("--lengths", choices=list(LENGTHS), default="skew")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--pairs", type=int, default=7)
     given = parser.parse_args()
     rows = []
