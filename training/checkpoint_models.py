@@ -123,9 +123,9 @@ def checkpoint_of(target: str | Path) -> Checkpoint | None:
     found = Checkpoint(run, of_step or last_step(run), int(named[2]))
     if found.step.leaves_scorer:
         raise UserError(
-            f"{target} is a checkpoint of a reward model, whose scale is measured when its step ends. {found.instead()} "
-            f"One of {found.number} optimiser steps: rlhf-chat reward runs/NEW --from {typed(run.path)} --set "
-            f"reward.max_steps={found.number}"
+            f"{target} is a checkpoint of a reward model, whose scale is measured when its step ends. "
+            f"{found.instead()} One of {found.number} optimiser steps: rlhf-chat reward runs/NEW --from "
+            f"{typed(run.path)} --set reward.max_steps={found.number}"
         )
     if found.number not in numbered(run.step(found.step).checkpoints):
         raise found.missing()
