@@ -55,7 +55,7 @@ def pipeline_command(
         asked = settings = planned(asked, path, measures=not dry_run)
     chosen = parse_steps(steps, asked)
     if dry_run:
-        print_dry_run(asked, chosen, path)
+        print_dry_run(asked, chosen, path, trusts)
         return
     execute(path, settings, chosen, trusts)
 
@@ -205,14 +205,21 @@ def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[Step
             run.require_model(earlier)
 
 
-def print_dry_run(settings: RunConfig, steps: list[Step], path: Path) -> None:
+def print_dry_run(settings: RunConfig, steps: list[Step], path: Path, trusts: bool) -> None:
     from applications.dry_run import dry_run
     from applications.launch import stage_command
     from applications.pipeline import needed_steps
     from training.fork import Fork
+    from training.trust import require_reading, require_yes
+    from training.uses import of_parents
 
     steps = needed_steps(settings, steps)
-    if fork := Fork.of(RunDirectory(path), settings):
+    run = RunDirectory(path)
+    if settings.fork_of:  # what is in the parent is compared
+        if run.config_file.exists():
+            require_yes(path, of_parents(run, run.read_config()), trusts)
+        require_reading(Path(settings.fork_of), trusts)
+    if fork := Fork.of(run, settings):
         print("\n".join(fork.lines(steps)))
         if not (steps := fork.trained(steps)):
             return
