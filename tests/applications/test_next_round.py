@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from applications.chat import model_before
-from applications.forks import from_run
+from applications.from_run import from_run
 from applications.next_round import next_command, next_name
 from applications.settings import as_settings
 from inference.errors import UserError

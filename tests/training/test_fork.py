@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from applications.forks import settings_of_fork
+from applications.from_run import settings_of_fork
 from inference.errors import UserError
 from training import fork as module
 from training.config_files import load_config

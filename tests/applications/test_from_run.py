@@ -5,7 +5,7 @@ import json
 import pytest
 
 from applications.commands import asked_for, step_command
-from applications.forks import from_run
+from applications.from_run import from_run
 from applications.settings import resolve_settings, settings_named
 from inference.errors import UserError
 from training.config_files import load_config
