@@ -16,6 +16,7 @@ from training.role_settings import (
     FrozenSettings,
     Keep,
     OptimizerSettings,
+    ScoringDegrees,
     Settings,
     StepSeed,
     misplaced,
@@ -85,17 +86,6 @@ class PTXSettings(Settings):
     """JSON-lines file (or directory) of demonstrations; empty means those of step 1, data/sft_train.jsonl."""
     rows: Rows = Field(0, ge=0)
     """Demonstrations in each mini-batch, over all ranks; 0 means as many as it has samples."""
-
-
-class ScoringDegrees(Settings):
-    """Ranks that score together in a role, each with a part of its weights; each divides the number of ranks."""
-
-    reference: Ranks = Field(1, ge=1)
-    """Of the reference; over 1 where it does not fit whole on a rank beside training."""
-    reward: Ranks = Field(1, ge=1)
-    """Of the reward model, as for the reference."""
-    critic: Ranks = Field(1, ge=1)
-    """Of the critic, which keeps a part of its weights for scoring then, beside those that it trains."""
 
 
 class FusionSettings(Settings):
