@@ -132,6 +132,8 @@ class DPOSettings(StepSettings):
     """Share of the pairs taken to be labelled the wrong way round (conservative DPO); 0: none."""
     length_normalized: bool = False
     """Divide each log-ratio by its response's tokens, so that length earns nothing; wants a larger beta (2 to 10)."""
+    sft_coefficient: float = Field(0.0, ge=0)
+    """Weight of the chosen response's negative log-likelihood, a mean over its tokens, beside the loss; 0: none."""
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-6)
 
     @model_validator(mode="after")

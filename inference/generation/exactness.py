@@ -7,6 +7,7 @@ here, product, softmax, product, and whatever a processor's products depend on i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from inference.private_surfaces import softmax_backward
 
 QUERIES = 256
 """Queries of one head that training computes at a time: what bounds the memory of their scores."""
+FEW = 16
+"""Queries of a key head in decoding, at most."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,13 @@ def filled(row: Tensor, multiple: int) -> Tensor:
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, queries: int) -> Tensor:
     """(..., m, head), scaled, and (..., k, head) -> (..., m and more, k), m filled up to a multiple of `queries`.
     `mask`, (..., m, k), is 0 for keys that a query sees, else -inf."""
-    scores = with_more(query, 2, -query.shape[-2] % queries) @ key.mT
+    asked = query.shape[-2]
+    query = with_more(query, 2, -asked % queries)
+    # oneDNN copies keys that lie in a cache, and takes long where it turns them; fp32 products would sum differently
+    keys_first = query.dtype == torch.bfloat16 and asked <= FEW
+    scores = (key @ query.mT).mT if keys_first else query @ key.mT
     if mask is not None:
-        scores[..., : query.shape[-2], :] += mask
+        scores[..., :asked, :] += mask
     return scores.softmax(-1)
 
 
@@ -133,9 +140,16 @@ def parts(queries: Tensor, window: int | None, exact: Exactness) -> Iterator[Par
     for start in range(0, length, QUERIES):
         end = min(start + QUERIES, length)
         keys = exact.seen(end)
-        distance = torch.arange(start, end, device=queries.device)[:, None] - torch.arange(keys, device=queries.device)
-        hidden = distance < 0
-        if window is not None and window < end:
-            hidden |= distance >= window
-        mask = torch.zeros_like(hidden, dtype=queries.dtype).masked_fill_(hidden, -torch.inf)
-        yield Part(start, end, keys, mask.repeat(sharing, 1))
+        seen = window if window is not None and window < end else end
+        yield Part(start, end, keys, causal_mask(start, end, keys, seen, sharing, queries.dtype, queries.device))
+
+
+@lru_cache(maxsize=64)  # the layers of a model ask for the same ones
+def causal_mask(
+    start: int, end: int, keys: int, window: int, sharing: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Of queries at places `start` .. `end`, each of which sees the last `window` tokens up to itself, over `keys`;
+    repeated for the heads that share them."""
+    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(keys, device=device)
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat(sharing, 1)
