@@ -18,8 +18,6 @@ from inference.private_surfaces import softmax_backward
 
 QUERIES = 256
 """Queries of one head that training computes at a time: what bounds the memory of their scores."""
-FEW = 16
-"""Queries of a key head in decoding, at most."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,9 @@ def filled(row: Tensor, multiple: int) -> Tensor:
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, queries: int) -> Tensor:
     """(..., m, head), scaled, and (..., k, head) -> (..., m and more, k), m filled up to a multiple of `queries`.
     `mask`, (..., m, k), is 0 for keys that a query sees, else -inf."""
-    asked = query.shape[-2]
-    query = with_more(query, 2, -asked % queries)
-    # oneDNN copies keys that lie in a cache, and takes long where it turns them; fp32 products would sum differently
-    keys_first = query.dtype == torch.bfloat16 and asked <= FEW
-    scores = (key @ query.mT).mT if keys_first else query @ key.mT
+    scores = with_more(query, 2, -query.shape[-2] % queries) @ key.mT
     if mask is not None:
-        scores[..., :asked, :] += mask
+        scores[..., : query.shape[-2], :] += mask
     return scores.softmax(-1)
 
 
