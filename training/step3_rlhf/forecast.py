@@ -14,7 +14,7 @@ from training.distributed import local_size
 from training.fusion.timeline import Span
 from training.metrics import WARNING
 from training.plan import Plan
-from training.planner.augmented import AugmentedGraphs
+from training.planner.augmented import AugmentedGraphs, Node
 from training.planner.cost import CallCosts
 from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here
@@ -52,8 +52,25 @@ class Forecast:
             return None
         return cls(graphs_of(stage.config, calls, *shapes, stage.dtype, cluster, of_reference), plan)
 
-    def schedule(self, prompts: Sequence[int], responses: Sequence[int], left_out: Collection[str] = ()) -> Schedule:
-        """Of an iteration with prompts and responses of these lengths, in tokens, without the calls `left_out`."""
+    def schedule(
+        self,
+        prompts: Sequence[int],
+        responses: Sequence[int],
+        learned: Sequence[int] | None = None,
+        left_out: Collection[str] = (),
+    ) -> Schedule:
+        """Of an iteration with prompts and responses of these lengths, in tokens, without the calls `left_out`. Only
+        the samples in the places `learned` are trained on; None: all."""
+        nodes = self._nodes(prompts, responses)
+        if learned is not None and len(learned) < len(prompts):
+            of_learned = self._nodes(*([each[i] for i in learned] for each in (prompts, responses))) if learned else ()
+            seconds = {call.name: 0.0 for call in self.graphs.graph.calls if call.kind == "train"}
+            seconds |= {node.name: node.seconds for node in of_learned if node.name in seconds}
+            nodes = [replace(node, seconds=seconds.get(node.name, node.seconds)) for node in nodes]
+        return list_schedule([replace(n, seconds=0.0) if n.name in left_out else n for n in nodes], iterations=1)
+
+    def _nodes(self, prompts: Sequence[int], responses: Sequence[int]) -> Sequence[Node]:
+        """Of an iteration with samples of these lengths."""
         workload = replace(
             self.graphs.costs.workload,
             samples=len(prompts),
@@ -62,8 +79,7 @@ class Forecast:
             longest_response=max(responses),
         )
         costs = CallCosts(workload, self.graphs.costs.cluster)
-        nodes = AugmentedGraphs(self.graphs.graph, costs).nodes(self.plan)
-        return list_schedule([replace(n, seconds=0.0) if n.name in left_out else n for n in nodes], iterations=1)
+        return AugmentedGraphs(self.graphs.graph, costs).nodes(self.plan)
 
 
 def hardware_of(stage: Stage) -> Cluster | None:

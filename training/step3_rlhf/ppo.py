@@ -35,7 +35,7 @@ from training.step3_rlhf.reward_gate import look_at_reward_model
 from training.step3_rlhf.roles import Roles, starting_scorer
 from training.step3_rlhf.rollout import Rollouts
 from training.step3_rlhf.rollout_lines import rollout_lines
-from training.step3_rlhf.update import Batch, Update, Updates
+from training.step3_rlhf.update import Batch, Update, Updates, learned_rows
 from training.step3_rlhf.watch import Watch
 from training.steps import PROMPTS, SFT
 
@@ -384,7 +384,8 @@ class PPO:
         if self.forecast is not None:
             idle = [ACTOR_TRAIN.name] if number <= self.settings.critic_warmup else []
             lengths = [len(e.prompt) for e in experience], [len(e.response) for e in experience]
-            schedule = self.forecast.schedule(*lengths, left_out=idle)
+            learned = learned_rows(experience, self.settings)
+            schedule = self.forecast.schedule(*lengths, learned, left_out=idle)
         data = as_data(number, schedule, spans) | {"update": update_data([newest for _, newest in told])}
         write_json(self.stage.directory.iteration_file, data)
         return {} if schedule is None else metrics_of(schedule, spans, seconds)

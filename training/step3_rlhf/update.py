@@ -15,6 +15,7 @@ from training.data.batching import MicroBatch, TokenBatch
 from training.fusion.timeline import Timeline
 from training.hybrid_engine.overflow import step_together
 from training.pipelines.stage_engine import Pass, StageEngine
+from training.rlhf_settings import RLHFSettings
 from training.stage import Diverged, Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, token_batch
@@ -34,6 +35,11 @@ class Batch:
     seats: list[int]
     """Places in the data of the samples' prompts."""
     kl_coefficient: float
+
+
+def learned_rows(experience: Sequence[Experience], settings: RLHFSettings) -> list[int]:
+    """Places of the samples that mini-batches are cut from: all, or with rlhf.mask_truncated those that ended."""
+    return [row for row, each in enumerate(experience) if each.ended or not settings.mask_truncated]
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class Updates:
         """
         self.calls = calls or Timeline()
         settings, stops = self.settings, self.settings.ppo_kl_stop > 0
-        learned = [row for row, each in enumerate(batch.experience) if each.ended or not settings.mask_truncated]
+        learned = learned_rows(batch.experience, settings)
         ours: list[Done] = []
         done: list[Done] = []
         for epoch, place in itertools.product(range(settings.ppo_epochs), range(settings.mini_batches)):

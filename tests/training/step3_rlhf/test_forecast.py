@@ -74,6 +74,13 @@ def test_it_is_made_for_the_lengths_that_there_were():
     warming_up = forecast.schedule([64] * samples, [128] * samples, left_out=["actor_train"])
     trained = predicted_seconds(longest)["actor_train"]
     assert 0 < trained == pytest.approx(longest.makespan - warming_up.makespan)  # calls follow one another here
+    lengths = [64] * samples, [128, 64] * (samples // 2)
+    everything, masked = (predicted_seconds(forecast.schedule(*lengths, rows)) for rows in (None, [1, 3, 5, 7]))
+    alone = predicted_seconds(forecast.schedule([64] * 4, [64] * 4))
+    trains = {"actor_train", "critic_train"}
+    assert masked == pytest.approx(everything | {name: alone[name] for name in trains})  # all are generated and scored
+    nothing = predicted_seconds(forecast.schedule(*lengths, []))
+    assert nothing == everything | dict.fromkeys(trains, 0.0)
 
 
 def test_hardware_is_that_of_the_ranks_of_one_machine(monkeypatch):
