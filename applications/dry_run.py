@@ -117,6 +117,8 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     steps = f"critic {updates:,}, actor {actor_updates:,}" if actor_updates != updates else f"{updates:,} of each"
     if not rlhf.has_critic:
         steps = f"{updates:,}"
+    if rlhf.mask_truncated or rlhf.ppo_kl_stop:
+        steps = f"at most {steps}"
     reference = _frozen(rlhf.reference, rlhf.scoring_tensor_parallel.reference)
     at_a_time = f"{min(rlhf.generation_batch, math.ceil(samples / outlook.ranks))} at a time on a rank"
     batch = _batch(mini_batch, rows, outlook, "samples")

@@ -69,7 +69,9 @@ def test_uneven_batches_say_so(laptop, tmp_path):
 def test_critic_warmup_and_lora_reference_are_shown(laptop, tmp_path):
     config = config_of("smollm2-135m", "rlhf.iterations=10", "rlhf.critic_warmup=3", "rlhf.mini_batches=2")
     text = dry_run(config, [PPO], tmp_path, COMMANDS)
-    assert "critic 20, actor 14" in line_of(text, "optimiser steps")
+    assert "critic 20, actor 14" in (line := line_of(text, "optimiser steps")) and "at most" not in line
+    masked = config_of("tiny", "rlhf.mask_truncated=true")
+    assert "at most" in line_of(dry_run(masked, [PPO], tmp_path, COMMANDS), "optimiser steps")
     assert "the actor with its adapters off" in line_of(text, "reference")
     assert "LoRA adapters of rank" in line_of(text, "actor", "Step 3")
 
