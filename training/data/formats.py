@@ -51,6 +51,7 @@ KEYS_NAMED = 6
 NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
 """Values of a column that need no word when it is not used."""
 NOT_TRAINED = "no answer in it is to be trained on (weight 0, or train false)"
+MARGIN_BELOW_0 = "its margin is below 0, so the chosen answer is not said to be the better one"
 GOOD_LABELS = frozenset(
     "true t yes y 1 +1 good positive pos chosen accepted accept preferred desirable desired correct right win "
     "like liked thumbs_up thumbsup thumb_up up upvote upvoted helpful 👍".split()
@@ -198,6 +199,8 @@ def parse_pair(row: dict[str, Any]) -> PairRow:
         require_trained(row[key], key)
     pair = PairRow(prompt=check_prompt(prompt), chosen=chosen[0]["content"], rejected=rejected[0]["content"])
     margin = number(row.get("margin"))
+    if margin is not None and margin < 0:
+        raise LeftOut(MARGIN_BELOW_0)
     return pair if margin is None else {**pair, "margin": margin}
 
 

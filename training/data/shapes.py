@@ -31,7 +31,7 @@ QUESTIONS = ("instruction", "question", "query")
 SYSTEMS = ("system", "system_prompt")
 ANSWERS = ("response", "completion")
 KNOWN_COLUMNS = frozenset([*TEXTS, *LABELS, *CONVERSATIONS, *QUESTIONS, *SYSTEMS]) | {
-    *("history", "input", "context", "output", "tools"),
+    *("history", "input", "context", "output", "tools", "margin"),
 }
 """All that are looked at."""
 INDEX_COLUMNS = ("", "unnamed: 0", "__index_level_0__")
