@@ -22,7 +22,8 @@ PHASES = {
 
 def charts(step: Step, rows: Rows, config: RunConfig) -> list[Chart]:
     """The curves of a step that have points."""
-    found = ppo_charts(rows, config) if step.draws_samples else supervised_charts(rows, step.loss)
+    unit = step.loss.replace(step.rows.unit, config.rows_of(step).unit)
+    found = ppo_charts(rows, config) if step.draws_samples else supervised_charts(rows, unit)
     return [each for each in found if any(line.points for line in each.series)]
 
 
@@ -44,12 +45,14 @@ def supervised_charts(rows: Rows, unit: str) -> list[Chart]:
     accuracy = series(rows, "accuracy", "train", "soft"), series(rows, "eval/accuracy", "held-out")
     scores = series(rows, "eval/chosen", "chosen"), series(rows, "eval/rejected", "rejected", "b")
     rewards = series(rows, "eval/reward/chosen", "chosen"), series(rows, "eval/reward/rejected", "rejected", "b")
+    unpaired = series(rows, "eval/reward/good", "good"), series(rows, "eval/reward/bad", "bad", "b")
     return [
         Chart("Accuracy", "share of pairs ranked right", accuracy, x, [Mark(0.5, "a coin")]),
         Chart("Loss", unit, loss, x),
         Chart("Perplexity", "of held-out demonstrations", [series(rows, "eval/perplexity", "perplexity")], x),
         Chart("Scores", "mean of held-out answers, raw", scores, x),
         Chart("Implicit rewards", "mean of held-out answers", rewards, x),
+        Chart("Implicit rewards", "mean of held-out answers", unpaired, x),
         speed(rows, x),
     ]
 

@@ -5,7 +5,8 @@
     {"messages": [...]}                                a conversation; each answer in it becomes a row
     {"text": ...}                                      a conversation as text
     {"prompt": ..., "response": ...}                   or "completion"; with a "label" beside it (TRL's unpaired
-                                                       preference) or a score as reading.py pairs the rows
+                                                       preference) or a score as reading.py pairs the rows, unless
+                                                       answers keep their labels (dpo.loss=kto)
     {"prompt": ...}                                    for step 3 only; other keys go to the reward function
 
 Other names of these columns are known to shapes.py, other spellings of messages to messages.py.
@@ -30,8 +31,8 @@ from training.data.messages import (
 )
 from training.data.plain import plain
 from training.data.rated_answers import BAD_ALONE, Rating, each_pair, rating_of
-from training.data.rows import PairRow, PromptRow, Row, SFTRow
-from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, in_trls_columns, usual_name
+from training.data.rows import LabelledRow, PairRow, PromptRow, Row, SFTRow
+from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, both_bad, in_trls_columns, usual_name
 
 KNOWN_KEYS = (
     "prompt + chosen + rejected, messages, prompt + response, or prompt; or ShareGPT's conversations, or Alpaca's "
@@ -74,19 +75,23 @@ class ReadRow:
     """What the row says of its last answer."""
 
 
-def read_row(value: Any) -> ReadRow:
-    """What one value of a file gives. Raises BadRow."""
-    first, *others = [read_one(each) for each in each_pair(value)]
+def read_row(value: Any, keeps_labels: bool = False) -> ReadRow:
+    """What one value of a file gives; answers with a label may keep it. Raises BadRow."""
+    values = (keeps_labels and both_bad(value)) or each_pair(value)
+    first, *others = [read_one(each, keeps_labels) for each in values]
     return replace(first, rows=[*first.rows, *(row for read in others for row in read.rows)])
 
 
-def read_one(value: Any) -> ReadRow:
+def read_one(value: Any, keeps_labels: bool = False) -> ReadRow:
     row = trl_row(value)
     rows = parse_trl_row(row)
     extra = frozenset(cast(PromptRow, rows[0]).get("extra", ()))
     rating = read_rating(row)
     if rating is not None and rating.is_bad:
         rows = rows[-1:]
+    if rating is not None and rating.is_label and keeps_labels:
+        rows[-1] = cast(LabelledRow, {**rows[-1], "label": not rating.is_bad})
+        rating = None
     return ReadRow(rows, format_of(row), unused_keys(row), extra, rating)
 
 

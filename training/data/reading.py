@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,13 @@ from training.evaluation.preferences import newest
 
 JUDGED_AGAIN = "the same person has judged these answers again"
 KEYS_NAMED = 12
-NAMES_OF_KINDS = {"pair": "pairs", "sft": "demonstrations", "prompt": "prompts"}
+NAMES_OF_KINDS = {
+    "pair": "pairs",
+    "good": "good answers",
+    "bad": "bad answers",
+    "sft": "demonstrations",
+    "prompt": "prompts",
+}
 
 
 @dataclass
@@ -107,7 +114,7 @@ def read_source(
                 preferences = preferences_in(value)
                 result.preferences += preferences
                 value = hub_set.adapt(value)
-            read = read_row(value)
+            read = read_row(value, settings.keeps_labels)
             if chat_format is not None:
                 require_accepted(read.rows, chat_format)
         except BadRow as error:
@@ -118,7 +125,7 @@ def read_source(
                 ) from None
             result.left_out.append((place, str(error), not left_out))
             continue
-        judged += zip(read.rows, preferences, strict=False)
+        judged += product(read.rows, preferences)
         result.rows += read.rows
         result.places += [place] * len(read.rows)
         if read.rating is not None:

@@ -183,7 +183,7 @@ class Comparison:
         known: dict[Path | str, tuple[list[float], list[float]]] = {"truth": (truth(theirs), truth(ours))}
         before = self.judge_before.source if self.judge_before is not None else None
         wanted = [self.reward_model, self.judge.source if self.judge is not None else None, before]
-        pairs = self.eval_rows("pairs")[: self.stage.config.evaluation.rows]
+        pairs = [row for row in self.eval_rows("pairs") if "chosen" in row][: self.stage.config.evaluation.rows]
         for directory in dict.fromkeys(wanted):
             if not isinstance(directory, Path):
                 continue

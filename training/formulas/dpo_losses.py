@@ -27,20 +27,34 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Implicit rewards of answers with a label each: float32 (answers), and whether they are good: bool (answers)."""
+
+    rewards: Tensor
+    good: Tensor
+    reference_point: float
+    """The same for all answers of an optimiser step, from 0 on: beta times an estimate of KL(policy, reference)."""
+
+
+@dataclass(frozen=True)
 class DPOLoss(Entry):
     """`formula` makes of Pairs the loss of each: (pairs)."""
 
     smooths: bool = False
     """Whether it reads `dpo.label_smoothing`."""
+    unpaired: bool = False
+    """Whether it is of Answers, not of Pairs: (answers)."""
 
     def complaint(self, found: Any, *given: Any) -> str:
-        shape = tuple(given[0].chosen.shape)
+        shape = tuple((given[0].rewards if self.unpaired else given[0].chosen).shape)
         right = tuple(getattr(found, "shape", ())) == shape
         return "" if right else f"must return a tensor of shape {shape}, not {str(found)[:80]!r}"
 
     def example(self, settings: Any) -> tuple[Any, ...]:
         import torch
 
+        if self.unpaired:
+            return (Answers(torch.tensor([0.0, 1.0]), torch.tensor([True, False]), 0.0),)
         return (Pairs(torch.tensor([0.0, 1.0]), torch.zeros(2), settings.beta, settings.label_smoothing),)
 
 
@@ -100,6 +114,13 @@ def apo_down(pairs: Pairs) -> Tensor:
     return pairs.chosen.sigmoid() + 1 - pairs.margin.sigmoid()
 
 
+def kto(answers: Answers) -> Tensor:
+    """Of a good answer 1 - σ(r - z), of a bad one 1 - σ(z - r), where z = beta * max(0, mean log-ratio of each prompt's
+    wrong answer, that of the next one in the batch) (Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1)."""
+    over = answers.rewards - answers.reference_point
+    return 1 - over.where(answers.good, -over).sigmoid()
+
+
 DPO_LOSSES = Table(
     "dpo.loss",
     DPOLoss,
@@ -111,5 +132,6 @@ DPO_LOSSES = Table(
         "sppo_hard": DPOLoss(sppo_hard),
         "apo_zero": DPOLoss(apo_zero),
         "apo_down": DPOLoss(apo_down),
+        "kto": DPOLoss(kto, unpaired=True),
     },
 )
