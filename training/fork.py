@@ -17,6 +17,7 @@ from inference.errors import UserError
 from training.changes import differences, teaches
 from training.config import RunConfig
 from training.config_files import as_typed
+from training.data.formats import UNPAIRED
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
 from training.inputs import KEPT, changes, code_of, paths_of
@@ -118,7 +119,7 @@ class Fork:
         )
         if not (self.parent.data / COUNTS_FILE).exists():
             return f"{self.name} has none"
-        labelled = "unpaired preference" in "".join(read_counts(self.parent.data).get("sources", []))
+        labelled = UNPAIRED in "".join(read_counts(self.parent.data).get("sources", []))
         if labelled and self.config.data.keeps_labels != self.theirs.data.keeps_labels:
             return "answers keep their labels" if self.config.data.keeps_labels else "answers with a label make pairs"
         found = [*self._other_settings(ours, theirs), *(f"{path} has changed" for path in self._changed["data"])]

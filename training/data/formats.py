@@ -47,6 +47,8 @@ HINTS = [
     for answer in ("answer", "solution", "answers", "final_answer")
 ]
 """Keys that may be meant in several ways -> what to do."""
+UNPAIRED = "unpaired preference"
+"""The format of answers with a label each."""
 KEYS_NAMED = 6
 NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
 """Values of a column that need no word when it is not used."""
@@ -153,15 +155,16 @@ def parse_trl_row(row: dict[str, Any]) -> list[Row]:
 
 def format_of(row: dict[str, Any]) -> str:
     """What TRL calls the format of a row that parse_trl_row takes, and how its texts are given."""
+    has_label = any(name in row for name in LABELS)
     if "chosen" in row:
         name, text = "preference" if "prompt" in row else "preference with implicit prompt", row["chosen"]
     elif answer := next((key for key in ANSWERS if key in row), None):
-        name = "unpaired preference" if any(name in row for name in LABELS) else "prompt-completion"
+        name = UNPAIRED if has_label else "prompt-completion"
         text = row[answer]
     elif "prompt" in row and "messages" not in row:
         name, text = "prompt-only", row["prompt"]
     else:
-        name, text = "language modeling", row.get("messages", "")
+        name, text = UNPAIRED if has_label and "messages" in row else "language modeling", row.get("messages", "")
     return f"{name}, {'messages' if isinstance(text, list) else 'text'}"
 
 
