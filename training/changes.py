@@ -27,10 +27,11 @@ NAMES = {
         eval_source split held_out split_seed max_prompt_tokens max_response_tokens parent limit bad_rows batch_size
         keep dropout learning_rate schedule warmup weight_decay betas epsilon gradient_clipping master_weights rank
         alpha targets deepspeed token_budget initialize_from layers normalize beta label_smoothing length_normalized
-        undesirable_weight advantage loss prompts_per_iteration samples_per_prompt mini_batches ppo_epochs temperature
-        min_response_tokens clip ppo_kl_stop value_clip gamma lam whiten_advantages reward_function function url
-        reward_normalization score_clip missing_end_penalty critic_warmup align_overflow ema coefficient rows exact
-        old_logprobs centering target horizon stop place""",
+        sft_coefficient undesirable_weight
+        advantage loss prompts_per_iteration samples_per_prompt mini_batches ppo_epochs temperature min_response_tokens
+        clip ppo_kl_stop value_clip gamma lam whiten_advantages reward_function function url reward_normalization
+        score_clip missing_end_penalty critic_warmup align_overflow ema coefficient rows exact old_logprobs centering
+        target horizon stop place""",
 }
 """By the last part of the key."""
 KINDS = {name: kind for kind, names in NAMES.items() for name in names.split()} | {

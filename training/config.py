@@ -142,6 +142,8 @@ class DPOSettings(StepSettings):
     """Share of the pairs taken to be labelled the wrong way round (conservative DPO); 0: none."""
     length_normalized: bool = False
     """Divide each log-ratio by its response's tokens, so that length earns nothing; wants a larger beta (2 to 10)."""
+    sft_coefficient: float = Field(0.0, ge=0)
+    """Weight of the chosen response's negative log-likelihood, a mean over its tokens, beside the loss; 0: none."""
     undesirable_weight: float = Field(0.0, ge=0)
     """Weight of a bad answer in an unpaired loss (`kto`), where a good one weighs 1; 0: both kinds weigh the same."""
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-6)
@@ -155,6 +157,8 @@ class DPOSettings(StepSettings):
     def _loss_reads_what_is_set(self):
         if self.undesirable_weight and not self.is_unpaired:
             raise ValueError(f"loss={self.loss} reads no undesirable_weight: leave it at 0, or use kto")
+        if self.sft_coefficient and self.is_unpaired:
+            raise ValueError(f"loss={self.loss} has no chosen response for sft_coefficient: leave it at 0")
         if self.batch_size == 1 and self.is_unpaired:
             raise ValueError(f"batch_size=1 leaves loss={self.loss} no other answer to compare with; use 2 or more")
         if self.label_smoothing and not DPO_LOSSES.entry(self.loss).smooths:
