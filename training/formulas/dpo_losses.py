@@ -117,7 +117,7 @@ def apo_down(pairs: Pairs) -> Tensor:
 
 def kto(answers: Answers) -> Tensor:
     """Of a good answer 1 - σ(r - z), of a bad one 1 - σ(z - r), where z = beta * max(0, mean log-ratio of each prompt's
-    wrong answer, that of the next one in the batch) (Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1)."""
+    wrong answer, that of the next one in the batch) (Ethayarajh et al. 2024, arXiv 2402.01306, equation 7)."""
     over = answers.rewards - answers.reference_point
     return 1 - over.where(answers.good, -over).sigmoid()
 

@@ -3,10 +3,12 @@ formulas, over micro-batches, stages and ranks, resumed; and what it teaches."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from inference.errors import UserError
 from tests.ranks import run_ranks
 from tests.training.step2_dpo.test_dpo import (
     BATCH,
@@ -23,7 +25,9 @@ from tests.training.step2_dpo.test_dpo import (
     make_rows,
     training,
 )
-from training.steps import DPO
+from training.run_directory import RunDirectory
+from training.stage import Stage
+from training.steps import DPO, REWARD
 
 KTO = ["method=dpo", "dpo.loss=kto"]
 WEIGHED = ["dpo.undesirable_weight=0.1", "dpo.length_normalized=true"]
@@ -60,7 +64,6 @@ def train_everywhere(ranks, directory):
     from inference.tiny_model import build_tiny_model
     from training.config_files import load_config
     from training.hybrid_engine.zero_engine import ZeroEngine
-    from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step2_dpo import dpo, reference
 
@@ -117,7 +120,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def train_by_hand(sft: Path, bad_weight: float, normalized: bool) -> list[dict[str, float]]:
-    """Section 4.1 of the paper in plain loops: lambda - lambda * sigmoid(+-beta * (r - z0)), and z0 from y' of the next
+    """Equation 7 of the paper in plain loops: lambda - lambda * sigmoid(+-beta * (r - z0)), and z0 from y' of the next
     row of the batch; torch's AdamW, a linear schedule."""
     from transformers import AutoModelForCausalLM
 
@@ -191,6 +194,12 @@ def test_training_does_not_depend_on_micro_batches_stage_or_ranks(runs, name, ra
     assert len(base) == len(other)
     for ours, theirs in zip(base, other, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)
+
+
+def test_a_reward_model_refuses_answers_with_a_label():
+    stage = SimpleNamespace(directory=SimpleNamespace(step=REWARD), run=RunDirectory(Path("runs/liked")))
+    with pytest.raises(UserError, match=r"Step 2 needs pairs, and runs/liked/data has .* --from runs/liked --fork"):
+        Stage.token_pairs(stage, TRAINED, None)
 
 
 def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(runs):
