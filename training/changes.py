@@ -10,7 +10,8 @@ class Kind(Enum):
     """Of a setting."""
 
     FREE = "memory, disk, processes and what lies on each, what is shown: teaches nothing"
-    EVALUATION = "decides which model is left with keep=best, and else teaches nothing"
+    RECORD = "what is kept of the way: teaches nothing, and a fork that asks for it trains the step"
+    EVALUATION = "decides which model is left with keep=best, and else is a record"
     LENGTH = "may grow (training/lengthening.py)"
     LEARNED = "decides what is learned, and stays for the life of a run"
 
@@ -19,7 +20,8 @@ NAMES = {
     Kind.FREE: """
         announce method processes threads zero_stage offload generation_tensor_parallel micro_batch_tokens
         generation_batch release_generation gradient_checkpointing checkpoint_every keep_checkpoints reward_url
-        reward_timeout reward_retries measure samples_every sample_prompts rollouts_every architecture plan""",
+        reward_timeout reward_retries architecture plan""",
+    Kind.RECORD: "measure samples_every sample_prompts rollouts_every",
     Kind.EVALUATION: "eval_every eval_rows eval_prompts",
     Kind.LENGTH: "epochs max_steps iterations",
     Kind.LEARNED: """
@@ -56,7 +58,12 @@ def teaches(key: str, config: RunConfig) -> bool:
         return not config.rlhf.reward_url
     if kind is Kind.EVALUATION:
         return getattr(config, key.partition(".")[0]).keep == "best"
-    return kind is not Kind.FREE
+    return kind not in (Kind.FREE, Kind.RECORD)
+
+
+def is_recorded(key: str) -> bool:
+    """Whether the setting says what a step writes about its way."""
+    return kind_of(key) in (Kind.RECORD, Kind.EVALUATION)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:

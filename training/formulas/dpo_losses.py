@@ -46,16 +46,24 @@ class DPOLoss(Entry):
     """Whether it is of Answers, not of Pairs: (answers)."""
 
     def complaint(self, found: Any, *given: Any) -> str:
-        shape = tuple((given[0].rewards if self.unpaired else given[0].chosen).shape)
-        right = tuple(getattr(found, "shape", ())) == shape
-        return "" if right else f"must return a tensor of shape {shape}, not {str(found)[:80]!r}"
+        import torch
+
+        of = given[0].rewards if self.unpaired else given[0].margin
+        if not isinstance(found, torch.Tensor) or found.shape != of.shape:
+            return f"must return a tensor of shape {tuple(of.shape)}, not {str(found)[:80]!r}"
+        if of.requires_grad and not found.requires_grad:
+            names = "rewards" if self.unpaired else "chosen, rejected or margin"
+            return f"returned what cannot be differentiated: make it of {names}, by torch alone"
+        is_theirs = bool(of.isfinite().all()) and not found.isfinite().all()
+        return "returned losses that are not finite numbers" if is_theirs else ""
 
     def example(self, settings: Any) -> tuple[Any, ...]:
         import torch
 
         if self.unpaired:
-            return (Answers(torch.tensor([0.0, 1.0]), torch.tensor([True, False]), 0.0),)
-        return (Pairs(torch.tensor([0.0, 1.0]), torch.zeros(2), settings.beta, settings.label_smoothing),)
+            return (Answers(torch.tensor([0.0, 1.0], requires_grad=True), torch.tensor([True, False]), 0.0),)
+        chosen, rejected = torch.tensor([[0.0, 1.0], [0.0, 0.0]], requires_grad=True)
+        return (Pairs(chosen, rejected, settings.beta, settings.label_smoothing),)
 
 
 def implicit_rewards(logprobs: Tensor, reference_logprobs: Tensor, lengths: Tensor | None, beta: float) -> Tensor:

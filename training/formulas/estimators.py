@@ -64,13 +64,15 @@ class Estimator(Entry):
             raise ValueError("has kl='reward' or kl='loss', and samples of 1 or more")
 
     def advantages(self, scored: Scored) -> Tensor:
-        """(samples, tokens), not whitened."""
-        found = self.formula(scored)
+        """(samples, tokens), float32, not whitened."""
+        found = self.formula(scored).float()
         return found if found.dim() == 2 else found[:, None] * scored.mask
 
     def complaint(self, found: Any, *given: Any) -> str:
+        import torch
+
         shape = tuple(given[0].mask.shape)
-        if tuple(getattr(found, "shape", ())) not in (shape, shape[:1]):
+        if not isinstance(found, torch.Tensor) or tuple(found.shape) not in (shape, shape[:1]):
             return f"must return a tensor of shape {shape} or {shape[:1]}, not {str(found)[:80]!r}"
         return "" if found.isfinite().all() else "returned advantages that are not finite numbers"
 

@@ -1,5 +1,6 @@
 """Entries of a user's own: those of docs/estimators.md, and what is wrong with others."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from tests.training.step3_rlhf.test_experience import two_prompts
 from tests.warm import ROOT
 from training import uses
 from training.config_files import load_config
+from training.distributed import Ranks
 from training.formulas.dpo_losses import DPO_LOSSES, Pairs
 from training.formulas.estimators import ESTIMATORS
 from training.formulas.own import loaded, try_own
 from training.formulas.shapings import SHAPINGS, RunningStatistics
 from training.inputs import inputs_of
+from training.rewards import Rewards
 from training.run_directory import RunDirectory
 from training.step3_rlhf.experience import Targets
 
@@ -96,6 +99,8 @@ def test_shaping_and_loss_of_the_page(mine):
         ("dr_grpo = Estimator(less_mean, sample=2)", "says sample=2; what it may say is critic (bool), kl (str)"),
         ("dr_grpo = Estimator(less_mean, critic='yes')", "says critic='yes'"),
         ("dr_grpo = Estimator(less_mean, kl='rewards')", "has kl='reward' or kl='loss'"),
+        ("dr_grpo = Estimator(less_mean, True)", "must name its facts one by one"),
+        ("dr_grpo = Estimator(less_mean, **{'samples': 2})", "must name its facts one by one"),
         ("dr_grpo = Estimator(less_mean, samples=0)", "samples of 1 or more"),
         ("def (", "is no Python that can be read"),
     ],
@@ -117,6 +122,7 @@ def test_what_is_wrong_with_an_entry_is_one_sentence(mine, line, sentence):
         ("scored.by_prompt", "must return a tensor of shape (4, 3) or (4,)"),
         ("scored.score / 0", "not finite"),
         ("None", "must return a tensor"),
+        ("scored.score.numpy()", "must return a tensor"),
     ],
 )
 def test_a_formula_is_tried_before_anything_trains_and_again_once_it_is_corrected(mine, body, sentence):
@@ -128,6 +134,52 @@ def test_a_formula_is_tried_before_anything_trains_and_again_once_it_is_correcte
     assert sentence in str(error.value) and "mine.py:dr_grpo" in str(error.value)
     mine.write_text(right)
     try_own(config)
+
+
+def test_advantages_of_another_kind_of_numbers_are_float32(mine):
+    config = config_of(f"rlhf.advantage={mine}:dr_grpo")
+    right = Targets.of(two_prompts(), config.rlhf, kl_coefficient=1.0).advantages
+    for kind in ("sign().long()", "double()"):
+        mine.write_text(re.sub(r"\.flatten\(\).*", f".flatten().{kind}", mine.read_text()))
+        loaded.cache_clear()
+        found = Targets.of(two_prompts(), config.rlhf, kl_coefficient=1.0).advantages
+        assert found.dtype == torch.float32 and found.sign().equal(right.sign())
+
+
+def test_what_a_formula_gets_is_its_to_change(mine):
+    mine.write_text(
+        mine.read_text().replace("return (scored.by_prompt", "return scored.score.mul_(0) + (scored.by_prompt")
+        + "def grown(scores, so_far):\n    scores.clear(), so_far.update([1e9])\n    return torch.tensor(1), '2'\n"
+        "grown = Shaping(grown)\n"
+        "squared = DPOLoss(lambda pairs: (1 - pairs.chosen.sub_(pairs.rejected)).square())\n"
+    )
+    mine.write_text("import torch\n" + mine.read_text())
+    config = config_of(f"rlhf.advantage={mine}:dr_grpo", f"rlhf.reward_normalization={mine}:grown")
+    assert Targets.of(two_prompts(), config.rlhf, kl_coefficient=1.0).total_score.tolist() == [2.0, 1.0, -1.0, 1.0]
+    rewards = Rewards(config.rlhf, Ranks(0, 1, torch.device("cpu")), model_is_normalized=False)
+    found = rewards.reward([3.0, 5.0], [[], []], ["", ""], [{}, {}], 1)
+    assert found.scores == [1.0, 2.0] and {type(score) for score in found.scores} == {float}
+    assert rewards.state()["model"]["mean"] == 4.0 and json.dumps(found.scale_of_model) == "[1.0, 2.0]"
+    rewards_of_pairs = torch.tensor([[0.5, 3.0], [0.0, 1.0]], requires_grad=True) * 1
+    loss = loaded(DPO_LOSSES, config_of(f"dpo.loss={mine}:squared").dpo.loss).formula(Pairs(*rewards_of_pairs, 0.1))
+    assert loss.tolist() == [0.25, 1.0] and loss.requires_grad and rewards_of_pairs.tolist() == [[0.5, 3.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("pairs.margin.detach()", "cannot be differentiated"),
+        ("pairs.margin > 0", "cannot be differentiated"),
+        ("pairs.margin.detach().numpy()", "must return a tensor of shape (2,)"),
+        ("pairs.margin.sum()", "must return a tensor of shape (2,)"),
+        ("pairs.margin / 0", "not finite"),
+    ],
+)
+def test_a_loss_that_teaches_nothing_is_refused(mine, body, sentence):
+    mine.write_text(re.sub(r"return \(1 - pairs.*", f"return {body}", mine.read_text()))
+    with pytest.raises(UserError) as error:
+        try_own(config_of(f"dpo.loss={mine}:squared"))
+    assert sentence in str(error.value) and "mine.py:squared" in str(error.value)
 
 
 def test_facts_that_have_changed_since_are_refused(mine):
