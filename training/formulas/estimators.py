@@ -116,6 +116,12 @@ def grpo(scored: Scored) -> Tensor:
     return (centred / (by_prompt.std(1, keepdim=True) + 1e-4)).flatten()
 
 
+def dr_grpo(scored: Scored) -> Tensor:
+    """R_i - mean R of the prompt, for `rlhf.loss_mean=constant` (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783)."""
+    by_prompt = scored.by_prompt
+    return (by_prompt - by_prompt.mean(1, keepdim=True)).flatten()
+
+
 def reinforce(scored: Scored) -> Tensor:
     """The rewards of this token and those after it, discounted by gamma; with several samples a prompt the mean of
     their scores is taken off each first (REINFORCE++, Hu et al. 2025, arXiv 2501.03262)."""
@@ -131,6 +137,7 @@ ESTIMATORS = Table(
         "gae": Estimator(gae, critic=True, whiten=True),
         "rloo": Estimator(rloo, samples=2),
         "grpo": Estimator(grpo, samples=2, kl="loss"),
+        "dr_grpo": Estimator(dr_grpo, samples=2, kl="loss"),
         "reinforce++": Estimator(reinforce, whiten=True),
     },
 )
