@@ -294,8 +294,9 @@ class RunConfig(Settings):
 
     @property
     def round_of(self) -> str:
-        """The run that this one goes on from in another round; a fork is none of the run that it is of."""
-        return "" if self.data.parent == self.fork_of else self.data.parent
+        """The run with whose model this one goes on in another round. A fork is none of the run that it is of, nor is
+        one that has the fork's settings and begins anew."""
+        return self.data.parent if self.sft_model and self.data.parent != self.fork_of else ""
 
     @property
     def begun_from(self) -> list[str]:

@@ -47,7 +47,10 @@ CASES = {
     "bf16": ["dtype=bf16"],
     "short": ["dpo.max_steps=1"],
 }
-ALSO_ON_TWO_RANKS = ("plain", "zero 3", "lora", "sft")
+OWN = "reference_model={directory}/1/plain/step2_dpo/model"
+OWN_CASES = {"own": [OWN], "own zero 3": [OWN, "dpo.optimizer.zero_stage=3"]}
+"""The reference is what the case `plain` has trained."""
+ALSO_ON_TWO_RANKS = ("plain", "zero 3", "lora", "sft", *OWN_CASES)
 
 
 class Killed(Exception):
@@ -94,10 +97,11 @@ def train_everywhere(ranks, directory):
             write_data(run)
             run.step(DPO).path.mkdir(parents=True)
         ranks.barrier()
-        config = load_config([], [f"model={sft}", f"sft_model={sft}", *COMMON, *CASES[name]])
+        case = [each.format(directory=directory) for each in {**CASES, **OWN_CASES}[name]]
+        config = load_config([], [f"model={sft}", f"sft_model={sft}", *COMMON, *case])
         dpo.train(make_stage(run, DPO, config, ranks))
 
-    for name in CASES if ranks.size == 1 else ALSO_ON_TWO_RANKS:
+    for name in (*CASES, "own") if ranks.size == 1 else ALSO_ON_TWO_RANKS:
         if name == "killed":
             update = ZeroEngine.update
 
@@ -240,16 +244,23 @@ def test_the_policy_begins_as_its_reference(runs, name):
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
-        *[("small micro-batches", 1), ("zero 3", 1), ("plain", 2), ("zero 3", 2), ("lora", 2)],
-        *[("sft, small micro-batches", 1), ("sft", 2)],
+        *[("small micro-batches", 1), ("zero 3", 1), ("sft, small micro-batches", 1)],
+        *((name, 2) for name in ALSO_ON_TWO_RANKS),
     ],
 )
 def test_training_does_not_depend_on_micro_batches_stage_or_ranks(runs, name, ranks):
-    base = lines(runs, next((kind for kind in ("lora", "sft") if name.startswith(kind)), "plain"))
+    base = lines(runs, next((kind for kind in ("lora", "sft", "own") if name.startswith(kind)), "plain"))
     other = lines(runs, name, ranks)
     assert len(base) == len(other)
     for ours, theirs in zip(base, other, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)
+
+
+def test_a_reference_of_its_own_is_what_rewards_count_from(runs):
+    """The first loss there is that of a policy that has unlearned what `plain` learned."""
+    first, trained = at_start(runs, "own"), lines(runs, "plain")[-1]
+    assert first["eval/logprobs/chosen"] == at_start(runs, "plain")["eval/logprobs/chosen"]
+    assert first["eval/margin"] == pytest.approx(-trained["eval/margin"], rel=1e-4) != 0
 
 
 def test_the_sft_term_keeps_chosen_responses_likely(runs):

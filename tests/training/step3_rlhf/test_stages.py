@@ -1,6 +1,7 @@
 """Step 3 by plans that cut layers into pipeline stages, against every call on all ranks, in all three orders."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ GROUPED = {
     "ppo_kl_stop": 1e-7,
 }
 ACTOR_ALONE = {"actor_generate": ALL, "actor_score": UNEVEN, "reference_score": FORWARDS, "reward_score": BACKWARDS}
+POLICY_LOSS = {"iterations": 5, "ratio": "sequence", "loss_mean": "sequence", "clip_high": 0.3, "mask_truncated": True}
 STOPPED = {"kl": {"coefficient": 0.05, "stop": 1e-6}}
 RATES = {"actor": {"learning_rate": 1e-4}, "critic": {"learning_rate": 1e-3}}
 """Those of the preset `tiny`."""
@@ -46,8 +48,8 @@ def settings(order: str, plan: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 ON_TWO: dict[str, dict[str, Any]] = {
     "none": {},
-    "long none": {"iterations": 5},
-    "long fused": settings("fused", AGAINST, iterations=5),
+    "long none": POLICY_LOSS,
+    "long fused": settings("fused", AGAINST, **POLICY_LOSS),
     **{order: settings(order, AGAINST) for order in ("serial", "1f1b", "auto")},
     "one in stages": settings("1f1b", plan(ALL, ALL, ALL, {"mesh": 0}, BACKWARDS | {"zero_stage": 1}, {"mesh": 0})),
     "adapted none": ADAPTED,
@@ -80,9 +82,12 @@ def iterate(ranks, directory):
     found = {}
     for name, asked in (ON_TWO if ranks.size == 2 else ON_FOUR).items():
         write_demonstrations(ranks, directory / name)
-        ppo = make_ppo(ranks, directory / name, merge(RATES, asked), "bf16" if name.startswith("half") else "fp32")
+        asked_for = merge(RATES | {"rollouts_every": 1}, asked)
+        ppo = make_ppo(ranks, directory / name, asked_for, "bf16" if name.startswith("half") else "fp32")
         if name != "auto":  # schedules must not hang on what a busy machine measures
             ppo.roles.staged.learn = dict
+        if name.startswith("long"):
+            ppo.reward = half_ended(ppo.reward)
         start = {role: engine.trained_weights() for role, engine in ppo.roles._engines.items()}
         responses, rows = follow(ppo, range(1, asked.get("iterations", ITERATIONS) + 1), check=True)
         if name.startswith("stopped"):
@@ -92,10 +97,20 @@ def iterate(ranks, directory):
         newest = ppo.roles.staged.newest
         passes = [event.operation[:2] for event in newest.events] if newest else []
         found[name] = {"responses": responses, "rows": rows, "moved": moved, "weights": weights, "passes": passes}
+        found[name]["samples"] = ppo.sample_lines.read() if ranks.is_first else []
         if name == "auto":
             found["choices"] = choices(ppo.roles.staged)
     chosen = found.pop("choices", None)
     return {"plans": found, "chosen": chosen, "resumed": go_on(ranks, directory, RESUMED) if chosen else None}
+
+
+def half_ended(reward):
+    """With every other sample truncated."""
+
+    def other(experience, *given):
+        return reward([replace(each, ended=each.index % 2 == 0) for each in experience], *given)
+
+    return other
 
 
 def distance(ours, theirs) -> float:
@@ -152,9 +167,14 @@ def outcome(ran):
     return [rank["plans"] for rank in ran]
 
 
+def whole(name: str) -> str:
+    """The run on whole models that one by a plan is compared with."""
+    return name.replace("fused", "none") if " " in name and name != "one in stages" else "none"
+
+
 def test_stages_learn_what_whole_models_do(outcome):
     for name in outcome[0]:
-        expected = name.replace("fused", "none") if " " in name and name != "one in stages" else "none"
+        expected = whole(name)
         for rank in outcome:
             assert rank[name]["responses"] == outcome[0][expected]["responses"], name
             assert rank[name]["rows"] == outcome[0][name]["rows"], name
@@ -171,6 +191,22 @@ def test_stages_learn_what_whole_models_do(outcome):
             else:
                 assert moved > MOVED, (name, role)
             assert distance(ours, theirs) <= (0.03 * moved if in_bf16 else APART), (name, role)
+
+
+def test_what_is_written_of_every_sample_is_what_whole_models_write(outcome):
+    for name in outcome[0].keys() - {"half none", "half fused"}:
+        lines, others = (outcome[0][each]["samples"] for each in (name, whole(name)))
+        drawn = [response for responses in outcome[0][name]["responses"] for response in responses]
+        assert [line["response_ids"] for line in lines] == drawn, name
+        assert ("values" in lines[0]) != name.startswith("grouped")
+        for line, other in zip(lines, others, strict=True):
+            assert line.keys() == other.keys() and any(line["advantages"])
+            for key, value in line.items():
+                is_number = key in ("logprobs", "kl", "values", "advantages") or isinstance(value, float)
+                assert value == (pytest.approx(other[key], rel=1e-3, abs=3e-5) if is_number else other[key]), (
+                    name,
+                    key,
+                )
 
 
 def test_runs_that_stop_by_their_kl_stop_in_stages_too(outcome):
