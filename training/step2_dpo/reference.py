@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.token_pairs import TokenPair, rows_of
+from training.data.token_pairs import TokenPair, answers_of, grouped, tokens_of
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.frozen import freeze
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -29,10 +29,10 @@ class Work:
 
     sets: Mapping[str, Sequence[TokenPair]]
     """`train` and `eval`: what the reference is asked about."""
-    needed: list[int]
-    """Those of `train` that an optimiser step will see."""
+    needed: list[list[int]]
+    """The groups of `train` that an optimiser step will see, by the places of their pairs."""
     rows: int
-    """Training rows."""
+    """Training rows: pairs, prompts with by_prompt, or answers."""
     compared: int
     """Held-out pairs that accuracy is counted on."""
     task: Callable[..., Task]
@@ -48,9 +48,12 @@ def load_own_reference(stage: Stage, source: Path, chat_format: ChatFormat) -> n
     return freeze(Policy(model), divided, stage.dtype, stage.ranks)
 
 
-def response_logprobs(engine: nn.Module | ZeroEngine, pairs: Sequence[TokenPair], device: torch.device) -> Tensor:
+def response_logprobs(
+    engine: nn.Module | ZeroEngine, groups: Sequence[Sequence[TokenPair]], device: torch.device
+) -> Tensor:
     """Of whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
-    return row_logprobs(engine, rows_of(pairs), device).view(2, -1)
+    rows, places = answers_of(groups)
+    return row_logprobs(engine, rows, device)[places.to(device)]
 
 
 def row_logprobs(engine: nn.Module | ZeroEngine, rows: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
@@ -63,25 +66,26 @@ def reference_logprobs(
     stage: Stage,
     reference: Callable[[], nn.Module | ZeroEngine],
     pairs: Mapping[str, Sequence[TokenPair]],
-    needed: list[int],
+    needed: list[list[int]],
 ) -> dict[str, Tensor]:
     """For `train` and `eval` pairs float32 (2, pairs), on every rank: from the step's directory, else scored and kept.
 
-    `needed` are the training pairs that an optimiser step will see; NaN for the others. A `reference` that is trained
-    must still have the weights that it began with; fresh adapters change nothing.
+    `needed` are the groups of training pairs that an optimiser step will see; NaN for the others. A `reference` that is
+    trained must still have the weights that it began with; fresh adapters change nothing.
     """
     file = stage.directory.reference_file
     stage.ranks.see(file)
     kept = load_file(file) if file.exists() else {}
     stage.ranks.barrier("a look at the reference")  # all have looked before the first rank writes
     train, held_out = pairs["train"], pairs["eval"]
+    places = [place for group in needed for place in group]
     same = {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}
-    if same and not kept["train"][:, needed].isnan().any():  # a longer run needs more of them
+    if same and not kept["train"][:, places].isnan().any():  # a longer run needs more of them
         return kept
     engine = reference()
     found = {
         "train": score_pairs(stage, engine, train, needed),
-        "eval": score_pairs(stage, engine, held_out, list(range(len(held_out)))),
+        "eval": score_pairs(stage, engine, held_out, grouped(held_out, by_prompt=False)),
     }
     if stage.ranks.is_first:
         write_tensors(file, found)
@@ -93,21 +97,22 @@ def score_pairs(
     stage: Stage,
     engine: nn.Module | ZeroEngine,
     pairs: Sequence[TokenPair],
-    needed: list[int],
+    needed: list[list[int]],
     quiet: bool = False,
 ) -> Tensor:
-    """Each rank scores its share of the `needed` rows, then all know all of it; float32 (2, pairs)."""
+    """Each rank scores its share of the `needed` groups, then all know all of it; float32 (2, pairs)."""
     result = torch.full((2, len(pairs)), torch.nan)
     if not needed:
         return result
-    found = torch.zeros(2, len(needed))
-    budget = stage.settings.micro_batch_tokens
-    plan = plan_micro_batches([pairs[row].tokens for row in needed], budget, stage.ranks.size)[stage.ranks.rank]
+    found, budget = torch.zeros(2, len(pairs)), stage.settings.micro_batch_tokens
+    groups = [[pairs[place] for place in group] for group in needed]
+    plan = plan_micro_batches([tokens_of(group) for group in groups], budget, stage.ranks.size)[stage.ranks.rank]
     with (Display(quiet=True) if quiet else stage.display).progress("Reference", len(plan)) as bar:
         for micro_batch in plan:
-            values = response_logprobs(engine, [pairs[needed[i]] for i in micro_batch.rows], stage.ranks.device)
+            values = response_logprobs(engine, [groups[row] for row in micro_batch.rows], stage.ranks.device)
             if micro_batch.weight:
-                found[:, micro_batch.rows] = values.cpu()
+                found[:, [place for row in micro_batch.rows for place in needed[row]]] = values.cpu()
             bar.advance()
-    result[:, needed] = stage.ranks.sum(found)
+    scored = [place for group in needed for place in group]
+    result[:, scored] = stage.ranks.sum(found)[:, scored]
     return result

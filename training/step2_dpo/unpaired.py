@@ -11,7 +11,7 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from training.data.batching import plan_micro_batches
 from training.data.epochs import Epochs, count_updates
-from training.data.token_pairs import TokenPair
+from training.data.token_pairs import TokenPair, grouped
 from training.formulas.dpo_losses import DPO_LOSSES, Answers, implicit_rewards
 from training.formulas.own import loaded
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -82,7 +82,7 @@ def unpaired_work(stage: Stage, rows: list[dict], held_out: list[dict], chat_for
     evaluated = beside_next(labelled_answers(stage, held_out[: stage.settings.eval_rows], chat_format))
     in_order = in_batches(answers, stage, count_updates(len(answers), stage.settings))
     sets, task = {"train": in_order, "eval": evaluated}, partial(UnpairedTask, answers=answers)
-    return Work(sets, list(range(len(in_order))), len(answers), comparisons(evaluated), task)
+    return Work(sets, grouped(in_order, by_prompt=False), len(answers), comparisons(evaluated), task)
 
 
 def comparisons(answers: Sequence[LabelledAnswer]) -> int:
@@ -163,7 +163,7 @@ class UnpairedTask(Task):
         held_out = self.pairs["eval"]
         if not held_out:
             return {}
-        logprobs = score_pairs(self.stage, self.engine, held_out, list(range(len(held_out))), quiet=True)
+        logprobs = score_pairs(self.stage, self.engine, held_out, grouped(held_out, by_prompt=False), quiet=True)
         reference = self.reference_logprobs["eval"]
         point = self._point(logprobs[1], reference[1], held_out)
         rewards = self._rewards(logprobs[0], reference[0], [len(each.chosen) for each in held_out])

@@ -120,6 +120,7 @@ def test_lint_finds_both_labels_on_one_answer_and_one_label_on_all(tmp_path):
     [
         ({"undesirable_weight": 2}, "loss=sigmoid reads no undesirable_weight"),
         ({"loss": "kto", "label_smoothing": 0.1}, "loss=kto reads no label_smoothing"),
+        ({"loss": "kto", "by_prompt": True}, "loss=kto has answers, not pairs of a prompt"),
         ({"loss": "kto", "sft_coefficient": 0.1}, "loss=kto has no chosen response for sft_coefficient"),
         ({"loss": "kto", "batch_size": 1}, "batch_size=1 leaves loss=kto no other answer"),
     ],
