@@ -28,14 +28,14 @@ def test_the_sum_is_weighted_and_each_source_has_a_mean(tmp_path, endpoint):  # 
     totals, means = sources.total([1.0, -1.0], PROMPTS, RESPONSES, ROWS, group=1)
     assert sources.sources[1][0] == RewardEndpoint(endpoint.url, timeout=3.0, retries=7)
     assert totals == pytest.approx([2 + 1.5 + 1, -2 + 2.5 + 2])
-    assert means == {"reward/model_mean": 0.0, "reward/function_mean": 4.0, "reward/url_mean": 15.0}
+    assert means == {"model": 0.0, "function": 4.0, "url": 15.0}
 
 
 def test_without_a_reward_model_the_others_count_alone(tmp_path):
     spec = write(tmp_path, "def score(p, r):\n return [len(text) for text in r]")
     settings = RLHFSettings(reward_function=spec, reward_weights={"model": 0}, advantage="reinforce++")
     totals, means = Rewards(settings, ONE).total([7.0, 7.0], PROMPTS, RESPONSES, ROWS, group=1)
-    assert totals == [3.0, 5.0] and means == {"reward/function_mean": 4.0}
+    assert totals == [3.0, 5.0] and means == {"function": 4.0}
 
 
 class OtherRanks:

@@ -31,7 +31,7 @@ from training.models.loading import (
     require_scorer,
     resolve_dtype,
 )
-from training.rewards import Rewards, try_sources
+from training.rewards import Rewards, require_rows_for, try_sources
 from training.run_directory import RunDirectory, write_json
 from training.steps import Step
 from training.tracking import require_packages
@@ -78,6 +78,8 @@ def prepare(
             steps = [step for step in steps if not run.step(step).is_finished]
         for step in trained_now:
             require_rows(run.data, step, config.of_step(step).keep)
+        if rewards is not None:
+            require_rows_for(rewards, run.data)
     except UserError:
         if not are_there:  # so that the run's name is free
             shutil.rmtree(run.data)
