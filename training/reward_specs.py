@@ -54,9 +54,11 @@ class RewardSpec:
         if self.file is not None:
             return
         if name not in NAMED_REWARDS:
-            near = did_you_mean(near_keys(name, NAMED_REWARDS), "docs/step3_rlhf.md says more.")
+            near = did_you_mean(near_keys(name, NAMED_REWARDS), "docs/step3_rlhf.md says more")
+            if name.startswith("["):
+                near = "in a list, signs that YAML reads stand in single quotes: [length:20, 'regex:\\?$']"
             names = ", ".join(NAMED_REWARDS)
-            raise ValueError(f"{self.text} must be path/to/file.py:function, or one of {names}; {near.rstrip('.')}")
+            raise ValueError(f"{self.text} must be path/to/file.py:function, or one of {names} ({near})")
         try:
             self.named()
         except ValueError as error:

@@ -75,7 +75,8 @@ def math(parameters: str) -> NamedReward:
     key = parameters or "answer"
 
     def score(response: str, row: Row) -> float:
-        return float(last_number(response) == last_number(row.get(key)))
+        found = last_number(response)
+        return float(found is not None and found == last_number(row.get(key)))
 
     needs = f"a number under '{key}' beside each prompt (math:KEY reads another key)"
     return NamedReward(score, needs, lambda row: last_number(row.get(key)) is not None)
