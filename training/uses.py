@@ -67,8 +67,7 @@ def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
     for _, file in code_files(config, "reward_function") if config.rlhf.reward_weights.function else ():
         yield of_file(run, file, f"run {file}", "rlhf.reward_function")
     if any(each.name == "reasoning" for each in config.rlhf.asked_functions):
-        what = "let reasoning-gym evaluate answers, in some tasks as Python,"
-        yield Use(what, "rlhf.reward_function")
+        yield Use("let reasoning-gym evaluate answers, in some tasks as Python", "rlhf.reward_function")
     if config.rlhf.reward_url and config.rlhf.reward_weights.url:
         yield Use(f"send prompts and answers to {config.rlhf.reward_url}", "rlhf.reward_url")
 
