@@ -230,9 +230,6 @@ def run_alone(ranks, directory):
     found["kl measured"] = told(run_step(ranks, directory / "measured", models, measured))
     none_scores = {**NO_ROLE_SCORES, "reward_function": f"{scorer}:score"}
     found["no role scores"] = told(run_step(ranks, directory / "no-scores", models, none_scores))
-    found["by name"] = told(run_step(ranks, directory / "by-name", models, BY_NAME))
-    run_step(ranks, directory / "by-name-killed", models, BY_NAME, killed_in=8)
-    found["by name, killed"] = told(run_step(ranks, directory / "by-name-killed", models, BY_NAME))
     found["free"] = told(run_step(ranks, directory / "free", models, FREE))
     stopped, bound = bound_of(found["free"]["metrics"])
     found["bound"] = told(run_step(ranks, directory / "bound", models, bound))
@@ -242,6 +239,14 @@ def run_alone(ranks, directory):
     run_step(ranks, directory / "bound-killed", models, kept, killed_in=stopped)
     found["bound, killed"] = told(run_step(ranks, directory / "bound-killed", models, kept))
     return found
+
+
+def run_by_name(ranks, directory):
+    """One process: rewards by name, without a reward model."""
+    models = make_models(ranks, directory)
+    found = {"whole": told(run_step(ranks, directory / "whole", models, BY_NAME))}
+    run_step(ranks, directory / "killed", models, BY_NAME, killed_in=8)
+    return found | {"killed": told(run_step(ranks, directory / "killed", models, BY_NAME))}
 
 
 def bound_of(metrics: list[dict]) -> tuple[int, dict]:
@@ -310,6 +315,11 @@ def run_together(ranks, directory):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     return run_ranks(__file__, "run_alone", 1, tmp_path_factory.mktemp("loop"))[0]
+
+
+@pytest.fixture(scope="module")
+def by_name(tmp_path_factory):
+    return run_ranks(__file__, "run_by_name", 1, tmp_path_factory.mktemp("loop"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -475,28 +485,28 @@ def test_scores_are_reported_as_given_and_learned_from_on_one_scale(alone):
     assert alone["warm"]["metrics"][1]["value/mean"] == pytest.approx(alone["warm"]["values"][1], rel=1e-4)
 
 
-def test_a_reward_by_name_is_learned_in_seconds(alone):
-    first, *iterations, last = alone["by name"]["metrics"]  # the first and the last are evaluations
+def test_a_reward_by_name_is_learned_in_seconds(by_name):
+    first, *iterations, last = by_name["whole"]["metrics"]  # the first and the last are evaluations
     means = [line["reward/regex_mean"] for line in iterations]
     assert sum(means[-3:]) / 3 > sum(means[:3]) / 3 + 0.3
     assert last["eval/reward/regex"] > first["eval/reward/regex"] + 0.3
 
 
-def test_several_rewards_are_told_apart_wherever_their_sum_is(alone):
-    for line in alone["by name"]["metrics"]:
+def test_several_rewards_are_told_apart_wherever_their_sum_is(by_name):
+    for line in by_name["whole"]["metrics"]:
         if "eval/reward" in line:
             parts, total = [line[f"eval/reward/{name}"] for name in ("regex", "length")], line["eval/reward"]
         else:
             parts, total = [line[f"reward/{name}_mean"] for name in ("regex", "length")], line["reward/score_mean"]
         assert total == pytest.approx(2 * parts[0] + 0.5 * parts[1])
-    for sample in map(json.loads, alone["by name"]["rollouts"].splitlines()):
+    for sample in map(json.loads, by_name["whole"]["rollouts"].splitlines()):
         text = sample["response"].removesuffix("<|end|>")
         assert sample["reward/regex"] == any("A" <= sign <= "Z" for sign in text)
         assert sample["reward/length"] == min(0, 1 - len(text.split()))
 
 
-def test_a_run_with_several_rewards_that_was_killed_ends_as_one_that_was_not(alone):
-    whole, resumed = alone["by name"], alone["by name, killed"]
+def test_a_run_with_several_rewards_that_was_killed_ends_as_one_that_was_not(by_name):
+    whole, resumed = by_name["whole"], by_name["killed"]
     assert learning(resumed["metrics"]) == learning(whole["metrics"]) and resumed["model"] == whole["model"]
 
 
