@@ -146,8 +146,8 @@ def prepare(
     from applications.prepare import prepare_command
 
     flags = {
-        "data": data or None,
-        "eval_data": eval_data or None,
+        "data": data,
+        "eval_data": eval_data,
         "reward_model": reward_model,
         "seed": seed,
         "processes": processes,

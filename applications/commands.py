@@ -5,16 +5,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from applications.settings import as_settings, resolve_settings
+from applications.settings import AUTO, as_settings, given_of, resolve_settings
 from inference.errors import UserError
 from training.config import RunConfig
 from training.launchers import SLURM, started_by
 from training.merging import merge
 from training.run_directory import RunDirectory
 from training.steps import STEPS, Step
-
-AUTO = "auto"
-"""The value of --plan that is no file."""
 
 
 def pipeline_command(
@@ -38,13 +35,13 @@ def pipeline_command(
 ) -> None:
     """`rlhf-chat run`."""
     flags = {
-        "data": data or None,
-        "eval_data": eval_data or None,
+        "data": data,
+        "eval_data": eval_data,
         "reward_model": reward_model,
         "seed": seed,
         "processes": processes,
         "fusion": fusion,
-        "plan": None if plan == AUTO else plan,
+        "plan": plan,
         "method": method,
     }
     path, settings = asked_for(model, parent, goes_on, name, config, overrides, flags, steps)
@@ -55,7 +52,7 @@ def pipeline_command(
         asked = settings = planned(asked, path, measures=not dry_run)
     chosen = parse_steps(steps, asked)
     if dry_run:
-        print_dry_run(asked, chosen, path)
+        print_dry_run(asked, chosen, path, trusts)
         return
     execute(path, settings, chosen, trusts)
 
@@ -93,13 +90,13 @@ def from_parent(
     steps: str | None,
 ) -> tuple[Path, RunConfig]:
     """Place and settings of a fork or a next round, which is said. A seed is that of the `steps` that are chosen."""
-    from applications.forks import from_run
+    from applications.from_run import from_run
 
     if model is not None:
         raise UserError(
             f"--from {parent} says what to begin with: leave --model out (another one: --set model={model})."
         )
-    given = as_settings({key: value for key, value in flags.items() if value is not None})
+    given = as_settings(given_of(flags))
     if steps and "seed" in given:
         base = RunDirectory(parent).read_config()
         chosen = parse_steps(steps, base.model_copy(update={"method": given.get("method", base.method)}))
@@ -135,8 +132,7 @@ def step_command(
     **given: str | None,
 ) -> None:
     """`rlhf-chat sft | reward | rlhf | dpo`; `plan` and `given` are settings that only some of them have."""
-    given["plan"] = None if plan == AUTO else plan
-    flags = {"data": data or None, "eval_data": eval_data or None, "seed": seed, "processes": processes, **given}
+    flags = {"data": data, "eval_data": eval_data, "seed": seed, "processes": processes, "plan": plan, **given}
     if step.method and (parent or model or given.get("sft_model") or config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings: RunConfig | None
@@ -205,14 +201,21 @@ def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[Step
             run.require_model(earlier)
 
 
-def print_dry_run(settings: RunConfig, steps: list[Step], path: Path) -> None:
+def print_dry_run(settings: RunConfig, steps: list[Step], path: Path, trusts: bool) -> None:
     from applications.dry_run import dry_run
     from applications.launch import stage_command
     from applications.pipeline import needed_steps
     from training.fork import Fork
+    from training.trust import require_reading, require_yes
+    from training.uses import of_parents
 
     steps = needed_steps(settings, steps)
-    if fork := Fork.of(RunDirectory(path), settings):
+    run = RunDirectory(path)
+    if settings.fork_of:  # what is in the parent is compared
+        if run.config_file.exists():
+            require_yes(path, of_parents(run, run.read_config()), trusts)
+        require_reading(Path(settings.fork_of), trusts)
+    if fork := Fork.of(run, settings):
         print("\n".join(fork.lines(steps)))
         if not (steps := fork.trained(steps)):
             return

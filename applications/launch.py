@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from applications.forking import ForkedScript, can_fork
+from applications.preloaded import ForkedScript, can_fork
 from inference.errors import EXIT_USER_ERROR, UserError, typed
 from rlhf_chat import HOME
 from training.error_report import room_for_report

@@ -22,9 +22,10 @@ def samples_command(path: Path, iteration: int | None, worst: int, best: int, lo
     run.read_config()
     rows, numbers = Journal(run.step(PPO).rollouts_file).read_one(iteration)
     if not numbers:
+        command = f"run --from {typed(path)} --name NEW" if run.step(PPO).is_finished else f"rlhf {typed(path)}"
         raise UserError(
-            f"{path} has no {run.step(PPO).rollouts_file.name}: rlhf-chat rlhf {typed(path)} --set "
-            f"rlhf.rollouts_every=1 writes every sample of each iteration that is still to come."
+            f"{path} has no {run.step(PPO).rollouts_file.name}: rlhf-chat {command} --set rlhf.rollouts_every=1 "
+            f"writes every sample of each iteration that is still to come."
         )
     if not rows:
         listed = ", ".join(map(str, numbers))

@@ -26,7 +26,7 @@ def resolve_settings(
 
     Without a model or a file, what is given is laid over the settings of `run`.
     """
-    given = {key: value for key, value in flags.items() if value is not None}
+    given = given_of(flags)
     if model is None and not config and not overrides and not given:
         return None
     if model is None and not config and run is not None and run.config_file.exists():
@@ -68,6 +68,15 @@ FUSIONS = {
     "auto": {"mode": "auto", "training": "auto"},
 }
 """Values of --fusion: settings of `rlhf.fusion`."""
+
+
+AUTO = "auto"
+"""The value of --plan that is no file."""
+
+
+def given_of(flags: Mapping[str, object]) -> dict[str, object]:
+    """Those that somebody has typed and that are settings: typer has None or [] for others."""
+    return {key: value for key, value in flags.items() if value not in (None, []) and (key, value) != ("plan", AUTO)}
 
 
 def option_of(key: str) -> str:

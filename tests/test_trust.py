@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from applications.commands import print_dry_run
 from applications.data import show_command
 from applications.process import main
 from inference.errors import UserError
@@ -192,9 +193,9 @@ def test_a_run_from_another_one_asks_for_what_it_takes_over(begin, theirs, calle
 def test_what_runs_before_name_is_asked_about_whichever_setting_it_becomes(run, tmp_path, theirs, ours):
     for name, values in theirs.items():
         (tmp_path / name).mkdir()
-        data = {"parent": str(tmp_path / "first")} if name == "parent" and "first" in theirs else {}
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", **values, "data": data}))
-    begun = {"data": {"parent": str(tmp_path / "parent")}} if "parent" in theirs else {}
+        before = round_after(tmp_path / "first") if name == "parent" and "first" in theirs else {}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", **values, **before}))
+    begun = round_after(tmp_path / "parent") if "parent" in theirs else {}
     begun |= {"sft_model": str(tmp_path / "origin" / "step1_sft" / "model")} if "origin" in theirs else {}
     config = load_config([], [], {"model": "tiny"} | begun | ours)
     with pytest.raises(UserError, match=r"was not made here.* would fetch the model evil/rm from the hub"):
@@ -202,6 +203,11 @@ def test_what_runs_before_name_is_asked_about_whichever_setting_it_becomes(run, 
     assert not run.config_file.exists()
     open_run(run, config, trusts=True)
     open_run(run, None)
+
+
+def round_after(run: Path) -> dict:
+    """Settings of a run that goes on from it."""
+    return {"sft_model": "tiny", "data": {"parent": str(run)}}
 
 
 @pytest.fixture
@@ -264,10 +270,16 @@ def test_a_run_of_somebody_else_does_not_reach_into_another_one(run, tmp_path):
         run.write_config(load_config([], ["model=tiny", f"{setting}={parent.path}"]), {})
         with pytest.raises(UserError, match=rf"take over what is in the run {parent.path} \({setting}\)"):
             open_run(run, None)
+        if setting == "fork_of":
+            with pytest.raises(UserError, match=r"\(fork_of\)"):
+                print_dry_run(run.read_config(), [], run.path, trusts=False)
+            print_dry_run(run.read_config(), [], run.path, trusts=True)
     open_run(run, None, trusts=True)
     (parent.path / "link").symlink_to("/etc")
     with pytest.raises(UserError, match=r"mine was not made here.* follow link, which leads to /etc"):
         open_run(run, None)
+    with pytest.raises(UserError, match="would follow link, which leads to /etc"):
+        print_dry_run(load_config([], ["model=tiny", f"fork_of={parent.path}"]), [], tmp_path / "new", trusts=False)
 
 
 def test_a_terminal_is_asked_once(run, monkeypatch, capsys):

@@ -10,7 +10,8 @@ class Kind(Enum):
     """Of a setting."""
 
     FREE = "memory, disk, processes and what lies on each, what is shown: teaches nothing"
-    EVALUATION = "decides which model is left with keep=best, and else teaches nothing"
+    RECORD = "what is kept of the way: teaches nothing, and a fork that asks for it trains the step"
+    EVALUATION = "decides which model is left with keep=best, and else is a record"
     LENGTH = "may grow (training/lengthening.py)"
     LEARNED = "decides what is learned, and stays for the life of a run"
 
@@ -19,7 +20,8 @@ NAMES = {
     Kind.FREE: """
         announce method processes threads zero_stage offload generation_tensor_parallel micro_batch_tokens
         generation_batch release_generation gradient_checkpointing checkpoint_every keep_checkpoints reward_url
-        reward_timeout reward_retries measure samples_every sample_prompts rollouts_every architecture plan""",
+        reward_timeout reward_retries architecture plan""",
+    Kind.RECORD: "measure samples_every sample_prompts rollouts_every",
     Kind.EVALUATION: "eval_every eval_rows eval_prompts",
     Kind.LENGTH: "epochs max_steps iterations",
     Kind.LEARNED: """
@@ -27,6 +29,7 @@ NAMES = {
         eval_source split held_out split_seed max_prompt_tokens max_response_tokens parent limit bad_rows batch_size
         keep dropout learning_rate schedule warmup weight_decay betas epsilon gradient_clipping master_weights rank
         alpha targets deepspeed token_budget initialize_from layers normalize beta label_smoothing length_normalized
+        sft_coefficient
         advantage loss prompts_per_iteration samples_per_prompt mini_batches ppo_epochs temperature min_response_tokens
         clip ppo_kl_stop value_clip gamma lam whiten_advantages reward_function function url reward_normalization
         score_clip missing_end_penalty critic_warmup align_overflow ema coefficient rows exact old_logprobs centering
@@ -55,7 +58,12 @@ def teaches(key: str, config: RunConfig) -> bool:
         return not config.rlhf.reward_url
     if kind is Kind.EVALUATION:
         return getattr(config, key.partition(".")[0]).keep == "best"
-    return kind is not Kind.FREE
+    return kind not in (Kind.FREE, Kind.RECORD)
+
+
+def is_recorded(key: str) -> bool:
+    """Whether the setting says what a step writes about its way."""
+    return kind_of(key) in (Kind.RECORD, Kind.EVALUATION)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:

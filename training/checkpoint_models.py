@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from inference.disk import writing
-from inference.errors import UserError
+from inference.errors import UserError, typed
 from training.checkpoints import STATE_FILE
 from training.kept_models import local_model
 from training.run_directory import RunDirectory, StepDirectory, numbered, write_directory
@@ -72,6 +72,13 @@ class Checkpoint:
         there = f"there are: {listed or 'none'}"
         return UserError(f"{self.run.path} has no checkpoint {self.number} of {self.step.folder}; {there}.")
 
+    def instead(self) -> str:
+        """Where there is a model of the step all the same."""
+        directory = self.run.step(self.step)
+        if directory.is_finished:
+            return f"The model that the step has left is {directory.model}."
+        return f"rlhf-chat {self.step.command} {typed(self.run.path)} ends the step and leaves {directory.model}."
+
     def _write(self, model: Path, adapter: Path) -> None:
         """As the step writes the last one."""
         import torch
@@ -91,7 +98,7 @@ class Checkpoint:
         if any(self.path.rglob("*.pt")):
             raise UserError(
                 f"{self.path} was written by DeepSpeed itself (by an earlier version of rlhf-chat, or with the "
-                f"optimiser on NVMe): only training goes on from it."
+                f"optimiser on NVMe): only training goes on from it. {self.instead()}"
             )
         with reading(self.path, "choose another one"):
             weights = Written(self.path / "actor" if self.step.draws_samples else self.path).whole("weight")
@@ -115,7 +122,11 @@ def checkpoint_of(target: str | Path) -> Checkpoint | None:
         return None
     found = Checkpoint(run, of_step or last_step(run), int(named[2]))
     if found.step.leaves_scorer:
-        raise UserError(f"{target} is a checkpoint of a reward model, whose scale is measured when its step ends.")
+        raise UserError(
+            f"{target} is a checkpoint of a reward model, whose scale is measured when its step ends. "
+            f"{found.instead()} One of {found.number} optimiser steps: rlhf-chat reward runs/NEW --from "
+            f"{typed(run.path)} --set reward.max_steps={found.number}"
+        )
     if found.number not in numbered(run.step(found.step).checkpoints):
         raise found.missing()
     return found

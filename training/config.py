@@ -134,6 +134,8 @@ class DPOSettings(StepSettings):
     """Share of the pairs taken to be labelled the wrong way round (conservative DPO); 0: none."""
     length_normalized: bool = False
     """Divide each log-ratio by its response's tokens, so that length earns nothing; wants a larger beta (2 to 10)."""
+    sft_coefficient: float = Field(0.0, ge=0)
+    """Weight of the chosen response's negative log-likelihood, a mean over its tokens, beside the loss; 0: none."""
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-6)
 
     @model_validator(mode="after")
@@ -299,8 +301,9 @@ class RunConfig(Settings):
 
     @property
     def round_of(self) -> str:
-        """The run that this one goes on from in another round; a fork is none of the run that it is of."""
-        return "" if self.data.parent == self.fork_of else self.data.parent
+        """The run with whose model this one goes on in another round. A fork is none of the run that it is of, nor is
+        one that has the fork's settings and begins anew."""
+        return self.data.parent if self.sft_model and self.data.parent != self.fork_of else ""
 
     @property
     def begun_from(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from inference.disk import write_text, writing
 from inference.errors import UserError
-from training.changes import differences, teaches
+from training.changes import differences, is_recorded, teaches
 from training.config import RunConfig
 from training.config_files import as_typed
 from training.data.prepare import COUNTS_FILE
@@ -93,7 +93,7 @@ class Fork:
 
     def _other_settings(self, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
         for key, (old, new) in differences(theirs, ours).items():
-            if teaches(key, self.config) or teaches(key, self.theirs):
+            if teaches(key, self.config) or teaches(key, self.theirs) or (new and is_recorded(key)):
                 yield f"{as_typed(key)} is {new!r}, and {old!r} in {self.name}"
 
     def _changed_models(self, step: Step) -> Iterator[str]:

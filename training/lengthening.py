@@ -122,7 +122,7 @@ def make_way(run: RunDirectory) -> None:
                 held.enter_context(directory.locked())
             _make_way(run, plan, place, finished, later)
             for command, (number, lengths) in plan["longer"].items():
-                journal_of(of[command]).write(number, {"lengths": lengths, "earlier": plan["place"]})
+                note(journal_of(of[command]), number, {"lengths": lengths, "earlier": plan["place"]})
             for directory in finished:
                 directory.result_file.unlink(missing_ok=True)
     file.unlink()
@@ -179,18 +179,24 @@ def link_weights(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
+def note(journal: Journal, number: int, values: dict[str, Any]) -> None:
+    """Write the line, unless a command that was killed has; one that it has cut short goes."""
+    journal.rewind(number)
+    if {"number": number, **values} not in journal.read():
+        journal.write(number, values)
+
+
 def journal_of(directory: StepDirectory) -> Journal:
     return Journal(directory.path / "lengthened.jsonl")
 
 
 def was_lengthened(directory: StepDirectory) -> list[str]:
     """Each time, as `lengthened after iteration 10 (rlhf.iterations 10, then 20)`."""
-    found = [
+    return [
         f"lengthened after {directory.step.unit} {row['number']} "
         f"({', '.join(f'{key} {old}, then {new}' for key, (old, new) in row['lengths'].items())})"
         for row in journal_of(directory).read()
     ]
-    return list(dict.fromkeys(found))  # a command that was killed, and given again, has written twice
 
 
 def not_planned_so(directory: StepDirectory) -> str:

@@ -108,7 +108,7 @@ class GenerationEngine:
         capacity = max([room[1], *(len(sample.prompt_ids) + sample.limit for sample in samples)])
         capacity = capacity if self.exact is None else self.exact.seen(capacity)
         if not self.cache.fits(slots, capacity):
-            self.cache = KVCache(slots, capacity, preferred_cache_dtype(self.model, self.exact))
+            self.cache = KVCache(slots, capacity, preferred_cache_dtype(self.model, self.exact), self.exact)
         self.stats = GenerationStats(slots)
         if self.exact is None or self.exact.blocked:
             self.prepare()

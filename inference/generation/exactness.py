@@ -7,6 +7,7 @@ here, product, softmax, product, and whatever a processor's products depend on i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -133,9 +134,16 @@ def parts(queries: Tensor, window: int | None, exact: Exactness) -> Iterator[Par
     for start in range(0, length, QUERIES):
         end = min(start + QUERIES, length)
         keys = exact.seen(end)
-        distance = torch.arange(start, end, device=queries.device)[:, None] - torch.arange(keys, device=queries.device)
-        hidden = distance < 0
-        if window is not None and window < end:
-            hidden |= distance >= window
-        mask = torch.zeros_like(hidden, dtype=queries.dtype).masked_fill_(hidden, -torch.inf)
-        yield Part(start, end, keys, mask.repeat(sharing, 1))
+        seen = window if window is not None and window < end else end
+        yield Part(start, end, keys, causal_mask(start, end, keys, seen, sharing, queries.dtype, queries.device))
+
+
+@lru_cache(maxsize=64)  # the layers of a model ask for the same ones
+def causal_mask(
+    start: int, end: int, keys: int, window: int, sharing: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Of queries at places `start` .. `end`, each of which sees the last `window` tokens up to itself, over `keys`;
+    repeated for the heads that share them."""
+    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(keys, device=device)
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat(sharing, 1)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from inference.generation.exactness import Exactness
 
@@ -11,13 +12,14 @@ from inference.generation.exactness import Exactness
 class KVCache:
     """Bounded memory: `slots` samples of at most `capacity` tokens. A layer's part is made when it first writes.
 
-    `dtype` is what keys and values are kept in; None keeps the model's. On a CPU attention with one query is several
-    times faster in fp32 than in bf16, so there fp32 is the better choice whatever the weights are.
+    `dtype` is what keys and values are kept in; None keeps the model's. On a CPU fused attention with one query is
+    several times faster in fp32 than in bf16, so there fp32 is the better choice whatever the weights are. Plain
+    products copy what does not lie in one piece: with `exact` a layer's part is as long as its longest row.
     """
 
-    def __init__(self, slots: int, capacity: int, dtype: torch.dtype | None = None):
-        self.slots, self.capacity, self.dtype = slots, capacity, dtype
-        self.keys: dict[int, Tensor] = {}  # layer -> (slots, key heads, capacity, head)
+    def __init__(self, slots: int, capacity: int, dtype: torch.dtype | None = None, exact: Exactness | None = None):
+        self.slots, self.capacity, self.dtype, self.exact = slots, capacity, dtype, exact
+        self.keys: dict[int, Tensor] = {}  # layer -> (slots, key heads, capacity or less, head)
         self.values: dict[int, Tensor] = {}
 
     @property
@@ -33,17 +35,27 @@ class KVCache:
     def fits(self, slots: int, capacity: int) -> bool:
         return slots <= self.slots and capacity <= self.capacity
 
-    def _layer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensors of a layer; `keys` and `values` (..., heads, tokens, head) show their sizes."""
-        if layer not in self.keys:
-            for part, new in ((self.keys, keys), (self.values, values)):
-                shape = (self.slots, new.shape[-3], self.capacity, new.shape[-1])
+    def _layer(self, layer: int, keys: Tensor, values: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """The tensors of a layer, for rows of up to `longest` tokens; `keys` and `values`, (..., heads, tokens, head),
+        show their sizes."""
+        room = self.capacity if self.exact is None else longest
+        for part, new in ((self.keys, keys), (self.values, values)):
+            if layer not in part:
+                shape = (self.slots, new.shape[-3], room, new.shape[-1])
                 part[layer] = torch.zeros(shape, dtype=self.dtype or new.dtype, device=new.device)
+            elif part[layer].shape[2] != room:
+                part[layer] = pad(part[layer], (0, 0, 0, room - part[layer].shape[2])).contiguous()
         return self.keys[layer], self.values[layer]
+
+    def _held(self, layer: int, lengths: Sequence[int]) -> int:
+        """Room that a layer's part needs for rows of these lengths beside those that are there."""
+        if self.exact is None:
+            return self.capacity
+        return max(self.exact.seen(max(lengths)), self.keys[layer].shape[2] if layer in self.keys else 0)
 
     def write_prompts(self, layer: int, keys: Tensor, values: Tensor, rows: Sequence[int], lengths: Sequence[int]):
         """Store whole prompts, which lie one behind the other in `keys` and `values` (heads, tokens, head)."""
-        kept_keys, kept_values = self._layer(layer, keys, values)
+        kept_keys, kept_values = self._layer(layer, keys, values, self._held(layer, lengths))
         start = 0
         for row, length in zip(rows, lengths, strict=True):
             kept_keys[row, :, :length] = keys[:, start : start + length]
@@ -52,7 +64,7 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor, place: "Places") -> tuple[Tensor, Tensor]:
         """Store one token a row, (rows, heads, 1, head) each; returns the rows' keys and values up to the longest."""
-        kept_keys, kept_values = self._layer(layer, keys, values)
+        kept_keys, kept_values = self._layer(layer, keys, values, place.longest)
         if place.is_level:  # all rows are equally long: a slice is cheaper than an index
             end = place.longest
             kept_keys[: place.rows, :, end - 1 : end] = keys
@@ -83,8 +95,8 @@ class KVCache:
         """Store what `read` gave; layers must have been made."""
         start = 0
         for layer in sorted(self.keys):
-            for part in (self.keys, self.values):
-                place = part[layer][row, :, :length]
+            for kept in self._layer(layer, self.keys[layer], self.values[layer], self._held(layer, [length])):
+                place = kept[row, :, :length]
                 place.copy_(numbers[start : start + place.numel()].view_as(place))
                 start += place.numel()
 

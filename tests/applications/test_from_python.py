@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from applications import from_python as module
-from applications.forks import from_run
 from applications.from_python import TOKEN_VARIABLE, Run, Served, load_settings, train
+from applications.from_run import from_run
 from inference.errors import UserError
 from tests.warm import ROOT, Done, fork_all, fork_python
 from training.config_files import nested

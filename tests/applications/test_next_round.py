@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from applications.chat import model_before
-from applications.forks import from_run
+from applications.from_run import from_run
 from applications.next_round import next_command, next_name
 from applications.settings import as_settings
 from inference.errors import UserError
@@ -70,7 +70,7 @@ def test_a_round_after_a_round_has_the_newest_reward_model_there_is(parent):
     second = RunDirectory(parent.path.parent / "second")
     shutil.rmtree(second.step(REWARD).path)
     values = yaml.safe_load(second.config_file.read_text())
-    values["data"]["parent"] = str(parent.path)
+    values["data"]["parent"], values["sft_model"] = str(parent.path), "tiny"
     second.config_file.write_text(yaml.safe_dump(values))
     config = go_on(second)
     assert config.sft_model == str(second.step(PPO).model) and config.reward_model == str(parent.step(REWARD).model)

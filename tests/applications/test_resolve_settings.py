@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from applications.settings import resolve_settings
+from applications.settings import given_of, resolve_settings
 from inference.errors import UserError
 from training.config_files import load_config
 from training.run_directory import RunDirectory
@@ -34,6 +34,11 @@ def test_preset_then_file_then_set_then_flags(tmp_path):
     by_flag = resolve(config=[file], overrides=["processes=4", "seed=5"], flags={"processes": 8, "data": None})
     assert (by_flag.processes, by_flag.sft.epochs, by_flag.seed) == (8, 7, 5)
     assert by_flag.sft.max_steps == 6 and by_flag.sft.batch_size == 16  # a group is merged, not replaced
+
+
+def test_what_was_not_typed_and_what_is_no_setting_is_not_given():
+    flags = {"data": [], "eval_data": None, "seed": 0, "plan": "auto", "fusion": "auto"}
+    assert given_of(flags) == {"seed": 0, "fusion": "auto"}
 
 
 def test_the_later_file_and_the_later_set_win(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from applications.samples import samples_command
 from inference.errors import UserError
 from tests.pages import root_command
-from training.run_directory import RunDirectory
+from training.run_directory import RunDirectory, write_json
 from training.steps import PPO
 
 
@@ -60,4 +60,8 @@ def test_what_was_not_written_is_a_sentence_with_the_way_out(tmp_path):
         samples_command(run.path, 3, 0, 0, 0, as_json=False)
     run.step(PPO).rollouts_file.unlink()
     with pytest.raises(UserError, match=r"rlhf-chat rlhf .*run --set rlhf.rollouts_every=1"):
+        samples_command(run.path, None, 0, 0, 0, as_json=False)
+    write_json(run.step(PPO).result_file, {})
+    run.step(PPO).model.mkdir()
+    with pytest.raises(UserError, match=r"rlhf-chat run --from .*run --name NEW --set rlhf.rollouts_every=1"):
         samples_command(run.path, None, 0, 0, 0, as_json=False)

@@ -3,7 +3,7 @@ import pytest
 from inference.errors import UserError
 from training.changes import KINDS, kind_of, teaches
 from training.config_files import load_config
-from training.config_reference import defaults
+from training.config_reference import defaults, description, fields
 from training.opening import open_run
 from training.run_directory import RunDirectory
 
@@ -13,6 +13,17 @@ def test_every_setting_is_in_a_class_and_every_name_there_is_a_settings():
         kind_of(key)  # raises
     unknown = [name for name in KINDS if not any(f".{name}." in f".{key}." for key in defaults())]
     assert not unknown
+
+
+def test_a_name_that_means_several_things_has_been_looked_at():
+    """A setting is in the class of its name: a new one of an old name would be in the class of that unseen."""
+    meanings: dict[str, set[str]] = {}
+    for key, info in fields():
+        meanings.setdefault(key.rpartition(".")[2], set()).add(description(info))
+    assert {name for name, said in meanings.items() if len(said) > 1} == {
+        *("model", "source", "rows", "keep", "coefficient", "eval_every", "checkpoint_every", "seed"),
+        *("learning_rate", "zero_stage", "offload"),
+    }
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from inference.errors import UserError
+from inference.tiny_model import build_tiny_model
 from training.checkpoint_models import Checkpoint, checkpoint_of
 from training.config_files import load_config
 from training.opening import open_run
@@ -40,6 +41,24 @@ def test_a_number_alone_is_of_the_last_step_that_was_begun(run):
     run.step(PPO).path.mkdir()
     with pytest.raises(UserError, match=r"no checkpoint 6 of step3_rlhf; there are: .*/step1_sft@3, .*/step1_sft@6\.$"):
         opened(run)
+
+
+def test_what_opens_as_no_model_is_refused_with_what_there_is_instead(run):
+    build_tiny_model(run.path / "tiny")
+    run.write_config(load_config([], [f"model={run.path / 'tiny'}"]), {})
+    for step, sentence in (
+        (REWARD, r"reward model.*\. rlhf-chat reward .*/a ends the step .* --from .*/a --set reward\.max_steps=6$"),
+        (SFT, r"by DeepSpeed itself.*\. rlhf-chat sft .*/a ends the step and leaves .*/a/step1_sft/model\.$"),
+    ):
+        (place := run.step(step).checkpoints / "6").mkdir(parents=True, exist_ok=True)
+        for name in ("state.json", "zero_states.pt"):
+            (place / name).write_text("{}")
+        target = f"{run.step(step).path}@6"
+        for given in (sentence, rf"\. The model that the step has left is {run.step(step).model}\."):
+            with pytest.raises(UserError, match=given):
+                checkpoint_of(target).model()
+            run.step(step).model.mkdir(exist_ok=True)
+            run.step(step).result_file.write_text("{}")
 
 
 def test_two_who_open_it_at_once_make_it_once(run, monkeypatch):

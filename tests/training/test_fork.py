@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from applications.forks import settings_of_fork
+from applications.from_run import settings_of_fork
 from inference.errors import UserError
 from training import fork as module
 from training.config_files import load_config
@@ -102,6 +102,11 @@ def write_starts(run: RunDirectory, *names: str, **values) -> None:
         (("dpo.beta=0.2",), ""),
         (("dpo.beta=0.2", "method=dpo"), "2"),
         (("evaluation.prompts=3", "processes=2", "rlhf.micro_batch_tokens=99", "logging.tensorboard=true"), ""),
+        (("rlhf.rollouts_every=1",), "3"),  # which the parent has not written
+        (("rlhf.samples_every=1",), "3"),
+        (("rlhf.kl.measure=true",), "3"),
+        (("sft.eval_every=5",), "13"),
+        (("sft.eval_every=0", "rlhf.checkpoint_every=1"), ""),  # less than the parent has
         (("save_dtype=bf16",), "123"),
         (("reward_model=tiny",), "23"),
         (("sft_model=tiny",), "23"),  # whose tokens the reward model has

@@ -13,7 +13,7 @@ from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from tests.supervised_steps import make_run, metrics_of, stage_of
 from training.config_files import load_config
-from training.lengthening import PLAN, not_planned_so, was_lengthened
+from training.lengthening import PLAN, journal_of, make_way, not_planned_so, plan_change, was_lengthened
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.step2_dpo import dpo
@@ -148,6 +148,20 @@ def test_a_command_that_is_killed_anywhere_has_done_nothing_or_is_finished_by_an
     after = state_of(run)
     at = seen.index(after)
     assert at > 1 and len(seen) > at + 4 and seen == [before] * at + [after] * (len(seen) - at)
+
+
+def test_a_line_that_a_kill_cut_short_is_written_once(run):
+    longer = load_config([], [*BEGUN, "rlhf.iterations=5"])
+    plan_change(run, run.read_config(), longer)
+    run.write_config(longer, {})
+    plan, journal = (run.path / PLAN).read_text(), journal_of(run.step(PPO))
+    make_way(run)
+    whole = journal.file.read_text()
+    for cut in (9, -1, None):
+        journal.file.write_text(whole[:cut])
+        (run.path / PLAN).write_text(plan)
+        make_way(run)
+        assert journal.file.read_text() == whole and whole.count("\n") == 1
 
 
 def test_a_plan_from_elsewhere_moves_and_deletes_nothing_outside_the_run(run, tmp_path):

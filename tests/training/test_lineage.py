@@ -47,6 +47,11 @@ def fork(path, rows=None, **settings):
     return make_run(path, rows, steps=(PPO, DPO), **settings)
 
 
+def round_after(run):
+    """Settings of a run that goes on from it."""
+    return {"sft_model": "tiny", "data": {"parent": str(run.path)}}
+
+
 @pytest.fixture
 def parent(tmp_path):
     rows = {"sft_train": ["Why?"], "pairs_train": ["Where?", "Who?"], "prompts_train": ["When?"]}
@@ -205,19 +210,19 @@ def test_demonstrations_that_ppo_mixed_in_were_trained_on(parent, tmp_path):
 
 
 def test_a_chain_of_rounds_ends_where_a_run_is_gone_or_the_chain_is_closed(parent, tmp_path):
-    second = fork(tmp_path / "second", data={"parent": str(parent.path)})
-    third = fork(tmp_path / "third", data={"parent": str(second.path)})
+    second = fork(tmp_path / "second", **round_after(parent))
+    third = fork(tmp_path / "third", **round_after(second))
     assert rounds_of(third) == [parent, second, third] and rounds_of(parent) == [parent]
     parent.config_file.unlink()
     assert rounds_of(third) == [second, third]
-    second.config_file.write_text(yaml.safe_dump({"model": "tiny", "data": {"parent": str(third.path)}}))
+    second.config_file.write_text(yaml.safe_dump({"model": "tiny", **round_after(third)}))
     assert rounds_of(third) == [second, third]
 
 
 def test_the_newest_reward_model_of_a_chain(parent, tmp_path):
-    second = fork(tmp_path / "second", data={"parent": str(parent.path)})
+    second = fork(tmp_path / "second", **round_after(parent))
     assert newest_reward_model(second) == ""  # no step of the parent is finished
     parent.step(REWARD).result_file.write_text("{}")
     assert newest_reward_model(second) == model(parent, REWARD)
-    given = fork(tmp_path / "given", data={"parent": str(parent.path)}, trained_reward_model="org/reward")
+    given = fork(tmp_path / "given", **round_after(parent), trained_reward_model="org/reward")
     assert newest_reward_model(given) == "org/reward"

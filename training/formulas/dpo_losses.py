@@ -80,7 +80,8 @@ def hinge(pairs: Pairs) -> Tensor:
 
 
 def ipo(pairs: Pairs) -> Tensor:
-    """(m / beta - 1 / (2 beta))² (Azar et al. 2023, arXiv 2310.12036, equation 17)."""
+    """(m / beta - 1 / (2 beta))² (Azar et al. 2023, arXiv 2310.12036, equation 17); with `dpo.length_normalized` of
+    means over tokens, as in TRL (1.16)."""
     return (pairs.margin / pairs.beta - 1 / (2 * pairs.beta)).square()
 
 

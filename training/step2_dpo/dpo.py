@@ -29,6 +29,7 @@ HELD_OUT = {
     "reward/rejected": "eval/reward/rejected",
     "logprobs/chosen": "eval/logprobs/chosen",
     "logprobs/rejected": "eval/logprobs/rejected",
+    "nll": "eval/nll",
 }
 """The metric of held-out pairs for each one of training pairs."""
 
@@ -111,11 +112,11 @@ class DPOTask:
         """Summed loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities."""
         pairs, device = [self.pairs[name][row] for row in rows], self.stage.ranks.device
         logprobs = response_logprobs(self.engine, pairs, device)
-        lengths = None
-        if self.settings.length_normalized:
-            lengths = torch.tensor([[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]], device=device)
+        lengths = torch.tensor([[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]], device=device)
         reference = self.reference_logprobs[name][:, rows].to(device)
-        rewards = implicit_rewards(logprobs, reference, lengths, self.settings.beta)
+        divided_by = lengths if self.settings.length_normalized else None
+        rewards = implicit_rewards(logprobs, reference, divided_by, self.settings.beta)
+        loss = self.of_pairs.formula(Pairs(rewards[0], rewards[1], self.settings.beta, self.settings.label_smoothing))
         margins = rewards[0] - rewards[1]
         measured = {
             "accuracy": ((margins > 0).float() + 0.5 * (margins == 0)).sum(),  # a tie counts half
@@ -125,6 +126,8 @@ class DPOTask:
             "logprobs/chosen": logprobs[0].sum(),
             "logprobs/rejected": logprobs[1].sum(),
         }
+        if self.settings.sft_coefficient:
+            nll = -logprobs[0] / lengths[0]
+            loss, measured["nll"] = loss + self.settings.sft_coefficient * nll, nll.sum()
         values = torch.stack(list(measured.values())).tolist()
-        loss = self.of_pairs.formula(Pairs(rewards[0], rewards[1], self.settings.beta, self.settings.label_smoothing))
         return loss.sum(), dict(zip(measured, values, strict=True))

@@ -111,7 +111,7 @@ def agrees(model: PreTrainedModel, exact: Exactness, longest: int) -> bool:
     lengths = [min(length, most - steps) for length in PROMPTS]
     rows = [torch.randint(text_config(model.config).vocab_size, (length + steps,)) for length in lengths]
     rows[1][: lengths[1]] = rows[0][: lengths[0]]
-    cache = KVCache(len(rows), exact.seen(max(lengths) + steps))
+    cache = KVCache(len(rows), exact.seen(max(lengths) + steps), exact=exact)
     passes = PackedPasses(model, cache, exact)
     found: dict[tuple[int, int], Tensor] = {}
     weights = BlockedWeights(model).in_use() if exact.blocked else nullcontext()

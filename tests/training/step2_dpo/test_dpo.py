@@ -12,6 +12,7 @@ from tests.ranks import run_ranks
 from training.steps import DPO
 
 RATE, BATCH, EPOCHS, SEED, BETA = 1e-3, 4, 2, 3, 0.5
+SFT_WEIGHT = 0.7
 PAIRS, HELD_OUT = 9, 3
 COMMON = [
     f"seed={SEED}",
@@ -36,6 +37,9 @@ CASES = {
     "smoothed": ["dpo.label_smoothing=0.2"],
     "normalized": ["dpo.length_normalized=true"],
     "apo_zero": ["dpo.loss=apo_zero"],
+    "ipo": ["dpo.loss=ipo", "dpo.length_normalized=true"],
+    "sft": [f"dpo.sft_coefficient={SFT_WEIGHT}"],
+    "sft, small micro-batches": [f"dpo.sft_coefficient={SFT_WEIGHT}", "dpo.micro_batch_tokens=8"],
     "lora": [LORA, f"dpo.optimizer.learning_rate={2 * RATE}"],
     "lora rate": [LORA, f"dpo.optimizer.lora.learning_rate={2 * RATE}"],
     "dropout": [LORA, "dpo.dropout=0.2", "dpo.checkpoint_every=2"],
@@ -43,7 +47,10 @@ CASES = {
     "bf16": ["dtype=bf16"],
     "short": ["dpo.max_steps=1"],
 }
-ALSO_ON_TWO_RANKS = ("plain", "zero 3", "lora")
+OWN = "reference_model={directory}/1/plain/step2_dpo/model"
+OWN_CASES = {"own": [OWN], "own zero 3": [OWN, "dpo.optimizer.zero_stage=3"]}
+"""The reference is what the case `plain` has trained."""
+ALSO_ON_TWO_RANKS = ("plain", "zero 3", "lora", "sft", *OWN_CASES)
 
 
 class Killed(Exception):
@@ -90,10 +97,11 @@ def train_everywhere(ranks, directory):
             write_data(run)
             run.step(DPO).path.mkdir(parents=True)
         ranks.barrier()
-        config = load_config([], [f"model={sft}", f"sft_model={sft}", *COMMON, *CASES[name]])
+        case = [each.format(directory=directory) for each in {**CASES, **OWN_CASES}[name]]
+        config = load_config([], [f"model={sft}", f"sft_model={sft}", *COMMON, *case])
         dpo.train(make_stage(run, DPO, config, ranks))
 
-    for name in CASES if ranks.size == 1 else ALSO_ON_TWO_RANKS:
+    for name in (*CASES, "own") if ranks.size == 1 else ALSO_ON_TWO_RANKS:
         if name == "killed":
             update = ZeroEngine.update
 
@@ -141,7 +149,7 @@ def logprobs_by_hand(model, prompt: list[int], response: list[int]) -> torch.Ten
     return logits[torch.arange(len(response)), response] - logits.exp().sum(-1).log()
 
 
-def train_by_hand(sft: Path, smoothing: float = 0.0, normalized: bool = False, apo: bool = False):
+def train_by_hand(sft: Path, name: str, smoothing: float = 0.0, normalized: bool = False):
     """Plain model, one response at a time, the formula of the paper, torch's AdamW, a linear schedule."""
     from transformers import AutoModelForCausalLM
 
@@ -164,16 +172,24 @@ def train_by_hand(sft: Path, smoothing: float = 0.0, normalized: bool = False, a
         losses, chosen_rewards, right_ones = [], [], 0
         for row in batch:
             prompt, responses = pairs[row]
-            rewards = []
+            rewards, likelihoods = [], []
             for response in responses:
                 with torch.no_grad():
                     before = logprobs_by_hand(reference, prompt, response).sum()
-                reward = BETA * (logprobs_by_hand(policy, prompt, response).sum() - before)
+                logprobs = logprobs_by_hand(policy, prompt, response)
+                reward = BETA * (logprobs.sum() - before)
                 rewards.append(reward / len(response) if normalized else reward)
+                likelihoods.append(logprobs.mean())
             right = 1 / (1 + (rewards[1] - rewards[0]).exp())
             likelier = [1 / (1 + (-reward).exp()) for reward in rewards]
             dpo = -(1 - smoothing) * right.log() - smoothing * (1 - right).log()
-            losses.append(1 - likelier[0] + likelier[1] if apo else dpo)
+            losses.append(
+                {
+                    "apo_zero": 1 - likelier[0] + likelier[1],
+                    "ipo": ((rewards[0] - rewards[1]) / BETA - 1 / (2 * BETA)) ** 2,
+                    "sft": dpo - SFT_WEIGHT * likelihoods[0],
+                }.get(name, dpo)
+            )
             chosen_rewards.append(float(rewards[0].detach()))
             right_ones += int(rewards[0] > rewards[1])
         loss = torch.stack(losses).mean()
@@ -186,12 +202,19 @@ def train_by_hand(sft: Path, smoothing: float = 0.0, normalized: bool = False, a
 
 @pytest.mark.parametrize(
     ("name", "smoothing", "normalized"),
-    [("plain", 0.0, False), ("smoothed", 0.2, False), ("normalized", 0.0, True), ("apo_zero", 0.0, False)],
+    [
+        ("plain", 0.0, False),
+        ("smoothed", 0.2, False),
+        ("normalized", 0.0, True),
+        ("apo_zero", 0.0, False),
+        ("ipo", 0.0, True),
+        ("sft", 0.0, False),
+    ],
 )
 def test_training_is_that_of_a_second_implementation(runs, name, smoothing, normalized):
     from transformers import AutoModelForCausalLM
 
-    expected, policy = train_by_hand(runs / "sft", smoothing, normalized, name == "apo_zero")
+    expected, policy = train_by_hand(runs / "sft", name, smoothing, normalized)
     rows = training(runs, name)
     assert len(rows) == len(expected) == 4
     for number, (row, (loss, chosen, accuracy)) in enumerate(zip(rows, expected, strict=True)):
@@ -209,7 +232,9 @@ def test_training_is_that_of_a_second_implementation(runs, name, smoothing, norm
 def test_the_policy_begins_as_its_reference(runs, name):
     first = at_start(runs, name)
     assert first["number"] == 0
-    assert first["eval/loss"] == pytest.approx(1.0 if name == "apo_zero" else math.log(2), abs=1e-6)
+    loss = 1.0 if name in ("apo_zero", "ipo") else math.log(2)
+    assert first["eval/loss"] == pytest.approx(loss + SFT_WEIGHT * first.get("eval/nll", 0), abs=1e-5)
+    assert ("eval/nll" in first) == name.startswith("sft")
     assert first["eval/margin"] == first["eval/reward/chosen"] == 0
     assert first["eval/accuracy"] == 0.5  # nothing but ties, and a tie counts half
     assert first["eval/logprobs/chosen"] < -1
@@ -217,14 +242,31 @@ def test_the_policy_begins_as_its_reference(runs, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("small micro-batches", 1), ("zero 3", 1), ("plain", 2), ("zero 3", 2), ("lora", 2)]
+    ("name", "ranks"),
+    [
+        *[("small micro-batches", 1), ("zero 3", 1), ("sft, small micro-batches", 1)],
+        *((name, 2) for name in ALSO_ON_TWO_RANKS),
+    ],
 )
 def test_training_does_not_depend_on_micro_batches_stage_or_ranks(runs, name, ranks):
-    base = lines(runs, "lora" if name == "lora" else "plain")
+    base = lines(runs, next((kind for kind in ("lora", "sft", "own") if name.startswith(kind)), "plain"))
     other = lines(runs, name, ranks)
     assert len(base) == len(other)
     for ours, theirs in zip(base, other, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)
+
+
+def test_a_reference_of_its_own_is_what_rewards_count_from(runs):
+    """The first loss there is that of a policy that has unlearned what `plain` learned."""
+    first, trained = at_start(runs, "own"), lines(runs, "plain")[-1]
+    assert first["eval/logprobs/chosen"] == at_start(runs, "plain")["eval/logprobs/chosen"]
+    assert first["eval/margin"] == pytest.approx(-trained["eval/margin"], rel=1e-4) != 0
+
+
+def test_the_sft_term_keeps_chosen_responses_likely(runs):
+    """Without it DPO makes them less likely here than with it, on the pairs that are trained on."""
+    plain, kept = (training(runs, name)[-1]["logprobs/chosen"] for name in ("plain", "sft"))
+    assert kept > plain + 0.5
 
 
 def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(runs):

@@ -80,7 +80,8 @@ def iterate(ranks, directory):
     found = {}
     for name, asked in (ON_TWO if ranks.size == 2 else ON_FOUR).items():
         write_demonstrations(ranks, directory / name)
-        ppo = make_ppo(ranks, directory / name, merge(RATES, asked), "bf16" if name.startswith("half") else "fp32")
+        asked_for = merge(RATES | {"rollouts_every": 1}, asked)
+        ppo = make_ppo(ranks, directory / name, asked_for, "bf16" if name.startswith("half") else "fp32")
         if name != "auto":  # schedules must not hang on what a busy machine measures
             ppo.roles.staged.learn = dict
         start = {role: engine.trained_weights() for role, engine in ppo.roles._engines.items()}
@@ -92,6 +93,7 @@ def iterate(ranks, directory):
         newest = ppo.roles.staged.newest
         passes = [event.operation[:2] for event in newest.events] if newest else []
         found[name] = {"responses": responses, "rows": rows, "moved": moved, "weights": weights, "passes": passes}
+        found[name]["samples"] = ppo.sample_lines.read() if ranks.is_first else []
         if name == "auto":
             found["choices"] = choices(ppo.roles.staged)
     chosen = found.pop("choices", None)
@@ -152,9 +154,14 @@ def outcome(ran):
     return [rank["plans"] for rank in ran]
 
 
+def whole(name: str) -> str:
+    """The run on whole models that one by a plan is compared with."""
+    return name.replace("fused", "none") if " " in name and name != "one in stages" else "none"
+
+
 def test_stages_learn_what_whole_models_do(outcome):
     for name in outcome[0]:
-        expected = name.replace("fused", "none") if " " in name and name != "one in stages" else "none"
+        expected = whole(name)
         for rank in outcome:
             assert rank[name]["responses"] == outcome[0][expected]["responses"], name
             assert rank[name]["rows"] == outcome[0][name]["rows"], name
@@ -171,6 +178,22 @@ def test_stages_learn_what_whole_models_do(outcome):
             else:
                 assert moved > MOVED, (name, role)
             assert distance(ours, theirs) <= (0.03 * moved if in_bf16 else APART), (name, role)
+
+
+def test_what_is_written_of_every_sample_is_what_whole_models_write(outcome):
+    for name in outcome[0].keys() - {"half none", "half fused"}:
+        lines, others = (outcome[0][each]["samples"] for each in (name, whole(name)))
+        drawn = [response for responses in outcome[0][name]["responses"] for response in responses]
+        assert [line["response_ids"] for line in lines] == drawn, name
+        assert ("values" in lines[0]) != name.startswith("grouped")
+        for line, other in zip(lines, others, strict=True):
+            assert line.keys() == other.keys() and any(line["advantages"])
+            for key, value in line.items():
+                is_number = key in ("logprobs", "kl", "values", "advantages") or isinstance(value, float)
+                assert value == (pytest.approx(other[key], rel=1e-3, abs=3e-5) if is_number else other[key]), (
+                    name,
+                    key,
+                )
 
 
 def test_runs_that_stop_by_their_kl_stop_in_stages_too(outcome):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from applications.commands import asked_for, step_command
-from applications.forks import from_run
+from applications.from_run import from_run
 from applications.settings import resolve_settings, settings_named
 from inference.errors import UserError
 from training.config_files import load_config
@@ -113,7 +113,7 @@ def test_what_is_there_stays_what_it_is(parent):
             from_run(parent.path, run.path, [], [], {}, not goes_on)
 
 
-def test_a_runs_own_settings_are_a_file_of_settings(parent, tmp_path):
+def test_a_runs_own_settings_are_a_file_of_settings(parent, files, tmp_path):
     parent.write_config(parent.read_config(), {"torch": "1"})
     before = parent.read_config()
     assert load_config([parent.config_file], []) == before
@@ -122,5 +122,9 @@ def test_a_runs_own_settings_are_a_file_of_settings(parent, tmp_path):
     assert load_config([parent.config_file], ["fork_of=/a"]).fork_of == "/a"
     again = resolve_settings(None, [parent.config_file], ["fork_of="], {}, parent)
     assert again is not None and again.fork_of == str(tmp_path)  # the run itself goes on
+    liked = from_run(parent.path, tmp_path / "liked", [], [], {"data": {"source": files["liked"]}}, False)[1]
+    RunDirectory(tmp_path / "liked").write_config(liked, {"torch": "1"})
+    anew = load_config([tmp_path / "liked" / "config.yaml"], [])
+    assert (anew.data.parent, anew.round_of) == (str(parent.path), "")  # its rows, and no round after it
     with pytest.raises(UserError, match="--fork and --go-on say what becomes of another run"):
         asked_for("tiny", None, True, None, None, None, {})

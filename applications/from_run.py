@@ -53,7 +53,7 @@ def from_run(
 
 def require_kind(path: Path, stored: RunConfig, parent: Path, goes_on: bool | None) -> None:
     """Raise UserError where the run that is there at `path` is from another one, or not what is asked for."""
-    made_from = stored.fork_of or stored.data.parent
+    made_from = stored.fork_of or stored.round_of
     if made_from != str(parent.resolve()):
         made = f"from {made_from}" if made_from else "without --from"
         raise UserError(f"{path} was made {made}, not from {parent}: give the new run another --name.")
