@@ -11,6 +11,7 @@ from pathlib import Path
 
 from applications.runs import files_in, named_runs
 from inference.errors import UserError, typed
+from training.lengthening import PLAN
 from training.metrics import size
 from training.run_directory import RunDirectory, StepDirectory, numbered, remove_directory
 from training.steps import STEPS
@@ -18,6 +19,10 @@ from training.trust import require_reading
 
 LEFT_OVER = (".*.tmp", ".*.old", ".*.room")
 """What a process that was killed leaves half written, or half deleted."""
+
+
+OF_NUMBERS = ("checkpoints", "best")
+"""Directories in which what is old was being deleted, for training too."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,15 @@ def clean_command(runs: Sequence[Path], everything: bool, yes: bool, trusts: boo
 
     Raises UserError where no run can be cleaned.
     """
-    found, refused = named_runs(runs), []
-    for run in found:
-        require_reading(run.path, trusts)
+    refused = []
     with ExitStack() as held:
         free = []
-        for run in found:
+        for run in named_runs(runs):
             try:
+                require_reading(run.path, trusts)
                 run.read_config()
+                if (run.path / PLAN).exists():
+                    raise UserError("it is being made longer; first give the command that does it again.")
                 with ExitStack() as taken:
                     taken.enter_context(run.locked())
                     for step in STEPS:
@@ -102,7 +108,8 @@ def candidates(run: RunDirectory, everything: bool) -> Iterator[Part]:
     for place in places:
         for pattern in LEFT_OVER:
             for path in sorted(place.glob(pattern)):
-                if pattern != ".*.old" or path.with_name(path.name[1:-4]).exists():  # else it may be all there is
+                is_whole = pattern == ".*.old" and place.name not in OF_NUMBERS  # what is being replaced
+                if not is_whole or path.with_name(path.name[1:-4]).exists():  # else it may be all there is
                     yield Part("left by processes that were killed", path)
 
 
@@ -140,8 +147,9 @@ def lost(run: RunDirectory, parts: Sequence[Part]) -> Iterator[str]:
 
 
 def impossible(step: StepDirectory, numbers: Sequence[int], are_all: bool) -> Iterator[str]:
-    names = ", ".join(typed(f"{step.path}@{number}") for number in numbers)
-    yield f"{names} cannot be opened any more"
+    if not step.step.leaves_scorer:  # whose checkpoints nothing opens
+        names = ", ".join(typed(f"{step.path}@{number}") for number in numbers)
+        yield f"{names} cannot be opened any more"
     if are_all and step.is_finished:
         yield f"step {step.step.label} cannot be made longer"
     elif are_all:

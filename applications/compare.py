@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +18,9 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from applications.report_table import ROWS, pair_of, shown, training_signs
-from applications.runs import named_runs, seconds_of, state_of, steps_of
+from applications.measures import RATES, Measure, measures_of
+from applications.report_table import ROWS, pair_of, training_signs
+from applications.runs import UNREADABLE, named_runs, state_of, steps_of, why_unreadable
 from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.redaction import redacted_values
@@ -26,45 +28,21 @@ from inference.screen import columns
 from training.changes import teaches
 from training.config import RunConfig
 from training.evaluation.guard_rails import guard_signs
+from training.inputs import CODE
 from training.lengthening import was_lengthened
 from training.run_directory import RunDirectory
 from training.starts import read_starts
-from training.steps import REWARD
+from training.steps import REWARD, Step
 from training.trust import require_reading
 
 NO_SETTINGS = ("fork_of", "data.parent", "announce")
 """What says where a run comes from, or is only printed."""
-PERCENT = "{:.1%}"
 BOUNDS = "out of bounds"
-RATES = {
-    "win_rate": "win rate",
-    "win_rate_unseen_questions": "win rate, questions not trained on",
-    "reward_accuracy": "reward model right",
-}
 FIRST = ("win_rate", "kl", "length", "true_score", "learned_reward")
 """Of the columns of a narrow terminal."""
 
 
-@dataclass(frozen=True)
-class Measure:
-    """One result of a run, with its 95 % interval where it has one."""
-
-    title: str
-    form: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def text(self) -> str:
-        bounds = "" if self.low is None or self.high is None else f" ({self.show(self.low)} to {self.show(self.high)})"
-        return self.show(self.value) + bounds
-
-    def show(self, value: float) -> str:
-        return shown(value, self.form)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """A run, as it is compared with others."""
 
@@ -72,8 +50,13 @@ class Result:
     config: RunConfig
     state: str
     judge: str
+    drawn: str
+    """How many answers were drawn for the comparison, and how; empty where it was not made."""
     measures: Mapping[str, Measure]
     out_of_bounds: Sequence[str]
+    lengthened: Sequence[str]
+    code: Sequence[Mapping[str, str]]
+    """Files of the user's that the last step ran -> their hashes, each time that these were others."""
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -85,7 +68,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing that teaches but in seeds."""
+    """Runs that differ in nothing that teaches, the user's code included, but in seeds."""
 
     results: Sequence[Result]
 
@@ -107,9 +90,10 @@ class Comparison:
         self.settings = [key for key in differ if not (is_seed(key) and copies(key, differ))]
         """Those that differ; a seed that is everywhere the same as another one is left out."""
         taught = [key for key in differ if not is_seed(key) and any(teaches(key, result.config) for result in results)]
-        groups: dict[tuple[str, ...], list[Result]] = {}
+        groups: dict[str, list[Result]] = {}
         for result in results:
-            groups.setdefault(tuple(text_of(result.settings.get(key)) for key in taught), []).append(result)
+            alike = [text_of(result.settings.get(key)) for key in taught], result.code
+            groups.setdefault(json.dumps(alike), []).append(result)
         self.groups = [Group(each) for each in groups.values()]
         self.results = [result for group in self.groups for result in group.results]
         found = {key: each for result in self.results for key, each in result.measures.items()}
@@ -125,29 +109,40 @@ class Comparison:
         """How to read the figures, and what keeps those of some runs from being on one scale with those of others."""
         if len(self.groups) < len(self.results):
             yield "± is the standard deviation between runs that differ in seeds alone."
-        judges = dict.fromkeys(result.judge for result in self.results if result.judge)
-        if judges:
-            by = "; ".join(
-                judge
-                + (
-                    ""
-                    if len(judges) == 1
-                    else f" ({', '.join(self.name(r) for r in self.results if r.judge == judge)})"
-                )
-                for judge in judges
-            )
+        for group in self.groups:
+            of_seeds: dict[str, list[str]] = {}
+            for result in group.results:
+                seeds = json.dumps([value for key, value in result.settings.items() if is_seed(key)])
+                of_seeds.setdefault(seeds, []).append(self.name(result))
+            for names in (names for names in of_seeds.values() if len(names) > 1):
+                yield f"{', '.join(names)} have the same seeds: what lies between them is not what seeds make."
+        judges = {result: result.judge for result in self.results}
+        if any(judges.values()):
+            by = self.with_names(judges)
             yield f"Win rates are over the SFT model that a run began with, by {by}; in brackets 95 % intervals."
-        if any("learned" in judge or "reward" in judge for judge in judges) and len(self.results) > 1:
-            scorers = {identity(result) for result in self.results if result.judge}
-            if len(scorers) > 1:
-                yield "The learned reward is another one in some runs: what it says of them is not on one scale."
+        drawn = {result: result.drawn for result in self.results}
+        if len({*drawn.values()} - {""}) > 1:
+            yield f"Not all runs were measured alike: {self.with_names(drawn)}."
+        scored = [r for r in self.results if "learned_reward" in r.measures or "reward" in r.judge]
+        if len({identity(result) for result in scored}) > 1:
+            yield "The learned reward is another one in some runs: what it says of them is not on one scale."
+        files = {(name, content) for result in self.results for run in result.code for name, content in run.items()}
+        for name, times in Counter(name for name, _ in sorted(files)).items():
+            if times > 1:
+                yield f"{name} is not the same in all runs, or was changed on the way."
         prompts = {digest(result.run.data / "prompts_eval.jsonl") for result in self.results} - {""}
         if len(prompts) > 1:
             yield "The held-out prompts are not the same in all runs, so figures differ by them too."
         for result in self.results:
-            for step in result.config.steps:
-                for time in was_lengthened(result.run.step(step)):
-                    yield f"{self.name(result)}: step {step.label} was {time}."
+            yield from (f"{self.name(result)}: {time}." for time in result.lengthened)
+
+    def with_names(self, texts: Mapping[Result, str]) -> str:
+        """Each text once; where there are several, with the names of its runs."""
+        several = {*texts.values()} - {""}
+        return "; ".join(
+            text + f" ({', '.join(self.name(r) for r in texts if texts[r] == text)})" * (len(several) > 1)
+            for text in dict.fromkeys(filter(None, texts.values()))
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -220,19 +215,28 @@ class Comparison:
             cells.append(values.pop() if len(values) == 1 else "")
         for key in self.measures:
             found = group.measure(key)
-            cells.append(f"{found[0].text} ± {found[0].show(found[1])}" if found else "")
+            of = f" ({found[2]} of {len(group.results)})" if found and found[2] < len(group.results) else ""
+            cells.append(f"{found[0].text} ± {found[0].show(found[1])}{of}" if found else "")
         bad = sum(bool(result.out_of_bounds) for result in group.results)
         return [*cells, f"{bad} of {len(group.results)}" if bad else ""]
 
 
 def compare_command(runs: Sequence[Path], out: Path | None, as_csv: bool, as_json: bool, trusts: bool) -> None:
-    """Raises UserError where there is no run, one cannot be read, or the page cannot be written."""
+    """One that cannot be read is left out. Raises UserError where no other is left, or the page cannot be written."""
     if as_csv and as_json:
         raise UserError("--csv and --json are two forms of one table: leave one of them out.")
-    found = named_runs(runs)
-    for run in found:
-        require_reading(run.path, trusts)
-    comparison = Comparison([result_of(run) for run in found])
+    results, refused = [], []
+    for run in named_runs(runs):
+        try:
+            require_reading(run.path, trusts)
+            results.append(result_of(run))
+        except UNREADABLE as error:
+            refused.append(f"{run.path} is left out: {why_unreadable(run, error)}")
+    if not results:
+        raise UserError(" ".join(refused))
+    for sentence in refused:
+        print(sentence, file=sys.stderr)
+    comparison = Comparison(results)
     if as_json:
         print(json.dumps(comparison.as_json(), indent=2, ensure_ascii=False))
     elif as_csv:
@@ -258,29 +262,24 @@ def result_of(run: RunDirectory) -> Result:
     signs = training_signs(run, run.last_step) + (guard_signs(evaluation, *pair_of(evaluation)) if evaluation else [])
     measures = {key: each for key, each in measures_of(run, config, evaluation) if math.isfinite(each.value)}
     bad = [sign.text for sign in signs if not sign.is_good]
-    return Result(run, config, state_of(run, at)[0], evaluation.get("win_rate", {}).get("judge", ""), measures, bad)
+    judge, state = evaluation.get("win_rate", {}).get("judge", ""), state_of(run, at)[0]
+    lengthened = [f"step {step.label} was {time}" for step in steps for time in was_lengthened(run.step(step))]
+    return Result(run, config, state, judge, drawn_for(evaluation), measures, bad, lengthened, code_of(run, at))
 
 
-def measures_of(run: RunDirectory, config: RunConfig, evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
-    """What the comparison and the steps of a run left."""
-    results = {step: run.step(step).read_result() for step in steps_of(config) if run.step(step).is_finished}
-    accuracy = {**results.get(REWARD, {}), **evaluation}.get("reward_accuracy", {}).get("all")
-    for key, found in ({key: evaluation.get(key) for key in RATES} | {"reward_accuracy": accuracy}).items():
-        if found:
-            yield key, Measure(RATES[key], PERCENT, found["rate"], found["low"], found["high"])
-    pair = pair_of(evaluation)
-    ours = evaluation.get(list(pair)[-1], {})
-    for label, key, form in ROWS:
-        if key in ours:
-            yield key, Measure(label.format(against=next(iter(pair.values()))), form, ours[key])
-    for step, result in results.items():
-        for name, form in (("loss", "{:z.3f}"), ("accuracy", PERCENT)):
-            if f"eval/{name}" in result and not (step is REWARD and accuracy and name == "accuracy"):
-                title = f"{step.title}: held-out {name}"
-                yield f"{step.command}/eval/{name}", Measure(title, form, result[f"eval/{name}"])
-    starts = read_starts(run)
-    trained = sum(seconds_of(run.step(step), starts) for step in steps_of(config))
-    yield "seconds", Measure("seconds trained", "{:.0f}", trained)
+def drawn_for(evaluation: Mapping[str, Any]) -> str:
+    how = evaluation.get("sampling")
+    asked = f"{evaluation.get('prompts')} prompts"
+    return f"{asked}, temperature {how['temperature']:g}, at most {how['max_tokens']} tokens" if how else ""
+
+
+def code_of(run: RunDirectory, step: Step) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    for start in read_starts(run):
+        files = {name: content for kind in CODE for name, content in start.get(kind, {}).items()}
+        if start["what"] == step.folder and files and files not in found:
+            found.append(files)
+    return found
 
 
 def print_table(comparison: Comparison) -> None:
@@ -358,10 +357,9 @@ def rail(sign: str) -> str:
 
 
 def identity(result: Result) -> object:
-    """Of the run's reward model: equal where it is the same files."""
-    given = result.config.trained_reward_model
-    file = (Path(given) if given else result.run.step(REWARD).model) / "model.safetensors"
-    return (found.st_dev, found.st_ino) if file.exists() and (found := file.stat()) else given or str(file)
+    """Of the run's reward model: equal where it is the same, also in a copy of the run that made it."""
+    model = Path(result.config.trained_reward_model or result.run.step(REWARD).model)
+    return digest(model.parent / "result.json") or str(model.resolve())
 
 
 def digest(file: Path) -> str:

@@ -232,9 +232,10 @@ def settings_text(config: RunConfig, step: Step) -> str:
             + reference
         )
     rlhf = config.rlhf
+    above = f" ({rlhf.clip_high:g} above)" if rlhf.clip_high else ""
     return (
         f"{optimizer_text(rlhf.actor)} (critic {rlhf.critic.learning_rate:g}), "
-        f"{rlhf.prompts_per_iteration * rlhf.samples_per_prompt} samples an iteration, clip {rlhf.clip:g}, "
+        f"{rlhf.prompts_per_iteration * rlhf.samples_per_prompt} samples an iteration, clip {rlhf.clip:g}{above}, "
         f"KL coefficient {rlhf.kl.coefficient:g}{reference}, temperature {rlhf.temperature:g}"
     )
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from applications.report_table import share
 from inference.console import PrintableConsole
-from inference.errors import UserError
+from inference.errors import UserError, reason
 from inference.screen import columns
 from training.config import RunConfig
 from training.metrics import Journal, duration, read_line, size
@@ -24,6 +24,8 @@ from training.steps import Step
 from training.termination import EXIT_TERMINATED
 from training.trust import of_reading, unanswered
 
+UNREADABLE = (UserError, OSError, LookupError, TypeError, ValueError, AttributeError)
+"""What reading a run raises; the last four where a file is JSON, and none that a run writes."""
 TAIL = 2**16
 """Bytes at the end of a journal, in which its last line is."""
 
@@ -118,8 +120,15 @@ def listed(run: RunDirectory) -> Listed:
             sentence or share(comparison.get("win_rate")) or newest_figures(run.step(at)),
             comparison.get("win_rate"),
         )
-    except (UserError, OSError) as error:
-        return Listed(name, "unreadable", written=written, bytes=held, result=str(error))
+    except UNREADABLE as error:
+        return Listed(name, "unreadable", written=written, bytes=held, result=why_unreadable(run, error))
+
+
+def why_unreadable(run: RunDirectory, error: Exception) -> str:
+    """One of UNREADABLE, for people."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    return f"A file of {run.path} holds what was never written there ({type(error).__name__}: {reason(error)})."
 
 
 def steps_of(config: RunConfig) -> list[Step]:

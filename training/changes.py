@@ -31,7 +31,8 @@ NAMES = {
         alpha targets deepspeed token_budget initialize_from layers normalize beta label_smoothing length_normalized
         sft_coefficient
         advantage loss prompts_per_iteration samples_per_prompt mini_batches ppo_epochs temperature min_response_tokens
-        clip ppo_kl_stop value_clip gamma lam whiten_advantages reward_function function url reward_normalization
+        clip clip_high ratio loss_mean mask_truncated ppo_kl_stop value_clip gamma lam whiten_advantages reward_function
+        function url reward_normalization
         score_clip missing_end_penalty critic_warmup align_overflow ema coefficient rows exact old_logprobs centering
         target horizon stop place""",
 }

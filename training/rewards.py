@@ -86,7 +86,7 @@ class Rewards:
         so_far = {name: replace(statistics) for name, statistics in self.statistics.items()}
         for name, statistics in so_far.items():
             statistics.update(parts[name][0])
-        scales = {name: self.shaping.formula(parts[name][0], statistics) for name, statistics in so_far.items()}
+        scales = {name: self._scale(parts[name][0], statistics) for name, statistics in so_far.items()}
         self.statistics = so_far
         means = means_of(parts) if self.sources or self.weights.model != 1 else {}
         metrics = {MEANS.get(name, f"reward/{name}_mean"): mean for name, mean in means.items()}
@@ -105,6 +105,11 @@ class Rewards:
     @property
     def shaping(self) -> Shaping:
         return loaded(SHAPINGS, self.settings.reward_normalization)
+
+    def _scale(self, scores: list[float], so_far: RunningStatistics) -> tuple[float, float]:
+        """Shift and scale as plain floats, whatever kind of numbers a formula gives."""
+        shift, scale = self.shaping.formula(scores, so_far)
+        return float(shift), float(scale)
 
     def state(self) -> dict[str, dict[str, float]]:
         """What a checkpoint keeps."""

@@ -18,6 +18,7 @@ from training.role_settings import (
     FrozenSettings,
     Keep,
     OptimizerSettings,
+    ScoringDegrees,
     Settings,
     StepSeed,
     misplaced,
@@ -89,17 +90,6 @@ class PTXSettings(Settings):
     """Demonstrations in each mini-batch, over all ranks; 0 means as many as it has samples."""
 
 
-class ScoringDegrees(Settings):
-    """Ranks that score together in a role, each with a part of its weights; each divides the number of ranks."""
-
-    reference: Ranks = Field(1, ge=1)
-    """Of the reference; over 1 where it does not fit whole on a rank beside training."""
-    reward: Ranks = Field(1, ge=1)
-    """Of the reward model, as for the reference."""
-    critic: Ranks = Field(1, ge=1)
-    """Of the critic, which keeps a part of its weights for scoring then, beside those that it trains."""
-
-
 class FusionSettings(Settings):
     """Inter-stage fusion: samples are scored as they end, the long tail is gathered on few ranks. Intra-stage fusion:
     actor and critic train in each other's pauses. Same algorithm."""
@@ -147,6 +137,15 @@ class RLHFSettings(Settings):
     """The end-of-turn token is forbidden before this many tokens."""
     clip: float = Field(0.2, gt=0)
     """PPO's clip range of the policy ratio."""
+    clip_high: float = Field(0.0, ge=0)
+    """Its range above 1, where that is to be another (DAPO: 0.28 over 0.2); 0: as `clip`."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Whose ratio is clipped: each token's, or the whole sample's (GSPO, whose `clip` is 3e-4, `clip_high` 4e-4)."""
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
+    """What the actor's loss is a mean of: all tokens (DAPO), each sample's mean (GRPO's paper), or each sample's sum
+    over data.max_response_tokens (Dr. GRPO)."""
+    mask_truncated: bool = False
+    """Learn nothing from samples that did not end (DAPO's overlong filtering)."""
     ppo_kl_stop: Annotated[float, Unit("nats a token")] = Field(0.0, ge=0)
     """End an iteration's updates when a mini-batch is this far from the old policy (k3, nats a token); 0 never does."""
     value_clip: float = Field(0.2, ge=0)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from training.merging import merge
-from training.units import Share
+from training.units import Ranks, Share
 
 ZeroStage = Literal[0, 1, 2, 3]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -130,3 +130,14 @@ class FrozenSettings(Settings):
         """The same placement in the words that DeepSpeed's configuration is built from."""
         offload: Literal["none", "optimizer+parameters"] = "none" if self.offload == "none" else "optimizer+parameters"
         return OptimizerSettings(zero_stage=self.zero_stage, offload=offload)
+
+
+class ScoringDegrees(Settings):
+    """Ranks that score together in a role, each with a part of its weights; each divides the number of ranks."""
+
+    reference: Ranks = Field(1, ge=1)
+    """Of the reference; over 1 where it does not fit whole on a rank beside training."""
+    reward: Ranks = Field(1, ge=1)
+    """Of the reward model, as for the reference."""
+    critic: Ranks = Field(1, ge=1)
+    """Of the critic, which keeps a part of its weights for scoring then, beside those that it trains."""

@@ -8,6 +8,7 @@ import yaml
 
 from applications.clean import clean_command
 from inference.errors import UserError
+from training.lengthening import PLAN
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, SFT
 
@@ -92,6 +93,35 @@ def test_what_lies_elsewhere_too_frees_nothing_and_stays_there(run, tmp_path, ca
     clean_command([run.path], True, True, True)
     assert "Freed 34 KiB" in capsys.readouterr().out  # and not 44
     assert (tmp_path / "fork").stat().st_size == 10_240 and (tmp_path / "precious" / "7").is_dir()
+
+
+def test_what_a_clean_that_was_killed_left_is_freed_by_the_next(run, capsys):
+    os.rename(run.step(PPO).checkpoints / "8", run.step(PPO).checkpoints / ".8.old")
+    clean_command([run.path], False, True, False)
+    assert "16 KiB: 3 left by processes that were killed" in capsys.readouterr().out
+    assert names(run) == {"step3_rlhf/checkpoints/12", "step3_rlhf/best/9", "step1_sft/checkpoints/40"}
+
+
+def test_nobody_is_told_of_checkpoints_that_nothing_opens(run, capsys):
+    for number in (1, 2):
+        fill(run.step(REWARD).checkpoints / str(number), 10)
+    clean_command([run.path], True, False, False)
+    said = capsys.readouterr().out
+    assert "step2_reward@" not in said and "step 2 begins anew: 2 optimiser steps of it are lost" in said
+
+
+def test_a_run_that_is_being_made_longer_and_one_not_trusted_do_not_keep_others_from_it(run, tmp_path, capsys):
+    longer, foreign = RunDirectory(tmp_path / "b"), RunDirectory(tmp_path / "c")
+    for other in (longer, foreign):
+        fill(other.step(SFT).checkpoints / "1", 10)
+        other.config_file.write_text("model: tiny\n")
+    (longer.path / PLAN).write_text("{}")
+    foreign.starts_file.symlink_to("/etc/hostname")
+    clean_command([tmp_path], True, True, False)
+    said = capsys.readouterr().err
+    assert f"{longer.path} is left as it is: it is being made longer" in said and "which leads to /etc" in said
+    assert (longer.step(SFT).checkpoints / "1").is_dir() and (foreign.step(SFT).checkpoints / "1").is_dir()
+    assert names(run) == set()
 
 
 def test_a_terminal_is_asked(run, monkeypatch, capsys):

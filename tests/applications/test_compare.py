@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -129,8 +130,7 @@ def test_what_cannot_be_compared_is_said(grid):
     (first, second, third, *_), _ = grid
     assert len(list(Comparison([result_of(run) for run in (first, second)]).notes())) == 2
     (second.data / "prompts_eval.jsonl").write_text("others\n")
-    (third.step(REWARD).model / "model.safetensors").unlink()
-    (third.step(REWARD).model / "model.safetensors").touch()
+    third.step(REWARD).result_file.write_text(json.dumps({"seconds": 11.0}))
     figures, _ = third.comparison_of(PPO)
     figures.write_text(figures.read_text().replace("learned reward", "reward of grid"))
     (third.step(PPO).path / "lengthened.jsonl").write_text(
@@ -154,6 +154,50 @@ def test_the_seed_of_a_run_is_that_of_its_steps_and_what_teaches_nothing_parts_n
     assert cells[:3] == ["mean of 3", "", ""]
     changed(third, dtype="bf16")
     assert len(Comparison([result_of(run) for run in (first, second, third)]).groups) == 2
+
+
+def test_measured_otherwise_by_other_code_or_twice_with_one_seed(grid, tmp_path):
+    (first, second, third, *_), _ = grid
+    copy = RunDirectory(shutil.copytree(first.path, tmp_path / "copy"))
+    for run, code, prompts in ((first, "a", 80), (second, "b", 80), (third, "a", 8), (copy, "a", 80)):
+        start = {"number": 1, "time": "2026-01-31T12:00:00+00:00", "what": PPO.folder, "formulas": {"mine.py": code}}
+        run.starts_file.write_text(lines([start]))
+        file, _ = run.comparison_of(PPO)
+        sampling = {"temperature": 1.0, "max_tokens": 16}
+        evaluation = json.loads(file.read_text()) | {"prompts": prompts, "sampling": sampling}
+        evaluation["win_rate"]["judge"] = "upbeat score (lexicon)"
+        file.write_text(json.dumps(evaluation))
+    second.step(REWARD).result_file.write_text(json.dumps({"seconds": 11.0}))
+    comparison = Comparison([result_of(run) for run in (first, second, third, copy)])
+    groups = [[comparison.name(result) for result in group.results] for group in comparison.groups]
+    assert groups == [["kl0.05-seed1", "kl0.05-seed3", "copy"], ["kl0.05-seed2"]]
+    _, same, _, drawn, scale, code = comparison.notes()
+    assert same.startswith("kl0.05-seed1, copy have the same seeds")
+    assert "; 8 prompts, temperature 1, at most 16 tokens (kl0.05-seed3)." in drawn
+    assert "not on one scale" in scale  # which the learned reward is not, whoever judges
+    assert code == "mine.py is not the same in all runs, or was changed on the way."
+    alone = [note for note in Comparison([result_of(run) for run in (first, copy)]).notes() if "scale" in note]
+    assert alone == []  # a copy of a run has its reward model
+
+
+def test_a_mean_says_of_how_many_it_is(grid):
+    (first, second, third, *_), _ = grid
+    third.comparison_of(PPO)[0].unlink()
+    *_, cells = Comparison([result_of(run) for run in (first, second, third)]).table()[1][-1]
+    assert cells[0] == "mean of 3" and "6.75 ± 0.35 (2 of 3)" in cells and "75.0% ± 0.0%" in cells
+
+
+def test_one_that_cannot_be_read_is_left_out_and_named(grid, capsys):
+    (first, second, third, *_), _ = grid
+    second.comparison_of(PPO)[0].write_text('{"win_rate": "much"}')
+    (third.step(PPO).path / "lengthened.jsonl").write_text('{"number": 3}\n')
+    compare_command([first.path, second.path, third.path], None, False, True, False)
+    said = capsys.readouterr()
+    assert [Path(each["run"]).name for each in json.loads(said.out)["runs"]] == ["kl0.05-seed1"]
+    assert f"{second.path} is left out: A file of {second.path} holds what was never" in said.err
+    assert f"{third.path} is left out: " in said.err
+    with pytest.raises(UserError, match="left out"):
+        compare_command([second.path], None, False, False, False)
 
 
 def test_a_run_without_results_and_a_directory_of_runs(grid, capsys):

@@ -101,10 +101,12 @@ def test_one_that_cannot_be_read_does_not_hide_the_others(run, capsys):
     foreign = make_run(run.path.parent / "c", PPO, {})
     foreign.starts_file.symlink_to("/etc/hostname")
     (run.path.parent / ".hidden").mkdir()
+    damaged = make_run(run.path.parent / "d", PPO, {"win_rate": "much"})
     runs_command(run.path.parent, as_json=True)
     found = {each["run"].rpartition("/")[2]: each for each in json.loads(capsys.readouterr().out)}
-    assert found.keys() == {"a", "b", "c"} and found["a"]["state"] == "stopped"
+    assert found.keys() == {"a", "b", "c", "d"} and found["a"]["state"] == "stopped"
     assert found["b"]["state"] == found["c"]["state"] == "unreadable"
+    assert f"A file of {damaged.path} holds what was never written there (TypeError" in found["d"]["result"]
     assert "sft.epochs" in found["b"]["result"] and "starts.jsonl, which leads to" in found["c"]["result"]
 
 

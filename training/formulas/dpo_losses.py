@@ -34,14 +34,21 @@ class DPOLoss(Entry):
     """Whether it reads `dpo.label_smoothing`."""
 
     def complaint(self, found: Any, *given: Any) -> str:
-        shape = tuple(given[0].chosen.shape)
-        right = tuple(getattr(found, "shape", ())) == shape
-        return "" if right else f"must return a tensor of shape {shape}, not {str(found)[:80]!r}"
+        import torch
+
+        margin = given[0].margin
+        if not isinstance(found, torch.Tensor) or found.shape != margin.shape:
+            return f"must return a tensor of shape {tuple(margin.shape)}, not {str(found)[:80]!r}"
+        if margin.requires_grad and not found.requires_grad:
+            return "returned what cannot be differentiated: make it of chosen, rejected or margin, by torch alone"
+        is_theirs = bool(margin.isfinite().all()) and not found.isfinite().all()
+        return "returned losses that are not finite numbers" if is_theirs else ""
 
     def example(self, settings: Any) -> tuple[Any, ...]:
         import torch
 
-        return (Pairs(torch.tensor([0.0, 1.0]), torch.zeros(2), settings.beta, settings.label_smoothing),)
+        chosen, rejected = torch.tensor([[0.0, 1.0], [0.0, 0.0]], requires_grad=True)
+        return (Pairs(chosen, rejected, settings.beta, settings.label_smoothing),)
 
 
 def implicit_rewards(logprobs: Tensor, reference_logprobs: Tensor, lengths: Tensor | None, beta: float) -> Tensor:

@@ -64,13 +64,15 @@ class Estimator(Entry):
             raise ValueError("has kl='reward' or kl='loss', and samples of 1 or more")
 
     def advantages(self, scored: Scored) -> Tensor:
-        """(samples, tokens), not whitened."""
-        found = self.formula(scored)
+        """(samples, tokens), float32, not whitened."""
+        found = self.formula(scored).float()
         return found if found.dim() == 2 else found[:, None] * scored.mask
 
     def complaint(self, found: Any, *given: Any) -> str:
+        import torch
+
         shape = tuple(given[0].mask.shape)
-        if tuple(getattr(found, "shape", ())) not in (shape, shape[:1]):
+        if not isinstance(found, torch.Tensor) or tuple(found.shape) not in (shape, shape[:1]):
             return f"must return a tensor of shape {shape} or {shape[:1]}, not {str(found)[:80]!r}"
         return "" if found.isfinite().all() else "returned advantages that are not finite numbers"
 
@@ -114,6 +116,12 @@ def grpo(scored: Scored) -> Tensor:
     return (centred / (by_prompt.std(1, keepdim=True) + 1e-4)).flatten()
 
 
+def dr_grpo(scored: Scored) -> Tensor:
+    """R_i - mean R of the prompt, for `rlhf.loss_mean=constant` (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783)."""
+    by_prompt = scored.by_prompt
+    return (by_prompt - by_prompt.mean(1, keepdim=True)).flatten()
+
+
 def reinforce(scored: Scored) -> Tensor:
     """The rewards of this token and those after it, discounted by gamma; with several samples a prompt the mean of
     their scores is taken off each first (REINFORCE++, Hu et al. 2025, arXiv 2501.03262)."""
@@ -129,6 +137,7 @@ ESTIMATORS = Table(
         "gae": Estimator(gae, critic=True, whiten=True),
         "rloo": Estimator(rloo, samples=2),
         "grpo": Estimator(grpo, samples=2, kl="loss"),
+        "dr_grpo": Estimator(dr_grpo, samples=2, kl="loss"),
         "reinforce++": Estimator(reinforce, whiten=True),
     },
 )

@@ -1,9 +1,11 @@
 """Entries of a user's own, loaded: their formulas run in this process, as reward functions do."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from operator import attrgetter
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from training.config import RunConfig
 from training.formulas.table import Entry, Table
@@ -38,12 +40,21 @@ def loaded(table: Table[E], kept: str) -> E:
 
     def formula(*given: Any) -> Any:
         with sentences(f"{setting} failed"), file.running():
-            found = theirs.formula(*given)
+            found = theirs.formula(*map(copied, given))
         if complaint := theirs.complaint(found, *given):
             raise RewardFailed(f"{setting} {complaint}; correct it and give the command again.")
         return found
 
     return replace(theirs, formula=formula)
+
+
+def copied(given: Any) -> Any:
+    """Theirs to change; what is made of a copied tensor is differentiated through it."""
+    if is_dataclass(given) and not isinstance(given, type):
+        return replace(given, **{each.name: copied(getattr(given, each.name)) for each in fields(given)})
+    if isinstance(given, Tensor):
+        return given.clone()
+    return list(given) if isinstance(given, list) else given
 
 
 def try_own(config: RunConfig) -> None:

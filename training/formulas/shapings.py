@@ -51,7 +51,7 @@ class Shaping(Entry):
 
     def complaint(self, found: Any, *given: Any) -> str:
         try:
-            shift, scale = map(float, found)
+            (shift, scale), _ = map(float, found), len(found)  # what is read once alone has no length
         except (TypeError, ValueError):
             return f"must return two numbers, (shift, scale), not {str(found)[:80]!r}"
         return "" if math.isfinite(shift) and math.isfinite(scale) and scale > 0 else f"returned {shift}, {scale}"

@@ -102,7 +102,9 @@ def facts_of(own: re.Match[str]) -> ast.Call:
 
 
 def literals(call: ast.Call) -> dict[str, Any]:
-    """The keyword arguments of a call. Raises ValueError where one has to be computed."""
+    """The keyword arguments of a call. Raises ValueError where one has no name, or has to be computed."""
+    if len(call.args) > 1 or any(each.arg is None for each in call.keywords):
+        raise ValueError("must name its facts one by one, as in `samples=2`")
     try:
         return {str(each.arg): ast.literal_eval(each.value) for each in call.keywords if each.arg != "formula"}
     except ValueError:

@@ -1,7 +1,9 @@
 """The mathematics of PPO for language models, as pure functions of tensors.
 
 Names are those of the papers: PPO (Schulman et al. 2017, arXiv 1707.06347), the KL estimators k1 and k3 (Schulman 2020,
-"Approximating KL divergence"). Advantages are in training.formulas.estimators. Padded tensors have the shape
+"Approximating KL divergence"), GRPO (Shao et al. 2024, arXiv 2402.03300), DAPO (Yu et al. 2025, arXiv 2503.14476), Dr.
+GRPO (Liu et al. 2025, arXiv 2503.20783), GSPO (Zheng et al. 2025, arXiv 2507.18071). Advantages are in
+training.formulas.estimators. Padded tensors have the shape
 (samples, tokens) with a bool mask of the same shape, True on response tokens, which are flush left; flat ones have the
 shape (tokens). All are float32.
 """
@@ -54,13 +56,40 @@ def correlation(first: Tensor, second: Tensor) -> float:
     return float((a * b).sum() / spread) if spread > 0 else 0.0
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate, equation 7, summed over tokens, and the ratio; flat tensors."""
-    logratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    ratio = logratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(unclipped, clipped).sum(), ratio
+def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, lengths: list[int] | None = None) -> Tensor:
+    """pi / pi_old of each token; flat tensors.
+
+    With the `lengths` of the samples it is that of the whole sample, the geometric mean of its tokens' (GSPO, equation
+    7). Each token then has the gradient of its own log-probability, times that (GSPO-token, equation 14).
+    """
+    logratio = logprobs - old_logprobs
+    if lengths is not None:
+        means = [sample.mean().expand(len(sample)) for sample in logratio.detach().split(lengths)]
+        logratio = torch.cat(means) + (logprobs - logprobs.detach())
+    return logratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def policy_loss(ratio: Tensor, advantages: Tensor, clip: float, clip_high: float) -> Tensor:
+    """PPO's clipped surrogate, equation 7, token by token; flat tensors.
+
+    The ratio is clipped from 1 - `clip` to 1 + `clip_high` (DAPO, section 3.1).
+    """
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip_high))
+
+
+def token_weights(lengths: list[int], mean: str, average: float, longest: int) -> Tensor:
+    """What each token of samples of these `lengths` counts in the actor's loss, which is divided by all tokens of the
+    optimiser step; `average` are those a sample. Flat.
+
+    `token`: all count the same (DAPO, section 3.3). `sequence`: the mean over samples of each one's mean (GRPO,
+    equation 3). `constant`: the mean over samples of each one's sum over the `longest` length (Dr. GRPO).
+    """
+    of_samples = {
+        "token": [1.0] * len(lengths),
+        "sequence": [average / length for length in lengths],
+        "constant": [average / longest] * len(lengths),
+    }
+    return torch.tensor(of_samples[mean]).repeat_interleave(torch.tensor(lengths))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -91,23 +120,30 @@ def actor_loss(
     old_logprobs: Tensor,
     reference_logprobs: Tensor,
     advantages: Tensor,
+    weights: Tensor,
     clip: float,
+    clip_high: float,
     kl_coefficient: float | None,
+    lengths: list[int] | None = None,
 ) -> Loss:
-    """The clipped surrogate and, unless it is in the rewards (`kl_coefficient` None), the KL penalty (k3); flat."""
-    loss, ratio = policy_loss(logprobs, old_logprobs, advantages, clip)
+    """The clipped surrogate and, unless it is in the rewards (`kl_coefficient` None), the KL penalty (k3); flat.
+
+    `weights` are those of `token_weights`, `lengths` those of samples whose whole ratios are taken.
+    """
+    ratio = policy_ratio(logprobs, old_logprobs, lengths)
+    loss = (weights * policy_loss(ratio, advantages, clip, clip_high)).sum()
     sums = {
         "policy/loss": loss,
         "policy/entropy": entropy,
         "policy/ratio_mean": ratio,
-        "policy/clip_fraction": ((ratio - 1).abs() > clip).float(),
+        "policy/clip_fraction": ((ratio < 1 - clip) | (ratio > 1 + clip_high)).float(),
         "kl/old_k1": kl_k1(old_logprobs, logprobs),
         "kl/old_k3": kl_k3(old_logprobs, logprobs),
     }
     if kl_coefficient is not None:
-        k3 = kl_k3(logprobs, reference_logprobs)
-        loss = loss + kl_coefficient * k3.sum()
-        sums["policy/kl_penalty"] = kl_coefficient * k3
+        penalty = kl_coefficient * weights * kl_k3(logprobs, reference_logprobs)
+        loss = loss + penalty.sum()
+        sums["policy/kl_penalty"] = penalty
     return Loss(loss, sums, {"policy/ratio_max": ratio, "policy/log_ratio_max": (logprobs - old_logprobs).abs()})
 
 

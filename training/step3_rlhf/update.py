@@ -146,17 +146,21 @@ class Updates:
 
         Ranks that train different roles go at their own pace, and tell each other in the end. With rlhf.ppo_kl_stop
         they do so after every mini-batch, and end before their time where one shows that the policy has left the old
-        one so far.
+        one so far. With rlhf.mask_truncated samples that did not end are in no mini-batch, and one that has no others
+        makes no step.
         """
         self.calls = calls or Timeline()
         settings, stops = self.settings, self.settings.ppo_kl_stop > 0
+        learned = [row for row, each in enumerate(batch.experience) if each.ended or not settings.mask_truncated]
         ours: list[Done] = []
         done: list[Done] = []
         for epoch, place in itertools.product(range(settings.ppo_epochs), range(settings.mini_batches)):
-            order = list(range(len(batch.experience)))
+            order = list(learned)
             random.Random(f"{self.stage.seed}/samples/{batch.number}/{epoch}").shuffle(order)
             update = ((batch.number - 1) * settings.ppo_epochs + epoch) * settings.mini_batches + place
             mini_batch = MiniBatch(batch, order[place :: settings.mini_batches], update)
+            if not mini_batch.rows:
+                continue
             ours.append(self.mini_batch(mini_batch, Done(epoch, place, mini_batch.tokens)))
             if stops:
                 done += self.told([ours.pop()])
@@ -166,7 +170,8 @@ class Updates:
         of_stages = self.roles.staged.learn()
         rows = [each.row for each in done]
         tokens = sum(each.tokens for each in done)
-        metrics = pooled([each.statistics for each in done]).means(tokens) | done[-1].step | of_stages
+        metrics = pooled([each.statistics for each in done]).means(tokens) | of_stages
+        metrics |= done[-1].step if done else {}
         metrics["update/mini_batches"] = len(done)
         if "kl/old_k3" in metrics:  # not in the critic's warm-up
             metrics["kl/old_k3_max"] = max(row["kl/old_k3"] for row in rows)
@@ -205,8 +210,10 @@ class Updates:
         return done
 
     def actor_pass(self, mini_batch: MiniBatch, statistics: Statistics, micro_batch: MicroBatch) -> Pass:
-        """A micro-batch's share of the actor's mean loss a token."""
+        """A micro-batch's share of the actor's mean loss."""
         settings, batch, rows = self.settings, mini_batch.batch, mini_batch.rows_of(micro_batch)
+        lengths = [len(batch.experience[row].response) for row in rows]
+        average, longest = mini_batch.tokens / len(mini_batch.rows), self.stage.config.data.max_response_tokens
 
         def loss_of(said: tuple[Tensor, Tensor], _: TokenBatch) -> Tensor:
             targets = batch.targets.of_tokens(rows, self.ranks.device)
@@ -215,8 +222,11 @@ class Updates:
                 targets.logprobs,
                 targets.reference_logprobs,
                 targets.advantages,
+                ppo_math.token_weights(lengths, settings.loss_mean, average, longest).to(self.ranks.device),
                 settings.clip,
+                settings.clip_high or settings.clip,
                 batch.kl_coefficient if settings.kl_in_loss else None,
+                lengths if settings.ratio == "sequence" else None,
             )
             self.require_finite(loss.total, "The policy loss", batch, rows)
             statistics.add(loss, micro_batch.weight)

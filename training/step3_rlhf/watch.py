@@ -57,6 +57,7 @@ class Watch:
             "warning/alike": self._alike(),
             "warning/clip": self._clip(metrics),
             "warning/end_penalty": self._end_penalty(metrics),
+            "warning/truncated": self._truncated(metrics),
         }
         new = [sentence for name, sentence in found.items() if sentence and name not in self.said]
         self.said |= {name for name, sentence in found.items() if sentence}
@@ -160,6 +161,14 @@ class Watch:
         return (
             f"a missing end costs {self.end_penalty:g}, and the scores differ by {spread:.2g}: the policy learns to "
             f"end and hardly anything else; lower rlhf.missing_end_penalty to about that"
+        )
+
+    def _truncated(self, metrics: dict[str, float]) -> str:
+        if metrics.get("update/mini_batches", 1):
+            return ""
+        return (
+            "no answer ended, and with rlhf.mask_truncated nothing is learned from such; raise "
+            "data.max_response_tokens, or set it to false"
         )
 
     def _beginning(self, name: str) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.formulas.estimators import ESTIMATORS, Scored, gae, grpo, reinforce, rloo
+from training.formulas.estimators import ESTIMATORS, Scored, dr_grpo, gae, grpo, reinforce, rloo
 from training.step3_rlhf.ppo_math import kl_penalty
 
 MASK = torch.tensor([[True, True, True], [True, True, False]])
@@ -68,6 +68,10 @@ def test_rloo_takes_off_the_mean_of_the_others():
 def test_grpo_has_one_mean_and_deviation_a_prompt():
     one = 1 / (2**0.5 + 1e-4)  # means 2 and 10; unbiased deviations sqrt(2) and 0
     assert grpo(whole([1.0, 3.0, 10.0, 10.0], 2)).tolist() == pytest.approx([-one, one, 0.0, 0.0])
+
+
+def test_dr_grpo_takes_off_the_mean_and_leaves_the_deviation():
+    assert dr_grpo(whole([1.0, 3.0, 10.0, 10.0, 2.0, 8.0], 2)).tolist() == [-1.0, 1.0, 0.0, 0.0, -3.0, 3.0]
 
 
 def test_the_group_mean_is_no_baseline_for_a_single_sample():

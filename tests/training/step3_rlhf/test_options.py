@@ -1,5 +1,6 @@
-"""Options of the update, each on real engines against a second implementation: GRPO's loss, PTX, the end by KL."""
+"""Options of the update, each on real engines against a second implementation: policy losses, PTX, the end by KL."""
 
+import hashlib
 import itertools
 import random
 from dataclasses import replace
@@ -66,19 +67,19 @@ def critic_free(settings: dict) -> dict:
     }
 
 
+CASES: dict[str, dict] = {
+    "grpo": {},
+    "ptx": {"ptx": {"coefficient": PTX, "rows": 2}, "ppo_epochs": 2},
+    "dapo": {"clip_high": 0.35, "mask_truncated": True},
+    "dr_grpo": {"advantage": "dr_grpo", "loss_mean": "constant"},
+    "sequence": {"loss_mean": "sequence"},
+    "gspo": {"ratio": "sequence", "loss_mean": "sequence", "clip": 0.03, "clip_high": 0.05},
+}
+
+
 def make_case(name: str, stage: int) -> dict:
-    zero = {"zero_stage": stage}
-    cases = {
-        "grpo": critic_free({"actor": {"schedule": "constant", "gradient_clipping": 0, **zero}}),
-        "ptx": critic_free(
-            {
-                "actor": {"schedule": "constant", "gradient_clipping": 0, **zero},
-                "ptx": {"coefficient": PTX, "rows": 2},
-                "ppo_epochs": 2,
-            }
-        ),
-    }
-    return cases[name]
+    actor = {"schedule": "constant", "gradient_clipping": 0, "zero_stage": stage}
+    return critic_free({"actor": actor, **CASES[name]})
 
 
 def update_with_options(ranks, directory):
@@ -89,7 +90,7 @@ def update_with_options(ranks, directory):
     models = make_models(ranks, directory)
     experience = make_experience(models[0])
     weights, metrics = {}, {}
-    for name, stage in itertools.product(("grpo", "ptx"), (0, 3)):
+    for name, stage in itertools.product(CASES, (0, 3)):
         base = make_config(models[0], stage, 0, 40)
         config = change(base, **make_case(name, stage))
         ppo = make_ppo(ranks, directory, config, models)
@@ -99,7 +100,7 @@ def update_with_options(ranks, directory):
         weights[f"{name} {stage}"] = ppo.roles.actor.trained_weights()
     if ranks.is_first:
         torch.save(weights, directory / "options.pt")
-        torch.save({name: by_hand(models, experience, name) for name in ("grpo", "ptx")}, directory / "hand.pt")
+        torch.save({name: by_hand(models, experience, name) for name in CASES}, directory / "hand.pt")
     stops = {}
     for bound in (0.0, 1e-3):
         plain = change(make_config(models[0], 0, 0, 40), ppo_epochs=4, ppo_kl_stop=bound, actor={"learning_rate": 3e-3})
@@ -108,7 +109,36 @@ def update_with_options(ranks, directory):
         fresh = [replace(each, logprobs=each.generation_logprobs) for each in experience]
         targets = Targets.of(fresh, plain.rlhf, COEFFICIENT)
         stops[bound] = vars(ppo.updates.run(batch_of(fresh, targets, COEFFICIENT)))
-    return {"metrics": metrics, "stops": stops, "offload": offloaded_scores(ranks, models, experience)}
+    return {
+        "metrics": metrics,
+        "stops": stops,
+        "offload": offloaded_scores(ranks, models, experience),
+        "truncated": updates_without_truncated(ranks, directory, models, experience),
+    }
+
+
+def updates_without_truncated(ranks, directory, models, experience) -> list:
+    """Six of nine samples ended, or one, or none: updates that mask the others, and such as never saw them. Metrics and
+    weights of each, and the weights before."""
+    from training.step3_rlhf.experience import Targets
+
+    found = []
+    for ended in ([each.index for each in experience if each.ended], [4], []):
+        seen = [replace(each, ended=each.index in ended) for each in experience]
+        for masked, given in ((True, seen), (False, [each for each in seen if each.ended])):
+            config = change(make_config(models[0], 0, 0, 40), whiten_advantages=False, mask_truncated=masked)
+            ppo = make_ppo(ranks, directory, config, models)
+            before = fingerprints(ppo)
+            if given:
+                update = ppo.updates.run(batch_of(given, Targets.of(given, config.rlhf, COEFFICIENT), COEFFICIENT))
+                found.append([update.metrics, fingerprints(ppo), before])
+    return found
+
+
+def fingerprints(ppo) -> list[str]:
+    """Of the weights of actor and critic, to the bit; the first rank has them."""
+    roles = [engine.trained_weights() for engine in (ppo.roles.actor, ppo.roles.critic)]
+    return [hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest() for weights in roles]
 
 
 @torch.no_grad()
@@ -142,7 +172,8 @@ def by_hand(models, experience, name: str) -> dict[str, torch.Tensor]:
     advantages = []
     for first in range(0, len(experience), GROUP):
         scores = torch.tensor([score_by_hand(each) for each in experience[first : first + GROUP]])
-        advantages += ((scores - scores.mean()) / (scores.std() + 1e-4)).tolist()
+        deviation = 1 if name == "dr_grpo" else scores.std() + 1e-4
+        advantages += ((scores - scores.mean()) / deviation).tolist()
     order = list(range(len(DEMONSTRATIONS)))
     seen = []
     for epoch in range(2):
@@ -150,22 +181,36 @@ def by_hand(models, experience, name: str) -> dict[str, torch.Tensor]:
         seen += shuffled
     for update in range(2 if name == "ptx" else 1):
         loss = torch.tensor(0.0)
-        for each, advantage in zip(experience, advantages, strict=True):
-            logprobs = logprobs_by_hand(actor, each.prompt, each.response)
-            ratio = (logprobs - each.logprobs).exp()
-            loss = loss - torch.minimum(ratio * advantage, ratio.clip(0.8, 1.2) * advantage).sum()
+        low, high = {"dapo": (0.2, 0.35), "gspo": (0.03, 0.05)}.get(name, (0.2, 0.2))
+        learned = [each.ended or name != "dapo" for each in experience]
+        tokens = sum(len(each.response) for each, counts in zip(experience, learned, strict=True) if counts)
+        for each, advantage, counts in zip(experience, advantages, learned, strict=True):
+            logprobs, length = logprobs_by_hand(actor, each.prompt, each.response), len(each.response)
+            ratios = (logprobs - each.logprobs).exp()
             away = each.reference_logprobs - logprobs
-            loss = loss + COEFFICIENT * (away.exp() - 1 - away).sum()
-        loss = loss / sum(len(each.response) for each in experience)
+            penalties = COEFFICIENT * (away.exp() - 1 - away)
+            if name == "gspo":
+                whole = ratios.prod() ** (1 / length)
+                share = penalties.mean() - torch.minimum(whole * advantage, whole.clip(1 - low, 1 + high) * advantage)
+                loss = loss + share / len(experience)
+                continue
+            for ratio, penalty in zip(ratios, penalties, strict=True):
+                term = penalty - torch.minimum(ratio * advantage, ratio.clip(1 - low, 1 + high) * advantage)
+                if name == "sequence":
+                    loss = loss + term / length / len(experience)
+                elif name == "dr_grpo":
+                    loss = loss + term / 256 / len(experience)  # data.max_response_tokens
+                elif counts:
+                    loss = loss + term / tokens
         if name == "ptx":
-            likelihood, tokens = torch.tensor(0.0), 0
+            likelihood, demonstrated = torch.tensor(0.0), 0
             for row in seen[2 * update : 2 * update + 2]:
                 prompt, response = DEMONSTRATIONS[row]
                 prompt = torch.tensor(chat_format.prompt_ids([{"role": "user", "content": prompt}]))
                 response = torch.tensor(chat_format.response_ids(response))
                 likelihood = likelihood + logprobs_by_hand(actor, prompt, response, temperature=1.0).sum()
-                tokens += len(response)
-            loss = loss - PTX * likelihood / tokens
+                demonstrated += len(response)
+            loss = loss - PTX * likelihood / demonstrated
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -184,7 +229,7 @@ def outcome(tmp_path_factory):
     return SimpleNamespace(**results, weights=weights, by_hand=by_hand)
 
 
-@pytest.mark.parametrize("case", ["grpo", "ptx"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_weights_are_those_of_the_second_implementation(outcome, case, stage):
     ours = outcome.weights[f"{case} {stage}"]
@@ -199,6 +244,23 @@ def test_demonstrations_change_what_is_learned(outcome):
     metrics = outcome.metrics
     assert metrics["ptx 0"]["ptx/loss"] > 1 and "ptx/loss" not in metrics["grpo 0"]
     assert metrics["ptx 0"]["ptx/loss"] == pytest.approx(metrics["ptx 3"]["ptx/loss"], rel=1e-5)
+
+
+def test_each_policy_loss_learns_something_else(outcome):
+    for one, other in itertools.combinations(outcome.by_hand, 2):
+        ours, theirs = outcome.by_hand[one], outcome.by_hand[other]
+        assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) > RATE / 2, (one, other)
+    clipped = [outcome.metrics[f"{name} 0"]["policy/clip_fraction"] for name in ("grpo", "dapo", "gspo")]
+    assert all(0 < each < 1 for each in clipped) and clipped[1] < clipped[0]
+
+
+def test_truncated_samples_are_as_if_they_had_never_been(outcome):
+    six, never_six, one, never_one, none = outcome.truncated
+    assert six[:2] == never_six[:2] and one[:2] == never_one[:2]
+    assert [metrics["update/mini_batches"] for metrics, *_ in outcome.truncated] == [4, 4, 2, 2, 0]
+    for _, after, before in (six, one):
+        assert not set(after) & set(before)
+    assert none[1] == none[2] and none[0] == {"update/mini_batches": 0}
 
 
 def test_without_a_critic_nothing_is_said_of_one(outcome):

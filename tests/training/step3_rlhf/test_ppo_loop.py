@@ -47,7 +47,8 @@ FREE = {
     "checkpoint_every": 0,
 }
 """Whose KL shows where a bound ends another run."""
-NO_KL = {**BASE, "iterations": 2, "kl": {"coefficient": 0}}
+POLICY_LOSS = {"ratio": "sequence", "loss_mean": "constant", "clip_high": 0.3}
+NO_KL = {**BASE, "iterations": 2, "kl": {"coefficient": 0}, **POLICY_LOSS}
 NO_ROLE_SCORES = {
     **NO_KL,
     "advantage": "grpo",

@@ -51,21 +51,61 @@ def test_centering_takes_the_mean_penalty_off_every_token():
 def test_policy_loss_clips_only_what_would_move_further_away():
     logprobs = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]))
     advantages = torch.tensor([1.0, -1, 1, -1, 2])
-    loss, ratio = ppo_math.policy_loss(logprobs, torch.zeros(5), advantages, clip=0.2)
-    # max(-A r, -A clip(r)): -1.2, 1.5, -0.5, 0.8, -2.2
-    assert loss.item() == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8 - 2.2)
+    ratio = ppo_math.policy_ratio(logprobs, torch.zeros(5))
     assert torch.allclose(ratio, torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]))
+    loss = ppo_math.policy_loss(ratio, advantages, clip=0.2, clip_high=0.2)
+    assert torch.allclose(loss, torch.tensor([-1.2, 1.5, -0.5, 0.8, -2.2]))  # max(-A r, -A clip(r))
+
+
+def policy_gradient(logprobs: list[float], advantages: list[float], high: float, weights=None, lengths=None):
+    """Of tokens whose old log-probabilities were 0, with clip=0.2; and the loss."""
+    given, zeros = torch.tensor(logprobs, requires_grad=True), torch.zeros(len(logprobs))
+    weights = torch.ones(len(logprobs)) if weights is None else weights
+    loss = ppo_math.actor_loss(given, zeros, zeros, zeros, torch.tensor(advantages), weights, 0.2, high, None, lengths)
+    loss.total.backward()
+    return given.grad.tolist(), loss
+
+
+def test_a_higher_clip_lets_what_was_unlikely_grow():
+    logprobs, advantages = [math.log(1.25), math.log(1.4), math.log(0.7)], [1.0, 1.0, -1.0]
+    narrow, clipped = policy_gradient(logprobs, advantages, 0.2)
+    assert narrow == [0, 0, 0] and clipped.sums["policy/clip_fraction"].tolist() == [1, 1, 1]
+    wide, clipped = policy_gradient(logprobs, advantages, 0.28)
+    assert wide == pytest.approx([-1.25, 0, 0]) and clipped.sums["policy/clip_fraction"].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("mean", "expected"), [("token", [1 / 6, 1 / 6]), ("sequence", [1 / 4, 1 / 8]), ("constant", [1 / 20, 1 / 20])]
+)
+def test_what_a_token_of_a_short_and_of_a_long_sample_counts(mean, expected):
+    """Of two samples with 2 and 4 tokens, the longest may have 10: 1 / 6; 1 / (2 * 2), 1 / (2 * 4); 1 / (2 * 10)."""
+    weights = ppo_math.token_weights([2, 4], mean, average=3.0, longest=10) / 6
+    assert weights.tolist() == pytest.approx([expected[0]] * 2 + [expected[1]] * 4)
+
+
+def test_a_samples_ratio_is_the_geometric_mean_of_its_tokens_and_clips_all_of_them():
+    logprobs, lengths = [0.8, 0.0, 0.0, 0.0, 0.1, 0.1], [4, 2]  # means 0.2, and exp(0.2) is over 1.2; 0.1
+    weights = ppo_math.token_weights(lengths, "sequence", average=3.0, longest=10)
+    gradient, loss = policy_gradient(logprobs, [1.0] * 6, 0.2, weights, lengths)
+    assert loss.sums["policy/ratio_mean"].tolist() == pytest.approx([math.exp(0.2)] * 4 + [math.exp(0.1)] * 2)
+    assert loss.sums["policy/clip_fraction"].tolist() == [1] * 4 + [0] * 2
+    # over 6 tokens: a half of the samples, a half of its tokens
+    assert [each / 6 for each in gradient] == pytest.approx([0] * 4 + [-math.exp(0.1) / 4] * 2)
+    assert loss.total.item() / 6 == pytest.approx(-(1.2 + math.exp(0.1)) / 2)
+    token_by_token, _ = policy_gradient(logprobs, [1.0] * 6, 0.2)
+    assert token_by_token == pytest.approx([0, -1, -1, -1, -math.exp(0.1), -math.exp(0.1)])
 
 
 def test_policy_gradient_at_ratio_one_is_the_advantage():
     logprobs = torch.zeros(3, requires_grad=True)
     advantages = torch.tensor([1.0, -2, 3])
-    ppo_math.policy_loss(logprobs, torch.zeros(3), advantages, clip=0.2)[0].backward()
+    ppo_math.policy_loss(ppo_math.policy_ratio(logprobs, torch.zeros(3)), advantages, 0.2, 0.2).sum().backward()
     assert torch.allclose(logprobs.grad, -advantages)
 
 
 def test_policy_loss_survives_an_extreme_ratio():
-    loss, _ = ppo_math.policy_loss(torch.tensor([0.0]), torch.tensor([-1000.0]), torch.tensor([-1.0]), clip=0.2)
+    ratio = ppo_math.policy_ratio(torch.tensor([0.0]), torch.tensor([-1000.0]))
+    loss = ppo_math.policy_loss(ratio, torch.tensor([-1.0]), 0.2, 0.2)
     assert torch.isfinite(loss)
 
 
@@ -85,7 +125,8 @@ def test_the_actors_loss_and_what_is_reported_of_it(coefficient):
     logprobs = torch.log(torch.tensor([1.5, 1.0]))
     reference = logprobs + torch.log(torch.tensor([2.0, 1.0]))  # k3: 2 - 1 - log 2, and 0
     entropy, advantages = torch.tensor([0.7, 0.1]), torch.tensor([1.0, -1])
-    loss = ppo_math.actor_loss(logprobs, entropy, torch.zeros(2), reference, advantages, 0.2, coefficient)
+    old, weights = torch.zeros(2), torch.ones(2)
+    loss = ppo_math.actor_loss(logprobs, entropy, old, reference, advantages, weights, 0.2, 0.2, coefficient)
     sums = {name: float(value.sum()) for name, value in loss.sums.items()}
     expected = {
         "policy/loss": -1.2 + 1,  # max(-1.5, -1.2), max(1, 1)

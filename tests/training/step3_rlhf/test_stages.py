@@ -1,6 +1,7 @@
 """Step 3 by plans that cut layers into pipeline stages, against every call on all ranks, in all three orders."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ GROUPED = {
     "ppo_kl_stop": 1e-7,
 }
 ACTOR_ALONE = {"actor_generate": ALL, "actor_score": UNEVEN, "reference_score": FORWARDS, "reward_score": BACKWARDS}
+POLICY_LOSS = {"iterations": 5, "ratio": "sequence", "loss_mean": "sequence", "clip_high": 0.3, "mask_truncated": True}
 STOPPED = {"kl": {"coefficient": 0.05, "stop": 1e-6}}
 RATES = {"actor": {"learning_rate": 1e-4}, "critic": {"learning_rate": 1e-3}}
 """Those of the preset `tiny`."""
@@ -46,8 +48,8 @@ def settings(order: str, plan: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 ON_TWO: dict[str, dict[str, Any]] = {
     "none": {},
-    "long none": {"iterations": 5},
-    "long fused": settings("fused", AGAINST, iterations=5),
+    "long none": POLICY_LOSS,
+    "long fused": settings("fused", AGAINST, **POLICY_LOSS),
     **{order: settings(order, AGAINST) for order in ("serial", "1f1b", "auto")},
     "one in stages": settings("1f1b", plan(ALL, ALL, ALL, {"mesh": 0}, BACKWARDS | {"zero_stage": 1}, {"mesh": 0})),
     "adapted none": ADAPTED,
@@ -84,6 +86,8 @@ def iterate(ranks, directory):
         ppo = make_ppo(ranks, directory / name, asked_for, "bf16" if name.startswith("half") else "fp32")
         if name != "auto":  # schedules must not hang on what a busy machine measures
             ppo.roles.staged.learn = dict
+        if name.startswith("long"):
+            ppo.reward = half_ended(ppo.reward)
         start = {role: engine.trained_weights() for role, engine in ppo.roles._engines.items()}
         responses, rows = follow(ppo, range(1, asked.get("iterations", ITERATIONS) + 1), check=True)
         if name.startswith("stopped"):
@@ -98,6 +102,15 @@ def iterate(ranks, directory):
             found["choices"] = choices(ppo.roles.staged)
     chosen = found.pop("choices", None)
     return {"plans": found, "chosen": chosen, "resumed": go_on(ranks, directory, RESUMED) if chosen else None}
+
+
+def half_ended(reward):
+    """With every other sample truncated."""
+
+    def other(experience, *given):
+        return reward([replace(each, ended=each.index % 2 == 0) for each in experience], *given)
+
+    return other
 
 
 def distance(ours, theirs) -> float:

@@ -15,6 +15,7 @@ HEALTHY = {
     "reward/scaled_std": 1.0,
     "reward/groups_alike": 0.2,
     "response/ended_fraction": 0.9,
+    "update/mini_batches": 4,
 }
 END_PENALTY = 1.0
 
@@ -47,6 +48,7 @@ def watch_run(**courses: list[float]) -> tuple[list[dict[str, float]], list[list
         ("alike", "reward_groups_alike", [1.0, 0.9, 1.0, 1.0, 1.0, 1.0], 4),  # each group in itself
         ("clip", "reward_clipped_fraction", [0.1, 0.11, 0.5], 1),
         ("end_penalty", "reward_scaled_std", [0.11, 0.09, 0.09], 1),  # ten of them are less than the penalty
+        ("truncated", "update_mini_batches", [4, 1, 0, 4, 0], 2),
     ],
 )
 def test_each_kind_shows_in_the_metrics_and_is_said_once(kind, metric, course, first):
