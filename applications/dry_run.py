@@ -90,7 +90,7 @@ def _scorers(outlook: Outlook) -> list[str]:
 
 def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
     settings = outlook.config.supervised(step)
-    unit, together = step.rows.unit, step.rows.answers
+    unit, together = outlook.config.unit_of(step), step.rows.answers
     reference = outlook.config.reference_model or "the model before its first update"
     rows = rows_per_micro_batch(settings.micro_batch_tokens, outlook.length, together) // together
     if settings.max_steps:

@@ -226,7 +226,7 @@ def settings_text(config: RunConfig, step: Step) -> str:
         own = (name for name in type(settings).model_fields if name not in StepSettings.model_fields)
         values = {name.replace("_", " "): getattr(settings, name) for name in own}
         return (
-            f"{optimizer_text(settings.optimizer)}, batch {settings.batch_size} {step.rows.unit}, "
+            f"{optimizer_text(settings.optimizer)}, batch {settings.batch_size} {config.unit_of(step)}, "
             f"{settings.epochs} epoch(s)"
             + "".join(f", {name} {value}" for name, value in values.items() if value)
             + reference

@@ -26,10 +26,11 @@ NAMES = {
     Kind.LENGTH: "epochs max_steps iterations",
     Kind.LEARNED: """
         model reward_model sft_model trained_reward_model reference_model fork_of seed dtype save_dtype source
-        eval_source split held_out split_seed max_prompt_tokens max_response_tokens parent limit bad_rows batch_size
+        eval_source split held_out split_seed max_prompt_tokens max_response_tokens parent limit comparisons bad_rows
+        batch_size
         keep dropout learning_rate schedule warmup weight_decay betas epsilon gradient_clipping master_weights rank
         alpha targets deepspeed token_budget initialize_from layers normalize beta label_smoothing length_normalized
-        sft_coefficient
+        sft_coefficient by_prompt margin
         advantage loss prompts_per_iteration samples_per_prompt mini_batches ppo_epochs temperature min_response_tokens
         clip clip_high ratio loss_mean mask_truncated ppo_kl_stop value_clip gamma lam whiten_advantages reward_function
         function url reward_normalization

@@ -38,6 +38,8 @@ class DataSettings(Settings):
     """A run that this one goes on from (`run --go-on`): what it holds out stays so, and its prompts serve here."""
     limit: Rows = Field(0, ge=0)
     """Use at most this many rows (of the embedded default: dialogues, and rated texts) of each source; 0 means all."""
+    comparisons: Literal["extremes", "all"] = "extremes"
+    """Which pairs several rated answers to a prompt give: the best and the worst alone, or all of different ratings."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
 
@@ -79,7 +81,7 @@ class StepSettings(Settings):
     """What steps 1 and 2 (reward model, DPO) have in common."""
 
     batch_size: Rows = Field(32, ge=1)
-    """Rows (pairs in step 2) in one optimiser step, over all ranks."""
+    """Rows (pairs in step 2; prompts with by_prompt) in one optimiser step, over all ranks."""
     micro_batch_tokens: Tokens = Field(4096, ge=8)
     """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
     epochs: Epochs = Field(1, ge=1)
@@ -116,16 +118,25 @@ class SFTSettings(StepSettings):
     """Use only the first rows that have together no more than this many tokens; 0 means all rows."""
 
 
-class RewardSettings(StepSettings):
+class PairSettings(StepSettings):
+    by_prompt: bool = False
+    """Take all pairs of a prompt into one optimiser step and count them as one; a batch is so many prompts then."""
+
+
+class RewardSettings(PairSettings):
     initialize_from: Literal["base", "sft"] = "base"
     """Start from the reward model's base checkpoint, or from step 1's model (same architecture only)."""
     layers: Annotated[int, Unit("layers")] = Field(0, ge=0)
     """Use only the first so many layers of the base checkpoint, for the critic too; 0 uses all."""
     normalize: bool = True
     """Shift and scale the scores so that human replies of held-out rows have mean 0 and standard deviation 1."""
+    margin: float = Field(0.0, ge=0)
+    """Weight of the margins of the data, by which the score of a chosen answer is to be ahead; 0: any lead will do."""
+    centering: float = Field(0.0, ge=0)
+    """Weight of the squared sum of a pair's two scores in the loss, which keeps them around 0; 0: none."""
 
 
-class DPOSettings(StepSettings):
+class DPOSettings(PairSettings):
     loss: Annotated[str, AfterValidator(DPO_LOSSES.kept)] = "sigmoid"
     """What is made of the implicit rewards of a pair; `sigmoid` is DPO as published."""
     beta: float = Field(0.1, gt=0)
@@ -289,6 +300,10 @@ class RunConfig(Settings):
         settings = self.of_step(step)
         assert isinstance(settings, StepSettings)
         return settings
+
+    def unit_of(self, step: Step) -> str:
+        """What a batch of a step that learns from rows is counted in."""
+        return "prompts" if getattr(self.supervised(step), "by_prompt", False) else step.rows.unit
 
     def seed_of(self, step: Step) -> int:
         """Of what a step draws at random."""

@@ -21,7 +21,7 @@ def test_a_name_that_means_several_things_has_been_looked_at():
     for key, info in fields():
         meanings.setdefault(key.rpartition(".")[2], set()).add(description(info))
     assert {name for name, said in meanings.items() if len(said) > 1} == {
-        *("model", "source", "rows", "keep", "coefficient", "eval_every", "checkpoint_every", "seed"),
+        *("model", "source", "rows", "keep", "coefficient", "eval_every", "checkpoint_every", "seed", "centering"),
         *("learning_rate", "zero_stage", "offload"),
     }
 

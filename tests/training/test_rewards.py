@@ -78,7 +78,7 @@ def test_an_evaluation_asks_rewards_by_name_alone_and_where_the_rows_suit(tmp_pa
     mine = write(tmp_path, "raise RuntimeError")
     settings = RLHFSettings(reward_function=[mine, "length:1=3", "math", "reasoning"])
     assert means_by_name(settings, PROMPTS, RESPONSES, ROWS) == {"length": -0.5}
-    rows = [{"answer": 3}, {"answer": 4}]
+    rows = [{"answer": number, "metadata": {"source_dataset": "no task"}} for number in (3, 4)]
     assert means_by_name(settings, PROMPTS, ["so 3", "so 3"], rows) == {"length": -1.0, "math": 0.5}
 
 

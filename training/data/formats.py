@@ -1,7 +1,7 @@
 """A value of a file -> rows. The formats are those of TRL, and each value says by its keys which it has.
 
     {"prompt": ..., "chosen": ..., "rejected": ...}    text or messages; without a prompt, chosen and rejected are
-                                                       whole conversations with the same beginning
+                                                       whole conversations with the same beginning; perhaps a "margin"
     {"messages": [...]}                                a conversation; each answer in it becomes a row
     {"text": ...}                                      a conversation as text
     {"prompt": ..., "response": ...}                   or "completion"; with a "label" beside it (TRL's unpaired
@@ -29,7 +29,8 @@ from training.data.messages import (
     read_transcript,
 )
 from training.data.plain import plain
-from training.data.rated_answers import BAD_ALONE, Rating, each_pair, rating_of
+from training.data.rated_answers import each_pair, number
+from training.data.rated_rows import BAD_ALONE, Rating, rating_of
 from training.data.rows import PairRow, PromptRow, Row, SFTRow
 from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, in_trls_columns, usual_name
 
@@ -74,9 +75,10 @@ class ReadRow:
     """What the row says of its last answer."""
 
 
-def read_row(value: Any) -> ReadRow:
-    """What one value of a file gives. Raises BadRow."""
-    first, *others = [read_one(each) for each in each_pair(value)]
+def read_row(value: Any, every: bool = False) -> ReadRow:
+    """What one value of a file gives; of several rated answers `every` pair, or the best and the worst. Raises
+    BadRow."""
+    first, *others = [read_one(each) for each in each_pair(value, every)]
     return replace(first, rows=[*first.rows, *(row for read in others for row in read.rows)])
 
 
@@ -163,7 +165,7 @@ def format_of(row: dict[str, Any]) -> str:
 def unused_keys(row: dict[str, Any]) -> frozenset[str]:
     """The keys that have a value and change nothing. Those beside a prompt alone all go to the reward function."""
     if "chosen" in row:
-        used: tuple[str, ...] = ("prompt", "chosen", "rejected")
+        used: tuple[str, ...] = ("prompt", "chosen", "rejected", *["margin"] * (number(row.get("margin")) is not None))
     elif answer := next((key for key in ANSWERS if key in row), None):
         used = ("prompt", answer, *LABELS)
     elif "messages" in row:
@@ -194,7 +196,9 @@ def parse_pair(row: dict[str, Any]) -> PairRow:
         raise BadRow("chosen and rejected are not each the prompt and one answer of the assistant")
     for key in ("chosen", "rejected"):
         require_trained(row[key], key)
-    return {"prompt": check_prompt(prompt), "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
+    pair = PairRow(prompt=check_prompt(prompt), chosen=chosen[0]["content"], rejected=rejected[0]["content"])
+    margin = number(row.get("margin"))
+    return pair if margin is None else {**pair, "margin": margin}
 
 
 def parse_answer(row: dict[str, Any], key: str) -> SFTRow:

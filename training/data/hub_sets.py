@@ -75,7 +75,12 @@ def from_scores(row: dict[str, Any]) -> dict[str, Any]:
     if scores[0] == scores[1]:
         raise LeftOut("both answers have the same score")
     better = int(scores[1] > scores[0])
-    return {"prompt": follow(row, "question.full_text"), "chosen": answers[better], "rejected": answers[1 - better]}
+    return {
+        "prompt": follow(row, "question.full_text"),
+        "chosen": answers[better],
+        "rejected": answers[1 - better],
+        "margin": abs(scores[1] - scores[0]),
+    }
 
 
 def from_label(row: dict[str, Any]) -> dict[str, Any]:

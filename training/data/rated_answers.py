@@ -1,21 +1,17 @@
-"""Several answers to one prompt, and what somebody thought of them -> chosen and rejected.
+"""Several answers to one prompt in a row, and what somebody thought of them -> chosen and rejected.
 
-In one row: columns for the better and the worse answer (or several of either), two answers with a winner or a score
-each, or a list of answers with a score each. In several rows: answers to one prompt with a label or a score each.
+Columns for the better and the worse answer (or several of either), two answers with a winner or a score each, or a list
+of answers with a score each. rated_rows.py pairs answers that have a row each.
 """
 
-import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 from training.data.entries import BadRow, LeftOut
 from training.data.messages import looks_like_messages, parsed
-from training.data.rows import PairRow
 
 STEMS = (
     *("response", "answer", "output", "completion", "reply", "generation", "candidate", "summary", "conversation"),
@@ -84,19 +80,21 @@ SAME_SCORE = "the answers to the prompt have the same score"
 ONE_ANSWER = "only one answer to the prompt has a score"
 NO_BETTER = "the chosen answer has no higher score than the rejected one"
 TIED = "neither of the two answers is the better one"
-BAD_ALONE = "an answer that is labelled as bad, and its prompt has none that is labelled as good"
-BAD_AND_GOOD = "the same answer to the prompt is labelled as bad and as good"
-NOT_IN_PAIR = "one of several rated answers to its prompt, of which the best and the worst are the pair"
 
-Choice = tuple[Any, Any, set[str]]
-"""The better answer, the worse one, and the columns (by their usual names) that say so."""
+Choice = tuple[Any, Any, set[str], float | None]
+"""The better answer, the worse one, the columns (by their usual names) that say so, and by how much it is better."""
 
 
-def each_pair(value: Any) -> list[Any]:
-    """The value once for each of its pairs, where a column of better or of worse answers holds a list of them."""
-    if not isinstance(value, dict) or not any(isinstance(cell, list) for cell in value.values()):
+def each_pair(value: Any, every: bool = False) -> list[Any]:
+    """The value once for each of its pairs, where a column of better or of worse answers holds a list of them, or, if
+    it is to be `every` pair, where several answers have a rating."""
+    if not isinstance(value, dict):
         return [value]
     names = {str(name).strip().lower(): name for name in value}
+    if every and not {"chosen", "rejected"} & names.keys() and (pairs := every_pair(value, names)):
+        return pairs
+    if not any(isinstance(cell, list) for cell in value.values()):
+        return [value]
     if not (BETTER & names.keys() and WORSE & names.keys()):
         return [value]
     columns = [names[usual] for usual in (BETTER | WORSE) & names.keys() if is_several(value[names[usual]])]
@@ -105,13 +103,33 @@ def each_pair(value: Any) -> list[Any]:
     ]
 
 
+def every_pair(value: dict[str, Any], names: Mapping[str, str]) -> list[Any]:
+    """The value once for each two answers of its list of which one is rated higher, the furthest apart first."""
+    rated = rated_list({usual: value[name] for usual, name in names.items() if value[name] is not None})
+    if rated is None:
+        return []
+    answers, scores, used = rated
+    rest = {name: cell for name, cell in value.items() if name not in {names[column] for column in used}}
+    return [
+        {**rest, "chosen": answers[i], "rejected": answers[j], "margin": scores[i] - scores[j]}
+        for i, j in ahead(scores)
+    ]
+
+
+def ahead(scores: Mapping[int, float]) -> list[tuple[int, int]]:
+    """Each two places of which the first has the higher score, the furthest apart first."""
+    found = [(i, j) for i, j in product(scores, repeat=2) if scores[i] > scores[j]]
+    return sorted(found, key=lambda pair: scores[pair[1]] - scores[pair[0]])
+
+
 def is_several(value: Any) -> bool:
     """Whether a cell is a list of answers, each a text or a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) or looks_like_messages(v) for v in value)
 
 
 def choose_answers(row: dict[str, Any]) -> None:
-    """Make `chosen` and `rejected` of several answers that the row has, and take the columns away that say so.
+    """Make `chosen`, `rejected` and perhaps `margin` of several answers that the row has, and take the columns away
+    that say so.
 
     Raises LeftOut for answers of which none is better, and BadRow for a judgement that cannot be read.
     """
@@ -121,16 +139,18 @@ def choose_answers(row: dict[str, Any]) -> None:
     row |= single_turn(row)
     values = {usual: row[name] for usual, name in names.items() if row[name] is not None}
     if {"chosen", "rejected"} <= values.keys():
-        used = require_better(values)
+        used, margin = require_better(values)
     else:
         choice = better_and_worse(values) or one_of_two(values) or best_and_worst(values)
         if choice is None:
             return
-        row["chosen"], row["rejected"], used = choice
+        row["chosen"], row["rejected"], used, margin = choice
         if "prompt" not in values and looks_like_messages(values.get("context")):
             row["prompt"] = row.pop(names["context"])
     for column in used - {"chosen", "rejected"}:
         del row[names[column]]
+    if margin is not None:
+        row.setdefault("margin", margin)
 
 
 def single_turn(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,15 +166,16 @@ def single_turn(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: turn[0] for name, turn in zip(TURNS, turns, strict=True)}
 
 
-def require_better(values: Mapping[str, Any]) -> set[str]:
-    """Raise LeftOut where a pair's own scores do not say that chosen is better. Returns the columns of the scores."""
+def require_better(values: Mapping[str, Any]) -> tuple[set[str], float | None]:
+    """Raise LeftOut where a pair's own scores do not say that chosen is better. Returns the columns of the scores, and
+    their difference."""
     for columns in SCORES_OF_A_PAIR:
         chosen, rejected = (number(values.get(column)) for column in columns)
         if chosen is not None and rejected is not None:
             if chosen <= rejected:
                 raise LeftOut(NO_BETTER)
-            return set(columns)
-    return set()
+            return set(columns), chosen - rejected
+    return set(), None
 
 
 def better_and_worse(values: Mapping[str, Any]) -> Choice | None:
@@ -162,7 +183,7 @@ def better_and_worse(values: Mapping[str, Any]) -> Choice | None:
     better, worse = ([name for name in values if name in words] for words in (BETTER, WORSE))
     if len(better) != 1 or len(worse) != 1 or not all(is_answer(values[name]) for name in better + worse):
         return None
-    return values[better[0]], values[worse[0]], {*better, *worse}
+    return values[better[0]], values[worse[0]], {*better, *worse}, None
 
 
 def is_answer(value: Any) -> bool:
@@ -178,15 +199,15 @@ def one_of_two(values: Mapping[str, Any]) -> Choice | None:
         judged = by_scores(values, columns, ends) or by_winner(values, columns, ends)
         if judged is None:
             continue
-        better, used = judged
+        better, used, margin = judged
         if better is None:
             raise LeftOut(TIED)
-        return values[columns[better]], values[columns[1 - better]], {*columns, *used}
+        return values[columns[better]], values[columns[1 - better]], {*columns, *used}, margin
     return None
 
 
-Judged = tuple[int | None, set[str]]
-"""Which of two answers is the better one (None for a tie), and the columns that say so."""
+Judged = tuple[int | None, set[str], float | None]
+"""Which of two answers is the better one (None for a tie), the columns that say so, and by how much it is better."""
 
 
 def by_scores(values: Mapping[str, Any], columns: tuple[str, str], ends: list[str]) -> Judged | None:
@@ -195,22 +216,23 @@ def by_scores(values: Mapping[str, Any], columns: tuple[str, str], ends: list[st
             names = [form.format(end=end, column=column) for end, column in zip(ends, columns, strict=True)]
             first, second = (number(values.get(name)) for name in names)
             if first is not None and second is not None:
-                return None if first == second else int(second > first), set(names)
+                return None if first == second else int(second > first), set(names), abs(second - first)
     return None
 
 
 def by_winner(values: Mapping[str, Any], columns: tuple[str, str], ends: list[str]) -> Judged | None:
     for name in STRENGTHS:
         if (strength := number(values.get(name))) is not None:
-            return None if strength == 0 else int(strength > 0), {name}
+            return None if strength == 0 else int(strength > 0), {name}, abs(strength)
     hot = [f"winner_model{end}" for end in ends]
     if values.keys() >= set(hot):
         first, second = (number(values[name]) or 0 for name in hot)
-        return None if first == second else int(second > first), set(hot)
+        return None if first == second else int(second > first), set(hot), None
     others = [name for name, value in values.items() if LIKE_A_WINNER.search(name) and len(str(value)) <= SHORT]
     for name in (*WINNER_COLUMNS, *others):
         if name in values and name not in columns:
-            return named_answer(name, values[name], [values[column] for column in columns], columns, ends), {name}
+            answers = [values[column] for column in columns]
+            return named_answer(name, values[name], answers, columns, ends), {name}, None
     return None
 
 
@@ -233,22 +255,29 @@ Scores = tuple[list[float | None], set[str]]
 
 
 def best_and_worst(values: Mapping[str, Any]) -> Choice | None:
-    """A list of answers, each with a score or a rank, in it or in a list beside it."""
+    """Of a list of answers the two that are furthest apart. Raises LeftOut where none is better than another."""
+    if (rated := rated_list(values)) is None:
+        return None
+    answers, scores, used = rated
+    if len(scores) < 2:
+        raise LeftOut(ONE_ANSWER)
+    best, worst = (choose(scores, key=lambda place: scores[place]) for choose in (max, min))
+    if scores[best] == scores[worst]:
+        raise LeftOut(SAME_SCORE)
+    return answers[best], answers[worst], used, scores[best] - scores[worst]
+
+
+def rated_list(values: Mapping[str, Any]) -> tuple[list[Any], dict[int, float], set[str]] | None:
+    """A list of answers, each with a score or a rank, in it or in a list beside it: the answers, what is said of those
+    of which something is, by their places, and the columns."""
     for column in LISTS:
         answers = parsed(values.get(column))
         if not isinstance(answers, list) or not answers or not all(map(is_answer, answers)):
             continue
         rated = scores_in(answers) or scores_beside(values, column, len(answers))
-        if rated is None:
-            continue
-        scores, used = rated
-        known = {place: score for place, score in enumerate(scores) if score is not None}
-        if len(known) < 2:
-            raise LeftOut(ONE_ANSWER)
-        best, worst = (choose(known, key=lambda place: known[place]) for choose in (max, min))
-        if known[best] == known[worst]:
-            raise LeftOut(SAME_SCORE)
-        return text_in(answers[best]), text_in(answers[worst]), {column, *used}
+        if rated is not None:
+            scores = {place: score for place, score in enumerate(rated[0]) if score is not None}
+            return list(map(text_in, answers)), scores, {column, *rated[1]}
     return None
 
 
@@ -318,81 +347,3 @@ def number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return found if math.isfinite(found) else None
-
-
-# In several rows
-
-
-@dataclass(frozen=True)
-class Rating:
-    """What is said of an answer that has a row of its own."""
-
-    value: float
-    """More is better; of a label 1 or 0."""
-    column: str
-    is_label: bool
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether a label says so; of a score alone nobody knows."""
-        return self.is_label and not self.value
-
-
-def rating_of(row: Mapping[str, Any]) -> Rating | None:
-    """The score or rank in a row with one answer."""
-    for column in (*SCORES, RANK):
-        if (value := number(row.get(column))) is not None and not isinstance(row[column], bool):
-            return Rating(-value if column == RANK else value, column, is_label=False)
-    return None
-
-
-@dataclass
-class Pairing:
-    """Which rows of a source become pairs, by their places in the list of its rows."""
-
-    pairs: dict[int, PairRow] = field(default_factory=dict)
-    absorbed: set[int] = field(default_factory=set)
-    """The answers of the pairs."""
-    left_out: dict[int, str] = field(default_factory=dict)
-    """With the reason."""
-
-    def add(self, rows: Sequence[Any], better: int, worse: int) -> None:
-        """The pair takes the place of the better answer, or, if that has one, of the worse."""
-        row = {
-            "prompt": rows[better]["prompt"],
-            "chosen": rows[better]["response"],
-            "rejected": rows[worse]["response"],
-        }
-        self.pairs[worse if better in self.pairs else better] = cast(PairRow, row)
-        self.absorbed |= {better, worse}
-
-
-def pair_rows(rows: Sequence[Any], ratings: Mapping[int, Rating]) -> Pairing:
-    """Answers to the same prompt. Each that is labelled as bad is paired with one labelled as good, these in turn; of
-    answers with scores the best and the worst are the pair, and where all are alike they stay as they are."""
-    groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
-    for place, rating in ratings.items():
-        prompt = [(message["role"], message["content"].strip()) for message in rows[place]["prompt"]]
-        groups[json.dumps(prompt), rating.is_label].append(place)
-    found = Pairing()
-    for (_, is_label), places in groups.items():
-        (pair_by_label if is_label else pair_by_score)(found, rows, places, ratings)
-    return found
-
-
-def pair_by_label(found: Pairing, rows: Sequence[Any], places: list[int], ratings: Mapping[int, Rating]) -> None:
-    good, bad = ([place for place in places if ratings[place].is_bad == is_bad] for is_bad in (False, True))
-    for turn, place in enumerate(bad):
-        others = [each for each in good if rows[each]["response"] != rows[place]["response"]]
-        if others:
-            found.add(rows, others[turn % len(others)], place)
-        else:
-            found.left_out[place] = BAD_AND_GOOD if good else BAD_ALONE
-
-
-def pair_by_score(found: Pairing, rows: Sequence[Any], places: list[int], ratings: Mapping[int, Rating]) -> None:
-    best, worst = (choose(places, key=lambda place: ratings[place].value) for choose in (max, min))
-    if ratings[best].value == ratings[worst].value or rows[best]["response"] == rows[worst]["response"]:
-        return
-    found.add(rows, best, worst)
-    found.left_out |= dict.fromkeys(set(places) - {best, worst}, NOT_IN_PAIR)

@@ -19,7 +19,7 @@ from training.data.find_files import find_files
 from training.data.formats import KNOWN_KEYS, read_row
 from training.data.hub import fetch_files, matching
 from training.data.hub_sets import PLAIN, HubSet, find_set
-from training.data.rated_answers import Rating, pair_rows
+from training.data.rated_rows import Rating, pair_rows
 from training.data.reasoning import read_task
 from training.data.rows import Row
 from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
@@ -108,7 +108,7 @@ def read_source(
                 preferences = preferences_in(value)
                 result.preferences += preferences
                 value = hub_set.adapt(value)
-            read = read_row(value)
+            read = read_row(value, settings.comparisons == "all")
             if chat_format is not None:
                 require_accepted(read.rows, chat_format)
         except BadRow as error:
@@ -132,7 +132,7 @@ def read_source(
         used += 1
         if used == settings.limit:
             break
-    unused -= pair_up(result, ratings)
+    unused -= pair_up(result, ratings, settings.comparisons == "all")
     leave_out_judged_again(result, judged)
     undecided = [
         f"{result.reasons[why]:,} {why.removeprefix('both answers are ')}"
@@ -170,18 +170,19 @@ def leave_out_judged_again(result: SourceRows, judged: Sequence[tuple[Row, Prefe
     result.places = [place for row, place in both if id(row) not in earlier]
 
 
-def pair_up(result: SourceRows, ratings: dict[int, Rating]) -> set[str]:
+def pair_up(result: SourceRows, ratings: dict[int, Rating], every: bool) -> set[str]:
     """Make pairs of answers that have a row each; returns the columns that said which is better."""
     if not ratings:
         return set()
-    found = pair_rows(result.rows, ratings)
+    found = pair_rows(result.rows, ratings, every)
     kept = [i for i in range(len(result.rows)) if i in found.pairs or not (i in found.absorbed or i in found.left_out)]
     result.left_out += [(result.places[i], reason, False) for i, reason in sorted(found.left_out.items())]
-    result.rows = [found.pairs.get(i, result.rows[i]) for i in kept]
-    result.places = [result.places[i] for i in kept]
+    result.places = [result.places[i] for i in kept for _ in found.pairs.get(i, [None])]
+    result.rows = [row for i in kept for row in found.pairs.get(i, [result.rows[i]])]
     columns = {ratings[i].column for i in found.absorbed}
     if columns:
-        pairs = f"{len(found.pairs):,} pair{'s' * (len(found.pairs) > 1)}"
+        count = sum(map(len, found.pairs.values()))
+        pairs = f"{count:,} pair{'s' * (count > 1)}"
         result.notes.append(f"{pairs} of answers in several rows, by {', '.join(sorted(columns))}")
     return columns
 

@@ -1,7 +1,7 @@
 """Rows: what a data source becomes, one JSON object a line in the run directory."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,8 @@ class PairRow(TypedDict):
     chosen_score: NotRequired[float]
     """With the embedded default: the mean of people's ratings, from -4 to 4."""
     rejected_score: NotRequired[float]
+    margin: NotRequired[float]
+    """By how much the chosen one is said to be better, where the data say it."""
     held_out_question: NotRequired[bool]
     source: NotRequired[str]
 
@@ -84,6 +86,13 @@ class RowSets:
         return [(each.name, getattr(self, each.name)) for each in fields(self) if each.name not in NO_STEP]
 
 
+def margin_of(row: Mapping[str, Any]) -> float | None:
+    """By how much the chosen answer of a pair is said to be better: its margin, or the difference of its scores."""
+    if "margin" in row:
+        return row["margin"]
+    return row["chosen_score"] - row["rejected_score"] if {"chosen_score", "rejected_score"} <= row.keys() else None
+
+
 NO_STEP = ("panel", "steps_share")
 PANEL_FILE = "panel.jsonl"
 """Of the panel's rows beside those of the steps, where there are some."""
@@ -114,6 +123,17 @@ def read_rows(file: Path, most: int | None = None) -> list[dict[str, Any]]:
 def remade(file: Path) -> str:
     """What to delete so that a command makes a damaged file of rows again: rows appear as a whole directory."""
     return f"the directory {file.parent}" if file.parent.name == "data" else f"{file} and the .json file beside it"
+
+
+def require_margins(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence where some pairs have no margin. Raises UserError where none has."""
+    without = sum(margin_of(row) is None for row in rows)
+    if without == len(rows):
+        raise UserError(
+            f"reward.margin needs pairs that say by how much the chosen answer is better, and none of the {without:,} "
+            f"does: give them a key margin, or scores (docs/data.md) in a new run, or set reward.margin=0."
+        )
+    return f"{without:,} of {len(rows):,} pairs have no margin: any lead will do there" if without else ""
 
 
 INSTEAD = {

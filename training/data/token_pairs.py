@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.data.rows import margin_of
+
 LENGTH_BUCKETS = (8, 16, 32, 64, 128, 256)
 """Pairs are counted by the tokens of the longer answer: up to so many, from the bucket before on."""
 
@@ -22,12 +24,14 @@ class TokenPair:
     """Whether nothing was trained on under its question (embedded default only)."""
     place: int = 0
     """Of its row in the file, counted from 0."""
+    margin: float = 0.0
+    """By how much the chosen answer is said to be better; 0 where nothing says it."""
 
     @classmethod
     def of(cls, row: dict[str, Any], tokens: Sequence[Tensor], place: int = 0) -> "TokenPair":
         """Of a row and the tokens of its texts."""
         prompt, chosen, rejected = tokens
-        return cls(prompt, chosen, rejected, row.get("held_out_question", False), place)
+        return cls(prompt, chosen, rejected, row.get("held_out_question", False), place, margin_of(row) or 0.0)
 
     @property
     def differs(self) -> bool:
@@ -56,6 +60,42 @@ def left_out(count: int, of: int, limit: int) -> str:
 def rows_of(pairs: Sequence[TokenPair]) -> list[tuple[Tensor, Tensor]]:
     """Prompts and answers of one forward pass: all chosen ones, then all rejected ones."""
     return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+
+
+def grouped(pairs: Sequence[TokenPair], by_prompt: bool) -> list[list[int]]:
+    """The places of pairs that are learned from together: all of a prompt, or each alone."""
+    groups: dict[Any, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair.prompt.tolist()) if by_prompt else place, []).append(place)
+    return list(groups.values())
+
+
+def answers_of(groups: Sequence[Sequence[TokenPair]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Prompts and answers of one forward pass, each answer once in a group, and where the chosen and the rejected one
+    of each pair are among them: int64 (2, pairs)."""
+    rows, places = list[tuple[Tensor, Tensor]](), list[int]()
+    found: dict[tuple[int, ...], int] = {}
+    for side in ("chosen", "rejected"):
+        for number, group in enumerate(groups):
+            for pair in group:
+                answer: Tensor = getattr(pair, side)
+                place = found.setdefault((number, *answer.tolist()), len(rows))
+                if place == len(rows):
+                    rows.append((pair.prompt, answer))
+                places.append(place)
+    return rows, torch.tensor(places).view(2, -1)
+
+
+def tokens_of(group: Sequence[TokenPair]) -> int:
+    """That a group takes in a forward pass."""
+    if len(group) == 1:
+        return group[0].tokens
+    return sum(len(prompt) + len(answer) for prompt, answer in answers_of([group])[0])
+
+
+def shares_of(groups: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
+    """What each pair counts, so that every group counts 1: float32 (pairs)."""
+    return torch.tensor([1 / len(group) for group in groups for _ in group], device=device)
 
 
 def length_bucket(tokens: int) -> int:

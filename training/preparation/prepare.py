@@ -15,7 +15,7 @@ from training.checks import require_fitting, require_processes
 from training.config import RunConfig
 from training.data.demonstrations import keep_demonstrations
 from training.data.prepare import prepare_data
-from training.data.rows import read_rows, require_rows
+from training.data.rows import read_rows, require_margins, require_rows
 from training.data.token_cache import TokenCache
 from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
@@ -33,7 +33,7 @@ from training.models.loading import (
 )
 from training.rewards import Rewards, require_rows_for, try_sources
 from training.run_directory import RunDirectory, write_json
-from training.steps import Step
+from training.steps import REWARD, Step
 from training.tracking import require_packages
 
 Say = Callable[[str], None]
@@ -78,6 +78,8 @@ def prepare(
             steps = [step for step in steps if not run.step(step).is_finished]
         for step in trained_now:
             require_rows(run.data, step, config.of_step(step).keep)
+        if REWARD in trained_now and config.reward.margin:
+            require_margins(read_rows(run.data / "pairs_train.jsonl"))
         if rewards is not None:
             require_rows_for(rewards, run.data)
     except UserError:

@@ -9,7 +9,7 @@ from inference.chat_format import ChatFormat
 from training import calls
 from training.data.batching import plan_micro_batches
 from training.data.epochs import count_updates
-from training.data.token_pairs import TokenPair
+from training.data.token_pairs import TokenPair, grouped, shares_of, tokens_of
 from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
 from training.formulas.own import loaded
 from training.hybrid_engine.dividing import loads
@@ -44,7 +44,8 @@ def train(stage: Stage) -> None:
     rows, held_out = stage.rows(chat_format)
     pairs = stage.token_pairs(rows, chat_format)
     evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
-    total = count_updates(len(pairs), settings)
+    units = len(grouped(pairs, settings.by_prompt))
+    total = count_updates(units, settings)
 
     sets = {"train": pairs, "eval": evaluated}
     if own := stage.own_reference():  # asked, and forgotten, before the policy is there
@@ -63,7 +64,7 @@ def train(stage: Stage) -> None:
             evaluation = fit(stage, DPOTask(stage, engine, **inputs), settings, total)
 
     stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
-    stage.finish({"optimizer_steps": total, "rows": len(pairs), "held_out": len(evaluated), **evaluation})
+    stage.finish({"optimizer_steps": total, "rows": units, "held_out": len(evaluated), **evaluation})
 
 
 class DPOTask:
@@ -80,13 +81,14 @@ class DPOTask:
         self.stage, self.engine, self.settings = stage, engine, stage.settings
         self.pairs, self.reference_logprobs = pairs, reference_logprobs
         self.of_pairs = loaded(DPO_LOSSES, self.settings.loss)
-        self.lengths = [pair.tokens for pair in pairs["train"]]
+        self.groups = {name: grouped(each, self.settings.by_prompt and name == "train") for name, each in pairs.items()}
+        self.lengths = [tokens_of([pairs["train"][place] for place in group]) for group in self.groups["train"]]
 
     def place(self, row: int) -> int:
-        return self.pairs["train"][row].place
+        return self.pairs["train"][self.groups["train"][row][0]].place
 
     def size(self, rows: list[int]) -> int:
-        """Pairs."""
+        """Pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -109,25 +111,28 @@ class DPOTask:
         return {HELD_OUT[name]: value / len(held_out) for name, value in ranks.sum_values(sums).items()}
 
     def _losses(self, name: str, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
-        """Summed loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities."""
-        pairs, device = [self.pairs[name][row] for row in rows], self.stage.ranks.device
-        logprobs = response_logprobs(self.engine, pairs, device)
+        """Summed loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities; of a prompt the
+        means of its pairs."""
+        groups, device = [self.groups[name][row] for row in rows], self.stage.ranks.device
+        logprobs = response_logprobs(self.engine, [[self.pairs[name][i] for i in group] for group in groups], device)
+        places = [place for group in groups for place in group]
+        pairs, shares = [self.pairs[name][place] for place in places], shares_of(groups, device)
         lengths = torch.tensor([[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]], device=device)
-        reference = self.reference_logprobs[name][:, rows].to(device)
+        reference = self.reference_logprobs[name][:, places].to(device)
         divided_by = lengths if self.settings.length_normalized else None
         rewards = implicit_rewards(logprobs, reference, divided_by, self.settings.beta)
         loss = self.of_pairs.formula(Pairs(rewards[0], rewards[1], self.settings.beta, self.settings.label_smoothing))
         margins = rewards[0] - rewards[1]
         measured = {
-            "accuracy": ((margins > 0).float() + 0.5 * (margins == 0)).sum(),  # a tie counts half
-            "margin": margins.sum(),
-            "reward/chosen": rewards[0].sum(),
-            "reward/rejected": rewards[1].sum(),
-            "logprobs/chosen": logprobs[0].sum(),
-            "logprobs/rejected": logprobs[1].sum(),
+            "accuracy": (margins > 0).float() + 0.5 * (margins == 0),  # a tie counts half
+            "margin": margins,
+            "reward/chosen": rewards[0],
+            "reward/rejected": rewards[1],
+            "logprobs/chosen": logprobs[0],
+            "logprobs/rejected": logprobs[1],
         }
         if self.settings.sft_coefficient:
             nll = -logprobs[0] / lengths[0]
-            loss, measured["nll"] = loss + self.settings.sft_coefficient * nll, nll.sum()
-        values = torch.stack(list(measured.values())).tolist()
-        return loss.sum(), dict(zip(measured, values, strict=True))
+            loss, measured["nll"] = loss + self.settings.sft_coefficient * nll, nll
+        values = torch.stack([(value * shares).sum() for value in measured.values()]).tolist()
+        return (loss * shares).sum(), dict(zip(measured, values, strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.token_pairs import TokenPair, rows_of
+from training.data.token_pairs import TokenPair, answers_of, grouped, tokens_of
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.frozen import freeze
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -30,12 +30,12 @@ def load_own_reference(stage: Stage, source: Path, chat_format: ChatFormat) -> n
     return freeze(Policy(model), divided, stage.dtype, stage.ranks)
 
 
-def response_logprobs(engine: nn.Module | ZeroEngine, pairs: list[TokenPair], device: torch.device) -> Tensor:
+def response_logprobs(engine: nn.Module | ZeroEngine, groups: list[list[TokenPair]], device: torch.device) -> Tensor:
     """Of whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
-    rows = rows_of(pairs)
+    rows, places = answers_of(groups)
     logprobs, _ = engine(TokenBatch.of(rows, device))
     sums = [part.sum() for part in logprobs.split([len(response) for _, response in rows])]
-    return torch.stack(sums).view(2, -1)
+    return torch.stack(sums)[places.to(device)]
 
 
 def reference_logprobs(
@@ -51,14 +51,16 @@ def reference_logprobs(
     kept = load_file(file) if file.exists() else {}
     stage.ranks.barrier("a look at the reference")  # all have looked before the first rank writes
     train, held_out = pairs["train"], pairs["eval"]
-    needed = rows_trained_on(len(train), stage.settings, stage.seed)
+    groups = grouped(train, stage.settings.by_prompt)
+    needed = [groups[row] for row in rows_trained_on(len(groups), stage.settings, stage.seed)]
+    places = [place for group in needed for place in group]
     same = {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}
-    if same and not kept["train"][:, needed].isnan().any():  # a longer run needs more of them
+    if same and not kept["train"][:, places].isnan().any():  # a longer run needs more of them
         return kept
     engine = reference()
     found = {
         "train": score_pairs(stage, engine, train, needed),
-        "eval": score_pairs(stage, engine, held_out, list(range(len(held_out)))),
+        "eval": score_pairs(stage, engine, held_out, grouped(held_out, by_prompt=False)),
     }
     if stage.ranks.is_first:
         write_tensors(file, found)
@@ -66,19 +68,22 @@ def reference_logprobs(
 
 
 @torch.no_grad()
-def score_pairs(stage: Stage, engine: nn.Module | ZeroEngine, pairs: list[TokenPair], needed: list[int]) -> Tensor:
-    """Each rank scores its share of the `needed` rows, then all know all of it; float32 (2, pairs)."""
+def score_pairs(
+    stage: Stage, engine: nn.Module | ZeroEngine, pairs: list[TokenPair], needed: list[list[int]]
+) -> Tensor:
+    """Each rank scores its share of the `needed` groups, then all know all of it; float32 (2, pairs)."""
     result = torch.full((2, len(pairs)), torch.nan)
     if not needed:
         return result
-    found = torch.zeros(2, len(needed))
-    budget = stage.settings.micro_batch_tokens
-    plan = plan_micro_batches([pairs[row].tokens for row in needed], budget, stage.ranks.size)[stage.ranks.rank]
+    found, budget = torch.zeros(2, len(pairs)), stage.settings.micro_batch_tokens
+    groups = [[pairs[place] for place in group] for group in needed]
+    plan = plan_micro_batches([tokens_of(group) for group in groups], budget, stage.ranks.size)[stage.ranks.rank]
     with stage.display.progress("Reference", len(plan)) as bar:
         for micro_batch in plan:
-            values = response_logprobs(engine, [pairs[needed[i]] for i in micro_batch.rows], stage.ranks.device)
+            values = response_logprobs(engine, [groups[row] for row in micro_batch.rows], stage.ranks.device)
             if micro_batch.weight:
-                found[:, micro_batch.rows] = values.cpu()
+                found[:, [place for row in micro_batch.rows for place in needed[row]]] = values.cpu()
             bar.advance()
-    result[:, needed] = stage.ranks.sum(found)
+    scored = [place for group in needed for place in group]
+    result[:, scored] = stage.ranks.sum(found)[:, scored]
     return result

@@ -1,19 +1,20 @@
 """The reward model on top of the shared loop."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.epochs import count_updates
-from training.data.token_pairs import TokenPair, length_bucket, rows_of
+from training.data.rows import require_margins
+from training.data.token_pairs import TokenPair, answers_of, grouped, length_bucket, shares_of, tokens_of
 from training.evaluation.answers import Row
 from training.evaluation.panel import panel_agreement, read_panel, rows_to_score, write_scores
 from training.evaluation.ranking import Accuracy, accuracy_by_length, groups_of
+from training.formulas.reward_loss import preference_losses
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
@@ -39,8 +40,11 @@ def train(stage: Stage) -> None:
     source = initial_model(stage)
     chat_format = stage.chat_format(stage.model_directory(config.sft_model or config.model), source)
     rows, held_out = stage.rows(chat_format)
+    if settings.margin and (sentence := require_margins(rows)):
+        stage.display.say(sentence)
     pairs = stage.token_pairs(rows, chat_format)
-    total = count_updates(len(pairs), settings)
+    units = len(grouped(pairs, settings.by_prompt))
+    total = count_updates(units, settings)
 
     dtype, with_weights = loads(settings.optimizer.zero_stage, stage.dtype, stage.ranks)
     model = load_scorer(source, chat_format, dtype, settings.layers, settings.dropout, with_weights)
@@ -55,7 +59,7 @@ def train(stage: Stage) -> None:
     stage.save_trained(
         engine, lambda: load_scorer(source, chat_format, torch.float32, settings.layers), chat_format, scale
     )
-    counted = {"optimizer_steps": total, "rows": len(pairs), "held_out": len(evaluated)}
+    counted = {"optimizer_steps": total, "rows": units, "held_out": len(evaluated)}
     ranking = task.ranking(groups_of([held_out[pair.place] for pair in evaluated]))
     found: dict[str, Any] = {"reward_accuracy": ranking}
     if panel := stage.ranks.tell(read_panel(stage.run), "the texts that people rated"):
@@ -77,23 +81,27 @@ class RewardTask:
 
     def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], held_out: list[TokenPair]):
         self.stage, self.engine, self.pairs, self.held_out = stage, engine, pairs, held_out
-        self.lengths = [pair.tokens for pair in pairs]
+        self.settings = stage.config.reward
+        self.groups = grouped(pairs, self.settings.by_prompt)
+        self.lengths = [tokens_of(group) for group in self._pairs(range(len(self.groups)))]
         self.held_out_scores: Tensor | None = None
         """Those of the last evaluation, float64 (2, pairs)."""
 
     def place(self, row: int) -> int:
-        return self.pairs[row].place
+        return self.pairs[self.groups[row][0]].place
 
     def size(self, rows: list[int]) -> int:
-        """Pairs."""
+        """Pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
-        """Summed loss of the pairs, how many are ranked right, and their margins."""
-        chosen, rejected = self._scores([self.pairs[row] for row in rows])
-        margin = (chosen - rejected).detach()
-        statistics = {"accuracy": float((margin > 0).sum()), "margin": float(margin.sum())}
-        return -logsigmoid(chosen - rejected).sum(), statistics
+        """Summed loss of the pairs, how many are ranked right, and their margins; of a prompt the means over its
+        pairs."""
+        groups = self._pairs(rows)
+        chosen, rejected = self._scores(groups)
+        shares, margin = shares_of(groups, chosen.device), (chosen - rejected).detach()
+        statistics = {"accuracy": float(((margin > 0) * shares).sum()), "margin": float((margin * shares).sum())}
+        return (self._losses(chosen, rejected, [pair for group in groups for pair in group]) * shares).sum(), statistics
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy (also by length of the longer answer), margin and mean scores on held-out pairs."""
@@ -106,7 +114,7 @@ class RewardTask:
             for name in accuracies_of(pair):
                 found[name].append(ranked)
         means = {
-            "eval/loss": -logsigmoid(chosen - rejected),
+            "eval/loss": self._losses(chosen, rejected, self.held_out),
             "eval/margin": chosen - rejected,
             "eval/chosen": chosen,
             "eval/rejected": rejected,
@@ -141,7 +149,7 @@ class RewardTask:
         """Of chosen and rejected, float64 (2, pairs). All ranks call it and get the same."""
         lengths = [pair.tokens for pair in pairs]
         return self._on_all_ranks(
-            lengths, lambda rows: torch.stack(self._scores([pairs[row] for row in rows]), dim=1)
+            lengths, lambda rows: torch.stack(self._scores([[pairs[row]] for row in rows]), dim=1)
         ).T
 
     def scores_of_texts(self, rows: list[Row]) -> Tensor:
@@ -161,9 +169,19 @@ class RewardTask:
         every = {row: scores for share in ranks.gather(found) for row, scores in share.items()}
         return torch.tensor([every[row] for row in range(len(lengths))], dtype=torch.float64)
 
-    def _scores(self, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
+    def _pairs(self, rows: Iterable[int]) -> list[list[TokenPair]]:
+        """Those of training rows."""
+        return [[self.pairs[place] for place in self.groups[row]] for row in rows]
+
+    def _losses(self, chosen: Tensor, rejected: Tensor, pairs: list[TokenPair]) -> Tensor:
+        """Of each pair: (pairs)."""
+        margins = self.settings.margin * chosen.new_tensor([pair.margin for pair in pairs])
+        return preference_losses(chosen, rejected, margins if self.settings.margin else None, self.settings.centering)
+
+    def _scores(self, groups: list[list[TokenPair]]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""
-        chosen, rejected = self._last(rows_of(pairs)).chunk(2)
+        rows, places = answers_of(groups)
+        chosen, rejected = self._last(rows)[places.to(self.stage.ranks.device)]
         return chosen, rejected
 
     def _last(self, rows: Sequence[Row]) -> Tensor:

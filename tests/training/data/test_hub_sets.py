@@ -162,6 +162,7 @@ SCHEMAS = {
             "prompt": [user("Why is the sky blue?")],
             "chosen": "Short waves scatter most, red ones less.",
             "rejected": "It is painted.",
+            "margin": 1.0,
         },
     ),
     "stanfordnlp/SHP": (

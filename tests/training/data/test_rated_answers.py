@@ -12,6 +12,7 @@ from training.data.reading import read_sources
 
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("good", "bad"))
 QUESTION = {"role": "user", "content": "q"}
+RATED = ("so", "good", "bad", "even")
 PAIR = {"prompt": [QUESTION], "chosen": "good", "rejected": "bad"}
 
 
@@ -74,8 +75,58 @@ PAIR = {"prompt": [QUESTION], "chosen": "good", "rejected": "bad"}
 )
 def test_the_better_answer_is_chosen(row):
     read = read_row(row)
-    assert read.rows == [PAIR]
+    assert [without_margin(pair) for pair in read.rows] == [PAIR]
     assert not read.unused and not read.extra
+
+
+def without_margin(row):
+    return {key: value for key, value in row.items() if key != "margin"}
+
+
+@pytest.mark.parametrize(
+    ("row", "margin"),
+    [
+        ({"chosen": "good", "rejected": "bad", "margin": "2.5"}, 2.5),
+        ({"chosen": "good", "rejected": "bad", "margin": 3, "score_chosen": 2.5, "score_rejected": 2}, 3),  # as TRL's
+        ({"chosen": "good", "rejected": "bad", "score_chosen": 2.5, "score_rejected": "2"}, 0.5),
+        ({"chosen": "good", "rejected": "bad"}, None),
+        ({"good": "good", "bad": "bad", "margin": "wide"}, None),
+        ({"response_1": "good", "response_2": "bad", "preference_strength": -2}, 2),
+        ({"response_a": "bad", "response_b": "good", "score_a": -1, "score_b": 3}, 4),
+        ({"response_a": "bad", "response_b": "good", "winner": "b"}, None),
+        ({"responses": ["so", "good", "bad"], "scores": [2, 3, -1]}, 4),
+        ({"responses": ["so", "good", "bad"], "ranks": [2, 1, 3]}, 2),
+        ({"completions": [{"response": "bad", "overall_score": 1}, {"response": "good", "overall_score": 7}]}, 6),
+    ],
+    ids=lambda row: ",".join(row) if isinstance(row, dict) else str(row),
+)
+def test_the_margin_is_what_is_said_or_the_difference_of_scores(row, margin):
+    (pair,) = read_row({"prompt": "q", **row}).rows
+    assert without_margin(pair) == PAIR and pair.get("margin") == margin
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"Responses": ["so", "good", "bad", "even", "?"], "scores": [2, 3, -1, 2, None], "id": 1},
+        {"answers": [{"text": text, "score": score} for text, score in zip(RATED, (2, 3, -1, 2), strict=True)]},
+    ],
+    ids=["beside", "within"],
+)
+def test_of_all_comparisons_each_two_with_different_scores_are_a_pair(row):
+    read = read_row({"prompt": "q", **row}, every=True)
+    found = [(pair["chosen"], pair["rejected"], pair["margin"]) for pair in read.rows]
+    assert found == [
+        *[("good", "bad", 4), ("so", "bad", 3), ("even", "bad", 3), ("good", "so", 1), ("good", "even", 1)],
+    ]
+    assert read.unused == {"id"} & row.keys()
+
+
+def test_all_comparisons_of_what_has_no_scores_are_those_of_before():
+    several = {"prompt": "q", "chosen": ["good", "so"], "rejected": ["bad"]}
+    assert [pair["chosen"] for pair in read_row(several, every=True).rows] == ["good", "so"]
+    with pytest.raises(LeftOut, match="have the same score"):
+        read_row({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, every=True)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +251,25 @@ def test_of_answers_with_scores_the_best_and_the_worst_are_the_pair(tmp_path):
     assert as_text(found.rows) == [("p", "good", "bad"), ("alike", "one"), ("alike", "two"), ("alone", "r")]
     assert sum(found.reasons.values()) == 1 and "the best and the worst are the pair" in next(iter(found.reasons))
     assert "; 1 pair of answers in several rows, by helpfulness; not used: verbosity" in found.describe()
+
+
+def test_all_comparisons_of_answers_in_several_rows(tmp_path):
+    found = read(
+        tmp_path,
+        *[scored("p", text, score=score) for text, score in (("so", 2), ("bad", 0), ("good", 4), ("even", 2))],
+        *[labelled("q", text, label) for text, label in (("good", 1), ("bad", 0), ("fine", 1), ("worse", 0))],
+        comparisons="all",
+    )
+    pairs = [("good", "bad"), ("so", "bad"), ("good", "so"), ("good", "even"), ("even", "bad")]
+    assert sorted(as_text(found.rows)) == sorted(
+        [
+            *[("p", *pair) for pair in pairs],
+            *[("q", good, bad) for good in ("good", "fine") for bad in ("bad", "worse")],
+        ]
+    )
+    assert len(found.places) == len(found.rows) and found.reasons == {}
+    assert {row["margin"] for row in found.rows if "margin" in row} == {2, 4}
+    assert "; 9 pairs of answers in several rows, by label, score" in found.describe()
 
 
 def test_of_ranks_the_first_is_the_best(tmp_path):

@@ -1,5 +1,6 @@
 """The one door to training: what is refused there, and that the stage scripts go through it on all ranks."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,13 +18,14 @@ from inference.errors import EXIT_USER_ERROR, UserError
 from inference.tiny_model import build_tiny_model
 from training import stage_script as stage
 from training.config_files import load_config
+from training.data.rows import read_rows
 from training.distributed import Ranks
 from training.models.loading import load_scorer, require_same_format, save_model
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.stage_script import RefusedOnFirst, decided_by_first
-from training.steps import SFT
+from training.steps import REWARD, SFT
 from training.watchdog import PARENT_VARIABLE
 
 WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.model=0")
@@ -176,3 +178,17 @@ def test_a_reward_address_where_nobody_answers_is_refused_unless_the_advice_is_f
     advised = str(refused.value).rpartition("--steps ")[2].rstrip(".")
     prepare(config, run, 1, said.append, parse_steps(advised, config))
     assert said[-1].startswith("Warning: rlhf.reward_url=") and said[-1].endswith("It is needed in step 3.")
+
+
+def test_margins_that_the_data_do_not_say_are_refused_before_anything_trains(tiny, tmp_path):
+    """And the rows go, so that the name is free; one margin is enough, and no other step asks for them."""
+    rows, run = tmp_path / "rows.jsonl", RunDirectory(tmp_path / "run")
+    config = load_config([], [f"model={tiny}", f"data.source={rows}", "data.split=[0,1,1]", "reward.margin=1"])
+    pairs = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    with pytest.raises(UserError, match=r"reward\.margin needs pairs that say by how much .* none of the \d does"):
+        prepare(config, run, 1, print, [REWARD])
+    assert not run.data.exists()
+    rows.write_text("".join(json.dumps({**row, "margin": 2}) + "\n" for row in pairs))
+    prepare(config, run, 1, print, [REWARD])
+    assert {row["margin"] for row in read_rows(run.data / "pairs_train.jsonl")} == {2}

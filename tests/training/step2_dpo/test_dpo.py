@@ -14,6 +14,7 @@ from training.steps import DPO
 RATE, BATCH, EPOCHS, SEED, BETA = 1e-3, 4, 2, 3, 0.5
 SFT_WEIGHT = 0.7
 PAIRS, HELD_OUT = 9, 3
+OF_ONE = [0, 3, 5]
 COMMON = [
     f"seed={SEED}",
     "dtype=fp32",
@@ -40,6 +41,8 @@ CASES = {
     "ipo": ["dpo.loss=ipo", "dpo.length_normalized=true"],
     "sft": [f"dpo.sft_coefficient={SFT_WEIGHT}"],
     "sft, small micro-batches": [f"dpo.sft_coefficient={SFT_WEIGHT}", "dpo.micro_batch_tokens=8"],
+    "by prompt": ["dpo.by_prompt=true"],
+    "by prompt, small micro-batches": ["dpo.by_prompt=true", "dpo.micro_batch_tokens=8"],
     "lora": [LORA, f"dpo.optimizer.learning_rate={2 * RATE}"],
     "lora rate": [LORA, f"dpo.optimizer.lora.learning_rate={2 * RATE}"],
     "dropout": [LORA, "dpo.dropout=0.2", "dpo.checkpoint_every=2"],
@@ -50,7 +53,7 @@ CASES = {
 OWN = "reference_model={directory}/1/plain/step2_dpo/model"
 OWN_CASES = {"own": [OWN], "own zero 3": [OWN, "dpo.optimizer.zero_stage=3"]}
 """The reference is what the case `plain` has trained."""
-ALSO_ON_TWO_RANKS = ("plain", "zero 3", "lora", "sft", *OWN_CASES)
+ALSO_ON_TWO_RANKS = ("plain", "zero 3", "lora", "sft", "by prompt", *OWN_CASES)
 
 
 class Killed(Exception):
@@ -69,9 +72,20 @@ def make_rows(count: int, seed: int) -> list[dict]:
     ]
 
 
-def write_data(run) -> None:
+def rows_of_case(case: str) -> list[dict]:
+    """In "by prompt" three pairs (OF_ONE) of three answers to one prompt, two of another one, and four alone."""
+    rows = make_rows(PAIRS, 1)
+    if case.startswith("by prompt"):
+        best, middle, worst = rows[0]["chosen"], rows[1]["rejected"], rows[0]["rejected"]
+        for row, (chosen, rejected) in zip(OF_ONE, ((best, worst), (best, middle), (middle, worst)), strict=True):
+            rows[row] = {"prompt": rows[0]["prompt"], "chosen": chosen, "rejected": rejected}
+        rows[8] |= {"prompt": rows[1]["prompt"]}
+    return rows
+
+
+def write_data(run, case: str) -> None:
     run.data.mkdir(parents=True)
-    for name, rows in (("train", make_rows(PAIRS, 1)), ("eval", make_rows(HELD_OUT, 2))):
+    for name, rows in (("train", rows_of_case(case)), ("eval", make_rows(HELD_OUT, 2))):
         (run.data / f"pairs_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run.data / "counts.json").write_text("{}")
 
@@ -94,7 +108,7 @@ def train_everywhere(ranks, directory):
     def train(name: str) -> None:
         run = RunDirectory(directory / str(ranks.size) / name)
         if ranks.is_first and not run.data.exists():
-            write_data(run)
+            write_data(run, name)
             run.step(DPO).path.mkdir(parents=True)
         ranks.barrier()
         case = [each.format(directory=directory) for each in {**CASES, **OWN_CASES}[name]]
@@ -161,17 +175,17 @@ def train_by_hand(sft: Path, name: str, smoothing: float = 0.0, normalized: bool
     reference = AutoModelForCausalLM.from_pretrained(sft).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), RATE, (0.9, 0.95), 1e-5, weight_decay=0)
     kinds = ("chosen", "rejected")
-    pairs = [
-        (chat_format.prompt_ids(row["prompt"], 24), [chat_format.response_ids(row[kind], 12) for kind in kinds])
-        for row in make_rows(PAIRS, 1)
-    ]
-    batches = [b for e in range(EPOCHS) for b in batches_of_epoch(PAIRS, DPOSettings(batch_size=BATCH), SEED, e)]
+    units: dict[str, list] = {}
+    for place, row in enumerate(rows_of_case(name)):
+        pair = chat_format.prompt_ids(row["prompt"], 24), [chat_format.response_ids(row[kind], 12) for kind in kinds]
+        units.setdefault(str(row["prompt"]) if name == "by prompt" else f"{place}", []).append(pair)
+    pairs = list(units.values())
+    batches = [b for e in range(EPOCHS) for b in batches_of_epoch(len(pairs), DPOSettings(batch_size=BATCH), SEED, e)]
     found = []
     for number, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = RATE * (1 - number / len(batches))
         losses, chosen_rewards, right_ones = [], [], 0
-        for row in batch:
-            prompt, responses = pairs[row]
+        for prompt, responses, share in [(*pair, 1 / len(pairs[row])) for row in batch for pair in pairs[row]]:
             rewards, likelihoods = [], []
             for response in responses:
                 with torch.no_grad():
@@ -184,15 +198,16 @@ def train_by_hand(sft: Path, name: str, smoothing: float = 0.0, normalized: bool
             likelier = [1 / (1 + (-reward).exp()) for reward in rewards]
             dpo = -(1 - smoothing) * right.log() - smoothing * (1 - right).log()
             losses.append(
-                {
+                share
+                * {
                     "apo_zero": 1 - likelier[0] + likelier[1],
                     "ipo": ((rewards[0] - rewards[1]) / BETA - 1 / (2 * BETA)) ** 2,
                     "sft": dpo - SFT_WEIGHT * likelihoods[0],
                 }.get(name, dpo)
             )
-            chosen_rewards.append(float(rewards[0].detach()))
-            right_ones += int(rewards[0] > rewards[1])
-        loss = torch.stack(losses).mean()
+            chosen_rewards.append(share * float(rewards[0].detach()))
+            right_ones += share * int(rewards[0] > rewards[1])
+        loss = torch.stack(losses).sum() / len(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -209,6 +224,7 @@ def train_by_hand(sft: Path, name: str, smoothing: float = 0.0, normalized: bool
         ("apo_zero", 0.0, False),
         ("ipo", 0.0, True),
         ("sft", 0.0, False),
+        ("by prompt", 0.0, False),
     ],
 )
 def test_training_is_that_of_a_second_implementation(runs, name, smoothing, normalized):
@@ -216,9 +232,10 @@ def test_training_is_that_of_a_second_implementation(runs, name, smoothing, norm
 
     expected, policy = train_by_hand(runs / "sft", name, smoothing, normalized)
     rows = training(runs, name)
-    assert len(rows) == len(expected) == 4
+    assert len(rows) == len(expected) == (2 if name == "by prompt" else 4)
     for number, (row, (loss, chosen, accuracy)) in enumerate(zip(rows, expected, strict=True)):
-        assert number == 0 or row["accuracy"] == accuracy  # before the first update all margins are 0, but for rounding
+        if number:  # before the first update all margins are 0, but for rounding
+            assert row["accuracy"] == pytest.approx(accuracy)
         assert row["loss"] == pytest.approx(loss, rel=1e-4)
         assert row["reward/chosen"] == pytest.approx(chosen, rel=1e-3, abs=1e-5)
         assert row["margin"] == pytest.approx(row["reward/chosen"] - row["reward/rejected"], abs=1e-5)
@@ -245,11 +262,13 @@ def test_the_policy_begins_as_its_reference(runs, name):
     ("name", "ranks"),
     [
         *[("small micro-batches", 1), ("zero 3", 1), ("sft, small micro-batches", 1)],
+        ("by prompt, small micro-batches", 1),
         *((name, 2) for name in ALSO_ON_TWO_RANKS),
     ],
 )
 def test_training_does_not_depend_on_micro_batches_stage_or_ranks(runs, name, ranks):
-    base = lines(runs, next((kind for kind in ("lora", "sft", "own") if name.startswith(kind)), "plain"))
+    kinds = ("lora", "sft", "by prompt", "own")
+    base = lines(runs, next((kind for kind in kinds if name.startswith(kind)), "plain"))
     other = lines(runs, name, ranks)
     assert len(base) == len(other)
     for ours, theirs in zip(base, other, strict=True):
@@ -301,6 +320,19 @@ def test_the_reference_is_asked_about_the_pairs_that_are_trained_on(runs):
     assert int(values["train"].isfinite().all(0).sum()) == BATCH  # one optimiser step
     assert values["eval"].isfinite().all()
     assert training(runs, "short")[0]["loss"] == training(runs, "plain")[0]["loss"]
+
+
+def test_a_prompt_with_all_its_pairs_is_asked_in_one_pass_and_each_response_once(runs):
+    """Of three responses in three pairs the reference has three numbers, whatever the micro-batches."""
+    from safetensors.torch import load_file
+
+    names = ("by prompt", "by prompt, small micro-batches")
+    files = [runs / "1" / name / "step2_dpo" / "reference.safetensors" for name in names]
+    large, small = (load_file(file)["train"] for file in files)
+    assert torch.allclose(large, small, atol=1e-4, equal_nan=True)  # of pairs that are not trained on
+    for values in (large, small):
+        chosen, rejected = values[:, OF_ONE]
+        assert chosen[0] == chosen[1] and rejected[0] == rejected[2] and chosen[2] == rejected[1]
 
 
 def test_the_result_says_how_it_went(runs):

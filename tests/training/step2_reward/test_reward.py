@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from inference.chat_format import ChatFormat
+from inference.errors import UserError
 from inference.tiny_model import build_tiny_model
 from tests.supervised_steps import (
     BATCH,
@@ -26,6 +27,7 @@ from tests.supervised_steps import (
     train_by_hand,
     with_idle_micro_batch,
 )
+from training.data.rows import require_margins
 from training.data.token_pairs import rows_of
 from training.evaluation.ranking import Accuracy
 from training.models.loading import load_scorer, save_model
@@ -37,12 +39,20 @@ from training.step2_reward.reward import RewardTask, initial_model, length_bucke
 from training.steps import REWARD
 
 SIDES = ("chosen", "rejected")
+MARGIN, CENTERING = 0.5, 0.3
+BY_HAND = ("plain", "margin", "centering", "by prompt")
 CASES = {
     "plain": [],
     "small micro-batches": ["reward.micro_batch_tokens=8"],
     "not normalized": ["reward.normalize=false"],
     "lora": ["reward.optimizer.lora.rank=4", "reward.optimizer.learning_rate=1e-2"],
     "dropout": ["reward.dropout=0.3"],
+    "margin": [f"reward.margin={MARGIN}"],
+    "centering": [f"reward.centering={CENTERING}"],
+    "by prompt": ["reward.by_prompt=true", f"reward.margin={MARGIN}"],
+    "by prompt, small micro-batches": [
+        *["reward.by_prompt=true", f"reward.margin={MARGIN}", "reward.micro_batch_tokens=8"],
+    ],
 }
 
 
@@ -57,6 +67,22 @@ CUT_ALIKE = {"prompt": HELD_OUT[0]["prompt"], "chosen": f"{SAME} good", "rejecte
 for place in (1, 4, 5):
     HELD_OUT[place]["held_out_question"] = True
 HELD_OUT[2]["held_out_question"] = False
+for place, row in enumerate([*TRAIN[:-1], *HELD_OUT]):  # the last one says nothing, and others by scores
+    row |= {"margin": place % 4} if place % 3 else {"chosen_score": place % 4 + 0.5, "rejected_score": -1.0}
+
+
+def of_one_prompt(row: dict, *others: str) -> list[dict]:
+    """A pair of each two answers: earlier ones are better."""
+    answers = [*others, row["chosen"], row["rejected"]]
+    return [
+        {"prompt": row["prompt"], "chosen": answers[i], "rejected": answers[j], "margin": j - i}
+        for j in range(len(answers))
+        for i in range(j)
+    ]
+
+
+SEVERAL = [*of_one_prompt(TRAIN[0], "story", "rice sea"), TRAIN[1], *of_one_prompt(TRAIN[2], "sleep"), *TRAIN[3:6]]
+SEVERAL = SEVERAL[::2] + SEVERAL[1::2]  # those of a prompt stand apart
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +108,8 @@ def runs(base, one_rank) -> dict[str, RunDirectory]:
     found = {}
     for name, extra in CASES.items():
         held_out = [CUT_ALIKE, *HELD_OUT, *make_rows(2, 3)]  # two more than reward.eval_rows
-        run = make_run(base.parent / name.replace(" ", "_"), "pairs", [*TRAIN, CUT_ALIKE], held_out)
+        train = SEVERAL if name.startswith("by prompt") else [*TRAIN, CUT_ALIKE]
+        run = make_run(base.parent / name.replace(" ", "_").replace(",", ""), "pairs", train, held_out)
         reward.train(stage_of(run, REWARD, [*settings(base), *extra], one_rank))
         found[name] = run
     return found
@@ -95,17 +122,20 @@ def scores_by_hand(model, row: dict, chat_format: ChatFormat) -> list[torch.Tens
     return [model(torch.tensor([start + answer])).logits[0, 0] for answer in answers]
 
 
-def loss_of_margins(margins: list[torch.Tensor]) -> torch.Tensor:
-    """log(1 + e^-margin), which is -log sigmoid(margin), a mean over pairs."""
-    return torch.stack([(1 + (-margin).exp()).log() for margin in margins]).mean()
+def loss_by_hand(row: dict, scores: list[torch.Tensor], case: str = "plain") -> torch.Tensor:
+    """log(1 + e^-lead), which is -log sigmoid(lead), and the square of the sum of both scores."""
+    said = row.get("margin", row.get("chosen_score", 0) - row.get("rejected_score", 0))
+    lead = scores[0] - scores[1] - (MARGIN * said if case in ("margin", "by prompt") else 0)
+    return (1 + (-lead).exp()).log() + (CENTERING * (scores[0] + scores[1]) ** 2 if case == "centering" else 0)
 
 
 @torch.no_grad()
-def measure_by_hand(model, rows: list[dict], chat_format: ChatFormat) -> dict[str, float]:
+def measure_by_hand(model, rows: list[dict], chat_format: ChatFormat, case: str = "plain") -> dict[str, float]:
     scores = [[float(score) for score in scores_by_hand(model, row, chat_format)] for row in rows]
     margins = [chosen - rejected for chosen, rejected in scores]
+    losses = [loss_by_hand(row, torch.tensor(both), case) for row, both in zip(rows, scores, strict=True)]
     found = {
-        "eval/loss": float(loss_of_margins([torch.tensor(margin) for margin in margins])),
+        "eval/loss": float(sum(losses)) / len(rows),
         "eval/margin": sum(margins) / len(rows),
         "eval/chosen": sum(chosen for chosen, _ in scores) / len(rows),
         "eval/rejected": sum(rejected for _, rejected in scores) / len(rows),
@@ -122,34 +152,72 @@ def measure_by_hand(model, rows: list[dict], chat_format: ChatFormat) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def by_hand(base):
-    """Optimiser steps, evaluations and the trained model."""
+def all_by_hand(base):
+    """Optimiser steps, evaluations and the trained model, by case."""
+    return {case: case_by_hand(base, case) for case in BY_HAND}
+
+
+@pytest.fixture
+def by_hand(all_by_hand):
+    return all_by_hand["plain"]
+
+
+def case_by_hand(base: Path, case: str):
+    """A batch is so many prompts in the end, each with its pairs: InstructGPT's 1 / (K over 2)."""
     chat_format = ChatFormat.load(base)
     model = AutoModelForSequenceClassification.from_pretrained(base).eval()
-    accuracies, margins_of_steps = [], []
+    of_prompts: dict[str, list[dict]] = {}
+    for place, row in enumerate(SEVERAL if case == "by prompt" else TRAIN):
+        of_prompts.setdefault(str(row["prompt"]) if case == "by prompt" else f"{place}", []).append(row)
+    units, measured = list(of_prompts.values()), []
 
     def loss_of(batch: list[int]) -> torch.Tensor:
-        scores = [scores_by_hand(model, TRAIN[row], chat_format) for row in batch]
-        margins = [chosen - rejected for chosen, rejected in scores]
-        accuracies.append(sum(float(margin) > 0 for margin in margins) / BATCH)
-        margins_of_steps.append(sum(float(margin) for margin in margins) / BATCH)
-        return loss_of_margins(margins)
+        losses, right, leads = [], 0.0, 0.0
+        for unit in batch:
+            for row in units[unit]:
+                chosen, rejected = scores_by_hand(model, row, chat_format)
+                share = 1 / len(units[unit]) / BATCH
+                losses.append(loss_by_hand(row, [chosen, rejected], case) * share)
+                right += share * float(chosen > rejected)
+                leads += share * float(chosen - rejected)
+        measured.append({"accuracy": right, "margin": leads})
+        return torch.stack(losses).sum()
 
     steps, evaluations = train_by_hand(
-        model, len(TRAIN), loss_of, lambda: measure_by_hand(model, HELD_OUT, chat_format)
+        model, len(units), loss_of, lambda: measure_by_hand(model, HELD_OUT, chat_format, case)
     )
-    for step, accuracy, margin in zip(steps, accuracies, margins_of_steps, strict=True):
-        step |= {"accuracy": accuracy, "margin": margin}
-    return steps, evaluations, model
+    return [step | more for step, more in zip(steps, measured, strict=True)], evaluations, model
 
 
-def test_training_is_that_of_a_second_implementation(runs, by_hand):
-    steps, evaluations, model = by_hand
-    found, evaluated = metrics_of(runs["plain"], REWARD)
-    assert len(found) == len(steps) == 4 and len(evaluated) == len(evaluations) == 3
+@pytest.mark.parametrize("case", BY_HAND)
+def test_training_is_that_of_a_second_implementation(runs, all_by_hand, case):
+    steps, evaluations, model = all_by_hand[case]
+    found, evaluated = metrics_of(runs[case], REWARD)
+    updates = 2 if case == "by prompt" else 4
+    assert len(found) == len(steps) == updates and len(evaluated) == len(evaluations) == updates // 2 + 1
     for ours, theirs in zip([*found, *evaluated], [*steps, *evaluations], strict=True):
         assert ours == pytest.approx(theirs | {"number": ours["number"]}, rel=1e-4, abs=1e-5)
-    require_same_weights(AutoModelForSequenceClassification.from_pretrained(runs["plain"].step(REWARD).model), model)
+    require_same_weights(AutoModelForSequenceClassification.from_pretrained(runs[case].step(REWARD).model), model)
+
+
+def test_a_margin_that_no_pair_has_is_refused():
+    with pytest.raises(UserError, match=r"none of the 2 does: give them a key margin, or scores"):
+        require_margins(make_rows(2, 1))
+    assert require_margins(TRAIN) == "1 of 9 pairs have no margin: any lead will do there"
+    assert require_margins(TRAIN[:-1]) == ""
+
+
+def test_an_answer_in_several_pairs_of_a_prompt_is_scored_once(runs, base, one_rank):
+    """And a prompt with all its answers is in one forward pass, however few tokens that takes."""
+    stage = stage_of(runs["by prompt"], REWARD, [*settings(base), *CASES["by prompt, small micro-batches"]], one_rank)
+    chat_format, scored = ChatFormat.load(base), []
+    task = RewardTask(stage, None, stage.token_pairs(SEVERAL, chat_format), [])
+    task.engine = lambda batch: scored.append(batch.lengths) or torch.arange(float(sum(batch.lengths)))
+    assert sorted(map(len, task.groups)) == [1, 1, 1, 1, 3, 6] and len(task.lengths) == 6
+    for row, group in enumerate(task.groups):
+        task.loss([row])
+        assert len(scored[-1]) == {1: 2, 3: 3, 6: 4}[len(group)]
+        assert sum(scored[-1]) == task.lengths[row]
 
 
 def test_the_second_implementation_tells_the_sides_apart(by_hand):
@@ -206,10 +274,9 @@ def test_without_normalizing_the_scores_stay_raw_whatever_the_model_began_with(r
     assert metrics_of(runs["not normalized"], REWARD) == metrics_of(runs["plain"], REWARD)
 
 
-def test_training_does_not_depend_on_micro_batches(runs):
-    for ours, theirs in zip(
-        *(metrics_of(runs[name], REWARD) for name in ("plain", "small micro-batches")), strict=True
-    ):
+@pytest.mark.parametrize("names", [("plain", "small micro-batches"), ("by prompt", "by prompt, small micro-batches")])
+def test_training_does_not_depend_on_micro_batches(runs, names):
+    for ours, theirs in zip(*(metrics_of(runs[name], REWARD) for name in names), strict=True):
         for line, other in zip(ours, theirs, strict=True):
             assert other == pytest.approx(line, rel=1e-4, abs=1e-5)
 
@@ -219,7 +286,8 @@ def test_the_saved_model_is_the_one_that_was_evaluated_last(runs, base, name):
     """So adapters and head are merged once, dropout is off where it is evaluated, and the last weights are kept."""
     run = runs[name]
     model = AutoModelForSequenceClassification.from_pretrained(run.step(REWARD).model).eval()
-    expected, result = measure_by_hand(model, HELD_OUT, ChatFormat.load(base)), result_of(run, REWARD)
+    expected = measure_by_hand(model, HELD_OUT, ChatFormat.load(base), name.partition(",")[0])
+    result = result_of(run, REWARD)
     assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert expected["eval/loss"] != pytest.approx(metrics_of(run, REWARD)[1][0]["eval/loss"], rel=1e-3)
 
@@ -329,7 +397,7 @@ def test_gradients_are_those_of_plain_torch(task, base):
     task.engine.double()
     chat_format = ChatFormat.load(base)
     scores = [scores_by_hand(model, TRAIN[row], chat_format) for row in (2, 5)]
-    (2 * loss_of_margins([chosen - rejected for chosen, rejected in scores])).backward()
+    sum(loss_by_hand(TRAIN[row], both) for row, both in zip((2, 5), scores, strict=True)).backward()
     loss, _ = task.loss([2, 5])
     loss.backward()
     theirs = dict(model.named_parameters())
