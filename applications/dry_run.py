@@ -182,7 +182,7 @@ def described(assignment: Assignment) -> str:
 def _rewards(rlhf: RLHFSettings) -> list[str]:
     weights = rlhf.reward_weights
     found = [_frozen(rlhf.reward, rlhf.scoring_tensor_parallel.reward)] if rlhf.has_reward_model else []
-    found += [f"{weights.function:g} x {rlhf.reward_function}"] if rlhf.reward_function and weights.function else []
+    found += [f"{each.weight:g} x {each.text}" for each in rlhf.asked_functions]
     found += [f"{weights.url:g} x {redacted(rlhf.reward_url)}"] if rlhf.reward_url and weights.url else []
     return found
 

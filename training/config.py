@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 
 from training.formulas.dpo_losses import DPO_LOSSES
 from training.plan_file import from_blocks
+from training.reward_specs import with_reward_of_tasks
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import Keep, OptimizerSettings, Settings, StepSeed, misplaced, unguided
 from training.steps import ANSWERS, DPO, METHODS, REWARD, SFT, STEPS, Method, Step, TrainingRows
@@ -19,7 +20,8 @@ EMBEDDED_DATA = "chitchat"
 
 class DataSettings(Settings):
     source: str | list[str] = EMBEDDED_DATA
-    """`chitchat` (the embedded default), a file, directory or hub id; a list blends several, `=2` is a weight."""
+    """`chitchat` (the embedded default), a file, directory or hub id, or `reasoning:TASK` of reasoning-gym; a list
+    blends several, `=2` is a weight."""
     eval_source: str | list[str] = ""
     """Data for evaluation alone, named as `source` is; what they serve, `source` need not hold out. Empty: none."""
     split: tuple[float, float, float] = (2, 4, 4)
@@ -246,6 +248,11 @@ class RunConfig(Settings):
         if not model.strip():
             raise ValueError("is empty; give a preset, a hub id or a directory")
         return model
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_bring_their_reward(cls, given: Any) -> Any:
+        return with_reward_of_tasks(given)
 
     @model_validator(mode="after")
     def _fits_together(self):

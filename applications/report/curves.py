@@ -76,6 +76,11 @@ def ppo_charts(rows: Rows, config: RunConfig) -> list[Chart]:
         series(rows, "reward/score_mean", "score", spread="reward/score_std"),
         series(rows, "eval/reward", "held-out", "b"),
     )
+    means = sorted({key for row in rows for key in row if key.startswith("reward/") and key.endswith("_mean")})
+    sources = [
+        series(rows, key, key.removeprefix("reward/").removesuffix("_mean"), "abcdef"[place % 6])
+        for place, key in enumerate(key for key in means if key != "reward/score_mean")
+    ]
     lengths = (
         series(rows, "response/length_mean", "mean"),
         series(rows, "response/length_max", "longest", "soft"),
@@ -86,7 +91,8 @@ def ppo_charts(rows: Rows, config: RunConfig) -> list[Chart]:
         for name in ("generate", "generate_and_score", "score", "train")
     ]
     return [
-        Chart("Score", "of the reward model; band: one deviation", score, "iteration"),
+        Chart("Score", "of all that rewards; band: one deviation", score, "iteration"),
+        Chart("Rewards", "mean of each source", sources * (len(sources) > 1), "iteration"),
         one("KL to the SFT model", "nats a response", "kl/reference", "KL", bounds, held_out="eval/kl"),
         Chart("Length", "tokens of a response", lengths, "iteration", from_zero=True),
         one("Entropy", "nats a token; near 0 is collapse", "policy/entropy", "entropy"),

@@ -296,6 +296,9 @@ def test_only_the_roles_that_step_3_has_are_shown_and_counted(laptop, tmp_path):
     assert "none: advantages by grpo" in line_of(text, "critic") and "1 x mine.py:score" in line_of(text, "reward")
     assert "average with decay 0.9" in text and "actor average, fp32" in text
     assert "critic weights" not in text and "reward weights" not in text and "reward, critic" not in text
+    by_name = ["rlhf.reward_function=[length:..40=0.5, json]", "rlhf.reward_weights={model: 0, function: 3}"]
+    text = dry_run(config_of("opt-125m", *given, *by_name), [SFT, PPO], tmp_path, COMMANDS)
+    assert "1.5 x length:..40" in text and "3 x json" in text and "reward weights" not in text
     with_model = dry_run(config_of("opt-125m", *given), [SFT, PPO], tmp_path, COMMANDS)
     assert "reward weights" in with_model and "critic weights" not in with_model
     for lora in ("0", "4"):

@@ -21,6 +21,7 @@ from training.data.formats import KNOWN_KEYS, read_row
 from training.data.hub import fetch_files, matching
 from training.data.hub_sets import PLAIN, HubSet, find_set
 from training.data.rated_rows import Rating, pair_rows
+from training.data.reasoning import read_task
 from training.data.rows import Row
 from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
@@ -99,11 +100,11 @@ def read_source(
 ) -> SourceRows:
     """One source, which may turn out to have no row."""
     result = SourceRows(source)
-    files, hub_set, result.notes = locate(source, report)
+    files, hub_set, result.notes = locate(source, report) if not source.is_task else ([], PLAIN, [])
     used, unused, extra = 0, set[str](), set[str]()
     ratings: dict[int, Rating] = {}
     judged: list[tuple[Row, Preference]] = []
-    for place, value in entries(files, hub_set):
+    for place, value in read_task(source.name) if source.is_task else entries(files, hub_set):
         preferences: list[Preference] = []
         try:
             if isinstance(value, CutShort) and result.preferences:  # the next one would cut it off
