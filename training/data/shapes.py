@@ -115,6 +115,14 @@ def from_preference(row: dict[str, Any]) -> None:
         del row[column]
 
 
+def both_bad(row: Any) -> list[dict[str, Any]]:
+    """Both answers of such a preference, with a label each; none of anything else."""
+    if not isinstance(row, dict) or not row.keys() >= PREFERENCE_COLUMNS or row["winner"] != "both bad":
+        return []
+    answers = (row["response_a"], row["response_b"])
+    return [{"prompt": row["prompt"], "completion": each, "label": False} for each in answers if str(each).strip()]
+
+
 def from_alpaca(row: dict[str, Any]) -> None:
     """The instruction and, in a paragraph of its own, its input are the prompt; `output` is the answer.
 
