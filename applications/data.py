@@ -36,8 +36,8 @@ from training.run_directory import RunDirectory
 from training.trust import require_yes
 from training.uses import of_looking
 
-KINDS = {"sft": "sft", "pairs": "pair", "prompts": "prompt"}
-"""What --kind takes -> kind_of a row."""
+KINDS = {"sft": ("sft",), "pairs": ("pair", "good", "bad"), "prompts": ("prompt",)}
+"""What --kind takes -> what kind_of a row may be."""
 
 
 @dataclass
@@ -150,8 +150,8 @@ def read_user_data(opened: Target) -> Target:
         opened.described.append(found.describe())
         opened.left_out += [each for each in found.left_out if each[1] not in (*UNDECIDED.values(), JUDGED_AGAIN)]
         opened.preferences += found.preferences
-    for name, kind in KINDS.items():
-        chosen = [i for i, row in enumerate(rows) if kind_of(row) == kind]
+    for name, kinds in KINDS.items():
+        chosen = [i for i, row in enumerate(rows) if kind_of(row) in kinds]
         if chosen:
             opened.train[name] = Lines([rows[i] for i in chosen], [places[i] for i in chosen])
     return opened
@@ -202,7 +202,7 @@ def show_row(row: Row, place: str, opened: Target, colours: bool) -> list[Text]:
         answer, cut = answer_text(row[key], opened)  # type: ignore[literal-required]
         label = [Text(f"{key}:", "bold")] if kind == "pair" else []
         title += [f"{key} {note}" for note in cut]
-        style = "red" if key == "rejected" else "green"
+        style = "red" if key == "rejected" or kind == "bad" else "green"
         texts += [*label, Text(prompt, "dim") + (Text(answer, style) if colours else Text(f"⟦{answer}⟧"))]
     return [Text(" · ".join(title), "bold cyan"), *(texts or [Text(prompt, "dim")])]
 

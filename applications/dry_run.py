@@ -22,7 +22,7 @@ from training.plan_file import mesh_text
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.shape import Shape
-from training.steps import Step
+from training.steps import ANSWERS, Step
 
 __all__ = ["check_fits", "dry_run"]
 
@@ -90,7 +90,8 @@ def _scorers(outlook: Outlook) -> list[str]:
 
 def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
     settings = outlook.config.supervised(step)
-    unit, together = outlook.config.unit_of(step), step.rows.answers
+    learned = outlook.config.rows_of(step)
+    unit, together = outlook.config.unit_of(step), learned.answers
     reference = outlook.config.reference_model or "the model before its first update"
     rows = rows_per_micro_batch(settings.micro_batch_tokens, outlook.length, together) // together
     if settings.max_steps:
@@ -101,6 +102,7 @@ def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
     return [
         _line("trains", _training(settings.optimizer)),
         *([_line("reference", f"{reference}, asked once")] if step.has_reference else []),
+        *([_line("reference point", "a forward pass more for each answer")] if learned is ANSWERS else []),
         _line("batch", _batch(settings.batch_size, rows, outlook, unit)),
         _line("optimiser steps", updates),
         *_compute(outlook.shape_of(step), settings.optimizer, tokens),
@@ -161,7 +163,7 @@ def _evaluations(outlook: Outlook, step: Step) -> list[str]:
     else:
         settings = config.supervised(step)
         every = f", every {settings.eval_every} optimiser steps" if settings.eval_every else ""
-        lines = [f"at the start{every} and at the end: {settings.eval_rows} held-out {step.rows.unit}"]
+        lines = [f"at the start{every} and at the end: {settings.eval_rows} held-out {config.rows_of(step).unit}"]
         lines += ["the texts that people rated, where the data has them"] * step.leaves_scorer
     if step.compared_with and config.evaluation.prompts:
         lines += [
@@ -182,7 +184,7 @@ def described(assignment: Assignment) -> str:
 def _rewards(rlhf: RLHFSettings) -> list[str]:
     weights = rlhf.reward_weights
     found = [_frozen(rlhf.reward, rlhf.scoring_tensor_parallel.reward)] if rlhf.has_reward_model else []
-    found += [f"{weights.function:g} x {rlhf.reward_function}"] if rlhf.reward_function and weights.function else []
+    found += [f"{each.weight:g} x {each.text}" for each in rlhf.asked_functions]
     found += [f"{weights.url:g} x {redacted(rlhf.reward_url)}"] if rlhf.reward_url and weights.url else []
     return found
 

@@ -14,7 +14,7 @@ from training.planner.hardware import Cluster
 from training.planner.machine import cluster_here
 from training.planner.workload import Workload
 from training.step3_rlhf.planned import PRECISIONS, graphs_of
-from training.steps import Step
+from training.steps import ANSWERS, Step
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def _ppo(outlook: Outlook, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
 
 def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[AugmentedGraphs, Plan]:
     settings = outlook.config.supervised(step)
-    graph, shape, optimizer = DataflowGraph.of(step.command), outlook.shape_of(step), settings.optimizer
+    algorithm = "kto" if outlook.config.rows_of(step) is ANSWERS else step.command
+    graph, shape, optimizer = DataflowGraph.of(algorithm), outlook.shape_of(step), settings.optimizer
     assert shape is not None
-    data, rows = outlook.config.data, settings.batch_size * step.rows.answers
+    data, rows = outlook.config.data, settings.batch_size * outlook.config.rows_of(step).answers
     workload = Workload.of(
         dict.fromkeys(graph.roles, shape),
         rows,

@@ -89,8 +89,9 @@ def not_prepared(run: RunDirectory, config: RunConfig) -> Iterator[str]:
     rlhf = config.rlhf
     if config.method == "ppo" and rlhf.reward_url and rlhf.reward_weights.url:
         yield f"Step 3 asks {rlhf.reward_url} for rewards, so the machine has to reach it."
-    if config.method == "ppo" and rlhf.reward_function and rlhf.reward_weights.function:
-        yield f"What {rlhf.reward_function} itself opens is not known here."
+    for function in rlhf.asked_functions if config.method == "ppo" else ():
+        if function.file:
+            yield f"What {function.text} itself opens is not known here."
     for _, path in own_files(config):
         yield f"What {path} itself opens is not known here."
     if config.logging.wandb:

@@ -47,7 +47,8 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Label and both models' values of each measure that there is."""
     first, second = pair_of(result)
     rows = []
-    for label, key, form in ROWS:
+    sources = [(f"reward {key.removeprefix('reward/')}", key, "{:z.3f}") for key in result[first] if "reward/" in key]
+    for label, key, form in (*ROWS[:5], *sources, *ROWS[5:]):
         if key in result[first] and key in result[second]:
             theirs, ours = (shown(result[each][key], form) for each in (first, second))
             rows.append((label.format(against=pair_of(result)[first]), theirs, ours))

@@ -55,8 +55,11 @@ def facts(row: Row) -> Iterator[str]:
     yield f"sample {row['sample']}"
     parts = ", ".join(f"{name} {row[key]:z.2f}" for key, name in PARTS.items() if row[key])
     yield f"reward {row['reward/total']:z.2f}{f' ({parts})' if parts else ''}"
-    sources = {key.removeprefix("reward/"): value for key, value in row.items() if key.startswith("reward/")}
-    given = [f"{name} {value:z.2f}" for name, value in sources.items() if name in ("model", "function", "url")]
+    given = [
+        f"{key.removeprefix('reward/')} {value:z.2f}"
+        for key, value in row.items()
+        if key.startswith("reward/") and key not in (*PARTS, "reward/total")
+    ]
     yield f"given by {', '.join(given)}"
     if "kl" in row:
         yield f"KL {sum(row['kl']):z.2f} nats"

@@ -353,6 +353,15 @@ def test_measuring_names_the_function_and_the_address_only_where_they_judge(run)
     assert of_training(run, weightless) == []
 
 
+def test_rewards_by_name_run_nothing_but_what_reasoning_gym_evaluates(run):
+    by_name = "rlhf.reward_function=[length:3, 'regex:a', json, math, reasoning=0.5]"
+    assert [use.text for use in of_evaluation(run, settings(run, by_name), "reward")] == [
+        "let reasoning-gym evaluate answers, in some tasks as Python (rlhf.reward_function)"
+    ]
+    assert of_training(run, settings(run, "rlhf.reward_function=[length:3, 'regex:a', json, math]")) == []
+    assert of_training(run, settings(run, by_name, "rlhf.reward_weights.function=0")) == []
+
+
 def test_a_yes_holds_for_one_place(run, tmp_path):
     remember(run.path, [Use("run a.py")])
     with pytest.raises(UserError):

@@ -47,13 +47,21 @@ GRPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, ACTOR_TRAIN_ON_GROUPS)
 REFERENCE_SCORE_PAIRS = Call("reference", "score", ("pairs",), ("reference_logprobs",))
 """Once for each pair, before the first update, while the actor still is the reference."""
 ACTOR_TRAIN_ON_PAIRS = Call("actor", "train", ("pairs", "reference_logprobs"))
+ACTOR_SCORE_WRONG_ANSWERS = Call("actor", "score", ("pairs",), ("wrong_logprobs",))
+"""Of each prompt of a batch with the answer to another one, for KTO's reference point."""
 DPO = (REFERENCE_SCORE_PAIRS, ACTOR_TRAIN_ON_PAIRS)
+KTO = (
+    REFERENCE_SCORE_PAIRS,
+    ACTOR_SCORE_WRONG_ANSWERS,
+    Call("actor", "train", (*ACTOR_TRAIN_ON_PAIRS.inputs, *ACTOR_SCORE_WRONG_ANSWERS.outputs)),
+)
 SFT = (Call("actor", "train", ("rows",)),)
 REWARD = (Call("reward", "train", ("pairs",)),)
 ALGORITHMS = {
     "ppo": PPO,
     "grpo": GRPO,
     "dpo": DPO,
+    "kto": KTO,
     "sft": SFT,
     "reward": REWARD,
 }

@@ -30,7 +30,7 @@ NAMES = {
         batch_size
         keep dropout learning_rate schedule warmup weight_decay betas epsilon gradient_clipping master_weights rank
         alpha targets deepspeed token_budget initialize_from layers normalize beta label_smoothing length_normalized
-        sft_coefficient by_prompt margin
+        sft_coefficient by_prompt margin undesirable_weight
         advantage loss prompts_per_iteration samples_per_prompt mini_batches ppo_epochs temperature min_response_tokens
         clip clip_high ratio loss_mean mask_truncated ppo_kl_stop value_clip gamma lam whiten_advantages reward_function
         function url reward_normalization

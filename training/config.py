@@ -2,13 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from training.formulas.dpo_losses import DPO_LOSSES
 from training.plan_file import from_blocks
+from training.reward_specs import with_reward_of_tasks
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import Keep, OptimizerSettings, Settings, StepSeed, misplaced, unguided
-from training.steps import METHODS, REWARD, SFT, STEPS, Method, Step
+from training.steps import ANSWERS, DPO, METHODS, REWARD, SFT, STEPS, Method, Step, TrainingRows
 from training.units import Checkpoints, Epochs, Prompts, Ranks, Rows, Share, Tokens, Unit, Updates
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -19,7 +20,8 @@ EMBEDDED_DATA = "chitchat"
 
 class DataSettings(Settings):
     source: str | list[str] = EMBEDDED_DATA
-    """`chitchat` (the embedded default), a file, directory or hub id; a list blends several, `=2` is a weight."""
+    """`chitchat` (the embedded default), a file, directory or hub id, or `reasoning:TASK` of reasoning-gym; a list
+    blends several, `=2` is a weight."""
     eval_source: str | list[str] = ""
     """Data for evaluation alone, named as `source` is; what they serve, `source` need not hold out. Empty: none."""
     split: tuple[float, float, float] = (2, 4, 4)
@@ -40,6 +42,16 @@ class DataSettings(Settings):
     """Which pairs several rated answers to a prompt give: the best and the worst alone, or all of different ratings."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
+    _keeps_labels: bool = PrivateAttr(False)
+    """Whether answers with a label each stay so, and are not made pairs of (`keep_labels`)."""
+
+    @property
+    def keeps_labels(self) -> bool:
+        return self._keeps_labels
+
+    def keep_labels(self, unpaired: bool) -> None:
+        """Know whether the run, whose method lies beside these settings, learns from `unpaired` answers."""
+        self._keeps_labels = unpaired
 
     @property
     def longest(self) -> int:
@@ -145,10 +157,25 @@ class DPOSettings(PairSettings):
     """Divide each log-ratio by its response's tokens, so that length earns nothing; wants a larger beta (2 to 10)."""
     sft_coefficient: float = Field(0.0, ge=0)
     """Weight of the chosen response's negative log-likelihood, a mean over its tokens, beside the loss; 0: none."""
+    undesirable_weight: float = Field(0.0, ge=0)
+    """Weight of a bad answer in an unpaired loss (`kto`), where a good one weighs 1; 0: both kinds weigh the same."""
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-6)
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether the loss is of answers with a label each."""
+        return DPO_LOSSES.entry(self.loss).unpaired
 
     @model_validator(mode="after")
     def _loss_reads_what_is_set(self):
+        if self.undesirable_weight and not self.is_unpaired:
+            raise ValueError(f"loss={self.loss} reads no undesirable_weight: leave it at 0, or use kto")
+        if self.by_prompt and self.is_unpaired:
+            raise ValueError(f"loss={self.loss} has answers, not pairs of a prompt: leave by_prompt at false")
+        if self.sft_coefficient and self.is_unpaired:
+            raise ValueError(f"loss={self.loss} has no chosen response for sft_coefficient: leave it at 0")
+        if self.batch_size == 1 and self.is_unpaired:
+            raise ValueError(f"batch_size=1 leaves loss={self.loss} no other answer to compare with; use 2 or more")
         if self.label_smoothing and not DPO_LOSSES.entry(self.loss).smooths:
             known = [name for name, entry in DPO_LOSSES.entries.items() if entry.smooths]
             raise ValueError(f"loss={self.loss} reads no label_smoothing: leave it at 0, or use {' or '.join(known)}")
@@ -191,7 +218,8 @@ class RunConfig(Settings):
     fork_of: str = ""
     """A run whose rows and steps serve here where nothing that decides about them differs (`run --from`)."""
     method: Method = "ppo"
-    """What follows step 1: a reward model and PPO (steps 2 and 3), or DPO alone, straight from the pairs."""
+    """What follows step 1: a reward model and PPO (steps 2 and 3), or DPO alone, straight from the pairs (or, with
+    `dpo.loss=kto`, from answers with a label)."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Seed of everything drawn at random."""
     dtype: Dtype = "auto"
@@ -221,8 +249,14 @@ class RunConfig(Settings):
             raise ValueError("is empty; give a preset, a hub id or a directory")
         return model
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_bring_their_reward(cls, given: Any) -> Any:
+        return with_reward_of_tasks(given)
+
     @model_validator(mode="after")
     def _fits_together(self):
+        self.data.keep_labels(self.method == "dpo" and self.dpo.is_unpaired)
         self.rlhf.take_reference(self.reference_model)
         self.rlhf.require_fitting_roles()
         if self.reference_model and self.method == "ppo" and not self.rlhf.has_reference:
@@ -288,6 +322,10 @@ class RunConfig(Settings):
         """The settings of a step."""
         return getattr(self, step.command)
 
+    def rows_of(self, step: Step) -> TrainingRows:
+        """What a step learns from with these settings."""
+        return ANSWERS if step is DPO and self.dpo.is_unpaired else step.rows
+
     def supervised(self, step: Step) -> StepSettings:
         """The settings of a step that learns from rows."""
         settings = self.of_step(step)
@@ -296,7 +334,7 @@ class RunConfig(Settings):
 
     def unit_of(self, step: Step) -> str:
         """What a batch of a step that learns from rows is counted in."""
-        return "prompts" if getattr(self.supervised(step), "by_prompt", False) else step.rows.unit
+        return "prompts" if getattr(self.supervised(step), "by_prompt", False) else self.rows_of(step).unit
 
     def seed_of(self, step: Step) -> int:
         """Of what a step draws at random."""

@@ -96,9 +96,8 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> UserError:
     message = message.partition(", unable to")[0].replace("a valid integer", "a whole number")
     if not key:
         return UserError(f"These settings do not fit together: {message}.")
-    joint = (
-        "." if isinstance(first["input"], dict | BaseModel) else ": "
-    )  # what is said of a group begins with a key in it
+    of_group = first["type"] == "value_error" and isinstance(first["input"], dict | BaseModel)
+    joint = "." if of_group else ": "  # what is said of a group begins with a key in it
     return UserError(f"Setting {as_typed(key)}{joint}{message}{given}.")
 
 

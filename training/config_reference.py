@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from training.config import RunConfig
 from training.config_files import setting_keys
+from training.formulas.named_rewards import NAMED_REWARDS
 from training.formulas.table import Table
 from training.formulas.tables import TABLES
 from training.units import Unit
@@ -73,7 +74,7 @@ class Group:
 
 def reference() -> str:
     """The whole page."""
-    return HEAD + "".join([*map(section, groups()), FORMULAS, *map(entries, TABLES)])
+    return HEAD + "".join([*map(section, groups()), FORMULAS, *map(entries, TABLES), rewards_by_name()])
 
 
 def groups() -> list[Group]:
@@ -146,6 +147,14 @@ def entries(table: Table) -> str:
     for name, entry in table.entries.items():
         cells = [f"`{name}`", " ".join((entry.formula.__doc__ or "").split()), *map(show, entry.facts.values())]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def rewards_by_name() -> str:
+    """Heading and table of what `rlhf.reward_function` may name beside functions in files."""
+    lines = ["", "### Rewards by name (`rlhf.reward_function`)", "", "| name | reward |", "|---|---|"]
+    for name, reward in NAMED_REWARDS.items():
+        lines.append(f"| `{name}` | {' '.join((reward.__doc__ or '').split())} |")
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,8 @@ from inference.errors import UserError
 from training.changes import differences, is_recorded, teaches
 from training.config import RunConfig
 from training.config_files import as_typed
-from training.data.prepare import COUNTS_FILE
+from training.data.formats import UNPAIRED
+from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
 from training.inputs import KEPT, changes, code_of, paths_of
 from training.kept_models import kept_model, link_or_copy, models_of, name_base
@@ -118,6 +119,9 @@ class Fork:
         )
         if not (self.parent.data / COUNTS_FILE).exists():
             return f"{self.name} has none"
+        labelled = UNPAIRED in "".join(read_counts(self.parent.data).get("sources", []))
+        if labelled and self.config.data.keeps_labels != self.theirs.data.keeps_labels:
+            return "answers keep their labels" if self.config.data.keeps_labels else "answers with a label make pairs"
         found = [*self._other_settings(ours, theirs), *(f"{path} has changed" for path in self._changed["data"])]
         return found[0] if found else ""
 
@@ -239,7 +243,7 @@ class Fork:
         theirs = self.parent.step(step)
         before = [earlier for earlier in self.config.earlier_steps(step) if self.steps[earlier]]
         keys: set[str]
-        if step is DPO:
+        if step is DPO and not (self.config.dpo.is_unpaired or self.theirs.dpo.is_unpaired):
             file, keys, rows = theirs.reference_file, OF_REFERENCE, rows_read(self.config, step)
         elif self.config.given_model(REWARD):
             file, keys, rows = theirs.reward_accuracy_file, OF_ACCURACY, [f"{PAIRS.name}_eval.jsonl"]

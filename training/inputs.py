@@ -59,13 +59,12 @@ def paths_of(config: RunConfig) -> dict[str, list[Path]]:
     own = [] if config.data.source == EMBEDDED_DATA else config.data.sources
     mixed = [config.rlhf.ptx.source] if config.rlhf.ptx.coefficient and config.rlhf.ptx.source else []
     sources = [parse_source(text) for text in (*own, *config.data.eval_sources, *mixed)]
-    file = config.rlhf.reward_function.rpartition(":")[0]
     models = [config.model, config.reward_model, config.sft_model, config.trained_reward_model]
     models.append(config.reference_model)
     return {
         "data": [source.copy or source.path for source in sources if (source.copy or source.path).exists()],
         "models": [Path(name) for name in models if Path(name).is_absolute()],
-        "reward_function": [Path(file)] if file else [],
+        "reward_function": [each.file for each in config.rlhf.reward_functions if each.file],
         "formulas": [path for _, path in own_files(config)],
     }
 

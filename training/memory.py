@@ -120,7 +120,8 @@ def estimate_step_memory(
     optimizer, scores = settings.optimizer, step.leaves_scorer
     shape, parameters = (scorer, scorer.scorer_parameters) if scores else (actor, actor.parameters)
     tokens, checkpointing = settings.micro_batch_tokens, optimizer.gradient_checkpointing
-    passes = _pass_parts(shape, config.data, tokens, checkpointing, dtype, "training", step.rows.answers, not scores)
+    answers = config.rows_of(step).answers
+    passes = _pass_parts(shape, config.data, tokens, checkpointing, dtype, "training", answers, not scores)
     training = training_parts("", parameters, shape, optimizer, dtype, ranks, "training")
     saving = _saving_parts(parameters, _adapters(shape, optimizer) or parameters)
     asked = []

@@ -11,6 +11,7 @@ from training.config import EMBEDDED_DATA, RunConfig
 from training.config_files import as_typed, load_config
 from training.data.find_files import find_files
 from training.data.hub_sets import find_set
+from training.data.reasoning import require_task
 from training.data.sources import parse_source
 from training.lengthening import make_way, may_have_length, plan_change
 from training.lineage import inherit, sources_of, trace
@@ -106,5 +107,7 @@ def require_sources(config: RunConfig) -> None:
     """Raise UserError where a data source is not there: a mistyped one is not another setting."""
     for text in (*config.data.sources, *config.data.eval_sources):
         source = parse_source(text)
-        if text != EMBEDDED_DATA and not source.is_hub_id and find_set(source.name) is None:
+        if source.is_task:
+            require_task(source.name)
+        elif text != EMBEDDED_DATA and not source.is_hub_id and find_set(source.name) is None:
             find_files(source.copy or source.path)

@@ -1,11 +1,13 @@
 """Paths in the settings, as they are found from any working directory: a run goes on from elsewhere, and is moved."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from inference.chat_target import find_newest_model
 from inference.model_store import TINY
 from training.config import EMBEDDED_DATA, RunConfig
 from training.data.sources import absolute, exists
+from training.reward_specs import RewardSpec
 
 MODELS = ("model", "reward_model", "sft_model", "trained_reward_model", "reference_model")
 
@@ -23,9 +25,14 @@ def found_from_anywhere(config: RunConfig) -> RunConfig:
     config.data.parent, config.fork_of = map(absolute_model, (config.data.parent, config.fork_of))
     rlhf = config.rlhf
     rlhf.ptx.source = absolute(rlhf.ptx.source) if rlhf.ptx.source else ""
-    file, colon, name = rlhf.reward_function.rpartition(":")
-    rlhf.reward_function = f"{absolute(file)}{colon}{name}" if file else ""
+    rlhf.reward_function = [str(absolute_function(each)) for each in rlhf.reward_functions]
     return config
+
+
+def absolute_function(spec: RewardSpec) -> RewardSpec:
+    if spec.file is None:
+        return spec
+    return replace(spec, text=f"{absolute(str(spec.file))}:{spec.text.rpartition(':')[2]}")
 
 
 def absolute_model(source: str) -> str:

@@ -1,6 +1,6 @@
-"""What scores beside the reward model: a Python function of the user's, or an address.
+"""What scores beside the reward model: Python functions of the user's, rewards by name, an address.
 
-Both get prompts as lists of messages, responses as text and, where they want them, the prompts' other keys in the data.
+They get prompts as lists of messages, responses as text and, where they want them, the prompts' other keys in the data.
 """
 
 import base64
@@ -14,7 +14,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote, urlsplit
 from inference.chat_template import Message
 from inference.errors import UserError
 from inference.redaction import filled_in
+from training.reward_specs import RewardSpec
 from training.user_code import UserFile
 
 Row = dict[str, Any]
@@ -52,10 +53,9 @@ class Source(Protocol):
 class RewardFunction:
     """`path/to/file.py:function`, called with (prompts, responses), or (prompts, responses, rows) if it takes rows."""
 
-    name = "function"
-
-    def __init__(self, spec: str):
+    def __init__(self, spec: str, name: str = "function"):
         """Load it. Raises UserError where there is no such function."""
+        self.name = name
         self.setting = f"rlhf.reward_function={spec}"
         place, _, name = spec.rpartition(":")
         file = Path(place).expanduser()
@@ -77,6 +77,26 @@ class RewardFunction:
             if isinstance(found, Iterator):
                 found = list(found)
         return checked(found, len(responses), self.setting)
+
+
+class RewardByName:
+    """An entry of training.formulas.named_rewards."""
+
+    def __init__(self, spec: RewardSpec, name: str):
+        self.name, self.setting, self.reward = name, f"rlhf.reward_function={spec.text}", spec.named()
+
+    def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]:
+        with sentences(f"{self.setting} failed"):
+            found = [self.reward.score(response, row) for response, row in zip(responses, rows, strict=True)]
+        return checked(found, len(responses), self.setting)
+
+    def require_rows(self, rows: Sequence[Row]) -> None:
+        """Raise UserError where some rows of the data have not what it reads."""
+        if bad := [row for row in rows if not self.reward.suits(row.get("extra", {}))]:
+            raise UserError(
+                f"{self.setting} needs {self.reward.needs}, and {len(bad):,} of {len(rows):,} prompts have none, the "
+                f"first {bad[0]['prompt'][-1]['content'][:60]!r}: give other data, or another reward."
+            )
 
 
 def without_rows(call: Callable[..., Any], prompts: list, responses: list, rows: list) -> Any:

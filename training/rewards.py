@@ -2,19 +2,39 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from inference.chat_template import Message
+from training.data.rows import read_rows
 from training.distributed import Ranks
 from training.formulas.own import loaded
 from training.formulas.shapings import SHAPINGS, RunningStatistics, Shaping
-from training.reward_sources import NobodyAnswers, RewardEndpoint, RewardFailed, RewardFunction, Row, Source
+from training.reward_sources import (
+    NobodyAnswers,
+    RewardByName,
+    RewardEndpoint,
+    RewardFailed,
+    RewardFunction,
+    Row,
+    Source,
+)
+from training.reward_specs import names_of
 from training.rlhf_settings import RLHFSettings
 
 Parts = dict[str, tuple[list[float], float]]
 """Scores and weight of each source, by its name."""
-MEANS = {"model": "reward/model_mean", "function": "reward/function_mean", "url": "reward/url_mean"}
-"""The metric of each source."""
+MEANS = {
+    "model": "reward/model_mean",
+    "function": "reward/function_mean",
+    "url": "reward/url_mean",
+    "length": "reward/length_mean",
+    "regex": "reward/regex_mean",
+    "json": "reward/json_mean",
+    "math": "reward/math_mean",
+    "reasoning": "reward/reasoning_mean",
+}
+"""The metric of each source; others are called alike."""
 TRIAL_RESPONSES = ("Yes, I think so.", "No.", "")
 
 
@@ -44,8 +64,10 @@ class Rewards:
         self.has_model = settings.has_reward_model
         self.model_is_normalized = model_is_normalized
         self.sources: list[tuple[Source, float]] = []
-        if settings.reward_function and self.weights.function:
-            self.sources.append((RewardFunction(settings.reward_function), self.weights.function))
+        specs = settings.asked_functions
+        for name, spec in zip(names_of(specs), specs, strict=True):
+            source = RewardFunction(spec.text, name) if spec.file else RewardByName(spec, name)
+            self.sources.append((source, spec.weight))
         if settings.reward_url and self.weights.url:
             endpoint = RewardEndpoint(settings.reward_url, settings.reward_timeout, settings.reward_retries)
             self.sources.append((endpoint, self.weights.url))
@@ -66,7 +88,8 @@ class Rewards:
             statistics.update(parts[name][0])
         scales = {name: self._scale(parts[name][0], statistics) for name, statistics in so_far.items()}
         self.statistics = so_far
-        metrics = means_of(parts) if self.sources or self.weights.model != 1 else {}
+        means = means_of(parts) if self.sources or self.weights.model != 1 else {}
+        metrics = {MEANS.get(name, f"reward/{name}_mean"): mean for name, mean in means.items()}
         shaped, clipped = self._shape(parts, scales)
         metrics["reward/clipped_fraction"] = clipped / len(responses)
         raw, scores = weighted(parts, len(responses)), weighted(shaped, len(responses))
@@ -75,7 +98,7 @@ class Rewards:
     def total(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
     ) -> tuple[list[float], dict[str, float]]:
-        """Weighted sums of what the sources give, and the mean of each source; as `reward` otherwise."""
+        """Weighted sums of what the sources give, and the mean of each by its name; as `reward` otherwise."""
         parts = self._parts(of_model, prompts, responses, rows, group)
         return weighted(parts, len(responses)), means_of(parts)
 
@@ -145,7 +168,30 @@ def weighted(parts: Parts, count: int) -> list[float]:
 
 
 def means_of(parts: Parts) -> dict[str, float]:
-    return {MEANS[name]: sum(scores) / len(scores) for name, (scores, _) in parts.items()}
+    return {name: sum(scores) / len(scores) for name, (scores, _) in parts.items()}
+
+
+def means_by_name(
+    settings: RLHFSettings, prompts: list[list[Message]], responses: list[str], rows: list[Row]
+) -> dict[str, float]:
+    """Of the rewards by name that nobody has to be asked about, where all rows have what they read."""
+    specs = settings.asked_functions
+    asked = [
+        (name, RewardByName(spec, name)) for name, spec in zip(names_of(specs), specs, strict=True) if spec.is_free
+    ]
+    return {
+        name: sum(source.scores(prompts, responses, rows)) / len(responses)
+        for name, source in asked
+        if all(map(source.reward.suits, rows))
+    }
+
+
+def require_rows_for(rewards: Rewards, directory: Path) -> None:
+    """Raise UserError where prompts in a run's data directory have not what a reward by name reads."""
+    for source, _ in rewards.sources:
+        if isinstance(source, RewardByName) and source.reward.needs:
+            for part in ("train", "eval"):
+                source.require_rows(read_rows(directory / f"prompts_{part}.jsonl"))
 
 
 def try_sources(

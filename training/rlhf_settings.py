@@ -1,6 +1,7 @@
 """The settings of step 3: rollouts, rewards, KL penalty, fusion, updates, and its four roles."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from training.calls import Call, rlhf_calls
 from training.formulas.estimators import ESTIMATORS, Estimator
 from training.formulas.shapings import SHAPINGS
 from training.plan_file import from_blocks, read_plan, to_blocks
+from training.reward_specs import RewardSpec, kept_specs, specs_of
 from training.role_settings import (
     DecayRate,
     FrozenSettings,
@@ -72,7 +74,7 @@ class RewardWeights(Settings):
     model: float = Field(1.0, ge=0)
     """Of the reward model's score; at 0 no reward model is loaded and step 2 is not needed."""
     function: float = Field(1.0, ge=0)
-    """Of what `rlhf.reward_function` returns."""
+    """Of what `rlhf.reward_function` returns; several have weights of their own, which it multiplies."""
     url: float = Field(1.0, ge=0)
     """Of what `rlhf.reward_url` answers."""
 
@@ -155,8 +157,9 @@ class RLHFSettings(Settings):
     whiten_advantages: bool = True
     """Give advantages mean 0 and standard deviation 1 over an iteration's batch, where the
     estimator's entry says so."""
-    reward_function: str = ""
-    """`path/to/file.py:function` that scores responses, added to the reward model's score (docs/step3_rlhf.md)."""
+    reward_function: Annotated[str | list[str], AfterValidator(kept_specs)] = ""
+    """What scores responses, added to the reward model's score (docs/step3_rlhf.md): `path/to/file.py:function`, or a
+    reward by name, as `length:..40`; a list adds several, `=0.5` behind one is its weight."""
     reward_url: str = ""
     """http(s) address that scores responses: POST {prompts, responses, rows} -> {scores}; added as well. A secret in it
     is named: https://me:${REWARD_KEY}@host stands for the environment variable's value."""
@@ -231,6 +234,17 @@ class RLHFSettings(Settings):
     def reference_is_actor(self) -> bool:
         """Whether the reference is the actor without its adapters, where both lie alike (Plan.actor_is_reference)."""
         return bool(self.actor.lora.rank) and not self._has_own_reference
+
+    @property
+    def reward_functions(self) -> list[RewardSpec]:
+        """What `reward_function` names."""
+        return specs_of(self.reward_function)
+
+    @property
+    def asked_functions(self) -> list[RewardSpec]:
+        """Those that count, each with its weight in the sum."""
+        weight = self.reward_weights.function
+        return [replace(each, weight=each.weight * weight) for each in self.reward_functions if weight]
 
     @property
     def estimator(self) -> Estimator:
@@ -362,13 +376,10 @@ class RLHFSettings(Settings):
 
     @model_validator(mode="after")
     def _something_rewards(self):
-        file, colon, name = self.reward_function.rpartition(":")
-        if self.reward_function and not (file.endswith(".py") and colon and name.isidentifier()):
-            raise ValueError(f"reward_function={self.reward_function} must be path/to/file.py:function")
         if self.reward_url and not self.reward_url.startswith(("http://", "https://")):
             raise ValueError(f"reward_url={self.reward_url} must begin with http:// or https://")
         weights = self.reward_weights
-        used = (bool(self.reward_function) and weights.function) or (bool(self.reward_url) and weights.url)
+        used = self.asked_functions or (self.reward_url and weights.url)
         if not self.has_reward_model and not used:
             raise ValueError("reward_weights.model=0 leaves nothing that rewards; give reward_function or reward_url")
         return self

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.disk import writing
+from inference.errors import UserError, typed
 from inference.redaction import RedactedLines
 from training.checkpoints import Checkpoints
 from training.checks import require_positions
@@ -117,7 +118,7 @@ class Stage:
         step = self.directory.step
         files = [self.run.data / f"{step.rows.name}_{part}.jsonl" for part in ("train", "eval")]
         self.ranks.see(*files, self.run.data / COUNTS_FILE)
-        require_rows(self.run.data, step, self.settings.keep)
+        require_rows(self.run.data, step, self.settings.keep, self.config.rows_of(step))
         train, held_out = map(read_rows, files)
         return train, held_out
 
@@ -131,7 +132,14 @@ class Stage:
         return cache.read()
 
     def token_pairs(self, rows: list[dict], chat_format: ChatFormat) -> list[TokenPair]:
-        """Rows of pairs as tokens, without those that differ only beyond data.max_response_tokens."""
+        """Rows of pairs as tokens, without those that differ only beyond data.max_response_tokens. Raises UserError for
+        answers with a label, which are no pairs."""
+        if any("chosen" not in row for row in rows):
+            raise UserError(
+                f"Step {self.directory.step.label} needs pairs, and {self.run.data} has answers with a label each, for "
+                f"dpo.loss=kto: make a run of its own for it (rlhf-chat run --from {typed(self.run.path)} --fork with "
+                f"another --method or dpo.loss), which makes pairs of them."
+            )
         tokens = self.tokens(rows, PAIRS, chat_format)
         pairs = [TokenPair.of(*each, place) for place, each in enumerate(zip(rows, tokens, strict=True))]
         kept = [pair for pair in pairs if pair.differs]

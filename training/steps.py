@@ -25,6 +25,10 @@ DEMONSTRATIONS = TrainingRows("sft", "prompts with a response, or messages", "ro
 PAIRS = TrainingRows(
     "pairs", "prompts with a chosen and a rejected response", "pairs", 2, ("prompt", "chosen", "rejected")
 )
+ANSWERS = TrainingRows(
+    "pairs", "answers that are labelled as good or bad, or pairs", "answers", 1, ("prompt", "response")
+)
+"""What DPO learns from with an unpaired loss (`dpo.loss=kto`); both answers of a pair are such."""
 PROMPTS = TrainingRows("prompts", "prompts", "samples", 1, ("prompt",))
 
 

@@ -34,6 +34,10 @@ class Task(Protocol):
         """Of a training row in its file, counted from 0: rows that cannot be learned from may be left out."""
         ...
 
+    def look_ahead(self, number: int, batch: list[int]) -> None:
+        """Find out, with the weights as they are, what optimiser step `number` (from 1) needs of its whole batch."""
+        return
+
     def size(self, rows: list[int]) -> int:
         """Units (tokens or pairs) that the loss of these rows is a mean over."""
         ...
@@ -175,6 +179,7 @@ def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, n
     begun = time.perf_counter()
     plan = plan_micro_batches([task.lengths[row] for row in batch], token_budget, stage.ranks.size)
     size = task.size(batch)
+    task.look_ahead(number, batch)
     sums: dict[str, float] = {}
 
     def loss(micro_batch: MicroBatch) -> Tensor:

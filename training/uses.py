@@ -66,6 +66,8 @@ def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
     """The reward function's files and the reward service's address."""
     for _, file in code_files(config, "reward_function") if config.rlhf.reward_weights.function else ():
         yield of_file(run, file, f"run {file}", "rlhf.reward_function")
+    if any(each.name == "reasoning" for each in config.rlhf.asked_functions):
+        yield Use("let reasoning-gym evaluate answers, in some tasks as Python", "rlhf.reward_function")
     if config.rlhf.reward_url and config.rlhf.reward_weights.url:
         yield Use(f"send prompts and answers to {config.rlhf.reward_url}", "rlhf.reward_url")
 
@@ -95,8 +97,8 @@ def of_data(run: RunDirectory, config: RunConfig, unread: bool = False) -> Itera
     mixes = config.rlhf.ptx.coefficient and (unread or not (run.data / DEMONSTRATIONS_FILE).exists())
     sources += [("rlhf.ptx.source", config.rlhf.ptx.source)] if mixes else []
     for setting, text in sources:
-        if text and text != EMBEDDED_DATA:
-            source = parse_source(text)
+        source = parse_source(text)
+        if text and text != EMBEDDED_DATA and not source.is_task:
             place = source.copy or source.path
             if not place.resolve().is_relative_to(run.path.resolve()):
                 how = "read" if place.exists() else "fetch from the hub"

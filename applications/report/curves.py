@@ -22,7 +22,8 @@ PHASES = {
 
 def charts(step: Step, rows: Rows, config: RunConfig) -> list[Chart]:
     """The curves of a step that have points."""
-    found = ppo_charts(rows, config) if step.draws_samples else supervised_charts(rows, step.loss)
+    unit = step.loss.replace(step.rows.unit, config.rows_of(step).unit)
+    found = ppo_charts(rows, config) if step.draws_samples else supervised_charts(rows, unit)
     return [each for each in found if any(line.points for line in each.series)]
 
 
@@ -44,12 +45,14 @@ def supervised_charts(rows: Rows, unit: str) -> list[Chart]:
     accuracy = series(rows, "accuracy", "train", "soft"), series(rows, "eval/accuracy", "held-out")
     scores = series(rows, "eval/chosen", "chosen"), series(rows, "eval/rejected", "rejected", "b")
     rewards = series(rows, "eval/reward/chosen", "chosen"), series(rows, "eval/reward/rejected", "rejected", "b")
+    unpaired = series(rows, "eval/reward/good", "good"), series(rows, "eval/reward/bad", "bad", "b")
     return [
         Chart("Accuracy", "share of pairs ranked right", accuracy, x, [Mark(0.5, "a coin")]),
         Chart("Loss", unit, loss, x),
         Chart("Perplexity", "of held-out demonstrations", [series(rows, "eval/perplexity", "perplexity")], x),
         Chart("Scores", "mean of held-out answers, raw", scores, x),
         Chart("Implicit rewards", "mean of held-out answers", rewards, x),
+        Chart("Implicit rewards", "mean of held-out answers", unpaired, x),
         speed(rows, x),
     ]
 
@@ -73,6 +76,11 @@ def ppo_charts(rows: Rows, config: RunConfig) -> list[Chart]:
         series(rows, "reward/score_mean", "score", spread="reward/score_std"),
         series(rows, "eval/reward", "held-out", "b"),
     )
+    means = sorted({key for row in rows for key in row if key.startswith("reward/") and key.endswith("_mean")})
+    sources = [
+        series(rows, key, key.removeprefix("reward/").removesuffix("_mean"), "abcdef"[place % 6])
+        for place, key in enumerate(key for key in means if key != "reward/score_mean")
+    ]
     lengths = (
         series(rows, "response/length_mean", "mean"),
         series(rows, "response/length_max", "longest", "soft"),
@@ -83,7 +91,8 @@ def ppo_charts(rows: Rows, config: RunConfig) -> list[Chart]:
         for name in ("generate", "generate_and_score", "score", "train")
     ]
     return [
-        Chart("Score", "of the reward model; band: one deviation", score, "iteration"),
+        Chart("Score", "of all that rewards; band: one deviation", score, "iteration"),
+        Chart("Rewards", "mean of each source", sources * (len(sources) > 1), "iteration"),
         one("KL to the SFT model", "nats a response", "kl/reference", "KL", bounds, held_out="eval/kl"),
         Chart("Length", "tokens of a response", lengths, "iteration", from_zero=True),
         one("Entropy", "nats a token; near 0 is collapse", "policy/entropy", "entropy"),

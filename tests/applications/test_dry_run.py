@@ -90,6 +90,14 @@ def test_dpo_has_pairs_a_reference_and_no_reward_model(laptop, tmp_path):
         check_fits(config, [DPO])
 
 
+def test_an_unpaired_loss_has_answers_and_a_reference_point(laptop, tmp_path):
+    config = config_of("opt-1.3b", "method=dpo", "dpo.loss=kto", "processes=8")
+    text = dry_run(config, [DPO], tmp_path, COMMANDS | {DPO: ["python", "dpo.py"]})
+    assert "64 answers = 8 in a micro-batch x 1 accumulated x 8 ranks" in line_of(text, "batch")
+    assert "a forward pass more" in line_of(text, "reference point")
+    assert "held-out answers" in line_of(text, "evaluations")
+
+
 def test_time_comes_from_the_planner_where_rates_are_known(monkeypatch, tmp_path):
     """Eight H100 by their data sheet: what the plan of the trainer costs; twice the iterations take twice as long."""
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
@@ -102,6 +110,8 @@ def test_time_comes_from_the_planner_where_rates_are_known(monkeypatch, tmp_path
     pairs, dpo = (expected_time(outlook, step) for step in (REWARD, DPO))
     assert pairs is not None and set(pairs.by_kind) == {"train"}  # a reward model of 0.3 billion
     assert dpo is not None and set(dpo.by_kind) == {"score", "train"} and dpo.seconds > pairs.seconds
+    kto = expected_time(outlook.with_settings({"dpo": {"loss": "kto"}}), DPO)
+    assert kto is not None and 0.5 < kto.seconds / dpo.seconds < 0.9  # one answer a row, and a forward pass more
     text = dry_run(outlook.config, [SFT, REWARD, PPO], tmp_path, COMMANDS)
     assert "an optimiser step" in line_of(text, "time", "Step 2") and "for all" in " ".join(text.split())
     # none on the way; two models answer 200 prompts, and an iteration draws 128 samples
@@ -288,6 +298,9 @@ def test_only_the_roles_that_step_3_has_are_shown_and_counted(laptop, tmp_path):
     assert "none: advantages by grpo" in line_of(text, "critic") and "1 x mine.py:score" in line_of(text, "reward")
     assert "average with decay 0.9" in text and "actor average, fp32" in text
     assert "critic weights" not in text and "reward weights" not in text and "reward, critic" not in text
+    by_name = ["rlhf.reward_function=[length:..40=0.5, json]", "rlhf.reward_weights={model: 0, function: 3}"]
+    text = dry_run(config_of("opt-125m", *given, *by_name), [SFT, PPO], tmp_path, COMMANDS)
+    assert "1.5 x length:..40" in text and "3 x json" in text and "reward weights" not in text
     with_model = dry_run(config_of("opt-125m", *given), [SFT, PPO], tmp_path, COMMANDS)
     assert "reward weights" in with_model and "critic weights" not in with_model
     for lora in ("0", "4"):

@@ -293,6 +293,18 @@ def test_the_reference_of_dpo_is_the_parents_where_it_saw_the_same_pairs(parent,
         shutil.rmtree(fork.run.path)
 
 
+def test_an_unpaired_loss_takes_no_reference_and_rows_anew_only_where_answers_had_labels(parent, made):
+    parent.step(DPO).reference_file.write_text("said of pairs")
+    fork = made("method=dpo", "dpo.loss=kto")
+    assert fork.trained == "2" and not fork.take().run.step(DPO).reference_file.exists()
+    assert (fork.run.data / "counts.json").exists()
+    shutil.rmtree(fork.run.path)
+    (parent.data / "counts.json").write_text('{"sources": ["rows.jsonl: 9 pairs (unpaired preference, text)"]}')
+    assert made("method=dpo").fork.other_data == ""
+    shutil.rmtree(fork.run.path)
+    assert made("method=dpo", "dpo.loss=kto").fork.other_data == "answers keep their labels"
+
+
 def test_demonstrations_of_another_file_are_not_taken_over(parent, made, tmp_path):
     (parent.data / "demonstrations.jsonl").write_text("kept")
     assert (made().take().run.data / "demonstrations.jsonl").exists()

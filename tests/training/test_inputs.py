@@ -130,7 +130,7 @@ def test_a_command_that_has_nothing_left_to_do_says_it(tmp_path, capsys, monkeyp
     assert "done already" in said and "new round" not in said
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "first-round2").mkdir(parents=True)
-    config.data.parent = str(tmp_path / "first")
+    config.data.parent, config.sft_model = str(tmp_path / "first"), "of the first"
     pipeline.run_pipeline(run, config, [SFT])
     said = "".join(capsys.readouterr().out.split())
     assert f"isthere now: rlhf-chat run --from {tmp_path}/first --go-on --name first-round3".replace(" ", "") in said

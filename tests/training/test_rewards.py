@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from inference.errors import UserError
 from tests.training.test_reward_sources import PROMPTS, RESPONSES, ROWS, endpoint, write  # noqa: F401
+from training.data.rows import write_rows
 from training.distributed import Ranks
 from training.formulas.shapings import SHAPINGS, RunningStatistics, running
 from training.reward_sources import RewardEndpoint, RewardFailed
-from training.rewards import Rewards, try_sources
+from training.rewards import Rewards, means_by_name, require_rows_for, try_sources
 from training.rlhf_settings import RLHFSettings
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -28,14 +30,63 @@ def test_the_sum_is_weighted_and_each_source_has_a_mean(tmp_path, endpoint):  # 
     totals, means = sources.total([1.0, -1.0], PROMPTS, RESPONSES, ROWS, group=1)
     assert sources.sources[1][0] == RewardEndpoint(endpoint.url, timeout=3.0, retries=7)
     assert totals == pytest.approx([2 + 1.5 + 1, -2 + 2.5 + 2])
-    assert means == {"reward/model_mean": 0.0, "reward/function_mean": 4.0, "reward/url_mean": 15.0}
+    assert means == {"model": 0.0, "function": 4.0, "url": 15.0}
+
+
+def test_several_functions_have_a_weight_a_metric_and_a_scale_each(tmp_path):
+    mine = write(tmp_path, "def score(p, r):\n return [10.0 * len(t) for t in r]\ndef even(p, r):\n return [7, 5]")
+    specs = [f"{mine}=0.5", "length:1=3", f"{tmp_path / 'mine.py'}:even"]
+    settings = RLHFSettings(reward_function=specs, reward_weights={"model": 1.0, "function": 2.0}, score_clip=0)
+    rewards = Rewards(settings, ONE)
+    found = rewards.reward([0.5, -0.5], PROMPTS, RESPONSES, ROWS, group=1)  # "yes", "no no"
+    assert found.parts == {
+        "model": ([0.5, -0.5], 1.0),
+        "mine.score": ([30.0, 50.0], 1.0),
+        "length": ([0.0, -1.0], 6.0),
+        "mine.even": ([7.0, 5.0], 2.0),
+    }
+    assert found.raw == [0.5 + 30 + 14, -0.5 + 50 - 6 + 10]
+    assert found.scores == pytest.approx([0.5 - 1 + 6 + 2, -0.5 + 1 - 6 - 2])
+    means = {name: value for name, value in found.metrics.items() if name.endswith("_mean")}
+    assert means == {
+        "reward/model_mean": 0.0,
+        "reward/mine.score_mean": 40.0,
+        "reward/length_mean": -0.5,
+        "reward/mine.even_mean": 6.0,
+    }
+    assert {name: (each["count"], each["mean"]) for name, each in rewards.state().items()} == {
+        "mine.score": (2, 40.0),
+        "length": (2, -0.5),
+        "mine.even": (2, 6.0),
+    }
+
+
+def test_rows_that_have_not_what_a_reward_reads_are_refused(tmp_path):
+    rewards = Rewards(RLHFSettings(reward_function=["length:3", "math"]), ONE)
+    rows = [{"prompt": PROMPTS[0], "extra": {"answer": "42"}}, {"prompt": PROMPTS[1]}]
+    for part, kept in (("train", rows[:1]), ("eval", rows[:1])):
+        write_rows(tmp_path / f"prompts_{part}.jsonl", kept)
+    require_rows_for(rewards, tmp_path)
+    for part in ("eval", "train"):
+        write_rows(tmp_path / f"prompts_{part}.jsonl", rows)
+        expected = r"math needs a number under 'answer' .*, and 1 of 2 prompts have none, the first 'three short words'"
+        with pytest.raises(UserError, match=expected):
+            require_rows_for(rewards, tmp_path)
+
+
+def test_an_evaluation_asks_rewards_by_name_alone_and_where_the_rows_suit(tmp_path):
+    mine = write(tmp_path, "raise RuntimeError")
+    settings = RLHFSettings(reward_function=[mine, "length:1=3", "math", "reasoning"])
+    assert means_by_name(settings, PROMPTS, RESPONSES, ROWS) == {"length": -0.5}
+    rows = [{"answer": number, "metadata": {"source_dataset": "no task"}} for number in (3, 4)]
+    assert means_by_name(settings, PROMPTS, ["so 3", "so 3"], rows) == {"length": -1.0, "math": 0.5}
 
 
 def test_without_a_reward_model_the_others_count_alone(tmp_path):
     spec = write(tmp_path, "def score(p, r):\n return [len(text) for text in r]")
     settings = RLHFSettings(reward_function=spec, reward_weights={"model": 0}, advantage="reinforce++")
     totals, means = Rewards(settings, ONE).total([7.0, 7.0], PROMPTS, RESPONSES, ROWS, group=1)
-    assert totals == [3.0, 5.0] and means == {"reward/function_mean": 4.0}
+    assert totals == [3.0, 5.0] and means == {"function": 4.0}
 
 
 class OtherRanks:

@@ -127,7 +127,7 @@ def build_chitchat(
         share_texts(texts, settings, seed, chat_format, prompts, held_out_prompts) if settings.split[1] > 0 else None
     )
     if rated:
-        sets.pairs_train, sets.pairs_eval, sets.panel = rated.pairs_train, rated.pairs_eval, rated.panel
+        sets.pairs_train, sets.pairs_eval, sets.panel = [*rated.pairs_train], [*rated.pairs_eval], rated.panel
         reader.left_out.update(rated.left_out)
     notes = [
         f"{len(known) - evaluated:,} dialogues to train on; held out: {evaluated:,} more, "

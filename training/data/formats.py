@@ -5,7 +5,8 @@
     {"messages": [...]}                                a conversation; each answer in it becomes a row
     {"text": ...}                                      a conversation as text
     {"prompt": ..., "response": ...}                   or "completion"; with a "label" beside it (TRL's unpaired
-                                                       preference) or a score as reading.py pairs the rows
+                                                       preference) or a score as reading.py pairs the rows, unless
+                                                       answers keep their labels (dpo.loss=kto)
     {"prompt": ...}                                    for step 3 only; other keys go to the reward function
 
 Other names of these columns are known to shapes.py, other spellings of messages to messages.py.
@@ -31,8 +32,8 @@ from training.data.messages import (
 from training.data.plain import plain
 from training.data.rated_answers import each_pair, number
 from training.data.rated_rows import BAD_ALONE, Rating, rating_of
-from training.data.rows import PairRow, PromptRow, Row, SFTRow
-from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, in_trls_columns, usual_name
+from training.data.rows import LabelledRow, PairRow, PromptRow, Row, SFTRow
+from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, both_bad, in_trls_columns, usual_name
 
 KNOWN_KEYS = (
     "prompt + chosen + rejected, messages, prompt + response, or prompt; or ShareGPT's conversations, or Alpaca's "
@@ -47,10 +48,13 @@ HINTS = [
     for answer in ("answer", "solution", "answers", "final_answer")
 ]
 """Keys that may be meant in several ways -> what to do."""
+UNPAIRED = "unpaired preference"
+"""The format of answers with a label each."""
 KEYS_NAMED = 6
 NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
 """Values of a column that need no word when it is not used."""
 NOT_TRAINED = "no answer in it is to be trained on (weight 0, or train false)"
+MARGIN_BELOW_0 = "its margin is below 0, so the chosen answer is not said to be the better one"
 GOOD_LABELS = frozenset(
     "true t yes y 1 +1 good positive pos chosen accepted accept preferred desirable desired correct right win "
     "like liked thumbs_up thumbsup thumb_up up upvote upvoted helpful 👍".split()
@@ -75,20 +79,24 @@ class ReadRow:
     """What the row says of its last answer."""
 
 
-def read_row(value: Any, every: bool = False) -> ReadRow:
-    """What one value of a file gives; of several rated answers `every` pair, or the best and the worst. Raises
-    BadRow."""
-    first, *others = [read_one(each) for each in each_pair(value, every)]
+def read_row(value: Any, every: bool = False, keeps_labels: bool = False) -> ReadRow:
+    """What one value of a file gives; of several rated answers `every` pair, or the best and the worst; answers with a
+    label may keep it. Raises BadRow."""
+    values = (keeps_labels and both_bad(value)) or each_pair(value, every)
+    first, *others = [read_one(each, keeps_labels) for each in values]
     return replace(first, rows=[*first.rows, *(row for read in others for row in read.rows)])
 
 
-def read_one(value: Any) -> ReadRow:
+def read_one(value: Any, keeps_labels: bool = False) -> ReadRow:
     row = trl_row(value)
     rows = parse_trl_row(row)
     extra = frozenset(cast(PromptRow, rows[0]).get("extra", ()))
     rating = read_rating(row)
     if rating is not None and rating.is_bad:
         rows = rows[-1:]
+    if rating is not None and rating.is_label and keeps_labels:
+        rows[-1] = cast(LabelledRow, {**rows[-1], "label": not rating.is_bad})
+        rating = None
     return ReadRow(rows, format_of(row), unused_keys(row), extra, rating)
 
 
@@ -150,15 +158,16 @@ def parse_trl_row(row: dict[str, Any]) -> list[Row]:
 
 def format_of(row: dict[str, Any]) -> str:
     """What TRL calls the format of a row that parse_trl_row takes, and how its texts are given."""
+    has_label = any(name in row for name in LABELS)
     if "chosen" in row:
         name, text = "preference" if "prompt" in row else "preference with implicit prompt", row["chosen"]
     elif answer := next((key for key in ANSWERS if key in row), None):
-        name = "unpaired preference" if any(name in row for name in LABELS) else "prompt-completion"
+        name = UNPAIRED if has_label else "prompt-completion"
         text = row[answer]
     elif "prompt" in row and "messages" not in row:
         name, text = "prompt-only", row["prompt"]
     else:
-        name, text = "language modeling", row.get("messages", "")
+        name, text = UNPAIRED if has_label and "messages" in row else "language modeling", row.get("messages", "")
     return f"{name}, {'messages' if isinstance(text, list) else 'text'}"
 
 
@@ -198,6 +207,8 @@ def parse_pair(row: dict[str, Any]) -> PairRow:
         require_trained(row[key], key)
     pair = PairRow(prompt=check_prompt(prompt), chosen=chosen[0]["content"], rejected=rejected[0]["content"])
     margin = number(row.get("margin"))
+    if margin is not None and margin < 0:
+        raise LeftOut(MARGIN_BELOW_0)
     return pair if margin is None else {**pair, "margin": margin}
 
 

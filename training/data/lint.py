@@ -17,7 +17,13 @@ from training.data.sources import parse_source
 from training.data.split import choose_groups, kind_of
 from training.evaluation.preferences import overview
 
-ANSWERS = {"pair": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
+ANSWERS = {
+    "pair": ("chosen", "rejected"),
+    "good": ("response",),
+    "bad": ("response",),
+    "sft": ("response",),
+    "prompt": (),
+}
 """The keys of a row's answers, by its kind."""
 PLACES_NAMED = 5
 LENGTH_BIAS = 0.6
@@ -99,6 +105,7 @@ def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -
         *same_answers(lines),
         *duplicates(lines, settings),
         *contradictions(lines),
+        *one_label(lines),
         *length_bias(lines, sizes),
         *cut_rows(lines, sizes, settings) * (chat_format is not None),
         *untrained_rows(lines, sizes, settings),
@@ -133,7 +140,7 @@ def duplicates(lines: Lines, settings: DataSettings) -> list[Finding]:
     seen: set[str] = set()
     places = []
     for row, place in zip(lines.rows, lines.places, strict=True):
-        text = json.dumps([row["prompt"], *answers(row)])
+        text = json.dumps([row["prompt"], *answers(row), row.get("label")])
         if text in seen and row.get("source") not in repeated:
             places.append(place)
         seen.add(text)
@@ -141,7 +148,7 @@ def duplicates(lines: Lines, settings: DataSettings) -> list[Finding]:
 
 
 def contradictions(lines: Lines) -> list[Finding]:
-    """Pairs whose answers stand the other way round in another pair."""
+    """Pairs whose answers stand the other way round in another pair, and answers with both labels."""
     known = {json.dumps([row["prompt"], *answers(row)]) for row in lines.rows if kind_of(row) == "pair"}
 
     def is_reversed(row: Row) -> bool:
@@ -149,8 +156,25 @@ def contradictions(lines: Lines) -> list[Finding]:
             return False
         return json.dumps([row["prompt"], *reversed(answers(row))]) in known
 
-    places = lines.where(is_reversed)
-    return found("warning", "contradictions", "the pair is there the other way round too", places)
+    def is_labelled(row: Row) -> bool:
+        others = {"good": "bad", "bad": "good"}
+        return json.dumps([row["prompt"], *answers(row), others.get(kind_of(row))]) in labelled
+
+    labelled = {json.dumps([row["prompt"], *answers(row), kind_of(row)]) for row in lines.rows if "label" in row}
+    places, both = lines.where(is_reversed), lines.where(is_labelled)
+    return [
+        *found("warning", "contradictions", "the pair is there the other way round too", places),
+        *found("warning", "contradictions", "the answer is labelled as good and as bad", both),
+    ]
+
+
+def one_label(lines: Lines) -> list[Finding]:
+    """Answers with a label, of which none is good or none bad."""
+    kinds = set(map(kind_of, lines.rows))
+    if kinds not in ({"good"}, {"bad"}):
+        return []
+    sentence = f"all answers are labelled as {kinds.pop()}, so there is nothing to tell apart"
+    return found("error", "one label", sentence, lines.places)
 
 
 def length_bias(lines: Lines, sizes: Sequence[Size]) -> list[Finding]:

@@ -2,10 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from inference.chat_format import ChatFormat
 from inference.disk import writing
@@ -17,8 +17,8 @@ from training.data.eval_data import read_eval_data
 from training.data.next_round import SHARES, go_on
 from training.data.rated_texts import load_texts
 from training.data.reading import SourceRows, read_sources
-from training.data.rows import PANEL_FILE, PairRow, RowSets, write_rows
-from training.data.split import keep_once, kind_of, shuffle, split_rows
+from training.data.rows import PANEL_FILE, LabelledRow, PairRow, RowSets, write_rows
+from training.data.split import USES, keep_once, kind_of, shuffle, split_rows
 from training.run_directory import read_json, write_directory, write_json
 from training.steps import METHODS
 
@@ -77,6 +77,7 @@ def prepare_data(
         counts.notes.append(eval_data.hold_out(sets, seed))
         left_out += [(place, reason) for each in eval_data.found for place, reason, _ in each.left_out]
     counts.rows = count_rows(sets)
+    require_both_labels(sets.pairs_train)
     require_difference(sets.pairs_train, settings, chat_format)
 
     def write(place: Path) -> None:
@@ -102,16 +103,28 @@ def read_counts(directory: Path) -> dict[str, Any]:
     return read_json(directory / COUNTS_FILE, f"delete {directory}, which the next step makes anew")
 
 
-def require_difference(pairs: list[PairRow], settings: DataSettings, chat_format: ChatFormat) -> None:
+def require_difference(rows: Sequence[PairRow | LabelledRow], settings: DataSettings, chat_format: ChatFormat) -> None:
     """Raise UserError where every chosen answer is the rejected one, as far as a model would read them."""
     limit = settings.max_response_tokens
-    if pairs and all(
+    pairs = [cast(PairRow, row) for row in rows if "chosen" in row]
+    if len(pairs) == len(rows) > 0 and all(
         chat_format.response_ids(row["chosen"], limit) == chat_format.response_ids(row["rejected"], limit)
         for row in pairs
     ):  # ends at the first that differs
         raise UserError(
             f"In all {len(pairs)} pairs chosen and rejected are the same in their first {limit} tokens, so there is "
             f"nothing to prefer: raise data.max_response_tokens, or choose other data."
+        )
+
+
+def require_both_labels(rows: Sequence[PairRow | LabelledRow]) -> None:
+    """Raise UserError where all answers with a label are good, or all bad, and no pair is beside them."""
+    kinds = set(map(kind_of, rows))
+    if kinds in ({"good"}, {"bad"}):
+        (label,) = kinds
+        raise UserError(
+            f"All {len(rows)} answers that DPO would learn from are labelled as {label}, so there is nothing to tell "
+            f"apart: give some with the other label too, or pairs."
         )
 
 
@@ -162,11 +175,12 @@ def split_and_blend(
         notes.append("too few questions to give each step some of its own: every step trains on all of them")
     elif (
         not settings.parent
-        and any(kind_of(row) == "pair" for row in rows)
+        and any("pairs" in USES[kind_of(row)] for row in rows)
         and sum(share > 0 for share in settings.split) > 1
     ):
         shared = ":".join(f"{share:g}" for share in settings.split)
-        notes.append(f"pairs are shared out over steps 1, 2 and 3 as {shared} (data.split)")
+        what = "pairs" if any(kind_of(row) == "pair" for row in rows) else "answers with a label"
+        notes.append(f"{what} are shared out over steps 1, 2 and 3 as {shared} (data.split)")
     return blend(sets, {each.source.label: each.source.weight for each in found}, seed), notes
 
 

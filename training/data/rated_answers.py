@@ -104,16 +104,29 @@ def each_pair(value: Any, every: bool = False) -> list[Any]:
 
 
 def every_pair(value: dict[str, Any], names: Mapping[str, str]) -> list[Any]:
-    """The value once for each two answers of its list of which one is rated higher, the furthest apart first."""
+    """The value once for each two different answers of its list of which one is rated higher, the furthest apart
+    first."""
     rated = rated_list({usual: value[name] for usual, name in names.items() if value[name] is not None})
     if rated is None:
         return []
     answers, scores, used = rated
     rest = {name: cell for name, cell in value.items() if name not in {names[column] for column in used}}
+    prompt_from_context(rest, names)
     return [
         {**rest, "chosen": answers[i], "rejected": answers[j], "margin": scores[i] - scores[j]}
         for i, j in ahead(scores)
+        if stripped(answers[i]) != stripped(answers[j])
     ]
+
+
+def stripped(answer: Any) -> Any:
+    return answer.strip() if isinstance(answer, str) else answer
+
+
+def prompt_from_context(row: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Messages in `context` beside several answers, as HelpSteer3 has them."""
+    if row.get(names.get("prompt", "prompt")) is None and looks_like_messages(row.get(names.get("context", ""))):
+        row["prompt"] = row.pop(names["context"])
 
 
 def ahead(scores: Mapping[int, float]) -> list[tuple[int, int]]:
@@ -145,12 +158,11 @@ def choose_answers(row: dict[str, Any]) -> None:
         if choice is None:
             return
         row["chosen"], row["rejected"], used, margin = choice
-        if "prompt" not in values and looks_like_messages(values.get("context")):
-            row["prompt"] = row.pop(names["context"])
+        prompt_from_context(row, names)
     for column in used - {"chosen", "rejected"}:
         del row[names[column]]
-    if margin is not None:
-        row.setdefault("margin", margin)
+    if margin is not None and number(row.get("margin")) is None:
+        row["margin"] = margin
 
 
 def single_turn(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from training.data.formats import KNOWN_KEYS, read_row
 from training.data.hub import fetch_files, matching
 from training.data.hub_sets import PLAIN, HubSet, find_set
 from training.data.rated_rows import Rating, pair_rows
+from training.data.reasoning import read_task
 from training.data.rows import Row
 from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
@@ -29,7 +31,13 @@ from training.evaluation.preferences import newest
 
 JUDGED_AGAIN = "the same person has judged these answers again"
 KEYS_NAMED = 12
-NAMES_OF_KINDS = {"pair": "pairs", "sft": "demonstrations", "prompt": "prompts"}
+NAMES_OF_KINDS = {
+    "pair": "pairs",
+    "good": "good answers",
+    "bad": "bad answers",
+    "sft": "demonstrations",
+    "prompt": "prompts",
+}
 
 
 @dataclass
@@ -92,11 +100,11 @@ def read_source(
 ) -> SourceRows:
     """One source, which may turn out to have no row."""
     result = SourceRows(source)
-    files, hub_set, result.notes = locate(source, report)
+    files, hub_set, result.notes = locate(source, report) if not source.is_task else ([], PLAIN, [])
     used, unused, extra = 0, set[str](), set[str]()
     ratings: dict[int, Rating] = {}
     judged: list[tuple[Row, Preference]] = []
-    for place, value in entries(files, hub_set):
+    for place, value in read_task(source.name) if source.is_task else entries(files, hub_set):
         preferences: list[Preference] = []
         try:
             if isinstance(value, CutShort) and result.preferences:  # the next one would cut it off
@@ -107,7 +115,7 @@ def read_source(
                 preferences = preferences_in(value)
                 result.preferences += preferences
                 value = hub_set.adapt(value)
-            read = read_row(value, settings.comparisons == "all")
+            read = read_row(value, settings.comparisons == "all", settings.keeps_labels)
             if chat_format is not None:
                 require_accepted(read.rows, chat_format)
         except BadRow as error:
@@ -118,7 +126,7 @@ def read_source(
                 ) from None
             result.left_out.append((place, str(error), not left_out))
             continue
-        judged += zip(read.rows, preferences, strict=False)
+        judged += product(read.rows, preferences)
         result.rows += read.rows
         result.places += [place] * len(read.rows)
         if read.rating is not None:

@@ -10,7 +10,7 @@ from typing import Any, NotRequired, TypedDict
 from inference.chat_template import Message
 from inference.errors import UserError
 from training.role_settings import Keep
-from training.steps import PROMPTS, Step
+from training.steps import PROMPTS, Step, TrainingRows
 
 
 class SFTRow(TypedDict):
@@ -34,6 +34,15 @@ class PairRow(TypedDict):
     margin: NotRequired[float]
     """By how much the chosen one is said to be better, where the data say it."""
     held_out_question: NotRequired[bool]
+    source: NotRequired[str]
+
+
+class LabelledRow(TypedDict):
+    """Step 2 by DPO with an unpaired loss: one response, and whether people like it."""
+
+    prompt: list[Message]
+    response: str
+    label: bool
     source: NotRequired[str]
 
 
@@ -63,7 +72,7 @@ class PanelRow(TypedDict):
 
 # What is not required comes with the embedded default: the scores, and in evaluation rows whether nothing was
 # trained on under the row's question. `source` is there where there are several.
-Row = SFTRow | PairRow | PromptRow
+Row = SFTRow | PairRow | LabelledRow | PromptRow
 
 
 @dataclass
@@ -72,8 +81,8 @@ class RowSets:
 
     sft_train: list[SFTRow] = field(default_factory=list)
     sft_eval: list[SFTRow] = field(default_factory=list)
-    pairs_train: list[PairRow] = field(default_factory=list)
-    pairs_eval: list[PairRow] = field(default_factory=list)
+    pairs_train: list[PairRow | LabelledRow] = field(default_factory=list)
+    pairs_eval: list[PairRow | LabelledRow] = field(default_factory=list)
     prompts_train: list[PromptRow] = field(default_factory=list)
     prompts_eval: list[PromptRow] = field(default_factory=list)
     panel: list[PanelRow] = field(default_factory=list)
@@ -144,8 +153,9 @@ INSTEAD = {
 """Command of a step -> how it goes without its rows."""
 
 
-def require_rows(directory: Path, step: Step, keep: Keep = "last") -> None:
-    """Raise UserError where a run's data directory has nothing for `step` to train on, or to choose the best by."""
+def require_rows(directory: Path, step: Step, keep: Keep = "last", rows: TrainingRows | None = None) -> None:
+    """Raise UserError where a run's data directory has nothing for `step` to train on, or to choose the best by. `rows`
+    are what it learns from with the run's settings."""
     if keep == "best" and (directory / f"{step.rows.name}_eval.jsonl").stat().st_size == 0:
         raise UserError(
             f"{step.command}.keep=best chooses by held-out rows, and the data hold none out for step {step.label}: "
@@ -154,12 +164,12 @@ def require_rows(directory: Path, step: Step, keep: Keep = "last") -> None:
     file = directory / f"{step.rows.name}_train.jsonl"
     if file.stat().st_size == 0:
         files = [each for each in directory.glob("*_*.jsonl") if each.stem != "left_out" and each.stat().st_size]
-        rows = sum(len(read_rows(each)) for each in files)
-        why = f"none of the data's {rows:,} rows is left for it: give more such rows (each step takes its share, some "
+        count = sum(len(read_rows(each)) for each in files)
+        why = f"none of the data's {count:,} rows is left for it: give more such rows (each step takes its share, some "
         why += "are held out), a larger share in data.split"
         if all(each.stem.startswith(PROMPTS.name) for each in files):
-            why = f"the data's {rows:,} rows are prompts alone: give such rows"
+            why = f"the data's {count:,} rows are prompts alone: give such rows"
         raise UserError(
-            f"Step {step.label} needs {step.rows.contents}, and {why}, "
+            f"Step {step.label} needs {(rows or step.rows).contents}, and {why}, "
             f"or {INSTEAD.get(step.command, 'leave the step out (--steps)')}."
         )

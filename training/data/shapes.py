@@ -31,7 +31,7 @@ QUESTIONS = ("instruction", "question", "query")
 SYSTEMS = ("system", "system_prompt")
 ANSWERS = ("response", "completion")
 KNOWN_COLUMNS = frozenset([*TEXTS, *LABELS, *CONVERSATIONS, *QUESTIONS, *SYSTEMS]) | {
-    *("history", "input", "context", "output", "tools"),
+    *("history", "input", "context", "output", "tools", "margin"),
 }
 """All that are looked at."""
 INDEX_COLUMNS = ("", "unnamed: 0", "__index_level_0__")
@@ -113,6 +113,14 @@ def from_preference(row: dict[str, Any]) -> None:
         raise LeftOut("one of the two answers is empty")
     for column in PREFERENCE_COLUMNS - PREFERENCE_TEXTS:
         del row[column]
+
+
+def both_bad(row: Any) -> list[dict[str, Any]]:
+    """Both answers of such a preference, with a label each; none of anything else."""
+    if not isinstance(row, dict) or not row.keys() >= PREFERENCE_COLUMNS or row["winner"] != "both bad":
+        return []
+    answers = (row["response_a"], row["response_b"])
+    return [{"prompt": row["prompt"], "completion": each, "label": False} for each in answers if str(each).strip()]
 
 
 def from_alpaca(row: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 rows.jsonl                    a file or directory
 Dahoas/rm-static@64fd53c      a data set of the hub, at a revision
 stanfordnlp/SHP@copies/SHP    a data set that we know, from a copy of its files
+reasoning:chain_sum           a task of reasoning-gym (training/data/reasoning.py)
 rows.jsonl=0.5                half of its rows; =2 is every row twice
 """
 
@@ -17,6 +18,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKINGS = (".gz", ".bz2", ".xz", ".zip")
 """What may stand behind them."""
+TASK_PREFIX = "reasoning:"
 
 
 def ending(file: Path) -> str:
@@ -32,6 +34,11 @@ class Source:
     """Behind the @: a revision of the hub, or the path of a copy."""
     weight: float = 1.0
     """How often each of its rows is trained on."""
+
+    @property
+    def is_task(self) -> bool:
+        """Whether reasoning-gym makes its rows."""
+        return self.name.startswith(TASK_PREFIX)
 
     @property
     def path(self) -> Path:
@@ -62,14 +69,15 @@ def parse_source(text: str) -> Source:
     if exists(text):
         return Source(text)
     name, _, at = text.rpartition("@")
-    if name and exists(at):
+    if name and exists(at) and not text.startswith(TASK_PREFIX):
         return Source(name, at)
     weight = 1.0
     if match := WEIGHT.fullmatch(text):
         text, weight = match["rest"], float(match["weight"])
         if weight == 0:
             raise UserError(f"The weight of {text} is 0: leave the source out, or give it a weight above 0.")
-    name, _, at = ("", "", "") if exists(text) else text.rpartition("@")
+    whole = exists(text) or text.startswith(TASK_PREFIX)
+    name, _, at = ("", "", "") if whole else text.rpartition("@")
     return Source(name, at, weight) if name and at else Source(text, "", weight)
 
 

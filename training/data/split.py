@@ -14,10 +14,16 @@ from typing import Any, TypeVar, cast
 from inference.chat_template import Message
 from inference.errors import UserError
 from training.data.one_spelling import one_spelling
-from training.data.rows import PairRow, PromptRow, Row, RowSets, SFTRow
+from training.data.rows import LabelledRow, PairRow, PromptRow, Row, RowSets, SFTRow
 
 T = TypeVar("T")
-USES = {"pair": ("sft", "pairs", "prompts"), "sft": ("sft",), "prompt": ("prompts",)}
+USES = {
+    "pair": ("sft", "pairs", "prompts"),
+    "good": ("sft", "pairs", "prompts"),
+    "bad": ("pairs", "prompts"),
+    "sft": ("sft",),
+    "prompt": ("prompts",),
+}
 """What rows of a kind can be, by their use in training. Where nothing else gives prompts, demonstrations do as well."""
 SHARES = ("sft", "pairs", "prompts")
 """What the shares of data.split are of."""
@@ -75,6 +81,9 @@ def check_shares(shares: tuple[float, float, float]) -> None:
 
 
 def kind_of(row: Row) -> str:
+    """`good` and `bad` are answers with a label each."""
+    if "label" in row:
+        return "good" if cast(LabelledRow, row)["label"] else "bad"
     return "pair" if "chosen" in row else "sft" if "response" in row else "prompt"
 
 
@@ -125,7 +134,7 @@ def identity(row: Any, evaluation: bool) -> tuple[Any, ...]:
     what a reward function is told beside a prompt."""
     prompt = tuple((message["role"], message["content"].strip()) for message in row["prompt"])
     extra = "" if evaluation or "extra" not in row else json.dumps(row["extra"], sort_keys=True, default=str)
-    return prompt, row.get("response"), row.get("chosen"), row.get("rejected"), extra
+    return prompt, row.get("response"), row.get("label"), row.get("chosen"), row.get("rejected"), extra
 
 
 def in_random_order(names: Sequence[str], salt: str) -> list[str]:
@@ -169,7 +178,7 @@ def add_rows(sets: RowSets, use: str, group: list[Row], evaluation: bool) -> Non
             sft = sets.sft_eval if evaluation else sets.sft_train
             sft.append(cast(SFTRow, {"prompt": row["prompt"], "response": response, **source}))
         elif use == "pairs":
-            (sets.pairs_eval if evaluation else sets.pairs_train).append(cast(PairRow, row))
+            (sets.pairs_eval if evaluation else sets.pairs_train).append(cast(PairRow | LabelledRow, row))
         else:
             prompts = sets.prompts_eval if evaluation else sets.prompts_train
             kept = {"extra": cast(PromptRow, row)["extra"]} if "extra" in row else {}

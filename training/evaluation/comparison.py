@@ -38,7 +38,7 @@ from training.evaluation.preferences import win_rates
 from training.evaluation.ranking import reward_accuracy
 from training.evaluation.scoring import Reader, RewardModel, reading
 from training.lineage import trained_elsewhere
-from training.rewards import Rewards
+from training.rewards import Rewards, means_by_name
 from training.run_directory import write_json, write_text
 from training.stage import Stage
 from training.steps import REWARD
@@ -84,6 +84,8 @@ class Comparison:
             raise UserError(
                 "The run holds out no prompts to answer: it needs more rows, a larger data.held_out, or --eval-data."
             )
+        self.prompts = [row["prompt"] for row in self.held_out]
+        self.extras = [row.get("extra", {}) for row in self.held_out]
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
         labels = (each.label(stage.run) for each in (self.model, self.against))
         self.preferences = win_rates(PreferenceFile(stage.run.preferences).read_or_say(stage.display.say), *labels)
@@ -183,7 +185,7 @@ class Comparison:
         known: dict[Path | str, tuple[list[float], list[float]]] = {"truth": (truth(theirs), truth(ours))}
         before = self.judge_before.source if self.judge_before is not None else None
         wanted = [self.reward_model, self.judge.source if self.judge is not None else None, before]
-        pairs = self.eval_rows("pairs")[: self.stage.config.evaluation.rows]
+        pairs = [row for row in self.eval_rows("pairs") if "chosen" in row][: self.stage.config.evaluation.rows]
         for directory in dict.fromkeys(wanted):
             if not isinstance(directory, Path):
                 continue
@@ -208,10 +210,11 @@ class Comparison:
             result["win_rate_before"] = of_before | {"judge": self.judge_before.name}
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
-            totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
-            known["reward"] = totals
-            for candidate, scores in zip((self.against, self.model), totals, strict=True):
+            found = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
+            known["reward"] = found[0][0], found[1][0]
+            for candidate, (scores, means) in zip((self.against, self.model), found, strict=True):
                 pair[candidate.key]["reward"] = statistics.mean(scores)
+                pair[candidate.key] |= of_sources(means)
         return None if self.judge is None else known[self.judge.source]
 
     def found_by_step_2(self) -> dict[str, Any]:
@@ -219,11 +222,9 @@ class Comparison:
         trained_here = self.given is None and not self.stage.config.given_model(REWARD)
         return self.stage.run.step(REWARD).read_result() if trained_here else {}
 
-    def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> list[float]:
-        """The sum that PPO was told to raise, answer by answer."""
-        prompts = [row["prompt"] for row in self.held_out]
-        extras = [row.get("extra", {}) for row in self.held_out]
-        return rewards.total(of_model, prompts, answers.texts, extras, group=1)[0]
+    def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> tuple[list[float], dict[str, float]]:
+        """The sum that PPO was told to raise, answer by answer, and the mean of each source."""
+        return rewards.total(of_model, self.prompts, answers.texts, self.extras, group=1)
 
     def answer(self, reader: Reader, candidate: Candidate) -> Answers:
         """Sampled as in PPO's rollouts; the same random numbers for every model."""
@@ -265,7 +266,7 @@ class Comparison:
         }
         if self.stage.config.evaluation.true_score == "upbeat":
             measured["true_score"] = statistics.mean(truth(answers))
-        return measured
+        return measured | of_sources(means_by_name(self.settings, self.prompts, answers.texts, self.extras))
 
     def write_answers(
         self, file: Path, theirs: Answers, ours: Answers, scores: tuple[list[float], list[float]] | None
@@ -279,6 +280,10 @@ class Comparison:
                 found |= {f"{self.against.key}_score": scores[0][i], f"{self.model.key}_score": scores[1][i]}
             lines.append(json.dumps(found, ensure_ascii=False) + "\n")
         write_text(file, "".join(lines))
+
+
+def of_sources(means: dict[str, float]) -> dict[str, float]:
+    return {f"reward/{name}": mean for name, mean in means.items()}
 
 
 def truth(answers: Answers) -> list[float]:

@@ -27,26 +27,41 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Implicit rewards of answers with a label each: float32 (answers), and whether they are good: bool (answers)."""
+
+    rewards: Tensor
+    good: Tensor
+    reference_point: float
+    """The same for all answers of an optimiser step, from 0 on: beta times an estimate of KL(policy, reference)."""
+
+
+@dataclass(frozen=True)
 class DPOLoss(Entry):
     """`formula` makes of Pairs the loss of each: (pairs)."""
 
     smooths: bool = False
     """Whether it reads `dpo.label_smoothing`."""
+    unpaired: bool = False
+    """Whether it is of Answers, not of Pairs: (answers)."""
 
     def complaint(self, found: Any, *given: Any) -> str:
         import torch
 
-        margin = given[0].margin
-        if not isinstance(found, torch.Tensor) or found.shape != margin.shape:
-            return f"must return a tensor of shape {tuple(margin.shape)}, not {str(found)[:80]!r}"
-        if margin.requires_grad and not found.requires_grad:
-            return "returned what cannot be differentiated: make it of chosen, rejected or margin, by torch alone"
-        is_theirs = bool(margin.isfinite().all()) and not found.isfinite().all()
+        of = given[0].rewards if self.unpaired else given[0].margin
+        if not isinstance(found, torch.Tensor) or found.shape != of.shape:
+            return f"must return a tensor of shape {tuple(of.shape)}, not {str(found)[:80]!r}"
+        if of.requires_grad and not found.requires_grad:
+            names = "rewards" if self.unpaired else "chosen, rejected or margin"
+            return f"returned what cannot be differentiated: make it of {names}, by torch alone"
+        is_theirs = bool(of.isfinite().all()) and not found.isfinite().all()
         return "returned losses that are not finite numbers" if is_theirs else ""
 
     def example(self, settings: Any) -> tuple[Any, ...]:
         import torch
 
+        if self.unpaired:
+            return (Answers(torch.tensor([0.0, 1.0], requires_grad=True), torch.tensor([True, False]), 0.0),)
         chosen, rejected = torch.tensor([[0.0, 1.0], [0.0, 0.0]], requires_grad=True)
         return (Pairs(chosen, rejected, settings.beta, settings.label_smoothing),)
 
@@ -108,6 +123,13 @@ def apo_down(pairs: Pairs) -> Tensor:
     return pairs.chosen.sigmoid() + 1 - pairs.margin.sigmoid()
 
 
+def kto(answers: Answers) -> Tensor:
+    """Of a good answer 1 - σ(r - z), of a bad one 1 - σ(z - r), where z = beta * max(0, mean log-ratio of each prompt's
+    wrong answer, that of the next one in the batch) (Ethayarajh et al. 2024, arXiv 2402.01306, equation 7)."""
+    over = answers.rewards - answers.reference_point
+    return 1 - over.where(answers.good, -over).sigmoid()
+
+
 DPO_LOSSES = Table(
     "dpo.loss",
     DPOLoss,
@@ -119,5 +141,6 @@ DPO_LOSSES = Table(
         "sppo_hard": DPOLoss(sppo_hard),
         "apo_zero": DPOLoss(apo_zero),
         "apo_down": DPOLoss(apo_down),
+        "kto": DPOLoss(kto, unpaired=True),
     },
 )

@@ -42,7 +42,7 @@ class DataflowGraph:
 
     @classmethod
     def of(cls, algorithm: str) -> "DataflowGraph":
-        """Of `ppo`, `grpo`, `dpo`, `sft` or `reward`. Raises UserError for another name."""
+        """Of `ppo`, `grpo`, `dpo`, `kto`, `sft` or `reward`. Raises UserError for another name."""
         if algorithm not in ALGORITHMS:
             raise UserError(f"There is no algorithm '{algorithm}'; choose one of {', '.join(ALGORITHMS)}.")
         return cls(ALGORITHMS[algorithm])

@@ -31,7 +31,7 @@ from training.models.loading import (
     require_scorer,
     resolve_dtype,
 )
-from training.rewards import Rewards, try_sources
+from training.rewards import Rewards, require_rows_for, try_sources
 from training.run_directory import RunDirectory, write_json
 from training.steps import REWARD, Step
 from training.tracking import require_packages
@@ -80,6 +80,8 @@ def prepare(
             require_rows(run.data, step, config.of_step(step).keep)
         if REWARD in trained_now and config.reward.margin:
             require_margins(read_rows(run.data / "pairs_train.jsonl"))
+        if rewards is not None:
+            require_rows_for(rewards, run.data)
     except UserError:
         if not are_there:  # so that the run's name is free
             shutil.rmtree(run.data)

@@ -16,7 +16,7 @@ from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
 from training.steps import DEMONSTRATIONS
-from training.supervised import fit
+from training.supervised import Task, fit
 
 FIRST_ANSWER_TOKENS = 32
 
@@ -62,7 +62,7 @@ def within_budget(rows: TokenRows, token_budget: int) -> TokenRows:
     return rows.first(max(1, int((rows.ends <= token_budget).sum()))) if token_budget else rows
 
 
-class SFTTask:
+class SFTTask(Task):
     name = "SFT"
 
     def __init__(self, stage: Stage, engine: ZeroEngine, rows: TokenRows, held_out: TokenRows):

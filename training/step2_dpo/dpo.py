@@ -17,9 +17,10 @@ from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.stage import Stage
-from training.step2_dpo.reference import load_own_reference, reference_logprobs, response_logprobs
+from training.step2_dpo.reference import Work, load_own_reference, reference_logprobs, response_logprobs
+from training.step2_dpo.unpaired import unpaired_work
 from training.steps import SFT
-from training.supervised import fit
+from training.supervised import Task, fit, rows_trained_on
 
 HELD_OUT = {
     "loss": "eval/loss",
@@ -42,32 +43,37 @@ def train(stage: Stage) -> None:
     for note in chat_format.notes:
         stage.display.say(note)
     rows, held_out = stage.rows(chat_format)
-    pairs = stage.token_pairs(rows, chat_format)
-    evaluated = stage.token_pairs(held_out[: settings.eval_rows], chat_format)
-    units = len(grouped(pairs, settings.by_prompt))
-    total = count_updates(units, settings)
+    work = (unpaired_work if settings.is_unpaired else paired_work)(stage, rows, held_out, chat_format)
+    total = count_updates(work.rows, settings)
 
-    sets = {"train": pairs, "eval": evaluated}
     if own := stage.own_reference():  # asked, and forgotten, before the policy is there
-        reference_logprobs(stage, lambda: load_own_reference(stage, own, chat_format), sets)
+        reference_logprobs(stage, lambda: load_own_reference(stage, own, chat_format), work.sets, work.needed)
     dtype, with_weights = loads(settings.optimizer.zero_stage, stage.dtype, stage.ranks)
     model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
     policy = Policy(model, settings.optimizer.lora)
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
-    made: dict[str, Any] = {"pairs": sets}
+    made: dict[str, Any] = {"pairs": work.sets}
     evaluation: dict[str, float] = {}
     for call in calls.DPO:
         inputs = {key: made[key] for key in call.inputs}
         if call.kind == "score":
-            made[call.outputs[0]] = reference_logprobs(stage, lambda: engine, **inputs)
+            made[call.outputs[0]] = reference_logprobs(stage, lambda: engine, **inputs, needed=work.needed)
         else:
-            evaluation = fit(stage, DPOTask(stage, engine, **inputs), settings, total)
+            evaluation = fit(stage, work.task(stage, engine, **inputs), settings, total)
 
     stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
-    stage.finish({"optimizer_steps": total, "rows": units, "held_out": len(evaluated), **evaluation})
+    stage.finish({"optimizer_steps": total, "rows": work.rows, "held_out": work.compared, **evaluation})
 
 
-class DPOTask:
+def paired_work(stage: Stage, rows: list[dict], held_out: list[dict], chat_format: ChatFormat) -> Work:
+    pairs = stage.token_pairs(rows, chat_format)
+    evaluated = stage.token_pairs(held_out[: stage.settings.eval_rows], chat_format)
+    groups = grouped(pairs, stage.settings.by_prompt)
+    needed = [groups[row] for row in rows_trained_on(len(groups), stage.settings, stage.seed)]
+    return Work({"train": pairs, "eval": evaluated}, needed, len(groups), len(evaluated), DPOTask)
+
+
+class DPOTask(Task):
     name = "DPO"
 
     def __init__(

@@ -1,6 +1,7 @@
 """Log-probabilities of the reference, asked once: the policy before its first update, or a model of one's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,12 +14,29 @@ from training.data.token_pairs import TokenPair, answers_of, grouped, tokens_of
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.frozen import freeze
 from training.hybrid_engine.zero_engine import ZeroEngine
+from training.metrics import Display
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
 from training.role_settings import FrozenSettings
 from training.run_directory import write_tensors
 from training.stage import Stage
-from training.supervised import rows_trained_on
+from training.supervised import Task
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kind of loss learns from, and what learns."""
+
+    sets: Mapping[str, Sequence[TokenPair]]
+    """`train` and `eval`: what the reference is asked about."""
+    needed: list[list[int]]
+    """The groups of `train` that an optimiser step will see, by the places of their pairs."""
+    rows: int
+    """Training rows: pairs, prompts with by_prompt, or answers."""
+    compared: int
+    """Held-out pairs that accuracy is counted on."""
+    task: Callable[..., Task]
+    """Of the stage, the engine, the sets and what the reference says of them."""
 
 
 def load_own_reference(stage: Stage, source: Path, chat_format: ChatFormat) -> nn.Module:
@@ -30,29 +48,36 @@ def load_own_reference(stage: Stage, source: Path, chat_format: ChatFormat) -> n
     return freeze(Policy(model), divided, stage.dtype, stage.ranks)
 
 
-def response_logprobs(engine: nn.Module | ZeroEngine, groups: list[list[TokenPair]], device: torch.device) -> Tensor:
+def response_logprobs(
+    engine: nn.Module | ZeroEngine, groups: Sequence[Sequence[TokenPair]], device: torch.device
+) -> Tensor:
     """Of whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
     rows, places = answers_of(groups)
+    return row_logprobs(engine, rows, device)[places.to(device)]
+
+
+def row_logprobs(engine: nn.Module | ZeroEngine, rows: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """Of the whole responses of prompts and responses: float32 (rows), from one forward pass."""
     logprobs, _ = engine(TokenBatch.of(rows, device))
-    sums = [part.sum() for part in logprobs.split([len(response) for _, response in rows])]
-    return torch.stack(sums)[places.to(device)]
+    return torch.stack([part.sum() for part in logprobs.split([len(response) for _, response in rows])])
 
 
 def reference_logprobs(
-    stage: Stage, reference: Callable[[], nn.Module | ZeroEngine], pairs: dict[str, list[TokenPair]]
+    stage: Stage,
+    reference: Callable[[], nn.Module | ZeroEngine],
+    pairs: Mapping[str, Sequence[TokenPair]],
+    needed: list[list[int]],
 ) -> dict[str, Tensor]:
     """For `train` and `eval` pairs float32 (2, pairs), on every rank: from the step's directory, else scored and kept.
 
-    NaN for pairs that no optimiser step will see. A `reference` that is trained must still have the weights that it
-    began with; fresh adapters change nothing.
+    `needed` are the groups of training pairs that an optimiser step will see; NaN for the others. A `reference` that is
+    trained must still have the weights that it began with; fresh adapters change nothing.
     """
     file = stage.directory.reference_file
     stage.ranks.see(file)
     kept = load_file(file) if file.exists() else {}
     stage.ranks.barrier("a look at the reference")  # all have looked before the first rank writes
     train, held_out = pairs["train"], pairs["eval"]
-    groups = grouped(train, stage.settings.by_prompt)
-    needed = [groups[row] for row in rows_trained_on(len(groups), stage.settings, stage.seed)]
     places = [place for group in needed for place in group]
     same = {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}
     if same and not kept["train"][:, places].isnan().any():  # a longer run needs more of them
@@ -69,7 +94,11 @@ def reference_logprobs(
 
 @torch.no_grad()
 def score_pairs(
-    stage: Stage, engine: nn.Module | ZeroEngine, pairs: list[TokenPair], needed: list[list[int]]
+    stage: Stage,
+    engine: nn.Module | ZeroEngine,
+    pairs: Sequence[TokenPair],
+    needed: list[list[int]],
+    quiet: bool = False,
 ) -> Tensor:
     """Each rank scores its share of the `needed` groups, then all know all of it; float32 (2, pairs)."""
     result = torch.full((2, len(pairs)), torch.nan)
@@ -78,7 +107,7 @@ def score_pairs(
     found, budget = torch.zeros(2, len(pairs)), stage.settings.micro_batch_tokens
     groups = [[pairs[place] for place in group] for group in needed]
     plan = plan_micro_batches([tokens_of(group) for group in groups], budget, stage.ranks.size)[stage.ranks.rank]
-    with stage.display.progress("Reference", len(plan)) as bar:
+    with (Display(quiet=True) if quiet else stage.display).progress("Reference", len(plan)) as bar:
         for micro_batch in plan:
             values = response_logprobs(engine, [groups[row] for row in micro_batch.rows], stage.ranks.device)
             if micro_batch.weight:

@@ -21,7 +21,7 @@ from training.models.loading import load_scorer
 from training.models.scorer import Scorer, at_last_token
 from training.stage import Stage
 from training.steps import SFT
-from training.supervised import fit
+from training.supervised import Task, fit
 
 ACCURACY_UP_TO = {
     8: "eval/accuracy_up_to_8_tokens",
@@ -76,7 +76,7 @@ def initial_model(stage: Stage) -> Path:
     return stage.earlier_model(SFT)
 
 
-class RewardTask:
+class RewardTask(Task):
     name = "Reward model"
 
     def __init__(self, stage: Stage, engine: ZeroEngine, pairs: list[TokenPair], held_out: list[TokenPair]):

@@ -41,10 +41,11 @@ class HeldOut:
         experience = self.rollouts.answers(self.prompts, SamplingKey(self.stage.seed, ITERATION))
         texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
         prompts, extras = zip(*((row["prompt"], row.get("extra", {})) for row in self.rows), strict=True)
-        totals, _ = self.rewards.total([e.score for e in experience], list(prompts), texts, list(extras), group=1)
+        totals, means = self.rewards.total([e.score for e in experience], list(prompts), texts, list(extras), group=1)
         kl = {"eval/kl": mean_kl(experience)} if self.stage.config.rlhf.has_reference else {}
         return {
             "eval/reward": mean(totals),
+            **{f"eval/reward/{name}": value for name, value in means.items() if len(means) > 1},
             **kl,
             "eval/length": mean([len(e.response) for e in experience]),
             "eval/ended_fraction": mean([e.ended for e in experience]),

@@ -91,6 +91,8 @@ def without_margin(row):
         ({"chosen": "good", "rejected": "bad", "score_chosen": 2.5, "score_rejected": "2"}, 0.5),
         ({"chosen": "good", "rejected": "bad"}, None),
         ({"good": "good", "bad": "bad", "margin": "wide"}, None),
+        ({"chosen": "good", "rejected": "bad", "Margin": 2}, 2),
+        ({"chosen": "good", "rejected": "bad", "margin": "wide", "score_chosen": 3, "score_rejected": 2}, 1),
         ({"response_1": "good", "response_2": "bad", "preference_strength": -2}, 2),
         ({"response_a": "bad", "response_b": "good", "score_a": -1, "score_b": 3}, 4),
         ({"response_a": "bad", "response_b": "good", "winner": "b"}, None),
@@ -122,6 +124,20 @@ def test_of_all_comparisons_each_two_with_different_scores_are_a_pair(row):
     assert read.unused == {"id"} & row.keys()
 
 
+def test_an_answer_that_is_there_twice_is_compared_with_the_others_alone():
+    twice = {"prompt": "q", "responses": ["so", "so ", "bad"], "scores": [3, 2, 1]}
+    found = [(pair["chosen"], pair["rejected"], pair["margin"]) for pair in read_row(twice, every=True).rows]
+    assert found == [("so", "bad", 2), ("so", "bad", 1)]
+    with pytest.raises(BadRow, match="are the same"):
+        read_row({"prompt": "q", "responses": ["so", "so"], "scores": [3, 2]}, every=True)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_the_context_of_several_answers_is_their_prompt(every):
+    row = {"context": [{"role": "user", "content": "q"}], "responses": ["good", "bad"], "scores": [3, 1]}
+    assert [without_margin(pair) for pair in read_row(row, every).rows] == [PAIR]
+
+
 def test_all_comparisons_of_what_has_no_scores_are_those_of_before():
     several = {"prompt": "q", "chosen": ["good", "so"], "rejected": ["bad"]}
     assert [pair["chosen"] for pair in read_row(several, every=True).rows] == ["good", "so"]
@@ -138,6 +154,7 @@ def test_all_comparisons_of_what_has_no_scores_are_those_of_before():
         ({"prompt": "q", "response_a": "a", "response_b": "b", "score_a": 1, "score_b": 1.0}, "neither of the two"),
         ({"prompt": "q", "response_1": "a", "response_2": "b", "overall_preference": 0}, "neither of the two"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": 1, "rejected_score": 1}, "no higher score"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": -0.5}, "margin is below 0"),
     ],
 )
 def test_where_no_answer_is_better_the_row_is_left_out(row, reason):

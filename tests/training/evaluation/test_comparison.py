@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from applications.report_table import table_rows
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.sample import Sample
@@ -320,12 +321,19 @@ def test_the_reward_function_is_loaded_only_to_judge(stage, finished, tmp_path):
     settings.config.rlhf.reward_function = f"{code}:score"
     comparison = Comparison(settings)
     assert comparison.judge.name == "learned reward" and not (tmp_path / "mine.py.ran").exists()
+    settings.config.rlhf.reward_function = [f"{code}:score", "length:..1=0.5"]
     assert Comparison(settings, Request(judge="learned")).judge == comparison.judge
     settings.config.trained_reward_model, settings.config.rlhf.reward_weights.model = "", 0.0
     result = Comparison(settings, Request(judge="reward", prompts=3)).run(tmp_path / "r.json", tmp_path / "a.jsonl")
     assert result["win_rate"]["judge"] == "reward" and (tmp_path / "mine.py.ran").exists()
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [row["rlhf_score"] for row in rows] == [len(row["rlhf"]) / 10 for row in rows]
+    words = [0.5 * min(0, 1 - len(row["rlhf"].split())) for row in rows]
+    assert [row["rlhf_score"] for row in rows] == [
+        len(row["rlhf"]) / 10 + each for row, each in zip(rows, words, strict=True)
+    ]
+    assert result["rlhf"]["reward/length"] == pytest.approx(2 * sum(words) / 3)
+    labels = [label for label, *_ in table_rows(result)]
+    assert labels[labels.index("reward, all sources") + 1 :][:2] == ["reward length", "reward function"]
 
 
 def test_a_run_or_a_directory_can_be_measured(stage, finished, tmp_path):

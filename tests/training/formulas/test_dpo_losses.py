@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
+from training.formulas.dpo_losses import DPO_LOSSES, Answers, Pairs, implicit_rewards
 
 
 def test_rewards_are_beta_times_the_log_ratio():
@@ -17,6 +17,7 @@ def test_rewards_are_beta_times_the_log_ratio():
     assert implicit_rewards(logprobs, reference, lengths, beta=2.0).tolist() == [[0.5, 0.0], [-4.0, 4.0]]
 
 
+PAIRED = [name for name, entry in DPO_LOSSES.entries.items() if not entry.unpaired]
 ONE = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
 """-log sigmoid of 1 and of -1."""
 SIGMOID = {x: 1 / (1 + math.exp(-x)) for x in (-0.5, 0.5, 1.5, 1.0)}
@@ -31,7 +32,7 @@ BY_HAND = {  # rewards 0 and 0, 0.5 and -0.5, 1.5 and 0.5 (margins 0, 1, 1), wit
 }
 
 
-@pytest.mark.parametrize("name", DPO_LOSSES.entries)
+@pytest.mark.parametrize("name", PAIRED)
 def test_each_loss_by_hand(name):
     pairs = Pairs(torch.tensor([0.0, 0.5, 1.5]), torch.tensor([0.0, -0.5, 0.5]), beta=0.5, smoothing=0.25)
     entry = DPO_LOSSES.entries[name]
@@ -42,7 +43,7 @@ def test_each_loss_by_hand(name):
     assert torch.equal(found, unsmoothed) != entry.smooths
 
 
-@pytest.mark.parametrize("name", DPO_LOSSES.entries)
+@pytest.mark.parametrize("name", PAIRED)
 def test_each_loss_pulls_a_new_policy_the_right_way(name):
     chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     DPO_LOSSES.entries[name].formula(Pairs(chosen, rejected, beta=0.5)).sum().backward()
@@ -56,3 +57,13 @@ def test_smoothing_is_least_where_the_share_of_right_labels_is():
     DPO_LOSSES.entries["sigmoid"].formula(pairs).sum().backward()
     sigmoid = 1 / (1 + math.exp(-2))
     assert margins.grad.tolist() == pytest.approx([0.5 - 0.75, sigmoid - 0.75], abs=1e-6)
+
+
+def test_kto_by_hand():
+    answers = Answers(torch.tensor([1.5, 0.5, 1.5, 0.0]), torch.tensor([True, True, False, False]), 0.5)
+    entry = DPO_LOSSES.entries["kto"]
+    found = entry.formula(answers)
+    assert found.tolist() == pytest.approx([1 - SIGMOID[1.0], 0.5, SIGMOID[1.0], 1 - SIGMOID[0.5]], abs=1e-6)
+    assert entry.complaint(found, answers) == "" and "shape (4,)" in entry.complaint(found.sum(), answers)
+    (example,) = entry.example(None)
+    assert entry.complaint(entry.formula(example), example) == ""

@@ -136,6 +136,23 @@ def test_data_without_a_row_for_the_step_leave_nothing(tiny, tmp_path):
     assert not run.data.exists()
 
 
+def test_prompts_that_a_reward_by_name_cannot_judge_are_refused_at_once(tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "a", "answer": 1}\n{"prompt": "b"}\n{"prompt": "c", "answer": 2}\n'
+    )
+    given = [
+        f"model={tiny}",
+        f"sft_model={tiny}",
+        f"data.source={tmp_path / 'rows.jsonl'}",
+        "rlhf.reward_weights.model=0",
+    ]
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match=r"rlhf\.reward_function=math needs a number under 'answer' .* the first 'b'"):
+        prepare(load_config([], [*given, "rlhf.reward_function=math"]), run, 1, lambda line: None)
+    assert not run.data.exists()
+    prepare(load_config([], [*given, "rlhf.reward_function=length:3"]), run, 1, lambda line: None)
+
+
 def test_the_seed_of_the_split_alone_decides_the_rows_and_where_models_come_from_is_said(tiny, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"prompt": "Question {n}?", "response": "Answer {n}."}}\n' for n in range(40)))

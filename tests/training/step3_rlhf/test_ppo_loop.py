@@ -58,6 +58,22 @@ NO_ROLE_SCORES = {
     "checkpoint_every": 0,
     "actor": {"learning_rate": 1e-2, "warmup": 0, "lora": {"rank": 2}},
 }
+BY_NAME = {
+    **BASE,
+    "advantage": "reinforce++",
+    "iterations": 12,
+    "samples_per_prompt": 8,
+    "mini_batches": 1,
+    "missing_end_penalty": 0,
+    "kl": {"coefficient": 0},
+    "reward_weights": {"model": 0},
+    "reward_function": ["regex:[A-Z]=2", "length:..1=0.5"],
+    "actor": {"learning_rate": 1e-2, "warmup": 0, "schedule": "constant"},
+    "eval_every": 12,
+    "eval_prompts": 4,
+    "rollouts_every": 12,
+    "checkpoint_every": 6,
+}
 SAMPLING = ("max_tokens", "temperature", "min_tokens")
 LOW = {"stop": 1e-3}
 TIMES = ("time/", "plan/", "tokens_per_second", "memory/")
@@ -226,6 +242,14 @@ def run_alone(ranks, directory):
     return found
 
 
+def run_by_name(ranks, directory):
+    """One process: rewards by name, without a reward model."""
+    models = make_models(ranks, directory)
+    found = {"whole": told(run_step(ranks, directory / "whole", models, BY_NAME))}
+    run_step(ranks, directory / "killed", models, BY_NAME, killed_in=8)
+    return found | {"killed": told(run_step(ranks, directory / "killed", models, BY_NAME))}
+
+
 def bound_of(metrics: list[dict]) -> tuple[int, dict]:
     """The first iteration from the third on whose KL is higher than all before, and settings that end there."""
     kls = [line["kl/reference"] for line in metrics]
@@ -292,6 +316,11 @@ def run_together(ranks, directory):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     return run_ranks(__file__, "run_alone", 1, tmp_path_factory.mktemp("loop"))[0]
+
+
+@pytest.fixture(scope="module")
+def by_name(tmp_path_factory):
+    return run_ranks(__file__, "run_by_name", 1, tmp_path_factory.mktemp("loop"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -455,6 +484,31 @@ def test_scores_are_reported_as_given_and_learned_from_on_one_scale(alone):
     assert shift == pytest.approx(first["reward/model_mean"], abs=1e-6) and scale != 1
     assert first["value/mean"] == pytest.approx((alone["warm"]["values"][0] - shift) / scale, rel=1e-4)
     assert alone["warm"]["metrics"][1]["value/mean"] == pytest.approx(alone["warm"]["values"][1], rel=1e-4)
+
+
+def test_a_reward_by_name_is_learned_in_seconds(by_name):
+    first, *iterations, last = by_name["whole"]["metrics"]  # the first and the last are evaluations
+    means = [line["reward/regex_mean"] for line in iterations]
+    assert sum(means[-3:]) / 3 > sum(means[:3]) / 3 + 0.3
+    assert last["eval/reward/regex"] > first["eval/reward/regex"] + 0.3
+
+
+def test_several_rewards_are_told_apart_wherever_their_sum_is(by_name):
+    for line in by_name["whole"]["metrics"]:
+        if "eval/reward" in line:
+            parts, total = [line[f"eval/reward/{name}"] for name in ("regex", "length")], line["eval/reward"]
+        else:
+            parts, total = [line[f"reward/{name}_mean"] for name in ("regex", "length")], line["reward/score_mean"]
+        assert total == pytest.approx(2 * parts[0] + 0.5 * parts[1])
+    for sample in map(json.loads, by_name["whole"]["rollouts"].splitlines()):
+        text = sample["response"].removesuffix("<|end|>")
+        assert sample["reward/regex"] == any("A" <= sign <= "Z" for sign in text)
+        assert sample["reward/length"] == min(0, 1 - len(text.split()))
+
+
+def test_a_run_with_several_rewards_that_was_killed_ends_as_one_that_was_not(by_name):
+    whole, resumed = by_name["whole"], by_name["killed"]
+    assert learning(resumed["metrics"]) == learning(whole["metrics"]) and resumed["model"] == whole["model"]
 
 
 def test_no_model_outside_the_bound_is_left(alone):
