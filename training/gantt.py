@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # takes a second to import
     from matplotlib.figure import Figure
 
-COLOURS = {
+CALL_COLOURS = {
     "actor_generate": "#4c78a8",
     "actor_score": "#6b8e9f",
     "reference_score": "#ab8b09",

@@ -26,10 +26,10 @@ MOST_POINTS = 60
 """More than these are averaged in groups."""
 FEW_POINTS = 12
 """Up to so many are drawn as dots too."""
-COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "d": "#8a3ab9", "e": "#b3265e", "f": "#6d6a12"}
-VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {each: f"var(--{name})" for name, each in COLOURS.items()}
-COLOURS["soft"] = "#868e99"
-VARIABLES[COLOURS["soft"]] = "var(--faint)"
+LINE_COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "d": "#8a3ab9", "e": "#b3265e", "f": "#6d6a12"}
+VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {each: f"var(--{name})" for name, each in LINE_COLOURS.items()}
+LINE_COLOURS["soft"] = "#868e99"
+VARIABLES[LINE_COLOURS["soft"]] = "var(--faint)"
 """What takes the place of the colours, so that the style sheet decides."""
 
 Point = tuple[float, float]
@@ -37,7 +37,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `colour` is one of COLOURS."""
+    """One line. `colour` is one of LINE_COLOURS."""
 
     label: str
     points: Sequence[Point]
@@ -83,7 +83,7 @@ def line_chart(chart: Chart, name: str) -> Markup:
         draw(each, axes)
     xs = sorted({x for each in named for x, _ in each.points})
     for mark in chart.marks:
-        axes.axhline(mark.value, color=COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
+        axes.axhline(mark.value, color=LINE_COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
         axes.annotate(
             mark.label,
             (1, mark.value),
@@ -130,7 +130,7 @@ def value_ticks(low: float, high: float, from_zero: bool) -> Sequence[float]:
 def draw(series: Series, axes: Axes) -> None:
     """Band, line and last point; a dot for each where there are few. The legend has the last value."""
     xs, ys = zip(*series.points, strict=True)
-    colour, soft = COLOURS[series.colour], series.colour == "soft"
+    colour, soft = LINE_COLOURS[series.colour], series.colour == "soft"
     if series.spread:
         low, high = ([y + sign * s for y, s in zip(ys, series.spread, strict=True)] for sign in (-1, 1))
         axes.fill([*xs, *xs[::-1]], [*low, *high[::-1]], color=colour, alpha=0.14, clip_on=False)
@@ -206,9 +206,9 @@ def interval(rate: float, low: float, high: float, colour: str, name: str) -> Ma
     picture, axes = strip()
     axes.set(xlim=(-0.02, 1.02), ylim=(-1, 1))
     axes.axhline(0, color=GRID, linewidth=1, clip_on=False)
-    axes.axvline(0.5, color=COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
-    axes.hlines(0, low, high, color=COLOURS[colour], alpha=0.45, linewidth=4, clip_on=False)
-    axes.plot(rate, 0, "o", color=COLOURS[colour], markersize=11, markeredgewidth=0, clip_on=False)
+    axes.axvline(0.5, color=LINE_COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
+    axes.hlines(0, low, high, color=LINE_COLOURS[colour], alpha=0.45, linewidth=4, clip_on=False)
+    axes.plot(rate, 0, "o", color=LINE_COLOURS[colour], markersize=11, markeredgewidth=0, clip_on=False)
     return inline(svg(picture, name, VARIABLES), "interval", f"{rate:.1%}, from {low:.1%} to {high:.1%}")
 
 
@@ -228,7 +228,7 @@ def stacked_bar(segments: Sequence[Segment], longest: float) -> Markup:
     titles: dict[str, str] = {}
     for each in segments:
         (bar,) = axes.barh(
-            0, each.seconds, 2, start, color=COLOURS[each.colour], clip_on=False, gid=f"part {len(titles)}"
+            0, each.seconds, 2, start, color=LINE_COLOURS[each.colour], clip_on=False, gid=f"part {len(titles)}"
         )
         titles[bar.get_gid()] = f"{each.label}: {each.seconds:.1f} s"
         start += each.seconds

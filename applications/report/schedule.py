@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from applications.report.charts import VARIABLES, inline, number
-from training.gantt import COLOURS, PASS_COLOURS, Bar, Panel, draw
+from training.gantt import CALL_COLOURS, PASS_COLOURS, Bar, Panel, draw
 from training.pictures import ROW_COLOUR, drawing, svg
 from training.run_directory import RunDirectory, read_json
 from training.steps import PPO
@@ -62,7 +62,7 @@ def picture(found: Mapping[str, Any]) -> Markup | None:
     if not all(any(panel.rows.values()) for panel in panels):
         return None
     shown = {bar.kind for each in panels for bars in each.rows.values() for bar in bars}
-    known = COLOURS | PASS_COLOURS
+    known = CALL_COLOURS | PASS_COLOURS
     drawn, titles = draw(panels, {kind: colour for kind, colour in known.items() if kind in shown})
     colours = {**VARIABLES, ROW_COLOUR: "var(--grid)"}
     return inline(svg(drawn, "gantt", colours, titles), "gantt", "what each rank did when, predicted and achieved")

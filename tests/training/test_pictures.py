@@ -90,7 +90,7 @@ def test_it_asks_for_nothing_and_is_the_same_bytes_each_time(text, picture):
 @pytest.mark.parametrize(
     "colours",
     [
-        plan_report.COLOURS.values(),
+        plan_report.CALL_COLOURS.values(),
         inter_stage_fusion.COLOURS.values(),
         fused_schedules.COLOURS.values(),
         fusion_simulation.COLOURS,
