@@ -5,11 +5,8 @@ from typing import Annotated
 
 import typer
 
-from applications.data_commands import data_app
-from applications.help_pages import Command, Group
-from applications.machine_commands import doctor, plan, profile
-from applications.model_commands import chat, evaluate, export, prefer, report, samples, serve, settings
-from applications.options import (
+from applications.command_line import (
+    Command,
     Config,
     Data,
     Debug,
@@ -17,6 +14,7 @@ from applications.options import (
     From,
     Fusion,
     GoOn,
+    Group,
     Json,
     Method,
     Model,
@@ -30,6 +28,9 @@ from applications.options import (
     SFTModel,
     Trust,
 )
+from applications.data_commands import data_app
+from applications.machine_commands import doctor, plan, profile
+from applications.model_commands import chat, evaluate, export, prefer, report, samples, serve, settings
 from applications.run_commands import clean, compare, runs
 from training.steps import COMPARED, PPO, REWARD, SFT, Step
 

@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from applications.help_pages import Command, Group
-from applications.options import Debug, Json, Model, Set, Trust
+from applications.command_line import Command, Debug, Group, Json, Model, Set, Trust
 
 data_app = typer.Typer(
     cls=Group,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from applications.options import Config, Debug, Json, RewardModel, Set, Trust
+from applications.command_line import Config, Debug, Json, RewardModel, Set, Trust
 
 
 def plan(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from applications.options import Debug, Json, RunPath, Trust
+from applications.command_line import Debug, Json, RunPath, Trust
 from training.steps import STEPS, WRITING
 
 OWN_MODELS = ", ".join(step.command for step in WRITING)

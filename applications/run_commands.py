@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from applications.options import Debug, Json, Trust
+from applications.command_line import Debug, Json, Trust
 
 
 def runs(
