@@ -28,10 +28,8 @@ from applications.command_line import (
     SFTModel,
     Trust,
 )
-from applications.data_commands import data_app
-from applications.machine_commands import doctor, plan, profile
 from applications.model_commands import chat, evaluate, export, prefer, report, samples, serve, settings
-from applications.run_commands import clean, compare, runs
+from applications.tool_commands import clean, compare, data_app, doctor, plan, profile, runs
 from training.steps import COMPARED, PPO, REWARD, SFT, Step
 
 app = typer.Typer(

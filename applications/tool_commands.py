@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from applications.command_line import Config, Debug, Json, RewardModel, Set, Trust
+from applications.command_line import Command, Config, Debug, Group, Json, Model, RewardModel, Set, Trust
 
 
 def plan(
@@ -130,3 +130,120 @@ def doctor(
     if model is not None:
         require_reading(Path(model).expanduser(), trust)
     raise typer.Exit(doctor_command(model, tp, dtype, hub))
+
+
+def runs(
+    directory: Annotated[Path, typer.Argument(metavar="[DIRECTORY]", help="Where the runs are.")] = Path("runs"),
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What runs there are: step, state, when it was begun, time, size, result; what was written last comes first.
+
+    rlhf-chat runs
+
+    rlhf-chat runs /scratch/ann --json
+    """
+    from applications.runs import runs_command
+
+    runs_command(directory, json_)
+
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or directories of runs.")]
+
+
+def compare(
+    runs: Runs,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with the curves of all. Default: none.")
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print everything as CSV, a row a run.")] = False,
+    json_: Json = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Runs side by side: the settings that differ, results with their intervals, runs of several seeds together.
+
+    rlhf-chat compare runs/demo runs/b
+
+    rlhf-chat compare runs/kl* --out kl.html
+    """
+    from applications.compare import compare_command
+
+    compare_command(runs, out, csv, json_, trust)
+
+
+def clean(
+    runs: Runs,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Also the newest checkpoints, without which no step goes on or grows.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete without a question; else a terminal asks, and a pipe only says.")
+    ] = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Free what runs can do without: older checkpoints, tokens, leftovers; never a model, never of a run in use.
+
+    rlhf-chat clean runs/demo
+
+    rlhf-chat clean runs --all --yes
+    """
+    from applications.clean import clean_command
+
+    clean_command(runs, all_, yes, trust)
+
+
+data_app = typer.Typer(
+    cls=Group,
+    help="Look at data before anything is trained on it (docs/data.md).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+DataTarget = Annotated[
+    str, typer.Argument(metavar="DATA|RUN", help="Data (a file, directory, hub id, chitchat), or a run directory.")
+]
+
+
+@data_app.command("show", cls=Command)
+def data_show(
+    target: DataTarget,
+    model: Model = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Only sft, pairs or prompts. Default: all three.")
+    ] = None,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows of each kind.")] = 3,
+    set_: Set = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Rows as the model sees them: its template, special tokens and cuts, with the trained tokens in colour.
+
+    rlhf-chat data show mine.jsonl --model smollm2-135m
+
+    rlhf-chat data show runs/demo --kind pairs --rows 10
+    """
+    from applications.data import show_command
+
+    show_command(target, model, kind, rows, set_, trust)
+
+
+@data_app.command("lint", cls=Command)
+def data_lint(
+    target: DataTarget,
+    model: Model = None,
+    json_: Json = False,
+    set_: Set = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """What is doubtful about data: bad rows, duplicates, length bias, cuts, the tokenizer. Exit code 1 for errors.
+
+    rlhf-chat data lint mine.jsonl --model opt-125m
+
+    rlhf-chat data lint Dahoas/rm-static --model opt-125m --set data.limit=5000 --json
+    """
+    from applications.data import lint_command
+
+    raise typer.Exit(lint_command(target, model, json_, set_, trust))
