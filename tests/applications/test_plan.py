@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from applications import auto_plan
 from applications.auto_plan import best_plan, with_auto_plan
 from applications.cli import app
-from applications.expected_time import _ppo
 from applications.fit import GIB, Machine, Outlook, find_shape
 from applications.plan import fastest
 from applications.plan_report import ranks_text
 from applications.plan_request import make_request, request_of
 from applications.preset_store import load_preset
+from applications.profile import _ppo
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
 from training.calls import ACTOR_SCORE
