@@ -18,9 +18,8 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from applications.measures import RATES, Measure, measures_of
 from applications.report_table import ROWS, pair_of, training_signs
-from applications.runs import UNREADABLE, named_runs, state_of, steps_of, why_unreadable
+from applications.runs import RATES, UNREADABLE, Measure, measures_of, named_runs, state_of, steps_of, why_unreadable
 from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.redaction import redacted_values
