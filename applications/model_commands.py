@@ -181,7 +181,7 @@ def samples(
 
     rlhf-chat samples runs/demo --best 3 --longest 3 --json
     """
-    from applications.samples import samples_command
+    from applications.chat import samples_command
     from training.trust import require_reading
 
     require_reading(run_directory, trust)

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from applications.samples import chosen_of, facts
+from applications.chat import chosen_of, facts
 from training.metrics import Journal
 from training.run_directory import RunDirectory
 from training.steps import PPO
