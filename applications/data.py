@@ -8,9 +8,8 @@ from typing import cast
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from applications.preset_store import settings_for_model
 from applications.report_table import overview_lines
-from applications.settings import resolve_settings
+from applications.settings import resolve_settings, settings_for_model
 from inference.chat_format import ChatFormat
 from inference.console import PrintableConsole
 from inference.errors import UserError

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from applications.preset_store import PRESETS
+from applications.settings import PRESETS
 from inference.chat_target import find_newest_model
 from inference.errors import UserError, typed
 from training.config import RunConfig
