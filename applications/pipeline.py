@@ -8,8 +8,8 @@ from pathlib import Path
 
 from applications.evaluate import first_sft, over_first_file, rounds_table
 from applications.fit import Machine
+from applications.from_run import next_command
 from applications.launch import run_stage_script
-from applications.next_round import next_command
 from applications.report_table import comparison_table, panel_line, reward_accuracy_line
 from inference.errors import typed
 from training.config import RunConfig

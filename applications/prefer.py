@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from applications.next_round import next_command
+from applications.from_run import next_command
 from applications.settings import settings_for_model
 from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
