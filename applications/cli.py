@@ -142,7 +142,7 @@ def prepare(
 
     rlhf-chat run --name big
     """
-    from applications.prepare import prepare_command
+    from applications.pipeline import prepare_command
 
     flags = {
         "data": data,
