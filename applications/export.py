@@ -186,3 +186,12 @@ def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: P
     skipped = (*WEIGHTS, "config.json", "generation_config.json")
     copy_files(step.model, place, skipped)
     rewrite_tokenizer(place)
+
+
+def write_text(file: Path, text: str) -> None:
+    """With the directories above it. Raises UserError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}); name a file in a directory of yours.") from error

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from applications import plan_report
-from applications.files import write_text
+from applications.export import write_text
 from applications.plan_request import Outcome, Request, make_request
 from inference.errors import UserError
 from inference.streams import show_json

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from applications.files import write_text
+from applications.export import write_text
 from applications.fit import Machine, Outlook
 from applications.launch import run_on_ranks
 from inference.errors import UserError, typed
