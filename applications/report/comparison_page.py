@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from applications.compare import Comparison, Group
-from applications.report.charts import LINE_COLOURS, Chart, Series, line_chart
-from applications.report.curves import charts
+from applications.report.charts import LINE_COLOURS, Chart, Series, charts, line_chart
 from applications.report.page import filled, read_metrics, title_of
 from training.steps import STEPS, Step
 
