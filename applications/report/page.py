@@ -13,8 +13,7 @@ from markupsafe import Markup
 
 from applications.evaluate import HEADINGS, rounds
 from applications.report.charts import PHASES, Chart, Segment, charts, interval, line_chart, number, stacked_bar
-from applications.report.rollouts import rollouts_part
-from applications.report.schedule import schedule_part, update_part
+from applications.report.sections import rollouts_part, schedule_part, update_part
 from applications.report_table import PANEL_COLUMNS, overview_lines, pair_of, people_prefer, table_rows, training_signs
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
