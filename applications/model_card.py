@@ -73,7 +73,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         finalize=plain,
     )
     from inference.chat_format import ChatFormat
-    from inference.template_check import scored_otherwise
+    from inference.chat_template import scored_otherwise
 
     step = exported.step
     chat_format = ChatFormat.load(place if step.leaves_scorer else exported.directory.model)

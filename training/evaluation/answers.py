@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from inference.chat_template import Message
+from inference.chat_template import Message, same_rendering
 from inference.generation.sample import Sample
-from inference.template_check import same_rendering
 from training.config import DataSettings
 
 Row = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each

@@ -22,12 +22,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from inference.chat_format import ChatFormat
+from inference.chat_template import same_rendering
 from inference.errors import UserError
 from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
 from inference.older_versions import SCORER, rewrite_config
 from inference.quiet import quiet_transformers
-from inference.template_check import same_rendering
 from inference.weights import WrongWeights, read_weights, some, unloadable
 from training.config import Dtype
 from training.models.adapters import add_lora
