@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.chat_model import TextPieces
 from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.serving.logprobs import Logprobs
 from inference.serving.stop_strings import StopStrings
-from inference.text_pieces import TextPieces
 
 
 @dataclass(frozen=True)

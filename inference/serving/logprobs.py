@@ -7,8 +7,8 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from inference.chat_model import BROKEN
 from inference.generation.own_draw import OwnSample
-from inference.text_pieces import BROKEN
 
 MOST_ALTERNATIVES = 20
 
