@@ -20,10 +20,8 @@ from rich.text import Text
 
 from applications.report_table import ROWS, pair_of, training_signs
 from applications.runs import RATES, UNREADABLE, Measure, measures_of, named_runs, state_of, steps_of, why_unreadable
-from inference.console import PrintableConsole
 from inference.errors import UserError
-from inference.redaction import redacted_values
-from inference.screen import columns
+from inference.streams import PrintableConsole, columns, redacted_values
 from training.changes import teaches
 from training.config import RunConfig
 from training.evaluation.guard_rails import guard_signs

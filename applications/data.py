@@ -11,12 +11,11 @@ from transformers import AutoTokenizer
 from applications.report_table import overview_lines
 from applications.settings import resolve_settings, settings_for_model
 from inference.chat_format import ChatFormat
-from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.preferences import Preference
 from inference.quiet import quiet_transformers
-from inference.streams import show_json
+from inference.streams import PrintableConsole, show_json
 from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues

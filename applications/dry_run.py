@@ -12,8 +12,7 @@ from pathlib import Path
 
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, verdict
 from applications.profile import expected_time
-from inference.redaction import redacted
-from inference.screen import USUAL_COLUMNS, columns
+from inference.streams import USUAL_COLUMNS, columns, redacted
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, rows_per_micro_batch
 from training.metrics import size

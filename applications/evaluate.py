@@ -19,8 +19,7 @@ from applications.settings import settings_for_model
 from inference.chat_target import find_chat_models
 from inference.errors import UserError, typed
 from inference.preferences import Preference, PreferenceFile
-from inference.screen import columns
-from inference.streams import show_json
+from inference.streams import columns, show_json
 from training.checkpoint_models import checkpoint_of
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.sources import absolute

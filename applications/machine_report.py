@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from inference.model_store import cache_directory
-from inference.redaction import redacted
+from inference.streams import redacted
 from training.versions import PACKAGES, processor, versions
 
 State = Literal["ok", "warning", "impossible"]

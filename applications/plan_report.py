@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from applications.plan_request import Outcome, Request
-from inference.screen import columns
+from inference.streams import columns
 from training.gantt import CALL_COLOURS, Bar, Panel, gantt_svg
 from training.plan_file import mesh_text
 from training.planner.estimate import Estimate
@@ -187,7 +187,12 @@ def as_svg(outcomes: Sequence[Outcome]) -> str:
         start = min(i.start for intervals in rows.values() for i in intervals)
         bars = {
             label: [
-                Bar(i.node.name if i.node.name in CALL_COLOURS else i.node.kind, i.start - start, i.end - start, i.node.name)
+                Bar(
+                    i.node.name if i.node.name in CALL_COLOURS else i.node.kind,
+                    i.start - start,
+                    i.end - start,
+                    i.node.name,
+                )
                 for i in intervals
                 if i.node.seconds > 0
             ]

@@ -13,9 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from applications.report_table import ROWS, pair_of, share, shown
-from inference.console import PrintableConsole
 from inference.errors import UserError, reason
-from inference.screen import columns
+from inference.streams import PrintableConsole, columns
 from training.config import RunConfig
 from training.metrics import Journal, duration, read_line, size
 from training.run_directory import RunDirectory, StepDirectory, read_json

@@ -13,10 +13,8 @@ from typing import Any
 import yaml
 from rich.text import Text
 
-from inference.console import PrintableConsole
 from inference.errors import UserError
-from inference.redaction import redacted
-from inference.streams import show_json
+from inference.streams import PrintableConsole, redacted, show_json
 from training.config import RunConfig
 from training.config_files import load_config, nested, setting_keys
 from training.config_reference import REQUIRED, defaults, description, fields, show, type_text, unit, values_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from inference.redaction import redacted
+from inference.streams import redacted
 from training.run_directory import write_json
 
 ROOM = 16_384

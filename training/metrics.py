@@ -20,11 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from inference.console import PrintableConsole
 from inference.disk import GO_ON, writing
 from inference.errors import UserError
-from inference.redaction import redacted
-from inference.streams import printable
+from inference.streams import PrintableConsole, printable, redacted
 
 PLAIN_LINE_SECONDS = 10.0
 WARNING = "Warning: "

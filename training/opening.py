@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import UserError, typed
-from inference.redaction import redacted
+from inference.streams import redacted
 from training.changes import Kind, differences, kind_of, teaches
 from training.config import EMBEDDED_DATA, RunConfig
 from training.config_files import as_typed, load_config

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from inference.chat_format import ChatFormat
 from inference.disk import writing
 from inference.errors import UserError, typed
-from inference.redaction import RedactedLines
+from inference.streams import RedactedLines
 from training.checkpoints import Checkpoints
 from training.checks import require_positions
 from training.config import RunConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.disk import writing
-from inference.redaction import redacted_arguments
+from inference.streams import redacted_arguments
 from training.config import RunConfig
 from training.inputs import CODE, code_of
 from training.metrics import read_line

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from inference.errors import UserError
-from inference.redaction import redacted_values
+from inference.streams import redacted_values
 from training.config import RunConfig
 from training.metrics import Journal
 from training.run_directory import RunDirectory, StepDirectory

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inference.errors import UserError, reason
-from inference.redaction import redacted
+from inference.streams import redacted
 
 
 @dataclass(frozen=True)

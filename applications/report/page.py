@@ -17,7 +17,7 @@ from applications.report.sections import rollouts_part, schedule_part, update_pa
 from applications.report_table import PANEL_COLUMNS, overview_lines, pair_of, people_prefer, table_rows, training_signs
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
-from inference.redaction import redacted, redacted_values
+from inference.streams import redacted, redacted_values
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
