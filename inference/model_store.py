@@ -15,9 +15,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from inference.disk import is_disk_full, settle
+from inference.disk import hold_lock, is_disk_full, settle
 from inference.errors import UserError, copied_again, reason
-from inference.locks import hold_lock
 from inference.model_files import refuse_pointers, require_usable
 from inference.model_package import convert_package, find_package
 from inference.untrusted import refuse_adapter

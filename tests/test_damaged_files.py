@@ -231,7 +231,7 @@ def test_a_run_directory_that_refuses(run, monkeypatch, capsys, tmp_path):
 
 
 def test_no_permission_is_a_sentence_at_the_command(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("inference.locks.fcntl.flock", refuse)
+    monkeypatch.setattr("inference.disk.fcntl.flock", refuse)
     said = sentence(monkeypatch, capsys, tmp_path, "sft", run)
     assert f"{run / '.lock'} cannot be used (Permission denied)" in said
 

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from inference.disk import settle, write_text
+from inference.disk import hold_lock, is_held, settle, write_text
 from inference.errors import UserError, typed
-from inference.locks import hold_lock, is_held
 from training.config import RunConfig
 from training.config_files import read_yaml, validate_config
 from training.paths import found_from_anywhere

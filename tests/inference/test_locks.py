@@ -10,8 +10,8 @@ from threading import Timer
 import pytest
 
 from inference import locks
+from inference.disk import hold_lock, is_held
 from inference.errors import UserError
-from inference.locks import hold_lock, is_held
 
 
 @pytest.fixture(params=[None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
