@@ -10,8 +10,8 @@ from typing import Any
 from applications.model_card import Exported, is_hub_id, model_card
 from inference.disk import writing
 from inference.errors import UserError, typed
+from inference.model_files import refuse_code
 from inference.older_versions import SCORER, rewrite_config, rewrite_tokenizer
-from inference.untrusted import refuse_code
 from training.checkpoint_models import checkpoint_of
 from training.config import RunConfig
 from training.lineage import origin_of

@@ -11,9 +11,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from inference.errors import UserError, copied_again
 from inference.families import text_config
-from inference.model_files import require_usable
+from inference.model_files import is_unsafe_pickle, require_usable, unsafe_pickle
 from inference.quiet import quiet_transformers
-from inference.untrusted import is_unsafe_pickle, unsafe_pickle
 
 OLD_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$|inv_freq$|position_ids$")
 """No weights: what older versions of transformers stored with them."""
