@@ -14,8 +14,8 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.preferences import Preference
-from inference.quiet import quiet_transformers
 from inference.streams import PrintableConsole, show_json
+from inference.weights import quiet_transformers
 from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues

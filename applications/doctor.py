@@ -33,9 +33,9 @@ from inference.generation.equality import (
 from inference.generation.exactness import Exactness
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
-from inference.quiet import quiet_transformers
 from inference.tensor_parallel.group import TensorParallel, join_groups
 from inference.tensor_parallel.shard import empty_shard
+from inference.weights import quiet_transformers
 from training.config import Dtype
 from training.data.batching import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks

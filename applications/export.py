@@ -11,7 +11,7 @@ from applications.model_card import Exported, is_hub_id, model_card
 from inference.disk import writing
 from inference.errors import UserError, typed
 from inference.model_files import refuse_code
-from inference.older_versions import SCORER, rewrite_config, rewrite_tokenizer
+from inference.weights import SCORER, rewrite_config, rewrite_tokenizer
 from training.checkpoint_models import checkpoint_of
 from training.config import RunConfig
 from training.lineage import origin_of
@@ -117,8 +117,7 @@ def save_weights(model_directory: Path, dtype: str, place: Path, is_scorer: bool
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
-    from inference.quiet import quiet_transformers
-    from inference.weights import read_weights
+    from inference.weights import quiet_transformers, read_weights
     from training.models.loading import TORCH_DTYPES
 
     model: Any

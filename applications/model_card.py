@@ -25,9 +25,9 @@ from applications.report_table import (
 )
 from inference.model_package import find_package
 from inference.model_store import TINY
-from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
 from inference.preferences import PreferenceFile
 from inference.streams import printable
+from inference.weights import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.data.rows import PANEL_FILE
 from training.evaluation.guard_rails import guard_signs, verdict

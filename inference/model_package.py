@@ -78,7 +78,7 @@ def _dequantize(gguf: Path, directory: Path, single_digits: bool) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from inference.quiet import quiet_transformers
+    from inference.weights import quiet_transformers
 
     # Newer versions keep the weights packed where they can, and packed weights cannot be saved.
     unpack = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None

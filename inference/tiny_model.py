@@ -46,7 +46,7 @@ def build_tiny_model(directory: Path) -> None:
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
-    from inference.quiet import quiet_transformers
+    from inference.weights import quiet_transformers
 
     pad_id, end_id, begin_id = range(len(SPECIAL_TOKENS))
     config = OPTConfig(

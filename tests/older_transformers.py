@@ -22,7 +22,7 @@ from transformers import AutoConfig, logging
 from applications.export import export
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, rewrite_config
+from inference.weights import ABSOLUTE_POSITIONS, READ_BY_OLDER, rewrite_config
 from tests.families import FAMILIES, UNBUILDABLE, UNCUT, build, narrow_config
 from tests.inference.templates import FAMILIES as TEMPLATES
 from tests.inference.templates import bytes_tokenizer

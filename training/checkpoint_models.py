@@ -85,7 +85,7 @@ class Checkpoint:
 
         import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
         from inference.chat_format import ChatFormat
-        from inference.quiet import quiet_transformers
+        from inference.weights import quiet_transformers
         from training.checkpoints import reading
         from training.hybrid_engine.fragments import Written
         from training.models.loading import TORCH_DTYPES, load_causal_lm, save_model

@@ -26,9 +26,7 @@ from inference.chat_template import same_rendering
 from inference.errors import UserError
 from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
-from inference.older_versions import SCORER, rewrite_config
-from inference.quiet import quiet_transformers
-from inference.weights import WrongWeights, read_weights, some, unloadable
+from inference.weights import SCORER, WrongWeights, quiet_transformers, read_weights, rewrite_config, some, unloadable
 from training.config import Dtype
 from training.models.adapters import add_lora
 from training.models.layers import keep_layers

@@ -17,7 +17,7 @@ from inference.generation.exactness import CausalAttention, Exactness, plain_att
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses
 from inference.private_surfaces import set_attention
-from inference.quiet import quiet_transformers
+from inference.weights import quiet_transformers
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.models.adapters import add_lora
