@@ -160,7 +160,7 @@ def cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
 
 
 def _build_tiny(directory: Path) -> None:
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
 
     build_tiny_model(directory)
 

@@ -13,8 +13,8 @@ from inference.chat_format import ChatFormat
 from inference.chat_model import ChatModel
 from inference.disk import file_sentence
 from inference.errors import UserError
+from inference.families import build_tiny_model
 from inference.model_store import resolve_model
-from inference.tiny_model import build_tiny_model
 from tests.test_mistakes import sentence
 from tests.tiny_runs import make_tiny_run
 from training.checkpoints import Checkpoints

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from inference.chat_format import ChatFormat
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from training.merging import merge
 from training.models.adapters import add_lora
 from training.models.loading import load_causal_lm, load_scorer, save_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.conftest import rlhf_chat
 from tests.warm import ROOT, Command, Done, fork_all
 from training.config_files import load_config

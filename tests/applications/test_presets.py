@@ -14,7 +14,7 @@ from applications.settings import (
     smaller_presets,
 )
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from training.config_files import load_config
 from training.shape import Shape
 

@@ -19,7 +19,7 @@ FAMILIES = {
 
 def train(ranks, directory):
     from inference.chat_format import ChatFormat
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
 
     tiny = directory / "tiny"
     build_tiny_model(tiny)

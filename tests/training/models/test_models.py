@@ -25,7 +25,7 @@ from transformers import (
 
 from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 from training.data.batching import TokenBatch
 from training.models.adapters import add_lora

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import VOCABULARY_SIZE, build_tiny_model
+from inference.families import VOCABULARY_SIZE, build_tiny_model
 from tests.families import build, narrow_config
 from tests.training.pipelines.test_stage_model import FAMILIES
 from training.models.loading import load_causal_lm, load_scorer

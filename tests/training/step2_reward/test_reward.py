@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.supervised_steps import (
     BATCH,
     LONGEST,
