@@ -23,8 +23,8 @@ from applications.report_table import (
     reward_accuracy_line,
     table_rows,
 )
-from inference.model_package import find_package
 from inference.model_store import TINY
+from inference.packages import find_package
 from inference.preferences import PreferenceFile
 from inference.streams import printable
 from inference.weights import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names

@@ -18,7 +18,7 @@ from pathlib import Path
 from inference.disk import hold_lock, is_disk_full, settle
 from inference.errors import UserError, copied_again, reason
 from inference.model_files import refuse_adapter, refuse_pointers, require_usable
-from inference.model_package import convert_package, find_package
+from inference.packages import convert_package, find_package
 
 Report = Callable[[str], None]
 

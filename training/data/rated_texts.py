@@ -22,7 +22,7 @@ from inference.chat_format import ChatFormat
 from inference.chat_template import Message
 from inference.errors import UserError
 from inference.model_store import cached
-from inference.pip_package import PipPackage, download
+from inference.packages import PipPackage, download
 from training.config import DataSettings
 from training.data.decency import is_decent, is_talk
 from training.data.one_spelling import one_spelling
