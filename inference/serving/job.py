@@ -11,8 +11,7 @@ from torch import Tensor
 from inference.chat_model import TextPieces
 from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingKey, SamplingSettings
-from inference.serving.logprobs import Logprobs
-from inference.serving.stop_strings import StopStrings
+from inference.serving.request import Logprobs, StopStrings
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,9 @@ from inference.chat_format import ChatFormat, Prompt
 from inference.chat_model import ChatModel, longest_answer
 from inference.errors import UserError
 from inference.generation.sample import SamplingKey
-from inference.serving.errors import ApiError
 from inference.serving.job import Failure, Job
 from inference.serving.lane import Lane, Told
-from inference.serving.logprobs import Logprobs
-from inference.serving.request import ChatRequest
+from inference.serving.request import ApiError, ChatRequest, Logprobs
 from inference.serving.worker import Worker
 
 CLOSING = "The server is shutting down."

@@ -12,8 +12,7 @@ from inference.chat_model import OVERLAP, WINDOW, TextPieces, pieces_of, whole_t
 from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.serving.job import Choice
-from inference.serving.logprobs import Logprobs
-from inference.serving.stop_strings import StopStrings
+from inference.serving.request import Logprobs, StopStrings
 
 
 def grow(model, text: str, stops=()) -> tuple[list[str], str | None]:
