@@ -10,7 +10,7 @@ import pytest
 
 from inference.chat_model import ChatModel
 from inference.serving import app, connection
-from inference.serving.connection import Connection
+from inference.serving.server import Connection
 from inference.serving.service import Limits, Service
 from tests.inference.serving.conftest import Served, serving
 from tests.inference.serving.test_load import wait_for
