@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inference.errors import UserError
-from inference.serving.served_models import find_served_models
 from inference.serving.server import bind, is_loopback
+from inference.serving.service import find_served_models
 from inference.streams import guard_output
 from training.checkpoint_models import checkpoint_of
 

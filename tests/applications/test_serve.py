@@ -19,7 +19,7 @@ from inference.errors import UserError
 from inference.families import build_tiny_model
 from inference.preferences import Answer, BlindPair, PreferenceFile
 from inference.serving.judging import ServedModel
-from inference.serving.served_models import find_served_models
+from inference.serving.service import find_served_models
 from training.run_directory import RunDirectory
 
 CONFIG = '{"architectures": ["OPTForCausalLM"]}'
