@@ -17,10 +17,8 @@ from inference.chat_model import ChatModel, longest_answer
 from inference.chat_target import chat_steps, command_of, find_chat_models, find_newest_model, is_finished
 from inference.errors import UserError
 from inference.generation.sample import SamplingKey
-from inference.serving.job import Failure, Job
-from inference.serving.lane import Lane, Told
 from inference.serving.request import ApiError, ChatRequest, Logprobs
-from inference.serving.worker import Worker
+from inference.serving.worker import Failure, Job, Lane, Told, Worker
 
 CLOSING = "The server is shutting down."
 LONGEST_WAIT = 60
