@@ -11,12 +11,11 @@ from inference.chat_format import ChatFormat
 from inference.disk import writing
 from inference.errors import UserError
 from training.config import EMBEDDED_DATA, DataSettings
-from training.data.blend import blend
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.eval_data import read_eval_data
 from training.data.next_round import SHARES, go_on
 from training.data.rated_texts import load_texts
-from training.data.reading import SourceRows, read_sources
+from training.data.reading import SourceRows, blend, read_sources
 from training.data.rows import PANEL_FILE, LabelledRow, PairRow, RowSets, write_rows
 from training.data.split import USES, keep_once, kind_of, shuffle, split_rows
 from training.run_directory import read_json, write_directory, write_json
