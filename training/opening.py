@@ -9,8 +9,7 @@ from inference.streams import redacted
 from training.changes import Kind, differences, kind_of, teaches
 from training.config import EMBEDDED_DATA, RunConfig
 from training.config_files import as_typed, load_config
-from training.data.find_files import find_files
-from training.data.hub_sets import find_set
+from training.data.find_files import find_files, find_set
 from training.data.reasoning import require_task
 from training.data.sources import parse_source
 from training.lengthening import make_way, may_have_length, plan_change

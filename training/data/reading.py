@@ -17,10 +17,8 @@ from inference.preferences import Preference
 from training.config import DataSettings
 from training.data.entries import BadRow, CutShort, Entry, LeftOut
 from training.data.files import read_file
-from training.data.find_files import find_files
+from training.data.find_files import PLAIN, HubSet, fetch_files, find_files, find_set, matching
 from training.data.formats import KNOWN_KEYS, read_row
-from training.data.hub import fetch_files, matching
-from training.data.hub_sets import PLAIN, HubSet, find_set
 from training.data.rated_rows import Rating, pair_rows
 from training.data.reasoning import read_task
 from training.data.rows import Row, RowSets
