@@ -25,9 +25,9 @@ from inference.model_store import cached
 from inference.packages import PipPackage, download
 from training.config import DataSettings
 from training.data.decency import is_decent, is_talk
-from training.data.one_spelling import one_spelling
 from training.data.pairs import Answer, make_pairs
 from training.data.rows import PairRow, PanelRow, read_rows
+from training.data.shapes import one_spelling
 
 PACKAGE = PipPackage(
     requirement="vaderSentiment==3.3.2",
