@@ -25,7 +25,7 @@ from inference.model_store import cached
 from inference.packages import PipPackage, download
 from training.config import DataSettings
 from training.data.decency import is_decent, is_talk
-from training.data.pairs import Answer, make_pairs
+from training.data.messages import Answer, make_pairs
 from training.data.rows import PairRow, PanelRow, read_rows
 from training.data.shapes import one_spelling
 
