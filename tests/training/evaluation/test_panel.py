@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from training.data.upbeat import upbeat_score
+from training.data.chitchat import upbeat_score
 from training.evaluation.panel import Judged, mean_over_pairs, panel_agreement, pooled
 from training.evaluation.ranking import groups_of
 
