@@ -34,7 +34,7 @@ from training.data.messages import (
     read_transcript,
 )
 from training.data.rated_answers import each_pair, number
-from training.data.rated_rows import BAD_ALONE, Rating, rating_of
+from training.data.rated_texts import BAD_ALONE, Rating, rating_of
 from training.data.rows import LabelledRow, PairRow, PromptRow, Row, SFTRow
 from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, both_bad, in_trls_columns, usual_name
 

@@ -19,7 +19,7 @@ from training.data.entries import BadRow, CutShort, Entry, LeftOut
 from training.data.files import read_file
 from training.data.find_files import PLAIN, HubSet, fetch_files, find_files, find_set, matching
 from training.data.formats import KNOWN_KEYS, read_row
-from training.data.rated_rows import Rating, pair_rows
+from training.data.rated_texts import Rating, pair_rows
 from training.data.reasoning import read_task
 from training.data.rows import Row, RowSets
 from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
