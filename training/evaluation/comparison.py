@@ -18,7 +18,7 @@ from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.preferences import PreferenceFile
 from training.config import EvaluationSettings
 from training.data.chitchat import upbeat_score
-from training.data.eval_data import read_eval_data
+from training.data.prepare import read_eval_data
 from training.data.rows import RowSets, read_rows
 from training.data.split import choose_groups, once
 from training.evaluation import statistics

@@ -13,8 +13,7 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.checks import require_fitting, require_processes
 from training.config import RunConfig
-from training.data.demonstrations import keep_demonstrations
-from training.data.prepare import prepare_data
+from training.data.prepare import keep_demonstrations, prepare_data
 from training.data.rows import read_rows, require_margins, require_rows
 from training.data.token_cache import TokenCache
 from training.deepspeed_overlay import require_overlays
