@@ -22,8 +22,7 @@ from training.checks import require_positions
 from training.config import RunConfig
 from training.data.prepare import COUNTS_FILE, prepare_data
 from training.data.rows import read_rows, require_rows
-from training.data.token_cache import TokenCache, TokenRows
-from training.data.token_pairs import TokenPair, left_out
+from training.data.token_cache import TokenCache, TokenPair, TokenRows, left_out
 from training.distributed import Ranks
 from training.kept_models import local_model
 from training.lengthening import not_planned_so

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from training.config import DataSettings
 from training.data.split import choose_groups
-from training.data.token_pairs import LENGTH_BUCKETS, TokenPair, left_out, length_bucket, rows_of
+from training.data.token_cache import LENGTH_BUCKETS, TokenPair, left_out, length_bucket, rows_of
 from training.evaluation.answers import encode
 from training.evaluation.statistics import effective_size, share
 

@@ -28,7 +28,7 @@ from tests.supervised_steps import (
     with_idle_micro_batch,
 )
 from training.data.rows import require_margins
-from training.data.token_pairs import rows_of
+from training.data.token_cache import rows_of
 from training.evaluation.ranking import Accuracy
 from training.models.loading import load_scorer, save_model
 from training.models.scorer import Scorer
