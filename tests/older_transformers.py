@@ -29,7 +29,7 @@ from tests.inference.templates import bytes_tokenizer
 from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
 from training.data.batching import TokenBatch
 from training.models.loading import load_scorer, require_scorer_family
-from training.models.scorer import Scorer, at_last_token
+from training.models.policy import Scorer, at_last_token
 from training.steps import REWARD
 
 TOLERANCE = 1e-4

@@ -14,8 +14,7 @@ from inference.errors import UserError
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.evaluation.answers import Answers, Row
 from training.models.loading import load_causal_lm, load_scorer
-from training.models.policy import Policy
-from training.models.scorer import Scorer, at_last_token
+from training.models.policy import Policy, Scorer, at_last_token
 from training.stage import Stage
 
 

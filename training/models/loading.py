@@ -28,8 +28,7 @@ from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
 from inference.weights import SCORER, WrongWeights, quiet_transformers, read_weights, rewrite_config, some, unloadable
 from training.config import Dtype
-from training.models.adapters import add_lora
-from training.models.layers import keep_layers
+from training.models.policy import add_lora, keep_layers
 from training.pipelines.cut import StageCut
 from training.pipelines.stage_files import read_stage
 from training.pipelines.stage_model import held_by

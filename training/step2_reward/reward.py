@@ -18,7 +18,7 @@ from training.formulas.reward_loss import preference_losses
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
-from training.models.scorer import Scorer, at_last_token
+from training.models.policy import Scorer, at_last_token
 from training.stage import Stage
 from training.steps import SFT
 from training.supervised import Task, fit

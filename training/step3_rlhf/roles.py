@@ -24,8 +24,7 @@ from training.hybrid_engine.reallocation import Reallocation
 from training.hybrid_engine.waiting_weights import WaitingWeights
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
-from training.models.policy import Policy
-from training.models.scorer import Scorer, at_last_token
+from training.models.policy import Policy, Scorer, at_last_token
 from training.pipelines.cut import StageCut
 from training.pipelines.stage_engine import ScoringWork, StageEngine
 from training.pipelines.staged import StagedRoles

@@ -31,7 +31,7 @@ from training.data.rows import require_margins
 from training.data.token_cache import rows_of
 from training.evaluation.ranking import Accuracy
 from training.models.loading import load_scorer, save_model
-from training.models.scorer import Scorer
+from training.models.policy import Scorer
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.step2_reward import reward
