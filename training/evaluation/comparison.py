@@ -22,21 +22,25 @@ from training.data.prepare import read_eval_data
 from training.data.rows import RowSets, read_rows
 from training.data.split import choose_groups, once
 from training.evaluation import statistics
-from training.evaluation.answers import Answers, encode, same_tokens
 from training.evaluation.candidates import (
+    Answers,
     Candidate,
+    Reader,
     Request,
+    RewardModel,
     base_directory,
+    encode,
     find_judge,
     find_judge_before,
     find_pair,
     find_reward_model,
+    reading,
+    same_tokens,
     sources,
 )
 from training.evaluation.panel import panel_agreement, read_panel, rows_to_score
 from training.evaluation.preferences import win_rates
 from training.evaluation.ranking import reward_accuracy
-from training.evaluation.scoring import Reader, RewardModel, reading
 from training.lineage import trained_elsewhere
 from training.rewards import Rewards, means_by_name
 from training.run_directory import write_json, write_text

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from training.config import DataSettings
 from training.data.split import choose_groups
 from training.data.token_cache import LENGTH_BUCKETS, TokenPair, left_out, length_bucket, rows_of
-from training.evaluation.answers import encode
+from training.evaluation.candidates import encode
 from training.evaluation.statistics import effective_size, share
 
 if TYPE_CHECKING:
-    from training.evaluation.scoring import RewardModel
+    from training.evaluation.candidates import RewardModel
 
 
 class Accuracy(TypedDict):
