@@ -29,7 +29,7 @@ from tests.supervised_steps import (
 )
 from training.data.rows import require_margins
 from training.data.token_cache import rows_of
-from training.evaluation.ranking import Accuracy
+from training.evaluation.comparison import Accuracy
 from training.models.loading import load_scorer, save_model
 from training.models.policy import Scorer
 from training.role_settings import LoRASettings
