@@ -24,7 +24,7 @@ from inference.errors import UserError
 from inference.streams import PrintableConsole, columns, redacted_values
 from training.changes import teaches
 from training.config import RunConfig
-from training.evaluation.guard_rails import guard_signs
+from training.evaluation.statistics import guard_signs
 from training.inputs import CODE
 from training.lengthening import was_lengthened
 from training.run_directory import RunDirectory

@@ -24,8 +24,8 @@ from training.checkpoint_models import checkpoint_of
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.sources import absolute
 from training.evaluation import preferences
-from training.evaluation.guard_rails import guard_signs
 from training.evaluation.preferences import people, win_rates
+from training.evaluation.statistics import guard_signs
 from training.lineage import label_of, label_of_step, rounds_of
 from training.run_directory import RunDirectory, read_json, write_json
 from training.starts import begun_at

@@ -23,7 +23,7 @@ from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
 from training.evaluation import preferences
-from training.evaluation.guard_rails import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
+from training.evaluation.statistics import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
 from training.lengthening import not_planned_so
 from training.metrics import WARNING, Journal, duration
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
