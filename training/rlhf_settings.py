@@ -14,30 +14,28 @@ from training.formulas.shapings import SHAPINGS
 from training.plan_file import from_blocks, read_plan, to_blocks
 from training.reward_specs import RewardSpec, kept_specs, specs_of
 from training.role_settings import (
-    DecayRate,
-    FrozenSettings,
-    Keep,
-    OptimizerSettings,
-    ScoringDegrees,
-    Settings,
-    StepSeed,
-    misplaced,
-    unguided,
-    without_nulls,
-)
-from training.units import (
     Checkpoints,
+    DecayRate,
     Epochs,
+    FrozenSettings,
     Iterations,
+    Keep,
     Nats,
+    OptimizerSettings,
     Prompts,
     Ranks,
     Rows,
     Samples,
+    ScoringDegrees,
+    Settings,
     Share,
+    StepSeed,
     Tokens,
     Unit,
     Updates,
+    misplaced,
+    unguided,
+    without_nulls,
 )
 
 
