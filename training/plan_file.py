@@ -10,8 +10,8 @@ import yaml
 
 from inference.errors import UserError
 from training.hybrid_engine.layout import Layout
+from training.merging import load_yaml, what_is_wrong
 from training.plan import Assignment, Plan
-from training.yaml_text import load_yaml, what_is_wrong
 
 _COUNTS = ("data", "tensor", "pipeline", "zero_stage", "micro_batches")
 _FROM_0 = ("zero_stage", "micro_batch_limit")

@@ -9,8 +9,8 @@ import yaml
 
 from inference.errors import UserError
 from inference.model_store import cache_directory
+from training.merging import load_yaml
 from training.planner.hardware import GIB, Calibration, Cluster, Device
-from training.yaml_text import load_yaml
 
 THIS_MACHINE = "this-machine"
 GPU_NAMES = {"H200": "h200", "H100": "h100", "A800": "a800-80g", "V100": "v100", "L40S": "l40s", "4090": "rtx-4090"}
