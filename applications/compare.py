@@ -22,11 +22,10 @@ from applications.report_table import ROWS, pair_of, training_signs
 from applications.runs import RATES, UNREADABLE, Measure, measures_of, named_runs, state_of, steps_of, why_unreadable
 from inference.errors import UserError
 from inference.streams import PrintableConsole, columns, redacted_values
-from training.changes import teaches
+from training.changes import teaches, was_lengthened
 from training.config import RunConfig
 from training.evaluation.statistics import guard_signs
 from training.inputs import CODE
-from training.lengthening import was_lengthened
 from training.run_directory import RunDirectory
 from training.starts import read_starts
 from training.steps import REWARD, Step

@@ -28,11 +28,11 @@ from inference.packages import find_package
 from inference.preferences import PreferenceFile
 from inference.streams import printable
 from inference.weights import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
+from training.changes import was_lengthened
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.data.rows import PANEL_FILE
 from training.evaluation.preferences import win_rates
 from training.evaluation.statistics import guard_signs, verdict
-from training.lengthening import was_lengthened
 from training.lineage import base_model, label_of_step, origin_of, sources_of, trace
 from training.metrics import duration
 from training.run_directory import RunDirectory, StepDirectory

@@ -6,13 +6,12 @@ from typing import Any
 
 from inference.errors import UserError, typed
 from inference.streams import redacted
-from training.changes import Kind, differences, kind_of, teaches
+from training.changes import Kind, differences, kind_of, make_way, may_have_length, plan_change, teaches
 from training.config import EMBEDDED_DATA, RunConfig
 from training.config_files import as_typed, load_config
 from training.data.find_files import find_files, find_set
 from training.data.reasoning import require_task
 from training.data.sources import parse_source
-from training.lengthening import make_way, may_have_length, plan_change
 from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.paths import found_from_anywhere

@@ -17,6 +17,7 @@ from inference.chat_format import ChatFormat
 from inference.disk import writing
 from inference.errors import UserError, typed
 from inference.streams import RedactedLines
+from training.changes import not_planned_so
 from training.checkpoints import Checkpoints
 from training.checks import require_positions
 from training.config import RunConfig
@@ -25,7 +26,6 @@ from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache, TokenPair, TokenRows, left_out
 from training.distributed import Ranks
 from training.kept_models import local_model
-from training.lengthening import not_planned_so
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,

@@ -18,13 +18,13 @@ from applications.report_table import PANEL_COLUMNS, overview_lines, pair_of, pe
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from inference.streams import redacted, redacted_values
+from training.changes import not_planned_so
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
 from training.evaluation import preferences
 from training.evaluation.statistics import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
-from training.lengthening import not_planned_so
 from training.metrics import WARNING, Journal, duration
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
 from training.starts import read_starts
