@@ -26,8 +26,8 @@ from training.changes import teaches, was_lengthened
 from training.config import RunConfig
 from training.evaluation.statistics import guard_signs
 from training.inputs import CODE
+from training.opening import read_starts
 from training.run_directory import RunDirectory
-from training.starts import read_starts
 from training.steps import REWARD, Step
 from training.trust import require_reading
 

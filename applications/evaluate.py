@@ -27,8 +27,8 @@ from training.evaluation import preferences
 from training.evaluation.preferences import people, win_rates
 from training.evaluation.statistics import guard_signs
 from training.lineage import label_of, label_of_step, rounds_of
+from training.opening import begun_at
 from training.run_directory import RunDirectory, read_json, write_json
-from training.starts import begun_at
 from training.steps import PAIRS, SFT, WRITING, Step, step_of
 from training.trust import require_reading, require_yes
 from training.uses import of_evaluation

@@ -35,8 +35,8 @@ from training.evaluation.preferences import win_rates
 from training.evaluation.statistics import guard_signs, verdict
 from training.lineage import base_model, label_of_step, origin_of, sources_of, trace
 from training.metrics import duration
+from training.opening import versions_of
 from training.run_directory import RunDirectory, StepDirectory
-from training.starts import versions_of
 from training.steps import DEMONSTRATIONS, METHODS, REWARD, Step
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -17,8 +17,8 @@ from inference.errors import UserError, reason
 from inference.streams import PrintableConsole, columns
 from training.config import RunConfig
 from training.metrics import Journal, duration, read_line, size
+from training.opening import begun_at, read_starts
 from training.run_directory import RunDirectory, StepDirectory, read_json
-from training.starts import begun_at, read_starts
 from training.steps import REWARD, Step
 from training.termination import EXIT_TERMINATED
 from training.trust import of_reading, unanswered

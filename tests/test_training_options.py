@@ -9,8 +9,8 @@ import yaml
 
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
+from training.opening import read_starts
 from training.run_directory import RunDirectory
-from training.starts import read_starts
 from training.steps import PPO
 
 FUNCTION = """

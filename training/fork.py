@@ -23,8 +23,8 @@ from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
 from training.inputs import KEPT, changes, code_of, paths_of
 from training.kept_models import kept_model, link_or_copy, models_of, name_base
 from training.metrics import Journal
+from training.opening import read_starts
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_directory, write_json
-from training.starts import read_starts
 from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Step
 
 SMALL = 2**20

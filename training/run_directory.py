@@ -53,7 +53,7 @@ class RunDirectory:
 
     @property
     def starts_file(self) -> Path:
-        """What ran each time, where and when (training/starts.py)."""
+        """What ran each time, where and when (training/opening.py)."""
         return self.path / "starts.jsonl"
 
     @property

@@ -27,12 +27,11 @@ from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, 
 from training.error_report import leave_report
 from training.inputs import changed_inputs
 from training.metrics import WARNING, Display
-from training.opening import open_run, settings_of_new_run
+from training.opening import open_run, record_start, settings_of_new_run
 from training.paths import found_from_anywhere
 from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory, StepDirectory
 from training.stage import Diverged, Stage, make_stage
-from training.starts import record_start
 from training.steps import STEPS, Step
 from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
 from training.trust import require_yes

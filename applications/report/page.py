@@ -26,8 +26,8 @@ from training.data.rows import read_rows
 from training.evaluation import preferences
 from training.evaluation.statistics import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
 from training.metrics import WARNING, Journal, duration
+from training.opening import read_starts
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
-from training.starts import read_starts
 from training.steps import PPO, REWARD, STEPS, Step
 
 HERE = Path(__file__).parent

@@ -14,8 +14,8 @@ from training.config_files import load_config
 from training.fork import Fork
 from training.inputs import inputs_of
 from training.kept_models import link_or_copy
+from training.opening import begun_at, read_starts
 from training.run_directory import RunDirectory, write_json
-from training.starts import begun_at, read_starts
 from training.steps import DPO, METHODS, PPO, REWARD, SFT, STEPS
 
 TIME = "2026-01-31T12:00:00+00:00"

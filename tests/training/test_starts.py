@@ -7,8 +7,8 @@ import pytest
 
 from training import starts
 from training.config_files import load_config
+from training.opening import COMMAND_VARIABLE, checkout, read_starts, record_start, versions_of
 from training.run_directory import RunDirectory
-from training.starts import COMMAND_VARIABLE, checkout, read_starts, record_start, versions_of
 from training.steps import PPO, SFT
 
 
