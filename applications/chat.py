@@ -51,7 +51,7 @@ def chat_command(
 def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     """What a run was given for SFT, such as the model of the round before; None where it trains its own."""
     from applications.prefer import to_stderr
-    from training.kept_models import local_model
+    from training.inputs import local_model
     from training.lineage import label_of
     from training.run_directory import RunDirectory
     from training.trust import require_yes

@@ -21,8 +21,7 @@ from rlhf_chat import HOME
 from training.config import RunConfig
 from training.data.rows import read_rows
 from training.formulas.tables import own_files
-from training.inputs import CODE, changed_inputs, code_files
-from training.kept_models import local_model, models_of
+from training.inputs import CODE, changed_inputs, code_files, local_model, models_of
 from training.metrics import WARNING, Display, duration, size
 from training.opening import open_run
 from training.run_directory import RunDirectory

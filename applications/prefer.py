@@ -19,7 +19,7 @@ from inference.preferences import Preference, PreferenceFile, checked_name, unju
 from training.checkpoint_models import checkpoint_of
 from training.data.rows import read_rows
 from training.evaluation.preferences import agreements, people
-from training.kept_models import local_model
+from training.inputs import local_model
 from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of

@@ -15,7 +15,7 @@ from inference.disk import writing
 from inference.errors import UserError, typed
 from training.config import RunConfig
 from training.data.epochs import count_updates
-from training.kept_models import link_or_copy, name_base
+from training.inputs import link_or_copy, name_base
 from training.metrics import Journal
 from training.run_directory import RunDirectory, StepDirectory, numbered, read_json, write_directory, write_json
 from training.steps import COMPARED, STEPS, Step, step_of

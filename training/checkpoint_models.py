@@ -12,7 +12,7 @@ from pathlib import Path
 from inference.disk import writing
 from inference.errors import UserError, typed
 from training.checkpoints import STATE_FILE
-from training.kept_models import local_model
+from training.inputs import local_model
 from training.run_directory import RunDirectory, StepDirectory, numbered, write_directory
 from training.steps import SFT, STEPS, Step
 from training.trust import require_yes

@@ -25,7 +25,7 @@ from training.data.prepare import COUNTS_FILE, prepare_data
 from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache, TokenPair, TokenRows, left_out
 from training.distributed import Ranks
-from training.kept_models import local_model
+from training.inputs import local_model
 from training.metrics import Display, Journal, NullJournal
 from training.models.loading import (
     TORCH_DTYPES,

@@ -10,8 +10,7 @@ from training.config import EMBEDDED_DATA, RunConfig
 from training.data.rows import DEMONSTRATIONS_FILE
 from training.data.sources import parse_source
 from training.formulas.tables import own_files
-from training.inputs import code_files, files_of
-from training.kept_models import kept_model
+from training.inputs import code_files, files_of, kept_model
 from training.lineage import base_model, reward_model_before
 from training.paths import MODELS
 from training.run_directory import RunDirectory

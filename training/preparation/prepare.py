@@ -20,8 +20,7 @@ from training.deepspeed_overlay import require_overlays
 from training.distributed import Ranks
 from training.fork import Fork
 from training.formulas.own import try_own
-from training.inputs import inputs_of
-from training.kept_models import keep_models, local_model
+from training.inputs import inputs_of, keep_models, local_model
 from training.lineage import sources_of, trained_elsewhere
 from training.models.loading import (
     require_causal_lm,
