@@ -30,7 +30,7 @@ def chat_command(
         raise UserError(f"--seed takes a whole number of 64 bits, not {seed}.")
     name = ""
     if "@" in target.name:
-        from training.checkpoint_models import checkpoint_of
+        from training.checkpoints import checkpoint_of
 
         if at := checkpoint_of(target):
             name, target = at.name, at.model(trusts)

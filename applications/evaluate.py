@@ -20,7 +20,7 @@ from inference.chat_target import find_chat_models
 from inference.errors import UserError, typed
 from inference.preferences import Preference, PreferenceFile
 from inference.streams import columns, show_json
-from training.checkpoint_models import checkpoint_of
+from training.checkpoints import checkpoint_of
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.sources import absolute
 from training.evaluation import preferences

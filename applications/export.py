@@ -12,7 +12,7 @@ from inference.disk import writing
 from inference.errors import UserError, typed
 from inference.model_files import refuse_code
 from inference.weights import SCORER, rewrite_config, rewrite_tokenizer
-from training.checkpoint_models import checkpoint_of
+from training.checkpoints import checkpoint_of
 from training.config import RunConfig
 from training.lineage import origin_of
 from training.run_directory import RunDirectory, StepDirectory, write_directory

@@ -16,7 +16,7 @@ from inference.collecting import without_collecting
 from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
-from training.checkpoint_models import checkpoint_of
+from training.checkpoints import checkpoint_of
 from training.data.rows import read_rows
 from training.evaluation.preferences import agreements, people
 from training.inputs import local_model

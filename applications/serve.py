@@ -11,7 +11,7 @@ from inference.errors import UserError
 from inference.serving.server import bind, is_loopback
 from inference.serving.service import find_served_models
 from inference.streams import guard_output
-from training.checkpoint_models import checkpoint_of
+from training.checkpoints import checkpoint_of
 
 if TYPE_CHECKING:
     from inference.chat_model import ChatModel

@@ -9,7 +9,7 @@ import pytest
 
 from inference.errors import UserError
 from inference.families import build_tiny_model
-from training.checkpoint_models import Checkpoint, checkpoint_of
+from training.checkpoints import Checkpoint, checkpoint_of
 from training.config_files import load_config
 from training.opening import open_run
 from training.run_directory import RunDirectory
