@@ -21,7 +21,7 @@ from typing import Literal
 
 from inference.model_store import cache_directory
 from inference.streams import redacted
-from training.versions import PACKAGES, processor, versions
+from training.run_directory import PACKAGES, processor, versions
 
 State = Literal["ok", "warning", "impossible"]
 GIB = 2**30

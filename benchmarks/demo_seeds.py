@@ -19,9 +19,8 @@ from typing import Any
 from training.data.rows import read_rows
 from training.evaluation.panel import Judged, PairMean, pooled
 from training.evaluation.statistics import KL, LENGTH, MOST_FREQUENT, PERPLEXITY, VARIETY
-from training.run_directory import RunDirectory
+from training.run_directory import RunDirectory, versions
 from training.steps import METHODS, PPO, REWARD
-from training.versions import versions
 
 
 @dataclass(frozen=True)

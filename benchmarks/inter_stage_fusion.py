@@ -200,8 +200,7 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
 def worker(arguments: argparse.Namespace) -> None:
     """One of the processes; the first prints and writes."""
     from training.distributed import start_ranks, stop_ranks
-    from training.run_directory import write_json
-    from training.versions import versions
+    from training.run_directory import versions, write_json
 
     ranks = start_ranks(threads=1)
     try:

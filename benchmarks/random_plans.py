@@ -37,9 +37,8 @@ from training.planner import profile
 from training.planner.hardware import Calibration
 from training.planner.machine import MachineProfile
 from training.planner.options import Options, meshes
-from training.run_directory import write_json
+from training.run_directory import versions, write_json
 from training.step3_rlhf.forecast import Forecast, predicted_seconds
-from training.versions import versions
 
 PROCESSES, AUTO, FITTED = 2, "auto", "fitted "
 PULL = 0.02

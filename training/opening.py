@@ -25,11 +25,10 @@ from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.metrics import read_line
 from training.paths import found_from_anywhere
-from training.run_directory import RunDirectory
+from training.run_directory import RunDirectory, processor, versions
 from training.steps import STEPS, Step, step_of
 from training.trust import made_here, of_reading, require_yes
 from training.uses import inherited, of_models, of_training, shared
-from training.versions import processor, versions
 
 
 def settings_of_new_run(

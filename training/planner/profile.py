@@ -29,7 +29,7 @@ from training.planner.cost import BACKWARD
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Calibration, Device
 from training.planner.machine import THIS_MACHINE, MachineProfile
 from training.planner.workload import Precision
-from training.versions import processor, versions
+from training.run_directory import processor, versions
 from training.watchdog import begin_script
 
 REPEATS, FEW = 7, 3
