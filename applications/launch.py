@@ -17,11 +17,10 @@ from typing import Any, TextIO
 
 from inference.errors import EXIT_USER_ERROR, UserError, typed
 from rlhf_chat import HOME
-from training.error_report import room_for_report
 from training.opening import COMMAND_VARIABLE
 from training.run_directory import RunDirectory
 from training.steps import STEPS
-from training.termination import EXIT_TERMINATED, StageFailed, Terminated, grace
+from training.termination import EXIT_TERMINATED, StageFailed, Terminated, grace, room_for_report
 from training.watchdog import PARENT_VARIABLE
 
 OF_FIRST_ENGINE = "deepspeed.runtime.zero.muon.muon_optimizer"
