@@ -17,7 +17,7 @@ from inference.disk import writing
 from inference.errors import UserError, typed
 from training.distributed import Ranks
 from training.inputs import local_model
-from training.launchers import processes_option
+from training.launchers import processes_option, wait_until_seen
 from training.run_directory import (
     RunDirectory,
     StepDirectory,
@@ -28,7 +28,6 @@ from training.run_directory import (
     write_directory,
     write_json,
 )
-from training.shared_files import wait_until_seen
 from training.steps import SFT, STEPS, Step
 from training.trust import require_yes
 from training.uses import of_evaluation

@@ -20,8 +20,8 @@ from tests.ranks import run_ranks
 from training import roll_call, shared_files
 from training import stage_script as stage
 from training.distributed import PATIENCE, is_lost_peer
+from training.launchers import wait_until_seen
 from training.roll_call import RollCall, named
-from training.shared_files import wait_until_seen
 from training.stage_script import end_in_sentences
 
 GIVEN = [[7, 8, 9], []]
