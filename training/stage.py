@@ -26,7 +26,7 @@ from training.data.rows import read_rows, require_rows
 from training.data.token_cache import TokenCache, TokenPair, TokenRows, left_out
 from training.distributed import Ranks
 from training.inputs import local_model
-from training.metrics import Display, Journal, NullJournal
+from training.metrics import Display, Journal, NullJournal, metrics_journal
 from training.models.loading import (
     TORCH_DTYPES,
     require_same_tokens,
@@ -37,7 +37,6 @@ from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.steps import PAIRS, Step, TrainingRows
 from training.termination import TERMINATION, Terminated
-from training.tracking import metrics_journal
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the preparation does without
     from training.hybrid_engine.zero_engine import ZeroEngine

@@ -22,6 +22,7 @@ from training.fork import Fork
 from training.formulas.own import try_own
 from training.inputs import inputs_of, keep_models, local_model
 from training.lineage import sources_of, trained_elsewhere
+from training.metrics import require_packages
 from training.models.loading import (
     require_causal_lm,
     require_same_format,
@@ -32,7 +33,6 @@ from training.models.loading import (
 from training.rewards import Rewards, require_rows_for, try_sources
 from training.run_directory import RunDirectory, write_json
 from training.steps import REWARD, Step
-from training.tracking import require_packages
 
 Say = Callable[[str], None]
 
