@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.fused_replay import check, replay
-from training.gantt import Bar, Panel, gantt_svg
+from training.pictures import Bar, Panel, gantt_svg
 from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.bound import ROUNDING
 from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule

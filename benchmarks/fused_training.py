@@ -27,8 +27,8 @@ import torch
 
 from benchmarks import work
 from benchmarks.work import LENGTHS, MINI_BATCHES, SAMPLES, SIZES
-from training.gantt import PASS_COLOURS, Bar, Panel, gantt_svg
 from training.hybrid_engine.layout import Layout
+from training.pictures import PASS_COLOURS, Bar, Panel, gantt_svg
 from training.pipelines.orders import (
     Event,
     Operation,

@@ -147,7 +147,7 @@ def idle_and_busy(spans: list[list["Span"]]) -> tuple[float, float, float]:
 
 def picture(pair: dict[str, Any], what: str) -> str:
     """The timelines of one pair, fusion off above fusion on."""
-    from training.gantt import Bar, Panel, gantt_svg
+    from training.pictures import Bar, Panel, gantt_svg
 
     panels = []
     for way in ("off", "on"):

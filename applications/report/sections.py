@@ -10,9 +10,8 @@ from markupsafe import Markup
 
 from applications.chat import chosen_of, facts
 from applications.report.charts import VARIABLES, inline, number
-from training.gantt import CALL_COLOURS, PASS_COLOURS, Bar, Panel, draw
 from training.metrics import Journal
-from training.pictures import ROW_COLOUR, drawing, svg
+from training.pictures import CALL_COLOURS, PASS_COLOURS, ROW_COLOUR, Bar, Panel, draw, drawing, svg
 from training.run_directory import RunDirectory, read_json
 from training.steps import PPO
 
