@@ -16,7 +16,7 @@ from training.config import RunConfig
 from training.data.prepare import keep_demonstrations, prepare_data
 from training.data.rows import read_rows, require_margins, require_rows
 from training.data.token_cache import TokenCache
-from training.deepspeed_overlay import require_overlays
+from training.deepspeed_config import require_overlays
 from training.distributed import Ranks
 from training.fork import Fork
 from training.formulas.own import try_own
