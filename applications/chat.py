@@ -54,8 +54,7 @@ def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     from training.inputs import local_model
     from training.lineage import label_of
     from training.run_directory import RunDirectory
-    from training.trust import require_yes
-    from training.uses import of_models
+    from training.trust import of_models, require_yes
 
     if not (run / "config.yaml").is_file():
         return None

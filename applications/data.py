@@ -31,8 +31,7 @@ from training.data.split import kind_of
 from training.data.templates import require_accepted
 from training.evaluation.preferences import overview
 from training.run_directory import RunDirectory
-from training.trust import require_yes
-from training.uses import of_looking
+from training.trust import of_looking, require_yes
 
 KINDS = {"sft": ("sft",), "pairs": ("pair", "good", "bad"), "prompts": ("prompt",)}
 """What --kind takes -> what kind_of a row may be."""

@@ -30,8 +30,7 @@ from training.lineage import label_of, label_of_step, rounds_of
 from training.opening import begun_at
 from training.run_directory import RunDirectory, read_json, write_json
 from training.steps import PAIRS, SFT, WRITING, Step, step_of
-from training.trust import require_reading, require_yes
-from training.uses import of_evaluation
+from training.trust import of_evaluation, require_reading, require_yes
 
 JUDGES = ("true", "learned", "reward", "people")
 JUDGE_BEFORE = {"clicks": "people"}

@@ -26,8 +26,7 @@ from training.metrics import WARNING, Display, duration, size
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.steps import METHODS, REWARD, Step
-from training.trust import record_file
-from training.uses import of_training
+from training.trust import of_training, record_file
 from training.watchdog import outlive_terminal
 
 

@@ -23,8 +23,7 @@ from training.inputs import local_model
 from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of
-from training.trust import require_reading, require_yes
-from training.uses import of_models
+from training.trust import of_models, require_reading, require_yes
 
 USUAL_TEMPERATURE, USUAL_TOKENS = 0.7, 256
 """Of a model that lies in no run."""

@@ -29,8 +29,7 @@ from training.run_directory import (
     write_json,
 )
 from training.steps import SFT, STEPS, Step
-from training.trust import require_yes
-from training.uses import of_evaluation
+from training.trust import of_evaluation, require_yes
 
 STATE_FILE = "state.json"
 MISFITS = ("PytorchStreamReader", "loading state_dict", "size of tensor", "shape", "Invalid magic number")

@@ -27,8 +27,7 @@ from training.metrics import read_line
 from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory, processor, versions
 from training.steps import STEPS, Step, step_of
-from training.trust import made_here, of_reading, require_yes
-from training.uses import inherited, of_models, of_training, shared
+from training.trust import inherited, made_here, of_models, of_reading, of_training, require_yes, shared
 
 
 def settings_of_new_run(

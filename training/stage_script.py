@@ -33,8 +33,7 @@ from training.run_directory import RunDirectory, StepDirectory
 from training.stage import Diverged, Stage, make_stage
 from training.steps import STEPS, Step
 from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, leave_report, say
-from training.trust import require_yes
-from training.uses import of_evaluation, of_training
+from training.trust import of_evaluation, of_training, require_yes
 from training.watchdog import PARENT_VARIABLE
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from tests.warm import ROOT, Command, Done, fork_all
 from training.config_files import load_config
 from training.inputs import kept_model, local_model, models_of
 from training.run_directory import RunDirectory
-from training.uses import of_models
+from training.trust import of_models
 
 HUB_ID = "org/tiny"
 PTX = "org/demonstrations"
