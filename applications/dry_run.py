@@ -16,8 +16,7 @@ from inference.streams import USUAL_COLUMNS, columns, redacted
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, rows_per_micro_batch
 from training.metrics import size
-from training.plan import Assignment
-from training.plan_file import mesh_text
+from training.plan import Assignment, mesh_text
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.shape import Shape

@@ -12,9 +12,8 @@ from applications.plan_request import Outcome, Request, make_request
 from inference.errors import UserError
 from inference.streams import show_json
 from training.calls import Call
-from training.plan import Assignment
+from training.plan import Assignment, read_plan, to_yaml
 from training.plan_checks import problems
-from training.plan_file import read_plan, to_yaml
 from training.planner.fused_training import turned
 from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
 from training.planner.options import EVERYTHING, Space

@@ -31,8 +31,7 @@ from benchmarks.ppo_iteration import machine
 from benchmarks.turns import wait_until_quiet
 from benchmarks.work import LENGTHS, PROMPT_TOKENS, SAMPLES, SIZES
 from training.config import RunConfig
-from training.plan import Plan
-from training.plan_file import from_blocks, mesh_text, to_blocks
+from training.plan import Plan, from_blocks, mesh_text, to_blocks
 from training.planner import profile
 from training.planner.hardware import Calibration
 from training.planner.machine import MachineProfile

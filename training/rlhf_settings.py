@@ -11,7 +11,7 @@ from inference.errors import UserError
 from training.calls import Call, rlhf_calls
 from training.formulas.estimators import ESTIMATORS, Estimator
 from training.formulas.shapings import SHAPINGS
-from training.plan_file import from_blocks, read_plan, to_blocks
+from training.plan import from_blocks, read_plan, to_blocks
 from training.reward_specs import RewardSpec, kept_specs, specs_of
 from training.role_settings import (
     Checkpoints,

@@ -26,8 +26,7 @@ from training.config import RunConfig
 from training.distributed import Ranks
 from training.hybrid_engine.layout import Layout
 from training.models import loading
-from training.plan import Plan
-from training.plan_file import from_blocks, to_blocks
+from training.plan import Plan, from_blocks, to_blocks
 from training.planner.estimate import estimate
 from training.planner.footprint import DTYPES
 from training.planner.machine import THIS_MACHINE, profile_file

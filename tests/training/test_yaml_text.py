@@ -7,7 +7,7 @@ from inference.errors import UserError
 from training import yaml_text
 from training.config_files import load_config, read_yaml
 from training.merging import load_yaml
-from training.plan_file import from_yaml
+from training.plan import from_yaml
 from training.planner.machine import read_profile
 
 

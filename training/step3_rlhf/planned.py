@@ -7,8 +7,8 @@ import torch
 from inference.errors import UserError
 from training.calls import Call
 from training.config import RunConfig
+from training.plan import from_blocks
 from training.plan_checks import problems, unrunnable
-from training.plan_file import from_blocks
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.footprint import DTYPES
