@@ -10,9 +10,8 @@ from applications.plan_request import Outcome, Request
 from inference.streams import columns
 from training.pictures import CALL_COLOURS, Bar, Panel, gantt_svg
 from training.plan import mesh_text
-from training.planner.estimate import Estimate
 from training.planner.hardware import GIB
-from training.planner.search import Progress
+from training.planner.search import Estimate, Progress
 from training.planner.simulate import Interval
 
 COLUMNS = 72

@@ -27,10 +27,10 @@ from training.distributed import Ranks
 from training.hybrid_engine.layout import Layout
 from training.models import loading
 from training.plan import Plan, from_blocks, to_blocks
-from training.planner.estimate import estimate
 from training.planner.footprint import DTYPES
 from training.planner.machine import THIS_MACHINE, profile_file
 from training.planner.options import Options, meshes
+from training.planner.search import estimate
 from training.rlhf_settings import RLHFSettings
 from training.run_directory import RunDirectory
 from training.step3_rlhf import old_logprobs, roles

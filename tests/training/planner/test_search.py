@@ -12,10 +12,9 @@ from training.calls import with_recomputed_logprobs
 from training.plan_checks import problems
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
-from training.planner.estimate import estimate
 from training.planner.graph import DataflowGraph
 from training.planner.options import PUBLISHED, Options
-from training.planner.search import search
+from training.planner.search import estimate, search
 from training.planner.table import UNDECIDED, PlanTable
 
 EFFORT = 0.1
