@@ -11,8 +11,7 @@ from applications.profile import measure_to
 from inference.errors import UserError
 from training.config import RunConfig
 from training.plan import Plan, to_blocks
-from training.planner.hardware import Cluster
-from training.planner.machine import cluster_here, profile_file
+from training.planner.hardware import Cluster, cluster_here, profile_file
 from training.run_directory import RunDirectory
 
 LARGE = 8

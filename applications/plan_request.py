@@ -17,8 +17,7 @@ from training.plan_checks import cannot_run, unrunnable
 from training.planner.augmented import AugmentedGraphs
 from training.planner.footprint import DTYPES, Footprints
 from training.planner.fused_training import FusedTraining, fused_training
-from training.planner.hardware import DEVICES, Cluster
-from training.planner.machine import THIS_MACHINE, profile_file, read_profile
+from training.planner.hardware import DEVICES, THIS_MACHINE, Cluster, profile_file, read_profile
 from training.planner.options import Space
 from training.planner.search import Estimate, estimate
 from training.planner.workload import Workload

@@ -14,8 +14,7 @@ from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.graph import DataflowGraph
-from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
-from training.planner.machine import MachineProfile, cluster_here, profile_file
+from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster, MachineProfile, cluster_here, profile_file
 from training.planner.search import estimate
 from training.planner.workload import Workload
 from training.step3_rlhf.planned import PRECISIONS, graphs_of

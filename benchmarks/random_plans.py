@@ -33,8 +33,7 @@ from benchmarks.work import LENGTHS, PROMPT_TOKENS, SAMPLES, SIZES
 from training.config import RunConfig
 from training.plan import Plan, from_blocks, mesh_text, to_blocks
 from training.planner import profile
-from training.planner.hardware import Calibration
-from training.planner.machine import MachineProfile
+from training.planner.hardware import Calibration, MachineProfile
 from training.planner.options import Options, meshes
 from training.run_directory import versions, write_json
 from training.step3_rlhf.forecast import Forecast, predicted_seconds

@@ -16,7 +16,7 @@ from tests.training.planner.test_machine import PROFILE
 from training.config import RunConfig
 from training.config_files import load_config
 from training.metrics import size
-from training.planner.machine import profile_file
+from training.planner.hardware import profile_file
 from training.steps import DPO, PPO, REWARD, SFT
 
 COMMANDS = {SFT: ["python", "one.py", "a b"], REWARD: ["python", "two.py"], PPO: ["python", "three.py"]}

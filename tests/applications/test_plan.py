@@ -28,7 +28,7 @@ from training.hybrid_engine.layout import Layout
 from training.models import loading
 from training.plan import Plan, from_blocks, to_blocks
 from training.planner.footprint import DTYPES
-from training.planner.machine import THIS_MACHINE, profile_file
+from training.planner.hardware import THIS_MACHINE, profile_file
 from training.planner.options import Options, meshes
 from training.planner.search import estimate
 from training.rlhf_settings import RLHFSettings

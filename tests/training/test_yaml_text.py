@@ -8,7 +8,7 @@ from training import yaml_text
 from training.config_files import load_config, read_yaml
 from training.merging import load_yaml
 from training.plan import from_yaml
-from training.planner.machine import read_profile
+from training.planner.hardware import read_profile
 
 
 def read(tmp_path, text: str, *overrides: str):

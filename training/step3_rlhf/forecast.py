@@ -16,8 +16,7 @@ from training.metrics import WARNING
 from training.plan import Plan
 from training.planner.augmented import AugmentedGraphs, Node
 from training.planner.cost import CallCosts
-from training.planner.hardware import Cluster
-from training.planner.machine import cluster_here
+from training.planner.hardware import Cluster, cluster_here
 from training.planner.simulate import Interval, Schedule, list_schedule
 from training.stage import Stage
 from training.step3_rlhf.planned import graphs_of, shape_of
