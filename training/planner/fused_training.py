@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from training.calls import Call, role_of
 from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Plan
-from training.planner.augmented import AugmentedGraphs
 from training.planner.footprint import Footprints
 from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.bound import Slack
 from training.planner.fusion.instance import Instance, Pipeline
 from training.planner.graph import DataflowGraph
+from training.planner.reallocation import AugmentedGraphs
 
 
 @dataclass(frozen=True)

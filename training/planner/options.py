@@ -12,9 +12,9 @@ from inference.errors import UserError
 from training.calls import Call
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment
-from training.planner.augmented import AugmentedGraphs
 from training.planner.footprint import Footprints
 from training.planner.hardware import Cluster
+from training.planner.reallocation import AugmentedGraphs
 
 MOST_MICRO_BATCHES = 64
 """On one data rank, in training and scoring."""

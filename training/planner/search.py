@@ -14,10 +14,10 @@ from training.hybrid_engine.layout import Layout
 from training.memory import StepMemory
 from training.plan import Assignment, Plan
 from training.plan_checks import require_valid
-from training.planner.augmented import AugmentedGraphs, Node
 from training.planner.footprint import Footprints
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
+from training.planner.reallocation import AugmentedGraphs, Node
 from training.planner.simulate import Schedule, list_schedule
 from training.planner.table import Array, Choices, PlanTable
 from training.planner.workload import Workload

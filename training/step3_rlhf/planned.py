@@ -9,11 +9,11 @@ from training.calls import Call
 from training.config import RunConfig
 from training.plan import from_blocks
 from training.plan_checks import problems, unrunnable
-from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.footprint import DTYPES
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
+from training.planner.reallocation import AugmentedGraphs
 from training.planner.workload import Precision, Workload
 from training.run_directory import read_json
 from training.shape import Shape

@@ -12,8 +12,8 @@ from training.config import RunConfig
 from training.fusion.timeline import Span
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment, Plan
-from training.planner.augmented import After, Node
 from training.planner.hardware import profile_file
+from training.planner.reallocation import After, Node
 from training.planner.search import estimate
 from training.planner.simulate import list_schedule
 from training.step3_rlhf.forecast import Forecast, as_data, beside, hardware_of, metrics_of, predicted_seconds
