@@ -14,8 +14,7 @@ from inference.streams import show_json
 from training.calls import Call
 from training.plan import Assignment, read_plan, to_yaml
 from training.plan_checks import problems
-from training.planner.fused_training import turned
-from training.planner.options import EVERYTHING, Space
+from training.planner.options import EVERYTHING, Space, turned
 from training.planner.search import Found, Progress, deepspeed_chat_plan, megatron_plan, search
 from training.planner.table import PlanTable
 

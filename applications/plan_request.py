@@ -15,9 +15,8 @@ from training.models.loading import resolve_dtype
 from training.plan import Assignment, Plan
 from training.plan_checks import cannot_run, unrunnable
 from training.planner.footprint import DTYPES, Footprints
-from training.planner.fused_training import FusedTraining, fused_training
 from training.planner.hardware import DEVICES, THIS_MACHINE, Cluster, profile_file, read_profile
-from training.planner.options import Space
+from training.planner.options import FusedTraining, Space, fused_training
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.search import Estimate, estimate
 from training.planner.workload import Workload
