@@ -14,9 +14,9 @@ from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
-from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.bound import Slack
 from training.planner.fusion.instance import Instance, Pipeline
+from training.planner.fusion.schedule import serial_1f1b
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs
