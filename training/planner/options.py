@@ -14,8 +14,7 @@ from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
-from training.planner.fusion.bound import Slack
-from training.planner.fusion.instance import Instance, Pipeline
+from training.planner.fusion.instance import Instance, Pipeline, Slack
 from training.planner.fusion.schedule import serial_1f1b
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster

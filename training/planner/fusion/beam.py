@@ -10,9 +10,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from training.planner.fusion.bound import ROUNDING
 from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule, State
-from training.planner.fusion.instance import BACKWARD, FORWARD
+from training.planner.fusion.instance import BACKWARD, FORWARD, ROUNDING
 
 WIDTH = 100
 """Partial schedules that are kept."""

@@ -12,9 +12,8 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from training.planner.fusion.bound import Slack
 from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule, State
-from training.planner.fusion.instance import BACKWARD, FORWARD, Instance
+from training.planner.fusion.instance import BACKWARD, FORWARD, Instance, Slack
 from training.planner.fusion.schedule import Order, Schedule
 
 UNBOUNDED = 2**31

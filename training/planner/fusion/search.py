@@ -16,9 +16,8 @@ import time
 from dataclasses import dataclass
 
 from training.planner.fusion.beam import Beam
-from training.planner.fusion.bound import ROUNDING
 from training.planner.fusion.event_loop import Rule
-from training.planner.fusion.instance import Instance
+from training.planner.fusion.instance import ROUNDING, Instance
 from training.planner.fusion.list_scheduler import UNBOUNDED, Found, ListScheduler
 from training.planner.fusion.schedule import Schedule, serial_1f1b, timed
 
