@@ -26,9 +26,9 @@ from benchmarks.work import LENGTHS, SIZES
 
 if TYPE_CHECKING:
     from training.distributed import Ranks
+    from training.fusion.board import Span
     from training.fusion.choice import Choice
     from training.fusion.costs import Costs
-    from training.fusion.timeline import Span
     from training.step3_rlhf.ppo import PPO
 
 CALIBRATION = 2

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from inference.generation.decoding import StepWork
-from training.fusion.place import Place
+from training.fusion.board import Place
 
 PROBE_BYTES = 4 * 2**20
 """Sent between two instances, to know what moving a sample costs."""

@@ -9,7 +9,7 @@ import torch
 
 from training.calls import role_of
 from training.distributed import Ranks, local_size
-from training.fusion.timeline import Timeline
+from training.fusion.board import Timeline
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import (
     CannotFuse,

@@ -11,7 +11,7 @@ import torch
 from inference.errors import UserError
 from training.calls import Call
 from training.distributed import local_size
-from training.fusion.timeline import Span
+from training.fusion.board import Span
 from training.metrics import WARNING
 from training.plan import Plan
 from training.planner.cost import CallCosts

@@ -9,7 +9,7 @@ from tests.training.planner.conftest import LARGE, SMALL
 from tests.training.planner.test_machine import PROFILE
 from training.calls import CRITIC_TRAIN, REWARD_SCORE
 from training.config import RunConfig
-from training.fusion.timeline import Span
+from training.fusion.board import Span
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment, Plan
 from training.planner.hardware import profile_file
