@@ -27,8 +27,7 @@ from pathlib import Path
 
 from training.fusion.board import Policy
 from training.fusion.choice import FusionChoice, Setting
-from training.fusion.costs import Costs
-from training.fusion.lengths import LengthStatistics
+from training.fusion.costs import Costs, LengthStatistics
 from training.fusion.simulator import Job, Machine, Outcome, fused, serial
 
 LABEL = "SIMULATION, not a measurement"

@@ -9,8 +9,7 @@ from torch import Tensor
 from inference.generation.decoding import Decoding
 from training.fusion.board import Aside, Begin, Board, Place, Timeline
 from training.fusion.choice import NOMINAL, Choice, FusionChoice, Setting
-from training.fusion.costs import measure_bandwidth
-from training.fusion.lengths import LengthStatistics, deal
+from training.fusion.costs import LengthStatistics, deal, measure_bandwidth
 from training.fusion.rollout import FusedRollout, Report
 from training.fusion.simulator import Job
 from training.plan import Assignment
