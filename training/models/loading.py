@@ -30,8 +30,7 @@ from inference.weights import SCORER, WrongWeights, quiet_transformers, read_wei
 from training.config import Dtype
 from training.models.policy import add_lora, keep_layers
 from training.pipelines.cut import StageCut
-from training.pipelines.stage_files import read_stage
-from training.pipelines.stage_model import held_by
+from training.pipelines.stage_model import held_by, read_stage
 from training.private_surfaces import multiplies_bf16
 from training.role_settings import LoRASettings
 from training.run_directory import write_directory
