@@ -61,8 +61,7 @@ def go_on_everywhere(ranks, directory) -> list[dict]:
 
 
 def go_on(ranks, directory, kind: str, way: int, turn: int) -> dict:
-    from training.hybrid_engine.kept_weights import KeptWeights
-    from training.hybrid_engine.moving_average import MovingAverage
+    from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
 
     engine = make(ranks, directory / "tiny", kind, STAGES[way][turn])
     average = MovingAverage(engine, 0.5)

@@ -55,8 +55,7 @@ def look(ranks, engine, average) -> list[torch.Tensor]:
 
 def average_everywhere(ranks, directory):
     from inference.families import build_tiny_model
-    from training.hybrid_engine.kept_weights import KeptWeights
-    from training.hybrid_engine.moving_average import MovingAverage
+    from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
 
     model = directory / "tiny"
     if ranks.is_first:
