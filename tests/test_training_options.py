@@ -27,7 +27,7 @@ def score(prompts, responses, rows):
     return [len(set(response)) / 10 for response in responses]
 
 from training.formulas.estimators import Estimator
-from training.formulas.shapings import Shaping
+from training.formulas.estimators import Shaping
 
 def others(scored):
     return (scored.by_prompt - scored.by_prompt.flip(1)).flatten()

@@ -9,8 +9,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 
 from inference.errors import UserError
 from training.calls import Call, rlhf_calls
-from training.formulas.estimators import ESTIMATORS, Estimator
-from training.formulas.shapings import SHAPINGS
+from training.formulas.estimators import ESTIMATORS, SHAPINGS, Estimator
 from training.plan import from_blocks, read_plan, to_blocks
 from training.reward_specs import RewardSpec, kept_specs, specs_of
 from training.role_settings import (

@@ -16,9 +16,8 @@ from training import uses
 from training.config_files import load_config
 from training.distributed import Ranks
 from training.formulas.dpo_losses import DPO_LOSSES, Pairs
-from training.formulas.estimators import ESTIMATORS
+from training.formulas.estimators import ESTIMATORS, SHAPINGS, RunningStatistics
 from training.formulas.own import loaded, try_own
-from training.formulas.shapings import SHAPINGS, RunningStatistics
 from training.inputs import inputs_of
 from training.rewards import Rewards
 from training.run_directory import RunDirectory
