@@ -56,7 +56,7 @@ class Rewarded:
 class Rewards:
     """What PPO is told to raise: the weighted sum of the reward model's scores and those of the user's sources.
 
-    Scores of a source that step 2 has not normalised are brought to a scale by an entry of training.formulas.estimators.
+    Scores of a source that step 2 has not normalised are brought to a scale by an entry of `training.formulas`.
     """
 
     def __init__(self, settings: RLHFSettings, ranks: Ranks, model_is_normalized: bool = True):

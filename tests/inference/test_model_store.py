@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 
-from inference import model_package, model_store
+from inference import model_store, packages
 from inference.errors import UserError
 from inference.families import build_tiny_model
 from inference.model_store import cache_directory, is_local, resolve_model
@@ -129,7 +129,7 @@ def test_is_local(model, cache):
     assert is_local("./none")  # an error, but one that needs no network
     assert not is_local("facebook/opt-1.3b")
     assert not is_local(PACKAGE)
-    (cache / model_package.SMOLLM2.cache_name).mkdir(parents=True)
+    (cache / packages.SMOLLM2.cache_name).mkdir(parents=True)
     assert is_local(PACKAGE)
 
 
