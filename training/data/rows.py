@@ -1,6 +1,8 @@
 """Rows: what a data source becomes, one JSON object a line in the run directory."""
 
 import json
+import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -9,6 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 from inference.chat_template import Message
 from inference.errors import UserError
+from training.config import StepSettings
 from training.role_settings import Keep
 from training.steps import PROMPTS, Step, TrainingRows
 
@@ -173,3 +176,38 @@ def require_rows(directory: Path, step: Step, keep: Keep = "last", rows: Trainin
             f"Step {step.label} needs {(rows or step.rows).contents}, and {why}, "
             f"or {INSTEAD.get(step.command, 'leave the step out (--steps)')}."
         )
+
+
+class Epochs:
+    """The order of an epoch is a function of (salt, epoch) alone, so that resuming needs no cursor. The last one asked
+    for is kept: a million rows take half a second to shuffle."""
+
+    def __init__(self, size: int, salt: str):
+        self.size, self.salt = size, salt
+        self._kept = -1, array("q")
+
+    def order(self, epoch: int) -> "array[int]":
+        """Rows 0 .. size - 1, as `epoch` takes them."""
+        if self._kept[0] != epoch:
+            order = array("q", range(self.size))
+            random.Random(f"{self.salt}/{epoch}").shuffle(order)
+            self._kept = epoch, order
+        return self._kept[1]
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """The rows at places `start` .. `start + count - 1`, counted from 0 through all epochs."""
+        chosen: list[int] = []
+        while len(chosen) < count:
+            epoch, seat = divmod(start + len(chosen), self.size)
+            chosen += self.order(epoch)[seat : seat + count - len(chosen)]
+        return chosen
+
+
+def updates_per_epoch(rows: int, settings: StepSettings) -> int:
+    return max(1, rows // settings.batch_size)
+
+
+def count_updates(rows: int, settings: StepSettings) -> int:
+    """Optimiser steps of the whole step."""
+    total = updates_per_epoch(rows, settings) * settings.epochs
+    return min(total, settings.max_steps) if settings.max_steps else total

@@ -7,7 +7,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.epochs import count_updates
+from training.data.rows import count_updates
 from training.data.token_cache import TokenRows, Tokens
 from training.evaluation.statistics import perplexity
 from training.hybrid_engine.dividing import loads
