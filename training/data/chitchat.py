@@ -22,8 +22,7 @@ from inference.chat_format import ChatFormat
 from inference.chat_template import Message
 from inference.errors import UserError
 from training.config import DataSettings
-from training.data.decency import is_decent, is_talk
-from training.data.rated_texts import RatedTexts, share_texts
+from training.data.rated_texts import RatedTexts, is_decent, is_talk, share_texts
 from training.data.rows import PromptRow, RowSets, SFTRow
 from training.data.split import check_shares, keep_once, opening
 

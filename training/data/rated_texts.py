@@ -5,6 +5,7 @@ The reward model of the embedded default learns from pairs of tweets (pairs.py);
 agrees with these people (evaluation/panel.py). The package's lexicon has no part in it.
 """
 
+import functools
 import html
 import json
 import random
@@ -14,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -24,11 +26,50 @@ from inference.errors import UserError
 from inference.model_store import cached
 from inference.packages import PipPackage, download
 from training.config import DataSettings
-from training.data.decency import is_decent, is_talk
 from training.data.messages import Answer, make_pairs
 from training.data.rated_answers import RANK, SCORES, ahead, number
 from training.data.rows import PairRow, PanelRow, read_rows
 from training.data.shapes import one_spelling
+
+HARMLESS = frozenset(
+    """crap damn drunk facial fat god hell homey kill lmao murder omg oral organ paddy pasty pawn poop pot potty revue
+    rum screw screwed seaman slope snatch sniper steamy strip stroke stupid suck sucked thrust tramp ugly undies
+    virgin vodka vomit weirdo whiz willy womb woody""".split()
+)
+"""On the word list, and yet heard in polite talk."""
+INSULTS = frozenset(
+    ["bastards", "idiot", "idiots", "imbecile", "loser", "losers", "morons", "psycho", "retards", "scumbag"]
+)
+"""Not on the word list."""
+ROOTS = re.compile(r"fuck|shit|bitch|nigg|fagg|whore|rapist|suicid|kill (?:your|my)self|shut up|hate you")
+"""Rude wherever they stand, in longer words too."""
+LINK = re.compile(r"https?:|www\.|\.com\b|\.org\b|@", re.IGNORECASE)
+
+
+def is_decent(text: str) -> bool:
+    words, phrases = word_list()
+    plain = text.lower()
+    squeezed = re.sub(r"(.)\1{2,}", r"\1", plain)  # fuuuuck
+    return not any(
+        ROOTS.search(form) or phrases.search(form) or not words.isdisjoint(re.findall(r"\w+", form))
+        for form in (plain, squeezed)
+    )
+
+
+def is_talk(text: str) -> bool:
+    """Whether there is a word in it, and no link or address."""
+    return re.search(r"[A-Za-z]{2}|\bI\b", text) is not None and LINK.search(text) is None
+
+
+@functools.cache
+def word_list() -> tuple[frozenset[str], re.Pattern[str]]:
+    """Of the package `better_profanity`: single words, and a pattern for its phrases and words with signs in them."""
+    text = (files("better_profanity") / "profanity_wordlist.txt").read_text(encoding="utf-8")
+    entries = {line.strip().lower() for line in text.splitlines()} - HARMLESS - {""}
+    words = {entry for entry in entries if re.fullmatch(r"\w+", entry)}
+    phrases = "|".join(re.escape(entry) for entry in sorted(entries - words))
+    return frozenset(words | INSULTS), re.compile(rf"(?<!\w)(?:{phrases})(?!\w)")
+
 
 PACKAGE = PipPackage(
     requirement="vaderSentiment==3.3.2",
