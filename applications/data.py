@@ -23,12 +23,11 @@ from training.data.entries import BadRow
 from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_preferences, lint_tokenizer, shared_prompts
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rated_texts import load_texts
-from training.data.reading import JUDGED_AGAIN, NAMES_OF_KINDS, read_source
+from training.data.reading import JUDGED_AGAIN, NAMES_OF_KINDS, read_source, require_accepted
 from training.data.rows import Row, RowSets, read_rows
 from training.data.shapes import UNDECIDED
 from training.data.sources import parse_source
 from training.data.split import kind_of
-from training.data.templates import require_accepted
 from training.evaluation.preferences import overview
 from training.run_directory import RunDirectory
 from training.trust import of_looking, require_yes

@@ -25,8 +25,18 @@ from training.data.rows import Row, RowSets
 from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
-from training.data.templates import require_accepted
 from training.evaluation.preferences import newest
+
+
+def require_accepted(rows: Sequence[Row], chat_format: ChatFormat) -> None:
+    """Raise BadRow where the template refuses a prompt, with the way out that there is."""
+    prompt = rows[-1]["prompt"]  # of a conversation the longest, which begins with all the others
+    if why := chat_format.refusal(prompt):
+        what = "the model's chat template refuses the row"
+        if prompt[0]["role"] == "system" and not chat_format.refusal(prompt[1:]):
+            what = "the model's chat template refuses a system message, whose text can stand before the question"
+        raise BadRow(f"{what} ({why})")
+
 
 JUDGED_AGAIN = "the same person has judged these answers again"
 KEYS_NAMED = 12
