@@ -5,8 +5,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from training.formulas.dpo_losses import DPO_LOSSES
 from training.formulas.estimators import ESTIMATORS, SHAPINGS
+from training.formulas.losses import DPO_LOSSES
 from training.formulas.table import Table
 
 TABLES: tuple[Table, ...] = (ESTIMATORS, SHAPINGS, DPO_LOSSES)

@@ -10,7 +10,7 @@ from training import calls
 from training.data.batching import plan_micro_batches
 from training.data.rows import count_updates
 from training.data.token_cache import TokenPair, grouped, shares_of, tokens_of
-from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
+from training.formulas.losses import DPO_LOSSES, Pairs, implicit_rewards
 from training.formulas.own import loaded
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine

@@ -12,7 +12,7 @@ from inference.chat_format import ChatFormat
 from training.data.batching import plan_micro_batches
 from training.data.rows import Epochs, count_updates
 from training.data.token_cache import TokenPair, grouped
-from training.formulas.dpo_losses import DPO_LOSSES, Answers, implicit_rewards
+from training.formulas.losses import DPO_LOSSES, Answers, implicit_rewards
 from training.formulas.own import loaded
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.stage import Stage
