@@ -12,7 +12,7 @@ from zipfile import ZipFile
 from inference.errors import UserError
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-"""What such a file begins with: what Excel calls Unicode text, and what PowerShell writes."""
+"""How files begin that Excel calls Unicode text, or that PowerShell writes."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 

@@ -121,10 +121,9 @@ def split_of(file: Path) -> str:
     The innermost folder that says something counts. A name that says both is held out.
     """
     for name in [*reversed(file.parts[:-1]), file.name]:
-        found = words(name)
-        if any(map(HELD_OUT.fullmatch, found)):
+        if any(map(HELD_OUT.fullmatch, words(name))):
             return "held out"
-        if any(map(TRAINING.fullmatch, found)):
+        if any(map(TRAINING.fullmatch, words(name))):
             return "train"
     return ""
 

@@ -33,8 +33,7 @@ from training.data.messages import (
     read_messages,
     read_transcript,
 )
-from training.data.rated_answers import each_pair, number
-from training.data.rated_texts import BAD_ALONE, Rating, rating_of
+from training.data.rated_answers import Rating, each_pair, number, rating_of
 from training.data.rows import LabelledRow, PairRow, PromptRow, Row, SFTRow
 from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, both_bad, in_trls_columns, usual_name
 
@@ -144,14 +143,6 @@ def read_one(value: Any, keeps_labels: bool = False) -> ReadRow:
         rows[-1] = cast(LabelledRow, {**rows[-1], "label": not rating.is_bad})
         rating = None
     return ReadRow(rows, format_of(row), unused_keys(row), extra, rating)
-
-
-def parse_row(value: Any) -> list[Row]:
-    """The rows that one value gives by itself. Raises BadRow."""
-    read = read_row(value)
-    if read.rating is not None and read.rating.is_bad:
-        raise LeftOut(BAD_ALONE)
-    return read.rows
 
 
 def trl_row(value: Any) -> dict[str, Any]:

@@ -40,16 +40,12 @@ Level = Literal["error", "warning"]
 @dataclass(frozen=True)
 class Finding:
     level: Level
-    check: str
-    """A short name, the same for every data set."""
+    check: str  # a short name, the same for every data set
     sentence: str
-    count: int = 0
-    """Rows concerned."""
-    places: tuple[str, ...] = ()
-    """Where the first of them are."""
+    count: int = 0  # of the rows concerned
+    places: tuple[str, ...] = ()  # of the first of them
 
     def __str__(self) -> str:
-        """The sentence with how many rows it is about, and the first of them."""
         if not self.places:
             return self.sentence
         more = ", ..." if self.count > len(self.places) else ""

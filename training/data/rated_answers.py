@@ -1,12 +1,13 @@
 """Several answers to one prompt in a row, and what somebody thought of them -> chosen and rejected.
 
 Columns for the better and the worse answer (or several of either), two answers with a winner or a score each, or a list
-of answers with a score each. rated_rows.py pairs answers that have a row each.
+of answers with a score each. reading.py pairs answers that have a row each.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -46,7 +47,6 @@ RANK = "rank"
 """1 is the best."""
 ORDERS = ("ranking", "rankings")
 """The rank of each answer, or the answers' numbers from the best to the worst: nobody knows."""
-FIRST, LEFT = ("first", "second"), ("left", "right")
 WINNER_COLUMNS = (
     "winner",
     "preference",
@@ -75,13 +75,7 @@ COLUMNS = BETTER | WORSE | TWO.keys() | set(LISTS)
 TURNS = ("prompt", "response_a", "response_b")
 """The columns in which Chatbot Arena keeps the list of a conversation's turns as text."""
 
-SEVERAL_TURNS = "a conversation of several turns, of which the two models had each its own"
-SAME_SCORE = "the answers to the prompt have the same score"
-ONE_ANSWER = "only one answer to the prompt has a score"
-NO_BETTER = "the chosen answer has no higher score than the rejected one"
-TIED = "neither of the two answers is the better one"
-
-Choice = tuple[Any, Any, set[str], float | None]
+Preferred = tuple[Any, Any, set[str], float | None]
 """The better answer, the worse one, the columns (by their usual names) that say so, and by how much it is better."""
 
 
@@ -114,7 +108,7 @@ def every_pair(value: dict[str, Any], names: Mapping[str, str]) -> list[Any]:
     prompt_from_context(rest, names)
     return [
         {**rest, "chosen": answers[i], "rejected": answers[j], "margin": scores[i] - scores[j]}
-        for i, j in ahead(scores)
+        for i, j in better_first(scores)
         if stripped(answers[i]) != stripped(answers[j])
     ]
 
@@ -129,10 +123,10 @@ def prompt_from_context(row: dict[str, Any], names: Mapping[str, str]) -> None:
         row["prompt"] = row.pop(names["context"])
 
 
-def ahead(scores: Mapping[int, float]) -> list[tuple[int, int]]:
-    """Each two places of which the first has the higher score, the furthest apart first."""
-    found = [(i, j) for i, j in product(scores, repeat=2) if scores[i] > scores[j]]
-    return sorted(found, key=lambda pair: scores[pair[1]] - scores[pair[0]])
+def better_first(scores: Mapping[int, float]) -> list[tuple[int, int]]:
+    """All two keys of which the first has the higher score, the furthest apart first."""
+    pairs = [(i, j) for i, j in product(scores, repeat=2) if scores[i] > scores[j]]
+    return sorted(pairs, key=lambda pair: scores[pair[1]] - scores[pair[0]])
 
 
 def is_several(value: Any) -> bool:
@@ -174,7 +168,7 @@ def single_turn(row: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(turn, list) and len(turn) == len(turns[0]) for turn in turns):
         return {}
     if len(turns[0]) != 1:
-        raise LeftOut(SEVERAL_TURNS)
+        raise LeftOut("a conversation of several turns, of which the two models had each its own")
     return {name: turn[0] for name, turn in zip(TURNS, turns, strict=True)}
 
 
@@ -185,13 +179,12 @@ def require_better(values: Mapping[str, Any]) -> tuple[set[str], float | None]:
         chosen, rejected = (number(values.get(column)) for column in columns)
         if chosen is not None and rejected is not None:
             if chosen <= rejected:
-                raise LeftOut(NO_BETTER)
+                raise LeftOut("the chosen answer has no higher score than the rejected one")
             return set(columns), chosen - rejected
     return set(), None
 
 
-def better_and_worse(values: Mapping[str, Any]) -> Choice | None:
-    """Columns that are called so."""
+def better_and_worse(values: Mapping[str, Any]) -> Preferred | None:
     better, worse = ([name for name in values if name in words] for words in (BETTER, WORSE))
     if len(better) != 1 or len(worse) != 1 or not all(is_answer(values[name]) for name in better + worse):
         return None
@@ -202,7 +195,7 @@ def is_answer(value: Any) -> bool:
     return isinstance(value, str | dict) or looks_like_messages(value)
 
 
-def one_of_two(values: Mapping[str, Any]) -> Choice | None:
+def one_of_two(values: Mapping[str, Any]) -> Preferred | None:
     """Two answers in columns of their own, with scores or a winner."""
     for column, (other, *ends) in TWO.items():
         if not {column, other} <= values.keys():
@@ -213,7 +206,7 @@ def one_of_two(values: Mapping[str, Any]) -> Choice | None:
             continue
         better, used, margin = judged
         if better is None:
-            raise LeftOut(TIED)
+            raise LeftOut("neither of the two answers is the better one")
         return values[columns[better]], values[columns[1 - better]], {*columns, *used}, margin
     return None
 
@@ -249,14 +242,14 @@ def by_winner(values: Mapping[str, Any], columns: tuple[str, str], ends: list[st
 
 
 def named_answer(name: str, winner: Any, answers: list[Any], columns: tuple[str, str], ends: list[str]) -> int | None:
-    """The place of the answer that is named, None for a tie. Raises BadRow for what names neither."""
+    """The index of the answer that is named, None for a tie. Raises BadRow for what names neither."""
     if winner in answers:
         return answers.index(winner)
     text = re.sub(r"\.0+$", "", str(winner).strip().lower())  # 1.0 is 1
     if TIE.search(text):
         return None
     words = set(re.findall(r"[a-z]+|\d+", text))
-    named = [i for i in (0, 1) if {ends[i].strip("_"), "ab"[i], FIRST[i], LEFT[i]} & words]
+    named = [i for i in (0, 1) if {ends[i].strip("_"), "ab"[i], ("first", "second")[i], ("left", "right")[i]} & words]
     if len(named) != 1:
         raise BadRow(f"'{name}' is {text[:SHORT]!r}, which names neither {columns[0]} nor {columns[1]}")
     return named[0]
@@ -266,29 +259,29 @@ Scores = tuple[list[float | None], set[str]]
 """Of each answer, more is better; and the columns that they stand in."""
 
 
-def best_and_worst(values: Mapping[str, Any]) -> Choice | None:
+def best_and_worst(values: Mapping[str, Any]) -> Preferred | None:
     """Of a list of answers the two that are furthest apart. Raises LeftOut where none is better than another."""
     if (rated := rated_list(values)) is None:
         return None
     answers, scores, used = rated
     if len(scores) < 2:
-        raise LeftOut(ONE_ANSWER)
-    best, worst = (choose(scores, key=lambda place: scores[place]) for choose in (max, min))
+        raise LeftOut("only one answer to the prompt has a score")
+    best, worst = (choose(scores, key=lambda i: scores[i]) for choose in (max, min))
     if scores[best] == scores[worst]:
-        raise LeftOut(SAME_SCORE)
+        raise LeftOut("the answers to the prompt have the same score")
     return answers[best], answers[worst], used, scores[best] - scores[worst]
 
 
 def rated_list(values: Mapping[str, Any]) -> tuple[list[Any], dict[int, float], set[str]] | None:
-    """A list of answers, each with a score or a rank, in it or in a list beside it: the answers, what is said of those
-    of which something is, by their places, and the columns."""
+    """A list of answers, each with a score or a rank, in it or in a list beside it: the answers, the scores of those
+    that have one by their indices, and the columns."""
     for column in LISTS:
         answers = parsed(values.get(column))
         if not isinstance(answers, list) or not answers or not all(map(is_answer, answers)):
             continue
         rated = scores_in(answers) or scores_beside(values, column, len(answers))
         if rated is not None:
-            scores = {place: score for place, score in enumerate(rated[0]) if score is not None}
+            scores = {i: score for i, score in enumerate(rated[0]) if score is not None}
             return list(map(text_in, answers)), scores, {column, *rated[1]}
     return None
 
@@ -313,8 +306,9 @@ def scores_in(answers: list[Any]) -> Scores | None:
 
 def mean_rating(annotations: Any) -> float | None:
     """Of {"helpfulness": {"Rating": "4"}, ...}; what is not rated (N/A) does not count."""
-    aspects = [each for each in annotations.values() if isinstance(each, dict)] if isinstance(annotations, dict) else []
-    ratings = [rating for each in aspects if (rating := number(each.get("Rating"))) is not None]
+    aspects = annotations.values() if isinstance(annotations, dict) else ()
+    numbers = [number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]
+    ratings = [rating for rating in numbers if rating is not None]
     return sum(ratings) / len(ratings) if ratings else None
 
 
@@ -355,7 +349,29 @@ def require_plain_order(name: str, numbers: list[float | None]) -> None:
 
 def number(value: Any) -> float | None:
     try:
-        found = float(value)
+        result = float(value)
     except (TypeError, ValueError):
         return None
-    return found if math.isfinite(found) else None
+    return result if math.isfinite(result) else None
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What is said of an answer that has a row of its own."""
+
+    value: float  # more is better; of a label 1 or 0
+    column: str
+    is_label: bool
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether a label says so: a score alone cannot."""
+        return self.is_label and not self.value
+
+
+def rating_of(row: Mapping[str, Any]) -> Rating | None:
+    """The score or rank in a row with one answer."""
+    for column in (*SCORES, RANK):
+        if (value := number(row.get(column))) is not None and not isinstance(row[column], bool):
+            return Rating(-value if column == RANK else value, column, is_label=False)
+    return None

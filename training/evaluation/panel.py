@@ -20,7 +20,7 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
 from training.data.chitchat import upbeat_score
-from training.data.messages import SCORE_GAP
+from training.data.rated_texts import SCORE_GAP
 from training.data.rows import PANEL_FILE, read_rows
 from training.evaluation.candidates import Row, encode
 from training.evaluation.statistics import Z, share
