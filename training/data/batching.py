@@ -93,7 +93,7 @@ class TokenBatch:
 
     @property
     def targets(self) -> Tensor:
-        """The response tokens, row by row, int64."""
+        """The tokens to predict, those of the responses row by row: int64 (response tokens)."""
         return self.ids[self.response]
 
     @property

@@ -31,8 +31,7 @@ ROWS_PER_DIALOGUE = 8
 """Dialogues have up to hundreds of turns; a few of them must not outweigh the rest."""
 CONTEXT_TURNS = (3, 1)
 """Turns of a context, first choice first; odd, so that it begins and ends with the user's."""
-SAME_REPLY = 3
-"""How often the same reply ("yeah") is kept."""
+SAME_REPLY = 3  # times that the same reply ("yeah") is kept
 COMPARED_PROMPTS = 600
 """Held-out prompts for the comparison of models; behind them stand those of `rlhf.eval_prompts`."""
 MORE_PROMPTS = 64
@@ -142,7 +141,6 @@ class DialogueReader:
         self._known_openings: set[str] = set()
 
     def read(self, dialogues: Iterable[Dialogue]) -> list[list[SFTRow]]:
-        """The rows of each dialogue."""
         return [self._rows(dialogue) for dialogue in dialogues]
 
     def leave_out_known_talk(self, rows: Iterable[SFTRow]) -> None:
@@ -166,7 +164,7 @@ class DialogueReader:
         return rows
 
     def _row(self, dialogue: Dialogue, turn: int) -> SFTRow | str:
-        """The turn with this index as a reply, or why it is not used."""
+        """Return the turn with this index as a reply in its context, or why it is not used."""
         reply = dialogue.turns[turn]
         if turn == 0 and GREETING.match(reply):
             return "greeting for an answer"
@@ -220,7 +218,7 @@ def prompts_for(dialogue: Dialogue, turn: int) -> Iterator[list[Message]]:
 
 
 def bare(text: str) -> str:
-    """A reply as one hears it: "Haha, yes!!" and "hahaha yes" are the same."""
+    """Write a reply as one hears it: "Haha, yes!!" and "hahaha yes" are the same."""
     words = re.findall(r"\w+", text.lower())
     return " ".join("haha" if re.fullmatch(r"a?(?:ha)+h?", word) else word for word in words)
 
@@ -246,7 +244,6 @@ def share_out(
 
 
 def training_rows(first: list[SFTRow], third: list[SFTRow], rng: random.Random) -> RowSets:
-    """Rows for steps 1 and 3 from the demonstrations for each."""
     sets = RowSets(sft_train=first, prompts_train=prompt_rows(third))
     rng.shuffle(sets.sft_train)
     rng.shuffle(sets.prompts_train)
@@ -270,7 +267,7 @@ def add_evaluation(sets: RowSets, new_talk: list[SFTRow], new_questions: list[SF
 
 
 def prompt_rows(rows: Iterable[SFTRow]) -> list[PromptRow]:
-    """The prompts of demonstrations, each once."""
+    """Return the prompts of demonstrations, each once."""
     distinct = {json.dumps(row["prompt"]): row["prompt"] for row in rows}
     return [{"prompt": prompt} for prompt in distinct.values()]
 

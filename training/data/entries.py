@@ -41,7 +41,7 @@ Entry = tuple[str, Any]
 
 
 def open_bytes(file: Path) -> IO[bytes]:
-    """The content, unpacked, and as UTF-8 where it was UTF-16."""
+    """Open the content, unpacked, and as UTF-8 where it was UTF-16."""
     with open(file, "rb") as raw:
         begin = raw.read(6)
     unpack = next((unpack for mark, unpack in UNPACK.items() if begin.startswith(mark)), open)

@@ -24,14 +24,12 @@ ANSWERS = {
     "sft": ("response",),
     "prompt": (),
 }
-"""The keys of a row's answers, by its kind."""
+"""Kind of a row -> keys of its answers."""
 PLACES_NAMED = 5
 LENGTH_BIAS = 0.6
 """Share of pairs in which the longer answer (or the shorter one) is chosen, from which a reward model may learn it."""
-ENOUGH_PAIRS = 20
-"""With fewer a share says little."""
-MUCH_CUT = 0.01
-"""Share of rows that may be cut without a word."""
+ENOUGH_PAIRS = 20  # with fewer a share says little
+MUCH_CUT = 0.01  # share of rows that may be cut without a word
 
 
 Level = Literal["error", "warning"]
@@ -58,8 +56,6 @@ class Finding:
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows with their places."""
-
     rows: Sequence[Row]
     places: Sequence[str]
 
@@ -69,15 +65,12 @@ class Lines:
 
 @dataclass(frozen=True)
 class Size:
-    """A row in tokens (characters without a tokenizer)."""
+    """The size of a row in tokens (characters without a tokenizer)."""
 
     prompt: int
-    answers: tuple[int, ...]
-    """Uncut, each with its end of turn."""
-    is_empty: bool = False
-    """Whether an answer has no token but the end of its turn."""
-    is_same: bool = False
-    """Whether different answers have the same tokens once they are cut."""
+    answers: tuple[int, ...]  # uncut, each with its end of turn
+    is_empty: bool = False  # whether an answer has no token but the end of its turn
+    is_same: bool = False  # whether different answers have the same tokens once they are cut
 
     @classmethod
     def of(cls, row: Row, chat_format: ChatFormat | None, settings: DataSettings) -> "Size":
@@ -109,7 +102,6 @@ def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -
 
 
 def found(level: Level, check: str, sentence: str, places: Sequence[str]) -> list[Finding]:
-    """One finding, or none where no place is concerned."""
     return [Finding(level, check, sentence, len(places), tuple(places[:PLACES_NAMED]))] if places else []
 
 
@@ -165,7 +157,6 @@ def contradictions(lines: Lines) -> list[Finding]:
 
 
 def one_label(lines: Lines) -> list[Finding]:
-    """Answers with a label, of which none is good or none bad."""
     kinds = set(map(kind_of, lines.rows))
     if kinds not in ({"good"}, {"bad"}):
         return []
@@ -188,7 +179,6 @@ def length_bias(lines: Lines, sizes: Sequence[Size]) -> list[Finding]:
 
 
 def cut_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) -> list[Finding]:
-    """Prompts that lose their beginning, and answers that lose their end."""
     limits = settings.max_prompt_tokens, settings.max_response_tokens
     prompts = [place for place, size in zip(lines.places, sizes, strict=True) if size.prompt > limits[0]]
     cut = [place for place, size in zip(lines.places, sizes, strict=True) if max(size.answers, default=0) > limits[1]]

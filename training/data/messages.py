@@ -24,7 +24,7 @@ SAME_ROLES = {role: role for role in ROLES} | {
 TOOL_ROLE = re.compile("(tool|function)s?([_-](call|response|result|output)s?)?|observation|ipython", re.IGNORECASE)
 NO_TOOLS = "tools are not supported"
 TRAINED_KEYS = ("weight", "train", "training", "trainable", "train_on_turn", "loss")
-"""Keys of a message that say whether its answer is trained on."""
+"""Keys of a message that may say whether its answer is trained on."""
 MESSAGE_KEYS = frozenset(("role", "from", "content", "value", *TRAINED_KEYS))
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -150,7 +150,7 @@ def deserialised(value: Any, key: str) -> Any:
 
 
 def unwrapped(value: Any) -> list[Any]:
-    """The list that stands in a list or an object of its own."""
+    """Return the list that stands in a list or an object of its own."""
     while True:
         if isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value.values())), list):
             value = next(iter(value.values()))
@@ -176,7 +176,6 @@ def leading_value(text: str) -> tuple[Any, str]:
 
 
 def python_value(text: str) -> Any:
-    """A literal of Python, or None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of backslashes in the text

@@ -20,9 +20,8 @@ STEMS = (
 )
 """What the column of an answer is called, with something before or behind it."""
 LISTS = ("responses", "answers", "outputs", "completions", "replies", "generations", "candidates", "summaries")
-"""What a column with all answers is called."""
 TEXT_KEYS = (*STEMS, "content")
-"""Where the text of an answer stands that is an object."""
+"""The text of an answer that is an object stands under one of these."""
 
 
 def columns_called(words: Iterable[str], *others: str) -> frozenset[str]:
@@ -43,8 +42,7 @@ TWO = {f"{stem}{first}": (f"{stem}{second}", first, second) for first, second in
 """The column of the first of two answers -> that of the second, and what both names end with."""
 SCORES = ("fine-grained_score", "overall_score", "score", "rating", "reward", "pm_score", "helpfulness")
 """More is better. The first one that is there counts."""
-RANK = "rank"
-"""1 is the best."""
+RANK = "rank"  # 1 is the best
 ORDERS = ("ranking", "rankings")
 """The rank of each answer, or the answers' numbers from the best to the worst: nobody knows."""
 WINNER_COLUMNS = (
@@ -57,10 +55,9 @@ WINNER_COLUMNS = (
     "label",
     *sorted(BETTER),
 )
-"""Name or number of the better one of two answers."""
+"""They name the better one of two answers, or have its number."""
 LIKE_A_WINNER = re.compile("winner|prefer|better|verdict")
-SHORT = 20
-"""Characters of what may be a winner and not its reason."""
+SHORT = 20  # characters of what may be a winner and not its reason
 STRENGTHS = ("overall_preference", "preference_strength")
 """Below 0 where the first of two answers is better, above where the second is (HelpSteer2 and 3)."""
 TIE = re.compile(r"\b(ties?|tied|draw|equal|same|both|neither|none)\b|bothbad|^1\.5$")
@@ -118,7 +115,7 @@ def stripped(answer: Any) -> Any:
 
 
 def prompt_from_context(row: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Messages in `context` beside several answers, as HelpSteer3 has them."""
+    """Take messages in `context` beside several answers as the prompt, as HelpSteer3 has them."""
     if row.get(names.get("prompt", "prompt")) is None and looks_like_messages(row.get(names.get("context", ""))):
         row["prompt"] = row.pop(names["context"])
 
@@ -196,7 +193,7 @@ def is_answer(value: Any) -> bool:
 
 
 def one_of_two(values: Mapping[str, Any]) -> Preferred | None:
-    """Two answers in columns of their own, with scores or a winner."""
+    """Judge two answers in columns of their own by scores or a winner."""
     for column, (other, *ends) in TWO.items():
         if not {column, other} <= values.keys():
             continue
@@ -287,7 +284,7 @@ def rated_list(values: Mapping[str, Any]) -> tuple[list[Any], dict[int, float], 
 
 
 def text_in(answer: Any) -> Any:
-    """The text of an answer that is an object; any other as it is."""
+    """Return the text of an answer that is an object; any other as it is."""
     if not isinstance(answer, dict) or "role" in answer or "from" in answer:
         return answer
     return next((answer[key] for key in TEXT_KEYS if key in answer), answer)
@@ -357,8 +354,6 @@ def number(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Rating:
-    """What is said of an answer that has a row of its own."""
-
     value: float  # more is better; of a label 1 or 0
     column: str
     is_label: bool
@@ -370,7 +365,7 @@ class Rating:
 
 
 def rating_of(row: Mapping[str, Any]) -> Rating | None:
-    """The score or rank in a row with one answer."""
+    """Return the score or rank in a row with one answer."""
     for column in (*SCORES, RANK):
         if (value := number(row.get(column))) is not None and not isinstance(row[column], bool):
             return Rating(-value if column == RANK else value, column, is_label=False)

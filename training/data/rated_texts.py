@@ -90,16 +90,12 @@ DOMAINS = {
     "film reviews": "movieReviewSnippets",
 }
 """Names of the kinds of text, and how their files begin."""
-ADDRESSEES = re.compile(r"^(?:(?:RT\s+)?@\w+[:,]?\s+)+")
-"""Names that a tweet begins with; they are left out."""
-WORDS = (3, 16)
-"""Fewest and most of a text that is used."""
+ADDRESSEES = re.compile(r"^(?:(?:RT\s+)?@\w+[:,]?\s+)+")  # names that a tweet begins with; they are left out
+WORDS = (3, 16)  # fewest and most of a text that is used
 HELD_OUT = 500
 """Tweets that are kept for evaluation, where there are four times as many."""
-OTHERS = 300
-"""Texts of each other kind that are judged."""
-LOOKED_AT = 4 * OTHERS
-"""Texts of such a kind that are drawn; about half of them are too long."""
+OTHERS = 300  # texts of each other kind that are judged
+LOOKED_AT = 4 * OTHERS  # texts of such a kind that are drawn; about half of them are too long
 EVALUATION_PAIRS = 200
 ANY_PROMPT: list[Message] = [
     {"role": "system", "content": "You chat with a friend."},
@@ -117,8 +113,7 @@ class RatedText:
 
 
 Prompts = Sequence[list[Message]]
-RatedTexts = Mapping[str, Sequence[RatedText]]
-"""By kind, see DOMAINS."""
+RatedTexts = Mapping[str, Sequence[RatedText]]  # by kind, see DOMAINS
 
 
 def load_texts(report: Callable[[str], None]) -> RatedTexts:
@@ -278,12 +273,9 @@ class UsableTexts:
 SCORE_GAP = 1.0
 """On the scale of -4 to 4; closer ones people do not tell apart."""
 LENGTH_RATIO = 0.75
-LENGTH_SLACK = 2
-"""Tokens by which two short texts may differ all the same."""
-USES = 3
-"""How often a text may be used."""
-TRIES = 100
-"""Partners that are drawn for a text before it goes without."""
+LENGTH_SLACK = 2  # tokens by which two short texts may differ all the same
+USES = 3  # of a text at most
+TRIES = 100  # partners that are drawn for a text before it goes without
 
 
 @dataclass(frozen=True)

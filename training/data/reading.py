@@ -51,14 +51,10 @@ NAMES_OF_KINDS = {
 
 @dataclass
 class SourceRows:
-    """What was read from one source."""
-
     source: Source
     rows: list[Row] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    """The file of each row with its line, or its number."""
-    formats: Counter[str] = field(default_factory=Counter)
-    """How many lines were in which format."""
+    places: list[str] = field(default_factory=list)  # the file of each row with its line, or its number
+    formats: Counter[str] = field(default_factory=Counter)  # lines in each format
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
     """Place and reason of each line that gave no row, and whether something was wrong with it."""
     notes: list[str] = field(default_factory=list)
@@ -70,7 +66,7 @@ class SourceRows:
         return Counter(reason for _, reason, _ in self.left_out)
 
     def describe(self) -> str:
-        """`rows.jsonl: 412 pairs (preference, text)`."""
+        """Say what was read, as `rows.jsonl: 412 pairs (preference, text)`."""
         kinds = Counter(kind_of(row) for row in self.rows)
         counts = ", ".join(
             f"{count:,} {NAMES_OF_KINDS[kind].removesuffix('s' * (count == 1))}" for kind, count in kinds.most_common()
@@ -107,7 +103,7 @@ def read_source(
     report: Callable[[str], None],
     chat_format: ChatFormat | None = None,
 ) -> SourceRows:
-    """One source, which may turn out to have no row."""
+    """Read one source, which may turn out to have no row."""
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report) if not source.is_task else ([], PLAIN, [])
     used, unused, extra = 0, set[str](), set[str]()
@@ -167,7 +163,7 @@ def read_source(
 
 
 def preferences_in(value: dict[str, Any]) -> list[Preference]:
-    """What somebody said of two answers, if the value is that."""
+    """Return what somebody said of two answers, if the value is that."""
     if not value.keys() >= PREFERENCE_COLUMNS:
         return []
     with suppress(ValueError):

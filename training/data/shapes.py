@@ -33,9 +33,8 @@ ANSWERS = ("response", "completion")
 KNOWN_COLUMNS = frozenset([*TEXTS, *LABELS, *CONVERSATIONS, *QUESTIONS, *SYSTEMS]) | {
     *("history", "input", "context", "output", "tools", "margin"),
 }
-"""All that are looked at."""
 INDEX_COLUMNS = ("", "unnamed: 0", "__index_level_0__")
-"""What pandas writes for the numbers of its rows."""
+"""pandas writes the numbers of its rows into a column of such a name."""
 PREFERENCE_COLUMNS = frozenset(field.name for field in fields(Preference))
 PREFERENCE_TEXTS = frozenset(("prompt", "response_a", "response_b", "winner"))
 UNDECIDED = {"tie": "both answers are about the same", "both bad": "both answers are bad"}
@@ -67,7 +66,7 @@ def in_trls_columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def usual_names(row: dict[str, Any]) -> dict[str, Any]:
-    """Known columns in small letters, and without the index of a table."""
+    """Write known columns in small letters, and leave out the index of a table."""
     result = {}
     for name, value in row.items():
         usual = usual_name(name)
@@ -82,7 +81,7 @@ def usual_name(column: str) -> str:
 
 
 def rename(row: dict[str, Any], names: tuple[str, ...], new: str) -> None:
-    """The first of `names` that is there becomes `new`."""
+    """Rename the first of `names` that is there to `new`."""
     for name in names:
         if name in row:
             row[new] = row.pop(name)

@@ -26,8 +26,7 @@ USES = {
     "prompt": ("prompts",),
 }
 """What rows of a kind can be, by their use in training. Where nothing else gives prompts, demonstrations do as well."""
-SHARES = ("sft", "pairs", "prompts")
-"""What the shares of data.split are of."""
+SHARES = ("sft", "pairs", "prompts")  # that data.split has
 
 
 def split_rows(
@@ -118,7 +117,7 @@ def keep_once(sets: RowSets) -> int:
 
 
 def once(rows: Sequence[T], evaluation: bool) -> list[T]:
-    """The first of equal ones."""
+    """Return the first of equal rows."""
     first: dict[tuple[Any, ...], T] = {}
     for row in rows:
         first.setdefault(identity(row, evaluation), row)
@@ -139,7 +138,7 @@ def identity(row: Any, evaluation: bool) -> tuple[Any, ...]:
 
 
 def in_random_order(names: Sequence[str], salt: str) -> list[str]:
-    """By hash, so that the order of the files and rows does not matter."""
+    """Order by hash, so that the order of the files and rows does not matter."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{salt} {name}".encode()).digest())
 
 
@@ -194,8 +193,7 @@ INVISIBLE = re.compile(
 PLAIN = str.maketrans("\u2018\u2019\u02bc\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "'''\"\"------")
 """Quotation marks and dashes as word processors set them."""
 BEFORE = " \"'`*_#>([\u00bf\u00a1"
-BEHIND = " .,;:?!\"'`*_)]\u3001\u3002"
-"""Marks around a text: of its end, quotation, Markdown."""
+BEHIND = " .,;:?!\"'`*_)]\u3001\u3002"  # marks around a text: of its end, quotation, Markdown
 
 
 def one_spelling(text: str) -> str:

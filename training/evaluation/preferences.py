@@ -14,18 +14,18 @@ Preferences = Sequence[Preference]
 
 
 def newest(preferences: Preferences) -> list[Preference]:
-    """Each person's last word on each pair of answers."""
+    """Keep each person's last word on each pair of answers."""
     return list({(each.by, each.pair): each for each in preferences}.values())
 
 
 def meaning(preference: Preference) -> tuple[str, ...]:
-    """The same whichever side each answer stood on."""
+    """What a preference says is the same whichever side each answer stood on."""
     better = {"a": preference.response_a, "b": preference.response_b}.get(preference.winner)
     return (preference.winner,) if better is None else ("better", better)
 
 
 def people(preferences: Preferences) -> list[str]:
-    """Who has judged most comes first."""
+    """Name the people, those who have judged most first."""
     return [name for name, _ in Counter(each.by for each in preferences).most_common()]
 
 
@@ -52,7 +52,7 @@ def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
 
 
 def between(preferences: Preferences, model: str, against: str) -> list[Preference]:
-    """The last words on an answer of each."""
+    """Keep the last words on an answer of each of two models."""
     return newest([each for each in preferences if {each.model_a, each.model_b} == {model, against} != {model}])
 
 
@@ -93,7 +93,7 @@ def win_rate(preferences: Preferences, model: str) -> dict[str, Any]:
 
 
 def questions(preferences: Preferences) -> list[str]:
-    """Of each preference the question that it belongs to."""
+    """Name the question that each preference belongs to."""
     rows: list[Any] = [{"prompt": each.prompt} for each in preferences]
     return list(map(choose_groups(rows), rows))
 
@@ -102,7 +102,7 @@ def questions(preferences: Preferences) -> list[str]:
 
 
 def agreements(preferences: Preferences) -> list[dict[str, Any]]:
-    """Of each two people who have judged the same answers."""
+    """Measure the agreement of any two people who have judged the same answers."""
     last: dict[str, dict[Hashable, Preference]] = defaultdict(dict)
     for each in newest(preferences):
         last[each.by][each.pair] = each

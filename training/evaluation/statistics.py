@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-Z = 1.96
-"""Of a 95 % interval."""
-ENOUGH_GROUPS = 10
-"""From so many on, the likeness of answers within a group is estimated."""
+Z = 1.96  # of a 95 % interval
+ENOUGH_GROUPS = 10  # from so many on, the likeness of answers within a group is estimated
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
     "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
@@ -141,12 +139,10 @@ class Sign:
 class GuardRail:
     """Bounds of a measure of the model, or of its ratio to that of the model it is compared with."""
 
-    key: str
-    """Of the measure in evaluation.json."""
+    key: str  # of the measure in evaluation.json
     name: str
     measured_on: str
-    unit: str
-    """What follows a value; {against} is the other model."""
+    unit: str  # what follows a value; {against} is the other model
     low: float = -math.inf
     high: float = math.inf
     is_ratio: bool = True
@@ -155,7 +151,7 @@ class GuardRail:
     """A higher bound that follows from the model's measures and the number of prompts."""
 
     def sign(self, evaluation: Measures, against: str, model: str) -> Sign | None:
-        """Of the models with these keys; None where it was not measured."""
+        """Judge the models with these keys; None where the measure is missing."""
         theirs, ours = evaluation[against], evaluation[model]
         if self.key not in ours or (self.is_ratio and self.key not in theirs):
             return None
@@ -240,7 +236,7 @@ def guard_signs(evaluation: Measures, against: str, model: str) -> list[Sign]:
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """1 where both are 0."""
+    """Divide; 0 / 0 is 1."""
     return ours / theirs if theirs else (math.inf if ours else 1.0)
 
 

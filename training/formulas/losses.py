@@ -1,17 +1,17 @@
-"""The losses of DPO, which `dpo.loss` names. Imports torch where it is needed alone: settings are read without it."""
+"""The losses of DPO, which `dpo.loss` names, and that of the reward model.
+
+Imports torch where it is needed alone: settings are read without it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from training.formulas.table import Entry, Table
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Pairs:
     chosen: Tensor
     rejected: Tensor
     beta: float
-    smoothing: float = 0.0
-    """`dpo.label_smoothing`."""
+    smoothing: float = 0.0  # `dpo.label_smoothing`
 
     @property
     def margin(self) -> Tensor:
@@ -43,10 +42,8 @@ class Answers:
 class DPOLoss(Entry):
     """`formula` makes of Pairs the loss of each: (pairs)."""
 
-    smooths: bool = False
-    """Whether it reads `dpo.label_smoothing`."""
-    unpaired: bool = False
-    """Whether it is of Answers, not of Pairs: (answers)."""
+    smooths: bool = False  # whether it reads `dpo.label_smoothing`
+    unpaired: bool = False  # whether it is of Answers, not of Pairs: (answers)
 
     def complaint(self, found: Any, *given: Any) -> str:
         import torch
@@ -156,5 +153,5 @@ def preference_losses(chosen: Tensor, rejected: Tensor, margins: Tensor | None, 
     2023, arXiv 2307.09288), equation 2; the centring: Eisenstein et al. 2023 (arXiv 2312.09244), equation 2.
     """
     difference = chosen - rejected
-    losses = -logsigmoid(difference if margins is None else difference - margins)
+    losses = -log_sigmoid(difference if margins is None else difference - margins)
     return losses + centering * (chosen + rejected).square() if centering else losses

@@ -14,14 +14,9 @@ RANGE = re.compile(r"(?P<least>\d*)(?P<dots>\.\.)?(?P<most>\d*)")
 
 @dataclass(frozen=True)
 class NamedReward:
-    """What a name with its parameters stands for."""
-
-    score: Callable[[str, Row], float]
-    """Of a response, with what the data say beside its prompt."""
-    needs: str = ""
-    """What a row must have, in words; empty: nothing."""
-    suits: Callable[[Row], bool] = lambda row: True
-    """Whether a row has it."""
+    score: Callable[[str, Row], float]  # of a response, with what the data say beside its prompt
+    needs: str = ""  # what a row must have, in words; empty: nothing
+    suits: Callable[[Row], bool] = lambda row: True  # whether a row has it
 
 
 def length(parameters: str) -> NamedReward:

@@ -13,7 +13,7 @@ TABLES: tuple[Table, ...] = (ESTIMATORS, SHAPINGS, DPO_LOSSES)
 
 
 def own_files(config: Any) -> Iterator[tuple[str, Path]]:
-    """Setting and file of each entry of a RunConfig that is in no table."""
+    """Yield setting and file of each entry of a RunConfig that is in no table."""
     for table in TABLES:
         if own := table.own(attrgetter(table.setting)(config)):
             yield table.setting, own[0]

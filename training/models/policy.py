@@ -86,7 +86,6 @@ def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str
 
 
 def is_target(name: str, target: str, targets: str | list[str]) -> bool:
-    """Whether one of LoRA's targets names this module."""
     if isinstance(targets, str):
         return re.fullmatch(target, name) is not None
     return f".{name}".endswith(f".{target}")
@@ -209,5 +208,5 @@ class Scorer(nn.Module):
 
 
 def at_last_token(scores: Tensor, batch: TokenBatch) -> Tensor:
-    """Each row's score at its last token: (tokens) -> (rows)."""
+    """Pick each row's score at its last token: (tokens) -> (rows)."""
     return scores[batch.last]

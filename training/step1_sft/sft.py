@@ -22,7 +22,7 @@ FIRST_ANSWER_TOKENS = 32
 
 
 def train(stage: Stage) -> None:
-    """The whole step: set up, fit, save."""
+    """Run the whole step: set up, fit, save."""
     config, settings = stage.config, stage.config.sft
     source = stage.model_directory(config.model)
     chat_format = ChatFormat.load(source)
@@ -73,17 +73,17 @@ class SFTTask(Task):
         return row
 
     def size(self, rows: list[int]) -> int:
-        """Response tokens."""
+        """Count response tokens."""
         return int(self.rows.lengths[rows, 1].sum())
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
-        """Summed negative log-likelihood of the response tokens."""
+        """Sum the negative log-likelihood of the response tokens."""
         logprobs, entropy = self.engine(self._batch([self.rows[row] for row in rows]))
         return -logprobs.sum(), {"entropy": float(entropy.sum())}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss per response token and perplexity on held-out rows."""
+        """Measure loss per response token and perplexity on held-out rows."""
         lengths = self.held_out.sizes.tolist()
         if not lengths:
             return {}

@@ -32,11 +32,11 @@ HELD_OUT = {
     "logprobs/rejected": "eval/logprobs/rejected",
     "nll": "eval/nll",
 }
-"""The metric of held-out pairs for each one of training pairs."""
+"""Metric of training pairs -> that of held-out pairs."""
 
 
 def train(stage: Stage) -> None:
-    """The whole step: set up, ask the reference, fit, save."""
+    """Run the whole step: set up, ask the reference, fit, save."""
     settings = stage.settings
     source = stage.earlier_model(SFT)
     chat_format = ChatFormat.load(source)
@@ -94,16 +94,16 @@ class DPOTask(Task):
         return self.pairs["train"][self.groups["train"][row][0]].place
 
     def size(self, rows: list[int]) -> int:
-        """Pairs, or prompts."""
+        """Count pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
-        """Summed loss of the pairs, and what the policy thinks of them."""
+        """Sum the loss of the pairs, and measure what the policy thinks of them."""
         return self._losses("train", rows)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The same measures on held-out pairs."""
+        """Measure the same on held-out pairs."""
         held_out = self.pairs["eval"]
         if not held_out:
             return {}

@@ -25,22 +25,15 @@ from training.supervised import Task
 
 @dataclass(frozen=True)
 class Work:
-    """What a kind of loss learns from, and what learns."""
-
-    sets: Mapping[str, Sequence[TokenPair]]
-    """`train` and `eval`: what the reference is asked about."""
-    needed: list[list[int]]
-    """The groups of `train` that an optimiser step will see, by the places of their pairs."""
-    rows: int
-    """Training rows: pairs, prompts with by_prompt, or answers."""
-    compared: int
-    """Held-out pairs that accuracy is counted on."""
-    task: Callable[..., Task]
-    """Of the stage, the engine, the sets and what the reference says of them."""
+    sets: Mapping[str, Sequence[TokenPair]]  # `train` and `eval`: what the reference is asked about
+    needed: list[list[int]]  # groups of `train` that an optimiser step will see, by the indices of their pairs
+    rows: int  # for training: pairs, prompts with by_prompt, or answers
+    compared: int  # held-out pairs that accuracy is counted on
+    task: Callable[..., Task]  # called with the stage, the engine, the sets and what the reference says of them
 
 
 def load_own_reference(stage: Stage, source: Path, chat_format: ChatFormat) -> nn.Module:
-    """Frozen, under the ZeRO stage of the policy if that divides weights."""
+    """Load it frozen, under the ZeRO stage of the policy if that divides weights."""
     optimizer = stage.settings.optimizer
     divided = FrozenSettings(zero_stage=3 if optimizer.zero_stage == 3 else 0)
     _, with_weights = loads(optimizer.zero_stage, stage.dtype, stage.ranks)

@@ -86,7 +86,7 @@ def unpaired_work(stage: Stage, rows: list[dict], held_out: list[dict], chat_for
 
 
 def comparisons(answers: Sequence[LabelledAnswer]) -> int:
-    """Pairs of a good and a bad answer that share none."""
+    """Count pairs of a good and a bad answer that share none."""
     good = sum(answer.is_good for answer in answers)
     return min(good, len(answers) - good)
 
@@ -109,17 +109,15 @@ class UnpairedTask(Task):
         self.lengths = [answer.own_tokens for answer in answers]
         good = sum(answer.is_good for answer in answers)
         self.bad_weight = self.settings.undesirable_weight or good / max(1, len(answers) - good)
-        self.seats: dict[int, int] = {}
-        """Of each row of the batch, in the order of all optimiser steps."""
+        self.seats: dict[int, int] = {}  # row of the batch -> its index in the order of all optimiser steps
         self.reference_point = 0.0
-        self.counts: dict[bool, int] = {}
-        """Good and bad answers of the batch."""
+        self.counts: dict[bool, int] = {}  # good and bad answers of the batch
 
     def place(self, row: int) -> int:
         return self.answers[row].place
 
     def size(self, rows: list[int]) -> int:
-        """Answers."""
+        """Count answers."""
         return len(rows)
 
     @torch.no_grad()
@@ -188,7 +186,7 @@ class UnpairedTask(Task):
         return max(0.0, float(rewards.mean()))
 
     def _losses(self, rewards: Tensor, answers: Sequence[LabelledAnswer], point: float) -> tuple[Tensor, Tensor]:
-        """Weighted, and which answers are good."""
+        """Weigh the losses, and say which answers are good."""
         good = torch.tensor([each.is_good for each in answers], device=rewards.device)
         losses = self.of_answers.formula(Answers(rewards, good, point))
         return losses * torch.where(good, 1.0, self.bad_weight), good

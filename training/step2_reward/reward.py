@@ -34,7 +34,7 @@ ACCURACY_UP_TO = {
 
 
 def train(stage: Stage) -> None:
-    """The whole step: set up, fit, measure the scale of the scores, save."""
+    """Run the whole step: set up, fit, measure the scale of the scores, save."""
     config, settings = stage.config, stage.config.reward
     source = initial_model(stage)
     chat_format = stage.chat_format(stage.model_directory(config.sft_model or config.model), source)
@@ -83,14 +83,13 @@ class RewardTask(Task):
         self.settings = stage.config.reward
         self.groups = grouped(pairs, self.settings.by_prompt)
         self.lengths = [tokens_of(group) for group in self._pairs(range(len(self.groups)))]
-        self.held_out_scores: Tensor | None = None
-        """Those of the last evaluation, float64 (2, pairs)."""
+        self.held_out_scores: Tensor | None = None  # float64 (2, pairs), of the last evaluation
 
     def place(self, row: int) -> int:
         return self.pairs[self.groups[row][0]].place
 
     def size(self, rows: list[int]) -> int:
-        """Pairs, or prompts."""
+        """Count pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -169,11 +168,10 @@ class RewardTask(Task):
         return torch.tensor([every[row] for row in range(len(lengths))], dtype=torch.float64)
 
     def _pairs(self, rows: Iterable[int]) -> list[list[TokenPair]]:
-        """Those of training rows."""
         return [[self.pairs[place] for place in self.groups[row]] for row in rows]
 
     def _losses(self, chosen: Tensor, rejected: Tensor, pairs: list[TokenPair]) -> Tensor:
-        """Of each pair: (pairs)."""
+        """Return the loss of each pair: (pairs)."""
         margins = self.settings.margin * chosen.new_tensor([pair.margin for pair in pairs])
         return preference_losses(chosen, rejected, margins if self.settings.margin else None, self.settings.centering)
 
@@ -184,12 +182,11 @@ class RewardTask(Task):
         return chosen, rejected
 
     def _last(self, rows: Sequence[Row]) -> Tensor:
-        """Of each row's last token; float32 (rows)."""
+        """Score each row at its last token; float32 (rows)."""
         batch = TokenBatch.of(rows, self.stage.ranks.device)
         return at_last_token(self.engine(batch), batch)
 
 
 def accuracies_of(pair: TokenPair) -> list[str]:
-    """The metrics that a held-out pair counts in."""
     names = ["eval/accuracy", ACCURACY_UP_TO[length_bucket(pair.longer)]]
     return [*names, "eval/accuracy_unseen_questions"] if pair.is_unseen else names
