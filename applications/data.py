@@ -1,7 +1,7 @@
 """`rlhf-chat data show | lint`: what is in a data source or in a run's data, as the model sees it. Trains nothing."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -242,7 +242,7 @@ def lint_command(
     errors = sum(finding.level == "error" for finding in findings)
     counts = {name: len(lines.rows) for name, lines in opened.train.items()}
     if as_json:
-        values = {"data": target, "rows": counts, "errors": errors, "findings": [each.as_dict() for each in findings]}
+        values = {"data": target, "rows": counts, "errors": errors, "findings": [asdict(each) for each in findings]}
         values |= {"preferences": overview(opened.preferences)} if opened.preferences else {}
         show_json(values)
         return 1 if errors else 0

@@ -97,8 +97,8 @@ def score(response: str, row: dict[str, Any]) -> float:
     from reasoning_gym.utils import extract_answer
 
     judge = scorer(row["metadata"]["source_dataset"])
-    found = extract_answer(response)
+    answer = extract_answer(response)
     try:
-        return float(judge(response.strip() if found is None else found, row))
+        return float(judge(response.strip() if answer is None else answer, row))
     except (Exception, SystemExit):
         return 0.0

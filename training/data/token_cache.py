@@ -202,27 +202,27 @@ def rows_of(pairs: Sequence[TokenPair]) -> list[tuple[Tensor, Tensor]]:
 
 
 def grouped(pairs: Sequence[TokenPair], by_prompt: bool) -> list[list[int]]:
-    """The places of pairs that are learned from together: all of a prompt, or each alone."""
+    """The indices of pairs that are learned from together: all of a prompt, or each alone."""
     groups: dict[Any, list[int]] = {}
-    for place, pair in enumerate(pairs):
-        groups.setdefault(tuple(pair.prompt.tolist()) if by_prompt else place, []).append(place)
+    for i, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair.prompt.tolist()) if by_prompt else i, []).append(i)
     return list(groups.values())
 
 
 def answers_of(groups: Sequence[Sequence[TokenPair]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Prompts and answers of one forward pass, each answer once in a group, and where the chosen and the rejected one
     of each pair are among them: int64 (2, pairs)."""
-    rows, places = list[tuple[Tensor, Tensor]](), list[int]()
-    found: dict[tuple[int, ...], int] = {}
+    rows, indices = list[tuple[Tensor, Tensor]](), list[int]()
+    index_of: dict[tuple[int, ...], int] = {}
     for side in ("chosen", "rejected"):
         for number, group in enumerate(groups):
             for pair in group:
                 answer: Tensor = getattr(pair, side)
-                place = found.setdefault((number, *answer.tolist()), len(rows))
-                if place == len(rows):
+                index = index_of.setdefault((number, *answer.tolist()), len(rows))
+                if index == len(rows):
                     rows.append((pair.prompt, answer))
-                places.append(place)
-    return rows, torch.tensor(places).view(2, -1)
+                indices.append(index)
+    return rows, torch.tensor(indices).view(2, -1)
 
 
 def tokens_of(group: Sequence[TokenPair]) -> int:

@@ -102,10 +102,10 @@ def base_directory(stage: Stage) -> Path:
 
 
 def sources(stage: Stage, candidates: Iterable[Candidate], judge: Judge | None) -> list[Source]:
-    found = [Source(each.name, str(each.directory), each.key == "base") for each in candidates]
+    result = [Source(model.name, str(model.directory), model.key == "base") for model in candidates]
     if judge is not None and isinstance(judge.source, Path):
-        found.append(Source(judge.name.removeprefix("reward of "), str(judge.source)))
-    return found
+        result.append(Source(judge.name.removeprefix("reward of "), str(judge.source)))
+    return result
 
 
 def find_reward_model(stage: Stage) -> Path | None:
@@ -208,12 +208,12 @@ class Reader:
     @torch.no_grad()
     def logprobs(self, rows: Sequence[Row], temperature: float = 1.0) -> list[Tensor]:
         """Score each row's response tokens; float32 (response tokens) each."""
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        result: list[Tensor] = [torch.empty(0)] * len(rows)
         for chosen, batch in batches(self.stage, rows):
             sizes = [len(rows[row][1]) for row in chosen]
             for row, values in zip(chosen, self.policy(batch, temperature)[0].cpu().split(sizes), strict=True):
-                found[row] = values
-        return found
+                result[row] = values
+        return result
 
     def logprobs_of(self, answers: Answers, temperature: float = 1.0) -> list[Tensor]:
         return self.logprobs(answers.rows(self.chat_format, self.stage.config.data), temperature)
@@ -247,16 +247,16 @@ class RewardModel:
         """
         keys = [(tuple(prompt.tolist()), tuple(response.tolist())) for prompt, response in rows]
         different = dict(zip(keys, rows, strict=True))
-        order, found = list(different), dict.fromkeys(different, math.nan)
+        order, score_of = list(different), dict.fromkeys(different, math.nan)
         for chosen, batch in batches(self.stage, list(different.values())):
             scores = at_last_token(self.scorer(batch), batch).tolist()
-            found.update(zip((order[row] for row in chosen), scores, strict=True))
-        if not all(map(math.isfinite, found.values())):
+            score_of.update(zip((order[row] for row in chosen), scores, strict=True))
+        if not all(map(math.isfinite, score_of.values())):
             raise UserError(
                 f"The reward model in {self.directory} gives scores that are no finite numbers, so nothing can be "
                 f"judged by it; try dtype=fp32, or choose another one."
             )
-        return [found[key] for key in keys]
+        return [score_of[key] for key in keys]
 
     def scores_of_both(self, theirs: Answers, ours: Answers) -> tuple[list[float], list[float]]:
         """Of two models' answers; one that both gave has one score, so it is a tie."""

@@ -277,9 +277,9 @@ class Comparison:
             result["win_rate_before"] = of_before | {"judge": self.judge_before.name}
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
-            found = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
-            known["reward"] = found[0][0], found[1][0]
-            for candidate, (scores, means) in zip((self.against, self.model), found, strict=True):
+            totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
+            known["reward"] = totals[0][0], totals[1][0]
+            for candidate, (scores, means) in zip((self.against, self.model), totals, strict=True):
                 pair[candidate.key]["reward"] = statistics.mean(scores)
                 pair[candidate.key] |= of_sources(means)
         return None if self.judge is None else known[self.judge.source]
@@ -341,11 +341,11 @@ class Comparison:
         """Write both models' answers, prompt by prompt, with the judge's scores."""
         lines = []
         for i, row in enumerate(self.held_out):
-            found: dict[str, Any] = {"prompt": row["prompt"]}
-            found |= {self.against.key: theirs.texts[i], self.model.key: ours.texts[i]}
+            line: dict[str, Any] = {"prompt": row["prompt"]}
+            line |= {self.against.key: theirs.texts[i], self.model.key: ours.texts[i]}
             if scores is not None:
-                found |= {f"{self.against.key}_score": scores[0][i], f"{self.model.key}_score": scores[1][i]}
-            lines.append(json.dumps(found, ensure_ascii=False) + "\n")
+                line |= {f"{self.against.key}_score": scores[0][i], f"{self.model.key}_score": scores[1][i]}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(file, "".join(lines))
 
 

@@ -139,14 +139,14 @@ class Judged:
 
 def panel_agreement(rows: Sequence[Any], scores: Sequence[float]) -> dict[str, Agreement]:
     """Of the learned `scores`, a row each, with the people who rated the rows; by kind of text, where pairs count."""
-    found: dict[str, Agreement] = {}
+    agreement_of: dict[str, Agreement] = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
         chosen = [i for i, row in enumerate(rows) if row["domain"] == domain]
         texts = [rows[i] for i in chosen]
         judged = Judged.of(texts, [scores[i] for i in chosen], [upbeat_score(row["response"]) for row in texts])
         if judged.pairs.any():
-            found[domain] = judged.agreement()
-    return found
+            agreement_of[domain] = judged.agreement()
+    return agreement_of
 
 
 def read_panel(run: RunDirectory) -> list[Any]:

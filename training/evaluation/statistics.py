@@ -80,15 +80,16 @@ def effective_size(outcomes: Sequence[float], groups: Sequence[Hashable]) -> flo
     by_group: dict[Hashable, list[float]] = defaultdict(list)
     for outcome, group in zip(outcomes, groups, strict=True):
         by_group[group].append(outcome)
-    n, found = len(outcomes), by_group.values()
-    if len(found) == n:
+    n, count = len(outcomes), len(by_group)
+    if count == n:
         return n
-    fewest = n * n / sum(len(group) ** 2 for group in found)
+    fewest = n * n / sum(len(group) ** 2 for group in by_group.values())
     mean = sum(outcomes) / n
     alone = sum((outcome - mean) ** 2 for outcome in outcomes)
-    if len(found) < ENOUGH_GROUPS or not alone:
+    if count < ENOUGH_GROUPS or not alone:
         return fewest
-    together = sum(sum(outcome - mean for outcome in group) ** 2 for group in found) * len(found) / (len(found) - 1)
+    sums = [sum(outcome - mean for outcome in group) for group in by_group.values()]
+    together = sum(value**2 for value in sums) * count / (count - 1)
     return min(n, max(fewest, n * alone / together if together else n))
 
 

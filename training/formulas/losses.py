@@ -45,16 +45,16 @@ class DPOLoss(Entry):
     smooths: bool = False  # whether it reads `dpo.label_smoothing`
     unpaired: bool = False  # whether it is of Answers, not of Pairs: (answers)
 
-    def complaint(self, found: Any, *given: Any) -> str:
+    def complaint(self, result: Any, *given: Any) -> str:
         import torch
 
         of = given[0].rewards if self.unpaired else given[0].margin
-        if not isinstance(found, torch.Tensor) or found.shape != of.shape:
-            return f"must return a tensor of shape {tuple(of.shape)}, not {str(found)[:80]!r}"
-        if of.requires_grad and not found.requires_grad:
+        if not isinstance(result, torch.Tensor) or result.shape != of.shape:
+            return f"must return a tensor of shape {tuple(of.shape)}, not {str(result)[:80]!r}"
+        if of.requires_grad and not result.requires_grad:
             names = "rewards" if self.unpaired else "chosen, rejected or margin"
             return f"returned what cannot be differentiated: make it of {names}, by torch alone"
-        is_theirs = bool(of.isfinite().all()) and not found.isfinite().all()
+        is_theirs = bool(of.isfinite().all()) and not result.isfinite().all()
         return "returned losses that are not finite numbers" if is_theirs else ""
 
     def example(self, settings: Any) -> tuple[Any, ...]:

@@ -120,7 +120,7 @@ def _call(
     return (sent[0], True) if sent else (output, False)
 
 
-_FOUND: WeakKeyDictionary[TokenBatch, dict[tuple[int, ...] | None, Prefixes | None]] = WeakKeyDictionary()
+_PREFIXES: WeakKeyDictionary[TokenBatch, dict[tuple[int, ...] | None, Prefixes | None]] = WeakKeyDictionary()
 
 
 def _prefixes(model: PreTrainedModel, batch: TokenBatch, sequences: Sequences, apart: Tensor | None) -> Prefixes | None:
@@ -128,8 +128,8 @@ def _prefixes(model: PreTrainedModel, batch: TokenBatch, sequences: Sequences, a
     which every sequence draws for itself."""
     if model.training:
         return None
-    found, key = _FOUND.setdefault(batch, {}), None if apart is None else tuple(apart.tolist())
-    if key not in found:
-        found[key] = Prefixes.of(sequences, batch.ids, apart)
-    prefixes = found[key]
+    kept, key = _PREFIXES.setdefault(batch, {}), None if apart is None else tuple(apart.tolist())
+    if key not in kept:
+        kept[key] = Prefixes.of(sequences, batch.ids, apart)
+    prefixes = kept[key]
     return replace(prefixes, sequences=sequences) if prefixes else None

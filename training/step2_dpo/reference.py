@@ -76,13 +76,13 @@ def reference_logprobs(
     if same and not kept["train"][:, places].isnan().any():  # a longer run needs more of them
         return kept
     engine = reference()
-    found = {
+    scores = {
         "train": score_pairs(stage, engine, train, needed),
         "eval": score_pairs(stage, engine, held_out, grouped(held_out, by_prompt=False)),
     }
     if stage.ranks.is_first:
-        write_tensors(file, found)
-    return found
+        write_tensors(file, scores)
+    return scores
 
 
 @torch.no_grad()
@@ -97,15 +97,15 @@ def score_pairs(
     result = torch.full((2, len(pairs)), torch.nan)
     if not needed:
         return result
-    found, budget = torch.zeros(2, len(pairs)), stage.settings.micro_batch_tokens
+    scores, budget = torch.zeros(2, len(pairs)), stage.settings.micro_batch_tokens
     groups = [[pairs[place] for place in group] for group in needed]
     plan = plan_micro_batches([tokens_of(group) for group in groups], budget, stage.ranks.size)[stage.ranks.rank]
     with (Display(quiet=True) if quiet else stage.display).progress("Reference", len(plan)) as bar:
         for micro_batch in plan:
             values = response_logprobs(engine, [groups[row] for row in micro_batch.rows], stage.ranks.device)
             if micro_batch.weight:
-                found[:, [place for row in micro_batch.rows for place in needed[row]]] = values.cpu()
+                scores[:, [place for row in micro_batch.rows for place in needed[row]]] = values.cpu()
             bar.advance()
     scored = [place for group in needed for place in group]
-    result[:, scored] = stage.ranks.sum(found)[:, scored]
+    result[:, scored] = stage.ranks.sum(scores)[:, scored]
     return result

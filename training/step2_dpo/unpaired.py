@@ -130,14 +130,14 @@ class UnpairedTask(Task):
         beside = self.pairs["train"][first : first + len(batch)]
         wrong = [(each.prompt, each.rejected) for each in beside]
         budget = self.settings.micro_batch_tokens
-        found = torch.zeros(len(batch))
+        wrong_logprobs = torch.zeros(len(batch))
         lengths = [len(prompt) + len(answer) for prompt, answer in wrong]
         for micro_batch in plan_micro_batches(lengths, budget, ranks.size)[ranks.rank]:
             logprobs = row_logprobs(self.engine, [wrong[seat] for seat in micro_batch.rows], device)
             if micro_batch.weight:
-                found[micro_batch.rows] = logprobs.cpu()
+                wrong_logprobs[micro_batch.rows] = logprobs.cpu()
         reference = self.reference_logprobs["train"][1, first : first + len(batch)]
-        self.reference_point = self._point(ranks.sum(found), reference, beside)
+        self.reference_point = self._point(ranks.sum(wrong_logprobs), reference, beside)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss of the answers, and what the policy thinks of the good and of the bad ones."""
@@ -166,16 +166,16 @@ class UnpairedTask(Task):
         point = self._point(logprobs[1], reference[1], held_out)
         rewards = self._rewards(logprobs[0], reference[0], [len(each.chosen) for each in held_out])
         losses, good = self._losses(rewards, held_out, point)
-        found = {"eval/loss": float(losses.mean()), "eval/kl": point / self.settings.beta}
+        metrics = {"eval/loss": float(losses.mean()), "eval/kl": point / self.settings.beta}
         if comparisons(held_out):
             margins = rewards[good][:, None] - rewards[~good]
-            found["eval/accuracy"] = float(((margins > 0).float() + 0.5 * (margins == 0)).mean())
-            found["eval/margin"] = float(margins.mean())
+            metrics["eval/accuracy"] = float(((margins > 0).float() + 0.5 * (margins == 0)).mean())
+            metrics["eval/margin"] = float(margins.mean())
         for name, kind in KINDS.items():
             if (good == kind).any():
-                found[f"eval/reward/{name}"] = float(rewards[good == kind].mean())
-                found[f"eval/logprobs/{name}"] = float(logprobs[0][good == kind].mean())
-        return found
+                metrics[f"eval/reward/{name}"] = float(rewards[good == kind].mean())
+                metrics[f"eval/logprobs/{name}"] = float(logprobs[0][good == kind].mean())
+        return metrics
 
     def _rewards(self, logprobs: Tensor, reference: Tensor, lengths: list[int]) -> Tensor:
         divided_by = torch.tensor(lengths, device=logprobs.device) if self.settings.length_normalized else None

@@ -60,13 +60,13 @@ def train(stage: Stage) -> None:
     )
     counted = {"optimizer_steps": total, "rows": units, "held_out": len(evaluated)}
     ranking = task.ranking(groups_of([held_out[pair.place] for pair in evaluated]))
-    found: dict[str, Any] = {"reward_accuracy": ranking}
+    measured: dict[str, Any] = {"reward_accuracy": ranking}
     if panel := stage.ranks.tell(read_panel(stage.run), "the texts that people rated"):
         scores = task.scores_of_texts(rows_to_score(panel, chat_format, config.data)).tolist()
-        found["panel"] = panel_agreement(panel, scores)
+        measured["panel"] = panel_agreement(panel, scores)
         if stage.ranks.is_first:
             write_scores(stage.directory.panel_file, panel, scores)
-    stage.finish({**counted, **evaluation, **scale, **found})
+    stage.finish({**counted, **evaluation, **scale, **measured})
 
 
 def initial_model(stage: Stage) -> Path:
@@ -106,18 +106,18 @@ class RewardTask(Task):
         if not self.held_out:
             return {}
         chosen, rejected = self.held_out_scores = self.scores(self.held_out)
-        found: dict[str, list[bool]] = {name: [] for name in ("eval/accuracy", *ACCURACY_UP_TO.values())}
-        found["eval/accuracy_unseen_questions"] = []
+        ranked_right: dict[str, list[bool]] = {name: [] for name in ("eval/accuracy", *ACCURACY_UP_TO.values())}
+        ranked_right["eval/accuracy_unseen_questions"] = []
         for pair, ranked in zip(self.held_out, (chosen > rejected).tolist(), strict=True):
             for name in accuracies_of(pair):
-                found[name].append(ranked)
+                ranked_right[name].append(ranked)
         means = {
             "eval/loss": self._losses(chosen, rejected, self.held_out),
             "eval/margin": chosen - rejected,
             "eval/chosen": chosen,
             "eval/rejected": rejected,
         }
-        accuracies = {name: sum(ranked) / len(ranked) for name, ranked in found.items() if ranked}
+        accuracies = {name: sum(ranked) / len(ranked) for name, ranked in ranked_right.items() if ranked}
         return {name: float(values.mean()) for name, values in means.items()} | accuracies
 
     def ranking(self, questions: Sequence[Hashable]) -> dict[str, Accuracy]:
@@ -158,13 +158,13 @@ class RewardTask(Task):
     @torch.no_grad()
     def _on_all_ranks(self, lengths: list[int], score: Callable[[list[int]], Tensor]) -> Tensor:
         """What `score` gives for rows of these lengths, (rows, ...) as float64; each rank takes a share."""
-        ranks, found = self.stage.ranks, dict[int, Any]()
+        ranks, score_of = self.stage.ranks, dict[int, Any]()
         plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
         for micro_batch in plan[ranks.rank]:
             scores = score(micro_batch.rows)
             if micro_batch.weight:
-                found.update(zip(micro_batch.rows, scores.tolist(), strict=True))
-        every = {row: scores for share in ranks.gather(found) for row, scores in share.items()}
+                score_of.update(zip(micro_batch.rows, scores.tolist(), strict=True))
+        every = {row: scores for share in ranks.gather(score_of) for row, scores in share.items()}
         return torch.tensor([every[row] for row in range(len(lengths))], dtype=torch.float64)
 
     def _pairs(self, rows: Iterable[int]) -> list[list[TokenPair]]:
