@@ -33,8 +33,8 @@ from training.data.rows import read_rows
 from training.run_directory import write_json
 
 GUESSES = (1, 2, 4, 8)
-PROMPTS, GROUP, ITERATIONS, LIMIT, TEMPERATURES = 16, 8, 3, 256, (1.0, 0.8, 0.3)
-HELD_OUT, RUN_LIMIT, RUN_TEMPERATURE = 128, 32, 0.8
+PROMPTS, GROUP, ITERATIONS, LIMIT, TEMPERATURES = 8, 8, 2, 128, (1.0, 0.8, 0.3)
+HELD_OUT, RUN_LIMIT, RUN_TEMPERATURE = 64, 32, 0.8
 """Prompts of a run, and how it answers them."""
 SLOTS = 32
 ROWS = (1, 2, 4, 8, 16, 32)

@@ -6,7 +6,7 @@
     python -m benchmarks.guessed_tokens report answers.json costs.json --out benchmarks/results/guessed_tokens.json
 
 `answers` draws real answers: those of SmolLM2-135M-Instruct to openings of dialogues, eight to a prompt in each of
-three iterations, and those of a run's models to its held-out prompts, with the same random numbers. `costs` times
+two iterations, and those of a run's models to its held-out prompts, with the same random numbers. `costs` times
 passes over one and more tokens a row (`guessed_passes.py`). `report` replays the answers (`guessed_replay.py`): draws
 are a function of (seed, iteration, sample, position), so guesses change none of them.
 """
@@ -45,12 +45,15 @@ FEW_ROWS = 4
 
 
 class Costs:
-    """Seconds of passes of a model, between the sizes that were timed."""
+    """Seconds of passes of a model, between the sizes that were timed. Other work only adds to a time, so a pass takes
+    at most what one over as many rows or more, and tokens, took."""
 
     def __init__(self, timed: Iterable[dict[str, Any]]):
         self.of_rows: defaultdict[int, dict[int, float]] = defaultdict(dict)
-        for row in timed:
-            self.of_rows[row["rows"]][1 + row["guesses"]] = row["seconds"]
+        rows = list(timed)
+        for row in rows:
+            larger = [r["seconds"] for r in rows if r["rows"] >= row["rows"] and r["guesses"] >= row["guesses"]]
+            self.of_rows[row["rows"]][1 + row["guesses"]] = min(larger)
 
     def seconds(self, rows: int, tokens: float) -> float:
         """Of a pass over so many tokens a row."""
@@ -90,7 +93,7 @@ def guessers(before: Sequence[Answer]) -> dict[str, Callable[[], Guesser]]:
     return {
         "its prompt and itself": lambda: FromNGrams(lambda answer: answer.index, prompts=True),
         "the group": lambda: FromNGrams(lambda answer: answer.group),
-        "the group, and two iterations before": lambda: FromNGrams(lambda answer: answer.group, before=before),
+        "the group, and the iteration before": lambda: FromNGrams(lambda answer: answer.group, before=before),
         "all answers so far": lambda: FromNGrams(lambda answer: 0, before=before),
     }
 
@@ -147,7 +150,7 @@ def show(rows: Sequence[dict[str, Any]], costs: dict[str, Costs]) -> None:
         plain = cost.seconds(size, 1)
         ratios = " | ".join(f"{cost.seconds(size, 1 + k) / plain:.2f}" for k in GUESSES)
         print(f"| {model}, {size} rows | {ratios} | {plain * 1e3:.2f} |")
-    print("\n| guessed from | temperature | " + " | ".join(f"{k} guessed" for k in GUESSES) + " | (tokens a pass)")
+    print("\n| tokens a pass, guessed from | temperature | " + " | ".join(f"{k} guessed" for k in GUESSES) + " |")
     print("|---" * (len(GUESSES) + 2) + "|")
     for row in rows:
         print(

@@ -77,6 +77,11 @@ def test_gains_are_tokens_a_pass_over_its_cost_between_the_sizes_that_were_timed
     assert kept.gain(costs, 3) == (1.0, 0)
 
 
+def test_what_a_smaller_pass_took_longer_was_other_work():
+    timed = [{"rows": 1, "guesses": guesses, "seconds": seconds} for guesses, seconds in ((0, 1.5), (1, 1.0), (2, 1.2))]
+    assert [Costs(timed).seconds(1, tokens) for tokens in (1, 2, 3)] == [1.0, 1.0, 1.2]
+
+
 def test_rows_of_a_decode_step_are_those_that_are_not_over():
     assert running([1, 4, 2]) == [2, 1, 1]
 
