@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from applications.preset_store import settings_for_model
+from applications.settings import settings_for_model
 from benchmarks.generation_scaling import DTYPES, load
 from benchmarks.generation_scaling import SMOLLM as INSTRUCT
 from benchmarks.work import END_ID
@@ -45,7 +45,8 @@ EXACT = {torch.bfloat16: Exactness(keys=32), torch.float32: None}
 
 
 class Guessed(NextTokens):
-    """Several tokens of each of the first rows of a cache, which are `places` long; each sees its row up to itself."""
+    """Several tokens of each of the first rows of a cache, which are `places` long; each sees its row up to itself,
+    without a window."""
 
     def attend(
         self,

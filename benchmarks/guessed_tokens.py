@@ -38,8 +38,7 @@ from benchmarks.guessed_passes import (
 from benchmarks.guessed_replay import Answer, FromNGrams, FromSameDraws, Guesser, Pass, replay
 from benchmarks.ppo_iteration import machine
 from benchmarks.work import LENGTHS
-from training.run_directory import write_json
-from training.versions import versions
+from training.run_directory import versions, write_json
 
 FEW_ROWS = 4
 
