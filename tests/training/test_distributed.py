@@ -19,9 +19,8 @@ from inference.errors import UserError
 from tests.ranks import run_ranks
 from training import launchers, roll_call
 from training import stage_script as stage
-from training.distributed import PATIENCE, is_lost_peer
+from training.distributed import PATIENCE, RollCall, is_lost_peer, named
 from training.launchers import wait_until_seen
-from training.roll_call import RollCall, named
 from training.stage_script import end_in_sentences
 
 GIVEN = [[7, 8, 9], []]
