@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all; the newest few are kept."""
+"""Checkpoints that appear whole or not at all: the newest few and, with `keep=best`, the best are kept."""
 
 import atexit
 import math
@@ -12,12 +12,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inference.disk import writing
 from inference.errors import UserError, typed
 from training.distributed import Ranks
-from training.hybrid_engine.kept_weights import KeptWeights
 from training.inputs import local_model
 from training.launchers import processes_option, wait_until_seen
 from training.metrics import WARNING
@@ -31,9 +30,12 @@ from training.run_directory import (
     write_directory,
     write_json,
 )
-from training.stage import Stage
 from training.steps import SFT, STEPS, Step
 from training.trust import of_evaluation, require_yes
+
+if TYPE_CHECKING:
+    from training.hybrid_engine.kept_weights import KeptWeights
+    from training.stage import Stage
 
 STATE_FILE = "state.json"
 MISFITS = ("PytorchStreamReader", "loading state_dict", "size of tensor", "shape", "Invalid magic number")
@@ -296,7 +298,7 @@ class Best(Checkpoints):
     what = "the best model so far, that of"
 
     def __init__(
-        self, stage: Stage, weights: KeptWeights, rank: Callable[[Mapping[str, float]], Rank | None], unit: str
+        self, stage: "Stage", weights: "KeptWeights", rank: Callable[[Mapping[str, float]], Rank | None], unit: str
     ):
         """`rank` is None for a model that must not be kept; `unit` is what evaluations are counted in."""
         super().__init__(stage.directory.best, 1, stage.ranks)

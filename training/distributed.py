@@ -1,4 +1,7 @@
-"""A rank that waits long says in the log for whom, and in which phase; it does not wait for one that has died."""
+"""The ranks of this run: started by torchrun or deepspeed (under Slurm: srun torchrun), or one process alone.
+
+A rank that waits long says in the log for whom, and in which phase; it does not wait for one that has died.
+"""
 
 import atexit
 import os

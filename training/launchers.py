@@ -1,4 +1,7 @@
-"""A script does not outlive the process that started it, and does not end with the terminal that shows it."""
+"""Who started this process, and as which of how many: torchrun and deepspeed say it in torch's words, others do not.
+
+A script does not outlive what started it, and does not end with the terminal that shows it.
+"""
 
 import os
 import re
@@ -23,7 +26,6 @@ def begin_script(poll_seconds: float = 0.5) -> None:
     every Unix. `os._exit` because a rank may be blocked in a collective that will never finish. A script started by
     hand goes on without its shell.
     """
-
     outlive_terminal()
     parent = os.getppid()
     command = int(os.environ.get(PARENT_VARIABLE, 0))
