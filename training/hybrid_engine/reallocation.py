@@ -22,9 +22,8 @@ from inference.private_surfaces import is_divided, whole_shape
 from inference.tensor_parallel.group import TensorParallel, join_groups
 from inference.tensor_parallel.shard import Piece, cuts_of, empty_shard
 from training.distributed import Ranks, local_size
-from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.transfers import Box, Move, Part, Weight, stays, transfers
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import held_weights, keep_stage, stages_of
 from training.private_surfaces import forget_whole, own_part
 

@@ -14,11 +14,11 @@ from inference.errors import UserError
 from training.data.batching import TokenBatch
 from training.deepspeed_config import effective_zero_stage
 from training.distributed import Ranks
+from training.hybrid_engine.layout import StageCut
 from training.hybrid_engine.zero_engine import ZeroEngine, norm_of
 from training.merging import merge
 from training.models.packing import hidden_shape
 from training.models.policy import Policy, Scorer
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import tied_table
 from training.private_surfaces import reduced_gradients, summed_gradient
 from training.role_settings import OptimizerSettings

@@ -6,8 +6,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from training.hybrid_engine.layout import Layout
-from training.pipelines.cut import StageCut
+from training.hybrid_engine.layout import Layout, StageCut
 from training.plan import Assignment
 from training.role_settings import LoRASettings
 from training.shape import Shape
