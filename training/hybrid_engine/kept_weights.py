@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
-from training.hybrid_engine.deepspeed_setup import deepspeed
-from training.hybrid_engine.dividing import divide
+from training.hybrid_engine.deepspeed_setup import deepspeed, divide
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.role_settings import FrozenSettings
 

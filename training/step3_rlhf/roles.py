@@ -16,7 +16,7 @@ from inference.generation.cpu_weights import BlockedWeights
 from training.calls import ACTOR_GENERATE, CRITIC_SCORE, Call
 from training.config import RunConfig
 from training.data.batching import TokenBatch
-from training.hybrid_engine.dividing import loads
+from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.kept_weights import MovingAverage, WaitingWeights, divide_to_score, freeze, gathering
 from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.reallocation import Reallocation
