@@ -1,8 +1,8 @@
-"""A model divided over the ranks by ZeRO 3 one parameter at a time, so that no device ever holds it whole.
+"""DeepSpeed, imported the way this project needs it: every module takes it from here.
 
-Only the first rank reads the weights, into main memory and in the number format that is computed with. The other ranks
-build the same model with uninitialised ones (memory that nobody touches takes no room); each parameter travels from the
-first rank, and every rank keeps its part.
+What ZeRO 3 divides never lies whole on a device: only the first rank reads the weights, into main memory and in the
+number format that is computed with. The other ranks build the same model with uninitialised ones (memory that nobody
+touches takes no room); each parameter travels from the first rank, and every rank keeps its part.
 """
 
 import os
@@ -14,13 +14,29 @@ from typing import Any
 import torch
 from torch import nn
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops  # noqa: F401  # what imports `deepspeed` from here asks it for its optimisers
+
 from training.distributed import Ranks
-from training.hybrid_engine.deepspeed_setup import deepspeed
-from training.private_surfaces import classes_in_checkpoints, count_zero_3_from, numbers_of_zero_3
+from training.private_surfaces import (
+    classes_in_checkpoints,
+    count_zero_3_from,
+    numbers_of_zero_3,
+    without_shared_memory,
+)
+
+without_shared_memory(deepspeed)
+
+__all__ = ["deepspeed", "divide", "loads", "tensors_only"]
+FORCED = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 
 
 def loads(zero_stage: int, dtype: torch.dtype, ranks: Ranks) -> tuple[torch.dtype, bool]:
-    """In which number format this rank loads a model that is trained in `dtype`, and whether it reads the weights."""
+    """Return the number format in which this rank loads a model that is trained in `dtype`, and whether it reads the
+    weights."""
     return (dtype, ranks.is_first) if zero_stage == 3 else (torch.float32, True)
 
 
@@ -36,15 +52,12 @@ def divide(model: nn.Module, config: dict[str, Any], dtype: torch.dtype, ranks: 
     deepspeed.zero.Init(module=model, config_dict_or_path=config, data_parallel_group=ranks.members)
 
 
-FORCED = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-
-
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Inside, torch.load builds tensors, plain values and what DeepSpeed puts beside them, and raises
-    UnpicklingError for all else.
+    """Read DeepSpeed's checkpoints without running what a pickle asks for: a run may have come from somebody else.
 
-    By the environment, because DeepSpeed calls it with `weights_only=False`, which nothing else overrides.
+    Inside, torch.load builds tensors, plain values and what DeepSpeed puts beside them, and raises UnpicklingError for
+    all else. By the environment, because DeepSpeed calls it with `weights_only=False`, which nothing else overrides.
     """
     before = {name: os.environ.get(name) for name in FORCED}
     os.environ.update(FORCED)
