@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from training.planner.cost import CallCosts
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration, Cluster
-from training.planner.options import EVERYTHING, PUBLISHED, Space
+from training.planner.options import EVERYTHING, Space
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.search import estimate, megatron_plan, search
 from training.planner.table import PlanTable
@@ -36,6 +36,8 @@ DEVICE, DEVICES_PER_NODE = "a100-80g", 8
 ROWS_TO_CALIBRATE, DRAWS = 6, 200
 EFFORT = 0.25
 """Of the search in the published space, which is small."""
+PUBLISHED = Space(smallest_mesh=4, free_micro_batches=False, free_zero_stage=False, most_ranks_of_a_stage=8)
+"""What ReaLHF's released search may choose."""
 MEAN_ERROR, LARGEST_ERROR, GAIN_FACTOR = 0.10, 0.25, 1.25
 SMALL_ACTORS = ("7B", "13B")
 
