@@ -87,11 +87,9 @@ class Layout:
 
     @property
     def is_whole(self) -> bool:
-        """Whether each rank holds all weights."""
         return self.tensor == self.pipeline == 1 and self.zero_stage < 3
 
     def runs(self, layers: int) -> tuple[int, ...]:
-        """The layers of each stage, of a model with so many."""
         return self.layers or even_runs(layers, self.pipeline)
 
     @property
@@ -100,7 +98,6 @@ class Layout:
         return () if self.layers == even_runs(sum(self.layers), self.pipeline) else self.layers
 
     def stage_cut(self, rank: int, layers: int) -> StageCut:
-        """The share of a model with so many layers that `rank` has."""
         return StageCut(self.pipeline_rank(rank), self.runs(layers))
 
     def tensor_rank(self, rank: int) -> int:
@@ -132,7 +129,6 @@ class Layout:
 
     @property
     def stage_meshes(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks of each stage."""
         stage = self.tensor * self.data
         return tuple(self.mesh[start : start + stage] for start in range(0, len(self.mesh), stage))
 

@@ -239,8 +239,6 @@ class Round:
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank does for one layer."""
-
     copies: tuple[Move, ...]
     first: Round
     relayed: Round
@@ -261,7 +259,7 @@ class Step:
 
     @property
     def bytes(self) -> int:
-        """Of the buffer."""
+        """Bytes of the buffer that the step needs."""
         return max(self.first.bytes, self.relayed.bytes)
 
     def run(
@@ -306,7 +304,6 @@ def shape_of(box: Box) -> tuple[int, int]:
 
 
 def layers_of(model: nn.Module) -> int:
-    """Of a whole model of transformers."""
     return text_config(cast(PreTrainedModel, model).config).num_hidden_layers
 
 

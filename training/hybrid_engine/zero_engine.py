@@ -279,7 +279,7 @@ class ZeroEngine:
 
 
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:
-    """Of all of them as one vector, in fp32."""
+    """Norm of all gradients as one vector, in fp32."""
     return torch.stack([gradient.float().norm() for gradient in gradients]).norm()
 
 

@@ -157,7 +157,6 @@ def timeline(orders: Orders, seconds: Callable[[int, Operation], float]) -> list
 
 
 def makespan(events: Iterable[Event]) -> float:
-    """Seconds from the first start to the last end."""
     starts, ends = zip(*((event.start, event.end) for event in events), strict=True)
     return max(ends) - min(starts)
 

@@ -64,13 +64,11 @@ class Option:
 
     @property
     def alone(self) -> int:
-        """Bytes, where no weights are shared."""
+        """Bytes of the option where no weights are shared."""
         return self.held + self.own_held + self.working + self.own_working
 
 
 class Options:
-    """Of all calls of a graph on one cluster."""
-
     def __init__(self, graphs: AugmentedGraphs, space: Space = EVERYTHING):
         self.graphs, self.space = graphs, space
         self.graph, self.costs = graphs.graph, graphs.costs
@@ -272,7 +270,7 @@ def _pipeline(call: Call, plan: Plan, graphs: AugmentedGraphs) -> Pipeline:
 
 
 def _room(calls: tuple[Call, Call], plan: Plan, graphs: AugmentedGraphs) -> float:
-    """Bytes for the activations of both on the fullest rank."""
+    """Bytes for the activations of both roles on the fullest rank."""
     names, cluster = [call.name for call in calls], graphs.costs.cluster
     used = [
         memory.held("device")

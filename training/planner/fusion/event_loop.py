@@ -37,8 +37,6 @@ class Rule:
 
 
 class State:
-    """A schedule in the making."""
-
     __slots__ = ("alive", "events", "left", "log", "now", "queue", "running", "started")
 
     queue: list[int]
@@ -131,7 +129,6 @@ class EventLoop:
         return rows
 
     def fresh(self) -> State:
-        """Nothing has started."""
         state = State()
         state.queue = [total if first else 0 for total, first in zip(self.total, self.first, strict=True)]
         state.started, state.alive = [0] * len(self.time), [0] * len(self.time)

@@ -64,12 +64,10 @@ class Pipeline:
 
     @cached_property
     def times(self) -> list[tuple[float, ...]]:
-        """By stage, then by kind."""
         return list(zip(*map(self._by_stage, (self.forward, self.backward, self.weight)), strict=True))
 
     @cached_property
     def activations(self) -> tuple[float, ...]:
-        """By stage."""
         return self._by_stage(self.activation)
 
     def split(self, share: float = 0.5) -> "Pipeline":
@@ -115,11 +113,9 @@ class Instance:
         return stage if model == 0 else stages - 1 - stage
 
     def times(self, model: int, device: int) -> tuple[float, ...]:
-        """By kind, on the stage that the device holds."""
         return self.models[model].times[self.stage(model, device)]
 
     def activation(self, model: int, device: int) -> float:
-        """Memory of a micro-batch on the stage that the device holds."""
         return self.models[model].activations[self.stage(model, device)]
 
     def time_before(self, model: int, device: int, kind: int) -> float:
@@ -165,7 +161,7 @@ class Slack:
         return cls(instance, _heads(instance, cap, mirrored=False), {key: row[::-1] for key, row in tails.items()})
 
     def lower_bound(self) -> float:
-        """Of the makespan."""
+        """No schedule has a shorter makespan."""
         return max(_preemptive(self._operations(device)) for device in range(self.instance.devices))
 
     def memory_bound(self, makespan: float) -> float:
@@ -180,7 +176,6 @@ class Slack:
         }
 
     def _operations(self, device: int) -> Iterator[tuple[float, float, float]]:
-        """Head, time and tail."""
         for key, heads in self.heads.items():
             if key[0] == device:
                 time = self.instance.times(key[1], device)[key[2]]

@@ -37,8 +37,6 @@ class ImpossibleSchedule(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """All operations of an instance with their times."""
-
     instance: Instance
     operations: tuple[Operation, ...]
 
@@ -48,7 +46,6 @@ class Schedule:
 
     @cached_property
     def by_device(self) -> list[list[Operation]]:
-        """Each device's operations in the order of their starts."""
         rows: list[list[Operation]] = [[] for _ in range(self.instance.devices)]
         for operation in sorted(self.operations, key=lambda operation: operation.start):
             rows[operation.device].append(operation)
