@@ -108,6 +108,7 @@ def measure(
         workers = [
             running.enter_context(Worker(system, Path(logs) / f"{place}.log")) for place, system in enumerate(chosen)
         ]
+        what = {worker.system.name: worker.notes["what"] for worker in workers}  # they began together
         rows: dict[str, list[Row]] = {system.name: [] for system in chosen}
         for number in range(iterations + 1):
             if number > 1 and time.monotonic() - began > seconds:
@@ -117,7 +118,7 @@ def measure(
                 row = worker.iterate(number)
                 if number:  # the first one warms up
                     rows[worker.system.name].append(row)
-        return rows, {worker.system.name: worker.notes["what"] for worker in workers}
+        return rows, what
 
 
 def table(names: tuple[str, str], compared: Comparison) -> str:
