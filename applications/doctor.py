@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import rlhf_chat  # noqa: F401  a script of ranks, too
 from applications.launch import run_on_ranks
-from applications.preset_store import settings_for_model
+from applications.settings import settings_for_model
 from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import EXIT_USER_ERROR, UserError, copied_again, reason
@@ -33,18 +33,18 @@ from inference.generation.equality import (
 from inference.generation.exactness import Exactness
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
-from inference.quiet import quiet_transformers
 from inference.tensor_parallel.group import TensorParallel, join_groups
 from inference.tensor_parallel.shard import empty_shard
+from inference.weights import quiet_transformers
 from training.config import Dtype
 from training.data.batching import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks
+from training.launchers import begin_script
 from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype
 from training.models.policy import Policy
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf.exactness import find_exactness
 from training.step3_rlhf.old_logprobs import expects_exactness
-from training.watchdog import begin_script
 
 DTYPES = ("auto", *TORCH_DTYPES)
 LONGEST = 1024

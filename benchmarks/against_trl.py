@@ -28,8 +28,7 @@ from benchmarks.ppo_iteration import Comparison, Row, machine, measure
 from benchmarks.trl_trainers import TRL_NOW
 from benchmarks.turns import PHASES, Failed, System
 from benchmarks.work import KL, MINI_BATCHES
-from training.run_directory import read_json, write_json
-from training.versions import versions
+from training.run_directory import read_json, versions, write_json
 
 FLOOR = "floor"
 MENDED = ", mended"

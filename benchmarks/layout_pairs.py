@@ -23,8 +23,7 @@ from typing import Any
 
 from benchmarks.ppo_iteration import machine
 from training.hybrid_engine.layout import Layout
-from training.run_directory import write_json
-from training.versions import versions
+from training.run_directory import versions, write_json
 
 RANKS, LAYERS_LIMIT, BYTES_LIMIT = 4, 2.5, 1e-3
 ALL = tuple(range(RANKS))
@@ -64,7 +63,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
     from training.deepspeed_config import deepspeed_config
     from training.distributed import start_ranks, stop_ranks
-    from training.hybrid_engine.dividing import divide
+    from training.hybrid_engine.deepspeed_setup import divide
     from training.hybrid_engine.reallocation import Reallocation, here, tensor_parallel_of, weights_of
     from training.role_settings import OptimizerSettings
 

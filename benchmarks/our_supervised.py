@@ -77,7 +77,7 @@ def sft_task(stage: "Stage", engine: "ZeroEngine") -> "SFTTask":
 
 
 def dpo_task(stage: "Stage", engine: "ZeroEngine") -> "DPOTask":
-    from training.data.token_pairs import TokenPair
+    from training.data.token_cache import TokenPair
     from training.step2_dpo.dpo import DPOTask
 
     pairs = [TokenPair(*pair, place=place) for place, pair in enumerate(work.pairs())]

@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from applications.cli import app
-from applications.preset_store import settings_for_model
+from applications.settings import settings_for_model
 from inference.errors import UserError
 from training.config_files import load_config, setting_keys
 from training.formulas.table import OWN
@@ -34,7 +34,7 @@ NAMES_OF_LIBRARIES = {"save_to_disk", "load_dataset", "from_file"}
 FOREIGN = {
     "from_other_tools.md": r"^\|[^|]*\|",
     "features.md": r"^\|.*\|(?=[^|]+\|$)",
-    "hard_days.md": r"^\|[^|]*\|[^|]*\|",
+    "survival.md": r"^\|[^|]*\|[^|]*\|",
 }
 """Columns with the words of other tools, and with what is mistaken."""
 

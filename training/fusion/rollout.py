@@ -22,12 +22,8 @@ from torch import Tensor
 from inference.generation.decoding import Decoding
 from inference.generation.sample import Sample
 from training.data.batching import fill_micro_batches
-from training.fusion.aside import Aside
-from training.fusion.board import Board
+from training.fusion.board import Aside, Board, Move, Place, Policy, Remaining, Repacking, Timeline, Unfinished, decide
 from training.fusion.costs import Costs, Measured
-from training.fusion.place import Place
-from training.fusion.repacking import Move, Policy, Remaining, Repacking, Unfinished, decide
-from training.fusion.timeline import Timeline
 
 S = TypeVar("S")
 MovesCache = Callable[[int], bool]
@@ -35,8 +31,6 @@ MovesCache = Callable[[int], bool]
 
 @dataclass
 class Report:
-    """What one rank did."""
-
     measured: list[Measured] = field(default_factory=list)
     repackings: int = 0
     moved: int = 0
@@ -76,7 +70,7 @@ class FusedRollout(Generic[S]):
         self.scored: list[S] = []
 
     def run(self) -> list[S]:
-        """What this rank has scored."""
+        """Return what this rank has scored."""
         self._decode()
         self.is_open = True
         self._hand_out(all_of_it=True)

@@ -16,9 +16,8 @@ from operator import itemgetter
 
 from inference.generation.engine import PREFILL_TOKENS
 from training.data.batching import plan_micro_batches
+from training.fusion.board import Policy, Remaining, Span, Unfinished, decide
 from training.fusion.costs import Costs
-from training.fusion.repacking import Policy, Remaining, Unfinished, decide
-from training.fusion.timeline import Span
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,6 @@ class Outcome:
 
     @property
     def idle(self) -> float:
-        """Rank-seconds without work."""
         return self.ranks * self.seconds - self.busy
 
 
@@ -101,7 +99,7 @@ class Instance:
 
     @property
     def course(self) -> "Instance":
-        """As it will be in the end, if no sample comes or goes."""
+        """The instance as it ends if no sample comes or goes."""
         if self._course is None:
             course = self.copy()
             course.advance()

@@ -8,7 +8,7 @@ which share several calls can never wait for each other in a circle.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.planner.augmented import Node
+from training.planner.reallocation import Node
 
 ITERATIONS = 5
 """Unrolled; enough that calls of neighbouring iterations overlap as they would in a long run."""
@@ -16,8 +16,6 @@ ITERATIONS = 5
 
 @dataclass(frozen=True)
 class Interval:
-    """When a node ran."""
-
     node: Node
     iteration: int
     start: float
@@ -39,7 +37,6 @@ class Schedule:
         return self.makespan / self.iterations
 
     def busy_seconds(self) -> dict[int, float]:
-        """By rank, over all iterations."""
         busy: dict[int, float] = {}
         for interval in self.intervals:
             for rank in interval.node.ranks:

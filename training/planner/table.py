@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.plan import Plan
-from training.planner.augmented import AugmentedGraphs
 from training.planner.options import EVERYTHING, Option, Options, Space, meshes
-from training.planner.reallocation import Shares, bytes_by_kind, reallocation_seconds
+from training.planner.reallocation import AugmentedGraphs, Shares, bytes_by_kind, reallocation_seconds
 from training.planner.simulate import ITERATIONS
 from training.planner.workload import Workload
 
@@ -72,8 +71,6 @@ class Use:
 
 
 class PlanTable:
-    """All plans that the options allow."""
-
     def __init__(self, graphs: AugmentedGraphs, space: Space = EVERYTHING):
         self.graph = graph = graphs.graph
         self.cluster, workload = graphs.costs.cluster, graphs.costs.workload
@@ -114,7 +111,6 @@ class PlanTable:
         return result
 
     def plan(self, choice: NDArray[np.int64]) -> Plan:
-        """Of one column of option numbers."""
         picked = zip(self.graph.calls, self.columns, choice, strict=True)
         return Plan({call.name: column.options[number].assignment for call, column, number in picked})
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
-from training.best import Best
 from training.calls import ACTOR_SCORE, ACTOR_TRAIN
+from training.checkpoints import Best
 from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
-from training.fusion.timeline import Span
+from training.fusion.board import Span
 from training.hybrid_engine.kept_weights import KeptWeights
 from training.metrics import held_out_line
 from training.models.loading import load_causal_lm

@@ -6,12 +6,11 @@ import pytest
 
 from inference.errors import UserError
 from tests.training.planner.conftest import LARGE, SMALL, graphs_on, ppo_workload
-from training.hybrid_engine.layout import Layout
-from training.pipelines.cut import StageCut
+from training.hybrid_engine.layout import Layout, StageCut
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.hardware import GIB
-from training.planner.heuristics import megatron_plan
+from training.planner.search import megatron_plan
 
 GRAPHS = graphs_on(1, 8)
 FOOTPRINTS = Footprints(GRAPHS.costs.workload, GRAPHS.graph)

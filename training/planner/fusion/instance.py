@@ -8,9 +8,10 @@ The problem: RLHFuse (arXiv 2409.13221, section 5).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from heapq import heappop, heappush
 
 PerStage = float | tuple[float, ...]
 """One number for all stages, or one for each."""
@@ -18,8 +19,6 @@ FORWARD, BACKWARD, WEIGHT = 0, 1, 2
 KINDS = ("forward", "backward", "weight")
 """Names of the kinds of operation: `weight` is the weight-gradient part of a backward that is split in two."""
 MODELS = ("A", "B")
-Sizes = Sequence[Sequence[Sequence[float]]]
-"""Of micro-batches, by model, copy and micro-batch: the instance's times and memory are those of size 1."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Pipeline:
 
     stages: int
     micro_batches: int
-    """Of each copy, in one mini-batch."""
+    """Of each copy."""
     forward: PerStage
     """Time of a micro-batch's forward on one stage."""
     backward: PerStage
@@ -65,12 +64,10 @@ class Pipeline:
 
     @cached_property
     def times(self) -> list[tuple[float, ...]]:
-        """By stage, then by kind."""
         return list(zip(*map(self._by_stage, (self.forward, self.backward, self.weight)), strict=True))
 
     @cached_property
     def activations(self) -> tuple[float, ...]:
-        """By stage."""
         return self._by_stage(self.activation)
 
     def split(self, share: float = 0.5) -> "Pipeline":
@@ -85,22 +82,14 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Instance:
-    """Two pipelines, and what a schedule of them must keep to.
-
-    With several mini-batches there is no barrier between the models: a device begins with a model's next mini-batch as
-    soon as that model's optimiser step there is done, which is when its last backward there ends (the optimiser step
-    itself takes no time). For a barrier schedule one mini-batch and repeat it (`Schedule.repeated`).
-    """
+    """Two pipelines in one optimiser step, and what a schedule of them must keep to."""
 
     a: Pipeline
     b: Pipeline
-    mini_batches: int = 1
     memory_cap: float = math.inf
     """Most memory that the activations alive on a device may take."""
 
     def __post_init__(self) -> None:
-        if self.mini_batches < 1:
-            raise ValueError("mini_batches must be at least 1")
         needed = max(self.activation(0, device) + self.activation(1, device) for device in range(self.devices))
         if self.memory_cap < needed:
             raise ValueError("memory_cap must have room for one micro-batch of each model")
@@ -113,53 +102,25 @@ class Instance:
     def devices(self) -> int:
         return math.lcm(self.a.stages, self.b.stages)
 
-    def of_mini_batches(self, number: int) -> "Instance":
-        """The same with another number of mini-batches, without a barrier between them."""
-        return replace(self, mini_batches=number)
-
     def split(self, share: float = 0.5) -> "Instance":
         """The same with the weight-gradient part of all backwards, that share of them, as an operation of its own."""
         return replace(self, a=self.a.split(share), b=self.b.split(share))
 
-    def micro_batches(self, model: int) -> int:
-        """Of each copy, in all mini-batches."""
-        return self.mini_batches * self.models[model].micro_batches
-
     def stage(self, model: int, device: int) -> int:
         """Which of the model's stages the device holds."""
         stages = self.models[model].stages
-        place = device % stages
-        return place if model == 0 else stages - 1 - place
-
-    def copy(self, model: int, device: int) -> int:
-        """Which of the model's copies the device belongs to."""
-        return device // self.models[model].stages
+        stage = device % stages
+        return stage if model == 0 else stages - 1 - stage
 
     def times(self, model: int, device: int) -> tuple[float, ...]:
-        """By kind, on the stage that the device holds."""
         return self.models[model].times[self.stage(model, device)]
 
     def activation(self, model: int, device: int) -> float:
-        """Memory of a micro-batch on the stage that the device holds."""
         return self.models[model].activations[self.stage(model, device)]
 
     def time_before(self, model: int, device: int, kind: int) -> float:
         """Time of a micro-batch's operations of a kind on all stages before the device's."""
         return sum(times[kind] for times in self.models[model].times[: self.stage(model, device)])
-
-    @cached_property
-    def equal_sizes(self) -> Sizes:
-        """All micro-batches are of size 1."""
-        return [
-            [[1.0] * self.micro_batches(model)] * (self.devices // each.stages)
-            for model, each in enumerate(self.models)
-        ]
-
-    def check_sizes(self, sizes: Sizes) -> None:
-        """Raises ValueError unless every micro-batch has a size above 0."""
-        needed, given = ([list(map(len, model)) for model in each] for each in (self.equal_sizes, sizes))
-        if given != needed or min(size for model in sizes for copy in model for size in copy) <= 0:
-            raise ValueError("sizes need a number above 0 for each micro-batch of each copy of both models")
 
     def before(self, model: int, device: int) -> int | None:
         """The device with the stage before; None at the first stage."""
@@ -172,3 +133,123 @@ class Instance:
         if self.stage(model, device) == self.models[model].stages - 1:
             return None
         return device + 1 if model == 0 else device - 1
+
+
+ROUNDING = 1e-9
+"""Relative: sums of the same numbers in another order may differ by less."""
+Key = tuple[int, int, int]
+"""Device, model, kind."""
+Numbers = dict[Key, list[float]]
+"""A value by micro-batch."""
+
+
+@dataclass(frozen=True)
+class Slack:
+    """What surrounds every operation in every schedule."""
+
+    instance: Instance
+    heads: Numbers
+    """Time before the start of the operation."""
+    tails: Numbers
+    """Time from its end to the end of the schedule."""
+
+    @classmethod
+    def of(cls, instance: Instance, cap: float = math.inf) -> "Slack":
+        """In schedules within a memory cap, and within that of the instance."""
+        cap = min(cap, instance.memory_cap)
+        tails = _heads(instance, cap, mirrored=True)
+        return cls(instance, _heads(instance, cap, mirrored=False), {key: row[::-1] for key, row in tails.items()})
+
+    def lower_bound(self) -> float:
+        """No schedule has a shorter makespan."""
+        return max(_preemptive(self._operations(device)) for device in range(self.instance.devices))
+
+    def memory_bound(self, makespan: float) -> float:
+        """Of the peak memory of schedules that take no longer than `makespan`."""
+        return max(self._memory_bound(device, makespan) for device in range(self.instance.devices))
+
+    def latest(self, makespan: float) -> Numbers:
+        """The latest start of every operation in a schedule of this makespan."""
+        return {
+            (device, model, kind): [makespan - tail - self.instance.times(model, device)[kind] for tail in row]
+            for (device, model, kind), row in self.tails.items()
+        }
+
+    def _operations(self, device: int) -> Iterator[tuple[float, float, float]]:
+        for key, heads in self.heads.items():
+            if key[0] == device:
+                time = self.instance.times(key[1], device)[key[2]]
+                yield from ((head, time, tail) for head, tail in zip(heads, self.tails[key], strict=True))
+
+    def _memory_bound(self, device: int, makespan: float) -> float:
+        changes = []  # between its latest start and its earliest end a micro-batch is there for certain
+        for model, each in enumerate(self.instance.models):
+            last, times = each.kinds[-1], self.instance.times(model, device)
+            for tail, head in zip(self.tails[device, model, FORWARD], self.heads[device, model, last], strict=True):
+                start, end = makespan - tail - times[FORWARD], head + times[last]
+                if start < end:
+                    changes += [(start, 1, model), (end, -1, model)]
+        alive, peak = [0, 0], 0.0
+        for _, change, model in sorted(changes):
+            alive[model] += change
+            held = (number * self.instance.activation(model, device) for model, number in enumerate(alive))
+            peak = max(peak, sum(held))
+        return peak
+
+
+def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
+    """Earliest starts. Mirrored: with time running backwards, so that chains start with what is last.
+
+    A model's operations of one kind on one device keep the order of the micro-batches, so all of the kinds k.. of the
+    micro-batches i..j there start after kind k of micro-batch i can: they are a load that delays the last kind of j.
+    """
+    heads: Numbers = {}
+    for model, each in enumerate(instance.models):
+        kinds = each.kinds[::-1] if mirrored else each.kinds
+        downwards = sorted(range(instance.devices), key=lambda device: instance.stage(model, device))
+        heads.update({(device, model, kind): [] for device in downwards for kind in kinds})
+        times = {device: [instance.times(model, device)[kind] for kind in kinds] for device in downwards}
+        windows = {}  # a forward waits for the memory of the micro-batch that many before it
+        for device in downwards:
+            activation = instance.activation(model, device)
+            fits = cap / activation * (1 + ROUNDING) if activation else math.inf
+            windows[device] = max(1, int(min(fits, each.micro_batches)))
+        loads: dict[tuple[int, int, int], float] = {}
+        for number in range(each.micro_batches):
+            for place, kind in enumerate(kinds):
+                goes_down = (kind == FORWARD) != mirrored
+                for device in downwards if goes_down else downwards[::-1]:
+                    mine, own, window = heads[device, model, kind], times[device], windows[device]
+                    head = mine[-1] + own[place] if mine else 0.0
+                    source = instance.before(model, device) if goes_down else instance.after(model, device)
+                    if source is not None and kind != WEIGHT:
+                        head = max(head, heads[source, model, kind][number] + times[source][place])
+                    if place == 0 and number >= window:
+                        head = max(head, heads[device, model, kinds[-1]][number - window] + own[-1])
+                    for first in range(place):
+                        load = max(heads[device, model, kinds[first]][number], loads.get((device, first, place), 0.0))
+                        loads[device, first, place] = load + sum(own[first : place + 1])
+                        head = max(head, load + sum(own[first:place]))
+                    mine.append(head)
+    return heads
+
+
+def _preemptive(operations: Iterator[tuple[float, float, float]]) -> float:
+    """The shortest makespan of one device that may interrupt an operation for one with a longer tail (Jackson)."""
+    waiting = sorted(operations, reverse=True)
+    ready: list[tuple[float, float]] = []  # (-tail, time left)
+    now, makespan = 0.0, 0.0
+    while waiting or ready:
+        if not ready:
+            now = max(now, waiting[-1][0])
+        while waiting and waiting[-1][0] <= now:
+            _, time, tail = waiting.pop()
+            heappush(ready, (-tail, time))
+        tail, time = heappop(ready)
+        spent = min(time, waiting[-1][0] - now) if waiting else time
+        now += spent
+        if spent < time:
+            heappush(ready, (tail, time - spent))
+        else:
+            makespan = max(makespan, now - tail)
+    return makespan

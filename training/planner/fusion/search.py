@@ -15,13 +15,10 @@ import random
 import time
 from dataclasses import dataclass
 
-from training.planner.fusion.baselines import serial_1f1b
-from training.planner.fusion.beam import Beam
-from training.planner.fusion.bound import ROUNDING
 from training.planner.fusion.event_loop import Rule
-from training.planner.fusion.instance import Instance
-from training.planner.fusion.list_scheduler import UNBOUNDED, Found, ListScheduler
-from training.planner.fusion.schedule import Schedule, timed
+from training.planner.fusion.instance import ROUNDING, Instance
+from training.planner.fusion.schedule import Schedule, serial_1f1b, timed
+from training.planner.fusion.scheduler import UNBOUNDED, Beam, Found, ListScheduler
 
 EFFORT = 6_500_000
 """Operations that the search may start, in all its event loops together: some seconds."""
@@ -43,8 +40,6 @@ STEPS = (0, 0, 0.25, 0.5, 1, 2, 5)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found."""
-
     schedule: Schedule
     lower_bound: float
     """No schedule is shorter."""
@@ -120,7 +115,6 @@ class _Search:
         return used_up or self._is_best_possible()
 
     def take(self, found: Found) -> None:
-        """Keep it if it is the best."""
         if found.makespan < self.best.makespan:
             self.shortest_at = self._elapsed()
         self.best = min(self.best, found, key=lambda each: each.score)

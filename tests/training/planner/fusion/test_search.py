@@ -8,11 +8,10 @@ import pytest
 
 from benchmarks.fused_replay import check, replay
 from benchmarks.fused_schedules import read_rows
-from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.event_loop import Rule
 from training.planner.fusion.instance import Instance, Pipeline
-from training.planner.fusion.list_scheduler import ListScheduler
-from training.planner.fusion.schedule import timed
+from training.planner.fusion.schedule import serial_1f1b, timed
+from training.planner.fusion.scheduler import ListScheduler
 from training.planner.fusion.search import QUICK, find_schedule
 
 from .conftest import INSTANCES, with_cap
@@ -129,20 +128,6 @@ def test_split_backwards_fill_what_whole_ones_cannot():
     instance = Instance(Pipeline(2, 2, 1, 2, 1), Pipeline(2, 1, 1e-6, 2e-6, 0))
     assert find_schedule(instance, effort=QUICK).schedule.makespan == pytest.approx(9, abs=1e-4)
     assert find_schedule(instance.split(0.5), effort=QUICK).schedule.makespan == pytest.approx(7, abs=1e-4)
-
-
-@pytest.mark.parametrize("name", ["equal", "copies"])
-def test_without_the_barrier_mini_batches_are_never_slower(name):
-    one = find_schedule(INSTANCES[name], effort=QUICK)
-    barrier = one.schedule.repeated(3)
-    check(barrier)
-    free = find_schedule(barrier.instance, effort=2 * QUICK, start=barrier)
-    check(free.schedule)
-    assert barrier.makespan == pytest.approx(3 * one.schedule.makespan)
-    assert free.lower_bound <= free.schedule.makespan <= barrier.makespan
-    if name == "equal":  # else A alone takes as long as the schedule
-        assert free.lower_bound < 3 * one.lower_bound, "another mini-batch fills what the barrier leaves idle"
-        assert free.schedule.makespan < barrier.makespan
 
 
 def test_a_start_that_is_better_is_kept():
