@@ -15,11 +15,11 @@ from torch import nn
 from inference.errors import UserError
 from inference.private_surfaces import HOOKS, put_plain_parameters, whole_shape
 from inference.tensor_parallel.cut import Cut, even, rows_of
-from inference.tensor_parallel.group import TensorParallel
 from inference.tensor_parallel.layers import (
     LocalAlibi,
     PartialConv1D,
     RowParallel,
+    TensorParallel,
     VocabularyEmbedding,
     VocabularyHead,
 )
