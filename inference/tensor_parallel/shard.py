@@ -1,7 +1,4 @@
-"""An empty shard of a model, and how each of its parameters comes from the whole ones.
-
-The whole model may lie on the meta device or be partitioned by ZeRO 3: only its shapes and its structure are read.
-"""
+"""A cut: which part of a whole tensor a rank keeps."""
 
 import copy
 import inspect
@@ -10,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from inference.errors import UserError
 from inference.private_surfaces import HOOKS, put_plain_parameters, whole_shape
-from inference.tensor_parallel.cut import Cut, even, rows_of
 from inference.tensor_parallel.layers import (
     LocalAlibi,
     PartialConv1D,
@@ -24,6 +20,46 @@ from inference.tensor_parallel.layers import (
     VocabularyHead,
 )
 from inference.tensor_parallel.plan import Heads, Kind, check_divides, cut_layers, no_plan
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keeps `ranges` (start, length) of dimension `dim`, one behind the other, then `padding` zeros."""
+
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+    padding: int = 0
+
+    @property
+    def length(self) -> int:
+        return sum(length for _, length in self.ranges) + self.padding
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        return (*whole[: self.dim], self.length, *whole[self.dim + 1 :])
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        """The part of `whole`: a view where it lies in one piece."""
+        parts = [whole.narrow(self.dim, start, length) for start, length in self.ranges]
+        if self.padding:
+            shape = (*whole.shape[: self.dim], self.padding, *whole.shape[self.dim + 1 :])
+            parts.append(whole.new_zeros(shape))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+
+
+def even(total: int, rank: int, size: int, blocks: int = 1) -> tuple[tuple[int, int], ...]:
+    """The ranges of rank `rank` of `size` where each of `blocks` equal blocks of `total` is cut evenly."""
+    block = total // blocks
+    part = block // size
+    return tuple((start * block + rank * part, part) for start in range(blocks))
+
+
+def rows_of(total: int, rank: int, size: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Ranges and padding of rank `rank`'s part of a vocabulary of `total`, padded up to a multiple of `size`."""
+    part = -(-total // size)
+    start = min(rank * part, total)
+    length = min(part, total - start)
+    return ((start, length),), part - length
+
 
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head")
 _WIDTHS = ("split_size", "embed_dim", "hidden_size", "all_head_size")
