@@ -1,4 +1,7 @@
-"""The ranks that share one model, and what they say to each other."""
+"""The ranks that share one model, and the layers that talk to the other ranks: inference only.
+
+Layers cut over their outputs need none: they are the family's own, with fewer features.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,12 +39,12 @@ def join_groups(groups: Sequence[Sequence[int]]) -> TensorParallel | None:
 
     Every process of the world calls it with the same groups.
     """
-    rank, mine = dist.get_rank(), None
+    rank, own = dist.get_rank(), None
     for ranks in groups:
         group = cast(dist.ProcessGroup, dist.new_group(list(ranks))) if len(ranks) > 1 else None
         if rank in ranks:
-            mine = TensorParallel(list(ranks).index(rank), len(ranks), group)
-    return mine
+            own = TensorParallel(list(ranks).index(rank), len(ranks), group)
+    return own
 
 
 class RowParallel(nn.Module):
@@ -86,8 +89,8 @@ class VocabularyEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         local = ids - self.first
         elsewhere = (local < 0) | (local >= self.rows)
-        found = self.part(local.masked_fill(elsewhere, 0))
-        return self.tensor_parallel.sum(found.masked_fill(elsewhere[..., None], 0.0))
+        rows = self.part(local.masked_fill(elsewhere, 0))
+        return self.tensor_parallel.sum(rows.masked_fill(elsewhere[..., None], 0.0))
 
 
 class VocabularyHead(nn.Module):

@@ -66,7 +66,7 @@ _WIDTHS = ("split_size", "embed_dim", "hidden_size", "all_head_size")
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardParameter:
     """A parameter of a shard: the `cut` (None: all) of the whole model's parameter `name`."""
 
     name: str
@@ -76,14 +76,14 @@ class Piece:
 
 def empty_shard(
     model: nn.Module, tensor_parallel: TensorParallel, device: torch.device | None = None
-) -> tuple[nn.Module, list[Piece]]:
+) -> tuple[nn.Module, list[ShardParameter]]:
     """This rank's part of `model` (of transformers, perhaps with LoRA layers), its parameters uninitialised.
 
     The part has the forward pass of the family, gives the whole model's logits or scores, and has no gradients.
     `device` is where its parameters lie (default: where the model's are). Raises UserError if the model cannot be cut.
     """
     cuts = cuts_of(model, tensor_parallel)
-    pieces, memo = [], {}
+    parameters, memo = [], {}
     for name, parameter in model.named_parameters():
         cut = cuts.get(id(parameter))
         shape = whole_shape(parameter)
@@ -91,23 +91,23 @@ def empty_shard(
             shape if cut is None else cut.shape(shape), dtype=parameter.dtype, device=device or parameter.device
         )
         memo[id(parameter)] = nn.Parameter(local, requires_grad=False)
-        pieces.append(Piece(name, memo[id(parameter)], cut))
+        parameters.append(ShardParameter(name, memo[id(parameter)], cut))
     shard = copy_structure(model, memo).eval()
     if tensor_parallel.size > 1:
         install_layers(shard, cut_layers(model), tensor_parallel)
-    return shard, pieces
+    return shard, parameters
 
 
 def copy_structure(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy with other parameters (`memo`: id of the old -> new) and without hooks, which hold the engine."""
     hooks = [(module, {name: getattr(module, name) for name in HOOKS}) for module in model.modules()]
-    for module, kept in hooks:
-        vars(module).update({name: type(hook)() for name, hook in kept.items()})
+    for module, own_hooks in hooks:
+        vars(module).update({name: type(hook)() for name, hook in own_hooks.items()})
     try:
         copied = copy.deepcopy(model, memo)
     finally:
-        for module, kept in hooks:
-            vars(module).update(kept)
+        for module, own_hooks in hooks:
+            vars(module).update(own_hooks)
     for module in copied.modules():
         put_plain_parameters(module)
     return copied
@@ -139,11 +139,10 @@ def cuts_of(model: nn.Module, tensor_parallel: TensorParallel) -> dict[int, Cut]
             cuts.update(layer_cuts(name, layer, ranges))
         else:
             cuts.update(layer_cuts(name, layer, even(outputs, rank, size, blocks)))
-    for table in vocabulary_tables(model):
-        if table is not None:
-            layer = model.get_submodule(table)
-            ranges, padding = rows_of(vocabulary_of(layer), rank, size)
-            cuts.update(layer_cuts(table, layer, ranges, padding))
+    for table in filter(None, vocabulary_tables(model)):
+        layer = model.get_submodule(table)
+        ranges, padding = rows_of(vocabulary_of(layer), rank, size)
+        cuts.update(layer_cuts(table, layer, ranges, padding))
     return cuts
 
 
@@ -228,14 +227,12 @@ def install_layers(shard: nn.Module, layers: dict[str, Kind], tensor_parallel: T
 def row_parallel(layer: Any, tensor_parallel: TensorParallel) -> RowParallel:
     base: Any = base_of(layer)
     bias, base.bias = base.bias, None
-    if hasattr(base, "nf"):
-        base = PartialConv1D(base.weight)
-        if hasattr(layer, "base_layer"):
-            layer.base_layer = base
-        else:
-            layer = base
-    else:
+    if not hasattr(base, "nf"):
         base.in_features = base.weight.shape[1]
+    elif hasattr(layer, "base_layer"):
+        layer.base_layer = PartialConv1D(base.weight)
+    else:
+        layer = PartialConv1D(base.weight)
     return RowParallel(layer, bias, tensor_parallel)
 
 
