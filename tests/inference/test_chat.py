@@ -354,8 +354,7 @@ def test_models_may_end_at_different_times_or_say_nothing():
 def test_a_real_pipe_with_bytes_that_are_no_text(model, tiny_model_directory):
     program = (
         "import sys; from pathlib import Path; from inference.chat import ChatModel, chat;"
-        "from inference.generation.own_draw import OwnSample
-from inference.generation.sample import SamplingSettings;"
+        "from inference.generation.sample import SamplingSettings;"
         "chat([('SFT', ChatModel.load(Path(sys.argv[1])))], SamplingSettings(max_tokens=40), 1)"
     )
     result = subprocess.run(
