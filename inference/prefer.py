@@ -105,7 +105,7 @@ class Interview:
         return line.strip() if line else None
 
     def read_key(self) -> str:
-        """One of SHOWN's keys. Raises EOFError at the end of the input, and in a pipe UserError for a line that is none."""
+        """One of SHOWN's keys. Raises EOFError at the end of the input, and in a pipe UserError for another line."""
         while True:
             with single_keys(self.source) if self.has_keys else nullcontext(self.source.readline) as read:
                 if self.is_terminal:
