@@ -22,6 +22,7 @@ from rlhf_chat import HOME
 from training.changes import differences
 from training.config import RunConfig as Settings
 from training.config_files import validate_config
+from training.launchers import PARENT_VARIABLE
 from training.merging import merge
 from training.metrics import Journal, read_line
 from training.reward_sources import checked, way_to_call
@@ -29,7 +30,6 @@ from training.run_directory import RunDirectory, StepDirectory
 from training.steps import STEPS
 from training.termination import StageFailed
 from training.trust import require_reading
-from training.watchdog import PARENT_VARIABLE
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -219,7 +219,7 @@ def train(
     """Begin to train in the run directory `path`, or go on where it stopped, and return at once.
 
     `settings` are such as `load_settings` gives, or what it takes; default: those of the run, else of `parent`. With a
-    `parent` the run is a fork of it: only the steps are trained that read something else (docs/forks.md).
+    `parent` the run is a fork of it: only the steps are trained that read something else (docs/runs.md).
     `reward(prompts, responses)` or `reward(prompts, responses, rows)`, with lists of messages, texts and the other keys
     of the data, returns a number for each response. It is asked in a thread of this process, once at a time; with
     `reward_model` it is added to the reward model's score, else it is the only reward. `steps` are names, as

@@ -22,7 +22,18 @@ from torch import Tensor
 from inference.generation.decoding import Decoding
 from inference.generation.sample import Sample
 from training.data.batching import fill_micro_batches
-from training.fusion.board import Aside, Board, Move, Place, Policy, Remaining, Repacking, Timeline, Unfinished, decide
+from training.fusion.board import (
+    Aside,
+    Board,
+    FusionPolicy,
+    Place,
+    Remaining,
+    Repacking,
+    SampleMove,
+    Timeline,
+    Unfinished,
+    decide,
+)
 from training.fusion.costs import Costs, Measured
 
 S = TypeVar("S")
@@ -31,8 +42,6 @@ MovesCache = Callable[[int], bool]
 
 @dataclass
 class Report:
-    """What one rank did."""
-
     measured: list[Measured] = field(default_factory=list)
     repackings: int = 0
     moved: int = 0
@@ -49,7 +58,7 @@ class FusedRollout(Generic[S]):
         decoding: Decoding,
         prompts: Sequence[Tensor],  # of all samples, by index
         board: Board,
-        policy: Policy,
+        policy: FusionPolicy,
         costs: Costs,
         remaining: Remaining,
         moves_cache: MovesCache,
@@ -65,14 +74,14 @@ class FusedRollout(Generic[S]):
         self.is_open = policy.interleaves
         """Whether there are ranks that score: only then are ended samples handed out."""
         self.ended: list[Sample] = []
-        self.arriving: list[Move] = []
+        self.arriving: list[SampleMove] = []
         self.sends: list[tuple[dist.Work, Tensor]] = []
         self.ticket: int | None = None
         """Number of the unit that this rank will score next."""
         self.scored: list[S] = []
 
     def run(self) -> list[S]:
-        """What this rank has scored."""
+        """Return what this rank has scored."""
         self._decode()
         self.is_open = True
         self._hand_out(all_of_it=True)
@@ -150,7 +159,7 @@ class FusedRollout(Generic[S]):
         if told is None:
             return None
         keepers, moves = told
-        return Repacking(tuple(keepers), tuple(Move(*move) for move in moves))
+        return Repacking(tuple(keepers), tuple(SampleMove(*move) for move in moves))
 
     def _carry_out(self, repacking: Repacking | None) -> None:
         if repacking is None:
@@ -161,7 +170,7 @@ class FusedRollout(Generic[S]):
         self._give([move for move in repacking.moves if move.source == self.place.instance])
         self.arriving = [move for move in repacking.moves if move.target == self.place.instance]
 
-    def _give(self, moves: list[Move]) -> None:
+    def _give(self, moves: list[SampleMove]) -> None:
         """Send samples away: tokens and log-probabilities over the board, keys and values from rank to rank."""
         with self.timeline.span("migrate"):
             unfinished = {sample.index: sample for sample in self.decoding.unfinished}
