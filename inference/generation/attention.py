@@ -68,7 +68,7 @@ class Sequences:
 
     def positions(self, device: torch.device) -> Tensor:
         """Each token's place in its sequence, int64 (1, tokens)."""
-        return torch.cat([torch.arange(length, device=device) for length in self.lengths])[None]
+        return torch.cat([torch.arange(length) for length in self.lengths])[None].to(device, non_blocking=True)
 
     def attend(
         self,

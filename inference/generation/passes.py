@@ -72,9 +72,12 @@ class PackedPasses:
     def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
         sequences = Sequences(lengths, self.cache, rows, self.exact)
-        ids, positions = torch.cat(list(prompts)).to(self.device), sequences.positions(self.device)
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        if prefixes := Prefixes.of(sequences, ids):
+        ids = torch.cat(list(prompts))
+        prefixes = Prefixes.of(sequences, ids, device=self.device)
+        ids = ids.to(self.device, non_blocking=True)
+        positions = sequences.positions(self.device)
+        last = (torch.tensor(lengths).cumsum(0) - 1).to(self.device, non_blocking=True)
+        if prefixes:
             ids, positions, last = ids[prefixes.computed], positions[:, prefixes.computed], prefixes.stands_for[last]
         return self._logits(ids[None], positions, prefixes or sequences, last)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.data.batching import sent
 from training.data.rows import margin_of
 
 LENGTH_BUCKETS = (8, 16, 32, 64, 128, 256)
@@ -95,7 +96,7 @@ def tokens_of(group: Sequence[TokenPair]) -> int:
 
 def shares_of(groups: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
     """What each pair counts, so that every group counts 1: float32 (pairs)."""
-    return torch.tensor([1 / len(group) for group in groups for _ in group], device=device)
+    return sent([1 / len(group) for group in groups for _ in group], device)
 
 
 def length_bucket(tokens: int) -> int:

@@ -94,13 +94,13 @@ class RewardTask(Task):
         """Pairs, or prompts."""
         return len(rows)
 
-    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of the pairs, how many are ranked right, and their margins; of a prompt the means over its
         pairs."""
         groups = self._pairs(rows)
         chosen, rejected = self._scores(groups)
         shares, margin = shares_of(groups, chosen.device), (chosen - rejected).detach()
-        statistics = {"accuracy": float(((margin > 0) * shares).sum()), "margin": float((margin * shares).sum())}
+        statistics = {"accuracy": ((margin > 0) * shares).sum(), "margin": (margin * shares).sum()}
         return (self._losses(chosen, rejected, [pair for group in groups for pair in group]) * shares).sum(), statistics
 
     def evaluate(self) -> dict[str, float]:

@@ -11,8 +11,7 @@ ROWS = [[5, 6, 7, 8], [5, 6, 9], [6, 7], [5, 6, 7, 8, 3]]
 
 def prefixes_of(rows: list[list[int]], apart: list[int] | None = None) -> Prefixes | None:
     sequences = Sequences([len(row) for row in rows])
-    places = None if apart is None else torch.tensor(apart)
-    return Prefixes.of(sequences, torch.tensor([token for row in rows for token in row]), places)
+    return Prefixes.of(sequences, torch.tensor([token for row in rows for token in row]), apart or ())
 
 
 def test_each_beginning_is_computed_once():
