@@ -5,6 +5,7 @@ runs any other causal language model of transformers through its own cache inter
 """
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -72,9 +73,8 @@ class PackedPasses:
     def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
         sequences = Sequences(lengths, self.cache, rows, self.exact)
-        ids = torch.cat(list(prompts))
-        prefixes = Prefixes.of(sequences, ids, device=self.device)
-        ids = ids.to(self.device, non_blocking=True)
+        prefixes = Prefixes.of(sequences, itertools.chain(*(prompt.tolist() for prompt in prompts)), self.device)
+        ids = torch.cat(list(prompts)).to(self.device, non_blocking=True)
         positions = sequences.positions(self.device)
         last = (torch.tensor(lengths).cumsum(0) - 1).to(self.device, non_blocking=True)
         if prefixes:

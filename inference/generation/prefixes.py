@@ -5,7 +5,7 @@ everything but attention, which sees each of them whole.
 """
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +31,17 @@ class Prefixes:
 
     @classmethod
     def of(
-        cls, sequences: Sequences, ids: Tensor, apart: Collection[int] = (), device: torch.device | None = None
+        cls, sequences: Sequences, ids: Iterable[int], device: torch.device, apart: Collection[int] = ()
     ) -> "Prefixes | None":
-        """Of all token ids, int64 (tokens); None where too little is repeated.
+        """Of all token ids; None where too little is repeated. `device` is that of the model.
 
-        Tokens at the places `apart` are computed for each sequence. The places lie on `device`, by default where `ids`
-        do.
+        Tokens at the places `apart` are computed for each sequence.
         """
         own = set(apart)
         found: dict[tuple[int, int], int] = {}  # the computed token before, the token -> the computed token
         computed: list[int] = []
         stands_for: list[int] = []
-        tokens = iter(ids.tolist())
+        tokens = iter(ids)
         for length in sequences.lengths:
             last = -1
             for token in itertools.islice(tokens, length):
@@ -53,7 +52,6 @@ class Prefixes:
                 stands_for.append(last)
         if len(computed) > (1 - LEAST) * len(stands_for):
             return None
-        device = device or ids.device
         places = (torch.tensor(each).to(device, non_blocking=True) for each in (computed, stands_for))
         return cls(sequences, *places)
 

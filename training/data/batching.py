@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,8 +77,10 @@ class TokenBatch:
     ids: Tensor  # (tokens) int64
     predicting: Tensor  # (response tokens) int64, places of the tokens that each response token follows
     lengths: list[int]
-    on_host: "TokenBatch | None" = None
-    """The same in main memory, where this one is elsewhere."""
+    tokens: list[int]
+    """`ids` for the host, which would wait for the device to look at it."""
+    places: list[int]
+    """`predicting` for the host."""
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Tensor, ...]], device: torch.device) -> "TokenBatch":
@@ -87,14 +89,13 @@ class TokenBatch:
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
         ends = zip(itertools.accumulate(lengths), rows, strict=True)
         places = [place for end, (_, answer) in ends for place in range(end - len(answer) - 1, end - 1)]
-        return cls(ids, torch.tensor(places, dtype=torch.int64), lengths).to(device)
+        tokens = [token for row in rows for part in row for token in part.tolist()]
+        return cls(ids, torch.tensor(places, dtype=torch.int64), lengths, tokens, places).to(device)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        if device == self.ids.device:
-            return self
-        here = self.on_host or self
-        moved = here.ids.to(device, non_blocking=True), here.predicting.to(device, non_blocking=True)
-        return here if device.type == "cpu" else TokenBatch(*moved, self.lengths, here)
+        to_host = device.type == "cpu"  # there it would be read before it has come
+        ids, predicting = (each.to(device, non_blocking=not to_host) for each in (self.ids, self.predicting))
+        return replace(self, ids=ids, predicting=predicting)
 
     @property
     def targets(self) -> Tensor:
@@ -115,6 +116,6 @@ class TokenBatch:
         return ids, mask.long(), positions
 
 
-def sent(values: Any, device: torch.device) -> Tensor:
+def sent(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of numbers on a device, without waiting for what the device has to do before."""
-    return torch.tensor(values).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -128,10 +128,9 @@ def _prefixes(model: PreTrainedModel, batch: TokenBatch, sequences: Sequences, a
     which every sequence draws for itself."""
     if model.training:
         return None
-    here = batch.on_host or batch  # a look at what is on a device would wait for it
-    apart = here.predicting if apart is batch.predicting else apart
-    found, key = _FOUND.setdefault(batch, {}), None if apart is None else tuple(apart.tolist())
+    places = batch.places if apart is batch.predicting else [] if apart is None else apart.tolist()
+    found, key = _FOUND.setdefault(batch, {}), None if apart is None else tuple(places)
     if key not in found:
-        found[key] = Prefixes.of(sequences, here.ids, key or (), batch.ids.device)
+        found[key] = Prefixes.of(sequences, batch.tokens, batch.ids.device, places)
     prefixes = found[key]
     return replace(prefixes, sequences=sequences) if prefixes else None

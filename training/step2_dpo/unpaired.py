@@ -155,7 +155,7 @@ class UnpairedTask(Task):
         measured = {"kl": torch.full((), kl, dtype=torch.float64, device=device)}
         for name, kind in KINDS.items():
             if count := self.counts[kind]:  # a mean over those of the batch, when divided by its size
-                places = sent([i for i, answer in enumerate(answers) if answer.is_good is kind], device).long()
+                places = sent([i for i, answer in enumerate(answers) if answer.is_good is kind], device, torch.int64)
                 measured[f"reward/{name}"] = rewards.detach()[places].sum().double() * batch / count
                 measured[f"logprobs/{name}"] = logprobs.detach()[places].sum().double() * batch / count
         return losses.sum(), measured
