@@ -25,6 +25,8 @@ from training.steps import PPO as RLHF
 from training.steps import REWARD, SFT
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from training.distributed import Ranks
     from training.step3_rlhf.ppo import PPO
 
@@ -67,7 +69,14 @@ def make_config(
 
 
 def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks") -> "PPO":
-    """Stage, roles and trainer of a run in `directory`."""
+    """The trainer of this work in a run in `directory`."""
+    ppo = trainer(config, list(work.prompts(config.rlhf.iterations)), directory, ranks)
+    ppo.rollouts.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
+    return ppo
+
+
+def trainer(config: RunConfig, prompts: "list[Tensor]", directory: Path, ranks: "Ranks") -> "PPO":
+    """Stage, roles and trainer of a run in `directory` on `prompts`, int64 (length) each."""
     from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step3_rlhf.ppo import PPO
@@ -78,11 +87,8 @@ def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks
     stage = make_stage(run, RLHF, config, ranks)
     actor, reward = stage.earlier_model(SFT), stage.earlier_model(REWARD)
     chat_format = stage.chat_format(actor, reward)
-    updates = config.rlhf.iterations * MINI_BATCHES
-    prompts = list(work.prompts(config.rlhf.iterations))
-    ppo = PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, [])
-    ppo.rollouts.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
-    return ppo
+    updates = config.rlhf.iterations * config.rlhf.mini_batches
+    return PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, [])
 
 
 def iterate(ppo: "PPO", number: int, lengths: Lengths) -> dict[str, float]:
