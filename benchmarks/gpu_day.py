@@ -36,7 +36,7 @@ from training.config import RunConfig
 from training.memory import estimate_step_memory, slots_in
 from training.run_directory import write_json
 from training.shape import Shape
-from training.steps import PPO
+from training.steps import PPO, REWARD, Step
 from training.versions import versions
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ CUDA_TESTS = (
 """Files with tests that want CUDA."""
 RULER_TOKENS = 133_966
 """Response tokens of the ruler that vLLM and nano-vLLM are compared by: 256 prompts drawn with seed 0."""
-FIRST_TOKEN = 5
 
 Found = Callable[..., None]
 """Tells what a section has found: a name, and figures by name."""
@@ -100,8 +99,7 @@ NARROW = {
 def full_day() -> Day:
     shapes = {name: load_preset(name)["architecture"]["model"] for name in MODELS}
     iteration, large = Rollouts(64, 256, 256), Rollouts(8, 256, 256, lora=128)
-    cuda = torch.device("cuda")
-    return Day(cuda, "bf16", shapes, CUDA_TESTS, (256, 100, 1024), (8, 256, 128), iteration, large)
+    return Day(torch.device("cuda"), "bf16", shapes, CUDA_TESTS, (256, 100, 1024), (8, 256, 128), iteration, large)
 
 
 def miniature() -> Day:
@@ -144,10 +142,6 @@ def synchronised(day: Day) -> float:
     return time.perf_counter()
 
 
-def free_bytes(day: Day) -> int:
-    return torch.cuda.mem_get_info()[0] if day.device.type == "cuda" else 2**30
-
-
 def tests(day: Day, found: Found) -> None:
     """Those that want CUDA: captured graphs, torch's attention over packed rows, weights that wait."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--tb=line", *day.tests]
@@ -184,7 +178,8 @@ def generated(day: Day, model: Any, prompts: list[Tensor], lengths: list[int], *
     from inference.generation.sample import SamplingKey, SamplingSettings
 
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
-    slots = min(len(prompts), slots_in(free_bytes(day), Shape.of(model.config), longest, day.torch_dtype))
+    free_bytes = torch.cuda.mem_get_info()[0] if day.device.type == "cuda" else 2**30
+    slots = min(len(prompts), slots_in(free_bytes, Shape.of(model.config), longest, day.torch_dtype))
     engine = GenerationEngine(model, (), work.PAD_ID, slots, room=(slots, longest), **options)
 
     def run(count: int = len(prompts), most: int = longest) -> int:
@@ -211,7 +206,7 @@ def generate(day: Day, found: Found) -> None:
     """The latency of one call, step by step and with steps that follow each other without the host."""
     samples, prompt, response = day.call
     model = random_model(day, "opt-1.3b")
-    prompts = list(torch.randint(FIRST_TOKEN, model.config.vocab_size, (samples, prompt)))
+    prompts = list(torch.randint(work.FIRST_PLAIN_ID, model.config.vocab_size, (samples, prompt)))
     for name, graphs in (("eager", False), ("graphs", True)):
         run = generated(day, model, prompts, [response] * samples, graphs=graphs)
         run()
@@ -240,7 +235,9 @@ def rollouts(day: Day, found: Found, size: Rollouts, actor: str, ranks: "Ranks |
     ranks = ranks or start_ranks(0)
     with tempfile.TemporaryDirectory() as directory:
         config = config_of_run(day, size, described(day, actor, directory), described(day, "opt-350m", directory))
-        prompts = list(torch.randint(FIRST_TOKEN, work.VOCABULARY_SIZE, (size.samples * size.iterations, size.prompt)))
+        prompts = list(
+            torch.randint(work.FIRST_PLAIN_ID, work.VOCABULARY_SIZE, (size.samples * size.iterations, size.prompt))
+        )
         with models_made_here(day, actor):
             ppo = our_ppo.trainer(config, prompts, Path(directory) / "run", ranks)
         ppo.rollouts.forced_lengths = lambda number: [size.response] * size.samples
@@ -297,19 +294,25 @@ def config_of_run(day: Day, size: Rollouts, actor: Path, reward: Path) -> RunCon
 def models_made_here(day: Day, actor: str):
     """Inside, what step 3 loads are random models of these shapes."""
     from training.models.loading import fit_vocabulary
+    from training.stage import Stage
     from training.step3_rlhf import roles
 
-    def causal_lm(source: Path, chat_format: Any, dtype: torch.dtype, **_: Any) -> Any:
-        model = random_model(day, actor).to(dtype)
-        fit_vocabulary(model, chat_format)
-        return model
+    def made(name: str, scorer: bool) -> Callable[..., Any]:
+        def load(source: Path, chat_format: Any, dtype: torch.dtype, *_: Any, **__: Any) -> Any:
+            model = random_model(day, name, scorer).to(dtype)
+            fit_vocabulary(model, chat_format)
+            return model
 
-    def scorer(source: Path, chat_format: Any, dtype: torch.dtype, *_: Any, **__: Any) -> Any:
-        model = random_model(day, "opt-350m", scorer=True).to(dtype)
-        fit_vocabulary(model, chat_format)
-        return model
+        return load
 
-    with patch.object(roles, "load_causal_lm", causal_lm), patch.object(roles, "load_scorer", scorer):
+    def directory(stage: Stage, step: Step) -> Path:
+        return Path(stage.config.trained_reward_model if step is REWARD else stage.config.sft_model)
+
+    with (
+        patch.object(roles, "load_causal_lm", made(actor, False)),
+        patch.object(roles, "load_scorer", made("opt-350m", True)),
+        patch.object(Stage, "earlier_model", directory),
+    ):
         yield
 
 

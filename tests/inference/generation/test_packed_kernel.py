@@ -83,3 +83,22 @@ def test_it_takes_16_bit_in_sizes_of_flash_attention(dtype, head, takes, monkeyp
     assert attention.takes_packed(query, query) == takes
     query.is_cuda = False
     assert not attention.takes_packed(query, query)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel itself: needs CUDA")
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_the_kernel_gives_what_the_plain_path_gives_gradients_too(window, key_heads, monkeypatch):
+    torch.manual_seed(0)
+    shapes = [(heads, sum(LENGTHS), 64) for heads in (4, key_heads, key_heads)]
+    given = [torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for shape in shapes]
+    weights = torch.randn(sum(LENGTHS), 4, 64, dtype=torch.bfloat16, device="cuda")
+
+    def attended() -> list[Tensor]:
+        seen = Sequences(LENGTHS).attend(0, *given, None, window)
+        return [seen, *torch.autograd.grad((seen * weights).sum(), given)]
+
+    by_kernel = attended()
+    monkeypatch.setattr(attention, "packed_kernel", lambda: None)
+    for ours, plain in zip(by_kernel, attended(), strict=True):
+        torch.testing.assert_close(ours.float(), plain.float(), rtol=2e-2, atol=2e-2)
