@@ -235,9 +235,8 @@ def rollouts(day: Day, found: Found, size: Rollouts, actor: str, ranks: "Ranks |
     ranks = ranks or start_ranks(0)
     with tempfile.TemporaryDirectory() as directory:
         config = config_of_run(day, size, described(day, actor, directory), described(day, "opt-350m", directory))
-        prompts = list(
-            torch.randint(work.FIRST_PLAIN_ID, work.VOCABULARY_SIZE, (size.samples * size.iterations, size.prompt))
-        )
+        shape = size.samples * size.iterations, size.prompt
+        prompts = list(torch.randint(work.FIRST_PLAIN_ID, work.VOCABULARY_SIZE, shape))
         with models_made_here(day, actor):
             ppo = our_ppo.trainer(config, prompts, Path(directory) / "run", ranks)
         ppo.rollouts.forced_lengths = lambda number: [size.response] * size.samples
