@@ -10,10 +10,8 @@ from applications.plan_request import Outcome, Request, request_of
 from applications.profile import measure_to
 from inference.errors import UserError
 from training.config import RunConfig
-from training.plan import Plan
-from training.plan_file import to_blocks
-from training.planner.hardware import Cluster
-from training.planner.machine import cluster_here, profile_file
+from training.plan import Plan, to_blocks
+from training.planner.hardware import Cluster, cluster_here, profile_file
 from training.run_directory import RunDirectory
 
 LARGE = 8

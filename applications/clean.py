@@ -11,7 +11,7 @@ from pathlib import Path
 
 from applications.runs import files_in, named_runs
 from inference.errors import UserError, typed
-from training.lengthening import PLAN
+from training.changes import PLAN
 from training.metrics import size
 from training.run_directory import RunDirectory, StepDirectory, numbered, remove_directory
 from training.steps import STEPS

@@ -5,11 +5,8 @@ from typing import Annotated
 
 import typer
 
-from applications.data_commands import data_app
-from applications.help_pages import Command, Group
-from applications.machine_commands import doctor, plan, profile
-from applications.model_commands import chat, evaluate, export, prefer, report, samples, serve, settings
-from applications.options import (
+from applications.command_line import (
+    Command,
     Config,
     Data,
     Debug,
@@ -17,6 +14,7 @@ from applications.options import (
     From,
     Fusion,
     GoOn,
+    Group,
     Json,
     Method,
     Model,
@@ -30,7 +28,8 @@ from applications.options import (
     SFTModel,
     Trust,
 )
-from applications.run_commands import clean, compare, runs
+from applications.model_commands import chat, evaluate, export, prefer, report, samples, serve, settings
+from applications.tool_commands import clean, compare, data_app, doctor, plan, profile, runs
 from training.steps import COMPARED, PPO, REWARD, SFT, Step
 
 app = typer.Typer(
@@ -143,7 +142,7 @@ def prepare(
 
     rlhf-chat run --name big
     """
-    from applications.prepare import prepare_command
+    from applications.pipeline import prepare_command
 
     flags = {
         "data": data,

@@ -206,8 +206,7 @@ def print_dry_run(settings: RunConfig, steps: list[Step], path: Path, trusts: bo
     from applications.launch import stage_command
     from applications.pipeline import needed_steps
     from training.fork import Fork
-    from training.trust import require_reading, require_yes
-    from training.uses import of_parents
+    from training.trust import of_parents, require_reading, require_yes
 
     steps = needed_steps(settings, steps)
     run = RunDirectory(path)

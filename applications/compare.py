@@ -18,20 +18,16 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from applications.measures import RATES, Measure, measures_of
 from applications.report_table import ROWS, pair_of, training_signs
-from applications.runs import UNREADABLE, named_runs, state_of, steps_of, why_unreadable
-from inference.console import PrintableConsole
+from applications.runs import RATES, UNREADABLE, Measure, measures_of, named_runs, state_of, steps_of, why_unreadable
 from inference.errors import UserError
-from inference.redaction import redacted_values
-from inference.screen import columns
-from training.changes import teaches
+from inference.streams import PrintableConsole, columns, redacted_values
+from training.changes import teaches, was_lengthened
 from training.config import RunConfig
-from training.evaluation.guard_rails import guard_signs
+from training.evaluation.statistics import guard_signs
 from training.inputs import CODE
-from training.lengthening import was_lengthened
+from training.opening import read_starts
 from training.run_directory import RunDirectory
-from training.starts import read_starts
 from training.steps import REWARD, Step
 from training.trust import require_reading
 

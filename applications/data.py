@@ -8,16 +8,14 @@ from typing import cast
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from applications.preset_store import settings_for_model
 from applications.report_table import overview_lines
-from applications.settings import resolve_settings
+from applications.settings import resolve_settings, settings_for_model
 from inference.chat_format import ChatFormat
-from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.preferences import Preference
-from inference.quiet import quiet_transformers
-from inference.streams import show_json
+from inference.streams import PrintableConsole, show_json
+from inference.weights import quiet_transformers
 from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
@@ -33,8 +31,7 @@ from training.data.split import kind_of
 from training.data.templates import require_accepted
 from training.evaluation.preferences import overview
 from training.run_directory import RunDirectory
-from training.trust import require_yes
-from training.uses import of_looking
+from training.trust import of_looking, require_yes
 
 KINDS = {"sft": ("sft",), "pairs": ("pair", "good", "bad"), "prompts": ("prompt",)}
 """What --kind takes -> what kind_of a row may be."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import rlhf_chat  # noqa: F401  a script of ranks, too
 from applications.launch import run_on_ranks
-from applications.preset_store import settings_for_model
+from applications.settings import settings_for_model
 from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import EXIT_USER_ERROR, UserError, copied_again, reason
@@ -33,9 +33,9 @@ from inference.generation.equality import (
 from inference.generation.exactness import Exactness
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
-from inference.quiet import quiet_transformers
 from inference.tensor_parallel.group import TensorParallel, join_groups
 from inference.tensor_parallel.shard import empty_shard
+from inference.weights import quiet_transformers
 from training.config import Dtype
 from training.data.batching import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks

@@ -10,15 +10,13 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from applications.expected_time import expected_time
 from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, verdict
-from inference.redaction import redacted
-from inference.screen import USUAL_COLUMNS, columns
+from applications.profile import expected_time
+from inference.streams import USUAL_COLUMNS, columns, redacted
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, rows_per_micro_batch
 from training.metrics import size
-from training.plan import Assignment, slots
-from training.plan_file import mesh_text
+from training.plan import Assignment, mesh_text, slots
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.shape import Shape

@@ -10,9 +10,9 @@ from typing import Any
 from applications.model_card import Exported, is_hub_id, model_card
 from inference.disk import writing
 from inference.errors import UserError, typed
-from inference.older_versions import SCORER, rewrite_config, rewrite_tokenizer
-from inference.untrusted import refuse_code
-from training.checkpoint_models import checkpoint_of
+from inference.model_files import refuse_code
+from inference.weights import SCORER, rewrite_config, rewrite_tokenizer
+from training.checkpoints import checkpoint_of
 from training.config import RunConfig
 from training.lineage import origin_of
 from training.run_directory import RunDirectory, StepDirectory, write_directory
@@ -117,8 +117,7 @@ def save_weights(model_directory: Path, dtype: str, place: Path, is_scorer: bool
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
-    from inference.quiet import quiet_transformers
-    from inference.weights import read_weights
+    from inference.weights import quiet_transformers, read_weights
     from training.models.loading import TORCH_DTYPES
 
     model: Any
@@ -186,3 +185,12 @@ def write_adapter(adapters: list[Path], step: StepDirectory, base: str, place: P
     skipped = (*WEIGHTS, "config.json", "generation_config.json")
     copy_files(step.model, place, skipped)
     rewrite_tokenizer(place)
+
+
+def write_text(file: Path, text: str) -> None:
+    """With the directories above it. Raises UserError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}); name a file in a directory of yours.") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from applications.preset_store import is_preset_architecture, known_architecture, smaller_presets
+from applications.settings import is_preset_architecture, known_architecture, smaller_presets
 from inference.errors import UserError
 from inference.families import config_of, require_supported_family
 from inference.model_files import require_usable
@@ -20,8 +20,8 @@ from training.distributed import require_gpus
 from training.memory import Place, StepMemory, estimate_step_memory, with_slots
 from training.merging import merge
 from training.metrics import size
-from training.models.layers import keep_layers
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
+from training.models.policy import keep_layers
 from training.plan import Plan
 from training.role_settings import OptimizerSettings
 from training.run_directory import read_json

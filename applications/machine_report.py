@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from inference.model_store import cache_directory
-from inference.redaction import redacted
-from training.versions import PACKAGES, processor, versions
+from inference.streams import redacted
+from training.run_directory import PACKAGES, processor, versions
 
 State = Literal["ok", "warning", "impossible"]
 GIB = 2**30

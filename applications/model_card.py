@@ -23,20 +23,20 @@ from applications.report_table import (
     reward_accuracy_line,
     table_rows,
 )
-from inference.model_package import find_package
 from inference.model_store import TINY
-from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
+from inference.packages import find_package
 from inference.preferences import PreferenceFile
 from inference.streams import printable
+from inference.weights import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
+from training.changes import was_lengthened
 from training.config import EMBEDDED_DATA, RunConfig, StepSettings
 from training.data.rows import PANEL_FILE
-from training.evaluation.guard_rails import guard_signs, verdict
 from training.evaluation.preferences import win_rates
-from training.lengthening import was_lengthened
+from training.evaluation.statistics import guard_signs, verdict
 from training.lineage import base_model, label_of_step, origin_of, sources_of, trace
 from training.metrics import duration
+from training.opening import versions_of
 from training.run_directory import RunDirectory, StepDirectory
-from training.starts import versions_of
 from training.steps import DEMONSTRATIONS, METHODS, REWARD, Step
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -73,7 +73,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         finalize=plain,
     )
     from inference.chat_format import ChatFormat
-    from inference.template_check import scored_otherwise
+    from inference.chat_template import scored_otherwise
 
     step = exported.step
     chat_format = ChatFormat.load(place if step.leaves_scorer else exported.directory.model)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from applications.options import Debug, Json, RunPath, Trust
+from applications.command_line import Debug, Json, RunPath, Trust
 from training.steps import STEPS, WRITING
 
 OWN_MODELS = ", ".join(step.command for step in WRITING)
@@ -181,7 +181,7 @@ def samples(
 
     rlhf-chat samples runs/demo --best 3 --longest 3 --json
     """
-    from applications.samples import samples_command
+    from applications.chat import samples_command
     from training.trust import require_reading
 
     require_reading(run_directory, trust)
@@ -232,7 +232,7 @@ def settings(
 
     rlhf-chat settings sft.epochs --model runs/demo
     """
-    from applications.show_settings import settings_command
+    from applications.settings import settings_command
     from training.trust import require_reading
 
     if model is not None:

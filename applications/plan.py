@@ -7,18 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from applications import plan_report
-from applications.files import write_text
+from applications.export import write_text
 from applications.plan_request import Outcome, Request, make_request
 from inference.errors import UserError
 from inference.streams import show_json
 from training.calls import Call
-from training.plan import Assignment
+from training.plan import Assignment, read_plan, to_yaml
 from training.plan_checks import problems
-from training.plan_file import read_plan, to_yaml
-from training.planner.fused_training import turned
-from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
-from training.planner.options import EVERYTHING, Space
-from training.planner.search import Found, Progress, search
+from training.planner.options import EVERYTHING, Space, turned
+from training.planner.search import Found, Progress, deepspeed_chat_plan, megatron_plan, search
 from training.planner.table import PlanTable
 
 SHORTER = 0.3

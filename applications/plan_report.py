@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from applications.plan_request import Outcome, Request
-from inference.screen import columns
-from training.gantt import COLOURS, Bar, Panel, gantt_svg
-from training.plan_file import mesh_text
-from training.planner.estimate import Estimate
+from inference.streams import columns
+from training.pictures import CALL_COLOURS, Bar, Panel, gantt_svg
+from training.plan import mesh_text
 from training.planner.hardware import GIB
-from training.planner.search import Progress
+from training.planner.search import Estimate, Progress
 from training.planner.simulate import Interval
 
 COLUMNS = 72
@@ -187,14 +186,19 @@ def as_svg(outcomes: Sequence[Outcome]) -> str:
         start = min(i.start for intervals in rows.values() for i in intervals)
         bars = {
             label: [
-                Bar(i.node.name if i.node.name in COLOURS else i.node.kind, i.start - start, i.end - start, i.node.name)
+                Bar(
+                    i.node.name if i.node.name in CALL_COLOURS else i.node.kind,
+                    i.start - start,
+                    i.end - start,
+                    i.node.name,
+                )
                 for i in intervals
                 if i.node.seconds > 0
             ]
             for label, intervals in rows.items()
         }
         panels.append(Panel(f"{outcome.name}: {outcome.found.iteration_seconds:.1f} s an iteration", bars))
-    return gantt_svg(panels, COLOURS)
+    return gantt_svg(panels, CALL_COLOURS)
 
 
 def as_data(request: Request, outcomes: Sequence[Outcome]) -> dict[str, Any]:

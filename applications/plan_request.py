@@ -14,13 +14,11 @@ from training.config import RunConfig
 from training.models.loading import resolve_dtype
 from training.plan import Assignment, Plan
 from training.plan_checks import cannot_run, unrunnable
-from training.planner.augmented import AugmentedGraphs
-from training.planner.estimate import Estimate, estimate
 from training.planner.footprint import DTYPES, Footprints
-from training.planner.fused_training import FusedTraining, fused_training
-from training.planner.hardware import DEVICES, Cluster
-from training.planner.machine import THIS_MACHINE, profile_file, read_profile
-from training.planner.options import Space
+from training.planner.hardware import DEVICES, THIS_MACHINE, Cluster, profile_file, read_profile
+from training.planner.options import FusedTraining, Space, fused_training
+from training.planner.reallocation import AugmentedGraphs
+from training.planner.search import Estimate, estimate
 from training.planner.workload import Workload
 from training.shape import Shape
 from training.step3_rlhf.old_logprobs import expects_exactness, iteration_calls

@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from applications.next_round import next_command
-from applications.preset_store import settings_for_model
+from applications.from_run import next_command
+from applications.settings import settings_for_model
 from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
 from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
-from training.checkpoint_models import checkpoint_of
+from training.checkpoints import checkpoint_of
 from training.data.rows import read_rows
 from training.evaluation.preferences import agreements, people
-from training.kept_models import local_model
+from training.inputs import local_model
 from training.lineage import base_model, label_of
 from training.run_directory import RunDirectory
 from training.steps import PROMPTS, WRITING, step_of
-from training.trust import require_reading, require_yes
-from training.uses import of_models
+from training.trust import of_models, require_reading, require_yes
 
 USUAL_TEMPERATURE, USUAL_TOKENS = 0.7, 256
 """Of a model that lies in no run."""

@@ -10,9 +10,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from inference.screen import columns
+from inference.streams import columns
 from training.data.rows import read_rows
-from training.evaluation.guard_rails import Sign, guard_signs, verdict
+from training.evaluation.statistics import Sign, guard_signs, verdict
 from training.metrics import Journal
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, Step

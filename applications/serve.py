@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inference.errors import UserError
-from inference.serving.listener import bind, is_loopback
-from inference.serving.served_models import find_served_models
+from inference.serving.server import bind, is_loopback
+from inference.serving.service import find_served_models
 from inference.streams import guard_output
-from training.checkpoint_models import checkpoint_of
+from training.checkpoints import checkpoint_of
 
 if TYPE_CHECKING:
     from inference.chat_model import ChatModel

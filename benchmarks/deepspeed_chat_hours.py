@@ -12,12 +12,11 @@ import statistics
 
 from applications.fit import find_shape
 from inference.errors import UserError
-from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
-from training.planner.estimate import Estimate, estimate
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
-from training.planner.heuristics import deepspeed_chat_plan
+from training.planner.reallocation import AugmentedGraphs
+from training.planner.search import Estimate, deepspeed_chat_plan, estimate
 from training.planner.workload import Workload
 
 SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS, BATCH = 264_000, 256, 256, 1024

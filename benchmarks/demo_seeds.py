@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from training.data.rows import read_rows
-from training.evaluation.guard_rails import KL, LENGTH, MOST_FREQUENT, PERPLEXITY, VARIETY
 from training.evaluation.panel import Judged, PairMean, pooled
-from training.run_directory import RunDirectory
+from training.evaluation.statistics import KL, LENGTH, MOST_FREQUENT, PERPLEXITY, VARIETY
+from training.run_directory import RunDirectory, versions
 from training.steps import METHODS, PPO, REWARD
-from training.versions import versions
 
 
 @dataclass(frozen=True)

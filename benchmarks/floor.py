@@ -5,6 +5,8 @@ distribution with the log-probability kept, scoring and training on packed rows 
 response tokens only, fused AdamW. No advantages, no metrics, no checks, random targets: times are all it is good for.
 
     python -m benchmarks.floor --size s --lengths skew --dtype bf16 --attention fp32 --part gen score train
+
+With --alone there is no critic and no reward model: the work of GRPO and RLOO.
 """
 
 import argparse
@@ -215,7 +217,9 @@ def generate(model: Floor, prompts: Tensor, lengths: list[int], cache: Cache) ->
 class FloorIteration:
     """All four roles; the phases of one iteration."""
 
-    def __init__(self, size: str, dtype: torch.dtype, attention_dtype: torch.dtype, longest: int):
+    def __init__(self, size: str, dtype: torch.dtype, attention_dtype: torch.dtype, longest: int, alone: bool = False):
+        """`alone`: actor and reference are."""
+        self.alone = alone
         directories, shape = work.models(size), SIZES[size]
         self.actor = Floor(directories.actor, shape, dtype, attention_dtype, trained=True)
         self.critic = Floor(directories.reward, shape, dtype, attention_dtype, trained=True)
@@ -235,6 +239,8 @@ class FloorIteration:
     def score(self, prompts: Tensor, responses: list[Tensor]) -> None:
         packed = pack(prompts, responses)
         self.reference.logprobs(packed)
+        if self.alone:
+            return
         F.linear(self.critic.forward(packed)[packed.predicting], self.value_head)
         F.linear(self.reward.forward(packed), self.score_head)
 
@@ -248,11 +254,14 @@ class FloorIteration:
             ratio = (self.actor.logprobs(packed) - old).exp()
             clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
             torch.maximum(-advantages * ratio, -advantages * clipped).mean().backward()
+            self.actor_optimizer.step()
+            self.actor_optimizer.zero_grad()
+            if self.alone:
+                continue
             values = F.linear(self.critic.forward(packed)[packed.predicting], self.value_head)[:, 0].float()
             (0.5 * (values - advantages).square().mean()).backward()
-            for optimizer in (self.actor_optimizer, self.critic_optimizer):
-                optimizer.step()
-                optimizer.zero_grad()
+            self.critic_optimizer.step()
+            self.critic_optimizer.zero_grad()
 
     def iterate(self, prompts: Tensor, lengths: list[int], parts: list[str]) -> dict[str, float]:
         """Seconds by phase. Parts that are left out get a stand-in for what they would have made."""
@@ -283,6 +292,7 @@ def main() -> None:
         "--attention", choices=list(DTYPES), help="dtype of attention and its cache; else that of --dtype"
     )
     parser.add_argument("--part", nargs="+", choices=["gen", "score", "train"], default=["gen", "score", "train"])
+    parser.add_argument("--alone", action="store_true", help="actor and reference only")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", action="store_true", help="wait to be asked for each iteration (ppo_iteration.py)")
@@ -292,7 +302,7 @@ def main() -> None:
     torch.manual_seed(work.SEED)
     lengths, iterations = LENGTHS[arguments.lengths], arguments.iterations
     attention = arguments.attention or arguments.dtype
-    floor = FloorIteration(arguments.size, DTYPES[arguments.dtype], DTYPES[attention], lengths.longest)
+    floor = FloorIteration(arguments.size, DTYPES[arguments.dtype], DTYPES[attention], lengths.longest, arguments.alone)
     prompts = work.prompts(iterations + 1).view(iterations + 1, SAMPLES, PROMPT_TOKENS)
 
     def iterate(number: int) -> dict[str, float]:

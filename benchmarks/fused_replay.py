@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from training.planner.fusion.bound import ROUNDING
-from training.planner.fusion.instance import BACKWARD, FORWARD, Instance, Sizes
+from training.planner.fusion.instance import BACKWARD, FORWARD, ROUNDING, Instance, Sizes
 from training.planner.fusion.schedule import ImpossibleSchedule, Operation, Order, Schedule
 
 

@@ -20,12 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.fused_replay import check, replay
-from training.gantt import Bar, Panel, gantt_svg
-from training.planner.fusion.baselines import serial_1f1b
-from training.planner.fusion.bound import ROUNDING
+from training.pictures import Bar, Panel, gantt_svg
 from training.planner.fusion.event_loop import PER_DEVICE, PER_MODEL, EventLoop, Rule
-from training.planner.fusion.instance import FORWARD, KINDS, MODELS, Instance, Pipeline
-from training.planner.fusion.schedule import Schedule, timed
+from training.planner.fusion.instance import FORWARD, KINDS, MODELS, ROUNDING, Instance, Pipeline
+from training.planner.fusion.schedule import Schedule, serial_1f1b, timed
 from training.planner.fusion.search import SECONDS, Outcome, find_schedule
 
 SECONDS_TARGET, MEMORY_TARGET = 20, 1.10

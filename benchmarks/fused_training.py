@@ -27,8 +27,8 @@ import torch
 
 from benchmarks import work
 from benchmarks.work import LENGTHS, MINI_BATCHES, SAMPLES, SIZES
-from training.gantt import PASS_COLOURS, Bar, Panel, gantt_svg
 from training.hybrid_engine.layout import Layout
+from training.pictures import PASS_COLOURS, Bar, Panel, gantt_svg
 from training.pipelines.orders import (
     Event,
     Operation,
@@ -64,8 +64,7 @@ class Training:
     def __init__(self, ranks: "Ranks", size: str, lengths: str, layers: dict[str, tuple[int, ...]]):
         from transformers import OPTForCausalLM, OPTForSequenceClassification
 
-        from training.models.policy import Policy
-        from training.models.scorer import Scorer
+        from training.models.policy import Policy, Scorer
         from training.pipelines.executor import connect
         from training.pipelines.stage_engine import Pass, StageEngine
         from training.pipelines.stage_model import keep_stage

@@ -18,7 +18,7 @@ from benchmarks.fusion_simulation import (
     instance_costs,
 )
 from training.fusion.choice import FusionChoice, Setting
-from training.fusion.lengths import LengthStatistics
+from training.fusion.costs import LengthStatistics
 
 SAMPLES = 16
 """Of an instance."""

@@ -25,10 +25,9 @@ from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 
+from training.fusion.board import Policy
 from training.fusion.choice import FusionChoice, Setting
-from training.fusion.costs import Costs
-from training.fusion.lengths import LengthStatistics
-from training.fusion.repacking import Policy
+from training.fusion.costs import Costs, LengthStatistics
 from training.fusion.simulator import Job, Machine, Outcome, fused, serial
 
 LABEL = "SIMULATION, not a measurement"

@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-from applications.preset_store import settings_for_model
+from applications.settings import settings_for_model
 from benchmarks import work
 from benchmarks.ppo_iteration import machine
 from benchmarks.work import SIZES
 from inference.generation.engine import GenerationEngine
 from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.model_store import resolve_model
-from training.run_directory import write_json
-from training.versions import versions
+from training.run_directory import versions, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMOLLM = "smollm2-135m"

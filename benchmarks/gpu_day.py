@@ -29,15 +29,14 @@ import torch
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from applications.preset_store import load_preset
+from applications.settings import load_preset
 from benchmarks import our_ppo, work
 from inference.families import config_of
 from training.config import RunConfig
 from training.memory import estimate_step_memory, slots_in
-from training.run_directory import write_json
+from training.run_directory import versions, write_json
 from training.shape import Shape
 from training.steps import PPO, REWARD, Step
-from training.versions import versions
 
 if TYPE_CHECKING:
     from training.distributed import Ranks
@@ -253,7 +252,7 @@ def rollouts(day: Day, found: Found, size: Rollouts, actor: str, ranks: "Ranks |
                 f"iteration {number}",
                 seconds=seconds,
                 sequences_per_second=size.samples / seconds,
-                slots=ppo.roles.plan["actor_generate"].together(size.samples),
+                slots=min(size.samples, ppo.roles.plan["actor_generate"].together(size.samples)),
                 gib_used=used / 2**30,
                 gib_estimated=memory.peak("device") / 2**30,
                 **phases,

@@ -26,9 +26,9 @@ from benchmarks.work import LENGTHS, SIZES
 
 if TYPE_CHECKING:
     from training.distributed import Ranks
+    from training.fusion.board import Span
     from training.fusion.choice import Choice
     from training.fusion.costs import Costs
-    from training.fusion.timeline import Span
     from training.step3_rlhf.ppo import PPO
 
 CALIBRATION = 2
@@ -147,7 +147,7 @@ def idle_and_busy(spans: list[list["Span"]]) -> tuple[float, float, float]:
 
 def picture(pair: dict[str, Any], what: str) -> str:
     """The timelines of one pair, fusion off above fusion on."""
-    from training.gantt import Bar, Panel, gantt_svg
+    from training.pictures import Bar, Panel, gantt_svg
 
     panels = []
     for way in ("off", "on"):
@@ -200,8 +200,7 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
 def worker(arguments: argparse.Namespace) -> None:
     """One of the processes; the first prints and writes."""
     from training.distributed import start_ranks, stop_ranks
-    from training.run_directory import write_json
-    from training.versions import versions
+    from training.run_directory import versions, write_json
 
     ranks = start_ranks(threads=1)
     try:

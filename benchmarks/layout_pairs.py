@@ -23,8 +23,7 @@ from typing import Any
 
 from benchmarks.ppo_iteration import machine
 from training.hybrid_engine.layout import Layout
-from training.run_directory import write_json
-from training.versions import versions
+from training.run_directory import versions, write_json
 
 RANKS, LAYERS_LIMIT, BYTES_LIMIT = 4, 2.5, 1e-3
 ALL = tuple(range(RANKS))

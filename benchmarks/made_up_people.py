@@ -32,9 +32,8 @@ from inference.preferences import Answer, BlindPair, PreferenceFile, Winner, new
 from training.data.rows import read_rows
 from training.data.split import choose_groups
 from training.evaluation.comparison import win_rate
-from training.evaluation.guard_rails import guard_signs
-from training.run_directory import RunDirectory, write_json
-from training.versions import versions
+from training.evaluation.statistics import guard_signs
+from training.run_directory import RunDirectory, versions, write_json
 
 TARGET = 0.65
 """Share of held-out prompts on which a person is to prefer the new model."""

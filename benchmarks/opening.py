@@ -24,8 +24,7 @@ from typing import Any
 
 from benchmarks.layout_pairs import peak_of, shape
 from benchmarks.ppo_iteration import machine
-from training.run_directory import write_json
-from training.versions import versions
+from training.run_directory import versions, write_json
 
 RANKS = 4
 PAIRS = ((1, 0, 1, 0), (2, 3, 2, 3), (1, 0, 2, 3), (4, 3, 2, 3), (2, 3, 4, 2), (4, 1, 1, 0), (2, 2, 2, 2), (4, 3, 4, 3))

@@ -1,6 +1,7 @@
 """Our PPO on the work of work.py: the classes of a real run (Stage, Roles, PPO), asked for one iteration at a time.
 
     python -m benchmarks.our_ppo --size s --lengths skew --dtype bf16 --master fp32
+    python -m benchmarks.our_ppo --advantage grpo --mini-batches 1 --kl 0
 
 An iteration is what a run does in one: PPO.iterate, metrics written. Checkpoints and sample tables, which come every
 tenth iteration, and the check of a run's first update are left out. With --rollouts every sample is written down.
@@ -12,17 +13,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import work
 from benchmarks.turns import Channel, serve
-from benchmarks.work import LENGTHS, MINI_BATCHES, PROMPT_TOKENS, SAMPLES, SIZES, Lengths
+from benchmarks.work import GROUP, KL, LENGTHS, MINI_BATCHES, PROMPT_TOKENS, SAMPLES, SIZES, Lengths
 from inference.errors import UserError
 from training.config import RunConfig
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import OptimizerSettings
 from training.steps import PPO as RLHF
-from training.steps import REWARD, SFT
+from training.steps import SFT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +42,9 @@ def make_config(
     old_logprobs: str = "auto",
     exact: bool | str = "auto",
     rollouts: bool = False,
+    **more: Any,
 ) -> RunConfig:
-    """Settings of the run; what is not named is the default of every run."""
+    """Settings of the run, `more` of them for step 3; what is not named is the default of every run."""
     models = work.models(size)
     optimizer = OptimizerSettings(learning_rate=work.LEARNING_RATE, epsilon=1e-5, master_weights=master == "fp32")
     return RunConfig.model_validate(
@@ -53,19 +55,35 @@ def make_config(
             "dtype": dtype,
             "threads": threads,
             "data": {"max_prompt_tokens": PROMPT_TOKENS, "max_response_tokens": lengths.longest},
-            "rlhf": RLHFSettings(
-                iterations=iterations,
-                prompts_per_iteration=SAMPLES,
-                mini_batches=MINI_BATCHES,
-                generation_batch=SAMPLES,
-                old_logprobs=old_logprobs,
-                exact=exact,
-                rollouts_every=int(rollouts),
-                actor=optimizer,
-                critic=optimizer,
+            "rlhf": RLHFSettings.model_validate(
+                {
+                    "iterations": iterations,
+                    "prompts_per_iteration": SAMPLES,
+                    "mini_batches": MINI_BATCHES,
+                    "generation_batch": SAMPLES,
+                    "old_logprobs": old_logprobs,
+                    "exact": exact,
+                    "rollouts_every": int(rollouts),
+                    "actor": optimizer,
+                    "critic": optimizer,
+                    **more,
+                }
             ),
         }
     )
+
+
+def in_groups(advantage: str, mini_batches: int, kl: float) -> dict[str, Any]:
+    """Settings of the work of work.py for estimators without a critic: samples in groups, a reward without a model."""
+    return {
+        "advantage": advantage,
+        "mini_batches": mini_batches,
+        "prompts_per_iteration": SAMPLES // GROUP,
+        "samples_per_prompt": GROUP,
+        "kl": {"coefficient": kl},
+        "reward_weights": {"model": 0},
+        "reward_function": work.REWARD,
+    }
 
 
 def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks") -> "PPO":
@@ -80,15 +98,16 @@ def trainer(config: RunConfig, prompts: "list[Tensor]", directory: Path, ranks: 
     from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step3_rlhf.ppo import PPO
-    from training.step3_rlhf.roles import Roles
+    from training.step3_rlhf.roles import Roles, starting_scorer
 
     run = RunDirectory(directory)
     run.step(RLHF).path.mkdir(parents=True, exist_ok=True)
     stage = make_stage(run, RLHF, config, ranks)
-    actor, reward = stage.earlier_model(SFT), stage.earlier_model(REWARD)
-    chat_format = stage.chat_format(actor, reward)
+    actor, scorer = stage.earlier_model(SFT), starting_scorer(stage)
+    chat_format = stage.chat_format(actor, scorer)
     updates = config.rlhf.iterations * config.rlhf.mini_batches
-    return PPO(stage, Roles(stage, actor, reward, chat_format, (updates, updates)), chat_format, prompts, [])
+    rows = [{"prompt": [{"role": "user", "content": "?"}]}] * len(prompts)  # for rewards that read text
+    return PPO(stage, Roles(stage, actor, scorer, chat_format, (updates, updates)), chat_format, prompts, rows)
 
 
 def iterate(ppo: "PPO", number: int, lengths: Lengths) -> dict[str, float]:
@@ -129,6 +148,9 @@ def main() -> None:
     parser.add_argument("--exact", choices=["auto", "true", "false"], default="auto")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--advantage", choices=["gae", "grpo", "rloo"], default="gae")
+    parser.add_argument("--mini-batches", type=int, default=MINI_BATCHES)
+    parser.add_argument("--kl", type=float, default=KL, help="its coefficient; 0: without a reference")
     parser.add_argument("--rollouts", action="store_true", help="with rlhf.rollouts_every=1")
     parser.add_argument("--turns", action="store_true", help="wait to be asked for each iteration (ppo_iteration.py)")
     arguments = parser.parse_args()
@@ -144,6 +166,9 @@ def main() -> None:
         arguments.old_logprobs,
         {"true": True, "false": False}.get(arguments.exact, "auto"),
         arguments.rollouts,
+        **(
+            in_groups(arguments.advantage, arguments.mini_batches, arguments.kl) if arguments.advantage != "gae" else {}
+        ),
     )
     with tempfile.TemporaryDirectory() as directory:
         measure(config, lengths, describe(config, arguments.master), Path(directory), channel)

@@ -18,8 +18,7 @@ from applications.plan_request import Request, make_request
 from benchmarks.ppo_iteration import machine
 from training.planner.search import search
 from training.planner.table import PlanTable
-from training.run_directory import write_json
-from training.versions import versions
+from training.run_directory import versions, write_json
 
 SECONDS_LIMIT, LARGE_SECONDS_LIMIT, LARGE = 30, 60, 64
 WORSE_LIMIT = 1.02

@@ -28,8 +28,7 @@ from benchmarks import work
 from benchmarks.trl_peer import TRL_VERSION
 from benchmarks.turns import PHASES, QUIET, Failed, System, Worker, wait_until_quiet
 from benchmarks.work import LENGTHS, SAMPLES, SIZES
-from training.run_directory import write_json
-from training.versions import processor, versions
+from training.run_directory import processor, versions, write_json
 
 Row = dict[str, float]
 

@@ -31,15 +31,12 @@ from benchmarks.ppo_iteration import machine
 from benchmarks.turns import wait_until_quiet
 from benchmarks.work import LENGTHS, PROMPT_TOKENS, SAMPLES, SIZES
 from training.config import RunConfig
-from training.plan import Plan
-from training.plan_file import from_blocks, mesh_text, to_blocks
+from training.plan import Plan, from_blocks, mesh_text, to_blocks
 from training.planner import profile
-from training.planner.hardware import Calibration
-from training.planner.machine import MachineProfile
+from training.planner.hardware import Calibration, MachineProfile
 from training.planner.options import Options, meshes
-from training.run_directory import write_json
+from training.run_directory import versions, write_json
 from training.step3_rlhf.forecast import Forecast, predicted_seconds
-from training.versions import versions
 
 PROCESSES, AUTO, FITTED = 2, "auto", "fitted "
 PULL = 0.02

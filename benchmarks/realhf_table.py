@@ -18,14 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.calibration import fit
-from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
-from training.planner.estimate import estimate
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration, Cluster
-from training.planner.heuristics import megatron_plan
 from training.planner.options import EVERYTHING, PUBLISHED, Space
-from training.planner.search import search
+from training.planner.reallocation import AugmentedGraphs
+from training.planner.search import estimate, megatron_plan, search
 from training.planner.table import PlanTable
 from training.planner.workload import Workload
 from training.shape import Shape

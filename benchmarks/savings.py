@@ -18,8 +18,7 @@ from benchmarks import our_ppo
 from benchmarks.ppo_iteration import machine
 from benchmarks.turns import System, Worker, wait_until_quiet
 from benchmarks.work import LENGTHS, PROMPT_TOKENS, SIZES
-from training.run_directory import write_json
-from training.versions import versions
+from training.run_directory import versions, write_json
 
 PHASES = ("generate", "score", "train", "total")
 

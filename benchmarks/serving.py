@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 
 from applications.doctor import find_model
-from training.versions import versions
+from training.run_directory import versions
 
 PROMPTS = (
     "How was your day?",

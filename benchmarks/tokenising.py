@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from applications.preset_store import settings_for_model
+from applications.settings import settings_for_model
 from inference.chat_format import ChatFormat
 from inference.model_store import resolve_model
 from training.config import DataSettings

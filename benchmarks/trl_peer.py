@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -126,20 +127,18 @@ class AskedIterations(Iterations):
         self.channel.answer({**seconds, "peak_gb": peak_gb()})
 
 
-def import_trl(directory: Path) -> Any:
-    """TRL's PPO module from `directory`. Raises UserError with the command that fills it."""
+def import_trl(directory: Path, version: str, name: str) -> Any:
+    """The module `name` of the TRL in `directory`. Raises UserError with the command that fills it."""
     sys.path.insert(0, str(directory.resolve()))
+    fill = f"fill it with pip install --no-deps --target {directory} trl=={version}."
     try:
         import trl
-        import trl.experimental.ppo.ppo_trainer as module
+
+        if trl.__version__ != version:
+            raise UserError(f"{directory} holds TRL {trl.__version__}; the comparison is with {version}: {fill}")
+        return import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"{directory} holds no TRL with PPO ({error}); fill it with "
-            f"pip install --no-deps --target {directory} trl=={TRL_VERSION}."
-        ) from None
-    if trl.__version__ != TRL_VERSION:
-        raise UserError(f"{directory} holds TRL {trl.__version__}; the comparison is with {TRL_VERSION}.")
-    return module
+        raise UserError(f"{directory} holds no TRL {version} ({error}); {fill}") from None
 
 
 def make_trainer(size: str, lengths: Lengths, dtype: torch.dtype, iterations: int, output: Path, module: Any) -> Any:
@@ -195,7 +194,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     try:
-        module = import_trl(arguments.trl)
+        module = import_trl(arguments.trl, TRL_VERSION, "trl.experimental.ppo.ppo_trainer")
     except UserError as error:
         sys.exit(str(error))
     with tempfile.TemporaryDirectory() as output:

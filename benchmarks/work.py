@@ -3,7 +3,8 @@
 One PPO iteration: 32 prompts, one PPO epoch, mini-batches of 8 samples, so four optimiser steps of actor and critic,
 temperature 1, no top-k. The end token is forbidden before a sample's length and forced at it, so that everybody
 generates, scores and trains the same number of tokens. Actor and reference are one checkpoint, critic and reward
-model another of the same shape.
+model another of the same shape. Estimators without a critic draw 8 samples for each of 4 prompts, and a pattern rewards
+them. Supervised steps take 32 rows of 16 to 512 tokens, or as many answers in pairs.
 """
 
 import math
@@ -28,7 +29,13 @@ BEGIN_ID, PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2, 3
 FIRST_PLAIN_ID = 5  # prompts are drawn from here on
 SAMPLES = 32
 PROMPT_TOKENS = 64
+GROUP = 8
+"""Samples of a prompt where they are compared with each other."""
 MINI_BATCHES = 4
+KL = 0.05
+"""Coefficient of the penalty."""
+REWARD = "regex:[02468]$"
+"""Rewards answers whose last word ends in an even digit."""
 LEARNING_RATE = 1e-6
 SEED = 0
 CACHE_NAME = "benchmark-1"  # the number goes up when `build_models` changes what it builds
@@ -153,3 +160,38 @@ def prompts(iterations: int) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     shape = (iterations * SAMPLES, PROMPT_TOKENS)
     return torch.randint(FIRST_PLAIN_ID, VOCABULARY_SIZE, shape, generator=generator)
+
+
+PACKS = 17
+"""Sequences of 512 tokens that the rows fill best."""
+
+
+def row_lengths() -> list[int]:
+    """Tokens of each row of the supervised work, 16 to 512, in a fixed order."""
+    lengths = list(range(16, 513, 16))
+    random.Random(SEED).shuffle(lengths)
+    return lengths
+
+
+def demonstrations() -> list[tuple[Tensor, Tensor]]:
+    """Prompt and response of each row, int64: a quarter and three quarters of it."""
+    return [(row[: len(row) // 4], row[len(row) // 4 :]) for row in _random_rows()]
+
+
+def pairs() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Prompt, chosen and rejected response, int64. A prompt has a quarter of the tokens of its shorter row."""
+    made = []
+    rows = _random_rows()
+    for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
+        prompt = chosen[: min(len(chosen), len(rejected)) // 4]
+        made.append((prompt, chosen[len(prompt) :], rejected[len(prompt) :]))
+    return made
+
+
+def _random_rows() -> list[Tensor]:
+    """Each ends with the end token, and has no other."""
+    generator = torch.Generator().manual_seed(SEED)
+    rows = [torch.randint(FIRST_PLAIN_ID, VOCABULARY_SIZE, (length,), generator=generator) for length in row_lengths()]
+    for row in rows:
+        row[-1] = END_ID
+    return rows

@@ -18,10 +18,9 @@ from rich.text import Text
 
 from inference.chat_model import ChatModel
 from inference.chat_template import Message
-from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.generation.sample import SamplingSettings
-from inference.streams import printable, unguarded
+from inference.streams import PrintableConsole, printable, unguarded
 
 HELP = """\
 /reset               forget the conversation

@@ -19,12 +19,10 @@ from typing import Any, cast
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue
+from inference.chat_template import TRAINING_DATE, ChatTemplate, Message, Refused, dialogue, differences
 from inference.errors import UserError, copied_again
 from inference.model_files import require_usable
-from inference.older_versions import rewrite_tokenizer
-from inference.quiet import quiet_transformers
-from inference.template_check import differences
+from inference.weights import quiet_transformers, rewrite_tokenizer
 
 PAD_TOKEN = "<|pad|>"
 STAND_IN = "\ufdd0", "\ufdd1"

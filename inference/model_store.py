@@ -15,12 +15,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from inference.disk import is_disk_full, settle
+from inference.disk import hold_lock, is_disk_full, settle
 from inference.errors import UserError, copied_again, reason
-from inference.locks import hold_lock
-from inference.model_files import refuse_pointers, require_usable
-from inference.model_package import convert_package, find_package
-from inference.untrusted import refuse_adapter
+from inference.model_files import refuse_adapter, refuse_pointers, require_usable
+from inference.packages import convert_package, find_package
 
 Report = Callable[[str], None]
 
@@ -162,7 +160,7 @@ def cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
 
 
 def _build_tiny(directory: Path) -> None:
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
 
     build_tiny_model(directory)
 

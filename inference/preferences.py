@@ -18,9 +18,8 @@ from typing import Literal, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from inference.chat_template import Message
-from inference.disk import write_text, writing
+from inference.disk import hold_lock, write_text, writing
 from inference.errors import UserError
-from inference.locks import hold_lock
 from inference.streams import printable
 
 Winner = Literal["a", "b", "tie", "both bad"]

@@ -4,17 +4,161 @@ import codecs
 import errno
 import io
 import json
+import logging
 import os
 import re
 import select
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TextIO, cast
+from urllib.parse import unquote
 
-from inference.redaction import redacted
-from inference.screen import Screen
+from rich.cells import cell_len
+from rich.console import Console
+from rich.segment import Segment
+
+USUAL_COLUMNS = 100
+"""Of what is printed where there is no terminal."""
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\].*?(?:\x07|\x1b\\)")
+"""What colours text or moves the cursor."""
+
+
+class Screen(io.TextIOWrapper):
+    """A line that the terminal has no room for is broken between words, and goes on below its text."""
+
+    _column = 0
+
+    def write(self, text: str) -> int:
+        width = columns(self.fileno())
+        for part in re.split("([\n\r])", text):
+            if part in ("\n", "\r"):
+                self._column = 0
+            elif self._column + cells(part) > width:
+                part, self._column = broken(part, self._column, width)
+            else:
+                self._column += cells(part)
+            super().write(part)
+        return len(text)
+
+
+def broken(line: str, column: int, width: int) -> tuple[str, int]:
+    """A line that begins in `column`, on several ones, and the column behind it."""
+    stops = [found.end() for found in re.finditer("^ +|  +", CONTROL.sub("", line))] if column == 0 else []
+    indent = max((stop for stop in stops if stop <= width // 2), default=0)
+    text = gap = ""
+    for word in re.findall(" +|[^ ]+", line):
+        if word.isspace():
+            gap = word
+            continue
+        if column > indent and column + cells(gap + word) > width:
+            gap, column = " " * max(0, min(indent, width - cells(word))), 0
+            text += "\n"
+        text += gap + word
+        column += cells(gap + word)
+        gap = ""
+    return text, (column - 1) % width + 1 if column else 0
+
+
+def cells(text: str) -> int:
+    """Columns that a text takes on a terminal: 2 for each wide character, none for control sequences."""
+    return cell_len(CONTROL.sub("", text))
+
+
+def columns(descriptor: int = 1) -> int:
+    """Of the terminal, or as COLUMNS says; 100 where there is none."""
+    if (said := os.environ.get("COLUMNS", "")).isdecimal() and int(said):
+        return int(said)
+    with suppress(OSError):
+        return os.get_terminal_size(descriptor).columns or USUAL_COLUMNS
+    return USUAL_COLUMNS
+
+
+HIDDEN = "***"
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+"""How a setting names an environment variable that holds its secret."""
+_OF_URL = re.compile(r"(?<=://)(?:[^\s/'\":@]*:)?([^\s/'\"]*)@")
+_NAMED = re.compile(
+    r"(?i)((?:^|[\s?&;\"'.:_-]|api|access|auth)"
+    r"(?:token|key|secret|password|passwd|passphrase|pwd|pw|jwt|signature|sig|credentials?|authorization|auth)"
+    r"[\"']?\s*[=:]\s*)"
+    r"(\$\{\w+\}|\"[^\"]*\"|'[^']*'|(?:(?:bearer|basic|token)\s+)?[^\s&;,\"'#}]+)"
+)
+_OPTION = re.compile(r"(?i)--?(?:[a-z0-9_-]+[_-])?(?:token|key|secret|password|auth)")
+_KNOWN = re.compile(
+    r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA|eyJ)[\w.-]{12,}|(?<=\bbearer )[\w.~+/=-]{8,}",
+    re.IGNORECASE,
+)
+_SECRET_NAME = re.compile(r"(?i)(?:token|key|secret|password|passwd|passphrase|credentials)$")
+SHORTEST = 8
+"""Characters of a value from the environment that is looked for: shorter ones occur in words."""
+
+
+def redacted(text: str) -> str:
+    """`text` without user and password in URLs, values of names such as `token=`, keys known by how they begin, and
+    secrets of the environment. Names of variables stay: `${REWARD_KEY}`."""
+    text = _OF_URL.sub(lambda found: found[0] if _names_variable(found[1]) else f"{HIDDEN}@", text)
+    text = _NAMED.sub(lambda found: found[0] if _names_variable(found[2]) else found[1] + HIDDEN, text)
+    text = _KNOWN.sub(HIDDEN, text)
+    for secret in secrets_of_environment():
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def _names_variable(text: str) -> bool:
+    return VARIABLE.fullmatch(text.strip("\"'")) is not None
+
+
+def secrets_of_environment() -> list[str]:
+    """Values of variables that are called `..._KEY` and the like, and passwords of proxies; the longest first."""
+    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)} | _FILLED_IN
+    for name, value in os.environ.items():
+        if name.lower().endswith("_proxy") and "@" in value:
+            userinfo = value.rpartition("://")[2].rpartition("@")[0]
+            found |= {userinfo, unquote(userinfo.partition(":")[2])}
+    return sorted((secret for secret in found if len(secret) >= SHORTEST), key=len, reverse=True)
+
+
+_FILLED_IN: set[str] = set()
+
+
+def filled_in(text: str, write: Callable[[str], str] = str) -> str:
+    """`text` with the values of the environment variables that it names, as `write` writes them. Raises KeyError with
+    the name of one that is not set."""
+
+    def value(found: re.Match[str]) -> str:
+        secret = os.environ[found[1]]
+        _FILLED_IN.update((secret, write(secret)))
+        return write(secret)
+
+    return VARIABLE.sub(value, text)
+
+
+def redacted_values(values: Any) -> Any:
+    """Settings as data, with their texts redacted."""
+    if isinstance(values, dict):
+        return {key: redacted_values(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [redacted_values(value) for value in values]
+    return redacted(values) if isinstance(values, str) else values
+
+
+def redacted_arguments(arguments: list[str]) -> list[str]:
+    """A command line; what follows an option such as `--token` is hidden too."""
+    found, hides = [], False
+    for argument in arguments:
+        found.append(HIDDEN if hides else redacted(argument))
+        hides = _OPTION.fullmatch(argument) is not None
+    return found
+
+
+class RedactedLines(logging.Formatter):
+    """What libraries log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
 
 STAND_INS = "rlhf_chat.stand_ins"
 READER_GONE = (errno.EPIPE, errno.EIO)
@@ -150,3 +294,11 @@ def stand_in(character: str) -> str:
     if not name.startswith("BOX DRAWINGS"):
         return {"Ps": "[", "Pe": "]", "Pd": "-"}.get(unicodedata.category(character), "?")
     return "+" if " AND " in name else "|" if name.endswith("VERTICAL") else "-"
+
+
+class PrintableConsole(Console):
+    """Steers the terminal itself, and lets no text do so."""
+
+    def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
+        for segment in super().render(*arguments, **options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))

@@ -22,14 +22,14 @@ from transformers import AutoConfig, logging
 from applications.export import export
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.older_versions import ABSOLUTE_POSITIONS, READ_BY_OLDER, rewrite_config
+from inference.weights import ABSOLUTE_POSITIONS, READ_BY_OLDER, rewrite_config
 from tests.families import FAMILIES, UNBUILDABLE, UNCUT, build, narrow_config
 from tests.inference.templates import FAMILIES as TEMPLATES
 from tests.inference.templates import bytes_tokenizer
 from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
 from training.data.batching import TokenBatch
 from training.models.loading import load_scorer, require_scorer_family
-from training.models.scorer import Scorer, at_last_token
+from training.models.policy import Scorer, at_last_token
 from training.steps import REWARD
 
 TOLERANCE = 1e-4

@@ -13,8 +13,8 @@ from inference.chat_format import ChatFormat
 from inference.chat_model import ChatModel
 from inference.disk import file_sentence
 from inference.errors import UserError
+from inference.families import build_tiny_model
 from inference.model_store import resolve_model
-from inference.tiny_model import build_tiny_model
 from tests.test_mistakes import sentence
 from tests.tiny_runs import make_tiny_run
 from training.checkpoints import Checkpoints
@@ -231,7 +231,7 @@ def test_a_run_directory_that_refuses(run, monkeypatch, capsys, tmp_path):
 
 
 def test_no_permission_is_a_sentence_at_the_command(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("inference.locks.fcntl.flock", refuse)
+    monkeypatch.setattr("inference.disk.fcntl.flock", refuse)
     said = sentence(monkeypatch, capsys, tmp_path, "sft", run)
     assert f"{run / '.lock'} cannot be used (Permission denied)" in said
 

@@ -15,8 +15,8 @@ from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
 from tests.pages import ROOT, written_metrics
 from training.evaluation.panel import panel_agreement
+from training.opening import read_starts
 from training.run_directory import RunDirectory
-from training.starts import read_starts
 from training.steps import DPO, METHODS, PPO, REWARD
 
 

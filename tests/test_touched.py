@@ -8,7 +8,7 @@ def test_what_imports_a_changed_module():
 
 
 def test_what_imports_it_by_a_helper_of_the_tests():
-    reached = touched({"training/models/adapters.py"})
+    reached = touched({"training/models/policy.py"})
     assert "tests/applications/test_export.py" in reached and "tests/tiny_runs.py" not in reached
 
 

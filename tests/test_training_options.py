@@ -9,8 +9,8 @@ import yaml
 
 from benchmarks.kill_and_resume import metrics
 from tests.conftest import rlhf_chat
+from training.opening import read_starts
 from training.run_directory import RunDirectory
-from training.starts import read_starts
 from training.steps import PPO
 
 FUNCTION = """
@@ -27,7 +27,7 @@ def score(prompts, responses, rows):
     return [len(set(response)) / 10 for response in responses]
 
 from training.formulas.estimators import Estimator
-from training.formulas.shapings import Shaping
+from training.formulas.estimators import Shaping
 
 def others(scored):
     return (scored.by_prompt - scored.by_prompt.flip(1)).flatten()

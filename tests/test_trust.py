@@ -23,8 +23,7 @@ from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.stage_script import run_evaluation, run_preparation, run_stage
 from training.steps import PPO, SFT
-from training.trust import Use, made_here, of_reading, remember, require_yes
-from training.uses import of_evaluation, of_training
+from training.trust import Use, made_here, of_evaluation, of_reading, of_training, remember, require_yes
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from inference.chat_format import ChatFormat
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from training.merging import merge
-from training.models.adapters import add_lora
 from training.models.loading import load_causal_lm, load_scorer, save_model
+from training.models.policy import add_lora
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, SFT

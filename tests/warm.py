@@ -23,7 +23,7 @@ from typing import Any
 
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
-from applications.preloaded import LIBRARIES, ForkedScript, Stream, can_fork, fork_server, run_script
+from applications.launch import LIBRARIES, ForkedScript, Stream, can_fork, fork_server, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = [

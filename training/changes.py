@@ -1,9 +1,24 @@
 """Which settings of a run may change on the way: those that teach nothing do freely, lengths grow, the rest stays."""
 
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from enum import Enum
+from itertools import count
+from pathlib import Path
 from typing import Any
 
+from inference.disk import writing
+from inference.errors import UserError, typed
 from training.config import RunConfig
+from training.data.epochs import count_updates
+from training.inputs import link_or_copy, name_base
+from training.metrics import Journal
+from training.run_directory import RunDirectory, StepDirectory, numbered, read_json, write_directory, write_json
+from training.steps import COMPARED, STEPS, Step, step_of
 
 
 class Kind(Enum):
@@ -12,7 +27,7 @@ class Kind(Enum):
     FREE = "memory, disk, processes and what lies on each, what is shown: teaches nothing"
     RECORD = "what is kept of the way: teaches nothing, and a fork that asks for it trains the step"
     EVALUATION = "decides which model is left with keep=best, and else is a record"
-    LENGTH = "may grow (training/lengthening.py)"
+    LENGTH = "may grow (training/changes.py)"
     LEARNED = "decides what is learned, and stays for the life of a run"
 
 
@@ -78,3 +93,189 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, 
         elif before != now:
             found[prefix + key] = (before, now)
     return found
+
+
+PLAN = ".longer.json"
+"""What a change of the settings still has to set aside."""
+
+
+def may_have_length(run: RunDirectory, step: Step, before: RunConfig, now: RunConfig) -> bool:
+    """Whether the step is at least as long now as before, or has learned nothing yet."""
+
+    def bounds(config: RunConfig) -> list[float]:
+        settings = config.of_step(step)
+        return [settings.iterations] if step.draws_samples else [settings.epochs, settings.max_steps or math.inf]
+
+    directory = run.step(step)
+    if updates := updates_of(directory, before, now):
+        return updates[0] <= updates[1]
+    is_longer = all(old <= new for old, new in zip(bounds(before), bounds(now), strict=True))
+    return is_longer or not (directory.is_finished or numbered(directory.checkpoints))
+
+
+def updates_of(directory: StepDirectory, before: RunConfig, now: RunConfig) -> tuple[int, int] | None:
+    """Optimiser steps of a finished step that learns from rows, then and now."""
+    result = directory.read_result() if directory.is_finished else {}
+    if directory.step.draws_samples or "rows" not in result:
+        return None
+    first, second = (count_updates(result["rows"], each.supervised(directory.step)) for each in (before, now))
+    return first, second
+
+
+def lengthened(run: RunDirectory, before: RunConfig, now: RunConfig) -> dict[Step, dict[str, tuple[Any, Any]]]:
+    """Steps that go on to another length -> their lengths, then and now, by key; a step that begins with the model of
+    another one of them is trained anew instead. Raises UserError for one that cannot go on."""
+    lengths: dict[Step, dict[str, tuple[Any, Any]]] = {}
+    for key, values in differences(before.model_dump(), now.model_dump()).items():
+        if kind_of(key) is Kind.LENGTH:
+            lengths.setdefault(step_of(key.partition(".")[0]), {})[key] = values
+    found: dict[Step, dict[str, tuple[Any, Any]]] = {}
+    for step in sorted(lengths, key=STEPS.index):
+        directory, checkpoints = run.step(step), numbered(run.step(step).checkpoints)
+        updates = updates_of(directory, before, now)
+        if (updates and updates[0] == updates[1]) or found.keys() & set(steps_under(before, step)):
+            continue
+        anew = f"rlhf-chat run --from {typed(run.path)} --name NEW"
+        if checkpoints:
+            state = read_json(directory.checkpoints / str(checkpoints[-1]) / "state.json", "delete that checkpoint")
+            if state.get("stopped"):
+                raise UserError(
+                    f"Step {step.label} of {run.path} was ended by rlhf.kl.stop, so it cannot be longer: a larger one "
+                    f"is for another run, as in {anew} --set rlhf.kl.stop={2 * before.rlhf.kl.stop:g}"
+                )
+            found[step] = lengths[step]
+        elif directory.is_finished:
+            longer = " ".join(f"--set {key}={new}" for key, (_, new) in lengths[step].items())
+            raise UserError(
+                f"Step {step.label} of {run.path} has no checkpoint to go on from: train it anew in another run, as in "
+                f"{anew} {longer}"
+            )
+    return found
+
+
+def plan_change(run: RunDirectory, before: RunConfig, now: RunConfig) -> None:
+    """Write down what makes way for what is longer, or compared otherwise, and what it is set aside as. It is done by
+    `make_way` once the run has the settings `now`, at the next opening if this command is killed."""
+    longer = lengthened(run, before, now)
+    if not longer and (before.evaluation == now.evaluation or not now.evaluation.prompts):
+        return
+    finished = [step for step in longer if run.step(step).is_finished]
+    later = [step for step in STEPS if longer.keys() & set(steps_under(before, step)) and run.step(step).path.exists()]
+    measured = [file for file in measurements(run) if file.exists()]
+    place = next(name for n in count(1) if not (run.path / (name := f"earlier_{n}")).exists())
+    for step in (*finished, *later):
+        with run.step(step).locked():
+            pass
+    plan = {
+        "settings": run.config_file.read_text(encoding="utf-8"),
+        "place": place if finished or later or measured else "",
+        "finished": [step.command for step in finished],
+        "later": [step.folder for step in later],
+        "measured": [str(file.relative_to(run.path)) for file in measured],
+        "longer": {s.command: (numbered(run.step(s).checkpoints)[-1], lengths) for s, lengths in longer.items()},
+    }
+    write_json(run.path / PLAN, plan)
+
+
+def make_way(run: RunDirectory) -> None:
+    """Do what `plan_change` has written down, if the run has got its new settings, from where another command ended."""
+    if not (file := run.path / PLAN).exists():
+        return
+    plan = read_json(file, "delete it")
+    if not re.fullmatch(r"(earlier_\d+)?", plan["place"]):
+        raise UserError(f"{file} names a place that no run sets anything aside in: delete it.")
+    if run.config_file.read_text(encoding="utf-8") != plan["settings"]:
+        place, of = run.path / plan["place"], {step.command: run.step(step) for step in STEPS}
+        finished = [of[command] for command in plan["finished"]]
+        later = [each for each in of.values() if each.path.name in plan["later"]]
+        with ExitStack() as held:
+            for directory in (*finished, *later):
+                held.enter_context(directory.locked())
+            _make_way(run, plan, place, finished, later)
+            for command, (number, lengths) in plan["longer"].items():
+                note(journal_of(of[command]), number, {"lengths": lengths, "earlier": plan["place"]})
+            for directory in finished:
+                directory.result_file.unlink(missing_ok=True)
+    file.unlink()
+
+
+def _make_way(
+    run: RunDirectory, plan: dict[str, Any], place: Path, finished: list[StepDirectory], later: list[StepDirectory]
+) -> None:
+    measured = [file for file in measurements(run) if str(file.relative_to(run.path)) in plan["measured"]]
+
+    def write(directory: Path) -> None:
+        (directory / run.config_file.name).write_text(plan["settings"], encoding="utf-8")
+        for each in [*(each.path for each in finished), *measured]:
+            if each.is_dir():
+                unwanted = shutil.ignore_patterns("checkpoints", "best")
+                shutil.copytree(each, directory / each.name, ignore=unwanted, copy_function=link_weights)
+            else:
+                shutil.copyfile(each, directory / each.name)
+
+    if plan["place"]:
+        with writing("what there was of the shorter one", run.path):
+            write_directory(place, write, replaces=False)
+    for directory in later:
+        if directory.path.exists():
+            os.rename(directory.path, place / directory.path.name)
+    for directory in finished:
+        for earlier in run.path.glob("earlier_*"):
+            name_base(earlier, directory.path, place / directory.path.name)
+    for file in measured:
+        if file.exists():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def steps_under(config: RunConfig, step: Step) -> Iterator[Step]:
+    """All steps with whose models a step of the run, or one before it, began."""
+    for earlier in config.earlier_steps(step):
+        yield earlier
+        yield from steps_under(config, earlier)
+
+
+def measurements(run: RunDirectory) -> Iterator[Path]:
+    """What says how good the models of the run are."""
+    for step in COMPARED:
+        yield from run.comparison_of(step)
+    yield run.path / "evaluations"
+    yield run.path / "report.html"
+
+
+def link_weights(source: str, target: str) -> None:
+    """And copy other files: nobody writes into weights that are there."""
+    if source.endswith(".safetensors"):
+        link_or_copy(Path(source), Path(target))
+    else:
+        shutil.copyfile(source, target)
+
+
+def note(journal: Journal, number: int, values: dict[str, Any]) -> None:
+    """Write the line, unless a command that was killed has; one that it has cut short goes."""
+    journal.rewind(number)
+    if {"number": number, **values} not in journal.read():
+        journal.write(number, values)
+
+
+def journal_of(directory: StepDirectory) -> Journal:
+    return Journal(directory.path / "lengthened.jsonl")
+
+
+def was_lengthened(directory: StepDirectory) -> list[str]:
+    """Each time, as `lengthened after iteration 10 (rlhf.iterations 10, then 20)`."""
+    return [
+        f"lengthened after {directory.step.unit} {row['number']} "
+        f"({', '.join(f'{key} {old}, then {new}' for key, (old, new) in row['lengths'].items())})"
+        for row in journal_of(directory).read()
+    ]
+
+
+def not_planned_so(directory: StepDirectory) -> str:
+    """What people are told of a step that was lengthened; empty of any other."""
+    if not (times := was_lengthened(directory)):
+        return ""
+    earlier = ", ".join(dict.fromkeys(row["earlier"] for row in journal_of(directory).read() if row["earlier"]))
+    return (
+        f"This step was {' and '.join(times)}: until then its learning rate was that of a shorter one, so it is not "
+        f"what a run planned so gives" + (f"; what there was of the shorter one is in {earlier}." if earlier else ".")
+    )

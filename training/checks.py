@@ -12,8 +12,8 @@ from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.calls import role_of
 from training.config import DataSettings, RunConfig
 from training.hybrid_engine.layout import Layout
-from training.models.adapters import add_lora, require_lora_layers
 from training.models.loading import resolve_dtype, scorer_config
+from training.models.policy import add_lora, require_lora_layers
 from training.pipelines.stage_model import stages_of
 from training.plan import Plan
 from training.rlhf_settings import RLHFSettings

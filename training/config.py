@@ -5,12 +5,27 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from training.formulas.dpo_losses import DPO_LOSSES
-from training.plan_file import from_blocks
+from training.plan import from_blocks
 from training.reward_specs import with_reward_of_tasks
 from training.rlhf_settings import RLHFSettings
-from training.role_settings import Keep, OptimizerSettings, Settings, StepSeed, misplaced, unguided
+from training.role_settings import (
+    Checkpoints,
+    Epochs,
+    Keep,
+    OptimizerSettings,
+    Prompts,
+    Ranks,
+    Rows,
+    Settings,
+    Share,
+    StepSeed,
+    Tokens,
+    Unit,
+    Updates,
+    misplaced,
+    unguided,
+)
 from training.steps import ANSWERS, DPO, METHODS, REWARD, SFT, STEPS, Method, Step, TrainingRows
-from training.units import Checkpoints, Epochs, Prompts, Ranks, Rows, Share, Tokens, Unit, Updates
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 

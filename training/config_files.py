@@ -13,9 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from inference.errors import UserError
 from training.config import RunConfig
-from training.merging import merge
-from training.near_names import did_you_mean, near_keys
-from training.yaml_text import KeyTwice, load_yaml, what_is_wrong
+from training.merging import KeyTwice, did_you_mean, load_yaml, merge, near_keys, what_is_wrong
 
 OPTIONS = {
     "data.source": "--data",

@@ -19,7 +19,7 @@ from training.config_files import setting_keys
 from training.formulas.named_rewards import NAMED_REWARDS
 from training.formulas.table import Table
 from training.formulas.tables import TABLES
-from training.units import Unit
+from training.role_settings import Unit
 
 HEAD = """\
 # Configuration reference

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inference.errors import UserError
-from training.launchers import adopt, processes_option
+from training.launchers import adopt, processes_option, wait_until_seen
 from training.private_surfaces import default_group, default_store, wait_at_most
 from training.roll_call import RollCall
-from training.shared_files import wait_until_seen
 
 PATIENCE = timedelta(days=1)
 """How long ranks wait for each other: the first one may download, tokenise or save for hours. A rank that has died ends

@@ -14,18 +14,16 @@ from typing import Any
 
 from inference.disk import write_text, writing
 from inference.errors import UserError
-from training.changes import differences, is_recorded, teaches
+from training.changes import differences, is_recorded, journal_of, teaches
 from training.config import RunConfig
 from training.config_files import as_typed
 from training.data.formats import UNPAIRED
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
-from training.inputs import KEPT, changes, code_of, paths_of
-from training.kept_models import kept_model, link_or_copy, models_of, name_base
-from training.lengthening import journal_of
+from training.inputs import KEPT, changes, code_of, kept_model, link_or_copy, models_of, name_base, paths_of
 from training.metrics import Journal
+from training.opening import read_starts
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_directory, write_json
-from training.starts import read_starts
 from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Step
 
 SMALL = 2**20

@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from inference.chat_template import Message
 from inference.errors import UserError
-from inference.redaction import filled_in
+from inference.streams import filled_in
 from training.reward_specs import RewardSpec
 from training.user_code import UserFile
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from training.data.sources import TASK_PREFIX, WEIGHT
 from training.formulas.named_rewards import NAMED_REWARDS, NamedReward
-from training.merging import merge
-from training.near_names import did_you_mean, near_keys
+from training.merging import did_you_mean, merge, near_keys
 
 
 @dataclass(frozen=True)

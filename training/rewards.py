@@ -8,8 +8,8 @@ from typing import Any
 from inference.chat_template import Message
 from training.data.rows import read_rows
 from training.distributed import Ranks
+from training.formulas.estimators import SHAPINGS, RunningStatistics, Shaping
 from training.formulas.own import loaded
-from training.formulas.shapings import SHAPINGS, RunningStatistics, Shaping
 from training.reward_sources import (
     NobodyAnswers,
     RewardByName,
@@ -56,7 +56,7 @@ class Rewarded:
 class Rewards:
     """What PPO is told to raise: the weighted sum of the reward model's scores and those of the user's sources.
 
-    Scores of a source that step 2 has not normalised are brought to a scale by an entry of training.formulas.shapings.
+    Scores of a source that step 2 has not normalised are brought to a scale by an entry of `training.formulas`.
     """
 
     def __init__(self, settings: RLHFSettings, ranks: Ranks, model_is_normalized: bool = True):

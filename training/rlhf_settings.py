@@ -10,35 +10,32 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 
 from inference.errors import UserError
 from training.calls import Call, rlhf_calls
-from training.formulas.estimators import ESTIMATORS, Estimator
-from training.formulas.shapings import SHAPINGS
-from training.plan_file import from_blocks, read_plan, to_blocks
+from training.formulas.estimators import ESTIMATORS, SHAPINGS, Estimator
+from training.plan import from_blocks, read_plan, to_blocks
 from training.reward_specs import RewardSpec, kept_specs, specs_of
 from training.role_settings import (
-    DecayRate,
-    FrozenSettings,
-    Keep,
-    OptimizerSettings,
-    ScoringDegrees,
-    Settings,
-    StepSeed,
-    misplaced,
-    unguided,
-    without_nulls,
-)
-from training.units import (
     Checkpoints,
+    DecayRate,
     Epochs,
+    FrozenSettings,
     Iterations,
+    Keep,
     Nats,
+    OptimizerSettings,
     Prompts,
     Ranks,
     Rows,
     Samples,
+    ScoringDegrees,
+    Settings,
     Share,
+    StepSeed,
     Tokens,
     Unit,
     Updates,
+    misplaced,
+    unguided,
+    without_nulls,
 )
 
 

@@ -1,11 +1,32 @@
 """How the weights of one role are trained, or kept where the role only scores."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from training.merging import merge
-from training.units import Ranks, Share
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the number of a setting counts or measures."""
+
+    name: str
+
+
+Tokens = Annotated[int, Unit("tokens")]
+Rows = Annotated[int, Unit("rows")]
+Prompts = Annotated[int, Unit("prompts")]
+Samples = Annotated[int, Unit("samples")]
+Epochs = Annotated[int, Unit("epochs")]
+Updates = Annotated[int, Unit("optimiser steps")]
+Iterations = Annotated[int, Unit("iterations")]
+Checkpoints = Annotated[int, Unit("checkpoints")]
+Ranks = Annotated[int, Unit("ranks")]
+Share = Annotated[float, Unit("share")]
+Nats = Annotated[float, Unit("nats a response")]
+
 
 ZeroStage = Literal[0, 1, 2, 3]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]

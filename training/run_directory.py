@@ -8,26 +8,50 @@ runs/<name>/
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from inference.disk import settle, write_text
+from inference.disk import hold_lock, is_held, settle, write_text
 from inference.errors import UserError, typed
-from inference.locks import hold_lock, is_held
 from training.config import RunConfig
 from training.config_files import read_yaml, validate_config
 from training.paths import found_from_anywhere
 from training.steps import COMPARED, Step
-from training.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+PACKAGES = ("rlhf-chat", "torch", "deepspeed", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's name, and its flags where the system tells them."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine(), []
+    values = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    flags = values.get("flags") or values.get("Features") or ""  # on x86, on ARM
+    return values.get("model name") or platform.machine(), flags.split()
 
 
 @dataclass(frozen=True)
@@ -54,7 +78,7 @@ class RunDirectory:
 
     @property
     def starts_file(self) -> Path:
-        """What ran each time, where and when (training/starts.py)."""
+        """What ran each time, where and when (training/opening.py)."""
         return self.path / "starts.jsonl"
 
     @property

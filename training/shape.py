@@ -95,7 +95,7 @@ class Shape:
     @cached_property
     def why_no_stages(self) -> str:
         """Why models of this family cannot be cut into pipeline stages, a sentence; '' where they can."""
-        from training.models.layers import keep_layers
+        from training.models.policy import keep_layers
         from training.pipelines.stage_model import require_stages
 
         if self.config is None or self.layers < 2:

@@ -16,18 +16,17 @@ from transformers import PreTrainedModel
 from inference.chat_format import ChatFormat
 from inference.disk import writing
 from inference.errors import UserError, typed
-from inference.redaction import RedactedLines
+from inference.streams import RedactedLines
+from training.changes import not_planned_so
 from training.checkpoints import Checkpoints
 from training.checks import require_positions
 from training.config import RunConfig
 from training.data.prepare import COUNTS_FILE, prepare_data
 from training.data.rows import read_rows, require_rows
-from training.data.token_cache import TokenCache, TokenRows
-from training.data.token_pairs import TokenPair, left_out
+from training.data.token_cache import TokenCache, TokenPair, TokenRows, left_out
 from training.distributed import Ranks
-from training.kept_models import local_model
-from training.lengthening import not_planned_so
-from training.metrics import Display, Journal, NullJournal
+from training.inputs import local_model
+from training.metrics import Display, Journal, NullJournal, metrics_journal
 from training.models.loading import (
     TORCH_DTYPES,
     require_same_tokens,
@@ -38,7 +37,6 @@ from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.steps import PAIRS, Step, TrainingRows
 from training.termination import TERMINATION, Terminated
-from training.tracking import metrics_journal
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the preparation does without
     from training.hybrid_engine.zero_engine import ZeroEngine

@@ -1,9 +1,10 @@
 """Charts of a page, drawn by matplotlib: coloured by the page's style sheet, read by hovering, without scripts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
@@ -12,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from training.config import RunConfig
 from training.pictures import GRID, INK, SVG, drawing, svg
+from training.steps import Step
 
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 37
@@ -26,10 +29,10 @@ MOST_POINTS = 60
 """More than these are averaged in groups."""
 FEW_POINTS = 12
 """Up to so many are drawn as dots too."""
-COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "d": "#8a3ab9", "e": "#b3265e", "f": "#6d6a12"}
-VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {each: f"var(--{name})" for name, each in COLOURS.items()}
-COLOURS["soft"] = "#868e99"
-VARIABLES[COLOURS["soft"]] = "var(--faint)"
+LINE_COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "d": "#8a3ab9", "e": "#b3265e", "f": "#6d6a12"}
+VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {each: f"var(--{name})" for name, each in LINE_COLOURS.items()}
+LINE_COLOURS["soft"] = "#868e99"
+VARIABLES[LINE_COLOURS["soft"]] = "var(--faint)"
 """What takes the place of the colours, so that the style sheet decides."""
 
 Point = tuple[float, float]
@@ -37,7 +40,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `colour` is one of COLOURS."""
+    """One line. `colour` is one of LINE_COLOURS."""
 
     label: str
     points: Sequence[Point]
@@ -83,7 +86,7 @@ def line_chart(chart: Chart, name: str) -> Markup:
         draw(each, axes)
     xs = sorted({x for each in named for x, _ in each.points})
     for mark in chart.marks:
-        axes.axhline(mark.value, color=COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
+        axes.axhline(mark.value, color=LINE_COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
         axes.annotate(
             mark.label,
             (1, mark.value),
@@ -130,7 +133,7 @@ def value_ticks(low: float, high: float, from_zero: bool) -> Sequence[float]:
 def draw(series: Series, axes: Axes) -> None:
     """Band, line and last point; a dot for each where there are few. The legend has the last value."""
     xs, ys = zip(*series.points, strict=True)
-    colour, soft = COLOURS[series.colour], series.colour == "soft"
+    colour, soft = LINE_COLOURS[series.colour], series.colour == "soft"
     if series.spread:
         low, high = ([y + sign * s for y, s in zip(ys, series.spread, strict=True)] for sign in (-1, 1))
         axes.fill([*xs, *xs[::-1]], [*low, *high[::-1]], color=colour, alpha=0.14, clip_on=False)
@@ -206,9 +209,9 @@ def interval(rate: float, low: float, high: float, colour: str, name: str) -> Ma
     picture, axes = strip()
     axes.set(xlim=(-0.02, 1.02), ylim=(-1, 1))
     axes.axhline(0, color=GRID, linewidth=1, clip_on=False)
-    axes.axvline(0.5, color=COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
-    axes.hlines(0, low, high, color=COLOURS[colour], alpha=0.45, linewidth=4, clip_on=False)
-    axes.plot(rate, 0, "o", color=COLOURS[colour], markersize=11, markeredgewidth=0, clip_on=False)
+    axes.axvline(0.5, color=LINE_COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
+    axes.hlines(0, low, high, color=LINE_COLOURS[colour], alpha=0.45, linewidth=4, clip_on=False)
+    axes.plot(rate, 0, "o", color=LINE_COLOURS[colour], markersize=11, markeredgewidth=0, clip_on=False)
     return inline(svg(picture, name, VARIABLES), "interval", f"{rate:.1%}, from {low:.1%} to {high:.1%}")
 
 
@@ -228,7 +231,7 @@ def stacked_bar(segments: Sequence[Segment], longest: float) -> Markup:
     titles: dict[str, str] = {}
     for each in segments:
         (bar,) = axes.barh(
-            0, each.seconds, 2, start, color=COLOURS[each.colour], clip_on=False, gid=f"part {len(titles)}"
+            0, each.seconds, 2, start, color=LINE_COLOURS[each.colour], clip_on=False, gid=f"part {len(titles)}"
         )
         titles[bar.get_gid()] = f"{each.label}: {each.seconds:.1f} s"
         start += each.seconds
@@ -243,3 +246,118 @@ def strip() -> tuple[Figure, Axes]:
     axes = picture.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     return picture, axes
+
+
+Rows = Sequence[Mapping[str, Any]]
+PHASES = {
+    "generate": "a",
+    "generate_and_score": "a",
+    "score": "b",
+    "train": "c",
+    "gather": "soft",
+    "reallocate": "soft",
+}
+"""Phases of an iteration and their colours; what is not here is `other`."""
+
+
+def charts(step: Step, rows: Rows, config: RunConfig) -> list[Chart]:
+    """The curves of a step that have points."""
+    unit = step.loss.replace(step.rows.unit, config.rows_of(step).unit)
+    found = ppo_charts(rows, config) if step.draws_samples else supervised_charts(rows, unit)
+    return [each for each in found if any(line.points for line in each.series)]
+
+
+def series(rows: Rows, key: str, label: str, colour: str = "a", spread: str = "") -> Series:
+    """The rows that have the metric (and that of the band)."""
+    chosen = [row for row in rows if is_number(row.get(key)) and (not spread or is_number(row.get(spread)))]
+    points = [(row["number"], row[key]) for row in chosen]
+    return Series(label, points, colour, [row[spread] for row in chosen] if spread else ())
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def supervised_charts(rows: Rows, unit: str) -> list[Chart]:
+    """Whatever a step measures of these."""
+    x = "optimiser step"
+    loss = series(rows, "loss", "train", "soft"), series(rows, "eval/loss", "held-out")
+    accuracy = series(rows, "accuracy", "train", "soft"), series(rows, "eval/accuracy", "held-out")
+    scores = series(rows, "eval/chosen", "chosen"), series(rows, "eval/rejected", "rejected", "b")
+    rewards = series(rows, "eval/reward/chosen", "chosen"), series(rows, "eval/reward/rejected", "rejected", "b")
+    unpaired = series(rows, "eval/reward/good", "good"), series(rows, "eval/reward/bad", "bad", "b")
+    return [
+        Chart("Accuracy", "share of pairs ranked right", accuracy, x, [Mark(0.5, "a coin")]),
+        Chart("Loss", unit, loss, x),
+        Chart("Perplexity", "of held-out demonstrations", [series(rows, "eval/perplexity", "perplexity")], x),
+        Chart("Scores", "mean of held-out answers, raw", scores, x),
+        Chart("Implicit rewards", "mean of held-out answers", rewards, x),
+        Chart("Implicit rewards", "mean of held-out answers", unpaired, x),
+        speed(rows, x),
+    ]
+
+
+def ppo_charts(rows: Rows, config: RunConfig) -> list[Chart]:
+    def one(
+        title: str,
+        note: str,
+        key: str,
+        label: str,
+        marks: Iterable[Mark] = (),
+        from_zero: bool = True,
+        held_out: str = "",
+    ) -> Chart:
+        beside = [series(rows, held_out, "held-out", "b")] if held_out else []
+        return Chart(title, note, [series(rows, key, label), *beside], "iteration", tuple(marks), from_zero)
+
+    kl = config.rlhf.kl
+    bounds = [Mark(value, label) for value, label in ((kl.stop, "stop"), (kl.target, "target")) if value]
+    score = (
+        series(rows, "reward/score_mean", "score", spread="reward/score_std"),
+        series(rows, "eval/reward", "held-out", "b"),
+    )
+    means = sorted({key for row in rows for key in row if key.startswith("reward/") and key.endswith("_mean")})
+    sources = [
+        series(rows, key, key.removeprefix("reward/").removesuffix("_mean"), "abcdef"[place % 6])
+        for place, key in enumerate(key for key in means if key != "reward/score_mean")
+    ]
+    lengths = (
+        series(rows, "response/length_mean", "mean"),
+        series(rows, "response/length_max", "longest", "soft"),
+        series(rows, "eval/length", "held-out", "b"),
+    )
+    seconds = [
+        series(rows, f"time/{name}", name.replace("_", " "), PHASES[name])
+        for name in ("generate", "generate_and_score", "score", "train")
+    ]
+    return [
+        Chart("Score", "of all that rewards; band: one deviation", score, "iteration"),
+        Chart("Rewards", "mean of each source", sources * (len(sources) > 1), "iteration"),
+        one("KL to the SFT model", "nats a response", "kl/reference", "KL", bounds, held_out="eval/kl"),
+        Chart("Length", "tokens of a response", lengths, "iteration", from_zero=True),
+        one("Entropy", "nats a token; near 0 is collapse", "policy/entropy", "entropy"),
+        one(
+            "Ended by itself",
+            "share of responses",
+            "response/ended_fraction",
+            "ended",
+            from_zero=False,
+            held_out="eval/ended_fraction",
+        ),
+        one(
+            "Variety",
+            "distinct bigrams; falls when answers become alike",
+            "response/distinct_bigrams",
+            "variety",
+            held_out="eval/distinct_bigrams",
+        ),
+        one("Clipped", "share of tokens outside the clip range", "policy/clip_fraction", "clipped"),
+        one("Critic", "explained variance; 1 is perfect", "value/explained_variance", "explained", [Mark(0, "none")]),
+        one("Value loss", "of the critic", "value/loss", "loss"),
+        Chart("Seconds an iteration", "by phase", seconds, "iteration", from_zero=True),
+        speed(rows, "iteration"),
+    ]
+
+
+def speed(rows: Rows, x: str) -> Chart:
+    return Chart("Speed", "tokens a second", [series(rows, "tokens_per_second", "tokens")], x, from_zero=True)

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from applications.compare import Comparison, Group
-from applications.report.charts import COLOURS, Chart, Series, line_chart
-from applications.report.curves import charts
+from applications.report.charts import LINE_COLOURS, Chart, Series, charts, line_chart
 from applications.report.page import filled, read_metrics, title_of
 from training.steps import STEPS, Step
 
 LINES = {"-": "", "--": "6 3", ":": "2 3", "-.": "6 2 2 2"}
 """Kinds of lines, and what SVG calls them."""
-COLOUR_NAMES = [name for name in COLOURS if name != "soft"]
+COLOUR_NAMES = [name for name in LINE_COLOURS if name != "soft"]
 
 
 @dataclass(frozen=True)

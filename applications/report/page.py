@@ -11,25 +11,23 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from applications.report.charts import Chart, Segment, interval, line_chart, number, stacked_bar
-from applications.report.curves import PHASES, charts
-from applications.report.rollouts import rollouts_part
-from applications.report.schedule import schedule_part, update_part
+from applications.evaluate import HEADINGS, rounds
+from applications.report.charts import PHASES, Chart, Segment, charts, interval, line_chart, number, stacked_bar
+from applications.report.sections import rollouts_part, schedule_part, update_part
 from applications.report_table import PANEL_COLUMNS, overview_lines, pair_of, people_prefer, table_rows, training_signs
-from applications.rounds import HEADINGS, rounds
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
-from inference.redaction import redacted, redacted_values
+from inference.streams import redacted, redacted_values
+from training.changes import not_planned_so
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import read_rows
 from training.evaluation import preferences
-from training.evaluation.guard_rails import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
-from training.lengthening import not_planned_so
+from training.evaluation.statistics import DOUBTFUL_ACCURACY, Sign, guard_signs, verdict
 from training.metrics import WARNING, Journal, duration
+from training.opening import read_starts
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_text
-from training.starts import read_starts
 from training.steps import PPO, REWARD, STEPS, Step
 
 HERE = Path(__file__).parent

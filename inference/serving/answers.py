@@ -6,9 +6,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from inference.serving.errors import ApiError
-from inference.serving.job import Failure, Job, Piece
-from inference.serving.request import ChatRequest
+from inference.serving.request import ApiError, ChatRequest
+from inference.serving.worker import Failure, Job, Piece
 
 DONE = b"data: [DONE]\n\n"
 

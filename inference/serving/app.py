@@ -19,12 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from inference.preferences import BlindPair
 from inference.serving.answers import Answers
-from inference.serving.errors import ApiError
-from inference.serving.guard import Guard
-from inference.serving.job import Job
 from inference.serving.judging import Collecting, Judging
-from inference.serving.request import PairRequest, PreferenceRequest, json_object, parse_request, validated
+from inference.serving.request import ApiError, PairRequest, PreferenceRequest, json_object, parse_request, validated
+from inference.serving.server import Guard
 from inference.serving.service import Service
+from inference.serving.worker import Job
 
 MOST_BYTES = 2**20
 """Of a request."""

@@ -11,8 +11,7 @@ from inference.chat_template import Message
 from inference.errors import UserError
 from inference.preferences import EQUAL, Answer, BlindPair, PreferenceFile, blank_pairs, checked_name, unjudged
 from inference.serving.answers import Answers
-from inference.serving.errors import ApiError
-from inference.serving.request import ChatRequest, PairRequest, PreferenceRequest
+from inference.serving.request import ApiError, ChatRequest, PairRequest, PreferenceRequest
 from inference.serving.service import Service
 
 MOST_PAIRS = 1000

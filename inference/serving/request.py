@@ -2,15 +2,84 @@
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from inference.chat_model import BROKEN
 from inference.chat_template import Message
+from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingSettings
 from inference.preferences import Winner
-from inference.serving.errors import ApiError
-from inference.serving.logprobs import MOST_ALTERNATIVES
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A request that is not answered: one sentence with the way out, and an HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code = code or HTTPStatus(status).phrase.lower().replace(" ", "_")
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+MOST_ALTERNATIVES = 20
+
+
+class Logprobs:
+    """Of one model. Knows each token that it has met."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]  # decoders treat a first token differently
+        self._byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        self._met: dict[int, tuple[str, list[int] | None]] = {}
+
+    def of(self, sample: OwnSample, places: Sequence[int]) -> list[dict[str, Any]]:
+        """The protocol's `content`, for the response tokens at these places."""
+        return [
+            self._entry(sample.response_ids[place], sample.logprobs[place])
+            | {"top_logprobs": [self._entry(*pair) for pair in sample.likeliest[place]] if sample.alternatives else []}
+            for place in places
+        ]
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        if token not in self._met:
+            self._met[token] = self._look_at(token)
+        text, in_bytes = self._met[token]
+        return {"token": text, "bytes": in_bytes, "logprob": logprob}
+
+    def _look_at(self, token: int) -> tuple[str, list[int] | None]:
+        """What a token says inside of a text; its bytes also where they are but a part of a character."""
+        text = self._decode([*self._before, token]).removeprefix(self._decode(self._before))
+        if BROKEN not in text:
+            return text, list(text.encode())
+        name = str(self._tokenizer.convert_ids_to_tokens(token))
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            return text, [int(found[1], 16)]
+        return text, [self._byte_of[letter] for letter in name] if self._byte_of.keys() >= set(name) else None
+
+    def _decode(self, ids: list[int]) -> str:
+        return cast(str, self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
 
 COLDEST = 1e-5
 """Temperatures below are greedy: logits divided by less would overflow."""
@@ -222,3 +291,33 @@ def validated(kind: type[Request], given: dict[str, Any]) -> Request:
         code = "missing_required_parameter" if fault == "missing" else "invalid_value"
         code = "invalid_type" if fault.endswith("_type") else code
         raise ApiError(400, f"{param}: {reason}.", param, code) from None
+
+
+class StopStrings:
+    """Lets text pass up to the first stop string. What may be the beginning of one is held back until that is clear."""
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = stops
+        self.was_found = False
+        self._held = ""
+
+    def let_pass(self, piece: str, is_last: bool = False) -> str:
+        """What of the text so far can be shown now and was not before."""
+        if self.was_found:
+            return ""
+        text = self._held + piece
+        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.was_found = True
+            text = text[: min(places)]
+        keep = 0 if is_last or self.was_found else self._beginning_of_a_stop(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _beginning_of_a_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        longest = max((len(stop) - 1 for stop in self.stops), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self.stops):
+                return length
+        return 0

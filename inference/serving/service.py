@@ -10,17 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 from inference.chat_format import ChatFormat, Prompt
 from inference.chat_model import ChatModel, longest_answer
+from inference.chat_target import chat_steps, command_of, find_chat_models, find_newest_model, is_finished
 from inference.errors import UserError
 from inference.generation.sample import SamplingKey
-from inference.serving.errors import ApiError
-from inference.serving.job import Failure, Job
-from inference.serving.lane import Lane, Told
-from inference.serving.logprobs import Logprobs
-from inference.serving.request import ChatRequest
-from inference.serving.worker import Worker
+from inference.serving.request import ApiError, ChatRequest, Logprobs
+from inference.serving.worker import Failure, Job, Lane, Told, Worker
 
 CLOSING = "The server is shutting down."
 LONGEST_WAIT = 60
@@ -209,3 +207,21 @@ class Service:
     def _leave(self, job: Job) -> None:
         desk, _ = self._jobs.pop(job)
         desk.taken -= len(job.choices)
+
+
+def find_served_models(target: Path) -> dict[str, Path]:
+    """`sft` and `rlhf` of a run as far as they are finished; of a step's directory its model; or a model's directory
+    under its name. Raises UserError where there is nothing to serve."""
+    if (target / "config.yaml").is_file():
+        folders = [target / folder for folder in chat_steps(target).values()]
+        found = {command_of(folder.name): folder / "model" for folder in folders if is_finished(folder)}
+        if "rlhf" not in found:
+            find_newest_model(target)  # says so, or raises
+        return found
+    place = target.resolve()
+    step = place.parent if place.name == "model" else place
+    is_of_run = step.name in chat_steps(step.parent).values()
+    if is_of_run and step == place and (target / "model").is_dir():
+        target = target / "model"
+    ((_, directory),) = find_chat_models(target, compare=False)
+    return {command_of(step.name) if is_of_run else step.name: directory}

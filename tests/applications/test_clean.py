@@ -8,7 +8,7 @@ import yaml
 
 from applications.clean import clean_command
 from inference.errors import UserError
-from training.lengthening import PLAN
+from training.changes import PLAN
 from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, SFT
 

@@ -5,10 +5,9 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
-from applications.preset_store import load_preset, preset_names
-from applications.settings import resolve_settings
+from applications.settings import load_preset, preset_names, resolve_settings
 from training.config_reference import defaults, groups, settings_of
-from training.plan_file import from_blocks, to_blocks
+from training.plan import from_blocks, to_blocks
 from training.run_directory import RunDirectory
 
 MODEL = "someone/their-model"  # no preset

@@ -31,7 +31,7 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
 
     directory = tmp_path_factory.mktemp("doctor") / "tiny"
     build_tiny_model(directory)

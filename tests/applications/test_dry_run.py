@@ -9,15 +9,15 @@ import pytest
 
 from applications import fit
 from applications.dry_run import check_fits, dry_run, duration, shell_lines
-from applications.expected_time import expected_time
 from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, verdict
-from applications.preset_store import load_preset, settings_for_model
+from applications.profile import expected_time
+from applications.settings import load_preset, settings_for_model
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
 from training.config import RunConfig
 from training.config_files import load_config
 from training.metrics import size
-from training.planner.machine import profile_file
+from training.planner.hardware import profile_file
 from training.steps import DPO, PPO, REWARD, SFT
 
 COMMANDS = {SFT: ["python", "one.py", "a b"], REWARD: ["python", "two.py"], PPO: ["python", "three.py"]}

@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from applications.chat import model_before
-from applications.from_run import from_run
-from applications.next_round import next_command, next_name
+from applications.from_run import from_run, next_command, next_name
 from applications.settings import as_settings
 from inference.errors import UserError
 from tests.tiny_runs import make_tiny_run

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from applications import auto_plan
 from applications.auto_plan import best_plan, with_auto_plan
 from applications.cli import app
-from applications.expected_time import _ppo
 from applications.fit import GIB, Machine, Outlook, find_shape
 from applications.plan import fastest
 from applications.plan_report import ranks_text
 from applications.plan_request import make_request, request_of
-from applications.preset_store import load_preset
+from applications.profile import _ppo
+from applications.settings import load_preset
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
 from training.calls import ACTOR_SCORE
@@ -26,12 +26,11 @@ from training.config import RunConfig
 from training.distributed import Ranks
 from training.hybrid_engine.layout import Layout
 from training.models import loading
-from training.plan import Plan
-from training.plan_file import from_blocks, to_blocks
-from training.planner.estimate import estimate
+from training.plan import Plan, from_blocks, to_blocks
 from training.planner.footprint import DTYPES
-from training.planner.machine import THIS_MACHINE, profile_file
+from training.planner.hardware import THIS_MACHINE, profile_file
 from training.planner.options import Options, meshes
+from training.planner.search import estimate
 from training.rlhf_settings import RLHFSettings
 from training.run_directory import RunDirectory
 from training.step3_rlhf import old_logprobs, roles

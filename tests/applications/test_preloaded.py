@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from applications.preloaded import ForkedScript, can_fork
+from applications.launch import ForkedScript, can_fork
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="scripts are forked on Linux without a GPU")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.conftest import rlhf_chat
 from tests.warm import ROOT, Command, Done, fork_all
 from training.config_files import load_config
-from training.kept_models import kept_model, local_model, models_of
+from training.inputs import kept_model, local_model, models_of
 from training.run_directory import RunDirectory
-from training.uses import of_models
+from training.trust import of_models
 
 HUB_ID = "org/tiny"
 PTX = "org/demonstrations"
@@ -122,21 +122,21 @@ def test_what_the_hub_does_not_give_leaves_the_name_free(tmp_path):
 
 
 def test_models_are_kept_whole_once_and_are_no_longer_fetched(hub, tmp_path, monkeypatch):
-    from training import kept_models
+    from training import inputs
 
     run, config = RunDirectory(tmp_path / "run"), load_config([], [f"model={HUB_ID}", "method=dpo"])
-    monkeypatch.setattr(kept_models, "resolve_model", lambda source, report: hub / source)
+    monkeypatch.setattr(inputs, "resolve_model", lambda source, report: hub / source)
     assert {use.what for use in of_models(run, config)} == {f"fetch the model {HUB_ID} from the hub"}
 
     def break_off(file: Path, place: Path) -> None:
         raise UserError("gone")
 
     with monkeypatch.context() as half, pytest.raises(UserError):
-        half.setattr(kept_models, "link_or_copy", break_off)
-        kept_models.keep_models(run, config, print)
+        half.setattr(inputs, "link_or_copy", break_off)
+        inputs.keep_models(run, config, print)
     assert not kept_model(run, HUB_ID).exists()
 
-    kept_models.keep_models(run, config, print)
+    inputs.keep_models(run, config, print)
     weights = kept_model(run, HUB_ID) / "model.safetensors"
     assert weights.samefile(hub / HUB_ID / "model.safetensors")  # no room twice on one disk
     assert local_model(run, HUB_ID) == weights.parent and not list(of_models(run, config))

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from applications.rounds import first_sft, over_first_file, rounds, rounds_table
+from applications.evaluate import first_sft, over_first_file, rounds, rounds_table
 from inference.preferences import Preference
 from tests.applications.test_report_table import DPO_PAIR, RLHF, SFT, WIN
 from training import steps

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from applications.samples import samples_command
+from applications.chat import samples_command
 from inference.errors import UserError
 from tests.pages import root_command
 from training.run_directory import RunDirectory, write_json

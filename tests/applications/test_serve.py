@@ -16,10 +16,10 @@ import pytest
 from applications.process import main
 from applications.serve import choose_token, find_collecting
 from inference.errors import UserError
+from inference.families import build_tiny_model
 from inference.preferences import Answer, BlindPair, PreferenceFile
 from inference.serving.judging import ServedModel
-from inference.serving.served_models import find_served_models
-from inference.tiny_model import build_tiny_model
+from inference.serving.service import find_served_models
 from training.run_directory import RunDirectory
 
 CONFIG = '{"architectures": ["OPTForCausalLM"]}'

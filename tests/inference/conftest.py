@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)

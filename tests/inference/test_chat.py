@@ -24,8 +24,7 @@ from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.model_store import check_model_directory
-from inference.serving.job import Job
-from inference.serving.lane import Lane
+from inference.serving.worker import Job, Lane
 from inference.streams import EXIT_READER_GONE, guard_output, printable
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 
 TEXT = "Human: Hello there, how are you?\n\nAssistant: I am well, thank you. system user assistant How are you today?\n"
 CHATML = (

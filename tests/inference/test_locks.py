@@ -9,9 +9,9 @@ from threading import Timer
 
 import pytest
 
-from inference import locks
+from inference import disk
+from inference.disk import hold_lock, is_held
 from inference.errors import UserError
-from inference.locks import hold_lock, is_held
 
 
 @pytest.fixture(params=[None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -22,7 +22,7 @@ def known(request, monkeypatch) -> bool:
         raise OSError(request.param, os.strerror(request.param))
 
     if request.param is not None:
-        monkeypatch.setattr(locks.fcntl, "flock", flock)
+        monkeypatch.setattr(disk.fcntl, "flock", flock)
     return request.param is None
 
 
@@ -57,7 +57,7 @@ def test_a_lock_that_its_holder_has_removed_is_not_held(known, tmp_path):
     with hold_lock(file, "first", 0), ExitStack() as stack:
         old = stack.enter_context(open(file, "a", encoding="utf-8"))  # as of somebody who came before it was removed
         file.unlink()
-        assert not locks._is_there(file, old)
+        assert not disk._is_there(file, old)
     with hold_lock(file, "second", 0), pytest.raises(UserError), hold_lock(file, "third", 0):
         pass
 
@@ -80,6 +80,6 @@ def test_without_any_lock_nothing_begins(known, tmp_path, monkeypatch):
         def bind(self, address):
             raise FileNotFoundError(2, "no such names")
 
-    monkeypatch.setattr(locks.socket, "socket", NoNames)
+    monkeypatch.setattr(disk.socket, "socket", NoNames)
     with pytest.raises(UserError, match=r"lies on a file system without locks, .* choose a place on another one"):
         hold_lock(tmp_path / "lock", "", 0).__enter__()

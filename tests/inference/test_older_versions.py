@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from inference.chat_format import ChatFormat
-from inference.older_versions import has_old_names, old_names, rewrite_config
+from inference.weights import has_old_names, old_names, rewrite_config
 from tests.families import narrow_config
 from tests.inference.templates import FAMILIES as TEMPLATES
 from tests.inference.templates import bytes_tokenizer

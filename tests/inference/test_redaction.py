@@ -4,7 +4,7 @@ from urllib.parse import quote
 
 import pytest
 
-from inference.redaction import filled_in, redacted, redacted_arguments, redacted_values
+from inference.streams import filled_in, redacted, redacted_arguments, redacted_values
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from inference.screen import Screen, broken, cells, columns
+from inference.streams import Screen, broken, cells, columns
 
 
 def screen(monkeypatch, *writes: str, width: int = 40) -> list[str]:

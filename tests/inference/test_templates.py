@@ -8,10 +8,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inference.chat_format import ChatFormat
-from inference.chat_template import TRAINING_DATE
+from inference.chat_model import TextPieces
+from inference.chat_template import TRAINING_DATE, scored_otherwise
 from inference.errors import UserError
-from inference.template_check import scored_otherwise
-from inference.text_pieces import TextPieces
 from tests.inference.templates import CHATML, CHATML_PROMPT, CHATML_TURN, FAMILIES, Family, bytes_tokenizer
 
 THOUGHT = "<think>\nhmm\n</think>\n\n"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.supervised_steps import make_run, result_of, settings_of, stage_of
 from tests.training.step1_sft.test_sft import HELD_OUT, TRAIN, by_hand
 from training import supervised

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
-from training.checkpoint_models import Checkpoint, checkpoint_of
+from inference.families import build_tiny_model
+from training.checkpoints import Checkpoint, checkpoint_of
 from training.config_files import load_config
 from training.opening import open_run
 from training.run_directory import RunDirectory

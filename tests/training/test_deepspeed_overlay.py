@@ -5,8 +5,7 @@ import torch
 
 from inference.errors import UserError
 from training.config_files import load_config
-from training.deepspeed_config import deepspeed_config
-from training.deepspeed_overlay import require_overlays
+from training.deepspeed_config import deepspeed_config, require_overlays
 from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory
 

@@ -11,9 +11,8 @@ from tests.inference.generation.test_engine import build_model
 from tests.pretended_cuda import CUDA, pretended_cuda
 from training.config import RunConfig
 from training.data.batching import MicroBatch, TokenBatch
-from training.data.token_pairs import TokenPair
-from training.models.policy import Policy
-from training.models.scorer import Scorer, at_last_token
+from training.data.token_cache import TokenPair
+from training.models.policy import Policy, Scorer, at_last_token
 from training.stage import read_at_once
 from training.step1_sft.sft import SFTTask
 from training.step2_dpo.dpo import DPOTask

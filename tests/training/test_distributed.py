@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from inference.errors import UserError
 from tests.ranks import run_ranks
-from training import roll_call, shared_files
+from training import launchers, roll_call
 from training import stage_script as stage
 from training.distributed import PATIENCE, is_lost_peer
+from training.launchers import wait_until_seen
 from training.roll_call import RollCall, named
-from training.shared_files import wait_until_seen
 from training.stage_script import end_in_sentences
 
 GIVEN = [[7, 8, 9], []]
@@ -53,7 +53,7 @@ def talk(ranks, directory: Path) -> dict:
         pauses.append(seconds)
         file.touch()
 
-    with patch.object(shared_files.time, "sleep", pause):  # the other one's shows late
+    with patch.object(launchers.time, "sleep", pause):  # the other one's shows late
         ranks.see(file)
     return {
         "gathered": [part.tolist() for part in gathered],
@@ -111,7 +111,7 @@ def test_many_ranks_are_counted():
 
 def test_a_file_that_shows_late_is_waited_for_and_one_that_never_does_is_a_sentence(tmp_path, monkeypatch):
     late = tmp_path / "late"
-    monkeypatch.setattr(shared_files.time, "sleep", lambda seconds: late.touch())
+    monkeypatch.setattr(launchers.time, "sleep", lambda seconds: late.touch())
     wait_until_seen(late)
     with pytest.raises(UserError, match=r"does not see .*never, .* file system that all nodes share"):
         wait_until_seen(tmp_path / "never", seconds=0.1)

@@ -9,13 +9,12 @@ import pytest
 from applications.from_run import settings_of_fork
 from inference.errors import UserError
 from training import fork as module
+from training.changes import journal_of, not_planned_so
 from training.config_files import load_config
 from training.fork import Fork
-from training.inputs import inputs_of
-from training.kept_models import link_or_copy
-from training.lengthening import journal_of, not_planned_so
+from training.inputs import inputs_of, link_or_copy
+from training.opening import begun_at, read_starts
 from training.run_directory import RunDirectory, write_json
-from training.starts import begun_at, read_starts
 from training.steps import DPO, METHODS, PPO, REWARD, SFT, STEPS
 
 TIME = "2026-01-31T12:00:00+00:00"

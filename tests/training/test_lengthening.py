@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.supervised_steps import make_run, metrics_of, stage_of
+from training.changes import PLAN, journal_of, make_way, not_planned_so, plan_change, was_lengthened
 from training.config_files import load_config
-from training.lengthening import PLAN, journal_of, make_way, not_planned_so, plan_change, was_lengthened
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.step2_dpo import dpo

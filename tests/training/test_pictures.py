@@ -7,8 +7,7 @@ import pytest
 
 from applications import plan_report
 from benchmarks import fused_schedules, fusion_simulation, inter_stage_fusion
-from training.gantt import WIDTH, Bar, Panel, gantt_svg
-from training.pictures import DARK, FONT_SIZE, GROUND, ROW_COLOUR, SVG
+from training.pictures import DARK, FONT_SIZE, GROUND, ROW_COLOUR, SVG, WIDTH, Bar, Panel, gantt_svg
 
 COLOURS = {"work": "#4c78a8", "rest": "#878c92"}
 PHONE = 358
@@ -90,7 +89,7 @@ def test_it_asks_for_nothing_and_is_the_same_bytes_each_time(text, picture):
 @pytest.mark.parametrize(
     "colours",
     [
-        plan_report.COLOURS.values(),
+        plan_report.CALL_COLOURS.values(),
         inter_stage_fusion.COLOURS.values(),
         fused_schedules.COLOURS.values(),
         fusion_simulation.COLOURS,

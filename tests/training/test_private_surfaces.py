@@ -20,7 +20,7 @@ from training.private_surfaces import OWN_WEIGHTS
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
 
     directory = tmp_path_factory.mktemp("tiny")
     build_tiny_model(directory)

@@ -9,7 +9,7 @@ from inference.errors import UserError
 from tests.training.test_reward_sources import PROMPTS, RESPONSES, ROWS, endpoint, write  # noqa: F401
 from training.data.rows import write_rows
 from training.distributed import Ranks
-from training.formulas.shapings import SHAPINGS, RunningStatistics, running
+from training.formulas.estimators import SHAPINGS, RunningStatistics, running
 from training.reward_sources import RewardEndpoint, RewardFailed
 from training.rewards import Rewards, means_by_name, require_rows_for, try_sources
 from training.rlhf_settings import RLHFSettings

@@ -5,10 +5,10 @@ import subprocess
 
 import pytest
 
-from training import starts
+from training import opening
 from training.config_files import load_config
+from training.opening import COMMAND_VARIABLE, checkout, read_starts, record_start, versions_of
 from training.run_directory import RunDirectory
-from training.starts import COMMAND_VARIABLE, checkout, read_starts, record_start, versions_of
 from training.steps import PPO, SFT
 
 
@@ -25,7 +25,7 @@ def test_each_start_is_kept_with_what_ran_and_without_secrets(run, tmp_path, mon
     monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(command))
     monkeypatch.setenv("MY_SECRET", "geheim")
     for torch_version in ("1.0", "2.0"):
-        monkeypatch.setattr(starts, "versions", lambda version=torch_version: {"torch": version})
+        monkeypatch.setattr(opening, "versions", lambda version=torch_version: {"torch": version})
         record_start(run, "step1_sft", config, 2)
     first, second = read_starts(run)
     assert "geheim" not in run.starts_file.read_text()

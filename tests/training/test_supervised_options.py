@@ -19,7 +19,7 @@ FAMILIES = {
 
 def train(ranks, directory):
     from inference.chat_format import ChatFormat
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
 
     tiny = directory / "tiny"
     build_tiny_model(tiny)
@@ -86,7 +86,7 @@ def largest_moves(ranks, tiny, chat_format, zero_stage: int) -> dict[str, float]
     """AdamW's first update moves a weight by its learning rate, whatever the gradient."""
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_scorer
-    from training.models.scorer import Scorer
+    from training.models.policy import Scorer
     from training.role_settings import LoRASettings, OptimizerSettings
 
     torch.manual_seed(0)

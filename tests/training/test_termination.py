@@ -10,7 +10,7 @@ import pytest
 from applications import commands, launch
 from applications.process import main
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.applications.test_launch import signal_while_waiting
 from tests.supervised_steps import make_run, metrics_of, settings_of, stage_of
 from tests.training.step1_sft.test_sft import HELD_OUT, TRAIN

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from inference.errors import UserError
-from training import tracking
+from training import metrics
 from training.config_files import load_config
 from training.run_directory import RunDirectory
 from training.steps import SFT
@@ -15,7 +15,7 @@ from training.steps import SFT
 def journal(path, *settings: str):
     run = RunDirectory(path)
     run.step(SFT).path.mkdir(parents=True, exist_ok=True)
-    return tracking.metrics_journal(run, run.step(SFT), load_config([], ["model=any", *settings]))
+    return metrics.metrics_journal(run, run.step(SFT), load_config([], ["model=any", *settings]))
 
 
 def test_tensorboard_reads_what_was_written_and_forgets_what_was_rewound(tmp_path):
@@ -53,13 +53,13 @@ def test_wandb_gets_the_numbers_of_a_run_that_keeps_its_name(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_a_sentence_with_the_extra(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError, match=rf"pip install 'rlhf-chat\[{name}\]'"):
         journal(tmp_path, f"logging.{name}=true")
 
 
 def test_without_settings_nothing_is_needed_or_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda module: None)
     ours = journal(tmp_path)
     ours.rewind(-1)
     ours.write(1, {"loss": 0.5})

@@ -2,13 +2,13 @@
 
 import pytest
 
-from applications.preset_store import PRESETS
+from applications.settings import PRESETS
 from inference.errors import UserError
-from training import yaml_text
+from training import merging
 from training.config_files import load_config, read_yaml
-from training.plan_file import from_yaml
-from training.planner.machine import read_profile
-from training.yaml_text import load_yaml
+from training.merging import load_yaml
+from training.plan import from_yaml
+from training.planner.hardware import read_profile
 
 
 def read(tmp_path, text: str, *overrides: str):
@@ -122,15 +122,15 @@ def test_no_preset_has_a_key_twice():
 @pytest.mark.parametrize("text", ["", "a: 010\nb: [1, 2:4:4, {c: 1e-5, d: yes}]", "a: &x {b: 1}\nc: {<<: *x, b: 2}"])
 def test_libyaml_reads_the_same(text, monkeypatch):
     quick = load_yaml(text)
-    monkeypatch.setattr(yaml_text, "DEEP", 0)
+    monkeypatch.setattr(merging, "DEEP", 0)
     assert load_yaml(text) == quick
 
 
 def test_what_is_very_deep_is_not_read_by_libyaml(monkeypatch):
-    monkeypatch.setattr(yaml_text.yaml, "load", lambda text, Loader: Loader)
-    assert load_yaml("[" * 9) is yaml_text._Quick
+    monkeypatch.setattr(merging.yaml, "load", lambda text, Loader: Loader)
+    assert load_yaml("[" * 9) is merging._Quick
     for text in ("[" * 500 + "{" * 500, "- " * 500):
-        assert load_yaml(text) is yaml_text._Loader
+        assert load_yaml(text) is merging._Loader
 
 
 @pytest.mark.parametrize("other", ["../private", "/etc/private", "a/b", "[1]", "''"])

@@ -6,6 +6,7 @@ of the others, some dialogues are. Left out on purpose: the dialogues' own ratin
 dialogues without a question, and rude talk.
 """
 
+import functools
 import json
 import random
 import re
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from inference.chat_format import ChatFormat
 from inference.chat_template import Message
@@ -291,3 +294,13 @@ def prompt_rows(samples: Iterable[Sample]) -> list[PromptRow]:
     """Each prompt once."""
     distinct = {json.dumps(sample.prompt): sample.prompt for sample in samples}
     return [{"prompt": prompt} for prompt in distinct.values()]
+
+
+def upbeat_score(text: str) -> float:
+    """From -1 (gloomy) to 1 (upbeat), 0 for neutral: the compound score of VADER (Hutto and Gilbert 2014)."""
+    return _analyzer().polarity_scores(text)["compound"]
+
+
+@functools.cache
+def _analyzer() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()  # reads its lexicon, about 7,500 lines

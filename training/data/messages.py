@@ -6,13 +6,18 @@ also stand in a text, as JSON or as Python writes it: a table that was saved as 
 
 import ast
 import json
+import random
 import re
 import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from inference.chat_template import Message
 from training.data.entries import BadRow
+from training.data.rows import PairRow
 
 ROLES = ("system", "user", "assistant")
 SAME_ROLES = {role: role for role in ROLES} | {
@@ -217,3 +222,64 @@ def check_text(value: Any, key: str) -> str:
     except UnicodeEncodeError:  # "\ud83d" alone: JSON allows it, no tokenizer takes it
         raise BadRow(f"'{key}' has half a character") from None
     return value
+
+
+SCORE_GAP = 1.0
+"""On the scale of -4 to 4; closer ones people do not tell apart."""
+LENGTH_RATIO = 0.75
+LENGTH_SLACK = 2
+"""Tokens by which two short texts may differ all the same."""
+USES = 3
+"""How often a text may be used."""
+TRIES = 100
+"""Partners that are drawn for a text before it goes without."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    tokens: int
+    score: float
+    """The mean of its ratings."""
+
+
+def make_pairs(
+    answers: Sequence[Answer], prompts: Sequence[list[Message]], rng: random.Random, uses: int = USES
+) -> list[PairRow]:
+    """All that `uses` of each answer give, in random order, each under one of the prompts; no pair twice."""
+    pairs: list[PairRow] = []
+    used: Counter[int] = Counter()
+    met: set[frozenset[int]] = set()
+    longer_chosen = 0  # pairs whose chosen text is the longer one, less those whose rejected text is
+    waiting = [i for i in range(len(answers)) for _ in range(uses)]
+    rng.shuffle(waiting)
+    for i in waiting:
+        for j in rng.sample(range(len(answers)), min(TRIES, len(answers))) if used[i] < uses else ():
+            if i == j or used[j] == uses or frozenset((i, j)) in met or not fit_together(answers[i], answers[j]):
+                continue
+            chosen, rejected = sorted((answers[i], answers[j]), key=lambda answer: -answer.score)
+            longer = (chosen.tokens > rejected.tokens) - (chosen.tokens < rejected.tokens)
+            if abs(longer_chosen + longer) > 1:
+                continue
+            longer_chosen += longer
+            met.add(frozenset((i, j)))
+            used.update((i, j))
+            pairs.append(
+                {
+                    "prompt": rng.choice(prompts),
+                    "chosen": chosen.text,
+                    "rejected": rejected.text,
+                    "chosen_score": chosen.score,
+                    "rejected_score": rejected.score,
+                }
+            )
+            break
+    rng.shuffle(pairs)
+    return pairs
+
+
+def fit_together(first: Answer, second: Answer) -> bool:
+    """Like lengths, scores far enough apart."""
+    short, long = sorted((first.tokens, second.tokens))
+    alike = long - short <= LENGTH_SLACK or short >= LENGTH_RATIO * long
+    return alike and abs(first.score - second.score) >= SCORE_GAP

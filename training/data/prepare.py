@@ -8,19 +8,162 @@ from pathlib import Path
 from typing import Any, cast
 
 from inference.chat_format import ChatFormat
-from inference.disk import writing
+from inference.disk import write_text, writing
 from inference.errors import UserError
-from training.config import EMBEDDED_DATA, DataSettings
-from training.data.blend import blend
+from training.config import EMBEDDED_DATA, DataSettings, RunConfig
 from training.data.chitchat import build_chitchat, load_dialogues
-from training.data.eval_data import read_eval_data
-from training.data.next_round import SHARES, go_on
 from training.data.rated_texts import load_texts
-from training.data.reading import SourceRows, read_sources
-from training.data.rows import PANEL_FILE, LabelledRow, PairRow, RowSets, write_rows
-from training.data.split import USES, keep_once, kind_of, shuffle, split_rows
+from training.data.reading import SourceRows, blend, read_sources
+from training.data.rows import (
+    DEMONSTRATIONS_FILE,
+    PANEL_FILE,
+    LabelledRow,
+    PairRow,
+    PanelRow,
+    Row,
+    RowSets,
+    SFTRow,
+    read_rows,
+    write_rows,
+)
+from training.data.split import (
+    USES,
+    add_rows,
+    choose_groups,
+    identity,
+    keep_once,
+    kind_of,
+    once,
+    opening,
+    shuffle,
+    split_rows,
+)
 from training.run_directory import read_json, write_directory, write_json
 from training.steps import METHODS
+
+
+@dataclass
+class EvalData:
+    found: list[SourceRows] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for each in self.found for row in each.rows]
+
+    @property
+    def uses(self) -> dict[str, set[str]]:
+        """Kinds of its rows -> what they evaluate: sft, pairs, prompts. Demonstrations alone give prompts as well."""
+        kinds = set(map(kind_of, self.rows))
+        return {kind: {*USES[kind], *["prompts"] * (kinds == {"sft"})} for kind in kinds}
+
+    @property
+    def serves(self) -> set[str]:
+        return {use for uses in self.uses.values() for use in uses}
+
+    def sets(self, seed: int) -> RowSets:
+        """Its rows in the sets that they serve, each once."""
+        sets, uses_of = RowSets(), self.uses
+        for row in self.rows:
+            for use in uses_of[kind_of(row)]:
+                add_rows(sets, use, [row], evaluation=True)
+        keep_once(sets)
+        shuffle(sets, seed)
+        return sets
+
+    def hold_out(self, sets: RowSets, seed: int) -> str:
+        """Put its rows where `sets` evaluates what it serves, and take its questions out of training; returns a
+        sentence about it. Raises UserError where nothing is left to train on."""
+        group_of = choose_groups([*self.rows, *(row for _, rows in sets.items() for row in rows)])
+        known, ours = set(map(group_of, self.rows)), self.sets(seed)
+        before = after = 0
+        for name, rows in sets.items():
+            use, _, part = name.partition("_")
+            if part == "train":
+                kept = [row for row in rows if group_of(row) not in known]
+                before, after = before + len(rows), after + len(kept)
+                setattr(sets, name, kept)
+            elif use in self.serves:
+                setattr(sets, name, getattr(ours, name))
+        if before and not after:
+            raise UserError(
+                "Every question of the data is in the evaluation data too, so nothing is left to train on: give other "
+                "evaluation data (--eval-data), or none."
+            )
+        left_out = f"; {before - after:,} training rows with a question of it are left out" * (after < before)
+        return f"{' and '.join(each.describe() for each in self.found)}: for evaluation alone{left_out}"
+
+
+def read_eval_data(
+    settings: DataSettings, report: Callable[[str], None], chat_format: ChatFormat | None = None
+) -> EvalData:
+    """What `settings.eval_source` names; empty where it names nothing. Raises UserError as `read_sources` does."""
+    if not settings.eval_sources:
+        return EvalData()
+    apart = settings.model_copy(update={"source": settings.eval_sources, "limit": 0})
+    found = read_sources(apart, report, chat_format)
+    if weighted := [each.source for each in found if each.source.weight != 1]:
+        raise UserError(f"{weighted[0]}: each row of evaluation data counts once, so leave the weight out.")
+    return EvalData(found)
+
+
+SHARES = (0, 1, 1)
+"""`data.split` of such a run, whose step 1 is done: pairs serve steps 2 and 3."""
+
+
+def go_on(sets: RowSets, parent: Path, seed: int) -> str:
+    """Lay the new rows, `sets`, over those of the run directory `parent`; returns a sentence about it.
+
+    The held-out prompts (if it has some), all demonstrations and the texts that people rated are the parent's, in its
+    order, so that rounds are compared on the same ones. No question is trained on that was held out there. Raises
+    UserError where the parent's rows are not there, and where no pair is left to train on.
+    """
+    theirs = RowSets()
+    for name, _ in sets.items():
+        setattr(theirs, name, read_rows(rows_file(parent, name)))
+    new, old = ([row for _, rows in each.items() for row in rows] for each in (sets, theirs))
+    group_of, question_of = choose_groups(new), choose_groups(new + old)  # the new ones may all begin alike
+    trained, held_out = (
+        {question_of(row) for name, rows in theirs.items() if name.endswith(part) for row in rows}
+        for part in ("_train", "_eval")
+    )
+    held_out_there = held_out - trained  # the texts of the embedded default are held out, and not what they answer
+    held_out_here = [] if theirs.prompts_eval else cast(list[Any], sets.prompts_eval)
+    aside = set(map(group_of, [*sets.pairs_eval, *held_out_here]))
+
+    def left(rows: list[Any]) -> list[Any]:
+        return [row for row in rows if group_of(row) not in aside and question_of(row) not in held_out_there]
+
+    moved = once([row for row in sets.pairs_train if question_of(row) in held_out_there], evaluation=True)
+    sets.pairs_eval += moved
+    sets.pairs_train = left(sets.pairs_train)
+    if moved and not sets.pairs_train:
+        raise UserError(
+            f"No pair is left to train on, as {parent} held out the questions of {len(moved):,}: give pairs on other "
+            f"questions, such as those that an empty message takes at rlhf-chat prefer."
+        )
+    known = {identity(row, evaluation=True) for row in sets.prompts_train}
+    sets.prompts_train += [row for row in theirs.prompts_train if identity(row, evaluation=True) not in known]
+    sets.prompts_train = left(sets.prompts_train)
+    shuffle(sets, seed)
+    sets.prompts_eval = held_out_here or theirs.prompts_eval
+    sets.sft_train, sets.sft_eval = theirs.sft_train, theirs.sft_eval
+    if not sets.panel and (panel := parent / "data" / PANEL_FILE).exists():
+        sets.panel = cast(list[PanelRow], read_rows(panel))
+    also = f"; pairs whose question was held out there, and so is here: {len(moved):,}" * bool(moved)
+    prompts = "" if held_out_here else "the held-out prompts, "
+    return f"{prompts}the demonstrations and most prompts are those of {parent}{also}"
+
+
+def rows_file(parent: Path, name: str) -> Path:
+    """Raises UserError where it is not there."""
+    file = parent / "data" / f"{name}.jsonl"
+    if not file.exists():
+        raise UserError(
+            f"{file} is missing, and what was held out there must stay held out: bring the rows of {parent} back, or "
+            f"begin a run of its own with rlhf-chat rlhf RUN --sft-model MODEL, with a new RUN."
+        )
+    return file
+
 
 COUNTS_FILE = "counts.json"
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -186,3 +329,31 @@ def split_and_blend(
 
 def count_rows(sets: RowSets) -> dict[str, int]:
     return {name: len(rows) for name, rows in sets.items()}
+
+
+def demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat | None = None) -> list[SFTRow]:
+    """Rows with a prompt and a response, from `rlhf.ptx.source` (without the questions that the run holds out) or the
+    run's `data`, which keeps the former once they were read. Raises UserError without any."""
+    source, kept = config.rlhf.ptx.source, data / DEMONSTRATIONS_FILE
+    if source and kept.exists():
+        return cast(list[SFTRow], read_rows(kept))
+    if source:
+        given = config.data.model_copy(update={"source": source, "limit": 0})
+        (read,) = read_sources(given, lambda _: None, chat_format)
+        held_out = {opening(row["prompt"]) for file in data.glob("*_eval.jsonl") for row in read_rows(file)}
+        rows = [cast(SFTRow, row) for row in read.rows if "response" in row and opening(row["prompt"]) not in held_out]
+    else:
+        rows = cast(list[SFTRow], read_rows(data / "sft_train.jsonl"))
+    if not rows:
+        raise UserError(
+            f"rlhf.ptx needs rows with a prompt and a response, and {source or 'the data of step 1'} has none: name a "
+            f"file that has in rlhf.ptx.source, or set rlhf.ptx.coefficient=0."
+        )
+    return rows
+
+
+def keep_demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat) -> None:
+    """Raise UserError without any; those of another file are put beside the run's own, and not read anew."""
+    rows, kept = demonstrations(config, data, chat_format), data / DEMONSTRATIONS_FILE
+    if config.rlhf.ptx.source and not kept.exists():
+        write_text(kept, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

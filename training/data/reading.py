@@ -1,8 +1,9 @@
 """Sources -> rows, each with its place, and a report of what was found in each source."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
@@ -16,13 +17,11 @@ from inference.preferences import Preference
 from training.config import DataSettings
 from training.data.entries import BadRow, CutShort, Entry, LeftOut
 from training.data.files import read_file
-from training.data.find_files import find_files
+from training.data.find_files import PLAIN, HubSet, fetch_files, find_files, find_set, matching
 from training.data.formats import KNOWN_KEYS, read_row
-from training.data.hub import fetch_files, matching
-from training.data.hub_sets import PLAIN, HubSet, find_set
-from training.data.rated_rows import Rating, pair_rows
+from training.data.rated_texts import Rating, pair_rows
 from training.data.reasoning import read_task
-from training.data.rows import Row
+from training.data.rows import Row, RowSets
 from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
@@ -220,3 +219,41 @@ def locate(source: Source, report: Callable[[str], None]) -> tuple[list[Path], H
         )
     files, notes = find_files(source.copy or source.path)
     return files, PLAIN, notes
+
+
+def blend(sets: RowSets, weights: Mapping[str, float], seed: int) -> RowSets:
+    """`sets` with the rows of each source (its name in the row's `source`) as often as its weight says.
+
+    A training row of weight 2.5 is there twice, and half of such rows, drawn by the seed, a third time. Weights below
+    1 draw that share. Held-out rows are there once at most. Nothing is drawn before the split, so that no row is on
+    both sides of it.
+    """
+    if all(weight == 1 for weight in weights.values()):
+        return sets
+    result = RowSets()
+    for name, rows in sets.items():
+        evaluation = name.endswith("_eval")
+        chosen = [
+            row
+            for source, group in by_source(rows).items()
+            for row in drawn(
+                group, min(weights[source], 1.0) if evaluation else weights[source], f"{seed} {name} {source}"
+            )
+        ]
+        random.Random(f"{seed} blend {name}").shuffle(chosen)
+        setattr(result, name, chosen)
+    return result
+
+
+def by_source(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["source"]].append(row)
+    return groups
+
+
+def drawn(rows: list[Row], weight: float, salt: str) -> list[Row]:
+    """As many copies as the whole part of the weight says, and a random share for the rest; at least one row."""
+    whole = int(weight)
+    share = min(len(rows), round((weight - whole) * len(rows)))
+    return rows * whole + random.Random(salt).sample(rows, share if whole else max(share, 1))

@@ -15,7 +15,7 @@ from inference.errors import UserError
 from training.data.entries import Entry
 from training.data.sources import TASK_PREFIX
 from training.formulas.table import literals
-from training.near_names import did_you_mean, near_keys
+from training.merging import did_you_mean, near_keys
 
 
 def package() -> ModuleType:

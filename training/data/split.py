@@ -13,8 +13,8 @@ from typing import Any, TypeVar, cast
 
 from inference.chat_template import Message
 from inference.errors import UserError
-from training.data.one_spelling import one_spelling
 from training.data.rows import LabelledRow, PairRow, PromptRow, Row, RowSets, SFTRow
+from training.data.shapes import one_spelling
 
 T = TypeVar("T")
 USES = {

@@ -1,15 +1,27 @@
 """What is compared: a model with a name for people and a key for the files; and who judges."""
 
-from collections.abc import Iterable
+import gc
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
+from inference.chat_template import Message, same_rendering
 from inference.errors import UserError
-from training.checkpoint_models import checkpoint_of
+from inference.generation.sample import Sample
+from training.checkpoints import checkpoint_of
+from training.config import DataSettings
+from training.data.batching import TokenBatch, plan_micro_batches
 from training.lineage import Source, base_model, label_of, origin_of, reward_model_before
-from training.models.loading import require_scorer
+from training.models.loading import load_causal_lm, load_scorer, require_scorer
+from training.models.policy import Policy, Scorer, at_last_token
 from training.run_directory import RunDirectory
 from training.stage import Stage
 from training.steps import COMPARED, REWARD, SFT, WRITING, step_of
@@ -139,3 +151,132 @@ def find_judge(stage: Stage, wanted: str, reward_model: Path | None, before: Jud
     directory = stage.model_directory(wanted)
     require_scorer(directory, wanted, trained=True)
     return Judge(f"reward of {Path(wanted).name}", directory)
+
+
+Row = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
+
+
+@dataclass
+class Answers:
+    """In the order of the prompts, in the tokens of `chat_format`."""
+
+    chat_format: ChatFormat
+    prompts: list[list[Message]]
+    samples: list[Sample]
+    texts: list[str]
+
+    def first(self, count: int) -> "Answers":
+        return Answers(self.chat_format, self.prompts[:count], self.samples[:count], self.texts[:count])
+
+    def rows(self, reader: ChatFormat, data: DataSettings, to_score: bool = False) -> list[Row]:
+        """As `reader` has them: the same tokens, or the text anew; no end token where the answer did not end.
+
+        A reward model reads an answer `to_score` with the end that it was taught, whatever token ended it.
+        """
+        if same_tokens(reader, self.chat_format):
+            as_read = self.chat_format.as_taught if to_score else list
+            return [(sample.prompt_ids, torch.tensor(as_read(sample.response_ids))) for sample in self.samples]
+        rows = []
+        for prompt, text, sample in zip(self.prompts, self.texts, self.samples, strict=True):
+            prompt_ids, response_ids = reader.prompt_ids(prompt, data.max_prompt_tokens), reader.response_ids(text)
+            if not sample.ended and len(response_ids) > 1:
+                response_ids.pop()
+            rows.append((torch.tensor(prompt_ids), torch.tensor(response_ids)))
+        return rows
+
+
+def same_tokens(a: ChatFormat, b: ChatFormat) -> bool:
+    """Whether both make the same tokens of every conversation."""
+    ours, theirs = a.tokenizer, b.tokenizer
+    return (
+        a.end_of_turn_id == b.end_of_turn_id
+        and ours.get_vocab() == theirs.get_vocab()
+        and (ours.chat_template == theirs.chat_template or same_rendering(a, b))
+    )
+
+
+def encode(chat_format: ChatFormat, prompt: Sequence[Message], response: str, data: DataSettings) -> Row:
+    """A reply from the data, within the limits that training has too."""
+    prompt_ids = chat_format.prompt_ids(list(prompt), data.max_prompt_tokens)
+    return torch.tensor(prompt_ids), torch.tensor(chat_format.response_ids(response, data.max_response_tokens))
+
+
+class Reader:
+    """A language model, loaded: it generates through `policy.model` and reads through `logprobs`."""
+
+    def __init__(self, stage: Stage, directory: Path):
+        self.stage = stage
+        self.chat_format = ChatFormat.load(directory)
+        model = Policy(load_causal_lm(directory, self.chat_format, stage.dtype))
+        self.policy = model.to(stage.ranks.device).eval()
+
+    @torch.no_grad()
+    def logprobs(self, rows: Sequence[Row], temperature: float = 1.0) -> list[Tensor]:
+        """Of each row's response tokens; float32 (response tokens) each."""
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        for chosen, batch in batches(self.stage, rows):
+            sizes = [len(rows[row][1]) for row in chosen]
+            for row, values in zip(chosen, self.policy(batch, temperature)[0].cpu().split(sizes), strict=True):
+                found[row] = values
+        return found
+
+    def logprobs_of(self, answers: Answers, temperature: float = 1.0) -> list[Tensor]:
+        return self.logprobs(answers.rows(self.chat_format, self.stage.config.data), temperature)
+
+
+@contextmanager
+def reading(stage: Stage, directory: Path) -> Iterator[Reader]:
+    """A laptop holds no four models: this one is let go at the end."""
+    reader = Reader(stage, directory)
+    try:
+        yield reader
+    finally:
+        del reader.policy
+        gc.collect()
+
+
+class RewardModel:
+    """Scores answers, in whatever tokens they were generated."""
+
+    def __init__(self, stage: Stage, directory: Path):
+        self.stage, self.directory = stage, directory
+        self.chat_format = ChatFormat.load(directory)
+        model = load_scorer(directory, self.chat_format, stage.dtype, trained=True)
+        self.scorer = Scorer(model).to(stage.ranks.device).eval()
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[Row]) -> list[float]:
+        """Of each row's last token; the same row has the same score, whatever it shared a batch with.
+
+        Raises UserError where a score is no number.
+        """
+        keys = [(tuple(prompt.tolist()), tuple(response.tolist())) for prompt, response in rows]
+        different = dict(zip(keys, rows, strict=True))
+        order, found = list(different), dict.fromkeys(different, math.nan)
+        for chosen, batch in batches(self.stage, list(different.values())):
+            scores = at_last_token(self.scorer(batch), batch).tolist()
+            found.update(zip((order[row] for row in chosen), scores, strict=True))
+        if not all(map(math.isfinite, found.values())):
+            raise UserError(
+                f"The reward model in {self.directory} gives scores that are no finite numbers, so nothing can be "
+                f"judged by it; try dtype=fp32, or choose another one."
+            )
+        return [found[key] for key in keys]
+
+    def scores_of_both(self, theirs: Answers, ours: Answers) -> tuple[list[float], list[float]]:
+        """Of two models' answers; one that both gave has one score, so it is a tie."""
+        first, second = (
+            answers.rows(self.chat_format, self.stage.config.data, to_score=True) for answers in (theirs, ours)
+        )
+        scores = self.scores([*first, *second])
+        return scores[: len(first)], scores[len(first) :]
+
+
+def batches(stage: Stage, rows: Sequence[Row]) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Row numbers and their tokens, in micro-batches of rlhf.micro_batch_tokens."""
+    if not rows:
+        return
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    for micro_batch in plan_micro_batches(lengths, stage.config.rlhf.micro_batch_tokens)[0]:
+        chosen = micro_batch.rows
+        yield chosen, TokenBatch.of([rows[row] for row in chosen], stage.ranks.device)

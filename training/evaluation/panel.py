@@ -19,10 +19,10 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
-from training.data.pairs import SCORE_GAP
+from training.data.chitchat import upbeat_score
+from training.data.messages import SCORE_GAP
 from training.data.rows import PANEL_FILE, read_rows
-from training.data.upbeat import upbeat_score
-from training.evaluation.answers import Row, encode
+from training.evaluation.candidates import Row, encode
 from training.evaluation.statistics import Z, share
 from training.run_directory import RunDirectory, write_text
 

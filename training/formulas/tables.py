@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from training.formulas.dpo_losses import DPO_LOSSES
-from training.formulas.estimators import ESTIMATORS
-from training.formulas.shapings import SHAPINGS
+from training.formulas.estimators import ESTIMATORS, SHAPINGS
 from training.formulas.table import Table
 
 TABLES: tuple[Table, ...] = (ESTIMATORS, SHAPINGS, DPO_LOSSES)

@@ -5,13 +5,18 @@ key-value store that every process group of torch.distributed has anyway.
 """
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 
+from inference.generation.sample import Sample
+from training.hybrid_engine.layout import Layout
 from training.private_surfaces import default_store
 from training.roll_call import RollCall
 
@@ -75,3 +80,190 @@ class Board:
         for key in [*self.mine, *self.counters]:
             self.store.delete_key(key)
         self.mine, self.counters = [], set()
+
+
+S = TypeVar("S")
+Begin = Callable[[list[Sample]], Callable[[], list[S]]]
+"""Starts to score samples and returns what waits for the result."""
+
+
+class Aside(Generic[S]):
+    """At most one unit is under way, so that decode steps wait for little."""
+
+    def __init__(self, begin: Begin[S], device: torch.device):
+        self.begin = begin
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.done: torch.cuda.Event | None = None
+        self.finish: Callable[[], list[S]] | None = None
+
+    def start(self, samples: list[Sample]) -> None:
+        if self.stream is None:
+            self.finish = self.begin(samples)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.finish = self.begin(samples)
+            self.done = self.stream.record_event()
+
+    def is_busy(self) -> bool:
+        return self.done is not None and not self.done.query()
+
+    def collect(self) -> list[S]:
+        """The results of the unit under way; waits for them. Empty if there is none."""
+        finish, self.finish, self.done = self.finish, None, None
+        if finish is None:
+            return []
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            return finish()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank stands: the `tensor_rank`-th of the ranks of `instance`."""
+
+    rank: int
+    layout: Layout
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this rank generates; what follows is for those that do."""
+        return self.rank in self.layout.mesh
+
+    @property
+    def instance(self) -> int:
+        return self.layout.data_rank(self.rank)
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.layout.tensor_rank(self.rank)
+
+    @property
+    def speaks(self) -> bool:
+        """One rank of an instance writes what all of its ranks know."""
+        return self.takes_part and self.tensor_rank == 0
+
+    def peer(self, instance: int) -> int:
+        """The rank that holds the same part of the model in another instance."""
+        return self.layout.tensor_groups[instance][self.tensor_rank]
+
+    def speaker(self, instance: int) -> int:
+        """The rank that speaks for an instance."""
+        return self.layout.tensor_groups[instance][0]
+
+
+Remaining = Callable[[int], float]
+"""Response tokens so far -> tokens that are still to come, on average."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """One sample on its way."""
+
+    index: int
+    prompt: int
+    """Tokens."""
+    response: int
+    """Tokens so far."""
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class Move:
+    index: int
+    length: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Repacking:
+    """From now on only `keepers` decode."""
+
+    keepers: tuple[int, ...]
+    moves: tuple[Move, ...] = ()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When to gather the tail: once at most `threshold` samples are unfinished, on as few instances as hold them with
+    `rows` each. Threshold 0 never moves a sample; instances then are freed as they run empty."""
+
+    threshold: int
+    rows: int
+    tick: float
+    """Seconds of predicted decoding between two looks at what the others have left."""
+    unit_tokens: int
+    """Tokens of samples that are scored together, at least, while others are still decoding."""
+    interleaves: bool = False
+    """Whether ranks that decode score too: beside decoding on CUDA, between decode steps elsewhere."""
+
+    def instances_for(self, samples: int, busy: int) -> int:
+        """How many of `busy` instances go on with `samples` unfinished ones."""
+        return min(busy, math.ceil(samples / self.rows)) if samples <= self.threshold else busy
+
+
+def decide(left: Mapping[int, Sequence[Unfinished]], policy: Policy, remaining: Remaining) -> Repacking | None:
+    """What to do when the instances that decode have `left` these; None: go on."""
+    busy = [instance for instance in sorted(left) if left[instance]]
+    wanted = policy.instances_for(sum(map(len, left.values())), len(busy))
+    if wanted == len(left):
+        return None
+    work = {instance: sum(remaining(sample.response) for sample in left[instance]) for instance in busy}
+    keepers = sorted(sorted(busy, key=lambda instance: (-work[instance], instance))[:wanted])
+    return Repacking(tuple(keepers), tuple(place_samples(left, keepers)))
+
+
+def place_samples(left: Mapping[int, Sequence[Unfinished]], keepers: Sequence[int]) -> list[Move]:
+    """The samples of all others: longest first, each to the keeper with the fewest samples (then tokens) by then."""
+    load = {keeper: (len(left[keeper]), sum(sample.length for sample in left[keeper])) for keeper in keepers}
+    homeless = [(sample, source) for source in sorted(left) if source not in load for sample in left[source]]
+    homeless.sort(key=lambda pair: (-pair[0].length, pair[0].index))
+    moves = []
+    for sample, source in homeless:
+        target = min(keepers, key=lambda keeper: (*load[keeper], keeper))
+        rows, tokens = load[target]
+        load[target] = (rows + 1, tokens + sample.length)
+        moves.append(Move(sample.index, sample.length, source, target))
+    return moves
+
+
+KINDS = ("generate", "score", "migrate", "idle", "train")
+JOINED = 0.002
+"""Seconds between two spans of one kind that are shown as one."""
+
+
+@dataclass
+class Span:
+    """Seconds on this machine's monotonic clock, which all its processes share."""
+
+    kind: str
+    start: float
+    end: float
+
+
+class Timeline:
+    """The spans of one rank, in order."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    @contextmanager
+    def span(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(kind, start, time.perf_counter())
+
+    def add(self, kind: str, start: float, end: float) -> None:
+        last = self.spans[-1] if self.spans else None
+        if last is not None and last.kind == kind and start - last.end < JOINED:
+            last.end = end
+        else:
+            self.spans.append(Span(kind, start, end))
+
+    def seconds(self, kind: str) -> float:
+        return sum(span.end - span.start for span in self.spans if span.kind == kind)

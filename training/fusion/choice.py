@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from training.fusion.costs import Costs, Measured, fit
-from training.fusion.lengths import LengthStatistics
-from training.fusion.repacking import Policy
+from training.fusion.board import Policy
+from training.fusion.costs import Costs, LengthStatistics, Measured, fit
 from training.fusion.simulator import Instance, Job, Machine, fused, fused_from, serial
 
 Mode = Literal["none", "inter", "auto"]

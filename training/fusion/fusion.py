@@ -7,15 +7,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from inference.generation.decoding import Decoding
-from training.fusion.aside import Aside, Begin
-from training.fusion.board import Board
+from training.fusion.board import Aside, Begin, Board, Place, Timeline
 from training.fusion.choice import NOMINAL, Choice, FusionChoice, Setting
-from training.fusion.costs import measure_bandwidth
-from training.fusion.lengths import LengthStatistics, deal
-from training.fusion.place import Place
+from training.fusion.costs import LengthStatistics, deal, measure_bandwidth
 from training.fusion.rollout import FusedRollout, Report
 from training.fusion.simulator import Job
-from training.fusion.timeline import Timeline
 from training.plan import Assignment
 from training.stage import Stage
 

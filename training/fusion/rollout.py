@@ -22,12 +22,8 @@ from torch import Tensor
 from inference.generation.decoding import Decoding
 from inference.generation.sample import Sample
 from training.data.batching import fill_micro_batches
-from training.fusion.aside import Aside
-from training.fusion.board import Board
+from training.fusion.board import Aside, Board, Move, Place, Policy, Remaining, Repacking, Timeline, Unfinished, decide
 from training.fusion.costs import Costs, Measured
-from training.fusion.place import Place
-from training.fusion.repacking import Move, Policy, Remaining, Repacking, Unfinished, decide
-from training.fusion.timeline import Timeline
 
 S = TypeVar("S")
 MovesCache = Callable[[int], bool]

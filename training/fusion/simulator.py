@@ -16,9 +16,8 @@ from operator import itemgetter
 
 from inference.generation.engine import PREFILL_TOKENS
 from training.data.batching import plan_micro_batches
+from training.fusion.board import Policy, Remaining, Span, Unfinished, decide
 from training.fusion.costs import Costs
-from training.fusion.repacking import Policy, Remaining, Unfinished, decide
-from training.fusion.timeline import Span
 
 
 @dataclass(frozen=True)

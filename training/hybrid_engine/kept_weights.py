@@ -1,12 +1,116 @@
 """Weights as they were at an earlier moment, to go back to, under ZeRO 0-3: each rank keeps what lies with it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from training.hybrid_engine.moving_average import MovingAverage
+from training.deepspeed_config import deepspeed_config
+from training.distributed import Ranks
+from training.hybrid_engine.deepspeed_setup import deepspeed
+from training.hybrid_engine.dividing import divide
 from training.hybrid_engine.zero_engine import ZeroEngine
+from training.role_settings import FrozenSettings
+
+
+class WaitingWeights:
+    """Those of `module`, its buffers too."""
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.device = device
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        """What the module holds, and its copy on the host."""
+        for held in [*module.parameters(), *module.buffers()]:
+            host = held.detach().to("cpu", copy=held.device.type != "cpu")
+            self.waiting.append((held, host.pin_memory() if device.type == "cuda" else host))
+        self._leave()
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Inside, the weights are on the device; it must not be entered twice at a time."""
+        for held, host in self.waiting:
+            held.data = host.to(self.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        for held, host in self.waiting:
+            held.data = host
+
+
+def freeze(model: nn.Module, settings: FrozenSettings, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
+    """A role that only scores: as it is on every rank's device, or divided over the ranks by ZeRO 3."""
+    model.eval().requires_grad_(False)
+    if settings.zero_stage == 0:
+        return model.to(ranks.device)
+    divide_to_score(model, dtype, ranks, settings)
+    return gathering(model, dtype, ranks, settings)
+
+
+DIVIDED = FrozenSettings(zero_stage=3)
+
+
+def divide_to_score(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> None:
+    """By ZeRO 3, in place."""
+    with ranks.as_world():
+        divide(model, deepspeed_config(settings.as_optimizer, dtype, trained=False), dtype, ranks)
+
+
+def gathering(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> nn.Module:
+    """`model`, which is divided, with a forward pass that gathers what it needs."""
+    config = deepspeed_config(settings.as_optimizer, dtype, trained=False)
+    with ranks.as_world():
+        engine, *_ = deepspeed.initialize(model=model.eval(), config=config, dist_init_required=False)
+    engine.eval()  # returns nothing, unlike torch's
+    return engine
+
+
+class MovingAverage:
+    """average = decay * average + (1 - decay) * weights after each optimiser step; fp32, beside the weights.
+
+    Nothing is communicated but in `weights`, at the end.
+    """
+
+    def __init__(self, engine: ZeroEngine, decay: float):
+        self.engine, self.decay = engine, decay
+        self.averages = [part.detach().float().clone() for part in engine.own_weights()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimiser step."""
+        for average, part in zip(self.averages, self.engine.own_weights(), strict=True):
+            average.lerp_(part.float(), 1 - self.decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole averaged weights, as `ZeroEngine.trained_weights` gives the trained ones. All ranks call it."""
+        with self._in_place():
+            return self.engine.trained_weights()
+
+    def save(self, directory: Path) -> None:
+        """All ranks call it; each writes its part."""
+        self.engine.write(directory, {"weight": self.averages})
+
+    def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote."""
+        self.engine.read(directory, {"weight": self.averages})
+
+    @contextmanager
+    @torch.no_grad()
+    def _in_place(self) -> Iterator[None]:
+        """Inside, the averages stand where the optimiser keeps the weights."""
+        own = self.engine.own_weights()
+        kept = [part.detach().clone() for part in own]
+        for part, average in zip(own, self.averages, strict=True):
+            part.copy_(average)
+        try:
+            yield
+        finally:
+            for part, before in zip(own, kept, strict=True):
+                part.copy_(before)
 
 
 class KeptWeights:

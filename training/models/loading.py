@@ -22,19 +22,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from inference.chat_format import ChatFormat
+from inference.chat_template import same_rendering
 from inference.errors import UserError
 from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
-from inference.older_versions import SCORER, rewrite_config
-from inference.quiet import quiet_transformers
-from inference.template_check import same_rendering
-from inference.weights import WrongWeights, read_weights, some, unloadable
+from inference.weights import SCORER, WrongWeights, quiet_transformers, read_weights, rewrite_config, some, unloadable
 from training.config import Dtype
-from training.models.adapters import add_lora
-from training.models.layers import keep_layers
+from training.models.policy import add_lora, keep_layers
 from training.pipelines.cut import StageCut
-from training.pipelines.stage_files import read_stage
-from training.pipelines.stage_model import held_by
+from training.pipelines.stage_model import held_by, read_stage
 from training.private_surfaces import multiplies_bf16
 from training.role_settings import LoRASettings
 from training.run_directory import write_directory

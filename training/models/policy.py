@@ -1,20 +1,109 @@
 """A causal language model as a policy: log-probabilities of response tokens."""
 
+import re
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from inference.errors import UserError
+from inference.families import is_router, takes_adapter, text_config
 from inference.generation.exactness import Exactness
 from inference.generation.sampler import log_sum
 from training.data.batching import TokenBatch
-from training.models.adapters import add_lora
 from training.models.packing import call_on_tokens, use_packing
 from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import keep_stage, sends_on
 from training.role_settings import LoRASettings
+
+NO_LAYERS = ("_token_id", "_token_ids", "architectures")
+"""Ends of the names of lists that hold nothing for each layer, whatever their length."""
+
+
+def keep_layers(config: PreTrainedConfig, layers: int) -> None:
+    """Keep the first so many layers, and of every list with a value for each layer as many. Raises UserError."""
+    text = text_config(config)
+    has = text.num_hidden_layers
+    if layers > has:
+        raise UserError(f"reward.layers={layers}: the model has {has} layers; keep that many, or 0 for all.")
+    text.num_hidden_layers = layers
+    for name, value in vars(text).items():
+        if isinstance(value, list | tuple) and len(value) == has and not name.endswith(NO_LAYERS):
+            setattr(text, name, value[:layers])
+    if hasattr(text, "attention_types"):  # GPT-Neo's own way to write what its attention_layers hold
+        text.attention_types = [[[kind], 1] for kind in text.attention_layers]
+
+
+def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
+    """Put adapters into `model` (in place) and freeze the rest; a score head stays trainable. Returns the PeftModel."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    require_lora_layers(model, settings)
+    scorer = hasattr(model, "score")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=settings.targets,
+        task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
+        modules_to_save=["score"] if scorer else None,
+        exclude_modules=[name for name, layer in model.named_modules() if is_router(layer)] or None,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"lora.targets={settings.targets} does not fit this model ({reason}).") from error
+
+
+def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str = "lora.targets") -> None:
+    """Raise UserError where a target names no layer of `model`, or one whose adapter would not be what is saved.
+
+    PEFT ignores a target if another one is found. A list holds ends of names, a text is a regular expression over whole
+    names, as in PEFT.
+    """
+    targets = settings.targets
+    if targets == "all-linear":
+        return
+    listed = [targets] if isinstance(targets, str) else targets
+    layers = {name: layer for name, layer in model.named_modules() if not is_router(layer)}
+    try:
+        found = {target: [name for name in layers if is_target(name, target, targets)] for target in listed}
+    except re.error as error:
+        raise UserError(f"{key}={targets} is no regular expression ({error}); give a list of module names.") from None
+    missing = [target for target, names in found.items() if not names]
+    if missing or not targets:
+        linear = {name.rpartition(".")[2] for name, layer in layers.items() if takes_adapter(layer)}
+        fitting = ", ".join(sorted(linear - {"lm_head", "embed_out", "score"}))
+        raise UserError(
+            f"{key}={targets} does not fit this model, which has no layer {' or '.join(missing) or 'without a name'}: "
+            f"choose from {fitting}, or all-linear."
+        )
+    for name in sorted({name for names in found.values() for name in names}):
+        if reason := no_adapter(layers[name], name, model):
+            raise UserError(f"{key}={targets} names {name}, {reason}: leave it out, or take all-linear.")
+
+
+def is_target(name: str, target: str, targets: str | list[str]) -> bool:
+    """Whether one of LoRA's targets names this module."""
+    if isinstance(targets, str):
+        return re.fullmatch(target, name) is not None
+    return f".{name}".endswith(f".{target}")
+
+
+def no_adapter(layer: nn.Module, name: str, model: nn.Module) -> str:
+    """Why no adapter fits a layer so that merging it gives what was trained; empty where one does."""
+    if name == "score":
+        return "the head of scores, all of whose weights are trained anyway"
+    if isinstance(layer, nn.Embedding) and type(layer) is not nn.Embedding:
+        return "an embedding that its family computes in a way of its own"
+    weight = getattr(layer, "weight", None)
+    others = [
+        (other, getattr(module, "weight", None)) for other, module in model.named_modules() if module is not layer
+    ]
+    shared = next((other for other, its in others if its is not None and its is weight), "")
+    return f"whose weights are those of {shared} too, so that merging would change both" if shared else ""
 
 
 class Policy(nn.Module):
@@ -84,3 +173,41 @@ class SelectedLogprobs(torch.autograd.Function):
         gradient = (gradient / ctx.temperature)[:, None]
         logits = (probabilities * -gradient).scatter_add_(1, tokens[:, None], gradient)
         return logits.to(ctx.dtype), None, None
+
+
+class Scorer(nn.Module):
+    """The model with optional adapters. Scores are (raw - shift) / scale, with both from the model's config.json.
+
+    With a `cut` one stage is kept of a whole `model`.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None, cut: StageCut | None = None):
+        super().__init__()
+        self.model = model
+        use_packing(model)
+        self.shift = float(getattr(model.config, "score_shift", 0.0))
+        self.scale = float(getattr(model.config, "score_scale", 1.0))
+        if lora is not None and lora.rank:
+            add_lora(model, lora)
+        if cut is not None:
+            keep_stage(model, cut)
+
+    @property
+    def score_head(self) -> nn.Module:
+        return cast(nn.Module, self.model.score)
+
+    def forward(self, batch: TokenBatch, received: Tensor | None = None) -> Tensor:
+        """A score for every token, float32 (tokens).
+
+        Of a pipeline stage but the last: the hidden states to send on; `received` as in `call_on_tokens`.
+        """
+        hidden = call_on_tokens(self.model, batch, received=received)
+        if sends_on(self.model):
+            return hidden
+        raw = self.score_head(hidden).float().squeeze(-1)
+        return (raw - self.shift) / self.scale
+
+
+def at_last_token(scores: Tensor, batch: TokenBatch) -> Tensor:
+    """Each row's score at its last token: (tokens) -> (rows)."""
+    return scores[batch.last]

@@ -9,7 +9,7 @@ import torch
 
 from training.calls import role_of
 from training.distributed import Ranks, local_size
-from training.fusion.timeline import Timeline
+from training.fusion.board import Timeline
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import (
     CannotFuse,
@@ -26,8 +26,8 @@ from training.pipelines.orders import (
 )
 from training.pipelines.stage_engine import ScoringWork, TrainingWork
 from training.plan import Plan
-from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS, Instance, Pipeline
+from training.planner.fusion.schedule import serial_1f1b
 from training.planner.fusion.search import QUICK, find_schedule
 
 Order = Literal["auto", "serial", "1f1b", "fused"]

@@ -9,14 +9,80 @@ Pipelines follow GPipe and 1F1B alike: (micro-batches + stages - 1) times the sl
 Attention arithmetic: "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, appendix A).
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from math import log2
 
 from training.calls import Call
+from training.hybrid_engine.layout import Layout
 from training.memory import MAX_LIVE_PARAMETERS
 from training.plan import Assignment
-from training.planner.collectives import Links, links_of
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
 from training.planner.workload import Model, Workload
+
+
+@dataclass(frozen=True)
+class Group:
+    """Like groups of ranks that talk at the same time."""
+
+    size: int
+    bandwidth: float
+    """Bytes a second that each rank sends."""
+    latency: float
+    """Seconds before the first byte; grows with log2 of the ranks."""
+    decode_latency: float
+    """The same in a decode step."""
+
+    def all_reduce(self, size: float) -> float:
+        """Seconds to sum `size` bytes that every rank has."""
+        return self.latency + 2 * (self.size - 1) / self.size * size / self.bandwidth if self.size > 1 else 0.0
+
+    def all_gather(self, size: float, share: float = 1.0) -> float:
+        """Seconds until every rank has `size` bytes of which each had a part, at a share of the bandwidth; those of a
+        reduce-scatter too."""
+        sent = (self.size - 1) / self.size * size
+        return self.latency + sent / (self.bandwidth * share) if self.size > 1 else 0.0
+
+    def send(self, size: float) -> float:
+        """Seconds to send `size` bytes to one neighbour."""
+        return self.latency + size / self.bandwidth if self.size > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Links:
+    """The groups of a layout."""
+
+    tensor: Group
+    data: Group
+    hop: Group
+    """Ranks of neighbouring pipeline stages, in pairs; of size 1 where there is one stage."""
+
+
+def links_of(layout: Layout, cluster: Cluster) -> Links:
+    """ZeRO has no part in it."""
+    stage = layout.tensor * layout.data
+    hops = list(zip(layout.mesh, layout.mesh[stage:], strict=False))
+    return Links(
+        _group(layout.tensor_groups, layout.tensor, cluster),
+        _group(layout.data_groups, layout.data, cluster),
+        _group(hops, min(layout.pipeline, 2), cluster, one_way=True),
+    )
+
+
+def _group(groups: Iterable[tuple[int, ...]], size: int, cluster: Cluster, one_way: bool = False) -> Group:
+    leaving: Counter[int] = Counter()
+    for group in groups:
+        nodes = {cluster.node_of(rank) for rank in group}
+        if len(nodes) > 1:
+            leaving.update([cluster.node_of(group[0])] if one_way else nodes)
+    bandwidth = cluster.device.link_bandwidth
+    if leaving:
+        bandwidth = min(bandwidth, cluster.network_bandwidth / max(leaving.values()))
+    calibration = cluster.calibration
+    latencies = (seconds * log2(size) for seconds in (calibration.collective_seconds, calibration.decode_collective))
+    return Group(size, bandwidth * ACHIEVED_BANDWIDTH, *latencies)
+
 
 BACKWARD = 2
 """Arithmetic and launches of a backward pass, in forward passes: gradients of inputs, and of weights."""

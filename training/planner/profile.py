@@ -26,10 +26,9 @@ from inference.tensor_parallel.group import TensorParallel
 from inference.tensor_parallel.shard import empty_shard
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.planner.cost import BACKWARD
-from training.planner.hardware import ACHIEVED_BANDWIDTH, Calibration, Device
-from training.planner.machine import THIS_MACHINE, MachineProfile
+from training.planner.hardware import ACHIEVED_BANDWIDTH, THIS_MACHINE, Calibration, Device, MachineProfile
 from training.planner.workload import Precision
-from training.versions import processor, versions
+from training.run_directory import processor, versions
 from training.watchdog import begin_script
 
 REPEATS, FEW = 7, 3

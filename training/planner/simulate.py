@@ -8,7 +8,7 @@ which share several calls can never wait for each other in a circle.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.planner.augmented import Node
+from training.planner.reallocation import Node
 
 ITERATIONS = 5
 """Unrolled; enough that calls of neighbouring iterations overlap as they would in a long run."""

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.plan import Plan
-from training.planner.augmented import AugmentedGraphs
 from training.planner.options import EVERYTHING, Option, Options, Space, meshes
-from training.planner.reallocation import Shares, bytes_by_kind, reallocation_seconds
+from training.planner.reallocation import AugmentedGraphs, Shares, bytes_by_kind, reallocation_seconds
 from training.planner.simulate import ITERATIONS
 from training.planner.workload import Workload
 

@@ -13,17 +13,16 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.checks import require_fitting, require_processes
 from training.config import RunConfig
-from training.data.demonstrations import keep_demonstrations
-from training.data.prepare import prepare_data
+from training.data.prepare import keep_demonstrations, prepare_data
 from training.data.rows import read_rows, require_margins, require_rows
 from training.data.token_cache import TokenCache
-from training.deepspeed_overlay import require_overlays
+from training.deepspeed_config import require_overlays
 from training.distributed import Ranks
 from training.fork import Fork
 from training.formulas.own import try_own
-from training.inputs import inputs_of
-from training.kept_models import keep_models, local_model
+from training.inputs import inputs_of, keep_models, local_model
 from training.lineage import sources_of, trained_elsewhere
+from training.metrics import require_packages
 from training.models.loading import (
     require_causal_lm,
     require_same_format,
@@ -34,7 +33,6 @@ from training.models.loading import (
 from training.rewards import Rewards, require_rows_for, try_sources
 from training.run_directory import RunDirectory, write_json
 from training.steps import REWARD, Step
-from training.tracking import require_packages
 
 Say = Callable[[str], None]
 

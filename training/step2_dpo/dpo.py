@@ -9,7 +9,7 @@ from inference.chat_format import ChatFormat
 from training import calls
 from training.data.batching import plan_micro_batches, sent
 from training.data.epochs import count_updates
-from training.data.token_pairs import TokenPair, grouped, shares_of, tokens_of
+from training.data.token_cache import TokenPair, grouped, shares_of, tokens_of
 from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
 from training.formulas.own import loaded
 from training.hybrid_engine.dividing import loads

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.token_pairs import TokenPair, answers_of, grouped, tokens_of
+from training.data.token_cache import TokenPair, answers_of, grouped, tokens_of
 from training.hybrid_engine.dividing import loads
-from training.hybrid_engine.frozen import freeze
+from training.hybrid_engine.kept_weights import freeze
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.metrics import Display
 from training.models.loading import load_causal_lm

@@ -11,7 +11,7 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from training.data.batching import plan_micro_batches, sent
 from training.data.epochs import Epochs, count_updates
-from training.data.token_pairs import TokenPair, grouped
+from training.data.token_cache import TokenPair, grouped
 from training.formulas.dpo_losses import DPO_LOSSES, Answers, implicit_rewards
 from training.formulas.own import loaded
 from training.hybrid_engine.zero_engine import ZeroEngine

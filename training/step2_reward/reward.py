@@ -10,15 +10,15 @@ from torch import Tensor
 from training.data.batching import TokenBatch, plan_micro_batches, sent
 from training.data.epochs import count_updates
 from training.data.rows import require_margins
-from training.data.token_pairs import TokenPair, answers_of, grouped, length_bucket, shares_of, tokens_of
-from training.evaluation.answers import Row
+from training.data.token_cache import TokenPair, answers_of, grouped, length_bucket, shares_of, tokens_of
+from training.evaluation.candidates import Row
+from training.evaluation.comparison import Accuracy, accuracy_by_length, groups_of
 from training.evaluation.panel import panel_agreement, read_panel, rows_to_score, write_scores
-from training.evaluation.ranking import Accuracy, accuracy_by_length, groups_of
 from training.formulas.reward_loss import preference_losses
 from training.hybrid_engine.dividing import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
-from training.models.scorer import Scorer, at_last_token
+from training.models.policy import Scorer, at_last_token
 from training.stage import Stage
 from training.steps import SFT
 from training.supervised import Task, fit

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from training.fusion.timeline import Timeline
+from training.fusion.board import Timeline
 
 
 class Clock:

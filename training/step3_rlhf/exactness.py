@@ -17,12 +17,11 @@ from inference.generation.exactness import CausalAttention, Exactness, plain_att
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses
 from inference.private_surfaces import set_attention
-from inference.quiet import quiet_transformers
+from inference.weights import quiet_transformers
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
-from training.models.adapters import add_lora
-from training.models.layers import keep_layers
 from training.models.packing import call_on_tokens
+from training.models.policy import add_lora, keep_layers
 from training.role_settings import LoRASettings
 from training.stage import Stage
 from training.step3_rlhf.old_logprobs import expects_exactness, generation_degree

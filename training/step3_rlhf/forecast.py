@@ -11,13 +11,12 @@ import torch
 from inference.errors import UserError
 from training.calls import Call
 from training.distributed import local_size
-from training.fusion.timeline import Span
+from training.fusion.board import Span
 from training.metrics import WARNING
 from training.plan import Plan
-from training.planner.augmented import AugmentedGraphs, Node
 from training.planner.cost import CallCosts
-from training.planner.hardware import Cluster
-from training.planner.machine import cluster_here
+from training.planner.hardware import Cluster, cluster_here
+from training.planner.reallocation import AugmentedGraphs, Node
 from training.planner.simulate import Interval, Schedule, list_schedule
 from training.stage import Stage
 from training.step3_rlhf.planned import graphs_of, shape_of

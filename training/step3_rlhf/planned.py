@@ -7,14 +7,13 @@ import torch
 from inference.errors import UserError
 from training.calls import Call
 from training.config import RunConfig
-from training.plan import slots
+from training.plan import from_blocks, slots
 from training.plan_checks import problems, unrunnable
-from training.plan_file import from_blocks
-from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.footprint import DTYPES
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
+from training.planner.reallocation import AugmentedGraphs
 from training.planner.workload import Precision, Workload
 from training.run_directory import read_json
 from training.shape import Shape

@@ -16,7 +16,7 @@ from training.best import Best
 from training.calls import ACTOR_SCORE, ACTOR_TRAIN
 from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
-from training.fusion.timeline import Span
+from training.fusion.board import Span
 from training.hybrid_engine.kept_weights import KeptWeights
 from training.metrics import held_out_line
 from training.models.loading import load_causal_lm

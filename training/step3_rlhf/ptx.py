@@ -7,8 +7,8 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from training.data.batching import MicroBatch, TokenBatch
-from training.data.demonstrations import demonstrations
 from training.data.epochs import Epochs
+from training.data.prepare import demonstrations
 from training.data.rows import DEMONSTRATIONS_FILE
 from training.stage import Stage
 

@@ -6,8 +6,8 @@ from inference.chat_format import ChatFormat
 from training.calls import REWARD_SCORE
 from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
 from training.data.rows import read_rows
-from training.data.token_pairs import TokenPair, rows_of
-from training.evaluation.guard_rails import DOUBTFUL_ACCURACY
+from training.data.token_cache import TokenPair, rows_of
+from training.evaluation.statistics import DOUBTFUL_ACCURACY
 from training.run_directory import read_json, write_json
 from training.stage import Stage
 from training.step3_rlhf.places import CallPlace

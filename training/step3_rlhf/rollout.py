@@ -15,9 +15,8 @@ from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from training.calls import ACTOR_GENERATE, Call
 from training.data.batching import TokenBatch
 from training.fusion.choice import Choice
-from training.fusion.costs import Measured
+from training.fusion.costs import Measured, deal
 from training.fusion.fusion import Fusion
-from training.fusion.lengths import deal
 from training.fusion.rollout import Report
 from training.fusion.simulator import Job
 from training.plan import Assignment, Plan, most_generated

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from inference.text_pieces import pieces_of, whole_text
+from inference.chat_model import pieces_of, whole_text
 from training.rewards import Rewarded
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf import ppo_math

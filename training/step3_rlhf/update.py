@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.data.batching import MicroBatch, TokenBatch
-from training.fusion.timeline import Timeline
+from training.fusion.board import Timeline
 from training.hybrid_engine.overflow import step_together
 from training.pipelines.stage_engine import Pass, StageEngine
 from training.rlhf_settings import RLHFSettings

@@ -170,17 +170,17 @@ def schemes() -> list[dict[str, str]]:
 
 def test_the_page_colours_its_charts_and_they_are_legible_in_the_light_and_in_the_dark():
     svg = drawn(
-        *(Series(each, [(0, 1.0), (1, 2.0)], each, [0.1, 0.1]) for each in charts.COLOURS), marks=[Mark(1, "m")]
+        *(Series(each, [(0, 1.0), (1, 2.0)], each, [0.1, 0.1]) for each in charts.LINE_COLOURS), marks=[Mark(1, "m")]
     )
     colours = {each.get(name) for each in svg.iter() for name in ("fill", "stroke")} - {None, "none"}
     used = {re.fullmatch(r"var\(--(\w+)\)", colour)[1] for colour in colours}
-    assert used == {*charts.COLOURS, "faint", "grid"}
+    assert used == {*charts.LINE_COLOURS, "faint", "grid"}
     light, dark = schemes()
     for scheme in (light, dark):
         assert used <= scheme.keys() and contrast(scheme["soft"], scheme["card"]) > 4.5
         assert all(contrast(scheme[name], scheme["card"]) > 3 for name in used - {"soft", "grid"})
-    assert {colour for name, colour in charts.COLOURS.items() if name != "soft"} == {
-        light[name] for name in charts.COLOURS if name != "soft"
+    assert {colour for name, colour in charts.LINE_COLOURS.items() if name != "soft"} == {
+        light[name] for name in charts.LINE_COLOURS if name != "soft"
     }
 
 

@@ -18,10 +18,9 @@ from inference.generation.sample import SamplingSettings
 from inference.preferences import PreferenceFile
 from inference.serving.app import create_app
 from inference.serving.judging import Collecting, ServedModel
-from inference.serving.lane import Lane, Told
-from inference.serving.listener import bind
-from inference.serving.server import Server
+from inference.serving.server import Server, bind
 from inference.serving.service import Limits, Service
+from inference.serving.worker import Lane, Told
 
 LIMITS = Limits(slots=4, queue=120, context=300, max_tokens=200)
 MESSAGES: list[Any] = [{"role": "user", "content": "How are you today?"}]

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from inference.chat_model import ChatModel
-from inference.serving import app, connection
-from inference.serving.connection import Connection
+from inference.serving import app, server
+from inference.serving.server import Connection
 from inference.serving.service import Limits, Service
 from tests.inference.serving.conftest import Served, serving
 from tests.inference.serving.test_load import wait_for
@@ -109,5 +109,5 @@ def test_who_reads_nothing_is_cut_off(few, opened, monkeypatch):
 
 def test_half_of_the_descriptors_are_for_connections(monkeypatch):
     for descriptors, most in ((1024, 512), (1 << 20, 1024 + 136)):
-        monkeypatch.setattr(connection.resource, "getrlimit", lambda which, n=descriptors: (n, n))
-        assert connection.most_connections(136) == most
+        monkeypatch.setattr(server.resource, "getrlimit", lambda which, n=descriptors: (n, n))
+        assert server.most_connections(136) == most

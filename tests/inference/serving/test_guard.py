@@ -5,8 +5,7 @@ import openai
 import pytest
 
 from inference.errors import UserError
-from inference.serving.guard import is_loopback_name
-from inference.serving.listener import bind, is_loopback
+from inference.serving.server import bind, is_loopback, is_loopback_name
 from inference.serving.service import Service
 from tests.inference.serving.conftest import LIMITS, serving
 

@@ -8,12 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from inference.chat_model import OVERLAP, WINDOW, TextPieces, pieces_of, whole_text
 from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingKey, SamplingSettings
-from inference.serving.job import Choice
-from inference.serving.logprobs import Logprobs
-from inference.serving.stop_strings import StopStrings
-from inference.text_pieces import OVERLAP, WINDOW, TextPieces, pieces_of, whole_text
+from inference.serving.request import Logprobs, StopStrings
+from inference.serving.worker import Choice
 
 
 def grow(model, text: str, stops=()) -> tuple[list[str], str | None]:

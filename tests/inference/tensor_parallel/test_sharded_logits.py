@@ -43,7 +43,7 @@ def is_tied(model):
 
 def compare(ranks, directory):
     from inference.tensor_parallel.group import join_groups
-    from training.models.adapters import add_lora
+    from training.models.policy import add_lora
     from training.role_settings import LoRASettings
 
     parts = {2: join_groups([(0, 1), (2, 3)]), 4: join_groups([(0, 1, 2, 3)])}

@@ -5,8 +5,8 @@ import pytest
 
 from inference.errors import UserError
 from training.config import DataSettings
-from training.data.blend import blend
 from training.data.prepare import prepare_data
+from training.data.reading import blend
 from training.data.rows import RowSets, read_rows
 
 

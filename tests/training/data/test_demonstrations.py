@@ -6,7 +6,7 @@ import pytest
 
 from inference.errors import UserError
 from training.config import RunConfig
-from training.data.demonstrations import demonstrations, keep_demonstrations
+from training.data.prepare import demonstrations, keep_demonstrations
 
 
 def config(**ptx) -> RunConfig:

@@ -7,7 +7,7 @@ import pytest
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from training.config import DataSettings
 from training.config_files import load_config
 from training.data.prepare import LEFT_OUT_FILE, prepare_data

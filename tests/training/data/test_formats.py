@@ -1,8 +1,8 @@
 import pytest
 
 from training.data.entries import BadRow, LeftOut
+from training.data.files import parse_line
 from training.data.formats import format_of, parse_row, read_row, trl_row
-from training.data.json_files import parse_line
 from training.data.split import split_rows
 
 

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from inference.errors import UserError
 from training.config import DataSettings
-from training.data.hub_sets import HUB_SETS, find_set
+from training.data.find_files import HUB_SETS, find_set
 from training.data.reading import read_sources
 
 TEXT = pyarrow.string()

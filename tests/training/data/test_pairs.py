@@ -1,7 +1,7 @@
 import random
 from collections import Counter
 
-from training.data.pairs import Answer, fit_together, make_pairs
+from training.data.messages import Answer, fit_together, make_pairs
 
 PROMPT = [{"role": "user", "content": "Say something."}]
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from inference.errors import UserError
-from training.data.one_spelling import one_spelling
 from training.data.rows import RowSets
+from training.data.shapes import one_spelling
 from training.data.split import keep_once, split_rows
 
 

@@ -11,8 +11,7 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.config import DataSettings, RunConfig
 from training.data.chitchat import build_chitchat
-from training.data.demonstrations import demonstrations
-from training.data.prepare import prepare_data
+from training.data.prepare import demonstrations, prepare_data
 from training.data.reading import read_sources
 from training.data.rows import read_rows
 

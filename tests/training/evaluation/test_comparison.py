@@ -19,11 +19,8 @@ from tests.tiny_runs import QUESTIONS, messages
 from tests.training.evaluation.preferences import preference
 from training.config import DataSettings
 from training.config_files import validate_config
-from training.evaluation.answers import Answers, same_tokens
-from training.evaluation.candidates import Request, find_pair, sources
-from training.evaluation.comparison import Comparison, win_rate
-from training.evaluation.ranking import accuracy_by_length, reward_accuracy
-from training.evaluation.scoring import RewardModel, reading
+from training.evaluation.candidates import Answers, Request, RewardModel, find_pair, reading, same_tokens, sources
+from training.evaluation.comparison import Comparison, accuracy_by_length, reward_accuracy, win_rate
 from training.evaluation.statistics import share
 from training.lineage import trained_elsewhere
 from training.merging import merge

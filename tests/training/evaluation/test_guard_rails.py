@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from training.evaluation.comparison import win_rate
-from training.evaluation.guard_rails import GUARD_RAILS, guard_signs, verdict
+from training.evaluation.statistics import GUARD_RAILS, guard_signs, verdict
 
 MEASURES = {
     "kl": 2.0,

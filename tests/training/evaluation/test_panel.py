@@ -8,9 +8,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from training.data.upbeat import upbeat_score
+from training.data.chitchat import upbeat_score
+from training.evaluation.comparison import groups_of
 from training.evaluation.panel import Judged, mean_over_pairs, panel_agreement, pooled
-from training.evaluation.ranking import groups_of
 
 RATINGS = [[4, 3, 4], [1, 1, 1], [-1, 0, 1], [4, 2, -1, -1], [-4, -3, -2]]
 TEXTS = ["What a great and lovely day", "It is a table", "Not good", "A fine thing", "Awful, I hate it"]

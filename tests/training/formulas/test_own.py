@@ -12,13 +12,12 @@ import torch
 from inference.errors import UserError
 from tests.training.step3_rlhf.test_experience import two_prompts
 from tests.warm import ROOT
-from training import uses
+from training import trust
 from training.config_files import load_config
 from training.distributed import Ranks
 from training.formulas.dpo_losses import DPO_LOSSES, Pairs
-from training.formulas.estimators import ESTIMATORS
+from training.formulas.estimators import ESTIMATORS, SHAPINGS, RunningStatistics
 from training.formulas.own import loaded, try_own
-from training.formulas.shapings import SHAPINGS, RunningStatistics
 from training.inputs import inputs_of
 from training.rewards import Rewards
 from training.run_directory import RunDirectory
@@ -195,5 +194,5 @@ def test_facts_that_have_changed_since_are_refused(mine):
 def test_the_file_is_an_input_and_needs_a_yes(mine, tmp_path):
     config = config_of(f"rlhf.advantage={mine}:by_median")
     assert list(inputs_of(config)["formulas"][str(mine)]) == ["mine.py"]
-    asked = [use for use in uses.of_training(RunDirectory(tmp_path / "run"), config) if use.content]
+    asked = [use for use in trust.of_training(RunDirectory(tmp_path / "run"), config) if use.content]
     assert [(use.what, use.setting) for use in asked] == [(f"run {mine}", "rlhf.advantage")]

@@ -7,10 +7,9 @@ import pytest
 
 from inference.generation.decoding import StepWork
 from training.fusion import choice as module
+from training.fusion.board import Policy
 from training.fusion.choice import Choice, FusionChoice, Setting
-from training.fusion.costs import Costs, Measured
-from training.fusion.lengths import LengthStatistics
-from training.fusion.repacking import Policy
+from training.fusion.costs import Costs, LengthStatistics, Measured
 from training.fusion.simulator import Job, Outcome
 
 SETTING = Setting(

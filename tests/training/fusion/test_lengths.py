@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from training.fusion.lengths import KEPT, LengthStatistics, deal
+from training.fusion.costs import KEPT, LengthStatistics, deal
 
 
 def statistics(lengths, longest=10):

@@ -6,8 +6,7 @@ import pytest
 
 from inference.generation.decoding import StepWork
 from training.fusion.choice import FusionChoice, Setting
-from training.fusion.costs import Measured
-from training.fusion.lengths import LengthStatistics
+from training.fusion.costs import LengthStatistics, Measured
 from training.fusion.simulator import Job
 
 SETTING = Setting("auto", 1, 1, slots=4, samples=4, micro_batch_tokens=4096, unit_tokens=128, overlaps=True)

@@ -1,6 +1,6 @@
 """Which instances keep the tail, and which samples go where: all by hand."""
 
-from training.fusion.repacking import Move, Policy, Repacking, Unfinished, decide
+from training.fusion.board import Move, Policy, Repacking, Unfinished, decide
 
 
 def policy(threshold, rows):

@@ -15,11 +15,9 @@ import torch.distributed as dist
 from inference.generation.decoding import StepWork
 from inference.generation.sample import Sample
 from training.fusion import rollout as module
-from training.fusion.board import Board
+from training.fusion.board import Board, Policy, Timeline
 from training.fusion.choice import NOMINAL, NOMINAL_TICK
-from training.fusion.repacking import Policy
 from training.fusion.rollout import FusedRollout, Place
-from training.fusion.timeline import Timeline
 from training.hybrid_engine.layout import Layout
 
 PATIENCE = 60.0

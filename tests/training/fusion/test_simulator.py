@@ -9,8 +9,8 @@ import pytest
 
 from inference.generation.engine import PREFILL_TOKENS
 from training.fusion import simulator
+from training.fusion.board import Policy
 from training.fusion.costs import Costs
-from training.fusion.repacking import Policy
 from training.fusion.simulator import Instance, Job, Machine, fused, handed_out, serial
 
 COSTS = Costs(rows=(1,), step=(1.0,), per_context=0.0, prefill=(2.0, 0.5), score=(3.0, 0.25))

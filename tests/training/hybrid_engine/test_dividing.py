@@ -29,11 +29,10 @@ def divide_what_the_first_rank_read(ranks, directory):
     """Largest differences from a model that this rank has read itself, before and after an update."""
     from tests.inference.tensor_parallel.families import build
     from training.data.batching import TokenBatch
-    from training.hybrid_engine.frozen import freeze
+    from training.hybrid_engine.kept_weights import freeze
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_causal_lm, load_scorer
-    from training.models.policy import Policy
-    from training.models.scorer import Scorer
+    from training.models.policy import Policy, Scorer
     from training.role_settings import FrozenSettings, LoRASettings, OptimizerSettings
 
     batch = TokenBatch.of([(torch.tensor([5, 6, 7]), torch.tensor([8, 102]))], ranks.device)

@@ -46,7 +46,7 @@ def make(ranks, model, kind: str, stage: int):
 
 def go_on_everywhere(ranks, directory) -> list[dict]:
     """By turn and case: fewer or more ranks open what was written, and write it as it is, and after two updates."""
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
 
     if ranks.is_first:
         build_tiny_model(directory / "tiny")
@@ -61,8 +61,7 @@ def go_on_everywhere(ranks, directory) -> list[dict]:
 
 
 def go_on(ranks, directory, kind: str, way: int, turn: int) -> dict:
-    from training.hybrid_engine.kept_weights import KeptWeights
-    from training.hybrid_engine.moving_average import MovingAverage
+    from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
 
     engine = make(ranks, directory / "tiny", kind, STAGES[way][turn])
     average = MovingAverage(engine, 0.5)

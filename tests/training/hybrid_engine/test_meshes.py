@@ -93,7 +93,7 @@ def train_alone(ranks, directory):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
 
     directory = tmp_path_factory.mktemp("meshes")
     build_tiny_model(directory / "tiny")

@@ -54,9 +54,8 @@ def look(ranks, engine, average) -> list[torch.Tensor]:
 
 
 def average_everywhere(ranks, directory):
-    from inference.tiny_model import build_tiny_model
-    from training.hybrid_engine.kept_weights import KeptWeights
-    from training.hybrid_engine.moving_average import MovingAverage
+    from inference.families import build_tiny_model
+    from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
 
     model = directory / "tiny"
     if ranks.is_first:
@@ -111,7 +110,7 @@ def average_everywhere(ranks, directory):
 
 def overflow_of_one(ranks, directory):
     """A real engine of ZeRO stage 2 that looks for overflows; the gradient of one of the two is infinite."""
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
     from training.hybrid_engine.overflow import step_together
 
     model = directory / "tiny"

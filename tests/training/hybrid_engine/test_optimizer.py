@@ -38,7 +38,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_biases_and_norms():
 
 def norms_of_broken_gradients(ranks, directory):
     """By stage and number format: the norm that this rank reports where the gradient of one rank is broken."""
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
     from tests.training.hybrid_engine.test_moving_average import make_engine
     from training.data.batching import MicroBatch, TokenBatch
 

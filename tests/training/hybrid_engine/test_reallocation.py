@@ -96,10 +96,10 @@ def switch_after_steps(ranks, directory):
 
 def switch_frozen_roles(ranks, directory):
     from tests.inference.tensor_parallel.families import build
-    from training.hybrid_engine.frozen import freeze
+    from training.hybrid_engine.kept_weights import freeze
     from training.hybrid_engine.layout import Layout
     from training.hybrid_engine.reallocation import Reallocation, tensor_parallel_of
-    from training.models.scorer import Scorer
+    from training.models.policy import Scorer
     from training.role_settings import FrozenSettings
 
     part = tensor_parallel_of(Layout.over(ranks.size, ranks.size))

@@ -65,7 +65,7 @@ def generate(ranks, model, layout, slots, greedy=False, tokens=12):
 def plain_logprobs(family, engine, samples):
     """Of plain transformers, one sample at a time, for the weights that the engine has now."""
     from tests.inference.tensor_parallel.families import build
-    from training.models.adapters import add_lora
+    from training.models.policy import add_lora
     from training.role_settings import LoRASettings
 
     weights = whole_weights(engine.language_model)

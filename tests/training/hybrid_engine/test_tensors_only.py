@@ -38,7 +38,7 @@ class Payload:
 def load_everything(ranks, directory):
     """{case: whether the weights are back, and what a malicious file said}."""
     from inference.chat_format import ChatFormat
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_causal_lm
     from training.models.policy import Policy

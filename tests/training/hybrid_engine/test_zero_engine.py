@@ -24,7 +24,7 @@ def make_rows(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def train_everywhere(ranks, directory):
     """The matrix inside one process group: {case: {losses, grad_norms, weights}}."""
     from inference.chat_format import ChatFormat
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
     from training.data.batching import TokenBatch, plan_micro_batches
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_causal_lm

@@ -22,10 +22,8 @@ from inference.errors import UserError
 from training.checks import require_adapters
 from training.config_files import load_config
 from training.data.batching import TokenBatch
-from training.models.adapters import add_lora
 from training.models.loading import save_model
-from training.models.policy import Policy
-from training.models.scorer import Scorer
+from training.models.policy import Policy, Scorer, add_lora
 from training.role_settings import LoRASettings
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -25,10 +25,9 @@ from transformers import (
 
 from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 from training.data.batching import TokenBatch
-from training.models.adapters import add_lora
 from training.models.loading import (
     fit_vocabulary,
     load_causal_lm,
@@ -37,8 +36,7 @@ from training.models.loading import (
     resolve_dtype,
     save_model,
 )
-from training.models.policy import Policy, SelectedLogprobs
-from training.models.scorer import Scorer, at_last_token
+from training.models.policy import Policy, Scorer, SelectedLogprobs, add_lora, at_last_token
 from training.role_settings import LoRASettings
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -24,11 +24,10 @@ from transformers.models.auto.modeling_auto import (
 from inference.chat_format import ChatFormat
 from inference.chat_model import ChatModel
 from inference.errors import UserError
-from inference.families import require_supported_family, text_config
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model, require_supported_family, text_config
 from inference.weights import read_weights
-from training.models.layers import keep_layers
 from training.models.loading import load_causal_lm, load_scorer, require_causal_lm, require_scorer
+from training.models.policy import keep_layers
 
 SMALL = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 8}
 

@@ -18,10 +18,9 @@ from training.pipelines.orders import (
     serial,
     timeline,
 )
-from training.planner.fusion.baselines import one_forward_one_backward as planned_1f1b
-from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.instance import FORWARD, Instance, Pipeline
-from training.planner.fusion.schedule import ImpossibleSchedule, timed
+from training.planner.fusion.schedule import ImpossibleSchedule, serial_1f1b, timed
+from training.planner.fusion.schedule import one_forward_one_backward as planned_1f1b
 from training.planner.fusion.search import find_schedule
 
 

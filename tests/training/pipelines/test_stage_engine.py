@@ -14,12 +14,10 @@ from tests.ranks import run_ranks
 from tests.training.hybrid_engine.test_zero_engine import make_rows
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.distributed import Ranks
-from training.hybrid_engine.kept_weights import KeptWeights
+from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
 from training.hybrid_engine.layout import Layout
-from training.hybrid_engine.moving_average import MovingAverage
 from training.hybrid_engine.zero_engine import ZeroEngine
-from training.models.policy import Policy
-from training.models.scorer import Scorer
+from training.models.policy import Policy, Scorer
 from training.pipelines.cut import StageCut
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial

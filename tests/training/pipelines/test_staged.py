@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training.fusion.timeline import Timeline
+from training.fusion.board import Timeline
 from training.hybrid_engine.layout import Layout
 from training.pipelines import staged
 from training.pipelines.orders import BACKWARD, FORWARD, Event, Operation

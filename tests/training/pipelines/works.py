@@ -9,8 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from training.data.batching import TokenBatch
 from training.models.packing import hidden_shape
-from training.models.policy import Policy
-from training.models.scorer import Scorer
+from training.models.policy import Policy, Scorer
 from training.pipelines.cut import StageCut
 from training.pipelines.executor import Work
 from training.pipelines.orders import Operation, Orders, Pipelines, timeline

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from training.plan import Plan
-from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration, Cluster
 from training.planner.options import Options, meshes
+from training.planner.reallocation import AugmentedGraphs
 from training.planner.workload import Workload
 from training.role_settings import LoRASettings
 from training.shape import Shape

@@ -7,8 +7,7 @@ import pytest
 from tests.training.planner.conftest import LARGE, graphs_on, ppo_workload
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment
-from training.planner.collectives import links_of
-from training.planner.cost import CallCosts
+from training.planner.cost import CallCosts, links_of
 from training.planner.hardware import DEVICES, Cluster
 from training.planner.workload import Workload
 from training.role_settings import LoRASettings

@@ -11,7 +11,7 @@ from training.pipelines.cut import StageCut
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.hardware import GIB
-from training.planner.heuristics import megatron_plan
+from training.planner.search import megatron_plan
 
 GRAPHS = graphs_on(1, 8)
 FOOTPRINTS = Footprints(GRAPHS.costs.workload, GRAPHS.graph)

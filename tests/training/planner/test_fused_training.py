@@ -8,12 +8,12 @@ from tests.training.planner.conftest import graphs_on
 from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import Pipelines, devices
 from training.plan import Assignment, Plan
-from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
 from training.planner.footprint import Footprints
-from training.planner.fused_training import _pipeline, fused_training, turned
 from training.planner.fusion.instance import Instance
 from training.planner.fusion.search import QUICK, find_schedule
+from training.planner.options import _pipeline, fused_training, turned
+from training.planner.reallocation import AugmentedGraphs
 
 FOUR = (0, 1, 2, 3)
 GRAPHS = graphs_on(1, 4)

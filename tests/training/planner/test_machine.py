@@ -8,8 +8,7 @@ import torch
 
 from inference.errors import UserError
 from training.distributed import Ranks
-from training.planner.hardware import Calibration, Device
-from training.planner.machine import MachineProfile, profile_file, read_profile
+from training.planner.hardware import Calibration, Device, MachineProfile, profile_file, read_profile
 from training.planner.profile import Meter
 
 PROFILE = MachineProfile(

@@ -6,12 +6,10 @@ from inference.errors import UserError
 from tests.families import narrow_config
 from tests.training.planner.conftest import graphs_on
 from training.hybrid_engine.layout import Layout
-from training.plan import Assignment, Plan
+from training.plan import Assignment, Plan, from_yaml, read_plan, to_yaml
 from training.plan_checks import cannot_run, problems, unrunnable
-from training.plan_file import from_yaml, read_plan, to_yaml
-from training.planner.estimate import estimate
 from training.planner.hardware import USABLE_MEMORY
-from training.planner.heuristics import deepspeed_chat_plan, megatron_plan
+from training.planner.search import deepspeed_chat_plan, estimate, megatron_plan
 from training.planner.workload import Workload
 from training.rlhf_settings import RLHFSettings
 from training.shape import Shape

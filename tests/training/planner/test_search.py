@@ -10,12 +10,11 @@ from tests.training.planner.conftest import Plans, graphs_on, ppo_workload
 from tests.training.planner.exhaustive import best_plan
 from training.calls import with_recomputed_logprobs
 from training.plan_checks import problems
-from training.planner.augmented import AugmentedGraphs
 from training.planner.cost import CallCosts
-from training.planner.estimate import estimate
 from training.planner.graph import DataflowGraph
 from training.planner.options import PUBLISHED, Options
-from training.planner.search import search
+from training.planner.reallocation import AugmentedGraphs
+from training.planner.search import estimate, search
 from training.planner.table import UNDECIDED, PlanTable
 
 EFFORT = 0.1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from inference.chat_format import ChatFormat
 from inference.errors import EXIT_USER_ERROR, UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from training import stage_script as stage
 from training.config_files import load_config
 from training.data.rows import read_rows

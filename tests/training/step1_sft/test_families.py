@@ -9,8 +9,8 @@ import torch
 
 from inference.chat_format import ChatFormat
 from inference.chat_model import ChatModel
-from inference.quiet import quiet_transformers
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
+from inference.weights import quiet_transformers
 from tests.families import build, narrow_config
 from tests.supervised_steps import make_run, metrics_of, prompt, result_of, settings_of, stage_of, text
 from training.config_files import load_config

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from inference.chat_format import ChatFormat
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.supervised_steps import (
     LONGEST,
     make_run,

@@ -94,7 +94,7 @@ def train_everywhere(ranks, directory):
     """Each case in a run directory of its own, which is left for the tests to read."""
     from unittest.mock import patch
 
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
     from training.config_files import load_config
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.run_directory import RunDirectory

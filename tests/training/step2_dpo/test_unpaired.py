@@ -61,7 +61,7 @@ TRAINED, HELD_OUT = rows_of(1, 2, 7), rows_of(2, 2, 2)  # 11 answers, 3 + 2 of t
 def train_everywhere(ranks, directory):
     from unittest.mock import patch
 
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
     from training.config_files import load_config
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.stage import make_stage

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from tests.supervised_steps import (
     BATCH,
     LONGEST,
@@ -28,10 +28,10 @@ from tests.supervised_steps import (
     with_idle_micro_batch,
 )
 from training.data.rows import require_margins
-from training.data.token_pairs import rows_of
-from training.evaluation.ranking import Accuracy
+from training.data.token_cache import rows_of
+from training.evaluation.comparison import Accuracy
 from training.models.loading import load_scorer, save_model
-from training.models.scorer import Scorer
+from training.models.policy import Scorer
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.step2_reward import reward

@@ -11,7 +11,7 @@ from inference.generation.sample import Sample
 from tests.inference.templates import FAMILIES, bytes_tokenizer
 from training.calls import rlhf_calls
 from training.config import DataSettings
-from training.evaluation.answers import Answers
+from training.evaluation.candidates import Answers
 from training.step3_rlhf.experience import Experience, total_score
 from training.step3_rlhf.rollout import Rollouts
 

@@ -9,12 +9,12 @@ from tests.training.planner.conftest import LARGE, SMALL
 from tests.training.planner.test_machine import PROFILE
 from training.calls import CRITIC_TRAIN, REWARD_SCORE
 from training.config import RunConfig
-from training.fusion.timeline import Span
+from training.fusion.board import Span
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment, Plan
-from training.planner.augmented import After, Node
-from training.planner.estimate import estimate
-from training.planner.machine import profile_file
+from training.planner.hardware import profile_file
+from training.planner.reallocation import After, Node
+from training.planner.search import estimate
 from training.planner.simulate import list_schedule
 from training.step3_rlhf.forecast import Forecast, as_data, beside, hardware_of, metrics_of, predicted_seconds
 from training.step3_rlhf.planned import graphs_of

@@ -7,7 +7,7 @@ import torch
 
 from training.distributed import Ranks
 from training.pipelines.cut import StageCut
-from training.plan_file import from_yaml
+from training.plan import from_yaml
 from training.step3_rlhf.places import CallPlaces
 
 PLAN = from_yaml("""

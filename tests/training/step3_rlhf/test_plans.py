@@ -157,7 +157,7 @@ def wait(roles) -> list[str]:
     """
     from contextlib import contextmanager
 
-    from training.hybrid_engine.waiting_weights import WaitingWeights
+    from training.hybrid_engine.kept_weights import WaitingWeights
 
     events = []
 

@@ -174,7 +174,7 @@ def saved(directory) -> dict[str, torch.Tensor]:
 
 
 def of_checkpoint(directory, number: int) -> dict[str, float]:
-    from training.checkpoint_models import checkpoint_of
+    from training.checkpoints import checkpoint_of
 
     return norms(saved(checkpoint_of(f"{directory}@{number}").model()))
 

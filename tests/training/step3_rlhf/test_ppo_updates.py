@@ -56,7 +56,7 @@ def make_config(model, zero_stage: int, lora: int, budget: int):
 def make_models(ranks, directory):
     """The SFT model and a reward model of the tiny kind; their directories."""
     from inference.chat_format import ChatFormat
-    from inference.tiny_model import build_tiny_model
+    from inference.families import build_tiny_model
     from training.models.loading import load_scorer, save_model
     from training.role_settings import LoRASettings
 

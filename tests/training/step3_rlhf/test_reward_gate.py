@@ -9,7 +9,7 @@ import torch
 
 from inference.tensor_parallel.group import TensorParallel
 from training.config_files import load_config
-from training.data.token_pairs import TokenPair
+from training.data.token_cache import TokenPair
 from training.distributed import Ranks
 from training.hybrid_engine.layout import Layout
 from training.plan import Assignment

@@ -9,7 +9,7 @@ import torch
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.tiny_model import build_tiny_model
+from inference.families import build_tiny_model
 from training.config_files import load_config
 from training.distributed import Ranks
 from training.models.loading import load_scorer

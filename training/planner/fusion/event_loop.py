@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from training.planner.fusion.bound import ROUNDING, Numbers
-from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance
+from training.planner.fusion.instance import BACKWARD, FORWARD, ROUNDING, WEIGHT, Instance, Numbers
 from training.planner.fusion.schedule import Order
 
 PER_DEVICE, PER_MODEL = 6, 3

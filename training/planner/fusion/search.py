@@ -15,13 +15,10 @@ import random
 import time
 from dataclasses import dataclass
 
-from training.planner.fusion.baselines import serial_1f1b
-from training.planner.fusion.beam import Beam
-from training.planner.fusion.bound import ROUNDING
 from training.planner.fusion.event_loop import Rule
-from training.planner.fusion.instance import Instance
-from training.planner.fusion.list_scheduler import UNBOUNDED, Found, ListScheduler
-from training.planner.fusion.schedule import Schedule, timed
+from training.planner.fusion.instance import ROUNDING, Instance
+from training.planner.fusion.schedule import Schedule, serial_1f1b, timed
+from training.planner.fusion.scheduler import UNBOUNDED, Beam, Found, ListScheduler
 
 EFFORT = 6_500_000
 """Operations that the search may start, in all its event loops together: some seconds."""

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fused_schedules import read_rows
-from training.planner.fusion.bound import Slack
-from training.planner.fusion.instance import Instance, Pipeline
+from training.planner.fusion.instance import Instance, Pipeline, Slack
 from training.planner.fusion.schedule import ImpossibleSchedule, timed
 
 from .conftest import all_orders, random_orders, with_cap

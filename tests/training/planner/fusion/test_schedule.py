@@ -8,9 +8,8 @@ import pytest
 
 from benchmarks.fused_replay import check, replay
 from benchmarks.fused_schedules import interleaved_greedy
-from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance, Pipeline
-from training.planner.fusion.schedule import ImpossibleSchedule, Schedule, timed
+from training.planner.fusion.schedule import ImpossibleSchedule, Schedule, serial_1f1b, timed
 
 from .conftest import INSTANCES, random_orders, random_sizes, with_cap
 

@@ -8,11 +8,10 @@ import pytest
 
 from benchmarks.fused_replay import check, replay
 from benchmarks.fused_schedules import read_rows
-from training.planner.fusion.baselines import serial_1f1b
 from training.planner.fusion.event_loop import Rule
 from training.planner.fusion.instance import Instance, Pipeline
-from training.planner.fusion.list_scheduler import ListScheduler
-from training.planner.fusion.schedule import timed
+from training.planner.fusion.schedule import serial_1f1b, timed
+from training.planner.fusion.scheduler import ListScheduler
 from training.planner.fusion.search import QUICK, find_schedule
 
 from .conftest import INSTANCES, with_cap
