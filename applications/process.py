@@ -11,9 +11,9 @@ from applications.cli import app
 from inference.disk import file_sentence
 from inference.errors import UserError
 from inference.streams import guard_output, printable
+from training.launchers import PARENT_VARIABLE, begin_script
 from training.steps import STEPS
 from training.termination import EXIT_TERMINATED, StageFailed, Terminated
-from training.watchdog import PARENT_VARIABLE, begin_script
 
 EXIT_INTERRUPTED = 130
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from inference.generation.sample import Sample
+from training.distributed import RollCall
 from training.hybrid_engine.layout import Layout
 from training.private_surfaces import default_store
-from training.roll_call import RollCall
 
 PAUSES = 0.0005, 0.005
 """Seconds between two looks whether a notice is there, at first and after a while. A wait in the store itself would

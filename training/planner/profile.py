@@ -25,11 +25,11 @@ from inference.generation.sample import SamplingKey, SamplingSettings
 from inference.tensor_parallel.group import TensorParallel
 from inference.tensor_parallel.shard import empty_shard
 from training.distributed import Ranks, start_ranks, stop_ranks
+from training.launchers import begin_script
 from training.planner.cost import BACKWARD
 from training.planner.hardware import ACHIEVED_BANDWIDTH, THIS_MACHINE, Calibration, Device, MachineProfile
 from training.planner.workload import Precision
 from training.run_directory import processor, versions
-from training.watchdog import begin_script
 
 REPEATS, FEW = 7, 3
 SLOW = 2.0
