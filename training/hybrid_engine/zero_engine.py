@@ -117,8 +117,8 @@ class ZeroEngine:
         """The first half of `update`: forward and backward passes."""
         if self.in_training_mode:
             self.engine.train()
-        for place, micro_batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
+        for index, micro_batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             share = loss(micro_batch) * micro_batch.weight
             with self.ranks.as_world():
                 self.engine.backward(share * self.ranks.size)  # DeepSpeed takes the mean over ranks; the sum is meant
