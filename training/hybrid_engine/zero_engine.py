@@ -134,7 +134,7 @@ class ZeroEngine:
         self.engine.eval()
         self.updates += 1
         norm = self.engine.get_global_grad_norm() if our_norm is None else our_norm
-        return {"grad_norm": float(norm or 0.0), "lr": rates[0]}
+        return {"grad_norm": 0.0 if norm is None else float(norm), "lr": rates[0]}
 
     def _gradient_norm(self) -> Tensor | None:
         """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages."""
