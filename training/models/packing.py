@@ -120,7 +120,7 @@ def _call(
     return (sent[0], True) if sent else (output, False)
 
 
-_PREFIXES: WeakKeyDictionary[TokenBatch, dict[tuple[int, ...] | None, Prefixes | None]] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[TokenBatch, dict[tuple[int, ...] | None, Prefixes | None]] = WeakKeyDictionary()
 
 
 def _prefixes(model: PreTrainedModel, batch: TokenBatch, sequences: Sequences, apart: Tensor | None) -> Prefixes | None:
