@@ -179,7 +179,7 @@ def panel_rows(panel: Mapping[str, Any]) -> list[tuple[str, ...]]:
     found = []
     for domain, each in panel.items():
         others = (f"{each[judge]['rate']:.1%}" for judge in list(PANEL_COLUMNS)[1:])
-        found.append((f"{domain} ({each['texts']} texts)", with_interval(each["learned"]), *others))
+        found.append((f"{domain} ({each['texts']} texts)", rate_text(each["learned"]), *others))
     return found
 
 
@@ -234,7 +234,7 @@ def overview_lines(seen: Mapping[str, Any]) -> list[str]:
     by = ", ".join(f"{name} {count:,}" for name, count in seen["by"].items())
     lines = [f"{seen['preferences']:,} preferences ({by}): {', '.join(share.values())}"]
     for name, left in seen["left"].items():
-        lines.append(f"{name} prefers the left answer in {with_interval(left)} of {left['preferences']:,} preferences")
+        lines.append(f"{name} prefers the left answer in {rate_text(left)} of {left['preferences']:,} preferences")
     for name, found in seen["repeated"].items():
         lines.append(f"{name}, asked again, says the same of {agreement_text(found)}")
     return lines + agreement_lines(seen["agreement"])
@@ -255,13 +255,13 @@ def agreement_text(found: Mapping[str, Any]) -> str:
     return f"{found['same']:.1%} ({found['low']:.1%} to {found['high']:.1%}) of {found['pairs']:,} pairs{kappa}"
 
 
-def with_interval(found: Mapping[str, Any]) -> str:
+def rate_text(found: Mapping[str, Any]) -> str:
     return f"{found['rate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
 
 
 def share(win: Mapping[str, Any] | None) -> str:
     """`73.2% (66.9% to 78.7%), learned reward`; empty where it was not measured."""
-    return "" if win is None else with_interval(win) + (f", {win['judge']}" if "judge" in win else "")
+    return "" if win is None else rate_text(win) + (f", {win['judge']}" if "judge" in win else "")
 
 
 def preferences_table(rates: Mapping[str, Any]) -> RenderableType:
@@ -277,7 +277,7 @@ def preferences_table(rates: Mapping[str, Any]) -> RenderableType:
 
 
 def shares(found: Mapping[str, Any]) -> tuple[str, ...]:
-    return *(f"{found[key]:,}" for key in ("preferences", "ties", "both_bad")), with_interval(found)
+    return *(f"{found[key]:,}" for key in ("preferences", "ties", "both_bad")), rate_text(found)
 
 
 def people_prefer(rates: Mapping[str, Any]) -> str:
