@@ -10,11 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from applications import auto_plan
-from applications.auto_plan import best_plan, with_auto_plan
+from applications import plan as plan_module
 from applications.cli import app
 from applications.fit import GIB, Machine, Outlook, find_shape
-from applications.plan import fastest
+from applications.plan import best_plan, fastest, with_auto_plan
 from applications.plan_report import ranks_text
 from applications.plan_request import make_request, request_of
 from applications.profile import _ppo
@@ -229,7 +228,7 @@ def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path)
 def profiled(tmp_path, monkeypatch):
     """A cache in which this machine has been profiled with two ranks."""
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(auto_plan, "LARGE", 100)  # a short search
+    monkeypatch.setattr(plan_module, "LARGE", 100)  # a short search
     file = profile_file(2)
     file.parent.mkdir(parents=True)
     file.write_text(PROFILE.to_yaml())
@@ -252,7 +251,7 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     run.write_config(RunConfig.model_validate({**TWO, "rlhf": {"plan": kept}}), {})
     assert with_auto_plan(config, run, measures=False).rlhf.plan == kept  # the same command again goes on with it
     assert not capsys.readouterr().out
-    monkeypatch.setattr(auto_plan, "best_plan", lambda config, measures: best)
+    monkeypatch.setattr(plan_module, "best_plan", lambda config, measures: best)
     for before in (config, RunConfig.model_validate({**TWO, "processes": 3, "rlhf": {"plan": kept}})):
         run.write_config(before, {})
         assert with_auto_plan(config, run, measures=False).rlhf.plan == planned.rlhf.plan  # of so many processes
@@ -300,8 +299,8 @@ def test_a_machine_without_rates_is_profiled_first(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
     measured = []
-    monkeypatch.setattr(auto_plan, "LARGE", 100)
-    monkeypatch.setattr("applications.auto_plan.measure_to", lambda files, ranks: measured.append(ranks) or PROFILE)
+    monkeypatch.setattr(plan_module, "LARGE", 100)
+    monkeypatch.setattr("applications.plan.measure_to", lambda files, ranks: measured.append(ranks) or PROFILE)
     assert with_auto_plan(RunConfig.model_validate(TWO), RunDirectory(tmp_path / "run"), measures=True).rlhf.plan
     assert measured == [2]
 
