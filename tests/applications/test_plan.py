@@ -260,9 +260,9 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
 def test_training_that_must_be_fused_is_planned_so(profiled):
     config = RunConfig.model_validate({**TWO, "rlhf": {"fusion": {"training": "fused"}}})
     best, *others = fastest(request_of(config, PROFILE.cluster), effort=0.05)
-    actor, critic = (best.found.plan[f"{role}_train"].layout for role in ("actor", "critic"))
+    actor, critic = (best.estimate.plan[f"{role}_train"].layout for role in ("actor", "critic"))
     assert best.runs and not others and actor.pipeline == critic.pipeline == 2 and actor.mesh == critic.mesh[::-1]
-    assert best.seconds == pytest.approx(best.found.iteration_seconds - best.training.serial + best.training.fused)
+    assert best.seconds == pytest.approx(best.estimate.iteration_seconds - best.training.serial + best.training.fused)
 
 
 @pytest.mark.parametrize(("multiplies", "precision"), [(True, "bf16"), (False, "fp32")])
