@@ -39,12 +39,12 @@ from inference.weights import quiet_transformers
 from training.config import Dtype
 from training.data.batching import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks
+from training.launchers import begin_script
 from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype
 from training.models.policy import Policy
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf.exactness import find_exactness
 from training.step3_rlhf.old_logprobs import expects_exactness
-from training.watchdog import begin_script
 
 DTYPES = ("auto", *TORCH_DTYPES)
 LONGEST = 1024

@@ -22,6 +22,7 @@ from rlhf_chat import HOME
 from training.changes import differences
 from training.config import RunConfig as Settings
 from training.config_files import validate_config
+from training.launchers import PARENT_VARIABLE
 from training.merging import merge
 from training.metrics import Journal, read_line
 from training.reward_sources import checked, way_to_call
@@ -29,7 +30,6 @@ from training.run_directory import RunDirectory, StepDirectory
 from training.steps import STEPS
 from training.termination import StageFailed
 from training.trust import require_reading
-from training.watchdog import PARENT_VARIABLE
 
 if TYPE_CHECKING:
     from pandas import DataFrame

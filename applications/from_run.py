@@ -11,12 +11,11 @@ from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from training.changes import differences
 from training.config import RunConfig
-from training.config_files import load_config, read_yaml
+from training.config_files import found_from_anywhere, load_config, read_yaml
 from training.data.sources import parse_source
 from training.lineage import newest_reward_model
 from training.merging import merge
 from training.opening import settings_of_new_run
-from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 from training.steps import REWARD, STEPS
 

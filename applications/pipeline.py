@@ -22,12 +22,12 @@ from training.config import RunConfig
 from training.data.rows import read_rows
 from training.formulas.tables import own_files
 from training.inputs import CODE, changed_inputs, code_files, local_model, models_of
+from training.launchers import outlive_terminal
 from training.metrics import WARNING, Display, duration, size
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.steps import METHODS, REWARD, Step
 from training.trust import of_training, record_file
-from training.watchdog import outlive_terminal
 
 
 def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:

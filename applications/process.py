@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -10,9 +11,9 @@ from applications.cli import app
 from inference.disk import file_sentence
 from inference.errors import UserError
 from inference.streams import guard_output, printable
+from training.launchers import PARENT_VARIABLE, begin_script
 from training.steps import STEPS
 from training.termination import EXIT_TERMINATED, StageFailed, Terminated
-from training.watchdog import PARENT_VARIABLE, begin_script
 
 EXIT_INTERRUPTED = 130
 
@@ -23,9 +24,7 @@ def main() -> None:
         begin_script()
     guard_output(ends=True)
     if "--version" in sys.argv[1:]:
-        from importlib.metadata import version
-
-        print(f"rlhf-chat {version('rlhf-chat')}")
+        print(f"rlhf-chat {version_with_commit()}")
         return
     before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
@@ -67,3 +66,13 @@ def raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
     """Once: what has begun to end is not told again."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated("Ended by SIGTERM.")
+
+
+def version_with_commit() -> str:
+    """The version, and where the code is a checkout its commit: `0.1.0+g0ac077a81234`, `.changed` if files differ."""
+    from importlib.metadata import version
+
+    from training.opening import checkout
+
+    commit, changed = checkout(Path(__file__).parents[1] / "training")
+    return version("rlhf-chat") + (f"+g{commit[:12]}" if commit else "") + (".changed" if changed else "")

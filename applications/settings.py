@@ -16,11 +16,10 @@ from rich.text import Text
 from inference.errors import UserError
 from inference.streams import PrintableConsole, redacted, show_json
 from training.config import RunConfig
-from training.config_files import load_config, nested, setting_keys
+from training.config_files import found_from_anywhere, load_config, nested, setting_keys
 from training.config_reference import REQUIRED, defaults, description, fields, show, type_text, unit, values_of
 from training.merging import KeyTwice, did_you_mean, likeness, merge, near_keys, what_is_wrong
 from training.opening import settings_of_new_run
-from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory
 
 PRESETS = Path(__file__).parent / "presets"

@@ -155,3 +155,12 @@ def test_wrong_imports_are_found():
 def test_columns_of_other_tools_are_left_out():
     page = ROOT / "docs" / "from_other_tools.md"
     assert "--enable_ema" in page.read_text(encoding="utf-8") and "--enable_ema" not in own_words(page)
+
+
+def test_the_code_in_the_page_on_an_iteration_is_the_code():
+    blocks = pages.blocks((ROOT / "docs" / "iteration.md").read_text(encoding="utf-8"), "python")
+    assert len(blocks) > 3
+    for block in blocks:
+        file, *lines = block.splitlines()
+        code = (ROOT / file.removeprefix("# ")).read_text(encoding="utf-8").splitlines()
+        assert set(lines) <= {line.strip() for line in code}

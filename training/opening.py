@@ -16,7 +16,7 @@ from inference.errors import UserError, typed
 from inference.streams import redacted, redacted_arguments
 from training.changes import Kind, differences, kind_of, make_way, may_have_length, plan_change, teaches
 from training.config import EMBEDDED_DATA, RunConfig
-from training.config_files import as_typed, load_config
+from training.config_files import as_typed, found_from_anywhere, load_config
 from training.data.find_files import find_files, find_set
 from training.data.reasoning import require_task
 from training.data.sources import parse_source
@@ -24,7 +24,6 @@ from training.inputs import CODE, code_of
 from training.lineage import inherit, sources_of, trace
 from training.merging import merge
 from training.metrics import read_line
-from training.paths import found_from_anywhere
 from training.run_directory import RunDirectory, processor, versions
 from training.steps import STEPS, Step, step_of
 from training.trust import inherited, made_here, of_models, of_reading, of_training, require_yes, shared

@@ -22,8 +22,7 @@ import yaml
 from inference.disk import hold_lock, is_held, settle, write_text
 from inference.errors import UserError, typed
 from training.config import RunConfig
-from training.config_files import read_yaml, validate_config
-from training.paths import found_from_anywhere
+from training.config_files import found_from_anywhere, read_yaml, validate_config
 from training.steps import COMPARED, Step
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from training.best import Best
+from training.checkpoints import Best
 from training.config import StepSettings
 from training.data.batching import MicroBatch, plan_micro_batches
 from training.data.epochs import Epochs, count_updates, updates_per_epoch

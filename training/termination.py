@@ -13,9 +13,8 @@ from pathlib import Path
 
 from inference.errors import UserError
 from inference.streams import redacted
-from training.launchers import started_by
+from training.launchers import PARENT_VARIABLE, started_by
 from training.run_directory import write_json
-from training.watchdog import PARENT_VARIABLE
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 GRACE_VARIABLE = "RLHF_CHAT_GRACE"

@@ -3,6 +3,7 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -100,10 +101,12 @@ def test_help_pages_cut_no_word_and_tell_every_default(words):
 
 
 def test_the_version_is_told_beside_every_command(monkeypatch, capsys):
-    for words in PAGES:
+    for words, checkout in zip(PAGES, cycle([("", False), ("0ac077a812345", False), ("0ac077a812345", True)])):
+        monkeypatch.setattr("training.opening.checkout", lambda directory, found=checkout: found)
         monkeypatch.setattr(sys, "argv", ["rlhf-chat", *words, "--version"])
         main()
-        assert capsys.readouterr().out == f"rlhf-chat {version('rlhf-chat')}\n"
+        commit = ("+g0ac077a81234" if checkout[0] else "") + (".changed" if checkout[1] else "")
+        assert capsys.readouterr().out == f"rlhf-chat {version('rlhf-chat')}{commit}\n"
 
 
 def test_options_go_by_their_old_names_for_a_while(tmp_path):

@@ -22,10 +22,10 @@ from applications.from_run import from_run
 from inference.errors import UserError
 from tests.warm import ROOT, Done, fork_all, fork_python
 from training.config_files import nested
+from training.launchers import PARENT_VARIABLE
 from training.reward_sources import RewardEndpoint, RewardFailed
 from training.run_directory import RunDirectory
 from training.termination import StageFailed
-from training.watchdog import PARENT_VARIABLE
 
 LITTLE = {"rlhf.advantage": "rloo", "rlhf.samples_per_prompt": 2, "sft.max_steps": 1, "evaluation.prompts": 0}
 

@@ -16,8 +16,7 @@ from inference.families import build_tiny_model
 from tests.supervised_steps import make_run, result_of, settings_of, stage_of
 from tests.training.step1_sft.test_sft import HELD_OUT, TRAIN, by_hand
 from training import supervised
-from training.best import Best
-from training.checkpoints import Checkpoints
+from training.checkpoints import Best, Checkpoints
 from training.config_files import load_config
 from training.distributed import Ranks
 from training.run_directory import RunDirectory

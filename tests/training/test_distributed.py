@@ -17,11 +17,10 @@ import torch.distributed as dist
 
 from inference.errors import UserError
 from tests.ranks import run_ranks
-from training import launchers, roll_call
+from training import distributed, launchers
 from training import stage_script as stage
-from training.distributed import PATIENCE, is_lost_peer
+from training.distributed import PATIENCE, RollCall, is_lost_peer, named
 from training.launchers import wait_until_seen
-from training.roll_call import RollCall, named
 from training.stage_script import end_in_sentences
 
 GIVEN = [[7, 8, 9], []]
@@ -82,7 +81,7 @@ def test_a_rank_that_gave_no_sign_of_life_ends_the_one_that_waits_for_it(monkeyp
     """With a clock that goes on when the thread that watches pauses."""
     clock, codes, shared = [0.0], [], dist.PrefixStore("roll call", store := dist.HashStore())
     watch = RollCall._watch
-    monkeypatch.setattr(roll_call, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(RollCall, "_watch", lambda calls: None)  # in a thread of its own
     calls = RollCall(0, 3, store, long=60, silence=1800)
     shared.add("met/2", 1)
@@ -94,11 +93,11 @@ def test_a_rank_that_gave_no_sign_of_life_ends_the_one_that_waits_for_it(monkeyp
         return bool(codes) or clock[0] > 9000
 
     monkeypatch.setattr(calls.over, "wait", pause)
-    monkeypatch.setattr(roll_call.os, "_exit", codes.append)
+    monkeypatch.setattr(distributed.os, "_exit", codes.append)
     with calls.meeting("generation"):
         calls.now.begun = 0.0
         watch(calls)
-    assert codes == [roll_call.EXIT_LOST] and 600 + 1800 < clock[0] < 600 + 1800 + 10
+    assert codes == [distributed.EXIT_LOST] and 600 + 1800 < clock[0] < 600 + 1800 + 10
     waits = [f"rank 0 has waited {seconds} s for rank 1 (generation)" for seconds in (60, 120, 240, 480, 960, 1920)]
     ends = "rank 0 ends: rank 1 gave no sign of life; the same command goes on"
     assert capsys.readouterr().err.splitlines() == [*waits, ends]

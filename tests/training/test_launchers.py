@@ -12,10 +12,9 @@ from training import launchers
 from training.checkpoints import Checkpoints
 from training.config_files import load_config
 from training.distributed import Ranks
-from training.launchers import OF_TORCH, adopt, processes_option, started_by
+from training.launchers import OF_TORCH, PARENT_VARIABLE, adopt, processes_option, started_by
 from training.opening import open_run
 from training.run_directory import RunDirectory
-from training.watchdog import PARENT_VARIABLE
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",

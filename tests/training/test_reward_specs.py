@@ -2,9 +2,8 @@
 
 import pytest
 
-from training.config_files import load_config
+from training.config_files import found_from_anywhere, load_config
 from training.inputs import paths_of
-from training.paths import found_from_anywhere
 from training.reward_specs import RewardSpec, kept_specs, names_of, specs_of
 
 

@@ -18,13 +18,13 @@ from training import stage_script as stage
 from training.config import DataSettings
 from training.config_files import load_config
 from training.distributed import Ranks, require_gpus, require_loopback, start_ranks
+from training.launchers import PARENT_VARIABLE
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.stage import Diverged, Stage
 from training.stage_script import end_in_sentences, given_settings
 from training.step3_rlhf.update import Updates
 from training.steps import PPO, SFT
-from training.watchdog import PARENT_VARIABLE
 
 
 def test_pairs_that_differ_only_beyond_the_longest_response_are_left_out_and_counted():

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import rlhf_chat
+from training.launchers import begin_script
 from training.termination import TERMINATION
-from training.watchdog import begin_script
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,8 +6,8 @@ python training/preparation/main.py runs/demo
 import sys
 
 import rlhf_chat
+from training.launchers import begin_script
 from training.termination import TERMINATION
-from training.watchdog import begin_script
 
 if __name__ == "__main__":
     rlhf_chat.refuse_other_copy(__file__)

@@ -11,8 +11,8 @@ label whose score is read at the end-of-turn token. The loss is that of Bradley 
 import sys
 
 import rlhf_chat
+from training.launchers import begin_script
 from training.termination import TERMINATION
-from training.watchdog import begin_script
 
 if __name__ == "__main__":
     rlhf_chat.refuse_other_copy(__file__)

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.generation.sample import SamplingKey
-from training.best import Best
 from training.calls import ACTOR_SCORE, ACTOR_TRAIN
+from training.checkpoints import Best
 from training.data.epochs import Epochs
 from training.evaluation.statistics import distinct_bigrams
 from training.fusion.board import Span

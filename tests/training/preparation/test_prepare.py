@@ -20,13 +20,13 @@ from training import stage_script as stage
 from training.config_files import load_config
 from training.data.rows import read_rows
 from training.distributed import Ranks
+from training.launchers import PARENT_VARIABLE
 from training.models.loading import load_scorer, require_same_format, save_model
 from training.preparation.prepare import prepare
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory
 from training.stage_script import RefusedOnFirst, decided_by_first
 from training.steps import REWARD, SFT
-from training.watchdog import PARENT_VARIABLE
 
 WITHOUT_MODEL = ("rlhf.reward_url=http://127.0.0.1:9", "rlhf.reward_weights.model=0")
 
