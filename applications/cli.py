@@ -265,8 +265,6 @@ def rlhf(
     step_command(PPO, run_directory, options)
 
 
-for function in (runs, compare, clean, chat, prefer):
-    command()(function)
-command("eval")(evaluate)
-for function in (samples, report, settings, export, serve, plan, profile, doctor):
-    command()(function)
+OTHERS = (runs, compare, clean, chat, prefer, evaluate, samples, report, settings, export, serve, plan, profile, doctor)
+for function in OTHERS:
+    command("eval" if function is evaluate else None)(function)
