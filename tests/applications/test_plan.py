@@ -228,7 +228,7 @@ def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path)
 def profiled(tmp_path, monkeypatch):
     """A cache in which this machine has been profiled with two ranks."""
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(plan_module, "LARGE", 100)  # a short search
+    monkeypatch.setattr(plan_module, "FULL_EFFORT_RANKS", 100)  # a short search
     file = profile_file(2)
     file.parent.mkdir(parents=True)
     file.write_text(PROFILE.to_yaml())
@@ -299,7 +299,7 @@ def test_a_machine_without_rates_is_profiled_first(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
     measured = []
-    monkeypatch.setattr(plan_module, "LARGE", 100)
+    monkeypatch.setattr(plan_module, "FULL_EFFORT_RANKS", 100)
     monkeypatch.setattr("applications.plan.measure_to", lambda files, ranks: measured.append(ranks) or PROFILE)
     assert with_auto_plan(RunConfig.model_validate(TWO), RunDirectory(tmp_path / "run"), measures=True).rlhf.plan
     assert measured == [2]
