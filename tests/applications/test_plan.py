@@ -244,7 +244,7 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     request = request_of(config, PROFILE.cluster)
     best = from_blocks(planned.rlhf.plan)
     chosen, as_set = (estimate(plan, request.graphs).iteration_seconds for plan in (best, request.as_set))
-    assert chosen <= as_set and not request.why_not_run(best)
+    assert chosen <= as_set and not request.outcome("", best).refused
     require_runnable(planned, 2, *(request.workload.models[role].shape for role in ("actor", "critic")), torch.float32)
     run.path.mkdir()
     kept = planned.rlhf.plan | {"critic_score": {**planned.rlhf.plan["critic_score"], "micro_batches": 2}}
