@@ -104,6 +104,10 @@ class Request:
     def runs(self, call: Call, assignment: Assignment) -> bool:
         return not cannot_run(call, assignment, self.workload, self.config.rlhf, self.cluster.size)
 
+    def why_not_run(self, plan: Plan) -> list[str]:
+        """What this runtime refuses of a plan that can be costed, a sentence each."""
+        return unrunnable(plan, self.graphs.graph, self.workload, self.config.rlhf, self.cluster.size)
+
     @property
     def as_set(self) -> Plan:
         """What the settings say. Raises UserError where they do not fit the ranks."""
@@ -125,7 +129,7 @@ class Request:
             Footprints(self.workload, graphs.graph).require_fit(plan, self.cluster)
         except UserError as error:
             why_not = str(error)
-        refused = tuple(unrunnable(plan, self.graphs.graph, self.workload, self.config.rlhf, self.cluster.size))
+        refused = tuple(self.why_not_run(plan))
         fuses = self.config.rlhf.fusion.training in ("auto", "fused")
         fused = fused_training(plan, graphs) if fuses else None
         return PlanOutcome(name, known, why_not, refused, fused)
