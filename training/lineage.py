@@ -119,12 +119,14 @@ def reward_model_before(config: RunConfig) -> str:
 class Source:
     """A model that another one began with, or was trained with."""
 
+    name: str
     path: str
     is_base: bool = False
     """Whether it is a pretrained model as far as anybody says, so that nobody asks what it was trained on."""
 
 
 def sources_of(config: RunConfig) -> Iterator[Source]:
+    """What the settings of a run name."""
     for path, is_base in (
         (config.sft_model, False),
         (config.trained_reward_model, False),
@@ -133,20 +135,21 @@ def sources_of(config: RunConfig) -> Iterator[Source]:
         (config.reward_model, True),
     ):
         if path:
-            yield Source(path, is_base)
+            yield Source(path, path, is_base)
 
 
 def before(origin: Origin) -> Iterator[Source]:
     """What a step began with, and whose judgement it followed."""
     config, step = origin.run.read_config(), origin.step
     for each in config.steps_before(step):
-        yield Source(config.given_model(each) or str(origin.run.step(each).model))
+        path = config.given_model(each) or str(origin.run.step(each).model)
+        yield Source(path, path)
     if step.compared_with and config.reference_model:
-        yield Source(config.reference_model, config.reference_model == config.model)
+        yield Source(config.reference_model, config.reference_model, config.reference_model == config.model)
     if step is SFT:
-        yield Source(config.model, is_base=True)
+        yield Source(config.model, config.model, is_base=True)
     elif step is REWARD and config.reward.initialize_from == "base":
-        yield Source(config.reward_model_source, is_base=True)
+        yield Source(config.reward_model_source, config.reward_model_source, is_base=True)
 
 
 def trace(sources: Iterable[Source]) -> tuple[list[Origin], list[str]]:
@@ -158,13 +161,13 @@ def trace(sources: Iterable[Source]) -> tuple[list[Origin], list[str]]:
         source = left.pop(0)
         origin = origin_of(source.path)
         if origin is None:
-            unknown |= {} if source.is_base else {source.path: None}
+            unknown |= {} if source.is_base else {source.name: None}
         elif (key := (origin.run.path, origin.step)) not in found:
             found[key] = origin
             try:
                 left += before(origin)
             except UserError:
-                unknown[source.path] = None
+                unknown[source.name] = None
     return list(found.values()), list(unknown)
 
 
