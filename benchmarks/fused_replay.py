@@ -5,20 +5,19 @@ from collections import Counter
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from training.planner.fusion.instance import BACKWARD, FORWARD, ROUNDING, Instance, Sizes
+from training.planner.fusion.instance import BACKWARD, FORWARD, ROUNDING, Instance
 from training.planner.fusion.schedule import ImpossibleSchedule, Operation, Order, Schedule
 
 
-def replay(instance: Instance, orders: Sequence[Order], sizes: Sizes | None = None) -> tuple[float, float]:
+def replay(instance: Instance, orders: Sequence[Order]) -> tuple[float, float]:
     """Makespan and peak memory of devices that work off their orders and tell each other when something has ended."""
-    sizes = sizes or instance.equal_sizes
     arrived: Counter[tuple[int, int, int]] = Counter()  # what a device may do, by (device, model, kind)
     done: Counter[tuple[int, int, int]] = Counter()
     for device, model in itertools.product(range(instance.devices), range(2)):
         if instance.before(model, device) is None:
-            arrived[device, model, FORWARD] = instance.micro_batches(model)
+            arrived[device, model, FORWARD] = instance.models[model].micro_batches
     waiting = [list(reversed(order)) for order in orders]
-    alive: list[tuple[list[float], list[float]]] = [([], []) for _ in orders]  # sizes
+    alive = [[0, 0] for _ in orders]
     running: list[tuple[float, int, int, int]] = []  # (end, device, model, kind)
     idle = set(range(instance.devices))
     now = peak = 0.0
@@ -27,18 +26,14 @@ def replay(instance: Instance, orders: Sequence[Order], sizes: Sizes | None = No
             if not waiting[device]:
                 continue
             model, kind = waiting[device][-1]
-            each = instance.models[model]
-            started = done[device, model, kind]  # first in, first out, and nothing of this kind is running here
-            steps_due = started // each.micro_batches * each.micro_batches if kind == FORWARD else 0
-            if started == arrived[device, model, kind] or done[device, model, each.kinds[-1]] < steps_due:
+            if done[device, model, kind] == arrived[device, model, kind]:  # nothing of this kind is running here
                 continue
             waiting[device].pop()
             idle.remove(device)
-            size = sizes[model][instance.copy(model, device)][started]
             if kind == FORWARD:
-                alive[device][model].append(size)
-                peak = max(peak, sum(sum(alive[device][each]) * instance.activation(each, device) for each in (0, 1)))
-            heappush(running, (now + size * instance.times(model, device)[kind], device, model, kind))
+                alive[device][model] += 1
+                peak = max(peak, sum(alive[device][each] * instance.activation(each, device) for each in (0, 1)))
+            heappush(running, (now + instance.times(model, device)[kind], device, model, kind))
         if not running:
             break
         now = running[0][0]
@@ -48,7 +43,7 @@ def replay(instance: Instance, orders: Sequence[Order], sizes: Sizes | None = No
             done[device, model, kind] += 1
             idle.add(device)
             if kind == each.kinds[-1]:
-                alive[device][model].pop(0)
+                alive[device][model] -= 1
             following = instance.after(model, device) if kind == FORWARD else instance.before(model, device)
             if kind == FORWARD and following is None:
                 arrived[device, model, BACKWARD] += 1
@@ -69,13 +64,13 @@ def check(schedule: Schedule) -> None:
     needed = {
         (device, model, kind, micro_batch)
         for device, (model, each) in itertools.product(range(instance.devices), enumerate(instance.models))
-        for kind, micro_batch in itertools.product(each.kinds, range(instance.micro_batches(model)))
+        for kind, micro_batch in itertools.product(each.kinds, range(each.micro_batches))
     }
     if known.keys() != needed or len(known) != len(schedule.operations):
         raise ImpossibleSchedule("an operation is missing, unknown or there twice")
     for operation in schedule.operations:
-        device, model, kind, micro_batch, start, end, size = operation
-        if abs(end - start - size * instance.times(model, device)[kind]) > rounding or start < -rounding:
+        device, model, kind, micro_batch, start, end = operation
+        if abs(end - start - instance.times(model, device)[kind]) > rounding or start < -rounding:
             raise ImpossibleSchedule(f"{operation} runs from {start:g} to {end:g}")
         for key in _predecessors(instance, device, model, kind, micro_batch):
             if known[key].end > start + rounding:
@@ -91,8 +86,7 @@ def check(schedule: Schedule) -> None:
 def _predecessors(
     instance: Instance, device: int, model: int, kind: int, micro_batch: int
 ) -> list[tuple[int, int, int, int]]:
-    """What must have ended before: in the micro-batch, of the micro-batch before it, of the mini-batch before it."""
-    each = instance.models[model]
+    """What must have ended before: in the micro-batch, and of the one before it."""
     found = [(device, model, kind, micro_batch - 1)] if micro_batch else []
     if kind != FORWARD:
         found.append((device, model, kind - 1, micro_batch))
@@ -101,6 +95,4 @@ def _predecessors(
         source = neighbour(model, device)
         if source is not None:
             found.append((source, model, kind, micro_batch))
-    if kind == FORWARD and micro_batch % each.micro_batches == 0 and micro_batch:
-        found.append((device, model, each.kinds[-1], micro_batch - 1))
     return found

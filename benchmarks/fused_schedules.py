@@ -7,8 +7,8 @@
 Model A runs device 0 -> N - 1, model B the other way, in copies where it has fewer stages; a backward takes twice its
 forward. Found schedules are checked by a second evaluator. Ends with 1 where a target is missed: serial 1F1B to the
 unit; the lower bound met within 20 s; peak memory at most 10 % above that of the published annealed schedule. An
-empty published cell is not compared. `--beyond` prints two more tables: schedules of several mini-batches
-without the barrier between them, and with backwards cut into input and weight gradients.
+empty published cell is not compared. `--beyond` prints one more table: schedules with backwards cut into input and
+weight gradients.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from training.planner.fusion.search import SECONDS, Outcome, find_schedule
 
 SECONDS_TARGET, MEMORY_TARGET = 20, 1.10
 BACKWARD_TO_FORWARD = 2
-MINI_BATCHES, SPLIT_SHARE = 3, 0.5
+SPLIT_SHARE = 0.5
 """Of `--beyond`."""
 COLOURS = {
     "A forward": "#2597cf",
@@ -166,26 +166,18 @@ def print_summary(results: list[Result]) -> list[str]:
     return missed
 
 
-def print_beyond(results: list[Result], mini_batches: int, share: float, seed: int, seconds: float) -> None:
-    """What more freedom brings. Both searches start from the fused schedule, so they are never worse."""
-    print(f"\n{mini_batches} mini-batches, without a barrier between them:")
-    print("  id  barrier     free    bound   memory     free")
-    for result in results:
-        barrier = result.outcome.schedule.repeated(mini_batches)
-        print_outcome(result, barrier, find_schedule(barrier.instance, seed, seconds=seconds, start=barrier))
+def print_split(results: list[Result], share: float, seed: int, seconds: float) -> None:
+    """What split backwards bring. The search starts from the fused schedule, so it is never worse."""
     print(f"\nbackwards split, {share:.0%} for the weight gradients:")
     print("  id    whole    split    bound   memory    split")
     for result in results:
         whole = result.outcome.schedule.split(share)
-        print_outcome(result, whole, find_schedule(whole.instance, seed, seconds=seconds, start=whole))
-
-
-def print_outcome(result: Result, start: Schedule, outcome: Outcome) -> None:
-    found = outcome.schedule
-    checked(found)
-    figures = (start.makespan, found.makespan, outcome.lower_bound, start.peak_memory, found.peak_memory)
-    cells = " ".join(f"{number(figure):>8}" for figure in figures)
-    print(f"{result.row.name:>4} {cells}  {'optimal' if outcome.is_optimal else ''}", flush=True)
+        outcome = find_schedule(whole.instance, seed, seconds=seconds, start=whole)
+        split = outcome.schedule
+        checked(split)
+        figures = (whole.makespan, split.makespan, outcome.lower_bound, whole.peak_memory, split.peak_memory)
+        cells = " ".join(f"{number(figure):>8}" for figure in figures)
+        print(f"{result.row.name:>4} {cells}  {'optimal' if outcome.is_optimal else ''}", flush=True)
 
 
 def picture(result: Result) -> str:
@@ -217,7 +209,7 @@ def interleaved_greedy(instance: Instance) -> Schedule:
     priority = []
     for slot in range(count):
         device, (model, kind) = slot // PER_DEVICE, divmod(slot % PER_DEVICE, PER_MODEL)
-        a, b = (instance.micro_batches(each) * sum(instance.times(each, device)) for each in range(2))
+        a, b = (each.micro_batches * sum(instance.times(place, device)) for place, each in enumerate(instance.models))
         priority.append([2.0 * (kind == FORWARD) + (model != (a < b))] * longest)
     rule = Rule(priority, [longest] * count, [[math.inf] * longest] * count)
     state = loop.run(rule)
@@ -232,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a search")
     parser.add_argument("--svg", type=Path, help="draw the first instance, serial and fused, into this file")
-    parser.add_argument("--beyond", action="store_true", help="also without barrier, and with split backwards")
+    parser.add_argument("--beyond", action="store_true", help="also with split backwards")
     options = parser.parse_args(arguments)
     rows = [row for row in read_rows(options.csv) if not options.only or row.name in options.only]
     if not rows:
@@ -246,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.svg:
         options.svg.write_text(picture(results[0]))
     if options.beyond:
-        print_beyond(results, MINI_BATCHES, SPLIT_SHARE, options.seed, options.seconds)
+        print_split(results, SPLIT_SHARE, options.seed, options.seconds)
     return 1 if missed else 0
 
 

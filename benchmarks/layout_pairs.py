@@ -63,7 +63,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
     from training.deepspeed_config import deepspeed_config
     from training.distributed import start_ranks, stop_ranks
-    from training.hybrid_engine.dividing import divide
+    from training.hybrid_engine.deepspeed_setup import divide
     from training.hybrid_engine.reallocation import Reallocation, here, tensor_parallel_of, weights_of
     from training.role_settings import OptimizerSettings
 

@@ -26,8 +26,8 @@ from applications.launch import run_on_ranks
 from applications.plan import searched
 from applications.plan_request import Request, request_of
 from benchmarks import our_ppo, work
-from benchmarks.calibration import fit
 from benchmarks.ppo_iteration import machine
+from benchmarks.realhf_table import fit
 from benchmarks.turns import wait_until_quiet
 from benchmarks.work import LENGTHS, PROMPT_TOKENS, SAMPLES, SIZES
 from training.config import RunConfig

@@ -14,14 +14,17 @@ import csv
 import random
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.calibration import fit
+import numpy as np
+from numpy.typing import NDArray
+
 from training.planner.cost import CallCosts
 from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration, Cluster
-from training.planner.options import EVERYTHING, PUBLISHED, Space
+from training.planner.options import EVERYTHING, Space
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.search import estimate, megatron_plan, search
 from training.planner.table import PlanTable
@@ -33,6 +36,8 @@ DEVICE, DEVICES_PER_NODE = "a100-80g", 8
 ROWS_TO_CALIBRATE, DRAWS = 6, 200
 EFFORT = 0.25
 """Of the search in the published space, which is small."""
+PUBLISHED = Space(smallest_mesh=4, free_micro_batches=False, free_zero_stage=False, most_ranks_of_a_stage=8)
+"""What ReaLHF's released search may choose."""
 MEAN_ERROR, LARGEST_ERROR, GAIN_FACTOR = 0.10, 0.25, 1.25
 SMALL_ACTORS = ("7B", "13B")
 
@@ -256,6 +261,47 @@ def report(predictions: list[Prediction]) -> list[str]:
         print(f"gain of {name}: {more:.2f} to {less:.2f}")
         checks[f"gain of {name}"] = more > less
     return [name for name, is_met in checks.items() if not is_met]
+
+
+Array = NDArray[np.float64]
+Predict = Callable[[Calibration], list[float]]
+"""Seconds of every measured run."""
+
+PRIOR = Calibration(compute_share=0.6, launch_seconds=4e-4, collective_seconds=1.33e-4, controller_seconds=1.0)
+"""What one would guess: matrix products at 60 % of the peak, twenty kernels a layer at 20 microseconds, two collectives
+over 8 ranks as long as the launches, and a second for a call."""
+PULL = 0.1
+"""A constant twice the prior's weighs as much as one run predicted 10 % off."""
+ROUNDS = 3
+STEP = 1e-3
+LEAST = 0.05
+"""Of a constant, in priors: none becomes negative."""
+
+
+def fit(predict: Predict, measured: list[float], prior: Calibration = PRIOR, pull: float = PULL) -> Calibration:
+    """The constants with which `predict` comes nearest to `measured` seconds. No constant of `prior` may be 0."""
+    seconds = np.array(measured)
+    factors = np.ones(4)
+    for _ in range(ROUNDS):
+        now = np.array(predict(scaled(factors, prior)))
+        slopes = [(np.array(predict(scaled(factors + STEP * one, prior))) - now) / STEP for one in np.eye(4)]
+        jacobian = np.stack(slopes, axis=1)
+        rows = np.concatenate([jacobian / seconds[:, None], pull * np.eye(4)])
+        wanted = np.concatenate([(seconds - now + jacobian @ factors) / seconds, pull * np.ones(4)])
+        factors = np.maximum(np.linalg.lstsq(rows, wanted, rcond=None)[0], LEAST)
+    return scaled(factors, prior)
+
+
+def scaled(factors: Array, prior: Calibration) -> Calibration:
+    """`prior` with its constants multiplied; the first factor divides the compute share."""
+    slowness, launch, collective, controller = map(float, factors)
+    return replace(
+        prior,
+        compute_share=prior.compute_share / slowness,
+        launch_seconds=prior.launch_seconds * launch,
+        collective_seconds=prior.collective_seconds * collective,
+        controller_seconds=prior.controller_seconds * controller,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from inference.errors import UserError
-from training.pipelines.cut import StageCut
+from training.hybrid_engine.layout import StageCut
 
 if TYPE_CHECKING:  # transformers takes a second to import
     from torch import Tensor

@@ -32,7 +32,7 @@ from training.metrics import Bar, Display
 from training.run_directory import write_tensors
 
 SMALL = 2_000_000
-"""Characters below which making the tokens takes two or three seconds (benchmarks/tokenising.py); they are not kept."""
+"""Characters below which making the tokens takes two or three seconds (docs/data.md); they are not kept."""
 
 CODE = (inference.chat_format, inference.chat_template)
 """What makes tokens."""

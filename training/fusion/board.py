@@ -61,7 +61,6 @@ class Board:
         return json.loads(self.store.get(key))
 
     def read_all(self, keys: Sequence[str]) -> list[Any]:
-        """The values under keys that are there, in one request."""
         return [json.loads(notice) for notice in self.store.multi_get(list(keys))]
 
     def count(self, key: str, more: int = 1) -> int:
@@ -245,8 +244,6 @@ class Span:
 
 
 class Timeline:
-    """The spans of one rank, in order."""
-
     def __init__(self) -> None:
         self.spans: list[Span] = []
 

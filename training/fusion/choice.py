@@ -105,7 +105,6 @@ class FusionChoice:
     """Whether this process has made a rollout: the first one runs cold code, and its seconds say nothing."""
 
     def next(self, number: int) -> Choice:
-        """For the rollout of iteration `number`."""
         if self.current is None or self._is_stale():
             self.current = self.choose(number)
         return self.current
@@ -116,7 +115,7 @@ class FusionChoice:
         return self.costs is not None and (was == 0 or abs(self.lengths.mean / was - 1) > DRIFT)
 
     def choose(self, number: int) -> Choice:
-        """Anew, from what is known now."""
+        """Decide again, from what is known now."""
         setting = self.setting
         if setting.mode == "none":
             return Choice(None, setting.off)
@@ -239,7 +238,6 @@ class FusionChoice:
         return predicted
 
     def note(self, shares: Sequence[Sequence[Job]], by_prompt: dict[int, list[int]]) -> None:
-        """Lengths after a rollout."""
         self.lengths.add(by_prompt)
         self.prompts = [job.prompt for jobs in shares for job in jobs]
 
@@ -264,7 +262,7 @@ class FusionChoice:
         return fused(shares, machine, self.current.policy, self.lengths.remaining).seconds
 
     def decided(self) -> dict[str, Any]:
-        """What ranks do not find by themselves."""
+        """Return what ranks do not find by themselves."""
         return {
             "costs": self.costs.as_dict() if self.costs else None,
             "current": asdict(self.current) if self.current is not None else None,
@@ -279,7 +277,6 @@ class FusionChoice:
             self.current = Choice(**{**current, "policy": policy})
 
     def as_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
         decided = {**self.decided(), "instances": self.setting.shape}
         return {"lengths": self.lengths.as_dict(), "prompts": self.prompts, **decided}
 

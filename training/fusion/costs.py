@@ -61,7 +61,7 @@ class Costs:
         return self.prefill[0] + self.prefill[1] * tokens
 
     def score_seconds(self, tokens: int) -> float:
-        """Of one micro-batch, all roles."""
+        """Seconds to score one micro-batch in all roles."""
         return self.score[0] + self.score[1] * tokens
 
     def work_seconds(self, work: StepWork) -> float:
@@ -70,7 +70,7 @@ class Costs:
         return work.steps * self.decode_seconds(round(work.rows / work.steps), work.context / work.steps)
 
     def move_seconds(self, tokens: int) -> float:
-        """Of the keys and values of so many tokens."""
+        """Seconds to move the keys and values of so many tokens."""
         return tokens * self.cache_bytes / self.bandwidth
 
     def moves_cache(self, tokens: int) -> bool:
@@ -78,7 +78,6 @@ class Costs:
         return self.cache_bytes > 0 and self.move_seconds(tokens) < self.prefill[1] * tokens
 
     def as_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
         return asdict(self)
 
     @classmethod
@@ -207,7 +206,6 @@ class LengthStatistics:
         return self._sums[longer] / longer - tokens
 
     def as_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
         return {"recent": self.recent, "by_prompt": sorted(self.by_prompt.items())}
 
     def restore(self, values: dict[str, Any]) -> None:

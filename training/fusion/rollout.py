@@ -31,8 +31,6 @@ MovesCache = Callable[[int], bool]
 
 @dataclass
 class Report:
-    """What one rank did."""
-
     measured: list[Measured] = field(default_factory=list)
     repackings: int = 0
     moved: int = 0
@@ -72,7 +70,7 @@ class FusedRollout(Generic[S]):
         self.scored: list[S] = []
 
     def run(self) -> list[S]:
-        """What this rank has scored."""
+        """Return what this rank has scored."""
         self._decode()
         self.is_open = True
         self._hand_out(all_of_it=True)

@@ -67,7 +67,6 @@ class Outcome:
 
     @property
     def idle(self) -> float:
-        """Rank-seconds without work."""
         return self.ranks * self.seconds - self.busy
 
 
@@ -100,7 +99,7 @@ class Instance:
 
     @property
     def course(self) -> "Instance":
-        """As it will be in the end, if no sample comes or goes."""
+        """The instance as it ends if no sample comes or goes."""
         if self._course is None:
             course = self.copy()
             course.advance()

@@ -37,7 +37,7 @@ class Fragment:
     """In it."""
 
     def share(self, rank: int, size: int) -> "Fragment":
-        """What one of `size` ranks that all have it writes."""
+        """What one of `size` ranks that all have the fragment writes."""
         first, end = self.count * rank // size, self.count * (rank + 1) // size
         return Fragment(self.name, self.whole, self.start + first, end - first, self.tensor, self.offset + first)
 
@@ -48,7 +48,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Run:
-    """Of the values of a parameter, in a file."""
+    """A run of the values of a parameter, in a file."""
 
     start: int
     stop: int
@@ -164,5 +164,4 @@ def _fill(file: IO[bytes], values: Tensor) -> None:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    """Of a tensor (n) on the CPU, in place."""
     return memoryview(cast(Any, values.view(torch.uint8).numpy()))

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
-from training.hybrid_engine.deepspeed_setup import deepspeed
-from training.hybrid_engine.dividing import divide
+from training.hybrid_engine.deepspeed_setup import deepspeed, divide
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.role_settings import FrozenSettings
 
 
 class WaitingWeights:
-    """Those of `module`, its buffers too."""
+    """Keeps the parameters and buffers of `module` on the host until they are needed."""
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.device = device
@@ -55,7 +54,6 @@ DIVIDED = FrozenSettings(zero_stage=3)
 
 
 def divide_to_score(model: nn.Module, dtype: torch.dtype, ranks: Ranks, settings: FrozenSettings = DIVIDED) -> None:
-    """By ZeRO 3, in place."""
     with ranks.as_world():
         divide(model, deepspeed_config(settings.as_optimizer, dtype, trained=False), dtype, ranks)
 
@@ -81,7 +79,6 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimiser step."""
         for average, part in zip(self.averages, self.engine.own_weights(), strict=True):
             average.lerp_(part.float(), 1 - self.decay)
 

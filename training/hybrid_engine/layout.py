@@ -5,7 +5,36 @@ from dataclasses import dataclass
 
 from inference.errors import UserError
 from training.launchers import processes_option
-from training.pipelines.cut import StageCut, even_runs
+
+
+@dataclass(frozen=True)
+class StageCut:
+    """One stage's share of a model whose layers are cut into runs: `layers[i]` of them on stage i, in order."""
+
+    stage: int
+    layers: tuple[int, ...]
+
+    @property
+    def is_first(self) -> bool:
+        """It reads tokens: it has the embeddings."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """It has the last norm and the head."""
+        return self.stage == len(self.layers) - 1
+
+    @property
+    def run(self) -> range:
+        """Numbers of its layers in the whole model."""
+        first = sum(self.layers[: self.stage])
+        return range(first, first + self.layers[self.stage])
+
+
+def even_runs(layers: int, stages: int) -> tuple[int, ...]:
+    """As many layers a stage as can be, the first ones one more: the last one has the head."""
+    least, more = divmod(layers, stages)
+    return tuple(least + (stage < more) for stage in range(stages))
 
 
 @dataclass(frozen=True)
@@ -58,11 +87,9 @@ class Layout:
 
     @property
     def is_whole(self) -> bool:
-        """Whether each rank holds all weights."""
         return self.tensor == self.pipeline == 1 and self.zero_stage < 3
 
     def runs(self, layers: int) -> tuple[int, ...]:
-        """The layers of each stage, of a model with so many."""
         return self.layers or even_runs(layers, self.pipeline)
 
     @property
@@ -71,7 +98,6 @@ class Layout:
         return () if self.layers == even_runs(sum(self.layers), self.pipeline) else self.layers
 
     def stage_cut(self, rank: int, layers: int) -> StageCut:
-        """The share of a model with so many layers that `rank` has."""
         return StageCut(self.pipeline_rank(rank), self.runs(layers))
 
     def tensor_rank(self, rank: int) -> int:
@@ -103,7 +129,6 @@ class Layout:
 
     @property
     def stage_meshes(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks of each stage."""
         stage = self.tensor * self.data
         return tuple(self.mesh[start : start + stage] for start in range(0, len(self.mesh), stage))
 

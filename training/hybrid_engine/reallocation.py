@@ -22,9 +22,8 @@ from inference.private_surfaces import is_divided, whole_shape
 from inference.tensor_parallel.group import TensorParallel, join_groups
 from inference.tensor_parallel.shard import Piece, cuts_of, empty_shard
 from training.distributed import Ranks, local_size
-from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.transfers import Box, Move, Part, Weight, stays, transfers
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import held_weights, keep_stage, stages_of
 from training.private_surfaces import forget_whole, own_part
 
@@ -240,8 +239,6 @@ class Round:
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank does for one layer."""
-
     copies: tuple[Move, ...]
     first: Round
     relayed: Round
@@ -262,7 +259,7 @@ class Step:
 
     @property
     def bytes(self) -> int:
-        """Of the buffer."""
+        """Bytes of the buffer that the step needs."""
         return max(self.first.bytes, self.relayed.bytes)
 
     def run(
@@ -307,7 +304,6 @@ def shape_of(box: Box) -> tuple[int, int]:
 
 
 def layers_of(model: nn.Module) -> int:
-    """Of a whole model of transformers."""
     return text_config(cast(PreTrainedModel, model).config).num_hidden_layers
 
 

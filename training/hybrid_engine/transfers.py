@@ -21,8 +21,6 @@ from training.hybrid_engine.layout import Layout
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of a whole model."""
-
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,7 +35,6 @@ class Weight:
         return None if layout.tensor == 1 else self.cuts[layout.tensor][layout.tensor_rank(rank)]
 
     def is_on(self, layout: Layout, rank: int) -> bool:
-        """Whether the stage of a rank has it."""
         return layout.pipeline == 1 or layout.pipeline_rank(rank) in self.stages[layout.pipeline, layout.uneven_layers]
 
     @property

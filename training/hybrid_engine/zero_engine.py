@@ -2,8 +2,8 @@
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -14,13 +14,13 @@ from inference.errors import UserError
 from inference.private_surfaces import whole_shape
 from training.deepspeed_config import deepspeed_config
 from training.distributed import Ranks
-from training.hybrid_engine.deepspeed_setup import deepspeed
-from training.hybrid_engine.dividing import divide
+from training.hybrid_engine.deepspeed_setup import deepspeed, divide, tensors_only
 from training.hybrid_engine.fragments import Fragment, Written, write_fragments
-from training.hybrid_engine.tensors_only import tensors_only
 from training.private_surfaces import (
+    has_overflow,
     is_on_disk,
     loss_scale,
+    overflow_replacements,
     own_run,
     own_weights,
     reduce_nothing,
@@ -279,7 +279,7 @@ class ZeroEngine:
 
 
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:
-    """Of all of them as one vector, in fp32."""
+    """Norm of all gradients as one vector, in fp32."""
     return torch.stack([gradient.float().norm() for gradient in gradients]).norm()
 
 
@@ -323,3 +323,35 @@ def learning_rate(settings: OptimizerSettings, update: int, total: int, peak: fl
     if settings.schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return peak * max(0.0, 1 - done)
+
+
+def step_together(engines: Sequence[ZeroEngine], ranks: Ranks) -> tuple[list[dict[str, float]], bool]:
+    """The steps of this rank's engines after their backward passes, and whether they were made. All ranks call it.
+
+    An engine whose own gradient is finite keeps its loss scale when it skips for another.
+    """
+    overflows = [overflows_now(engine) for engine in engines]
+    skipped = any(ranks.gather(any(overflows), "whether a gradient overflowed"))
+    results = []
+    for engine, own in zip(engines, overflows, strict=True):
+        with forced(engine.engine.optimizer, skipped, keeps_scale=skipped and not own):
+            results.append(engine.step())
+    return results, not skipped
+
+
+def overflows_now(engine: ZeroEngine) -> bool:
+    with engine.ranks.as_world():
+        return has_overflow(engine.engine.optimizer)
+
+
+@contextmanager
+def forced(optimizer: Any, overflow: bool, keeps_scale: bool) -> Iterator[None]:
+    """Inside, the optimiser finds `overflow` when it looks, and does not lower its loss scale if it `keeps_scale`."""
+    replaced = overflow_replacements(overflow, keeps_scale)
+    for name, function in replaced.items():
+        setattr(optimizer, name, function)  # in front of the class's method
+    try:
+        yield
+    finally:
+        for name in replaced:
+            delattr(optimizer, name)

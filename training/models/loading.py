@@ -28,8 +28,8 @@ from inference.families import require_supported_family, set_dropout
 from inference.model_files import require_usable
 from inference.weights import SCORER, WrongWeights, quiet_transformers, read_weights, rewrite_config, some, unloadable
 from training.config import Dtype
+from training.hybrid_engine.layout import StageCut
 from training.models.policy import add_lora, keep_layers
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import held_by, read_stage
 from training.private_surfaces import multiplies_bf16
 from training.role_settings import LoRASettings

@@ -13,8 +13,8 @@ from inference.families import is_router, takes_adapter, text_config
 from inference.generation.exactness import Exactness
 from inference.generation.sampler import log_sum
 from training.data.batching import TokenBatch
+from training.hybrid_engine.layout import StageCut
 from training.models.packing import call_on_tokens, use_packing
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import keep_stage, sends_on
 from training.role_settings import LoRASettings
 

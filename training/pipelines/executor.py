@@ -125,7 +125,7 @@ def execute(
 
 
 def _most_sends(orders: Orders, operations: int) -> int:
-    """Under way at one time from a rank with so many operations."""
+    """How many sends may be under way at one time from a rank with so many operations."""
     only = next(iter(orders.roles.values()))
     return only.stages + 1 if len(orders.roles) == 1 and only.kinds == (FORWARD,) else operations
 

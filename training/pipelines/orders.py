@@ -157,7 +157,6 @@ def timeline(orders: Orders, seconds: Callable[[int, Operation], float]) -> list
 
 
 def makespan(events: Iterable[Event]) -> float:
-    """Seconds from the first start to the last end."""
     starts, ends = zip(*((event.start, event.end) for event in events), strict=True)
     return max(ends) - min(starts)
 
@@ -203,7 +202,7 @@ def fused(roles: Mapping[str, Pipelines], schedule: Schedule) -> Orders:
     """
     lines, names = devices(roles), list(roles)
     for model, name in enumerate(names):
-        planned = schedule.instance.models[model].stages, schedule.instance.micro_batches(model)
+        planned = schedule.instance.models[model].stages, schedule.instance.models[model].micro_batches
         if planned != (roles[name].stages, roles[name].micro_batches):
             raise ImpossibleSchedule(
                 f"the schedule has {planned[0]} stages and {planned[1]} micro-batches of {name}, and the order needs "

@@ -14,11 +14,11 @@ from inference.errors import UserError
 from training.data.batching import TokenBatch
 from training.deepspeed_config import effective_zero_stage
 from training.distributed import Ranks
+from training.hybrid_engine.layout import StageCut
 from training.hybrid_engine.zero_engine import ZeroEngine, norm_of
 from training.merging import merge
 from training.models.packing import hidden_shape
 from training.models.policy import Policy, Scorer
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import tied_table
 from training.private_surfaces import reduced_gradients, summed_gradient
 from training.role_settings import OptimizerSettings
@@ -37,7 +37,6 @@ class Pass:
     """What the model takes after the batch."""
 
     def of_whole(self, model: Callable[..., Any]) -> Tensor:
-        """The loss by a model without stages."""
         batch = self.batch()
         return self.loss(model(batch, *self.more), batch)
 
@@ -130,7 +129,7 @@ class StageEngine(ZeroEngine):
         return norm
 
     def _send_gradient_of_copy(self) -> None:
-        """From the last stage to the first, which adds it to its own."""
+        """The last stage sends it to the first, which adds it to its own."""
         if self.copy is not None:
             assert self.copy_gradient is not None
             self.copy.requires_grad_(False)
@@ -143,7 +142,7 @@ class StageEngine(ZeroEngine):
             own += received.view_as(own)
 
     def _send_table(self) -> None:
-        """From the first stage to the last, whose copy it is."""
+        """The first stage sends it to the last, whose copy it is."""
         if self.table is not None:
             dist.send(self.table.data, group=self.pipeline.members, group_dst=self._last)
         if self.copy is not None:

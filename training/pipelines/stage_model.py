@@ -20,7 +20,7 @@ from inference.errors import UserError
 from inference.families import backbone_of, meta_model, text_config
 from inference.tensor_parallel.shard import base_of
 from inference.weights import read_weights
-from training.pipelines.cut import StageCut
+from training.hybrid_engine.layout import StageCut
 from training.pipelines.stage_trial import NoStages, Parts, hidden_of, parts_outside, watched, without_values
 
 

@@ -47,8 +47,6 @@ StageKind = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Taken:
-    """What operations of one kind took, summed."""
-
     seconds: float = 0.0
     tokens: int = 0
     count: int = 0
@@ -58,7 +56,7 @@ class Taken:
 
     @property
     def rate(self) -> float:
-        """Seconds a token."""
+        """Seconds of a token."""
         return self.seconds / self.tokens
 
     @property
@@ -114,11 +112,10 @@ class StagedRoles:
         self._said: set[str] = set()
 
     def __contains__(self, call: str) -> bool:
-        """Whether a call runs in stages."""
         return call in self.layouts
 
     def score(self, call: str, work: ScoringWork) -> None:
-        """Its forward passes, on a rank that takes part in the call."""
+        """Run the forward passes of a call, on a rank that takes part in it."""
         role, layout = role_of(call), self.layouts[call]
         roles = {role: Pipelines.of(layout, work.count, (FORWARD,))}
         execute(one_forward_one_backward(roles), self.ranks.rank, {role: work}, {role: self.links[role, layout]})

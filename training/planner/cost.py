@@ -45,14 +45,11 @@ class Group:
         return self.latency + sent / (self.bandwidth * share) if self.size > 1 else 0.0
 
     def send(self, size: float) -> float:
-        """Seconds to send `size` bytes to one neighbour."""
         return self.latency + size / self.bandwidth if self.size > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Links:
-    """The groups of a layout."""
-
     tensor: Group
     data: Group
     hop: Group
@@ -60,7 +57,6 @@ class Links:
 
 
 def links_of(layout: Layout, cluster: Cluster) -> Links:
-    """ZeRO has no part in it."""
     stage = layout.tensor * layout.data
     hops = list(zip(layout.mesh, layout.mesh[stage:], strict=False))
     return Links(
@@ -129,8 +125,6 @@ class CallCost:
 
 
 class CallCosts:
-    """Of one workload on one cluster."""
-
     def __init__(self, workload: Workload, cluster: Cluster):
         self.workload, self.cluster = workload, cluster
         self.calibration = cluster.calibration
@@ -328,7 +322,6 @@ class CallCosts:
         return size / self.calibration.copy_bandwidth
 
     def _rows(self, kind: str, assignment: Assignment) -> float:
-        """Rows of a micro-batch."""
         return self.workload.rows_together(kind, assignment)
 
     def _links_of(self, assignment: Assignment) -> Links:
@@ -339,7 +332,6 @@ class CallCosts:
 
 
 def _backward(model: Model, forward: CallCost) -> CallCost:
-    """Of one forward pass."""
     return CallCost(
         arithmetic=(BACKWARD_OF_ADAPTERS if model.lora.rank else BACKWARD) * forward.arithmetic,
         attention=BACKWARD * forward.attention,

@@ -29,8 +29,6 @@ SCORING_BYTES_PER_LOGIT = 6
 
 
 class Footprints:
-    """Of one workload's calls."""
-
     def __init__(self, workload: Workload, graph: DataflowGraph):
         self.workload, self.graph = workload, graph
 
@@ -41,7 +39,7 @@ class Footprints:
         return self.graph.training_call("actor" if is_actor else call.role)
 
     def has_own_weights(self, call: Call, plan: Plan) -> bool:
-        """Whether it needs others beside them."""
+        """Whether the call needs weights beside those of its lender."""
         if call.role == "reference":
             return not plan.actor_is_reference(self.workload.reference_is_actor)
         return self.lender(call) is None or plan.reallocates(self.graph, call)
@@ -67,7 +65,6 @@ class Footprints:
         return (*parts, *self._passes(call, model, assignment))
 
     def by_rank(self, plan: Plan) -> dict[int, StepMemory]:
-        """Every rank that takes part."""
         held: dict[int, list[Part]] = {}
         for call in self.graph.calls:
             parts = self.parts(call, plan[call.name], self.has_own_weights(call, plan))

@@ -93,5 +93,4 @@ class DataflowGraph:
 
 
 def before(edges: Iterable[Edge], name: str) -> list[Edge]:
-    """The edges that lead to `name`."""
     return [edge for edge in edges if edge.consumer == name]

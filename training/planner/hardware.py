@@ -113,7 +113,6 @@ class Calibration:
 
     @property
     def decode_launch_seconds(self) -> float:
-        """Of one layer in a decode step."""
         return self.decode_seconds or self.launch_seconds
 
     @property
@@ -143,14 +142,14 @@ class Cluster:
 
     @classmethod
     def named(cls, device: str, nodes: int, devices_per_node: int) -> "Cluster":
-        """Of a device in the list. Raises UserError for another name."""
+        """A cluster of devices in the list. Raises UserError for another name."""
         if device not in DEVICES:
             raise UserError(f"There is no description of the device '{device}'; choose one of {', '.join(DEVICES)}.")
         return cls(DEVICES[device], nodes, devices_per_node)
 
     @property
     def without_controller(self) -> "Cluster":
-        """Under a runtime in which no process serves all calls."""
+        """The cluster under a runtime in which no process serves all calls."""
         return replace(self, calibration=replace(self.calibration, controller_seconds=0.0))
 
     @property
@@ -161,12 +160,10 @@ class Cluster:
 
     @property
     def size(self) -> int:
-        """Ranks."""
         return self.nodes * self.devices_per_node
 
     @property
     def usable_memory(self) -> float:
-        """Bytes of one device that a plan may fill."""
         return self.device.memory * USABLE_MEMORY
 
     def node_of(self, rank: int) -> int:

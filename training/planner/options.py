@@ -7,6 +7,7 @@ seconds, so no best plan is lost.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 from inference.errors import UserError
 from training.calls import Call, role_of
@@ -43,8 +44,6 @@ class Space:
 
 
 EVERYTHING = Space()
-PUBLISHED = Space(smallest_mesh=4, free_micro_batches=False, free_zero_stage=False, most_ranks_of_a_stage=8)
-"""That of ReaLHF's released search (arXiv 2406.14088): compare its published times with this one."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,11 @@ class Option:
 
     @property
     def alone(self) -> int:
-        """Bytes, where no weights are shared."""
+        """Bytes of the option where no weights are shared."""
         return self.held + self.own_held + self.working + self.own_working
 
 
 class Options:
-    """Of all calls of a graph on one cluster."""
-
     def __init__(self, graphs: AugmentedGraphs, space: Space = EVERYTHING):
         self.graphs, self.space = graphs, space
         self.graph, self.costs = graphs.graph, graphs.costs
@@ -116,21 +113,18 @@ class Options:
                 continue
             for pipeline in _divisors(len(mesh) // tensor):
                 data = len(mesh) // tensor // pipeline
-                if pipeline > shape.layers or rows % data or not self._stage_allowed(call, data * tensor):
+                is_too_wide = call.kind == "train" and data * tensor > (self.space.most_ranks_of_a_stage or inf)
+                if pipeline > shape.layers or rows % data or is_too_wide:
                     continue
                 for zero_stage in self._zero_stages(call, data, pipeline):
                     layout = Layout(mesh, data, tensor, pipeline, zero_stage)
                     for micro_batches, limit in self._micro_batches(call, rows // data, pipeline):
                         yield Assignment(layout, micro_batches, micro_batch_limit=limit)
-                        if self._is_frozen(call) and self.cluster.device.has_own_memory:
+                        if self.graph.training_call(call.role) is None and self.cluster.device.has_own_memory:
                             yield Assignment(layout, micro_batches, offload=True)
 
     def _runs(self, call: Call, assignment: Assignment) -> bool:
         return self.space.runs is None or self.space.runs(call, assignment)
-
-    def _stage_allowed(self, call: Call, ranks: int) -> bool:
-        most = self.space.most_ranks_of_a_stage
-        return call.kind != "train" or most is None or ranks <= most
 
     def _zero_stages(self, call: Call, data: int, pipeline: int) -> tuple[int, ...]:
         is_free = self.space.free_zero_stage
@@ -171,9 +165,6 @@ class Options:
         on_device = [part for part in parts if part.place == "device"]
         held = sum(part.bytes for part in on_device if not part.phase)
         return held, sum(part.bytes for part in on_device) - held
-
-    def _is_frozen(self, call: Call) -> bool:
-        return self.graph.training_call(call.role) is None
 
 
 def meshes(cluster: Cluster, space: Space) -> Iterator[tuple[int, ...]]:
@@ -279,7 +270,7 @@ def _pipeline(call: Call, plan: Plan, graphs: AugmentedGraphs) -> Pipeline:
 
 
 def _room(calls: tuple[Call, Call], plan: Plan, graphs: AugmentedGraphs) -> float:
-    """Bytes for the activations of both on the fullest rank."""
+    """Bytes for the activations of both roles on the fullest rank."""
     names, cluster = [call.name for call in calls], graphs.costs.cluster
     used = [
         memory.held("device")

@@ -74,8 +74,6 @@ def measure(ranks: Ranks) -> MachineProfile:
 
 @dataclass(frozen=True)
 class OneToken:
-    """A micro-batch."""
-
     weight: float = 1.0
 
 
@@ -164,7 +162,7 @@ class Meter:
         return sent / self.seconds(lambda: dist.all_gather_into_tensor(whole, part), FEW)
 
     def scatter_bandwidth(self) -> float:
-        """The same in a reduce-scatter."""
+        """Bytes a second that a rank sends in a reduce-scatter of 128 MiB."""
         whole, part, sent = self._divided()
         return sent / self.seconds(lambda: dist.reduce_scatter_tensor(part, whole), FEW)
 
@@ -197,7 +195,7 @@ class Meter:
         return max(0.0, one_layer - (1 + BACKWARD) * launch) / 2
 
     def launch_seconds(self) -> float:
-        """To run one layer on one token, nearly without arithmetic."""
+        """Seconds to run one layer on one token, nearly without arithmetic."""
         few, more = (self.stack(layers, hidden=64) for layers in LAYERS)
         ids = torch.ones(1, 1, dtype=torch.long, device=self.device)
         return (self._forward(more, ids) - self._forward(few, ids)) / (LAYERS[1] - LAYERS[0])
@@ -256,21 +254,18 @@ def shard(model: nn.Module, part: TensorParallel) -> nn.Module:
 
 
 def device_memory(ranks: Ranks) -> float:
-    """Bytes of the GPU, or a rank's share of the main memory."""
     if ranks.device.type == "cuda":
         return float(torch.cuda.get_device_properties(ranks.device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.size
 
 
 def where(ranks: Ranks) -> dict[str, str]:
-    """Processor or GPU, threads and versions."""
     is_gpu = ranks.device.type == "cuda"
     name = torch.cuda.get_device_name(ranks.device) if is_gpu else f"{processor()[0]}, {os.cpu_count()} cores"
     return {"processor": name, "threads of a rank": str(torch.get_num_threads()), **versions()}
 
 
 def main() -> int:
-    """One rank."""
     begin_script()
     ranks = start_ranks()
     profile = measure(ranks)

@@ -199,14 +199,12 @@ class Node:
 
 
 class AugmentedGraphs:
-    """Of the plans for one dataflow graph."""
-
     def __init__(self, graph: DataflowGraph, costs: CallCosts):
         self.graph, self.costs = graph, costs
 
     @property
     def controller_seconds(self) -> float:
-        """Of an iteration, in which no device works."""
+        """Seconds of an iteration in which no device works."""
         return len(self.graph.calls) * self.costs.calibration.controller_seconds
 
     def nodes(self, plan: Plan) -> tuple[Node, ...]:

@@ -46,8 +46,6 @@ class Found:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the search is."""
-
     step: int
     steps: int
     best_seconds: float
@@ -162,8 +160,6 @@ class _Search:
 
 
 class Kept:
-    """The best plans met so far."""
-
     def __init__(self, table: PlanTable):
         self.table = table
         self.plans: list[tuple[float, float, NDArray[np.int64]]] = []
@@ -182,7 +178,6 @@ class Kept:
         self.plans = sorted(self.plans, key=lambda plan: plan[0])[:KEPT]
 
     def choices(self) -> Choices:
-        """(calls, kept plans)"""
         if not self.plans:
             return np.zeros((len(self.table.columns), 0), dtype=np.int64)
         return np.stack([choice for *_, choice in self.plans], axis=1)
@@ -264,8 +259,6 @@ def _with_largest_micro_batches(plan: Plan, graph: DataflowGraph, workload: Work
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one plan."""
-
     plan: Plan
     nodes: tuple[Node, ...]
     """Of the augmented graph; a call's carry their cost part by part."""
@@ -281,7 +274,6 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """On the fullest device."""
         return max(memory.peak("device") for memory in self.memory.values())
 
 

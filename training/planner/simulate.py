@@ -16,8 +16,6 @@ ITERATIONS = 5
 
 @dataclass(frozen=True)
 class Interval:
-    """When a node ran."""
-
     node: Node
     iteration: int
     start: float
@@ -39,7 +37,6 @@ class Schedule:
         return self.makespan / self.iterations
 
     def busy_seconds(self) -> dict[int, float]:
-        """By rank, over all iterations."""
         busy: dict[int, float] = {}
         for interval in self.intervals:
             for rank in interval.node.ranks:

@@ -71,8 +71,6 @@ class Use:
 
 
 class PlanTable:
-    """All plans that the options allow."""
-
     def __init__(self, graphs: AugmentedGraphs, space: Space = EVERYTHING):
         self.graph = graph = graphs.graph
         self.cluster, workload = graphs.costs.cluster, graphs.costs.workload
@@ -113,7 +111,6 @@ class PlanTable:
         return result
 
     def plan(self, choice: NDArray[np.int64]) -> Plan:
-        """Of one column of option numbers."""
         picked = zip(self.graph.calls, self.columns, choice, strict=True)
         return Plan({call.name: column.options[number].assignment for call, column, number in picked})
 

@@ -6,8 +6,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from training.hybrid_engine.layout import Layout
-from training.pipelines.cut import StageCut
+from training.hybrid_engine.layout import Layout, StageCut
 from training.plan import Assignment
 from training.role_settings import LoRASettings
 from training.shape import Shape
@@ -28,7 +27,6 @@ class Model:
 
     @cached_property
     def layer_weights(self) -> int:
-        """Weights of the matrices of one layer."""
         s = self.shape
         attention = 2 * s.hidden * s.head_dim * (s.heads + s.kv_heads)
         return attention + (3 if s.is_gated else 2) * s.hidden * s.ffn
@@ -58,7 +56,7 @@ class Model:
         return self.shape.activation_values(1, checkpointing=False) // self.shape.layers
 
     def stages(self, layout: Layout) -> "tuple[Model, ...]":
-        """What its pipeline stages hold."""
+        """The models that its pipeline stages hold."""
         if layout.pipeline == 1:
             return (self,)
         runs = layout.runs(self.shape.layers)
@@ -69,12 +67,10 @@ class Model:
         return self._stages[runs]
 
     def largest_stage(self, layout: Layout) -> "Model":
-        """The pipeline stage that has most weights."""
         return max(self.stages(layout), key=lambda stage: stage.parameters)
 
     @cached_property
     def _stages(self) -> "dict[tuple[int, ...], tuple[Model, ...]]":
-        """By layers."""
         return {}
 
 
@@ -128,22 +124,18 @@ class Workload:
 
     @property
     def length(self) -> int:
-        """Tokens of a sample."""
         return self.prompt_tokens + self.response_tokens
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample."""
         return self.prompt_tokens + self.longest_response
 
     @property
     def mini_batch_samples(self) -> int:
-        """Samples of one optimiser step."""
         return -(-self.samples // self.mini_batches)
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of one weight or activation."""
         return BYTES[self.precision]
 
     def rows(self, kind: str) -> int:
@@ -158,7 +150,6 @@ class Workload:
         return min(most, max(1, limit if kind == "generate" else limit // self.length))
 
     def micro_batches(self, kind: str, assignment: Assignment) -> int:
-        """Of a data rank."""
         if not assignment.micro_batch_limit:
             return assignment.micro_batches
         return -(-self.rows(kind) // (assignment.layout.data * self.rows_together(kind, assignment)))

@@ -10,7 +10,7 @@ from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.epochs import count_updates
 from training.data.token_cache import TokenRows, Tokens
 from training.evaluation.statistics import perplexity
-from training.hybrid_engine.dividing import loads
+from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy

@@ -12,7 +12,7 @@ from training.data.epochs import count_updates
 from training.data.token_cache import TokenPair, grouped, shares_of, tokens_of
 from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
 from training.formulas.own import loaded
-from training.hybrid_engine.dividing import loads
+from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from inference.chat_format import ChatFormat
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_cache import TokenPair, answers_of, grouped, tokens_of
-from training.hybrid_engine.dividing import loads
+from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.kept_weights import freeze
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.metrics import Display

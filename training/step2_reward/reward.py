@@ -15,7 +15,7 @@ from training.evaluation.candidates import Row
 from training.evaluation.comparison import Accuracy, accuracy_by_length, groups_of
 from training.evaluation.panel import panel_agreement, read_panel, rows_to_score, write_scores
 from training.formulas.reward_loss import preference_losses
-from training.hybrid_engine.dividing import loads
+from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
 from training.models.policy import Scorer, at_last_token

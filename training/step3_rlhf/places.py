@@ -8,8 +8,8 @@ from inference.tensor_parallel.group import TensorParallel
 from training.calls import role_of
 from training.data.batching import MicroBatch, deal_micro_batches, plan_micro_batches
 from training.distributed import Ranks
+from training.hybrid_engine.layout import StageCut
 from training.hybrid_engine.reallocation import tensor_parallel_of
-from training.pipelines.cut import StageCut
 from training.plan import Assignment, Plan
 
 

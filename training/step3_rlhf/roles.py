@@ -16,14 +16,13 @@ from inference.generation.cpu_weights import BlockedWeights
 from training.calls import ACTOR_GENERATE, CRITIC_SCORE, Call
 from training.config import RunConfig
 from training.data.batching import TokenBatch
-from training.hybrid_engine.dividing import loads
+from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.kept_weights import MovingAverage, WaitingWeights, divide_to_score, freeze, gathering
-from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.reallocation import Reallocation
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy, Scorer, at_last_token
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_engine import ScoringWork, StageEngine
 from training.pipelines.staged import StagedRoles
 from training.plan import Cut, Plan

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.data.batching import MicroBatch, TokenBatch
 from training.fusion.board import Timeline
-from training.hybrid_engine.overflow import step_together
+from training.hybrid_engine.zero_engine import step_together
 from training.pipelines.stage_engine import Pass, StageEngine
 from training.rlhf_settings import RLHFSettings
 from training.stage import Diverged, Stage

@@ -48,7 +48,7 @@ def pairs():
 def dividers(ranks):
     """By layout under ZeRO 3: divides an empty model in place over this rank's data group; all ranks call it."""
     from training.deepspeed_config import deepspeed_config
-    from training.hybrid_engine.dividing import divide
+    from training.hybrid_engine.deepspeed_setup import divide
     from training.role_settings import OptimizerSettings
 
     config = deepspeed_config(OptimizerSettings(zero_stage=3), torch.float32, trained=False)

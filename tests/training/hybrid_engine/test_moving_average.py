@@ -111,7 +111,7 @@ def average_everywhere(ranks, directory):
 def overflow_of_one(ranks, directory):
     """A real engine of ZeRO stage 2 that looks for overflows; the gradient of one of the two is infinite."""
     from inference.families import build_tiny_model
-    from training.hybrid_engine.overflow import step_together
+    from training.hybrid_engine.zero_engine import step_together
 
     model = directory / "tiny"
     build_tiny_model(model)
@@ -195,7 +195,7 @@ class FakeOptimizer:
 def test_fp16_roles_step_together_and_only_who_overflowed_lowers_its_scale(actor, critic):
     """With fake engines: fp16 does not run on a CPU."""
     from training.distributed import Ranks
-    from training.hybrid_engine.overflow import step_together
+    from training.hybrid_engine.zero_engine import step_together
 
     alone, optimizers = Ranks(0, 1, torch.device("cpu")), [FakeOptimizer(actor), FakeOptimizer(critic)]
     engines = [

@@ -9,7 +9,7 @@ from inference.errors import UserError
 from tests.ranks import run_ranks
 from training.checkpoints import Checkpoints
 from training.distributed import Ranks
-from training.hybrid_engine.tensors_only import tensors_only
+from training.hybrid_engine.deepspeed_setup import tensors_only
 
 CASES = {
     **{

@@ -220,7 +220,6 @@ def test_what_cannot_be_computed_is_refused(rows, why):
         (Instance(Pipeline(2, 1, 1, 2, 1), Pipeline(1, 1, 1, 2, 1)), "1 stages and 1 micro-batches of critic"),
         (Instance(Pipeline(2, 2, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)), "2 stages and 2 micro-batches of actor"),
         (Instance(Pipeline(4, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)), "4 stages and 1 micro-batches of actor"),
-        (Instance(Pipeline(2, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1), mini_batches=2), "2 micro-batches of actor"),
         (Instance(Pipeline(2, 1, 1, 2, 1), Pipeline(2, 1, 1, 2, 1)).split(), "weight of actor"),
     ],
 )

@@ -15,10 +15,9 @@ from tests.training.hybrid_engine.test_zero_engine import make_rows
 from training.data.batching import TokenBatch, plan_micro_batches
 from training.distributed import Ranks
 from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
-from training.hybrid_engine.layout import Layout
+from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.policy import Policy, Scorer
-from training.pipelines.cut import StageCut
 from training.pipelines.executor import connect, execute
 from training.pipelines.orders import Pipelines, fused, one_forward_one_backward, serial
 from training.pipelines.stage_engine import Pass, ScoringWork, StageEngine

@@ -14,9 +14,9 @@ from inference.errors import UserError
 from inference.families import VOCABULARY_SIZE, build_tiny_model
 from tests.families import build, narrow_config
 from tests.training.pipelines.test_stage_model import FAMILIES
+from training.hybrid_engine.layout import StageCut
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy, Scorer
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import held_weights, stages_of
 from training.role_settings import LoRASettings
 

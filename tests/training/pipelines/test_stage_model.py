@@ -14,9 +14,9 @@ from inference.generation.exactness import Exactness
 from inference.generation.prefixes import Prefixes
 from tests.families import narrow_config
 from training.data.batching import TokenBatch
+from training.hybrid_engine.layout import StageCut
 from training.models.packing import hidden_shape
 from training.models.policy import Policy, Scorer
-from training.pipelines.cut import StageCut
 from training.pipelines.stage_model import held_weights, keep_stage, require_stages, stages_of, tied_table
 from training.role_settings import LoRASettings
 

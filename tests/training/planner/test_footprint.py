@@ -6,8 +6,7 @@ import pytest
 
 from inference.errors import UserError
 from tests.training.planner.conftest import LARGE, SMALL, graphs_on, ppo_workload
-from training.hybrid_engine.layout import Layout
-from training.pipelines.cut import StageCut
+from training.hybrid_engine.layout import Layout, StageCut
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.hardware import GIB

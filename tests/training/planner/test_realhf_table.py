@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import realhf_table
-from benchmarks.calibration import PRIOR, fit
-from benchmarks.realhf_table import SHAPES, calibrate, calibration_experiment, read_rows
+from benchmarks.realhf_table import PRIOR, SHAPES, calibrate, calibration_experiment, fit, read_rows
 from training.planner.hardware import Calibration
 
 FILE = Path(__file__).parents[2] / "data" / "realhf_v1_iteration_times.csv"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from training.distributed import Ranks
-from training.pipelines.cut import StageCut
+from training.hybrid_engine.layout import StageCut
 from training.plan import from_yaml
 from training.step3_rlhf.places import CallPlaces
 

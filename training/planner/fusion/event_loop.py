@@ -37,18 +37,13 @@ class Rule:
 
 
 class State:
-    """A schedule in the making."""
-
-    __slots__ = ("alive", "events", "freed", "gate", "left", "log", "now", "queue", "running", "started")
+    __slots__ = ("alive", "events", "left", "log", "now", "queue", "running", "started")
 
     queue: list[int]
     """Operations that could start, by slot."""
     started: list[int]
     alive: list[int]
     """Micro-batches alive, by forward slot."""
-    freed: list[int]
-    gate: list[int]
-    """Forwards that may have started before the next optimiser step, by forward slot."""
     left: list[float]
     """Time that a device still needs, with the shortest tail behind it."""
     running: list[int]
@@ -62,8 +57,7 @@ class State:
     def copy(self) -> "State":
         other = State()
         other.queue, other.started, other.alive = self.queue[:], self.started[:], self.alive[:]
-        other.freed, other.gate, other.left = self.freed[:], self.gate[:], self.left[:]
-        other.running, other.events = self.running[:], self.events[:]
+        other.left, other.running, other.events = self.left[:], self.running[:], self.events[:]
         other.now, other.log = self.now, self.log
         return other
 
@@ -87,7 +81,6 @@ class EventLoop:
         self.slots: list[tuple[int, ...]] = [()] * instance.devices
         self.time: list[float] = [0.0] * count
         self.total = [0] * count
-        self.per_mini_batch = [0] * count
         self.activation = [0.0] * count
         self.rival = [0] * count  # the forward slot of the other model
         self.next = [-1] * count  # the slot of the same micro-batch's next operation
@@ -116,8 +109,8 @@ class EventLoop:
         for kind in each.kinds:
             self.slots[device] += (slot + kind,)
             self.time[slot + kind] = instance.times(model, device)[kind]
-            self.total[slot + kind] = instance.micro_batches(model)
-        self.per_mini_batch[slot], self.activation[slot] = each.micro_batches, instance.activation(model, device)
+            self.total[slot + kind] = each.micro_batches
+        self.activation[slot] = instance.activation(model, device)
         self.rival[slot] = slot + (PER_MODEL if model == 0 else -PER_MODEL)
         self.first[slot] = before is None
         self.next[slot] = slot + BACKWARD if behind is None else PER_DEVICE * behind + same
@@ -136,11 +129,9 @@ class EventLoop:
         return rows
 
     def fresh(self) -> State:
-        """Nothing has started."""
         state = State()
         state.queue = [total if first else 0 for total, first in zip(self.total, self.first, strict=True)]
-        state.started, state.alive, state.freed = ([0] * len(self.time) for _ in range(3))
-        state.gate = self.per_mini_batch[:]
+        state.started, state.alive = [0] * len(self.time), [0] * len(self.time)
         state.left = self.left[:]
         state.running, state.events = [-1] * len(self.slots), []
         state.now, state.log = 0, None
@@ -164,8 +155,8 @@ class EventLoop:
     def advance(self, state: State, rule: Rule, until: float = math.inf) -> bool:
         """Carry the state on through all events up to a time, in place; False where the rule stops the loop."""
         time, next_slot, aside, frees, over = self.time, self.next, self.aside, self.frees, self.over
-        activation, rival, per_mini_batch, slots = self.activation, self.rival, self.per_mini_batch, self.slots
-        queue, started, alive, freed, gate = state.queue, state.started, state.alive, state.freed, state.gate
+        activation, rival, slots = self.activation, self.rival, self.slots
+        queue, started, alive = state.queue, state.started, state.alive
         left, running, events, now = state.left, state.running, state.events, state.now
         priority, windows, latest, leeway, strict = rule.priority, rule.windows, rule.latest, rule.leeway, rule.strict
         rounding, inf = self.rounding, math.inf
@@ -199,7 +190,7 @@ class EventLoop:
                     if value >= best or now + time[slot] - rounding > (second if slot == hurried else soonest):
                         continue
                     if slot % PER_MODEL == FORWARD:
-                        if started[slot] >= gate[slot] or alive[slot] >= windows[slot]:
+                        if alive[slot] >= windows[slot]:
                             continue
                         other = rival[slot]
                         if (alive[slot] + 1) * activation[slot] + alive[other] * activation[other] > room:
@@ -229,12 +220,8 @@ class EventLoop:
                     touched.append(follower // PER_DEVICE)
                 if aside[slot] >= 0:
                     queue[aside[slot]] += 1
-                forward = frees[slot]
-                if forward >= 0:
-                    alive[forward] -= 1
-                    freed[forward] += 1
-                    if freed[forward] == gate[forward]:
-                        gate[forward] += per_mini_batch[forward]
+                if frees[slot] >= 0:
+                    alive[frees[slot]] -= 1
                 if not events or events[0][0] != now:
                     break
                 device = heappop(events)[1]

@@ -8,7 +8,7 @@ The problem: RLHFuse (arXiv 2409.13221, section 5).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heappop, heappush
@@ -19,8 +19,6 @@ FORWARD, BACKWARD, WEIGHT = 0, 1, 2
 KINDS = ("forward", "backward", "weight")
 """Names of the kinds of operation: `weight` is the weight-gradient part of a backward that is split in two."""
 MODELS = ("A", "B")
-Sizes = Sequence[Sequence[Sequence[float]]]
-"""Of micro-batches, by model, copy and micro-batch: the instance's times and memory are those of size 1."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Pipeline:
 
     stages: int
     micro_batches: int
-    """Of each copy, in one mini-batch."""
+    """Of each copy."""
     forward: PerStage
     """Time of a micro-batch's forward on one stage."""
     backward: PerStage
@@ -66,12 +64,10 @@ class Pipeline:
 
     @cached_property
     def times(self) -> list[tuple[float, ...]]:
-        """By stage, then by kind."""
         return list(zip(*map(self._by_stage, (self.forward, self.backward, self.weight)), strict=True))
 
     @cached_property
     def activations(self) -> tuple[float, ...]:
-        """By stage."""
         return self._by_stage(self.activation)
 
     def split(self, share: float = 0.5) -> "Pipeline":
@@ -86,22 +82,14 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Instance:
-    """Two pipelines, and what a schedule of them must keep to.
-
-    With several mini-batches there is no barrier between the models: a device begins with a model's next mini-batch as
-    soon as that model's optimiser step there is done, which is when its last backward there ends (the optimiser step
-    itself takes no time). For a barrier schedule one mini-batch and repeat it (`Schedule.repeated`).
-    """
+    """Two pipelines in one optimiser step, and what a schedule of them must keep to."""
 
     a: Pipeline
     b: Pipeline
-    mini_batches: int = 1
     memory_cap: float = math.inf
     """Most memory that the activations alive on a device may take."""
 
     def __post_init__(self) -> None:
-        if self.mini_batches < 1:
-            raise ValueError("mini_batches must be at least 1")
         needed = max(self.activation(0, device) + self.activation(1, device) for device in range(self.devices))
         if self.memory_cap < needed:
             raise ValueError("memory_cap must have room for one micro-batch of each model")
@@ -114,53 +102,25 @@ class Instance:
     def devices(self) -> int:
         return math.lcm(self.a.stages, self.b.stages)
 
-    def of_mini_batches(self, number: int) -> "Instance":
-        """The same with another number of mini-batches, without a barrier between them."""
-        return replace(self, mini_batches=number)
-
     def split(self, share: float = 0.5) -> "Instance":
         """The same with the weight-gradient part of all backwards, that share of them, as an operation of its own."""
         return replace(self, a=self.a.split(share), b=self.b.split(share))
 
-    def micro_batches(self, model: int) -> int:
-        """Of each copy, in all mini-batches."""
-        return self.mini_batches * self.models[model].micro_batches
-
     def stage(self, model: int, device: int) -> int:
         """Which of the model's stages the device holds."""
         stages = self.models[model].stages
-        place = device % stages
-        return place if model == 0 else stages - 1 - place
-
-    def copy(self, model: int, device: int) -> int:
-        """Which of the model's copies the device belongs to."""
-        return device // self.models[model].stages
+        stage = device % stages
+        return stage if model == 0 else stages - 1 - stage
 
     def times(self, model: int, device: int) -> tuple[float, ...]:
-        """By kind, on the stage that the device holds."""
         return self.models[model].times[self.stage(model, device)]
 
     def activation(self, model: int, device: int) -> float:
-        """Memory of a micro-batch on the stage that the device holds."""
         return self.models[model].activations[self.stage(model, device)]
 
     def time_before(self, model: int, device: int, kind: int) -> float:
         """Time of a micro-batch's operations of a kind on all stages before the device's."""
         return sum(times[kind] for times in self.models[model].times[: self.stage(model, device)])
-
-    @cached_property
-    def equal_sizes(self) -> Sizes:
-        """All micro-batches are of size 1."""
-        return [
-            [[1.0] * self.micro_batches(model)] * (self.devices // each.stages)
-            for model, each in enumerate(self.models)
-        ]
-
-    def check_sizes(self, sizes: Sizes) -> None:
-        """Raises ValueError unless every micro-batch has a size above 0."""
-        needed, given = ([list(map(len, model)) for model in each] for each in (self.equal_sizes, sizes))
-        if given != needed or min(size for model in sizes for copy in model for size in copy) <= 0:
-            raise ValueError("sizes need a number above 0 for each micro-batch of each copy of both models")
 
     def before(self, model: int, device: int) -> int | None:
         """The device with the stage before; None at the first stage."""
@@ -201,7 +161,7 @@ class Slack:
         return cls(instance, _heads(instance, cap, mirrored=False), {key: row[::-1] for key, row in tails.items()})
 
     def lower_bound(self) -> float:
-        """Of the makespan."""
+        """No schedule has a shorter makespan."""
         return max(_preemptive(self._operations(device)) for device in range(self.instance.devices))
 
     def memory_bound(self, makespan: float) -> float:
@@ -216,7 +176,6 @@ class Slack:
         }
 
     def _operations(self, device: int) -> Iterator[tuple[float, float, float]]:
-        """Head, time and tail."""
         for key, heads in self.heads.items():
             if key[0] == device:
                 time = self.instance.times(key[1], device)[key[2]]
@@ -241,9 +200,8 @@ class Slack:
 def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
     """Earliest starts. Mirrored: with time running backwards, so that chains start with what is last.
 
-    A model's operations of one kind on one device keep the order of the micro-batches, so of a mini-batch's operations
-    there, all of the kinds k.. of the micro-batches i..j start after kind k of micro-batch i can: they are a load that
-    delays the last kind of j.
+    A model's operations of one kind on one device keep the order of the micro-batches, so all of the kinds k.. of the
+    micro-batches i..j there start after kind k of micro-batch i can: they are a load that delays the last kind of j.
     """
     heads: Numbers = {}
     for model, each in enumerate(instance.models):
@@ -255,16 +213,14 @@ def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
         for device in downwards:
             activation = instance.activation(model, device)
             fits = cap / activation * (1 + ROUNDING) if activation else math.inf
-            windows[device] = max(1, int(min(fits, instance.micro_batches(model))))
-        over = dict.fromkeys(downwards, 0.0)  # the earliest end of the mini-batch before
-        for number in range(instance.micro_batches(model)):
-            if number % each.micro_batches == 0:
-                loads: dict[tuple[int, int, int], float] = {}
+            windows[device] = max(1, int(min(fits, each.micro_batches)))
+        loads: dict[tuple[int, int, int], float] = {}
+        for number in range(each.micro_batches):
             for place, kind in enumerate(kinds):
                 goes_down = (kind == FORWARD) != mirrored
                 for device in downwards if goes_down else downwards[::-1]:
                     mine, own, window = heads[device, model, kind], times[device], windows[device]
-                    head = mine[-1] + own[place] if number % each.micro_batches else over[device]
+                    head = mine[-1] + own[place] if mine else 0.0
                     source = instance.before(model, device) if goes_down else instance.after(model, device)
                     if source is not None and kind != WEIGHT:
                         head = max(head, heads[source, model, kind][number] + times[source][place])
@@ -275,13 +231,6 @@ def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
                         loads[device, first, place] = load + sum(own[first : place + 1])
                         head = max(head, load + sum(own[first:place]))
                     mine.append(head)
-            if (number + 1) % each.micro_batches == 0:
-                last = len(kinds) - 1
-                for device in downwards:
-                    over[device] = max(
-                        *(heads[device, model, kind][-1] + instance.times(model, device)[kind] for kind in kinds),
-                        *(loads[device, first, last] for first in range(last)),
-                    )
     return heads
 
 

@@ -1,13 +1,13 @@
 """A schedule: what each device does when, and how long and how much memory that takes."""
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS, MODELS, WEIGHT, Instance, Sizes
+from training.planner.fusion.instance import BACKWARD, FORWARD, KINDS, MODELS, WEIGHT, Instance
 
 
 class Operation(NamedTuple):
@@ -19,11 +19,9 @@ class Operation(NamedTuple):
     kind: int
     """FORWARD, BACKWARD or WEIGHT."""
     micro_batch: int
-    """From 0, in each copy of a model; counted on over the mini-batches."""
+    """From 0, in each copy of a model."""
     start: float
     end: float
-    size: float = 1
-    """Of the micro-batch, which time and memory are proportional to."""
 
     def __str__(self) -> str:
         return f"{KINDS[self.kind]} of {MODELS[self.model]} {self.micro_batch} on device {self.device}"
@@ -39,8 +37,6 @@ class ImpossibleSchedule(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """All operations of an instance with their times."""
-
     instance: Instance
     operations: tuple[Operation, ...]
 
@@ -50,7 +46,6 @@ class Schedule:
 
     @cached_property
     def by_device(self) -> list[list[Operation]]:
-        """Each device's operations in the order of their starts."""
         rows: list[list[Operation]] = [[] for _ in range(self.instance.devices)]
         for operation in sorted(self.operations, key=lambda operation: operation.start):
             rows[operation.device].append(operation)
@@ -70,22 +65,6 @@ class Schedule:
     def peak_memory(self) -> float:
         return max(self.device_memory)
 
-    def repeated(self, mini_batches: int) -> "Schedule":
-        """One mini-batch after the other, both models together: the schedule with a barrier."""
-        if self.instance.mini_batches != 1:
-            raise ValueError("only the schedule of one mini-batch can be repeated")
-        models = self.instance.models
-        operations = [
-            operation._replace(
-                micro_batch=operation.micro_batch + place * models[operation.model].micro_batches,
-                start=operation.start + place * self.makespan,
-                end=operation.end + place * self.makespan,
-            )
-            for place in range(mini_batches)
-            for operation in self.operations
-        ]
-        return Schedule(self.instance.of_mini_batches(mini_batches), tuple(operations))
-
     def split(self, share: float = 0.5) -> "Schedule":
         """The same with every backward cut in two, the weight-gradient part right behind the other."""
         instance = self.instance.split(share)
@@ -101,35 +80,28 @@ class Schedule:
 
     def _peak(self, device: int) -> float:
         instance = self.instance
-        changes = []  # (time, -1 or 1, model, size): what ends at a time is freed before what begins then is taken
+        changes = []  # (time, -1 or 1, model): what ends at a time is freed before what begins then is taken
         for operation in self.by_device[device]:
             if operation.kind == FORWARD:
-                changes.append((operation.start, 1, operation.model, operation.size))
+                changes.append((operation.start, 1, operation.model))
             elif operation.kind == instance.models[operation.model].kinds[-1]:
-                changes.append((operation.end, -1, operation.model, operation.size))
-        alive: tuple[deque[float], deque[float]] = (deque(), deque())  # sizes; a running sum would gather rounding
-        peak = 0.0
-        for _, change, model, size in sorted(changes):
-            if change > 0:
-                alive[model].append(size)
-            else:
-                alive[model].popleft()
-            peak = max(peak, sum(sum(each) * instance.activation(model, device) for model, each in enumerate(alive)))
+                changes.append((operation.end, -1, operation.model))
+        alive, peak = [0, 0], 0.0
+        for _, change, model in sorted(changes):
+            alive[model] += change
+            peak = max(peak, sum(number * instance.activation(model, device) for model, number in enumerate(alive)))
         return peak
 
 
-def timed(instance: Instance, orders: Sequence[Order], sizes: Sizes | None = None) -> Schedule:
+def timed(instance: Instance, orders: Sequence[Order]) -> Schedule:
     """Every operation as early as its device's order and its predecessors allow: the longest path to it.
 
-    Raises ImpossibleSchedule where the orders make a cycle or are not those of the instance. `sizes` tell micro-batches
-    apart that differ in length; without them all are of size 1.
+    Raises ImpossibleSchedule where the orders make a cycle or are not those of the instance.
     """
-    if sizes is not None:
-        instance.check_sizes(sizes)
     there = Counter((device, *operation) for device, order in enumerate(orders) for operation in order)
     needed = Counter(
         {
-            (device, model, kind): instance.micro_batches(model)
+            (device, model, kind): each.micro_batches
             for device, (model, each) in itertools.product(range(instance.devices), enumerate(instance.models))
             for kind in each.kinds
         }
@@ -139,7 +111,7 @@ def timed(instance: Instance, orders: Sequence[Order], sizes: Sizes | None = Non
             device, model, kind = key
             name = f"{KINDS[kind]}s of {MODELS[model]}"
             raise ImpossibleSchedule(f"device {device} has {there[key]} {name} and needs {needed[key]}")
-    operations, blocked = operations_of(instance, orders, sizes)
+    operations, blocked = operations_of(instance, orders)
     if blocked:
         device, (model, kind) = min(blocked.items())
         raise ImpossibleSchedule(
@@ -148,11 +120,8 @@ def timed(instance: Instance, orders: Sequence[Order], sizes: Sizes | None = Non
     return Schedule(instance, tuple(operations))
 
 
-def operations_of(
-    instance: Instance, orders: Sequence[Order], sizes: Sizes | None = None
-) -> tuple[list[Operation], dict[int, tuple[int, int]]]:
+def operations_of(instance: Instance, orders: Sequence[Order]) -> tuple[list[Operation], dict[int, tuple[int, int]]]:
     """The operations of orders that need not be complete, and where devices wait for ever, what they wait for."""
-    sizes = sizes or instance.equal_sizes
     ends: dict[tuple[int, int, int], list[float]] = {
         (device, model, kind): []
         for device, model, kind in itertools.product(range(instance.devices), range(2), range(3))
@@ -169,10 +138,9 @@ def operations_of(
                 if ready is None:
                     break
                 number = len(ends[device, model, kind])
-                size = sizes[model][instance.copy(model, device)][number]
                 start = max(free[device], ready)
-                free[device] = end = start + size * instance.times(model, device)[kind]
-                operations.append(Operation(device, model, kind, number, start, end, size))
+                free[device] = end = start + instance.times(model, device)[kind]
+                operations.append(Operation(device, model, kind, number, start, end))
                 ends[device, model, kind].append(end)
                 places[device] += 1
                 moved = True
@@ -184,10 +152,8 @@ def _ready(
     instance: Instance, ends: dict[tuple[int, int, int], list[float]], device: int, model: int, kind: int
 ) -> float | None:
     """When the predecessors on other devices, and in the micro-batch, have ended; None before that is known."""
-    number, each = len(ends[device, model, kind]), instance.models[model]
+    number = len(ends[device, model, kind])
     if kind == FORWARD:
-        if len(ends[device, model, each.kinds[-1]]) < number // each.micro_batches * each.micro_batches:
-            return None  # the optimiser step of the mini-batch before is still to come
         source = instance.before(model, device)
         found = None if source is None else ends[source, model, FORWARD]
     elif kind == BACKWARD:
@@ -210,12 +176,11 @@ def one_forward_one_backward(instance: Instance, model: int, device: int) -> Ord
 
 
 def serial_1f1b(instance: Instance) -> Schedule:
-    """Model A under 1F1B, then model B, with a barrier between them and between mini-batches."""
-    one = instance.of_mini_batches(1)
+    """Model A under 1F1B, then model B, with a barrier between them."""
     operations, before = [], 0.0
     for model in range(2):
-        orders = [one_forward_one_backward(one, model, device) for device in range(one.devices)]
-        found, _ = operations_of(one, orders)
+        orders = [one_forward_one_backward(instance, model, device) for device in range(instance.devices)]
+        found, _ = operations_of(instance, orders)
         operations += [each._replace(start=each.start + before, end=each.end + before) for each in found]
         before = max(each.end for each in operations)
-    return Schedule(one, tuple(operations)).repeated(instance.mini_batches)
+    return Schedule(instance, tuple(operations))

@@ -69,7 +69,6 @@ class ListScheduler:
 
     @property
     def dispatched(self) -> int:
-        """Effort so far."""
         return sum(direction.loop.dispatched for direction in self.directions)
 
     def draw(self, direction: int) -> tuple[list[list[float]], list[int]]:
@@ -124,7 +123,7 @@ class ListScheduler:
         return None if state is None else self.found(direction, state)
 
     def found(self, direction: int, state: State) -> Found:
-        """What a state that is done amounts to."""
+        """The schedule of a state that is done."""
         loop = self.directions[direction].loop
         starts: list[list[float]] = [[] for _ in range(self.count)]
         alive, most, peak = [0] * self.count, [0] * self.count, 0.0
@@ -149,7 +148,7 @@ class ListScheduler:
         return rows
 
     def read(self, schedule: Schedule) -> Found:
-        """A schedule from elsewhere as a place to start from."""
+        """Take a schedule from elsewhere as a start."""
         starts: list[list[float]] = [[] for _ in range(self.count)]
         for each in sorted(schedule.operations, key=lambda each: each.micro_batch):
             starts[PER_DEVICE * each.device + PER_MODEL * each.model + each.kind].append(each.start)
@@ -160,7 +159,6 @@ class ListScheduler:
 
 
 def mirrored(instance: Instance) -> Instance:
-    """The same with time running backwards."""
     a, b = (replace(each, forward=each.backward, backward=each.forward) for each in instance.models)
     return replace(instance, a=a, b=b)
 

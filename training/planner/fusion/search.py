@@ -40,8 +40,6 @@ STEPS = (0, 0, 0.25, 0.5, 1, 2, 5)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found."""
-
     schedule: Schedule
     lower_bound: float
     """No schedule is shorter."""
@@ -117,7 +115,6 @@ class _Search:
         return used_up or self._is_best_possible()
 
     def take(self, found: Found) -> None:
-        """Keep it if it is the best."""
         if found.makespan < self.best.makespan:
             self.shortest_at = self._elapsed()
         self.best = min(self.best, found, key=lambda each: each.score)

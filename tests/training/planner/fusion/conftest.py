@@ -5,19 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance, Pipeline, Sizes
+from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance, Pipeline
 from training.planner.fusion.schedule import Order
 
 INSTANCES = {
     "equal": Instance(Pipeline(3, 4, 2, 4, 1.5), Pipeline(3, 4, 1, 2, 1)),
     "copies": Instance(Pipeline(4, 4, 3, 6, 1.5), Pipeline(2, 2, 2, 4, 2)),
     "no whole multiple": Instance(Pipeline(3, 2, 1, 1.5, 1), Pipeline(2, 3, 0.7, 1.4, 0.3)),
-    "mini-batches": Instance(Pipeline(3, 3, 2, 4, 1), Pipeline(3, 2, 3, 5, 1), mini_batches=3),
     "split": Instance(Pipeline(3, 4, 2, 4, 1.5), Pipeline(3, 3, 1, 2, 1)).split(0.5),
-    "one split": Instance(Pipeline(4, 3, 2, 4, 1.5).split(0.4), Pipeline(2, 3, 1, 2, 1), mini_batches=2),
+    "one split": Instance(Pipeline(4, 3, 2, 4, 1.5).split(0.4), Pipeline(2, 3, 1, 2, 1)),
     "unequal": Instance(Pipeline(3, 4, (1, 2, 3), (2, 5, 4), (1, 2, 0.5)), Pipeline(3, 3, 2, (3, 6, 4), (2, 0, 1))),
     "unequal copies": Instance(
-        Pipeline(4, 3, (3, 1, 2, 5), (6, 2, 3, 4), (1, 0.5, 2, 1)), Pipeline(2, 2, (2, 3), (4, 7), 1.5), mini_batches=2
+        Pipeline(4, 3, (3, 1, 2, 5), (6, 2, 3, 4), (1, 0.5, 2, 1)), Pipeline(2, 2, (2, 3), (4, 7), 1.5)
     ),
     "unequal split": Instance(
         Pipeline(3, 4, (1, 2, 3), (2, 4, 3), 1, (0.5, 2, 1)), Pipeline(3, 3, (3, 1, 1), (4, 2, 2), 1).split(0.25)
@@ -46,13 +45,8 @@ def random_orders(instance: Instance, rng: random.Random) -> list[Order]:
                         BACKWARD: (device, model, FORWARD) if after is None else (after, model, BACKWARD),
                         WEIGHT: (device, model, BACKWARD),
                     }[kind]
-                    last = done.get((device, model, each.kinds[-1]), 0)
-                    steps_done = last // each.micro_batches * each.micro_batches
-                    if number == instance.micro_batches(model) or (needs and done.get(needs, 0) <= number):
-                        continue
-                    if kind == FORWARD and number >= steps_done + each.micro_batches:
-                        continue
-                    can.append((device, model, kind))
+                    if number < each.micro_batches and (needs is None or done.get(needs, 0) > number):
+                        can.append((device, model, kind))
         if not can:
             return orders
         device, model, kind = chosen = rng.choice(can)
@@ -78,10 +72,6 @@ def interleavings(counts: list[list[int]]) -> list[list[tuple[int, int]]]:
 def all_orders(instance: Instance) -> list[list[tuple[int, int]]]:
     """Of one device; each device has the same ones."""
     return interleavings([[each.micro_batches] * 2 for each in instance.models])
-
-
-def random_sizes(instance: Instance, rng: random.Random) -> Sizes:
-    return [[[rng.choice((0.5, 1, 2, 3)) for _ in copy] for copy in model] for model in instance.equal_sizes]
 
 
 def with_cap(instance: Instance, cap: float) -> Instance:

@@ -71,7 +71,6 @@ def test_a_model_alone_is_bound_by_1f1b():
     """When the other model is nothing to speak of."""
     instance = Instance(Pipeline(4, 6, 2, 4, 1), Pipeline(4, 1, 1e-3, 1e-3, 1))
     assert Slack.of(instance).lower_bound() == pytest.approx(9 * 6, rel=1e-3)
-    assert Slack.of(instance.of_mini_batches(3)).lower_bound() == pytest.approx(3 * 9 * 6, rel=1e-3)
 
 
 def test_a_memory_cap_raises_the_bound():

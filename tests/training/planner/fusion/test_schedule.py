@@ -11,7 +11,7 @@ from benchmarks.fused_schedules import interleaved_greedy
 from training.planner.fusion.instance import BACKWARD, FORWARD, WEIGHT, Instance, Pipeline
 from training.planner.fusion.schedule import ImpossibleSchedule, Schedule, serial_1f1b, timed
 
-from .conftest import INSTANCES, random_orders, random_sizes, with_cap
+from .conftest import random_orders, with_cap
 
 A_FORWARD, A_BACKWARD, B_FORWARD, B_BACKWARD = (0, FORWARD), (0, BACKWARD), (1, FORWARD), (1, BACKWARD)
 ONE_DEVICE = Instance(Pipeline(1, 2, 1, 2, 3), Pipeline(1, 1, 1, 2, 5))
@@ -26,41 +26,6 @@ def test_two_evaluators_agree_on_random_schedules(instance, seed):
     check(schedule)
     assert replay(instance, orders) == (schedule.makespan, schedule.peak_memory)
     assert timed(instance, schedule.orders) == schedule
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_two_evaluators_agree_on_micro_batches_of_any_size(instance, seed):
-    rng = random.Random(seed)
-    orders, sizes = random_orders(instance, rng), random_sizes(instance, rng)
-    schedule = timed(instance, orders, sizes)
-    check(schedule)
-    assert replay(instance, orders, sizes) == (schedule.makespan, schedule.peak_memory)
-    doubled = timed(instance, orders, [[[2 * size for size in copy] for copy in model] for model in sizes])
-    assert (doubled.makespan, doubled.peak_memory) == (2 * schedule.makespan, 2 * schedule.peak_memory)
-
-
-def test_a_schedule_of_sizes_by_hand():
-    """A in two copies, B in stages of 1 and 2, the first on device 1. Device 1: B's micro-batches of sizes 2 and 1,
-    forward 0-2 and 2-3, then A's second copy, of size 3, 3-6 and 6-9. Device 0: A's first copy, of size 1, 0-1 and
-    1-2, B 2-6 and 6-8, backward 8-16 and 16-20. Device 1 again: 16-20 and 20-22."""
-    instance = Instance(Pipeline(1, 1, 1, 1, 4), Pipeline(2, 2, (1, 2), (2, 4), (1, 5)))
-    orders = [
-        [A_FORWARD, A_BACKWARD, B_FORWARD, B_FORWARD, B_BACKWARD, B_BACKWARD],
-        [B_FORWARD, B_FORWARD, A_FORWARD, A_BACKWARD, B_BACKWARD, B_BACKWARD],
-    ]
-    schedule = timed(instance, orders, [[[1], [3]], [[2, 1]]])
-    assert [[(each.start, each.end) for each in row] for row in schedule.by_device] == [
-        [(0, 1), (1, 2), (2, 6), (6, 8), (8, 16), (16, 20)],
-        [(0, 2), (2, 3), (3, 6), (6, 9), (16, 20), (20, 22)],
-    ]
-    assert schedule.device_memory == [3 * 5, 3 * 1 + 3 * 4]
-    assert schedule.split(0.5).makespan == 22
-
-
-@pytest.mark.parametrize("sizes", [[[[1]], [[1]]], [[[1, 1]], [[1, 1]]], [[[1, 0]], [[1]]], [[[1, 1]]]])
-def test_sizes_that_do_not_fit_are_refused(sizes):
-    with pytest.raises(ValueError, match="a number above 0 for each micro-batch of each copy"):
-        timed(ONE_DEVICE, [[]], sizes)
 
 
 @pytest.mark.parametrize(
@@ -86,13 +51,6 @@ def test_1f1b_has_its_closed_forms(stages, micro_batches):
     assert schedule.makespan == alone + (3 + stages - 1) * 4
     assert schedule.device_memory == [2 * min(micro_batches, stages - stage) for stage in range(stages)]
     assert min(each.start for each in schedule.operations if each.model == 1) == alone, "a barrier between the models"
-
-
-def test_mini_batches_follow_one_another_under_the_barrier():
-    instance = INSTANCES["mini-batches"]
-    serial = serial_1f1b(instance)
-    check(serial)
-    assert serial.makespan == 3 * ((3 + 2) * 6 + (2 + 2) * 8)
 
 
 def test_a_schedule_by_hand():
@@ -135,16 +93,6 @@ def test_whole_backwards_cut_in_two_take_the_same_time_and_memory(instance):
     check(cut)
     assert cut.instance == instance.split(0.3)
     assert (cut.makespan, cut.peak_memory) == (schedule.makespan, schedule.peak_memory)
-
-
-def test_the_next_mini_batch_waits_for_the_optimiser_step():
-    """With one device a forward of the second mini-batch cannot pass a backward of the first."""
-    instance = replace(ONE_DEVICE, mini_batches=2)
-    early = [A_FORWARD, A_FORWARD, A_BACKWARD, A_FORWARD, A_BACKWARD, A_FORWARD, A_BACKWARD, A_BACKWARD]
-    orders = [[*early, *[B_FORWARD, B_BACKWARD] * 2]]
-    for evaluate in (timed, replay):
-        with pytest.raises(ImpossibleSchedule, match="wait for each other"):
-            evaluate(instance, orders)
 
 
 def test_a_cycle_is_refused():

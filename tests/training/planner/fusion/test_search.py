@@ -130,20 +130,6 @@ def test_split_backwards_fill_what_whole_ones_cannot():
     assert find_schedule(instance.split(0.5), effort=QUICK).schedule.makespan == pytest.approx(7, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["equal", "copies"])
-def test_without_the_barrier_mini_batches_are_never_slower(name):
-    one = find_schedule(INSTANCES[name], effort=QUICK)
-    barrier = one.schedule.repeated(3)
-    check(barrier)
-    free = find_schedule(barrier.instance, effort=2 * QUICK, start=barrier)
-    check(free.schedule)
-    assert barrier.makespan == pytest.approx(3 * one.schedule.makespan)
-    assert free.lower_bound <= free.schedule.makespan <= barrier.makespan
-    if name == "equal":  # else A alone takes as long as the schedule
-        assert free.lower_bound < 3 * one.lower_bound, "another mini-batch fills what the barrier leaves idle"
-        assert free.schedule.makespan < barrier.makespan
-
-
 def test_a_start_that_is_better_is_kept():
     good = find_schedule(SMALL, effort=QUICK)
     again = find_schedule(SMALL, seed=1, effort=1, start=good.schedule)
