@@ -87,10 +87,13 @@ def validate_config(values: dict[str, Any]) -> RunConfig:
         raise refusal(error, RunConfig) from None
 
 
+UNION_KINDS = ("str", "list[str]", "constrained-int")
+
+
 def refusal(error: ValidationError, model: type[BaseModel]) -> UserError:
     """The first thing wrong with values for `model`, as one sentence."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))  # kinds of a union
+    key = ".".join(str(part) for part in first["loc"] if part not in UNION_KINDS)
     if first["type"] in ("extra_forbidden", "no_such_attribute"):
         value = first["input"]
         while isinstance(value, dict) and len(value) == 1:

@@ -4,7 +4,7 @@ python -m training.config_reference > docs/configuration.md
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
@@ -176,13 +176,16 @@ def description(info: FieldInfo) -> str:
 
 def type_text(info: FieldInfo) -> str:
     """`whole number, at least 1`."""
-    bounds = []
-    for kind, (attribute, words) in BOUNDS.items():
-        bounds += [words.format(getattr(m, attribute)) for m in info.metadata if isinstance(m, kind)]
     checks = [getattr(each.func, "__self__", None) for each in info.metadata if isinstance(each, AfterValidator)]
     tables = [check for check in checks if isinstance(check, Table)]
     kinds = [f"one of {', '.join(map(show, each.entries))}, or `path/to/file.py:name`" for each in tables]
-    return ", ".join([*(kinds or [annotation_text(info.annotation)]), *bounds])
+    return ", ".join([*(kinds or [annotation_text(info.annotation)]), *bounds(info.metadata)])
+
+
+def bounds(metadata: Iterable[Any]) -> list[str]:
+    """`at least 1`."""
+    found = [(BOUNDS[type(each)], each) for each in metadata if type(each) in BOUNDS]
+    return [words.format(getattr(each, attribute)) for (attribute, words), each in found]
 
 
 def annotation_text(annotation: Any) -> str:
@@ -190,7 +193,9 @@ def annotation_text(annotation: Any) -> str:
         return NAMES[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return annotation_text(arguments[0])
+        return ", ".join([annotation_text(arguments[0]), *bounds(arguments[1:])])
+    if origin is Literal and len(arguments) == 1:
+        return show(arguments[0])
     if origin is Literal:
         return "one of " + ", ".join(show(value) for value in arguments)
     if origin is tuple:
