@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from inference.families import text_config
 from inference.private_surfaces import is_divided, whole_shape
-from inference.tensor_parallel.group import TensorParallel, join_groups
+from inference.tensor_parallel.layers import TensorParallel, join_groups
 from inference.tensor_parallel.shard import Piece, cuts_of, empty_shard
 from training.distributed import Ranks, local_size
 from training.hybrid_engine.layout import Layout, StageCut

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from inference.tensor_parallel.cut import Cut as PartOfWeight
-from inference.tensor_parallel.cut import even
+from inference.tensor_parallel.shard import Cut as PartOfWeight
+from inference.tensor_parallel.shard import even
 from training.calls import Call
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import Weight, parts
