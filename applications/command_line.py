@@ -24,7 +24,7 @@ From = Annotated[
         "--from",
         metavar="RUN",
         help="Instead of --model: begin as RUN did, and train only what other settings, data or seeds change "
-        "(docs/forks.md). Default: none.",
+        "(docs/runs.md). Default: none.",
     ),
 ]
 GoOn = Annotated[

@@ -33,7 +33,7 @@ from inference.generation.equality import (
 from inference.generation.exactness import Exactness
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
-from inference.tensor_parallel.group import TensorParallel, join_groups
+from inference.tensor_parallel.layers import TensorParallel, join_groups
 from inference.tensor_parallel.shard import empty_shard
 from inference.weights import quiet_transformers
 from training.config import Dtype

@@ -17,7 +17,7 @@ from inference.streams import USUAL_COLUMNS, columns, redacted
 from training.config import RunConfig
 from training.memory import LOADING, NOT_COUNTED, rows_per_micro_batch
 from training.metrics import size
-from training.plan import Assignment, mesh_text
+from training.plan import Assignment, mesh_text, slots
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import FrozenSettings, OptimizerSettings
 from training.shape import Shape
@@ -121,7 +121,7 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     if rlhf.mask_truncated or rlhf.ppo_kl_stop:
         steps = f"at most {steps}"
     reference = _frozen(rlhf.reference, rlhf.scoring_tensor_parallel.reference)
-    at_a_time = f"{min(rlhf.generation_batch, math.ceil(samples / outlook.ranks))} at a time on a rank"
+    at_a_time = f"{min(slots(rlhf), math.ceil(samples / outlook.ranks))} at a time on a rank"
     batch = _batch(mini_batch, rows, outlook, "samples")
     if rlhf.plan:
         at_a_time, batch = "where the plan says", f"{mini_batch} samples, in the micro-batches of the plan"

@@ -18,7 +18,7 @@ from training.calls import Call
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.distributed import require_gpus
-from training.memory import Place, StepMemory, estimate_step_memory
+from training.memory import Place, StepMemory, estimate_step_memory, with_slots
 from training.merging import merge
 from training.metrics import size
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
@@ -107,7 +107,21 @@ class Outlook:
         outlook = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer, reference)
         if any(step.draws_samples for step in steps):
             require_runnable(config, outlook.ranks, actor, scorer, outlook.dtype, reference)
-        return outlook
+        return outlook.with_slots()
+
+    def with_slots(self) -> "Outlook":
+        """With the slots of generation that step 3 would have on the GPU here."""
+        drawn = next((step for step in self.steps if step.draws_samples), None)
+        if drawn is None or not self.machine.gpus or self.memory(drawn) is None:
+            return self
+
+        def memory_of(config: RunConfig) -> StepMemory:
+            memory = replace(self, config=config).memory(drawn)
+            assert memory is not None
+            return memory
+
+        room = self.machine.per_process(self.config.processes)
+        return replace(self, config=with_slots(self.config, self.ranks, room, memory_of))
 
     @property
     def ranks(self) -> int:

@@ -219,7 +219,7 @@ def train(
     """Begin to train in the run directory `path`, or go on where it stopped, and return at once.
 
     `settings` are such as `load_settings` gives, or what it takes; default: those of the run, else of `parent`. With a
-    `parent` the run is a fork of it: only the steps are trained that read something else (docs/forks.md).
+    `parent` the run is a fork of it: only the steps are trained that read something else (docs/runs.md).
     `reward(prompts, responses)` or `reward(prompts, responses, rows)`, with lists of messages, texts and the other keys
     of the data, returns a number for each response. It is asked in a thread of this process, once at a time; with
     `reward_model` it is added to the reward model's score, else it is the only reward. `steps` are names, as

@@ -6,13 +6,14 @@ response tokens only, fused AdamW. No advantages, no metrics, no checks, random 
 
     python -m benchmarks.floor --size s --lengths skew --dtype bf16 --attention fp32 --part gen score train
 
-With --alone there is no critic and no reward model: the work of GRPO and RLOO.
+With --alone there is no critic and no reward model: the work of GRPO and RLOO; with --rows it is that of SFT or DPO.
 """
 
 import argparse
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,8 +153,8 @@ class Floor:
         return F.layer_norm(x, (self.size.hidden,), *parameters)
 
 
-def pack(prompts: Tensor, responses: list[Tensor]) -> Packed:
-    """Prompts (rows, prompt tokens) with the response of each (length)."""
+def pack(prompts: Tensor | Sequence[Tensor], responses: Sequence[Tensor]) -> Packed:
+    """Prompts (rows, prompt tokens), or (length) each, with the response of each (length)."""
     rows = [torch.cat(row) for row in zip(prompts, responses, strict=True)]
     bounds, predicting, begin = [], [], 0
     for row, response in zip(rows, responses, strict=True):
@@ -263,6 +264,24 @@ class FloorIteration:
             self.critic_optimizer.step()
             self.critic_optimizer.zero_grad()
 
+    def fit(self, method: str) -> dict[str, float]:
+        """An optimiser step of SFT or DPO on all rows, without DPO's loss; seconds by phase."""
+        given = work.demonstrations() if method == "sft" else work.pairs()
+        rows = [(prompt, answer) for prompt, *answers in given for answer in answers]
+        batches = [pack(*zip(*rows[first : first + 8], strict=True)) for first in range(0, len(rows), 8)]
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            for packed in batches if method == "dpo" else ():
+                self.reference.logprobs(packed)
+        scored = time.perf_counter()
+        for packed in batches:
+            (self.actor.logprobs(packed).sum() * -1e-4).backward()
+        self.actor_optimizer.step()
+        self.actor_optimizer.zero_grad()
+        ended = time.perf_counter()
+        seconds = {"generate": 0.0, "score": scored - begun, "train": ended - scored, "total": ended - begun}
+        return {**seconds, "tokens": sum(len(packed.ids) for packed in batches)}
+
     def iterate(self, prompts: Tensor, lengths: list[int], parts: list[str]) -> dict[str, float]:
         """Seconds by phase. Parts that are left out get a stand-in for what they would have made."""
         times = [time.perf_counter()]
@@ -292,6 +311,7 @@ def main() -> None:
         "--attention", choices=list(DTYPES), help="dtype of attention and its cache; else that of --dtype"
     )
     parser.add_argument("--part", nargs="+", choices=["gen", "score", "train"], default=["gen", "score", "train"])
+    parser.add_argument("--rows", choices=["sft", "dpo"], help="one optimiser step on the rows of the supervised work")
     parser.add_argument("--alone", action="store_true", help="actor and reference only")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -306,6 +326,8 @@ def main() -> None:
     prompts = work.prompts(iterations + 1).view(iterations + 1, SAMPLES, PROMPT_TOKENS)
 
     def iterate(number: int) -> dict[str, float]:
+        if arguments.rows:
+            return floor.fit(arguments.rows)
         return floor.iterate(prompts[number], lengths.of(number), arguments.part)
 
     if channel is not None:

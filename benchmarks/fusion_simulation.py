@@ -25,10 +25,10 @@ from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 
-from training.fusion.board import Policy
+from training.fusion.board import FusionPolicy
 from training.fusion.choice import FusionChoice, Setting
 from training.fusion.costs import Costs, LengthStatistics
-from training.fusion.simulator import Job, Machine, Outcome, fused, serial
+from training.fusion.simulator import Job, Machine, SimulatedRollout, fused, serial
 
 LABEL = "SIMULATION, not a measurement"
 INSTANCES, SAMPLES, PROMPT_TOKENS = 32, 512, 256
@@ -139,7 +139,7 @@ class Simulation:
         self.lengths.add({0: past})
 
     @cached_property
-    def without(self) -> list[Outcome]:
+    def without(self) -> list[SimulatedRollout]:
         """Of each rollout, without fusion."""
         return [serial(shares, self.machine) for shares in self.rollouts]
 
@@ -157,14 +157,14 @@ class Simulation:
         return 1 + self.score_seconds / self.generate_seconds
 
     @cached_property
-    def chosen(self) -> Policy:
+    def chosen(self) -> FusionPolicy:
         """What the running system would take when it is asked to fuse."""
         setting = Setting("inter", INSTANCES, 1, SLOTS, SAMPLES, MICRO_BATCH_TOKENS, UNIT_TOKENS)
         policy = FusionChoice(setting, self.lengths, self.machine.costs, prompts=[PROMPT_TOKENS]).choose(0).policy
         assert policy is not None
         return policy
 
-    def gain(self, policy: Policy) -> float:
+    def gain(self, policy: FusionPolicy) -> float:
         """Seconds without fusion / seconds with it."""
         outcomes = [fused(shares, self.machine, policy, self.lengths.remaining) for shares in self.rollouts]
         return sum(outcome.seconds for outcome in self.without) / sum(outcome.seconds for outcome in outcomes)

@@ -26,6 +26,8 @@ from training.steps import PPO as RLHF
 from training.steps import SFT
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from training.distributed import Ranks
     from training.step3_rlhf.ppo import PPO
 
@@ -85,7 +87,14 @@ def in_groups(advantage: str, mini_batches: int, kl: float) -> dict[str, Any]:
 
 
 def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks") -> "PPO":
-    """Stage, roles and trainer of a run in `directory`."""
+    """The trainer of this work in a run in `directory`."""
+    ppo = trainer(config, list(work.prompts(config.rlhf.iterations)), directory, ranks)
+    ppo.rollouts.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
+    return ppo
+
+
+def trainer(config: RunConfig, prompts: "list[Tensor]", directory: Path, ranks: "Ranks") -> "PPO":
+    """Stage, roles and trainer of a run in `directory` on `prompts`, int64 (length) each."""
     from training.run_directory import RunDirectory
     from training.stage import make_stage
     from training.step3_rlhf.ppo import PPO
@@ -97,11 +106,8 @@ def make_ppo(config: RunConfig, lengths: Lengths, directory: Path, ranks: "Ranks
     actor, scorer = stage.earlier_model(SFT), starting_scorer(stage)
     chat_format = stage.chat_format(actor, scorer)
     updates = config.rlhf.iterations * config.rlhf.mini_batches
-    prompts = list(work.prompts(config.rlhf.iterations))
     rows = [{"prompt": [{"role": "user", "content": "?"}]}] * len(prompts)  # for rewards that read text
-    ppo = PPO(stage, Roles(stage, actor, scorer, chat_format, (updates, updates)), chat_format, prompts, rows)
-    ppo.rollouts.forced_lengths = lambda number: lengths.of(number - 1)  # iterations of a run count from 1
-    return ppo
+    return PPO(stage, Roles(stage, actor, scorer, chat_format, (updates, updates)), chat_format, prompts, rows)
 
 
 def iterate(ppo: "PPO", number: int, lengths: Lengths) -> dict[str, float]:

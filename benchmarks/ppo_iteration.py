@@ -15,10 +15,12 @@ them too.
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +71,7 @@ class Comparison:
                 "highest": max(self.ratios(phase)),
             }
             for phase in PHASES
+            if all(row[phase] for row in self.ours)  # supervised steps generate nothing
         }
 
 
@@ -94,20 +97,27 @@ def systems(arguments: argparse.Namespace) -> tuple[list[System], list[System]]:
     return ours, peers
 
 
-def measure(chosen: list[System], iterations: int, patience: float) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Turns of all systems: the iterations of each by its name, and what each says that it is."""
+def measure(
+    chosen: list[System], iterations: int, patience: float, seconds: float = math.inf
+) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Turns of all systems: the iterations of each by its name, and what each says that it is. After so many `seconds`
+    no turn begins, but there is one."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as running:
         workers = [
             running.enter_context(Worker(system, Path(logs) / f"{place}.log")) for place, system in enumerate(chosen)
         ]
+        what = {worker.system.name: worker.notes["what"] for worker in workers}  # they began together
         rows: dict[str, list[Row]] = {system.name: [] for system in chosen}
         for number in range(iterations + 1):
+            if number > 1 and time.monotonic() - began > seconds:
+                break
             for worker in workers:
                 wait_until_quiet(patience)
                 row = worker.iterate(number)
                 if number:  # the first one warms up
                     rows[worker.system.name].append(row)
-        return rows, {worker.system.name: worker.notes["what"] for worker in workers}
+        return rows, what
 
 
 def table(names: tuple[str, str], compared: Comparison) -> str:

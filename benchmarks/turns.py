@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -81,7 +82,11 @@ class Worker:
                 text=True,
                 env=environment,
             )
-        self.notes = self._answer()
+
+    @cached_property
+    def notes(self) -> dict[str, Any]:
+        """What the system says that it is, once it is ready."""
+        return self._answer()
 
     def __enter__(self) -> "Worker":
         return self
@@ -96,6 +101,7 @@ class Worker:
 
     def iterate(self, number: int) -> dict[str, float]:
         """One iteration: seconds by phase, and `others`, the share of the machine that other processes used."""
+        assert self.notes  # it is ready
         before, own, begun = busy_seconds(), self._own_seconds(), time.perf_counter()
         self.process.stdin.write(f"{number}\n")  # type: ignore[union-attr]
         self.process.stdin.flush()  # type: ignore[union-attr]

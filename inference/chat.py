@@ -30,7 +30,7 @@ HELP = """\
 /quit                leave (so does Ctrl-D)
 """
 COLUMN_WIDTH = 40
-"""Answers stand side by side where each gets this many characters."""
+"""Answers stand side by side where each gets at least this many characters."""
 
 
 def chat(
@@ -79,7 +79,7 @@ class Session:
         self.turn = 0
         """Answers drawn so far, retries included."""
         self.news: list[str] = []
-        """What the newest answer's prompts leave out of the conversation, where that has not been said yet."""
+        """Says what the newest answer's prompts leave out of the conversation, unless the answer before did."""
         self._notes = [""]
 
     def answer(self, text: str) -> Iterator[list[str]]:
@@ -95,12 +95,13 @@ class Session:
             for model, messages in zip(self.models, asked, strict=True)
         ]
         self.turn += 1
-        answers = [""] * len(self.models)
+        answers: list[Message] = [{"role": "assistant", "content": ""} for _ in self.models]
         for pieces in zip_longest(*streams, fillvalue=""):
-            answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
-            self._keep(asked, answers)
+            for answer, piece in zip(answers, pieces, strict=True):
+                answer["content"] += piece
+            self.histories = [[*messages, answer] for messages, answer in zip(asked, answers, strict=True)]
             yield list(pieces)
-        self._keep(asked, answers)
+        self.histories = [[*messages, answer] for messages, answer in zip(asked, answers, strict=True)]
 
     @property
     def last_answers(self) -> list[tuple[str, str]]:
@@ -114,12 +115,6 @@ class Session:
         text = self.histories[0][-2]["content"]
         self.histories = [history[:-2] for history in self.histories]
         return text
-
-    def _keep(self, asked: list[list[Message]], answers: list[str]) -> None:
-        self.histories = [
-            [*messages, {"role": "assistant", "content": answer}]
-            for messages, answer in zip(asked, answers, strict=True)
-        ]
 
 
 def answer_lines(session: Session, source: TextIO, sink: TextIO) -> None:
@@ -216,13 +211,10 @@ class Terminal:
             with Live(console=self.console, transient=True) as live:  # cuts what is higher than the window,
                 for pieces in self.session.answer(text):
                     answers = [answer + piece for answer, piece in zip(answers, pieces, strict=True)]
-                    live.update(self.arrange(answers))
+                    live.update(arrange(self.session.labels, answers, self.console.width))
         finally:
-            if any(answers):
-                self.console.print(self.arrange(answers))  # so the whole comes at the end
-
-    def arrange(self, answers: list[str]) -> RenderableType:
-        return arrange(self.session.labels, answers, self.console.width)
+            if any(answers):  # so the whole comes at the end
+                self.console.print(arrange(self.session.labels, answers, self.console.width))
 
     def write(self, text: str) -> None:
         write(self.sink, text)

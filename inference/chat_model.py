@@ -39,21 +39,16 @@ class TextPieces:
         self._taken = 0  # characters of the window's text
 
     def take(self, ids: Sequence[int], is_whole: bool = False) -> str:
-        """What `ids`, the former ones and new ones behind them, have added; `is_whole` says that nothing follows."""
+        """The text that `ids`, all so far, add to the pieces before; `is_whole` says that nothing follows."""
         text = self._decode(list(ids[self._start :]))
         safe = text if is_whole else text.rstrip(BROKEN)  # what follows may be the first bytes of a character
         piece = safe[self._taken :]
         self._taken = max(self._taken, len(safe))
         if len(safe) == len(text) and len(ids) - self._start >= WINDOW:
-            self._move(text, ids)
+            overlap = self._decode(list(ids[-OVERLAP:]))
+            if overlap and text.endswith(overlap):  # else a new window would begin inside a character
+                self._start, self._taken = len(ids) - OVERLAP, len(overlap)
         return piece
-
-    def _move(self, text: str, ids: Sequence[int]) -> None:
-        """Begin a new window, unless it would begin inside a character or with nothing that can be seen."""
-        start = len(ids) - OVERLAP
-        seen = self._decode(list(ids[start:]))
-        if seen and text.endswith(seen):
-            self._start, self._taken = start, len(seen)
 
 
 def whole_text(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -75,7 +70,7 @@ def pieces_of(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[
             pieces = []
     if not pieces or not text.startswith("".join(pieces)):
         growing = TextPieces(lambda some: whole_text(some, tokenizer))
-        pieces = [growing.take(ids[: place + 1]) for place in range(len(ids))]
+        pieces = [growing.take(ids[: index + 1]) for index in range(len(ids))]
     return [*pieces[:-1], text[len("".join(pieces[:-1])) :]] if pieces else []
 
 
@@ -158,7 +153,6 @@ def longest_answer(wanted: int, context: int) -> int:
 
 
 def choose_dtype(directory: Path, dtype: str, device: str) -> torch.dtype:
-    """The number format for `dtype`, see ChatModel.load."""
     if dtype in DTYPES:
         return DTYPES[dtype]
     if dtype != "auto":

@@ -15,7 +15,7 @@ SCORER = "step2_reward"
 
 def chat_steps(run: Path) -> dict[str, str]:
     """Names of the models that the run has or is to have, first to last, and the folders of their steps."""
-    begun = {each.name for each in run.glob("step*") if re.fullmatch(r"step\d+_[a-z0-9]+", each.name)} - {SCORER}
+    begun = {path.name for path in run.glob("step*") if re.fullmatch(r"step\d+_[a-z0-9]+", path.name)} - {SCORER}
     return {command_of(folder).upper(): folder for folder in sorted({*USUAL, *begun})}
 
 
@@ -28,8 +28,7 @@ def find_chat_models(target: Path, compare: bool, before: tuple[str, Path] | Non
     """Labels and model directories: a run's last finished step, or SFT and what followed it to `compare`, or one model.
     `before` is what the run was given for SFT.
 
-    Says on stderr when nothing after SFT is finished yet. Raises UserError where there is nothing to
-    talk to.
+    Says on stderr when nothing after SFT is finished yet. Raises UserError where there is nothing to talk to.
     """
     if not target.exists():
         raise UserError(f"{target} does not exist; give a run directory such as runs/demo, or a model directory.")

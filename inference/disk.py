@@ -20,8 +20,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_DISK = "the disk is full"
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "PyTorchFileWriter")
 """torch.save loses the reason why a write failed, and says one of these."""
-LITTLE = 2**20
-"""Bytes; where fewer are free, that was the reason."""
+LITTLE_BYTES = 2**20
+"""Where fewer are free, that was the reason."""
 GO_ON = "then the same command goes on where it stopped"
 
 
@@ -54,7 +54,7 @@ def disk_reason(error: BaseException | None, place: Path) -> str | None:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             return error.strerror or os.strerror(error.errno)
         if isinstance(error, RuntimeError) and any(text in str(error) for text in TORCH_WRITER):
-            return FULL_DISK if free_bytes(place) < LITTLE else "a write failed"
+            return FULL_DISK if free_bytes(place) < LITTLE_BYTES else "a write failed"
         error = error.__cause__ or error.__context__
     return None
 
@@ -82,13 +82,13 @@ def write_text(file: Path, text: str, keeps_rights: bool = False) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error  # of a full disk it knows no name
 
 
-def settle(place: Path) -> None:
-    """Bring the file `place`, or all files in it, to the disk, with the rights that the umask gives new ones.
+def settle(path: Path) -> None:
+    """Bring the file `path`, or all files in it, to the disk, with the rights that the umask gives new ones.
 
     safetensors writes its own for their owner alone, and copies have those of what they were made from.
     """
-    files = [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
-    probe = place.with_name(f".{place.name}.{os.getpid()}.rights")
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    probe = path.with_name(f".{path.name}.{os.getpid()}.rights")
     try:
         probe.touch(exist_ok=False)
         rights = stat.S_IMODE(probe.stat().st_mode)
@@ -101,10 +101,10 @@ def settle(place: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def free_bytes(place: Path) -> int:
-    """Of the disk that `place` is on, or would be."""
-    there = next(above for above in (place, *place.absolute().parents) if above.exists())
-    return shutil.disk_usage(there).free
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that `path` is on, or would be."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -121,17 +121,18 @@ def file_sentence(error: BaseException) -> str | None:
 
     The last resort, at the boundaries: where it is known what was being written, `writing` says more.
     """
-    named = isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike)
-    place = os.fspath(error.filename) if isinstance(error, OSError) and named else ""
+    path = ""
+    if isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike):
+        path = os.fspath(error.filename)
     if is_disk_full(error):
-        return f"The disk{f' of {place}' if place else ''} is full: make room, {GO_ON}."
-    if not place or not isinstance(error, OSError):
+        return f"The disk{f' of {path}' if path else ''} is full: make room, {GO_ON}."
+    if not path or not isinstance(error, OSError):
         return None
-    return f"{place} cannot be used ({error.strerror}): check that place and its rights, {GO_ON}."
+    return f"{path} cannot be used ({error.strerror}): check that place and its rights, {GO_ON}."
 
 
-NOT_KNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-"""What flock says on a file system that has no locks."""
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+"""Errors of flock on a file system that has no locks."""
 
 
 @contextmanager
@@ -142,9 +143,8 @@ def hold_lock(
     waits: Callable[[], object] = lambda: None,
     again_seconds: float = 0.1,
 ) -> Iterator[None]:
-    """Hold the exclusive lock `file`; its directory is made. `waits` is called once if it has to wait.
-
-    While it waits it looks every `again_seconds` whether the lock is free.
+    """Hold the exclusive lock `file`; its directory is made. `waits` is called once if it has to wait, in which case it
+    looks every `again_seconds` whether the lock is free.
 
     Raises UserError, which begins with `busy`, where another process still holds it after `wait_seconds`.
     """
@@ -170,7 +170,7 @@ def is_held(file: Path) -> bool:
         except BlockingIOError:
             return True
         except OSError as error:
-            if error.errno not in NOT_KNOWN:
+            if error.errno not in NO_LOCKS:
                 raise
             with ExitStack() as held:
                 return _take_without_flock(file, held) is not None
@@ -178,7 +178,7 @@ def is_held(file: Path) -> bool:
 
 
 def _take(file: Path, held: ExitStack) -> str | None:
-    """Take the lock until `held` ends; else what is known of who has it."""
+    """Take the lock until `held` ends; else what is known of its holder."""
     with ExitStack() as until_refused:
         handle = until_refused.enter_context(_open(file))
         try:
@@ -186,7 +186,7 @@ def _take(file: Path, held: ExitStack) -> str | None:
         except BlockingIOError:
             return ""
         except OSError as error:
-            if error.errno not in NOT_KNOWN:
+            if error.errno not in NO_LOCKS:
                 raise
             holder = _take_without_flock(file, until_refused)
             if holder is not None:

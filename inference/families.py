@@ -142,8 +142,8 @@ def takes_adapter(layer: nn.Module) -> bool:
 
 def backbone_of(model: Any) -> Any:
     """The model under its head; some families say another name of it than it has (Llama 4)."""
-    named = getattr(model, model.base_model_prefix, None)
-    return named if named is not None else model.get_decoder()
+    backbone = getattr(model, model.base_model_prefix, None)
+    return backbone if backbone is not None else model.get_decoder()
 
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<s>")  # in the order of their ids; </s> ends a turn
@@ -184,7 +184,6 @@ def build_tiny_model(directory: Path) -> None:
 
     The state of torch's global random number generators is left as it was.
     """
-    import torch
     from transformers import OPTConfig, OPTForCausalLM
 
     from inference.weights import quiet_transformers

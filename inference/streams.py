@@ -19,8 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment
 
-USUAL_COLUMNS = 100
-"""Of what is printed where there is no terminal."""
+USUAL_COLUMNS = 100  # where there is no terminal
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\].*?(?:\x07|\x1b\\)")
 """What colours text or moves the cursor."""
 
@@ -44,8 +43,8 @@ class Screen(io.TextIOWrapper):
 
 
 def broken(line: str, column: int, width: int) -> tuple[str, int]:
-    """A line that begins in `column`, on several ones, and the column behind it."""
-    stops = [found.end() for found in re.finditer("^ +|  +", CONTROL.sub("", line))] if column == 0 else []
+    """A line that begins in `column`, broken into several ones, and the column behind it."""
+    stops = [match.end() for match in re.finditer("^ +|  +", CONTROL.sub("", line))] if column == 0 else []
     indent = max((stop for stop in stops if stop <= width // 2), default=0)
     text = gap = ""
     for word in re.findall(" +|[^ ]+", line):
@@ -67,7 +66,7 @@ def cells(text: str) -> int:
 
 
 def columns(descriptor: int = 1) -> int:
-    """Of the terminal, or as COLUMNS says; 100 where there is none."""
+    """The terminal's columns, or as COLUMNS says; 100 where there is none."""
     if (said := os.environ.get("COLUMNS", "")).isdecimal() and int(said):
         return int(said)
     with suppress(OSError):
@@ -98,8 +97,8 @@ SHORTEST = 8
 def redacted(text: str) -> str:
     """`text` without user and password in URLs, values of names such as `token=`, keys known by how they begin, and
     secrets of the environment. Names of variables stay: `${REWARD_KEY}`."""
-    text = _OF_URL.sub(lambda found: found[0] if _names_variable(found[1]) else f"{HIDDEN}@", text)
-    text = _NAMED.sub(lambda found: found[0] if _names_variable(found[2]) else found[1] + HIDDEN, text)
+    text = _OF_URL.sub(lambda match: match[0] if _names_variable(match[1]) else f"{HIDDEN}@", text)
+    text = _NAMED.sub(lambda match: match[0] if _names_variable(match[2]) else match[1] + HIDDEN, text)
     text = _KNOWN.sub(HIDDEN, text)
     for secret in secrets_of_environment():
         text = text.replace(secret, HIDDEN)
@@ -112,12 +111,12 @@ def _names_variable(text: str) -> bool:
 
 def secrets_of_environment() -> list[str]:
     """Values of variables that are called `..._KEY` and the like, and passwords of proxies; the longest first."""
-    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)} | _FILLED_IN
+    secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)} | _FILLED_IN
     for name, value in os.environ.items():
         if name.lower().endswith("_proxy") and "@" in value:
             userinfo = value.rpartition("://")[2].rpartition("@")[0]
-            found |= {userinfo, unquote(userinfo.partition(":")[2])}
-    return sorted((secret for secret in found if len(secret) >= SHORTEST), key=len, reverse=True)
+            secrets |= {userinfo, unquote(userinfo.partition(":")[2])}
+    return sorted((secret for secret in secrets if len(secret) >= SHORTEST), key=len, reverse=True)
 
 
 _FILLED_IN: set[str] = set()
@@ -127,8 +126,8 @@ def filled_in(text: str, write: Callable[[str], str] = str) -> str:
     """`text` with the values of the environment variables that it names, as `write` writes them. Raises KeyError with
     the name of one that is not set."""
 
-    def value(found: re.Match[str]) -> str:
-        secret = os.environ[found[1]]
+    def value(match: re.Match[str]) -> str:
+        secret = os.environ[match[1]]
         _FILLED_IN.update((secret, write(secret)))
         return write(secret)
 
@@ -146,27 +145,22 @@ def redacted_values(values: Any) -> Any:
 
 def redacted_arguments(arguments: list[str]) -> list[str]:
     """A command line; what follows an option such as `--token` is hidden too."""
-    found, hides = [], False
+    shown, hides = [], False
     for argument in arguments:
-        found.append(HIDDEN if hides else redacted(argument))
+        shown.append(HIDDEN if hides else redacted(argument))
         hides = _OPTION.fullmatch(argument) is not None
-    return found
+    return shown
 
 
 class RedactedLines(logging.Formatter):
-    """What libraries log."""
-
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
 
 
 STAND_INS = "rlhf_chat.stand_ins"
-READER_GONE = (errno.EPIPE, errno.EIO)
-"""Of a pipe, and of a terminal."""
+READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, and of a terminal
 EXIT_READER_GONE = 141
-"""What a shell says of a command that SIGPIPE has ended."""
-
-
+"""A shell gives this code of a command that SIGPIPE has ended."""
 CONTROL_CHARACTERS = dict.fromkeys(
     [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 )
@@ -181,9 +175,9 @@ def printable(text: str) -> str:
 
 
 def json_text(values: Any) -> str:
-    """What is not printable is escaped."""
+    """JSON in which what is not printable is escaped."""
     text = json.dumps(values, indent=2, ensure_ascii=False)
-    return re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def show_json(values: Any) -> None:
@@ -214,7 +208,7 @@ class Shown:
 
 
 class GuardedFile(io.FileIO):
-    """A descriptor for what is shown. What it does not take is lost; with `ends` it ends the command, once."""
+    """A descriptor for what is shown. A failed write loses its text; with `ends` it ends the command, once."""
 
     def __init__(self, descriptor: int, ends: bool):
         super().__init__(descriptor, "w", closefd=False)
@@ -279,7 +273,7 @@ def guarded(stream: TextIO, ends: bool = False, redacts: bool = False) -> TextIO
 
 
 def unguarded(stream: TextIO) -> TextIO:
-    """For data, of which nothing may be left out."""
+    """The stream itself, for data, of which nothing may be left out."""
     return getattr(stream, "rich_proxied_file", stream)
 
 

@@ -35,7 +35,6 @@ OLD_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$|inv
 """No weights: what older versions of transformers stored with them."""
 OTHER_SENSES = re.compile(r"vision|visual|audio|image|speech|multi_modal|multimodal|mm_projector")
 """Parts of a model that reads more than text, of which only the language model is wanted."""
-EXAMPLES = 3
 
 
 class WrongWeights(UserError):
@@ -107,9 +106,8 @@ def require_same_weights(
 
 
 def some(names: Collection[str]) -> str:
-    """A few of many names, and how many there are."""
-    shown = sorted(names)[:EXAMPLES]
-    return ", ".join(shown) + (f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else "")
+    """The first three names, and how many more there are."""
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def unloadable(directory: Path, error: Exception, name: str = "") -> UserError:
@@ -126,7 +124,7 @@ def unloadable(directory: Path, error: Exception, name: str = "") -> UserError:
 
 
 def way_out(directory: Path) -> str:
-    """Of a damaged model: that of a finished step is written anew from the step's last checkpoint."""
+    """What to do about a damaged model: that of a finished step is written again from the step's last checkpoint."""
     if (directory.parent / "result.json").is_file():
         return f"delete {directory} and give the command of its step again, which writes it anew"
     return "fetch it again, or give another one"
@@ -170,13 +168,16 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 def old_names(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a configuration and its parts, with what only 5 calls so under the old names too."""
-    found = {key: old_names(part) if isinstance(part, dict) else part for key, part in values.items()}
-    found = {key: part for key, part in found.items() if key not in OF_THIS_MACHINE}
+    renamed = {
+        key: old_names(part) if isinstance(part, dict) else part
+        for key, part in values.items()
+        if key not in OF_THIS_MACHINE
+    }
     if rope := values.get("rope_parameters"):
-        found |= old_rope(values.get("model_type", ""), rope)
+        renamed |= old_rope(values.get("model_type", ""), rope)
     if "num_local_experts" in values:
-        found["num_experts"] = values["num_local_experts"]
-    return found
+        renamed["num_experts"] = values["num_local_experts"]
+    return renamed
 
 
 def old_rope(kind: str, rope: dict[str, Any]) -> dict[str, Any]:
@@ -193,18 +194,16 @@ def old_rope(kind: str, rope: dict[str, Any]) -> dict[str, Any]:
 
 def scaling(rope: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in rope.items() if key not in SAME_IN_BOTH}
-    if (
-        rest.get("rope_type") == "longrope"
-    ):  # Phi 3 takes these three and no others; the rest stands beside rope_scaling
+    if rest.get("rope_type") == "longrope":  # Phi 3 takes these three alone; the rest stands beside rope_scaling
         rest = {"type": "longrope", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     return {"rope_scaling": rest} if rest.keys() - {"rope_type"} else {}
 
 
 def tokenizer_values(values: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer's configuration for both; what a fast one does stands in its tokenizer.json."""
-    found = {key: value for key, value in values.items() if key not in OF_THIS_MACHINE}
-    if found.get("tokenizer_class") == "TokenizersBackend":
-        found["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(found.get("extra_special_tokens"), list):
-        found["additional_special_tokens"] = found.pop("extra_special_tokens")
-    return {"model_input_names": ["input_ids", "attention_mask"]} | found  # by itself 4 adds token types
+    renamed = {key: value for key, value in values.items() if key not in OF_THIS_MACHINE}
+    if renamed.get("tokenizer_class") == "TokenizersBackend":
+        renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(renamed.get("extra_special_tokens"), list):
+        renamed["additional_special_tokens"] = renamed.pop("extra_special_tokens")
+    return {"model_input_names": ["input_ids", "attention_mask"]} | renamed  # by itself 4 adds token types

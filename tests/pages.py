@@ -34,7 +34,7 @@ NAMES_OF_LIBRARIES = {"save_to_disk", "load_dataset", "from_file"}
 FOREIGN = {
     "from_other_tools.md": r"^\|[^|]*\|",
     "features.md": r"^\|.*\|(?=[^|]+\|$)",
-    "hard_days.md": r"^\|[^|]*\|[^|]*\|",
+    "survival.md": r"^\|[^|]*\|[^|]*\|",
 }
 """Columns with the words of other tools, and with what is mistaken."""
 

@@ -1,4 +1,4 @@
-"""The job script that docs/slurm.md shows: what it asks of Slurm, and that it goes on under a real one."""
+"""The job script that docs/several_nodes.md shows: what it asks of Slurm, and that it goes on under a real one."""
 
 import getpass
 import json
@@ -21,7 +21,7 @@ PROGRAM = '#!/bin/bash\necho "$(basename $0) $*" >> {log}\n'
 
 
 def test_the_page_shows_the_script():
-    assert blocks((ROOT / "docs" / "slurm.md").read_text(), "bash") == [SCRIPT.read_text()]
+    assert blocks((ROOT / "docs" / "several_nodes.md").read_text(), "bash") == [SCRIPT.read_text()]
 
 
 @pytest.mark.parametrize(

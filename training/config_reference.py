@@ -4,17 +4,17 @@ python -m training.config_reference > docs/configuration.md
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
-from training.config import RunConfig
+from training.config import TRAINED_ROLES, RunConfig
 from training.config_files import setting_keys
 from training.formulas.named_rewards import NAMED_REWARDS
 from training.formulas.table import Table
@@ -42,6 +42,9 @@ are kept absolute, as they are found from where the command is given. A file may
 reads `other.yaml` beside it first. The resolved settings of a run are in its `config.yaml`, with the versions of what
 ran. `rlhf-chat settings KEY --model NAME` shows what stands here, with the values for a model or in a run.
 
+`optimizer.KEY` is for every role that is trained: `--set optimizer.zero_stage=2` gives it to all five. What the same
+file, or the same command line, says of one role (`rlhf.critic.zero_stage`) holds for that one.
+
 The defaults below are those without a preset; the presets are in `applications/presets/`. Each holds whatever else of
 its group is set, and wherever: `--set rlhf.actor.zero_stage=1` leaves the actor's learning rate at its own default.
 """
@@ -60,7 +63,7 @@ BOUNDS = {
     annotated_types.Le: ("le", "at most {}"),
     annotated_types.Lt: ("lt", "under {}"),
 }
-REQUIRED = "required"
+REQUIRED, BY_ROLE = "required", "by role"
 
 
 @dataclass
@@ -99,9 +102,13 @@ def defaults() -> dict[str, Any]:
 
 
 def values_of(config: RunConfig) -> dict[str, Any]:
-    """Dotted key of every setting -> its value; groups are left out."""
+    """Dotted key of every setting -> its value; groups are left out, and `optimizer` has what all its roles have."""
     values = {key: attrgetter(key)(config) for key in setting_keys()}
-    return {key: value for key, value in values.items() if not isinstance(value, BaseModel)}
+    values = {key: value for key, value in values.items() if not isinstance(value, BaseModel)}
+    for key in [key for key in values if key.startswith("optimizer.")]:
+        of_roles = [values[f"{role}.{key.removeprefix('optimizer.')}"] for role in TRAINED_ROLES]
+        values[key] = of_roles[0] if all(value == of_roles[0] for value in of_roles) else BY_ROLE
+    return values
 
 
 def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -169,19 +176,26 @@ def description(info: FieldInfo) -> str:
 
 def type_text(info: FieldInfo) -> str:
     """`whole number, at least 1`."""
-    bounds = []
-    for kind, (attribute, words) in BOUNDS.items():
-        bounds += [words.format(getattr(m, attribute)) for m in info.metadata if isinstance(m, kind)]
     checks = [getattr(each.func, "__self__", None) for each in info.metadata if isinstance(each, AfterValidator)]
     tables = [check for check in checks if isinstance(check, Table)]
     kinds = [f"one of {', '.join(map(show, each.entries))}, or `path/to/file.py:name`" for each in tables]
-    return ", ".join([*(kinds or [annotation_text(info.annotation)]), *bounds])
+    return ", ".join([*(kinds or [annotation_text(info.annotation)]), *bounds(info.metadata)])
+
+
+def bounds(metadata: Iterable[Any]) -> list[str]:
+    """`at least 1`."""
+    found = [(BOUNDS[type(each)], each) for each in metadata if type(each) in BOUNDS]
+    return [words.format(getattr(each, attribute)) for (attribute, words), each in found]
 
 
 def annotation_text(annotation: Any) -> str:
     if annotation in NAMES:
         return NAMES[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return ", ".join([annotation_text(arguments[0]), *bounds(arguments[1:])])
+    if origin is Literal and len(arguments) == 1:
+        return show(arguments[0])
     if origin is Literal:
         return "one of " + ", ".join(show(value) for value in arguments)
     if origin is tuple:

@@ -8,7 +8,8 @@ what training holds. Activations: `Shape.activation_values`.
 """
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -19,7 +20,8 @@ from training.config import DataSettings, RunConfig
 from training.deepspeed_config import effective_zero_stage
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import stays
-from training.plan import Assignment, Plan
+from training.plan import Assignment, Plan, most_generated
+from training.planner.hardware import USABLE_MEMORY
 from training.role_settings import OptimizerSettings
 from training.shape import Shape
 from training.steps import Step
@@ -63,19 +65,8 @@ class StepMemory:
         """Bytes held all through: weights, gradients, optimiser states, frozen models, the copy that generates."""
         return sum(part.bytes for part in self.parts if part.place in places and not part.phase)
 
-    def phases(self, *places: Place) -> dict[str, int]:
+    def phases(self, *places: Place, processes: int = 1) -> dict[str, int]:
         """Bytes that each phase adds while it lasts; what is kept from it is left out."""
-        return self._phases(1, *places)
-
-    def peak(self, *places: Place) -> int:
-        """The most that the first rank needs at one time. With both places (no GPU): their common peak."""
-        return self._peak(1, *places)
-
-    def host_peak(self, processes: int) -> int:
-        """The most main memory that the processes of one machine need together beside their GPUs."""
-        return self._peak(processes, "host")
-
-    def _phases(self, processes: int, *places: Place) -> dict[str, int]:
         added: dict[str, int] = {}
         for part in self.parts:
             if part.phase and part.place in places and not part.is_kept:
@@ -83,16 +74,47 @@ class StepMemory:
                 added[part.phase] = added.get(part.phase, 0) + part.bytes * times
         return added
 
-    def _peak(self, processes: int, *places: Place) -> int:
-        phases = self._phases(processes, *places)
+    def peak(self, *places: Place, processes: int = 1) -> int:
+        """The most that the first rank, or all processes of a machine together, need at one time in `places`: with both
+        of them (no GPU) it is their common peak."""
+        phases = self.phases(*places, processes=processes)
         loading = max((phases.pop(phase) for phase in list(phases) if phase.endswith(LOADING)), default=0)
         kept = sum(part.bytes for part in self.parts if part.is_kept and part.place in places)
         return max(loading, (self.held(*places) + kept) * processes + max(phases.values(), default=0))
+
+    def host_peak(self, processes: int) -> int:
+        """The most main memory that the processes of one machine need together beside their GPUs."""
+        return self.peak("host", processes=processes)
 
 
 def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1) -> int:
     """Rows of the longest length in one forward pass; at least `rows_together` (2 for a pair)."""
     return max(token_budget // length // rows_together, 1) * rows_together
+
+
+def with_slots(
+    config: RunConfig, ranks: int, device_bytes: int, memory_of: Callable[[RunConfig], StepMemory]
+) -> RunConfig:
+    """The settings with as many slots of generation as a GPU of so many bytes has room for beside all else of step 3.
+
+    `memory_of` gives the memory of step 3 with other settings. Those that name their slots, or have a plan, stay.
+    """
+    rlhf = config.rlhf
+    if rlhf.generation_batch != "auto" or rlhf.plan:
+        return config
+
+    def of(slots: int) -> RunConfig:
+        return config.model_copy(update={"rlhf": rlhf.model_copy(update={"generation_batch": slots})})
+
+    most = math.ceil(most_generated(rlhf) * rlhf.generation_tensor_parallel / ranks)
+    room, slots = int(device_bytes * USABLE_MEMORY), range(1, most + 1)
+    return of(max(1, bisect_right(slots, room, key=lambda count: memory_of(of(count)).peak("device"))))
+
+
+def slots_in(free_bytes: int, shape: Shape, length: int, dtype: torch.dtype) -> int:
+    """Samples of so many tokens that can be decoded together in memory that nothing else wants; at least 1."""
+    each = shape.cache_values(length) * dtype.itemsize + shape.vocabulary * SAMPLING_BYTES_PER_LOGIT
+    return max(1, int(free_bytes * USABLE_MEMORY) // each)
 
 
 def estimate_step_memory(
@@ -231,7 +253,7 @@ def _rlhf_parts(
         yield from copy("actor_score", actor, "score")
     if takes_part("actor_generate"):
         layout = plan["actor_generate"].layout
-        rows = min(plan["actor_generate"].together(samples), math.ceil(samples / layout.data))
+        rows = min(plan["actor_generate"].together(samples), math.ceil(most_generated(rlhf) / layout.data))
         keys_and_values = _share(actor.cache_values(rows * longest) * dtype.itemsize, layout.tensor)
         keeps = not rlhf.release_generation
         cache = "key-value cache, kept while training" if keeps else "key-value cache"

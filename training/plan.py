@@ -23,7 +23,7 @@ from training.planner.graph import DataflowGraph
 if TYPE_CHECKING:
     from training.rlhf_settings import RLHFSettings
 
-
+CPU_SLOTS = 32
 Cut = tuple[tuple[int, ...], int, int, int, bool, tuple[int, ...]]
 
 
@@ -102,7 +102,7 @@ class Plan:
                 rows, layout = -(-samples // settings.mini_batches), Layout.over(ranks, zero_stage=stage)
             elif call.kind == "generate":
                 layout = Layout.over(ranks, settings.generation_tensor_parallel)
-                assignments[call.name] = Assignment(layout, micro_batch_limit=settings.generation_batch)
+                assignments[call.name] = Assignment(layout, micro_batch_limit=slots(settings))
                 continue
             else:
                 rows, tensor = samples, getattr(degrees, call.role, 1)
@@ -123,6 +123,18 @@ class Plan:
             count = packed(rows, layout, length, micro_batch_tokens)
             assignments[call.name] = Assignment(layout, count, micro_batch_limit=micro_batch_tokens)
         return cls(assignments)
+
+
+def slots(settings: "RLHFSettings") -> int:
+    """Samples that a rank decodes together by the settings; where they are auto, and no GPU's memory has said how many
+    (`training.memory.with_slots`), those of a CPU."""
+    return CPU_SLOTS if settings.generation_batch == "auto" else settings.generation_batch
+
+
+def most_generated(settings: "RLHFSettings") -> int:
+    """Samples that all ranks generate in one call, at most: of an iteration, an evaluation, or the fixed prompts."""
+    evaluated = settings.eval_prompts if settings.eval_every else 0
+    return max(settings.prompts_per_iteration * settings.samples_per_prompt, settings.sample_prompts, evaluated)
 
 
 def packed(rows: int, layout: Layout, length: int, micro_batch_tokens: int) -> int:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from inference.errors import UserError
@@ -121,8 +122,9 @@ class RLHFSettings(Settings):
     """Passes over an iteration's samples."""
     micro_batch_tokens: Tokens = Field(4096, ge=8)
     """Tokens that one forward pass of one rank takes; the gradient does not depend on it."""
-    generation_batch: Samples = Field(32, ge=1)
-    """Samples that one rank (one tensor-parallel group) decodes at the same time: slots, refilled as samples end."""
+    generation_batch: Annotated[Annotated[int, Ge(1)] | Literal["auto"], Unit("samples")] = "auto"
+    """Samples that one rank (one tensor-parallel group) decodes at the same time: slots, refilled as samples end. auto:
+    on a GPU as many as its memory holds beside all else, on a CPU 32."""
     release_generation: bool = False
     """Give back, while training, the memory of what generation keeps: keys and values, and a copy of the weights."""
     generation_tensor_parallel: Ranks = Field(1, ge=1)
@@ -356,7 +358,7 @@ class RLHFSettings(Settings):
 
     @model_validator(mode="after")
     def _fusion_rows_are_decoded(self):
-        if not self.plan and self.fusion.rows > self.generation_batch:
+        if not self.plan and self.generation_batch != "auto" and self.fusion.rows > self.generation_batch:
             raise ValueError(f"fusion.rows={self.fusion.rows} is more than generation_batch={self.generation_batch}")
         return self
 

@@ -18,7 +18,7 @@ from training.hybrid_engine.kept_weights import KeptWeights
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.launchers import processes_option
 from training.metrics import WARNING, held_out_line
-from training.stage import Stage
+from training.stage import Stage, read_at_once
 from training.steps import Step
 
 
@@ -42,8 +42,9 @@ class Task(Protocol):
         """Units (tokens or pairs) that the loss of these rows is a mean over."""
         ...
 
-    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
-        """Summed loss of training rows, and sums of statistics, each to be divided by `size`."""
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss of training rows, and sums of statistics, each to be divided by `size`; scalars that stay on the
+        device."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -180,18 +181,21 @@ def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, n
     plan = plan_micro_batches([task.lengths[row] for row in batch], token_budget, stage.ranks.size)
     size = task.size(batch)
     task.look_ahead(number, batch)
-    sums: dict[str, float] = {}
+    micro_batches, measured, sums = plan[stage.ranks.rank], list[dict[str, Tensor]](), dict[str, float]()
 
     def loss(micro_batch: MicroBatch) -> Tensor:
-        rows = [batch[i] for i in micro_batch.rows]
-        total, statistics = task.loss(rows)
-        if not torch.isfinite(total):
-            raise stage.diverged(number, "The loss is not a finite number", [task.place(row) for row in rows])
-        for name, value in {"loss": total.item(), **statistics}.items():
-            sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
+        total, statistics = task.loss([batch[i] for i in micro_batch.rows])
+        measured.append({"loss": total.detach(), **statistics})
         return total / size
 
-    update = task.engine.update(plan[stage.ranks.rank], loss)
+    task.engine.accumulate(micro_batches, loss)
+    for micro_batch, values in zip(micro_batches, read_at_once(measured), strict=True):
+        if not math.isfinite(values["loss"]):
+            rows = [task.place(batch[i]) for i in micro_batch.rows]
+            raise stage.diverged(number, "The loss is not a finite number", rows)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
+    update = task.engine.step()
     if stage.dtype != torch.float16 and not math.isfinite(update["grad_norm"]):  # fp16 skips such steps by itself
         raise stage.diverged(number, "The gradient is not finite", [task.place(row) for row in batch])
     means = {name: value / size for name, value in stage.ranks.sum_values(sums).items()}

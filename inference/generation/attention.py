@@ -7,8 +7,11 @@ attention goes through the interface runs here as it is; `can_pack` says which d
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -65,10 +68,11 @@ class Sequences:
         """`exact` asks for attention whose bits do not depend on the other tokens; it knows no dropout."""
         self.lengths = list(lengths)
         self.cache, self.rows, self.exact = cache, rows, exact
+        self._bounds: Tensor | None = None
 
     def positions(self, device: torch.device) -> Tensor:
         """Each token's place in its sequence, int64 (1, tokens)."""
-        return torch.cat([torch.arange(length, device=device) for length in self.lengths])[None]
+        return torch.cat([torch.arange(length) for length in self.lengths])[None].to(device, non_blocking=True)
 
     def attend(
         self,
@@ -89,9 +93,19 @@ class Sequences:
             query, key, value = query.float(), key.float(), value.float()
         return self._attend(query, key, value, scale, window, dropout).to(dtype)
 
+    def bounds(self, device: torch.device) -> Tensor:
+        """Where each sequence begins, and the end of the last one, int32 (sequences + 1)."""
+        if self._bounds is None or self._bounds.device != device:
+            ends = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32)
+            self._bounds = ends.to(device, non_blocking=True)
+        return self._bounds
+
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, dropout: float
     ) -> Tensor:
+        window = None if window is None or window >= max(self.lengths) else window
+        if takes_packed(query, value) and not dropout and (kernel := packed_kernel()) and kernel.knows(window):
+            return kernel(query, key, value, self.bounds(query.device), max(self.lengths), scale, window)
         key, value = repeat_heads(key, query.shape[0]), repeat_heads(value, query.shape[0])
         longest = max(self.lengths)
         if min(self.lengths) == longest:
@@ -150,6 +164,66 @@ class NextTokens:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             seen = plain_attention(queries * scale, keys, values, mask, self.exact)
         return with_more(seen.reshape(rows, -1, seen.shape[-1]).to(query.dtype), 3, more)
+
+
+class PackedKernel:
+    """torch's own attention over sequences that lie one behind the other: without padding, and no key is copied.
+
+    What `varlen_attn` takes differs: 2.10 knows causal attention alone, 2.13 windows, scales and grouped heads.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.takes = function, set(inspect.signature(function).parameters)
+
+    def knows(self, window: int | None) -> bool:
+        return window is None or "window_size" in self.takes
+
+    def __call__(
+        self,
+        query: Tensor,  # (heads, tokens, head)
+        key: Tensor,  # (key heads, tokens, head)
+        value: Tensor,
+        bounds: Tensor,  # int32 (sequences + 1)
+        longest: int,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Causal attention of each sequence over its last `window` tokens, (tokens, heads, head)."""
+        options: dict[str, Any] = {"is_causal": True}
+        if "window_size" in self.takes:
+            options = {"window_size": (-1 if window is None else window - 1, 0)}
+        if scale is not None and "scale" in self.takes:
+            options["scale"] = scale
+        elif scale is not None:
+            query = query * (scale * query.shape[-1] ** 0.5)
+        if "enable_gqa" in self.takes:
+            options["enable_gqa"] = key.shape[0] != query.shape[0]
+        else:
+            key, value = repeat_heads(key, query.shape[0]), repeat_heads(value, query.shape[0])
+        query, key, value = (heads.transpose(0, 1) for heads in (query, key, value))
+        return self.function(query, key, value, bounds, bounds, longest, longest, **options)
+
+
+@cache
+def packed_kernel() -> PackedKernel | None:
+    """None where this torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return PackedKernel(varlen_attn)
+
+
+def takes_packed(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel is for such heads: in 16 bit on CUDA, of sizes and processors that flash attention has."""
+    is_16_bit, head = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    fits = head == value.shape[-1] and head % 8 == 0 and head <= 256
+    return query.is_cuda and is_16_bit and fits and has_flash_attention(query.device)
+
+
+@cache
+def has_flash_attention(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def repeat_heads(heads: Tensor, count: int) -> Tensor:

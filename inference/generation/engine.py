@@ -40,17 +40,20 @@ class GenerationEngine:
         prefill_tokens: int = PREFILL_TOKENS,
         graphs: bool | None = None,
         exact: Exactness | None = None,
+        room: tuple[int, int] = (0, 0),
     ):
         """Any of `end_ids` ends a sample. `slots` is how many samples are decoded at the same time.
 
         `graphs` lets decode steps follow each other without the host, on CUDA as graphs (`Replay`). None: on CUDA.
         It is for packed models; others decode as without it. `exact` makes the bits of a token's log-probabilities
-        those of any other pass, on a CPU.
+        those of any other pass, on a CPU. `room` is (samples, tokens of a sample) of the largest call to come: cache
+        and graphs are made for it, and so are kept from call to call.
         """
         self.model = model
         self.end_ids = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
         self.pad_id = pad_id
         self.slots, self.prefill_tokens, self.graphs, self.exact = slots, prefill_tokens, graphs, exact
+        self.room = min(slots, room[0]), room[1]
         self.cache = KVCache(0, 0)
         self._blocked: Future[BlockedWeights] | None = None
         self._replay: Replay | None = None
@@ -108,7 +111,8 @@ class GenerationEngine:
         capacity = max([room[1], *(len(sample.prompt_ids) + sample.limit for sample in samples)])
         capacity = capacity if self.exact is None else self.exact.seen(capacity)
         if not self.cache.fits(slots, capacity):
-            self.cache = KVCache(slots, capacity, preferred_cache_dtype(self.model, self.exact), self.exact)
+            most, longest = max(slots, self.room[0]), max(capacity, self.room[1])
+            self.cache = KVCache(most, longest, preferred_cache_dtype(self.model, self.exact), self.exact)
         self.stats = GenerationStats(slots)
         if self.exact is None or self.exact.blocked:
             self.prepare()

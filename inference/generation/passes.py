@@ -5,6 +5,7 @@ runs any other causal language model of transformers through its own cache inter
 """
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -72,9 +73,11 @@ class PackedPasses:
     def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
         sequences = Sequences(lengths, self.cache, rows, self.exact)
-        ids, positions = torch.cat(list(prompts)).to(self.device), sequences.positions(self.device)
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        if prefixes := Prefixes.of(sequences, ids):
+        prefixes = Prefixes.of(sequences, itertools.chain(*(prompt.tolist() for prompt in prompts)), self.device)
+        ids = torch.cat(list(prompts)).to(self.device, non_blocking=True)
+        positions = sequences.positions(self.device)
+        last = (torch.tensor(lengths).cumsum(0) - 1).to(self.device, non_blocking=True)
+        if prefixes:
             ids, positions, last = ids[prefixes.computed], positions[:, prefixes.computed], prefixes.stands_for[last]
         return self._logits(ids[None], positions, prefixes or sequences, last)
 

@@ -4,6 +4,8 @@ A token of a packed row depends on those before it in its own sequence alone, so
 everything but attention, which sees each of them whole.
 """
 
+import itertools
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,18 +30,21 @@ class Prefixes:
     """For each of all tokens the place of the computed one that is the same, int64 (tokens)."""
 
     @classmethod
-    def of(cls, sequences: Sequences, ids: Tensor, apart: Tensor | None = None) -> "Prefixes | None":
-        """Of all token ids, int64 (tokens); None where too little is repeated.
+    def of(
+        cls, sequences: Sequences, ids: Iterable[int], device: torch.device, apart: Collection[int] = ()
+    ) -> "Prefixes | None":
+        """Of all token ids; None where too little is repeated. `device` is that of the model.
 
-        Tokens at the places `apart`, int64 (n), are computed for each sequence.
+        Tokens at the places `apart` are computed for each sequence.
         """
-        own = set() if apart is None else set(apart.tolist())
+        own = set(apart)
         found: dict[tuple[int, int], int] = {}  # the computed token before, the token -> the computed token
         computed: list[int] = []
         stands_for: list[int] = []
-        for row in ids.cpu().split(sequences.lengths):
+        tokens = iter(ids)
+        for length in sequences.lengths:
             last = -1
-            for token in row.tolist():
+            for token in itertools.islice(tokens, length):
                 place = len(stands_for)
                 last = found.setdefault((last, -1 - place if place in own else token), len(computed))
                 if last == len(computed):
@@ -47,7 +52,8 @@ class Prefixes:
                 stands_for.append(last)
         if len(computed) > (1 - LEAST) * len(stands_for):
             return None
-        return cls(sequences, *(torch.tensor(places, device=ids.device) for places in (computed, stands_for)))
+        places = (torch.tensor(each).to(device, non_blocking=True) for each in (computed, stands_for))
+        return cls(sequences, *places)
 
     def attend(
         self,

@@ -18,24 +18,21 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from inference.preferences import BlindPair
-from inference.serving.answers import Answers
+from inference.serving.answers import Answers, Completion
 from inference.serving.judging import Collecting, Judging
 from inference.serving.request import ApiError, PairRequest, PreferenceRequest, json_object, parse_request, validated
 from inference.serving.server import Guard
 from inference.serving.service import Service
-from inference.serving.worker import Job
 
-MOST_BYTES = 2**20
-"""Of a request."""
+MOST_BYTES = 2**20  # of a request
 READ_ANYWAY = 8 * MOST_BYTES
-"""A client that sends too much hears so only if it is heard out; what is longer still is cut off."""
+"""A client that sends too much gets its answer only once all is read; what is longer still is cut off."""
 CLIENT_GONE = 499
 """The status that a log shows for a client that left; nobody receives it."""
-PREFERENCES_LINK = '<a href="prefer">Judge answers</a>'
-"""On the chat page."""
+PREFERENCES_LINK = '<a href="prefer">Judge answers</a>'  # on the chat page
 NO_PREFERENCES = "This server keeps no preferences: start it with rlhf-chat serve MODEL --preferences FILE."
 BODY_SECONDS = 60
-"""In which a request must have arrived."""
+"""A request must have arrived after this time."""
 
 
 def create_app(
@@ -57,8 +54,12 @@ def create_app(
 
     return Starlette(
         routes=[
-            Route("/", Page("page.html", without="" if collecting else PREFERENCES_LINK).show),
-            Route("/prefer", Page("prefer.html").show if collecting else show_no_preferences),
+            Route("/", page("page.html", without="" if collecting else PREFERENCES_LINK), methods=["GET"]),
+            Route(
+                "/prefer",
+                page("prefer.html") if collecting else PlainTextResponse(NO_PREFERENCES, 404),
+                methods=["GET"],
+            ),
             Route("/health", api.health),
             Route("/v1/models", api.models),
             Route("/v1/models/{name}", api.model),
@@ -72,7 +73,7 @@ def create_app(
         exception_handlers={
             ApiError: show_error,
             HTTPException: show_http_error,
-            ClientDisconnect: show_nothing,
+            ClientDisconnect: lambda request, error: Response(status_code=CLIENT_GONE),
             Exception: show_failure,
         },
         lifespan=lifespan,
@@ -89,9 +90,8 @@ class Api:
             name: {"running": desk.lane.running, "waiting": desk.lane.waiting, "slots": desk.lane.slots}
             for name, desk in self.service.desks.items()
         }
-        is_closing = self.service.is_closing
-        status = "shutting down" if is_closing else "ok"
-        return JSONResponse({"status": status, "models": models}, 503 if is_closing else 200)
+        status, code = ("shutting down", 503) if self.service.is_closing else ("ok", 200)
+        return JSONResponse({"status": status, "models": models}, code)
 
     async def models(self, request: Request) -> Response:
         data = [self._describe(name) for name in self.service.desks]
@@ -114,34 +114,34 @@ class Api:
 
     async def complete(self, request: Request) -> Response:
         wanted = parse_request(await read_json(request))
-        job = await self.service.begin(wanted)
-        answers = Answers(wanted, job)
+        completion = await self.service.begin(wanted)
+        answers = Answers(wanted, completion)
         if wanted.stream:
             return EventStream(answers, self.service)
         try:
             return await until_gone(request, answers.body())
         finally:
-            self.service.end(job)
+            self.service.end(completion)
 
 
 class EventStream(StreamingResponse):
-    """Ends its job whatever happens to the connection."""
+    """Ends its completion whatever happens to the connection."""
 
     def __init__(self, answers: Answers, service: Service):
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(answers.events(), headers=headers, media_type="text/event-stream")
-        self.job: Job = answers.job
+        self.completion: Completion = answers.completion
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.service.end(self.job)
+            self.service.end(self.completion)
 
 
 class Preferences:
-    """What people say of two answers, where the server keeps it."""
+    """Answers requests about pairs and preferences, with 404 where the server keeps none."""
 
     def __init__(self, judging: Judging | None):
         self._judging = judging
@@ -176,7 +176,7 @@ class Preferences:
 
 
 def shown_pair(pair: BlindPair) -> dict[str, Any]:
-    """Without what would tell whose answers they are."""
+    """A pair without what would tell whose answers they are."""
     return {"id": pair.id, "messages": pair.prompt, "answers": [pair.left.text, pair.right.text]}
 
 
@@ -197,14 +197,12 @@ async def disconnection(request: Request) -> None:
 
 
 async def read_json(request: Request) -> bytes:
-    """A page of another site cannot send this type without asking first, and is never told yes. Raises ApiError."""
+    """The body. Raises ApiError for another type, and for what is too large or does not come.
+
+    A page of another site cannot send this type without asking first, and is never told yes.
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "Send the request with 'Content-Type: application/json'.")
-    return await read_body(request)
-
-
-async def read_body(request: Request) -> bytes:
-    """Raises ApiError for what is too large or does not come."""
     body, size = [], 0
     try:
         announced = int(request.headers.get("content-length", 0))
@@ -223,37 +221,28 @@ async def read_body(request: Request) -> bytes:
     return b"".join(body)
 
 
-class Page:
+def page(name: str, without: str = "") -> HTMLResponse:
     """A page, which may load nothing and talk to nobody but this server."""
-
-    def __init__(self, name: str, without: str = "") -> None:
-        self.html, style, script = (
-            (files("inference.serving") / file).read_text(encoding="utf-8")
-            for file in (name, "common.css", "common.js")
+    html, style, script = (
+        (files("inference.serving") / file).read_text(encoding="utf-8") for file in (name, "common.css", "common.js")
+    )
+    html = html.replace(without, "").replace("<style>", f"<style>{style}</style>\n<style>", 1)
+    html = html.replace("<script>", f"<script>{script}</script>\n<script>", 1)
+    hashes = {
+        tag: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
         )
-        self.html = self.html.replace(without, "").replace("<style>", f"<style>{style}</style>\n<style>", 1)
-        self.html = self.html.replace("<script>", f"<script>{script}</script>\n<script>", 1)
-        inline = {
-            tag: " ".join(
-                f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-                for text in re.findall(rf"<{tag}>(.*?)</{tag}>", self.html, re.DOTALL)
-            )
-            for tag in ("script", "style")
-        }
-        self.headers = {
-            "content-security-policy": "default-src 'none'; connect-src 'self'; img-src data:; "
-            f"script-src {inline['script']}; style-src {inline['style']}; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-            "referrer-policy": "no-referrer",
-            "x-content-type-options": "nosniff",
-        }
-
-    async def show(self, request: Request) -> Response:
-        return HTMLResponse(self.html, headers=self.headers)
-
-
-async def show_no_preferences(request: Request) -> Response:
-    return PlainTextResponse(NO_PREFERENCES, 404)
+        for tag in ("script", "style")
+    }
+    headers = {
+        "content-security-policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+        f"script-src {hashes['script']}; style-src {hashes['style']}; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }
+    return HTMLResponse(html, headers=headers)
 
 
 async def show_error(request: Request, error: Exception) -> Response:
@@ -262,17 +251,12 @@ async def show_error(request: Request, error: Exception) -> Response:
 
 
 async def show_http_error(request: Request, error: Exception) -> Response:
-    """Of Starlette's own: a path or a method that there is not."""
+    """For errors of Starlette: a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
     there = "GET /v1/models, POST /v1/chat/completions, GET /health and the pages at / and /prefer"
     message = f"There is no {request.method} {request.url.path[:80]} here; there are {there}."
     return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
 
 
-async def show_nothing(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_GONE)
-
-
-async def show_failure(request: Request, error: Exception) -> Response:
-    """The server's log has the traceback."""
+async def show_failure(request: Request, error: Exception) -> Response:  # the server's log has the traceback
     return JSONResponse(ApiError(500, "The server has failed at this; its log says why.").body, 500)

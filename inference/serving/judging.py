@@ -16,16 +16,14 @@ from inference.serving.service import Service
 
 MOST_PAIRS = 1000
 """That wait for a preference, and that had one; older ones are forgotten."""
-Key = TypeVar("Key")
-Kept = TypeVar("Kept")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ServedModel:
     name: str
-    """Of the model, as it is served."""
     label: str
-    """In the file of preferences."""
+    """Its name in the file of preferences."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +35,16 @@ class Collecting:
     """Two models, or one twice."""
     temperature: float
     max_tokens: int
-    """Of an answer, at most."""
     prompts: Sequence[list[Message]] = ()
-    """To be suggested, one after the other."""
+    """Suggested one after the other."""
 
 
 class Judging:
-    """In the event loop, for any number of people."""
+    """Lives in the event loop and serves any number of people."""
 
     def __init__(self, service: Service, collecting: Collecting):
         self.service, self.collecting = service, collecting
-        room = min(service.desk(each.name).lane.context for each in collecting.models)
+        room = min(service.desk(model.name).lane.context for model in collecting.models)
         self.max_tokens = longest_answer(min(collecting.max_tokens, service.limits.max_tokens), room)
         self._prompts = cycle(collecting.prompts)
         self._pairs: dict[str, BlindPair] = {}
@@ -59,12 +56,11 @@ class Judging:
         if request.unjudged_by is not None:
             return await self._of_others(named(request.unjudged_by), request.skip)
         prompt = request.conversation or self._suggestion()
-        labels = [each.label for each in self.collecting.models]
+        labels = [model.label for model in self.collecting.models]
         for blank in blank_pairs(prompt, labels, self.collecting.temperature, self.max_tokens):
             pair = await self._answered(blank)
             if not pair.teaches_nothing:
-                remember(self._pairs, pair.id, pair)
-                return pair
+                return self._remember(pair)
         raise ApiError(422, EQUAL, code="equal_answers")
 
     async def judge(self, request: PreferenceRequest) -> None:
@@ -76,41 +72,39 @@ class Judging:
                 raise ApiError(409, "Which of these two is better was said already; undo it first.", "pair", "judged")
             if (pair := self._pairs.get(request.pair)) is None:
                 message = (
-                    "The server does not know these two answers any more, as it was started anew or they have waited "
+                    "The server does not know these two answers any more, as it was started again or they have waited "
                     "too long: skip them. Preferences that were kept are still there."
                 )
                 raise ApiError(404, message, "pair", "pair_not_found")
             preference = pair.judged(request.winner, named(request.by))
-            await self._kept(lambda: self.collecting.file.add(preference))
+            await in_thread(lambda: self.collecting.file.add(preference))
             del self._pairs[pair.id]
-            remember(self._judged, pair.id, request)
+            self._judged[pair.id] = request
+            forget_oldest(self._judged)
 
     async def undo(self, by: str) -> BlindPair:
         """What this person has judged last; the preference is taken back. Raises ApiError."""
         by = named(by)
         async with self._writing:
-            preference = await self._kept(lambda: self.collecting.file.undo(by))
+            preference = await in_thread(lambda: self.collecting.file.undo(by))
             if preference is None:
                 raise ApiError(404, f"There is no preference of {by} to take back.", code="nothing_judged")
             self._judged.pop(preference.id, None)
-            pair = BlindPair.again(preference)
-            remember(self._pairs, pair.id, pair)
-            return pair
+            return self._remember(BlindPair.again(preference))
 
     async def count(self, by: str) -> dict[str, int]:
         """The preferences of a person, and the pairs that others alone have judged. Raises ApiError."""
         by = named(by)
-        known = await self._kept(self.collecting.file.read)
-        return {"count": sum(each.by == by for each in known), "others": len(unjudged(known, by))}
+        preferences = await in_thread(self.collecting.file.read)
+        own = sum(preference.by == by for preference in preferences)
+        return {"count": own, "others": len(unjudged(preferences, by))}
 
     async def _of_others(self, by: str, skip: Sequence[str]) -> BlindPair:
         """`skip` has the ids of pairs that the person looks at or has skipped; others come until they are judged."""
         skipped = {self._pairs[id].pair for id in skip if id in self._pairs}
-        for preference in unjudged(await self._kept(self.collecting.file.read), by):
+        for preference in unjudged(await in_thread(self.collecting.file.read), by):
             if preference.pair not in skipped:
-                pair = BlindPair.again(preference, redrawn=True)
-                remember(self._pairs, pair.id, pair)
-                return pair
+                return self._remember(BlindPair.again(preference, redrawn=True))
         raise ApiError(404, f"Nothing that others have judged is left for {by}.", code="none_left")
 
     async def _answered(self, blank: BlindPair) -> BlindPair:
@@ -124,40 +118,43 @@ class Judging:
         )
 
     async def _text(self, pair: BlindPair, side: Answer) -> str:
-        name = next(each.name for each in self.collecting.models if each.label == side.model)
+        name = next(model.name for model in self.collecting.models if model.label == side.model)
         sampling = {"temperature": pair.temperature, "max_tokens": pair.max_tokens, "seed": side.seed}
         request = ChatRequest.model_validate({"model": name, "messages": pair.prompt}).model_copy(update=sampling)
-        job = await self.service.begin(request)
+        completion = await self.service.begin(request)
         try:
-            body: dict[str, Any] = await Answers(request, job).body()
+            body = await Answers(request, completion).body()
         finally:
-            self.service.end(job)
-        text: str = body["choices"][0]["message"]["content"]
-        return text
+            self.service.end(completion)
+        return str(body["choices"][0]["message"]["content"])
 
     def _suggestion(self) -> list[Message]:
         for prompt in self._prompts:
             return prompt
         raise ApiError(404, "This server has no messages to suggest: type one.", code="no_suggestions")
 
-    async def _kept(self, work: Callable[[], Kept]) -> Kept:
-        """In a thread: disks can be slow. What a person can put right becomes an ApiError."""
-        try:
-            return await asyncio.to_thread(work)
-        except UserError as error:
-            raise ApiError(507 if isinstance(error.__cause__, OSError) else 500, str(error)) from None
+    def _remember(self, pair: BlindPair) -> BlindPair:
+        self._pairs[pair.id] = pair
+        forget_oldest(self._pairs)
+        return pair
+
+
+def forget_oldest(recent: dict[str, Any]) -> None:
+    while len(recent) > MOST_PAIRS:
+        del recent[next(iter(recent))]
+
+
+async def in_thread(work: Callable[[], Result]) -> Result:
+    """Work on a file, whose disk can be slow. What a person can put right becomes an ApiError."""
+    try:
+        return await asyncio.to_thread(work)
+    except UserError as error:
+        raise ApiError(507 if isinstance(error.__cause__, OSError) else 500, str(error)) from None
 
 
 def named(by: str) -> str:
-    """The name as it is kept. Raises ApiError."""
+    """The name as it is stored. Raises ApiError."""
     try:
         return checked_name(by)
     except UserError as error:
         raise ApiError(400, str(error), "by", "invalid_value") from None
-
-
-def remember(known: dict[Key, Kept], key: Key, value: Kept) -> None:
-    """The oldest go where there are too many."""
-    known[key] = value
-    while len(known) > MOST_PAIRS:
-        del known[next(iter(known))]

@@ -2,17 +2,12 @@
 
 import json
 import re
-from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from inference.chat_model import BROKEN
 from inference.chat_template import Message
-from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingSettings
 from inference.preferences import Winner
 
@@ -42,53 +37,14 @@ class ApiError(Exception):
 
 
 MOST_ALTERNATIVES = 20
-
-
-class Logprobs:
-    """Of one model. Knows each token that it has met."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]  # decoders treat a first token differently
-        self._byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
-        self._met: dict[int, tuple[str, list[int] | None]] = {}
-
-    def of(self, sample: OwnSample, places: Sequence[int]) -> list[dict[str, Any]]:
-        """The protocol's `content`, for the response tokens at these places."""
-        return [
-            self._entry(sample.response_ids[place], sample.logprobs[place])
-            | {"top_logprobs": [self._entry(*pair) for pair in sample.likeliest[place]] if sample.alternatives else []}
-            for place in places
-        ]
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        if token not in self._met:
-            self._met[token] = self._look_at(token)
-        text, in_bytes = self._met[token]
-        return {"token": text, "bytes": in_bytes, "logprob": logprob}
-
-    def _look_at(self, token: int) -> tuple[str, list[int] | None]:
-        """What a token says inside of a text; its bytes also where they are but a part of a character."""
-        text = self._decode([*self._before, token]).removeprefix(self._decode(self._before))
-        if BROKEN not in text:
-            return text, list(text.encode())
-        name = str(self._tokenizer.convert_ids_to_tokens(token))
-        if found := re.fullmatch("<0x([0-9A-F]{2})>", name):
-            return text, [int(found[1], 16)]
-        return text, [self._byte_of[letter] for letter in name] if self._byte_of.keys() >= set(name) else None
-
-    def _decode(self, ids: list[int]) -> str:
-        return cast(str, self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
+MOST_STOPS = 4
 COLDEST = 1e-5
 """Temperatures below are greedy: logits divided by less would overflow."""
-MOST_STOPS = 4
 IGNORED = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention "
     "prediction verbosity reasoning_effort parallel_tool_calls".split()
 )
-"""Change nothing about an answer, or nothing that there is here."""
+"""Settings that change nothing about an answer here."""
 MEANS_NOTHING: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -103,7 +59,7 @@ MEANS_NOTHING: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
 }
-"""Of the protocol, but not to be had here: only with values that ask for nothing."""
+"""Settings that are not supported here, with the values that ask for nothing."""
 
 
 def text_of(content: Any) -> Any:
@@ -137,9 +93,9 @@ class ChatMessage(Strict):
             raise ValueError("this server has no tools; leave such messages out")
         return calls
 
-
-def as_message(message: ChatMessage) -> Message:
-    return {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+    @property
+    def message(self) -> Message:
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 Request = TypeVar("Request", bound=Strict)
@@ -206,14 +162,14 @@ class ChatRequest(Strict):
 
     @property
     def beginning(self) -> str:
-        """Of the answer that is asked for: messages may end with it."""
+        """The beginning of the answer that is asked for: messages may end with it."""
         return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
 
     @property
     def conversation(self) -> list[Message]:
         """All before the answer."""
         turns = self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
-        return [as_message(message) for message in turns]
+        return [turn.message for turn in turns]
 
     @property
     def settings(self) -> SamplingSettings:
@@ -239,7 +195,7 @@ class PairRequest(Strict):
 
     @property
     def conversation(self) -> list[Message]:
-        return [as_message(message) for message in self.messages]
+        return [turn.message for turn in self.messages]
 
 
 class PreferenceRequest(Strict):
@@ -258,8 +214,8 @@ def parse_request(body: bytes) -> ChatRequest:
             continue
         if name in MEANS_NOTHING:
             if value not in MEANS_NOTHING[name]:
-                there = " and ".join(json.dumps(value) for value in MEANS_NOTHING[name] if value)
-                message = f"This server has no '{name}'{f' other than {there}' if there else ''}; leave it out."
+                allowed = " and ".join(json.dumps(value) for value in MEANS_NOTHING[name] if value)
+                message = f"This server has no '{name}'{f' other than {allowed}' if allowed else ''}; leave it out."
                 raise ApiError(400, message, name, "unsupported_parameter")
         elif name not in IGNORED:
             wanted[name] = value
@@ -291,33 +247,3 @@ def validated(kind: type[Request], given: dict[str, Any]) -> Request:
         code = "missing_required_parameter" if fault == "missing" else "invalid_value"
         code = "invalid_type" if fault.endswith("_type") else code
         raise ApiError(400, f"{param}: {reason}.", param, code) from None
-
-
-class StopStrings:
-    """Lets text pass up to the first stop string. What may be the beginning of one is held back until that is clear."""
-
-    def __init__(self, stops: Sequence[str]):
-        self.stops = stops
-        self.was_found = False
-        self._held = ""
-
-    def let_pass(self, piece: str, is_last: bool = False) -> str:
-        """What of the text so far can be shown now and was not before."""
-        if self.was_found:
-            return ""
-        text = self._held + piece
-        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            self.was_found = True
-            text = text[: min(places)]
-        keep = 0 if is_last or self.was_found else self._beginning_of_a_stop(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _beginning_of_a_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        longest = max((len(stop) - 1 for stop in self.stops), default=0)
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self.stops):
-                return length
-        return 0

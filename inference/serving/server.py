@@ -25,23 +25,29 @@ from inference.errors import UserError
 from inference.serving.request import ApiError
 from inference.serving.service import Service
 
-HEADER_SECONDS = 10.0
-"""In which the headers of a request must have come, since the connection or the answer before."""
-READER_SECONDS = 60.0
-"""In which a client must take some of an answer that waits for it."""
+GRACE_SECONDS = 5.0
+"""Answers have this long to end after Ctrl-C."""
+BACKLOG = 1024
+"""Connections that the system holds until they are accepted."""
 
 
 class Connection(H11Protocol):
-    """Besides uvicorn's own states it is waiting, without a request, or its request is on the way."""
+    """Adds to uvicorn's a time limit for headers, one for readers, and an end of the oldest where there are too many.
 
-    header_seconds, reader_seconds = HEADER_SECONDS, READER_SECONDS
+    Until its request begins it is waiting.
+    """
+
+    header_seconds = 10.0
+    """Headers of a request must have come by then, after the connection or the answer before."""
+    reader_seconds = 60.0
+    """A client must take some of an answer that waits for it by then."""
     since = 0.0
     """When it began to wait, or its request to come, by the clock of the loop."""
     _headers: asyncio.TimerHandle | None = None
     _reader: asyncio.TimerHandle | None = None
 
     def __init__(self, *arguments: Any, most: int, **options: Any):
-        """One of `most` that are there at a time; the other arguments are uvicorn's."""
+        """One of at most `most` connections; the other arguments are uvicorn's."""
         super().__init__(*arguments, **options)
         self.most = most
 
@@ -102,24 +108,17 @@ class Connection(H11Protocol):
 
 
 def make_room(connections: Collection[Any]) -> None:
-    """Cut off one that waits or whose request has not come whole, the oldest; what is answered stays."""
-    unfinished = [each for each in connections if each.is_waiting or each.cycle.more_body]
-    open_ones = [each for each in unfinished if not each.transport.is_closing()]
-    if open_ones:
-        min(open_ones, key=lambda each: each.since).transport.abort()
+    """Cut off the oldest one that waits or whose request has not come whole; those being answered stay."""
+    unfinished = [connection for connection in connections if connection.is_waiting or connection.cycle.more_body]
+    still_open = [connection for connection in unfinished if not connection.transport.is_closing()]
+    if still_open:
+        min(still_open, key=lambda connection: connection.since).transport.abort()
 
 
 def most_connections(places: int) -> int:
-    """For answers that have `places`, and others that come and go: at most half of the descriptors there are."""
+    """Those of `places` answers and 1024 others, but at most half of the process's file descriptors."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(1024 + places, descriptors // 2)
-
-
-GRACE = 5.0
-"""Seconds that answers have to end in after Ctrl-C."""
-
-KNOCKING = 1024
-"""Connections that the system holds until they are taken."""
 
 
 class Server(uvicorn.Server):
@@ -130,10 +129,10 @@ class Server(uvicorn.Server):
         app: Starlette,
         service: Service,
         ready: Callable[[], None],
-        grace: float = GRACE,
+        grace: float = GRACE_SECONDS,
         connections: int | None = None,
     ):
-        """`ready` is called when requests are taken; `grace` is in seconds; `connections` are there at a time."""
+        """`ready` is called when requests are taken; `grace` is in seconds; `connections` is the most at a time."""
         most = connections or most_connections(service.limits.places * len(service.desks))
         super().__init__(
             uvicorn.Config(
@@ -152,14 +151,14 @@ class Server(uvicorn.Server):
         self._service, self._ready, self._grace = service, ready, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """In place of uvicorn's, which raises the signal again when all is done."""
+        """Replaces uvicorn's, which raises the signal again at the end."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(KNOCKING)
+            listener.listen(BACKLOG)
         if self.started:
             self._ready()
 
@@ -218,9 +217,9 @@ class Guard:
 
 
 def is_loopback_name(hosts: Iterable[str]) -> bool:
-    """Of the values of Host headers: exactly one is right."""
-    found = list(hosts)
-    return len(found) == 1 and LOOPBACK_NAMES.fullmatch(found[0]) is not None
+    """Whether the values of Host headers are exactly one, which names this machine's loopback."""
+    names = list(hosts)
+    return len(names) == 1 and LOOPBACK_NAMES.fullmatch(names[0]) is not None
 
 
 def is_loopback(host: str) -> bool:

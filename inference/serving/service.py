@@ -12,13 +12,17 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from inference.chat_format import ChatFormat, Prompt
 from inference.chat_model import ChatModel, longest_answer
 from inference.chat_target import chat_steps, command_of, find_chat_models, find_newest_model, is_finished
 from inference.errors import UserError
+from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingKey
-from inference.serving.request import ApiError, ChatRequest, Logprobs
-from inference.serving.worker import Failure, Job, Lane, Told, Worker
+from inference.serving.answers import Completion, Failure, Logprobs
+from inference.serving.request import ApiError, ChatRequest
+from inference.serving.worker import Events, Lane, Worker
 
 CLOSING = "The server is shutting down."
 LONGEST_WAIT = 60
@@ -80,8 +84,8 @@ class Service:
         self.limits = limits
         self.desks = {name: Desk(model, limits) for name, model in models.items()}
         self.is_closing = False
-        self._jobs: dict[Job, tuple[Desk, float]] = {}  # those that have places, and when they came
-        self._worker = Worker([desk.lane for desk in self.desks.values()], self._hear)
+        self._started: dict[Completion, tuple[Desk, float]] = {}  # those that have places, and when they came
+        self._worker = Worker([desk.lane for desk in self.desks.values()], self._pass_to_loop)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     def warm_up(self) -> int:
@@ -97,13 +101,13 @@ class Service:
         self._tokenizing.shutdown(cancel_futures=True)
 
     async def close(self, grace: float, is_hurried: Callable[[], bool]) -> None:
-        """No more requests; what waits is turned away, what is being drawn has `grace` seconds to end, or until
-        somebody `is_hurried`."""
+        """Take no more requests and turn away what waits; what is being drawn has `grace` seconds to end, or until
+        `is_hurried()`."""
         self.is_closing = True
         self._drop_everywhere(waiting_only=True)
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                while self._jobs and not is_hurried():
+                while self._started and not is_hurried():
                     await asyncio.sleep(0.02)
         self._drop_everywhere(waiting_only=False)
 
@@ -113,15 +117,18 @@ class Service:
             raise ApiError(404, f"There is no model '{name[:80]}' here; there is {there}.", "model", "model_not_found")
         return self.desks[name]
 
-    async def begin(self, request: ChatRequest) -> Job:
-        """The request on its way; its `events` come in. Must be followed by `end`.
+    async def begin(self, request: ChatRequest) -> Completion:
+        """Start to answer a request; the completion's `events` come in. Must be followed by `end`.
 
         Raises ApiError where it is not possible, or not now.
         """
         desk = self.desk(request.model)
         if request.n > self.limits.slots:
             raise ApiError(400, f"n can be at most {self.limits.slots} here, not {request.n}.", "n", "invalid_value")
-        self._check_answer_length(request)
+        if (request.wanted_tokens or 0) > self.limits.max_tokens:
+            name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+            message = f"{name} can be at most {self.limits.max_tokens} here, not {request.wanted_tokens}."
+            raise ApiError(400, message, name, "invalid_value")
         if self.is_closing:
             raise ApiError(503, CLOSING)
         if desk.taken + request.n > self.limits.places:
@@ -130,24 +137,23 @@ class Service:
             raise ApiError(429, message, code="busy", headers={"retry-after": str(wait)})
         desk.taken += request.n
         try:
-            job = await self._make_job(desk, request)
+            completion = await self._completion(desk, request)
             if self.is_closing:
                 raise ApiError(503, CLOSING)
         except BaseException:
             desk.taken -= request.n
             raise
-        self._jobs[job] = desk, time.monotonic()
-        self._worker.submit(desk.lane, job)
-        return job
+        self._started[completion] = desk, time.monotonic()
+        self._worker.submit(desk.lane, completion)
+        return completion
 
-    def end(self, job: Job) -> None:
-        """Nobody waits for the job any more: if it is not over it gives up its slots."""
-        if job in self._jobs:
-            desk, _ = self._jobs[job]
-            self._leave(job)
-            self._worker.drop(desk.lane, lambda other: other is job, Failure(499, "The client is gone."))
+    def end(self, completion: Completion) -> None:
+        """Nobody waits for the completion any more: if it is not over it gives up its slots."""
+        if completion in self._started:
+            desk = self._leave(completion)
+            self._worker.drop(desk.lane, lambda other: other is completion, Failure(499, "The client is gone."))
 
-    async def _make_job(self, desk: Desk, request: ChatRequest) -> Job:
+    async def _completion(self, desk: Desk, request: ChatRequest) -> Completion:
         wanted = request.wanted_tokens
         if request.truncates:
             wanted = longest_answer(wanted or self.limits.max_tokens, desk.lane.context)
@@ -164,49 +170,48 @@ class Service:
                 f"{desk.lane.context}; shorten the conversation{' or ask for fewer tokens' if wanted else ''}."
             )
             raise ApiError(400, message, "messages", "context_length_exceeded")
-        return Job(
-            prompt.ids,
-            request.settings,
-            SamplingKey(secrets.randbits(62) if request.seed is None else request.seed),
-            request.n,
-            wanted or min(room, self.limits.max_tokens),
-            request.stop,
-            desk.lane.model.format.decode,
-            request.stream,
-            begun,
-            desk.logprobs if request.logprobs else None,
-            request.top_logprobs,
-            prompt.note,
-        )
-
-    def _check_answer_length(self, request: ChatRequest) -> None:
-        if (request.wanted_tokens or 0) > self.limits.max_tokens:
-            name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
-            message = f"{name} can be at most {self.limits.max_tokens} here, not {request.wanted_tokens}."
-            raise ApiError(400, message, name, "invalid_value")
+        key = SamplingKey(secrets.randbits(62) if request.seed is None else request.seed)
+        samples = [
+            OwnSample(
+                index,
+                torch.tensor([*prompt.ids, *begun], dtype=torch.int64),
+                limit=wanted or min(room, self.limits.max_tokens),
+                settings=request.settings,
+                key=key,
+                alternatives=request.top_logprobs,
+            )
+            for index in range(request.n)
+        ]
+        decode, logprobs = desk.lane.model.format.decode, desk.logprobs if request.logprobs else None
+        return Completion(samples, decode, request.stop, request.stream, begun, logprobs, prompt.note)
 
     def _drop_everywhere(self, waiting_only: bool) -> None:
         for desk in self.desks.values():
-            self._worker.drop(desk.lane, lambda job: not (waiting_only and job.has_begun), Failure(503, CLOSING))
+            self._worker.drop(
+                desk.lane,
+                lambda completion: not (waiting_only and completion.response_tokens),
+                Failure(503, CLOSING),
+            )
 
-    def _hear(self, told: Told) -> None:
-        """In the worker's thread."""
-        if told:
+    def _pass_to_loop(self, events: Events) -> None:
+        """Called in the worker's thread."""
+        if events:
             with suppress(RuntimeError):  # the loop has been closed: nobody listens
-                self._loop.call_soon_threadsafe(self._pass_on, told)
+                self._loop.call_soon_threadsafe(self._receive, events)
 
-    def _pass_on(self, told: Told) -> None:
-        for job, event in told:
-            job.events.put_nowait(event)
-            if job in self._jobs and (isinstance(event, Failure) or job.is_over):
-                desk, began = self._jobs[job]
-                if job.is_over:
-                    desk.seconds.append(time.monotonic() - began)
-                self._leave(job)
+    def _receive(self, events: Events) -> None:
+        for completion, event in events:
+            completion.events.put_nowait(event)
+            if completion in self._started and (isinstance(event, Failure) or completion.is_over):
+                started = self._started[completion][1]
+                desk = self._leave(completion)
+                if completion.is_over:
+                    desk.seconds.append(time.monotonic() - started)
 
-    def _leave(self, job: Job) -> None:
-        desk, _ = self._jobs.pop(job)
-        desk.taken -= len(job.choices)
+    def _leave(self, completion: Completion) -> Desk:
+        desk, _ = self._started.pop(completion)
+        desk.taken -= len(completion.choices)
+        return desk
 
 
 def find_served_models(target: Path) -> dict[str, Path]:
@@ -214,14 +219,14 @@ def find_served_models(target: Path) -> dict[str, Path]:
     under its name. Raises UserError where there is nothing to serve."""
     if (target / "config.yaml").is_file():
         folders = [target / folder for folder in chat_steps(target).values()]
-        found = {command_of(folder.name): folder / "model" for folder in folders if is_finished(folder)}
-        if "rlhf" not in found:
+        models = {command_of(folder.name): folder / "model" for folder in folders if is_finished(folder)}
+        if "rlhf" not in models:
             find_newest_model(target)  # says so, or raises
-        return found
-    place = target.resolve()
-    step = place.parent if place.name == "model" else place
+        return models
+    directory = target.resolve()
+    step = directory.parent if directory.name == "model" else directory
     is_of_run = step.name in chat_steps(step.parent).values()
-    if is_of_run and step == place and (target / "model").is_dir():
+    if is_of_run and step == directory and (target / "model").is_dir():
         target = target / "model"
     ((_, directory),) = find_chat_models(target, compare=False)
     return {command_of(step.name) if is_of_run else step.name: directory}

@@ -1,13 +1,50 @@
-"""The layers that talk to the other ranks. Each holds the local part of a layer of transformers and is inference only.
+"""The ranks that share one model, and the layers that talk to the other ranks: inference only.
 
 Layers cut over their outputs need none: they are the family's own, with fewer features.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from inference.tensor_parallel.group import TensorParallel
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """Which part of the model this rank holds: the `rank`-th of `size`. Without a group it is alone with all of it."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks, the same bits on each; `partial` is overwritten."""
+        if self.group is not None:
+            dist.all_reduce(partial, group=self.group)
+        return partial
+
+    def join_last(self, part: Tensor) -> Tensor:
+        """(..., n) on each rank -> (..., size * n), in rank order, the same bits on each."""
+        if self.group is None:
+            return part
+        parts = part.new_empty(self.size, *part.shape)
+        dist.all_gather(list(parts.unbind(0)), part.contiguous(), group=self.group)
+        return parts.movedim(0, -2).flatten(-2)
+
+
+def join_groups(groups: Sequence[Sequence[int]]) -> TensorParallel | None:
+    """The part of this process in one of `groups` (global ranks), or None if it is in none.
+
+    Every process of the world calls it with the same groups.
+    """
+    rank, own = dist.get_rank(), None
+    for ranks in groups:
+        group = cast(dist.ProcessGroup, dist.new_group(list(ranks))) if len(ranks) > 1 else None
+        if rank in ranks:
+            own = TensorParallel(list(ranks).index(rank), len(ranks), group)
+    return own
 
 
 class RowParallel(nn.Module):
@@ -52,8 +89,8 @@ class VocabularyEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         local = ids - self.first
         elsewhere = (local < 0) | (local >= self.rows)
-        found = self.part(local.masked_fill(elsewhere, 0))
-        return self.tensor_parallel.sum(found.masked_fill(elsewhere[..., None], 0.0))
+        rows = self.part(local.masked_fill(elsewhere, 0))
+        return self.tensor_parallel.sum(rows.masked_fill(elsewhere[..., None], 0.0))
 
 
 class VocabularyHead(nn.Module):

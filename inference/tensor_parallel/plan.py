@@ -21,9 +21,7 @@ and computes a partial sum."""
 
 TABLE: dict[str, dict[str, Kind]] = {
     "opt": {
-        "decoder.layers.*.self_attn.q_proj": "column",
-        "decoder.layers.*.self_attn.k_proj": "column",
-        "decoder.layers.*.self_attn.v_proj": "column",
+        "decoder.layers.*.self_attn.[qkv]_proj": "column",
         "decoder.layers.*.self_attn.out_proj": "row",
         "decoder.layers.*.fc1": "column",
         "decoder.layers.*.fc2": "row",
@@ -35,17 +33,13 @@ TABLE: dict[str, dict[str, Kind]] = {
         "h.*.mlp.c_proj": "row",
     },
     "gpt_neo": {
-        "h.*.attn.attention.q_proj": "column",
-        "h.*.attn.attention.k_proj": "column",
-        "h.*.attn.attention.v_proj": "column",
+        "h.*.attn.attention.[qkv]_proj": "column",
         "h.*.attn.attention.out_proj": "row",
         "h.*.mlp.c_fc": "column",
         "h.*.mlp.c_proj": "row",
     },
     "gptj": {
-        "h.*.attn.q_proj": "column",
-        "h.*.attn.k_proj": "column",
-        "h.*.attn.v_proj": "column",
+        "h.*.attn.[qkv]_proj": "column",
         "h.*.attn.out_proj": "row",
         "h.*.mlp.fc_in": "column",
         "h.*.mlp.fc_out": "row",
@@ -86,10 +80,10 @@ class Heads:
 
 def one_for_all_layers(config: Any, *names: str) -> int:
     """The first of these settings that there is; 0 without any. Raises UserError where layers differ in it."""
-    found = set(layer_values(config, *names))
-    if len(found) > 1:
+    values = set(layer_values(config, *names))
+    if len(values) > 1:
         raise no_plan(config, f"its layers differ in {names[0]}")
-    return next(iter(found), 0)
+    return next(iter(values), 0)
 
 
 def feed_forward_width(config: Any) -> int:
@@ -115,26 +109,26 @@ def cut_layers(model: nn.Module) -> dict[str, Kind]:
     """The names of the layers of `model` that are cut, and how. Raises UserError for a family without a plan."""
     config: Any = model.config
     text = text_config(config)
-    plan = TABLE[config.model_type] if config.model_type in TABLE else plan_of_transformers(text)
+    plan = TABLE.get(config.model_type) or plan_of_transformers(text)
     decoder = backbone_of(model) if text is config else cast(Any, model).get_decoder()
-    names = [name for name, _ in model.named_modules()]
-    start = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
-    found: dict[str, Kind] = {}
+    modules = dict(model.named_modules())
+    prefix = next((f"{name}." for name, module in modules.items() if name and module is decoder), "")
+    kinds: dict[str, Kind] = {}
     for pattern, kind in plan.items():
-        matching = re.compile(re.escape(start + pattern).replace(r"\*", r"\d+"))
-        layers = [name for name in names if matching.fullmatch(name)]
+        matching = re.compile(re.escape(prefix) + pattern.replace(".", r"\.").replace("*", r"\d+"))
+        layers = [name for name in modules if matching.fullmatch(name)]
         if not layers:
             raise no_plan(config, f"it has no layer {pattern}")
-        found.update(dict.fromkeys(layers, kind))
-    return found
+        kinds.update(dict.fromkeys(layers, kind))
+    return kinds
 
 
 def plan_of_transformers(config: Any) -> dict[str, Kind]:
     """A family's own plan in our words."""
+    plan: dict[str, Kind] = {}
     theirs = getattr(config, "base_model_tp_plan", None)
     if not theirs:
         raise no_plan(config, "there is no plan for it")
-    plan: dict[str, Kind] = {}
     for pattern, word in theirs.items():
         if word == "rowwise":
             plan[pattern] = "row"

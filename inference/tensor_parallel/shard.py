@@ -1,7 +1,4 @@
-"""An empty shard of a model, and how each of its parameters comes from the whole ones.
-
-The whole model may lie on the meta device or be partitioned by ZeRO 3: only its shapes and its structure are read.
-"""
+"""A cut: which part of a whole tensor a rank keeps."""
 
 import copy
 import inspect
@@ -10,27 +7,66 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from inference.errors import UserError
 from inference.private_surfaces import HOOKS, put_plain_parameters, whole_shape
-from inference.tensor_parallel.cut import Cut, even, rows_of
-from inference.tensor_parallel.group import TensorParallel
 from inference.tensor_parallel.layers import (
     LocalAlibi,
     PartialConv1D,
     RowParallel,
+    TensorParallel,
     VocabularyEmbedding,
     VocabularyHead,
 )
 from inference.tensor_parallel.plan import Heads, Kind, check_divides, cut_layers, no_plan
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keeps `ranges` (start, length) of dimension `dim`, one behind the other, then `padding` zeros."""
+
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+    padding: int = 0
+
+    @property
+    def length(self) -> int:
+        return sum(length for _, length in self.ranges) + self.padding
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        return (*whole[: self.dim], self.length, *whole[self.dim + 1 :])
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        """The part of `whole`: a view where it lies in one piece."""
+        parts = [whole.narrow(self.dim, start, length) for start, length in self.ranges]
+        if self.padding:
+            shape = (*whole.shape[: self.dim], self.padding, *whole.shape[self.dim + 1 :])
+            parts.append(whole.new_zeros(shape))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+
+
+def even(total: int, rank: int, size: int, blocks: int = 1) -> tuple[tuple[int, int], ...]:
+    """The ranges of rank `rank` of `size` where each of `blocks` equal blocks of `total` is cut evenly."""
+    block = total // blocks
+    part = block // size
+    return tuple((start * block + rank * part, part) for start in range(blocks))
+
+
+def rows_of(total: int, rank: int, size: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Ranges and padding of rank `rank`'s part of a vocabulary of `total`, padded up to a multiple of `size`."""
+    part = -(-total // size)
+    start = min(rank * part, total)
+    length = min(part, total - start)
+    return ((start, length),), part - length
+
 
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_head")
 _WIDTHS = ("split_size", "embed_dim", "hidden_size", "all_head_size")
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardParameter:
     """A parameter of a shard: the `cut` (None: all) of the whole model's parameter `name`."""
 
     name: str
@@ -40,14 +76,14 @@ class Piece:
 
 def empty_shard(
     model: nn.Module, tensor_parallel: TensorParallel, device: torch.device | None = None
-) -> tuple[nn.Module, list[Piece]]:
+) -> tuple[nn.Module, list[ShardParameter]]:
     """This rank's part of `model` (of transformers, perhaps with LoRA layers), its parameters uninitialised.
 
     The part has the forward pass of the family, gives the whole model's logits or scores, and has no gradients.
     `device` is where its parameters lie (default: where the model's are). Raises UserError if the model cannot be cut.
     """
     cuts = cuts_of(model, tensor_parallel)
-    pieces, memo = [], {}
+    parameters, memo = [], {}
     for name, parameter in model.named_parameters():
         cut = cuts.get(id(parameter))
         shape = whole_shape(parameter)
@@ -55,23 +91,23 @@ def empty_shard(
             shape if cut is None else cut.shape(shape), dtype=parameter.dtype, device=device or parameter.device
         )
         memo[id(parameter)] = nn.Parameter(local, requires_grad=False)
-        pieces.append(Piece(name, memo[id(parameter)], cut))
+        parameters.append(ShardParameter(name, memo[id(parameter)], cut))
     shard = copy_structure(model, memo).eval()
     if tensor_parallel.size > 1:
         install_layers(shard, cut_layers(model), tensor_parallel)
-    return shard, pieces
+    return shard, parameters
 
 
 def copy_structure(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy with other parameters (`memo`: id of the old -> new) and without hooks, which hold the engine."""
     hooks = [(module, {name: getattr(module, name) for name in HOOKS}) for module in model.modules()]
-    for module, kept in hooks:
-        vars(module).update({name: type(hook)() for name, hook in kept.items()})
+    for module, own_hooks in hooks:
+        vars(module).update({name: type(hook)() for name, hook in own_hooks.items()})
     try:
         copied = copy.deepcopy(model, memo)
     finally:
-        for module, kept in hooks:
-            vars(module).update(kept)
+        for module, own_hooks in hooks:
+            vars(module).update(own_hooks)
     for module in copied.modules():
         put_plain_parameters(module)
     return copied
@@ -103,11 +139,10 @@ def cuts_of(model: nn.Module, tensor_parallel: TensorParallel) -> dict[int, Cut]
             cuts.update(layer_cuts(name, layer, ranges))
         else:
             cuts.update(layer_cuts(name, layer, even(outputs, rank, size, blocks)))
-    for table in vocabulary_tables(model):
-        if table is not None:
-            layer = model.get_submodule(table)
-            ranges, padding = rows_of(vocabulary_of(layer), rank, size)
-            cuts.update(layer_cuts(table, layer, ranges, padding))
+    for table in filter(None, vocabulary_tables(model)):
+        layer = model.get_submodule(table)
+        ranges, padding = rows_of(vocabulary_of(layer), rank, size)
+        cuts.update(layer_cuts(table, layer, ranges, padding))
     return cuts
 
 
@@ -192,14 +227,12 @@ def install_layers(shard: nn.Module, layers: dict[str, Kind], tensor_parallel: T
 def row_parallel(layer: Any, tensor_parallel: TensorParallel) -> RowParallel:
     base: Any = base_of(layer)
     bias, base.bias = base.bias, None
-    if hasattr(base, "nf"):
-        base = PartialConv1D(base.weight)
-        if hasattr(layer, "base_layer"):
-            layer.base_layer = base
-        else:
-            layer = base
-    else:
+    if not hasattr(base, "nf"):
         base.in_features = base.weight.shape[1]
+    elif hasattr(layer, "base_layer"):
+        layer.base_layer = PartialConv1D(base.weight)
+    else:
+        layer = PartialConv1D(base.weight)
     return RowParallel(layer, bias, tensor_parallel)
 
 

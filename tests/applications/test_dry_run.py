@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,20 @@ def test_gpus_count_apart_from_main_memory(monkeypatch, tmp_path):
     small = Machine(NODE.cores, 128 * GIB, NODE.gpus)
     outlook = outlook_on(small, config_of("opt-13b", *offloaded), monkeypatch, steps=(SFT,))
     assert "of main memory, this machine has 128 GiB" in verdict(outlook, tmp_path)
+
+
+def test_slots_follow_the_memory_of_the_gpus(monkeypatch, tmp_path):
+    config = config_of("opt-13b", "processes=8", "rlhf.prompts_per_iteration=4096")
+    small, large = (replace(NODE, gpus=(("GPU", gib * GIB),) * 8) for gib in (80, 192))
+    slots = [outlook_on(machine, config, monkeypatch).config.rlhf.generation_batch for machine in (small, large)]
+    assert 1 < slots[0] < slots[1] < 512
+    text = dry_run(config, [PPO], tmp_path, COMMANDS)
+    assert f"{slots[1]} at a time on a rank" in line_of(text, "iteration")
+    outlook = outlook_on(large, config, monkeypatch)
+    assert outlook.memory(PPO).peak("device") <= 0.92 * 192 * GIB
+    named = outlook_on(large, config_of("opt-13b", "rlhf.generation_batch=7"), monkeypatch)
+    assert named.config.rlhf.generation_batch == 7
+    assert outlook_on(LAPTOP, config_of("opt-13b"), monkeypatch).config.rlhf.generation_batch == "auto"
 
 
 def test_ways_out_really_fit(monkeypatch):

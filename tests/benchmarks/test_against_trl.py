@@ -81,7 +81,7 @@ def test_the_table_has_the_fastest_mended_form_the_fastest_shipped_one_and_the_d
     seconds = {"ours fp32": 1.0, "as it comes": 4.0, "packed": 3.0, "as it comes, mended": 2.5, "packed, mended": 2.0}
     rows = {name: [row(each)] * 3 for name, each in seconds.items()}
     against_trl.require_same_work(piece, rows)
-    lines = against_trl.table(json.loads(json.dumps(against_trl.compare(piece, rows)))).splitlines()
+    lines = against_trl.table(json.loads(json.dumps(against_trl.compare(piece, rows, [])))).splitlines()
     cells = [cell.strip().split(" (")[0] for cell in lines[2].strip("|").split("|")]
     assert cells == ["sft fp32", "1.00", "**2.00**", "**3.00**", "**4.00**", "-"]
     assert "packed" in lines[2].split("|")[3] and "mended" not in lines[2]

@@ -22,9 +22,11 @@ from inference.chat_format import ChatFormat, Prompt
 from inference.chat_model import ChatModel
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
+from inference.generation.own_draw import OwnSample
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
 from inference.model_store import check_model_directory
-from inference.serving.worker import Job, Lane
+from inference.serving.answers import Completion
+from inference.serving.worker import Lane
 from inference.streams import EXIT_READER_GONE, guard_output, printable
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 
@@ -182,12 +184,12 @@ def test_every_end_token_of_generation_config_ends_an_answer(damaged):
     assert "".join(model.reply(question, greedy, 0, 0)) == text
     lane = Lane(model, 1, 200)
     lane.warm_up()
-    job = Job(prompt, greedy, SamplingKey(0), 1, 20, [], model.format.decode, streams=False)
-    lane.admit(job)
-    told = []
+    sample = OwnSample(0, torch.tensor(prompt), 20, settings=greedy, key=SamplingKey(0))
+    lane.admit(Completion([sample], model.format.decode))
+    events = []
     while not lane.is_idle:
-        told += lane.step()
-    assert [(event.text, event.finish) for _, event in told] == [(text, "stop")]
+        events += lane.step()
+    assert [(delta.text, delta.finish) for _, delta in events] == [(text, "stop")]
 
 
 def test_a_pad_token_that_the_model_has_no_row_for_is_not_fed_to_it():
@@ -201,15 +203,12 @@ def test_a_pad_token_that_the_model_has_no_row_for_is_not_fed_to_it():
     samples = list(model.engine.generate(prompts, SamplingSettings(3), SamplingKey(0)))
     lane = Lane(model, 2, 100)
     lane.warm_up()
-    jobs = [
-        Job(prompt.tolist(), SamplingSettings(3), SamplingKey(0), 1, 3, [], form.decode, streams=False)
-        for prompt in prompts
-    ]
-    for job in jobs:
-        lane.admit(job)
+    own = [OwnSample(0, prompt, 3, settings=SamplingSettings(3), key=SamplingKey(0)) for prompt in prompts]
+    for sample in own:
+        lane.admit(Completion([sample], form.decode))
     while not lane.is_idle:
         lane.step()
-    assert len(samples) == len(jobs) and all(job.is_over for job in jobs)
+    assert len(samples) == len(own) and all(sample.is_over for sample in own)
 
 
 def test_a_template_that_refuses_is_a_user_error(damaged):

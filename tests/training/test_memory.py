@@ -10,7 +10,17 @@ from applications.settings import load_preset
 from inference.errors import UserError
 from training.config import RunConfig
 from training.config_files import load_config
-from training.memory import Part, StepMemory, _rlhf_parts, estimate_step_memory, rows_per_micro_batch, training_parts
+from training.memory import (
+    SAMPLING_BYTES_PER_LOGIT,
+    Part,
+    StepMemory,
+    _rlhf_parts,
+    estimate_step_memory,
+    rows_per_micro_batch,
+    slots_in,
+    training_parts,
+    with_slots,
+)
 from training.plan import Plan
 from training.role_settings import OptimizerSettings
 from training.shape import Shape
@@ -186,6 +196,36 @@ def test_what_generation_keeps_can_be_released(opt_13b, opt_350m):
     assert sizes(released)["generation", "key-value cache"] == cache
     assert kept.phases("device")["generation"] + cache + 2 * OPT_13B == released.phases("device")["generation"]
     assert released.peak("device") < kept.peak("device")
+
+
+@pytest.mark.parametrize("released", ["true", "false"])
+def test_slots_are_as_many_as_a_gpu_has_room_for(opt_13b, opt_350m, released):
+    config = opt_config("rlhf.prompts_per_iteration=4096", f"rlhf.release_generation={released}")
+
+    def memory_of(config: RunConfig) -> StepMemory:
+        return estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, 8)
+
+    def slots_on(gib: int, config: RunConfig = config) -> int | str:
+        return with_slots(config, 8, gib * 2**30, memory_of).rlhf.generation_batch
+
+    def peak(slots: int) -> int:
+        rlhf = config.rlhf.model_copy(update={"generation_batch": slots})
+        return memory_of(config.model_copy(update={"rlhf": rlhf})).peak("device")
+
+    found = slots_on(141)
+    assert peak(found) <= 0.92 * 141 * 2**30 < peak(found + 1) and 1 < found < 512
+    assert slots_on(1000) == 512  # an iteration's, on one of 8 ranks
+    assert slots_on(10) == 1
+    evaluated = opt_config("rlhf.eval_every=1", "rlhf.eval_prompts=8192", "rlhf.generation_tensor_parallel=2")
+    assert slots_on(1000, evaluated) == 2048
+    named = opt_config("rlhf.generation_batch=5")
+    assert with_slots(named, 8, 2**50, memory_of) is named
+
+
+def test_slots_in_memory_that_nothing_else_wants(opt_13b):
+    each = 512 * 40 * 2 * 5120 * 2 + 50272 * SAMPLING_BYTES_PER_LOGIT
+    assert slots_in(int(10 * each / 0.92) + 1, opt_13b, 512, torch.bfloat16) == 10
+    assert slots_in(0, opt_13b, 512, torch.bfloat16) == 1
 
 
 def test_step_3_holds_four_roles_and_the_copy_that_generates(opt_13b, opt_350m):

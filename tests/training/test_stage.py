@@ -17,13 +17,15 @@ from training import distributed
 from training import stage_script as stage
 from training.config import DataSettings
 from training.config_files import load_config
+from training.data.batching import MicroBatch
 from training.distributed import Ranks, require_gpus, require_loopback, start_ranks
 from training.launchers import PARENT_VARIABLE
 from training.opening import open_run
 from training.run_directory import RunDirectory
 from training.stage import Diverged, Stage
 from training.stage_script import end_in_sentences, given_settings
-from training.step3_rlhf.update import Updates
+from training.step3_rlhf.ppo_math import Loss
+from training.step3_rlhf.update import Statistics, Updates
 from training.steps import PPO, SFT
 
 
@@ -80,10 +82,17 @@ def test_a_loss_of_step_3_that_is_not_finite_names_iteration_rows_and_way_out(tm
     updates: Any = SimpleNamespace(stage=stage)
     batch: Any = SimpleNamespace(number=5, seats=[7, 9, 9, 4])
     updates.diverged = partial(Updates.diverged, updates)
-    Updates.require_finite(updates, torch.tensor(1.0), "The policy loss", batch, [1, 3])
+
+    def look(*values: float) -> None:
+        statistics = Statistics()
+        for rows, value in zip(([0, 2], [1, 3]), values, strict=True):
+            statistics.note("The policy loss", Loss(torch.tensor(value), {}), MicroBatch(rows), rows)
+        Updates.require_finite(updates, statistics, batch)
+
+    look(0.5, 1.0)
     for value in (math.nan, math.inf):
         with pytest.raises(Diverged, match=r"policy loss is not a finite number at step3_rlhf 5; .*/4; .* lower"):
-            Updates.require_finite(updates, torch.tensor(value), "The policy loss", batch, [1, 3])
+            look(0.5, value)
     kept = json.loads((tmp_path / "step3_rlhf" / "diverged.json").read_text())
     assert kept["rows"] == [4, 9] and kept["file"] == "data/prompts_train.jsonl"  # those of the prompts of samples 1, 3
 

@@ -1,7 +1,9 @@
 """Rows of different lengths -> micro-batches of real tokens, shared out over the ranks."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,36 +75,37 @@ class TokenBatch:
     """Rows of prompt and response, one behind the other: real tokens only."""
 
     ids: Tensor  # (tokens) int64
-    response: Tensor  # (tokens) bool, True on response tokens
+    predicting: Tensor  # (response tokens) int64, places of the tokens that each response token follows
     lengths: list[int]
+    tokens: list[int]
+    """`ids` for the host, which would wait for the device to look at it."""
+    places: list[int]
+    """`predicting` for the host."""
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Tensor, ...]], device: torch.device) -> "TokenBatch":
         """From (prompt ids, response ids) pairs, each int64 (length) with at least one token."""
         ids = torch.cat([part for row in rows for part in row])
-        response = torch.cat(
-            [torch.full((len(part),), place == 1, dtype=torch.bool) for row in rows for place, part in enumerate(row)]
-        )
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-        return cls(ids.to(device), response.to(device), lengths)
+        ends = zip(itertools.accumulate(lengths), rows, strict=True)
+        places = [place for end, (_, answer) in ends for place in range(end - len(answer) - 1, end - 1)]
+        tokens = [token for row in rows for part in row for token in part.tolist()]
+        return cls(ids, torch.tensor(places, dtype=torch.int64), lengths, tokens, places).to(device)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        return TokenBatch(self.ids.to(device), self.response.to(device), self.lengths)
-
-    @property
-    def predicting(self) -> Tensor:
-        """Places of the tokens that each response token follows, int64 (response tokens)."""
-        return self.response.nonzero()[:, 0] - 1
+        to_host = device.type == "cpu"  # there it would be read before it has come
+        ids, predicting = (each.to(device, non_blocking=not to_host) for each in (self.ids, self.predicting))
+        return replace(self, ids=ids, predicting=predicting)
 
     @property
     def targets(self) -> Tensor:
         """The response tokens, row by row, int64."""
-        return self.ids[self.response]
+        return self.ids[self.predicting + 1]
 
     @property
     def last(self) -> Tensor:
         """Place of each row's last token, int64 (rows)."""
-        return torch.tensor(self.lengths, device=self.ids.device).cumsum(0) - 1
+        return sent(list(itertools.accumulate(self.lengths, initial=-1))[1:], self.ids.device)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and positions, int64 (rows, longest) each, beginning at the left; `mask` picks the tokens again."""
@@ -111,3 +114,8 @@ class TokenBatch:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         mask = positions < torch.tensor(self.lengths, device=ids.device)[:, None]
         return ids, mask.long(), positions
+
+
+def sent(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of numbers on a device, without waiting for what the device has to do before."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -27,6 +27,7 @@ import inference.chat_format
 import inference.chat_template
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
+from training.data.batching import sent
 from training.data.rows import margin_of
 from training.metrics import Bar, Display
 from training.run_directory import write_tensors
@@ -241,7 +242,7 @@ def tokens_of(group: Sequence[TokenPair]) -> int:
 
 def shares_of(groups: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
     """What each pair counts, so that every group counts 1: float32 (pairs)."""
-    return torch.tensor([1 / len(group) for group in groups for _ in group], device=device)
+    return sent([1 / len(group) for group in groups for _ in group], device)
 
 
 def length_bucket(tokens: int) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
@@ -44,8 +45,11 @@ from training.evaluation.panel import panel_agreement, read_panel, rows_to_score
 from training.evaluation.preferences import win_rates
 from training.evaluation.statistics import effective_size, share
 from training.lineage import trained_elsewhere
+from training.memory import slots_in
+from training.plan import slots
 from training.rewards import Rewards, means_by_name
 from training.run_directory import write_json, write_text
+from training.shape import Shape
 from training.stage import Stage
 from training.steps import REWARD
 
@@ -305,9 +309,8 @@ class Comparison:
         """Sampled as in PPO's rollouts; the same random numbers for every model."""
         chat_format, limit = reader.chat_format, self.data.max_prompt_tokens
         prompts = [torch.tensor(chat_format.prompt_ids(row["prompt"], limit)) for row in self.held_out]
-        engine = GenerationEngine(
-            reader.policy.model, chat_format.end_ids, chat_format.pad_id, self.settings.generation_batch
-        )
+        slots = self.slots(reader.policy.model)
+        engine = GenerationEngine(reader.policy.model, chat_format.end_ids, chat_format.pad_id, slots)
         sampling = SamplingSettings(
             self.data.max_response_tokens, self.settings.temperature, min_tokens=self.settings.min_response_tokens
         )
@@ -320,6 +323,14 @@ class Comparison:
         samples.sort(key=lambda sample: sample.index)
         texts = [chat_format.decode(sample.response_ids) for sample in samples]
         return Answers(chat_format, [row["prompt"] for row in self.held_out], samples, texts)
+
+    def slots(self, model: PreTrainedModel) -> int:
+        """Answers that are drawn together: as in PPO, or as many as a GPU has memory for."""
+        device = self.stage.ranks.device
+        if device.type != "cuda" or self.settings.generation_batch != "auto":
+            return slots(self.settings)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return slots_in(free_bytes, Shape.of(model.config), self.data.longest, model.dtype)
 
     def read(self, answers: Answers) -> Answers:
         """The answers whose KL and perplexity are taken: they cost as much as all the rest."""

@@ -170,7 +170,7 @@ class Unfinished:
 
 
 @dataclass(frozen=True)
-class Move:
+class SampleMove:
     index: int
     length: int
     source: int
@@ -182,11 +182,11 @@ class Repacking:
     """From now on only `keepers` decode."""
 
     keepers: tuple[int, ...]
-    moves: tuple[Move, ...] = ()
+    moves: tuple[SampleMove, ...] = ()
 
 
 @dataclass(frozen=True)
-class Policy:
+class FusionPolicy:
     """When to gather the tail: once at most `threshold` samples are unfinished, on as few instances as hold them with
     `rows` each. Threshold 0 never moves a sample; instances then are freed as they run empty."""
 
@@ -204,7 +204,7 @@ class Policy:
         return min(busy, math.ceil(samples / self.rows)) if samples <= self.threshold else busy
 
 
-def decide(left: Mapping[int, Sequence[Unfinished]], policy: Policy, remaining: Remaining) -> Repacking | None:
+def decide(left: Mapping[int, Sequence[Unfinished]], policy: FusionPolicy, remaining: Remaining) -> Repacking | None:
     """What to do when the instances that decode have `left` these; None: go on."""
     busy = [instance for instance in sorted(left) if left[instance]]
     wanted = policy.instances_for(sum(map(len, left.values())), len(busy))
@@ -215,7 +215,7 @@ def decide(left: Mapping[int, Sequence[Unfinished]], policy: Policy, remaining: 
     return Repacking(tuple(keepers), tuple(place_samples(left, keepers)))
 
 
-def place_samples(left: Mapping[int, Sequence[Unfinished]], keepers: Sequence[int]) -> list[Move]:
+def place_samples(left: Mapping[int, Sequence[Unfinished]], keepers: Sequence[int]) -> list[SampleMove]:
     """The samples of all others: longest first, each to the keeper with the fewest samples (then tokens) by then."""
     load = {keeper: (len(left[keeper]), sum(sample.length for sample in left[keeper])) for keeper in keepers}
     homeless = [(sample, source) for source in sorted(left) if source not in load for sample in left[source]]
@@ -225,7 +225,7 @@ def place_samples(left: Mapping[int, Sequence[Unfinished]], keepers: Sequence[in
         target = min(keepers, key=lambda keeper: (*load[keeper], keeper))
         rows, tokens = load[target]
         load[target] = (rows + 1, tokens + sample.length)
-        moves.append(Move(sample.index, sample.length, source, target))
+        moves.append(SampleMove(sample.index, sample.length, source, target))
     return moves
 
 

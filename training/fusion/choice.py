@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from training.fusion.board import Policy
+from training.fusion.board import FusionPolicy
 from training.fusion.costs import Costs, LengthStatistics, Measured, fit
-from training.fusion.simulator import Instance, Job, Machine, fused, fused_from, serial
+from training.fusion.simulator import DecodingInstance, Job, Machine, fused, fused_from, serial
 
 Mode = Literal["none", "inter", "auto"]
 WORTH = 0.02
@@ -65,7 +65,7 @@ class Setting:
 class Choice:
     """A policy, or None for no fusion, and why."""
 
-    policy: Policy | None
+    policy: FusionPolicy | None
     reason: str
     expected: float = 0.0
     """Seconds of generation and scoring; 0: not known."""
@@ -154,7 +154,7 @@ class FusionChoice:
         machine = Machine(costs, setting.slots, setting.tensor, setting.micro_batch_tokens)
         drawn = random.Random(f"{setting.seed}/fusion/{number}")
         rollouts = [self._imagined(drawn) for _ in range(DRAWS)]
-        begun = [[Instance(jobs, machine) for jobs in shares] for shares in rollouts]
+        begun = [[DecodingInstance(jobs, machine) for jobs in shares] for shares in rollouts]
         without = [serial(shares, machine) for shares in rollouts]
         expected_serial = sum(outcome.seconds for outcome in without) / DRAWS
         decoding = (
@@ -165,7 +165,7 @@ class FusionChoice:
 
         remaining = cache(self.lengths.remaining)
 
-        def seconds(policy: Policy, draws: int = DRAWS) -> float:
+        def seconds(policy: FusionPolicy, draws: int = DRAWS) -> float:
             outcomes = [fused_from(instances, policy, remaining) for instances in begun[:draws]]
             return sum(outcome.seconds for outcome in outcomes) / draws
 
@@ -197,8 +197,8 @@ class FusionChoice:
             grid += [(threshold, rows) for threshold in sorted(shares | set(list(sorted(teeth))[:THRESHOLDS]))]
         return grid
 
-    def _policy(self, threshold: int, rows: int, tick: float, interleaves: bool = False) -> Policy:
-        return Policy(threshold, rows, tick, self.setting.unit_tokens, interleaves)
+    def _policy(self, threshold: int, rows: int, tick: float, interleaves: bool = False) -> FusionPolicy:
+        return FusionPolicy(threshold, rows, tick, self.setting.unit_tokens, interleaves)
 
     def _imagined(self, drawn: random.Random) -> list[list[Job]]:
         """A rollout with lengths drawn from the histogram, dealt out one by one."""
@@ -273,7 +273,7 @@ class FusionChoice:
         self.costs = Costs.from_dict(decided["costs"]) if decided["costs"] else None
         self.overlap = decided["overlap"]
         if (current := decided["current"]) is not None:
-            policy = Policy(**current["policy"]) if current["policy"] else None
+            policy = FusionPolicy(**current["policy"]) if current["policy"] else None
             self.current = Choice(**{**current, "policy": policy})
 
     def as_dict(self) -> dict[str, Any]:

@@ -22,7 +22,18 @@ from torch import Tensor
 from inference.generation.decoding import Decoding
 from inference.generation.sample import Sample
 from training.data.batching import fill_micro_batches
-from training.fusion.board import Aside, Board, Move, Place, Policy, Remaining, Repacking, Timeline, Unfinished, decide
+from training.fusion.board import (
+    Aside,
+    Board,
+    FusionPolicy,
+    Place,
+    Remaining,
+    Repacking,
+    SampleMove,
+    Timeline,
+    Unfinished,
+    decide,
+)
 from training.fusion.costs import Costs, Measured
 
 S = TypeVar("S")
@@ -47,7 +58,7 @@ class FusedRollout(Generic[S]):
         decoding: Decoding,
         prompts: Sequence[Tensor],  # of all samples, by index
         board: Board,
-        policy: Policy,
+        policy: FusionPolicy,
         costs: Costs,
         remaining: Remaining,
         moves_cache: MovesCache,
@@ -63,7 +74,7 @@ class FusedRollout(Generic[S]):
         self.is_open = policy.interleaves
         """Whether there are ranks that score: only then are ended samples handed out."""
         self.ended: list[Sample] = []
-        self.arriving: list[Move] = []
+        self.arriving: list[SampleMove] = []
         self.sends: list[tuple[dist.Work, Tensor]] = []
         self.ticket: int | None = None
         """Number of the unit that this rank will score next."""
@@ -148,7 +159,7 @@ class FusedRollout(Generic[S]):
         if told is None:
             return None
         keepers, moves = told
-        return Repacking(tuple(keepers), tuple(Move(*move) for move in moves))
+        return Repacking(tuple(keepers), tuple(SampleMove(*move) for move in moves))
 
     def _carry_out(self, repacking: Repacking | None) -> None:
         if repacking is None:
@@ -159,7 +170,7 @@ class FusedRollout(Generic[S]):
         self._give([move for move in repacking.moves if move.source == self.place.instance])
         self.arriving = [move for move in repacking.moves if move.target == self.place.instance]
 
-    def _give(self, moves: list[Move]) -> None:
+    def _give(self, moves: list[SampleMove]) -> None:
         """Send samples away: tokens and log-probabilities over the board, keys and values from rank to rank."""
         with self.timeline.span("migrate"):
             unfinished = {sample.index: sample for sample in self.decoding.unfinished}

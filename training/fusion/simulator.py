@@ -16,7 +16,7 @@ from operator import itemgetter
 
 from inference.generation.engine import PREFILL_TOKENS
 from training.data.batching import plan_micro_batches
-from training.fusion.board import Policy, Remaining, Span, Unfinished, decide
+from training.fusion.board import FusionPolicy, Remaining, Span, Unfinished, decide
 from training.fusion.costs import Costs
 
 
@@ -52,7 +52,7 @@ class Machine:
 
 
 @dataclass
-class Outcome:
+class SimulatedRollout:
     seconds: float
     """From the start of generation to the end of scoring."""
     generated: float
@@ -70,7 +70,7 @@ class Outcome:
         return self.ranks * self.seconds - self.busy
 
 
-class Instance:
+class DecodingInstance:
     """One instance that decodes: a clock, rows and a queue."""
 
     def __init__(self, jobs: Sequence[Job], machine: Machine):
@@ -88,17 +88,17 @@ class Instance:
         """When the last step began."""
         self.ending_steps: list[float] = []
         """When the step began that ended each sample."""
-        self._course: Instance | None = None
+        self._course: DecodingInstance | None = None
 
-    def copy(self) -> "Instance":
-        other = Instance([], self.machine)
+    def copy(self) -> "DecodingInstance":
+        other = DecodingInstance([], self.machine)
         other.__dict__.update(self.__dict__)
         other.waiting, other.running = self.waiting.copy(), self.running.copy()
         other.ended, other.ending_steps = self.ended.copy(), self.ending_steps.copy()
         return other
 
     @property
-    def course(self) -> "Instance":
+    def course(self) -> "DecodingInstance":
         """The instance as it ends if no sample comes or goes."""
         if self._course is None:
             course = self.copy()
@@ -193,10 +193,10 @@ class Instance:
             self.waiting.appendleft((job, done))
 
 
-def serial(shares: Sequence[Sequence[Job]], machine: Machine) -> Outcome:
+def serial(shares: Sequence[Sequence[Job]], machine: Machine) -> SimulatedRollout:
     """Generation, and when all have ended scoring on all ranks."""
     costs, ranks = machine.costs, len(shares) * machine.tensor
-    instances = [Instance(jobs, machine) for jobs in shares]
+    instances = [DecodingInstance(jobs, machine) for jobs in shares]
     for instance in instances:
         instance.advance()
     generated = max(instance.clock for instance in instances)
@@ -208,15 +208,17 @@ def serial(shares: Sequence[Sequence[Job]], machine: Machine) -> Outcome:
         [Span("generate", 0.0, instances[rank // machine.tensor].clock), Span("score", generated, generated + seconds)]
         for rank, seconds in enumerate(scoring)
     ]
-    return Outcome(generated + max(scoring), generated, busy, ranks, spans=spans)
+    return SimulatedRollout(generated + max(scoring), generated, busy, ranks, spans=spans)
 
 
-def fused(shares: Sequence[Sequence[Job]], machine: Machine, policy: Policy, remaining: Remaining) -> Outcome:
+def fused(
+    shares: Sequence[Sequence[Job]], machine: Machine, policy: FusionPolicy, remaining: Remaining
+) -> SimulatedRollout:
     """What `FusedRollout` does under a policy; ranks that decode do not score."""
-    return fused_from([Instance(jobs, machine) for jobs in shares], policy, remaining)
+    return fused_from([DecodingInstance(jobs, machine) for jobs in shares], policy, remaining)
 
 
-def fused_from(begun: Sequence[Instance], policy: Policy, remaining: Remaining) -> Outcome:
+def fused_from(begun: Sequence[DecodingInstance], policy: FusionPolicy, remaining: Remaining) -> SimulatedRollout:
     """`fused`, from instances that are left as they are: policies share what comes before samples move."""
     machine = begun[0].machine
     instances = dict(enumerate(begun))
@@ -266,15 +268,15 @@ def fused_from(begun: Sequence[Instance], policy: Policy, remaining: Remaining) 
     busy_seconds = sum(start for start, _ in free)
     end = score_units(units, free, machine.costs, spans)
     busy_seconds += sum(span.end - span.start for rank in spans for span in rank[1:])
-    return Outcome(max(end, generated), generated, busy_seconds, len(spans), repackings, moved, spans)
+    return SimulatedRollout(max(end, generated), generated, busy_seconds, len(spans), repackings, moved, spans)
 
 
-def endings(active: dict[int, Instance]) -> list[float]:
+def endings(active: dict[int, DecodingInstance]) -> list[float]:
     """When the steps begin that end the samples of these instances, in order."""
     return sorted(time for instance in active.values() for time in instance.course.ending_steps)
 
 
-def first_tick(active: dict[int, Instance], ends: list[float], policy: Policy) -> int:
+def first_tick(active: dict[int, DecodingInstance], ends: list[float], policy: FusionPolicy) -> int:
     """The first tick at which the counts of unfinished samples can lead to a repacking.
 
     Before tick n an instance makes every step that begins before then, so an end counts from when its step began.
@@ -286,7 +288,7 @@ def first_tick(active: dict[int, Instance], ends: list[float], policy: Policy) -
     return math.floor(min(times) / policy.tick) + 1
 
 
-def handed_out(instance: Instance, opened: float, policy: Policy) -> list[tuple[float, int, int]]:
+def handed_out(instance: DecodingInstance, opened: float, policy: FusionPolicy) -> list[tuple[float, int, int]]:
     """Units of an instance that has ended: (when, a number that keeps them apart, tokens)."""
     units: list[tuple[float, int, int]] = []
     kept: list[int] = []  # lengths
@@ -294,10 +296,10 @@ def handed_out(instance: Instance, opened: float, policy: Policy) -> list[tuple[
     def hand_out(time: float, all_of_it: bool) -> None:
         kept.sort(reverse=True)
         first, tokens = 0, 0
-        for place, length in enumerate(kept):
-            if place > first and tokens + length > policy.unit_tokens:
+        for index, length in enumerate(kept):
+            if index > first and tokens + length > policy.unit_tokens:
                 units.append((time, len(units), tokens))
-                first, tokens = place, 0
+                first, tokens = index, 0
             tokens += length
         if tokens and (all_of_it or tokens >= policy.unit_tokens / 2):
             units.append((time, len(units), tokens))

@@ -113,14 +113,14 @@ class Written:
 
         Nothing else is read, and on a CPU nothing is held beside the tensors.
         """
-        places: dict[Path, list[tuple[int, Tensor]]] = {}
+        by_file: dict[Path, list[tuple[int, Tensor]]] = {}
         for kind, of_kind in tensors.items():
             for fragment in fragments:
                 part = fragment.of(of_kind)
                 if part is not None:
-                    for run, place, values in self._sources(kind, fragment, part):
-                        places.setdefault(run.file, []).append((place, values))
-        for file, wanted in places.items():
+                    for run, position, values in self._sources(kind, fragment, part):
+                        by_file.setdefault(run.file, []).append((position, values))
+        for file, wanted in by_file.items():
             with file.open("rb") as opened:
                 for position, values in sorted(wanted, key=lambda each: each[0]):
                     opened.seek(position)
@@ -147,8 +147,8 @@ class Written:
             if run.start <= at < until:
                 if run.dtype != DTYPES[part.dtype]:
                     raise ValueError(f"{kind} of {fragment.name} is {run.dtype} there and {DTYPES[part.dtype]} here")
-                place = run.position + (at - run.start) * part.element_size()
-                yield run, place, part[at - fragment.start : until - fragment.start]
+                position = run.position + (at - run.start) * part.element_size()
+                yield run, position, part[at - fragment.start : until - fragment.start]
                 at = until
         if at < end:
             raise ValueError(f"{kind} of {fragment.name} is not whole")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from inference.families import text_config
 from inference.private_surfaces import is_divided, whole_shape
-from inference.tensor_parallel.group import TensorParallel, join_groups
+from inference.tensor_parallel.layers import TensorParallel, join_groups
 from inference.tensor_parallel.shard import Piece, cuts_of, empty_shard
 from training.distributed import Ranks, local_size
 from training.hybrid_engine.layout import Layout, StageCut
@@ -212,20 +212,20 @@ class Round:
         def operation(kind: Callable, tensor: Tensor, peer: int) -> dist.P2POp:
             return dist.P2POp(kind, tensor, group=group, group_peer=peer)
 
-        place = 0
+        offset = 0
         operations: list[tuple[int, int, dist.P2POp]] = []
         arriving = []
         for message in self.sends:
-            sent = buffer[place : place + message.bytes]
+            sent = buffer[offset : offset + message.bytes]
             for move, room in boxes_in(sent, message.moves):
                 room.copy_(view(source, move, move.taken))
             operations += [(self.rank, peer, operation(dist.isend, sent, peer)) for peer in message.peers]
-            place += message.room
+            offset += message.room
         for message in self.receives:
-            received = buffer[place : place + message.bytes]
+            received = buffer[offset : offset + message.bytes]
             operations += [(peer, self.rank, operation(dist.irecv, received, peer)) for peer in message.peers]
             arriving.append((received, message))
-            place += message.room
+            offset += message.room
         if operations:
             in_order = sorted(operations, key=lambda each: each[:2])
             for work in dist.batch_isend_irecv([each for *_, each in in_order]):
@@ -292,10 +292,10 @@ def view(flat_weights: Mapping[str, Tensor], move: Move, part: Part) -> Tensor:
 
 def boxes_in(message: Tensor, moves: Iterable[Move]) -> Iterable[tuple[Move, Tensor]]:
     """One behind the other in `message`, uint8; each as a view in the format of its weight, (rows, columns)."""
-    place = 0
+    offset = 0
     for move in moves:
-        room = message[place : place + move.bytes]
-        place += move.bytes
+        room = message[offset : offset + move.bytes]
+        offset += move.bytes
         yield move, room.view(move.weight.dtype).view(shape_of(move.box))
 
 

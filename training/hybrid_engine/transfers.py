@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from inference.tensor_parallel.cut import Cut
+from inference.tensor_parallel.shard import Cut
 from training.hybrid_engine.layout import Layout
 
 

@@ -117,8 +117,8 @@ class ZeroEngine:
         """The first half of `update`: forward and backward passes."""
         if self.in_training_mode:
             self.engine.train()
-        for place, micro_batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
+        for index, micro_batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             share = loss(micro_batch) * micro_batch.weight
             with self.ranks.as_world():
                 self.engine.backward(share * self.ranks.size)  # DeepSpeed takes the mean over ranks; the sum is meant
@@ -134,7 +134,7 @@ class ZeroEngine:
         self.engine.eval()
         self.updates += 1
         norm = self.engine.get_global_grad_norm() if our_norm is None else our_norm
-        return {"grad_norm": float(norm or 0.0), "lr": rates[0]}
+        return {"grad_norm": 0.0 if norm is None else float(norm), "lr": rates[0]}
 
     def _gradient_norm(self) -> Tensor | None:
         """Norm of the summed gradient at ZeRO stage 0, where DeepSpeed does not keep it; None at other stages."""

@@ -128,8 +128,9 @@ def _prefixes(model: PreTrainedModel, batch: TokenBatch, sequences: Sequences, a
     which every sequence draws for itself."""
     if model.training:
         return None
-    found, key = _FOUND.setdefault(batch, {}), None if apart is None else tuple(apart.tolist())
+    places = batch.places if apart is batch.predicting else [] if apart is None else apart.tolist()
+    found, key = _FOUND.setdefault(batch, {}), None if apart is None else tuple(places)
     if key not in found:
-        found[key] = Prefixes.of(sequences, batch.ids, apart)
+        found[key] = Prefixes.of(sequences, batch.tokens, batch.ids.device, places)
     prefixes = found[key]
     return replace(prefixes, sequences=sequences) if prefixes else None

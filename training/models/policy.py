@@ -160,7 +160,9 @@ class SelectedLogprobs(torch.autograd.Function):
         probabilities = scaled.softmax(-1)
         total = log_sum(scaled, probabilities)
         logprobs = scaled.gather(1, tokens[:, None])[:, 0] - total
-        entropy = total - torch.linalg.vecdot(probabilities, scaled)
+        entropy = (
+            total - (probabilities[:, None] @ scaled[:, :, None]).flatten()
+        )  # vecdot makes an array of all products
         ctx.save_for_backward(probabilities, tokens)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.mark_non_differentiable(entropy)
@@ -168,10 +170,13 @@ class SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of log p with respect to a logit is (1 if chosen) - p, over the temperature."""
+        """The gradient of log p with respect to a logit is (1 if chosen) - p, over the temperature.
+
+        It takes the place of the probabilities, so that a second backward pass is an error.
+        """
         probabilities, tokens = ctx.saved_tensors
         gradient = (gradient / ctx.temperature)[:, None]
-        logits = (probabilities * -gradient).scatter_add_(1, tokens[:, None], gradient)
+        logits = probabilities.mul_(-gradient).scatter_add_(1, tokens[:, None], gradient)
         return logits.to(ctx.dtype), None, None
 
 

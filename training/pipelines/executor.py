@@ -90,7 +90,10 @@ def execute(
     each other; one role's forward passes alone run one way, and a stage that is ahead of the next waits for it.
     """
     order = orders.by_rank.get(rank, ())
-    _require_counts(orders, rank, works)
+    for role, work in works.items():
+        needed = orders.roles[role].micro_batches
+        if work.count != needed:
+            raise ValueError(f"rank {rank} has {work.count} micro-batches of {role}, and its orders are of {needed}")
 
     def post(operation: Operation) -> Callable[[], Tensor | None]:
         link = links[operation.role].sources.get(operation.kind)
@@ -107,8 +110,9 @@ def execute(
         return receive
 
     def compute(operation: Operation, received: Tensor | None) -> None:
+        work = works[operation.role]
         start = _now(events)
-        result = _compute(works[operation.role], operation, received)
+        result = (work.forward if operation.kind == FORWARD else work.backward)(operation.micro_batch, received)
         if events is not None:
             events.append(Event(rank, operation, start, _now(events)))
         if link := links[operation.role].targets.get(operation.kind):
@@ -117,10 +121,10 @@ def execute(
 
     with _Sends(_most_sends(orders, len(order))) as sends:
         receive = post(order[0]) if order else None
-        for place, operation in enumerate(order):
+        for index, operation in enumerate(order):
             assert receive is not None
             received = receive()
-            receive = post(order[place + 1]) if place + 1 < len(order) else None
+            receive = post(order[index + 1]) if index + 1 < len(order) else None
             compute(operation, received)
 
 
@@ -128,18 +132,6 @@ def _most_sends(orders: Orders, operations: int) -> int:
     """How many sends may be under way at one time from a rank with so many operations."""
     only = next(iter(orders.roles.values()))
     return only.stages + 1 if len(orders.roles) == 1 and only.kinds == (FORWARD,) else operations
-
-
-def _require_counts(orders: Orders, rank: int, works: Mapping[str, Work]) -> None:
-    for role, work in works.items():
-        needed = orders.roles[role].micro_batches
-        if work.count != needed:
-            raise ValueError(f"rank {rank} has {work.count} micro-batches of {role}, and its orders are of {needed}")
-
-
-def _compute(work: Work, operation: Operation, received: Tensor | None) -> Tensor | None:
-    step = work.forward if operation.kind == FORWARD else work.backward
-    return step(operation.micro_batch, received)
 
 
 def _now(events: Sequence[Event] | None) -> float:
@@ -154,7 +146,7 @@ class _Sends:
 
     def __init__(self, most: int) -> None:
         """`send` waits while so many are under way."""
-        self._places = threading.Semaphore(most)
+        self._slots = threading.Semaphore(most)
         self._under_way: queue.SimpleQueue[tuple[dist.Work, Tensor] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._waiter = threading.Thread(target=self._wait, daemon=True)
@@ -172,7 +164,7 @@ class _Sends:
                 raise self._error
 
     def send(self, tensor: Tensor, link: Link) -> None:
-        self._places.acquire()
+        self._slots.acquire()
         tensor = tensor.detach().contiguous()
         work = dist.isend(tensor, group=link.group, group_dst=link.peer)
         assert work is not None
@@ -189,4 +181,4 @@ class _Sends:
             except BaseException as error:
                 self._error = error
             del sent, work, tensor
-            self._places.release()
+            self._slots.release()

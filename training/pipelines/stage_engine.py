@@ -173,20 +173,22 @@ class StageEngine(ZeroEngine):
 
 
 class StageWork:
-    """What a stage does with the batches of one optimiser step or one scoring pass, by their places."""
+    """What a stage does with the batches of one optimiser step or one scoring pass, by micro-batch."""
 
     def __init__(self, model: nn.Module, batches: Sequence[TokenBatch]):
         self.model, self.batches, self.count = cast(PreTrainedModel, model), batches, len(batches)
 
-    def room(self, place: int) -> Tensor:
+    def room(self, micro_batch: int) -> Tensor:
         """For the hidden states between two stages, or their gradient."""
         weight = next(self.model.parameters())
-        return torch.empty(hidden_shape(self.model, self.batches[place]), dtype=weight.dtype, device=weight.device)
+        return torch.empty(
+            hidden_shape(self.model, self.batches[micro_batch]), dtype=weight.dtype, device=weight.device
+        )
 
 
 class ScoringWork(StageWork):
     """Calls `ask` as the model is called, with a batch and `more`, without gradients. On the last stage `keep` gets a
-    batch's place and what the model says of it."""
+    batch's number and what the model says of it."""
 
     def __init__(
         self,
@@ -201,14 +203,14 @@ class ScoringWork(StageWork):
         self.ask, self.cut, self.keep, self.more = ask, cut, keep, more
 
     @torch.no_grad()
-    def forward(self, place: int, received: Tensor | None) -> Tensor | None:
-        said = self.ask(self.batches[place], *self.more, received=received)
+    def forward(self, micro_batch: int, received: Tensor | None) -> Tensor | None:
+        said = self.ask(self.batches[micro_batch], *self.more, received=received)
         if not self.cut.is_last:
             return said
-        self.keep(place, said)
+        self.keep(micro_batch, said)
         return None
 
-    def backward(self, place: int, gradient: Tensor | None) -> Tensor | None:
+    def backward(self, micro_batch: int, gradient: Tensor | None) -> Tensor | None:
         raise TypeError("what is scored has no gradient")
 
 
@@ -221,18 +223,18 @@ class TrainingWork(StageWork):
         self.between: dict[int, tuple[Tensor | None, Tensor]] = {}
         """Hidden states that came in; hidden states that went out, or the loss."""
 
-    def forward(self, place: int, received: Tensor | None) -> Tensor | None:
+    def forward(self, micro_batch: int, received: Tensor | None) -> Tensor | None:
         if received is not None:
             received.requires_grad_()
-        made = self.engine(self.batches[place], *self.passes[place].more, received=received)
+        made = self.engine(self.batches[micro_batch], *self.passes[micro_batch].more, received=received)
         if self.engine.cut.is_last:
-            share = self.passes[place].loss(made, self.batches[place]) * self.passes[place].weight
+            share = self.passes[micro_batch].loss(made, self.batches[micro_batch]) * self.passes[micro_batch].weight
             made = share * self.engine.ranks.size  # DeepSpeed takes the mean over ranks
-        self.between[place] = received, made
+        self.between[micro_batch] = received, made
         return None if self.engine.cut.is_last else made.detach()
 
-    def backward(self, place: int, gradient: Tensor | None) -> Tensor | None:
-        received, made = self.between.pop(place)
+    def backward(self, micro_batch: int, gradient: Tensor | None) -> Tensor | None:
+        received, made = self.between.pop(micro_batch)
         loss = made if gradient is None else torch.dot(made.flatten(), gradient.flatten())  # whose is `gradient` itself
         self.engine.backward(loss)
         return None if received is None else received.grad

@@ -81,7 +81,7 @@ class Options:
         by_shape: dict[int, list[Option]] = {}
         result = []
         for mesh in meshes(self.cluster, self.space):
-            if len(mesh) not in by_shape:  # a mesh of equal size differs in its place only
+            if len(mesh) not in by_shape:  # meshes of equal size differ in their ranks only
                 by_shape[len(mesh)] = self._on(call, mesh)
             moved = (_moved(option, mesh) for option in by_shape[len(mesh)])
             result += [option for option in moved if self._runs(call, option.assignment)]

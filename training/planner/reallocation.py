@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from inference.tensor_parallel.cut import Cut as PartOfWeight
-from inference.tensor_parallel.cut import even
+from inference.tensor_parallel.shard import Cut as PartOfWeight
+from inference.tensor_parallel.shard import even
 from training.calls import Call
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import Weight, parts
@@ -63,9 +63,9 @@ class Holdings:
     def of(cls, bounds: Array) -> "Holdings":
         return cls(bounds, (bounds[1::2] - bounds[0::2]).prod(axis=0))
 
-    def common(self, places: NDArray[np.int64], other: "Holdings", others: NDArray[np.int64]) -> Array:
-        """(pairs, KINDS, ranks): the volumes of what cuts `places` and cuts `others` of another have in common."""
-        ours, theirs = self.bounds[:, places], other.bounds[:, others]
+    def common(self, cuts: NDArray[np.int64], other: "Holdings", others: NDArray[np.int64]) -> Array:
+        """(pairs, KINDS, ranks): the volumes of what these cuts and cuts `others` of another have in common."""
+        ours, theirs = self.bounds[:, cuts], other.bounds[:, others]
         widths = np.minimum(ours[1::2], theirs[1::2]) - np.maximum(ours[0::2], theirs[0::2])
         return np.maximum(widths, 0.0).prod(axis=0)
 
@@ -84,8 +84,8 @@ class Shares:
     def of(cls, cuts: list[Cut], cluster: Cluster, layers: int) -> "Shares":
         """`layers` are the model's."""
         bounds = np.zeros((6, len(cuts), KINDS, cluster.size))
-        for place, (mesh, *degrees) in enumerate(cuts):
-            bounds[:, place, :, list(mesh)] = boxes(layers, len(mesh), *degrees)
+        for index, (mesh, *degrees) in enumerate(cuts):
+            bounds[:, index, :, list(mesh)] = boxes(layers, len(mesh), *degrees)
         ranks = Holdings.of(bounds)
         holds = (ranks.volumes > 0).reshape(len(cuts), KINDS, cluster.nodes, cluster.devices_per_node)
         by_node = bounds.reshape(6, *holds.shape)

@@ -116,7 +116,7 @@ class _Search:
         result, count = state.copy(), len(chains)
         calls = self.draw.integers(len(self.sizes), size=count)
         anchors = np.where(self.draw.random(count) < 0.5, calls, self.draw.integers(len(self.sizes), size=count))
-        is_free, place = self.draw.random(count) < 0.4, self.draw.random(count)
+        is_free, fraction = self.draw.random(count) < 0.4, self.draw.random(count)
         meshes = np.stack([column.mesh[state[i, chains]] for i, column in enumerate(self.table.columns)])
         anchored = meshes[anchors, np.arange(count)]
         for call, column in enumerate(self.table.columns):
@@ -124,7 +124,7 @@ class _Search:
             first, last = column.bounds[anchored[mine]], column.bounds[anchored[mine] + 1]
             anywhere = is_free[mine] | (first == last)
             first, last = np.where(anywhere, 0, first), np.where(anywhere, self.sizes[call], last)
-            result[call, chains[mine]] = first + (place[mine] * (last - first)).astype(np.int64)
+            result[call, chains[mine]] = first + (fraction[mine] * (last - first)).astype(np.int64)
         return result
 
     def restart(self, state: Choices, energy: Array) -> tuple[Choices, Array]:
@@ -217,24 +217,18 @@ def deepspeed_chat_plan(graph: DataflowGraph, workload: Workload, cluster: Clust
             f"An optimiser step of {workload.mini_batch_samples} samples leaves some of {cluster.size} ranks idle; "
             f"take fewer mini-batches or more samples."
         )
+    divided = Layout.over(cluster.size, zero_stage=3)
     for tensor in range(1, cluster.devices_per_node + 1):
         if cluster.devices_per_node % tensor == 0:
-            plan = _with_largest_micro_batches(_divided_plan(graph, cluster, tensor), graph, workload, cluster)
+            generation = Layout.over(cluster.size, tensor)
+            layouts = {call.name: generation if call.kind == "generate" else divided for call in graph.calls}
+            smallest = Plan({name: Assignment(layout) for name, layout in layouts.items()})
+            plan = _with_largest_micro_batches(smallest, graph, workload, cluster)
             if plan is not None:
                 return plan
     raise UserError(
         f"No plan in which all {cluster.size} ranks run every call fits into {cluster.device.name}; "
         f"take more or larger devices, or plan with a search."
-    )
-
-
-def _divided_plan(graph: DataflowGraph, cluster: Cluster, tensor: int) -> Plan:
-    return Plan(
-        {
-            call.name: Assignment(Layout.over(cluster.size, tensor) if call.kind == "generate" else divided)
-            for divided in [Layout.over(cluster.size, zero_stage=3)]
-            for call in graph.calls
-        }
     )
 
 

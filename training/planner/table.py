@@ -87,11 +87,11 @@ class PlanTable:
         for mesh, number in mesh_numbers.items():
             self.has_rank[number, list(mesh)] = 1.0
         self.overlaps = (self.has_rank @ self.has_rank.T > 0).astype(float)
-        place = {call.name: index for index, call in enumerate(graph.calls)}
-        self.data_edges = [(place[e.producer], place[e.consumer], graphs.lag(e)) for e in graph.data_edges]
-        self.version_edges = [(place[e.producer], place[e.consumer]) for e in graph.version_edges]
+        position = {call.name: index for index, call in enumerate(graph.calls)}
+        self.data_edges = [(position[e.producer], position[e.consumer], graphs.lag(e)) for e in graph.data_edges]
+        self.version_edges = [(position[e.producer], position[e.consumer]) for e in graph.version_edges]
         self.borrowers = [
-            (index, place[lender.name], self._apart(index, place[lender.name]))
+            (index, position[lender.name], self._apart(index, position[lender.name]))
             for index, call in enumerate(graph.calls)
             if (lender := options.footprints.lender(call)) is not None and lender != call
         ]
@@ -100,7 +100,7 @@ class PlanTable:
         for index, call in enumerate(graph.calls):
             training = graph.training_call(call.role)
             if training is not None and training != call:
-                self.uses.append(self._use(index, place[training.name], workload))
+                self.uses.append(self._use(index, position[training.name], workload))
 
     @property
     def space(self) -> int:
@@ -200,10 +200,10 @@ class PlanTable:
         source, target = self.columns[other].cuts, self.columns[call].cuts
         apart = np.ones((len(source) + 1, len(target) + 1), dtype=bool)
         apart[UNDECIDED], apart[:, UNDECIDED] = False, False
-        places = {cut: number for number, cut in enumerate(target)}
+        numbers = {cut: number for number, cut in enumerate(target)}
         for number, cut in enumerate(source):
-            if cut in places:
-                apart[number, places[cut]] = False
+            if cut in numbers:
+                apart[number, numbers[cut]] = False
         return apart
 
 

@@ -76,10 +76,10 @@ class SFTTask(Task):
         """Response tokens."""
         return int(self.rows.lengths[rows, 1].sum())
 
-    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed negative log-likelihood of the response tokens."""
         logprobs, entropy = self.engine(self._batch([self.rows[row] for row in rows]))
-        return -logprobs.sum(), {"entropy": float(entropy.sum())}
+        return -logprobs.sum(), {"entropy": entropy.sum()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

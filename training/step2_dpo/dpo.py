@@ -7,7 +7,7 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from training import calls
-from training.data.batching import plan_micro_batches
+from training.data.batching import plan_micro_batches, sent
 from training.data.epochs import count_updates
 from training.data.token_cache import TokenPair, grouped, shares_of, tokens_of
 from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
@@ -16,7 +16,7 @@ from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_causal_lm
 from training.models.policy import Policy
-from training.stage import Stage
+from training.stage import Stage, read_at_once
 from training.step2_dpo.reference import Work, load_own_reference, reference_logprobs, response_logprobs
 from training.step2_dpo.unpaired import unpaired_work
 from training.steps import SFT
@@ -97,7 +97,7 @@ class DPOTask(Task):
         """Pairs, or prompts."""
         return len(rows)
 
-    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of the pairs, and what the policy thinks of them."""
         return self._losses("train", rows)
 
@@ -110,21 +110,22 @@ class DPOTask(Task):
         ranks = self.stage.ranks
         plan = plan_micro_batches([pair.tokens for pair in held_out], self.settings.micro_batch_tokens, ranks.size)
         sums: dict[str, float] = {}
-        for micro_batch in plan[ranks.rank]:
-            loss, measured = self._losses("eval", micro_batch.rows)
-            for name, value in {"loss": float(loss), **measured}.items():
+        found = [self._losses("eval", micro_batch.rows) for micro_batch in plan[ranks.rank]]
+        values = read_at_once([{"loss": loss, **measured} for loss, measured in found])
+        for micro_batch, measured in zip(plan[ranks.rank], values, strict=True):
+            for name, value in measured.items():
                 sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
         return {HELD_OUT[name]: value / len(held_out) for name, value in ranks.sum_values(sums).items()}
 
-    def _losses(self, name: str, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+    def _losses(self, name: str, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities; of a prompt the
         means of its pairs."""
         groups, device = [self.groups[name][row] for row in rows], self.stage.ranks.device
         logprobs = response_logprobs(self.engine, [[self.pairs[name][i] for i in group] for group in groups], device)
         places = [place for group in groups for place in group]
         pairs, shares = [self.pairs[name][place] for place in places], shares_of(groups, device)
-        lengths = torch.tensor([[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]], device=device)
-        reference = self.reference_logprobs[name][:, places].to(device)
+        lengths = sent([[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]], device)
+        reference = self.reference_logprobs[name][:, places].to(device, non_blocking=True)
         divided_by = lengths if self.settings.length_normalized else None
         rewards = implicit_rewards(logprobs, reference, divided_by, self.settings.beta)
         loss = self.of_pairs.formula(Pairs(rewards[0], rewards[1], self.settings.beta, self.settings.label_smoothing))
@@ -140,5 +141,4 @@ class DPOTask(Task):
         if self.settings.sft_coefficient:
             nll = -logprobs[0] / lengths[0]
             loss, measured["nll"] = loss + self.settings.sft_coefficient * nll, nll
-        values = torch.stack([(value * shares).sum() for value in measured.values()]).tolist()
-        return (loss * shares).sum(), dict(zip(measured, values, strict=True))
+        return (loss * shares).sum(), {name: (value * shares).sum().detach() for name, value in measured.items()}

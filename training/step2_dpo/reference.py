@@ -53,7 +53,7 @@ def response_logprobs(
 ) -> Tensor:
     """Of whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
     rows, places = answers_of(groups)
-    return row_logprobs(engine, rows, device)[places.to(device)]
+    return row_logprobs(engine, rows, device)[places.to(device, non_blocking=True)]
 
 
 def row_logprobs(engine: nn.Module | ZeroEngine, rows: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:

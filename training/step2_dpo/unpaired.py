@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from training.data.batching import plan_micro_batches
+from training.data.batching import plan_micro_batches, sent
 from training.data.epochs import Epochs, count_updates
 from training.data.token_cache import TokenPair, grouped
 from training.formulas.dpo_losses import DPO_LOSSES, Answers, implicit_rewards
@@ -141,20 +141,23 @@ class UnpairedTask(Task):
         reference = self.reference_logprobs["train"][1, first : first + len(batch)]
         self.reference_point = self._point(ranks.sum(found), reference, beside)
 
-    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of the answers, and what the policy thinks of the good and of the bad ones."""
         device = self.stage.ranks.device
         answers = [self.answers[row] for row in rows]
         logprobs = row_logprobs(self.engine, [(each.prompt, each.chosen) for each in answers], device)
-        reference = self.reference_logprobs["train"][0, [self.seats[row] for row in rows]].to(device)
+        reference = self.reference_logprobs["train"][0, [self.seats[row] for row in rows]]
+        reference = reference.to(device, non_blocking=True)
         rewards = self._rewards(logprobs, reference, [len(each.chosen) for each in answers])
-        losses, good = self._losses(rewards, answers, self.reference_point)
+        losses, _ = self._losses(rewards, answers, self.reference_point)
         batch = sum(self.counts.values())
-        measured = {"kl": self.reference_point / self.settings.beta * len(rows)}
+        kl = self.reference_point / self.settings.beta * len(rows)
+        measured = {"kl": torch.full((), kl, dtype=torch.float64, device=device)}
         for name, kind in KINDS.items():
             if count := self.counts[kind]:  # a mean over those of the batch, when divided by its size
-                measured[f"reward/{name}"] = float(rewards.detach()[good == kind].sum()) * batch / count
-                measured[f"logprobs/{name}"] = float(logprobs.detach()[good == kind].sum()) * batch / count
+                places = sent([i for i, answer in enumerate(answers) if answer.is_good is kind], device, torch.int64)
+                measured[f"reward/{name}"] = rewards.detach()[places].sum().double() * batch / count
+                measured[f"logprobs/{name}"] = logprobs.detach()[places].sum().double() * batch / count
         return losses.sum(), measured
 
     @torch.no_grad()
@@ -180,7 +183,7 @@ class UnpairedTask(Task):
         return found
 
     def _rewards(self, logprobs: Tensor, reference: Tensor, lengths: list[int]) -> Tensor:
-        divided_by = torch.tensor(lengths, device=logprobs.device) if self.settings.length_normalized else None
+        divided_by = sent(lengths, logprobs.device) if self.settings.length_normalized else None
         return implicit_rewards(logprobs, reference, divided_by, self.settings.beta)
 
     def _point(self, logprobs: Tensor, reference: Tensor, beside: Sequence[LabelledAnswer]) -> float:
@@ -189,6 +192,6 @@ class UnpairedTask(Task):
 
     def _losses(self, rewards: Tensor, answers: Sequence[LabelledAnswer], point: float) -> tuple[Tensor, Tensor]:
         """Weighted, and which answers are good."""
-        good = torch.tensor([each.is_good for each in answers], device=rewards.device)
+        good = sent([each.is_good for each in answers], rewards.device)
         losses = self.of_answers.formula(Answers(rewards, good, point))
         return losses * torch.where(good, 1.0, self.bad_weight), good

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.batching import TokenBatch, plan_micro_batches, sent
 from training.data.epochs import count_updates
 from training.data.rows import require_margins
 from training.data.token_cache import TokenPair, answers_of, grouped, length_bucket, shares_of, tokens_of
@@ -94,13 +94,13 @@ class RewardTask(Task):
         """Pairs, or prompts."""
         return len(rows)
 
-    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of the pairs, how many are ranked right, and their margins; of a prompt the means over its
         pairs."""
         groups = self._pairs(rows)
         chosen, rejected = self._scores(groups)
         shares, margin = shares_of(groups, chosen.device), (chosen - rejected).detach()
-        statistics = {"accuracy": float(((margin > 0) * shares).sum()), "margin": float((margin * shares).sum())}
+        statistics = {"accuracy": ((margin > 0) * shares).sum(), "margin": (margin * shares).sum()}
         return (self._losses(chosen, rejected, [pair for group in groups for pair in group]) * shares).sum(), statistics
 
     def evaluate(self) -> dict[str, float]:
@@ -175,13 +175,13 @@ class RewardTask(Task):
 
     def _losses(self, chosen: Tensor, rejected: Tensor, pairs: list[TokenPair]) -> Tensor:
         """Of each pair: (pairs)."""
-        margins = self.settings.margin * chosen.new_tensor([pair.margin for pair in pairs])
+        margins = self.settings.margin * sent([pair.margin for pair in pairs], chosen.device, chosen.dtype)
         return preference_losses(chosen, rejected, margins if self.settings.margin else None, self.settings.centering)
 
     def _scores(self, groups: list[list[TokenPair]]) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""
         rows, places = answers_of(groups)
-        chosen, rejected = self._last(rows)[places.to(self.stage.ranks.device)]
+        chosen, rejected = self._last(rows)[places.to(self.stage.ranks.device, non_blocking=True)]
         return chosen, rejected
 
     def _last(self, rows: Sequence[Row]) -> Tensor:

@@ -74,6 +74,8 @@ class Targets:
     advantages: Tensor
     returns: Tensor
     """What the critic aims at; of no use without one."""
+    lengths: list[int]
+    """Of the responses in tokens."""
 
     @classmethod
     def of(cls, experience: list[Experience], settings: RLHFSettings, kl_coefficient: float) -> "Targets":
@@ -92,14 +94,14 @@ class Targets:
         returns = advantages + values  # before whitening
         if settings.whiten_advantages and estimator.whiten:
             advantages = ppo_math.whiten(advantages, mask)
-        return cls(mask, logprobs, reference, values, score, penalty.sum(1), advantages, returns)
+        lengths = [len(e.response) for e in experience]
+        return cls(mask, logprobs, reference, values, score, penalty.sum(1), advantages, returns, lengths)
 
     def of_tokens(self, rows: list[int], device: torch.device) -> "TokenTargets":
         """Those of some samples, token by token."""
-        mask = self.mask[rows]
 
         def flat(padded: Tensor) -> Tensor:
-            return padded[rows][mask].to(device)
+            return torch.cat([padded[row, : self.lengths[row]] for row in rows]).to(device, non_blocking=True)
 
         return TokenTargets(
             flat(self.logprobs),

@@ -7,7 +7,7 @@ import torch
 from inference.errors import UserError
 from training.calls import Call
 from training.config import RunConfig
-from training.plan import from_blocks
+from training.plan import from_blocks, slots
 from training.plan_checks import problems, unrunnable
 from training.planner.cost import CallCosts
 from training.planner.footprint import DTYPES
@@ -93,6 +93,6 @@ def workload_of(
         precision=PRECISIONS[dtype],
         checkpointing=rlhf.actor.gradient_checkpointing,
         lora={"actor": rlhf.actor.lora, "critic": rlhf.critic.lora},
-        generation_batch=rlhf.generation_batch,
+        generation_batch=slots(rlhf),
         own_reference=bool(config.reference_model),
     )

@@ -89,7 +89,7 @@ def token_weights(lengths: list[int], mean: str, average: float, longest: int) -
         "sequence": [average / length for length in lengths],
         "constant": [average / longest] * len(lengths),
     }
-    return torch.tensor(of_samples[mean]).repeat_interleave(torch.tensor(lengths))
+    return torch.tensor([each for each, length in zip(of_samples[mean], lengths, strict=True) for _ in range(length)])
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from training.hybrid_engine.kept_weights import MovingAverage, WaitingWeights, d
 from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.reallocation import Reallocation
 from training.hybrid_engine.zero_engine import ZeroEngine
+from training.memory import StepMemory, estimate_step_memory, with_slots
 from training.models.loading import load_causal_lm, load_scorer
 from training.models.policy import Policy, Scorer, at_last_token
 from training.pipelines.stage_engine import ScoringWork, StageEngine
@@ -33,7 +34,7 @@ from training.step3_rlhf.exactness import settle_exactness
 from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.places import CallPlaces
 from training.step3_rlhf.planned import shape_of
-from training.steps import REWARD, SFT
+from training.steps import PPO, REWARD, SFT
 
 
 def starting_scorer(stage: Stage) -> Path | None:
@@ -91,6 +92,22 @@ def shapes_of(config: RunConfig, sft: Path, scorer: Path | None, reference: Path
     return shapes
 
 
+def settled(stage: Stage, calls: tuple[Call, ...], sft: Path, scorer: Path | None, reference: Path) -> RunConfig:
+    """The settings with the slots of generation that the GPUs have room for. All ranks call it."""
+    config, ranks = stage.config, stage.ranks
+    if ranks.device.type != "cuda" or config.rlhf.generation_batch != "auto":
+        return config
+    free_bytes = min(ranks.gather(torch.cuda.mem_get_info(ranks.device)[0], "the memory of the GPUs"))
+    shapes = shapes_of(config, sft, scorer, reference)
+    actor, of_reference = shapes["actor"], shapes["reference"]
+    models = actor, shapes.get("critic", shapes.get("reward", actor))
+
+    def memory_of(config: RunConfig) -> StepMemory:
+        return estimate_step_memory(PPO, config, *models, stage.dtype, ranks.size, ("device",), calls, of_reference)
+
+    return with_slots(config, ranks.size, free_bytes, memory_of)
+
+
 class Roles:
     """Actor and critic under ZeRO; reference and reward frozen. The critic starts as the reward model.
 
@@ -108,11 +125,11 @@ class Roles:
     ):
         """All ranks make it. `scorer` is that of `starting_scorer`; `updates` the optimiser steps that the learning
         rates of actor and critic span; `reference` an own one, instead of the SFT model."""
-        settings, dtype = stage.config.rlhf.as_planned, stage.dtype
-        self.settings, self.stage = settings, stage
+        dtype, self.stage = stage.dtype, stage
         self.exact = settle_exactness(stage, sft)
         """How training and scoring of the actor equal its generation to the bit, where they do."""
-        self.calls = iteration_calls(settings, dtype, self.exact is not None)
+        self.calls = iteration_calls(stage.config.rlhf, dtype, self.exact is not None)
+        self.settings = settings = settled(stage, self.calls, sft, scorer, reference or sft).rlhf.as_planned
         self.plan = Plan.of(settings, stage.ranks.size, stage.config.data.longest, self.calls)
         has_stages = any(assignment.layout.pipeline > 1 for assignment in self.plan.assignments.values())
         shapes = shapes_of(stage.config, sft, scorer, reference or sft) if has_stages else {}

@@ -19,7 +19,7 @@ from training.fusion.costs import Measured, deal
 from training.fusion.fusion import Fusion
 from training.fusion.rollout import Report
 from training.fusion.simulator import Job
-from training.plan import Assignment, Plan
+from training.plan import Assignment, Plan, most_generated
 from training.stage import Stage
 from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, token_batch
@@ -96,7 +96,11 @@ class Rollouts:
             samples = settings.prompts_per_iteration * settings.samples_per_prompt
             slots = self.generation.assignment.together(samples)
             exact = self.roles.exact
-            self.engine = GenerationEngine(model, chat_format.end_ids, chat_format.pad_id, slots, exact=exact)
+            most = -(-most_generated(settings) // self.generation.assignment.layout.data)
+            room = most, self.stage.config.data.longest
+            self.engine = GenerationEngine(
+                model, chat_format.end_ids, chat_format.pad_id, slots, exact=exact, room=room
+            )
         self.engine.weights_changed()
         return self.engine
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from training.fusion.board import Timeline
 from training.hybrid_engine.zero_engine import step_together
 from training.pipelines.stage_engine import Pass, StageEngine
 from training.rlhf_settings import RLHFSettings
-from training.stage import Diverged, Stage
+from training.stage import Diverged, Stage, read_at_once
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, token_batch
 from training.step3_rlhf.places import CallPlace
@@ -71,18 +71,44 @@ class MiniBatch:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """What a micro-batch gave, scalars on the device."""
+
+    loss: str
+    rows: list[int]
+    """Its samples' places in the batch; empty for demonstrations."""
+    weight: float
+    total: Tensor
+    sums: dict[str, Tensor]
+    largest: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Of losses, by the names of the metrics: sums over response tokens, and largest values."""
 
     sums: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
+    noted: list[Noted] = field(default_factory=list)
+    """Not read yet."""
 
-    def add(self, loss: ppo_math.Loss, weight: float) -> None:
-        """Those of a micro-batch."""
-        for name, value in loss.sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach().sum()) * weight
-        for name, value in loss.largest.items():
-            self.largest[name] = max(self.largest.get(name, 0.0), float(value.detach().max()))
+    def note(self, name: str, loss: ppo_math.Loss, micro_batch: MicroBatch, rows: list[int]) -> None:
+        """Those of a micro-batch; `read` counts them in."""
+        sums = {name: value.detach().sum() for name, value in loss.sums.items()}
+        largest = {name: value.detach().max() for name, value in loss.largest.items()}
+        self.noted.append(Noted(name, rows, micro_batch.weight, loss.total.detach(), sums, largest))
+
+    def read(self) -> list[Noted]:
+        """Wait for the device once and count in all that was noted; those of samples whose loss is not finite."""
+        noted = list(self.noted)
+        self.noted.clear()
+        found = read_at_once([{"": each.total, **each.sums, **each.largest} for each in noted])
+        for each, values in zip(noted, found, strict=True):
+            for name in each.sums:
+                self.sums[name] = self.sums.get(name, 0.0) + values[name] * each.weight
+            for name in each.largest:
+                self.largest[name] = max(self.largest.get(name, 0.0), values[name])
+        return [each for each, values in zip(noted, found, strict=True) if each.rows and not math.isfinite(values[""])]
 
     def means(self, tokens: int) -> dict[str, float]:
         """A response token, of so many; the largest values as they are."""
@@ -202,7 +228,8 @@ class Updates:
 
     def mini_batch(self, mini_batch: MiniBatch, done: Done) -> Done:
         """One optimiser step of each role that this rank trains, noted in `done`."""
-        steps, stepped = self.step(self.passes(mini_batch, done.statistics))
+        require_finite = partial(self.require_finite, done.statistics, mini_batch.batch)
+        steps, stepped = self.step(self.passes(mini_batch, done.statistics), require_finite)
         found = done.step
         if actor := steps.get("actor"):
             found |= {"policy/grad_norm": actor["grad_norm"], "policy/lr": actor["lr"]}
@@ -223,19 +250,19 @@ class Updates:
 
         def loss_of(said: tuple[Tensor, Tensor], _: TokenBatch) -> Tensor:
             targets = batch.targets.of_tokens(rows, self.ranks.device)
+            weights = ppo_math.token_weights(lengths, settings.loss_mean, average, longest)
             loss = ppo_math.actor_loss(
                 *said,
                 targets.logprobs,
                 targets.reference_logprobs,
                 targets.advantages,
-                ppo_math.token_weights(lengths, settings.loss_mean, average, longest).to(self.ranks.device),
+                weights.to(self.ranks.device, non_blocking=True),
                 settings.clip,
                 settings.clip_high or settings.clip,
                 batch.kl_coefficient if settings.kl_in_loss else None,
                 lengths if settings.ratio == "sequence" else None,
             )
-            self.require_finite(loss.total, "The policy loss", batch, rows)
-            statistics.add(loss, micro_batch.weight)
+            statistics.note("The policy loss", loss, micro_batch, rows)
             return loss.total / mini_batch.tokens
 
         read = partial(mini_batch.read, rows, self.ranks.device)
@@ -249,8 +276,7 @@ class Updates:
             targets = batch.targets.of_tokens(rows, self.ranks.device)
             values = response_values(scores, tokens)
             loss = ppo_math.critic_loss(values, targets.values, targets.returns, self.settings.value_clip)
-            self.require_finite(loss.total, "The value loss", batch, rows)
-            statistics.add(loss, micro_batch.weight)
+            statistics.note("The value loss", loss, micro_batch, rows)
             return loss.total / mini_batch.tokens
 
         return Pass(partial(mini_batch.read, rows, self.ranks.device), loss_of, micro_batch.weight)
@@ -260,7 +286,7 @@ class Updates:
 
         def loss_of(said: tuple[Tensor, Tensor], _: TokenBatch) -> Tensor:
             loss = ppo_math.ptx_loss(said[0], drawn.tokens, mini_batch.tokens)
-            statistics.add(loss, micro_batch.weight)
+            statistics.note("The loss of demonstrations", loss, micro_batch, [])
             return self.settings.ptx.coefficient * loss.total
 
         return Pass(partial(drawn.batch, micro_batch, self.ranks.device), loss_of, micro_batch.weight)
@@ -281,10 +307,13 @@ class Updates:
         sizes = [len(range(each, samples, self.settings.mini_batches)) for each in range(place + 1)]
         return passes * samples + sum(sizes[:-1]), sizes[-1]
 
-    def step(self, passes: dict[str, list[Pass]]) -> tuple[dict[str, dict[str, float]], bool]:
+    def step(
+        self, passes: dict[str, list[Pass]], require_finite: Callable[[], None]
+    ) -> tuple[dict[str, dict[str, float]], bool]:
         """An optimiser step of each role on the sum of its passes: what each gave, and whether it was made.
 
-        In fp16 with rlhf.align_overflow all roles step, or none.
+        `require_finite` looks at the losses before weights change. In fp16 with rlhf.align_overflow all roles step, or
+        none.
         """
         engines = {role: self.roles.critic if role == "critic" else self.roles.actor for role in passes}
         staged = {role: engine for role, engine in engines.items() if isinstance(engine, StageEngine)}
@@ -294,19 +323,19 @@ class Updates:
         steps: Any = {}
         for role, engine in engines.items():
             with self.calls.span(f"{role}_train"):
-                if role in staged:
+                if role not in staged:
+                    engine.accumulate(passes[role], partial(Pass.of_whole, model=engine))
+                require_finite()
+                if not self.steps_together:
                     steps[role] = engine.step()
-                else:
-                    advance = engine.accumulate if self.steps_together else engine.update
-                    steps[role] = advance(passes[role], partial(Pass.of_whole, model=engine))
         if not self.steps_together:
             return steps, True
         steps, stepped = step_together(list(engines.values()), self.ranks)
         return dict(zip(engines, steps, strict=True)), stepped
 
-    def require_finite(self, loss: Tensor, name: str, batch: Batch, rows: list[int]) -> None:
-        if not torch.isfinite(loss):
-            raise self.diverged(f"{name} is not a finite number", batch, rows)
+    def require_finite(self, statistics: Statistics, batch: Batch) -> None:
+        for each in statistics.read():
+            raise self.diverged(f"{each.loss} is not a finite number", batch, each.rows)
 
     def diverged(self, what: str, batch: Batch, rows: list[int]) -> Diverged:
         """Of samples of an iteration: their prompts' rows are named."""

@@ -66,6 +66,17 @@ def test_forced_lengths():
     assert_same(samples, expected)
 
 
+def test_cache_and_graphs_that_are_made_for_the_largest_call_stay():
+    model = build_model("llama")
+    engine = GenerationEngine(model, ENDS, PAD, 6, graphs=True, room=(8, 40))
+    list(engine.generate(PROMPTS[:2], GREEDY, KEY))
+    cache, replay, occupancy = engine.cache, engine._replay, engine.stats.occupancy
+    assert (cache.slots, cache.capacity) == (6, 40) and occupancy > 0.5  # of the slots that two samples need
+    samples = run(engine, DRAWN)
+    assert engine.cache is cache and engine._replay is replay
+    assert_same(samples, run(GenerationEngine(model, ENDS, PAD, 6, graphs=True), DRAWN))
+
+
 def test_no_run_goes_beyond_a_limit_and_its_work_is_told():
     decoding = GenerationEngine(build_model("llama"), ENDS, PAD, graphs=True).start(
         [Sample(0, PROMPTS[0], 6), Sample(1, PROMPTS[4], 16)], DRAWN, KEY, may_end=False

@@ -1,5 +1,7 @@
 """Sequences that begin alike: what is computed of them, and that it comes to the same."""
 
+import itertools
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -11,8 +13,7 @@ ROWS = [[5, 6, 7, 8], [5, 6, 9], [6, 7], [5, 6, 7, 8, 3]]
 
 def prefixes_of(rows: list[list[int]], apart: list[int] | None = None) -> Prefixes | None:
     sequences = Sequences([len(row) for row in rows])
-    places = None if apart is None else torch.tensor(apart)
-    return Prefixes.of(sequences, torch.tensor([token for row in rows for token in row]), places)
+    return Prefixes.of(sequences, itertools.chain(*rows), torch.device("cpu"), apart or ())
 
 
 def test_each_beginning_is_computed_once():

@@ -20,7 +20,7 @@ from inference.serving.app import create_app
 from inference.serving.judging import Collecting, ServedModel
 from inference.serving.server import Server, bind
 from inference.serving.service import Limits, Service
-from inference.serving.worker import Lane, Told
+from inference.serving.worker import Events, Lane
 
 LIMITS = Limits(slots=4, queue=120, context=300, max_tokens=200)
 MESSAGES: list[Any] = [{"role": "user", "content": "How are you today?"}]
@@ -106,7 +106,7 @@ def hold(monkeypatch, when: Callable[[Lane], bool]) -> threading.Event:
     """A model draws nothing `when` it is so, until the event is set."""
     step, go = Lane.step, threading.Event()
 
-    def held_step(lane: Lane) -> Told:
+    def held_step(lane: Lane) -> Events:
         if go.is_set() or not when(lane):
             return step(lane)
         go.wait(0.01)

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from inference.chat_model import OVERLAP, WINDOW, TextPieces, pieces_of, whole_text
 from inference.generation.own_draw import OwnSample
 from inference.generation.sample import SamplingKey, SamplingSettings
-from inference.serving.request import Logprobs, StopStrings
-from inference.serving.worker import Choice
+from inference.serving.answers import Choice, Logprobs, StopStrings
 
 
 def grow(model, text: str, stops=()) -> tuple[list[str], str | None]:

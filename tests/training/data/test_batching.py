@@ -39,7 +39,6 @@ def test_token_batch_layout():
     rows = [(torch.tensor([5, 6]), torch.tensor([7])), (torch.tensor([8]), torch.tensor([9, 2, 3, 4]))]
     batch = TokenBatch.of(rows, device=torch.device("cpu"))
     assert batch.ids.tolist() == [5, 6, 7, 8, 9, 2, 3, 4]
-    assert batch.response.tolist() == [False, False, True, False, True, True, True, True]
     assert batch.predicting.tolist() == [1, 3, 4, 5, 6]
     assert batch.targets.tolist() == [7, 9, 2, 3, 4]
     assert batch.last.tolist() == [2, 7]

@@ -1,4 +1,4 @@
-"""The bounds of a policy, and what a win rate shows; each bound stands in docs/report.md as the code has it."""
+"""The bounds of a policy, and what a win rate shows; each bound stands in docs/runs.md as the code has it."""
 
 import math
 from pathlib import Path
@@ -70,6 +70,6 @@ def test_beats_is_said_only_where_the_interval_excludes_one_half(ours, begins):
 
 
 def test_the_documentation_has_these_bounds():
-    page = (Path(__file__).parents[3] / "docs/report.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs/runs.md").read_text(encoding="utf-8")
     for rail in GUARD_RAILS:
         assert f"| {rail.name} | {rail.bounds()}" in page and rail.measured_on in page

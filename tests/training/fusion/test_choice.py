@@ -7,10 +7,10 @@ import pytest
 
 from inference.generation.decoding import StepWork
 from training.fusion import choice as module
-from training.fusion.board import Policy
+from training.fusion.board import FusionPolicy
 from training.fusion.choice import Choice, FusionChoice, Setting
 from training.fusion.costs import Costs, LengthStatistics, Measured
-from training.fusion.simulator import Job, Outcome
+from training.fusion.simulator import Job, SimulatedRollout
 
 SETTING = Setting(
     mode="auto", instances=4, tensor=1, slots=8, samples=32, micro_batch_tokens=512, unit_tokens=64
@@ -80,10 +80,10 @@ def simulated(monkeypatch):
     seconds = {}
 
     def fused_from(instances, policy, remaining):
-        return Outcome(seconds.get((policy.threshold, policy.rows), 1.5), 1.0, 1.0, 4)
+        return SimulatedRollout(seconds.get((policy.threshold, policy.rows), 1.5), 1.0, 1.0, 4)
 
     monkeypatch.setattr(module, "fused_from", fused_from)
-    monkeypatch.setattr(module, "serial", lambda shares, machine: Outcome(2.0, 1.0, 1.0, 4))
+    monkeypatch.setattr(module, "serial", lambda shares, machine: SimulatedRollout(2.0, 1.0, 1.0, 4))
     return seconds
 
 
@@ -98,7 +98,7 @@ def test_the_best_of_the_grid_is_taken(simulated):
 @pytest.mark.parametrize(("kept_seconds", "threshold"), [(1.0, 16), (1.019, 16), (1.021, 8)])
 def test_the_threshold_stays_unless_another_is_two_percent_better(simulated, kept_seconds, threshold):
     simulated |= {(8, 8): 1.0, (16, 8): kept_seconds}
-    fusion = a_choice(current=Choice(Policy(16, 8, 123.0, 64), "it was best"))
+    fusion = a_choice(current=Choice(FusionPolicy(16, 8, 123.0, 64), "it was best"))
     choice = fusion.choose(5)
     assert choice.policy.threshold == threshold
     assert choice.expected == pytest.approx(kept_seconds if threshold == 16 else 1.0)
@@ -107,7 +107,7 @@ def test_the_threshold_stays_unless_another_is_two_percent_better(simulated, kep
 
 def test_a_threshold_that_stopped_paying_goes(simulated):
     simulated |= {(threshold, rows): 1.99 for threshold in range(33) for rows in (4, 8)}
-    choice = a_choice(current=Choice(Policy(16, 8, 1.0, 64), "it was best")).choose(5)
+    choice = a_choice(current=Choice(FusionPolicy(16, 8, 1.0, 64), "it was best")).choose(5)
     assert choice.policy is None
     assert choice.reason == "it would save 0.5%"
 
@@ -207,7 +207,7 @@ def test_what_is_predicted_follows_the_present_choice():
     assert fusion.predict(SHARES) == 0, "nothing is chosen yet"
     fusion.current = Choice(None, "off")
     assert fusion.predict(SHARES) == pytest.approx(20 * STEP + 240 * 4e-5)
-    fusion.current = Choice(Policy(0, 8, 1.0, 64, interleaves=True), "asked for")
+    fusion.current = Choice(FusionPolicy(0, 8, 1.0, 64, interleaves=True), "asked for")
     assert fusion.predict(SHARES) == pytest.approx(20 * STEP + 240 * 4e-5)
 
 

@@ -1,10 +1,10 @@
 """Which instances keep the tail, and which samples go where: all by hand."""
 
-from training.fusion.board import Move, Policy, Repacking, Unfinished, decide
+from training.fusion.board import FusionPolicy, Repacking, SampleMove, Unfinished, decide
 
 
 def policy(threshold, rows):
-    return Policy(threshold, rows, tick=1.0, unit_tokens=1)
+    return FusionPolicy(threshold, rows, tick=1.0, unit_tokens=1)
 
 
 def samples(*responses, first=0, prompt=10):
@@ -49,7 +49,7 @@ def test_longest_first_to_the_keeper_with_the_fewest_samples_then_tokens():
     to_come = {40: 90, 0: 90}  # the others have next to nothing
     repacking = decide(left, policy(threshold=6, rows=3), lambda response: to_come.get(response, 1))
     assert repacking == Repacking(
-        keepers=(0, 3), moves=(Move(4, 40, 2, 3), Move(3, 30, 1, 3), Move(2, 20, 1, 0))
+        keepers=(0, 3), moves=(SampleMove(4, 40, 2, 3), SampleMove(3, 30, 1, 3), SampleMove(2, 20, 1, 0))
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from inference.generation.decoding import StepWork
 from inference.generation.sample import Sample
 from training.fusion import rollout as module
-from training.fusion.board import Board, Policy, Timeline
+from training.fusion.board import Board, FusionPolicy, Timeline
 from training.fusion.choice import NOMINAL, NOMINAL_TICK
 from training.fusion.rollout import FusedRollout, Place
 from training.hybrid_engine.layout import Layout
@@ -100,7 +100,7 @@ class CountingBoard(Board):
         return super().read_all(keys)
 
 
-def run_all(monkeypatch, lengths: list[list[int]], policy: Policy, tensor: int = 1) -> tuple[list[Any], Counter]:
+def run_all(monkeypatch, lengths: list[list[int]], policy: FusionPolicy, tensor: int = 1) -> tuple[list[Any], Counter]:
     """Rollouts of all ranks, whose instances begin with samples of these lengths; and what they asked of the board."""
     wires, asked = Wires(), Counter()
     monkeypatch.setattr(module, "dist", SimpleNamespace(isend=wires.isend, recv=wires.recv, Work=object))
@@ -141,8 +141,8 @@ def run_all(monkeypatch, lengths: list[list[int]], policy: Policy, tensor: int =
     return rollouts, asked
 
 
-def policy(threshold: int, rows: int, unit_tokens: int = 30) -> Policy:
-    return Policy(threshold, rows, NOMINAL_TICK, unit_tokens)
+def policy(threshold: int, rows: int, unit_tokens: int = 30) -> FusionPolicy:
+    return FusionPolicy(threshold, rows, NOMINAL_TICK, unit_tokens)
 
 
 CASES = {

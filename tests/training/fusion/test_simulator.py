@@ -9,9 +9,9 @@ import pytest
 
 from inference.generation.engine import PREFILL_TOKENS
 from training.fusion import simulator
-from training.fusion.board import Policy
+from training.fusion.board import FusionPolicy
 from training.fusion.costs import Costs
-from training.fusion.simulator import Instance, Job, Machine, fused, handed_out, serial
+from training.fusion.simulator import DecodingInstance, Job, Machine, fused, handed_out, serial
 
 COSTS = Costs(rows=(1,), step=(1.0,), per_context=0.0, prefill=(2.0, 0.5), score=(3.0, 0.25))
 """Round numbers, for figures by hand."""
@@ -21,7 +21,7 @@ FLAT = Costs(rows=(1,), step=(1.0,), per_context=0.0, prefill=(0.0, 0.0), score=
 
 
 def policy(threshold=0, rows=16, tick=4.0, unit_tokens=64):
-    return Policy(threshold, rows, tick, unit_tokens)
+    return FusionPolicy(threshold, rows, tick, unit_tokens)
 
 
 def never_ends(tokens):
@@ -175,7 +175,7 @@ def test_more_bandwidth_never_hurts(seed):
 def test_ended_samples_are_handed_out_at_the_first_tick_once_somebody_scores():
     """Samples of 8 tokens end at 1 and 6 s, one of 24 at 50 s; from 10 s on there are ranks that score. What is there
     goes out at 10 s, the rest when the instance ends."""
-    instance = Instance([], MACHINE)
+    instance = DecodingInstance([], MACHINE)
     instance.clock = 50.0
     instance.ended = [(1.0, Job(0, 4, 4)), (6.0, Job(1, 4, 4)), (50.0, Job(2, 4, 20))]
     units = handed_out(instance, 10.0, policy(unit_tokens=8))
@@ -184,7 +184,7 @@ def test_ended_samples_are_handed_out_at_the_first_tick_once_somebody_scores():
 
 def test_half_a_unit_waits_for_more():
     """Units of 16 tokens: 8 + 8 make one at 10 s, the third sample waits though 8 is just half; it is not less."""
-    instance = Instance([], MACHINE)
+    instance = DecodingInstance([], MACHINE)
     instance.clock = 13.0
     instance.ended = [(1.0, Job(0, 4, 4)), (2.0, Job(1, 4, 4)), (3.0, Job(2, 4, 3)), (13.0, Job(3, 4, 4))]
     units = handed_out(instance, 10.0, policy(unit_tokens=16))
@@ -246,7 +246,7 @@ def test_steps_summed_in_closed_form_are_those_made_one_by_one(seed):
         Job(index, drawn.choice([1, 20, 1500, 5000]), drawn.choice([1, 2, 7, 30, drawn.randint(1, 200)]))
         for index in range(drawn.randint(1, 14))
     ]
-    instance = Instance(share, machine)
+    instance = DecodingInstance(share, machine)
     for until in [*sorted(drawn.uniform(0, 300) for _ in range(6)), math.inf]:
         instance.advance(until)
         clock, ends, left = step_by_step(share, machine, until)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from inference.tensor_parallel.cut import Cut, even, rows_of
+from inference.tensor_parallel.shard import Cut, even, rows_of
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import Weight, stays, transfers
 

@@ -117,15 +117,15 @@ def train_everywhere(ranks, directory):
 
     for name in (*CASES, "own") if ranks.size == 1 else ALSO_ON_TWO_RANKS:
         if name == "killed":
-            update = ZeroEngine.update
+            step = ZeroEngine.step
 
-            def until_the_fourth(engine, *arguments, update=update):
+            def until_the_fourth(engine, *arguments, step=step):
                 if engine.updates == 3:
                     raise Killed
-                return update(engine, *arguments)
+                return step(engine, *arguments)
 
             try:
-                with patch.object(ZeroEngine, "update", until_the_fourth):
+                with patch.object(ZeroEngine, "step", until_the_fourth):
                     train(name)
             except Killed:
                 pass

@@ -87,16 +87,16 @@ def train_everywhere(ranks, directory):
     if ranks.size == 2:
         train("weighed", *WEIGHED)
         return
-    update = ZeroEngine.update
+    step = ZeroEngine.step
 
     def until_the_fourth(engine, *arguments):
         if engine.updates == 3:
             raise Killed
-        return update(engine, *arguments)
+        return step(engine, *arguments)
 
     for name, settings in CASES.items():
         if name == "killed":
-            with pytest.raises(Killed), patch.object(ZeroEngine, "update", until_the_fourth):
+            with pytest.raises(Killed), patch.object(ZeroEngine, "step", until_the_fourth):
                 train(name, *settings)
             with patch.object(reference, "reference_logprobs", side_effect=AssertionError("asked again")):
                 train(name, *settings)

@@ -2,18 +2,21 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from applications.settings import load_preset
 from benchmarks import work
 from benchmarks.work import Lengths, Size
+from inference.families import config_of
 from inference.generation.cpu_weights import BlockedWeights
 from tests.ranks import run_ranks
 from training.config_files import load_config
 from training.data.batching import TokenBatch
-from training.step3_rlhf.roles import starting_scorer
+from training.step3_rlhf.roles import settled, starting_scorer
 
 SCORED = ("reference", "critic", "reward")
 
@@ -147,3 +150,20 @@ def test_what_reward_model_and_critic_start_as(given, expected):
     config = load_config([], ["model=m", "reward_model=base", *given])
     stage = SimpleNamespace(config=config, earlier_model=lambda step: Path(f"step {step.number}"), model_directory=Path)
     assert str(starting_scorer(stage)) == expected
+
+
+def test_slots_follow_the_gpu_with_the_least_free_memory(tmp_path, monkeypatch):
+    for name, preset in (("actor", "opt-13b"), ("scorer", "opt-350m")):
+        config_of(load_preset(preset)["architecture"]["model"]).save_pretrained(tmp_path / name)
+    config = load_config([], ["model=any", "rlhf.prompts_per_iteration=4096", "rlhf.actor.lora.rank=8"])
+
+    def slots_with(*free_gib: int, device: str = "cuda") -> int | str:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib[0] * 2**30, 200 * 2**30))
+        others = [gib * 2**30 for gib in free_gib[1:]]
+        ranks = SimpleNamespace(device=torch.device(device), size=2, gather=lambda value, phase: [value, *others])
+        stage: Any = SimpleNamespace(config=config, ranks=ranks, dtype=torch.bfloat16)
+        models = tmp_path / "actor", tmp_path / "scorer", tmp_path / "actor"
+        return settled(stage, config.rlhf.calls, *models).rlhf.generation_batch
+
+    assert 1 < slots_with(120, 80) == slots_with(80, 120) < slots_with(120, 120) < 2048
+    assert slots_with(120, 120, device="cpu") == "auto"

@@ -216,20 +216,22 @@ def _heads(instance: Instance, cap: float, mirrored: bool) -> Numbers:
             windows[device] = max(1, int(min(fits, each.micro_batches)))
         loads: dict[tuple[int, int, int], float] = {}
         for number in range(each.micro_batches):
-            for place, kind in enumerate(kinds):
+            for position, kind in enumerate(kinds):
                 goes_down = (kind == FORWARD) != mirrored
                 for device in downwards if goes_down else downwards[::-1]:
                     mine, own, window = heads[device, model, kind], times[device], windows[device]
-                    head = mine[-1] + own[place] if mine else 0.0
+                    head = mine[-1] + own[position] if mine else 0.0
                     source = instance.before(model, device) if goes_down else instance.after(model, device)
                     if source is not None and kind != WEIGHT:
-                        head = max(head, heads[source, model, kind][number] + times[source][place])
-                    if place == 0 and number >= window:
+                        head = max(head, heads[source, model, kind][number] + times[source][position])
+                    if position == 0 and number >= window:
                         head = max(head, heads[device, model, kinds[-1]][number - window] + own[-1])
-                    for first in range(place):
-                        load = max(heads[device, model, kinds[first]][number], loads.get((device, first, place), 0.0))
-                        loads[device, first, place] = load + sum(own[first : place + 1])
-                        head = max(head, load + sum(own[first:place]))
+                    for first in range(position):
+                        load = max(
+                            heads[device, model, kinds[first]][number], loads.get((device, first, position), 0.0)
+                        )
+                        loads[device, first, position] = load + sum(own[first : position + 1])
+                        head = max(head, load + sum(own[first:position]))
                     mine.append(head)
     return heads
 

@@ -127,13 +127,13 @@ def operations_of(instance: Instance, orders: Sequence[Order]) -> tuple[list[Ope
         for device, model, kind in itertools.product(range(instance.devices), range(2), range(3))
     }
     operations: list[Operation] = []
-    places, free = [0] * instance.devices, [0.0] * instance.devices
+    done, free = [0] * instance.devices, [0.0] * instance.devices
     moved = True
     while moved:
         moved = False
         for device, order in enumerate(orders):
-            while places[device] < len(order):
-                model, kind = order[places[device]]
+            while done[device] < len(order):
+                model, kind = order[done[device]]
                 ready = _ready(instance, ends, device, model, kind)
                 if ready is None:
                     break
@@ -142,9 +142,9 @@ def operations_of(instance: Instance, orders: Sequence[Order]) -> tuple[list[Ope
                 free[device] = end = start + instance.times(model, device)[kind]
                 operations.append(Operation(device, model, kind, number, start, end))
                 ends[device, model, kind].append(end)
-                places[device] += 1
+                done[device] += 1
                 moved = True
-    blocked = {device: order[places[device]] for device, order in enumerate(orders) if places[device] < len(order)}
+    blocked = {device: order[done[device]] for device, order in enumerate(orders) if done[device] < len(order)}
     return operations, blocked
 
 
