@@ -20,7 +20,12 @@ ANNOTATIONS = {
     if not info.is_required()
 }
 PLAN = to_blocks(from_blocks({"actor_generate": {"mesh": "0-1", "data": 2}}))
-ALLOWED_VALUE = {"rlhf.reward_function": "a.py:f", "rlhf.reward_url": "http://localhost/score", "rlhf.plan": PLAN}
+ALLOWED_VALUE = {
+    "rlhf.generation_batch": 8,
+    "rlhf.reward_function": "a.py:f",
+    "rlhf.reward_url": "http://localhost/score",
+    "rlhf.plan": PLAN,
+}
 ALLOWED_VALUE |= {"rlhf.advantage": "reinforce++", "rlhf.reward_normalization": "none", "dpo.loss": "ipo"}
 ALONE_REFUSED = {key for key in ANNOTATIONS if key.endswith((".offload", ".keep", ".undesirable_weight"))}
 """They need a ZeRO stage, evaluations or an unpaired loss beside them."""
