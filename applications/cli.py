@@ -95,27 +95,11 @@ def run(
 
     rlhf-chat run --from runs/demo --go-on
     """
-    from applications.commands import pipeline_command
+    from applications.commands import TrainingOptions, pipeline_command
 
-    pipeline_command(
-        model,
-        from_,
-        go_on,
-        name,
-        data,
-        eval_data,
-        reward_model,
-        steps,
-        dry_run,
-        config,
-        set_,
-        seed,
-        processes,
-        fusion,
-        plan,
-        method,
-        trust,
-    )
+    flags: dict[str, object] = {"data": data, "eval_data": eval_data, "seed": seed, "processes": processes}
+    flags |= {"reward_model": reward_model, "fusion": fusion, "plan": plan, "method": method}
+    pipeline_command(TrainingOptions(flags, model, from_, go_on, name, config, set_, steps, trust), dry_run)
 
 
 @command()
@@ -142,17 +126,12 @@ def prepare(
 
     rlhf-chat run --name big
     """
+    from applications.commands import TrainingOptions
     from applications.pipeline import prepare_command
 
-    flags = {
-        "data": data,
-        "eval_data": eval_data,
-        "reward_model": reward_model,
-        "seed": seed,
-        "processes": processes,
-        "method": method,
-    }
-    prepare_command(model, from_, go_on, name, config, set_, flags, json_, trust)
+    flags: dict[str, object] = {"data": data, "eval_data": eval_data, "seed": seed, "processes": processes}
+    flags |= {"reward_model": reward_model, "method": method}
+    prepare_command(TrainingOptions(flags, model, from_, go_on, name, config, set_, trusts=trust), json_)
 
 
 @command()
@@ -175,9 +154,11 @@ def sft(
 
     rlhf-chat sft runs/mine --model opt-125m --data mine.jsonl
     """
-    from applications.commands import step_command
+    from applications.commands import TrainingOptions, step_command
 
-    step_command(SFT, run_directory, model, data, eval_data, config, set_, seed, processes, trust, parent=from_)
+    flags: dict[str, object] = {"data": data, "eval_data": eval_data, "seed": seed, "processes": processes}
+    options = TrainingOptions(flags, model, from_, config=config, overrides=set_, trusts=trust)
+    step_command(SFT, run_directory, options)
 
 
 @command()
@@ -201,22 +182,12 @@ def reward(
 
     rlhf-chat reward runs/mine --model opt-125m --data pairs.jsonl
     """
-    from applications.commands import step_command
+    from applications.commands import TrainingOptions, step_command
 
-    step_command(
-        REWARD,
-        run_directory,
-        model,
-        data,
-        eval_data,
-        config,
-        set_,
-        seed,
-        processes,
-        trust,
-        parent=from_,
-        reward_model=reward_model,
-    )
+    flags: dict[str, object] = {"data": data, "eval_data": eval_data, "seed": seed, "processes": processes}
+    flags |= {"reward_model": reward_model}
+    options = TrainingOptions(flags, model, from_, config=config, overrides=set_, trusts=trust)
+    step_command(REWARD, run_directory, options)
 
 
 def add_other_method(step: Step) -> None:
@@ -236,22 +207,12 @@ def add_other_method(step: Step) -> None:
         trust: Trust = False,
         debug: Debug = False,
     ) -> None:
-        from applications.commands import step_command
+        from applications.commands import TrainingOptions, step_command
 
-        step_command(
-            step,
-            run_directory,
-            model,
-            data,
-            eval_data,
-            config,
-            set_,
-            seed,
-            processes,
-            trust,
-            parent=from_,
-            sft_model=sft_model,
-        )
+        flags: dict[str, object] = {"data": data, "eval_data": eval_data, "seed": seed, "processes": processes}
+        flags |= {"sft_model": sft_model}
+        options = TrainingOptions(flags, model, from_, config=config, overrides=set_, trusts=trust)
+        step_command(step, run_directory, options)
 
     function.__doc__ = f"""{step.name} ({step.title}) instead of steps 2 and 3; with --sft-model in a new run directory.
 
@@ -296,41 +257,14 @@ def rlhf(
 
     rlhf-chat rlhf runs/mine --sft-model my/sft --reward-model my/reward
     """
-    from applications.commands import step_command
+    from applications.commands import TrainingOptions, step_command
 
-    step_command(
-        PPO,
-        run_directory,
-        model,
-        data,
-        eval_data,
-        config,
-        set_,
-        seed,
-        processes,
-        trust,
-        sft_model=sft_model,
-        trained_reward_model=reward_model,
-        fusion=fusion,
-        plan=plan,
-        parent=from_,
-    )
+    flags: dict[str, object] = {"data": data, "eval_data": eval_data, "seed": seed, "processes": processes}
+    flags |= {"sft_model": sft_model, "trained_reward_model": reward_model, "fusion": fusion, "plan": plan}
+    options = TrainingOptions(flags, model, from_, config=config, overrides=set_, trusts=trust)
+    step_command(PPO, run_directory, options)
 
 
-for function in (
-    runs,
-    compare,
-    clean,
-    chat,
-    prefer,
-    evaluate,
-    samples,
-    report,
-    settings,
-    export,
-    serve,
-    plan,
-    profile,
-    doctor,
-):
+OTHERS = (runs, compare, clean, chat, prefer, evaluate, samples, report, settings, export, serve, plan, profile, doctor)
+for function in OTHERS:
     command("eval" if function is evaluate else None)(function)

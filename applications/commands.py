@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from applications.settings import AUTO, as_settings, given_of, resolve_settings
@@ -14,95 +15,68 @@ from training.run_directory import RunDirectory
 from training.steps import STEPS, Step
 
 
-def pipeline_command(
-    model: str | None,
-    parent: Path | None,
-    goes_on: bool | None,
-    name: str | None,
-    data: list[str] | None,
-    eval_data: list[str] | None,
-    reward_model: str | None,
-    steps: str | None,
-    dry_run: bool,
-    config: list[Path] | None,
-    overrides: list[str] | None,
-    seed: int | None,
-    processes: int | None,
-    fusion: str | None,
-    plan: str | None,
-    method: str | None,
-    trusts: bool,
-) -> None:
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What was typed for a command that trains; `flags` are the settings that have an option of their own."""
+
+    flags: Mapping[str, object]
+    model: str | None = None
+    parent: Path | None = None  # --from
+    goes_on: bool | None = None
+    name: str | None = None
+    config: list[Path] | None = None
+    overrides: list[str] | None = None
+    steps: str | None = None
+    trusts: bool = False
+
+
+def pipeline_command(options: TrainingOptions, dry_run: bool) -> None:
     """`rlhf-chat run`."""
-    flags = {
-        "data": data,
-        "eval_data": eval_data,
-        "reward_model": reward_model,
-        "seed": seed,
-        "processes": processes,
-        "fusion": fusion,
-        "plan": plan,
-        "method": method,
-    }
-    path, settings = asked_for(model, parent, goes_on, name, config, overrides, flags, steps)
+    path, settings = asked_for(options)
     asked = settings or RunDirectory(path).read_config()
+    plan = options.flags["plan"]
     if plan and not any(step.draws_samples for step in asked.steps):
         raise UserError(f"--plan places the calls of step 3, which method {asked.method} does not have: leave it out.")
     if plan == AUTO:
         asked = settings = planned(asked, path, measures=not dry_run)
-    chosen = parse_steps(steps, asked)
+    steps = parse_steps(options.steps, asked)
     if dry_run:
-        print_dry_run(asked, chosen, path, trusts)
-        return
-    execute(path, settings, chosen, trusts)
+        print_dry_run(asked, steps, path, options.trusts)
+    else:
+        execute(path, settings, steps, options.trusts)
 
 
-def asked_for(
-    model: str | None,
-    parent: Path | None,
-    goes_on: bool | None,
-    name: str | None,
-    config: list[Path] | None,
-    overrides: list[str] | None,
-    flags: Mapping[str, object],
-    steps: str | None = None,
-) -> tuple[Path, RunConfig | None]:
-    """The run's place and settings; None: it keeps its own."""
-    if parent is not None:
-        place = run_path(name, None) if name else None
-        return from_parent(parent, model, place, config, overrides, flags, goes_on, steps)
-    if goes_on is not None:
+def asked_for(options: TrainingOptions) -> tuple[Path, RunConfig | None]:
+    """The run's directory and settings; None: it keeps its own."""
+    if options.parent is not None:
+        return from_parent(options, run_path(options.name, None) if options.name else None)
+    if options.goes_on is not None:
         raise UserError("--fork and --go-on say what becomes of another run: name it with --from RUN.")
-    if model is None and config is None and name is None:
+    if options.model is None and options.config is None and options.name is None:
         raise UserError("Say what to train: rlhf-chat run --model smollm2-135m (rlhf-chat run --help lists more).")
-    path = run_path(name, model)
-    return path, resolve_settings(model, config, overrides, flags, RunDirectory(path))
+    path = run_path(options.name, options.model)
+    run = RunDirectory(path)
+    return path, resolve_settings(options.model, options.config, options.overrides, options.flags, run)
 
 
-def from_parent(
-    parent: Path,
-    model: str | None,
-    path: Path | None,
-    config: list[Path] | None,
-    overrides: list[str] | None,
-    flags: Mapping[str, object],
-    goes_on: bool | None,
-    steps: str | None,
-) -> tuple[Path, RunConfig]:
-    """Place and settings of a fork or a next round, which is said. A seed is that of the `steps` that are chosen."""
+def from_parent(options: TrainingOptions, path: Path | None) -> tuple[Path, RunConfig]:
+    """Directory and settings of a fork or a next round, which is said. A seed is that of the steps that are chosen."""
     from applications.from_run import from_run
 
-    if model is not None:
+    assert options.parent is not None
+    if options.model is not None:
         raise UserError(
-            f"--from {parent} says what to begin with: leave --model out (another one: --set model={model})."
+            f"--from {options.parent} says what to begin with: leave --model out (another one: --set "
+            f"model={options.model})."
         )
-    given = as_settings(given_of(flags))
-    if steps and "seed" in given:
-        base = RunDirectory(parent).read_config()
-        chosen = parse_steps(steps, base.model_copy(update={"method": given.get("method", base.method)}))
+    given = as_settings(given_of(options.flags))
+    if options.steps and "seed" in given:
+        base = RunDirectory(options.parent).read_config()
+        chosen = parse_steps(options.steps, base.model_copy(update={"method": given.get("method", base.method)}))
         seed = given.pop("seed")
         given = merge(given, {step.command: {"seed": seed} for step in chosen})
-    path, settings, sentence = from_run(parent, path, config or [], overrides or [], given, goes_on)
+    files, overrides = options.config or [], options.overrides or []
+    path, settings, sentence = from_run(options.parent, path, files, overrides, given, options.goes_on)
     print(sentence, file=sys.stderr)
     return path, settings
 
@@ -116,40 +90,26 @@ def run_path(name: str | None, model: str | None) -> Path:
     return Path("runs") / (name or Path(os.path.abspath(model or "run")).name or "run")
 
 
-def step_command(
-    step: Step,
-    run_directory: Path,
-    model: str | None,
-    data: list[str] | None,
-    eval_data: list[str] | None,
-    config: list[Path] | None,
-    overrides: list[str] | None,
-    seed: int | None,
-    processes: int | None,
-    trusts: bool,
-    plan: str | None = None,
-    parent: Path | None = None,
-    **given: str | None,
-) -> None:
-    """`rlhf-chat sft | reward | rlhf | dpo`; `plan` and `given` are settings that only some of them have."""
-    flags = {"data": data, "eval_data": eval_data, "seed": seed, "processes": processes, "plan": plan, **given}
-    if step.method and (parent or model or given.get("sft_model") or config):
+def step_command(step: Step, path: Path, options: TrainingOptions) -> None:
+    """`rlhf-chat sft | reward | rlhf | dpo`, in the run directory `path`."""
+    flags = dict(options.flags)
+    model = options.model or flags.get("sft_model")
+    if step.method and (options.parent or model or options.config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings: RunConfig | None
-    if parent is not None:
-        place = run_directory, config, overrides, flags
-        _, settings = from_parent(parent, model, *place, goes_on=False, steps=step.command)
+    if options.parent is not None:
+        _, settings = from_parent(replace(options, flags=flags, goes_on=False, steps=step.command), path)
     else:
-        model = model or given.get("sft_model")
-        settings = resolve_settings(model, config, overrides, flags, RunDirectory(run_directory))
-    if plan == AUTO:
-        settings = planned(settings or RunDirectory(run_directory).read_config(), run_directory, measures=True)
-    execute(run_directory, settings, [step], trusts)
+        named = str(model) if model else None
+        settings = resolve_settings(named, options.config, options.overrides, flags, RunDirectory(path))
+    if flags.get("plan") == AUTO:
+        settings = planned(settings or RunDirectory(path).read_config(), path, measures=True)
+    execute(path, settings, [step], options.trusts)
 
 
 def planned(settings: RunConfig, path: Path, measures: bool) -> RunConfig:
     """With the best plan for this machine (`--plan auto`)."""
-    from applications.auto_plan import with_auto_plan
+    from applications.plan import with_auto_plan
 
     return with_auto_plan(settings, RunDirectory(path), measures)
 
@@ -241,13 +201,13 @@ def parse_steps(text: str | None, config: RunConfig) -> list[Step]:
     """`1,2` or `sft,reward` -> steps of the run's method, in order and without repeats; all of them where None."""
     if text is None:
         return config.steps
-    places = range(1, len(config.steps) + 1)
+    numbers = range(1, len(config.steps) + 1)
     try:
-        names = {step.command: place for place, step in enumerate(config.steps, 1)}
+        names = {step.command: number for number, step in enumerate(config.steps, 1)}
         chosen = sorted({names.get(part.strip()) or int(part) for part in text.split(",")})
     except ValueError:
         chosen = []
-    if not chosen or not set(chosen) <= set(places):
-        several = ",".join(map(str, places))
+    if not chosen or not set(chosen) <= set(numbers):
+        several = ",".join(map(str, numbers))
         raise UserError(f"--steps takes some of {several} separated by commas, not '{text}' (method {config.method}).")
-    return [config.steps[place - 1] for place in chosen]
+    return [config.steps[number - 1] for number in chosen]

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,11 +31,9 @@ from training.run_directory import RunDirectory
 from training.steps import REWARD, Step
 from training.trust import require_reading
 
-NO_SETTINGS = ("fork_of", "data.parent", "announce")
-"""What says where a run comes from, or is only printed."""
+NO_SETTINGS = ("fork_of", "data.parent", "announce")  # they say where a run comes from, or are only printed
 BOUNDS = "out of bounds"
-FIRST = ("win_rate", "kl", "length", "true_score", "learned_reward")
-"""Of the columns of a narrow terminal."""
+FIRST = ("win_rate", "kl", "length", "true_score", "learned_reward")  # columns of a narrow terminal
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +44,7 @@ class Result:
     config: RunConfig
     state: str
     judge: str
-    drawn: str
-    """How many answers were drawn for the comparison, and how; empty where it was not made."""
+    drawn: str  # how many answers were drawn for the comparison, and how; empty where it was not made
     measures: Mapping[str, Measure]
     out_of_bounds: Sequence[str]
     lengthened: Sequence[str]
@@ -57,9 +54,9 @@ class Result:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Dotted keys -> values; where a seed follows that of the run, or of the models, that one."""
-        found = dict(flat(redacted_values(self.config.model_dump(mode="json", exclude={"architecture"}))))
-        seeds = {key: self.config.seed for key, value in found.items() if is_seed(key) and value == -1}
-        return {key: value for key, value in (found | seeds).items() if key not in NO_SETTINGS}
+        values = dict(flat(redacted_values(self.config.model_dump(mode="json", exclude={"architecture"}))))
+        seeds = {key: self.config.seed for key, value in values.items() if is_seed(key) and value == -1}
+        return {key: value for key, value in (values | seeds).items() if key not in NO_SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,11 @@ class Group:
 
     def measure(self, key: str) -> tuple[Measure, float, int] | None:
         """Mean, standard deviation and number of runs that have it; None where fewer than two do."""
-        found = [result.measures[key] for result in self.results if key in result.measures]
-        if len(found) < 2:
+        measures = [result.measures[key] for result in self.results if key in result.measures]
+        if len(measures) < 2:
             return None
-        values = [each.value for each in found]
-        return Measure(found[0].title, found[0].form, mean(values)), stdev(values), len(found)
+        values = [measure.value for measure in measures]
+        return replace(measures[0], value=mean(values), low=None, high=None), stdev(values), len(values)
 
 
 class Comparison:
@@ -90,11 +87,11 @@ class Comparison:
         for result in results:
             alike = [text_of(result.settings.get(key)) for key in taught], result.code
             groups.setdefault(json.dumps(alike), []).append(result)
-        self.groups = [Group(each) for each in groups.values()]
+        self.groups = list(map(Group, groups.values()))
         self.results = [result for group in self.groups for result in group.results]
-        found = {key: each for result in self.results for key, each in result.measures.items()}
-        order = list(dict.fromkeys((*FIRST, *RATES, *(key for _, key, _ in ROWS), *found)))
-        self.measures = {key: found[key] for key in sorted(found, key=order.index)}
+        measures = {key: measure for result in self.results for key, measure in result.measures.items()}
+        order = list(dict.fromkeys((*FIRST, *RATES, *(key for _, key, _ in ROWS), *measures)))
+        self.measures = {key: measures[key] for key in sorted(measures, key=order.index)}
         """Key -> one that shows its title; those of the comparison come first."""
         self.names = short_names([result.run.path.resolve() for result in self.results])
 
@@ -150,12 +147,7 @@ class Comparison:
                     "group": number,
                     "settings": {key: result.settings.get(key) for key in self.settings},
                     "judge": result.judge,
-                    "results": {
-                        key: each.value
-                        if each.low is None
-                        else {"value": each.value, "low": each.low, "high": each.high}
-                        for key, each in result.measures.items()
-                    },
+                    "results": {key: measure.as_json for key, measure in result.measures.items()},
                     "out_of_bounds": list(result.out_of_bounds),
                 }
                 for number, group in enumerate(self.groups, 1)
@@ -166,9 +158,9 @@ class Comparison:
                     "group": number,
                     "runs": len(group.results),
                     "results": {
-                        key: {"mean": found[0].value, "deviation": found[1], "runs": found[2]}
+                        key: {"mean": of_group[0].value, "deviation": of_group[1], "runs": of_group[2]}
                         for key in self.measures
-                        if (found := group.measure(key)) is not None
+                        if (of_group := group.measure(key)) is not None
                     },
                 }
                 for number, group in enumerate(self.groups, 1)
@@ -178,18 +170,18 @@ class Comparison:
 
     def csv_rows(self) -> Iterator[dict[str, Any]]:
         """A row a run; a result with an interval is three columns."""
-        for each in self.as_json()["runs"]:
-            row = {"run": each["run"], "state": each["state"], "group": each["group"], **each["settings"]}
+        for run in self.as_json()["runs"]:
+            row = {"run": run["run"], "state": run["state"], "group": run["group"], **run["settings"]}
             for key in self.measures:
-                found = each["results"].get(key, "")
-                row[key] = found["value"] if isinstance(found, dict) else found
+                result = run["results"].get(key, "")
+                row[key] = result["value"] if isinstance(result, dict) else result
                 if self.measures[key].low is not None:
-                    row |= {f"{key}_{end}": found[end] if isinstance(found, dict) else "" for end in ("low", "high")}
-            yield row | {"judge": each["judge"], "out_of_bounds": "; ".join(each["out_of_bounds"])}
+                    row |= {f"{key}_{end}": result[end] if isinstance(result, dict) else "" for end in ("low", "high")}
+            yield row | {"judge": run["judge"], "out_of_bounds": "; ".join(run["out_of_bounds"])}
 
     def table(self) -> tuple[list[str], list[tuple[int, Group, bool, list[str]]]]:
         """Headings; then rows: number of the group, the group, whether the row has its means, cells."""
-        headings = ["run", *self.settings, *(each.title for each in self.measures.values()), BOUNDS]
+        headings = ["run", *self.settings, *(measure.title for measure in self.measures.values()), BOUNDS]
         rows = []
         for number, group in enumerate(self.groups, 1):
             rows += [(number, group, False, self.row(result)) for result in group.results]
@@ -199,9 +191,10 @@ class Comparison:
 
     def row(self, result: Result) -> list[str]:
         state = "" if result.state == "finished" else f" ({result.state})"
-        found = [result.measures[key].text if key in result.measures else "" for key in self.measures]
+        measures = [result.measures[key].text if key in result.measures else "" for key in self.measures]
         settings = [text_of(result.settings.get(key)) for key in self.settings]
-        return [self.name(result) + state, *settings, *found, ", ".join(map(rail, result.out_of_bounds))]
+        rails = [sign.partition(":")[0] for sign in result.out_of_bounds]  # `KL` of `KL: 7.00 nats ...`
+        return [self.name(result) + state, *settings, *measures, ", ".join(rails)]
 
     def row_of_group(self, group: Group) -> list[str]:
         """Mean ± standard deviation of each result."""
@@ -210,9 +203,12 @@ class Comparison:
             values = {text_of(result.settings.get(key)) for result in group.results}
             cells.append(values.pop() if len(values) == 1 else "")
         for key in self.measures:
-            found = group.measure(key)
-            of = f" ({found[2]} of {len(group.results)})" if found and found[2] < len(group.results) else ""
-            cells.append(f"{found[0].text} ± {found[0].show(found[1])}{of}" if found else "")
+            if (of_group := group.measure(key)) is None:
+                cells.append("")
+                continue
+            measure, deviation, runs = of_group
+            of = f" ({runs} of {len(group.results)})" if runs < len(group.results) else ""
+            cells.append(f"{measure.text} ± {measure.show(deviation)}{of}")
         bad = sum(bool(result.out_of_bounds) for result in group.results)
         return [*cells, f"{bad} of {len(group.results)}" if bad else ""]
 
@@ -259,23 +255,21 @@ def result_of(run: RunDirectory) -> Result:
     measures = {key: each for key, each in measures_of(run, config, evaluation) if math.isfinite(each.value)}
     bad = [sign.text for sign in signs if not sign.is_good]
     judge, state = evaluation.get("win_rate", {}).get("judge", ""), state_of(run, at)[0]
+    drawn = ""
+    if how := evaluation.get("sampling"):
+        asked = f"{evaluation.get('prompts')} prompts"
+        drawn = f"{asked}, temperature {how['temperature']:g}, at most {how['max_tokens']} tokens"
     lengthened = [f"step {step.label} was {time}" for step in steps for time in was_lengthened(run.step(step))]
-    return Result(run, config, state, judge, drawn_for(evaluation), measures, bad, lengthened, code_of(run, at))
-
-
-def drawn_for(evaluation: Mapping[str, Any]) -> str:
-    how = evaluation.get("sampling")
-    asked = f"{evaluation.get('prompts')} prompts"
-    return f"{asked}, temperature {how['temperature']:g}, at most {how['max_tokens']} tokens" if how else ""
+    return Result(run, config, state, judge, drawn, measures, bad, lengthened, code_of(run, at))
 
 
 def code_of(run: RunDirectory, step: Step) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = []
+    versions: list[dict[str, str]] = []
     for start in read_starts(run):
         files = {name: content for kind in CODE for name, content in start.get(kind, {}).items()}
-        if start["what"] == step.folder and files and files not in found:
-            found.append(files)
-    return found
+        if start["what"] == step.folder and files and files not in versions:
+            versions.append(files)
+    return versions
 
 
 def print_table(comparison: Comparison) -> None:
@@ -284,29 +278,29 @@ def print_table(comparison: Comparison) -> None:
     first = 1 + len(comparison.settings)
     console = PrintableConsole(width=columns(), highlight=False)
     headings = [heading if " " in heading else heading[::-1].replace(".", "\n.", 1)[::-1] for heading in headings]
-    cells = [[row[place] for *_, row in rows] for place in range(len(headings))]
+    cells = [[row[column] for *_, row in rows] for column in range(len(headings))]
     widths = [
-        len(BOUNDS) if heading == BOUNDS else max(map(cell_len, (*cells[place], *heading.split())))
-        for place, heading in enumerate(headings)
+        len(BOUNDS) if heading == BOUNDS else max(map(cell_len, (*cells[column], *heading.split())))
+        for column, heading in enumerate(headings)
     ]
-    places = [place for place in range(len(headings)) if place < first or any(cells[place])]
-    kept = [place for place in places if place <= first or headings[place] == BOUNDS]
-    for place in (place for place in places if place not in kept):
-        if sum(widths[each] + 2 for each in (*kept, place)) > console.width:
+    filled = [column for column in range(len(headings)) if column < first or any(cells[column])]
+    shown = [column for column in filled if column <= first or headings[column] == BOUNDS]
+    for column in (column for column in filled if column not in shown):
+        if sum(widths[other] + 2 for other in (*shown, column)) > console.width:
             break
-        kept.append(place)
-    spare = console.width - sum(widths[place] + 2 for place in kept)
+        shown.append(column)
+    spare = console.width - sum(widths[column] + 2 for column in shown)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for place in sorted(kept):
-        more = max(0, min(spare, max(map(cell_len, headings[place].splitlines())) - widths[place]))
-        width, spare = widths[place] + more if spare >= 0 else None, spare - more
-        is_figure = place >= first and headings[place] != BOUNDS
-        heading = Text(headings[place])
+    for column in sorted(shown):
+        more = max(0, min(spare, max(map(cell_len, headings[column].splitlines())) - widths[column]))
+        width, spare = widths[column] + more if spare >= 0 else None, spare - more
+        is_figure = column >= first and headings[column] != BOUNDS
+        heading = Text(headings[column])
         table.add_column(heading, overflow="fold", width=width, justify="right" if is_figure else "left")
     for _, _, is_group, row in rows:
-        table.add_row(*(Text(row[place]) for place in sorted(kept)), style="bold" if is_group else "")
+        table.add_row(*(Text(row[column]) for column in sorted(shown)), style="bold" if is_group else "")
     console.print(table)
-    if left := [headings[place] for place in places if place not in kept]:
+    if left := [headings[column] for column in filled if column not in shown]:
         console.print(f"No room for: {', '.join(left)}. --csv, --json and --out FILE have them.", markup=False)
     for note in comparison.notes():
         console.print(note, markup=False)
@@ -345,11 +339,6 @@ def text_of(value: Any) -> str:
     if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(Path.cwd()):
         return str(Path(value).relative_to(Path.cwd()))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def rail(sign: str) -> str:
-    """The name of what is out of bounds: `KL` of `KL: 7.00 nats ...`."""
-    return sign.partition(":")[0]
 
 
 def identity(result: Result) -> object:

@@ -10,7 +10,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from applications.fit import Outlook, check_fits, disk_needed, nearest_existing, verdict
+from applications.fit import Outlook, check_fits, disk_needed, verdict
+from applications.machine_report import nearest_existing
 from applications.profile import expected_time
 from inference.streams import USUAL_COLUMNS, columns, redacted
 from training.config import RunConfig

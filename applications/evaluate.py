@@ -1,25 +1,22 @@
 """`rlhf-chat eval`: measure two models on a run's held-out prompts and show what was found."""
 
-import io
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from applications.launch import run_stage_script
-from applications.report_table import evaluation_table, overview_table, pair_of, share
+from applications.report_table import evaluation_table, overview_table, pair_of, share, text_console, text_of
 from applications.settings import settings_for_model
 from inference.chat_target import find_chat_models
 from inference.errors import UserError, typed
 from inference.preferences import Preference, PreferenceFile
-from inference.streams import columns, show_json
+from inference.streams import show_json
 from training.checkpoints import checkpoint_of
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.sources import absolute
@@ -149,20 +146,7 @@ def file_name(
     return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)).replace("/", "_")).strip("._") or "model"
 
 
-HEADINGS = (
-    "",
-    "pairs",
-    "over the one before",
-    "by people",
-    "over the first SFT model",
-    "KL (to that one)",
-    "length",
-    "guard rails",
-)
-
-
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """A run of the chain, as text; what was not measured is empty."""
 
     name: str
@@ -174,9 +158,11 @@ class Round:
     length: str
     guard_rails: str
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return tuple(vars(self).values())
+
+HEADINGS = Round(
+    *("", "pairs", "over the one before", "by people", "over the first SFT model"),
+    *("KL (to that one)", "length", "guard rails"),
+)
 
 
 def first_sft(run: RunDirectory) -> Path | None:
@@ -193,7 +179,7 @@ def over_first_file(run: RunDirectory, step: Step) -> Path:
 
 
 def rounds(run: RunDirectory) -> list[Round]:
-    """All of the chain that ends with `run`; none where it goes on from nothing."""
+    """A row for each run of the chain that ends with `run`; none where it goes on from nothing."""
     chain = rounds_of(run)
     return [round_of(each, before) for each, before in zip(chain, [None, *chain], strict=False)] if chain[1:] else []
 
@@ -258,11 +244,11 @@ def rounds_table(run: RunDirectory, width: int = 0) -> str:
     found = rounds(run)
     if not found:
         return ""
-    console = Console(file=io.StringIO(), width=width or columns(), highlight=False)
     table = Table(show_lines=True)
     for heading in HEADINGS:
         table.add_column(Text(heading), overflow="fold")
     for each in found:
-        table.add_row(*map(Text, each.cells))
+        table.add_row(*map(Text, each))
+    console = text_console(width)
     console.print(table)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    return text_of(console)

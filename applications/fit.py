@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from applications.machine_report import GIB, nearest_existing
 from applications.settings import is_preset_architecture, known_architecture, smaller_presets
 from inference.errors import UserError
 from inference.families import config_of, require_supported_family
@@ -30,26 +31,16 @@ from training.step3_rlhf.old_logprobs import expects_exactness, iteration_calls
 from training.step3_rlhf.planned import require_runnable
 from training.steps import STEPS, Step
 
-GIB = 2**30
-CLUSTER_GPU = 80 * GIB
-"""Memory of the GPUs that a way out speaks of where this machine has none."""
-DEGREES = (1, 2, 4, 8)
-"""Tensor-parallel ones that a node of GPUs takes."""
-
-
-PROCESS_BYTES = 500 * 2**20
-"""What torch, transformers and DeepSpeed take in a process."""
+CLUSTER_GPU_BYTES = 80 * GIB  # of the GPUs that a way out speaks of where this machine has none
+TENSOR_DEGREES = (1, 2, 4, 8)  # of tensor parallelism within a node of GPUs
+PROCESS_BYTES = 500 * 2**20  # what torch, transformers and DeepSpeed take in a process
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has."""
-
     cores: int
-    memory: int
-    """Bytes of main memory, or what the container may use of it."""
-    gpus: tuple[tuple[str, int], ...] = ()
-    """Name and bytes of each GPU."""
+    memory: int  # bytes of main memory, or what the container may use of it
+    gpus: tuple[tuple[str, int], ...] = ()  # names and bytes
 
     @classmethod
     def here(cls) -> "Machine":
@@ -100,8 +91,7 @@ class Outlook:
     machine: Machine
     actor: Shape | None
     scorer: Shape | None
-    reference: Shape | None = None
-    """Of an own one; None also where its size is not known."""
+    reference: Shape | None = None  # of an own reference model; None also where its size is not known
 
     @classmethod
     def of(cls, config: RunConfig, steps: Sequence[Step], nodes: int) -> "Outlook":
@@ -114,10 +104,10 @@ class Outlook:
             scorer = find_shape(config.scorer_source, given, layers, config.needs_scorer)
         own = config.reference_model
         reference = find_shape(own, config.architecture.get("reference_model")) if own else None
-        found = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer, reference)
+        outlook = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer, reference)
         if any(step.draws_samples for step in steps):
-            require_runnable(config, found.ranks, actor, scorer, found.dtype, reference)
-        return found.with_slots()
+            require_runnable(config, outlook.ranks, actor, scorer, outlook.dtype, reference)
+        return outlook.with_slots()
 
     def with_slots(self) -> "Outlook":
         """With the slots of generation that step 3 would have on the GPU here."""
@@ -157,7 +147,6 @@ class Outlook:
         return Plan.of(self.config.rlhf, self.ranks, self.length, self.calls)
 
     def shape_of(self, step: Step) -> Shape | None:
-        """The model that a step leaves."""
         return self.scorer if step.leaves_scorer else self.actor
 
     def memory(self, step: Step) -> StepMemory | None:
@@ -168,11 +157,9 @@ class Outlook:
         needed += [self.reference] * bool(step.compared_with and self.config.reference_model)
         if any(shape is None for shape in needed):
             return None
-        known = self.actor or self.scorer
-        assert known is not None
-        actor, scorer = self.actor or known, self.scorer or known  # the one that the step does not need is not read
-        places = self.machine.places
-        of_run = self.dtype, self.ranks, places, self.calls
+        actor, scorer = self.actor or self.scorer, self.scorer or self.actor  # what a step does not need is not read
+        assert actor is not None and scorer is not None
+        of_run = self.dtype, self.ranks, self.machine.places, self.calls
         return estimate_step_memory(step, self.config, actor, scorer, *of_run, self.reference)
 
     def largest(self) -> tuple[Step, int] | None:
@@ -183,7 +170,7 @@ class Outlook:
 
     def with_settings(self, values: dict[str, Any], nodes: int = 0) -> "Outlook":
         config = validate_config(merge(self.config.model_dump(), values))
-        return Outlook(config, self.steps, nodes or self.nodes, self.machine, self.actor, self.scorer, self.reference)
+        return replace(self, config=config, nodes=nodes or self.nodes)
 
 
 def check_fits(config: RunConfig, steps: Sequence[Step], nodes: int = 1) -> None:
@@ -234,23 +221,21 @@ def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0, scores
 
 def verdict(outlook: Outlook, run_directory: Path) -> str:
     """One line that begins with `Verdict:`."""
-    largest = outlook.largest()
-    if largest is None or any(outlook.memory(step) is None for step in outlook.steps):
-        config = outlook.config
+    largest, config = outlook.largest(), outlook.config
+    estimates = [outlook.memory(step) for step in outlook.steps]
+    if largest is None or None in estimates:
         unknown = config.model if outlook.actor is None else config.scorer_source
         if outlook.actor is not None and config.reference_model and outlook.reference is None:
             unknown = config.reference_model
         return f"Verdict: unknown: the size of {unknown} is not known without the hub (a local directory would tell)"
     step, need = largest
-    has = outlook.machine.per_process(outlook.config.processes)
+    has = outlook.machine.per_process(config.processes)
     if need > has:
         return (
             f"Verdict: does not fit here: step {step.label} needs about {size(need)} per process, {_has(outlook)} "
             f"{size(has)}; ways out: {ways_out(outlook)}"
         )
-    processes = outlook.config.processes
-    estimates = [memory for step in outlook.steps if (memory := outlook.memory(step)) is not None]
-    host = max(memory.host_peak(processes) for memory in estimates)
+    host = max(memory.host_peak(config.processes) for memory in estimates if memory is not None)
     if outlook.machine.gpus and host > outlook.machine.memory:
         return (
             f"Verdict: does not fit here: loading, offloading and saving take up to {size(host)} of main memory, this "
@@ -276,12 +261,12 @@ def _has(outlook: Outlook) -> str:
 def ways_out(outlook: Outlook) -> str:
     """Changes that make the largest step fit, each with what it then needs; in the end always a smaller model."""
     has = outlook.machine.per_process(outlook.config.processes)
-    found = []
+    changes = []
     for text, changed in _changes(outlook):
         largest = changed.largest()
         if largest is not None and largest[1] <= has:
-            found.append(f"{text} ({size(largest[1])})")
-    return "; ".join([*found, *_more_ranks(outlook), _smaller_model(outlook, has)])
+            changes.append(f"{text} ({size(largest[1])})")
+    return "; ".join([*changes, *_more_ranks(outlook), _smaller_model(outlook, has)])
 
 
 def _changes(outlook: Outlook) -> Iterator[tuple[str, Outlook]]:
@@ -308,7 +293,7 @@ def _on_supervised(values: dict[str, Any]) -> dict[str, Any]:
 def _more_ranks(outlook: Outlook) -> list[str]:
     """The fewest ranks on which the run fits with ZeRO stage 3, each with a GPU like those here (else 80 GiB); where
     the actor does not fit whole on one to generate, tensor-parallel."""
-    gpu = min((memory for _, memory in outlook.machine.gpus), default=CLUSTER_GPU)
+    gpu = min((memory for _, memory in outlook.machine.gpus), default=CLUSTER_GPU_BYTES)
     three = {"zero_stage": 3}
     four_roles = dict.fromkeys(("actor", "critic", "reference", "reward"), three)
     divided = {
@@ -324,7 +309,7 @@ def _more_ranks(outlook: Outlook) -> list[str]:
     }
     ranks = 1
     while ranks <= 1024:
-        for tensor in (degree for degree in DEGREES if degree <= ranks):
+        for tensor in (degree for degree in TENSOR_DEGREES if degree <= ranks):
             cut = {"rlhf": {"generation_tensor_parallel": tensor}}
             changed = outlook.with_settings(merge(divided, cut), nodes=ranks)
             peaks = [memory.peak("device") for step in outlook.steps if (memory := changed.memory(step)) is not None]
@@ -339,7 +324,7 @@ def _more_ranks(outlook: Outlook) -> list[str]:
 def _smaller_model(outlook: Outlook, has: int) -> str:
     for name in smaller_presets(outlook.config.model):
         actor = find_shape(name, None)
-        changed = Outlook(outlook.config, outlook.steps, outlook.nodes, outlook.machine, actor, outlook.scorer)
+        changed = replace(outlook, actor=actor, reference=None)
         largest = changed.largest()
         if largest is not None and largest[1] <= has:
             return f"a smaller model (--model {name}: {size(largest[1])} with these settings)"
@@ -351,26 +336,25 @@ def disk_needed(outlook: Outlook) -> int:
 
     Models of unknown shape are left out.
     """
-    total = 0
+    config, total = outlook.config, 0
     for step in outlook.steps:
-        config = outlook.config
+        shape, ema = outlook.shape_of(step), step.draws_samples and bool(config.rlhf.ema)
         if step.draws_samples:
             every, keep = config.rlhf.checkpoint_every, config.rlhf.keep_checkpoints
             trained = [(outlook.actor, config.rlhf.actor)]
-            if config.rlhf.has_critic:
-                trained.append((outlook.scorer, config.rlhf.critic))
-            if config.rlhf.ema and outlook.actor is not None and every:
-                total += (keep + 1) * _trained_parameters(outlook.actor, config.rlhf.actor) * 4
+            trained += [(outlook.scorer, config.rlhf.critic)] * config.rlhf.has_critic
         else:
             settings = config.supervised(step)
-            every, keep, trained = settings.checkpoint_every, settings.keep_checkpoints, []
-            trained.append((outlook.shape_of(step), settings.optimizer))
-        shape = outlook.shape_of(step)
-        models = 2 if step.draws_samples and config.rlhf.ema else 1
-        total += models * shape.parameters * TORCH_DTYPES[config.save_dtype].itemsize if shape is not None else 0
-        if config.of_step(step).keep == "best" and shape is not None:  # that of each checkpoint, the newest, a new one
-            best = (keep * bool(every) + 2) * _trained_parameters(shape, trained[0][1])
-            total += best * (models * 4 + outlook.dtype.itemsize)
+            every, keep = settings.checkpoint_every, settings.keep_checkpoints
+            trained = [(shape, settings.optimizer)]
+        models = 1 + ema
+        if shape is not None:
+            weights = _trained_parameters(shape, trained[0][1])
+            total += models * shape.parameters * TORCH_DTYPES[config.save_dtype].itemsize
+            if ema and every:
+                total += (keep + 1) * weights * 4
+            if config.of_step(step).keep == "best":  # that of each checkpoint, the newest, a new one
+                total += (keep * bool(every) + 2) * weights * (models * 4 + outlook.dtype.itemsize)
         for trained_shape, optimizer in trained:
             if every and trained_shape is not None:
                 total += (keep + 1) * _checkpoint_bytes(trained_shape, optimizer, outlook.dtype)
@@ -385,9 +369,3 @@ def _checkpoint_bytes(shape: Shape, settings: OptimizerSettings, dtype: torch.dt
 def _trained_parameters(shape: Shape, settings: OptimizerSettings) -> int:
     lora = settings.lora
     return shape.lora_parameters(lora.rank, lora.targets) if lora.rank else shape.parameters
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path itself or the first of its parents that is there."""
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())

@@ -12,12 +12,11 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from inference.model_store import cache_directory
 from inference.streams import redacted
@@ -25,17 +24,15 @@ from training.run_directory import PACKAGES, processor, versions
 
 State = Literal["ok", "warning", "impossible"]
 GIB = 2**30
-LITTLE_MEMORY = 4 * GIB
-LITTLE_DISK = 5 * GIB
+LITTLE_MEMORY, LITTLE_DISK = 4 * GIB, 5 * GIB
 HEAVY = ("torch", "transformers", "training.hybrid_engine.deepspeed_setup")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
-SECONDS = 5.0
-"""For anything that waits for another process or machine."""
+SECONDS = 5.0  # for anything that waits for another process or machine
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line. `warning`: something does not work; `impossible`: no run works; the text says the way out."""
+    """A line: `warning`: something does not work; `impossible`: no run works; the text says the way out."""
 
     name: str
     state: State
@@ -91,10 +88,9 @@ def check_system() -> Check:
 
 def check_versions() -> Check:
     """Installed packages against the ranges that this project asks for."""
-    found = versions()
-    text = ", ".join(f"{package} {found[package]}" for package in PACKAGES)
-    wrong = wrong_packages()
-    if wrong:
+    installed = versions()
+    text = ", ".join(f"{package} {installed[package]}" for package in PACKAGES)
+    if wrong := wrong_packages():
         return Check("versions", "impossible", f"{text}: {'; '.join(wrong)}: pip install -e . in the project")
     return Check("versions", "ok", text)
 
@@ -164,22 +160,17 @@ def check_gpus() -> Check:
         return Check("gpus", "ok", f"{found}; driver {driver}, torch built for CUDA {torch.version.cuda}")
     if listed:
         build = torch.version.cuda or "no CUDA"
-        return Check(
-            "gpus",
-            "warning",
-            f"{'; '.join(listed)}: torch (built for {build}) cannot use them; install a torch build for this driver, "
-            "or a newer driver",
-        )
+        text = f"{'; '.join(listed)}: torch (built for {build}) cannot use them; install a torch build for this driver"
+        return Check("gpus", "warning", f"{text}, or a newer driver")
     return Check("gpus", "ok", "none: runs use the CPU, for models of up to some hundred million parameters")
 
 
 def gpus_of_driver() -> list[str]:
     """`name, memory, driver version` of each GPU that NVIDIA's driver knows."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    pipes: Any = {"capture_output": True, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=4 * SECONDS, check=False
-        )
+        done = subprocess.run(command, **pipes, timeout=4 * SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
@@ -205,28 +196,28 @@ def check_compiler() -> Check:
 
 def check_cache() -> Check:
     cache = cache_directory()
-    complaint = unwritable(cache)
-    if complaint:
+    if complaint := unwritable(cache):
         return Check("cache", "impossible", f"{cache} cannot be written ({complaint}): set RLHF_CHAT_CACHE elsewhere")
     return on_disk("cache", cache, "set RLHF_CHAT_CACHE and HF_HOME to a larger disk")
 
 
 def check_working_directory() -> Check:
     here = Path.cwd()
-    complaint = unwritable(here)
-    if complaint:
+    if complaint := unwritable(here):
         return Check("working directory", "warning", f"{here} cannot be written ({complaint}): give --name /DIR/NAME")
     return on_disk("working directory", here, "runs need room for models and checkpoints: change to a larger disk")
 
 
-def on_disk(name: str, place: Path, way_out: str) -> Check:
-    free = shutil.disk_usage(nearest_existing(place)).free
-    text = f"{place}, {free / GIB:.1f} GiB free"
+def on_disk(name: str, directory: Path, way_out: str) -> Check:
+    free = shutil.disk_usage(nearest_existing(directory)).free
+    text = f"{directory}, {free / GIB:.1f} GiB free"
     return Check(name, "warning", f"{text}: {way_out}") if free < LITTLE_DISK else Check(name, "ok", text)
 
 
 def nearest_existing(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.exists())
+    """The path itself or the first of its parents that is there."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def unwritable(directory: Path) -> str:
@@ -256,22 +247,16 @@ def check_loopback() -> Check:
 
 def meet() -> None:
     """Open a port, connect to it, send a byte. Raises OSError."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname(), timeout=SECONDS) as client,
+    ):
         server.settimeout(SECONDS)
-        port = server.getsockname()[1]
-        got: list[bytes] = []
-
-        def receive() -> None:
-            with server.accept()[0] as connection:
-                got.append(connection.recv(1))
-
-        receiver = threading.Thread(target=receive, daemon=True)
-        receiver.start()
-        with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as client:
-            client.sendall(b"x")
-        receiver.join(SECONDS)
-        if got != [b"x"]:
-            raise OSError("a byte was sent and did not arrive")
+        client.sendall(b"x")
+        with server.accept()[0] as connection:
+            connection.settimeout(SECONDS)
+            if connection.recv(1) != b"x":
+                raise OSError("a byte was sent and did not arrive")
 
 
 def check_hub() -> Check:

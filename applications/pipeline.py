@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from applications.commands import asked_for
+from applications.commands import TrainingOptions, asked_for
 from applications.evaluate import first_sft, over_first_file, rounds_table
 from applications.fit import Machine
 from applications.from_run import next_command
@@ -138,22 +138,12 @@ def compare(run: RunDirectory, config: RunConfig, step: Step, display: Display) 
         display.say(table)
 
 
-def prepare_command(
-    model: str | None,
-    parent: Path | None,
-    goes_on: bool | None,
-    name: str | None,
-    config: list[Path] | None,
-    overrides: list[str] | None,
-    flags: Mapping[str, object],
-    as_json: bool,
-    trusts: bool,
-) -> None:
+def prepare_command(options: TrainingOptions, as_json: bool) -> None:
     """Make the run, or complete it, and print what lies where and what a machine that trains it has to see."""
-    path, settings = asked_for(model, parent, goes_on, name, config, overrides, flags)
+    path, settings = asked_for(options)
     run = RunDirectory(path)
     with run.locked():
-        opened = open_run(run, settings, trusts)
+        opened = open_run(run, settings, options.trusts)
         display = Display(quiet=as_json, log=run.log_file)
         for sentence in (changed := changed_inputs(run, opened)):
             display.say(f"{WARNING}{sentence}")

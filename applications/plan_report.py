@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from applications.plan_request import Outcome, Request
+from applications.plan_request import PlanOutcome, Request
 from inference.streams import columns
 from training.pictures import CALL_COLOURS, Bar, Panel, gantt_svg
 from training.plan import mesh_text
@@ -14,10 +14,8 @@ from training.planner.hardware import GIB
 from training.planner.search import Estimate, Progress
 from training.planner.simulate import Interval
 
-COLUMNS = 72
-"""Of the Gantt picture, where the terminal has so many."""
-MENTIONED = 0.05
-"""Seconds from which on what lies between the calls gets a line."""
+COLUMNS = 72  # of the Gantt picture, where the terminal has so many
+MENTIONED = 0.05  # seconds from which on what lies between the calls gets a line
 LETTERS = {
     "actor_generate": "G",
     "actor_score": "a",
@@ -28,8 +26,7 @@ LETTERS = {
     "critic_train": "C",
 }
 OTHER = {"reallocation": ">", "offload": "^"}
-SHOWN_ITERATION = 2
-"""Of those that the schedule unrolls: neighbours on both sides."""
+SHOWN_ITERATION = 2  # of those that the schedule unrolls: it has neighbours on both sides
 
 
 def progress(state: Progress) -> bool:
@@ -40,7 +37,7 @@ def progress(state: Progress) -> bool:
     return True
 
 
-def as_text(request: Request, outcomes: Sequence[Outcome]) -> str:
+def as_text(request: Request, outcomes: Sequence[PlanOutcome]) -> str:
     cluster, workload = request.cluster, request.workload
     lines = [
         f"{cluster.nodes} x {cluster.devices_per_node} {cluster.device.name}; "
@@ -50,19 +47,19 @@ def as_text(request: Request, outcomes: Sequence[Outcome]) -> str:
         "",
     ]
     for outcome in outcomes:
-        lines += plan_table(request, outcome) if outcome.found else [f"{outcome.name}: none. {outcome.why_not}"]
+        lines += plan_table(request, outcome) if outcome.estimate else [f"{outcome.name}: none. {outcome.why_not}"]
         lines.append("")
     lines += summary(request, outcomes)
     lines += textwrap.wrap(verdict(outcomes), max(20, columns()))
-    best = outcomes[0].found
+    best = outcomes[0].estimate
     if best is not None:
         lines += ["", f"One iteration of the plan '{outcomes[0].name}':", *gantt_text(best)]
     return "\n".join(lines)
 
 
-def plan_table(request: Request, outcome: Outcome) -> list[str]:
+def plan_table(request: Request, outcome: PlanOutcome) -> list[str]:
     """A line a call: ranks, layout, micro-batches, seconds; then what lies between the calls."""
-    found = outcome.found
+    found = outcome.estimate
     assert found is not None
     lines = [f"{outcome.name}:" + (f" DOES NOT FIT. {outcome.why_not}" if outcome.why_not else "")]
     if outcome.refused:
@@ -105,30 +102,26 @@ def table(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
     return [f"  {' '.join(line)}  {row[-1]}".rstrip() for line, row in zip(aligned, rows, strict=True)]
 
 
-def summary(request: Request, outcomes: Sequence[Outcome]) -> list[str]:
+def summary(request: Request, outcomes: Sequence[PlanOutcome]) -> list[str]:
     """Seconds of an iteration, memory, hours and cost of the run, plan by plan."""
     price = () if request.price is None else ("cost",)
     rows: list[tuple[str, ...]] = [("plan", "s/iteration", "GiB of memory", "hours", *price, "")]
     for outcome in outcomes:
-        if outcome.found is None:
+        if outcome.estimate is None:
             continue
-        memory = f"{outcome.found.peak_bytes / GIB:.1f} of {request.cluster.usable_memory / GIB:.0f}"
-        cost, seconds = request.cost(outcome.found), outcome.found.iteration_seconds
-        figures = (
-            f"{seconds:.1f}",
-            memory,
-            f"{request.hours(outcome.found):.1f}",
-            *([] if cost is None else [f"{cost:.0f}"]),
-        )
+        memory = f"{outcome.estimate.peak_bytes / GIB:.1f} of {request.cluster.usable_memory / GIB:.0f}"
+        cost, seconds = request.cost(outcome.estimate), outcome.estimate.iteration_seconds
+        figures = [f"{seconds:.1f}", memory, f"{request.hours(outcome.estimate):.1f}"]
+        figures += [] if cost is None else [f"{cost:.0f}"]
         marks = ["does not fit"] * bool(outcome.why_not) + ["cannot be run yet"] * bool(outcome.refused)
         marks += [f"{outcome.seconds:.1f} s fused"] * (outcome.seconds < seconds)
         rows.append((outcome.name, *figures, ", ".join(marks)))
     return table(rows, (16, 11, 13, 8, 10)[: len(rows[0]) - 1])
 
 
-def verdict(outcomes: Sequence[Outcome]) -> str:
+def verdict(outcomes: Sequence[PlanOutcome]) -> str:
     """Whether pipeline stages pay, and a fused schedule of actor and critic, a sentence; '' where it is not known."""
-    runs = [(outcome, outcome.found.iteration_seconds) for outcome in outcomes if outcome.runs and outcome.found]
+    runs = [(outcome, outcome.estimate.iteration_seconds) for outcome in outcomes if outcome.runs and outcome.estimate]
     plain = min((seconds for outcome, seconds in runs if outcome.stages == "no stages"), default=math.inf)
     staged = min((seconds for outcome, seconds in runs if outcome.stages != "no stages"), default=math.inf)
     fused = min((outcome.seconds for outcome, seconds in runs if outcome.seconds < seconds), default=math.inf)
@@ -177,31 +170,24 @@ def gantt_text(found: Estimate) -> list[str]:
     return [*lines, f"  {end - start:.1f} s. {names}, > reallocation, ^ load from the host"]
 
 
-def as_svg(outcomes: Sequence[Outcome]) -> str:
+def as_svg(outcomes: Sequence[PlanOutcome]) -> str:
     panels = []
     for outcome in outcomes:
-        if outcome.found is None:
+        if outcome.estimate is None:
             continue
-        rows = rows_of(outcome.found)
+        rows = rows_of(outcome.estimate)
         start = min(i.start for intervals in rows.values() for i in intervals)
-        bars = {
-            label: [
-                Bar(
-                    i.node.name if i.node.name in CALL_COLOURS else i.node.kind,
-                    i.start - start,
-                    i.end - start,
-                    i.node.name,
-                )
-                for i in intervals
-                if i.node.seconds > 0
-            ]
-            for label, intervals in rows.items()
-        }
-        panels.append(Panel(f"{outcome.name}: {outcome.found.iteration_seconds:.1f} s an iteration", bars))
+
+        def bar(i: Interval, start: float = start) -> Bar:
+            kind = i.node.name if i.node.name in CALL_COLOURS else i.node.kind
+            return Bar(kind, i.start - start, i.end - start, i.node.name)
+
+        bars = {label: [bar(i) for i in intervals if i.node.seconds > 0] for label, intervals in rows.items()}
+        panels.append(Panel(f"{outcome.name}: {outcome.estimate.iteration_seconds:.1f} s an iteration", bars))
     return gantt_svg(panels, CALL_COLOURS)
 
 
-def as_data(request: Request, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def as_data(request: Request, outcomes: Sequence[PlanOutcome]) -> dict[str, Any]:
     return {
         "gpu": request.cluster.device.name,
         "nodes": request.cluster.nodes,
@@ -212,9 +198,9 @@ def as_data(request: Request, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:
+def plan_data(request: Request, outcome: PlanOutcome) -> dict[str, Any]:
     """All that is known of a plan, in seconds and bytes."""
-    found = outcome.found
+    found = outcome.estimate
     if found is None:
         return {"name": outcome.name, "why_not": outcome.why_not}
     calls = {}
@@ -243,7 +229,7 @@ def plan_data(request: Request, outcome: Outcome) -> dict[str, Any]:
         "cost": request.cost(found),
         "calls": calls,
         "between": {node.name: node.seconds for node in found.nodes if node.kind != "call"},
-        "host_peak_bytes": request.host_peak(found),
+        "host_peak_bytes": request.host_peak(found.plan),
         "peak_bytes": {str(rank): memory.peak("device") for rank, memory in found.memory.items()},
         "memory_of_the_fullest_rank": [
             {"name": part.name, "bytes": part.bytes, "place": part.place, "phase": part.phase} for part in fullest.parts

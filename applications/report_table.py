@@ -33,14 +33,12 @@ ROWS = (
     ("perplexity of demonstrations", "perplexity_demonstrations", "{:z.1f}"),
 )
 SHOWN_ANSWERS = 6
-NARROWEST = 20
-"""Columns of the terminal for each text that stands beside others."""
-SFT_AND_RLHF = {"sft": "SFT", "rlhf": "RLHF"}
+NARROWEST = 20  # columns of the terminal for each text that stands beside others
 
 
 def pair_of(result: Mapping[str, Any]) -> dict[str, str]:
     """Keys and names of the two models that were compared, the one measured against first."""
-    return result.get("pair") or SFT_AND_RLHF
+    return result.get("pair") or {"sft": "SFT", "rlhf": "RLHF"}
 
 
 def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -79,7 +77,7 @@ def evaluation_table(
     """What an evaluation found, as text. `accuracy` is step 2's own line, for where nothing newer was measured;
     `training` says what the training showed.
     """
-    console = Console(file=io.StringIO(), width=width or columns(), highlight=False)
+    console = text_console(width)
     console.print()
     if bad := [sign.text for sign in (*training, *guard_signs(result, *pair_of(result))) if not sign.is_good]:
         console.print(f"Out of bounds: {'; '.join(bad)}. Read the answers before the win rate.", markup=False)
@@ -88,7 +86,14 @@ def evaluation_table(
         if text:
             console.print(text)
     if "panel" in result:
-        print_panel(console, result["panel"])
+        console.print(f"{PANEL_TITLE}:")
+        panel = Table()
+        for name in ("", *PANEL_COLUMNS.values()):
+            panel.add_column(name, justify="right" if name else "left", overflow="fold")
+        for row in panel_rows(result["panel"]):
+            panel.add_row(*map(Text, row))
+        console.print(panel)
+        console.print(panel_line(result["panel"]), markup=False)
     sampling = result["sampling"]
     console.print(
         f"{result['prompts']} held-out prompts, temperature {sampling['temperature']:g}, "
@@ -124,6 +129,15 @@ def evaluation_table(
     if rates := of_people(result):
         print_preferences(console, rates)
     print_answers(console, pair_of(result), answers_file)
+    return text_of(console)
+
+
+def text_console(width: int = 0) -> Console:
+    """A console that writes text of a width; 0 is that of the terminal."""
+    return Console(file=io.StringIO(), width=width or columns(), highlight=False)
+
+
+def text_of(console: Console) -> str:
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
@@ -137,7 +151,7 @@ def training_signs(run: RunDirectory, step: Step) -> list[Sign]:
 
 
 def reward_accuracy_line(result: Mapping[str, Any]) -> str:
-    """Of step 2's last evaluation; empty where it had no held-out pairs."""
+    """What step 2's last evaluation found; empty where it had no held-out pairs."""
     if "eval/accuracy" not in result:
         return ""
     by_length = ", ".join(
@@ -156,11 +170,11 @@ def counted_pairs(result: Mapping[str, Any], accuracy: float) -> str:
     return f"{accuracy:.1%} of {count}held-out pairs"
 
 
-def measured_accuracy_line(who: str, found: dict[str, Any]) -> str:
-    """Of an evaluation, with intervals and the numbers of pairs."""
-    groups = {name.replace("_", " "): each for name, each in found.items() if name != "all"}
-    parts = [f"{name} {each['rate']:.1%} of {each['pairs']}" for name, each in groups.items()]
-    whole = found["all"]
+def measured_accuracy_line(who: str, measured: dict[str, Any]) -> str:
+    """An accuracy with its interval and the numbers of pairs."""
+    groups = {name.replace("_", " "): group for name, group in measured.items() if name != "all"}
+    parts = [f"{name} {group['rate']:.1%} of {group['pairs']}" for name, group in groups.items()]
+    whole = measured["all"]
     return (
         f"{who}: {whole['rate']:.1%} of {whole['pairs']} held-out pairs ranked right (95 % interval {whole['low']:.1%} "
         f"to {whole['high']:.1%}; {', '.join(parts)})"
@@ -176,33 +190,23 @@ PANEL_TITLE = (
 
 def panel_rows(panel: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Kind of text, and the share of pairs in which each of PANEL_COLUMNS agrees with the panel; the first interval."""
-    found = []
-    for domain, each in panel.items():
-        others = (f"{each[judge]['rate']:.1%}" for judge in list(PANEL_COLUMNS)[1:])
-        found.append((f"{domain} ({each['texts']} texts)", with_interval(each["learned"]), *others))
-    return found
+    rows = []
+    for domain, judges in panel.items():
+        others = (f"{judges[judge]['rate']:.1%}" for judge in list(PANEL_COLUMNS)[1:])
+        rows.append((f"{domain} ({judges['texts']} texts)", rate_text(judges["learned"]), *others))
+    return rows
 
 
 def panel_line(panel: Mapping[str, Any]) -> str:
     """What the reward model has over the lexicon on the texts of its training's kind."""
-    domain, each = next(iter(panel.items()))
-    rate, low, high = (100 * each["over_lexicon"][key] for key in ("rate", "low", "high"))
+    domain, judges = next(iter(panel.items()))
+    rate, low, high = (100 * judges["over_lexicon"][key] for key in ("rate", "low", "high"))
+    learned, person, lexicon = (f"{judges[judge]['rate']:.1%}" for judge in PANEL_COLUMNS)
     return (
-        f"On {domain}, what it learned from, the reward model agrees with the panel in {each['learned']['rate']:.1%} "
-        f"of pairs, one person in {each['person']['rate']:.1%}, the lexicon in {each['lexicon']['rate']:.1%}: "
+        f"On {domain}, what it learned from, the reward model agrees with the panel in {learned} "
+        f"of pairs, one person in {person}, the lexicon in {lexicon}: "
         f"{rate:+.1f} points against the lexicon (95 % interval {low:+.1f} to {high:+.1f})"
     )
-
-
-def print_panel(console: Console, panel: Mapping[str, Any]) -> None:
-    console.print(f"{PANEL_TITLE}:")
-    table = Table()
-    for name in ("", *PANEL_COLUMNS.values()):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
-    for row in panel_rows(panel):
-        table.add_row(*map(Text, row))
-    console.print(table)
-    console.print(panel_line(panel), markup=False)
 
 
 def of_people(evaluation: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -215,14 +219,14 @@ def of_people(evaluation: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def overview_table(result: Mapping[str, Any], width: int = 0) -> str:
     """What people prefer, as text: each two models that they compared, then the people."""
-    console = Console(file=io.StringIO(), width=width or columns(), highlight=False)
+    console = text_console(width)
     for rates in result["pairs"]:
         print_preferences(console, {**rates, "agreement": []})
     if not result["pairs"]:
         console.print("All preferences are between two answers of one model: prefer --against MODEL compares two.")
     for line in overview_lines(result):
         console.print(line, markup=False)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    return text_of(console)
 
 
 def overview_lines(seen: Mapping[str, Any]) -> list[str]:
@@ -234,14 +238,13 @@ def overview_lines(seen: Mapping[str, Any]) -> list[str]:
     by = ", ".join(f"{name} {count:,}" for name, count in seen["by"].items())
     lines = [f"{seen['preferences']:,} preferences ({by}): {', '.join(share.values())}"]
     for name, left in seen["left"].items():
-        lines.append(f"{name} prefers the left answer in {with_interval(left)} of {left['preferences']:,} preferences")
+        lines.append(f"{name} prefers the left answer in {rate_text(left)} of {left['preferences']:,} preferences")
     for name, found in seen["repeated"].items():
         lines.append(f"{name}, asked again, says the same of {agreement_text(found)}")
     return lines + agreement_lines(seen["agreement"])
 
 
 def agreement_lines(agreement: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of each two people."""
     return [f"{' and '.join(found['people'])} say the same of {agreement_text(found)}" for found in agreement]
 
 
@@ -255,13 +258,13 @@ def agreement_text(found: Mapping[str, Any]) -> str:
     return f"{found['same']:.1%} ({found['low']:.1%} to {found['high']:.1%}) of {found['pairs']:,} pairs{kappa}"
 
 
-def with_interval(found: Mapping[str, Any]) -> str:
-    return f"{found['rate']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+def rate_text(rate: Mapping[str, Any]) -> str:
+    return f"{rate['rate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
 
 
 def share(win: Mapping[str, Any] | None) -> str:
     """`73.2% (66.9% to 78.7%), learned reward`; empty where it was not measured."""
-    return "" if win is None else with_interval(win) + (f", {win['judge']}" if "judge" in win else "")
+    return "" if win is None else rate_text(win) + (f", {win['judge']}" if "judge" in win else "")
 
 
 def preferences_table(rates: Mapping[str, Any]) -> RenderableType:
@@ -277,7 +280,7 @@ def preferences_table(rates: Mapping[str, Any]) -> RenderableType:
 
 
 def shares(found: Mapping[str, Any]) -> tuple[str, ...]:
-    return *(f"{found[key]:,}" for key in ("preferences", "ties", "both_bad")), with_interval(found)
+    return *(f"{found[key]:,}" for key in ("preferences", "ties", "both_bad")), rate_text(found)
 
 
 def people_prefer(rates: Mapping[str, Any]) -> str:

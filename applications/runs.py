@@ -25,8 +25,7 @@ from training.trust import of_reading, unanswered
 
 UNREADABLE = (UserError, OSError, LookupError, TypeError, ValueError, AttributeError)
 """What reading a run raises; the last four where a file is JSON, and none that a run writes."""
-TAIL = 2**16
-"""Bytes at the end of a journal, in which its last line is."""
+TAIL = 2**16  # bytes at the end of a journal, in which its last line is
 
 
 @dataclass(frozen=True)
@@ -34,22 +33,16 @@ class Listed:
     """A run as `rlhf-chat runs --json` has it; times in UTC."""
 
     run: str
-    state: str
-    """running (a command works in it), finished, stopped, failed, or unreadable."""
-    step: str = ""
-    """The last one, or the one that it is at, and how many iterations or optimiser steps that has done."""
+    state: str  # running (a command works in it), finished, stopped, failed, or unreadable
+    step: str = ""  # the last one, or the one that it is at, and how many iterations or optimiser steps that has done
     model: str = ""
     method: str = ""
     seed: int = 0
     started: str = ""
-    written: str = ""
-    """When anything in it was written last."""
-    seconds: float = 0.0
-    """That its steps took, from each start to the last line that was kept."""
-    bytes: int = 0
-    """On the disk; what has several names in it counts once."""
-    result: str = ""
-    """The win rate with its interval; before there is one, the newest figures; of what failed, the sentence."""
+    written: str = ""  # when anything in it was written last
+    seconds: float = 0.0  # that its steps took, from each start to the last line that was kept
+    bytes: int = 0  # on the disk; what has several names in it counts once
+    result: str = ""  # the win rate with its interval; else the newest figures; of what failed, the sentence
     win_rate: Mapping[str, Any] | None = None
 
     @property
@@ -62,15 +55,15 @@ HEADINGS = ("run", "state", "step", "begun", "trained", "size", "result")
 
 
 def runs_command(directory: Path, as_json: bool) -> None:
-    found = sorted(map(listed, find_runs(directory)), key=lambda each: each.written, reverse=True)
+    runs = sorted(map(listed, find_runs(directory)), key=lambda run: run.written, reverse=True)
     if as_json:
-        print(json.dumps([asdict(each) for each in found], indent=2))
-    elif not found:
+        print(json.dumps([asdict(run) for run in runs], indent=2))
+    elif not runs:
         print(f"There is no run in {directory}: rlhf-chat run --model tiny makes one.")
     else:
         table = Table(*HEADINGS, box=None, pad_edge=False)
-        for each in found:
-            table.add_row(*map(Text, each.cells))
+        for run in runs:
+            table.add_row(*map(Text, run.cells))
         PrintableConsole(width=columns(), highlight=False).print(table)
 
 
@@ -78,19 +71,20 @@ def find_runs(directory: Path) -> list[RunDirectory]:
     """The directory itself, or the runs in it and in its folders, by name. Raises UserError where it is not there."""
     if not directory.is_dir():
         raise UserError(f"There is no directory {directory}: say where the runs are, as in rlhf-chat runs DIRECTORY.")
-    found = []
-    for place, folders, files in os.walk(directory):
-        folders[:] = [] if "config.yaml" in files else sorted(name for name in folders if not name.startswith("."))
-        found += [RunDirectory(Path(place))] * ("config.yaml" in files)
-    return sorted(found, key=lambda run: run.path)
+    runs = []
+    for folder, below, files in os.walk(directory):
+        below[:] = [] if "config.yaml" in files else sorted(name for name in below if not name.startswith("."))
+        runs += [RunDirectory(Path(folder))] * ("config.yaml" in files)
+    return sorted(runs, key=lambda run: run.path)
 
 
-def named_runs(places: Sequence[Path]) -> list[RunDirectory]:
-    """Those at the places and in them, each once. Raises UserError where there is none."""
-    found = {run.path.resolve(): run for place in places for run in find_runs(place)}
-    if not found:
-        raise UserError(f"There is no run in {', '.join(map(str, places))}: rlhf-chat runs lists those of a directory.")
-    return list(found.values())
+def named_runs(directories: Sequence[Path]) -> list[RunDirectory]:
+    """The runs that the directories are or have in them, once. Raises UserError where there is none."""
+    runs = {run.path.resolve(): run for directory in directories for run in find_runs(directory)}
+    if not runs:
+        listed = ", ".join(map(str, directories))
+        raise UserError(f"There is no run in {listed}: rlhf-chat runs lists those of a directory.")
+    return list(runs.values())
 
 
 def listed(run: RunDirectory) -> Listed:
@@ -157,15 +151,11 @@ def progress(step: StepDirectory, config: RunConfig) -> str:
 
 def newest_figures(step: StepDirectory) -> str:
     """`score 0.52, KL 1.20`, `loss 2.31`: of the last line of the metrics."""
-    shown = {
-        "reward/score_mean": "score",
-        "kl/reference": "KL",
-        "eval/accuracy": "accuracy",
-        "eval/loss": "held-out loss",
-    }
+    names = {"reward/score_mean": "score", "kl/reference": "KL", "eval/accuracy": "accuracy"}
+    names |= {"eval/loss": "held-out loss", "loss": "loss"}
     row = last_row(step.metrics_file)
-    found = {name: row[key] for key, name in ({**shown, "loss": "loss"}).items() if key in row}
-    return ", ".join(f"{name} {value:.3g}" for name, value in found.items() if math.isfinite(value))
+    figures = {name: row[key] for key, name in names.items() if key in row}
+    return ", ".join(f"{name} {value:.3g}" for name, value in figures.items() if math.isfinite(value))
 
 
 def last_row(journal: Path) -> dict[str, Any]:
@@ -197,21 +187,17 @@ def seconds_of(step: StepDirectory, starts: list[dict[str, Any]]) -> float:
 
 def measure(directory: Path) -> tuple[int, str]:
     """Bytes of the files in a directory, each once, and when the newest was written."""
-    found: dict[tuple[int, int], os.stat_result] = {}
-    for file in files_in(directory):
-        found[file.st_dev, file.st_ino] = file
-    newest = max((file.st_mtime for file in found.values()), default=0.0)
-    return sum(file.st_size for file in found.values()), datetime.fromtimestamp(newest, UTC).isoformat(
-        timespec="seconds"
-    )
+    files = {(file.st_dev, file.st_ino): file for file in files_in(directory)}
+    newest = datetime.fromtimestamp(max((file.st_mtime for file in files.values()), default=0.0), UTC)
+    return sum(file.st_size for file in files.values()), newest.isoformat(timespec="seconds")
 
 
 def files_in(directory: Path) -> Iterator[os.stat_result]:
-    """Of all files in it, none followed; what is deleted meanwhile is left out."""
-    for place, _, files in os.walk(directory):
+    """What `lstat` says of all files in it; what is deleted meanwhile is left out."""
+    for folder, _, files in os.walk(directory):
         for name in files:
             try:
-                yield os.lstat(os.path.join(place, name))
+                yield os.lstat(os.path.join(folder, name))
             except FileNotFoundError:
                 continue
 
@@ -251,6 +237,10 @@ class Measure:
     def text(self) -> str:
         bounds = "" if self.low is None or self.high is None else f" ({self.show(self.low)} to {self.show(self.high)})"
         return self.show(self.value) + bounds
+
+    @property
+    def as_json(self) -> float | dict[str, float | None]:
+        return self.value if self.low is None else {"value": self.value, "low": self.low, "high": self.high}
 
     def show(self, value: float) -> str:
         return shown(value, self.form)

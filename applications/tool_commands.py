@@ -60,25 +60,10 @@ def plan(
     rlhf-chat plan --model opt-125m --gpu this-machine
     """
     from applications.plan import plan_command
+    from applications.plan_request import make_request
 
-    plan_command(
-        model,
-        reward_model,
-        nodes,
-        gpus_per_node,
-        gpu,
-        network,
-        price,
-        config,
-        set_,
-        seed,
-        effort,
-        json_,
-        out,
-        check,
-        svg,
-        everything,
-    )
+    request = make_request(model, reward_model, nodes, gpus_per_node, gpu, network, price, config, set_)
+    plan_command(request, seed, effort, json_, out, check, svg, everything)
 
 
 def profile(

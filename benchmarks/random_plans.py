@@ -34,7 +34,7 @@ from training.config import RunConfig
 from training.plan import Plan, from_blocks, mesh_text, to_blocks
 from training.planner import profile
 from training.planner.hardware import Calibration, MachineProfile
-from training.planner.options import Options, meshes
+from training.planner.options import Options, Space, meshes
 from training.run_directory import versions, write_json
 from training.step3_rlhf.forecast import Forecast, predicted_seconds
 
@@ -84,7 +84,7 @@ class Work:
 def drawn(request: Request, count: int, seed: int) -> list[Plan]:
     """Different plans that run and fit: first the meshes of a plan, then of each call one of them, a cut, and its
     micro-batches."""
-    draw, options = random.Random(seed), Options(request.graphs, request.runnable)
+    draw, options = random.Random(seed), Options(request.graphs, Space(runs=request.runs))
     all_meshes = list(meshes(request.cluster, options.space))
     found: dict[str, Plan] = {}
     while len(found) < count:
@@ -229,7 +229,7 @@ def main() -> int:
         wait_until_quiet(arguments.patience)
         measured = MachineProfile.from_values(run_on_ranks(profile.__file__, [], PROCESSES, "measurement"))
         request = what.request(measured)
-        best = searched(request).found
+        best = searched(request).estimate
         assert best is not None
         both = drawn(request, arguments.plans + arguments.fitted, arguments.seed)
         plans = {str(i): to_blocks(plan) for i, plan in enumerate(both[: arguments.plans], 1)}

@@ -1,8 +1,9 @@
 """Every setting of a run with its default, a pydantic model a stage; config_files.py reads what people write."""
 
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from training.formulas.losses import DPO_LOSSES
 from training.plan import from_blocks
@@ -25,12 +26,12 @@ from training.role_settings import (
     misplaced,
     unguided,
 )
-from training.steps import ANSWERS, DPO, METHODS, REWARD, SFT, STEPS, Method, Step, TrainingRows
+from training.steps import ANSWERS, DPO, METHODS, REWARD, SFT, Method, Step, TrainingRows
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-
-
 EMBEDDED_DATA = "chitchat"
+TRAINED_ROLES = ("sft.optimizer", "reward.optimizer", "dpo.optimizer", "rlhf.actor", "rlhf.critic")
+"""Where settings of an optimiser stand."""
 
 
 class DataSettings(Settings):
@@ -81,25 +82,18 @@ class DataSettings(Settings):
     def eval_sources(self) -> list[str]:
         return [self.eval_source] * bool(self.eval_source) if isinstance(self.eval_source, str) else self.eval_source
 
-    @field_validator("eval_source")
+    @field_validator("source", "eval_source")
     @classmethod
-    def _check_eval_source(cls, source: str | list[str]) -> str | list[str]:
-        texts = [source] * bool(source) if isinstance(source, str) else source
-        if not all(text.strip() for text in texts):
-            raise ValueError("is empty; give a file, a directory or a hub id")
-        if EMBEDDED_DATA in texts:
-            raise ValueError(f"'{EMBEDDED_DATA}' has a split of its own; it evaluates what is trained on it alone")
-        return texts[0] if len(texts) == 1 else texts or ""
-
-    @field_validator("source")
-    @classmethod
-    def _check_source(cls, source: str | list[str]) -> str | list[str]:
+    def _check_sources(cls, given: str | list[str], info: ValidationInfo) -> str | list[str]:
         """A list of one is that one."""
-        if not source or not all(text.strip() for text in ([source] if isinstance(source, str) else source)):
+        texts, evaluates = [given] * bool(given) if isinstance(given, str) else given, info.field_name == "eval_source"
+        if not all(text.strip() for text in texts) or not (texts or evaluates):
             raise ValueError("is empty; give a file, a directory or a hub id")
-        if isinstance(source, list) and len(source) > 1 and EMBEDDED_DATA in source:
+        if EMBEDDED_DATA in texts and evaluates:
+            raise ValueError(f"'{EMBEDDED_DATA}' has a split of its own; it evaluates what is trained on it alone")
+        if EMBEDDED_DATA in texts and len(texts) > 1:
             raise ValueError(f"'{EMBEDDED_DATA}' has a split of its own and cannot be blended with other sources")
-        return source[0] if isinstance(source, list) and len(source) == 1 else source
+        return texts[0] if len(texts) == 1 else texts or ""
 
 
 class StepSettings(Settings):
@@ -245,6 +239,7 @@ class RunConfig(Settings):
     """Processes (ranks) on this machine; each takes one GPU where there are GPUs."""
     threads: Annotated[int, Unit("threads")] = Field(0, ge=0)
     """CPU threads of one process; 0 divides the machine's cores among the processes."""
+    optimizer: OptimizerSettings = Field(OptimizerSettings(), exclude=True)  # config_files.py lays it below the roles'
     data: DataSettings = DataSettings()
     sft: SFTSettings = SFTSettings()
     reward: RewardSettings = RewardSettings()
@@ -280,9 +275,7 @@ class RunConfig(Settings):
                 f"or stop; give one, or rlhf.kl.measure=true"
             )
         self.require_work_for(self.processes)
-        supervised = [self.supervised(step).optimizer for step in STEPS if not step.draws_samples]
-        trained = (*supervised, self.rlhf.actor, self.rlhf.critic)
-        if self.dtype == "fp16" and not all(optimizer.master_weights for optimizer in trained):
+        if self.dtype == "fp16" and not all(role.master_weights for role in self.trained_roles.values()):
             raise ValueError("master_weights=false needs dtype bf16: fp16 cannot train without fp32 weights")
         if self.rlhf.min_response_tokens >= self.data.max_response_tokens:
             raise ValueError(
@@ -319,14 +312,17 @@ class RunConfig(Settings):
         smallest = samples // self.rlhf.mini_batches
         if self.method != "ppo" or smallest >= processes:
             return ""
-        fewer, prompts = (
-            max(samples // processes, 1),
-            -(-processes * self.rlhf.mini_batches // self.rlhf.samples_per_prompt),
-        )
+        fewer = max(samples // processes, 1)
+        prompts = -(-processes * self.rlhf.mini_batches // self.rlhf.samples_per_prompt)
         return (
             f"Warning: a mini-batch of {smallest} samples leaves {processes - smallest} of {processes} ranks idle in "
             f"PPO's optimiser steps: use rlhf.mini_batches={fewer}, or rlhf.prompts_per_iteration={prompts}."
         )
+
+    @property
+    def trained_roles(self) -> dict[str, OptimizerSettings]:
+        """The optimiser settings of each role that a step trains, by their key."""
+        return {key: attrgetter(key)(self) for key in TRAINED_ROLES}
 
     @property
     def steps(self) -> list[Step]:
@@ -334,7 +330,6 @@ class RunConfig(Settings):
         return [step for step in METHODS[self.method] if not step.leaves_scorer or self.rlhf.has_reward_model]
 
     def of_step(self, step: Step) -> Any:
-        """The settings of a step."""
         return getattr(self, step.command)
 
     def rows_of(self, step: Step) -> TrainingRows:
@@ -352,7 +347,6 @@ class RunConfig(Settings):
         return "prompts" if getattr(self.supervised(step), "by_prompt", False) else self.rows_of(step).unit
 
     def seed_of(self, step: Step) -> int:
-        """Of what a step draws at random."""
         own = self.of_step(step).seed
         return self.seed if own < 0 else own
 

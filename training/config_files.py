@@ -15,10 +15,11 @@ from pydantic import BaseModel, ValidationError
 from inference.chat_target import find_newest_model
 from inference.errors import UserError
 from inference.model_store import TINY
-from training.config import EMBEDDED_DATA, RunConfig
+from training.config import EMBEDDED_DATA, TRAINED_ROLES, RunConfig
 from training.data.sources import absolute, exists
 from training.merging import KeyTwice, did_you_mean, load_yaml, merge, near_keys, what_is_wrong
 from training.reward_specs import RewardSpec
+from training.role_settings import OptimizerSettings
 
 OPTIONS = {
     "data.source": "--data",
@@ -40,12 +41,13 @@ def load_config(
     flags: dict[str, Any] | None = None,
 ) -> RunConfig:
     """Merge `base`, YAML `files`, dotted `key=value` `overrides` and `flags`, later wins. Raises UserError."""
-    merged: dict[str, Any] = dict(base or {})
+    merged = inherit_optimizer(base or {})
     for file in files:
         values = read_yaml(file)
         if "versions" in values:  # a run's own config.yaml: another run is no fork by that
             values = {key: value for key, value in values.items() if key not in ("versions", "fork_of")}
-        merged = merge(merged, values)
+        merged = merge(merged, inherit_optimizer(values))
+    set_values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -61,10 +63,20 @@ def load_config(
             with contextlib.suppress(ValueError):
                 value = float(value)
         try:
-            merged = merge(merged, nested({key.strip(): value}))
+            set_values = merge(set_values, nested({key.strip(): value}))
         except KeyTwice as error:
             raise UserError(f"--set {override}: {what_is_wrong(error)}.") from None
-    return validate_config(merge(merged, flags or {}))
+    merged = merge(merged, inherit_optimizer(set_values))
+    config = validate_config(merge(merged, inherit_optimizer(flags or {})))
+    return config.model_copy(update={"optimizer": OptimizerSettings()})  # the roles have it now
+
+
+def inherit_optimizer(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of one file or command line, with their `optimizer` block laid below that of each role it trains."""
+    block, below = values.get("optimizer"), dict[str, Any]()
+    for role in TRAINED_ROLES if isinstance(block, dict) else ():
+        below = merge(below, nested({role: block}))
+    return merge(below, values)
 
 
 def validate_config(values: dict[str, Any]) -> RunConfig:

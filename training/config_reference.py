@@ -14,7 +14,7 @@ import annotated_types
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
-from training.config import RunConfig
+from training.config import TRAINED_ROLES, RunConfig
 from training.config_files import setting_keys
 from training.formulas.named_rewards import NAMED_REWARDS
 from training.formulas.table import Table
@@ -42,6 +42,9 @@ are kept absolute, as they are found from where the command is given. A file may
 reads `other.yaml` beside it first. The resolved settings of a run are in its `config.yaml`, with the versions of what
 ran. `rlhf-chat settings KEY --model NAME` shows what stands here, with the values for a model or in a run.
 
+`optimizer.KEY` is for every role that is trained: `--set optimizer.zero_stage=2` gives it to all five. What the same
+file, or the same command line, says of one role (`rlhf.critic.zero_stage`) holds for that one.
+
 The defaults below are those without a preset; the presets are in `applications/presets/`. Each holds whatever else of
 its group is set, and wherever: `--set rlhf.actor.zero_stage=1` leaves the actor's learning rate at its own default.
 """
@@ -60,7 +63,7 @@ BOUNDS = {
     annotated_types.Le: ("le", "at most {}"),
     annotated_types.Lt: ("lt", "under {}"),
 }
-REQUIRED = "required"
+REQUIRED, BY_ROLE = "required", "by role"
 
 
 @dataclass
@@ -99,9 +102,13 @@ def defaults() -> dict[str, Any]:
 
 
 def values_of(config: RunConfig) -> dict[str, Any]:
-    """Dotted key of every setting -> its value; groups are left out."""
+    """Dotted key of every setting -> its value; groups are left out, and `optimizer` has what all its roles have."""
     values = {key: attrgetter(key)(config) for key in setting_keys()}
-    return {key: value for key, value in values.items() if not isinstance(value, BaseModel)}
+    values = {key: value for key, value in values.items() if not isinstance(value, BaseModel)}
+    for key in [key for key in values if key.startswith("optimizer.")]:
+        of_roles = [values[f"{role}.{key.removeprefix('optimizer.')}"] for role in TRAINED_ROLES]
+        values[key] = of_roles[0] if all(value == of_roles[0] for value in of_roles) else BY_ROLE
+    return values
 
 
 def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -113,14 +113,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 def require_overlays(config: RunConfig, dtype: torch.dtype) -> None:
     """Raise UserError for the first key that would not do what it says."""
-    roles = {
-        "sft.optimizer": config.sft.optimizer,
-        "reward.optimizer": config.reward.optimizer,
-        "dpo.optimizer": config.dpo.optimizer,
-        "rlhf.actor": config.rlhf.as_planned.actor,
-        "rlhf.critic": config.rlhf.as_planned.critic,
-    }
-    for name, settings in roles.items():
+    planned = config.model_copy(update={"rlhf": config.rlhf.as_planned})
+    for name, settings in planned.trained_roles.items():
         if settings.deepspeed:
             require_overlay(f"{name}.deepspeed", settings, dtype)
 
@@ -141,7 +135,6 @@ def require_overlay(name: str, settings: OptimizerSettings, dtype: torch.dtype) 
 
 
 def setting_that_says(key: str) -> str | None:
-    """Of a key, or of a group that it is in."""
     parts = key.split(".")
     return next((SETTING_OF[head] for i in range(len(parts)) if (head := ".".join(parts[: i + 1])) in SETTING_OF), None)
 

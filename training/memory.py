@@ -65,19 +65,8 @@ class StepMemory:
         """Bytes held all through: weights, gradients, optimiser states, frozen models, the copy that generates."""
         return sum(part.bytes for part in self.parts if part.place in places and not part.phase)
 
-    def phases(self, *places: Place) -> dict[str, int]:
+    def phases(self, *places: Place, processes: int = 1) -> dict[str, int]:
         """Bytes that each phase adds while it lasts; what is kept from it is left out."""
-        return self._phases(1, *places)
-
-    def peak(self, *places: Place) -> int:
-        """The most that the first rank needs at one time. With both places (no GPU): their common peak."""
-        return self._peak(1, *places)
-
-    def host_peak(self, processes: int) -> int:
-        """The most main memory that the processes of one machine need together beside their GPUs."""
-        return self._peak(processes, "host")
-
-    def _phases(self, processes: int, *places: Place) -> dict[str, int]:
         added: dict[str, int] = {}
         for part in self.parts:
             if part.phase and part.place in places and not part.is_kept:
@@ -85,11 +74,17 @@ class StepMemory:
                 added[part.phase] = added.get(part.phase, 0) + part.bytes * times
         return added
 
-    def _peak(self, processes: int, *places: Place) -> int:
-        phases = self._phases(processes, *places)
+    def peak(self, *places: Place, processes: int = 1) -> int:
+        """The most that the first rank, or all processes of a machine together, need at one time in `places`: with both
+        of them (no GPU) it is their common peak."""
+        phases = self.phases(*places, processes=processes)
         loading = max((phases.pop(phase) for phase in list(phases) if phase.endswith(LOADING)), default=0)
         kept = sum(part.bytes for part in self.parts if part.is_kept and part.place in places)
         return max(loading, (self.held(*places) + kept) * processes + max(phases.values(), default=0))
+
+    def host_peak(self, processes: int) -> int:
+        """The most main memory that the processes of one machine need together beside their GPUs."""
+        return self.peak("host", processes=processes)
 
 
 def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1) -> int:

@@ -8,16 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    pass
-
+from matplotlib.patches import Patch
 
 FONT_SIZE = 12
 GROUND, INK, GRID, ROW_COLOUR = "#ffffff", "#1b1f24", "#dcdcd7", "#f7f7f5"
@@ -178,11 +175,8 @@ def gantt_svg(panels: Sequence[Panel], colours: Mapping[str, str], unit: str = "
         return as_file(picture, "gantt", titles)
 
 
-def draw(panels: Sequence[Panel], colours: Mapping[str, str], unit: str = "s") -> tuple["Figure", dict[str, str]]:
+def draw(panels: Sequence[Panel], colours: Mapping[str, str], unit: str = "s") -> tuple[Figure, dict[str, str]]:
     """The same as a picture, and what is said of each bar, by its gid. Call it within `pictures.drawing`."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
     height = sum(HEAD + ROW * len(panel.rows) for panel in panels) + FOOT
     longest = max(bar.end for panel in panels for bars in panel.rows.values() for bar in bars)
     titles: dict[str, str] = {}

@@ -53,37 +53,28 @@ def processor() -> tuple[str, list[str]]:
     return values.get("model name") or platform.machine(), flags.split()
 
 
+class Inside:
+    """A file or directory of fixed name in a directory."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, directory: Any, kind: type | None = None) -> Path:
+        return directory.path / self.name
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     path: Path
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data"
-
-    @property
-    def tokens(self) -> Path:
-        """Of its rows (training/data/token_cache.py)."""
-        return self.path / "tokens"
-
-    @property
-    def inputs_file(self) -> Path:
-        """What the run was prepared from, as it was then."""
-        return self.path / "inputs.json"
-
-    @property
-    def starts_file(self) -> Path:
-        """What ran each time, where and when (training/opening.py)."""
-        return self.path / "starts.jsonl"
-
-    @property
-    def preferences(self) -> Path:
-        """What people said of two answers of its models (inference/preferences.py)."""
-        return self.path / "preferences.jsonl"
+    config_file = Inside("config.yaml")
+    data = Inside("data")
+    tokens = Inside("tokens")  # of its rows (training/data/token_cache.py)
+    inputs_file = Inside("inputs.json")  # what the run was prepared from, as it was then
+    starts_file = Inside("starts.jsonl")  # what ran each time, where and when (training/opening.py)
+    preferences = Inside("preferences.jsonl")  # what people said of two answers (inference/preferences.py)
+    error_file = Inside("error.json")  # why the preparation or the comparison failed
+    log_file = Inside("log.txt")  # of the preparation and the comparison
+    lock_file = Inside(".lock")
 
     @property
     def last_step(self) -> Step:
@@ -98,15 +89,8 @@ class RunDirectory:
     def read_comparison(self, step: Step) -> dict[str, Any] | None:
         """The figures of `comparison_of`; None where there are none. Raises UserError where the file is damaged."""
         file, _ = self.comparison_of(step)
-        return (
-            read_json(file, f"delete it, then rlhf-chat eval {typed(self.path)} makes it anew")
-            if file.exists()
-            else None
-        )
-
-    @property
-    def lock_file(self) -> Path:
-        return self.path / ".lock"
+        way_out = f"delete it, then rlhf-chat eval {typed(self.path)} makes it again"
+        return read_json(file, way_out) if file.exists() else None
 
     @property
     def lock_files(self) -> list[Path]:
@@ -117,16 +101,6 @@ class RunDirectory:
     def is_in_use(self) -> bool:
         """Whether a command, or a stage, works in it now."""
         return any(map(is_held, self.lock_files))
-
-    @property
-    def error_file(self) -> Path:
-        """Why the preparation or the comparison failed."""
-        return self.path / "error.json"
-
-    @property
-    def log_file(self) -> Path:
-        """Of the preparation and the comparison."""
-        return self.path / "log.txt"
 
     def step(self, step: Step) -> "StepDirectory":
         return StepDirectory(self.path / step.folder, step)
@@ -201,77 +175,22 @@ class RunDirectory:
 class StepDirectory:
     path: Path
     step: Step
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def reward_accuracy_file(self) -> Path:
-        """Step 3: how the reward model ranks held-out pairs."""
-        return self.path / "reward_accuracy.json"
-
-    @property
-    def reference_file(self) -> Path:
-        """DPO: what its reference says of the pairs."""
-        return self.path / "reference.safetensors"
-
-    @property
-    def panel_file(self) -> Path:
-        """The score of each text that people rated, beside their mean rating and the lexicon's."""
-        return self.path / "panel.jsonl"
-
-    @property
-    def iteration_file(self) -> Path:
-        """Step 3: who did what when in the newest iteration, and who was to."""
-        return self.path / "iteration.json"
-
-    @property
-    def ema_model(self) -> Path:
-        """Step 3 with rlhf.ema: the moving average of the actor."""
-        return self.path / "ema_model"
-
-    @property
-    def ema_adapter(self) -> Path:
-        return self.path / "ema_adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        """With keep=best: the weights of the best evaluation."""
-        return self.path / "best"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples_file(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def rollouts_file(self) -> Path:
-        """Step 3 with rlhf.rollouts_every: every sample of an iteration."""
-        return self.path / "rollouts.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def result_file(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def error_file(self) -> Path:
-        return self.path / "error.json"
+    model = Inside("model")
+    adapter = Inside("adapter")
+    ema_model = Inside("ema_model")  # with rlhf.ema: the moving average of the actor
+    ema_adapter = Inside("ema_adapter")
+    checkpoints = Inside("checkpoints")
+    best = Inside("best")  # with keep=best: the weights of the best evaluation
+    metrics_file = Inside("metrics.jsonl")
+    samples_file = Inside("samples.jsonl")
+    rollouts_file = Inside("rollouts.jsonl")  # with rlhf.rollouts_every: every sample of an iteration
+    iteration_file = Inside("iteration.json")  # who did what when in the newest iteration, and who was to
+    reward_accuracy_file = Inside("reward_accuracy.json")  # step 3: how the reward model ranks held-out pairs
+    reference_file = Inside("reference.safetensors")  # DPO: what its reference says of the pairs
+    panel_file = Inside("panel.jsonl")  # the score of each text that people rated, and their mean rating
+    log_file = Inside("log.txt")
+    error_file = Inside("error.json")
+    result_file = Inside("result.json")
 
     @property
     def is_finished(self) -> bool:
@@ -280,7 +199,7 @@ class StepDirectory:
     def read_result(self) -> dict[str, Any]:
         """Raises UserError where the file is damaged."""
         command = f"rlhf-chat {self.step.command} {typed(self.path.parent)}"
-        return read_json(self.result_file, f"delete it, then {command} ends the step anew from its last checkpoint")
+        return read_json(self.result_file, f"delete it, then {command} ends the step again from its last checkpoint")
 
     @contextmanager
     def locked(self, wait_seconds: float = 30) -> Iterator[None]:

@@ -65,7 +65,6 @@ def require_yes(run: Path, uses: Iterable[Use], trusts: bool) -> None:
 
 
 def unanswered(run: Path, uses: Iterable[Use]) -> list[Use]:
-    """Those that nobody has said yes to."""
     known = keys_of(run)
     return [use for use in dict.fromkeys(uses) if not {use.key, replace(use, content="").key} & known]
 
@@ -135,8 +134,6 @@ def of_reading(run: Path) -> list[Use]:
 
 def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
     """Of `run`, `sft`, `reward`, `dpo`, `rlhf` and the stage scripts."""
-    roles = {f"{step}.optimizer": getattr(config, step).optimizer for step in ("sft", "reward", "dpo")}
-    roles |= {"rlhf.actor": config.rlhf.actor, "rlhf.critic": config.rlhf.critic}
     return [
         *of_reading(run.path),
         *of_rewards(run, config),
@@ -147,7 +144,7 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
         *of_trackers(run, config),
         *(
             Use(f"give DeepSpeed {json.dumps(role.deepspeed)}", f"{name}.deepspeed")
-            for name, role in roles.items()
+            for name, role in config.trained_roles.items()
             if role.deepspeed
         ),
     ]

@@ -1,7 +1,7 @@
 """Charts of a page, drawn by matplotlib: coloured by the page's style sheet, read by hovering, without scripts."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,23 +19,16 @@ from training.steps import Step
 
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 37
-LINE = 16
-"""Of the legend."""
-THICK = 24
-"""Of a bar and of an interval."""
-IN_A_LINE = 6
-"""Values under the pointer that stand in one line."""
-MOST_POINTS = 60
-"""More than these are averaged in groups."""
-FEW_POINTS = 12
-"""Up to so many are drawn as dots too."""
+LINE = 16  # of the legend
+THICK = 24  # of a bar and of an interval
+IN_A_LINE = 6  # values under the pointer that stand in one line
+MOST_POINTS = 60  # more than these are averaged in groups
+FEW_POINTS = 12  # up to so many are drawn as dots too
 LINE_COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "d": "#8a3ab9", "e": "#b3265e", "f": "#6d6a12"}
 VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {each: f"var(--{name})" for name, each in LINE_COLOURS.items()}
 LINE_COLOURS["soft"] = "#868e99"
 VARIABLES[LINE_COLOURS["soft"]] = "var(--faint)"
 """What takes the place of the colours, so that the style sheet decides."""
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -43,12 +36,10 @@ class Series:
     """One line. `colour` is one of LINE_COLOURS."""
 
     label: str
-    points: Sequence[Point]
+    points: Sequence[tuple[float, float]]
     colour: str = "a"
-    spread: Sequence[float] = ()
-    """Half the height of a band around each point."""
-    line: str = "-"
-    """As matplotlib calls it: solid, dashed, dotted."""
+    spread: Sequence[float] = ()  # half the height of a band around each point
+    line: str = "-"  # as matplotlib calls it: solid, dashed, dotted
     is_part: bool = False
     """One of several of which another line is the mean: thin, in no legend and under no pointer."""
 
@@ -69,33 +60,25 @@ class Chart:
     x_label: str
     marks: Sequence[Mark] = ()
     from_zero: bool = False
-    has_legend: bool = True
-    """Else the page says what its lines are."""
+    has_legend: bool = True  # else the page says what its lines are
 
 
 @drawing()
 def line_chart(chart: Chart, name: str) -> Markup:
     """The chart as an <svg>; series without points are left out. `name` is its own in the page."""
-    series = [thinned(each) for each in chart.series if each.points]
-    named = [each for each in series if not each.is_part]
+    lines = [thinned(line) for line in chart.series if line.points]
+    named = [line for line in lines if not line.is_part]
     columns = min(len(named), 2)
     top = TOP + LINE * math.ceil(len(named) / columns if chart.has_legend else len(named) / IN_A_LINE)
     picture = Figure((WIDTH / 72, HEIGHT / 72))
     axes = picture.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, 1 - (LEFT + RIGHT) / WIDTH, 1 - (top + BOTTOM) / HEIGHT))
-    for each in series:
-        draw(each, axes)
-    xs = sorted({x for each in named for x, _ in each.points})
+    for line in lines:
+        draw(line, axes)
+    xs = sorted({x for line in named for x, _ in line.points})
     for mark in chart.marks:
         axes.axhline(mark.value, color=LINE_COLOURS["soft"], linestyle="--", linewidth=1, clip_on=False)
-        axes.annotate(
-            mark.label,
-            (1, mark.value),
-            xycoords=("axes fraction", "data"),
-            xytext=(-3, 3),
-            textcoords="offset points",
-            ha="right",
-            gid="mark",
-        )
+        at: Any = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 3), "textcoords": "offset points"}
+        axes.annotate(mark.label, (1, mark.value), **at, ha="right", gid="mark")
     first, last = axes.dataLim.intervalx
     axes.set_xlim(*((first, last) if first < last else (first - 1, first + 1)))
     axes.set_xlabel(chart.x_label, labelpad=2)
@@ -104,7 +87,7 @@ def line_chart(chart: Chart, name: str) -> Markup:
     ticks = value_ticks(low, high, chart.from_zero)
     axes.set(yticks=ticks, ylim=(ticks[0], ticks[-1]))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, place: number(value))
+        axis.set_major_formatter(lambda value, _: number(value))
     axes.grid(axis="y", clip_on=False)
     if chart.has_legend:
         legend = axes.legend(
@@ -113,12 +96,8 @@ def line_chart(chart: Chart, name: str) -> Markup:
         legend.set_gid("key")
     root = svg(picture, name, VARIABLES)
     root[:] = [*readouts(named, xs, axes), *root]
-    return inline(
-        root,
-        "chart",
-        f"{chart.title}: "
-        + "; ".join(f"{each.label} from {number(each.points[0][1])} to {number(each.points[-1][1])}" for each in named),
-    )
+    ends = (f"{line.label} from {number(line.points[0][1])} to {number(line.points[-1][1])}" for line in named)
+    return inline(root, "chart", f"{chart.title}: {'; '.join(ends)}")
 
 
 def value_ticks(low: float, high: float, from_zero: bool) -> Sequence[float]:
@@ -155,24 +134,24 @@ def draw(series: Series, axes: Axes) -> None:
 
 def readouts(series: Sequence[Series], xs: Sequence[float], axes: Axes) -> list[Element]:
     """For each x a strip that shows its values, in the place of the legend, while the pointer is over it."""
-    places = [float(axes.transData.transform((x, 0))[0]) for x in xs]
-    bounds = [LEFT, *((a + b) / 2 for a, b in pairwise(places)), WIDTH - RIGHT]
-    values = [(each.label, dict(each.points)) for each in series]
-    parts = []
+    centres = [float(axes.transData.transform((x, 0))[0]) for x in xs]
+    bounds = [LEFT, *((a + b) / 2 for a, b in pairwise(centres)), WIDTH - RIGHT]
+    values = [(line.label, dict(line.points)) for line in series]
+    strips = []
     for (start, end), x in zip(pairwise(bounds), xs, strict=True):
-        there = [f"{label} {number(found[x])}" for label, found in values if x in found]
-        said = [", ".join(there[i : i + IN_A_LINE]) for i in range(0, len(there), IN_A_LINE)]
+        texts = [f"{label} {number(ys[x])}" for label, ys in values if x in ys]
         strip = Element(f"{SVG}g", {"class": "hit"})
-        place = {"x": f"{start:.1f}", "width": f"{end - start:.1f}", "height": str(HEIGHT - BOTTOM)}
-        SubElement(strip, f"{SVG}rect", place)
-        for line, text in enumerate(said):
-            SubElement(strip, f"{SVG}text", {"y": str(12 + LINE * line)}).text = f"{x:g}: {text}" if not line else text
-        parts.append(strip)
-    return parts
+        size = {"x": f"{start:.1f}", "width": f"{end - start:.1f}", "height": str(HEIGHT - BOTTOM)}
+        SubElement(strip, f"{SVG}rect", size)
+        for row, first in enumerate(range(0, len(texts), IN_A_LINE)):
+            text = ", ".join(texts[first : first + IN_A_LINE])
+            SubElement(strip, f"{SVG}text", {"y": str(12 + LINE * row)}).text = text if row else f"{x:g}: {text}"
+        strips.append(strip)
+    return strips
 
 
 def inline(root: Element, kind: str, label: str) -> Markup:
-    """The <svg> as a part of a page, as wide as its place."""
+    """The <svg> as a part of a page, as wide as what it stands in."""
     for name in ("width", "height", "version", "font-family", "font-size"):
         del root.attrib[name]
     root.attrib |= {"class": kind, "role": "img", "aria-label": label}
@@ -229,12 +208,11 @@ def stacked_bar(segments: Sequence[Segment], longest: float) -> Markup:
     axes.set(xlim=(0, longest), ylim=(-1, 1))
     start = 0.0
     titles: dict[str, str] = {}
-    for each in segments:
-        (bar,) = axes.barh(
-            0, each.seconds, 2, start, color=LINE_COLOURS[each.colour], clip_on=False, gid=f"part {len(titles)}"
-        )
-        titles[bar.get_gid()] = f"{each.label}: {each.seconds:.1f} s"
-        start += each.seconds
+    for part in segments:
+        gid = f"part {len(titles)}"
+        axes.barh(0, part.seconds, 2, start, color=LINE_COLOURS[part.colour], clip_on=False, gid=gid)
+        titles[gid] = f"{part.label}: {part.seconds:.1f} s"
+        start += part.seconds
     root = svg(picture, "", VARIABLES, titles)
     root.set("preserveAspectRatio", "none")
     return inline(root, "bar", f"{start:.1f} seconds")
@@ -263,8 +241,8 @@ PHASES = {
 def charts(step: Step, rows: Rows, config: RunConfig) -> list[Chart]:
     """The curves of a step that have points."""
     unit = step.loss.replace(step.rows.unit, config.rows_of(step).unit)
-    found = ppo_charts(rows, config) if step.draws_samples else supervised_charts(rows, unit)
-    return [each for each in found if any(line.points for line in each.series)]
+    possible = ppo_charts(rows, config) if step.draws_samples else supervised_charts(rows, unit)
+    return [chart for chart in possible if any(line.points for line in chart.series)]
 
 
 def series(rows: Rows, key: str, label: str, colour: str = "a", spread: str = "") -> Series:
@@ -279,7 +257,6 @@ def is_number(value: object) -> bool:
 
 
 def supervised_charts(rows: Rows, unit: str) -> list[Chart]:
-    """Whatever a step measures of these."""
     x = "optimiser step"
     loss = series(rows, "loss", "train", "soft"), series(rows, "eval/loss", "held-out")
     accuracy = series(rows, "accuracy", "train", "soft"), series(rows, "eval/accuracy", "held-out")
@@ -298,63 +275,42 @@ def supervised_charts(rows: Rows, unit: str) -> list[Chart]:
 
 
 def ppo_charts(rows: Rows, config: RunConfig) -> list[Chart]:
-    def one(
-        title: str,
-        note: str,
-        key: str,
-        label: str,
-        marks: Iterable[Mark] = (),
-        from_zero: bool = True,
-        held_out: str = "",
-    ) -> Chart:
-        beside = [series(rows, held_out, "held-out", "b")] if held_out else []
-        return Chart(title, note, [series(rows, key, label), *beside], "iteration", tuple(marks), from_zero)
+    def chart(title: str, note: str, *lines: Series, marks: Sequence[Mark] = (), from_zero: bool = True) -> Chart:
+        return Chart(title, note, lines, "iteration", marks, from_zero)
+
+    def line(key: str, label: str, colour: str = "a", spread: str = "") -> Series:
+        return series(rows, key, label, colour, spread)
+
+    def held_out(metric: str) -> Series:
+        return series(rows, f"eval/{metric}", "held-out", "b")
 
     kl = config.rlhf.kl
     bounds = [Mark(value, label) for value, label in ((kl.stop, "stop"), (kl.target, "target")) if value]
-    score = (
-        series(rows, "reward/score_mean", "score", spread="reward/score_std"),
-        series(rows, "eval/reward", "held-out", "b"),
-    )
-    means = sorted({key for row in rows for key in row if key.startswith("reward/") and key.endswith("_mean")})
+    means = {key for row in rows for key in row if key.startswith("reward/") and key.endswith("_mean")}
     sources = [
-        series(rows, key, key.removeprefix("reward/").removesuffix("_mean"), "abcdef"[place % 6])
-        for place, key in enumerate(key for key in means if key != "reward/score_mean")
+        line(key, key.removeprefix("reward/").removesuffix("_mean"), "abcdef"[index % 6])
+        for index, key in enumerate(sorted(means - {"reward/score_mean"}))
     ]
-    lengths = (
-        series(rows, "response/length_mean", "mean"),
-        series(rows, "response/length_max", "longest", "soft"),
-        series(rows, "eval/length", "held-out", "b"),
-    )
+    lengths = line("response/length_mean", "mean"), line("response/length_max", "longest", "soft"), held_out("length")
     seconds = [
-        series(rows, f"time/{name}", name.replace("_", " "), PHASES[name])
-        for name in ("generate", "generate_and_score", "score", "train")
+        line(f"time/{phase}", phase.replace("_", " "), colour) for phase, colour in PHASES.items() if colour != "soft"
     ]
+    score = line("reward/score_mean", "score", spread="reward/score_std")
+    ended = line("response/ended_fraction", "ended"), held_out("ended_fraction")
+    variety = line("response/distinct_bigrams", "variety"), held_out("distinct_bigrams")
+    explained = line("value/explained_variance", "explained")
     return [
-        Chart("Score", "of all that rewards; band: one deviation", score, "iteration"),
-        Chart("Rewards", "mean of each source", sources * (len(sources) > 1), "iteration"),
-        one("KL to the SFT model", "nats a response", "kl/reference", "KL", bounds, held_out="eval/kl"),
-        Chart("Length", "tokens of a response", lengths, "iteration", from_zero=True),
-        one("Entropy", "nats a token; near 0 is collapse", "policy/entropy", "entropy"),
-        one(
-            "Ended by itself",
-            "share of responses",
-            "response/ended_fraction",
-            "ended",
-            from_zero=False,
-            held_out="eval/ended_fraction",
-        ),
-        one(
-            "Variety",
-            "distinct bigrams; falls when answers become alike",
-            "response/distinct_bigrams",
-            "variety",
-            held_out="eval/distinct_bigrams",
-        ),
-        one("Clipped", "share of tokens outside the clip range", "policy/clip_fraction", "clipped"),
-        one("Critic", "explained variance; 1 is perfect", "value/explained_variance", "explained", [Mark(0, "none")]),
-        one("Value loss", "of the critic", "value/loss", "loss"),
-        Chart("Seconds an iteration", "by phase", seconds, "iteration", from_zero=True),
+        chart("Score", "of all that rewards; band: one deviation", score, held_out("reward"), from_zero=False),
+        chart("Rewards", "mean of each source", *sources * (len(sources) > 1), from_zero=False),
+        chart("KL to the SFT model", "nats a response", line("kl/reference", "KL"), held_out("kl"), marks=bounds),
+        chart("Length", "tokens of a response", *lengths),
+        chart("Entropy", "nats a token; near 0 is collapse", line("policy/entropy", "entropy")),
+        chart("Ended by itself", "share of responses", *ended, from_zero=False),
+        chart("Variety", "distinct bigrams; falls when answers become alike", *variety),
+        chart("Clipped", "share of tokens outside the clip range", line("policy/clip_fraction", "clipped")),
+        chart("Critic", "explained variance; 1 is perfect", explained, marks=[Mark(0, "none")]),
+        chart("Value loss", "of the critic", line("value/loss", "loss")),
+        chart("Seconds an iteration", "by phase", *seconds),
         speed(rows, "iteration"),
     ]
 

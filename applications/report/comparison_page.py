@@ -1,11 +1,12 @@
 """The page of `rlhf-chat compare --out`: the table, and the curves of all runs in the same charts."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean
+from typing import Any
 
 from applications.compare import Comparison, Group
-from applications.report.charts import LINE_COLOURS, Chart, Series, charts, line_chart
+from applications.report.charts import LINE_COLOURS, Chart, Series, charts
 from applications.report.page import filled, read_metrics, title_of
 from training.steps import STEPS, Step
 
@@ -14,21 +15,9 @@ LINES = {"-": "", "--": "6 3", ":": "2 3", "-.": "6 2 2 2"}
 COLOUR_NAMES = [name for name in LINE_COLOURS if name != "soft"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """Of the table; `key` is the number of its line, `is_line` whether that is not one of the thin ones."""
-
-    cells: Sequence[str]
-    key: int
-    is_line: bool
-    is_group: bool
-    colour: str
-    dashes: str
-
-
 def render_comparison(comparison: Comparison) -> str:
     headings, rows = comparison.table()
-    steps = [(title_of(step), found) for step in STEPS if (found := list(charts_of(step, comparison)))]
+    steps = [(title_of(step), drawn) for step in STEPS if (drawn := list(charts_of(step, comparison)))]
     return filled(
         "comparison.html",
         kind="compare",
@@ -39,13 +28,15 @@ def render_comparison(comparison: Comparison) -> str:
         rows=[look(number, cells, group, is_group) for number, group, is_group, cells in rows],
         steps=steps,
         has_seeds=len(comparison.groups) < len(comparison.results),
-        line_chart=line_chart,
     )
 
 
-def look(number: int, cells: Sequence[str], group: Group, is_group: bool) -> Row:
+def look(number: int, cells: Sequence[str], group: Group, is_group: bool) -> dict[str, Any]:
+    """A row of the table with its line in the charts, which is thin (no `is_line`) where a group has the thick one."""
     colour, line = style(number)
-    return Row(cells, number, is_group or len(group.results) == 1, is_group, colour, LINES[line])
+    is_line = is_group or len(group.results) == 1
+    look = {"key": number, "is_line": is_line, "is_group": is_group, "colour": colour, "dashes": LINES[line]}
+    return {"cells": cells, **look}
 
 
 def style(number: int) -> tuple[str, str]:

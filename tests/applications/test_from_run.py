@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from applications.commands import asked_for, step_command
+from applications.commands import TrainingOptions, asked_for, step_command
 from applications.from_run import from_run
 from applications.settings import resolve_settings, settings_named
 from inference.errors import UserError
@@ -88,7 +88,8 @@ def test_a_fork_has_the_settings_of_its_parent_and_the_same_split(parent, files)
 
 def test_a_seed_is_that_of_the_steps_that_are_chosen(parent, monkeypatch, capsys):
     def settings(steps, overrides=(), **flags):
-        return asked_for(None, parent.path, False, "x/y", None, list(overrides), flags, steps)[1]
+        options = TrainingOptions(flags, None, parent.path, False, "x/y", None, list(overrides), steps)
+        return asked_for(options)[1]
 
     chosen = settings("rlhf,2", seed=5)
     assert (chosen.seed, chosen.reward.seed, chosen.rlhf.seed, chosen.sft.seed) == (7, 5, 5, -1)
@@ -100,7 +101,7 @@ def test_a_seed_is_that_of_the_steps_that_are_chosen(parent, monkeypatch, capsys
     assert "x/y is a fork of" in capsys.readouterr().err
     executed = {}
     monkeypatch.setattr("applications.commands.execute", lambda *given: executed.update(enumerate(given)))
-    step_command(PPO, parent.path.parent / "b", None, None, None, None, None, 3, None, False, parent=parent.path)
+    step_command(PPO, parent.path.parent / "b", TrainingOptions({"seed": 3}, parent=parent.path))
     assert executed[1].rlhf.seed == 3 and executed[1].method == "ppo" and executed[2] == [PPO]
 
 
@@ -127,4 +128,4 @@ def test_a_runs_own_settings_are_a_file_of_settings(parent, files, tmp_path):
     anew = load_config([tmp_path / "liked" / "config.yaml"], [])
     assert (anew.data.parent, anew.round_of) == (str(parent.path), "")  # its rows, and no round after it
     with pytest.raises(UserError, match="--fork and --go-on say what becomes of another run"):
-        asked_for("tiny", None, True, None, None, None, {})
+        asked_for(TrainingOptions({}, "tiny", goes_on=True))

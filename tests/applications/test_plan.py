@@ -10,11 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from applications import auto_plan
-from applications.auto_plan import best_plan, with_auto_plan
+from applications import plan as plan_module
 from applications.cli import app
 from applications.fit import GIB, Machine, Outlook, find_shape
-from applications.plan import fastest
+from applications.plan import best_plan, fastest, with_auto_plan
 from applications.plan_report import ranks_text
 from applications.plan_request import make_request, request_of
 from applications.profile import _ppo
@@ -229,7 +228,7 @@ def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path)
 def profiled(tmp_path, monkeypatch):
     """A cache in which this machine has been profiled with two ranks."""
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(auto_plan, "LARGE", 100)  # a short search
+    monkeypatch.setattr(plan_module, "FULL_EFFORT_RANKS", 100)  # a short search
     file = profile_file(2)
     file.parent.mkdir(parents=True)
     file.write_text(PROFILE.to_yaml())
@@ -245,14 +244,14 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     request = request_of(config, PROFILE.cluster)
     best = from_blocks(planned.rlhf.plan)
     chosen, as_set = (estimate(plan, request.graphs).iteration_seconds for plan in (best, request.as_set))
-    assert chosen <= as_set and not request.why_not_run(best)
+    assert chosen <= as_set and not request.outcome("", best).refused
     require_runnable(planned, 2, *(request.workload.models[role].shape for role in ("actor", "critic")), torch.float32)
     run.path.mkdir()
     kept = planned.rlhf.plan | {"critic_score": {**planned.rlhf.plan["critic_score"], "micro_batches": 2}}
     run.write_config(RunConfig.model_validate({**TWO, "rlhf": {"plan": kept}}), {})
     assert with_auto_plan(config, run, measures=False).rlhf.plan == kept  # the same command again goes on with it
     assert not capsys.readouterr().out
-    monkeypatch.setattr(auto_plan, "best_plan", lambda config, measures: best)
+    monkeypatch.setattr(plan_module, "best_plan", lambda config, measures: best)
     for before in (config, RunConfig.model_validate({**TWO, "processes": 3, "rlhf": {"plan": kept}})):
         run.write_config(before, {})
         assert with_auto_plan(config, run, measures=False).rlhf.plan == planned.rlhf.plan  # of so many processes
@@ -261,9 +260,9 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
 def test_training_that_must_be_fused_is_planned_so(profiled):
     config = RunConfig.model_validate({**TWO, "rlhf": {"fusion": {"training": "fused"}}})
     best, *others = fastest(request_of(config, PROFILE.cluster), effort=0.05)
-    actor, critic = (best.found.plan[f"{role}_train"].layout for role in ("actor", "critic"))
+    actor, critic = (best.estimate.plan[f"{role}_train"].layout for role in ("actor", "critic"))
     assert best.runs and not others and actor.pipeline == critic.pipeline == 2 and actor.mesh == critic.mesh[::-1]
-    assert best.seconds == pytest.approx(best.found.iteration_seconds - best.training.serial + best.training.fused)
+    assert best.seconds == pytest.approx(best.estimate.iteration_seconds - best.training.serial + best.training.fused)
 
 
 @pytest.mark.parametrize(("multiplies", "precision"), [(True, "bf16"), (False, "fp32")])
@@ -300,8 +299,8 @@ def test_a_machine_without_rates_is_profiled_first(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
     measured = []
-    monkeypatch.setattr(auto_plan, "LARGE", 100)
-    monkeypatch.setattr("applications.auto_plan.measure_to", lambda files, ranks: measured.append(ranks) or PROFILE)
+    monkeypatch.setattr(plan_module, "FULL_EFFORT_RANKS", 100)
+    monkeypatch.setattr("applications.plan.measure_to", lambda files, ranks: measured.append(ranks) or PROFILE)
     assert with_auto_plan(RunConfig.model_validate(TWO), RunDirectory(tmp_path / "run"), measures=True).rlhf.plan
     assert measured == [2]
 

@@ -44,6 +44,13 @@ def test_values_of_a_run_and_of_a_file(capsys, tmp_path):
         assert (setting["value"], setting["default"]) == (value, 1)
 
 
+def test_the_optimizer_block_shows_what_all_its_roles_have(capsys, tmp_path):
+    settings = settings_named("tiny", {"optimizer.warmup": 0.25, "rlhf.critic.zero_stage": 1})
+    RunDirectory(tmp_path / "run").write_config(settings, {"rlhf-chat": "0"})
+    values = {setting["key"]: setting["value"] for setting in shown(capsys, "optimizer", source=str(tmp_path / "run"))}
+    assert (values["optimizer.warmup"], values["optimizer.zero_stage"]) == (0.25, "by role")
+
+
 @pytest.mark.parametrize(
     ("key", "says"),
     [("rlhf.kl.coef", "did you mean 'rlhf.kl.coefficient'?"), ("xyzzy", "rlhf-chat settings lists all.")],

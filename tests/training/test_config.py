@@ -7,6 +7,7 @@ from training.config import SFTSettings
 from training.config_files import load_config, setting_keys
 from training.merging import merge
 from training.role_settings import OptimizerSettings
+from training.run_directory import RunDirectory
 from training.steps import PPO, REWARD, SFT
 
 
@@ -114,6 +115,30 @@ def test_merge_changes_neither_side():
 def test_offload_of_parameters_needs_stage_3():
     with pytest.raises(ValueError, match="needs zero_stage 3"):
         SFTSettings(optimizer=OptimizerSettings(zero_stage=2, offload="optimizer+parameters"))
+
+
+def test_the_optimizer_block_is_for_every_trained_role_and_each_may_differ(tmp_path):
+    (tmp_path / "base.yaml").write_text("optimizer: {warmup: 0.3, lora.rank: 4}\nrlhf.critic.lora.rank: 2\n")
+    (tmp_path / "mine.yaml").write_text("extends: base\ndpo.optimizer.learning_rate: 0.5\nrlhf.actor.warmup: 0.1\n")
+    given = ["model=m", "sft.optimizer.zero_stage=1", "optimizer.zero_stage=2", "optimizer.learning_rate=1e-3"]
+    config = load_config([tmp_path / "mine.yaml"], given)
+    roles = {key: (role.zero_stage, role.warmup, role.lora.rank) for key, role in config.trained_roles.items()}
+    assert roles == {
+        "sft.optimizer": (1, 0.3, 4),  # the command line says another one of this role
+        "reward.optimizer": (2, 0.3, 4),
+        "dpo.optimizer": (2, 0.3, 4),
+        "rlhf.actor": (2, 0.1, 4),
+        "rlhf.critic": (2, 0.3, 2),
+    }
+    assert {role.learning_rate for role in config.trained_roles.values()} == {1e-3}  # later than the files
+    assert config.rlhf.actor.epsilon == 1e-5 and config.sft.optimizer.epsilon == 1e-8  # nobody has said another one
+    run = RunDirectory(tmp_path / "run")
+    run.write_config(config, {})
+    assert run.read_config() == config and "\noptimizer:" not in run.config_file.read_text()
+    with pytest.raises(UserError, match=r"setting 'optimizer\.warmpu': did you mean 'optimizer\.warmup'"):
+        load_config([], ["model=m", "optimizer.warmpu=0.1"])
+    with pytest.raises(UserError, match=r"Setting optimizer\.warmup: must be less than"):
+        load_config([], ["model=m", "optimizer.warmup=2"])
 
 
 def test_setting_keys_are_dotted():

@@ -56,9 +56,9 @@ def test_types_bounds_and_defaults():
 
 def test_settings_used_in_several_places_stand_once_with_each_default():
     page = reference()
-    heading = "`sft.optimizer`, `reward.optimizer`, `dpo.optimizer`, `rlhf.actor`, `rlhf.critic`"
+    heading = "`optimizer`, `sft.optimizer`, `reward.optimizer`, `dpo.optimizer`, `rlhf.actor`, `rlhf.critic`"
     assert row_of(page, heading, "learning_rate")[2] == (
-        "`1e-05`; `dpo.optimizer`: `1e-06`; `rlhf.actor`: `1e-06`; `rlhf.critic`: `9e-06`"
+        "`1e-05`; `optimizer`: `by role`; `dpo.optimizer`: `1e-06`; `rlhf.actor`: `1e-06`; `rlhf.critic`: `9e-06`"
     )
     assert row_of(page, heading, "gradient_checkpointing")[2] == "`false`"
     assert page.count("| `weight_decay` |") == 1
