@@ -283,10 +283,11 @@ def build_rows(
     places: dict[str, list[str]] = defaultdict(list)
     for place, reason in left_out:
         places[reason].append(place)
-    skipped = dict(Counter(reason for _, reason in left_out).most_common())
+    counted = Counter(reason for _, reason in left_out)
     first_places = {reason: at[:PLACES_NAMED] for reason, at in places.items()}
     described = [read.describe() for read in sources]
-    return sets, DataCounts(count_rows(sets), skipped, notes, first_places, described), left_out
+    counts = DataCounts(count_rows(sets), dict(counted.most_common()), notes, first_places, described)
+    return sets, counts, left_out
 
 
 def split_and_blend(
