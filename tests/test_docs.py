@@ -164,3 +164,18 @@ def test_the_code_in_the_page_on_an_iteration_is_the_code():
         file, *lines = block.splitlines()
         code = (ROOT / file.removeprefix("# ")).read_text(encoding="utf-8").splitlines()
         assert set(lines) <= {line.strip() for line in code}
+
+
+def test_the_page_on_the_house_names_every_module():
+    ground_plan = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1].splitlines()
+    named, folder = set(), ""
+    for line in ground_plan:
+        if line and not line.startswith(" "):
+            folder = line.split()[0]
+        elif line:
+            named.add(folder + line.split()[0])
+    wings = [ROOT / name for name in ("rlhf_chat", "applications", "training", "inference")]
+    modules = {
+        str(file.relative_to(ROOT)) for wing in wings for file in wing.rglob("*.py") if file.name != "__init__.py"
+    }
+    assert named == modules
