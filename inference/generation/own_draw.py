@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inference.generation.graphs import RowKeys
 from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from inference.generation.sampler import Draw, likeliest, sample_tokens
+from inference.generation.sampler import Draw, RowKeys, likeliest, sample_tokens
 
 
 @dataclass(kw_only=True)

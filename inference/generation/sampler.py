@@ -4,7 +4,7 @@ So batch order, the number of ranks and where a sample runs cannot change what i
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ class Key(Protocol):
 
     @property
     def iteration(self) -> int | Tensor: ...
+
+
+class RowKeys(NamedTuple):
+    """The sampling key of each row, int64 (rows) each."""
+
+    seed: Tensor
+    iteration: Tensor
 
 
 def _mix(x: Tensor) -> Tensor:
