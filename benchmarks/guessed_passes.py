@@ -25,8 +25,7 @@ from inference.generation.engine import GenerationEngine
 from inference.generation.exactness import Exactness, plain_attention
 from inference.generation.kv_cache import KVCache, Places
 from inference.generation.passes import PackedPasses, packed_logits, preferred_cache_dtype
-from inference.generation.sample import SamplingKey, SamplingSettings
-from inference.generation.sampler import sample_tokens
+from inference.generation.sampler import SamplingKey, SamplingSettings, sample_tokens
 from inference.model_store import resolve_model
 from training.data.chitchat import load_dialogues, prompts_for
 from training.data.rows import read_rows

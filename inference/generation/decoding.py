@@ -10,8 +10,7 @@ from torch import Tensor
 from inference.generation.graphs import MOST_STEPS, Replay
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import Passes
-from inference.generation.sample import Sample
-from inference.generation.sampler import Draw
+from inference.generation.sampler import Draw, Sample
 from inference.generation.scheduler import GenerationStats, Scheduler, same_prompt
 
 

@@ -16,8 +16,7 @@ from inference.generation.exactness import Exactness
 from inference.generation.graphs import MOST_STEPS, Replay
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses, Passes, make_passes, preferred_cache_dtype
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from inference.generation.sampler import Draw
+from inference.generation.sampler import Draw, Sample, SamplingKey, SamplingSettings
 from inference.generation.scheduler import GenerationStats, Scheduler
 
 OnToken = Callable[[Sample], None]

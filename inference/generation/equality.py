@@ -17,7 +17,7 @@ from inference.generation.attention import can_pack
 from inference.generation.engine import GenerationEngine
 from inference.generation.exactness import Exactness
 from inference.generation.passes import unwrapped
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 
 PROMPTS = 16
 LONGEST_PROMPT = 48

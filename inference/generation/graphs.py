@@ -14,8 +14,7 @@ import torch
 
 from inference.generation.kv_cache import Places
 from inference.generation.passes import PackedPasses
-from inference.generation.sample import Sample, SamplingSettings
-from inference.generation.sampler import Draw, RowKeys
+from inference.generation.sampler import Draw, RowKeys, Sample, SamplingSettings
 
 MOST_STEPS = 8
 """Steps between two looks of the host at what was drawn. More cost more tokens behind an end, that nobody wants."""

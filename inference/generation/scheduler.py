@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 
 
 @dataclass

@@ -16,7 +16,7 @@ from inference.generation.attention import can_pack
 from inference.generation.cpu_weights import BlockedWeights, is_plain_lora
 from inference.generation.engine import GenerationEngine
 from inference.generation.passes import right_pad
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 
 VOCABULARY = 40
 END, PAD = 2, 1

@@ -11,7 +11,7 @@ from inference.errors import UserError
 from inference.generation import attention, exactness, passes
 from inference.generation.engine import GenerationEngine
 from inference.generation.exactness import CausalAttention, Exactness
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import SamplingKey, SamplingSettings
 from tests.inference.generation.test_engine import PAD, build_model, make_prompts
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
