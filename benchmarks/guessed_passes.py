@@ -20,9 +20,8 @@ from benchmarks.generation_scaling import SMOLLM as INSTRUCT
 from benchmarks.work import END_ID
 from inference.chat_format import ChatFormat
 from inference.generation.attention import NextTokens, packed
-from inference.generation.cpu_weights import BlockedWeights
+from inference.generation.cpu import BlockedWeights, Exactness, plain_attention
 from inference.generation.engine import GenerationEngine
-from inference.generation.exactness import Exactness, plain_attention
 from inference.generation.kv_cache import KVCache, Places
 from inference.generation.passes import PackedPasses, packed_logits, preferred_cache_dtype
 from inference.generation.sampler import SamplingKey, SamplingSettings, sample_tokens

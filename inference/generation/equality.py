@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from inference.generation.attention import can_pack
+from inference.generation.cpu import Exactness
 from inference.generation.engine import GenerationEngine
-from inference.generation.exactness import Exactness
 from inference.generation.passes import unwrapped
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from inference.families import require_supported_family
 from inference.generation.attention import NextTokens, Sequences, Tokens, can_pack, packed
-from inference.generation.exactness import Exactness, filled, with_more
+from inference.generation.cpu import Exactness, filled, with_more
 from inference.generation.kv_cache import KVCache, Places
 
 LEAST = 1 / 16

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from inference.errors import UserError
 from inference.generation import cpu_weights
 from inference.generation.attention import can_pack
-from inference.generation.cpu_weights import BlockedWeights, is_plain_lora
+from inference.generation.cpu import BlockedWeights, is_plain_lora
 from inference.generation.engine import GenerationEngine
 from inference.generation.passes import right_pad
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings

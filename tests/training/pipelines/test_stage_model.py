@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from inference.errors import UserError
 from inference.families import meta_model
-from inference.generation.exactness import Exactness
+from inference.generation.cpu import Exactness
 from inference.generation.passes import Prefixes
 from tests.families import narrow_config
 from training.data.batching import TokenBatch

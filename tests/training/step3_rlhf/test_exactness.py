@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from inference.errors import UserError
 from inference.generation import attention, exactness, passes
+from inference.generation.cpu import CausalAttention, Exactness
 from inference.generation.engine import GenerationEngine
-from inference.generation.exactness import CausalAttention, Exactness
 from inference.generation.sampler import SamplingKey, SamplingSettings
 from tests.inference.generation.test_engine import PAD, build_model, make_prompts
 from training.data.batching import TokenBatch
