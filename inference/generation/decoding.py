@@ -1,4 +1,6 @@
-"""Which samples run in which slots: a queue, the running rows, and what the work was."""
+"""The samples of one call on their way: which of them run in which slots, step by step, and how they are handed over
+between engines in the middle of it.
+"""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence

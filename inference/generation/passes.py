@@ -1,6 +1,9 @@
-"""What several sequences begin with is computed once: a system prompt, a prompt with several answers.
+"""Forward passes for generation: prompts into the cache, then a token a row.
 
-A token of a packed row depends on those before it in its own sequence alone, so sequences that begin alike share
+`PackedPasses` runs every family whose attention goes through transformers' interface, without padding. `PaddedPasses`
+runs any other causal language model of transformers through its own cache interface. Both give the same numbers.
+What several packed sequences begin with, a system prompt or a prompt with several answers, is computed once
+(`Prefixes`): a token depends on those before it in its own sequence alone, so sequences that begin alike share
 everything but attention, which sees each of them whole.
 """
 

@@ -1,4 +1,6 @@
-"""What generation takes and gives."""
+"""Samples, and drawing their tokens: the random number of a token depends on (seed, iteration, sample, position) and
+nothing else. So batch order, the number of ranks and where a sample runs cannot change what is drawn.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
