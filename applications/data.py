@@ -1,7 +1,7 @@
 """`rlhf-chat data show | lint`: what is in a data source or in a run's data, as the model sees it. Trains nothing."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -23,12 +23,11 @@ from training.data.entries import BadRow
 from training.data.lint import ANSWERS, Finding, Lines, bad_rows, lint, lint_preferences, lint_tokenizer, shared_prompts
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rated_texts import load_texts
-from training.data.reading import JUDGED_AGAIN, NAMES_OF_KINDS, read_source
+from training.data.reading import JUDGED_AGAIN, NAMES_OF_KINDS, read_source, require_accepted
 from training.data.rows import Row, RowSets, read_rows
 from training.data.shapes import UNDECIDED
 from training.data.sources import parse_source
 from training.data.split import kind_of
-from training.data.templates import require_accepted
 from training.evaluation.preferences import overview
 from training.run_directory import RunDirectory
 from training.trust import of_looking, require_yes
@@ -243,7 +242,7 @@ def lint_command(
     errors = sum(finding.level == "error" for finding in findings)
     counts = {name: len(lines.rows) for name, lines in opened.train.items()}
     if as_json:
-        values = {"data": target, "rows": counts, "errors": errors, "findings": [each.as_dict() for each in findings]}
+        values = {"data": target, "rows": counts, "errors": errors, "findings": [asdict(each) for each in findings]}
         values |= {"preferences": overview(opened.preferences)} if opened.preferences else {}
         show_json(values)
         return 1 if errors else 0

@@ -135,7 +135,7 @@ def test_wrong_paths_and_names_are_found():
         "`training/stage.py`, `stage.py`, mine.py:score, `gone.py`, `tests/nowhere`, `benchmarks/results/fusion_*.json`"
     )
     assert pages.wrong_paths(text) == ["gone.py", "tests/nowhere"]
-    assert pages.wrong_names("`GenerationEngine`, `SAMPLES_PER_DIALOGUE`, `PPO.iterate`") == []
+    assert pages.wrong_names("`GenerationEngine`, `ROWS_PER_DIALOGUE`, `PPO.iterate`") == []
     text = "`GenerationMachine`, `PPO.iterrate_it`, `NO_SUCH_THING`"
     assert pages.wrong_names(text) == ["GenerationMachine", "PPO.iterrate_it", "NO_SUCH_THING"]
 

@@ -14,7 +14,7 @@ from typing import Any
 from inference.disk import writing
 from inference.errors import UserError, typed
 from training.config import RunConfig
-from training.data.epochs import count_updates
+from training.data.rows import count_updates
 from training.inputs import link_or_copy, name_base
 from training.metrics import Journal
 from training.run_directory import RunDirectory, StepDirectory, numbered, read_json, write_directory, write_json

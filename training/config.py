@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from training.formulas.dpo_losses import DPO_LOSSES
+from training.formulas.losses import DPO_LOSSES
 from training.plan import from_blocks
 from training.reward_specs import with_reward_of_tasks
 from training.rlhf_settings import RLHFSettings

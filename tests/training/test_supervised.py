@@ -1,7 +1,7 @@
 import pytest
 
 from training.config import StepSettings
-from training.data.epochs import count_updates
+from training.data.rows import count_updates
 from training.hybrid_engine.zero_engine import learning_rate
 from training.role_settings import OptimizerSettings
 from training.supervised import batches_of_epoch, rows_trained_on

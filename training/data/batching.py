@@ -25,31 +25,31 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1
     weight 0: under ZeRO-3 a rank that skips a forward pass would leave the others waiting for its weights.
     """
     order = longest_first(lengths)
-    return evened([fill_micro_batches(share, lengths, token_budget) for share in dealt(order, ranks)], order)
+    return with_equal_counts([fill_micro_batches(rows, lengths, token_budget) for rows in deal(order, ranks)], order)
 
 
 def deal_micro_batches(lengths: Sequence[int], count: int, ranks: int = 1) -> list[list[MicroBatch]]:
     """As `plan_micro_batches`, but each rank has `count` micro-batches of like work, or one a row."""
     order = longest_first(lengths)
-    shares = [dealt(share, min(count, len(share))) for share in dealt(order, ranks)]
-    return evened([[MicroBatch(rows) for rows in share] for share in shares], order)
+    plans = [[MicroBatch(rows) for rows in deal(share, min(count, len(share)))] for share in deal(order, ranks)]
+    return with_equal_counts(plans, order)
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
 
 
-def dealt(order: list[int], hands: int) -> list[list[int]]:
-    """Back and forth to so many, who get like work."""
-    shares: list[list[int]] = [[] for _ in range(hands)]
-    for place, row in enumerate(order):
-        turn, seat = divmod(place, hands)
-        shares[seat if turn % 2 == 0 else hands - 1 - seat].append(row)
-    return shares
+def deal(order: list[int], shares: int) -> list[list[int]]:
+    """Deal rows back and forth, so that all shares get like work."""
+    hands: list[list[int]] = [[] for _ in range(shares)]
+    for i, row in enumerate(order):
+        turn, hand = divmod(i, shares)
+        hands[hand if turn % 2 == 0 else -1 - hand].append(row)
+    return hands
 
 
-def evened(plans: list[list[MicroBatch]], order: list[int]) -> list[list[MicroBatch]]:
-    """The ranks' micro-batches with such of weight 0 where one has fewer than others."""
+def with_equal_counts(plans: list[list[MicroBatch]], order: list[int]) -> list[list[MicroBatch]]:
+    """Pad the plans of ranks that have fewer micro-batches than others with micro-batches of weight 0."""
     count = max(len(plan) for plan in plans)
     for plan in plans:
         plan.extend(MicroBatch([order[-1]], weight=0.0) for _ in range(count - len(plan)))
@@ -57,7 +57,7 @@ def evened(plans: list[list[MicroBatch]], order: list[int]) -> list[list[MicroBa
 
 
 def fill_micro_batches(rows: list[int], lengths: Sequence[int], token_budget: int) -> list[MicroBatch]:
-    """`rows` in their order; none is split."""
+    """Take `rows` in their order, as many a micro-batch as fit; none is split."""
     batches: list[MicroBatch] = []
     room = 0
     for row in rows:

@@ -22,22 +22,19 @@ from inference.chat_format import ChatFormat
 from inference.chat_template import Message
 from inference.errors import UserError
 from training.config import DataSettings
-from training.data.decency import is_decent, is_talk
-from training.data.rated_texts import RatedTexts, share_texts
+from training.data.rated_texts import RatedTexts, is_decent, is_talk, share_texts
 from training.data.rows import PromptRow, RowSets, SFTRow
 from training.data.split import check_shares, keep_once, opening
 
 HELD_OUT_QUESTIONS = 6
-SAMPLES_PER_DIALOGUE = 8
+ROWS_PER_DIALOGUE = 8
 """Dialogues have up to hundreds of turns; a few of them must not outweigh the rest."""
 CONTEXT_TURNS = (3, 1)
 """Turns of a context, first choice first; odd, so that it begins and ends with the user's."""
-SAME_REPLY = 3
-"""How often the same reply ("yeah") is kept."""
-EVALUATION_ROWS = 600
-"""Prompts for the comparison of models."""
-MORE_ROWS = 64
-"""Prompts behind them, for evaluation while step 3 learns (`rlhf.eval_prompts`)."""
+SAME_REPLY = 3  # times that the same reply ("yeah") is kept
+COMPARED_PROMPTS = 600
+"""Held-out prompts for the comparison of models; behind them stand those of `rlhf.eval_prompts`."""
+MORE_PROMPTS = 64
 ENOUGH_ROWS = 1500
 """With fewer than this for step 1 or 3, both get all training dialogues instead of dividing them."""
 MIN_REPLY_TOKENS = 2
@@ -50,17 +47,7 @@ GREETING = re.compile(r"(?:h+i+|he+y+|hell+o+|hola|yo|sup|what'?s? up|good (?:mo
 class Dialogue:
     name: str
     question: str
-    turns: list[str]
-    """Two people in turn."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A person's reply in its context."""
-
-    question: str
-    prompt: list[Message]
-    reply: str
+    turns: list[str]  # of two people, in turn
 
 
 def load_dialogues() -> list[Dialogue]:
@@ -109,7 +96,7 @@ def build_chitchat(
     known = [dialogue for dialogue in dialogues if dialogue.question not in held_out]
     evaluated = max(1, round(settings.held_out * len(known)))
 
-    reader = Reader(settings, seed, chat_format)
+    reader = DialogueReader(settings, seed, chat_format)
     training = reader.read(known[evaluated:])
     if not any(training):
         raise UserError(
@@ -118,13 +105,13 @@ def build_chitchat(
             "64, 32 and 0 are known to do."
         )
     sets, shared = share_out(training, settings.split, rng)
-    reader.leave_out_known_talk(training)
+    reader.leave_out_known_talk(flatten(training))
     new_talk = flatten(reader.read(known[:evaluated]))
     new_questions = flatten(reader.read([dialogue for dialogue in dialogues if dialogue.question in held_out]))
     add_evaluation(sets, new_talk, new_questions, rng)
     keep_once(sets)
     prompts, held_out_prompts = (
-        [row["prompt"] for row in rows] for rows in (sets.prompts_train, sets.prompts_eval[:EVALUATION_ROWS])
+        [row["prompt"] for row in rows] for rows in (sets.prompts_train, sets.prompts_eval[:COMPARED_PROMPTS])
     )
     rated = (
         share_texts(texts, settings, seed, chat_format, prompts, held_out_prompts) if settings.split[1] > 0 else None
@@ -141,8 +128,8 @@ def build_chitchat(
     return sets, reader.left_out, notes
 
 
-class Reader:
-    """Turns dialogues into samples and counts what it leaves out."""
+class DialogueReader:
+    """Turns dialogues into demonstrations, whose response is a person's reply, and counts what it leaves out."""
 
     def __init__(self, settings: DataSettings, seed: int, chat_format: ChatFormat):
         self.settings = settings
@@ -153,34 +140,33 @@ class Reader:
         self._known_replies: set[str] = set()
         self._known_openings: set[str] = set()
 
-    def read(self, dialogues: Iterable[Dialogue]) -> list[list[Sample]]:
-        """The samples of each dialogue."""
-        return [self._samples(dialogue) for dialogue in dialogues]
+    def read(self, dialogues: Iterable[Dialogue]) -> list[list[SFTRow]]:
+        return [self._rows(dialogue) for dialogue in dialogues]
 
-    def leave_out_known_talk(self, samples: Iterable[Iterable[Sample]]) -> None:
-        """From now on leave out replies that are in `samples`, and contexts that begin as one there."""
-        for sample in flatten(samples):
-            self._known_replies.add(bare(sample.reply))
-            self._known_openings.add(opening(sample.prompt))
+    def leave_out_known_talk(self, rows: Iterable[SFTRow]) -> None:
+        """From now on leave out replies that are in `rows`, and contexts that begin as one there."""
+        for row in rows:
+            self._known_replies.add(bare(row["response"]))
+            self._known_openings.add(opening(row["prompt"]))
 
-    def _samples(self, dialogue: Dialogue) -> list[Sample]:
+    def _rows(self, dialogue: Dialogue) -> list[SFTRow]:
         order = list(range(len(dialogue.turns)))
         random.Random(f"{self.seed} {dialogue.name}").shuffle(order)
-        samples: list[Sample] = []
-        for place in order:
-            if len(samples) == SAMPLES_PER_DIALOGUE:
+        rows: list[SFTRow] = []
+        for turn in order:
+            if len(rows) == ROWS_PER_DIALOGUE:
                 break
-            sample = self._sample(dialogue, place)
-            if isinstance(sample, Sample):
-                samples.append(sample)
+            row = self._row(dialogue, turn)
+            if isinstance(row, str):
+                self.left_out[row] += 1
             else:
-                self.left_out[sample] += 1
-        return samples
+                rows.append(row)
+        return rows
 
-    def _sample(self, dialogue: Dialogue, place: int) -> Sample | str:
-        """The turn at `place` as a reply, or why it is not used."""
-        reply = dialogue.turns[place]
-        if place == 0 and GREETING.match(reply):
+    def _row(self, dialogue: Dialogue, turn: int) -> SFTRow | str:
+        """Return the turn with this index as a reply in its context, or why it is not used."""
+        reply = dialogue.turns[turn]
+        if turn == 0 and GREETING.match(reply):
             return "greeting for an answer"
         if not is_talk(reply):
             return "no words, or a link"
@@ -188,10 +174,11 @@ class Reader:
             return "said too often"
         if bare(reply) in self._known_replies:
             return "held out, but said in training too"
-        tokens = self._reply_tokens(reply)
-        if not MIN_REPLY_TOKENS <= tokens < self.settings.max_response_tokens:  # one is for the end of turn
+        limit = self.settings.max_response_tokens
+        tokens = limit if is_longer(reply, limit) else len(self.chat_format.response_ids(reply)) - 1
+        if not MIN_REPLY_TOKENS <= tokens < limit:  # one is for the end of turn
             return "reply too short or too long"
-        prompt = next((prompt for prompt in prompts_for(dialogue, place) if self._fits(prompt)), None)
+        prompt = next((prompt for prompt in prompts_for(dialogue, turn) if self._fits(prompt)), None)
         if prompt is None:
             return "context too long"
         if not is_talk(prompt[-1]["content"]):
@@ -201,53 +188,47 @@ class Reader:
         if not all(map(is_decent, [reply, *(message["content"] for message in prompt)])):
             return "rude words"
         self._said[bare(reply)] += 1
-        return Sample(dialogue.question, prompt, reply)
-
-    def _reply_tokens(self, text: str) -> int:
-        """Without the end of turn; the limit for a text that counts as too long."""
-        limit = self.settings.max_response_tokens
-        return limit if counts_as_longer(text, limit) else len(self.chat_format.response_ids(text)) - 1
+        return {"prompt": prompt, "response": reply}
 
     def _fits(self, prompt: list[Message]) -> bool:
         limit = self.settings.max_prompt_tokens
         text = "".join(message["content"] for message in prompt)
-        return not counts_as_longer(text, limit) and len(self.chat_format.prompt_ids(prompt)) <= limit
+        return not is_longer(text, limit) and len(self.chat_format.prompt_ids(prompt)) <= limit
 
 
-def counts_as_longer(text: str, tokens: int) -> bool:
+def is_longer(text: str, tokens: int) -> bool:
     return len(text) > MAX_CHARACTERS_PER_TOKEN * tokens
 
 
-def prompts_for(dialogue: Dialogue, place: int) -> Iterator[list[Message]]:
-    """What the turn at `place` may be the reply to, first choice first. The first turn replies to the question."""
-    if place == 0:
+def prompts_for(dialogue: Dialogue, turn: int) -> Iterator[list[Message]]:
+    """What the turn with this index may be the reply to, first choice first. The first turn replies to the question."""
+    if turn == 0:
         yield [
             {"role": "system", "content": "You chat with a friend."},
             {"role": "user", "content": dialogue.question},
         ]
     for count in CONTEXT_TURNS:
-        if count <= place:
-            turns = dialogue.turns[place - count : place]
+        if count <= turn:
             prompt: list[Message] = [
                 {"role": "system", "content": f"You chat with a friend about: {dialogue.question}"},
             ]
-            for i, turn in enumerate(turns):
-                prompt.append({"role": ("user", "assistant")[i % 2], "content": turn})
+            for i, text in enumerate(dialogue.turns[turn - count : turn]):
+                prompt.append({"role": ("user", "assistant")[i % 2], "content": text})
             yield prompt
 
 
 def bare(text: str) -> str:
-    """A reply as one hears it: "Haha, yes!!" and "hahaha yes" are the same."""
+    """Write a reply as one hears it: "Haha, yes!!" and "hahaha yes" are the same."""
     words = re.findall(r"\w+", text.lower())
     return " ".join("haha" if re.fullmatch(r"a?(?:ha)+h?", word) else word for word in words)
 
 
-def flatten(samples: Iterable[Iterable[Sample]]) -> list[Sample]:
-    return [sample for group in samples for sample in group]
+def flatten(rows: Iterable[Iterable[SFTRow]]) -> list[SFTRow]:
+    return [row for group in rows for row in group]
 
 
 def share_out(
-    training: list[list[Sample]], shares: tuple[float, float, float], rng: random.Random
+    training: list[list[SFTRow]], shares: tuple[float, float, float], rng: random.Random
 ) -> tuple[RowSets, bool]:
     """Training rows of steps 1 and 3, and whether they had to share dialogues: step 1 gets its share, step 3 the rest.
 
@@ -262,37 +243,32 @@ def share_out(
     return training_rows(first, third, rng), True
 
 
-def training_rows(first: list[Sample], third: list[Sample], rng: random.Random) -> RowSets:
-    """Rows for steps 1 and 3 from the samples for each."""
-    sets = RowSets(sft_train=[sft_row(sample) for sample in first], prompts_train=prompt_rows(third))
+def training_rows(first: list[SFTRow], third: list[SFTRow], rng: random.Random) -> RowSets:
+    sets = RowSets(sft_train=first, prompts_train=prompt_rows(third))
     rng.shuffle(sets.sft_train)
     rng.shuffle(sets.prompts_train)
     return sets
 
 
-def add_evaluation(sets: RowSets, new_talk: list[Sample], new_questions: list[Sample], rng: random.Random) -> None:
-    """Held-out rows, half of the prompts under held-out questions where there are enough; SFT's are all under known
+def add_evaluation(sets: RowSets, new_talk: list[SFTRow], new_questions: list[SFTRow], rng: random.Random) -> None:
+    """Add held-out rows, half of the prompts under held-out questions where there are enough; SFT's are all under known
     ones."""
-    half, more = EVALUATION_ROWS // 2, list[PromptRow]()
+    half, more = COMPARED_PROMPTS // 2, list[PromptRow]()
     for samples, is_new in ((new_talk, False), (new_questions, True)):
         prompts = prompt_rows(samples)
         rng.shuffle(prompts)
         rows: list[PromptRow] = [{**prompt, "held_out_question": is_new} for prompt in prompts]
         sets.prompts_eval += rows[:half]
-        more += rows[half : half + MORE_ROWS // 2]
-    sets.sft_eval = [{**sft_row(sample), "held_out_question": False} for sample in new_talk]
+        more += rows[half : half + MORE_PROMPTS // 2]
+    sets.sft_eval = [{**row, "held_out_question": False} for row in new_talk]
     for shuffled in (sets.sft_eval, sets.prompts_eval, more):
         rng.shuffle(shuffled)
     sets.prompts_eval += more
 
 
-def sft_row(sample: Sample) -> SFTRow:
-    return {"prompt": sample.prompt, "response": sample.reply}
-
-
-def prompt_rows(samples: Iterable[Sample]) -> list[PromptRow]:
-    """Each prompt once."""
-    distinct = {json.dumps(sample.prompt): sample.prompt for sample in samples}
+def prompt_rows(rows: Iterable[SFTRow]) -> list[PromptRow]:
+    """Return the prompts of demonstrations, each once."""
+    distinct = {json.dumps(row["prompt"]): row["prompt"] for row in rows}
     return [{"prompt": prompt} for prompt in distinct.values()]
 
 

@@ -12,7 +12,7 @@ from zipfile import ZipFile
 from inference.errors import UserError
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-"""What such a file begins with: what Excel calls Unicode text, and what PowerShell writes."""
+"""How files begin that Excel calls Unicode text, or that PowerShell writes."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -41,7 +41,7 @@ Entry = tuple[str, Any]
 
 
 def open_bytes(file: Path) -> IO[bytes]:
-    """The content, unpacked, and as UTF-8 where it was UTF-16."""
+    """Open the content, unpacked, and as UTF-8 where it was UTF-16."""
     with open(file, "rb") as raw:
         begin = raw.read(6)
     unpack = next((unpack for mark, unpack in UNPACK.items() if begin.startswith(mark)), open)

@@ -40,7 +40,7 @@ def read_json(file: Path, is_lines: bool) -> Iterator[Entry]:
 
 
 def read_lines(file: Path) -> Iterator[Entry]:
-    """JSON lines; blank ones are no rows."""
+    """Read JSON lines; blank ones are no rows."""
     with open_bytes(file) as handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
@@ -50,7 +50,6 @@ def read_lines(file: Path) -> Iterator[Entry]:
 
 
 def parse_line(line: bytes) -> Any:
-    """The value of a line of JSON, or a BadRow."""
     try:
         return DECODER.decode(line.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError:
@@ -93,7 +92,6 @@ def read_document(file: Path) -> Iterator[Entry]:
 
 
 def all_values(text: str) -> list[Any]:
-    """The JSON values of a text, one behind the other."""
     place = 0
     values: list[Any] = []
     while True:
@@ -126,7 +124,7 @@ def rows_of(value: Any, file: Path) -> list[Any]:
 
 
 def is_list_of_rows(value: Any) -> bool:
-    """Not one of messages."""
+    """Whether a value is a list of rows and not one of messages."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not looks_like_messages(value)
 
 
@@ -226,8 +224,7 @@ def is_utf8(cells: list[str]) -> bool:
     return not any("\udc80" <= sign <= "\udcff" for cell in cells if not cell.isascii() for sign in cell)
 
 
-ARROW_ROWS = 1000
-"""Rows that are turned into Python objects at a time."""
+ARROW_ROWS = 1000  # turned into Python objects at a time
 
 
 def read_file(file: Path, columns: Iterable[str] = ()) -> Iterator[Entry]:
@@ -266,7 +263,7 @@ def read_parquet(file: Path, columns: Iterable[str]) -> Iterator[Entry]:
 
 
 def read_saved(folder: Path) -> Iterator[Entry]:
-    """A data set of `Dataset.save_to_disk`."""
+    """Read a data set of `Dataset.save_to_disk`."""
     import pyarrow
     from datasets import load_from_disk
 
@@ -282,7 +279,7 @@ def read_saved(folder: Path) -> Iterator[Entry]:
 
 
 def read_arrow(file: Path) -> Iterator[Entry]:
-    """Arrow's stream, or its file with a table of contents at the end."""
+    """Read Arrow's stream, or its file with a table of contents at the end."""
     import pyarrow
     from pyarrow import ipc
 

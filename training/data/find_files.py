@@ -21,13 +21,13 @@ PART = re.compile(r"(.*?)-?\d+(-of-0*(\d+)\..*)")
 SAVED = "state.json"
 """Stands for the data set in its directory, where `Dataset.save_to_disk` wrote it."""
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
-"""What `datasets` and the hub write beside the data."""
+"""`datasets` and the hub write these beside the data."""
 MORE = "(set|data|split|file|part|row)?s?"
 TRAINING = re.compile(f"(train|training){MORE}")
 HELD_OUT = re.compile(
     f"(validation|validate|valid|val|development|dev|testing|test|evaluation|eval|heldout|holdout){MORE}"
 )
-"""The words of `datasets` for its splits, and some more that people write."""
+"""These are the words of `datasets` for its splits, and some more that people write."""
 FILES_NAMED = 3
 
 
@@ -121,10 +121,9 @@ def split_of(file: Path) -> str:
     The innermost folder that says something counts. A name that says both is held out.
     """
     for name in [*reversed(file.parts[:-1]), file.name]:
-        found = words(name)
-        if any(map(HELD_OUT.fullmatch, found)):
+        if any(map(HELD_OUT.fullmatch, words(name))):
             return "held out"
-        if any(map(TRAINING.fullmatch, found)):
+        if any(map(TRAINING.fullmatch, words(name))):
             return "train"
     return ""
 
@@ -234,12 +233,10 @@ class HubSet:
     repository: str
     files: tuple[str, ...]
     """Patterns of the files with training rows. Empty: the repository is a loading script without data beside it."""
-    seen: str
-    """The revision whose columns we wrote this down from."""
+    seen: str  # the revision whose columns are written down here
     columns: tuple[str, ...]
     adapt: Adapter
-    names: tuple[str, ...] = ()
-    """What it may be called besides its repository."""
+    names: tuple[str, ...] = ()  # besides its repository
 
 
 def follow(row: dict[str, Any], path: str) -> Any:
@@ -264,7 +261,7 @@ def renamed(paths: dict[str, str]) -> Adapter:
 
 
 def columns_set(repository: str, files: tuple[str, ...], seen: str, *names: str, **paths: str) -> HubSet:
-    """A set whose columns only have other names: `prompt="INSTRUCTION"`."""
+    """Make a set whose columns only have other names: `prompt="INSTRUCTION"`."""
     columns = tuple(dict.fromkeys(path.partition(".")[0] for path in paths.values()))
     return HubSet(repository, files, seen, columns, renamed(paths), names)
 
@@ -294,7 +291,7 @@ def from_scores(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_label(row: dict[str, Any]) -> dict[str, Any]:
-    """Comments A and B; `labels` is 1 where A is preferred."""
+    """Read comments A and B; `labels` is 1 where A is preferred."""
     label = follow(row, "labels")
     if label not in (0, 1):
         raise BadRow(f"'labels' is {str(label)[:20]}, not 0 or 1")
@@ -364,7 +361,7 @@ HUB_SETS = (
 
 
 def find_set(name: str) -> HubSet | None:
-    """The set of this name; upper and lower case are alike."""
+    """Find the set of this name; upper and lower case are alike."""
     return next((each for each in HUB_SETS if name.lower() in all_names(each)), None)
 
 
@@ -375,9 +372,7 @@ def all_names(each: HubSet) -> tuple[str, ...]:
 
 
 def same(row: dict[str, Any]) -> dict[str, Any]:
-    """The adapter of data that is in one of TRL's formats already."""
     return row
 
 
-PLAIN = HubSet("", (), "", (), same)
-"""Any other data."""
+PLAIN = HubSet("", (), "", (), same)  # any other data, in one of TRL's formats

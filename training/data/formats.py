@@ -33,8 +33,7 @@ from training.data.messages import (
     read_messages,
     read_transcript,
 )
-from training.data.rated_answers import each_pair, number
-from training.data.rated_texts import BAD_ALONE, Rating, rating_of
+from training.data.rated_answers import Rating, each_pair, number, rating_of
 from training.data.rows import LabelledRow, PairRow, PromptRow, Row, SFTRow
 from training.data.shapes import ANSWERS, LABELS, QUESTIONS, TEXTS, both_bad, in_trls_columns, usual_name
 
@@ -95,7 +94,6 @@ HINTS = [
 ]
 """Keys that may be meant in several ways -> what to do."""
 UNPAIRED = "unpaired preference"
-"""The format of answers with a label each."""
 KEYS_NAMED = 6
 NOTHING: tuple[Any, ...] = ("", [], {}, "[]", "{}", "null")
 """Values of a column that need no word when it is not used."""
@@ -114,15 +112,11 @@ BAD_LABELS = frozenset(
 
 @dataclass(frozen=True)
 class ReadRow:
-    rows: list[Row]
-    """Several for a conversation with several answers."""
+    rows: list[Row]  # several for a conversation with several answers
     format: str
-    unused: frozenset[str] = frozenset()
-    """Keys that say nothing here; those of messages with `messages.` before them."""
-    extra: frozenset[str] = frozenset()
-    """Keys beside a prompt, which a reward function gets."""
-    rating: Rating | None = None
-    """What the row says of its last answer."""
+    unused: frozenset[str] = frozenset()  # keys that say nothing here; those of messages with `messages.` before them
+    extra: frozenset[str] = frozenset()  # keys beside a prompt, which a reward function gets
+    rating: Rating | None = None  # of the last answer
 
 
 def read_row(value: Any, every: bool = False, keeps_labels: bool = False) -> ReadRow:
@@ -144,14 +138,6 @@ def read_one(value: Any, keeps_labels: bool = False) -> ReadRow:
         rows[-1] = cast(LabelledRow, {**rows[-1], "label": not rating.is_bad})
         rating = None
     return ReadRow(rows, format_of(row), unused_keys(row), extra, rating)
-
-
-def parse_row(value: Any) -> list[Row]:
-    """The rows that one value gives by itself. Raises BadRow."""
-    read = read_row(value)
-    if read.rating is not None and read.rating.is_bad:
-        raise LeftOut(BAD_ALONE)
-    return read.rows
 
 
 def trl_row(value: Any) -> dict[str, Any]:
@@ -321,7 +307,7 @@ def read_prompt(value: Any) -> list[Message]:
 
 
 def read_answer(value: Any, key: str, prompt: list[Message]) -> list[Message]:
-    """The messages of an answer, or of the conversation that ends with it."""
+    """Read the messages of an answer, or of the conversation that ends with it."""
     if not isinstance(value, str):
         return read_messages(value, key)
     messages = read_transcript(value)
@@ -351,7 +337,7 @@ def is_answer(messages: list[Message]) -> bool:
 
 
 def shared_start(first: list[Message], second: list[Message]) -> list[Message]:
-    """The messages with which both conversations begin."""
+    """Return the messages with which both conversations begin."""
     length = 0
     while length < min(len(first), len(second)) and first[length] == second[length]:
         length += 1

@@ -3,9 +3,9 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,14 +24,12 @@ ANSWERS = {
     "sft": ("response",),
     "prompt": (),
 }
-"""The keys of a row's answers, by its kind."""
+"""Kind of a row -> keys of its answers."""
 PLACES_NAMED = 5
 LENGTH_BIAS = 0.6
 """Share of pairs in which the longer answer (or the shorter one) is chosen, from which a reward model may learn it."""
-ENOUGH_PAIRS = 20
-"""With fewer a share says little."""
-MUCH_CUT = 0.01
-"""Share of rows that may be cut without a word."""
+ENOUGH_PAIRS = 20  # with fewer a share says little
+MUCH_CUT = 0.01  # share of rows that may be cut without a word
 
 
 Level = Literal["error", "warning"]
@@ -40,30 +38,21 @@ Level = Literal["error", "warning"]
 @dataclass(frozen=True)
 class Finding:
     level: Level
-    check: str
-    """A short name, the same for every data set."""
+    check: str  # a short name, the same for every data set
     sentence: str
-    count: int = 0
-    """Rows concerned."""
-    places: tuple[str, ...] = ()
-    """Where the first of them are."""
+    count: int = 0  # of the rows concerned
+    places: tuple[str, ...] = ()  # of the first of them
 
     def __str__(self) -> str:
-        """The sentence with how many rows it is about, and the first of them."""
         if not self.places:
             return self.sentence
         more = ", ..." if self.count > len(self.places) else ""
         rows = "row" if self.count == 1 else "rows"
         return f"{self.sentence} ({self.count:,} {rows}: {', '.join(self.places)}{more})"
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows with their places."""
-
     rows: Sequence[Row]
     places: Sequence[str]
 
@@ -73,15 +62,12 @@ class Lines:
 
 @dataclass(frozen=True)
 class Size:
-    """A row in tokens (characters without a tokenizer)."""
+    """The size of a row in tokens (characters without a tokenizer)."""
 
     prompt: int
-    answers: tuple[int, ...]
-    """Uncut, each with its end of turn."""
-    is_empty: bool = False
-    """Whether an answer has no token but the end of its turn."""
-    is_same: bool = False
-    """Whether different answers have the same tokens once they are cut."""
+    answers: tuple[int, ...]  # uncut, each with its end of turn
+    is_empty: bool = False  # whether an answer has no token but the end of its turn
+    is_same: bool = False  # whether different answers have the same tokens once they are cut
 
     @classmethod
     def of(cls, row: Row, chat_format: ChatFormat | None, settings: DataSettings) -> "Size":
@@ -112,8 +98,7 @@ def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -
     ]
 
 
-def found(level: Level, check: str, sentence: str, places: Sequence[str]) -> list[Finding]:
-    """One finding, or none where no place is concerned."""
+def finding(level: Level, check: str, sentence: str, places: Sequence[str]) -> list[Finding]:
     return [Finding(level, check, sentence, len(places), tuple(places[:PLACES_NAMED]))] if places else []
 
 
@@ -124,13 +109,13 @@ def bad_rows(left_out: Iterable[tuple[str, str, bool]]) -> list[Finding]:
         places[reason, wrong].append(place)
     findings = []
     for (reason, wrong), at in places.items():
-        findings += found("error", "bad row", reason, at) if wrong else found("warning", "left out", reason, at)
+        findings += finding("error", "bad row", reason, at) if wrong else finding("warning", "left out", reason, at)
     return findings
 
 
 def same_answers(lines: Lines) -> list[Finding]:
     places = lines.where(lambda row: kind_of(row) == "pair" and len(set(answers(row))) == 1)
-    return found("error", "chosen = rejected", "a pair has the same answer twice, which teaches nothing", places)
+    return finding("error", "chosen = rejected", "a pair has the same answer twice, which teaches nothing", places)
 
 
 def duplicates(lines: Lines, settings: DataSettings) -> list[Finding]:
@@ -144,7 +129,7 @@ def duplicates(lines: Lines, settings: DataSettings) -> list[Finding]:
         if text in seen and row.get("source") not in repeated:
             places.append(place)
         seen.add(text)
-    return found("warning", "duplicates", "the same row is there before", places)
+    return finding("warning", "duplicates", "the same row is there before", places)
 
 
 def contradictions(lines: Lines) -> list[Finding]:
@@ -163,18 +148,17 @@ def contradictions(lines: Lines) -> list[Finding]:
     labelled = {json.dumps([row["prompt"], *answers(row), kind_of(row)]) for row in lines.rows if "label" in row}
     places, both = lines.where(is_reversed), lines.where(is_labelled)
     return [
-        *found("warning", "contradictions", "the pair is there the other way round too", places),
-        *found("warning", "contradictions", "the answer is labelled as good and as bad", both),
+        *finding("warning", "contradictions", "the pair is there the other way round too", places),
+        *finding("warning", "contradictions", "the answer is labelled as good and as bad", both),
     ]
 
 
 def one_label(lines: Lines) -> list[Finding]:
-    """Answers with a label, of which none is good or none bad."""
     kinds = set(map(kind_of, lines.rows))
     if kinds not in ({"good"}, {"bad"}):
         return []
     sentence = f"all answers are labelled as {kinds.pop()}, so there is nothing to tell apart"
-    return found("error", "one label", sentence, lines.places)
+    return finding("error", "one label", sentence, lines.places)
 
 
 def length_bias(lines: Lines, sizes: Sequence[Size]) -> list[Finding]:
@@ -192,7 +176,6 @@ def length_bias(lines: Lines, sizes: Sequence[Size]) -> list[Finding]:
 
 
 def cut_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) -> list[Finding]:
-    """Prompts that lose their beginning, and answers that lose their end."""
     limits = settings.max_prompt_tokens, settings.max_response_tokens
     prompts = [place for place, size in zip(lines.places, sizes, strict=True) if size.prompt > limits[0]]
     cut = [place for place, size in zip(lines.places, sizes, strict=True) if max(size.answers, default=0) > limits[1]]
@@ -203,7 +186,7 @@ def cut_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) -> lis
     ):
         share = len(places) / max(len(lines.rows), 1)
         if share > MUCH_CUT:
-            findings += found("warning", "truncation", f"{what}: {share:.0%} of the rows", places)
+            findings += finding("warning", "truncation", f"{what}: {share:.0%} of the rows", places)
     return findings
 
 
@@ -213,8 +196,8 @@ def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) 
     same = [place for place, size in zip(lines.places, sizes, strict=True) if size.is_same]
     cut = f"the answers differ only behind data.max_response_tokens={settings.max_response_tokens}, or in no token"
     return [
-        *found("error", "no trained token", "an answer has no token but the end of its turn", empty),
-        *found("error", "chosen = rejected", cut, same),
+        *finding("error", "no trained token", "an answer has no token but the end of its turn", empty),
+        *finding("error", "chosen = rejected", cut, same),
     ]
 
 
@@ -226,12 +209,13 @@ def lint_preferences(preferences: Sequence[Preference]) -> list[Finding]:
             side, share = ("left", left["rate"]) if left["rate"] > 0.5 else ("right", 1 - left["rate"])
             sentence = f"{name} prefers the {side} answer in {share:.0%} of the pairs, and sides are drawn at random"
             findings.append(Finding("warning", "side bias", sentence, left["preferences"]))
-    pairs = [(f"{name} and the same person later", found) for name, found in seen["repeated"].items()]
-    pairs += [(" and ".join(found["people"]), found) for found in seen["agreement"]]
-    for who, found in pairs:
-        if found["pairs"] >= ENOUGH_PAIRS and found["kappa_low"] is not None and found["kappa_low"] <= 0:
-            sentence = f"{who} agree on {found['same']:.0%} of {found['pairs']} pairs, which may be chance"
-            findings.append(Finding("warning", "no agreement", sentence, found["pairs"]))
+    agreements = [(f"{name} and the same person later", agreement) for name, agreement in seen["repeated"].items()]
+    agreements += [(" and ".join(agreement["people"]), agreement) for agreement in seen["agreement"]]
+    for who, agreement in agreements:
+        pairs, kappa_low = agreement["pairs"], agreement["kappa_low"]
+        if pairs >= ENOUGH_PAIRS and kappa_low is not None and kappa_low <= 0:
+            sentence = f"{who} agree on {agreement['same']:.0%} of {pairs} pairs, which may be chance"
+            findings.append(Finding("warning", "no agreement", sentence, pairs))
     return findings
 
 
@@ -240,20 +224,20 @@ def shared_prompts(train: Lines, evaluation: Lines) -> list[Finding]:
     group_of = choose_groups([*train.rows, *evaluation.rows])
     trained = {group_of(row) for row in train.rows}
     places = evaluation.where(lambda row: group_of(row) in trained)
-    return found("error", "leak", "a held-out row has a question that is trained on too", places)
+    return finding("error", "leak", "a held-out row has a question that is trained on too", places)
 
 
 def lint_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, directory: Path) -> list[Finding]:
     """`tokenizer` as its files have it, before ChatFormat fills in what it lacks."""
     spare = chat_format.tokenizer.pad_token
+    findings = [Finding("warning", "chat template", sentence) for sentence in chat_format.differences]
     if tokenizer.pad_token_id is None:
         why = f"{directory} has a tokenizer without a pad token: {spare} is used"
+        findings.append(Finding("warning", "pad token", why))
     elif tokenizer.pad_token_id in (tokenizer.eos_token_id, chat_format.end_of_turn_id):
         why = f"{directory} has a tokenizer whose pad token ends the turn ({tokenizer.pad_token}): {spare} is used"
-    else:
-        why = ""
-    other = [Finding("warning", "chat template", sentence) for sentence in chat_format.differences]
-    return other + [Finding("warning", "pad token", why)] * bool(why)
+        findings.append(Finding("warning", "pad token", why))
+    return findings
 
 
 def answers(row: Row) -> list[str]:

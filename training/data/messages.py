@@ -6,18 +6,13 @@ also stand in a text, as JSON or as Python writes it: a table that was saved as 
 
 import ast
 import json
-import random
 import re
 import warnings
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from inference.chat_template import Message
 from training.data.entries import BadRow
-from training.data.rows import PairRow
 
 ROLES = ("system", "user", "assistant")
 SAME_ROLES = {role: role for role in ROLES} | {
@@ -29,7 +24,7 @@ SAME_ROLES = {role: role for role in ROLES} | {
 TOOL_ROLE = re.compile("(tool|function)s?([_-](call|response|result|output)s?)?|observation|ipython", re.IGNORECASE)
 NO_TOOLS = "tools are not supported"
 TRAINED_KEYS = ("weight", "train", "training", "trainable", "train_on_turn", "loss")
-"""Keys of a message that say whether its answer is trained on."""
+"""Keys of a message that may say whether its answer is trained on."""
 MESSAGE_KEYS = frozenset(("role", "from", "content", "value", *TRAINED_KEYS))
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -143,19 +138,19 @@ def deserialised(value: Any, key: str) -> Any:
         return value
     if not any(role.lower() in SAME_ROLES or TOOL_ROLE.fullmatch(role) for role in ROLE_IN_TEXT.findall(value)):
         return value
-    found, rest = leading_value(value.strip())
-    if isinstance(found, str) and not rest:
-        return deserialised(found, key)
-    if found is None:
+    notation, rest = leading_value(value.strip())
+    if isinstance(notation, str) and not rest:
+        return deserialised(notation, key)
+    if notation is None:
         raise BadRow(f"'{key}' is the text of a list of messages that is neither JSON nor Python; write it as JSON")
-    items = unwrapped(found)
+    items = unwrapped(notation)
     if not rest and items and all(isinstance(item, (list, tuple)) for item in items):
         raise BadRow(f"'{key}' is the text of several lists of messages")
     return value if rest or not looks_like_messages(items) else items
 
 
 def unwrapped(value: Any) -> list[Any]:
-    """The list that stands in a list or an object of its own."""
+    """Return the list that stands in a list or an object of its own."""
     while True:
         if isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value.values())), list):
             value = next(iter(value.values()))
@@ -173,7 +168,7 @@ def leading_value(text: str) -> tuple[Any, str]:
     except (ValueError, RecursionError):
         pass
     closing = {"[": "]", "(": ")"}.get(text[:1], "}")
-    ends = [found.end() for found in re.finditer(re.escape(closing), text)]
+    ends = [match.end() for match in re.finditer(re.escape(closing), text)]
     for end in [*ends[-1:], *ends[:20]]:
         if (value := python_value(text[:end])) is not None:
             return value, text[end:].strip()
@@ -181,7 +176,6 @@ def leading_value(text: str) -> tuple[Any, str]:
 
 
 def python_value(text: str) -> Any:
-    """A literal of Python, or None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of backslashes in the text
@@ -222,64 +216,3 @@ def check_text(value: Any, key: str) -> str:
     except UnicodeEncodeError:  # "\ud83d" alone: JSON allows it, no tokenizer takes it
         raise BadRow(f"'{key}' has half a character") from None
     return value
-
-
-SCORE_GAP = 1.0
-"""On the scale of -4 to 4; closer ones people do not tell apart."""
-LENGTH_RATIO = 0.75
-LENGTH_SLACK = 2
-"""Tokens by which two short texts may differ all the same."""
-USES = 3
-"""How often a text may be used."""
-TRIES = 100
-"""Partners that are drawn for a text before it goes without."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    tokens: int
-    score: float
-    """The mean of its ratings."""
-
-
-def make_pairs(
-    answers: Sequence[Answer], prompts: Sequence[list[Message]], rng: random.Random, uses: int = USES
-) -> list[PairRow]:
-    """All that `uses` of each answer give, in random order, each under one of the prompts; no pair twice."""
-    pairs: list[PairRow] = []
-    used: Counter[int] = Counter()
-    met: set[frozenset[int]] = set()
-    longer_chosen = 0  # pairs whose chosen text is the longer one, less those whose rejected text is
-    waiting = [i for i in range(len(answers)) for _ in range(uses)]
-    rng.shuffle(waiting)
-    for i in waiting:
-        for j in rng.sample(range(len(answers)), min(TRIES, len(answers))) if used[i] < uses else ():
-            if i == j or used[j] == uses or frozenset((i, j)) in met or not fit_together(answers[i], answers[j]):
-                continue
-            chosen, rejected = sorted((answers[i], answers[j]), key=lambda answer: -answer.score)
-            longer = (chosen.tokens > rejected.tokens) - (chosen.tokens < rejected.tokens)
-            if abs(longer_chosen + longer) > 1:
-                continue
-            longer_chosen += longer
-            met.add(frozenset((i, j)))
-            used.update((i, j))
-            pairs.append(
-                {
-                    "prompt": rng.choice(prompts),
-                    "chosen": chosen.text,
-                    "rejected": rejected.text,
-                    "chosen_score": chosen.score,
-                    "rejected_score": rejected.score,
-                }
-            )
-            break
-    rng.shuffle(pairs)
-    return pairs
-
-
-def fit_together(first: Answer, second: Answer) -> bool:
-    """Like lengths, scores far enough apart."""
-    short, long = sorted((first.tokens, second.tokens))
-    alike = long - short <= LENGTH_SLACK or short >= LENGTH_RATIO * long
-    return alike and abs(first.score - second.score) >= SCORE_GAP

@@ -1,7 +1,7 @@
 """The data source of a run -> the rows that its steps read."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,11 +44,11 @@ from training.steps import METHODS
 
 @dataclass
 class EvalData:
-    found: list[SourceRows] = field(default_factory=list)
+    sources: list[SourceRows] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
-        return [row for each in self.found for row in each.rows]
+        return [row for source in self.sources for row in source.rows]
 
     @property
     def uses(self) -> dict[str, set[str]]:
@@ -61,7 +61,6 @@ class EvalData:
         return {use for uses in self.uses.values() for use in uses}
 
     def sets(self, seed: int) -> RowSets:
-        """Its rows in the sets that they serve, each once."""
         sets, uses_of = RowSets(), self.uses
         for row in self.rows:
             for use in uses_of[kind_of(row)]:
@@ -90,7 +89,7 @@ class EvalData:
                 "evaluation data (--eval-data), or none."
             )
         left_out = f"; {before - after:,} training rows with a question of it are left out" * (after < before)
-        return f"{' and '.join(each.describe() for each in self.found)}: for evaluation alone{left_out}"
+        return f"{' and '.join(source.describe() for source in self.sources)}: for evaluation alone{left_out}"
 
 
 def read_eval_data(
@@ -100,10 +99,10 @@ def read_eval_data(
     if not settings.eval_sources:
         return EvalData()
     apart = settings.model_copy(update={"source": settings.eval_sources, "limit": 0})
-    found = read_sources(apart, report, chat_format)
-    if weighted := [each.source for each in found if each.source.weight != 1]:
+    sources = read_sources(apart, report, chat_format)
+    if weighted := [read.source for read in sources if read.source.weight != 1]:
         raise UserError(f"{weighted[0]}: each row of evaluation data counts once, so leave the weight out.")
-    return EvalData(found)
+    return EvalData(sources)
 
 
 SHARES = (0, 1, 1)
@@ -155,7 +154,7 @@ def go_on(sets: RowSets, parent: Path, seed: int) -> str:
 
 
 def rows_file(parent: Path, name: str) -> Path:
-    """Raises UserError where it is not there."""
+    """Return the file of a set of rows. Raises UserError where it does not exist."""
     file = parent / "data" / f"{name}.jsonl"
     if not file.exists():
         raise UserError(
@@ -168,25 +167,20 @@ def rows_file(parent: Path, name: str) -> Path:
 COUNTS_FILE = "counts.json"
 LEFT_OUT_FILE = "left_out.jsonl"
 PLACES_NAMED = 3
-"""How many places the terminal names for each reason; the rest are in the file."""
+"""The terminal names so many places for each reason; the rest are in the file."""
 
 
 @dataclass
 class DataCounts:
     """How many rows each step got, and what a person should know about them."""
 
-    rows: dict[str, int] = field(default_factory=dict)
-    """Rows of each file, by its name without .jsonl."""
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Rows (of the embedded default: replies) that were left out, by reason."""
+    rows: dict[str, int] = field(default_factory=dict)  # of each file, by its name without .jsonl
+    skipped: dict[str, int] = field(default_factory=dict)  # rows (of the embedded default: replies) that were left out
     notes: list[str] = field(default_factory=list)
-    places: dict[str, list[str]] = field(default_factory=dict)
-    """Where the first rows of each reason are."""
-    sources: list[str] = field(default_factory=list)
-    """Each source with what was found in it."""
+    places: dict[str, list[str]] = field(default_factory=dict)  # of the first rows of each reason
+    sources: list[str] = field(default_factory=list)  # each with what was found in it
 
     def lines(self) -> list[str]:
-        """What the terminal shows."""
         lines = self.sources + [
             f"step {step.number} ({step.title}): {self.rows.get(f'{step.rows.name}_train', 0):,} rows, "
             f"{self.rows.get(f'{step.rows.name}_eval', 0):,} held out"
@@ -216,9 +210,9 @@ def prepare_data(
     sets, counts, left_out = build_rows(settings, seed, chat_format, report, eval_data.serves)
     if settings.parent:
         counts.notes.append(go_on(sets, Path(settings.parent), seed))
-    if eval_data.found:
+    if eval_data.sources:
         counts.notes.append(eval_data.hold_out(sets, seed))
-        left_out += [(place, reason) for each in eval_data.found for place, reason, _ in each.left_out]
+        left_out += [(place, reason) for read in eval_data.sources for place, reason, _ in read.left_out]
     counts.rows = count_rows(sets)
     require_both_labels(sets.pairs_train)
     require_difference(sets.pairs_train, settings, chat_format)
@@ -283,32 +277,33 @@ def build_rows(
     if settings.source == EMBEDDED_DATA:
         sets, skipped, notes = build_chitchat(load_dialogues(), load_texts(report), settings, seed, chat_format)
         return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
-    found = read_sources(settings, report, chat_format)
-    sets, notes = split_and_blend(found, settings, seed, evaluated)
-    left_out = [(place, reason) for each in found for place, reason, _ in each.left_out]
-    reasons = Counter(reason for _, reason in left_out)
-    places: dict[str, list[str]] = {reason: [] for reason in reasons}
+    sources = read_sources(settings, report, chat_format)
+    sets, notes = split_and_blend(sources, settings, seed, evaluated)
+    left_out = [(place, reason) for read in sources for place, reason, _ in read.left_out]
+    places: dict[str, list[str]] = defaultdict(list)
     for place, reason in left_out:
-        if len(places[reason]) < PLACES_NAMED:
-            places[reason].append(place)
-    sources = [each.describe() for each in found]
-    return sets, DataCounts(count_rows(sets), dict(reasons.most_common()), notes, places, sources), left_out
+        places[reason].append(place)
+    counted = Counter(reason for _, reason in left_out)
+    first_places = {reason: at[:PLACES_NAMED] for reason, at in places.items()}
+    described = [read.describe() for read in sources]
+    counts = DataCounts(count_rows(sets), dict(counted.most_common()), notes, first_places, described)
+    return sets, counts, left_out
 
 
 def split_and_blend(
-    found: list[SourceRows], settings: DataSettings, seed: int, evaluated: Collection[str] = ()
+    sources: list[SourceRows], settings: DataSettings, seed: int, evaluated: Collection[str] = ()
 ) -> tuple[RowSets, list[str]]:
     """All sources together are shared out over steps and evaluation, each row once; then their weights count.
 
     Also returns what a person should know about it. What several sources have is the one's with the largest weight.
     """
-    rows = [row for each in sorted(found, key=lambda each: -each.source.weight) for row in each.rows]
-    if len(found) > 1:
-        for each in found:
-            for row in each.rows:
-                row["source"] = each.source.label
-    elif found[0].source.weight != 1:
-        raise UserError(f"{found[0].source} is the only source, so its weight says nothing: leave it out.")
+    rows = [row for read in sorted(sources, key=lambda read: -read.source.weight) for row in read.rows]
+    if len(sources) > 1:
+        for read in sources:
+            for row in read.rows:
+                row["source"] = read.source.label
+    elif sources[0].source.weight != 1:
+        raise UserError(f"{sources[0].source} is the only source, so its weight says nothing: leave it out.")
     shares = SHARES if settings.parent else settings.split
     sets = split_rows(rows, shares, settings.held_out, seed, all_serve_all=bool(settings.parent), evaluated=evaluated)
     repeats = keep_once(sets)
@@ -324,7 +319,7 @@ def split_and_blend(
         shared = ":".join(f"{share:g}" for share in settings.split)
         what = "pairs" if any(kind_of(row) == "pair" for row in rows) else "answers with a label"
         notes.append(f"{what} are shared out over steps 1, 2 and 3 as {shared} (data.split)")
-    return blend(sets, {each.source.label: each.source.weight for each in found}, seed), notes
+    return blend(sets, {read.source.label: read.source.weight for read in sources}, seed), notes
 
 
 def count_rows(sets: RowSets) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """Several answers to one prompt in a row, and what somebody thought of them -> chosen and rejected.
 
 Columns for the better and the worse answer (or several of either), two answers with a winner or a score each, or a list
-of answers with a score each. rated_rows.py pairs answers that have a row each.
+of answers with a score each. reading.py pairs answers that have a row each.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -19,9 +20,8 @@ STEMS = (
 )
 """What the column of an answer is called, with something before or behind it."""
 LISTS = ("responses", "answers", "outputs", "completions", "replies", "generations", "candidates", "summaries")
-"""What a column with all answers is called."""
 TEXT_KEYS = (*STEMS, "content")
-"""Where the text of an answer stands that is an object."""
+"""The text of an answer that is an object stands under one of these."""
 
 
 def columns_called(words: Iterable[str], *others: str) -> frozenset[str]:
@@ -42,11 +42,9 @@ TWO = {f"{stem}{first}": (f"{stem}{second}", first, second) for first, second in
 """The column of the first of two answers -> that of the second, and what both names end with."""
 SCORES = ("fine-grained_score", "overall_score", "score", "rating", "reward", "pm_score", "helpfulness")
 """More is better. The first one that is there counts."""
-RANK = "rank"
-"""1 is the best."""
+RANK = "rank"  # 1 is the best
 ORDERS = ("ranking", "rankings")
 """The rank of each answer, or the answers' numbers from the best to the worst: nobody knows."""
-FIRST, LEFT = ("first", "second"), ("left", "right")
 WINNER_COLUMNS = (
     "winner",
     "preference",
@@ -57,10 +55,9 @@ WINNER_COLUMNS = (
     "label",
     *sorted(BETTER),
 )
-"""Name or number of the better one of two answers."""
+"""They name the better one of two answers, or have its number."""
 LIKE_A_WINNER = re.compile("winner|prefer|better|verdict")
-SHORT = 20
-"""Characters of what may be a winner and not its reason."""
+SHORT = 20  # characters of what may be a winner and not its reason
 STRENGTHS = ("overall_preference", "preference_strength")
 """Below 0 where the first of two answers is better, above where the second is (HelpSteer2 and 3)."""
 TIE = re.compile(r"\b(ties?|tied|draw|equal|same|both|neither|none)\b|bothbad|^1\.5$")
@@ -75,13 +72,7 @@ COLUMNS = BETTER | WORSE | TWO.keys() | set(LISTS)
 TURNS = ("prompt", "response_a", "response_b")
 """The columns in which Chatbot Arena keeps the list of a conversation's turns as text."""
 
-SEVERAL_TURNS = "a conversation of several turns, of which the two models had each its own"
-SAME_SCORE = "the answers to the prompt have the same score"
-ONE_ANSWER = "only one answer to the prompt has a score"
-NO_BETTER = "the chosen answer has no higher score than the rejected one"
-TIED = "neither of the two answers is the better one"
-
-Choice = tuple[Any, Any, set[str], float | None]
+Preferred = tuple[Any, Any, set[str], float | None]
 """The better answer, the worse one, the columns (by their usual names) that say so, and by how much it is better."""
 
 
@@ -114,7 +105,7 @@ def every_pair(value: dict[str, Any], names: Mapping[str, str]) -> list[Any]:
     prompt_from_context(rest, names)
     return [
         {**rest, "chosen": answers[i], "rejected": answers[j], "margin": scores[i] - scores[j]}
-        for i, j in ahead(scores)
+        for i, j in better_first(scores)
         if stripped(answers[i]) != stripped(answers[j])
     ]
 
@@ -124,15 +115,15 @@ def stripped(answer: Any) -> Any:
 
 
 def prompt_from_context(row: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Messages in `context` beside several answers, as HelpSteer3 has them."""
+    """Take messages in `context` beside several answers as the prompt, as HelpSteer3 has them."""
     if row.get(names.get("prompt", "prompt")) is None and looks_like_messages(row.get(names.get("context", ""))):
         row["prompt"] = row.pop(names["context"])
 
 
-def ahead(scores: Mapping[int, float]) -> list[tuple[int, int]]:
-    """Each two places of which the first has the higher score, the furthest apart first."""
-    found = [(i, j) for i, j in product(scores, repeat=2) if scores[i] > scores[j]]
-    return sorted(found, key=lambda pair: scores[pair[1]] - scores[pair[0]])
+def better_first(scores: Mapping[int, float]) -> list[tuple[int, int]]:
+    """All two keys of which the first has the higher score, the furthest apart first."""
+    pairs = [(i, j) for i, j in product(scores, repeat=2) if scores[i] > scores[j]]
+    return sorted(pairs, key=lambda pair: scores[pair[1]] - scores[pair[0]])
 
 
 def is_several(value: Any) -> bool:
@@ -174,7 +165,7 @@ def single_turn(row: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(turn, list) and len(turn) == len(turns[0]) for turn in turns):
         return {}
     if len(turns[0]) != 1:
-        raise LeftOut(SEVERAL_TURNS)
+        raise LeftOut("a conversation of several turns, of which the two models had each its own")
     return {name: turn[0] for name, turn in zip(TURNS, turns, strict=True)}
 
 
@@ -185,13 +176,12 @@ def require_better(values: Mapping[str, Any]) -> tuple[set[str], float | None]:
         chosen, rejected = (number(values.get(column)) for column in columns)
         if chosen is not None and rejected is not None:
             if chosen <= rejected:
-                raise LeftOut(NO_BETTER)
+                raise LeftOut("the chosen answer has no higher score than the rejected one")
             return set(columns), chosen - rejected
     return set(), None
 
 
-def better_and_worse(values: Mapping[str, Any]) -> Choice | None:
-    """Columns that are called so."""
+def better_and_worse(values: Mapping[str, Any]) -> Preferred | None:
     better, worse = ([name for name in values if name in words] for words in (BETTER, WORSE))
     if len(better) != 1 or len(worse) != 1 or not all(is_answer(values[name]) for name in better + worse):
         return None
@@ -202,8 +192,8 @@ def is_answer(value: Any) -> bool:
     return isinstance(value, str | dict) or looks_like_messages(value)
 
 
-def one_of_two(values: Mapping[str, Any]) -> Choice | None:
-    """Two answers in columns of their own, with scores or a winner."""
+def one_of_two(values: Mapping[str, Any]) -> Preferred | None:
+    """Judge two answers in columns of their own by scores or a winner."""
     for column, (other, *ends) in TWO.items():
         if not {column, other} <= values.keys():
             continue
@@ -213,7 +203,7 @@ def one_of_two(values: Mapping[str, Any]) -> Choice | None:
             continue
         better, used, margin = judged
         if better is None:
-            raise LeftOut(TIED)
+            raise LeftOut("neither of the two answers is the better one")
         return values[columns[better]], values[columns[1 - better]], {*columns, *used}, margin
     return None
 
@@ -249,14 +239,14 @@ def by_winner(values: Mapping[str, Any], columns: tuple[str, str], ends: list[st
 
 
 def named_answer(name: str, winner: Any, answers: list[Any], columns: tuple[str, str], ends: list[str]) -> int | None:
-    """The place of the answer that is named, None for a tie. Raises BadRow for what names neither."""
+    """The index of the answer that is named, None for a tie. Raises BadRow for what names neither."""
     if winner in answers:
         return answers.index(winner)
     text = re.sub(r"\.0+$", "", str(winner).strip().lower())  # 1.0 is 1
     if TIE.search(text):
         return None
     words = set(re.findall(r"[a-z]+|\d+", text))
-    named = [i for i in (0, 1) if {ends[i].strip("_"), "ab"[i], FIRST[i], LEFT[i]} & words]
+    named = [i for i in (0, 1) if {ends[i].strip("_"), "ab"[i], ("first", "second")[i], ("left", "right")[i]} & words]
     if len(named) != 1:
         raise BadRow(f"'{name}' is {text[:SHORT]!r}, which names neither {columns[0]} nor {columns[1]}")
     return named[0]
@@ -266,35 +256,35 @@ Scores = tuple[list[float | None], set[str]]
 """Of each answer, more is better; and the columns that they stand in."""
 
 
-def best_and_worst(values: Mapping[str, Any]) -> Choice | None:
+def best_and_worst(values: Mapping[str, Any]) -> Preferred | None:
     """Of a list of answers the two that are furthest apart. Raises LeftOut where none is better than another."""
     if (rated := rated_list(values)) is None:
         return None
     answers, scores, used = rated
     if len(scores) < 2:
-        raise LeftOut(ONE_ANSWER)
-    best, worst = (choose(scores, key=lambda place: scores[place]) for choose in (max, min))
+        raise LeftOut("only one answer to the prompt has a score")
+    best, worst = (choose(scores, key=lambda i: scores[i]) for choose in (max, min))
     if scores[best] == scores[worst]:
-        raise LeftOut(SAME_SCORE)
+        raise LeftOut("the answers to the prompt have the same score")
     return answers[best], answers[worst], used, scores[best] - scores[worst]
 
 
 def rated_list(values: Mapping[str, Any]) -> tuple[list[Any], dict[int, float], set[str]] | None:
-    """A list of answers, each with a score or a rank, in it or in a list beside it: the answers, what is said of those
-    of which something is, by their places, and the columns."""
+    """A list of answers, each with a score or a rank, in it or in a list beside it: the answers, the scores of those
+    that have one by their indices, and the columns."""
     for column in LISTS:
         answers = parsed(values.get(column))
         if not isinstance(answers, list) or not answers or not all(map(is_answer, answers)):
             continue
         rated = scores_in(answers) or scores_beside(values, column, len(answers))
         if rated is not None:
-            scores = {place: score for place, score in enumerate(rated[0]) if score is not None}
+            scores = {i: score for i, score in enumerate(rated[0]) if score is not None}
             return list(map(text_in, answers)), scores, {column, *rated[1]}
     return None
 
 
 def text_in(answer: Any) -> Any:
-    """The text of an answer that is an object; any other as it is."""
+    """Return the text of an answer that is an object; any other as it is."""
     if not isinstance(answer, dict) or "role" in answer or "from" in answer:
         return answer
     return next((answer[key] for key in TEXT_KEYS if key in answer), answer)
@@ -313,8 +303,9 @@ def scores_in(answers: list[Any]) -> Scores | None:
 
 def mean_rating(annotations: Any) -> float | None:
     """Of {"helpfulness": {"Rating": "4"}, ...}; what is not rated (N/A) does not count."""
-    aspects = [each for each in annotations.values() if isinstance(each, dict)] if isinstance(annotations, dict) else []
-    ratings = [rating for each in aspects if (rating := number(each.get("Rating"))) is not None]
+    aspects = annotations.values() if isinstance(annotations, dict) else ()
+    numbers = [number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]
+    ratings = [rating for rating in numbers if rating is not None]
     return sum(ratings) / len(ratings) if ratings else None
 
 
@@ -355,7 +346,27 @@ def require_plain_order(name: str, numbers: list[float | None]) -> None:
 
 def number(value: Any) -> float | None:
     try:
-        found = float(value)
+        result = float(value)
     except (TypeError, ValueError):
         return None
-    return found if math.isfinite(found) else None
+    return result if math.isfinite(result) else None
+
+
+@dataclass(frozen=True)
+class Rating:
+    value: float  # more is better; of a label 1 or 0
+    column: str
+    is_label: bool
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether a label says so: a score alone cannot."""
+        return self.is_label and not self.value
+
+
+def rating_of(row: Mapping[str, Any]) -> Rating | None:
+    """Return the score or rank in a row with one answer."""
+    for column in (*SCORES, RANK):
+        if (value := number(row.get(column))) is not None and not isinstance(row[column], bool):
+            return Rating(-value if column == RANK else value, column, is_label=False)
+    return None

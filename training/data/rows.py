@@ -1,6 +1,8 @@
 """Rows: what a data source becomes, one JSON object a line in the run directory."""
 
 import json
+import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -9,12 +11,13 @@ from typing import Any, NotRequired, TypedDict
 
 from inference.chat_template import Message
 from inference.errors import UserError
+from training.config import StepSettings
 from training.role_settings import Keep
 from training.steps import PROMPTS, Step, TrainingRows
 
 
 class SFTRow(TypedDict):
-    """Step 1: the response that the model is to give."""
+    """Step 1 learns to give the response."""
 
     prompt: list[Message]
     response: str
@@ -23,16 +26,14 @@ class SFTRow(TypedDict):
 
 
 class PairRow(TypedDict):
-    """Step 2: two responses to one prompt, and which of them people prefer."""
+    """Step 2 learns which of two responses to one prompt people prefer."""
 
     prompt: list[Message]
     chosen: str
     rejected: str
-    chosen_score: NotRequired[float]
-    """With the embedded default: the mean of people's ratings, from -4 to 4."""
+    chosen_score: NotRequired[float]  # with the embedded default: the mean of people's ratings, from -4 to 4
     rejected_score: NotRequired[float]
-    margin: NotRequired[float]
-    """By how much the chosen one is said to be better, where the data say it."""
+    margin: NotRequired[float]  # by how much the chosen one is said to be better, where the data say it
     held_out_question: NotRequired[bool]
     source: NotRequired[str]
 
@@ -47,11 +48,10 @@ class LabelledRow(TypedDict):
 
 
 class PromptRow(TypedDict):
-    """Step 3: what the policy is asked."""
+    """Step 3 asks the policy."""
 
     prompt: list[Message]
-    extra: NotRequired[dict[str, Any]]
-    """The other keys of the user's row, for a reward function."""
+    extra: NotRequired[dict[str, Any]]  # the other keys of the user's row, for a reward function
     held_out_question: NotRequired[bool]
     source: NotRequired[str]
 
@@ -59,15 +59,11 @@ class PromptRow(TypedDict):
 class PanelRow(TypedDict):
     """A text that people rated, which no step is trained on (embedded default only)."""
 
-    prompt: list[Message]
-    """What it is taken to answer."""
+    prompt: list[Message]  # that it is taken to answer
     response: str
-    domain: str
-    """`tweets`, which others of the training are too, or another kind of text."""
-    mean: float
-    """Of the ratings, from -4 (extremely negative) to 4 (extremely positive)."""
-    ratings: list[int]
-    """One a person."""
+    domain: str  # `tweets`, which others of the training are too, or another kind of text
+    mean: float  # of the ratings, from -4 (extremely negative) to 4 (extremely positive)
+    ratings: list[int]  # one a person
 
 
 # What is not required comes with the embedded default: the scores, and in evaluation rows whether nothing was
@@ -85,13 +81,11 @@ class RowSets:
     pairs_eval: list[PairRow | LabelledRow] = field(default_factory=list)
     prompts_train: list[PromptRow] = field(default_factory=list)
     prompts_eval: list[PromptRow] = field(default_factory=list)
-    panel: list[PanelRow] = field(default_factory=list)
-    """What people rated, to compare a reward model with them."""
-    steps_share: bool = False
-    """Whether the training rows were too few to give each step some of its own."""
+    panel: list[PanelRow] = field(default_factory=list)  # texts that people rated, to compare a reward model with them
+    steps_share: bool = False  # whether the training rows were too few to give each step some of its own
 
     def items(self) -> list[tuple[str, list[Row]]]:
-        """Name and rows of each set for a step."""
+        """Return name and rows of each set for a step."""
         return [(each.name, getattr(self, each.name)) for each in fields(self) if each.name not in NO_STEP]
 
 
@@ -104,9 +98,7 @@ def margin_of(row: Mapping[str, Any]) -> float | None:
 
 NO_STEP = ("panel", "steps_share")
 PANEL_FILE = "panel.jsonl"
-"""Of the panel's rows beside those of the steps, where there are some."""
-DEMONSTRATIONS_FILE = "demonstrations.jsonl"
-"""Of those that rlhf.ptx.source names."""
+DEMONSTRATIONS_FILE = "demonstrations.jsonl"  # the rows that rlhf.ptx.source names
 
 
 def write_rows(file: Path, rows: Sequence[Row | PanelRow]) -> None:
@@ -173,3 +165,38 @@ def require_rows(directory: Path, step: Step, keep: Keep = "last", rows: Trainin
             f"Step {step.label} needs {(rows or step.rows).contents}, and {why}, "
             f"or {INSTEAD.get(step.command, 'leave the step out (--steps)')}."
         )
+
+
+class Epochs:
+    """The order of an epoch is a function of (salt, epoch) alone, so that resuming needs no cursor. The last one asked
+    for is kept: a million rows take half a second to shuffle."""
+
+    def __init__(self, size: int, salt: str):
+        self.size, self.salt = size, salt
+        self._kept = -1, array("q")
+
+    def order(self, epoch: int) -> "array[int]":
+        """Return rows 0 .. size - 1 in the order of this epoch."""
+        if self._kept[0] != epoch:
+            order = array("q", range(self.size))
+            random.Random(f"{self.salt}/{epoch}").shuffle(order)
+            self._kept = epoch, order
+        return self._kept[1]
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """The rows at places `start` .. `start + count - 1`, counted from 0 through all epochs."""
+        chosen: list[int] = []
+        while len(chosen) < count:
+            epoch, seat = divmod(start + len(chosen), self.size)
+            chosen += self.order(epoch)[seat : seat + count - len(chosen)]
+        return chosen
+
+
+def updates_per_epoch(rows: int, settings: StepSettings) -> int:
+    return max(1, rows // settings.batch_size)
+
+
+def count_updates(rows: int, settings: StepSettings) -> int:
+    """Count the optimiser steps of the whole step."""
+    total = updates_per_epoch(rows, settings) * settings.epochs
+    return min(total, settings.max_steps) if settings.max_steps else total

@@ -5,8 +5,6 @@ ShareGPT's {"conversations": [{"from": ..., "value": ...}]} and Alpaca's {"instr
 `rlhf-chat prefer` collects. Several answers of a row are the business of rated_answers.py.
 """
 
-import re
-import unicodedata
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -35,9 +33,8 @@ ANSWERS = ("response", "completion")
 KNOWN_COLUMNS = frozenset([*TEXTS, *LABELS, *CONVERSATIONS, *QUESTIONS, *SYSTEMS]) | {
     *("history", "input", "context", "output", "tools", "margin"),
 }
-"""All that are looked at."""
 INDEX_COLUMNS = ("", "unnamed: 0", "__index_level_0__")
-"""What pandas writes for the numbers of its rows."""
+"""pandas writes the numbers of its rows into a column of such a name."""
 PREFERENCE_COLUMNS = frozenset(field.name for field in fields(Preference))
 PREFERENCE_TEXTS = frozenset(("prompt", "response_a", "response_b", "winner"))
 UNDECIDED = {"tie": "both answers are about the same", "both bad": "both answers are bad"}
@@ -69,7 +66,7 @@ def in_trls_columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def usual_names(row: dict[str, Any]) -> dict[str, Any]:
-    """Known columns in small letters, and without the index of a table."""
+    """Write known columns in small letters, and leave out the index of a table."""
     result = {}
     for name, value in row.items():
         usual = usual_name(name)
@@ -84,7 +81,7 @@ def usual_name(column: str) -> str:
 
 
 def rename(row: dict[str, Any], names: tuple[str, ...], new: str) -> None:
-    """The first of `names` that is there becomes `new`."""
+    """Rename the first of `names` that is there to `new`."""
     for name in names:
         if name in row:
             row[new] = row.pop(name)
@@ -200,27 +197,3 @@ def joined(earlier: list[dict[str, Any]], messages: list[dict[str, Any]]) -> lis
         raise BadRow("there are two system messages, one in the column 'system' and one among the messages")
     rest = messages[1:] if role_of(messages[0]) == "system" else messages
     return begins[:1] + [item for item in earlier if role_of(item) != "system"] + rest
-
-
-INVISIBLE = re.compile(
-    "[\u00ad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
-    "\U000e0000-\U000e007f]"
-)
-"""Signs that change nothing a reader sees: soft hyphens, joiners, directions, fillers, variants, tags."""
-PLAIN = str.maketrans("\u2018\u2019\u02bc\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "'''\"\"------")
-"""Quotation marks and dashes as word processors set them."""
-BEFORE = " \"'`*_#>([\u00bf\u00a1"
-BEHIND = " .,;:?!\"'`*_)]\u3001\u3002"
-"""Marks around a text: of its end, quotation, Markdown."""
-
-
-def one_spelling(text: str) -> str:
-    """`text` without what case, Unicode form, spaces and the marks around it make different."""
-    text = text.casefold() if text.isascii() else one_alphabet(text)
-    bare = " ".join(text.split())
-    return bare.removeprefix("- ").lstrip(BEFORE).rstrip(BEHIND) or bare
-
-
-def one_alphabet(text: str) -> str:
-    text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).translate(PLAIN)
-    return unicodedata.normalize("NFKC", text.casefold())  # folding a sign may take it apart

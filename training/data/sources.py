@@ -16,24 +16,20 @@ from inference.errors import UserError
 WEIGHT = re.compile(r"(?P<rest>.+)=(?P<weight>[0-9]*\.?[0-9]+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-PACKINGS = (".gz", ".bz2", ".xz", ".zip")
-"""What may stand behind them."""
+PACKINGS = (".gz", ".bz2", ".xz", ".zip")  # that may stand behind them
 TASK_PREFIX = "reasoning:"
 
 
 def ending(file: Path) -> str:
-    """`.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
+    """Return `.jsonl` for `rows.jsonl` and for `rows.jsonl.gz`."""
     return (file.with_suffix("") if file.suffix.lower() in PACKINGS else file).suffix.lower()
 
 
 @dataclass(frozen=True)
 class Source:
-    name: str
-    """A path, a hub id, or the short name of a data set that we know."""
-    at: str = ""
-    """Behind the @: a revision of the hub, or the path of a copy."""
-    weight: float = 1.0
-    """How often each of its rows is trained on."""
+    name: str  # a path, a hub id, or the short name of a data set that we know
+    at: str = ""  # behind the @: a revision of the hub, or the path of a copy
+    weight: float = 1.0  # how often each of its rows is trained on
 
     @property
     def is_task(self) -> bool:
@@ -46,7 +42,7 @@ class Source:
 
     @property
     def copy(self) -> Path | None:
-        """Where the files of a named data set lie, if not on the hub."""
+        """The files of a named data set lie here, if not on the hub."""
         place = Path(self.at).expanduser()
         return place if self.at and (exists(self.at) or self.at.startswith(("/", ".", "~"))) else None
 
@@ -56,11 +52,10 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What its rows are marked with; the weight is not in it."""
+        """Its rows are marked with this; the weight is not in it."""
         return self.name + (f"@{self.at}" if self.at else "")
 
     def __str__(self) -> str:
-        """As a person writes it."""
         return self.label + (f"={self.weight:g}" if self.weight != 1 else "")
 
 

@@ -7,6 +7,8 @@ message: no question is both trained on and evaluated, and nor are two parts of 
 import hashlib
 import json
 import random
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar, cast
@@ -14,7 +16,6 @@ from typing import Any, TypeVar, cast
 from inference.chat_template import Message
 from inference.errors import UserError
 from training.data.rows import LabelledRow, PairRow, PromptRow, Row, RowSets, SFTRow
-from training.data.shapes import one_spelling
 
 T = TypeVar("T")
 USES = {
@@ -25,8 +26,7 @@ USES = {
     "prompt": ("prompts",),
 }
 """What rows of a kind can be, by their use in training. Where nothing else gives prompts, demonstrations do as well."""
-SHARES = ("sft", "pairs", "prompts")
-"""What the shares of data.split are of."""
+SHARES = ("sft", "pairs", "prompts")  # that data.split has
 
 
 def split_rows(
@@ -117,7 +117,7 @@ def keep_once(sets: RowSets) -> int:
 
 
 def once(rows: Sequence[T], evaluation: bool) -> list[T]:
-    """The first of equal ones."""
+    """Return the first of equal rows."""
     first: dict[tuple[Any, ...], T] = {}
     for row in rows:
         first.setdefault(identity(row, evaluation), row)
@@ -138,7 +138,7 @@ def identity(row: Any, evaluation: bool) -> tuple[Any, ...]:
 
 
 def in_random_order(names: Sequence[str], salt: str) -> list[str]:
-    """By hash, so that the order of the files and rows does not matter."""
+    """Order by hash, so that the order of the files and rows does not matter."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{salt} {name}".encode()).digest())
 
 
@@ -183,3 +183,26 @@ def add_rows(sets: RowSets, use: str, group: list[Row], evaluation: bool) -> Non
             prompts = sets.prompts_eval if evaluation else sets.prompts_train
             kept = {"extra": cast(PromptRow, row)["extra"]} if "extra" in row else {}
             prompts.append(cast(PromptRow, {"prompt": row["prompt"], **kept, **source}))
+
+
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "\U000e0000-\U000e007f]"
+)
+"""Signs that change nothing a reader sees: soft hyphens, joiners, directions, fillers, variants, tags."""
+PLAIN = str.maketrans("\u2018\u2019\u02bc\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "'''\"\"------")
+"""Quotation marks and dashes as word processors set them."""
+BEFORE = " \"'`*_#>([\u00bf\u00a1"
+BEHIND = " .,;:?!\"'`*_)]\u3001\u3002"  # marks around a text: of its end, quotation, Markdown
+
+
+def one_spelling(text: str) -> str:
+    """`text` without what case, Unicode form, spaces and the marks around it make different."""
+    text = text.casefold() if text.isascii() else one_alphabet(text)
+    bare = " ".join(text.split())
+    return bare.removeprefix("- ").lstrip(BEFORE).rstrip(BEHIND) or bare
+
+
+def one_alphabet(text: str) -> str:
+    text = unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).translate(PLAIN)
+    return unicodedata.normalize("NFKC", text.casefold())  # folding a sign may take it apart

@@ -35,8 +35,7 @@ from training.run_directory import write_tensors
 SMALL = 2_000_000
 """Characters below which making the tokens takes two or three seconds (docs/data.md); they are not kept."""
 
-CODE = (inference.chat_format, inference.chat_template)
-"""What makes tokens."""
+CODE = (inference.chat_format, inference.chat_template)  # it makes the tokens
 
 Tokens = tuple[Tensor, ...]
 """Of one row, a tensor for each of its texts: int64 (length), in memory of its own. A view would take all rows along
@@ -56,7 +55,7 @@ class TokenRows(Sequence[Tokens]):
         return len(self.lengths)
 
     def __getitem__(self, row: Any) -> Any:
-        """The Tokens of one row; no slices."""
+        """Return the Tokens of one row; takes no slices."""
         end = int(self.ends[row])
         texts = self.ids[end - int(self.sizes[row]) : end].split(self.lengths[row].tolist())
         return tuple(text.long() for text in texts)
@@ -69,8 +68,7 @@ class TokenRows(Sequence[Tokens]):
 class TokenCache:
     directory: Path
     rows: Sequence[dict[str, Any]]
-    parts: tuple[str, ...]
-    """Keys of a row: `prompt`, and those of its answers."""
+    parts: tuple[str, ...]  # keys of a row: `prompt`, and those of its answers
     chat_format: ChatFormat
     settings: DataSettings
     small: int = SMALL
@@ -107,12 +105,12 @@ class TokenCache:
             write_tensors(self.file, tensors)
 
     def read(self) -> TokenRows:
-        """The tokens of each row, from the file where there is one."""
+        """Return the tokens of each row, from the file where there is one."""
         kept = self.load()
         return self.make() if kept is None else kept
 
     def make(self, bar: Bar | None = None) -> TokenRows:
-        """The tokens of each row, made anew; `bar` takes a step a row."""
+        """Make the tokens of each row; `bar` takes a step a row."""
         bar, ids, lengths = bar or Bar(), array("i"), array("i")
         for row in self.rows:
             for part in self.parts:
@@ -128,7 +126,7 @@ class TokenCache:
         return self.chat_format.response_ids(row[part], self.settings.max_response_tokens)
 
     def load(self) -> TokenRows | None:
-        """What the file holds; None where it is not there or not whole."""
+        """Read the file; None where it does not exist or is not whole."""
         try:
             tensors = load_file(self.file)  # which maps it
             made = self.rows_of(tensors["ids"], tensors["lengths"])
@@ -167,16 +165,12 @@ class TokenPair:
     prompt: Tensor
     chosen: Tensor
     rejected: Tensor
-    is_unseen: bool = False
-    """Whether nothing was trained on under its question (embedded default only)."""
-    place: int = 0
-    """Of its row in the file, counted from 0."""
-    margin: float = 0.0
-    """By how much the chosen answer is said to be better; 0 where nothing says it."""
+    is_unseen: bool = False  # whether nothing was trained on under its question (embedded default only)
+    place: int = 0  # index of its row in the file
+    margin: float = 0.0  # by how much the chosen answer is said to be better; 0 where nothing says it
 
     @classmethod
     def of(cls, row: dict[str, Any], tokens: Sequence[Tensor], place: int = 0) -> "TokenPair":
-        """Of a row and the tokens of its texts."""
         prompt, chosen, rejected = tokens
         return cls(prompt, chosen, rejected, row.get("held_out_question", False), place, margin_of(row) or 0.0)
 
@@ -187,12 +181,11 @@ class TokenPair:
 
     @property
     def longer(self) -> int:
-        """Tokens of the longer answer."""
         return max(len(self.chosen), len(self.rejected))
 
     @property
     def tokens(self) -> int:
-        """Of both rows together."""
+        """Count the tokens of prompt and answer for both answers."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
@@ -210,31 +203,31 @@ def rows_of(pairs: Sequence[TokenPair]) -> list[tuple[Tensor, Tensor]]:
 
 
 def grouped(pairs: Sequence[TokenPair], by_prompt: bool) -> list[list[int]]:
-    """The places of pairs that are learned from together: all of a prompt, or each alone."""
+    """The indices of pairs that are learned from together: all of a prompt, or each alone."""
     groups: dict[Any, list[int]] = {}
-    for place, pair in enumerate(pairs):
-        groups.setdefault(tuple(pair.prompt.tolist()) if by_prompt else place, []).append(place)
+    for i, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair.prompt.tolist()) if by_prompt else i, []).append(i)
     return list(groups.values())
 
 
 def answers_of(groups: Sequence[Sequence[TokenPair]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Prompts and answers of one forward pass, each answer once in a group, and where the chosen and the rejected one
     of each pair are among them: int64 (2, pairs)."""
-    rows, places = list[tuple[Tensor, Tensor]](), list[int]()
-    found: dict[tuple[int, ...], int] = {}
+    rows, indices = list[tuple[Tensor, Tensor]](), list[int]()
+    index_of: dict[tuple[int, ...], int] = {}
     for side in ("chosen", "rejected"):
         for number, group in enumerate(groups):
             for pair in group:
                 answer: Tensor = getattr(pair, side)
-                place = found.setdefault((number, *answer.tolist()), len(rows))
-                if place == len(rows):
+                index = index_of.setdefault((number, *answer.tolist()), len(rows))
+                if index == len(rows):
                     rows.append((pair.prompt, answer))
-                places.append(place)
-    return rows, torch.tensor(places).view(2, -1)
+                indices.append(index)
+    return rows, torch.tensor(indices).view(2, -1)
 
 
 def tokens_of(group: Sequence[TokenPair]) -> int:
-    """That a group takes in a forward pass."""
+    """Count the tokens of a group in a forward pass."""
     if len(group) == 1:
         return group[0].tokens
     return sum(len(prompt) + len(answer) for prompt, answer in answers_of([group])[0])

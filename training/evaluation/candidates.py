@@ -27,12 +27,11 @@ from training.stage import Stage
 from training.steps import COMPARED, REWARD, SFT, WRITING, step_of
 
 NAMES = {"base": "base model", **{step.command: step.name for step in WRITING}}
-"""A run's own models, by the words for them."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare; '', 0 and None leave the choice to the run."""
+    """What to compare is asked here; '', 0 and None leave the choice to the run."""
 
     model: str = ""
     """One of NAMES, a run (its newest model), a checkpoint (RUN@12), a model directory or a hub id."""
@@ -40,10 +39,8 @@ class Request:
     judge: str = ""
     """true, learned, reward (all that PPO was told to raise), or a reward model's directory or hub id."""
     prompts: int = 0
-    seed: int | None = None
-    """Of the answers."""
-    eval_data: tuple[str, ...] = ()
-    """Sources of the rows to measure on, in place of those that the run holds out."""
+    seed: int | None = None  # of the answers
+    eval_data: tuple[str, ...] = ()  # sources of the rows to measure on, in place of those that the run holds out
 
 
 @dataclass(frozen=True)
@@ -53,15 +50,14 @@ class Candidate:
     directory: Path
 
     def label(self, run: RunDirectory) -> str:
-        """What preferences that a run has collected call it."""
+        """Preferences that a run has collected call it so."""
         return f"{run.path.resolve().name}/base" if self.key == "base" else label_of(self.directory, self.name)
 
 
 @dataclass(frozen=True)
 class Judge:
     name: str
-    source: Path | Literal["truth", "reward"]
-    """A reward model, the lexicon, or all that PPO was told to raise."""
+    source: Path | Literal["truth", "reward"]  # a reward model, the lexicon, or all that PPO was told to raise
 
 
 def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
@@ -106,15 +102,14 @@ def base_directory(stage: Stage) -> Path:
 
 
 def sources(stage: Stage, candidates: Iterable[Candidate], judge: Judge | None) -> list[Source]:
-    """Where the compared models and their judge come from."""
-    found = [Source(each.name, str(each.directory), each.key == "base") for each in candidates]
+    result = [Source(model.name, str(model.directory), model.key == "base") for model in candidates]
     if judge is not None and isinstance(judge.source, Path):
-        found.append(Source(judge.name.removeprefix("reward of "), str(judge.source)))
-    return found
+        result.append(Source(judge.name.removeprefix("reward of "), str(judge.source)))
+    return result
 
 
 def find_reward_model(stage: Stage) -> Path | None:
-    """The run's, if it has a finished one."""
+    """Find the run's reward model, if it has a finished one."""
     given = stage.config.trained_reward_model or stage.run.step(REWARD).is_finished
     return stage.earlier_model(REWARD) if given else None
 
@@ -158,7 +153,7 @@ Row = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
 
 @dataclass
 class Answers:
-    """In the order of the prompts, in the tokens of `chat_format`."""
+    """All are in the order of the prompts, and in the tokens of `chat_format`."""
 
     chat_format: ChatFormat
     prompts: list[list[Message]]
@@ -196,7 +191,7 @@ def same_tokens(a: ChatFormat, b: ChatFormat) -> bool:
 
 
 def encode(chat_format: ChatFormat, prompt: Sequence[Message], response: str, data: DataSettings) -> Row:
-    """A reply from the data, within the limits that training has too."""
+    """Encode a reply from the data, within the limits that training has too."""
     prompt_ids = chat_format.prompt_ids(list(prompt), data.max_prompt_tokens)
     return torch.tensor(prompt_ids), torch.tensor(chat_format.response_ids(response, data.max_response_tokens))
 
@@ -212,13 +207,13 @@ class Reader:
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[Row], temperature: float = 1.0) -> list[Tensor]:
-        """Of each row's response tokens; float32 (response tokens) each."""
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        """Score each row's response tokens; float32 (response tokens) each."""
+        result: list[Tensor] = [torch.empty(0)] * len(rows)
         for chosen, batch in batches(self.stage, rows):
             sizes = [len(rows[row][1]) for row in chosen]
             for row, values in zip(chosen, self.policy(batch, temperature)[0].cpu().split(sizes), strict=True):
-                found[row] = values
-        return found
+                result[row] = values
+        return result
 
     def logprobs_of(self, answers: Answers, temperature: float = 1.0) -> list[Tensor]:
         return self.logprobs(answers.rows(self.chat_format, self.stage.config.data), temperature)
@@ -226,7 +221,7 @@ class Reader:
 
 @contextmanager
 def reading(stage: Stage, directory: Path) -> Iterator[Reader]:
-    """A laptop holds no four models: this one is let go at the end."""
+    """Load a model, and free it at the end: a laptop holds no four models."""
     reader = Reader(stage, directory)
     try:
         yield reader
@@ -252,16 +247,16 @@ class RewardModel:
         """
         keys = [(tuple(prompt.tolist()), tuple(response.tolist())) for prompt, response in rows]
         different = dict(zip(keys, rows, strict=True))
-        order, found = list(different), dict.fromkeys(different, math.nan)
+        order, score_of = list(different), dict.fromkeys(different, math.nan)
         for chosen, batch in batches(self.stage, list(different.values())):
             scores = at_last_token(self.scorer(batch), batch).tolist()
-            found.update(zip((order[row] for row in chosen), scores, strict=True))
-        if not all(map(math.isfinite, found.values())):
+            score_of.update(zip((order[row] for row in chosen), scores, strict=True))
+        if not all(map(math.isfinite, score_of.values())):
             raise UserError(
                 f"The reward model in {self.directory} gives scores that are no finite numbers, so nothing can be "
                 f"judged by it; try dtype=fp32, or choose another one."
             )
-        return [found[key] for key in keys]
+        return [score_of[key] for key in keys]
 
     def scores_of_both(self, theirs: Answers, ours: Answers) -> tuple[list[float], list[float]]:
         """Of two models' answers; one that both gave has one score, so it is a tie."""

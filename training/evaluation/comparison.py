@@ -7,7 +7,7 @@ import json
 from collections.abc import Hashable, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -53,14 +53,10 @@ from training.shape import Shape
 from training.stage import Stage
 from training.steps import REWARD
 
-if TYPE_CHECKING:
-    pass
-
 
 class Accuracy(TypedDict):
     pairs: int
-    questions: int
-    """Different ones; pairs under one are not independent, and the interval knows it."""
+    questions: int  # different ones; pairs under one are not independent, and the interval knows it
     rate: float
     low: float
     high: float
@@ -72,10 +68,9 @@ def reward_accuracy(model: "RewardModel", rows: Sequence[Any], data: DataSetting
     As in step 2, pairs whose answers are the same within data.max_response_tokens are left out: there is nothing to
     rank. Empty where no pair is left.
     """
-    found = [(row, token_pair(model, row, data)) for row in rows]
-    kept = [(row, pair) for row, pair in found if pair.differs]
-    if len(kept) < len(found):
-        model.stage.display.say(left_out(len(found) - len(kept), len(found), data.max_response_tokens))
+    kept = [(row, pair) for row in rows if (pair := token_pair(model, row, data)).differs]
+    if len(kept) < len(rows):
+        model.stage.display.say(left_out(len(rows) - len(kept), len(rows), data.max_response_tokens))
     pairs = [pair for _, pair in kept]
     scores = model.scores(rows_of(pairs))
     right = [a > b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
@@ -110,11 +105,11 @@ def accuracy_by_length(
     for bucket in LENGTH_BUCKETS:
         members[f"up_to_{bucket}_tokens"] = [each == bucket for each in buckets]
     members["unseen_questions"] = list(unseen)
-    found = {}
-    for name, belongs in members.items():
-        if any(belongs):
-            found[name] = accuracy(list(compress(right, belongs)), list(compress(questions, belongs)))
-    return found
+    return {
+        name: accuracy(list(compress(right, belongs)), list(compress(questions, belongs)))
+        for name, belongs in members.items()
+        if any(belongs)
+    }
 
 
 def accuracy(right: Sequence[bool], questions: Sequence[Hashable]) -> Accuracy:
@@ -184,10 +179,8 @@ class Comparison:
         group_of = choose_groups([*trained, *self.held_out])
         known = set(map(group_of, trained))
         seen = sum(group_of(row) in known for row in self.held_out)
-        where = self.stage.run.path
-        return (
-            f"Of the {len(self.held_out):,} prompts that were given, {seen:,} have a question that {where} trained on."
-        )
+        given, run = f"{len(self.held_out):,} prompts that were given", self.stage.run.path
+        return f"Of the {given}, {seen:,} have a question that {run} trained on."
 
     def eval_rows(self, kind: str) -> list[Any]:
         """Held-out rows of the run; none where its data were never prepared for them."""
@@ -225,9 +218,9 @@ class Comparison:
             "sampling": {"temperature": self.settings.temperature, "max_tokens": self.data.max_response_tokens},
             "pair": {self.against.key: self.against.name, self.model.key: self.model.name},
         }
-        found = trained_elsewhere(self.stage.run, sources(self.stage, (self.against, self.model), self.judge))
-        if found := found if self.given is None else [self.seen_in_training()]:
-            result["trained_elsewhere"] = found
+        elsewhere = trained_elsewhere(self.stage.run, sources(self.stage, (self.against, self.model), self.judge))
+        if notes := elsewhere if self.given is None else [self.seen_in_training()]:
+            result["trained_elsewhere"] = notes
         scores = self.score(theirs, ours, pair, result)
         result |= pair
         if scores is not None:
@@ -244,7 +237,6 @@ class Comparison:
         return result
 
     def questions(self) -> list[str]:
-        """Those of the prompts, in their order."""
         return list(map(choose_groups(self.held_out), self.held_out))
 
     def untouched(self) -> tuple[str, Path]:
@@ -289,9 +281,9 @@ class Comparison:
             result["win_rate_before"] = of_before | {"judge": self.judge_before.name}
         if self.rewards is not None:
             of_model = known[self.reward_model] if self.reward_model and self.rewards.has_model else ([], [])
-            found = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
-            known["reward"] = found[0][0], found[1][0]
-            for candidate, (scores, means) in zip((self.against, self.model), found, strict=True):
+            totals = self.total(self.rewards, of_model[0], theirs), self.total(self.rewards, of_model[1], ours)
+            known["reward"] = totals[0][0], totals[1][0]
+            for candidate, (scores, means) in zip((self.against, self.model), totals, strict=True):
                 pair[candidate.key]["reward"] = statistics.mean(scores)
                 pair[candidate.key] |= of_sources(means)
         return None if self.judge is None else known[self.judge.source]
@@ -342,7 +334,7 @@ class Comparison:
         return {"perplexity_demonstrations": perplexity_of(reader.logprobs(rows))} if rows else {}
 
     def measure(self, answers: Answers) -> dict[str, float]:
-        """What needs no model."""
+        """Measure what needs no model."""
         lengths = [len(sample.response_ids) for sample in answers.samples]
         measured = {
             "length": statistics.mean(lengths),
@@ -357,14 +349,14 @@ class Comparison:
     def write_answers(
         self, file: Path, theirs: Answers, ours: Answers, scores: tuple[list[float], list[float]] | None
     ) -> None:
-        """Both models' answers, prompt by prompt, with the judge's scores."""
+        """Write both models' answers, prompt by prompt, with the judge's scores."""
         lines = []
         for i, row in enumerate(self.held_out):
-            found: dict[str, Any] = {"prompt": row["prompt"]}
-            found |= {self.against.key: theirs.texts[i], self.model.key: ours.texts[i]}
+            line: dict[str, Any] = {"prompt": row["prompt"]}
+            line |= {self.against.key: theirs.texts[i], self.model.key: ours.texts[i]}
             if scores is not None:
-                found |= {f"{self.against.key}_score": scores[0][i], f"{self.model.key}_score": scores[1][i]}
-            lines.append(json.dumps(found, ensure_ascii=False) + "\n")
+                line |= {f"{self.against.key}_score": scores[0][i], f"{self.model.key}_score": scores[1][i]}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(file, "".join(lines))
 
 
@@ -377,5 +369,5 @@ def truth(answers: Answers) -> list[float]:
 
 
 def perplexity_of(logprobs: list[Tensor]) -> float:
-    """Of all tokens together."""
+    """Take the perplexity of all tokens together."""
     return statistics.perplexity(-float(torch.cat(logprobs).double().mean()))

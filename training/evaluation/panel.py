@@ -20,7 +20,7 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from training.config import DataSettings
 from training.data.chitchat import upbeat_score
-from training.data.messages import SCORE_GAP
+from training.data.rated_texts import SCORE_GAP
 from training.data.rows import PANEL_FILE, read_rows
 from training.evaluation.candidates import Row, encode
 from training.evaluation.statistics import Z, share
@@ -34,15 +34,14 @@ class Rate(TypedDict):
 
 
 class Agreement(TypedDict):
-    """With the panel, on texts of one kind."""
+    """How far each judge agrees with the panel on texts of one kind."""
 
     texts: int
     pairs: int
     learned: Rate
     person: Rate
     lexicon: Rate
-    over_lexicon: Rate
-    """Learned less lexicon, on the same pairs."""
+    over_lexicon: Rate  # learned less lexicon, on the same pairs
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class PairMean:
 
     value: float
     pairs: int
-    by_text: Tensor
-    """What each text adds to its error; float64 (texts)."""
+    by_text: Tensor  # float64 (texts), what each adds to the error
 
     @property
     def error(self) -> float:
@@ -61,7 +59,7 @@ class PairMean:
         return float(self.by_text.square().sum().sqrt())
 
     def rate(self) -> Rate:
-        """As a share, with an interval that stays within [0, 1]."""
+        """Return a share, with an interval that stays within [0, 1]."""
         independent = self.value * (1 - self.value) / self.error**2 if self.error else len(self.by_text) / 2
         rate, low, high = share(self.value, 1, min(self.pairs, independent))
         return {"rate": rate, "low": low, "high": high}
@@ -110,8 +108,7 @@ def one_against_others(ratings: Sequence[Sequence[int]]) -> Tensor:
 class Judged:
     """Texts of one kind and what each judge makes of their pairs."""
 
-    pairs: Tensor
-    """Those that count: bool (texts, texts)."""
+    pairs: Tensor  # bool (texts, texts), those that count
     learned: Tensor
     person: Tensor
     lexicon: Tensor
@@ -137,20 +134,19 @@ class Judged:
         }
 
     def over_lexicon(self) -> PairMean:
-        """Learned less lexicon."""
         return mean_over_pairs(self.learned - self.lexicon, self.pairs)
 
 
 def panel_agreement(rows: Sequence[Any], scores: Sequence[float]) -> dict[str, Agreement]:
     """Of the learned `scores`, a row each, with the people who rated the rows; by kind of text, where pairs count."""
-    found: dict[str, Agreement] = {}
+    agreement_of: dict[str, Agreement] = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
         chosen = [i for i, row in enumerate(rows) if row["domain"] == domain]
         texts = [rows[i] for i in chosen]
         judged = Judged.of(texts, [scores[i] for i in chosen], [upbeat_score(row["response"]) for row in texts])
         if judged.pairs.any():
-            found[domain] = judged.agreement()
-    return found
+            agreement_of[domain] = judged.agreement()
+    return agreement_of
 
 
 def read_panel(run: RunDirectory) -> list[Any]:
@@ -160,7 +156,7 @@ def read_panel(run: RunDirectory) -> list[Any]:
 
 
 def write_scores(file: Path, rows: Sequence[Any], scores: Sequence[float]) -> None:
-    """A line for each text: kind, mean rating, learned score and lexicon's."""
+    """Write a line for each text: kind, mean rating, learned score and lexicon's."""
     lines = [
         {
             "domain": row["domain"],

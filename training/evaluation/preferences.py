@@ -14,18 +14,18 @@ Preferences = Sequence[Preference]
 
 
 def newest(preferences: Preferences) -> list[Preference]:
-    """Each person's last word on each pair of answers."""
+    """Keep each person's last word on each pair of answers."""
     return list({(each.by, each.pair): each for each in preferences}.values())
 
 
 def meaning(preference: Preference) -> tuple[str, ...]:
-    """The same whichever side each answer stood on."""
+    """What a preference says is the same whichever side each answer stood on."""
     better = {"a": preference.response_a, "b": preference.response_b}.get(preference.winner)
     return (preference.winner,) if better is None else ("better", better)
 
 
 def people(preferences: Preferences) -> list[str]:
-    """Who has judged most comes first."""
+    """Name the people, those who have judged most first."""
     return [name for name, _ in Counter(each.by for each in preferences).most_common()]
 
 
@@ -35,8 +35,8 @@ def people(preferences: Preferences) -> list[str]:
 def compared(preferences: Preferences) -> list[tuple[str, str]]:
     """The pairs of different models that were compared, those with most first; names in alphabetical order."""
     pairs = ((each.model_a, each.model_b) for each in preferences if each.model_a != each.model_b)
-    found = Counter((min(pair), max(pair)) for pair in pairs)
-    return [pair for pair, _ in found.most_common()]
+    counts = Counter((min(pair), max(pair)) for pair in pairs)
+    return [pair for pair, _ in counts.most_common()]
 
 
 def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
@@ -52,22 +52,22 @@ def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
 
 
 def between(preferences: Preferences, model: str, against: str) -> list[Preference]:
-    """The last words on an answer of each."""
+    """Keep the last words on an answer of each of two models."""
     return newest([each for each in preferences if {each.model_a, each.model_b} == {model, against} != {model}])
 
 
 def win_rates(preferences: Preferences, model: str, against: str) -> dict[str, Any] | None:
     """How often people prefer `model`, together and one by one, and how far they agree; None where there is none."""
-    found = between(preferences, model, against)
-    if not found:
+    judged = between(preferences, model, against)
+    if not judged:
         return None
-    by = {name: [each for each in found if each.by == name] for name in people(found)}
+    by = {name: [each for each in judged if each.by == name] for name in people(judged)}
     return {
         "model": model,
         "against": against,
-        "together": win_rate(found, model),
+        "together": win_rate(judged, model),
         "by": {name: win_rate(theirs, model) for name, theirs in by.items()},
-        "agreement": agreements(found),
+        "agreement": agreements(judged),
     }
 
 
@@ -93,7 +93,7 @@ def win_rate(preferences: Preferences, model: str) -> dict[str, Any]:
 
 
 def questions(preferences: Preferences) -> list[str]:
-    """Of each preference the question that it belongs to."""
+    """Name the question that each preference belongs to."""
     rows: list[Any] = [{"prompt": each.prompt} for each in preferences]
     return list(map(choose_groups(rows), rows))
 
@@ -102,16 +102,16 @@ def questions(preferences: Preferences) -> list[str]:
 
 
 def agreements(preferences: Preferences) -> list[dict[str, Any]]:
-    """Of each two people who have judged the same answers."""
+    """Measure the agreement of any two people who have judged the same answers."""
     last: dict[str, dict[Hashable, Preference]] = defaultdict(dict)
     for each in newest(preferences):
         last[each.by][each.pair] = each
-    found = []
+    result = []
     for one, other in combinations(people(preferences), 2):
         both = [(each, last[other][pair]) for pair, each in last[one].items() if pair in last[other]]
         if both:
-            found.append({"people": [one, other], **agreement(both)})
-    return found
+            result.append({"people": [one, other], **agreement(both)})
+    return result
 
 
 def repeated(preferences: Preferences) -> dict[str, dict[str, Any]]:
@@ -159,10 +159,10 @@ def overview(preferences: Preferences) -> dict[str, Any]:
 
 def left(preferences: Preferences) -> dict[str, dict[str, float]]:
     """How often each person prefers the left of two answers: by chance, since sides are drawn, half of the time."""
-    found = {}
+    shares = {}
     for name in people(preferences):
         sides = [each.winner == "a" for each in preferences if each.by == name and each.winner in ("a", "b")]
         if sides:
             rate, low, high = statistics.share(sum(sides), len(sides))
-            found[name] = {"preferences": len(sides), "rate": rate, "low": low, "high": high}
-    return found
+            shares[name] = {"preferences": len(sides), "rate": rate, "low": low, "high": high}
+    return shares

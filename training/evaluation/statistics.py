@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-Z = 1.96
-"""Of a 95 % interval."""
-ENOUGH_GROUPS = 10
-"""From so many on, the likeness of answers within a group is estimated."""
+Z = 1.96  # of a 95 % interval
+ENOUGH_GROUPS = 10  # from so many on, the likeness of answers within a group is estimated
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
     "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
@@ -82,15 +80,16 @@ def effective_size(outcomes: Sequence[float], groups: Sequence[Hashable]) -> flo
     by_group: dict[Hashable, list[float]] = defaultdict(list)
     for outcome, group in zip(outcomes, groups, strict=True):
         by_group[group].append(outcome)
-    n, found = len(outcomes), by_group.values()
-    if len(found) == n:
+    n, count = len(outcomes), len(by_group)
+    if count == n:
         return n
-    fewest = n * n / sum(len(group) ** 2 for group in found)
+    fewest = n * n / sum(len(group) ** 2 for group in by_group.values())
     mean = sum(outcomes) / n
     alone = sum((outcome - mean) ** 2 for outcome in outcomes)
-    if len(found) < ENOUGH_GROUPS or not alone:
+    if count < ENOUGH_GROUPS or not alone:
         return fewest
-    together = sum(sum(outcome - mean for outcome in group) ** 2 for group in found) * len(found) / (len(found) - 1)
+    sums = [sum(outcome - mean for outcome in group) for group in by_group.values()]
+    together = sum(value**2 for value in sums) * count / (count - 1)
     return min(n, max(fewest, n * alone / together if together else n))
 
 
@@ -141,12 +140,10 @@ class Sign:
 class GuardRail:
     """Bounds of a measure of the model, or of its ratio to that of the model it is compared with."""
 
-    key: str
-    """Of the measure in evaluation.json."""
+    key: str  # of the measure in evaluation.json
     name: str
     measured_on: str
-    unit: str
-    """What follows a value; {against} is the other model."""
+    unit: str  # what follows a value; {against} is the other model
     low: float = -math.inf
     high: float = math.inf
     is_ratio: bool = True
@@ -155,7 +152,7 @@ class GuardRail:
     """A higher bound that follows from the model's measures and the number of prompts."""
 
     def sign(self, evaluation: Measures, against: str, model: str) -> Sign | None:
-        """Of the models with these keys; None where it was not measured."""
+        """Judge the models with these keys; None where the measure is missing."""
         theirs, ours = evaluation[against], evaluation[model]
         if self.key not in ours or (self.is_ratio and self.key not in theirs):
             return None
@@ -240,7 +237,7 @@ def guard_signs(evaluation: Measures, against: str, model: str) -> list[Sign]:
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """1 where both are 0."""
+    """Divide; 0 / 0 is 1."""
     return ours / theirs if theirs else (math.inf if ours else 1.0)
 
 

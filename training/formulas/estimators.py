@@ -67,16 +67,16 @@ class Estimator(Entry):
 
     def advantages(self, scored: Scored) -> Tensor:
         """(samples, tokens), float32, not whitened."""
-        found = self.formula(scored).float()
-        return found if found.dim() == 2 else found[:, None] * scored.mask
+        result = self.formula(scored).float()
+        return result if result.dim() == 2 else result[:, None] * scored.mask
 
-    def complaint(self, found: Any, *given: Any) -> str:
+    def complaint(self, result: Any, *given: Any) -> str:
         import torch
 
         shape = tuple(given[0].mask.shape)
-        if not isinstance(found, torch.Tensor) or tuple(found.shape) not in (shape, shape[:1]):
-            return f"must return a tensor of shape {shape} or {shape[:1]}, not {str(found)[:80]!r}"
-        return "" if found.isfinite().all() else "returned advantages that are not finite numbers"
+        if not isinstance(result, torch.Tensor) or tuple(result.shape) not in (shape, shape[:1]):
+            return f"must return a tensor of shape {shape} or {shape[:1]}, not {str(result)[:80]!r}"
+        return "" if result.isfinite().all() else "returned advantages that are not finite numbers"
 
     def example(self, settings: Any) -> tuple[Any, ...]:
         """Two prompts, whose samples have one to three tokens."""
@@ -187,11 +187,11 @@ class Shaping(Entry):
     clip: bool = True
     """Whether `rlhf.score_clip` bounds what comes out."""
 
-    def complaint(self, found: Any, *given: Any) -> str:
+    def complaint(self, result: Any, *given: Any) -> str:
         try:
-            (shift, scale), _ = map(float, found), len(found)  # what is read once alone has no length
+            (shift, scale), _ = map(float, result), len(result)  # what is read once alone has no length
         except (TypeError, ValueError):
-            return f"must return two numbers, (shift, scale), not {str(found)[:80]!r}"
+            return f"must return two numbers, (shift, scale), not {str(result)[:80]!r}"
         return "" if math.isfinite(shift) and math.isfinite(scale) and scale > 0 else f"returned {shift}, {scale}"
 
     def example(self, settings: Any) -> tuple[Any, ...]:

@@ -14,24 +14,19 @@ RANGE = re.compile(r"(?P<least>\d*)(?P<dots>\.\.)?(?P<most>\d*)")
 
 @dataclass(frozen=True)
 class NamedReward:
-    """What a name with its parameters stands for."""
-
-    score: Callable[[str, Row], float]
-    """Of a response, with what the data say beside its prompt."""
-    needs: str = ""
-    """What a row must have, in words; empty: nothing."""
-    suits: Callable[[Row], bool] = lambda row: True
-    """Whether a row has it."""
+    score: Callable[[str, Row], float]  # of a response, with what the data say beside its prompt
+    needs: str = ""  # what a row must have, in words; empty: nothing
+    suits: Callable[[Row], bool] = lambda row: True  # whether a row has it
 
 
 def length(parameters: str) -> NamedReward:
     """Minus the words that there are too few or too many: `length:20` wants 20, `length:..20` at most 20, `length:20..`
     at least 20, `length:10..20` between."""
-    found = RANGE.fullmatch(parameters)
-    if found is None or not (found["least"] or found["most"]):
+    match = RANGE.fullmatch(parameters)
+    if match is None or not (match["least"] or match["most"]):
         raise ValueError("length:20, length:..20, length:20.. or length:10..20, in words")
-    least = int(found["least"] or 0)
-    most = int(found["most"] or 0) or (None if found["dots"] else least)
+    least = int(match["least"] or 0)
+    most = int(match["most"] or 0) or (None if match["dots"] else least)
     if most is not None and most < least:
         raise ValueError(f"length:{most}..{least}: the smaller number comes first")
 
@@ -61,10 +56,10 @@ def json(parameters: str) -> NamedReward:
 
     def score(response: str, row: Row) -> float:
         try:
-            found = json_text.loads(response, parse_constant=refuse_constant)
+            value = json_text.loads(response, parse_constant=refuse_constant)
         except (ValueError, RecursionError):
             return 0.0
-        return float(not keys or (isinstance(found, dict) and keys <= found.keys()))
+        return float(not keys or (isinstance(value, dict) and keys <= value.keys()))
 
     return NamedReward(score)
 
@@ -75,8 +70,8 @@ def math(parameters: str) -> NamedReward:
     key = parameters or "answer"
 
     def score(response: str, row: Row) -> float:
-        found = last_number(response)
-        return float(found is not None and found == last_number(row.get(key)))
+        number = last_number(response)
+        return float(number is not None and number == last_number(row.get(key)))
 
     needs = f"a number under '{key}' beside each prompt (math:KEY reads another key)"
     return NamedReward(score, needs, lambda row: last_number(row.get(key)) is not None)
@@ -99,8 +94,8 @@ def refuse_constant(name: str) -> None:
 def last_number(value: Any) -> Fraction | None:
     """The last one in a text, or the number itself; None where there is none."""
     if isinstance(value, str):
-        found = NUMBER.findall(value)
-        value = found[-1] if found else ""
+        numbers = NUMBER.findall(value)
+        value = numbers[-1] if numbers else ""
     elif isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -40,10 +40,10 @@ def loaded(table: Table[E], kept: str) -> E:
 
     def formula(*given: Any) -> Any:
         with sentences(f"{setting} failed"), file.running():
-            found = theirs.formula(*map(copied, given))
-        if complaint := theirs.complaint(found, *given):
+            result = theirs.formula(*map(copied, given))
+        if complaint := theirs.complaint(result, *given):
             raise RewardFailed(f"{setting} {complaint}; correct it and give the command again.")
-        return found
+        return result
 
     return replace(theirs, formula=formula)
 

@@ -16,7 +16,7 @@ class Entry:
 
     formula: Callable[..., Any]
 
-    def complaint(self, found: Any, *given: Any) -> str:
+    def complaint(self, result: Any, *given: Any) -> str:
         """What is wrong with the `found` value of the formula at `given`; '' where nothing is."""
         raise NotImplementedError
 

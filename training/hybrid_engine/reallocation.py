@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from inference.families import text_config
 from inference.private_surfaces import is_divided, whole_shape
 from inference.tensor_parallel.layers import TensorParallel, join_groups
-from inference.tensor_parallel.shard import Piece, cuts_of, empty_shard
+from inference.tensor_parallel.shard import ShardParameter, cuts_of, empty_shard
 from training.distributed import Ranks, local_size
 from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.transfers import Box, Move, Part, Weight, stays, transfers
@@ -74,7 +74,7 @@ class Reallocation:
         self.moved = Moved()
         """What the last run did."""
         self._copy: nn.Module | None = None
-        self._pieces: list[Piece] = []
+        self._pieces: list[ShardParameter] = []
         self._shapes: dict[str, torch.Size] = {}
         self.is_filled = False
         """Whether it has run, and what it gave was not released; the same on all ranks of both meshes."""
@@ -309,7 +309,7 @@ def layers_of(model: nn.Module) -> int:
 
 def empty_part(
     model: nn.Module, part: TensorParallel, cut: StageCut | None, device: torch.device
-) -> tuple[nn.Module, list[Piece]]:
+) -> tuple[nn.Module, list[ShardParameter]]:
     """As `empty_shard`; with a `cut` only this stage's layers, whose pieces have the whole model's names."""
     if cut is None:
         return empty_shard(model, part, device)

@@ -82,7 +82,7 @@ def require_causal_lm(directory: Path, name: str = "") -> None:
 
 
 def untied(model: PreTrainedModel) -> list[str]:
-    """Weights that are others' by the configuration, and are not."""
+    """Name the weights that are others' by the configuration, and are not."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True).items()
     return [name for name, other in tied if model.get_parameter(name) is not model.get_parameter(other)]
 
@@ -185,7 +185,7 @@ def _beside_scorer(layers: int) -> Callable[[str], bool]:
 
 @contextmanager
 def _heads_named(directory: Path, trained: bool, name: str = "") -> Iterator[None]:
-    """Inside, wrong weights of a score head become a sentence about it."""
+    """Turn wrong weights of a score head into a sentence about it."""
     try:
         yield
     except WrongWeights as error:
@@ -228,7 +228,7 @@ def _load(
     cut: StageCut | None,
     **allowed: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and which of the weights that it `may_miss` were made up."""
+    """Load the model, and name those of the weights that it `may_miss` which were made up."""
     set_dropout(config, dropout)
     if with_weights and cut is not None and len(cut.layers) > 1:
         try:
@@ -262,7 +262,7 @@ def freeze_other_parts(model: PreTrainedModel) -> None:
 
 
 def structure(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its buffers, and with parameters on the meta device."""
+    """Build the model with its buffers, and with parameters on the meta device."""
     with init_empty_weights(include_buffers=False):
         model = loader.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -69,10 +69,10 @@ def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str
     listed = [targets] if isinstance(targets, str) else targets
     layers = {name: layer for name, layer in model.named_modules() if not is_router(layer)}
     try:
-        found = {target: [name for name in layers if is_target(name, target, targets)] for target in listed}
+        names_of = {target: [name for name in layers if is_target(name, target, targets)] for target in listed}
     except re.error as error:
         raise UserError(f"{key}={targets} is no regular expression ({error}); give a list of module names.") from None
-    missing = [target for target, names in found.items() if not names]
+    missing = [target for target, names in names_of.items() if not names]
     if missing or not targets:
         linear = {name.rpartition(".")[2] for name, layer in layers.items() if takes_adapter(layer)}
         fitting = ", ".join(sorted(linear - {"lm_head", "embed_out", "score"}))
@@ -80,13 +80,12 @@ def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str
             f"{key}={targets} does not fit this model, which has no layer {' or '.join(missing) or 'without a name'}: "
             f"choose from {fitting}, or all-linear."
         )
-    for name in sorted({name for names in found.values() for name in names}):
+    for name in sorted({name for names in names_of.values() for name in names}):
         if reason := no_adapter(layers[name], name, model):
             raise UserError(f"{key}={targets} names {name}, {reason}: leave it out, or take all-linear.")
 
 
 def is_target(name: str, target: str, targets: str | list[str]) -> bool:
-    """Whether one of LoRA's targets names this module."""
     if isinstance(targets, str):
         return re.fullmatch(target, name) is not None
     return f".{name}".endswith(f".{target}")
@@ -214,5 +213,5 @@ class Scorer(nn.Module):
 
 
 def at_last_token(scores: Tensor, batch: TokenBatch) -> Tensor:
-    """Each row's score at its last token: (tokens) -> (rows)."""
+    """Pick each row's score at its last token: (tokens) -> (rows)."""
     return scores[batch.last]

@@ -100,7 +100,7 @@ def prepare(
 
 
 def make_tokens(config: RunConfig, run: RunDirectory, chat_format: ChatFormat, say: Say, steps: Sequence[Step]) -> None:
-    """Those that the steps read, where they would be kept."""
+    """Make the tokens that the steps read, where they would be kept."""
     for step in steps:
         for file, most in (("train", None), ("eval", getattr(config.of_step(step), "eval_rows", 0))):
             rows = read_rows(run.data / f"{step.rows.name}_{file}.jsonl", most) if most != 0 else []

@@ -7,7 +7,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.engine import GenerationEngine
 from inference.generation.sampler import SamplingKey, SamplingSettings
 from training.data.batching import TokenBatch, plan_micro_batches
-from training.data.epochs import count_updates
+from training.data.rows import count_updates
 from training.data.token_cache import TokenRows, Tokens
 from training.evaluation.statistics import perplexity
 from training.hybrid_engine.deepspeed_setup import loads
@@ -22,7 +22,7 @@ FIRST_ANSWER_TOKENS = 32
 
 
 def train(stage: Stage) -> None:
-    """The whole step: set up, fit, save."""
+    """Run the whole step: set up, fit, save."""
     config, settings = stage.config, stage.config.sft
     source = stage.model_directory(config.model)
     chat_format = ChatFormat.load(source)
@@ -73,7 +73,7 @@ class SFTTask(Task):
         return row
 
     def size(self, rows: list[int]) -> int:
-        """Response tokens."""
+        """Count response tokens."""
         return int(self.rows.lengths[rows, 1].sum())
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,7 +83,7 @@ class SFTTask(Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss per response token and perplexity on held-out rows."""
+        """Measure loss per response token and perplexity on held-out rows."""
         lengths = self.held_out.sizes.tolist()
         if not lengths:
             return {}

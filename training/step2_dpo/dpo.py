@@ -8,9 +8,9 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from training import calls
 from training.data.batching import plan_micro_batches, sent
-from training.data.epochs import count_updates
+from training.data.rows import count_updates
 from training.data.token_cache import TokenPair, grouped, shares_of, tokens_of
-from training.formulas.dpo_losses import DPO_LOSSES, Pairs, implicit_rewards
+from training.formulas.losses import DPO_LOSSES, Pairs, implicit_rewards
 from training.formulas.own import loaded
 from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
@@ -32,11 +32,11 @@ HELD_OUT = {
     "logprobs/rejected": "eval/logprobs/rejected",
     "nll": "eval/nll",
 }
-"""The metric of held-out pairs for each one of training pairs."""
+"""Metric of training pairs -> that of held-out pairs."""
 
 
 def train(stage: Stage) -> None:
-    """The whole step: set up, ask the reference, fit, save."""
+    """Run the whole step: set up, ask the reference, fit, save."""
     settings = stage.settings
     source = stage.earlier_model(SFT)
     chat_format = ChatFormat.load(source)
@@ -94,7 +94,7 @@ class DPOTask(Task):
         return self.pairs["train"][self.groups["train"][row][0]].place
 
     def size(self, rows: list[int]) -> int:
-        """Pairs, or prompts."""
+        """Count pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,7 +103,7 @@ class DPOTask(Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The same measures on held-out pairs."""
+        """Measure the same on held-out pairs."""
         held_out = self.pairs["eval"]
         if not held_out:
             return {}

@@ -25,22 +25,15 @@ from training.supervised import Task
 
 @dataclass(frozen=True)
 class Work:
-    """What a kind of loss learns from, and what learns."""
-
-    sets: Mapping[str, Sequence[TokenPair]]
-    """`train` and `eval`: what the reference is asked about."""
-    needed: list[list[int]]
-    """The groups of `train` that an optimiser step will see, by the places of their pairs."""
-    rows: int
-    """Training rows: pairs, prompts with by_prompt, or answers."""
-    compared: int
-    """Held-out pairs that accuracy is counted on."""
-    task: Callable[..., Task]
-    """Of the stage, the engine, the sets and what the reference says of them."""
+    sets: Mapping[str, Sequence[TokenPair]]  # `train` and `eval`: what the reference is asked about
+    needed: list[list[int]]  # groups of `train` that an optimiser step will see, by the indices of their pairs
+    rows: int  # for training: pairs, prompts with by_prompt, or answers
+    compared: int  # held-out pairs that accuracy is counted on
+    task: Callable[..., Task]  # called with the stage, the engine, the sets and what the reference says of them
 
 
 def load_own_reference(stage: Stage, source: Path, chat_format: ChatFormat) -> nn.Module:
-    """Frozen, under the ZeRO stage of the policy if that divides weights."""
+    """Load it frozen, under the ZeRO stage of the policy if that divides weights."""
     optimizer = stage.settings.optimizer
     divided = FrozenSettings(zero_stage=3 if optimizer.zero_stage == 3 else 0)
     _, with_weights = loads(optimizer.zero_stage, stage.dtype, stage.ranks)
@@ -83,13 +76,13 @@ def reference_logprobs(
     if same and not kept["train"][:, places].isnan().any():  # a longer run needs more of them
         return kept
     engine = reference()
-    found = {
+    scores = {
         "train": score_pairs(stage, engine, train, needed),
         "eval": score_pairs(stage, engine, held_out, grouped(held_out, by_prompt=False)),
     }
     if stage.ranks.is_first:
-        write_tensors(file, found)
-    return found
+        write_tensors(file, scores)
+    return scores
 
 
 @torch.no_grad()
@@ -104,15 +97,15 @@ def score_pairs(
     result = torch.full((2, len(pairs)), torch.nan)
     if not needed:
         return result
-    found, budget = torch.zeros(2, len(pairs)), stage.settings.micro_batch_tokens
+    scores, budget = torch.zeros(2, len(pairs)), stage.settings.micro_batch_tokens
     groups = [[pairs[place] for place in group] for group in needed]
     plan = plan_micro_batches([tokens_of(group) for group in groups], budget, stage.ranks.size)[stage.ranks.rank]
     with (Display(quiet=True) if quiet else stage.display).progress("Reference", len(plan)) as bar:
         for micro_batch in plan:
             values = response_logprobs(engine, [groups[row] for row in micro_batch.rows], stage.ranks.device)
             if micro_batch.weight:
-                found[:, [place for row in micro_batch.rows for place in needed[row]]] = values.cpu()
+                scores[:, [place for row in micro_batch.rows for place in needed[row]]] = values.cpu()
             bar.advance()
     scored = [place for group in needed for place in group]
-    result[:, scored] = stage.ranks.sum(found)[:, scored]
+    result[:, scored] = stage.ranks.sum(scores)[:, scored]
     return result

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from training.data.batching import plan_micro_batches, sent
-from training.data.epochs import Epochs, count_updates
+from training.data.rows import Epochs, count_updates
 from training.data.token_cache import TokenPair, grouped
-from training.formulas.dpo_losses import DPO_LOSSES, Answers, implicit_rewards
+from training.formulas.losses import DPO_LOSSES, Answers, implicit_rewards
 from training.formulas.own import loaded
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.stage import Stage
@@ -86,7 +86,7 @@ def unpaired_work(stage: Stage, rows: list[dict], held_out: list[dict], chat_for
 
 
 def comparisons(answers: Sequence[LabelledAnswer]) -> int:
-    """Pairs of a good and a bad answer that share none."""
+    """Count pairs of a good and a bad answer that share none."""
     good = sum(answer.is_good for answer in answers)
     return min(good, len(answers) - good)
 
@@ -109,17 +109,15 @@ class UnpairedTask(Task):
         self.lengths = [answer.own_tokens for answer in answers]
         good = sum(answer.is_good for answer in answers)
         self.bad_weight = self.settings.undesirable_weight or good / max(1, len(answers) - good)
-        self.seats: dict[int, int] = {}
-        """Of each row of the batch, in the order of all optimiser steps."""
+        self.seats: dict[int, int] = {}  # row of the batch -> its index in the order of all optimiser steps
         self.reference_point = 0.0
-        self.counts: dict[bool, int] = {}
-        """Good and bad answers of the batch."""
+        self.counts: dict[bool, int] = {}  # good and bad answers of the batch
 
     def place(self, row: int) -> int:
         return self.answers[row].place
 
     def size(self, rows: list[int]) -> int:
-        """Answers."""
+        """Count answers."""
         return len(rows)
 
     @torch.no_grad()
@@ -132,14 +130,14 @@ class UnpairedTask(Task):
         beside = self.pairs["train"][first : first + len(batch)]
         wrong = [(each.prompt, each.rejected) for each in beside]
         budget = self.settings.micro_batch_tokens
-        found = torch.zeros(len(batch))
+        wrong_logprobs = torch.zeros(len(batch))
         lengths = [len(prompt) + len(answer) for prompt, answer in wrong]
         for micro_batch in plan_micro_batches(lengths, budget, ranks.size)[ranks.rank]:
             logprobs = row_logprobs(self.engine, [wrong[seat] for seat in micro_batch.rows], device)
             if micro_batch.weight:
-                found[micro_batch.rows] = logprobs.cpu()
+                wrong_logprobs[micro_batch.rows] = logprobs.cpu()
         reference = self.reference_logprobs["train"][1, first : first + len(batch)]
-        self.reference_point = self._point(ranks.sum(found), reference, beside)
+        self.reference_point = self._point(ranks.sum(wrong_logprobs), reference, beside)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of the answers, and what the policy thinks of the good and of the bad ones."""
@@ -171,16 +169,16 @@ class UnpairedTask(Task):
         point = self._point(logprobs[1], reference[1], held_out)
         rewards = self._rewards(logprobs[0], reference[0], [len(each.chosen) for each in held_out])
         losses, good = self._losses(rewards, held_out, point)
-        found = {"eval/loss": float(losses.mean()), "eval/kl": point / self.settings.beta}
+        metrics = {"eval/loss": float(losses.mean()), "eval/kl": point / self.settings.beta}
         if comparisons(held_out):
             margins = rewards[good][:, None] - rewards[~good]
-            found["eval/accuracy"] = float(((margins > 0).float() + 0.5 * (margins == 0)).mean())
-            found["eval/margin"] = float(margins.mean())
+            metrics["eval/accuracy"] = float(((margins > 0).float() + 0.5 * (margins == 0)).mean())
+            metrics["eval/margin"] = float(margins.mean())
         for name, kind in KINDS.items():
             if (good == kind).any():
-                found[f"eval/reward/{name}"] = float(rewards[good == kind].mean())
-                found[f"eval/logprobs/{name}"] = float(logprobs[0][good == kind].mean())
-        return found
+                metrics[f"eval/reward/{name}"] = float(rewards[good == kind].mean())
+                metrics[f"eval/logprobs/{name}"] = float(logprobs[0][good == kind].mean())
+        return metrics
 
     def _rewards(self, logprobs: Tensor, reference: Tensor, lengths: list[int]) -> Tensor:
         divided_by = sent(lengths, logprobs.device) if self.settings.length_normalized else None

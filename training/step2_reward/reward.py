@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from training.data.batching import TokenBatch, plan_micro_batches, sent
-from training.data.epochs import count_updates
-from training.data.rows import require_margins
+from training.data.rows import count_updates, require_margins
 from training.data.token_cache import TokenPair, answers_of, grouped, length_bucket, shares_of, tokens_of
 from training.evaluation.candidates import Row
 from training.evaluation.comparison import Accuracy, accuracy_by_length, groups_of
 from training.evaluation.panel import panel_agreement, read_panel, rows_to_score, write_scores
-from training.formulas.reward_loss import preference_losses
+from training.formulas.losses import preference_losses
 from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.models.loading import load_scorer
@@ -35,7 +34,7 @@ ACCURACY_UP_TO = {
 
 
 def train(stage: Stage) -> None:
-    """The whole step: set up, fit, measure the scale of the scores, save."""
+    """Run the whole step: set up, fit, measure the scale of the scores, save."""
     config, settings = stage.config, stage.config.reward
     source = initial_model(stage)
     chat_format = stage.chat_format(stage.model_directory(config.sft_model or config.model), source)
@@ -61,13 +60,13 @@ def train(stage: Stage) -> None:
     )
     counted = {"optimizer_steps": total, "rows": units, "held_out": len(evaluated)}
     ranking = task.ranking(groups_of([held_out[pair.place] for pair in evaluated]))
-    found: dict[str, Any] = {"reward_accuracy": ranking}
+    measured: dict[str, Any] = {"reward_accuracy": ranking}
     if panel := stage.ranks.tell(read_panel(stage.run), "the texts that people rated"):
         scores = task.scores_of_texts(rows_to_score(panel, chat_format, config.data)).tolist()
-        found["panel"] = panel_agreement(panel, scores)
+        measured["panel"] = panel_agreement(panel, scores)
         if stage.ranks.is_first:
             write_scores(stage.directory.panel_file, panel, scores)
-    stage.finish({**counted, **evaluation, **scale, **found})
+    stage.finish({**counted, **evaluation, **scale, **measured})
 
 
 def initial_model(stage: Stage) -> Path:
@@ -84,14 +83,13 @@ class RewardTask(Task):
         self.settings = stage.config.reward
         self.groups = grouped(pairs, self.settings.by_prompt)
         self.lengths = [tokens_of(group) for group in self._pairs(range(len(self.groups)))]
-        self.held_out_scores: Tensor | None = None
-        """Those of the last evaluation, float64 (2, pairs)."""
+        self.held_out_scores: Tensor | None = None  # float64 (2, pairs), of the last evaluation
 
     def place(self, row: int) -> int:
         return self.pairs[self.groups[row][0]].place
 
     def size(self, rows: list[int]) -> int:
-        """Pairs, or prompts."""
+        """Count pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,18 +106,18 @@ class RewardTask(Task):
         if not self.held_out:
             return {}
         chosen, rejected = self.held_out_scores = self.scores(self.held_out)
-        found: dict[str, list[bool]] = {name: [] for name in ("eval/accuracy", *ACCURACY_UP_TO.values())}
-        found["eval/accuracy_unseen_questions"] = []
+        ranked_right: dict[str, list[bool]] = {name: [] for name in ("eval/accuracy", *ACCURACY_UP_TO.values())}
+        ranked_right["eval/accuracy_unseen_questions"] = []
         for pair, ranked in zip(self.held_out, (chosen > rejected).tolist(), strict=True):
             for name in accuracies_of(pair):
-                found[name].append(ranked)
+                ranked_right[name].append(ranked)
         means = {
             "eval/loss": self._losses(chosen, rejected, self.held_out),
             "eval/margin": chosen - rejected,
             "eval/chosen": chosen,
             "eval/rejected": rejected,
         }
-        accuracies = {name: sum(ranked) / len(ranked) for name, ranked in found.items() if ranked}
+        accuracies = {name: sum(ranked) / len(ranked) for name, ranked in ranked_right.items() if ranked}
         return {name: float(values.mean()) for name, values in means.items()} | accuracies
 
     def ranking(self, questions: Sequence[Hashable]) -> dict[str, Accuracy]:
@@ -160,17 +158,16 @@ class RewardTask(Task):
     @torch.no_grad()
     def _on_all_ranks(self, lengths: list[int], score: Callable[[list[int]], Tensor]) -> Tensor:
         """What `score` gives for rows of these lengths, (rows, ...) as float64; each rank takes a share."""
-        ranks, found = self.stage.ranks, dict[int, Any]()
+        ranks, score_of = self.stage.ranks, dict[int, Any]()
         plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
         for micro_batch in plan[ranks.rank]:
             scores = score(micro_batch.rows)
             if micro_batch.weight:
-                found.update(zip(micro_batch.rows, scores.tolist(), strict=True))
-        every = {row: scores for share in ranks.gather(found) for row, scores in share.items()}
+                score_of.update(zip(micro_batch.rows, scores.tolist(), strict=True))
+        every = {row: scores for share in ranks.gather(score_of) for row, scores in share.items()}
         return torch.tensor([every[row] for row in range(len(lengths))], dtype=torch.float64)
 
     def _pairs(self, rows: Iterable[int]) -> list[list[TokenPair]]:
-        """Those of training rows."""
         return [[self.pairs[place] for place in self.groups[row]] for row in rows]
 
     def _losses(self, chosen: Tensor, rejected: Tensor, pairs: list[TokenPair]) -> Tensor:
@@ -185,12 +182,11 @@ class RewardTask(Task):
         return chosen, rejected
 
     def _last(self, rows: Sequence[Row]) -> Tensor:
-        """Of each row's last token; float32 (rows)."""
+        """Score each row at its last token; float32 (rows)."""
         batch = TokenBatch.of(rows, self.stage.ranks.device)
         return at_last_token(self.engine(batch), batch)
 
 
 def accuracies_of(pair: TokenPair) -> list[str]:
-    """The metrics that a held-out pair counts in."""
     names = ["eval/accuracy", ACCURACY_UP_TO[length_bucket(pair.longer)]]
     return [*names, "eval/accuracy_unseen_questions"] if pair.is_unseen else names

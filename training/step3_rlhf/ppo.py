@@ -14,7 +14,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.sampler import SamplingKey
 from training.calls import ACTOR_SCORE, ACTOR_TRAIN
 from training.checkpoints import Best
-from training.data.epochs import Epochs
+from training.data.rows import Epochs
 from training.evaluation.statistics import distinct_bigrams
 from training.fusion.board import Span
 from training.hybrid_engine.kept_weights import KeptWeights

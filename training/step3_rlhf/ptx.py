@@ -7,9 +7,8 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from training.data.batching import MicroBatch, TokenBatch
-from training.data.epochs import Epochs
 from training.data.prepare import demonstrations
-from training.data.rows import DEMONSTRATIONS_FILE
+from training.data.rows import DEMONSTRATIONS_FILE, Epochs
 from training.stage import Stage
 
 Encoded = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each

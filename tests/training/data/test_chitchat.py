@@ -8,7 +8,7 @@ from inference.errors import UserError
 from tests.warm import ROOT
 from training.config import DataSettings
 from training.data import chitchat
-from training.data.chitchat import Dialogue, Sample, build_chitchat, prompts_for, read_dialogue
+from training.data.chitchat import Dialogue, build_chitchat, prompts_for, read_dialogue
 from training.data.rated_texts import texts_in
 from training.data.rows import RowSets
 
@@ -103,7 +103,7 @@ def test_rows_keep_to_the_limits(word_format):
         assert all(a != b for a, b in pairwise(roles))
     assert left_out["reply too short or too long"] > 0  # words and three numbers: up to 11, and the end of turn
     most = max(len([r for r in sets.sft_train if owner_of(r, [d])]) for d in dialogues)
-    assert most <= chitchat.SAMPLES_PER_DIALOGUE
+    assert most <= chitchat.ROWS_PER_DIALOGUE
 
 
 def test_long_contexts_are_kept_where_they_fit(word_format):
@@ -182,7 +182,9 @@ def test_no_context_of_the_evaluation_opens_as_one_of_training(word_format):
 
 def test_prompts_for_evaluation_while_it_learns_stand_behind_those_of_the_comparison():
     sets = RowSets()
-    kinds = [[Sample("Q?", [{"role": "user", "content": f"{kind} {i}"}], "r") for i in range(400)] for kind in "ab"]
+    kinds = [
+        [{"prompt": [{"role": "user", "content": f"{kind} {i}"}], "response": "r"} for i in range(400)] for kind in "ab"
+    ]
     chitchat.add_evaluation(sets, *kinds, random.Random(1))
     rows = sets.prompts_eval
     assert len({row["prompt"][0]["content"] for row in rows}) == len(rows) == 664

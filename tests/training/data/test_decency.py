@@ -1,7 +1,7 @@
 import pytest
 
 from training.data.chitchat import upbeat_score
-from training.data.decency import is_decent, is_talk
+from training.data.rated_texts import is_decent, is_talk
 
 
 @pytest.mark.parametrize("text", ["what the FUCK", "fuuuuuck", "holy sh!t", "clusterfuck", "a blow job", "You idiot!"])

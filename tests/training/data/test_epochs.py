@@ -2,7 +2,7 @@ import random
 import time
 
 from training.config import StepSettings
-from training.data.epochs import Epochs
+from training.data.rows import Epochs
 from training.supervised import batch_of_update
 
 

@@ -1,8 +1,9 @@
 import pytest
 
+from tests.training.data.parsing import parse_row
 from training.data.entries import BadRow, LeftOut
 from training.data.files import parse_line
-from training.data.formats import format_of, parse_row, read_row, trl_row
+from training.data.formats import format_of, read_row, trl_row
 from training.data.split import split_rows
 
 

@@ -1,14 +1,14 @@
 import random
 from collections import Counter
 
-from training.data.messages import Answer, fit_together, make_pairs
+from training.data.rated_texts import RatedReply, fit_together, make_pairs
 
 PROMPT = [{"role": "user", "content": "Say something."}]
 
 
 def test_what_fits_together():
     def fit(first, second):
-        first, second = Answer("a", *first), Answer("b", *second)
+        first, second = RatedReply("a", *first), RatedReply("b", *second)
         assert fit_together(first, second) == fit_together(second, first)
         return fit_together(first, second)
 
@@ -23,7 +23,7 @@ def test_pairs_give_nothing_away():
     rng = random.Random(3)
     scores = [rng.choice((-2.0, 0.0, 0.4, 2.5)) for _ in range(300)]
     # positive texts are longer here, as they are in real talk
-    answers = [Answer(f"text {i}", rng.randint(2, 20) + round(2 * score), score) for i, score in enumerate(scores)]
+    answers = [RatedReply(f"text {i}", rng.randint(2, 20) + round(2 * score), score) for i, score in enumerate(scores)]
     by_text = {answer.text: answer for answer in answers}
     pairs = make_pairs(answers, [PROMPT], random.Random(1))
     assert len(pairs) > 300  # of 450 at most
@@ -42,4 +42,4 @@ def test_pairs_give_nothing_away():
 
 
 def test_too_few_texts_give_no_pairs():
-    assert make_pairs([Answer("alone", 5, 0.9)], [PROMPT], random.Random(1)) == []
+    assert make_pairs([RatedReply("alone", 5, 0.9)], [PROMPT], random.Random(1)) == []

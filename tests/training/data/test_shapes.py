@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tests.training.data.parsing import parse_row
 from training.data.entries import BadRow
-from training.data.formats import parse_row
 
 
 def user(text):

@@ -4,8 +4,7 @@ import pytest
 
 from inference.errors import UserError
 from training.data.rows import RowSets
-from training.data.shapes import one_spelling
-from training.data.split import keep_once, split_rows
+from training.data.split import keep_once, one_spelling, split_rows
 
 
 def message(text):

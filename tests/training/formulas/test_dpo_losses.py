@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.formulas.dpo_losses import DPO_LOSSES, Answers, Pairs, implicit_rewards
+from training.formulas.losses import DPO_LOSSES, Answers, Pairs, implicit_rewards
 
 
 def test_rewards_are_beta_times_the_log_ratio():

@@ -15,8 +15,8 @@ from tests.warm import ROOT
 from training import trust
 from training.config_files import load_config
 from training.distributed import Ranks
-from training.formulas.dpo_losses import DPO_LOSSES, Pairs
 from training.formulas.estimators import ESTIMATORS, SHAPINGS, RunningStatistics
+from training.formulas.losses import DPO_LOSSES, Pairs
 from training.formulas.own import loaded, try_own
 from training.inputs import inputs_of
 from training.rewards import Rewards

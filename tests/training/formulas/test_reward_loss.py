@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.formulas.reward_loss import preference_losses
+from training.formulas.losses import preference_losses
 
 
 def test_by_hand():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training.data.epochs import Epochs
+from training.data.rows import Epochs
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf.ppo import PPO
 from training.step3_rlhf.ptx import Demonstrations

@@ -1,4 +1,7 @@
-"""The losses of DPO, which `dpo.loss` names. Imports torch where it is needed alone: settings are read without it."""
+"""The losses of DPO, which `dpo.loss` names, and that of the reward model.
+
+Imports torch where it is needed alone: settings are read without it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,7 @@ class Pairs:
     chosen: Tensor
     rejected: Tensor
     beta: float
-    smoothing: float = 0.0
-    """`dpo.label_smoothing`."""
+    smoothing: float = 0.0  # `dpo.label_smoothing`
 
     @property
     def margin(self) -> Tensor:
@@ -40,21 +42,19 @@ class Answers:
 class DPOLoss(Entry):
     """`formula` makes of Pairs the loss of each: (pairs)."""
 
-    smooths: bool = False
-    """Whether it reads `dpo.label_smoothing`."""
-    unpaired: bool = False
-    """Whether it is of Answers, not of Pairs: (answers)."""
+    smooths: bool = False  # whether it reads `dpo.label_smoothing`
+    unpaired: bool = False  # whether it is of Answers, not of Pairs: (answers)
 
-    def complaint(self, found: Any, *given: Any) -> str:
+    def complaint(self, result: Any, *given: Any) -> str:
         import torch
 
         of = given[0].rewards if self.unpaired else given[0].margin
-        if not isinstance(found, torch.Tensor) or found.shape != of.shape:
-            return f"must return a tensor of shape {tuple(of.shape)}, not {str(found)[:80]!r}"
-        if of.requires_grad and not found.requires_grad:
+        if not isinstance(result, torch.Tensor) or result.shape != of.shape:
+            return f"must return a tensor of shape {tuple(of.shape)}, not {str(result)[:80]!r}"
+        if of.requires_grad and not result.requires_grad:
             names = "rewards" if self.unpaired else "chosen, rejected or margin"
             return f"returned what cannot be differentiated: make it of {names}, by torch alone"
-        is_theirs = bool(of.isfinite().all()) and not found.isfinite().all()
+        is_theirs = bool(of.isfinite().all()) and not result.isfinite().all()
         return "returned losses that are not finite numbers" if is_theirs else ""
 
     def example(self, settings: Any) -> tuple[Any, ...]:
@@ -144,3 +144,14 @@ DPO_LOSSES = Table(
         "kto": DPOLoss(kto, unpaired=True),
     },
 )
+
+
+def preference_losses(chosen: Tensor, rejected: Tensor, margins: Tensor | None, centering: float) -> Tensor:
+    """-log σ(chosen - rejected - margin) + centering * (chosen + rejected)² of each pair; (pairs) each.
+
+    Bradley and Terry, as in Ouyang et al. 2022 (arXiv 2203.02155), equation 1; the margin: "Llama 2" (Touvron et al.
+    2023, arXiv 2307.09288), equation 2; the centring: Eisenstein et al. 2023 (arXiv 2312.09244), equation 2.
+    """
+    difference = chosen - rejected
+    losses = -log_sigmoid(difference if margins is None else difference - margins)
+    return losses + centering * (chosen + rejected).square() if centering else losses
