@@ -41,7 +41,7 @@ def chat_command(
         import_transformers_lightly()
         from inference.chat import chat
         from inference.chat_model import ChatModel
-        from inference.generation.sample import SamplingSettings
+        from inference.generation.sampler import SamplingSettings
 
         models = [(name or label, ChatModel.load(path)) for label, path in found]
         gc.freeze()  # looking through all that is loaded takes longer than the first word

@@ -20,6 +20,7 @@ from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import EXIT_USER_ERROR, UserError, copied_again, reason
 from inference.families import longest_text
+from inference.generation.cpu import Exactness
 from inference.generation.equality import (
     Findings,
     Generated,
@@ -30,7 +31,6 @@ from inference.generation.equality import (
     generate,
     training_gap,
 )
-from inference.generation.exactness import Exactness
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
 from inference.tensor_parallel.layers import TensorParallel, join_groups

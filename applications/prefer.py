@@ -138,7 +138,7 @@ def collect(
 
         import_transformers_lightly()
         from inference.chat_model import ChatModel
-        from inference.generation.sample import SamplingSettings
+        from inference.generation.sampler import SamplingSettings
         from inference.prefer import COMMANDS, Interview, ModelPair, drawn
 
         models = {each.directory: ChatModel.load(each.directory) for each in pair}

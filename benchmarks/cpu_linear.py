@@ -21,7 +21,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from inference.generation.cpu_weights import adapted_linear, blocked_linear, blocked_product
+from inference.generation.cpu import adapted_linear, blocked_linear, blocked_product
 
 Call = Callable[[Tensor], Tensor]
 Maker = Callable[[], Call]

@@ -22,7 +22,7 @@ from benchmarks import work
 from benchmarks.ppo_iteration import machine
 from benchmarks.work import SIZES
 from inference.generation.engine import GenerationEngine
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import SamplingKey, SamplingSettings
 from inference.model_store import resolve_model
 from training.run_directory import versions, write_json
 

@@ -174,7 +174,7 @@ def ruler(day: Day) -> tuple[list[Tensor], list[int]]:
 def generated(day: Day, model: Any, prompts: list[Tensor], lengths: list[int], **options: Any) -> Callable[[], int]:
     """Draws forced responses each time it is called; the engine stays. Returns how many tokens."""
     from inference.generation.engine import GenerationEngine
-    from inference.generation.sample import SamplingKey, SamplingSettings
+    from inference.generation.sampler import SamplingKey, SamplingSettings
 
     longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
     free_bytes = torch.cuda.mem_get_info()[0] if day.device.type == "cuda" else 2**30

@@ -20,13 +20,11 @@ from benchmarks.generation_scaling import SMOLLM as INSTRUCT
 from benchmarks.work import END_ID
 from inference.chat_format import ChatFormat
 from inference.generation.attention import NextTokens, packed
-from inference.generation.cpu_weights import BlockedWeights
+from inference.generation.cpu import BlockedWeights, Exactness, plain_attention
 from inference.generation.engine import GenerationEngine
-from inference.generation.exactness import Exactness, plain_attention
 from inference.generation.kv_cache import KVCache, Places
 from inference.generation.passes import PackedPasses, packed_logits, preferred_cache_dtype
-from inference.generation.sample import SamplingKey, SamplingSettings
-from inference.generation.sampler import sample_tokens
+from inference.generation.sampler import SamplingKey, SamplingSettings, sample_tokens
 from inference.model_store import resolve_model
 from training.data.chitchat import load_dialogues, prompts_for
 from training.data.rows import read_rows

@@ -8,8 +8,7 @@ from typing import Protocol
 
 import torch
 
-from inference.generation.sample import SamplingKey
-from inference.generation.sampler import uniform
+from inference.generation.sampler import SamplingKey, uniform
 
 AHEAD = 16
 """Guesses in one pass, at most."""

@@ -26,8 +26,7 @@ from applications.prefer import find_model, suggestions
 from benchmarks.ppo_iteration import machine
 from inference.chat_model import ChatModel
 from inference.generation.engine import GenerationEngine
-from inference.generation.own_draw import OwnDraw, OwnSample
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import OwnDraw, OwnSample, SamplingKey, SamplingSettings
 from inference.preferences import Answer, BlindPair, PreferenceFile, Winner, new_seed
 from training.data.rows import read_rows
 from training.data.split import choose_groups

@@ -19,7 +19,7 @@ from rich.text import Text
 from inference.chat_model import ChatModel
 from inference.chat_template import Message
 from inference.errors import UserError
-from inference.generation.sample import SamplingSettings
+from inference.generation.sampler import SamplingSettings
 from inference.streams import PrintableConsole, printable, unguarded
 
 HELP = """\

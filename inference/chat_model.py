@@ -15,7 +15,7 @@ from inference.chat_template import Message
 from inference.errors import UserError
 from inference.families import longest_text
 from inference.generation.engine import GenerationEngine
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import SamplingKey, SamplingSettings
 from inference.weights import read_weights
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from inference.chat import arrange, check_settings, read_line, write
 from inference.chat_model import ChatModel
 from inference.chat_template import Message
 from inference.errors import UserError
-from inference.generation.sample import SamplingSettings
+from inference.generation.sampler import SamplingSettings
 from inference.preferences import EQUAL, Answer, BlindPair, Preference, PreferenceFile, Winner, blank_pairs
 from inference.streams import PrintableConsole, unguarded
 

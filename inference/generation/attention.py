@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.initialization import no_init_weights
 
 from inference.families import backbone_of, layer_kinds, layer_values, text_config
-from inference.generation.exactness import CausalAttention, Exactness, plain_attention, with_more
+from inference.generation.cpu import CausalAttention, Exactness, plain_attention, with_more
 from inference.generation.kv_cache import KVCache, Places
 from inference.private_surfaces import attention_of, goes_through_interface, set_attention
 

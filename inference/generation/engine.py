@@ -10,15 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
-from inference.generation.cpu_weights import BlockedWeights
-from inference.generation.decoding import Decoding
-from inference.generation.exactness import Exactness
+from inference.generation.cpu import BlockedWeights, Exactness
+from inference.generation.decoding import Decoding, GenerationStats, Scheduler
 from inference.generation.graphs import MOST_STEPS, Replay
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses, Passes, make_passes, preferred_cache_dtype
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
-from inference.generation.sampler import Draw
-from inference.generation.scheduler import GenerationStats, Scheduler
+from inference.generation.sampler import Draw, Sample, SamplingKey, SamplingSettings
 
 OnToken = Callable[[Sample], None]
 PREFILL_TOKENS = 4096

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from inference.generation.attention import can_pack
+from inference.generation.cpu import Exactness
 from inference.generation.engine import GenerationEngine
-from inference.generation.exactness import Exactness
 from inference.generation.passes import unwrapped
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 
 PROMPTS = 16
 LONGEST_PROMPT = 48

@@ -11,12 +11,10 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from inference.generation.kv_cache import Places
 from inference.generation.passes import PackedPasses
-from inference.generation.sample import Sample, SamplingSettings
-from inference.generation.sampler import Draw
+from inference.generation.sampler import Draw, RowKeys, Sample, SamplingSettings
 
 MOST_STEPS = 8
 """Steps between two looks of the host at what was drawn. More cost more tokens behind an end, that nobody wants."""
@@ -26,13 +24,6 @@ WARM_UP_STEPS = 2
 """Before a capture, so that libraries set themselves up outside of it."""
 
 logger = logging.getLogger(__name__)
-
-
-class RowKeys(NamedTuple):
-    """The sampling key of each row, int64 (rows) each."""
-
-    seed: Tensor
-    iteration: Tensor
 
 
 class GraphKey(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from inference.generation.exactness import Exactness
+from inference.generation.cpu import Exactness
 
 
 class KVCache:

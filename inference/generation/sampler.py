@@ -1,16 +1,65 @@
-"""Drawing tokens: the random number of a token depends on (seed, iteration, sample, position) and nothing else.
-
-So batch order, the number of ranks and where a sample runs cannot change what is drawn.
+"""Samples, and drawing their tokens: the random number of a token depends on (seed, iteration, sample, position) and
+nothing else. So batch order, the number of ranks and where a sample runs cannot change what is drawn.
 """
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_tokens: int = 0
+    """No token that ends a sample is drawn before this many."""
+
+
+@dataclass(frozen=True)
+class SamplingKey:
+    """What, with a sample's index and a token's position, decides every random number."""
+
+    seed: int
+    iteration: int = 0
+
+
+@dataclass
+class Sample:
+    """One prompt with one response."""
+
+    index: int
+    prompt_ids: Tensor  # (prompt) int64
+    limit: int
+    """Most tokens of the response."""
+    response_ids: list[int] = field(default_factory=list)
+    """With the token that ended it, if it ended."""
+    logprobs: list[float] = field(default_factory=list)
+    """log p of each response token under the distribution that it was drawn from, temperature included."""
+    ended: bool = False
+    """Whether a token was drawn that ends it."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.ended or len(self.response_ids) >= self.limit
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def cached_ids(self) -> Tensor:
+        """The tokens whose keys and values decoding needs: all but the newest of the response; int64."""
+        return torch.cat([self.prompt_ids, torch.tensor(self.response_ids[:-1], dtype=torch.int64)])
+
 
 BLOCK = 256
 """Tokens in a block of the vocabulary, see `invert_cumulative`."""
@@ -24,6 +73,13 @@ class Key(Protocol):
 
     @property
     def iteration(self) -> int | Tensor: ...
+
+
+class RowKeys(NamedTuple):
+    """The sampling key of each row, int64 (rows) each."""
+
+    seed: Tensor
+    iteration: Tensor
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -157,3 +213,42 @@ class Draw:
         sample.response_ids.append(token)
         sample.logprobs.append(logprob)
         sample.ended = self.may_end and token in self.end_ids
+
+
+@dataclass(kw_only=True)
+class OwnSample(Sample):
+    """A sample that says how it is drawn. Its `limit` counts, not the settings' `max_tokens`."""
+
+    settings: SamplingSettings
+    key: SamplingKey
+    alternatives: int = 0
+    """Tokens beside which each drawn one is to be seen."""
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Of each response token so many likeliest ones with their log-probabilities, where `alternatives` are wanted."""
+
+
+class OwnDraw(Draw):
+    """Each `OwnSample` gets the tokens that a decoding of its own, with its settings and key, would give it."""
+
+    def __init__(self, end_ids: tuple[int, ...]):
+        super().__init__(SamplingSettings(max_tokens=0), SamplingKey(0), end_ids, may_end=True)
+
+    def __call__(self, logits: Tensor, samples: Sequence[Sample]) -> None:
+        rows_of: dict[SamplingSettings, list[int]] = {}
+        own = [sample for sample in samples if isinstance(sample, OwnSample)]
+        if len(own) != len(samples):
+            raise TypeError("each sample must be an OwnSample")
+        for row, sample in enumerate(own):
+            rows_of.setdefault(sample.settings, []).append(row)
+        for settings, rows in rows_of.items():
+            drawn = [own[row] for row in rows]
+            numbers = [(s.key.seed, s.key.iteration, s.index, len(s.response_ids)) for s in drawn]
+            seed, iteration, index, position = torch.tensor(numbers, device=logits.device).T
+            wanted = logits if len(rows) == len(own) else logits[rows]
+            key = RowKeys(seed, iteration)
+            tokens, logprobs = sample_tokens(wanted, settings, key, index, position, self.end_ids)
+            for sample, token, logprob in zip(drawn, tokens.tolist(), logprobs.tolist(), strict=True):
+                self.write(sample, token, logprob)
+            if count := max(sample.alternatives for sample in drawn):
+                for sample, tops in zip(drawn, likeliest(wanted, settings, count), strict=True):
+                    sample.likeliest.append(tops[: sample.alternatives])

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from inference.chat_model import BROKEN, TextPieces
-from inference.generation.own_draw import OwnSample
+from inference.generation.sampler import OwnSample
 from inference.serving.request import ApiError, ChatRequest
 
 

@@ -18,8 +18,7 @@ from inference.chat_format import ChatFormat, Prompt
 from inference.chat_model import ChatModel, longest_answer
 from inference.chat_target import chat_steps, command_of, find_chat_models, find_newest_model, is_finished
 from inference.errors import UserError
-from inference.generation.own_draw import OwnSample
-from inference.generation.sample import SamplingKey
+from inference.generation.sampler import OwnSample, SamplingKey
 from inference.serving.answers import Completion, Failure, Logprobs
 from inference.serving.request import ApiError, ChatRequest
 from inference.serving.worker import Events, Lane, Worker

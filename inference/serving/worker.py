@@ -9,8 +9,7 @@ import torch
 
 from inference.chat_model import ChatModel
 from inference.generation.engine import GenerationEngine
-from inference.generation.own_draw import OwnDraw, OwnSample
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import OwnDraw, OwnSample, SamplingKey, SamplingSettings
 from inference.serving.answers import Choice, Completion, Delta, Failure
 
 logger = logging.getLogger(__name__)

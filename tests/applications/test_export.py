@@ -19,7 +19,7 @@ from applications.prefer import find_model
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import SamplingKey, SamplingSettings
 from inference.preferences import PreferenceFile
 from tests.families import build, narrow_config
 from tests.inference.templates import FAMILIES, Family, bytes_tokenizer

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from applications.process import main
-from inference.generation.sample import SamplingKey
-from inference.generation.sampler import uniform
+from inference.generation.sampler import SamplingKey, uniform
 from training.config_files import load_config
 
 LARGEST = 2**63 - 1

@@ -22,8 +22,7 @@ from inference.chat_format import ChatFormat, Prompt
 from inference.chat_model import ChatModel
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import UserError
-from inference.generation.own_draw import OwnSample
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import OwnSample, Sample, SamplingKey, SamplingSettings
 from inference.model_store import check_model_directory
 from inference.serving.answers import Completion
 from inference.serving.worker import Lane
@@ -354,7 +353,7 @@ def test_models_may_end_at_different_times_or_say_nothing():
 def test_a_real_pipe_with_bytes_that_are_no_text(model, tiny_model_directory):
     program = (
         "import sys; from pathlib import Path; from inference.chat import ChatModel, chat;"
-        "from inference.generation.sample import SamplingSettings;"
+        "from inference.generation.sampler import SamplingSettings;"
         "chat([('SFT', ChatModel.load(Path(sys.argv[1])))], SamplingSettings(max_tokens=40), 1)"
     )
     result = subprocess.run(

@@ -10,7 +10,7 @@ import pytest
 
 from inference.chat_model import ChatModel
 from inference.errors import UserError
-from inference.generation.sample import SamplingSettings
+from inference.generation.sampler import SamplingSettings
 from inference.prefer import Interview, ModelPair, again, drawn
 from inference.preferences import DRAWS, Answer, BlindPair, PreferenceFile
 from tests.inference.test_chat import Echo, TypedLines, in_child, user

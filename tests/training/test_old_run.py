@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from applications.process import main
 from inference.chat_model import ChatModel
-from inference.generation.sample import SamplingSettings
+from inference.generation.sampler import SamplingSettings
 from inference.serving.service import find_served_models
 from training import stage_script as stage
 from training.distributed import Ranks

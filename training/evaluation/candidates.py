@@ -15,7 +15,7 @@ from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.chat_template import Message, same_rendering
 from inference.errors import UserError
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 from training.checkpoints import checkpoint_of
 from training.config import DataSettings
 from training.data.batching import TokenBatch, plan_micro_batches

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from inference.preferences import PreferenceFile
 from training.config import DataSettings, EvaluationSettings
 from training.data.chitchat import upbeat_score

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 from training.distributed import RollCall
 from training.hybrid_engine.layout import Layout
 from training.private_surfaces import default_store

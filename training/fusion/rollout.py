@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inference.generation.decoding import Decoding
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 from training.data.batching import fill_micro_batches
 from training.fusion.board import (
     Aside,

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from inference.families import backbone_of, text_config
 from inference.generation.attention import PACKED_ATTENTION, Sequences, can_pack
-from inference.generation.exactness import Exactness, filled
-from inference.generation.prefixes import Prefixes, at
+from inference.generation.cpu import Exactness, filled
+from inference.generation.passes import Prefixes, at
 from inference.private_surfaces import attention_of, set_attention
 from training.data.batching import TokenBatch
 from training.pipelines.stage_model import handing_over, sends_on

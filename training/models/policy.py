@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from inference.errors import UserError
 from inference.families import is_router, takes_adapter, text_config
-from inference.generation.exactness import Exactness
+from inference.generation.cpu import Exactness
 from inference.generation.sampler import log_sum
 from training.data.batching import TokenBatch
 from training.hybrid_engine.layout import StageCut

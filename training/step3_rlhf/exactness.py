@@ -12,8 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from inference.errors import UserError
 from inference.families import longest_text, meta_model, text_config
 from inference.generation.attention import PACKED_ATTENTION, can_pack
-from inference.generation.cpu_weights import BlockedWeights
-from inference.generation.exactness import CausalAttention, Exactness, plain_attention
+from inference.generation.cpu import BlockedWeights, CausalAttention, Exactness, plain_attention
 from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses
 from inference.private_surfaces import set_attention

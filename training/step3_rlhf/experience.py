@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 from training.data.batching import TokenBatch
 from training.formulas.estimators import ESTIMATORS, Scored
 from training.formulas.own import loaded

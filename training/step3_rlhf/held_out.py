@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from inference.generation.sample import SamplingKey
+from inference.generation.sampler import SamplingKey
 from training.data.split import once
 from training.evaluation.comparison import EVALUATION_ITERATION
 from training.evaluation.statistics import distinct_bigrams, mean

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
-from inference.generation.sample import SamplingKey
+from inference.generation.sampler import SamplingKey
 from training.calls import ACTOR_SCORE, ACTOR_TRAIN
 from training.checkpoints import Best
 from training.data.rows import Epochs

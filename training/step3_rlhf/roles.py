@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inference.chat_format import ChatFormat
-from inference.generation.cpu_weights import BlockedWeights
+from inference.generation.cpu import BlockedWeights
 from training.calls import ACTOR_GENERATE, CRITIC_SCORE, Call
 from training.config import RunConfig
 from training.data.batching import TokenBatch

@@ -11,7 +11,7 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from training.calls import ACTOR_GENERATE, Call
 from training.data.batching import TokenBatch
 from training.fusion.choice import Choice

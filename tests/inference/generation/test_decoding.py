@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inference.generation.engine import GenerationEngine
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from tests.inference.generation.test_engine import END, PAD, VOCABULARY, build_model
 
 KEY = SamplingKey(seed=3, iteration=2)

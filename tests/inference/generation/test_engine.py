@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.errors import UserError
-from inference.generation import cpu_weights
+from inference.generation import cpu
 from inference.generation.attention import can_pack
-from inference.generation.cpu_weights import BlockedWeights, is_plain_lora
+from inference.generation.cpu import BlockedWeights, is_plain_lora
 from inference.generation.engine import GenerationEngine
 from inference.generation.passes import right_pad
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 
 VOCABULARY = 40
 END, PAD = 2, 1
@@ -421,7 +421,7 @@ def test_no_prompts_no_samples(model):
     assert list(GenerationEngine(model, END, PAD).generate([], GREEDY, KEY)) == []
 
 
-BLOCKED_DTYPES = [torch.float32] + [torch.bfloat16] * cpu_weights.blocks_bf16()
+BLOCKED_DTYPES = [torch.float32] + [torch.bfloat16] * cpu.blocks_bf16()
 
 
 def test_right_pad():
@@ -498,10 +498,10 @@ def test_an_adapter_that_is_more_than_b_a_keeps_its_own_steps():
 
 
 def test_a_processor_that_does_not_block_bf16_computes_on_plain_weights(monkeypatch):
-    monkeypatch.setattr(cpu_weights, "blocks_bf16", lambda: False)
+    monkeypatch.setattr(cpu, "blocks_bf16", lambda: False)
     assert BlockedWeights(build_model("llama").to(torch.bfloat16)).forwards == {}
 
 
 def test_large_weights_are_not_copied(monkeypatch):
-    monkeypatch.setattr(cpu_weights, "MOST_BYTES", 1000)
+    monkeypatch.setattr(cpu, "MOST_BYTES", 1000)
     assert BlockedWeights(build_model("llama")).forwards == {}

@@ -23,7 +23,7 @@ from inference.generation.equality import (
     left_pad,
     up_to_stop,
 )
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 from tests.inference.generation.test_engine import FAMILIES, PAD, VOCABULARY, build_model
 
 WORK = Work.of(VOCABULARY, PAD, context_length=64)

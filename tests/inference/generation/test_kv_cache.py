@@ -1,6 +1,6 @@
 import torch
 
-from inference.generation.exactness import Exactness
+from inference.generation.cpu import Exactness
 from inference.generation.kv_cache import KVCache, Places
 
 EXACT = Exactness(keys=4)

@@ -5,8 +5,7 @@ import torch
 
 from inference.families import build_tiny_model
 from inference.generation.engine import GenerationEngine
-from inference.generation.own_draw import OwnDraw, OwnSample
-from inference.generation.sample import Sample, SamplingKey, SamplingSettings
+from inference.generation.sampler import OwnDraw, OwnSample, Sample, SamplingKey, SamplingSettings
 
 ENDS, PADS, SLOTS, ROOM = (1, *range(100, 180)), 0, 3, 64
 SETTINGS = [

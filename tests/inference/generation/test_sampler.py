@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from inference.generation import sampler
-from inference.generation.sample import SamplingKey, SamplingSettings
-from inference.generation.sampler import restrict, sample_tokens, uniform
+from inference.generation.sampler import SamplingKey, SamplingSettings, restrict, sample_tokens, uniform
 
 KEY = SamplingKey(seed=3, iteration=5)
 MASK = 2**64 - 1

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from inference.chat_model import ChatModel
-from inference.generation.sample import SamplingSettings
+from inference.generation.sampler import SamplingSettings
 from inference.preferences import PreferenceFile
 from inference.serving.app import create_app
 from inference.serving.judging import Collecting, ServedModel

@@ -8,7 +8,7 @@ import pytest
 import torch
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import SamplingKey, SamplingSettings
 from inference.serving.app import MOST_BYTES
 from inference.serving.request import IGNORED, MEANS_NOTHING, ChatRequest
 from tests.inference.serving.conftest import LIMITS, MESSAGES, WARM, alone

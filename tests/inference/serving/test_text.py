@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from inference.chat_model import OVERLAP, WINDOW, TextPieces, pieces_of, whole_text
-from inference.generation.own_draw import OwnSample
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import OwnSample, SamplingKey, SamplingSettings
 from inference.serving.answers import Choice, Logprobs, StopStrings
 
 

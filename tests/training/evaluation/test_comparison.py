@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from applications.report_table import table_rows
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 from inference.preferences import PreferenceFile
 from tests.tiny_runs import QUESTIONS, messages
 from tests.training.evaluation.preferences import preference

@@ -8,7 +8,7 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 
 from benchmarks import work
 from benchmarks.work import Lengths, Size
-from inference.generation.sample import SamplingKey
+from inference.generation.sampler import SamplingKey
 from tests.ranks import run_ranks
 from training.fusion import choice
 from training.fusion.costs import Costs

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from inference.generation.decoding import StepWork
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 from training.fusion import rollout as module
 from training.fusion.board import Board, FusionPolicy, Timeline
 from training.fusion.choice import NOMINAL, NOMINAL_TICK

@@ -48,7 +48,7 @@ def prompts():
 def generate(ranks, model, layout, slots, greedy=False, tokens=12):
     """Every sample, from the groups that drew them: {index: [tokens, log-probabilities]}."""
     from inference.generation.engine import GenerationEngine
-    from inference.generation.sample import SamplingKey, SamplingSettings
+    from inference.generation.sampler import SamplingKey, SamplingSettings
 
     settings = SamplingSettings(max_tokens=tokens, temperature=0 if greedy else 1.0)
     mine = range(layout.data_rank(ranks.rank), SAMPLES, layout.data)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Llama4ForConditionalG
 from inference.errors import UserError
 from inference.families import meta_model, require_supported_family, set_dropout, text_config
 from inference.generation.engine import GenerationEngine
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import SamplingKey, SamplingSettings
 from inference.tensor_parallel.layers import TensorParallel
 from inference.tensor_parallel.shard import cuts_of, empty_shard
 from inference.weights import read_weights

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from inference.errors import UserError
 from inference.families import meta_model
-from inference.generation.exactness import Exactness
-from inference.generation.prefixes import Prefixes
+from inference.generation.cpu import Exactness
+from inference.generation.passes import Prefixes
 from tests.families import narrow_config
 from training.data.batching import TokenBatch
 from training.hybrid_engine.layout import StageCut

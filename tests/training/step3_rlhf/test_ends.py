@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference.chat_format import ChatFormat
-from inference.generation.sample import Sample
+from inference.generation.sampler import Sample
 from tests.inference.templates import FAMILIES, bytes_tokenizer
 from training.calls import rlhf_calls
 from training.config import DataSettings

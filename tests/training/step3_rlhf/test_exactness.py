@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from inference.errors import UserError
-from inference.generation import attention, exactness, passes
+from inference.generation import attention, cpu, passes
+from inference.generation.cpu import CausalAttention, Exactness
 from inference.generation.engine import GenerationEngine
-from inference.generation.exactness import CausalAttention, Exactness
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import SamplingKey, SamplingSettings
 from tests.inference.generation.test_engine import PAD, build_model, make_prompts
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
@@ -111,7 +111,7 @@ def test_a_trial_leaves_the_generator_of_random_numbers_as_it_is():
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("exact", [Exactness(), Exactness(8, 8, 16, 16)], ids=["as it is", "filled up"])
 def test_gradients_are_those_of_attention(monkeypatch, window, exact):
-    monkeypatch.setattr(exactness, "QUERIES", 5)
+    monkeypatch.setattr(cpu, "QUERIES", 5)
     query, key, value = (torch.randn(2, *shape, 21, 4, requires_grad=True) for shape in ((3, 2), (3,), (3,)))
     place = torch.arange(21)
     seen = (place[:, None] >= place) & (place[:, None] - place < (window or 21))

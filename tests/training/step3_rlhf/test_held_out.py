@@ -108,7 +108,7 @@ def by_hand(models, directory) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from inference.generation.engine import GenerationEngine
-    from inference.generation.sample import SamplingKey, SamplingSettings
+    from inference.generation.sampler import SamplingKey, SamplingSettings
     from tests.training.step3_rlhf.test_ppo_loop import PROMPTS
     from tests.training.step3_rlhf.test_ppo_updates import SCALE, SHIFT, logprobs_by_hand
 

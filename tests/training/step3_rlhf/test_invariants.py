@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from inference.generation.attention import Sequences
 from inference.generation.engine import GenerationEngine
 from inference.generation.kv_cache import Places
-from inference.generation.sample import SamplingKey, SamplingSettings
+from inference.generation.sampler import SamplingKey, SamplingSettings
 from inference.tensor_parallel.layers import TensorParallel
 from training.data.batching import TokenBatch
 from training.distributed import Ranks

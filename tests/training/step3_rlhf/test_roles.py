@@ -12,7 +12,7 @@ from applications.settings import load_preset
 from benchmarks import work
 from benchmarks.work import Lengths, Size
 from inference.families import config_of
-from inference.generation.cpu_weights import BlockedWeights
+from inference.generation.cpu import BlockedWeights
 from tests.ranks import run_ranks
 from training.config_files import load_config
 from training.data.batching import TokenBatch

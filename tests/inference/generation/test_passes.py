@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inference.generation.attention import Sequences, packed
-from inference.generation.prefixes import Prefixes, at
+from inference.generation.passes import Prefixes, at
 
 ROWS = [[5, 6, 7, 8], [5, 6, 9], [6, 7], [5, 6, 7, 8, 3]]
 
