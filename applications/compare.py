@@ -20,8 +20,9 @@ from rich.text import Text
 
 from applications.report_table import ROWS, pair_of, training_signs
 from applications.runs import RATES, UNREADABLE, Measure, measures_of, named_runs, state_of, steps_of, why_unreadable
+from inference.console import PrintableConsole
 from inference.errors import UserError
-from inference.streams import PrintableConsole, columns, redacted_values
+from inference.streams import columns, redacted_values
 from training.changes import teaches, was_lengthened
 from training.config import RunConfig
 from training.evaluation.statistics import guard_signs

@@ -8,15 +8,17 @@ from typing import cast
 from rich.text import Text
 from transformers import AutoTokenizer
 
+from applications.preset_store import settings_for_model
 from applications.report_table import overview_lines
-from applications.settings import resolve_settings, settings_for_model
+from applications.settings import resolve_settings
 from inference.chat_format import ChatFormat
+from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.preferences import Preference
-from inference.streams import PrintableConsole, show_json
+from inference.streams import show_json
 from inference.weights import quiet_transformers
-from training.config import EMBEDDED_DATA, DataSettings, RunConfig
+from training.config import RunConfig
 from training.config_files import load_config
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.entries import BadRow
@@ -28,6 +30,7 @@ from training.data.rows import Row, RowSets, read_rows
 from training.data.shapes import UNDECIDED
 from training.data.sources import parse_source
 from training.data.split import kind_of
+from training.data_settings import EMBEDDED_DATA, DataSettings
 from training.evaluation.preferences import overview
 from training.run_directory import RunDirectory
 from training.trust import of_looking, require_yes

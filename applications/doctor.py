@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import rlhf_chat  # noqa: F401  a script of ranks, too
 from applications.launch import run_on_ranks
-from applications.settings import settings_for_model
+from applications.preset_store import settings_for_model
 from inference.chat_format import ChatFormat
 from inference.chat_target import find_chat_models, refuse_reward_model
 from inference.errors import EXIT_USER_ERROR, UserError, copied_again, reason

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from applications.launch import run_stage_script
+from applications.preset_store import settings_for_model
 from applications.report_table import evaluation_table, overview_table, pair_of, share, text_console, text_of
-from applications.settings import settings_for_model
 from inference.chat_target import find_chat_models
 from inference.errors import UserError, typed
 from inference.preferences import Preference, PreferenceFile

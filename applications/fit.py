@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from applications.machine_report import GIB, nearest_existing
-from applications.settings import is_preset_architecture, known_architecture, smaller_presets
+from applications.preset_store import is_preset_architecture, known_architecture, smaller_presets
 from inference.errors import UserError
 from inference.families import config_of, require_supported_family
 from inference.model_files import require_usable

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from applications.settings import PRESETS
+from applications.preset_store import PRESETS
 from inference.chat_target import find_newest_model
 from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile

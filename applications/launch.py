@@ -17,11 +17,12 @@ from typing import Any, TextIO
 
 from inference.errors import EXIT_USER_ERROR, UserError, typed
 from rlhf_chat import HOME
+from training.error_report import room_for_report
 from training.launchers import PARENT_VARIABLE
 from training.opening import COMMAND_VARIABLE
 from training.run_directory import RunDirectory
 from training.steps import STEPS
-from training.termination import EXIT_TERMINATED, StageFailed, Terminated, grace, room_for_report
+from training.termination import EXIT_TERMINATED, StageFailed, Terminated, grace
 
 OF_FIRST_ENGINE = "deepspeed.runtime.zero.muon.muon_optimizer"
 """DeepSpeed imports it with the first engine, and with it torch's compiler, which takes seconds."""

@@ -29,8 +29,9 @@ from inference.preferences import PreferenceFile
 from inference.streams import printable
 from inference.weights import ABSOLUTE_POSITIONS, READ_BY_OLDER, has_old_names
 from training.changes import was_lengthened
-from training.config import EMBEDDED_DATA, RunConfig, StepSettings
+from training.config import RunConfig, StepSettings
 from training.data.rows import PANEL_FILE
+from training.data_settings import EMBEDDED_DATA
 from training.evaluation.preferences import win_rates
 from training.evaluation.statistics import guard_signs, verdict
 from training.lineage import base_model, label_of_step, origin_of, sources_of, trace

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from applications.from_run import next_command
-from applications.settings import settings_for_model
+from applications.preset_store import settings_for_model
 from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
 from inference.errors import UserError, typed

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from applications.report_table import ROWS, pair_of, share, shown
+from inference.console import PrintableConsole
 from inference.errors import UserError, reason
-from inference.streams import PrintableConsole, columns
+from inference.streams import columns
 from training.config import RunConfig
 from training.metrics import Journal, duration, read_line, size
 from training.opening import begun_at, read_starts

@@ -11,7 +11,6 @@ With --alone there is no critic and no reward model: the work of GRPO and RLOO; 
 
 import argparse
 import itertools
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import work
-from benchmarks.turns import Channel, serve
+from benchmarks.turns import Channel, measured, print_medians
 from benchmarks.work import END_ID, LENGTHS, PROMPT_TOKENS, SAMPLES, SIZES, Size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -330,11 +329,8 @@ def main() -> None:
             return floor.fit(arguments.rows)
         return floor.iterate(prompts[number], lengths.of(number), arguments.part)
 
-    if channel is not None:
-        serve({"what": f"weights and AdamW in {arguments.dtype}, attention in {attention}"}, iterate, channel)
-    rows = [iterate(number) for number in range(iterations + 1)][1:]  # the first one warms up
-    for name in rows[0]:
-        print(f"{name:10s} {statistics.median(row[name] for row in rows):.4f}")
+    what = f"weights and AdamW in {arguments.dtype}, attention in {attention}"
+    print_medians(measured(what, iterate, iterations, channel)[1:])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from applications.settings import settings_for_model
+from applications.preset_store import settings_for_model
 from benchmarks import work
 from benchmarks.ppo_iteration import machine
 from benchmarks.work import SIZES

@@ -29,7 +29,7 @@ import torch
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from applications.settings import load_preset
+from applications.preset_store import load_preset
 from benchmarks import our_ppo, work
 from inference.families import config_of
 from training.config import RunConfig

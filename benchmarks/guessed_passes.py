@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from applications.settings import settings_for_model
+from applications.preset_store import settings_for_model
 from benchmarks.generation_scaling import DTYPES, load
 from benchmarks.generation_scaling import SMOLLM as INSTRUCT
 from benchmarks.work import END_ID

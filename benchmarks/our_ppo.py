@@ -8,7 +8,6 @@ tenth iteration, and the check of a run's first update are left out. With --roll
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import work
-from benchmarks.turns import Channel, serve
+from benchmarks.turns import Channel, measured, print_medians
 from benchmarks.work import GROUP, KL, LENGTHS, MINI_BATCHES, PROMPT_TOKENS, SAMPLES, SIZES, Lengths
 from inference.errors import UserError
 from training.config import RunConfig
@@ -179,12 +178,9 @@ def measure(config: RunConfig, lengths: Lengths, what: str, directory: Path, cha
 
     try:
         ppo = make_ppo(config, lengths, directory, start_ranks(config.threads))
-        if channel is not None:
-            serve({"what": what}, lambda number: iterate(ppo, number, lengths), channel)
-        rows = [iterate(ppo, number, lengths) for number in range(config.rlhf.iterations)][1:]  # the first warms up
+        rows = measured(what, lambda number: iterate(ppo, number, lengths), config.rlhf.iterations - 1, channel)
         print(what)
-        for name in rows[0]:
-            print(f"{name:10s} {statistics.median(row[name] for row in rows):.4f}")
+        print_medians(rows[1:])
     except UserError as error:
         sys.exit(str(error))
     finally:

@@ -7,7 +7,6 @@ which a run does once and not at every step.
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 
 from benchmarks import work
 from benchmarks.our_ppo import describe
-from benchmarks.turns import Channel, serve
+from benchmarks.turns import Channel, measured, print_medians
 from benchmarks.work import SIZES
 from inference.errors import UserError
 from training.config import RunConfig
@@ -121,12 +120,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             ranks = start_ranks(config.threads)
             task = make_task(arguments.method, config, Path(directory), ranks, arguments.iterations + 1)
-            if channel is not None:
-                serve({"what": describe(config, arguments.master)}, lambda number: step(task, number), channel)
-            rows = [step(task, number) for number in range(arguments.iterations + 1)]
+            what = describe(config, arguments.master)
+            rows = measured(what, lambda number: step(task, number), arguments.iterations, channel)
             print(f"first loss {rows[0]['loss']:.4f}")
-            for name in ("score", "train", "total"):  # the first step warms up
-                print(f"{name:10s} {statistics.median(row[name] for row in rows[1:]):.4f}")
+            print_medians(rows[1:], ("score", "train", "total"))
     except UserError as error:
         sys.exit(str(error))
     finally:

@@ -6,10 +6,11 @@ The process that asks reads one line of JSON an answer. What the libraries print
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,20 @@ def serve(notes: dict[str, str], iterate: Callable[[int], dict[str, float]], cha
     channel.answer(notes)
     while True:
         channel.answer({**iterate(channel.wait()), "peak_gb": peak_gb()})
+
+
+def measured(
+    what: str, step: Callable[[int], dict[str, float]], steps: int, channel: Channel | None
+) -> list[dict[str, float]]:
+    """What `step` gives for numbers 0 to `steps`, of which the first warms up; with a channel, what it asks for."""
+    if channel is not None:
+        serve({"what": what}, step, channel)
+    return [step(number) for number in range(steps + 1)]
+
+
+def print_medians(rows: Sequence[dict[str, float]], names: Iterable[str] = ()) -> None:
+    for name in names or rows[0]:
+        print(f"{name:10s} {statistics.median(row[name] for row in rows):.4f}")
 
 
 def peak_gb() -> float:

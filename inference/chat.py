@@ -18,9 +18,10 @@ from rich.text import Text
 
 from inference.chat_model import ChatModel
 from inference.chat_template import Message
+from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.generation.sampler import SamplingSettings
-from inference.streams import PrintableConsole, printable, unguarded
+from inference.streams import printable, unguarded
 
 HELP = """\
 /reset               forget the conversation

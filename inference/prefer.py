@@ -17,10 +17,11 @@ from rich.live import Live
 from inference.chat import arrange, check_settings, read_line, write
 from inference.chat_model import ChatModel
 from inference.chat_template import Message
+from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.generation.sampler import SamplingSettings
 from inference.preferences import EQUAL, Answer, BlindPair, Preference, PreferenceFile, Winner, blank_pairs
-from inference.streams import PrintableConsole, unguarded
+from inference.streams import unguarded
 
 WINNERS_BY_KEY: dict[str, Winner] = {"1": "a", "2": "b", "=": "tie", "0": "both bad"}
 KEYS = "1 or 2 is better, = about the same, 0 both bad, u undo, s skip, q quit"

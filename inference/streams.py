@@ -16,8 +16,6 @@ from typing import Any, TextIO, cast
 from urllib.parse import unquote
 
 from rich.cells import cell_len
-from rich.console import Console
-from rich.segment import Segment
 
 USUAL_COLUMNS = 100  # where there is no terminal
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\].*?(?:\x07|\x1b\\)")
@@ -288,11 +286,3 @@ def stand_in(character: str) -> str:
     if not name.startswith("BOX DRAWINGS"):
         return {"Ps": "[", "Pe": "]", "Pd": "-"}.get(unicodedata.category(character), "?")
     return "+" if " AND " in name else "|" if name.endswith("VERTICAL") else "-"
-
-
-class PrintableConsole(Console):
-    """Steers the terminal itself, and lets no text do so."""
-
-    def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
-        for segment in super().render(*arguments, **options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text))

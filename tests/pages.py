@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from applications.cli import app
-from applications.settings import settings_for_model
+from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config_files import load_config, setting_keys
 from training.formulas.table import OWN

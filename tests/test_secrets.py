@@ -16,12 +16,12 @@ from inference.errors import UserError
 from tests.tiny_runs import make_tiny_run
 from tests.training.test_reward_sources import PROMPTS, RESPONSES, ROWS, endpoint  # noqa: F401
 from training.config_files import load_config
+from training.error_report import leave_report
 from training.metrics import Display, metrics_journal
 from training.reward_sources import RewardEndpoint, RewardFailed
 from training.run_directory import RunDirectory
 from training.stage import quiet_libraries
 from training.steps import SFT
-from training.termination import leave_report
 
 LITERAL = "http://anna:geheimnis@host:80/score?token=geheimnis&k=1"
 SHOWN = "http://***@host:80/score?token=***&k=1"

@@ -10,7 +10,8 @@ from inference.errors import UserError
 from inference.families import longest_text, text_config
 from inference.tensor_parallel.plan import check_divides, cut_layers
 from training.calls import role_of
-from training.config import DataSettings, RunConfig
+from training.config import RunConfig
+from training.data_settings import DataSettings
 from training.hybrid_engine.layout import Layout
 from training.models.loading import resolve_dtype, scorer_config
 from training.models.policy import add_lora, require_lora_layers

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 from inference.chat_target import find_newest_model
 from inference.errors import UserError
 from inference.model_store import TINY
-from training.config import EMBEDDED_DATA, TRAINED_ROLES, RunConfig
+from training.config import TRAINED_ROLES, RunConfig
 from training.data.sources import absolute, exists
+from training.data_settings import EMBEDDED_DATA
 from training.merging import KeyTwice, did_you_mean, load_yaml, merge, near_keys, what_is_wrong
 from training.reward_specs import RewardSpec
 from training.role_settings import OptimizerSettings

@@ -16,8 +16,9 @@ from typing import Any
 from inference.disk import writing
 from inference.errors import UserError
 from inference.model_store import PICKLES, SAFETENSORS, TEXT_FILES, Report, check_model_directory, resolve_model
-from training.config import EMBEDDED_DATA, RunConfig
+from training.config import RunConfig
 from training.data.sources import parse_source
+from training.data_settings import EMBEDDED_DATA
 from training.formulas.tables import own_files
 from training.lineage import base_model, reward_model_before
 from training.run_directory import RunDirectory, read_json, write_directory, write_json

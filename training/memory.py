@@ -16,7 +16,8 @@ from typing import Literal, get_args
 import torch
 
 from training.calls import Call, role_of
-from training.config import DataSettings, RunConfig
+from training.config import RunConfig
+from training.data_settings import DataSettings
 from training.deepspeed_config import effective_zero_stage
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import stays

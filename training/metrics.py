@@ -23,9 +23,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from inference.console import PrintableConsole
 from inference.disk import GO_ON, writing
 from inference.errors import UserError
-from inference.streams import PrintableConsole, printable, redacted, redacted_values
+from inference.streams import printable, redacted, redacted_values
 from training.config import RunConfig
 from training.run_directory import RunDirectory, StepDirectory
 

@@ -15,11 +15,12 @@ from inference.disk import writing
 from inference.errors import UserError, typed
 from inference.streams import redacted, redacted_arguments
 from training.changes import Kind, differences, kind_of, make_way, may_have_length, plan_change, teaches
-from training.config import EMBEDDED_DATA, RunConfig
+from training.config import RunConfig
 from training.config_files import as_typed, found_from_anywhere, load_config
 from training.data.find_files import find_files, find_set
 from training.data.reasoning import require_task
 from training.data.sources import parse_source
+from training.data_settings import EMBEDDED_DATA
 from training.inputs import CODE, code_of
 from training.lineage import inherit, sources_of, trace
 from training.merging import merge

@@ -24,6 +24,7 @@ from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from training.config import RunConfig
 from training.config_files import found_from_anywhere, load_config, read_yaml
 from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
+from training.error_report import leave_report
 from training.inputs import changed_inputs
 from training.launchers import PARENT_VARIABLE
 from training.metrics import WARNING, Display
@@ -32,7 +33,7 @@ from training.preparation.prepare import prepare
 from training.run_directory import RunDirectory, StepDirectory
 from training.stage import Diverged, Stage, make_stage
 from training.steps import STEPS, Step
-from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, leave_report, say
+from training.termination import EXIT_TERMINATED, TERMINATION, Terminated, grace, say
 from training.trust import of_evaluation, of_training, require_yes
 
 T = TypeVar("T")

@@ -1,20 +1,15 @@
 """How a stage ends otherwise than well. SIGTERM, as schedulers send it before they kill: a sentence at once, a
 checkpoint within the grace, then the end."""
 
-import json
 import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
 
 from inference.errors import UserError
-from inference.streams import redacted
 from training.launchers import PARENT_VARIABLE, started_by
-from training.run_directory import write_json
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 GRACE_VARIABLE = "RLHF_CHAT_GRACE"
@@ -86,46 +81,3 @@ def say(sentence: str) -> None:
 
 TERMINATION = Termination()
 """Of this process: there is one handler of a signal."""
-
-
-ROOM = 16_384
-"""Bytes that are kept free for a report."""
-
-
-@contextmanager
-def room_for_report(file: Path) -> Iterator[None]:
-    """Keep room for the report `file` while a stage runs, and no older report. Raises OSError on a full disk."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)
-    kept = kept_room(file)
-    try:
-        with open(kept, "wb") as handle:
-            handle.write(b" " * ROOM)  # written, so that its blocks are there: a file system may refuse them later
-            handle.flush()
-            os.fsync(handle.fileno())
-    except OSError as error:
-        with suppress(OSError):
-            kept.unlink()
-        raise OSError(error.errno, error.strerror, str(file)) from error
-    try:
-        yield
-    finally:
-        kept.unlink(missing_ok=True)
-
-
-def kept_room(file: Path) -> Path:
-    return file.with_name(f".{file.name}.room")
-
-
-def leave_report(file: Path, sentence: str, code: int, traceback: str = "") -> None:
-    """Write the report, unless another rank has; on a full disk into the room that was kept, without `traceback`."""
-    report = {"sentence": redacted(sentence), "code": code}
-    with suppress(OSError):  # a run that was refused leaves no directory
-        if file.exists():
-            return
-        try:
-            write_json(file, {**report, "traceback": redacted(traceback)} if traceback else report)
-        except OSError:
-            with open(kept_room(file), "r+b") as handle:
-                handle.write(json.dumps(report).encode()[:ROOM].ljust(ROOM))
-            os.replace(kept_room(file), file)

@@ -15,10 +15,11 @@ from pathlib import Path
 from inference.errors import UserError, reason
 from inference.model_store import TINY
 from inference.streams import redacted
-from training.config import EMBEDDED_DATA, RunConfig
+from training.config import RunConfig
 from training.config_files import MODELS
 from training.data.rows import DEMONSTRATIONS_FILE
 from training.data.sources import parse_source
+from training.data_settings import EMBEDDED_DATA
 from training.formulas.tables import own_files
 from training.inputs import code_files, files_of, kept_model
 from training.lineage import base_model, reward_model_before

@@ -24,6 +24,7 @@ def test_help_is_quick_and_no_command_imports_anything_heavy_before_it_needs_it(
         "import sys; sys.argv = ['rlhf-chat', '--help']\n"
         "from applications.process import main\n"
         "try: main()\nexcept SystemExit: pass\n"
+        "assert 'training.config' not in sys.modules\n"
         "import applications.commands\n"
         "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
     )

@@ -12,9 +12,10 @@ from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.preferences import PreferenceFile
 from tests.training.evaluation.preferences import preference
-from training.config import DataSettings, RunConfig
+from training.config import RunConfig
 from training.data.prepare import prepare_data
 from training.data.reading import read_sources
+from training.data_settings import DataSettings
 from training.run_directory import RunDirectory
 
 PAIR = {"prompt": "How are you?", "chosen": "Very well!", "rejected": "Go away."}

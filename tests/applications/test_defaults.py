@@ -5,7 +5,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
-from applications.settings import load_preset, preset_names, resolve_settings
+from applications.preset_store import load_preset, preset_names
+from applications.settings import resolve_settings
 from training.config_reference import defaults, groups, settings_of
 from training.plan import from_blocks, to_blocks
 from training.run_directory import RunDirectory

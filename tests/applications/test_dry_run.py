@@ -10,8 +10,8 @@ import pytest
 from applications import fit
 from applications.dry_run import check_fits, dry_run, duration, shell_lines
 from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, verdict
+from applications.preset_store import load_preset, settings_for_model
 from applications.profile import expected_time
-from applications.settings import load_preset, settings_for_model
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
 from training.config import RunConfig

@@ -16,8 +16,8 @@ from applications.fit import GIB, Machine, Outlook, find_shape
 from applications.plan import best_plan, fastest, with_auto_plan
 from applications.plan_report import ranks_text
 from applications.plan_request import make_request, request_of
+from applications.preset_store import load_preset
 from applications.profile import _ppo
-from applications.settings import load_preset
 from inference.errors import UserError
 from tests.training.planner.test_machine import PROFILE
 from training.calls import ACTOR_SCORE

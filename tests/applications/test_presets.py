@@ -7,12 +7,7 @@ import sys
 
 import pytest
 
-from applications.settings import (
-    load_preset,
-    preset_names,
-    settings_for_model,
-    smaller_presets,
-)
+from applications.preset_store import load_preset, preset_names, settings_for_model, smaller_presets
 from inference.errors import UserError
 from inference.families import build_tiny_model
 from training.config_files import load_config
@@ -176,8 +171,8 @@ def test_smaller_presets_are_of_the_family_and_largest_first():
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, applications.settings as p; p.settings_for_model('opt-13b');"
-        "print([m for m in ('torch', 'transformers', 'deepspeed', 'numpy') if m in sys.modules])"
+        "import sys, applications.preset_store as p; p.settings_for_model('opt-13b');"
+        "print([m for m in ('torch', 'transformers', 'pydantic', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

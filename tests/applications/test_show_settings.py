@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from applications.settings import settings_command, settings_named
+from applications.settings import settings_named
+from applications.show_settings import settings_command
 from inference.errors import UserError
 from training.config_reference import defaults
 from training.run_directory import RunDirectory

@@ -9,7 +9,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from inference.streams import PrintableConsole, Screen, Shown, json_text, printable, show_json, unguarded
+from inference.console import PrintableConsole
+from inference.streams import Screen, Shown, json_text, printable, show_json, unguarded
 
 RUDE = "a\x1b[2J\x1b]0;title\x07b\x9b31m\rc\u202ed\u2066e\x7f\tf\ng"
 TAME = "a[2J]0;titleb31mcde\tf\ng"

@@ -166,7 +166,7 @@ def adapted(role: str, *overrides: str):
 
 
 def test_every_preset_has_room_for_its_lengths():
-    from applications.settings import load_preset, preset_names
+    from applications.preset_store import load_preset, preset_names
 
     for name in preset_names():
         preset = load_preset(name)

@@ -10,10 +10,10 @@ from inference.errors import EXIT_USER_ERROR, UserError
 from tests.full_disk import small_disk
 from training.checkpoints import Checkpoints
 from training.distributed import Ranks
+from training.error_report import leave_report, room_for_report
 from training.metrics import Journal
 from training.run_directory import write_directory, write_json
 from training.stage_script import end_in_sentences
-from training.termination import leave_report, room_for_report
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

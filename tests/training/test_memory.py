@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from applications.settings import load_preset
+from applications.preset_store import load_preset
 from inference.errors import UserError
 from training.config import RunConfig
 from training.config_files import load_config

@@ -15,9 +15,9 @@ from applications.settings import resolve_settings
 from inference.errors import EXIT_USER_ERROR, UserError
 from training import distributed
 from training import stage_script as stage
-from training.config import DataSettings
 from training.config_files import load_config
 from training.data.batching import MicroBatch
+from training.data_settings import DataSettings
 from training.distributed import Ranks, require_gpus, require_loopback, start_ranks
 from training.launchers import PARENT_VARIABLE
 from training.opening import open_run

@@ -2,7 +2,7 @@
 
 import pytest
 
-from applications.settings import PRESETS
+from applications.preset_store import PRESETS
 from inference.errors import UserError
 from training import merging
 from training.config_files import load_config, read_yaml

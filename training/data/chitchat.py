@@ -21,10 +21,10 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from inference.chat_format import ChatFormat
 from inference.chat_template import Message
 from inference.errors import UserError
-from training.config import DataSettings
 from training.data.rated_texts import RatedTexts, is_decent, is_talk, share_texts
 from training.data.rows import PromptRow, RowSets, SFTRow
 from training.data.split import check_shares, keep_once, opening
+from training.data_settings import DataSettings
 
 HELD_OUT_QUESTIONS = 6
 ROWS_PER_DIALOGUE = 8

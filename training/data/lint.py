@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from inference.chat_format import ChatFormat
 from inference.preferences import Preference
-from training.config import DataSettings
 from training.data.rows import Row
 from training.data.sources import parse_source
 from training.data.split import choose_groups, kind_of
+from training.data_settings import DataSettings
 from training.evaluation.preferences import overview
 
 ANSWERS = {

@@ -10,7 +10,7 @@ from typing import Any, cast
 from inference.chat_format import ChatFormat
 from inference.disk import write_text, writing
 from inference.errors import UserError
-from training.config import EMBEDDED_DATA, DataSettings, RunConfig
+from training.config import RunConfig
 from training.data.chitchat import build_chitchat, load_dialogues
 from training.data.rated_texts import load_texts
 from training.data.reading import SourceRows, blend, read_sources
@@ -38,6 +38,7 @@ from training.data.split import (
     shuffle,
     split_rows,
 )
+from training.data_settings import EMBEDDED_DATA, DataSettings
 from training.run_directory import read_json, write_directory, write_json
 from training.steps import METHODS
 

@@ -25,9 +25,9 @@ from inference.chat_template import Message
 from inference.errors import UserError
 from inference.model_store import cached
 from inference.packages import PipPackage, download
-from training.config import DataSettings
 from training.data.rows import PairRow, PanelRow, read_rows
 from training.data.split import one_spelling
+from training.data_settings import DataSettings
 
 HARMLESS = frozenset(
     """crap damn drunk facial fat god hell homey kill lmao murder omg oral organ paddy pasty pawn poop pot potty revue

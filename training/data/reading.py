@@ -14,7 +14,6 @@ from inference.chat_format import ChatFormat
 from inference.collecting import without_collecting
 from inference.errors import UserError
 from inference.preferences import Preference
-from training.config import DataSettings
 from training.data.entries import BadRow, CutShort, LeftOut
 from training.data.files import read_file
 from training.data.find_files import PLAIN, HubSet, fetch_files, find_files, find_set, matching
@@ -25,6 +24,7 @@ from training.data.rows import PairRow, Row, RowSets
 from training.data.shapes import PREFERENCE_COLUMNS, UNDECIDED
 from training.data.sources import Source, parse_source
 from training.data.split import kind_of
+from training.data_settings import DataSettings
 from training.evaluation.preferences import newest
 
 

@@ -17,8 +17,8 @@ from inference.chat_template import Message, same_rendering
 from inference.errors import UserError
 from inference.generation.sampler import Sample
 from training.checkpoints import checkpoint_of
-from training.config import DataSettings
 from training.data.batching import TokenBatch, plan_micro_batches
+from training.data_settings import DataSettings
 from training.lineage import Source, base_model, label_of, origin_of, reward_model_before
 from training.models.loading import load_causal_lm, load_scorer, require_scorer
 from training.models.policy import Policy, Scorer, at_last_token

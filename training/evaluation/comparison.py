@@ -18,12 +18,13 @@ from inference.errors import UserError
 from inference.generation.engine import GenerationEngine
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from inference.preferences import PreferenceFile
-from training.config import DataSettings, EvaluationSettings
+from training.config import EvaluationSettings
 from training.data.chitchat import upbeat_score
 from training.data.prepare import read_eval_data
 from training.data.rows import RowSets, read_rows
 from training.data.split import choose_groups, once
 from training.data.token_cache import LENGTH_BUCKETS, TokenPair, left_out, length_bucket, rows_of
+from training.data_settings import DataSettings
 from training.evaluation import statistics
 from training.evaluation.candidates import (
     Answers,

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from training.config import DataSettings
 from training.data.chitchat import upbeat_score
 from training.data.rated_texts import SCORE_GAP
 from training.data.rows import PANEL_FILE, read_rows
+from training.data_settings import DataSettings
 from training.evaluation.candidates import Row, encode
 from training.evaluation.statistics import Z, share
 from training.run_directory import RunDirectory, write_text

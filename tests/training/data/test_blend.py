@@ -4,10 +4,10 @@ from collections import Counter
 import pytest
 
 from inference.errors import UserError
-from training.config import DataSettings
 from training.data.prepare import prepare_data
 from training.data.reading import blend
 from training.data.rows import RowSets, read_rows
+from training.data_settings import DataSettings
 
 
 def rows(source, count):

@@ -6,11 +6,11 @@ import pytest
 
 from inference.errors import UserError
 from tests.warm import ROOT
-from training.config import DataSettings
 from training.data import chitchat
 from training.data.chitchat import Dialogue, build_chitchat, prompts_for, read_dialogue
 from training.data.rated_texts import texts_in
 from training.data.rows import RowSets
+from training.data_settings import DataSettings
 
 SETTINGS = DataSettings(max_prompt_tokens=60, max_response_tokens=20, held_out=0.1)
 WORDS = ["river", "stone", "window", "garden", "paper", "train", "coffee", "music", "happy", "great", "sad", "awful"]

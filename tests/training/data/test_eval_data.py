@@ -8,10 +8,10 @@ import pytest
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.families import build_tiny_model
-from training.config import DataSettings
 from training.config_files import load_config
 from training.data.prepare import LEFT_OUT_FILE, prepare_data
 from training.data.rows import read_rows
+from training.data_settings import DataSettings
 from training.opening import open_run
 from training.run_directory import RunDirectory
 

@@ -18,9 +18,9 @@ from huggingface_hub import constants, errors
 from pyarrow import parquet
 
 from inference.errors import UserError
-from training.config import DataSettings
 from training.data.find_files import HUB_SETS, find_set
 from training.data.reading import read_sources
+from training.data_settings import DataSettings
 
 TEXT = pyarrow.string()
 PASSAGES = pyarrow.list_(pyarrow.struct([("docid", TEXT), ("text", TEXT), ("title", TEXT)]))

@@ -7,12 +7,13 @@ import pytest
 
 from inference.errors import UserError
 from tests.training.evaluation.preferences import preference
-from training.config import DataSettings, RunConfig
+from training.config import RunConfig
 from training.data.lint import Lines, lint
 from training.data.prepare import prepare_data
 from training.data.reading import read_sources
 from training.data.rows import read_rows
 from training.data.split import kind_of, split_rows
+from training.data_settings import DataSettings
 
 
 def settings(path, *rows, **given) -> DataSettings:

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from inference.chat_format import ChatFormat
 from tests.inference.templates import FAMILIES, bytes_tokenizer
 from tests.training.evaluation.preferences import preference
-from training.config import DataSettings
 from training.data.lint import Lines, bad_rows, lint, lint_preferences, lint_tokenizer, shared_prompts
+from training.data_settings import DataSettings
 
 SETTINGS = DataSettings(max_prompt_tokens=12, max_response_tokens=4)
 

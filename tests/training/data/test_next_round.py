@@ -6,9 +6,9 @@ import pytest
 
 from inference.errors import UserError
 from tests.tiny_runs import messages
-from training.config import DataSettings
 from training.data.prepare import prepare_data
 from training.data.rows import PANEL_FILE, RowSets, read_rows, write_rows
+from training.data_settings import DataSettings
 
 HELD_OUT, TRAINED = [f"held out {i}" for i in range(6)], [f"trained on {i}" for i in range(6)]
 

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from inference.errors import UserError
-from training.config import DataSettings
 from training.data.prepare import DataCounts, prepare_data
 from training.data.rows import read_rows, require_rows, write_rows
+from training.data_settings import DataSettings
 from training.steps import PPO, REWARD
 
 FILES = ["pairs_eval", "pairs_train", "prompts_eval", "prompts_train", "sft_eval", "sft_train"]

@@ -6,10 +6,10 @@ import pytest
 
 from inference.errors import UserError
 from tests.training.data.parsing import parse_row
-from training.config import DataSettings
 from training.data.entries import BadRow, LeftOut
 from training.data.formats import read_row
 from training.data.reading import read_sources
+from training.data_settings import DataSettings
 
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("good", "bad"))
 QUESTION = {"role": "user", "content": "q"}

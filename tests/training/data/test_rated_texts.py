@@ -8,10 +8,10 @@ import pytest
 
 from inference.errors import UserError
 from tests.warm import ROOT
-from training.config import DataSettings
 from training.data.prepare import prepare_data
 from training.data.rated_texts import DOMAINS, RatedText, load_texts, share_texts, texts_in, unpack_texts
 from training.data.rows import read_rows
+from training.data_settings import DataSettings
 
 EXCERPT = ROOT / "tests" / "data" / "rated_texts"
 SETTINGS = DataSettings(max_prompt_tokens=64, max_response_tokens=32)

@@ -9,9 +9,9 @@ from pyarrow import parquet
 
 from inference.errors import UserError
 from tests.training.evaluation.preferences import preference
-from training.config import DataSettings
 from training.data.reading import read_sources
 from training.data.sources import Source, absolute, parse_source
+from training.data_settings import DataSettings
 
 PAIR = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 

@@ -7,10 +7,10 @@ from types import ModuleType
 import pytest
 
 from inference.errors import UserError
-from training.config import DataSettings
 from training.data import reasoning
 from training.data.reading import read_source
 from training.data.sources import parse_source
+from training.data_settings import DataSettings
 from training.reward_specs import RewardSpec
 
 

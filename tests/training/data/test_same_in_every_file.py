@@ -17,8 +17,8 @@ from datasets import Dataset, DatasetDict
 from pyarrow import feather, parquet
 
 from inference.errors import UserError
-from training.config import DataSettings
 from training.data.reading import read_sources
+from training.data_settings import DataSettings
 
 MESSAGES = [{"role": "user", "content": 'a "q" it\'s'}, {"role": "assistant", "content": "r"}]
 MIXED = [

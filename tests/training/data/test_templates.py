@@ -9,11 +9,12 @@ import pytest
 from applications.data import Target, accepted
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
-from training.config import DataSettings, RunConfig
+from training.config import RunConfig
 from training.data.chitchat import build_chitchat
 from training.data.prepare import demonstrations, prepare_data
 from training.data.reading import read_sources
 from training.data.rows import read_rows
+from training.data_settings import DataSettings
 
 TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' </s> ' }}{% endfor %}assistant: "
 IN_TURN = (

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from tests.full_disk import small_disk
-from training.config import DataSettings
 from training.data.token_cache import TokenCache, fingerprint
+from training.data_settings import DataSettings
 from training.metrics import Display
 
 SETTINGS = DataSettings(max_prompt_tokens=8, max_response_tokens=3)

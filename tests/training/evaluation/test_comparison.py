@@ -17,8 +17,8 @@ from inference.generation.sampler import Sample
 from inference.preferences import PreferenceFile
 from tests.tiny_runs import QUESTIONS, messages
 from tests.training.evaluation.preferences import preference
-from training.config import DataSettings
 from training.config_files import validate_config
+from training.data_settings import DataSettings
 from training.evaluation.candidates import Answers, Request, RewardModel, find_pair, reading, same_tokens, sources
 from training.evaluation.comparison import Comparison, accuracy_by_length, reward_accuracy, win_rate
 from training.evaluation.statistics import share

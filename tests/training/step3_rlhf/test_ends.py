@@ -10,7 +10,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.sampler import Sample
 from tests.inference.templates import FAMILIES, bytes_tokenizer
 from training.calls import rlhf_calls
-from training.config import DataSettings
+from training.data_settings import DataSettings
 from training.evaluation.candidates import Answers
 from training.step3_rlhf.experience import Experience, total_score
 from training.step3_rlhf.rollout import Rollouts

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from applications.settings import load_preset
+from applications.preset_store import load_preset
 from benchmarks import work
 from benchmarks.work import Lengths, Size
 from inference.families import config_of
