@@ -44,7 +44,7 @@ from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype
 from training.models.policy import Policy
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf.exactness import find_exactness
-from training.step3_rlhf.old_logprobs import expects_exactness
+from training.step3_rlhf.planned import expects_exactness
 
 DTYPES = ("auto", *TORCH_DTYPES)
 LONGEST = 1024

@@ -27,8 +27,7 @@ from training.plan import Plan
 from training.role_settings import OptimizerSettings
 from training.run_directory import read_json
 from training.shape import Shape
-from training.step3_rlhf.old_logprobs import expects_exactness, iteration_calls
-from training.step3_rlhf.planned import require_runnable
+from training.step3_rlhf.planned import expects_exactness, iteration_calls, require_runnable
 from training.steps import STEPS, Step
 
 CLUSTER_GPU_BYTES = 80 * GIB  # of the GPUs that a way out speaks of where this machine has none

@@ -21,8 +21,7 @@ from training.planner.reallocation import AugmentedGraphs
 from training.planner.search import Estimate, estimate
 from training.planner.workload import Workload
 from training.shape import Shape
-from training.step3_rlhf.old_logprobs import expects_exactness, iteration_calls
-from training.step3_rlhf.planned import PRECISIONS, graphs_of
+from training.step3_rlhf.planned import PRECISIONS, expects_exactness, graphs_of, iteration_calls
 
 DEVICES_PER_NODE = 8
 

@@ -20,8 +20,7 @@ from training.plan import Plan
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
 from training.shape import Shape
-from training.step3_rlhf.old_logprobs import iteration_calls
-from training.step3_rlhf.planned import require_plan_to_fuse, require_runnable
+from training.step3_rlhf.planned import iteration_calls, require_plan_to_fuse, require_runnable
 from training.steps import METHODS
 
 

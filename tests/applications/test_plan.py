@@ -33,8 +33,7 @@ from training.planner.search import estimate
 from training.rlhf_settings import RLHFSettings
 from training.run_directory import RunDirectory
 from training.step3_rlhf import old_logprobs, roles
-from training.step3_rlhf.old_logprobs import iteration_calls
-from training.step3_rlhf.planned import require_runnable
+from training.step3_rlhf.planned import iteration_calls, require_runnable
 from training.steps import PPO
 
 SMALL = ["plan", "--model", "opt-1.3b", "--reward-model", "opt-350m", "--gpus-per-node", "2", "--effort", "0.05"]

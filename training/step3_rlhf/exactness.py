@@ -23,7 +23,7 @@ from training.models.packing import call_on_tokens
 from training.models.policy import add_lora, keep_layers
 from training.role_settings import LoRASettings
 from training.stage import Stage
-from training.step3_rlhf.old_logprobs import expects_exactness, generation_degree
+from training.step3_rlhf.planned import expects_exactness, generation_degree
 
 CANDIDATES = {
     torch.bfloat16: (

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from inference.errors import UserError
-from training.calls import Call
+from training.calls import ACTOR_GENERATE, Call, with_recomputed_logprobs
 from training.config import RunConfig
 from training.plan import from_blocks, slots
 from training.plan_checks import problems, unrunnable
@@ -15,9 +15,42 @@ from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.workload import Precision, Workload
+from training.private_surfaces import multiplies_bf16
+from training.rlhf_settings import RLHFSettings
 from training.run_directory import read_json
 from training.shape import Shape
-from training.step3_rlhf.old_logprobs import iteration_calls
+
+
+def expects_exactness(settings: RLHFSettings, dtype: torch.dtype, device: torch.device, degree: int = 0) -> bool:
+    """Whether a run tries for it: everywhere if it is asked for, else where it costs nothing, in bf16 on a CPU that
+    multiplies it. So many ranks generate together; 0: as many as the settings say."""
+    if settings.exact != "auto":
+        return settings.exact
+    on_cpu = device.type == "cpu" and (degree or generation_degree(settings)) == 1
+    return on_cpu and dtype == torch.bfloat16 and multiplies_bf16()
+
+
+def generation_degree(settings: RLHFSettings) -> int:
+    """Ranks that generate together."""
+    planned = settings.plan.get(ACTOR_GENERATE.name)
+    return settings.generation_tensor_parallel if planned is None else planned.get("tensor", 1)
+
+
+def keeps_generation_logprobs(settings: RLHFSettings, dtype: torch.dtype, is_exact: bool) -> bool:
+    """Whether the old log-probabilities of PPO are those of generation; else the actor scores too. `is_exact` says that
+    training gives the same, to the bit."""
+    whole_distribution = settings.min_response_tokens == 0
+    return settings.old_logprobs == "generation" or (
+        settings.old_logprobs == "auto" and (dtype == torch.float32 or is_exact) and whole_distribution
+    )
+
+
+def iteration_calls(settings: RLHFSettings, dtype: torch.dtype, is_exact: bool = False) -> tuple[Call, ...]:
+    """What an iteration runs in a number format, and what the planner plans. `is_exact` is as in
+    `keeps_generation_logprobs`; a run that is asked to be so is, or does not start."""
+    keeps = keeps_generation_logprobs(settings, dtype, is_exact or settings.exact is True)
+    return settings.calls if keeps else with_recomputed_logprobs(settings.calls)
+
 
 PRECISIONS: dict[torch.dtype, Precision] = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -31,9 +31,8 @@ from training.role_settings import FrozenSettings, OptimizerSettings
 from training.shape import Shape
 from training.stage import Stage
 from training.step3_rlhf.exactness import settle_exactness
-from training.step3_rlhf.old_logprobs import iteration_calls
 from training.step3_rlhf.places import CallPlaces
-from training.step3_rlhf.planned import shape_of
+from training.step3_rlhf.planned import iteration_calls, shape_of
 from training.steps import PPO, REWARD, SFT
 
 
