@@ -52,7 +52,7 @@ class Bench:
 
     def rollout(self, number: int, choice: "Choice", trains: bool = False) -> dict[str, Any]:
         """Generate and score the samples of pair `number` (and train on them)."""
-        from training.step3_rlhf.clock import Clock
+        from training.step3_rlhf.timing import Clock
 
         rollouts = self.ppo.rollouts
         rollouts.forced_lengths = lambda _: self.lengths.of(number)

@@ -36,7 +36,7 @@ from training.planner import profile
 from training.planner.hardware import Calibration, MachineProfile
 from training.planner.options import Options, Space, meshes
 from training.run_directory import versions, write_json
-from training.step3_rlhf.forecast import Forecast, predicted_seconds
+from training.step3_rlhf.timing import Forecast, predicted_seconds
 
 PROCESSES, AUTO, FITTED = 2, "auto", "fitted "
 PULL = 0.02

@@ -25,9 +25,7 @@ from training.rewards import Rewarded, Rewards
 from training.run_directory import write_json
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
-from training.step3_rlhf.clock import Clock
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
-from training.step3_rlhf.forecast import Forecast, as_data, beside, metrics_of, update_data
 from training.step3_rlhf.held_out import HeldOut, encode_prompt, mean_kl, rank_within
 from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
@@ -35,6 +33,7 @@ from training.step3_rlhf.reward_gate import look_at_reward_model
 from training.step3_rlhf.roles import Roles, starting_scorer
 from training.step3_rlhf.rollout import Rollouts
 from training.step3_rlhf.rollout_lines import rollout_lines
+from training.step3_rlhf.timing import Clock, Forecast, as_data, beside, metrics_of, update_data
 from training.step3_rlhf.update import Batch, Update, Updates, learned_rows
 from training.step3_rlhf.watch import Watch
 from training.steps import PROMPTS, SFT

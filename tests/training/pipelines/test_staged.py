@@ -11,7 +11,7 @@ from training.pipelines import staged
 from training.pipelines.orders import BACKWARD, FORWARD, Event, Operation
 from training.pipelines.staged import StagedRoles
 from training.plan import Assignment, Plan
-from training.step3_rlhf.forecast import update_data
+from training.step3_rlhf.timing import update_data
 
 LAYOUTS = {"actor": Layout((0, 1), pipeline=2), "critic": Layout((1, 0), pipeline=2)}
 ALONE = ("actor_train",)

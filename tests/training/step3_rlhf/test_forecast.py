@@ -16,8 +16,8 @@ from training.planner.hardware import profile_file
 from training.planner.reallocation import After, Node
 from training.planner.search import estimate
 from training.planner.simulate import list_schedule
-from training.step3_rlhf.forecast import Forecast, as_data, beside, hardware_of, metrics_of, predicted_seconds
 from training.step3_rlhf.planned import graphs_of
+from training.step3_rlhf.timing import Forecast, as_data, beside, hardware_of, metrics_of, predicted_seconds
 
 CALL, MOVE = frozenset({0, 1}), frozenset({1})
 NODES = (
@@ -85,7 +85,7 @@ def test_it_is_made_for_the_lengths_that_there_were():
 
 def test_hardware_is_that_of_the_ranks_of_one_machine(monkeypatch):
     asked = []
-    monkeypatch.setattr("training.step3_rlhf.forecast.cluster_here", lambda *given: asked.append(given))
+    monkeypatch.setattr("training.step3_rlhf.timing.cluster_here", lambda *given: asked.append(given))
     stage = SimpleNamespace(ranks=SimpleNamespace(size=8, device=torch.device("cpu")))
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):  # of torchrun, of deepspeed, of neither
         monkeypatch.delenv(variable, raising=False)

@@ -272,7 +272,7 @@ def run_together(ranks, directory):
     """Two processes: the end by KL at every ZeRO stage, and with adapters."""
     from transformers import AutoModelForCausalLM
 
-    from training.step3_rlhf.clock import Clock
+    from training.step3_rlhf.timing import Clock
 
     models = make_models(ranks, directory)
     found = {}

@@ -1,7 +1,11 @@
 """What the cost model says of an iteration, beside what the iteration took: call by call, and as a picture's data."""
 
+import resource
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import torch
 from inference.errors import UserError
 from training.calls import Call
 from training.distributed import local_size
-from training.fusion.board import Span
+from training.fusion.board import Span, Timeline
 from training.metrics import WARNING
 from training.plan import Plan
 from training.planner.cost import CallCosts
@@ -168,3 +172,40 @@ def update_data(of_ranks: Sequence[dict[str, Any] | None]) -> dict[str, Any] | N
         begun = min((start for of_rank in passes for _, start, _ in of_rank), default=0.0)
         data[name] = [[[kind, start - begun, end - begun] for kind, start, end in of_rank] for of_rank in passes]
     return data
+
+
+class Clock:
+    """Runs from when it is made; `seconds` are by phase, under the names of the metrics."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.timeline = Timeline()
+        self.calls = Timeline()
+        """The model function calls, by their names."""
+
+    @contextmanager
+    def phase(self, metric: str) -> Iterator[None]:
+        """Count the seconds inside; a phase that comes again adds to them."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[metric] = self.seconds.get(metric, 0.0) + time.perf_counter() - begun
+
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self.begun
+
+    def metrics(self, tokens: int, device: torch.device) -> dict[str, float]:
+        """Seconds by phase, `tokens` generated a second, and this process's peak memory."""
+        seconds = self.elapsed()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        return {
+            **self.seconds,
+            "time/other": seconds - sum(self.seconds.values()),
+            "tokens_per_second": tokens / seconds,
+            "memory/peak_gb": peak / 1e9,
+        }
