@@ -26,16 +26,21 @@ from training.run_directory import write_json
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
-from training.step3_rlhf.held_out import HeldOut, encode_prompt, mean_kl, rank_within
-from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.ptx import Demonstrations
-from training.step3_rlhf.reward_gate import look_at_reward_model
 from training.step3_rlhf.roles import Roles, starting_scorer
 from training.step3_rlhf.rollout import Rollouts
 from training.step3_rlhf.rollout_lines import rollout_lines
 from training.step3_rlhf.timing import Clock, Forecast, as_data, beside, metrics_of, update_data
 from training.step3_rlhf.update import Batch, Update, Updates, learned_rows
-from training.step3_rlhf.watch import Watch
+from training.step3_rlhf.watch import (
+    HeldOut,
+    Watch,
+    check_first_update,
+    encode_prompt,
+    look_at_reward_model,
+    mean_kl,
+    rank_within,
+)
 from training.steps import PROMPTS, SFT
 
 

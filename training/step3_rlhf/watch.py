@@ -3,7 +3,32 @@
 A function of the metrics alone, so a resumed run that reads its metrics.jsonl again warns like one nobody stopped.
 """
 
+import time
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from inference.chat_format import ChatFormat
+from inference.generation.sampler import SamplingKey
+from training.calls import REWARD_SCORE
+from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
+from training.data.rows import read_rows
+from training.data.split import once
+from training.data.token_cache import TokenPair, rows_of
+from training.evaluation.comparison import EVALUATION_ITERATION
+from training.evaluation.statistics import DOUBTFUL_ACCURACY, distinct_bigrams, mean
+from training.rewards import Rewards
+from training.run_directory import read_json, write_json
+from training.stage import Diverged, Stage
+from training.step3_rlhf import ppo_math
+from training.step3_rlhf.experience import Experience, token_batch
+from training.step3_rlhf.places import CallPlace
+from training.step3_rlhf.ppo_math import kl_k3
+from training.step3_rlhf.roles import Roles
+from training.step3_rlhf.rollout import Rollouts
+from training.steps import REWARD
 
 WINDOW = 5
 """Iterations that make a beginning, and a recent past."""
@@ -175,3 +200,165 @@ class Watch:
         """Mean over the first iterations, and the value now; 0 and 0 while it is the beginning."""
         values = self._values(name)
         return (fmean(values[:WINDOW]), values[-1]) if len(values) > WINDOW else (0.0, 0.0)
+
+
+ITERATION = EVALUATION_ITERATION + 1
+"""Draws of its own: apart from every iteration's and from the comparison's at the end."""
+
+
+class HeldOut:
+    """The prompts of rlhf.eval_every, the same in every evaluation, answered with the same random numbers.
+
+    They are the last of the run's held-out prompts; the comparison at the end takes the first ones.
+    """
+
+    def __init__(
+        self, stage: Stage, rollouts: Rollouts, rewards: Rewards, chat_format: ChatFormat, rows: Sequence[dict]
+    ):
+        self.stage, self.rollouts, self.rewards, self.chat_format = stage, rollouts, rewards, chat_format
+        settings, limit = stage.config.rlhf, stage.config.data.max_prompt_tokens
+        self.rows = once(rows, evaluation=True)[-settings.eval_prompts :] if settings.eval_every else []
+        self.prompts = [encode_prompt(row, chat_format, limit) for row in self.rows]
+
+    def measure(self) -> dict[str, float]:
+        """The present policy's metrics. All ranks call it and get the same. Raises RewardFailed."""
+        begun = time.perf_counter()
+        experience = self.rollouts.answers(self.prompts, SamplingKey(self.stage.seed, ITERATION))
+        texts = [self.chat_format.decode(e.response.tolist()) for e in experience]
+        prompts, extras = zip(*((row["prompt"], row.get("extra", {})) for row in self.rows), strict=True)
+        totals, means = self.rewards.total([e.score for e in experience], list(prompts), texts, list(extras), group=1)
+        kl = {"eval/kl": mean_kl(experience)} if self.stage.config.rlhf.has_reference else {}
+        return {
+            "eval/reward": mean(totals),
+            **{f"eval/reward/{name}": value for name, value in means.items() if len(means) > 1},
+            **kl,
+            "eval/length": mean([len(e.response) for e in experience]),
+            "eval/ended_fraction": mean([e.ended for e in experience]),
+            "eval/distinct_bigrams": distinct_bigrams(texts),
+            "time/evaluate": time.perf_counter() - begun,
+        }
+
+
+def encode_prompt(row: dict, chat_format: ChatFormat, max_tokens: int) -> Tensor:
+    return torch.tensor(chat_format.prompt_ids(row["prompt"], max_tokens))
+
+
+def rank_within(bound: float, evaluation: Mapping[str, float]) -> tuple[float] | None:
+    """For keep=best: by reward, none where the KL is over the bound. Without a reference it is not measured."""
+    return (evaluation["eval/reward"],) if evaluation.get("eval/kl", 0.0) <= bound else None
+
+
+def mean_kl(experience: list[Experience]) -> float:
+    """To the reference, nats a response (k3)."""
+    return mean([float(kl_k3(e.logprobs, e.reference_logprobs).sum()) for e in experience])
+
+
+def look_at_reward_model(stage: Stage, roles: Roles, chat_format: ChatFormat) -> None:
+    """Say the accuracy: as step 2 found it, else measured, and kept for later starts in reward_accuracy.json.
+
+    All ranks call it.
+    """
+    if not stage.config.rlhf.has_reward_model:
+        return
+    if of_step_2 := stage.ranks.tell(accuracy_of_step_2(stage), "a look at step 2's accuracy"):
+        stage.display.say(sentence(*of_step_2))
+        return
+    file = stage.directory.reward_accuracy_file
+    known = stage.ranks.tell(file.exists(), "a look at the reward model's accuracy")
+    stage.ranks.see(file)
+    found = read_json(file, f"delete {file}") if known else measure(stage, roles, chat_format)
+    if not known and stage.ranks.is_first:
+        write_json(file, found)
+    stage.display.say(sentence(found["accuracy"], found["pairs"]))
+
+
+def accuracy_of_step_2(stage: Stage) -> tuple[float, int] | None:
+    """Of the reward model that this run trained, on how many pairs; None of another's, and of an early version."""
+    step = stage.run.step(REWARD)
+    if stage.config.given_model(REWARD) or not (stage.ranks.is_first and step.is_finished):
+        return None
+    found = step.read_result().get("reward_accuracy", {}).get("all")
+    return (found["rate"], found["pairs"]) if found else None
+
+
+def measure(stage: Stage, roles: Roles, chat_format: ChatFormat) -> dict[str, float]:
+    """Accuracy on the run's held-out pairs, and how many they are."""
+    file = stage.run.data / "pairs_eval.jsonl"
+    stage.ranks.see(file)
+    rows = read_rows(file) if file.exists() else []
+    pairs = stage.token_pairs(rows[: stage.config.reward.eval_rows], chat_format) if rows else []
+    place, right = roles.places.get(REWARD_SCORE.name), 0.0
+    with roles.scoring(), roles.present([REWARD_SCORE]):
+        shares = shared(pairs, place, stage.config.rlhf.micro_batch_tokens) if pairs and place else []
+        texts = (rows_of([pairs[row] for row in share.rows]) for share in shares)
+        scores = roles.score("reward", [TokenBatch.of(each, stage.ranks.device) for each in texts]) if shares else []
+        for share, found in zip(shares, scores, strict=bool(scores)):
+            chosen, rejected = found.chunk(2)
+            right += float((chosen > rejected).sum()) * share.weight
+    speaks = place is not None and place.speaks
+    right = float(stage.ranks.sum(torch.tensor([right if speaks else 0.0]))[0])
+    return {"accuracy": right / max(1, len(pairs)), "pairs": len(pairs)}
+
+
+def shared(pairs: list[TokenPair], place: CallPlace, tokens: int) -> list[MicroBatch]:
+    """This rank's part of the pairs, in micro-batches of so many tokens."""
+    data = place.assignment.layout.data
+    return plan_micro_batches([pair.tokens for pair in pairs], tokens, data)[place.data_rank]
+
+
+def sentence(accuracy: float, pairs: float) -> str:
+    if not pairs:
+        return (
+            "Warning: the data hold out no pairs of a chosen and a rejected answer, so it is not known how well the "
+            "reward model ranks answers; PPO follows it unseen."
+        )
+    if accuracy >= DOUBTFUL_ACCURACY:
+        return f"Reward model: {accuracy:.1%} of {pairs} held-out pairs ranked right"
+    return (
+        f"Warning: the reward model ranks only {accuracy:.1%} of {pairs} held-out pairs right, a coin 50%. PPO will "
+        f"follow noise. Stop here (Ctrl-C) and give a better one (rlhf-chat rlhf RUN --reward-model MODEL, with a "
+        f"new RUN), or train step 2 anew in a new run: more pairs, more reward.epochs or reward.max_steps, a "
+        f"higher reward.optimizer.learning_rate, or a larger --reward-model; and read twenty "
+        f"pairs: can you tell which is chosen? (docs/step2_reward.md)"
+    )
+
+
+# Mean absolute difference of log-probabilities between cached decoding and the training forward that rounding explains.
+# Logits near 16 are 1/16 apart in bf16; a wrong mask or position makes differences of several nats.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
+
+
+def check_first_update(stage: Stage, roles: Roles, experience: list[Experience]) -> None:
+    """Compare on the shortest micro-batches of every rank; raises Diverged with an explanation where it fails."""
+    settings, ranks = stage.config.rlhf, stage.ranks
+    whole = settings.min_response_tokens == 0  # else generation drew from a distribution without the end token
+    place, ours = roles.places.get("actor_train"), None
+    if place is not None:
+        shortest = sorted(experience, key=lambda e: e.length)[: -(-len(experience) // settings.mini_batches)]
+        rows = [shortest[row] for row in place.micro_batches([e.length for e in shortest])[-1].rows]
+        for of_rows in roles.logprobs([token_batch(rows, ranks.device)]):
+            logprobs = of_rows.cpu()
+            generated = torch.cat([e.generation_logprobs for e in rows])
+            old = torch.cat([e.logprobs for e in rows])
+            difference = float((logprobs - generated).abs().mean()) if whole else 0.0
+            error, kl = float(((logprobs - old).exp() - 1).abs().mean()), float(ppo_math.kl_k3(old, logprobs).mean())
+            ours = difference, error, kl
+    of_ranks = [each for each in ranks.gather(ours) if each is not None]
+    worst, ratio_error = (max(each[i] for each in of_ranks) for i in (0, 1))
+    tolerance = TOLERANCE[stage.dtype]
+    if worst > tolerance or ratio_error > tolerance:
+        raise Diverged(
+            f"Before the first update, log-probabilities from generation and from training differ by {worst:.2g} on "
+            f"average and the policy ratio from 1 by {ratio_error:.2g} (allowed: {tolerance:g}); training on them "
+            f"would teach nonsense. Try dtype=fp32, and report the model: this is a bug."
+        )
+    found = {"ratio_error": ratio_error, "kl_old": of_ranks[0][2]}
+    if whole:
+        found["generation_logprob_difference"] = worst
+    if ranks.is_first:  # beside the metrics, not in them: a resumed run has more starts, and equal metrics
+        write_json(stage.directory.path / "first_update.json", found)
+    apart = "equal to the bit" if whole and worst == 0 else f"within {worst:.1e} on average"
+    stage.display.say(
+        f"PPO: first update checked: ratio 1 within {ratio_error:.1e}, log-probabilities of generation and training "
+        f"{apart}"
+    )

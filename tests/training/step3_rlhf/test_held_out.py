@@ -54,8 +54,8 @@ def digest_of(file) -> str:
 def run_best(ranks, directory, models, settings: dict) -> dict:
     """A run that keeps the best within a bound, one that is killed, and one that ends where the best was; by what
     evaluations are told to find."""
-    from training.step3_rlhf.held_out import HeldOut
     from training.step3_rlhf.ppo import PPO
+    from training.step3_rlhf.watch import HeldOut
 
     evaluate, found = PPO.evaluate, {}
 

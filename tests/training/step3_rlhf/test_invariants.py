@@ -24,8 +24,8 @@ from training.plan import Assignment
 from training.rlhf_settings import RLHFSettings
 from training.stage import Diverged
 from training.step3_rlhf.experience import Experience, token_batch
-from training.step3_rlhf.invariants import check_first_update
 from training.step3_rlhf.places import CallPlace
+from training.step3_rlhf.watch import check_first_update
 
 CPU = torch.device("cpu")
 PAD, END, TEMPERATURE = 1, 2, 0.7

@@ -95,7 +95,7 @@ def iterate_by_plans(ranks, directory):
     """By kind and plan: responses, metrics of updates, weights."""
     from inference.chat_format import ChatFormat
     from training.stage import Stage
-    from training.step3_rlhf.held_out import HeldOut
+    from training.step3_rlhf.watch import HeldOut
 
     work.VOCABULARY_SIZE = 512
     if ranks.is_first:

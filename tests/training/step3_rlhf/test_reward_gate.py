@@ -15,7 +15,7 @@ from training.hybrid_engine.layout import Layout
 from training.plan import Assignment
 from training.run_directory import RunDirectory, StepDirectory
 from training.step3_rlhf.places import CallPlace
-from training.step3_rlhf.reward_gate import look_at_reward_model
+from training.step3_rlhf.watch import look_at_reward_model
 from training.steps import REWARD
 
 ONE = Ranks(0, 1, torch.device("cpu"))
