@@ -21,8 +21,7 @@ from training.fusion.rollout import Report
 from training.fusion.simulator import Job
 from training.plan import Assignment, Plan, most_generated
 from training.stage import Stage
-from training.step3_rlhf.experience import Experience, token_batch
-from training.step3_rlhf.gathering import gather_experience, gather_scores
+from training.step3_rlhf.experience import Experience, gather_experience, gather_scores, token_batch
 from training.step3_rlhf.roles import Roles
 from training.step3_rlhf.timing import Clock
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from training.step3_rlhf import gathering
-from training.step3_rlhf.experience import Experience
-from training.step3_rlhf.gathering import gather_experience, gather_scores, pack
+from training.step3_rlhf.experience import Experience, gather_experience, gather_scores, pack
 
 ALL = ["generation_logprobs", "logprobs", "reference_logprobs", "values"]
 PROMPTS = list(torch.arange(2_000_000).split([3, 2, 4, 1, 1_999_990]))[:4]  # views of the tokens of a large data set
