@@ -1,14 +1,16 @@
 """Generation and scoring of one iteration: one after the other, or fused at sample level."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
+from inference.chat_model import pieces_of, whole_text
 from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
@@ -20,10 +22,14 @@ from training.fusion.fusion import Fusion
 from training.fusion.rollout import Report
 from training.fusion.simulator import Job
 from training.plan import Assignment, Plan, most_generated
+from training.rewards import Rewarded
+from training.rlhf_settings import RLHFSettings
 from training.stage import Stage
+from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, gather_experience, gather_scores, token_batch
 from training.step3_rlhf.roles import Roles
 from training.step3_rlhf.timing import Clock
+from training.step3_rlhf.update import Batch
 
 
 def scores_alone(plan: Plan, ranks: int) -> bool:
@@ -277,3 +283,44 @@ class Rollout:
         return self.rollouts.fusion.learn(
             self.number, self.choice, self.shares, self.seats, jobs, self.report, achieved, self.decoding
         )
+
+
+DECIMALS = 5
+
+
+def rollout_lines(
+    batch: Batch, rewarded: Rewarded, chat_format: ChatFormat, settings: RLHFSettings
+) -> Iterator[dict[str, Any]]:
+    """Samples in their order. Rewards are those whose means are metrics; lists of numbers have one for each token of
+    the response."""
+    targets, tokenizer = batch.targets, chat_format.tokenizer
+    by_token = {"logprobs": targets.logprobs, "advantages": targets.advantages}
+    if settings.has_reference:
+        by_token["kl"] = ppo_math.kl_k1(targets.logprobs, targets.reference_logprobs)
+    if settings.has_critic:
+        by_token["values"] = targets.values
+    numbers = {name: rounded(values) for name, values in by_token.items()}
+    penalty, total = rounded(targets.kl_penalty), rounded(targets.total_score - targets.kl_penalty)
+    for place, sample in enumerate(batch.experience):
+        tokens = pieces_of(sample.response.tolist(), tokenizer)
+        yield {
+            "sample": place,
+            "row": batch.seats[place],
+            "prompt": whole_text(sample.prompt.tolist(), tokenizer),
+            "response": "".join(tokens),
+            "truncated": not sample.ended,
+            **{f"reward/{source}": scores[place] for source, (scores, _) in rewarded.parts.items()},
+            "reward/score": sample.score,
+            "reward/missing_end": 0.0 if sample.ended else -settings.missing_end_penalty,
+            "reward/kl": -penalty[place],
+            "reward/total": total[place],
+            "tokens": tokens,
+            **{name: values[place][: len(tokens)] for name, values in numbers.items()},
+            "prompt_ids": sample.prompt.tolist(),
+            "response_ids": sample.response.tolist(),
+        }
+
+
+def rounded(values: Tensor) -> list[Any]:
+    """As floats that are short to write."""
+    return ((values.double() * 10**DECIMALS).round() / 10**DECIMALS).tolist()
