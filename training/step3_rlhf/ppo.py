@@ -26,11 +26,10 @@ from training.run_directory import write_json
 from training.stage import Stage
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, score_metrics
-from training.step3_rlhf.ptx import Demonstrations
 from training.step3_rlhf.roles import Roles, starting_scorer
 from training.step3_rlhf.rollout import Rollouts, rollout_lines
 from training.step3_rlhf.timing import Clock, Forecast, as_data, beside, metrics_of, update_data
-from training.step3_rlhf.update import Batch, Update, Updates, learned_rows
+from training.step3_rlhf.update import Batch, Demonstrations, Update, Updates, learned_rows
 from training.step3_rlhf.watch import (
     HeldOut,
     Watch,

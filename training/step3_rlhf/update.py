@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.chat_format import ChatFormat
 from training.data.batching import MicroBatch, TokenBatch
+from training.data.prepare import demonstrations
+from training.data.rows import DEMONSTRATIONS_FILE, Epochs
 from training.fusion.board import Timeline
 from training.hybrid_engine.zero_engine import step_together
 from training.pipelines.stage_engine import Pass, StageEngine
@@ -20,8 +23,48 @@ from training.stage import Diverged, Stage, read_at_once
 from training.step3_rlhf import ppo_math
 from training.step3_rlhf.experience import Experience, Targets, token_batch
 from training.step3_rlhf.places import CallPlace
-from training.step3_rlhf.ptx import Demonstrations, Drawn
 from training.step3_rlhf.roles import Roles, response_values
+
+Encoded = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The demonstrations of one optimiser step, over all ranks."""
+
+    rows: list[Encoded]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(prompt) + len(response) for prompt, response in self.rows]
+
+    @property
+    def tokens(self) -> int:
+        """Of all responses."""
+        return sum(len(response) for _, response in self.rows)
+
+    def batch(self, micro_batch: MicroBatch, device: torch.device) -> TokenBatch:
+        return TokenBatch.of([self.rows[row] for row in micro_batch.rows], device)
+
+
+class Demonstrations:
+    """Rows in epochs, each shuffled by (seed, epoch): no row comes again before all others have come."""
+
+    def __init__(self, stage: Stage, chat_format: ChatFormat):
+        data = stage.config.data
+        stage.ranks.see(stage.run.data / DEMONSTRATIONS_FILE)
+        self.rows: list[Encoded] = [
+            (
+                torch.tensor(chat_format.prompt_ids(row["prompt"], data.max_prompt_tokens)),
+                torch.tensor(chat_format.response_ids(row["response"], data.max_response_tokens)),
+            )
+            for row in demonstrations(stage.config, stage.run.data, chat_format)
+        ]
+        self.order = Epochs(len(self.rows), f"{stage.seed}/demonstrations")
+
+    def draw(self, first: int, count: int) -> Drawn:
+        """`count` rows from place `first` on, counted from 0 through all epochs."""
+        return Drawn([self.rows[row] for row in self.order.rows(first, count)])
 
 
 @dataclass(frozen=True)

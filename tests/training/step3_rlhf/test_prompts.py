@@ -10,8 +10,7 @@ import torch
 from training.data.rows import Epochs
 from training.rlhf_settings import RLHFSettings
 from training.step3_rlhf.ppo import PPO
-from training.step3_rlhf.ptx import Demonstrations
-from training.step3_rlhf.update import Updates
+from training.step3_rlhf.update import Demonstrations, Updates
 
 SEED = 3
 
