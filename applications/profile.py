@@ -9,10 +9,10 @@ from applications.export import write_text
 from applications.fit import Machine, Outlook
 from applications.launch import run_on_ranks
 from inference.errors import UserError, typed
+from training.calls import DataflowGraph
 from training.metrics import size
 from training.plan import Plan
 from training.planner.cost import CallCosts
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster, MachineProfile, cluster_here, profile_file
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.search import estimate

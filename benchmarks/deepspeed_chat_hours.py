@@ -12,8 +12,8 @@ import statistics
 
 from applications.fit import find_shape
 from inference.errors import UserError
+from training.calls import DataflowGraph
 from training.planner.cost import CallCosts
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.search import Estimate, deepspeed_chat_plan, estimate

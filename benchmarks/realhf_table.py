@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from training.calls import DataflowGraph
 from training.planner.cost import CallCosts
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration, Cluster
 from training.planner.options import EVERYTHING, Space
 from training.planner.reallocation import AugmentedGraphs

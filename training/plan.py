@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from inference.errors import UserError
-from training.calls import Call
+from training.calls import Call, DataflowGraph
 from training.hybrid_engine.layout import Layout
 from training.merging import load_yaml, what_is_wrong
-from training.planner.graph import DataflowGraph
 
 if TYPE_CHECKING:
     from training.rlhf_settings import RLHFSettings

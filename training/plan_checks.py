@@ -3,11 +3,10 @@
 import difflib
 
 from inference.errors import UserError
-from training.calls import ACTOR_SCORE, Call
+from training.calls import ACTOR_SCORE, Call, DataflowGraph
 from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import CannotFuse, Pipelines, devices
 from training.plan import Assignment, Plan
-from training.planner.graph import DataflowGraph
 from training.planner.workload import Workload
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import misplaced

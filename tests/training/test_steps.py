@@ -8,9 +8,9 @@ import pytest
 import training
 from applications.cli import app
 from applications.pipeline import left_out, needed_steps
+from training.calls import DataflowGraph
 from training.config import RunConfig, StepSettings
 from training.data.rows import RowSets
-from training.planner.graph import DataflowGraph
 from training.steps import DPO, METHODS, PPO, REWARD, SFT, STEPS, WRITING, step_of
 
 CONFIG = RunConfig(model="tiny")

@@ -7,7 +7,7 @@ calls hold while they run.
 import torch
 
 from inference.errors import UserError
-from training.calls import Call
+from training.calls import Call, DataflowGraph
 from training.memory import (
     LOADING,
     MAX_LIVE_PARAMETERS,
@@ -18,7 +18,6 @@ from training.memory import (
     training_parts,
 )
 from training.plan import Assignment, Plan
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import GIB, Cluster
 from training.planner.workload import Model, Precision, Workload
 from training.role_settings import OptimizerSettings

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from inference.errors import UserError
-from training.calls import Call, role_of
+from training.calls import Call, DataflowGraph, role_of
 from training.hybrid_engine.layout import Layout
 from training.pipelines.orders import Pipelines, devices, mesh_against
 from training.plan import Assignment, Plan
 from training.planner.footprint import Footprints
 from training.planner.fusion.instance import Instance, Pipeline, Slack
 from training.planner.fusion.schedule import serial_1f1b
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs
 

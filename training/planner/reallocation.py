@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from inference.tensor_parallel.shard import Cut as PartOfWeight
 from inference.tensor_parallel.shard import even
-from training.calls import Call
+from training.calls import Call, DataflowGraph, Edge, before
 from training.hybrid_engine.layout import Layout
 from training.hybrid_engine.transfers import Weight, parts
 from training.plan import Assignment, Cut, Plan
 from training.planner.cost import CallCost, CallCosts
-from training.planner.graph import DataflowGraph, Edge, before
 from training.planner.hardware import ACHIEVED_BANDWIDTH, Cluster
 from training.planner.workload import Model
 

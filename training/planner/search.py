@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.errors import UserError
+from training.calls import DataflowGraph
 from training.hybrid_engine.layout import Layout
 from training.memory import StepMemory
 from training.plan import Assignment, Plan
 from training.plan_checks import require_valid
 from training.planner.footprint import Footprints
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs, Node
 from training.planner.simulate import Schedule, list_schedule

@@ -5,13 +5,12 @@ from pathlib import Path
 import torch
 
 from inference.errors import UserError
-from training.calls import ACTOR_GENERATE, Call, with_recomputed_logprobs
+from training.calls import ACTOR_GENERATE, Call, DataflowGraph, with_recomputed_logprobs
 from training.config import RunConfig
 from training.plan import from_blocks, slots
 from training.plan_checks import problems, unrunnable
 from training.planner.cost import CallCosts
 from training.planner.footprint import DTYPES
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.workload import Precision, Workload

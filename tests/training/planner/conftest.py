@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from training.calls import DataflowGraph
 from training.plan import Plan
 from training.planner.cost import CallCosts
-from training.planner.graph import DataflowGraph
 from training.planner.hardware import Calibration, Cluster
 from training.planner.options import Options, meshes
 from training.planner.reallocation import AugmentedGraphs

@@ -5,8 +5,7 @@ import pytest
 
 from inference.errors import UserError
 from training import calls
-from training.calls import ALGORITHMS, Call
-from training.planner.graph import DataflowGraph
+from training.calls import ALGORITHMS, Call, DataflowGraph
 
 
 def waits(graph: DataflowGraph) -> dict[str, set[str]]:

@@ -9,10 +9,9 @@ from benchmarks.realhf_table import PUBLISHED
 from inference.errors import UserError
 from tests.training.planner.conftest import Plans, graphs_on, ppo_workload
 from tests.training.planner.exhaustive import best_plan
-from training.calls import with_recomputed_logprobs
+from training.calls import DataflowGraph, with_recomputed_logprobs
 from training.plan_checks import problems
 from training.planner.cost import CallCosts
-from training.planner.graph import DataflowGraph
 from training.planner.options import Options
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.search import estimate, search

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.training.planner.events import makespan_by_events
-from training.calls import ACTOR_TRAIN
-from training.planner.graph import DataflowGraph
+from training.calls import ACTOR_TRAIN, DataflowGraph
 from training.planner.reallocation import After, AugmentedGraphs, Node
 from training.planner.search import estimate
 from training.planner.simulate import ITERATIONS, list_schedule
