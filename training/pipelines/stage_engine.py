@@ -17,8 +17,7 @@ from training.distributed import Ranks
 from training.hybrid_engine.layout import StageCut
 from training.hybrid_engine.zero_engine import ZeroEngine, norm_of
 from training.merging import merge
-from training.models.packing import hidden_shape
-from training.models.policy import Policy, Scorer
+from training.models.policy import Policy, Scorer, hidden_shape
 from training.pipelines.stage_model import tied_table
 from training.private_surfaces import reduced_gradients, summed_gradient
 from training.role_settings import OptimizerSettings

@@ -19,8 +19,7 @@ from inference.private_surfaces import set_attention
 from inference.weights import quiet_transformers
 from training.data.batching import TokenBatch
 from training.distributed import Ranks
-from training.models.packing import call_on_tokens
-from training.models.policy import add_lora, keep_layers
+from training.models.policy import add_lora, call_on_tokens, keep_layers
 from training.role_settings import LoRASettings
 from training.stage import Stage
 from training.step3_rlhf.planned import expects_exactness, generation_degree

@@ -9,8 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from training.data.batching import TokenBatch
 from training.hybrid_engine.layout import StageCut
-from training.models.packing import hidden_shape
-from training.models.policy import Policy, Scorer
+from training.models.policy import Policy, Scorer, hidden_shape
 from training.pipelines.executor import Work
 from training.pipelines.orders import Operation, Orders, Pipelines, timeline
 from training.pipelines.stage_model import held_weights, keep_stage

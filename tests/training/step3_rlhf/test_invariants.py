@@ -18,8 +18,7 @@ from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.hybrid_engine.layout import Layout
 from training.metrics import Display
-from training.models.packing import call_on_tokens
-from training.models.policy import Policy
+from training.models.policy import Policy, call_on_tokens
 from training.plan import Assignment
 from training.rlhf_settings import RLHFSettings
 from training.stage import Diverged
