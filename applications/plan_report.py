@@ -12,7 +12,7 @@ from training.pictures import CALL_COLOURS, Bar, Panel, gantt_svg
 from training.plan import mesh_text
 from training.planner.hardware import GIB
 from training.planner.search import Estimate, Progress
-from training.planner.simulate import Interval
+from training.planner.table import Interval
 
 COLUMNS = 72  # of the Gantt picture, where the terminal has so many
 MENTIONED = 0.05  # seconds from which on what lies between the calls gets a line

@@ -18,8 +18,7 @@ from training.plan_checks import require_valid
 from training.planner.footprint import Footprints
 from training.planner.hardware import Cluster
 from training.planner.reallocation import AugmentedGraphs, Node
-from training.planner.simulate import Schedule, list_schedule
-from training.planner.table import Array, Choices, PlanTable
+from training.planner.table import Array, Choices, PlanTable, Schedule, list_schedule
 from training.planner.workload import Workload
 
 CHAINS = 512

@@ -21,7 +21,7 @@ from training.plan import Plan
 from training.planner.cost import CallCosts
 from training.planner.hardware import Cluster, cluster_here
 from training.planner.reallocation import AugmentedGraphs, Node
-from training.planner.simulate import Interval, Schedule, list_schedule
+from training.planner.table import Interval, Schedule, list_schedule
 from training.stage import Stage
 from training.step3_rlhf.planned import graphs_of, shape_of
 

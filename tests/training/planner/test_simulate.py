@@ -9,7 +9,7 @@ from tests.training.planner.events import makespan_by_events
 from training.calls import ACTOR_TRAIN, DataflowGraph
 from training.planner.reallocation import After, AugmentedGraphs, Node
 from training.planner.search import estimate
-from training.planner.simulate import ITERATIONS, list_schedule
+from training.planner.table import ITERATIONS, list_schedule
 
 
 def node(name: str, seconds: float, ranks: set[int], *after: After) -> Node:

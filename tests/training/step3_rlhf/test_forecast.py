@@ -15,7 +15,7 @@ from training.plan import Assignment, Plan
 from training.planner.hardware import profile_file
 from training.planner.reallocation import After, Node
 from training.planner.search import estimate
-from training.planner.simulate import list_schedule
+from training.planner.table import list_schedule
 from training.step3_rlhf.planned import graphs_of
 from training.step3_rlhf.timing import Forecast, as_data, beside, hardware_of, metrics_of, predicted_seconds
 
