@@ -37,7 +37,7 @@ from inference.tensor_parallel.layers import TensorParallel, join_groups
 from inference.tensor_parallel.shard import empty_shard
 from inference.weights import quiet_transformers
 from training.config import Dtype
-from training.data.batching import TokenBatch
+from training.data.rows import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.launchers import begin_script
 from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype

@@ -15,7 +15,7 @@ from inference.generation.decoding import Decoding
 from inference.generation.engine import GenerationEngine
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from training.calls import ACTOR_GENERATE, Call
-from training.data.batching import TokenBatch
+from training.data.rows import TokenBatch
 from training.fusion.choice import Choice
 from training.fusion.costs import Measured, deal
 from training.fusion.fusion import Fusion
