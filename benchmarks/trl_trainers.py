@@ -109,7 +109,7 @@ def make_online(trl: Any, arguments: argparse.Namespace, output: Path, clock: Cl
     """The trainer of GRPO or RLOO."""
     from datasets import Dataset
 
-    from training.formulas.named_rewards import NAMED_REWARDS
+    from training.reward_specs import NAMED_REWARDS
 
     name, _, pattern = work.REWARD.partition(":")
     reward = NAMED_REWARDS[name](pattern).score

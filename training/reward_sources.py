@@ -80,7 +80,7 @@ class RewardFunction:
 
 
 class RewardByName:
-    """An entry of training.formulas.named_rewards."""
+    """An entry of training.reward_specs."""
 
     def __init__(self, spec: RewardSpec, name: str):
         self.name, self.setting, self.reward = name, f"rlhf.reward_function={spec.text}", spec.named()

@@ -2,8 +2,7 @@
 
 import pytest
 
-from training.formulas.named_rewards import last_number
-from training.reward_specs import RewardSpec
+from training.reward_specs import RewardSpec, last_number
 
 DEEP = "[" * 100_000
 LONG = "9" * 10_000
