@@ -232,7 +232,7 @@ def settings(
 
     rlhf-chat settings sft.epochs --model runs/demo
     """
-    from applications.show_settings import settings_command
+    from applications.settings import settings_command
     from training.trust import require_reading
 
     if model is not None:

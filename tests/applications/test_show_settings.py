@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from applications.settings import settings_named
-from applications.show_settings import settings_command
+from applications.settings import settings_command, settings_named
 from inference.errors import UserError
 from training.config_reference import defaults
 from training.run_directory import RunDirectory
