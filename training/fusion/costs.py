@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from inference.generation.decoding import StepWork
+from inference.generation.engine import StepWork
 from training.fusion.board import Place
 
 PROBE_BYTES = 4 * 2**20

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from inference.generation.decoding import Decoding
+from inference.generation.engine import Decoding
 from training.fusion.board import Aside, Begin, Board, Place, Timeline
 from training.fusion.choice import NOMINAL, Choice, FusionChoice, Setting
 from training.fusion.costs import LengthStatistics, deal, measure_bandwidth

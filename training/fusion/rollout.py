@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from inference.generation.decoding import Decoding
+from inference.generation.engine import Decoding
 from inference.generation.sampler import Sample
 from training.data.rows import fill_micro_batches
 from training.fusion.board import (

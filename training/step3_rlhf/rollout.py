@@ -11,8 +11,7 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from inference.chat_model import pieces_of, whole_text
-from inference.generation.decoding import Decoding
-from inference.generation.engine import GenerationEngine
+from inference.generation.engine import Decoding, GenerationEngine
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from training.calls import ACTOR_GENERATE, Call
 from training.data.rows import TokenBatch

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from inference.generation.decoding import StepWork
+from inference.generation.engine import StepWork
 from training.fusion import choice as module
 from training.fusion.board import FusionPolicy
 from training.fusion.choice import Choice, FusionChoice, Setting

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from inference.generation.decoding import StepWork
+from inference.generation.engine import StepWork
 from training.fusion.costs import Costs, Measured, fit, fit_line
 
 COSTS = Costs(

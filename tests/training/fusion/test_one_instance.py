@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from inference.generation.decoding import StepWork
+from inference.generation.engine import StepWork
 from training.fusion.choice import FusionChoice, Setting
 from training.fusion.costs import LengthStatistics, Measured
 from training.fusion.simulator import Job

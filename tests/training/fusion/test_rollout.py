@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from inference.generation.decoding import StepWork
+from inference.generation.engine import StepWork
 from inference.generation.sampler import Sample
 from training.fusion import rollout as module
 from training.fusion.board import Board, FusionPolicy, Timeline
