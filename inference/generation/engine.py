@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from inference.generation.cpu import BlockedWeights, Exactness
-from inference.generation.graphs import MOST_STEPS, Replay
 from inference.generation.kv_cache import KVCache
-from inference.generation.passes import PackedPasses, Passes, make_passes, preferred_cache_dtype
+from inference.generation.passes import MOST_STEPS, PackedPasses, Passes, Replay, make_passes, preferred_cache_dtype
 from inference.generation.sampler import Draw, Sample, SamplingKey, SamplingSettings
 
 

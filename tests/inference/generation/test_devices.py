@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from inference.generation.graphs import Replay
 from inference.generation.kv_cache import KVCache
-from inference.generation.passes import PackedPasses
+from inference.generation.passes import PackedPasses, Replay
 from inference.generation.sampler import Draw, Sample, SamplingSettings
 from tests.inference.generation.test_engine import KEY, build_model
 from tests.pretended_cuda import CUDA, pretended_cuda

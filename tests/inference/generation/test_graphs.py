@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.generation import graphs
 from inference.generation.engine import GenerationEngine
-from inference.generation.graphs import MOST_STEPS, Replay, context_bucket, row_bucket
+from inference.generation.passes import MOST_STEPS, Replay, context_bucket, row_bucket
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from tests.inference.generation.test_engine import END, KEY, PAD, PROMPTS, build_model, in_order
 
