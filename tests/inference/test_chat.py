@@ -25,7 +25,7 @@ from inference.errors import UserError
 from inference.generation.sampler import OwnSample, Sample, SamplingKey, SamplingSettings
 from inference.model_store import check_model_directory
 from inference.serving.answers import Completion
-from inference.serving.worker import Lane
+from inference.serving.service import Lane
 from inference.streams import EXIT_READER_GONE, guard_output, printable
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
 

@@ -19,8 +19,7 @@ from inference.preferences import PreferenceFile
 from inference.serving.app import create_app
 from inference.serving.judging import Collecting, ServedModel
 from inference.serving.server import Server, bind
-from inference.serving.service import Limits, Service
-from inference.serving.worker import Events, Lane
+from inference.serving.service import Events, Lane, Limits, Service
 
 LIMITS = Limits(slots=4, queue=120, context=300, max_tokens=200)
 MESSAGES: list[Any] = [{"role": "user", "content": "How are you today?"}]
