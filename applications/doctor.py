@@ -33,8 +33,7 @@ from inference.generation.equality import (
 )
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
-from inference.tensor_parallel.layers import TensorParallel, join_groups
-from inference.tensor_parallel.shard import empty_shard
+from inference.tensor_parallel.shard import TensorParallel, empty_shard, join_groups
 from inference.weights import quiet_transformers
 from training.config import Dtype
 from training.data.rows import TokenBatch

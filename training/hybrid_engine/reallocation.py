@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from inference.families import text_config
 from inference.private_surfaces import is_divided, whole_shape
-from inference.tensor_parallel.layers import TensorParallel, join_groups
-from inference.tensor_parallel.shard import ShardParameter, cuts_of, empty_shard
+from inference.tensor_parallel.shard import ShardParameter, TensorParallel, cuts_of, empty_shard, join_groups
 from training.distributed import Ranks, local_size
 from training.hybrid_engine.layout import Layout, StageCut
 from training.hybrid_engine.transfers import Box, Move, Part, Weight, stays, transfers

@@ -22,8 +22,7 @@ from torch import nn
 import rlhf_chat  # noqa: F401  a script of ranks, too
 from inference.generation.engine import GenerationEngine
 from inference.generation.sampler import SamplingKey, SamplingSettings
-from inference.tensor_parallel.layers import TensorParallel
-from inference.tensor_parallel.shard import empty_shard
+from inference.tensor_parallel.shard import TensorParallel, empty_shard
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.launchers import begin_script
 from training.planner.cost import BACKWARD

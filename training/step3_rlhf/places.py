@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from inference.tensor_parallel.layers import TensorParallel
+from inference.tensor_parallel.shard import TensorParallel
 from training.calls import role_of
 from training.data.rows import MicroBatch, deal_micro_batches, plan_micro_batches
 from training.distributed import Ranks

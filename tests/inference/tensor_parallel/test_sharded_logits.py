@@ -42,7 +42,7 @@ def is_tied(model):
 
 
 def compare(ranks, directory):
-    from inference.tensor_parallel.layers import join_groups
+    from inference.tensor_parallel.shard import join_groups
     from training.models.policy import add_lora
     from training.role_settings import LoRASettings
 

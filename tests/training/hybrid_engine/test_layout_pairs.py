@@ -199,7 +199,7 @@ def from_trained_stages(ranks) -> dict[str, bool]:
 
 def within_a_part(ranks) -> bool | None:
     """Ranks 1 and 3, by their own numbers: 1 has the weights, both get them whole. Whether they are right."""
-    from inference.tensor_parallel.layers import TensorParallel
+    from inference.tensor_parallel.shard import TensorParallel
     from tests.inference.tensor_parallel.families import build, randomise
     from training.hybrid_engine.layout import Layout
     from training.hybrid_engine.reallocation import Reallocation

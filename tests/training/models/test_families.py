@@ -18,8 +18,7 @@ from inference.errors import UserError
 from inference.families import meta_model, require_supported_family, set_dropout, text_config
 from inference.generation.engine import GenerationEngine
 from inference.generation.sampler import SamplingKey, SamplingSettings
-from inference.tensor_parallel.layers import TensorParallel
-from inference.tensor_parallel.shard import cuts_of, empty_shard
+from inference.tensor_parallel.shard import TensorParallel, cuts_of, empty_shard
 from inference.weights import read_weights
 from tests.families import FAMILIES, UNBUILDABLE, VOCABULARY, WINDOW, build, narrow_config
 from tests.training.pipelines.test_stage_model import require_equal

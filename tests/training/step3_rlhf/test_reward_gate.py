@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inference.tensor_parallel.layers import TensorParallel
+from inference.tensor_parallel.shard import TensorParallel
 from training.config_files import load_config
 from training.data.token_cache import TokenPair
 from training.distributed import Ranks
