@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from inference.chat_target import find_chat_models
+from inference.collecting import without_collecting
 from inference.console import PrintableConsole
 from inference.errors import UserError, typed
-from inference.streams import show_json, without_collecting
+from inference.streams import show_json
 from training.metrics import Journal
 from training.run_directory import RunDirectory
 from training.steps import PPO

@@ -12,10 +12,10 @@ from typing import Any
 from applications.from_run import next_command
 from applications.preset_store import settings_for_model
 from inference.chat_target import find_chat_models
+from inference.collecting import without_collecting
 from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
-from inference.streams import without_collecting
 from training.checkpoints import checkpoint_of
 from training.data.rows import read_rows
 from training.evaluation.preferences import agreements, people

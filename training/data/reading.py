@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from inference.chat_format import ChatFormat
+from inference.collecting import without_collecting
 from inference.errors import UserError
 from inference.preferences import Preference
-from inference.streams import without_collecting
 from training.data.entries import BadRow, CutShort, LeftOut
 from training.data.files import read_file
 from training.data.find_files import PLAIN, HubSet, fetch_files, find_files, find_set, matching
