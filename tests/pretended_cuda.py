@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from inference.generation import attention, graphs
+from inference.generation import attention, passes
 
 CUDA = torch.device("cuda:0")
 
@@ -34,7 +34,7 @@ def pretended_cuda(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> I
                         moved[id(tensor)] = nn.Parameter(fake, requires_grad=False) if is_weight else fake
                     kept[name] = moved[id(tensor)]
     with (
-        patch.object(graphs, "addresses", lambda passes: ()),
+        patch.object(passes, "addresses", lambda passes: ()),
         patch.object(attention, "has_flash_attention", lambda device: True),
         mode,
         Indexing(),

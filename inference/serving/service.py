@@ -1,4 +1,4 @@
-"""Between the web layer and the worker, in the event loop: which models there are, who gets a place, who is told."""
+"""Between the web layer and torch: which models there are, who gets a turn; the thread that does all work of torch."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""A cut: which part of a whole tensor a rank keeps."""
+"""Which part of a whole tensor a rank keeps, and the layers that compute with parts."""
 
 import copy
 import inspect

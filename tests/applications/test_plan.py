@@ -32,7 +32,8 @@ from training.planner.options import Options, meshes
 from training.planner.search import estimate
 from training.rlhf_settings import RLHFSettings
 from training.run_directory import RunDirectory
-from training.step3_rlhf import old_logprobs, roles
+from training.step3_rlhf import planned as step3_planned
+from training.step3_rlhf import roles
 from training.step3_rlhf.planned import iteration_calls, require_runnable
 from training.steps import PPO
 
@@ -189,7 +190,7 @@ def test_what_is_planned_is_what_a_rollout_runs(dtype, setting, multiplies, adva
     request = replace(request, machine=Machine(2, 8 * GIB))
     for loads in ("_train", "_freeze"):
         monkeypatch.setattr(roles.Roles, loads, lambda *_: None)
-    monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(step3_planned, "multiplies_bf16", lambda: multiplies)
     monkeypatch.setattr(roles, "settle_exactness", lambda stage, _: (multiplies and dtype == "bf16") or None)
     stage = SimpleNamespace(config=request.config, seed=1, dtype=DTYPES[dtype], ranks=Ranks(0, 1, torch.device("cpu")))
     ran = roles.Roles(stage, None, tmp_path, None, (1, 1)).calls
@@ -277,7 +278,7 @@ def test_this_machine_is_planned_in_the_number_format_of_its_runs(profiled, monk
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_auto_counts_no_score_of_the_actor_where_training_equals_generation(profiled, monkeypatch, capsys, multiplies):
     monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
-    monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(step3_planned, "multiplies_bf16", lambda: multiplies)
     config = RunConfig.model_validate({**TWO, "dtype": "bf16"})
     plan = best_plan(config, measures=False)
     assert ("actor_score" in capsys.readouterr().out) != multiplies

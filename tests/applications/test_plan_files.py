@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from applications.cli import app
 from inference.errors import UserError
-from training.step3_rlhf import old_logprobs
+from training.step3_rlhf import planned
 
 GOOD = """
 actor_generate: {mesh: 0-1, data: 2}
@@ -73,7 +73,7 @@ def test_the_documented_plan_runs_in_every_number_format(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs/plans.md").read_text(encoding="utf-8")
     text = textwrap.dedent(page.partition("  plan:\n")[2].partition("```")[0])
     for dtype, exact, scores in (("fp32", False, False), ("bf16", False, True), ("bf16", True, False)):
-        monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda exact=exact: exact)
+        monkeypatch.setattr(planned, "multiplies_bf16", lambda exact=exact: exact)
         divided = text.replace("{mesh: 0}  # in", "{mesh: 0-1, tensor: 2}  # in")
         done = dry_run(tmp_path, divided, "--set", f"dtype={dtype}")
         assert done.exit_code == 0 and ("actor_score " in done.output) == scores, done.output

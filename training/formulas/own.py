@@ -1,4 +1,4 @@
-"""Entries of a user's own, loaded: their formulas run in this process, as reward functions do."""
+"""All tables of formulas; entries of a user's own, whose formulas run in this process, as reward functions do."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace

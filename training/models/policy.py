@@ -1,4 +1,4 @@
-"""A causal language model as a policy: log-probabilities of response tokens."""
+"""A model of transformers on packed rows, and a causal one as a policy: log-probabilities of response tokens."""
 
 import inspect
 import re

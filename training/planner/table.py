@@ -1,6 +1,6 @@
-"""Many plans at a time: the options of all calls as arrays, and the recurrence of `simulate.py` over whole columns.
+"""Many plans at a time: the options of all calls as arrays, and the recurrence of `list_schedule` over whole columns.
 
-A plan is a column of option numbers, one for each call. Times are those that `simulate.list_schedule` gives, memory
+A plan is a column of option numbers, one for each call. Times are those that `list_schedule` gives, memory
 is that of `footprint.Footprints`; tests hold them together.
 
 An option number of UNDECIDED stands for the best that any option could give: a plan with such calls is evaluated to no

@@ -1,4 +1,4 @@
-"""Scored samples of one iteration, and what PPO makes of them."""
+"""Scored samples of one iteration, gathered from all ranks, and what PPO makes of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

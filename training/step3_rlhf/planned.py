@@ -1,4 +1,4 @@
-"""What the planner is told of step 3: its calls, its models, the samples of an iteration."""
+"""What the planner is told of step 3: its calls (do old log-probabilities cost one?), its models, its samples."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the cost model says of an iteration, beside what the iteration took: call by call, and as a picture's data."""
+"""Where the time of an iteration goes, call by call, and what the cost model says of it."""
 
 import resource
 import statistics

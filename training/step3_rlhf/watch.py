@@ -1,7 +1,4 @@
-"""What a collapse of PPO looks like in its metrics, iteration by iteration.
-
-A function of the metrics alone, so a resumed run that reads its metrics.jsonl again warns like one nobody stopped.
-"""
+"""Is PPO well? The reward model and the first update are checked, held-out prompts measured, metrics watched."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -54,7 +51,10 @@ PENALTY = 10.0
 
 
 class Watch:
-    """Reads each iteration's metrics once, in order."""
+    """Says what a collapse of PPO looks like, from the metrics of each iteration in order and from nothing else.
+
+    So a resumed run that reads its metrics.jsonl again warns like one nobody stopped.
+    """
 
     def __init__(self, end_penalty: float = 0.0, iterations: int = ALIKE) -> None:
         """`end_penalty` is rlhf.missing_end_penalty, `iterations` how many the run has."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.generation import graphs
+from inference.generation import passes
 from inference.generation.engine import GenerationEngine
 from inference.generation.passes import MOST_STEPS, Replay, context_bucket, row_bucket
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
@@ -29,7 +29,7 @@ ENDS = (END, 5)
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     """So that samples grow from one into the next."""
-    monkeypatch.setattr(graphs, "CONTEXT", 8)
+    monkeypatch.setattr(passes, "CONTEXT", 8)
 
 
 def run(engine: GenerationEngine, settings: SamplingSettings, key: SamplingKey = KEY, **options: Any) -> list[Sample]:
@@ -187,7 +187,7 @@ def test_the_guard_sees_what_waits(read):
 
 def test_buckets(monkeypatch):
     assert [row_bucket(rows, 24) for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 24)] == [1, 2, 4, 4, 8, 8, 16, 16, 24, 24]
-    monkeypatch.setattr(graphs, "CONTEXT", 128)
+    monkeypatch.setattr(passes, "CONTEXT", 128)
     tokens = [1, 128, 129, 500, 1000, 1024, 1025, 1281, 2048, 2049, 2990]
     expected = [128, 128, 256, 512, 1024, 1024, 1280, 1536, 2048, 2560, 3000]
     assert [context_bucket(n, 3000) for n in tokens] == expected
@@ -208,7 +208,7 @@ def captured(monkeypatch) -> list[Recorded]:
         made.append(Recorded(step))
         return made[-1]
 
-    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
+    monkeypatch.setattr(passes, "can_capture", lambda device: True)
     monkeypatch.setattr(Replay, "_capture", capture)
     return made
 
@@ -286,7 +286,7 @@ def test_a_capture_that_fails_is_told_once_and_costs_no_sample(monkeypatch, capl
     def refuse(replay: Replay, step) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand much more")
 
-    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
+    monkeypatch.setattr(passes, "can_capture", lambda device: True)
     monkeypatch.setattr(Replay, "_capture", refuse)
     model = build_model("llama")
     with caplog.at_level(logging.WARNING):
@@ -318,4 +318,4 @@ def test_captured_steps_give_what_eager_ones_give(family, caplog):
                 model.get_output_embeddings().weight.mul_(-1)
             several.weights_changed()
     assert several._replay is not None and several._replay.captures and len(several._replay.graphs) > 3
-    assert not [record for record in caplog.records if record.name == graphs.__name__]
+    assert not [record for record in caplog.records if record.name == passes.__name__]

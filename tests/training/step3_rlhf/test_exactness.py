@@ -19,7 +19,7 @@ from training.models.policy import Policy
 from training.rlhf_settings import RLHFSettings
 from training.role_settings import LoRASettings
 from training.step3_rlhf import exactness as of_step
-from training.step3_rlhf import old_logprobs
+from training.step3_rlhf import planned
 from training.step3_rlhf.exactness import CANDIDATES, agrees, find_exactness, first_layers, settle_exactness
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def a_stage(dtype: torch.dtype, device: torch.device = CPU, **settings) -> Simpl
 
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_auto_is_exact_where_it_costs_nothing(monkeypatch, tmp_path, multiplies):
-    monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(planned, "multiplies_bf16", lambda: multiplies)
     model = saved(tmp_path, "llama")
     assert settle_exactness(a_stage(torch.bfloat16), model) == (CANDIDATES[torch.bfloat16][0] if multiplies else None)
     assert settle_exactness(a_stage(torch.float32), model) is None
@@ -153,7 +153,7 @@ def test_auto_is_exact_where_it_costs_nothing(monkeypatch, tmp_path, multiplies)
 
 
 def test_auto_says_where_a_processor_is_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(old_logprobs, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(planned, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(of_step, "agrees", lambda *_: False)
     stage = a_stage(torch.bfloat16)
     assert settle_exactness(stage, saved(tmp_path, "llama")) is None

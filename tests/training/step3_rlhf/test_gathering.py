@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from training.step3_rlhf import gathering
+from training.step3_rlhf import experience
 from training.step3_rlhf.experience import Experience, gather_experience, gather_scores, pack
 
 ALL = ["generation_logprobs", "logprobs", "reference_logprobs", "values"]
@@ -63,6 +63,6 @@ def test_scores_go_to_the_samples_that_every_rank_has(numbers, with_scores):
 
 
 def test_one_rank_keeps_what_it_has(monkeypatch):
-    monkeypatch.setattr(gathering, "pack", None)
+    monkeypatch.setattr(experience, "pack", None)
     ours = [experience_of(i) for i in (1, 0)]
     assert gather_experience(SimpleNamespace(size=1), ours, PROMPTS, ALL) == [ours[1], ours[0]]

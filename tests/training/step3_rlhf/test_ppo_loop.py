@@ -91,7 +91,7 @@ def run_step(
     from training.config import RunConfig
     from training.run_directory import RunDirectory
     from training.stage import make_stage
-    from training.step3_rlhf import forecast, ppo, roles
+    from training.step3_rlhf import ppo, roles, timing
     from training.step3_rlhf.rollout import Rollout
     from training.termination import TERMINATION, Terminated
 
@@ -151,7 +151,7 @@ def run_step(
         patch.object(Rollout, "score", noted),
         patch.object(roles.Roles, "score", asked),
         patch.object(roles, "load_causal_lm", wraps=roles.load_causal_lm) as loads,
-        patch.object(forecast, "cluster_here", lambda *_: (PROFILE.cluster, "a test")),
+        patch.object(timing, "cluster_here", lambda *_: (PROFILE.cluster, "a test")),
     ):
         try:
             ppo.train(stage)
