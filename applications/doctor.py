@@ -36,7 +36,7 @@ from inference.private_surfaces import attention_of, set_attention
 from inference.tensor_parallel.shard import TensorParallel, empty_shard, join_groups
 from inference.weights import quiet_transformers
 from training.config import Dtype
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.distributed import Ranks, start_ranks, stop_ranks
 from training.launchers import begin_script
 from training.models.loading import TORCH_DTYPES, load_causal_lm, resolve_dtype

@@ -169,7 +169,7 @@ def rows_of(lengths: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def batch_of(row: tuple[torch.Tensor, torch.Tensor]) -> Any:
-    from training.data.rows import TokenBatch
+    from training.data.batching import TokenBatch
 
     return TokenBatch.of([row], torch.device("cpu"))
 

@@ -27,7 +27,7 @@ from tests.families import FAMILIES, UNBUILDABLE, UNCUT, build, narrow_config
 from tests.inference.templates import FAMILIES as TEMPLATES
 from tests.inference.templates import bytes_tokenizer
 from tests.tiny_runs import QUESTIONS, make_tiny_run, messages
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.models.loading import load_scorer, require_scorer_family
 from training.models.policy import Scorer, at_last_token
 from training.steps import REWARD

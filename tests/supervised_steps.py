@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.config import StepSettings
 from training.config_files import load_config
-from training.data.rows import MicroBatch
+from training.data.batching import MicroBatch
 from training.distributed import Ranks
 from training.run_directory import RunDirectory
 from training.stage import Stage, make_stage

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from training.checkpoints import Best
 from training.config import StepSettings
-from training.data.rows import Epochs, MicroBatch, count_updates, plan_micro_batches, updates_per_epoch
+from training.data.batching import MicroBatch, plan_micro_batches
+from training.data.rows import Epochs, count_updates, updates_per_epoch
 from training.evaluation.statistics import DOUBTFUL_ACCURACY
 from training.hybrid_engine.kept_weights import KeptWeights
 from training.hybrid_engine.zero_engine import ZeroEngine

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from tests.inference.generation.test_engine import build_model
 from tests.pretended_cuda import CUDA, pretended_cuda
 from training.config import RunConfig
-from training.data.rows import MicroBatch, TokenBatch
+from training.data.batching import MicroBatch, TokenBatch
 from training.data.token_cache import TokenPair
 from training.models.policy import Policy, Scorer, at_last_token
 from training.stage import read_at_once

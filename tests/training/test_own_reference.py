@@ -11,7 +11,7 @@ from inference.chat_format import ChatFormat
 from tests.supervised_steps import make_run, metrics_of, stage_of
 from tests.tiny_runs import make_tiny_run, messages
 from training.config_files import found_from_anywhere, load_config
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.lineage import Origin, sources_of, trace
 from training.step2_dpo import dpo
 from training.step3_rlhf.roles import Roles

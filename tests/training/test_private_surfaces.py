@@ -14,7 +14,7 @@ import torch.distributed as dist
 from inference.private_surfaces import is_divided, whole_shape
 from tests.training.hybrid_engine.test_moving_average import make_engine, train
 from training import private_surfaces
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.private_surfaces import OWN_WEIGHTS
 
 

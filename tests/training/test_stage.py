@@ -16,7 +16,7 @@ from inference.errors import EXIT_USER_ERROR, UserError
 from training import distributed
 from training import stage_script as stage
 from training.config_files import load_config
-from training.data.rows import MicroBatch
+from training.data.batching import MicroBatch
 from training.data_settings import DataSettings
 from training.distributed import Ranks, require_gpus, require_loopback, start_ranks
 from training.launchers import PARENT_VARIABLE

@@ -59,7 +59,7 @@ def losses_of_steps(ranks, directory, tiny, extra) -> dict[str, dict[str, float]
 
 
 def one_update(engine, batch) -> float:
-    from training.data.rows import MicroBatch
+    from training.data.batching import MicroBatch
 
     losses = []
 
@@ -74,7 +74,7 @@ def one_update(engine, batch) -> float:
 
 
 def token_batch(ranks):
-    from training.data.rows import TokenBatch
+    from training.data.batching import TokenBatch
 
     generator = torch.Generator().manual_seed(1)
     lengths = [(5, 4), (3, 7), (9, 2)]

@@ -26,7 +26,8 @@ from torch import Tensor
 import inference.chat_format
 import inference.chat_template
 from inference.chat_format import ChatFormat
-from training.data.rows import margin_of, sent
+from training.data.batching import sent
+from training.data.rows import margin_of
 from training.data_settings import DataSettings
 from training.metrics import Bar, Display
 from training.run_directory import write_tensors

@@ -17,7 +17,7 @@ from inference.chat_template import Message, same_rendering
 from inference.errors import UserError
 from inference.generation.sampler import Sample
 from training.checkpoints import checkpoint_of
-from training.data.rows import TokenBatch, plan_micro_batches
+from training.data.batching import TokenBatch, plan_micro_batches
 from training.data_settings import DataSettings
 from training.lineage import Source, base_model, label_of, origin_of, reward_model_before
 from training.models.loading import load_causal_lm, load_scorer, require_scorer

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inference.generation.engine import Decoding
 from inference.generation.sampler import Sample
-from training.data.rows import fill_micro_batches
+from training.data.batching import fill_micro_batches
 from training.fusion.board import (
     Aside,
     Board,

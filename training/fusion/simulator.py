@@ -15,7 +15,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from inference.generation.engine import PREFILL_TOKENS
-from training.data.rows import plan_micro_batches
+from training.data.batching import plan_micro_batches
 from training.fusion.board import FusionPolicy, Remaining, Span, Unfinished, decide
 from training.fusion.costs import Costs
 

@@ -18,7 +18,7 @@ from inference.generation.cpu import Exactness, filled
 from inference.generation.passes import Prefixes, at
 from inference.generation.sampler import log_sum
 from inference.private_surfaces import attention_of, set_attention
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.hybrid_engine.layout import StageCut
 from training.pipelines.stage_model import handing_over, keep_stage, sends_on
 from training.role_settings import LoRASettings

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inference.errors import UserError
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.deepspeed_config import effective_zero_stage
 from training.distributed import Ranks
 from training.hybrid_engine.layout import StageCut

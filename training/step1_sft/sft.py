@@ -6,7 +6,8 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from inference.generation.engine import GenerationEngine
 from inference.generation.sampler import SamplingKey, SamplingSettings
-from training.data.rows import TokenBatch, count_updates, plan_micro_batches
+from training.data.batching import TokenBatch, plan_micro_batches
+from training.data.rows import count_updates
 from training.data.token_cache import TokenRows, Tokens
 from training.evaluation.statistics import perplexity
 from training.hybrid_engine.deepspeed_setup import loads

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from inference.chat_format import ChatFormat
 from training import calls
-from training.data.rows import count_updates, plan_micro_batches, sent
+from training.data.batching import plan_micro_batches, sent
+from training.data.rows import count_updates
 from training.data.token_cache import TokenPair, grouped, shares_of, tokens_of
 from training.formulas.losses import DPO_LOSSES, Pairs, implicit_rewards
 from training.formulas.own import loaded

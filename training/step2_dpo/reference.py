@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inference.chat_format import ChatFormat
-from training.data.rows import TokenBatch, plan_micro_batches
+from training.data.batching import TokenBatch, plan_micro_batches
 from training.data.token_cache import TokenPair, answers_of, grouped, tokens_of
 from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.kept_weights import freeze

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from training.data.rows import Epochs, count_updates, plan_micro_batches, sent
+from training.data.batching import plan_micro_batches, sent
+from training.data.rows import Epochs, count_updates
 from training.data.token_cache import TokenPair, grouped
 from training.formulas.losses import DPO_LOSSES, Answers, implicit_rewards
 from training.formulas.own import loaded

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data.rows import TokenBatch, count_updates, plan_micro_batches, require_margins, sent
+from training.data.batching import TokenBatch, plan_micro_batches, sent
+from training.data.rows import count_updates, require_margins
 from training.data.token_cache import TokenPair, answers_of, grouped, length_bucket, shares_of, tokens_of
 from training.evaluation.candidates import Row
 from training.evaluation.comparison import Accuracy, accuracy_by_length, groups_of

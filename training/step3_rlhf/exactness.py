@@ -17,7 +17,7 @@ from inference.generation.kv_cache import KVCache
 from inference.generation.passes import PackedPasses
 from inference.private_surfaces import set_attention
 from inference.weights import quiet_transformers
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.models.policy import add_lora, call_on_tokens, keep_layers
 from training.role_settings import LoRASettings

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inference.generation.sampler import Sample
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.formulas.estimators import ESTIMATORS, Scored
 from training.formulas.own import loaded

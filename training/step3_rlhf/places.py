@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from inference.tensor_parallel.shard import TensorParallel
 from training.calls import role_of
-from training.data.rows import MicroBatch, deal_micro_batches, plan_micro_batches
+from training.data.batching import MicroBatch, deal_micro_batches, plan_micro_batches
 from training.distributed import Ranks
 from training.hybrid_engine.layout import StageCut
 from training.hybrid_engine.reallocation import tensor_parallel_of

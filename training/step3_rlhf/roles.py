@@ -15,7 +15,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.cpu import BlockedWeights
 from training.calls import ACTOR_GENERATE, CRITIC_SCORE, Call
 from training.config import RunConfig
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.hybrid_engine.deepspeed_setup import loads
 from training.hybrid_engine.kept_weights import MovingAverage, WaitingWeights, divide_to_score, freeze, gathering
 from training.hybrid_engine.layout import Layout, StageCut

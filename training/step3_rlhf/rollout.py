@@ -14,7 +14,7 @@ from inference.chat_model import pieces_of, whole_text
 from inference.generation.engine import Decoding, GenerationEngine
 from inference.generation.sampler import Sample, SamplingKey, SamplingSettings
 from training.calls import ACTOR_GENERATE, Call
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.fusion.choice import Choice
 from training.fusion.costs import Measured, deal
 from training.fusion.fusion import Fusion

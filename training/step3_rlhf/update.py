@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
+from training.data.batching import MicroBatch, TokenBatch
 from training.data.prepare import demonstrations
-from training.data.rows import DEMONSTRATIONS_FILE, Epochs, MicroBatch, TokenBatch
+from training.data.rows import DEMONSTRATIONS_FILE, Epochs
 from training.fusion.board import Timeline
 from training.hybrid_engine.zero_engine import step_together
 from training.pipelines.stage_engine import Pass, StageEngine

@@ -10,7 +10,8 @@ from torch import Tensor
 from inference.chat_format import ChatFormat
 from inference.generation.sampler import SamplingKey
 from training.calls import REWARD_SCORE
-from training.data.rows import MicroBatch, TokenBatch, plan_micro_batches, read_rows
+from training.data.batching import MicroBatch, TokenBatch, plan_micro_batches
+from training.data.rows import read_rows
 from training.data.split import once
 from training.data.token_cache import TokenPair, rows_of
 from training.evaluation.comparison import EVALUATION_ITERATION

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from training.data.rows import TokenBatch, plan_micro_batches
+from training.data.batching import TokenBatch, plan_micro_batches
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

@@ -36,7 +36,7 @@ def make_engine(ranks, model, stage: int):
 
 
 def update(engine, ranks, count: int) -> float:
-    from training.data.rows import TokenBatch, plan_micro_batches
+    from training.data.batching import TokenBatch, plan_micro_batches
 
     rows = make_rows(count)
     tokens = sum(len(response) for _, response in rows)

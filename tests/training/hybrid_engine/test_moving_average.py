@@ -33,7 +33,7 @@ def make_engine(ranks, model, stage: int, lora: int = 0, dtype=torch.float32):
 
 def train(ranks, engine, number: int) -> None:
     """One update on rows that depend on its number."""
-    from training.data.rows import TokenBatch, plan_micro_batches
+    from training.data.batching import TokenBatch, plan_micro_batches
 
     generator = torch.Generator().manual_seed(number)
     rows = [tuple(torch.randint(5, 200, (length,), generator=generator) for length in (4, 6)) for _ in range(4)]
@@ -47,7 +47,7 @@ def train(ranks, engine, number: int) -> None:
 @torch.no_grad()
 def look(ranks, engine, average) -> list[torch.Tensor]:
     """What the engine says of a row, its weights and their average."""
-    from training.data.rows import TokenBatch
+    from training.data.batching import TokenBatch
 
     batch = TokenBatch.of([(torch.tensor([5, 6]), torch.tensor([7, 8]))], ranks.device)
     return [engine(batch)[0].clone(), *engine.trained_weights().values(), *average.weights().values()]
@@ -121,7 +121,7 @@ def overflow_of_one(ranks, directory):
     start = actor.trained_weights()
 
     def accumulate(engine, factor: float) -> None:
-        from training.data.rows import MicroBatch, TokenBatch
+        from training.data.batching import MicroBatch, TokenBatch
 
         row = (torch.tensor([5, 6]), torch.tensor([7, 8]))
         engine.accumulate([MicroBatch([0])], lambda _: factor * engine(TokenBatch.of([row], ranks.device))[0].sum())

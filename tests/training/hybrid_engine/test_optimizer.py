@@ -40,7 +40,7 @@ def norms_of_broken_gradients(ranks, directory):
     """By stage and number format: the norm that this rank reports where the gradient of one rank is broken."""
     from inference.families import build_tiny_model
     from tests.training.hybrid_engine.test_moving_average import make_engine
-    from training.data.rows import MicroBatch, TokenBatch
+    from training.data.batching import MicroBatch, TokenBatch
 
     model = directory / "tiny"
     if ranks.is_first:

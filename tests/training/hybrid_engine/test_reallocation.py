@@ -38,7 +38,7 @@ def whole_weights(model):
 
 
 def batch(ranks, seed):
-    from training.data.rows import TokenBatch
+    from training.data.batching import TokenBatch
 
     generator = torch.Generator().manual_seed(seed)
     rows = [(torch.randint(4, 101, (5,), generator=generator), torch.randint(4, 101, (n,), generator=generator))

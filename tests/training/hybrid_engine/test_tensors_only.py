@@ -98,7 +98,7 @@ def load_everything(ranks, directory):
 
 
 def train(engine, ranks) -> None:
-    from training.data.rows import TokenBatch, plan_micro_batches
+    from training.data.batching import TokenBatch, plan_micro_batches
 
     generator = torch.Generator().manual_seed(1)
     rows = [tuple(torch.randint(5, 200, (length,), generator=generator) for length in (4, 6)) for _ in range(2)]

@@ -25,7 +25,7 @@ def train_everywhere(ranks, directory):
     """The matrix inside one process group: {case: {losses, grad_norms, weights}}."""
     from inference.chat_format import ChatFormat
     from inference.families import build_tiny_model
-    from training.data.rows import TokenBatch, plan_micro_batches
+    from training.data.batching import TokenBatch, plan_micro_batches
     from training.hybrid_engine.zero_engine import ZeroEngine
     from training.models.loading import load_causal_lm
     from training.models.policy import Policy

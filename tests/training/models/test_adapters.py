@@ -21,7 +21,7 @@ from transformers import (
 from inference.errors import UserError
 from training.checks import require_adapters
 from training.config_files import load_config
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.models.loading import save_model
 from training.models.policy import Policy, Scorer, add_lora
 from training.role_settings import LoRASettings

@@ -22,7 +22,7 @@ from inference.tensor_parallel.shard import TensorParallel, cuts_of, empty_shard
 from inference.weights import read_weights
 from tests.families import FAMILIES, UNBUILDABLE, VOCABULARY, WINDOW, build, narrow_config
 from tests.training.pipelines.test_stage_model import require_equal
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.models.policy import Policy
 from training.pipelines.stage_model import require_stages
 

@@ -27,7 +27,7 @@ from inference.chat_format import PAD_TOKEN, ChatFormat
 from inference.errors import UserError
 from inference.families import build_tiny_model
 from tests.inference.templates import CHATML, Family, bytes_tokenizer
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.models.loading import (
     fit_vocabulary,
     load_causal_lm,

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from inference.errors import UserError
 from tests.ranks import run_ranks
 from tests.training.hybrid_engine.test_zero_engine import make_rows
-from training.data.rows import TokenBatch, plan_micro_batches
+from training.data.batching import TokenBatch, plan_micro_batches
 from training.distributed import Ranks
 from training.hybrid_engine.kept_weights import KeptWeights, MovingAverage
 from training.hybrid_engine.layout import Layout, StageCut

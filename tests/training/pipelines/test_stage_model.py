@@ -13,7 +13,7 @@ from inference.families import meta_model
 from inference.generation.cpu import Exactness
 from inference.generation.passes import Prefixes
 from tests.families import narrow_config
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.hybrid_engine.layout import StageCut
 from training.models.policy import Policy, Scorer, hidden_shape
 from training.pipelines.stage_model import held_weights, keep_stage, require_stages, stages_of, tied_table

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.hybrid_engine.layout import StageCut
 from training.models.policy import Policy, Scorer, hidden_shape
 from training.pipelines.executor import Work

@@ -13,7 +13,7 @@ from inference.generation.cpu import CausalAttention, Exactness
 from inference.generation.engine import GenerationEngine
 from inference.generation.sampler import SamplingKey, SamplingSettings
 from tests.inference.generation.test_engine import PAD, build_model, make_prompts
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.models.policy import Policy
 from training.rlhf_settings import RLHFSettings

@@ -14,7 +14,7 @@ from inference.generation.engine import GenerationEngine
 from inference.generation.kv_cache import Places
 from inference.generation.sampler import SamplingKey, SamplingSettings
 from inference.tensor_parallel.shard import TensorParallel
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.distributed import Ranks
 from training.hybrid_engine.layout import Layout
 from training.metrics import Display

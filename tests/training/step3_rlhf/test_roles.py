@@ -15,7 +15,7 @@ from inference.families import config_of
 from inference.generation.cpu import BlockedWeights
 from tests.ranks import run_ranks
 from training.config_files import load_config
-from training.data.rows import TokenBatch
+from training.data.batching import TokenBatch
 from training.step3_rlhf.roles import settled, starting_scorer
 
 SCORED = ("reference", "critic", "reward")
