@@ -1,4 +1,4 @@
-"""Rows: what a data source becomes, one JSON object a line in the run directory; micro-batches of their tokens."""
+"""Rows: what a data source becomes, one JSON object a line in the run directory."""
 
 import json
 import random
