@@ -20,7 +20,7 @@ from inference.errors import typed
 from rlhf_chat import HOME
 from training.config import RunConfig
 from training.data.rows import read_rows
-from training.formulas.own import own_files
+from training.formulas.tables import own_files
 from training.inputs import CODE, changed_inputs, code_files, local_model, models_of
 from training.launchers import outlive_terminal
 from training.metrics import WARNING, Display, duration, size

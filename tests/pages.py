@@ -19,8 +19,8 @@ from applications.cli import app
 from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.config_files import load_config, setting_keys
-from training.formulas.own import TABLES
 from training.formulas.table import OWN
+from training.formulas.tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]

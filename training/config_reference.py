@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 
 from training.config import TRAINED_ROLES, RunConfig
 from training.config_files import setting_keys
-from training.formulas.own import TABLES
 from training.formulas.table import Table
+from training.formulas.tables import TABLES
 from training.reward_specs import NAMED_REWARDS
 from training.role_settings import Unit
 

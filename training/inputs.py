@@ -19,7 +19,7 @@ from inference.model_store import PICKLES, SAFETENSORS, TEXT_FILES, Report, chec
 from training.config import RunConfig
 from training.data.sources import parse_source
 from training.data_settings import EMBEDDED_DATA
-from training.formulas.own import own_files
+from training.formulas.tables import own_files
 from training.lineage import base_model, reward_model_before
 from training.run_directory import RunDirectory, read_json, write_directory, write_json
 

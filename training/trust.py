@@ -20,7 +20,7 @@ from training.config_files import MODELS
 from training.data.rows import DEMONSTRATIONS_FILE
 from training.data.sources import parse_source
 from training.data_settings import EMBEDDED_DATA
-from training.formulas.own import own_files
+from training.formulas.tables import own_files
 from training.inputs import code_files, files_of, kept_model
 from training.lineage import base_model, reward_model_before
 from training.run_directory import RunDirectory

@@ -1,30 +1,17 @@
 """All tables of formulas; entries of a user's own, whose formulas run in this process, as reward functions do."""
 
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from training.config import RunConfig
-from training.formulas.estimators import ESTIMATORS, SHAPINGS
-from training.formulas.losses import DPO_LOSSES
 from training.formulas.table import Entry, Table
+from training.formulas.tables import TABLES
 from training.reward_sources import RewardFailed, sentences
 from training.user_code import UserFile
-
-TABLES: tuple[Table, ...] = (ESTIMATORS, SHAPINGS, DPO_LOSSES)
-
-
-def own_files(config: Any) -> Iterator[tuple[str, Path]]:
-    """Yield setting and file of each entry of a RunConfig that is in no table."""
-    for table in TABLES:
-        if own := table.own(attrgetter(table.setting)(config)):
-            yield table.setting, own[0]
-
 
 E = TypeVar("E", bound=Entry)
 
