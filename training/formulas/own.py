@@ -1,4 +1,4 @@
-"""All tables of formulas; entries of a user's own, whose formulas run in this process, as reward functions do."""
+"""Entries of a user's own, loaded: their formulas run in this process, as reward functions do."""
 
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
