@@ -154,7 +154,7 @@ def test_wrong_imports_are_found():
 
 
 def test_columns_of_other_tools_are_left_out():
-    page = ROOT / "docs" / "from_other_tools.md"
+    page = ROOT / "docs" / "other_tools.md"
     assert "--enable_ema" in page.read_text(encoding="utf-8") and "--enable_ema" not in own_words(page)
 
 
