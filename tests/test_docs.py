@@ -172,7 +172,7 @@ def test_the_page_on_the_house_names_every_module():
     ground_plan = page.partition("## Ground plan")[2].partition("\n## ")[0]
     named = [
         f"{folder}{entry.split()[0].strip('`')}.py"
-        for folder, entries in re.findall(r"(?<=\n\n)`(\S+/)` (.+?)(?=\n\n)", ground_plan, re.DOTALL)
+        for folder, entries in re.findall(r"\n- `(\S+/)` (.+?)(?=\n- |\n\n)", ground_plan, re.DOTALL)
         for entry in " ".join(entries.split()).split(" · ")
     ]
     wings = [ROOT / name for name in ("rlhf_chat", "applications", "training", "inference")]
