@@ -1,7 +1,7 @@
 """Seconds of an iteration by discrete events: what the ranks do, one event after another.
 
 Every rank has its program, the nodes that need it in the graph's order, and is at one of them. A node begins when all
-its ranks have come to it and all it waits for has ended. An independent check of `simulate.py`: it shares the plan
+its ranks have come to it and all it waits for has ended. An independent check of `table.py`: it shares the plan
 and the costs with it, and nothing else.
 """
 
