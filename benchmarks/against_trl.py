@@ -159,11 +159,11 @@ def require_same_work(piece: Piece, rows: dict[str, list[Row]]) -> None:
         ours = rows[f"ours {master_of(name)}"] if name in piece.forms else of_one
         if {row["tokens"] for row in of_one} != {row["tokens"] for row in ours}:
             raise AssertionError(f"{piece.title}: {name} had {of_one[0]['tokens']} tokens, ours {ours[0]['tokens']}")
-        if (
-            name != FLOOR
-            and not piece.work.is_online
-            and not math.isclose(of_one[0]["loss"], ours[0]["loss"], rel_tol=0.005)
-        ):
+        if name == FLOOR or piece.work.is_online:
+            continue
+        # DPO begins at log 2, and its first updates in bf16 are below what a bf16 weight resolves
+        tolerance = 0.03 if piece.work.title == "dpo bf16" else 0.005
+        if not math.isclose(of_one[0]["loss"], ours[0]["loss"], rel_tol=tolerance):
             raise AssertionError(f"{piece.title}: {name} has the loss {of_one[0]['loss']}, ours {ours[0]['loss']}")
 
 

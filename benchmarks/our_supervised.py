@@ -92,7 +92,9 @@ def step(task: "SFTTask | DPOTask", number: int) -> dict[str, float]:
     begun = time.perf_counter()
     if task.name == "DPO":
         needed = [[place] for place in range(len(task.pairs["train"]))]
-        task.reference_logprobs["train"] = score_pairs(task.stage, task.engine, task.pairs["train"], needed, quiet=True)
+        scores = score_pairs(task.stage, task.engine, task.pairs["train"], needed, quiet=True)
+        if number == 0:  # those of a reference: the weights as they were
+            task.reference_logprobs["train"] = scores
     scored = time.perf_counter()
     rows = list(range(len(task.lengths)))
     metrics = train_batch(task.stage, task, rows, task.stage.settings.micro_batch_tokens, number + 1)

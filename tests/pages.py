@@ -32,11 +32,9 @@ EXAMPLES = re.compile(r"path/to/.*|(my/.*|mine|my)\b.*|runs/\w+/config\.yaml")
 """Files and models that a reader has."""
 NAMES_OF_LIBRARIES = {"save_to_disk", "load_dataset", "from_file"}
 FOREIGN = {
-    "from_other_tools.md": r"^\|[^|]*\|",
-    "features.md": r"^\|.*\|(?=[^|]+\|$)",
-    "survival.md": r"^\|[^|]*\|[^|]*\|",
+    "other_tools.md": r"^\|.*\|(?=[^|]+\|$)",
 }
-"""Columns with the words of other tools, and with what is mistaken."""
+"""Columns with the words of other tools."""
 
 
 def own_words(page: Path) -> str:

@@ -1,8 +1,9 @@
-"""The job script that docs/several_nodes.md shows: what it asks of Slurm, and that it goes on under a real one."""
+"""The job script of docs/several_nodes.md: what it asks of Slurm, and that it goes on under a real one."""
 
 import getpass
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,15 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import ROOT, blocks
+from tests.pages import ROOT
 from tests.test_launchers import free_port
 
 SCRIPT = ROOT / "docs" / "slurm" / "job.sh"
 PROGRAM = '#!/bin/bash\necho "$(basename $0) $*" >> {log}\n'
 
 
-def test_the_page_shows_the_script():
-    assert blocks((ROOT / "docs" / "several_nodes.md").read_text(), "bash") == [SCRIPT.read_text()]
+def test_the_grace_ends_before_the_lead_of_the_signal_that_the_page_names():
+    script = SCRIPT.read_text()
+    lead, grace = (int(re.search(rf"{name}(\d+)", script)[1]) for name in ("--signal=TERM@", "RLHF_CHAT_GRACE="))
+    assert f"option signal ({lead} seconds)" in " ".join((ROOT / "docs" / "several_nodes.md").read_text().split())
+    assert grace < lead
 
 
 @pytest.mark.parametrize(
