@@ -32,7 +32,7 @@ GoOn = Annotated[
     typer.Option(
         "--go-on/--fork",
         help="With --from: go on from RUN's newest model, on --data or on the preferences collected for it "
-        "(docs/next_round.md); or fork RUN. Default: go on with new preferences alone, else fork.",
+        "(docs/preferences.md); or fork RUN. Default: go on with new preferences alone, else fork.",
     ),
 ]
 Name = Annotated[

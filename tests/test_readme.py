@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = "README.md", "docs/next_round.md"
+PAGES = "README.md", "docs/preferences.md"
 BLOCKS = [
     block.replace("runs/demo", "runs/readme")  # which the README's first command made of `tiny`
     for page in PAGES
