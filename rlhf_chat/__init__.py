@@ -71,7 +71,7 @@ def end(sentence: str) -> NoReturn:
 
 def main() -> None:
     """The command `rlhf-chat`."""
-    from applications.process import main
+    from applications.cli import main
 
     main()
 

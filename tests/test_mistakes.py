@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from applications.process import main
+from applications.cli import main
 from inference.errors import UserError
 from tests.conftest import rlhf_chat
 

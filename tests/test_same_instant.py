@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from applications import pipeline
-from applications.process import main
+from applications.cli import main
 from inference.errors import UserError
 from tests.warm import fork_all
 from training import stage_script as scripts

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from applications.process import main
+from applications.cli import main
 from applications.report.page import render
 from inference.errors import UserError
 from tests.tiny_runs import make_tiny_run

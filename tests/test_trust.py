@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from applications.cli import main
 from applications.commands import print_dry_run
 from applications.data import show_command
-from applications.process import main
 from inference.errors import UserError
 from tests.tiny_runs import make_tiny_run
 from training import trust

@@ -112,7 +112,7 @@ class Command:
     umask: int = 0o022
 
     def __call__(self) -> None:
-        from applications.process import main
+        from applications.cli import main
 
         os.umask(self.umask)
         fork_python()

@@ -10,9 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from applications.cli import app
+from applications.cli import app, main
 from applications.commands import parse_steps, require_earlier_steps, run_path
-from applications.process import main
 from inference.errors import UserError
 from training.config import RunConfig
 from training.run_directory import RunDirectory
@@ -22,7 +21,7 @@ from training.steps import DPO, PPO, REWARD, SFT
 def test_help_is_quick_and_no_command_imports_anything_heavy_before_it_needs_it():
     program = (
         "import sys; sys.argv = ['rlhf-chat', '--help']\n"
-        "from applications.process import main\n"
+        "from applications.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "assert 'training.config' not in sys.modules\n"
         "import applications.commands\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from applications.cli import main
 from applications.data import lint_command, show_command
-from applications.process import main
 from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from inference.model_store import resolve_model

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from applications import doctor, machine_report
+from applications.cli import main
 from applications.commands import doctor_command
 from applications.machine_report import Check
-from applications.process import main
 from inference.errors import UserError
 from tests.conftest import rlhf_chat
 from training.termination import StageFailed

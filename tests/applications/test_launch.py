@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from applications import commands, launch, pipeline, profile
+from applications.cli import main
 from applications.fit import Machine
 from applications.launch import child_environment, first_dead_rank, last_error
-from applications.process import main
 from inference.errors import UserError
 from training.run_directory import RunDirectory
 from training.steps import PPO

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from applications.process import main
+from applications.cli import main
 from inference.generation.sampler import SamplingKey, uniform
 from training.config_files import load_config
 

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from applications.process import main
+from applications.cli import main
 from applications.serve import choose_token, find_collecting
 from inference.errors import UserError
 from inference.families import build_tiny_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from applications.process import main
+from applications.cli import main
 from inference.chat_model import ChatModel
 from inference.generation.sampler import SamplingSettings
 from inference.serving.service import find_served_models

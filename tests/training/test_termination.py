@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from applications import commands, launch
-from applications.process import main
+from applications.cli import main
 from inference.errors import UserError
 from inference.families import build_tiny_model
 from tests.applications.test_launch import signal_while_waiting
