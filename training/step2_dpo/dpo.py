@@ -1,4 +1,4 @@
-"""Direct preference optimisation on top of the shared loop."""
+"""Direct preference optimisation (DPO), and KTO for answers with a label each, on top of the shared loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
