@@ -20,7 +20,7 @@ from training.plan import Assignment, Plan, read_plan, to_blocks, to_yaml
 from training.plan_checks import problems
 from training.planner.hardware import Cluster, cluster_here, profile_file
 from training.planner.options import EVERYTHING, Space, turned
-from training.planner.search import Found, Progress, deepspeed_chat_plan, megatron_plan, search
+from training.planner.search import PlanResult, Progress, deepspeed_chat_plan, megatron_plan, search
 from training.planner.table import PlanTable
 from training.run_directory import RunDirectory
 
@@ -106,7 +106,7 @@ def fastest(request: Request, seed: int = 0, effort: float = 1.0, progress: Show
     return [replace(best, name="searched"), *others]
 
 
-def best_plans(request: Request, space: Space, seed: int, effort: float, progress: ShowProgress) -> list[Found]:
+def best_plans(request: Request, space: Space, seed: int, effort: float, progress: ShowProgress) -> list[PlanResult]:
     """Where training can equal generation to the bit, those by which it does, if any fits."""
 
     def is_alone(call: Call, assignment: Assignment) -> bool:
