@@ -18,7 +18,7 @@ from training.calls import Call
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.distributed import require_gpus
-from training.memory import Place, StepMemory, estimate_step_memory, with_slots
+from training.memory import Location, StepMemory, estimate_step_memory, with_slots
 from training.merging import merge
 from training.metrics import size
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
@@ -58,7 +58,7 @@ class Machine:
         return torch.device("cuda" if self.gpus else "cpu")
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[Location, ...]:
         """What a process's own memory holds: without a GPU, what is offloaded to the host lies there too."""
         return ("device",) if self.gpus else ("device", "host")
 

@@ -12,7 +12,7 @@ class TrainingRows:
     """What a step learns from."""
 
     name: str
-    """Of the files: data/{name}_train.jsonl, data/{name}_eval.jsonl."""
+    """How the files begin: data/{name}_train.jsonl, data/{name}_eval.jsonl."""
     contents: str
     unit: str
     answers: int
@@ -35,9 +35,9 @@ PROMPTS = TrainingRows("prompts", "prompts", "samples", 1, ("prompt",))
 @dataclass(frozen=True)
 class Step:
     number: int
-    """As people count; a step that takes the place of others has the number of the first of them."""
+    """As people count; a step that replaces others has the number of the first of them."""
     command: str
-    """Of rlhf-chat. Its settings and the model it leaves go by this name too."""
+    """The command of rlhf-chat. The step's settings and the model it leaves go by this name too."""
     title: str
     rows: TrainingRows
     loss: str
@@ -56,7 +56,7 @@ class Step:
 
     @property
     def folder(self) -> str:
-        """In the run directory; its script is training/{folder}/main.py. The chat finds models by such names."""
+        """The step's folder in a run; its script is training/{folder}/main.py. The chat finds models by such names."""
         return f"step{self.number}_{self.command}"
 
     @property
@@ -71,7 +71,7 @@ class Step:
 
     @property
     def name(self) -> str:
-        """Of its model, for people: `RLHF`."""
+        """What people call its model: `RLHF`."""
         return self.command.upper()
 
     @property
@@ -96,9 +96,9 @@ Method = Literal["ppo", "dpo"]
 METHODS: dict[Method, tuple[Step, ...]] = {"ppo": (SFT, REWARD, PPO), "dpo": (SFT, DPO)}
 STEPS = tuple(dict.fromkeys(step for steps in METHODS.values() for step in steps))
 COMPARED = tuple(step for step in STEPS if step.compared_with)
-"""Those whose model is compared with an earlier one."""
+"""The steps whose model is compared with an earlier one."""
 WRITING = tuple(step for step in STEPS if not step.leaves_scorer)
-"""Those whose model can be talked to."""
+"""The steps whose model can be talked to."""
 
 
 def step_of(command: str) -> Step:

@@ -75,11 +75,11 @@ class TokenBatch:
     """Rows of prompt and response, one behind the other: real tokens only."""
 
     ids: Tensor  # (tokens) int64
-    predicting: Tensor  # (response tokens) int64, places of the tokens that each response token follows
+    predicting: Tensor  # (response tokens) int64, positions of the tokens that each response token follows
     lengths: list[int]
     tokens: list[int]
     """`ids` for the host, which would wait for the device to look at it."""
-    places: list[int]
+    positions: list[int]
     """`predicting` for the host."""
 
     @classmethod
@@ -88,13 +88,13 @@ class TokenBatch:
         ids = torch.cat([part for row in rows for part in row])
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
         ends = zip(itertools.accumulate(lengths), rows, strict=True)
-        places = [place for end, (_, answer) in ends for place in range(end - len(answer) - 1, end - 1)]
+        positions = [position for end, (_, answer) in ends for position in range(end - len(answer) - 1, end - 1)]
         tokens = [token for row in rows for part in row for token in part.tolist()]
-        return cls(ids, torch.tensor(places, dtype=torch.int64), lengths, tokens, places).to(device)
+        return cls(ids, torch.tensor(positions, dtype=torch.int64), lengths, tokens, positions).to(device)
 
     def to(self, device: torch.device) -> "TokenBatch":
         to_host = device.type == "cpu"  # there it would be read before it has come
-        ids, predicting = (each.to(device, non_blocking=not to_host) for each in (self.ids, self.predicting))
+        ids, predicting = (tensor.to(device, non_blocking=not to_host) for tensor in (self.ids, self.predicting))
         return replace(self, ids=ids, predicting=predicting)
 
     @property
@@ -104,7 +104,7 @@ class TokenBatch:
 
     @property
     def last(self) -> Tensor:
-        """Place of each row's last token, int64 (rows)."""
+        """The position of each row's last token, int64 (rows)."""
         return sent(list(itertools.accumulate(self.lengths, initial=-1))[1:], self.ids.device)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The embedded default: people's small talk from the package `chitchat-dataset`, and texts that people rated.
 
 Steps 1 and 3 learn from the talk, step 2 from the ratings (rated_texts.py). A sample is a context (the question that a
-dialogue is about and its last turns) with a person's reply. Six of the 34 questions are kept for evaluation altogether;
+dialogue is about and its last turns) with a person's reply. Six of the 34 questions are for evaluation alone;
 of the others, some dialogues are. Left out on purpose: the dialogues' own ratings (they follow length and little else),
 dialogues without a question, and rude talk.
 """
@@ -31,7 +31,7 @@ ROWS_PER_DIALOGUE = 8
 """Dialogues have up to hundreds of turns; a few of them must not outweigh the rest."""
 CONTEXT_TURNS = (3, 1)
 """Turns of a context, first choice first; odd, so that it begins and ends with the user's."""
-SAME_REPLY = 3  # times that the same reply ("yeah") is kept
+SAME_REPLY = 3  # times that the same reply ("yeah") is used
 COMPARED_PROMPTS = 600
 """Held-out prompts for the comparison of models; behind them stand those of `rlhf.eval_prompts`."""
 MORE_PROMPTS = 64

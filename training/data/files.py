@@ -1,4 +1,4 @@
-"""Files -> the values in them, one for each row, with the name of its place. What a value means is not known here."""
+"""Files -> the values in them, one for each row, with its location. What a value means is not known here."""
 
 import csv
 import io
@@ -92,13 +92,13 @@ def read_document(file: Path) -> Iterator[Entry]:
 
 
 def all_values(text: str) -> list[Any]:
-    place = 0
+    position = 0
     values: list[Any] = []
     while True:
-        place = SPACE.match(text, place).end()  # type: ignore[union-attr]  # it always matches
-        if place == len(text):
+        position = SPACE.match(text, position).end()  # type: ignore[union-attr]  # it always matches
+        if position == len(text):
             return values
-        value, place = DECODER.raw_decode(text, place)
+        value, position = DECODER.raw_decode(text, position)
         values.append(value)
 
 

@@ -160,14 +160,14 @@ def fetch_files(
     tries = [(revision, patterns)] if patterns else [(revision, TRAINING_FILES), (revision, ANY_FILE)]
     if not revision:
         tries.append((CONVERTED, ("*/train/*.parquet", "*/partial-train/*.parquet")))
-    for place, wanted in tries:
-        directory, files = snapshot(name, repository, place, wanted)
+    for branch, wanted in tries:
+        directory, files = snapshot(name, repository, branch, wanted)
         if wanted == TRAINING_FILES:
             files = [file for file in files if split_of(file.relative_to(directory)) == "train"]
         if not files:
             continue
-        where = [f"revision {f'{CONVERTED} at ' if place == CONVERTED else ''}{directory.name[:12]}"]
-        if place == CONVERTED:
+        where = [f"revision {f'{CONVERTED} at ' if branch == CONVERTED else ''}{directory.name[:12]}"]
+        if branch == CONVERTED:
             return one_configuration(repository, files), where
         files, read = (files, []) if patterns else choose_files(directory, files)
         return files, where + read
@@ -362,13 +362,13 @@ HUB_SETS = (
 
 def find_set(name: str) -> HubSet | None:
     """Find the set of this name; upper and lower case are alike."""
-    return next((each for each in HUB_SETS if name.lower() in all_names(each)), None)
+    return next((hub_set for hub_set in HUB_SETS if name.lower() in all_names(hub_set)), None)
 
 
-def all_names(each: HubSet) -> tuple[str, ...]:
+def all_names(hub_set: HubSet) -> tuple[str, ...]:
     """In lower case. A repository with several sets in it does not name one of them."""
-    shared = sum(other.repository == each.repository for other in HUB_SETS) > 1
-    return tuple(name.lower() for name in (*(() if shared else (each.repository,)), *each.names))
+    shared = sum(other.repository == hub_set.repository for other in HUB_SETS) > 1
+    return tuple(name.lower() for name in (*(() if shared else (hub_set.repository,)), *hub_set.names))
 
 
 def same(row: dict[str, Any]) -> dict[str, Any]:

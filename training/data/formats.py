@@ -123,7 +123,7 @@ def read_row(value: Any, every: bool = False, keeps_labels: bool = False) -> Rea
     """What one value of a file gives; of several rated answers `every` pair, or the best and the worst; answers with a
     label may keep it. Raises BadRow."""
     values = (keeps_labels and both_bad(value)) or each_pair(value, every)
-    first, *others = [read_one(each, keeps_labels) for each in values]
+    first, *others = [read_one(row, keeps_labels) for row in values]
     return replace(first, rows=[*first.rows, *(row for read in others for row in read.rows)])
 
 
@@ -181,11 +181,11 @@ def parse_trl_row(row: dict[str, Any]) -> list[Row]:
         if not messages:
             raise BadRow("'text' is not of the form Human: ... Assistant: ...")
         return parse_conversation(messages)
-    found = ", ".join(str(key)[:30] for key in list(row)[:KEYS_NAMED]) + ", ..." * (len(row) > KEYS_NAMED)
+    keys = ", ".join(str(key)[:30] for key in list(row)[:KEYS_NAMED]) + ", ..." * (len(row) > KEYS_NAMED)
     hint = next(
         (hint for keys, hint in HINTS if keys <= {str(key).lower() for key in row}), f"there must be {KNOWN_KEYS}"
     )
-    raise BadRow(f"no known keys ({f'found: {found}' if row else 'it is empty'}; {hint})")
+    raise BadRow(f"no known keys ({f'found: {keys}' if row else 'it is empty'}; {hint})")
 
 
 def format_of(row: dict[str, Any]) -> str:

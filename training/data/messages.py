@@ -45,8 +45,8 @@ def message_items(value: Any, key: str) -> list[dict[str, Any]]:
         value = turns_of_columns(value) or [value]
     if not isinstance(value, list):
         raise BadRow(f"'{key}' is not {'' if key == 'messages' else 'text or '}a list of messages")
-    for place, item in enumerate(value):
-        check_message(item, key, place)
+    for index, item in enumerate(value):
+        check_message(item, key, index)
     items = [item for item in value if role_of(item) != "system" or str(content_of(item)).strip()]
     if not items:
         raise BadRow(f"'{key}' is empty")
@@ -62,7 +62,7 @@ def turns_of_columns(value: dict[str, Any]) -> list[dict[str, Any]]:
     return [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
 
 
-def check_message(item: Any, key: str, place: int) -> None:
+def check_message(item: Any, key: str, index: int) -> None:
     if not isinstance(item, dict):
         raise BadRow(f"'{key}' has a message without role and content")
     role = item.get("role", item.get("from"))
@@ -73,7 +73,7 @@ def check_message(item: Any, key: str, place: int) -> None:
         raise BadRow(f"'{key}' has a message without role and content")
     if usual not in ROLES:
         raise BadRow(f"the role {str(role)[:30]!r} is none of {', '.join(ROLES)}")
-    if usual == "system" and place > 0:
+    if usual == "system" and index > 0:
         raise BadRow("a system message is not the first")
 
 

@@ -1,7 +1,7 @@
 """Texts that people rated, from the source distribution of the Python package `vaderSentiment`.
 
 20 to about 100 people rated each text for how positive it is, from -4 (extremely negative) to 4 (extremely positive).
-The reward model of the embedded default learns from pairs of tweets; others are kept to see how well it
+The reward model of the embedded default learns from pairs of tweets; others show how well it
 agrees with these people (evaluation/panel.py). The package's lexicon has no part in it.
 """
 
@@ -75,7 +75,7 @@ PACKAGE = PipPackage(
     instead="give data of your own with --data",
     is_source=True,
 )
-CACHE_NAME = "rated-texts-1"  # the number goes up when what is kept changes
+CACHE_NAME = "rated-texts-1"  # the number goes up when the content of the cache changes
 ROOT = PACKAGE.requirement.replace("==", "-")
 RESOURCES = "hutto_ICWSM_2014"
 ORIGIN = (
@@ -93,7 +93,7 @@ DOMAINS = {
 ADDRESSEES = re.compile(r"^(?:(?:RT\s+)?@\w+[:,]?\s+)+")  # names that a tweet begins with; they are left out
 WORDS = (3, 16)  # fewest and most of a text that is used
 HELD_OUT = 500
-"""Tweets that are kept for evaluation, where there are four times as many."""
+"""Tweets that are held out, where there are four times as many."""
 OTHERS = 300  # texts of each other kind that are judged
 LOOKED_AT = 4 * OTHERS  # texts of such a kind that are drawn; about half of them are too long
 EVALUATION_PAIRS = 200

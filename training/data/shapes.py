@@ -115,11 +115,11 @@ def from_preference(row: dict[str, Any]) -> None:
 
 
 def both_bad(row: Any) -> list[dict[str, Any]]:
-    """Both answers of such a preference, with a label each; none of anything else."""
+    """Return both answers of a preference for neither, each with a label; none of anything else."""
     if not isinstance(row, dict) or not row.keys() >= PREFERENCE_COLUMNS or row["winner"] != "both bad":
         return []
     answers = (row["response_a"], row["response_b"])
-    return [{"prompt": row["prompt"], "completion": each, "label": False} for each in answers if str(each).strip()]
+    return [{"prompt": row["prompt"], "completion": text, "label": False} for text in answers if str(text).strip()]
 
 
 def from_alpaca(row: dict[str, Any]) -> None:

@@ -24,11 +24,11 @@ class Scored:
     """
 
     score: Tensor
-    """(samples); of all that rewards, on one scale, less the penalty for a missing end."""
+    """(samples); the sum of all that rewards, on one scale, less the penalty for a missing end."""
     kl_penalty: Tensor
-    """Of each token, weighed; zeros where the penalty is a part of the loss."""
+    """The weighed penalty of each token; zeros where it is a part of the loss."""
     values: Tensor
-    """Of the critic; zeros without one."""
+    """The critic's values; zeros without one."""
     mask: Tensor
     """bool; True on response tokens."""
     group: int
@@ -38,7 +38,7 @@ class Scored:
 
     @property
     def rewards(self) -> Tensor:
-        """Of each token: less its penalty, and with the score on the last one."""
+        """The reward of each token: less its penalty, and with the score on the last one."""
         last = self.mask.sum(1) - 1
         return (-self.kl_penalty).scatter_add(1, last[:, None], self.score[:, None])
 
@@ -55,7 +55,7 @@ class Estimator(Entry):
     critic: bool = False
     """Whether a critic is trained, whose values it reads."""
     kl: Literal["reward", "loss"] = "reward"
-    """Where the KL penalty acts unless `rlhf.kl.place` says it."""
+    """Where the KL penalty acts unless `rlhf.kl.place` says so."""
     samples: int = 1
     """The fewest samples a prompt."""
     whiten: bool = False
@@ -151,7 +151,7 @@ ROUNDING = 1e-6
 
 @dataclass
 class RunningStatistics:
-    """Of all numbers seen so far; plain floats, which a checkpoint keeps to the bit."""
+    """Mean and deviation of all numbers seen so far; plain floats, which a checkpoint stores to the bit."""
 
     count: int = 0
     mean: float = 0.0
@@ -171,7 +171,7 @@ class RunningStatistics:
 
     @property
     def deviation(self) -> float:
-        """1 where the numbers do not vary."""
+        """The standard deviation; 1 where the numbers do not vary."""
         deviation = (self.squares / max(1, self.count)) ** 0.5
         return deviation if deviation > ROUNDING * abs(self.mean) else 1.0
 

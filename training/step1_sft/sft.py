@@ -48,7 +48,7 @@ def train(stage: Stage) -> None:
 
 
 def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row: dict) -> None:
-    """What the untrained model answers: a template or tokenizer that does not fit shows here, before any training."""
+    """Say what the untrained model answers: a template or tokenizer that does not fit shows here, before training."""
     prompt = torch.tensor(chat_format.prompt_ids(row["prompt"], stage.config.data.max_prompt_tokens))
     engine = GenerationEngine(policy.model.eval(), chat_format.end_ids, chat_format.pad_id, slots=1)
     greedy = SamplingSettings(min(FIRST_ANSWER_TOKENS, stage.config.data.max_response_tokens), temperature=0.0)
@@ -69,7 +69,7 @@ class SFTTask(Task):
         self.stage, self.engine, self.rows, self.held_out = stage, engine, rows, held_out
         self.lengths: list[int] = rows.sizes.tolist()
 
-    def place(self, row: int) -> int:
+    def file_index(self, row: int) -> int:
         return row
 
     def size(self, rows: list[int]) -> int:
@@ -77,7 +77,7 @@ class SFTTask(Task):
         return int(self.rows.lengths[rows, 1].sum())
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed negative log-likelihood of the response tokens."""
+        """Sum the negative log-likelihood of the response tokens."""
         logprobs, entropy = self.engine(self._batch([self.rows[row] for row in rows]))
         return -logprobs.sum(), {"entropy": entropy.sum()}
 
