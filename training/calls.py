@@ -28,7 +28,6 @@ class Call:
 
 
 def role_of(call: str) -> str:
-    """Return the role in a call's name."""
     return call.partition("_")[0]
 
 
@@ -93,8 +92,7 @@ class Edge:
 
     producer: str
     consumer: str
-    keys: tuple[str, ...] = ()
-    """What flows along it; none where only the version of the weights matters."""
+    keys: tuple[str, ...] = ()  # what flows along it; none where only the version of the weights matters
     iterations_back: int = 0
 
 

@@ -95,8 +95,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, 
     return changed
 
 
-PLAN = ".longer.json"
-"""What a change of the settings still has to set aside."""
+PLAN = ".longer.json"  # what a change of the settings still has to set aside
 
 
 def may_have_length(run: RunDirectory, step: Step, before: RunConfig, now: RunConfig) -> bool:

@@ -280,12 +280,10 @@ def checkpoint_of(target: str | Path) -> Checkpoint | None:
 
 
 def last_step(run: RunDirectory) -> Step:
-    """Return the last step that was begun."""
     return next((step for step in reversed(STEPS) if run.step(step).path.exists()), SFT)
 
 
-Rank = tuple[float, ...]
-"""How good an evaluation is: a better one has a larger rank."""
+Rank = tuple[float, ...]  # how good an evaluation is: a better one has a larger rank
 
 
 class Best(Checkpoints):

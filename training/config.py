@@ -272,11 +272,9 @@ class RunConfig(Settings):
         return getattr(self, step.command)
 
     def rows_of(self, step: Step) -> TrainingRows:
-        """Return what a step learns from with these settings."""
         return ANSWERS if step is DPO and self.dpo.is_unpaired else step.rows
 
     def supervised(self, step: Step) -> StepSettings:
-        """Return the settings of a step that learns from rows."""
         settings = self.of_step(step)
         assert isinstance(settings, StepSettings)
         return settings

@@ -31,8 +31,7 @@ OPTIONS = {
     "trained_reward_model": "rlhf --reward-model",
 }
 """Setting -> option of the command, where its name does not tell."""
-OF_OTHERS = ("architecture", "versions")
-"""Groups whose keys are no settings of ours."""
+OF_OTHERS = ("architecture", "versions")  # groups whose keys are no settings of ours
 
 
 def load_config(

@@ -71,8 +71,7 @@ class Group:
     """A settings class and everywhere it is used."""
 
     model: type[BaseModel]
-    prefixes: list[str] = field(default_factory=list)
-    """Dotted prefixes of its settings; "" is the top."""
+    prefixes: list[str] = field(default_factory=list)  # dotted prefixes of its settings; "" is the top
 
 
 def reference() -> str:

@@ -24,8 +24,7 @@ from inference.errors import UserError
 from training.launchers import adopt, processes_option, wait_until_seen
 from training.private_surfaces import default_group, default_store, wait_at_most
 
-LONG = 60.0
-"""Seconds of waiting that are worth a line; the next lines come at twice the time of the last one."""
+LONG = 60.0  # seconds of waiting that are worth a line; the next lines come at twice the time of the last one
 SILENCE = 1800.0
 """Seconds without a sign of life after which a rank counts as dead. A process that dies is noticed at once, by its
 connections or its launcher; a machine that loses power is not."""
@@ -34,10 +33,8 @@ EXIT_LOST = 71
 
 @dataclass
 class Waiting:
-    """What a rank waits for now."""
 
-    missing: Callable[[], list[int]]
-    """The ranks that have not come yet."""
+    missing: Callable[[], list[int]]  # the ranks that have not come yet
     phase: str
     begun: float = field(default_factory=time.monotonic)
     due: float = LONG
@@ -135,13 +132,10 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    group: dist.ProcessGroup | None = None
-    """The group that talks over the CPU; None: the process group."""
+    group: dist.ProcessGroup | None = None  # the group that talks over the CPU; None: the process group
     roll_call: RollCall | None = None
-    mesh: tuple[int, ...] = ()
-    """Their numbers in the run, where these are a part of its ranks."""
-    members: dist.ProcessGroup | None = None
-    """The group in which such a part computes."""
+    mesh: tuple[int, ...] = ()  # their numbers in the run, where these are a part of its ranks
+    members: dist.ProcessGroup | None = None  # the group in which such a part computes
 
     def part(self, mesh: Sequence[int]) -> "Ranks | None":
         """Return the ranks of `mesh`, counted from 0 in their order, or None for a rank outside of it. All ranks call
@@ -266,7 +260,6 @@ def share_cores(threads: int = 0) -> None:
 
 
 def local_size() -> int:
-    """Count the processes of the run on this machine."""
     variables = "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"  # of torchrun, of deepspeed, of neither
     return int(next(filter(None, map(os.environ.get, variables)), 1))
 

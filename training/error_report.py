@@ -9,8 +9,7 @@ from pathlib import Path
 from inference.streams import redacted
 from training.run_directory import write_json
 
-ROOM = 16_384
-"""Bytes that are reserved for a report."""
+ROOM = 16_384  # bytes that are reserved for a report
 
 
 @contextmanager

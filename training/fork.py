@@ -26,8 +26,7 @@ from training.opening import read_starts
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_directory, write_json
 from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Step
 
-SMALL = 2**20
-"""Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
+SMALL = 2**20  # bytes below which a file of a model or checkpoint is copied: names of its run may stand in it
 SETTINGS_OF_TOKENS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
 SETTINGS_OF_ACCURACY = {*SETTINGS_OF_TOKENS, REWARD.given_by, "reward.eval_rows"}
 SETTINGS_OF_REFERENCE = {*SETTINGS_OF_TOKENS, SFT.given_by, "reference_model"}
@@ -39,8 +38,7 @@ class Fork:
     run: RunDirectory
     config: RunConfig
     parent: RunDirectory
-    theirs: RunConfig
-    """The parent's settings."""
+    theirs: RunConfig  # the parent's settings
 
     @classmethod
     def of(cls, run: RunDirectory, config: RunConfig) -> "Fork | None":
@@ -140,7 +138,6 @@ class Fork:
                 yield self._line(step, why)
 
     def trained(self, steps: Sequence[Step]) -> list[Step]:
-        """List those of `steps` that are not the parent's."""
         return [step for step in steps if self.steps.get(step, "it is asked for")]
 
     def _line(self, step: Step, why: str) -> str:
@@ -336,7 +333,6 @@ def models_read(config: RunConfig, step: Step) -> dict[str, str]:
 
 
 def rows_read(config: RunConfig, step: Step) -> list[str]:
-    """Name the files in data/ that a step reads."""
     files = [f"{step.rows.name}_train.jsonl", f"{step.rows.name}_eval.jsonl"]
     if step.leaves_scorer:
         files.append(PANEL_FILE)

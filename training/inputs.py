@@ -25,8 +25,7 @@ from training.run_directory import RunDirectory, read_json, write_directory, wri
 
 LARGE = 2**28
 """Bytes from which size and time of a file stand for its content; a smaller one is read, a tenth of a second each."""
-CODE = ("reward_function", "formulas")
-"""Kinds of inputs that are Python files of the user's."""
+CODE = ("reward_function", "formulas")  # kinds of inputs that are Python files of the user's
 CONSEQUENCES = {
     "data": "the run keeps its rows (a new run trains on the new ones)",
     "models": "steps that are done keep what they made of the old one",
@@ -35,8 +34,7 @@ CONSEQUENCES = {
 }
 """Kind of an input -> what its change means for the run."""
 
-Print = dict[str, Any]
-"""Size and time of a file, and a hash of its content (empty for a large one)."""
+Print = dict[str, Any]  # size and time of a file, and a hash of its content (empty for a large one)
 
 
 def inputs_of(config: RunConfig) -> dict[str, dict[str, dict[str, Print]]]:
@@ -51,7 +49,6 @@ def inputs_of(config: RunConfig) -> dict[str, dict[str, dict[str, Print]]]:
 
 
 def changed_inputs(run: RunDirectory, config: RunConfig) -> list[str]:
-    """Write a sentence for each input that is not as it was."""
     return [f"{path} has changed since the run was prepared; {CONSEQUENCES[kind]}." for kind, path in changes(run)]
 
 

@@ -151,8 +151,7 @@ def processes_option(processes: int) -> str:
     return f"torchrun --nproc-per-node {processes}" if of_script else f"--processes {processes}"
 
 
-PATIENCE = 120.0
-"""Seconds; NFS keeps for up to 60 that a file is not there."""
+PATIENCE = 120.0  # seconds; NFS keeps for up to 60 that a file is not there
 
 
 def wait_until_seen(path: Path, seconds: float = PATIENCE) -> None:

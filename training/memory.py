@@ -52,8 +52,7 @@ class Part:
     location: Location = "device"
     phase: str = ""
     first_rank_only: bool = False
-    persists: bool = False
-    """Made in its phase, and held from then on to the end of the step."""
+    persists: bool = False  # made in its phase, and held from then on to the end of the step
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,8 @@ def near_keys(given: str, keys: Iterable[str]) -> list[str]:
     return [key for key, score in likely.items() if score == max(likely.values())]
 
 
-LIBYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Several times as fast, where PyYAML was built with it."""
-DEEP = 1000
-"""Brackets, or columns of a line; with less, nothing is so deep that libyaml would run out of stack."""
+LIBYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where PyYAML was built with it
+DEEP = 1000  # brackets, or columns of a line; with less, nothing is so deep that libyaml would run out of stack
 
 
 class KeyTwice(yaml.MarkedYAMLError):

@@ -31,10 +31,8 @@ from training.config import RunConfig
 from training.run_directory import RunDirectory, StepDirectory
 
 PLAIN_LINE_SECONDS = 10.0
-WARNING = "Warning: "
-"""How a line begins that a log and the report repeat."""
-BEGIN = re.compile(rb'\{"number": (\d+),')
-"""How a journal's line begins."""
+WARNING = "Warning: "  # how a line begins that a log and the report repeat
+BEGIN = re.compile(rb'\{"number": (\d+),')  # how a journal's line begins
 
 
 class Journal:
@@ -47,7 +45,6 @@ class Journal:
         self.extend(number, [values])
 
     def extend(self, number: int, rows: Iterable[dict[str, Any]]) -> None:
-        """Write a line for each of the rows."""
         lines = "".join(json.dumps({"number": number, **row}, ensure_ascii=False) + "\n" for row in rows)
         with writing("a line of it", self.file), open(self.file, "a", encoding="utf-8") as handle:
             handle.write(lines)
@@ -129,8 +126,7 @@ class NullJournal(Journal):
         pass
 
 
-WIDE = 70
-"""Columns of a terminal that has room for a bar and its figures."""
+WIDE = 70  # columns of a terminal that has room for a bar and its figures
 
 
 class Display:
@@ -201,7 +197,6 @@ class PlainBar(Bar):
 
 
 def held_out_line(name: str, number: int, evaluation: Mapping[str, float], is_best: bool = False) -> str:
-    """Say for people what an evaluation measured."""
     metrics = {key.removeprefix("eval/"): value for key, value in evaluation.items() if key.startswith("eval/")}
     shown = " · ".join(f"{key.replace('_', ' ')} {value:z.3f}" for key, value in metrics.items())
     return f"{name} {number}: held-out {shown or 'rows: none'}{' · the best so far' * is_best}"

@@ -18,7 +18,7 @@ from training.changes import Kind, differences, kind_of, make_way, may_have_leng
 from training.config import RunConfig
 from training.config_files import as_typed, with_absolute_paths, load_config
 from training.data.find_files import find_files, find_set
-from training.data.reasoning import require_task
+from training.data.reasoning import dataset_of
 from training.data.sources import parse_source
 from training.data_settings import EMBEDDED_DATA
 from training.inputs import CODE, code_of
@@ -114,13 +114,12 @@ def require_sources(config: RunConfig) -> None:
     for text in (*config.data.sources, *config.data.eval_sources):
         source = parse_source(text)
         if source.is_task:
-            require_task(source.name)
+            dataset_of(source.name)
         elif text != EMBEDDED_DATA and not source.is_hub_id and find_set(source.name) is None:
             find_files(source.copy or source.path)
 
 
-COMMAND_VARIABLE = "RLHF_CHAT_COMMAND_LINE"
-"""The command line of the command that starts a script, as JSON."""
+COMMAND_VARIABLE = "RLHF_CHAT_COMMAND_LINE"  # the command line of the command that starts a script, as JSON
 GIT_SECONDS = 10.0
 
 

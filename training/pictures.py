@@ -147,8 +147,7 @@ PASS_COLOURS = {
 """Colours of an optimiser step in pipeline stages."""
 WIDTH, ROW, HEAD, FOOT = 480, 22, 34, 60
 """Points: of the picture, of a row, above a panel, below all."""
-THIN = 0.5
-"""Points of an edge: the shortest bar is seen too."""
+THIN = 0.5  # points of an edge: the shortest bar is seen too
 
 
 @dataclass(frozen=True)

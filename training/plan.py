@@ -162,9 +162,11 @@ def to_blocks(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return what stands in the file, by call and key."""
     blocks = {}
     for name, assignment in plan.assignments.items():
-        values: dict[str, Any] = {"mesh": _mesh_value(assignment.layout.mesh)}
-        values |= {key: _value(assignment, key) for key in _COUNTS}
-        values |= {"layers": list(assignment.layout.layers)} if assignment.layout.layers else {}
+        layout = assignment.layout
+        values: dict[str, Any] = {"mesh": _mesh_value(layout.mesh)}
+        values |= {key: getattr(layout, key) for key in _COUNTS if key != "micro_batches"}
+        values |= {"micro_batches": assignment.micro_batches}
+        values |= {"layers": list(layout.layers)} if layout.layers else {}
         values |= {"micro_batch_limit": assignment.micro_batch_limit} if assignment.micro_batch_limit else {}
         values |= {"offload": True} if assignment.offload else {}
         blocks[name] = values
@@ -207,10 +209,6 @@ def _mesh_value(mesh: tuple[int, ...]) -> int | str | list[int]:
     if mesh == tuple(range(mesh[0], mesh[0] + len(mesh))):
         return mesh[0] if len(mesh) == 1 else f"{mesh[0]}-{mesh[-1]}"
     return list(mesh)
-
-
-def _value(assignment: Assignment, key: str) -> int:
-    return getattr(assignment if key == "micro_batches" else assignment.layout, key)
 
 
 def _assignment(name: str, values: Any) -> Assignment:

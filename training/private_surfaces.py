@@ -24,8 +24,7 @@ time, through collectives. DeepSpeed 0.19.8."""
 
 READ_WEIGHTS = ("parallel_partitioned_bit16_groups", "bf16_partitioned_groups")
 """Where those of ZeRO 1 and 2 keep what forward passes read, each rank's part of it. DeepSpeed 0.19.8."""
-GATHERED = 2**20
-"""Values of each rank in one collective."""
+GATHERED = 2**20  # values of each rank in one collective
 
 
 def without_shared_memory(deepspeed: Any) -> None:

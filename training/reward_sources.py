@@ -29,8 +29,7 @@ from training.reward_specs import RewardSpec
 from training.user_code import UserFile
 
 Row = dict[str, Any]
-LONGEST_PAUSE = 30.0
-"""Seconds between two tries."""
+LONGEST_PAUSE = 30.0  # seconds between two tries
 
 
 class RewardFailed(UserError):
@@ -163,8 +162,7 @@ class RewardEndpoint:
     """POST {"prompts", "responses", "rows"} as JSON to `url`, which answers {"scores": [...]}."""
 
     url: str
-    timeout: float
-    """Seconds."""
+    timeout: float  # seconds
     retries: int
     name = "url"
 

@@ -22,8 +22,7 @@ from training.reward_sources import (
 from training.reward_specs import names_of
 from training.rlhf_settings import RLHFSettings
 
-Parts = dict[str, tuple[list[float], float]]
-"""Scores and weight of each source, by its name."""
+Parts = dict[str, tuple[list[float], float]]  # scores and weight of each source, by its name
 MEANS = {
     "model": "reward/model_mean",
     "function": "reward/function_mean",
@@ -42,12 +41,9 @@ TRIAL_RESPONSES = ("Yes, I think so.", "No.", "")
 class Rewarded:
     """The rewards of one iteration's responses, in their order."""
 
-    raw: list[float]
-    """The weighted sums of what the sources gave."""
-    scores: list[float]
-    """Those that PPO raises: normalised and clipped source by source."""
-    parts: Parts
-    """What each source gave."""
+    raw: list[float]  # the weighted sums of what the sources gave
+    scores: list[float]  # those that PPO raises: normalised and clipped source by source
+    parts: Parts  # what each source gave
     metrics: dict[str, float]
     scale_of_model: tuple[float, float] | None
     """What the reward model's scores are less, and over, where they are shaped."""
@@ -113,7 +109,6 @@ class Rewards:
         return float(shift), float(scale)
 
     def state(self) -> dict[str, dict[str, float]]:
-        """Return what a checkpoint stores."""
         return {name: statistics.as_dict() for name, statistics in self.statistics.items()}
 
     def restore(self, state: dict[str, dict[str, Any]] | None) -> None:

@@ -94,7 +94,6 @@ class RunDirectory:
 
     @property
     def lock_files(self) -> list[Path]:
-        """The lock files of the run and of its steps."""
         return [self.lock_file, *self.path.glob(".step*.lock")]
 
     @property

@@ -32,16 +32,12 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    is_gated: bool
-    """Whether the feed-forward part has a gate beside its up-projection (Llama and Qwen have)."""
-    parameters: int
-    """All weights; an embedding that is also the output matrix counts once."""
-    output_matrix: int
-    """Weights of an output matrix of its own; a model with a score head has none."""
+    is_gated: bool  # whether the feed-forward part has a gate beside its up-projection (Llama and Qwen have)
+    parameters: int  # all weights; an embedding that is also the output matrix counts once
+    output_matrix: int  # weights of an output matrix of its own; a model with a score head has none
     linears: tuple[tuple[str, int], ...]
     """Name, and inputs + outputs, of every linear layer but the output matrix: adapters can go there."""
-    embedding_width: int = 0
-    """Where it is not `hidden`, as in OPT-350m."""
+    embedding_width: int = 0  # where it is not `hidden`, as in OPT-350m
     config: "PreTrainedConfig | None" = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -113,7 +109,6 @@ class Shape:
 
     @property
     def embedding(self) -> int:
-        """Weights of the embedding of tokens."""
         return self.vocabulary * (self.embedding_width or self.hidden)
 
     @property

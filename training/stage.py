@@ -27,12 +27,7 @@ from training.data.token_cache import TokenCache, TokenPair, TokenRows, left_out
 from training.distributed import Ranks
 from training.inputs import local_model
 from training.metrics import Display, Journal, NullJournal, metrics_journal
-from training.models.loading import (
-    TORCH_DTYPES,
-    require_same_tokens,
-    resolve_dtype,
-    save_model,
-)
+from training.models.loading import TORCH_DTYPES, require_same_tokens, resolve_dtype, save_model
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.steps import PAIRS, Step, TrainingRows
@@ -48,7 +43,6 @@ class Diverged(Exception):
 
 @dataclass
 class Stage:
-    """Everything a step needs to begin."""
 
     config: RunConfig
     ranks: Ranks
@@ -62,18 +56,11 @@ class Stage:
     started: float
 
     @property
-    def storage_dtype(self) -> torch.dtype:
-        """Number format of the models that the run leaves behind."""
-        return TORCH_DTYPES[self.config.save_dtype]
-
-    @property
     def settings(self) -> Any:
-        """The settings of the step."""
         return self.config.of_step(self.directory.step)
 
     @property
     def seed(self) -> int:
-        """The seed of what the step draws at random."""
         return self.config.seed_of(self.directory.step)
 
     def model_directory(self, source: str) -> Path:
@@ -177,9 +164,10 @@ class Stage:
         `targets`: what `load` gives, with `weights` in it. All ranks call it.
         """
         model, adapter = targets
+        dtype = TORCH_DTYPES[self.config.save_dtype]
 
         def write(directory: Path) -> None:
-            save_model(directory, load(), chat_format, weights, lora, self.storage_dtype, extra_config, adapter)
+            save_model(directory, load(), chat_format, weights, lora, dtype, extra_config, adapter)
 
         if members is not None and members.is_first:
             with members.as_world(), writing(f"the model of {self.directory.path.name}", self.directory.path):

@@ -188,7 +188,6 @@ def is_alone() -> bool:
 
 
 def report(error_file: Path, code: int, sentence: str) -> None:
-    """Report how SIGTERM has ended this rank."""
     if PARENT_VARIABLE in os.environ:
         leave_report(error_file, sentence, code)
     say(sentence)

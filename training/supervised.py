@@ -27,8 +27,7 @@ class Task(Protocol):
 
     name: str
     engine: ZeroEngine
-    lengths: list[int]
-    """Tokens that each training row takes in a forward pass."""
+    lengths: list[int]  # tokens that each training row takes in a forward pass
 
     def file_index(self, row: int) -> int:
         """Return the index in its file of a training row, from 0: rows that cannot be learned from may be left out."""
@@ -52,15 +51,9 @@ class Task(Protocol):
         ...
 
 
-def batches_of_epoch(rows: int, settings: StepSettings, seed: int, epoch: int) -> list[list[int]]:
-    """Return the rows of each optimiser step of one epoch; a last short batch is left out, unless it is the only
-    one."""
-    epochs, per_epoch = Epochs(rows, f"{seed}"), updates_per_epoch(rows, settings)
-    return [batch_of_update(epochs, settings, number) for number in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-
-
 def batch_of_update(epochs: Epochs, settings: StepSettings, number: int) -> list[int]:
-    """Return the rows of optimiser step `number`, counted from 0 through all epochs."""
+    """Return the rows of optimiser step `number`, counted from 0 through all epochs. The last short batch of an epoch
+    is left out, unless it is the only one."""
     epoch, update = divmod(number, updates_per_epoch(epochs.size, settings))
     begin = update * settings.batch_size
     return epochs.order(epoch)[begin : begin + settings.batch_size].tolist()
@@ -68,12 +61,8 @@ def batch_of_update(epochs: Epochs, settings: StepSettings, number: int) -> list
 
 def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:
     """Return the rows that any optimiser step of the whole step sees, in order."""
-    per_epoch, total = updates_per_epoch(rows, settings), count_updates(rows, settings)
-    seen: set[int] = set()
-    for epoch in range(-(-total // per_epoch)):
-        for batch in batches_of_epoch(rows, settings, seed, epoch)[: total - epoch * per_epoch]:
-            seen.update(batch)
-    return sorted(seen)
+    epochs, updates = Epochs(rows, f"{seed}"), range(count_updates(rows, settings))
+    return sorted({row for number in updates for row in batch_of_update(epochs, settings, number)})
 
 
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:

@@ -13,8 +13,7 @@ from training.launchers import PARENT_VARIABLE, started_by
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 GRACE_VARIABLE = "RLHF_CHAT_GRACE"
-GRACE = 25.0
-"""Seconds; Slurm and Kubernetes wait for 30 until they kill."""
+GRACE = 25.0  # seconds; Slurm and Kubernetes wait for 30 until they kill
 
 
 class StageFailed(Exception):
@@ -79,5 +78,4 @@ def say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
 
-TERMINATION = Termination()
-"""There is one in a process, as a signal has one handler."""
+TERMINATION = Termination()  # there is one in a process, as a signal has one handler

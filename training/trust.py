@@ -31,14 +31,12 @@ from training.run_directory import RunDirectory
 class Use:
     """Something outside of a run's own rows and weights that its files ask for."""
 
-    what: str
-    """What is done, to follow `would`."""
+    what: str  # what is done, to follow `would`
     setting: str = ""
     """The setting that asks for it."""
     content: str = ""
     """SHA-256 of a file that is executed or obeyed."""
-    lies_in_run: bool = False
-    """Whether who hands the run on hands the file on too."""
+    lies_in_run: bool = False  # whether who hands the run on hands the file on too
 
     @property
     def text(self) -> str:
@@ -72,7 +70,6 @@ def unanswered(run: Path, uses: Iterable[Use]) -> list[Use]:
 
 
 def require_reading(target: Path, trusts: bool) -> None:
-    """Require the yes to what only reads a run, or a model."""
     require_yes(target, of_reading(target), trusts)
 
 
@@ -183,7 +180,6 @@ def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
 
 
 def of_formulas(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
-    """Yield the files of entries of the user's own."""
     for setting, path in own_files(config):
         for _, file in files_of("formulas", path):
             yield of_file(run, file, f"run {file}", setting)

@@ -77,10 +77,8 @@ class TokenBatch:
     ids: Tensor  # (tokens) int64
     predicting: Tensor  # (response tokens) int64, positions of the tokens that each response token follows
     lengths: list[int]
-    tokens: list[int]
-    """`ids` for the host, which would wait for the device to look at it."""
-    positions: list[int]
-    """`predicting` for the host."""
+    tokens: list[int]  # `ids` for the host, which would wait for the device to look at it
+    positions: list[int]  # `predicting` for the host
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Tensor, ...]], device: torch.device) -> "TokenBatch":

@@ -27,8 +27,7 @@ from training.data.split import check_shares, keep_once, opening
 from training.data_settings import DataSettings
 
 HELD_OUT_QUESTIONS = 6
-ROWS_PER_DIALOGUE = 8
-"""Dialogues have up to hundreds of turns; a few of them must not outweigh the rest."""
+ROWS_PER_DIALOGUE = 8  # dialogues have up to hundreds of turns; a few of them must not outweigh the rest
 CONTEXT_TURNS = (3, 1)
 """Turns of a context, first choice first; odd, so that it begins and ends with the user's."""
 SAME_REPLY = 3  # times that the same reply ("yeah") is used

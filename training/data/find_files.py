@@ -18,8 +18,7 @@ UNREAD = (".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 """Files that may hold data and are not read; of zip files those whose name does not say what is in them."""
 PART = re.compile(r"(.*?)-?\d+(-of-0*(\d+)\..*)")
 """`train-00000-of-00002.parquet`, as `datasets` and the hub name the parts of a split."""
-SAVED = "state.json"
-"""Stands for the data set in its directory, where `Dataset.save_to_disk` wrote it."""
+SAVED = "state.json"  # stands for the data set in its directory, where `Dataset.save_to_disk` wrote it
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 """`datasets` and the hub write these beside the data."""
 MORE = "(set|data|split|file|part|row)?s?"
@@ -220,8 +219,7 @@ def one_configuration(repository: str, files: list[Path]) -> list[Path]:
     return [file for file in files if file.parent.parent.name.removeprefix("partial-") == name]
 
 
-Adapter = Callable[[dict[str, Any]], dict[str, Any]]
-"""A row of a set -> the same in one of TRL's formats."""
+Adapter = Callable[[dict[str, Any]], dict[str, Any]]  # a row of a set -> the same in one of TRL's formats
 
 CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
 VICUNA_TURN = re.compile(r"(?:^|</s>|\s)\s*(USER|ASSISTANT):")

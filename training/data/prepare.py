@@ -167,8 +167,7 @@ def rows_file(parent: Path, name: str) -> Path:
 
 COUNTS_FILE = "counts.json"
 LEFT_OUT_FILE = "left_out.jsonl"
-LOCATIONS_NAMED = 3
-"""The terminal names so many rows for each reason; the rest are in the file."""
+LOCATIONS_NAMED = 3  # the terminal names so many rows for each reason; the rest are in the file
 
 
 @dataclass

@@ -20,8 +20,7 @@ STEMS = (
 )
 """What the column of an answer is called, with something before or behind it."""
 LISTS = ("responses", "answers", "outputs", "completions", "replies", "generations", "candidates", "summaries")
-TEXT_KEYS = (*STEMS, "content")
-"""The text of an answer that is an object stands under one of these."""
+TEXT_KEYS = (*STEMS, "content")  # the text of an answer that is an object stands under one of these
 
 
 def columns_called(words: Iterable[str], *others: str) -> frozenset[str]:
@@ -66,8 +65,7 @@ SCORES_OF_A_PAIR = [
     for score in SCORES
     for form in ("{1}_{0}", "{0}_{1}", "{0}-{1}")
 ]
-COLUMNS = BETTER | WORSE | TWO.keys() | set(LISTS)
-"""A row without any of these has no several answers."""
+COLUMNS = BETTER | WORSE | TWO.keys() | set(LISTS)  # a row without any of these has no several answers
 
 TURNS = ("prompt", "response_a", "response_b")
 """The columns in which Chatbot Arena keeps the list of a conversation's turns as text."""
@@ -365,7 +363,6 @@ class Rating:
 
 
 def rating_of(row: Mapping[str, Any]) -> Rating | None:
-    """Return the score or rank in a row with one answer."""
     for column in (*SCORES, RANK):
         if (value := number(row.get(column))) is not None and not isinstance(row[column], bool):
             return Rating(-value if column == RANK else value, column, is_label=False)

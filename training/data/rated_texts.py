@@ -92,8 +92,7 @@ DOMAINS = {
 """Names of the kinds of text, and how their files begin."""
 ADDRESSEES = re.compile(r"^(?:(?:RT\s+)?@\w+[:,]?\s+)+")  # names that a tweet begins with; they are left out
 WORDS = (3, 16)  # fewest and most of a text that is used
-HELD_OUT = 500
-"""Tweets that are held out, where there are four times as many."""
+HELD_OUT = 500  # tweets that are held out, where there are four times as many
 OTHERS = 300  # texts of each other kind that are judged
 LOOKED_AT = 4 * OTHERS  # texts of such a kind that are drawn; about half of them are too long
 EVALUATION_PAIRS = 200
@@ -108,8 +107,7 @@ ANY_PROMPT: list[Message] = [
 class RatedText:
     text: str
     mean: float  # of the ratings
-    ratings: list[int]
-    """One a person; empty where those in the source are not the ones of the mean."""
+    ratings: list[int]  # one a person; empty where those in the source are not the ones of the mean
 
 
 Prompts = Sequence[list[Message]]
@@ -270,8 +268,7 @@ class UsableTexts:
         return "" if is_decent(text) else "rude words"
 
 
-SCORE_GAP = 1.0
-"""On the scale of -4 to 4; closer ones people do not tell apart."""
+SCORE_GAP = 1.0  # on the scale of -4 to 4; closer ones people do not tell apart
 LENGTH_RATIO = 0.75
 LENGTH_SLACK = 2  # tokens by which two short texts may differ all the same
 USES = 3  # of a text at most

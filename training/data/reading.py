@@ -103,7 +103,6 @@ def read_source(
     report: Callable[[str], None],
     chat_format: ChatFormat | None = None,
 ) -> SourceRows:
-    """Read one source, which may turn out to have no row."""
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report) if not source.is_task else ([], PLAIN, [])
     used, unused, extra = 0, set[str](), set[str]()

@@ -85,7 +85,6 @@ class RowSets:
     steps_share: bool = False  # whether the training rows were too few to give each step some of its own
 
     def items(self) -> list[tuple[str, list[Row]]]:
-        """Return name and rows of each set for a step."""
         return [(item.name, getattr(self, item.name)) for item in fields(self) if item.name not in NO_STEP]
 
 
@@ -197,6 +196,5 @@ def updates_per_epoch(rows: int, settings: StepSettings) -> int:
 
 
 def count_updates(rows: int, settings: StepSettings) -> int:
-    """Count the optimiser steps of the whole step."""
     total = updates_per_epoch(rows, settings) * settings.epochs
     return min(total, settings.max_steps) if settings.max_steps else total

@@ -117,7 +117,6 @@ def keep_once(sets: RowSets) -> int:
 
 
 def once(rows: Sequence[T], evaluation: bool) -> list[T]:
-    """Return the first of equal rows."""
     first: dict[tuple[Any, ...], T] = {}
     for row in rows:
         first.setdefault(identity(row, evaluation), row)

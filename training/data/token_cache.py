@@ -43,7 +43,6 @@ along where it is sent or stored."""
 
 
 class TokenRows(Sequence[Tokens]):
-    """The tokens of rows, which lie one behind the other."""
 
     def __init__(self, ids: Tensor, lengths: Tensor):
         """`ids` int32 (tokens); `lengths` int32 (rows, texts of a row)."""
@@ -227,7 +226,6 @@ def answers_of(groups: Sequence[Sequence[TokenPair]]) -> tuple[list[tuple[Tensor
 
 
 def tokens_of(group: Sequence[TokenPair]) -> int:
-    """Count the tokens of a group in a forward pass."""
     if len(group) == 1:
         return group[0].tokens
     return sum(len(prompt) + len(answer) for prompt, answer in answers_of([group])[0])

@@ -109,7 +109,6 @@ def sources(stage: Stage, candidates: Iterable[Candidate], judge: Judge | None) 
 
 
 def find_reward_model(stage: Stage) -> Path | None:
-    """Find the run's reward model, if it has a finished one."""
     given = stage.config.trained_reward_model or stage.run.step(REWARD).is_finished
     return stage.earlier_model(REWARD) if given else None
 

@@ -335,7 +335,6 @@ class Comparison:
         return {"perplexity_demonstrations": perplexity_of(reader.logprobs(rows))} if rows else {}
 
     def measure(self, answers: Answers) -> dict[str, float]:
-        """Measure what needs no model."""
         lengths = [len(sample.response_ids) for sample in answers.samples]
         measured = {
             "length": statistics.mean(lengths),
@@ -370,5 +369,4 @@ def truth(answers: Answers) -> list[float]:
 
 
 def perplexity_of(logprobs: list[Tensor]) -> float:
-    """Take the perplexity of all tokens together."""
     return statistics.perplexity(-float(torch.cat(logprobs).double().mean()))

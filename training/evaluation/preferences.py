@@ -96,7 +96,6 @@ def win_rate(preferences: Preferences, model: str) -> dict[str, Any]:
 
 
 def questions(preferences: Preferences) -> list[str]:
-    """Name the question that each preference belongs to."""
     rows: list[Any] = [{"prompt": preference.prompt} for preference in preferences]
     return list(map(choose_groups(rows), rows))
 

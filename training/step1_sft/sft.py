@@ -22,7 +22,6 @@ FIRST_ANSWER_TOKENS = 32
 
 
 def train(stage: Stage) -> None:
-    """Run the whole step: set up, fit, save."""
     config, settings = stage.config, stage.config.sft
     source = stage.model_directory(config.model)
     chat_format = ChatFormat.load(source)
@@ -73,7 +72,6 @@ class SFTTask(Task):
         return row
 
     def size(self, rows: list[int]) -> int:
-        """Count response tokens."""
         return int(self.rows.lengths[rows, 1].sum())
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -128,7 +128,6 @@ class UnpairedTask(Task):
         return self.answers[row].file_index
 
     def size(self, rows: list[int]) -> int:
-        """Count answers."""
         return len(rows)
 
     @torch.no_grad()
@@ -281,7 +280,6 @@ class DPOTask(Task):
         return self.pairs["train"][self.groups["train"][row][0]].file_index
 
     def size(self, rows: list[int]) -> int:
-        """Count pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:

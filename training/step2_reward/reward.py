@@ -89,7 +89,6 @@ class RewardTask(Task):
         return self.pairs[self.groups[row][0]].file_index
 
     def size(self, rows: list[int]) -> int:
-        """Count pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
