@@ -137,12 +137,12 @@ class DataflowGraph:
         return tuple(call.role for call in self.calls if call.kind == "train")
 
     def training_call(self, role: str) -> Call | None:
-        """The call that trains `role`; None if it is frozen."""
+        """Return the call that trains `role`; None if it is frozen."""
         return next((call for call in self.calls if call.role == role and call.kind == "train"), None)
 
     @property
     def data_edges(self) -> tuple[Edge, ...]:
-        """From the call that makes a key to each call that needs it."""
+        """Edges from the call that makes a key to each call that needs it."""
         maker = {key: call for call in self.calls for key in call.outputs}
         edges = []
         for consumer in self.calls:

@@ -81,7 +81,7 @@ class RollCall:
             self.now = None
 
     def _watch(self) -> None:
-        """A thread of its own, as the main one sits in a collective."""
+        """Watch in a thread of its own, as the main one sits in a collective."""
         with suppress(dist.DistError):  # the store has gone with the first rank
             while not self.over.wait(self.long / 20):
                 self.store.add(f"alive/{self.rank}", 1)

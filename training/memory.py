@@ -95,7 +95,7 @@ def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1)
 def with_slots(
     config: RunConfig, ranks: int, device_bytes: int, memory_of: Callable[[RunConfig], StepMemory]
 ) -> RunConfig:
-    """The settings with as many slots of generation as a GPU of so many bytes has room for beside all else of step 3.
+    """Set as many slots of generation as a GPU of so many bytes has room for beside all else of step 3.
 
     `memory_of` gives the memory of step 3 with other settings. Those that name their slots, or have a plan, stay.
     """

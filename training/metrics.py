@@ -114,7 +114,7 @@ def read_number(line: bytes) -> dict[str, Any] | None:
 
 
 class NullJournal(Journal):
-    """For ranks other than the first: nothing is written."""
+    """A journal for ranks other than the first, which write nothing."""
 
     def __init__(self) -> None:
         super().__init__(Path("/dev/null"))

@@ -38,7 +38,7 @@ class UserFile:
         self.file = file.absolute()
         self.folder = str(file.resolve().parent)
         self.surroundings = surroundings()
-        """In which its code works: it may change them, and ours stay."""
+        """What its code works in: it may change them, and ours stay."""
 
     @contextmanager
     def running(self) -> Iterator[None]:

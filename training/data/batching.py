@@ -18,7 +18,7 @@ class MicroBatch:
 
 
 def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1) -> list[list[MicroBatch]]:
-    """For each rank its micro-batches over rows 0 .. len(lengths) - 1, the same number for every rank.
+    """Plan for each rank its micro-batches over rows 0 .. len(lengths) - 1, the same number for every rank.
 
     Rows are dealt longest first, back and forth, so that ranks get like work; a micro-batch takes rows of like length
     while their tokens stay within `token_budget` (one row always fits). Ranks that run short repeat a row with
@@ -29,7 +29,7 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1
 
 
 def deal_micro_batches(lengths: Sequence[int], count: int, ranks: int = 1) -> list[list[MicroBatch]]:
-    """As `plan_micro_batches`, but each rank has `count` micro-batches of like work, or one a row."""
+    """Plan as `plan_micro_batches`, but with `count` micro-batches of like work on each rank, or one a row."""
     order = longest_first(lengths)
     plans = [[MicroBatch(rows) for rows in deal(share, min(count, len(share)))] for share in deal(order, ranks)]
     return with_equal_counts(plans, order)
@@ -82,7 +82,7 @@ class TokenBatch:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Tensor, ...]], device: torch.device) -> "TokenBatch":
-        """From (prompt ids, response ids) pairs, each int64 (length) with at least one token."""
+        """Pack (prompt ids, response ids) pairs, each int64 (length) with at least one token."""
         ids = torch.cat([part for row in rows for part in row])
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
         ends = zip(itertools.accumulate(lengths), rows, strict=True)
@@ -115,5 +115,5 @@ class TokenBatch:
 
 
 def sent(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers on a device, without waiting for what the device has to do before."""
+    """Make a tensor of numbers on a device, without waiting for what the device has to do before."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -50,7 +50,7 @@ class Dialogue:
 
 
 def load_dialogues() -> list[Dialogue]:
-    """The dialogues of the package that have a question and two turns or more."""
+    """Load the dialogues of the package that have a question and two turns or more."""
     text = (files("chitchat_dataset") / "dataset.json").read_text(encoding="utf-8")
     dialogues = [read_dialogue(name, value) for name, value in json.loads(text).items()]
     return [dialogue for dialogue in dialogues if dialogue.question and len(dialogue.turns) > 1]
@@ -76,7 +76,7 @@ def read_dialogue(name: str, value: dict[str, Any]) -> Dialogue:
 def build_chitchat(
     dialogues: Sequence[Dialogue], texts: RatedTexts, settings: DataSettings, seed: int, chat_format: ChatFormat
 ) -> tuple[RowSets, Counter[str], list[str]]:
-    """The rows, how many replies and rated texts were left out and why, and notes.
+    """Build the rows, how many replies and rated texts were left out and why, and notes.
 
     No dialogue and no rated text is in both training and evaluation.
     """
@@ -143,7 +143,7 @@ class DialogueReader:
         return [self._rows(dialogue) for dialogue in dialogues]
 
     def leave_out_known_talk(self, rows: Iterable[SFTRow]) -> None:
-        """From now on leave out replies that are in `rows`, and contexts that begin as one there."""
+        """Leave out, from now on, replies that are in `rows`, and contexts that begin as one there."""
         for row in rows:
             self._known_replies.add(bare(row["response"]))
             self._known_openings.add(opening(row["prompt"]))
@@ -272,7 +272,7 @@ def prompt_rows(rows: Iterable[SFTRow]) -> list[PromptRow]:
 
 
 def upbeat_score(text: str) -> float:
-    """From -1 (gloomy) to 1 (upbeat), 0 for neutral: the compound score of VADER (Hutto and Gilbert 2014)."""
+    """Score from -1 (gloomy) to 1 (upbeat): the compound score of VADER (Hutto and Gilbert 2014)."""
     return _analyzer().polarity_scores(text)["compound"]
 
 

@@ -17,7 +17,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def printable(text: str) -> str:
-    """The text without half characters, which no terminal and no file takes."""
+    """Return the text without half characters, which no terminal and no file takes."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -55,7 +55,7 @@ def open_bytes(file: Path) -> IO[bytes]:
 
 
 def open_member(file: Path, mode: str) -> IO[bytes]:
-    """The only file in a zip file. Raises UserError where there are several, or it cannot be unpacked."""
+    """Open the only file in a zip file. Raises UserError where there are several, or it cannot be unpacked."""
     archive = ZipFile(file)
     names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     if len(names) != 1:

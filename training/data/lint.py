@@ -85,7 +85,7 @@ class Size:
 
 
 def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -> list[Finding]:
-    """All findings in the rows; what needs tokens is left out without a `chat_format`."""
+    """List all findings in the rows; what needs tokens is left out without a `chat_format`."""
     sizes = [Size.of(row, chat_format, settings) for row in lines.rows]
     return [
         *same_answers(lines),
@@ -103,7 +103,7 @@ def finding(level: Level, check: str, sentence: str, locations: Sequence[str]) -
 
 
 def bad_rows(left_out: Iterable[tuple[str, str, bool]]) -> list[Finding]:
-    """What reading a source left out, by reason: an error, unless nothing is wrong with the row itself."""
+    """List what reading a source left out, by reason: an error, unless nothing is wrong with the row itself."""
     locations: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for location, reason, wrong in left_out:
         locations[reason, wrong].append(location)
@@ -133,7 +133,7 @@ def duplicates(lines: Lines, settings: DataSettings) -> list[Finding]:
 
 
 def contradictions(lines: Lines) -> list[Finding]:
-    """Pairs whose answers stand the other way round in another pair, and answers with both labels."""
+    """Find pairs whose answers stand the other way round in another pair, and answers with both labels."""
     known = {json.dumps([row["prompt"], *answers(row)]) for row in lines.rows if kind_of(row) == "pair"}
 
     def is_reversed(row: Row) -> bool:
@@ -206,7 +206,7 @@ def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) 
 
 
 def lint_preferences(preferences: Sequence[Preference]) -> list[Finding]:
-    """What moves people other than the answers, and who agrees no more than chance would."""
+    """Find what moves people other than the answers, and who agrees no more than chance would."""
     seen, findings = overview(preferences), []
     for name, left in seen["left"].items():
         if left["preferences"] >= ENOUGH_PAIRS and not left["low"] <= 0.5 <= left["high"]:

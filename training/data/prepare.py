@@ -295,7 +295,7 @@ def build_rows(
 def split_and_blend(
     sources: list[SourceRows], settings: DataSettings, seed: int, evaluated: Collection[str] = ()
 ) -> tuple[RowSets, list[str]]:
-    """All sources together are shared out over steps and evaluation, each row once; then their weights count.
+    """Share all sources together out over steps and evaluation, each row once; then their weights count.
 
     Also returns what a person should know about it. A row that several sources have goes to the one with the largest
     weight.

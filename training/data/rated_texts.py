@@ -60,7 +60,7 @@ def is_talk(text: str) -> bool:
 
 @functools.cache
 def word_list() -> tuple[frozenset[str], re.Pattern[str]]:
-    """Of the package `better_profanity`: single words, and a pattern for its phrases and words with signs in them."""
+    """Read single words of the package `better_profanity`, and a pattern for its phrases and words with signs."""
     text = (files("better_profanity") / "profanity_wordlist.txt").read_text(encoding="utf-8")
     entries = {line.strip().lower() for line in text.splitlines()} - HARMLESS - {""}
     words = {entry for entry in entries if re.fullmatch(r"\w+", entry)}
@@ -157,7 +157,7 @@ def member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
 
 
 def read_texts(truth: Sequence[str], ratings: Sequence[str]) -> list[RatedText]:
-    """From lines `ID, mean, text` and `ID, mean, deviation, [ratings]`, with tabs between.
+    """Read lines `ID, mean, text` and `ID, mean, deviation, [ratings]`, with tabs between.
 
     Where the two means of an ID differ (199 tweets), the first one is taken, and no ratings.
     """

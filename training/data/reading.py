@@ -255,7 +255,7 @@ def by_source(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def drawn(rows: list[Row], weight: float, salt: str) -> list[Row]:
-    """As many copies as the whole part of the weight says, and a random share for the rest; at least one row."""
+    """Copy the rows as often as the whole part of the weight says, and draw a share for the rest; at least one row."""
     whole = int(weight)
     share = min(len(rows), round((weight - whole) * len(rows)))
     return rows * whole + random.Random(salt).sample(rows, share if whole else max(share, 1))

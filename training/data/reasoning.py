@@ -87,8 +87,8 @@ def scorer(task: str) -> Any:
 
 
 def score(response: str, row: dict[str, Any]) -> float:
-    """The task's score of what stands in the last <answer>...</answer>, else of the whole response; 0 where its scorer
-    fails, as some do at what they cannot read."""
+    """Return the task's score of what stands in the last <answer>...</answer>, else of the whole response; 0 where its
+    scorer fails, as some do at what they cannot read."""
     package()
     from reasoning_gym.utils import extract_answer
 

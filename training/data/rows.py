@@ -89,7 +89,7 @@ class RowSets:
 
 
 def margin_of(row: Mapping[str, Any]) -> float | None:
-    """By how much the chosen answer of a pair is said to be better: its margin, or the difference of its scores."""
+    """Return how much better the chosen answer of a pair is said to be: its margin, or its scores' difference."""
     if "margin" in row:
         return row["margin"]
     return row["chosen_score"] - row["rejected_score"] if {"chosen_score", "rejected_score"} <= row.keys() else None

@@ -139,7 +139,7 @@ class TokenCache:
 
 
 def fingerprint(chat_format: ChatFormat) -> str:
-    """A hash of all that turns text into tokens: tokenizer, template, end of a turn, and the code."""
+    """Hash all that turns text into tokens: tokenizer, template, end of a turn, and the code."""
     tokenizer = chat_format.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = {
@@ -189,7 +189,7 @@ class TokenPair:
 
 
 def left_out(count: int, of: int, limit: int) -> str:
-    """The sentence about pairs that do not differ within data.max_response_tokens, which is `limit`."""
+    """Write the sentence about pairs that do not differ within data.max_response_tokens, which is `limit`."""
     return (
         f"{count} of {of} pairs are left out: chosen and rejected are the same in their first {limit} tokens "
         f"(data.max_response_tokens)"
@@ -237,5 +237,5 @@ def shares_of(groups: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
 
 
 def length_bucket(tokens: int) -> int:
-    """The smallest bucket that holds an answer of so many tokens (the last one holds all longer ones)."""
+    """Find the smallest bucket that holds an answer of so many tokens (the last one holds all longer ones)."""
     return next((bucket for bucket in LENGTH_BUCKETS if tokens <= bucket), LENGTH_BUCKETS[-1])

@@ -80,13 +80,13 @@ def reward_accuracy(model: "RewardModel", rows: Sequence[Any], data: DataSetting
 
 
 def groups_of(rows: Sequence[Any]) -> Sequence[Hashable]:
-    """The question of each pair. Where all have the same one, a pair stands for itself: what is drawn are answers."""
+    """Return the question of each pair. Where all share one, a pair stands for itself: what is drawn are answers."""
     groups = list(map(choose_groups(rows), rows))
     return groups if len(set(groups)) > 1 else range(len(rows))
 
 
 def token_pair(model: "RewardModel", row: Any, data: DataSettings) -> TokenPair:
-    """A row of pairs as `model` reads it, within the limits that training has too."""
+    """Encode a row of pairs as `model` reads it, within the limits that training has too."""
     prompt, chosen = encode(model.chat_format, row["prompt"], row["chosen"], data)
     _, rejected = encode(model.chat_format, row["prompt"], row["rejected"], data)
     return TokenPair.of(row, (prompt, chosen, rejected))

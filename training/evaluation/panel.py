@@ -69,7 +69,7 @@ class PairMean:
 
 
 def mean_over_pairs(values: Tensor, counted: Tensor) -> PairMean:
-    """Of `values` where `counted`; both are (texts, texts) and symmetric. Raises ValueError where no pair counts."""
+    """Average `values` where `counted`; both are (texts, texts), symmetric. Raises ValueError where no pair counts."""
     twice = int(counted.sum())
     if not twice:
         raise ValueError("there is no mean over no pairs")
@@ -177,7 +177,7 @@ def rows_to_score(rows: Sequence[Any], chat_format: ChatFormat, data: DataSettin
 
 
 def pooled(means: Sequence[PairMean], texts: Sequence[Sequence[Hashable]]) -> PairMean:
-    """The mean of several runs' means; `texts` names those of each run, for one text's errors go together."""
+    """Average several runs' means; `texts` names those of each run, for one text's errors go together."""
     by_text: dict[Hashable, float] = defaultdict(float)
     for mean, names in zip(means, texts, strict=True):
         for name, error in zip(names, mean.by_text.tolist(), strict=True):

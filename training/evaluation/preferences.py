@@ -19,7 +19,7 @@ def newest(preferences: Preferences) -> list[Preference]:
 
 
 def meaning(preference: Preference) -> tuple[str, ...]:
-    """What a preference says is the same whichever side each answer stood on."""
+    """Return what a preference says, whichever side each answer stood on."""
     better = {"a": preference.response_a, "b": preference.response_b}.get(preference.winner)
     return (preference.winner,) if better is None else ("better", better)
 

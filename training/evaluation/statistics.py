@@ -34,7 +34,7 @@ def win_rate(
 
 
 def win_interval(wins: float, losses: float, size: float) -> tuple[float, float]:
-    """The 95 % interval of wins + ties / 2, from the shares of wins and losses among `size` prompts.
+    """Return the 95 % interval of wins + ties / 2, from the shares of wins and losses among `size` prompts.
 
     It is the score interval for a difference of paired proportions (here wins less losses) by Tango (1998, Statistics
     in Medicine 17, 891-908): all differences whose own standard error, not that of the estimate, explains what was
@@ -117,7 +117,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats a token; at most e^50, for an untrained model may be off by more than a float holds."""
+    """Compute the perplexity of a loss in nats a token; at most e^50, as an untrained model may exceed a float."""
     return math.exp(min(loss, 50.0))
 
 

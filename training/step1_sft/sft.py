@@ -57,7 +57,7 @@ def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row:
 
 
 def within_budget(rows: TokenRows, token_budget: int) -> TokenRows:
-    """The first rows that together have at most `token_budget` tokens (0: all), but one at least."""
+    """Take the first rows that together have at most `token_budget` tokens (0: all), but one at least."""
     return rows.first(max(1, int((rows.ends <= token_budget).sum()))) if token_budget else rows
 
 
