@@ -87,7 +87,7 @@ class Stage:
         own = self.config.reference_model
         return self.model_directory(own) if own else None
 
-    def chat_format(self, actor: Path, scorer: Path | None) -> ChatFormat:
+    def chat_format(self, actor: Path, scorer: Path | None = None) -> ChatFormat:
         """Load the actor's format, which all steps use. Raises UserError where the scorer's tokens mean something
         else."""
         chat_format = ChatFormat.load(actor)

@@ -350,7 +350,7 @@ def demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat | None
     return rows
 
 
-def keep_demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat) -> None:
+def store_demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat) -> None:
     """Raise UserError without any; store those of another file beside the run's own, so that it is read only once."""
     rows, file = demonstrations(config, data, chat_format), data / DEMONSTRATIONS_FILE
     if config.rlhf.ptx.source and not file.exists():

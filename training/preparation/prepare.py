@@ -13,7 +13,7 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.checks import require_fitting, require_processes
 from training.config import RunConfig
-from training.data.prepare import keep_demonstrations, prepare_data
+from training.data.prepare import store_demonstrations, prepare_data
 from training.data.rows import read_rows, require_margins, require_rows
 from training.data.token_cache import TokenCache
 from training.deepspeed_config import require_overlays
@@ -70,7 +70,7 @@ def prepare(
     prepare_data(config.data, config.split_seed, run.data, chat_format, say)
     try:
         if config.rlhf.ptx.coefficient:
-            keep_demonstrations(config, run.data, chat_format)
+            store_demonstrations(config, run.data, chat_format)
         if fork is not None:
             trained_now = fork.take_steps(trained_now, say)
             steps = [step for step in steps if not run.step(step).is_finished]

@@ -24,9 +24,7 @@ FIRST_ANSWER_TOKENS = 32
 def train(stage: Stage) -> None:
     config, settings = stage.config, stage.config.sft
     source = stage.model_directory(config.model)
-    chat_format = ChatFormat.load(source)
-    for note in chat_format.notes:
-        stage.display.say(note)
+    chat_format = stage.chat_format(source)
     rows, held_out = stage.rows(chat_format)
     encoded = within_budget(stage.tokens(rows, DEMONSTRATIONS, chat_format), settings.token_budget)
     total = count_updates(len(encoded), settings)

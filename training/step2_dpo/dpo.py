@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from training import calls
 from training.data.batching import plan_micro_batches, sent
 from training.data.rows import Epochs, count_updates
 from training.data.token_cache import TokenPair, grouped, shares_of, tokens_of
@@ -222,9 +221,7 @@ def train(stage: Stage) -> None:
     """Run the whole step: set up, ask the reference, fit, save."""
     settings = stage.settings
     source = stage.earlier_model(SFT)
-    chat_format = ChatFormat.load(source)
-    for note in chat_format.notes:
-        stage.display.say(note)
+    chat_format = stage.chat_format(source)
     rows, held_out = stage.rows(chat_format)
     work = (unpaired_work if settings.is_unpaired else paired_work)(stage, rows, held_out, chat_format)
     total = count_updates(work.rows, settings)
@@ -235,14 +232,8 @@ def train(stage: Stage) -> None:
     model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
     policy = Policy(model, settings.optimizer.lora)
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
-    made: dict[str, Any] = {"pairs": work.sets}
-    evaluation: dict[str, float] = {}
-    for call in calls.DPO:
-        inputs = {key: made[key] for key in call.inputs}
-        if call.kind == "score":
-            made[call.outputs[0]] = reference_logprobs(stage, lambda: engine, **inputs, needed=work.needed)
-        else:
-            evaluation = fit(stage, work.task(stage, engine, **inputs), settings, total)
+    reference = reference_logprobs(stage, lambda: engine, work.sets, work.needed)
+    evaluation = fit(stage, work.task(stage, engine, work.sets, reference), settings, total)
 
     stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
     stage.finish({"optimizer_steps": total, "rows": work.rows, "held_out": work.compared, **evaluation})
