@@ -11,7 +11,7 @@ from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from training.changes import differences
 from training.config import RunConfig
-from training.config_files import with_absolute_paths, load_config, read_yaml
+from training.config_files import load_config, read_yaml, with_absolute_paths
 from training.data.sources import parse_source
 from training.lineage import newest_reward_model
 from training.merging import merge

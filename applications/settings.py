@@ -13,7 +13,7 @@ from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.streams import redacted, show_json
 from training.config import RunConfig
-from training.config_files import with_absolute_paths, load_config, nested, setting_keys
+from training.config_files import load_config, nested, setting_keys, with_absolute_paths
 from training.config_reference import REQUIRED, defaults, description, fields, show, type_text, unit, values_of
 from training.merging import KeyTwice, did_you_mean, near_keys, what_is_wrong
 from training.opening import settings_of_new_run

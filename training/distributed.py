@@ -33,7 +33,6 @@ EXIT_LOST = 71
 
 @dataclass
 class Waiting:
-
     missing: Callable[[], list[int]]  # the ranks that have not come yet
     phase: str
     begun: float = field(default_factory=time.monotonic)

@@ -16,7 +16,7 @@ from inference.errors import UserError, typed
 from inference.streams import redacted, redacted_arguments
 from training.changes import Kind, differences, kind_of, make_way, may_have_length, plan_change, teaches
 from training.config import RunConfig
-from training.config_files import as_typed, with_absolute_paths, load_config
+from training.config_files import as_typed, load_config, with_absolute_paths
 from training.data.find_files import find_files, find_set
 from training.data.reasoning import dataset_of
 from training.data.sources import parse_source

@@ -12,7 +12,7 @@ from inference.errors import UserError
 from training.calls import Call, rlhf_calls
 from training.formulas.estimators import ESTIMATORS, SHAPINGS, Estimator
 from training.plan import from_blocks, read_plan, to_blocks
-from training.reward_specs import RewardSpec, stored_specs, specs_of
+from training.reward_specs import RewardSpec, specs_of, stored_specs
 from training.role_settings import (
     Checkpoints,
     DecayRate,

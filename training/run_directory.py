@@ -22,7 +22,7 @@ import yaml
 from inference.disk import hold_lock, is_held, settle, write_text
 from inference.errors import UserError, typed
 from training.config import RunConfig
-from training.config_files import with_absolute_paths, read_yaml, validate_config
+from training.config_files import read_yaml, validate_config, with_absolute_paths
 from training.steps import COMPARED, Step
 
 if TYPE_CHECKING:

@@ -43,7 +43,6 @@ class Diverged(Exception):
 
 @dataclass
 class Stage:
-
     config: RunConfig
     ranks: Ranks
     run: RunDirectory

@@ -22,7 +22,7 @@ import torch
 from inference.disk import file_sentence
 from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from training.config import RunConfig
-from training.config_files import with_absolute_paths, load_config, read_yaml
+from training.config_files import load_config, read_yaml, with_absolute_paths
 from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.inputs import changed_inputs

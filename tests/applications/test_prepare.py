@@ -13,7 +13,7 @@ from inference.families import build_tiny_model
 from tests.conftest import rlhf_chat
 from tests.warm import ROOT, Command, Done, fork_all
 from training.config_files import load_config
-from training.inputs import stored_model, local_model, models_of
+from training.inputs import local_model, models_of, stored_model
 from training.run_directory import RunDirectory
 from training.trust import of_models
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from inference.chat_format import ChatFormat
 from tests.supervised_steps import make_run, metrics_of, stage_of
 from tests.tiny_runs import make_tiny_run, messages
-from training.config_files import with_absolute_paths, load_config
+from training.config_files import load_config, with_absolute_paths
 from training.data.batching import TokenBatch
 from training.lineage import Origin, sources_of, trace
 from training.step2_dpo import dpo

@@ -2,9 +2,9 @@
 
 import pytest
 
-from training.config_files import with_absolute_paths, load_config
+from training.config_files import load_config, with_absolute_paths
 from training.inputs import paths_of
-from training.reward_specs import RewardSpec, stored_specs, names_of, specs_of
+from training.reward_specs import RewardSpec, names_of, specs_of, stored_specs
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 import pytest
 
 from tests.supervised_steps import batches_of_epoch
-
 from training.config import StepSettings
 from training.data.rows import count_updates
 from training.hybrid_engine.zero_engine import learning_rate

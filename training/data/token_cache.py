@@ -43,7 +43,6 @@ along where it is sent or stored."""
 
 
 class TokenRows(Sequence[Tokens]):
-
     def __init__(self, ids: Tensor, lengths: Tensor):
         """`ids` int32 (tokens); `lengths` int32 (rows, texts of a row)."""
         self.ids, self.lengths = ids, lengths

@@ -13,14 +13,14 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.checks import require_fitting, require_processes
 from training.config import RunConfig
-from training.data.prepare import store_demonstrations, prepare_data
+from training.data.prepare import prepare_data, store_demonstrations
 from training.data.rows import read_rows, require_margins, require_rows
 from training.data.token_cache import TokenCache
 from training.deepspeed_config import require_overlays
 from training.distributed import Ranks
 from training.fork import Fork
 from training.formulas.own import try_own
-from training.inputs import inputs_of, store_models, local_model
+from training.inputs import inputs_of, local_model, store_models
 from training.lineage import sources_of, trained_elsewhere
 from training.metrics import require_packages
 from training.models.loading import (
