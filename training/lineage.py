@@ -46,8 +46,7 @@ def origin_of(source: str | Path) -> Origin | None:
 
 
 def label_of(model: str | Path, name: str = "") -> str:
-    """Name the model in a directory `demo/sft`, as preferences do; one that lies in no run has `name`, or the
-    directory's."""
+    """Name a model `demo/sft`, as preferences do; one that lies in no run has `name`, or its directory's."""
     origin = origin_of(model)
     return f"{origin.run.path.name}/{origin.step.command}{origin.at}" if origin else name or Path(model).resolve().name
 
@@ -100,8 +99,7 @@ def rounds_of(run: RunDirectory) -> list[RunDirectory]:
 
 
 def newest_reward_model(run: RunDirectory) -> str:
-    """Find the reward model of the run, or of the newest round before it that has one: its own or the one that it was
-    given; else empty."""
+    """Find the reward model of the newest round that trained one or was given one; else empty."""
     for earlier in reversed(rounds_of(run)):
         if earlier.step(REWARD).is_finished:
             return str(earlier.step(REWARD).model.resolve())

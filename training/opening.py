@@ -169,8 +169,7 @@ def is_start(values: Mapping[str, Any]) -> bool:
 
 
 def versions_of(run: RunDirectory, step: Step, made_by: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the versions of what ran the step last; `made_by`, those of the run's making, where nobody wrote them
-    down."""
+    """Return the versions of what ran the step last; those of `made_by`, the run's making, where nobody wrote them."""
     starts = [start for start in read_starts(run) if start["what"] == step.folder]
     return starts[-1].get("versions", made_by) if starts else made_by
 

@@ -42,8 +42,7 @@ class Task(Protocol):
         ...
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the loss of training rows, and statistics, all to be divided by `size`; scalars that stay on the
-        device."""
+        """Sum the loss and statistics of training rows, to be divided by `size`; scalars that stay on the device."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -115,8 +114,7 @@ def rank_of(evaluation: Mapping[str, float]) -> tuple[float, float] | None:
 
 
 def resume(stage: Stage, task: Task, best: Best | None) -> tuple[int, dict[str, float]]:
-    """Return the optimiser steps done and the last evaluation; the journals forget what came after. New runs are
-    evaluated."""
+    """Return the optimiser steps done and the last evaluation, and rewind the journals. New runs are evaluated."""
     checkpoint = stage.checkpoints.newest()
     if best is not None:
         best.go_on_after(checkpoint[1]["number"] if checkpoint else -1)
@@ -167,8 +165,7 @@ def validate(
 
 
 def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, number: int) -> dict[str, float]:
-    """Take one optimiser step over a global batch. Raises Diverged on a loss that is not finite, before weights
-    change."""
+    """Take one optimiser step over a global batch. Raises Diverged, the weights unchanged, if a loss is not finite."""
     begun = time.perf_counter()
     plan = plan_micro_batches([task.lengths[row] for row in batch], token_budget, stage.ranks.size)
     size = task.size(batch)
