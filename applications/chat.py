@@ -35,7 +35,7 @@ def chat_command(
 
         if at := checkpoint_of(target):
             name, target = at.name, at.model(trusts)
-    found = find_chat_models(target, compare, model_before(target, trusts) if compare else None)
+    directories = find_chat_models(target, compare, model_before(target, trusts) if compare else None)
     with without_collecting():
         from inference.private_surfaces import import_transformers_lightly
 
@@ -44,7 +44,7 @@ def chat_command(
         from inference.chat_model import ChatModel
         from inference.generation.sampler import SamplingSettings
 
-        models = [(name or label, ChatModel.load(path)) for label, path in found]
+        models = [(name or label, ChatModel.load(path)) for label, path in directories]
         gc.freeze()  # looking through all that is loaded takes longer than the first word
     chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
 
@@ -99,7 +99,7 @@ def samples_command(path: Path, iteration: int | None, worst: int, best: int, lo
 
 
 def chosen_of(rows: list[dict[str, Any]], worst: int, best: int, longest: int) -> list[dict[str, Any]]:
-    """By `reward/total`, and by the tokens of the response."""
+    """The worst and best by `reward/total`, then the longest by tokens of the response; each sample comes once."""
     by_reward = sorted(rows, key=lambda row: row["reward/total"])
     by_length = sorted(rows, key=lambda row: -len(row["response_ids"]))
     picked = [*by_reward[:worst], *by_reward[::-1][:best], *by_length[:longest]]

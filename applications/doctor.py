@@ -65,7 +65,8 @@ def check_model(source: str, degree: int = 1, dtype: str = "auto") -> bool:
     check_cut(directory, degree)
     if degree == 1:
         return check_on(Ranks(0, 1, device), directory, number_format, source)
-    return start_checking_ranks(directory, degree, number_format, source)
+    arguments = [str(directory.resolve()), str(number_format).removeprefix("torch."), source]
+    return run_on_ranks(__file__, arguments, degree, "check")["is_equal"]
 
 
 def find_model(source: str) -> Path:
@@ -199,17 +200,8 @@ def report(findings: Findings, generated: Generated, work: Work, head: list[str]
     return "\n".join(lines)
 
 
-# Several ranks
-
-
-def start_checking_ranks(directory: Path, degree: int, dtype: torch.dtype, name: str) -> bool:
-    """Check in `degree` processes on this machine. Raises UserError with a rank's sentence, or StageFailed."""
-    rank = [str(directory.resolve()), str(dtype).removeprefix("torch."), name]
-    return run_on_ranks(__file__, rank, degree, "check")["is_equal"]
-
-
 def main() -> int:
-    """One rank."""
+    """Run one rank of several."""
     begin_script()
     directory, dtype, name, result = sys.argv[1:]
     ranks = start_ranks()

@@ -26,7 +26,7 @@ from training.steps import PROMPTS, WRITING, step_of
 from training.trust import of_models, require_reading, require_yes
 
 USUAL_TEMPERATURE, USUAL_TOKENS = 0.7, 256
-"""Of a model that lies in no run."""
+"""They hold for a model that lies in no run."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def prefer_command(
         find_chat_models(target, compare=False)  # what is neither is refused with its way out
     if run is None and to is None:
         raise UserError(f"{target} is no run: say where the preferences go, with --to FILE.")
-    place = run.preferences if to is None and run is not None else to
-    assert place is not None
-    file = PreferenceFile(place)
+    path = run.preferences if to is None and run is not None else to
+    assert path is not None
+    file = PreferenceFile(path)
     known = file.read()
     if again is None:
         pair = [find_model(target, model, trusts), find_model(target, against or model, trusts)]
@@ -141,13 +141,13 @@ def collect(
         from inference.generation.sampler import SamplingSettings
         from inference.prefer import COMMANDS, Interview, ModelPair, drawn
 
-        models = {each.directory: ChatModel.load(each.directory) for each in pair}
+        models = {model.directory: ChatModel.load(model.directory) for model in pair}
         gc.freeze()  # looking through all that is loaded takes longer than the first word
-    labelled = [(each.label, models[each.directory]) for each in pair]
+    labelled = [(model.label, models[model.directory]) for model in pair]
     asked = ModelPair(labelled, SamplingSettings(max_tokens, temperature))
     interview = Interview(file, by)
     if interview.is_terminal:
-        names = " and ".join(dict.fromkeys(each.label for each in pair))
+        names = " and ".join(dict.fromkeys(model.label for model in pair))
         interview.tell(
             f"Each message gets two answers of {names}, on sides drawn at random. Enter alone takes one of the run's "
             f"own messages.\nPreferences of {by} go to {file.path} at once. {COMMANDS}."
@@ -159,7 +159,7 @@ def suggestions(run: RunDirectory | None, known: Iterable[Preference]) -> Iterat
     """The prompts that the run trains on and nobody has judged answers to yet."""
     if run is None or not (file := run.data / f"{PROMPTS.name}_train.jsonl").exists():
         return
-    seen = {json.dumps(each.prompt) for each in known}
+    seen = {json.dumps(preference.prompt) for preference in known}
     for row in read_rows(file):
         if (key := json.dumps(row["prompt"])) not in seen:
             seen.add(key)
@@ -179,7 +179,7 @@ def collect_again(file: PreferenceFile, by: str, before: list[Preference]) -> in
 
     interview = Interview(file, by)
     interview.tell(
-        f"{len(before)} pairs to judge again, their sides drawn anew." if before else "Nothing is left to judge."
+        f"{len(before)} pairs to judge again, their sides drawn again." if before else "Nothing is left to judge."
     )
     return interview.collect(again(interview, before))
 
@@ -190,15 +190,15 @@ def collect_again(file: PreferenceFile, by: str, before: list[Preference]) -> in
 def outcome(file: PreferenceFile, by: str, collected: int, run: RunDirectory | None) -> Iterator[str]:
     """What was collected, how far people agree, and what to do with it."""
     preferences = file.read()
-    decided = sum(each.winner in ("a", "b") for each in preferences)
+    decided = sum(preference.winner in ("a", "b") for preference in preferences)
     whole = counted(len(preferences), "preference")
     yield (
         f"Collected {counted(max(collected, 0), 'preference')} of {by}; {file.path} has {whole}, "
         f"{decided} for one of two answers."
     )
-    for found in agreements(preferences):
-        if by in found["people"]:
-            yield f"{' and '.join(found['people'])} agree on {found['same']:.0%} of {counted(found['pairs'], 'pair')}."
+    for both in agreements(preferences):
+        if by in both["people"]:
+            yield f"{' and '.join(both['people'])} agree on {both['same']:.0%} of {counted(both['pairs'], 'pair')}."
     if run is not None and decided:
         data = "" if file.path == run.preferences else f" --data {typed(file.path)}"
         yield f"The next round: {next_command(run.path, data)}"

@@ -48,7 +48,7 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     sources = [(f"reward {key.removeprefix('reward/')}", key, "{:z.3f}") for key in result[first] if "reward/" in key]
     for label, key, form in (*ROWS[:5], *sources, *ROWS[5:]):
         if key in result[first] and key in result[second]:
-            theirs, ours = (shown(result[each][key], form) for each in (first, second))
+            theirs, ours = (shown(result[model][key], form) for model in (first, second))
             rows.append((label.format(against=pair_of(result)[first]), theirs, ours))
     return rows
 
@@ -74,7 +74,7 @@ def comparison_table(run: RunDirectory, width: int = 0, step: Step = PPO) -> str
 def evaluation_table(
     result: dict[str, Any], answers_file: Path, accuracy: str = "", width: int = 0, training: Sequence[Sign] = ()
 ) -> str:
-    """What an evaluation found, as text. `accuracy` is step 2's own line, for where nothing newer was measured;
+    """The results of an evaluation as text. `accuracy` is step 2's own line, for where nothing newer was measured;
     `training` says what the training showed.
     """
     console = text_console(width)
@@ -151,7 +151,7 @@ def training_signs(run: RunDirectory, step: Step) -> list[Sign]:
 
 
 def reward_accuracy_line(result: Mapping[str, Any]) -> str:
-    """What step 2's last evaluation found; empty where it had no held-out pairs."""
+    """The accuracy of step 2's last evaluation; empty where it had no held-out pairs."""
     if "eval/accuracy" not in result:
         return ""
     by_length = ", ".join(
@@ -213,8 +213,8 @@ def of_people(evaluation: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What people prefer, if it is in an evaluation, also in one of an early version, which called it `clicks`."""
     if "clicks" not in evaluation:
         return evaluation.get("preferences")
-    found: Mapping[str, Any] = json.loads(json.dumps(evaluation["clicks"]).replace('"clicks": ', '"preferences": '))
-    return found
+    renamed: Mapping[str, Any] = json.loads(json.dumps(evaluation["clicks"]).replace('"clicks": ', '"preferences": '))
+    return renamed
 
 
 def overview_table(result: Mapping[str, Any], width: int = 0) -> str:
@@ -239,23 +239,24 @@ def overview_lines(seen: Mapping[str, Any]) -> list[str]:
     lines = [f"{seen['preferences']:,} preferences ({by}): {', '.join(share.values())}"]
     for name, left in seen["left"].items():
         lines.append(f"{name} prefers the left answer in {rate_text(left)} of {left['preferences']:,} preferences")
-    for name, found in seen["repeated"].items():
-        lines.append(f"{name}, asked again, says the same of {agreement_text(found)}")
+    for name, agreement in seen["repeated"].items():
+        lines.append(f"{name}, asked again, says the same of {agreement_text(agreement)}")
     return lines + agreement_lines(seen["agreement"])
 
 
 def agreement_lines(agreement: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"{' and '.join(found['people'])} say the same of {agreement_text(found)}" for found in agreement]
+    return [f"{' and '.join(both['people'])} say the same of {agreement_text(both)}" for both in agreement]
 
 
-def agreement_text(found: Mapping[str, Any]) -> str:
+def agreement_text(agreement: Mapping[str, Any]) -> str:
     """`70.0% (52.1% to 83.3%) of 30 pairs, kappa 0.45 (0.12 to 0.70)`."""
     kappa = (
         "; chance alone would always"
-        if found["kappa"] is None
-        else f", kappa {found['kappa']:z.2f} ({found['kappa_low']:z.2f} to {found['kappa_high']:z.2f})"
+        if agreement["kappa"] is None
+        else f", kappa {agreement['kappa']:z.2f} ({agreement['kappa_low']:z.2f} to {agreement['kappa_high']:z.2f})"
     )
-    return f"{found['same']:.1%} ({found['low']:.1%} to {found['high']:.1%}) of {found['pairs']:,} pairs{kappa}"
+    same = f"{agreement['same']:.1%} ({agreement['low']:.1%} to {agreement['high']:.1%})"
+    return f"{same} of {agreement['pairs']:,} pairs{kappa}"
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
@@ -274,21 +275,21 @@ def preferences_table(rates: Mapping[str, Any]) -> RenderableType:
     table.columns[0].footer = "all"
     for name, all_together in zip(what, shares(rates["together"]), strict=True):
         table.add_column(Text(name), all_together, justify="right")
-    for name, found in rates["by"].items():
-        table.add_row(Text(name), *shares(found))
+    for name, rate in rates["by"].items():
+        table.add_row(Text(name), *shares(rate))
     return table
 
 
-def shares(found: Mapping[str, Any]) -> tuple[str, ...]:
-    return *(f"{found[key]:,}" for key in ("preferences", "ties", "both_bad")), rate_text(found)
+def shares(rate: Mapping[str, Any]) -> tuple[str, ...]:
+    return *(f"{rate[key]:,}" for key in ("preferences", "ties", "both_bad")), rate_text(rate)
 
 
 def people_prefer(rates: Mapping[str, Any]) -> str:
     """What all people together show."""
-    found, people = rates["together"], len(rates["by"])
-    count = found["preferences"]
+    together, people = rates["together"], len(rates["by"])
+    count = together["preferences"]
     by = f"{count} preference{'s' * (count != 1)} of {people} {'person' if people == 1 else 'people'}"
-    return verdict({**found, "prompts": count, "judge": by}, rates["against"], rates["model"])
+    return verdict({**together, "prompts": count, "judge": by}, rates["against"], rates["model"])
 
 
 def print_preferences(console: Console, rates: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def cache_directory() -> Path:
-    """Where models and texts, built or fetched, are kept: RLHF_CHAT_CACHE, else ~/.cache/rlhf-chat."""
+    """Where models and texts, built or fetched, lie: RLHF_CHAT_CACHE, else ~/.cache/rlhf-chat."""
     return Path(os.environ.get("RLHF_CHAT_CACHE") or "~/.cache/rlhf-chat").expanduser()
 
 
