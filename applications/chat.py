@@ -9,7 +9,7 @@ from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
 from inference.console import PrintableConsole
 from inference.errors import UserError, typed
-from inference.streams import show_json
+from inference.streams import show_json, to_stderr
 from training.metrics import Journal
 from training.run_directory import RunDirectory
 from training.steps import PPO
@@ -51,7 +51,6 @@ def chat_command(
 
 def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     """What a run was given for SFT, such as the model of the round before; None where it trains its own."""
-    from applications.prefer import to_stderr
     from training.inputs import local_model
     from training.lineage import label_of
     from training.run_directory import RunDirectory

@@ -1,6 +1,5 @@
 """`rlhf-chat data show | lint`: what is in a data source or in a run's data, as the model sees it. Trains nothing."""
 
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.preferences import Preference
-from inference.streams import show_json
+from inference.streams import show_json, to_stderr
 from inference.weights import quiet_transformers
 from training.config import RunConfig
 from training.config_files import load_config
@@ -81,7 +80,7 @@ def open_target(target: str, model: str | None, overrides: list[str] | None, tru
 
 
 def with_model(config: RunConfig, source: str) -> Target:
-    path = resolve_model(settings_for_model(source)["model"], lambda line: print(line, file=sys.stderr))
+    path = resolve_model(settings_for_model(source)["model"], to_stderr)
     with quiet_transformers():
         return Target(config.data, ChatFormat.load(path), path, config.split_seed)
 
@@ -122,7 +121,7 @@ def accepted(opened: Target, file: Path) -> Lines:
 def read_embedded(opened: Target) -> Target:
     if opened.chat_format is None:
         raise UserError(f"'{EMBEDDED_DATA}' is cut to a model's tokens: say for which, with --model smollm2-135m.")
-    texts = load_texts(lambda line: print(line, file=sys.stderr))
+    texts = load_texts(to_stderr)
     sets: RowSets = build_chitchat(load_dialogues(), texts, opened.settings, opened.split_seed, opened.chat_format)[0]
     for name, rows in sets.items():
         kind, _, part = name.partition("_")
@@ -137,7 +136,7 @@ def read_user_data(opened: Target) -> Target:
     rows: list[Row] = []
     places: list[str] = []
     for text in settings.sources:
-        source = read_source(parse_source(text), settings, lambda line: print(line, file=sys.stderr), opened.chat_format)
+        source = read_source(parse_source(text), settings, to_stderr, opened.chat_format)
         rows += source.rows
         places += source.places
         opened.described.append(source.describe())

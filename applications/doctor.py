@@ -33,6 +33,7 @@ from inference.generation.equality import (
 )
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
+from inference.streams import to_stderr
 from inference.tensor_parallel.shard import TensorParallel, empty_shard, join_groups
 from inference.weights import quiet_transformers
 from training.config import Dtype
@@ -74,7 +75,7 @@ def find_model(source: str) -> Path:
     values = settings_for_model(source)
     path = Path(values["model"]).expanduser()
     if len(values) > 1 or not path.is_dir():  # a preset, a hub id or a package
-        path = resolve_model(values["model"], lambda line: print(line, file=sys.stderr))
+        path = resolve_model(values["model"], to_stderr)
         refuse_reward_model(path)
         return path
     ((_, directory),) = find_chat_models(path, compare=False)

@@ -217,18 +217,18 @@ def _time(outlook: Outlook, step: Step) -> list[str]:
     if expected is None:
         return [_line("time", "unknown; `rlhf-chat profile` measures this machine, `rlhf-chat plan` costs others")]
     unit = "an iteration" if step.draws_samples else "an optimiser step"
-    text = f"about {duration(expected.seconds)} {unit}"
+    text = f"about {rough_duration(expected.seconds)} {unit}"
     if len(expected.by_kind) > 1:
-        text += f" ({', '.join(f'{kind} {duration(s)}' for kind, s in expected.by_kind.items())})"
+        text += f" ({', '.join(f'{kind} {rough_duration(s)}' for kind, s in expected.by_kind.items())})"
     if step.draws_samples:
-        text += f", {duration(expected.seconds * outlook.config.rlhf.iterations)} for all"
+        text += f", {rough_duration(expected.seconds * outlook.config.rlhf.iterations)} for all"
         if expected.evaluations:
-            text += f", at most {duration(expected.evaluations)} for evaluations"
+            text += f", at most {rough_duration(expected.evaluations)} for evaluations"
     lines = wrap(f"{text}, every row as long as it may be; rates: {expected.source}", len(_line("", "")))
     return [_line("time", lines[0]), *(_line("", line) for line in lines[1:])]
 
 
-def duration(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
     """`40 ms`, `0.4 s`, `12 s`, `3.5 min`, `2.1 h`."""
     for size_, unit in ((1e-3, "ms"), (1.0, "s"), (60.0, "min"), (3600.0, "h")):
         amount = seconds / size_

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from applications import plan_report
-from applications.dry_run import duration
+from applications.dry_run import rough_duration
 from applications.export import write_text
 from applications.fit import Machine
 from applications.plan_request import PlanOutcome, Request
@@ -177,8 +177,8 @@ def with_auto_plan(config: RunConfig, run: RunDirectory, measures: bool) -> RunC
         if sentence := plan_report.verdict([best, *others]):
             print(sentence)
         print(
-            f"Step 3 is expected to take {duration(best.seconds)} an iteration, "
-            f"{duration(best.seconds * config.rlhf.iterations)} in all, every response as long as it may be; "
+            f"Step 3 is expected to take {rough_duration(best.seconds)} an iteration, "
+            f"{rough_duration(best.seconds * config.rlhf.iterations)} in all, every response as long as it may be; "
             f"rates: {source}.",
             flush=True,
         )

@@ -16,6 +16,7 @@ from inference.collecting import without_collecting
 from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
+from inference.streams import to_stderr
 from training.checkpoints import checkpoint_of
 from training.data.rows import read_rows
 from training.evaluation.preferences import agreements, people
@@ -115,10 +116,6 @@ def find_model(target: Path, source: str, trusts: bool) -> LabelledModel:
     require_reading(path, trusts)
     ((_, directory),) = find_chat_models(path, compare=False)
     return LabelledModel(label_of(directory), directory)
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 # Pairs

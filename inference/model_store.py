@@ -59,13 +59,6 @@ def resolve_model(source: str, report: Report = print) -> Path:
     return _fetch_from_hub(source, report)
 
 
-def is_local(source: str) -> bool:
-    """Whether resolve_model(source) needs no network: `tiny`, a path, or a package that was converted before."""
-    if source.startswith("package:"):
-        return (cache_directory() / find_package(source).cache_name).is_dir()
-    return source == TINY or Path(source).expanduser().exists() or not HUB_ID.fullmatch(source)
-
-
 def check_model_directory(directory: Path, name: str = "") -> None:
     """Raise UserError, saying what is missing, unless `directory` has configuration, weights and tokenizer.
 

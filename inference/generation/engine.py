@@ -32,11 +32,6 @@ class GenerationStats:
     decode_steps: int = 0
     row_steps: int = 0
 
-    @property
-    def occupancy(self) -> float:
-        """Share of the slots that worked in a decode step, on average."""
-        return self.row_steps / (self.decode_steps * self.slots) if self.decode_steps else 0.0
-
 
 class Scheduler:
     """Rows 0 .. n-1 are the running samples; a row that falls free is filled from the queue, or by the last row."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from applications import fit
-from applications.dry_run import dry_run, duration, shell_lines
+from applications.dry_run import dry_run, rough_duration, shell_lines
 from applications.fit import GIB, Machine, Outlook, check_fits, disk_needed, find_shape, verdict
 from applications.preset_store import load_preset, settings_for_model
 from applications.profile import expected_time
@@ -138,7 +138,7 @@ def test_time_is_unknown_until_the_machine_is_profiled(laptop, monkeypatch, tmp_
     ("seconds", "text"), [(0.04, "40 ms"), (0.42, "0.4 s"), (99, "99 s"), (130, "2.2 min"), (7200, "2.0 h")]
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert rough_duration(seconds) == text
 
 
 def test_text_is_plain_and_narrow(laptop, tmp_path):

@@ -212,7 +212,6 @@ def test_a_slot_that_falls_free_is_filled_at_once():
     assert model.rows == [2, 2, 1, 2, 2, 1, 1, 1, 1, 1]
     stats = engine.stats
     assert (stats.samples, stats.response_tokens, stats.decode_steps, stats.row_steps) == (4, 14, 7, 10)
-    assert stats.occupancy == 10 / 14
 
 
 def test_two_hundred_samples_run_on_thirty_two_slots(model):
@@ -225,7 +224,7 @@ def test_two_hundred_samples_run_on_thirty_two_slots(model):
     assert engine.cache.bytes == sizes
     assert engine.stats.response_tokens == sum(len(sample.response_ids) for sample in samples)
     assert engine.stats.row_steps == engine.stats.response_tokens - 200  # the first token comes with the prefill
-    assert engine.stats.occupancy > 0.8
+    assert engine.stats.row_steps > 0.8 * 32 * engine.stats.decode_steps  # of the slots
     some = [0, 57, 123, 199]
     alone = engine.generate([prompts[i] for i in some], settings, KEY, indices=some)
     assert [s.response_ids for s in in_order(alone)] == [samples[i].response_ids for i in some]
