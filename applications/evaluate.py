@@ -239,8 +239,8 @@ def people_over(run: RunDirectory, before: RunDirectory | None) -> str:
     return f"{share(rates['together'])}, {rates['together']['preferences']}" if rates else ""
 
 
-def rounds_table(run: RunDirectory, width: int = 0) -> str:
-    """The chain as a table; `width` 0 is that of the terminal. Empty where there is none."""
+def rounds_table(run: RunDirectory) -> str:
+    """The chain as a table; empty where there is none."""
     rows = rounds(run)
     if not rows:
         return ""
@@ -249,6 +249,6 @@ def rounds_table(run: RunDirectory, width: int = 0) -> str:
         table.add_column(Text(heading), overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = text_console(width)
+    console = text_console()
     console.print(table)
     return text_of(console)

@@ -58,9 +58,9 @@ def shown(value: float, form: str) -> str:
     return form.format(value) if abs(value) < 1e6 else f"{value:.1e}"
 
 
-def comparison_table(run: RunDirectory, width: int = 0, step: Step = PPO) -> str:
+def comparison_table(run: RunDirectory, step: Step = PPO) -> str:
     """A run's own evaluation as text: what is out of bounds, reward accuracy, SFT beside RLHF or DPO, win rate and
-    sample answers. `width` 0 is that of the terminal.
+    sample answers.
     """
     _, answers_file = run.comparison_of(step)
     result = run.read_comparison(step) or {}
@@ -68,16 +68,16 @@ def comparison_table(run: RunDirectory, width: int = 0, step: Step = PPO) -> str
     if step.has_reference and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
         counted = counted_pairs(run.step(step).read_result(), accuracy)
         line = f"{step.name}: {counted} ranked right by its implicit reward"
-    return evaluation_table(result, answers_file, line, width, training_signs(run, step))
+    return evaluation_table(result, answers_file, line, training_signs(run, step))
 
 
 def evaluation_table(
-    result: dict[str, Any], answers_file: Path, accuracy: str = "", width: int = 0, training: Sequence[Sign] = ()
+    result: dict[str, Any], answers_file: Path, accuracy: str = "", training: Sequence[Sign] = ()
 ) -> str:
     """The results of an evaluation as text. `accuracy` is step 2's own line, for where nothing newer was measured;
     `training` says what the training showed.
     """
-    console = text_console(width)
+    console = text_console()
     console.print()
     if bad := [sign.text for sign in (*training, *guard_signs(result, *pair_of(result))) if not sign.is_good]:
         console.print(f"Out of bounds: {'; '.join(bad)}. Read the answers before the win rate.", markup=False)
@@ -132,9 +132,9 @@ def evaluation_table(
     return text_of(console)
 
 
-def text_console(width: int = 0) -> Console:
-    """A console that writes text of a width; 0 is that of the terminal."""
-    return Console(file=io.StringIO(), width=width or columns(), highlight=False)
+def text_console() -> Console:
+    """A console that writes text as wide as the terminal."""
+    return Console(file=io.StringIO(), width=columns(), highlight=False)
 
 
 def text_of(console: Console) -> str:
@@ -217,9 +217,9 @@ def of_people(evaluation: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return renamed
 
 
-def overview_table(result: Mapping[str, Any], width: int = 0) -> str:
+def overview_table(result: Mapping[str, Any]) -> str:
     """What people prefer, as text: each two models that they compared, then the people."""
-    console = text_console(width)
+    console = text_console()
     for rates in result["pairs"]:
         print_preferences(console, {**rates, "agreement": []})
     if not result["pairs"]:

@@ -230,7 +230,6 @@ class Decoding:
                     self.stats.response_tokens += 1
 
 
-OnToken = Callable[[Sample], None]
 PREFILL_TOKENS = 4096
 """Prompt tokens in one prefill pass, at most (one prompt always goes)."""
 
@@ -275,7 +274,6 @@ class GenerationEngine:
         settings: SamplingSettings,
         key: SamplingKey,
         indices: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Iterator[Sample]:
         """Yield each sample when it ends. `indices` name the samples (0, 1, ... by default) and seed their draws.
@@ -287,11 +285,7 @@ class GenerationEngine:
         samples = [Sample(index, prompt, limit) for index, prompt, limit in zip(indices, prompts, limits, strict=True)]
         decoding = self.start(samples, settings, key, may_end=lengths is None)
         while not decoding.is_over:
-            grown = decoding.step(MOST_STEPS if on_token is None else 1)
-            for sample in grown:
-                if on_token is not None:
-                    on_token(sample)
-            yield from (sample for sample in grown if sample.is_over)
+            yield from (sample for sample in decoding.step() if sample.is_over)
 
     def stream(self, prompt: Tensor, settings: SamplingSettings, key: SamplingKey, index: int = 0) -> Iterator[Sample]:
         """Yield the sample of one prompt, growing, after each of its tokens; they are those that `generate` draws."""

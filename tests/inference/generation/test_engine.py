@@ -349,11 +349,12 @@ def test_the_narrowest_top_k_and_top_p_are_greedy(model, settings):
     assert all(logprob == 0 for sample in narrow for logprob in sample.logprobs)  # the only token that could be drawn
 
 
-def test_on_token_sees_every_token_in_turn():
+def test_a_step_gives_each_running_sample_a_token():
     seen: list[tuple[int, int]] = []
-    engine = GenerationEngine(ScriptedModel(COUNT_DOWN), END, PAD)
-    prompts = [torch.tensor([5]), torch.tensor([4])]
-    list(engine.generate(prompts, GREEDY, KEY, on_token=lambda s: seen.append((s.index, s.response_ids[-1]))))
+    samples = [Sample(index, torch.tensor([first]), GREEDY.max_tokens) for index, first in enumerate((5, 4))]
+    decoding = GenerationEngine(ScriptedModel(COUNT_DOWN), END, PAD).start(samples, GREEDY, KEY)
+    while not decoding.is_over:
+        seen += [(sample.index, sample.response_ids[-1]) for sample in decoding.step(1)]
     assert seen == [(0, 4), (1, 3), (0, 3), (1, 2), (0, 2)]
 
 
