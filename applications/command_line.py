@@ -187,4 +187,5 @@ class Group(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Each with the first paragraph of its own page."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, (command.help or "").split("\n\n")[0]) for name, command in self.commands.items()])
+            rows = [(name, (command.help or "").split("\n\n")[0]) for name, command in self.commands.items()]
+            formatter.write_dl(rows)

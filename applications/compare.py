@@ -253,9 +253,7 @@ def result_of(run: RunDirectory) -> Result:
     at = next((step for step in steps if not run.step(step).is_finished), steps[-1])
     evaluation = run.read_comparison(run.last_step) or {}
     signs = training_signs(run, run.last_step) + (guard_signs(evaluation, *pair_of(evaluation)) if evaluation else [])
-    measures = {
-        key: measure for key, measure in measures_of(run, config, evaluation) if math.isfinite(measure.value)
-    }
+    measures = {key: measure for key, measure in measures_of(run, config, evaluation) if math.isfinite(measure.value)}
     bad = [sign.text for sign in signs if not sign.is_good]
     judge, state = evaluation.get("win_rate", {}).get("judge", ""), state_of(run, at)[0]
     drawn = ""

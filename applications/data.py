@@ -237,7 +237,8 @@ def lint_command(
     errors = sum(finding.level == "error" for finding in findings)
     counts = {name: len(lines.rows) for name, lines in opened.train.items()}
     if as_json:
-        values = {"data": target, "rows": counts, "errors": errors, "findings": [asdict(finding) for finding in findings]}
+        told = [asdict(finding) for finding in findings]
+        values = {"data": target, "rows": counts, "errors": errors, "findings": told}
         values |= {"preferences": overview(opened.preferences)} if opened.preferences else {}
         show_json(values)
         return 1 if errors else 0

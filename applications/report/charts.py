@@ -25,7 +25,9 @@ IN_A_LINE = 6  # values under the pointer that stand in one line
 MOST_POINTS = 60  # more than these are averaged in groups
 FEW_POINTS = 12  # up to so many are drawn as dots too
 LINE_COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "d": "#8a3ab9", "e": "#b3265e", "f": "#6d6a12"}
-VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {colour: f"var(--{name})" for name, colour in LINE_COLOURS.items()}
+VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {
+    colour: f"var(--{name})" for name, colour in LINE_COLOURS.items()
+}
 LINE_COLOURS["soft"] = "#868e99"
 VARIABLES[LINE_COLOURS["soft"]] = "var(--faint)"
 """What replaces the colours, so that the style sheet decides."""

@@ -58,7 +58,8 @@ def charts_of(step: Step, comparison: Comparison) -> Iterator[Chart]:
     for (title, label), (chart, by_number) in drawn.items():
         several = sum(name == title for name, _ in drawn) > 1
         of_groups = [line for number, lines in by_number.items() for line in of_group(number, lines)]
-        yield replace(chart, title=f"{title}: {label}" if several else title, series=of_groups, has_legend=False, marks=())
+        named = f"{title}: {label}" if several else title
+        yield replace(chart, title=named, series=of_groups, has_legend=False, marks=())
 
 
 def of_group(number: int, lines: Sequence[Series]) -> list[Series]:

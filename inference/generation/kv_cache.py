@@ -72,7 +72,8 @@ class KVCache:
         else:
             cached_keys[positions.index, :, positions.next] = keys[:, :, 0].to(cached_keys.dtype)
             cached_values[positions.index, :, positions.next] = values[:, :, 0].to(cached_values.dtype)
-        return cached_keys[: positions.rows, :, : positions.longest], cached_values[: positions.rows, :, : positions.longest]
+        rows, longest = positions.rows, positions.longest
+        return cached_keys[:rows, :, :longest], cached_values[:rows, :, :longest]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give row `target` the first `length` tokens of row `source`."""

@@ -252,9 +252,7 @@ def test_an_unknown_hub_model_is_no_error(laptop, tmp_path):
 
 def test_a_local_directory_tells_its_shape(laptop, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(load_preset("opt-125m")["architecture"]["model"]))
-    assert "125.2 M" in line_of(
-        dry_run(load_config([], [], {"model": str(tmp_path)}), [SFT], tmp_path), "actor"
-    )
+    assert "125.2 M" in line_of(dry_run(load_config([], [], {"model": str(tmp_path)}), [SFT], tmp_path), "actor")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="it holds no JSON object"):
         find_shape(str(tmp_path), None)
