@@ -104,18 +104,18 @@ def accepted(opened: Target, file: Path) -> Lines:
     """The rows of a file that the model's template takes; others, of runs that began before it was asked, are set
     apart."""
     rows: list[Row] = []
-    places: list[str] = []
+    locations: list[str] = []
     for number, row in enumerate(cast(list[Row], read_rows(file)), 1):
-        place = f"{file}, line {number}"
+        location = f"{file}, line {number}"
         try:
             if opened.chat_format is not None:
                 require_accepted([row], opened.chat_format)
         except BadRow as error:
-            opened.left_out.append((place, str(error), True))
+            opened.left_out.append((location, str(error), True))
         else:
             rows.append(row)
-            places.append(place)
-    return Lines(rows, places)
+            locations.append(location)
+    return Lines(rows, locations)
 
 
 def read_embedded(opened: Target) -> Target:
@@ -134,18 +134,18 @@ def read_user_data(opened: Target) -> Target:
     """All sources, unsplit; bad rows are set apart."""
     settings = opened.settings.model_copy(update={"bad_rows": "skip"})
     rows: list[Row] = []
-    places: list[str] = []
+    locations: list[str] = []
     for text in settings.sources:
         source = read_source(parse_source(text), settings, to_stderr, opened.chat_format)
         rows += source.rows
-        places += source.places
+        locations += source.locations
         opened.described.append(source.describe())
         opened.left_out += [left for left in source.left_out if left[1] not in (*UNDECIDED.values(), JUDGED_AGAIN)]
         opened.preferences += source.preferences
     for name, kinds in KINDS.items():
         chosen = [i for i, row in enumerate(rows) if kind_of(row) in kinds]
         if chosen:
-            opened.train[name] = Lines([rows[i] for i in chosen], [places[i] for i in chosen])
+            opened.train[name] = Lines([rows[i] for i in chosen], [locations[i] for i in chosen])
     return opened
 
 
@@ -171,9 +171,9 @@ def show_command(
         )
     console.print(legend(opened.chat_format is not None, console.is_terminal))
     for lines in shown.values():
-        for row, place in zip(lines.rows[:rows], lines.places, strict=False):
+        for row, location in zip(lines.rows[:rows], lines.locations, strict=False):
             console.print()
-            for text in show_row(row, place, opened, console.is_terminal):
+            for text in show_row(row, location, opened, console.is_terminal):
                 console.print(text)
 
 
@@ -183,10 +183,10 @@ def legend(has_tokens: bool, colours: bool) -> Text:
     return Text(what if has_tokens else f"{what} Give --model to see its template, tokens and cuts.", "italic")
 
 
-def show_row(row: Row, place: str, opened: Target, colours: bool) -> list[Text]:
+def show_row(row: Row, location: str, opened: Target, colours: bool) -> list[Text]:
     """Title, and prompt with answer for each answer of a row."""
     kind = kind_of(row)
-    title = [NAMES_OF_KINDS[kind].removesuffix("s"), place, *([row["source"]] if "source" in row else [])]
+    title = [NAMES_OF_KINDS[kind].removesuffix("s"), location, *([row["source"]] if "source" in row else [])]
     texts: list[Text] = []
     prompt, cut = prompt_text(row, opened)
     title += cut
@@ -265,9 +265,9 @@ def all_findings(opened: Target) -> list[Finding]:
         findings += lint(lines, opened.chat_format, opened.settings)
     findings += lint_preferences(opened.preferences)
     rows = [row for lines in opened.train.values() for row in lines.rows]
-    places = [place for lines in opened.train.values() for place in lines.places]
+    locations = [location for lines in opened.train.values() for location in lines.locations]
     for lines in opened.evaluation.values():
-        findings += shared_prompts(Lines(rows, places), lines)
+        findings += shared_prompts(Lines(rows, locations), lines)
     if opened.model is not None and opened.chat_format is not None:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(opened.model))

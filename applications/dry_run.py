@@ -246,9 +246,9 @@ def _memory(outlook: Outlook, step: Step) -> list[str]:
     for part in sorted(memory.parts, key=lambda part: _PHASE_ORDER[part.phase.rpartition(" ")[2]]):
         if part.bytes:
             during = f"{part.phase}: " if part.phase else ""
-            lines.append(f"  {size(part.bytes):>12}  {during}{part.name}{on_host.get(part.place, '')}")
+            lines.append(f"  {size(part.bytes):>12}  {during}{part.name}{on_host.get(part.location, '')}")
     where = " of the GPU" if outlook.machine.gpus else ""
-    lines.append(f"  {size(memory.peak(*outlook.machine.places)):>12}  most at one time{where}")
+    lines.append(f"  {size(memory.peak(*outlook.machine.locations)):>12}  most at one time{where}")
     if outlook.machine.gpus:
         host = memory.host_peak(outlook.config.processes)
         lines.append(f"  {size(host):>12}  most at one time of main memory, all processes together")

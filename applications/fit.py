@@ -18,7 +18,7 @@ from training.calls import Call
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.distributed import require_gpus
-from training.memory import Place, StepMemory, estimate_step_memory, with_slots
+from training.memory import Location, StepMemory, estimate_step_memory, with_slots
 from training.merging import merge
 from training.metrics import size
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
@@ -58,7 +58,7 @@ class Machine:
         return torch.device("cuda" if self.gpus else "cpu")
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def locations(self) -> tuple[Location, ...]:
         """What a process's own memory holds: without a GPU, what is offloaded to the host lies there too."""
         return ("device",) if self.gpus else ("device", "host")
 
@@ -140,13 +140,13 @@ class Outlook:
             return None
         actor, scorer = self.actor or self.scorer, self.scorer or self.actor  # what a step does not need is not read
         assert actor is not None and scorer is not None
-        of_run = self.dtype, self.ranks, self.machine.places, self.calls
+        of_run = self.dtype, self.ranks, self.machine.locations, self.calls
         return estimate_step_memory(step, self.config, actor, scorer, *of_run, self.reference)
 
     def largest(self) -> tuple[Step, int] | None:
         """The step whose processes need most, and their bytes."""
         estimates = [(step, memory) for step in self.steps if (memory := self.memory(step)) is not None]
-        peaks = [(step, memory.peak(*self.machine.places)) for step, memory in estimates]
+        peaks = [(step, memory.peak(*self.machine.locations)) for step, memory in estimates]
         return max(peaks, key=lambda peak: (peak[1], peak[0].number), default=None)
 
     def with_settings(self, values: dict[str, Any], ranks: int = 0) -> "Outlook":
@@ -164,7 +164,7 @@ def check_fits(config: RunConfig, steps: Sequence[Step]) -> None:
         memory = outlook.memory(step)
         if memory is None:
             continue
-        held, has = memory.held(*outlook.machine.places), outlook.machine.per_process(config.processes)
+        held, has = memory.held(*outlook.machine.locations), outlook.machine.per_process(config.processes)
         if held > has:
             raise UserError(
                 f"Step {step.label} cannot run here: weights, gradients and optimiser states take about "

@@ -11,7 +11,7 @@ from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from training.changes import differences
 from training.config import RunConfig
-from training.config_files import found_from_anywhere, load_config, read_yaml
+from training.config_files import load_config, read_yaml, with_absolute_paths
 from training.data.sources import parse_source
 from training.lineage import newest_reward_model
 from training.merging import merge
@@ -100,7 +100,7 @@ def from_run(
         stored = RunDirectory(path).read_config()
         require_kind(path, stored, parent, goes_on)
         kind = f"a fork of {parent}" if stored.fork_of else f"the next round after {parent}"
-        settings = found_from_anywhere(load_config(files, overrides, stored.model_dump(mode="json"), given))
+        settings = with_absolute_paths(load_config(files, overrides, stored.model_dump(mode="json"), given))
         return path, settings, f"{path} is {kind}."
     if fork is not None and not goes_on:
         return path, fork, f"{path} is a fork of {parent} ({why}; --go-on: the next round, from its newest models)."
@@ -140,7 +140,7 @@ def settings_of_fork(
     values["data"]["split_seed"] = before.split_seed
     if "seed" in {*given, *(override.partition("=")[0].strip() for override in overrides)}:  # all steps take it
         values = merge(values, {step.command: {"seed": -1} for step in STEPS})
-    settings = found_from_anywhere(load_config(files, overrides, values, given))
+    settings = with_absolute_paths(load_config(files, overrides, values, given))
     if settings.data.source != before.data.source:
         if all(map(are_preferences, settings.data.sources)):
             values["data"] |= {"parent": values["fork_of"], "limit": 0}

@@ -232,7 +232,8 @@ def plan_data(request: Request, outcome: PlanOutcome) -> dict[str, Any]:
         "host_peak_bytes": request.host_peak(estimate.plan),
         "peak_bytes": {str(rank): memory.peak("device") for rank, memory in estimate.memory.items()},
         "memory_of_the_fullest_rank": [
-            {"name": part.name, "bytes": part.bytes, "place": part.place, "phase": part.phase} for part in fullest.parts
+            {"name": part.name, "bytes": part.bytes, "place": part.location, "phase": part.phase}
+            for part in fullest.parts
         ],
         "schedule": [
             {"node": i.node.name, "iteration": i.iteration, "start": i.start, "end": i.end}

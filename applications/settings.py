@@ -13,7 +13,7 @@ from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.streams import redacted, show_json
 from training.config import RunConfig
-from training.config_files import found_from_anywhere, load_config, nested, setting_keys
+from training.config_files import load_config, nested, setting_keys, with_absolute_paths
 from training.config_reference import REQUIRED, defaults, description, fields, show, type_text, unit, values_of
 from training.merging import KeyTwice, did_you_mean, near_keys, what_is_wrong
 from training.opening import settings_of_new_run
@@ -43,7 +43,7 @@ def resolve_settings(
         new = f"{run.path} would be a new run, so " if run is not None else ""
         raise UserError(f"{new}{options} needs --model or --config as well: say which model the run is for.")
     stored = run.read_config().model_dump(mode="json")
-    return found_from_anywhere(load_config([], overrides or [], stored, as_settings(given)))
+    return with_absolute_paths(load_config([], overrides or [], stored, as_settings(given)))
 
 
 def settings_named(source: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -58,7 +58,7 @@ def settings_named(source: str, overrides: Mapping[str, Any] | None = None) -> R
     run = RunDirectory(path)
     if run.config_file.exists():
         values = run.read_config().model_dump(mode="json") | {"fork_of": ""}  # another run is no fork by that
-        return found_from_anywhere(load_config([], [], values, given))
+        return with_absolute_paths(load_config([], [], values, given))
     if "/" in source and path.parent.is_dir() and not path.exists():  # else it would be owner/name on the hub
         raise UserError(f"There is neither a run nor a file {source}.")
     is_file = path.suffix in (".yaml", ".yml")
