@@ -31,7 +31,7 @@ def next_name(parent: Path) -> str:
 
 
 def next_command(parent: Path, data: str = "") -> str:
-    """That makes a new run, whose name is given where one with the usual name is there; `data` are other options."""
+    """The command that makes a new run, with a name where the usual one is taken; `data` are other options."""
     name = usual = next_name(parent)
     while (Path("runs") / name).exists():
         name = next_name(Path(name))
@@ -82,7 +82,7 @@ def from_run(
     given: dict[str, Any],
     goes_on: bool | None,
 ) -> tuple[Path, RunConfig, str]:
-    """Place and settings of the run, and a sentence that says which of the two it is and why.
+    """Path and settings of the run, and a sentence that says which of the two it is and why.
 
     Where `goes_on` does not say it, it is the next round on preferences of people: those that `--data` names or, where
     nothing is typed that changes a setting, those collected for the parent. A run that is there stays what it is,
@@ -123,8 +123,8 @@ def follows(parent: Path, before: RunConfig, fork: RunConfig) -> tuple[bool, str
     """Whether a run from `parent`, which as a fork would have the settings `fork`, is its next round, and why."""
     if fork.data.source != before.data.source and any(map(are_preferences, fork.data.sources)):
         return True, "--data has preferences of people"
-    found = differences(before.model_dump(), fork.model_dump())
-    if others := [key for key in found if key not in ("fork_of", "data.split_seed", "announce")]:
+    differing = differences(before.model_dump(), fork.model_dump())
+    if others := [key for key in differing if key not in ("fork_of", "data.split_seed", "announce")]:
         return False, f"{others[0]} differs"
     if not (parent / "preferences.jsonl").exists():
         return False, "no preferences are collected for it"

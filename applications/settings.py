@@ -32,22 +32,23 @@ def resolve_settings(
     Without a model or a file, what is given is laid over the settings of `run`.
     """
     given = given_of(flags)
-    if model is None and not config and not overrides and not given:
+    is_new = model is not None or bool(config)
+    if not (is_new or overrides or given):
         return None
-    if model is None and not config and run is not None and run.config_file.exists():
-        stored = run.read_config().model_dump(mode="json")
-        return with_absolute_paths(load_config([], overrides or [], stored, as_settings(given)))
-    if model is None and not config:
+    if is_new:
+        base = settings_for_model(model) if model is not None else {}
+        return settings_of_new_run(base, config or [], overrides or [], as_settings(given), run)
+    if run is None or not run.config_file.exists():
         options = ", ".join(["--set"] * bool(overrides) + [option_of(key) for key in given])
         new = f"{run.path} would be a new run, so " if run is not None else ""
         raise UserError(f"{new}{options} needs --model or --config as well: say which model the run is for.")
-    base = settings_for_model(model) if model is not None else {}
-    return settings_of_new_run(base, config or [], overrides or [], as_settings(given), run)
+    stored = run.read_config().model_dump(mode="json")
+    return with_absolute_paths(load_config([], overrides or [], stored, as_settings(given)))
 
 
 def settings_named(source: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Those of a run directory, a YAML file, or a model as --model names it, with `overrides` (keys may be dotted) over
-    them. Raises UserError.
+    """The settings of a run directory, a YAML file, or a model as --model names it, with `overrides` (keys may be
+    dotted) over them. Raises UserError.
     """
     try:
         given = nested(json.loads(json.dumps(overrides or {}, default=str)))  # paths as text, tuples as lists
@@ -80,7 +81,7 @@ AUTO = "auto"
 
 
 def given_of(flags: Mapping[str, object]) -> dict[str, object]:
-    """Those that somebody has typed and that are settings: typer has None or [] for others."""
+    """The flags that somebody has typed and that are settings: typer has None or [] for others."""
     return {key: value for key, value in flags.items() if value not in (None, []) and (key, value) != ("plan", AUTO)}
 
 
@@ -90,21 +91,16 @@ def option_of(key: str) -> str:
 
 
 def as_settings(given: Mapping[str, object]) -> dict[str, object]:
-    """The flags where the settings are. Raises UserError for a fusion that there is not."""
+    """The flags under the keys of their settings. Raises UserError for a fusion that does not exist."""
     fusion = given.get("fusion")
     if fusion is not None and fusion not in FUSIONS:
         raise UserError(f"--fusion {fusion}: choose one of {', '.join(FUSIONS)}.")
     sources = {"source": given.get("data"), "eval_source": given.get("eval_data")}
-    data = {key: data_sources(value) for key, value in sources.items() if value is not None}
+    data = {key: value for key, value in sources.items() if value is not None}
     of_step_3 = {"plan": given.get("plan"), "fusion": FUSIONS.get(str(fusion))}
     rlhf = {key: value for key, value in of_step_3.items() if value is not None}
     settings = {key: value for key, value in given.items() if key not in {*of_step_3, "data", "eval_data"}}
     return settings | ({"rlhf": rlhf} if rlhf else {}) | ({"data": data} if data else {})
-
-
-def data_sources(given: object) -> list[str]:
-    """The values of --data, which may be given several times."""
-    return [str(text) for text in given] if isinstance(given, list) else [str(given)]
 
 
 def settings_command(keys: list[str], source: str | None, as_json: bool) -> None:
@@ -147,5 +143,5 @@ def line_of(setting: dict[str, Any], source: str | None) -> Text:
 
 
 def plain(value: Any) -> str:
-    """As YAML takes it."""
+    """The value as YAML takes it."""
     return redacted(show(value).replace("`", ""))
