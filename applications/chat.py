@@ -9,7 +9,7 @@ from inference.chat_target import find_chat_models
 from inference.collecting import without_collecting
 from inference.console import PrintableConsole
 from inference.errors import UserError, typed
-from inference.streams import show_json
+from inference.streams import show_json, to_stderr
 from training.metrics import Journal
 from training.run_directory import RunDirectory
 from training.steps import PPO
@@ -35,7 +35,7 @@ def chat_command(
 
         if at := checkpoint_of(target):
             name, target = at.name, at.model(trusts)
-    found = find_chat_models(target, compare, model_before(target, trusts) if compare else None)
+    directories = find_chat_models(target, compare, model_before(target, trusts) if compare else None)
     with without_collecting():
         from inference.private_surfaces import import_transformers_lightly
 
@@ -44,14 +44,13 @@ def chat_command(
         from inference.chat_model import ChatModel
         from inference.generation.sampler import SamplingSettings
 
-        models = [(name or label, ChatModel.load(path)) for label, path in found]
+        models = [(name or label, ChatModel.load(path)) for label, path in directories]
         gc.freeze()  # looking through all that is loaded takes longer than the first word
     chat(models, SamplingSettings(max_tokens, temperature, top_p, top_k), seed, system)
 
 
 def model_before(run: Path, trusts: bool) -> tuple[str, Path] | None:
     """What a run was given for SFT, such as the model of the round before; None where it trains its own."""
-    from applications.prefer import to_stderr
     from training.inputs import local_model
     from training.lineage import label_of
     from training.run_directory import RunDirectory
@@ -99,7 +98,7 @@ def samples_command(path: Path, iteration: int | None, worst: int, best: int, lo
 
 
 def chosen_of(rows: list[dict[str, Any]], worst: int, best: int, longest: int) -> list[dict[str, Any]]:
-    """By `reward/total`, and by the tokens of the response."""
+    """The worst and best by `reward/total`, then the longest by tokens of the response; each sample comes once."""
     by_reward = sorted(rows, key=lambda row: row["reward/total"])
     by_length = sorted(rows, key=lambda row: -len(row["response_ids"]))
     picked = [*by_reward[:worst], *by_reward[::-1][:best], *by_length[:longest]]

@@ -1,4 +1,4 @@
-"""`rlhf-chat clean`: what runs keep that they can do without: how much it is, what is impossible then, and its end."""
+"""`rlhf-chat clean` deletes what runs can do without, and says how much it is and what is impossible then."""
 
 import os
 import shutil
@@ -60,7 +60,7 @@ def clean_command(runs: Sequence[Path], everything: bool, yes: bool, trusts: boo
             raise UserError(" ".join(refused))
         parts = {run: list(parts_of(run, everything)) for run in free}
         for run in free:
-            for line in (f"{run.path}: {what_is(parts[run])}", *(f"  then {each}" for each in lost(run, parts[run]))):
+            for line in (f"{run.path}: {what_is(parts[run])}", *(f"  then {loss}" for loss in lost(run, parts[run]))):
                 print(line)
         for sentence in refused:
             print(sentence, file=sys.stderr)
@@ -94,21 +94,21 @@ def parts_of(run: RunDirectory, everything: bool) -> Iterator[Part]:
 
 
 def candidates(run: RunDirectory, everything: bool) -> Iterator[Part]:
-    places = [run.path]
+    folders = [run.path]
     for step in map(run.step, STEPS):
         numbers, best = numbered(step.checkpoints), numbered(step.best)
-        kept = [] if everything else numbers[-1:]
-        needed = {max((n for n in best if n <= at), default=-1) for at in kept}
+        newest = [] if everything else numbers[-1:]
+        needed = {max((n for n in best if n <= at), default=-1) for at in newest}
         if not everything and not step.is_finished:
             needed |= set(best[-1:])
-        yield from (Part("checkpoints", step.checkpoints / str(n)) for n in numbers if n not in kept)
+        yield from (Part("checkpoints", step.checkpoints / str(n)) for n in numbers if n not in newest)
         yield from (Part("best models so far", step.best / str(n)) for n in best if n not in needed)
-        places += [step.path, step.checkpoints, step.best]
-    yield Part("tokens of the rows, which are made anew", run.tokens)
-    for place in places:
+        folders += [step.path, step.checkpoints, step.best]
+    yield Part("tokens of the rows, which are made again", run.tokens)
+    for folder in folders:
         for pattern in LEFT_OVER:
-            for path in sorted(place.glob(pattern)):
-                is_whole = pattern == ".*.old" and place.name not in OF_NUMBERS  # what is being replaced
+            for path in sorted(folder.glob(pattern)):
+                is_whole = pattern == ".*.old" and folder.name not in OF_NUMBERS  # what is being replaced
                 if not is_whole or path.with_name(path.name[1:-4]).exists():  # else it may be all there is
                     yield Part("left by processes that were killed", path)
 
@@ -153,11 +153,11 @@ def impossible(step: StepDirectory, numbers: Sequence[int], are_all: bool) -> It
     if are_all and step.is_finished:
         yield f"step {step.step.label} cannot be made longer"
     elif are_all:
-        yield f"step {step.step.label} begins anew: {numbers[-1]} {step.step.unit}s of it are lost"
+        yield f"step {step.step.label} begins again: {numbers[-1]} {step.step.unit}s of it are lost"
 
 
 def delete(part: Part) -> None:
-    """So that a crash halfway leaves nothing that looks whole."""
+    """Delete a part so that a crash halfway leaves nothing that looks whole."""
     if not part.path.is_dir():
         part.path.unlink(missing_ok=True)
     elif part.path.name.startswith("."):

@@ -201,7 +201,7 @@ def reward(
 
 
 def add_other_method(step: Step) -> None:
-    """The command of a step that takes the place of the reward model and PPO."""
+    """Add the command of a step that replaces the reward model and PPO."""
 
     def function(
         run_directory: RunPath,
@@ -328,7 +328,7 @@ def main() -> None:
 
 
 def raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """Once: what has begun to end is not told again."""
+    """End once: later signals are ignored."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated("Ended by SIGTERM.")
 

@@ -162,9 +162,9 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = [self.present_name(argument) for argument in args]
         counts = COUNTS.get(self.name or "", set())
-        for place in reversed([place for place, argument in enumerate(given) if argument in counts]):
-            if not "".join(given[place + 1 : place + 2]).isdigit():
-                given.insert(place + 1, USUAL_COUNT)
+        for index in reversed([index for index, argument in enumerate(given) if argument in counts]):
+            if not "".join(given[index + 1 : index + 2]).isdigit():
+                given.insert(index + 1, USUAL_COUNT)
         return super().parse_args(ctx, given)
 
     def present_name(self, argument: str) -> str:
@@ -187,4 +187,5 @@ class Group(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Each with the first paragraph of its own page."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, (each.help or "").split("\n\n")[0]) for name, each in self.commands.items()])
+            rows = [(name, (command.help or "").split("\n\n")[0]) for name, command in self.commands.items()]
+            formatter.write_dl(rows)

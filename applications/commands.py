@@ -12,7 +12,7 @@ from training.config import RunConfig
 from training.launchers import SLURM, started_by
 from training.merging import merge
 from training.run_directory import RunDirectory
-from training.steps import STEPS, Step
+from training.steps import REWARD, STEPS, Step
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ def pipeline_command(options: TrainingOptions, dry_run: bool) -> None:
     if plan and not any(step.draws_samples for step in asked.steps):
         raise UserError(f"--plan places the calls of step 3, which method {asked.method} does not have: leave it out.")
     if plan == AUTO:
-        asked = settings = planned(asked, path, measures=not dry_run)
-    steps = parse_steps(options.steps, asked)
+        from applications.plan import with_auto_plan
+
+        asked = settings = with_auto_plan(asked, RunDirectory(path), measures=not dry_run)
+    steps = needed_steps(asked, parse_steps(options.steps, asked))
     if dry_run:
         print_dry_run(asked, steps, path, options.trusts)
     else:
@@ -82,7 +84,7 @@ def from_parent(options: TrainingOptions, path: Path | None) -> tuple[Path, RunC
 
 
 def run_path(name: str | None, model: str | None) -> Path:
-    """runs/NAME, or the path that `name` is. Raises UserError where neither is a place for a run."""
+    """runs/NAME, or the path that `name` is. Raises UserError where neither can be a run."""
     if name in (".", "..") or (name and not name.isprintable()):
         raise UserError(f"{name!a} is no name for a run: give one such as --name demo, or a path.")
     if name and len(Path(name).parts) > 1:
@@ -97,32 +99,28 @@ def step_command(step: Step, path: Path, options: TrainingOptions) -> None:
     if step.method and (options.parent or model or options.config):
         flags["method"] = step.method  # a run that begins so goes on so
     settings: RunConfig | None
+    run = RunDirectory(path)
     if options.parent is not None:
         _, settings = from_parent(replace(options, flags=flags, goes_on=False, steps=step.command), path)
     else:
         named = str(model) if model else None
-        settings = resolve_settings(named, options.config, options.overrides, flags, RunDirectory(path))
+        settings = resolve_settings(named, options.config, options.overrides, flags, run)
+    asked = settings or run.read_config()
     if flags.get("plan") == AUTO:
-        settings = planned(settings or RunDirectory(path).read_config(), path, measures=True)
+        from applications.plan import with_auto_plan
+
+        settings = with_auto_plan(asked, run, measures=True)
     execute(path, settings, [step], options.trusts)
 
 
-def planned(settings: RunConfig, path: Path, measures: bool) -> RunConfig:
-    """With the best plan for this machine (`--plan auto`)."""
-    from applications.plan import with_auto_plan
-
-    return with_auto_plan(settings, RunDirectory(path), measures)
-
-
 def execute(path: Path, settings: RunConfig | None, steps: list[Step], trusts: bool) -> None:
-    from applications.dry_run import check_fits
-    from applications.pipeline import needed_steps, run_pipeline
+    from applications.fit import check_fits
+    from applications.pipeline import run_pipeline
     from training.distributed import require_loopback
     from training.fork import Fork
     from training.opening import open_run
 
     run = RunDirectory(path)
-    steps = needed_steps(settings or run.read_config(), steps)
     if settings is not None and not run.config_file.exists():
         fork = Fork.of(run, settings)
         if trained := fork.trained(steps) if fork else steps:
@@ -163,12 +161,9 @@ def require_earlier_steps(run: RunDirectory, config: RunConfig, steps: list[Step
 
 def print_dry_run(settings: RunConfig, steps: list[Step], path: Path, trusts: bool) -> None:
     from applications.dry_run import dry_run
-    from applications.launch import stage_command
-    from applications.pipeline import needed_steps
     from training.fork import Fork
     from training.trust import of_parents, require_reading, require_yes
 
-    steps = needed_steps(settings, steps)
     run = RunDirectory(path)
     if settings.fork_of:  # what is in the parent is compared
         if run.config_file.exists():
@@ -176,25 +171,9 @@ def print_dry_run(settings: RunConfig, steps: list[Step], path: Path, trusts: bo
         require_reading(Path(settings.fork_of), trusts)
     if fork := Fork.of(run, settings):
         print("\n".join(fork.lines(steps)))
-        if not (steps := fork.trained(steps)):
-            return
-    commands = {step: stage_command(step.folder, path, settings.processes) for step in steps}
-    print(dry_run(settings, steps, path, commands))
-
-
-def doctor_command(model: str | None, tp: int, dtype: str, hub: bool) -> int:
-    """`rlhf-chat doctor`; returns the exit code: 0, or 1 where the model or the machine is not fit."""
-    if model is None:
-        if tp != 1 or dtype != "auto":
-            raise UserError("--tp and --dtype say how to check a model: give it with --model.")
-        from applications.machine_report import report_on_machine
-
-        return 0 if report_on_machine(hub) else 1
-    if hub:
-        raise UserError("--hub belongs to the report on the machine: leave --model out.")
-    from applications.doctor import check_model
-
-    return 0 if check_model(model, tp, dtype) else 1
+        steps = fork.trained(steps)
+    if steps or fork is None:
+        print(dry_run(settings, steps, path))
 
 
 def parse_steps(text: str | None, config: RunConfig) -> list[Step]:
@@ -211,3 +190,16 @@ def parse_steps(text: str | None, config: RunConfig) -> list[Step]:
         several = ",".join(map(str, numbers))
         raise UserError(f"--steps takes some of {several} separated by commas, not '{text}' (method {config.method}).")
     return [config.steps[number - 1] for number in chosen]
+
+
+def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
+    """`steps` without those whose model is given or, of the reward model, not used; what was asked for alone stays."""
+    return [step for step in steps if not left_out(config, step)] or steps
+
+
+def left_out(config: RunConfig, step: Step) -> str:
+    """Why a step is not needed; empty where it is."""
+    if given := config.given_model(step):
+        return f"{given} is used instead"
+    is_unused = step is REWARD and not config.rlhf.has_reward_model
+    return "no reward model is used (rlhf.reward_weights.model=0)" if is_unused else ""

@@ -82,7 +82,7 @@ class Comparison:
         values = {key: [result.settings.get(key) for result in results] for key in every}
         differ = {key: texts for key in every if len(set(texts := [text_of(value) for value in values[key]])) > 1}
         self.settings = [key for key in differ if not (is_seed(key) and copies(key, differ))]
-        """Those that differ; a seed that is everywhere the same as another one is left out."""
+        """Keys of settings that differ; a seed that always equals another one is left out."""
         taught = [key for key in differ if not is_seed(key) and any(teaches(key, result.config) for result in results)]
         groups: dict[str, list[Result]] = {}
         for result in results:
@@ -253,7 +253,7 @@ def result_of(run: RunDirectory) -> Result:
     at = next((step for step in steps if not run.step(step).is_finished), steps[-1])
     evaluation = run.read_comparison(run.last_step) or {}
     signs = training_signs(run, run.last_step) + (guard_signs(evaluation, *pair_of(evaluation)) if evaluation else [])
-    measures = {key: each for key, each in measures_of(run, config, evaluation) if math.isfinite(each.value)}
+    measures = {key: measure for key, measure in measures_of(run, config, evaluation) if math.isfinite(measure.value)}
     bad = [sign.text for sign in signs if not sign.is_good]
     judge, state = evaluation.get("win_rate", {}).get("judge", ""), state_of(run, at)[0]
     drawn = ""
@@ -274,7 +274,7 @@ def code_of(run: RunDirectory, step: Step) -> list[dict[str, str]]:
 
 
 def print_table(comparison: Comparison) -> None:
-    """As many columns as the terminal has room for; settings, win rate and what is out of bounds in any case."""
+    """Print the columns that the terminal has room for; settings, win rate and what is out of bounds in any case."""
     headings, rows = comparison.table()
     first = 1 + len(comparison.settings)
     console = PrintableConsole(width=columns(), highlight=False)
@@ -317,7 +317,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Of directories; where two have one name, from where their ways part."""
+    """Names of directories; where two are equal, all are paths below what they have in common."""
     names = {path: path.name for path in paths}
     if len(set(names.values())) == len(paths):
         return names
@@ -331,8 +331,8 @@ def is_seed(key: str) -> bool:
 
 def copies(key: str, differ: Mapping[str, Sequence[str]]) -> bool:
     """Whether an earlier one of the settings that differ has the same values."""
-    before = [each for each in differ if is_seed(each)]
-    return any(differ[each] == differ[key] for each in before[: before.index(key)])
+    seeds = [other for other in differ if is_seed(other)]
+    return any(differ[other] == differ[key] for other in seeds[: seeds.index(key)])
 
 
 def text_of(value: Any) -> str:
@@ -343,7 +343,7 @@ def text_of(value: Any) -> str:
 
 
 def identity(result: Result) -> object:
-    """Of the run's reward model: equal where it is the same, also in a copy of the run that made it."""
+    """What identifies the run's reward model, also in a copy of the run that made it."""
     model = Path(result.config.trained_reward_model or result.run.step(REWARD).model)
     return digest(model.parent / "result.json") or str(model.resolve())
 

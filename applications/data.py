@@ -1,22 +1,20 @@
 """`rlhf-chat data show | lint`: what is in a data source or in a run's data, as the model sees it. Trains nothing."""
 
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from rich.text import Text
 from transformers import AutoTokenizer
 
 from applications.preset_store import settings_for_model
 from applications.report_table import overview_lines
-from applications.settings import resolve_settings
 from inference.chat_format import ChatFormat
 from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.model_store import resolve_model
 from inference.preferences import Preference
-from inference.streams import show_json
+from inference.streams import show_json, to_stderr
 from inference.weights import quiet_transformers
 from training.config import RunConfig
 from training.config_files import load_config
@@ -32,6 +30,7 @@ from training.data.sources import parse_source
 from training.data.split import kind_of
 from training.data_settings import EMBEDDED_DATA, DataSettings
 from training.evaluation.preferences import overview
+from training.opening import settings_of_new_run
 from training.run_directory import RunDirectory
 from training.trust import of_looking, require_yes
 
@@ -48,18 +47,18 @@ class Target:
     model: Path | None = None
     split_seed: int = 1
     train: dict[str, Lines] = field(default_factory=dict)
-    """By name: `sft`, `pairs`, `prompts`."""
+    """`sft`, `pairs`, `prompts` -> rows."""
     evaluation: dict[str, Lines] = field(default_factory=dict)
-    """Of a run only: what it holds out."""
+    """What a run holds out; empty for a source."""
     described: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
     preferences: list[Preference] = field(default_factory=list)
-    """Of people, as a source has them."""
 
 
 def open_target(target: str, model: str | None, overrides: list[str] | None, trusts: bool = False) -> Target:
     """The rows of a run or of a source, with the tokenizer of its model. Raises UserError with the way out."""
     run = RunDirectory(Path(target).expanduser())
+    data: dict[str, Any] = {"data": {"source": [target]}}
     if run.config_file.exists():
         if overrides:
             raise UserError(
@@ -71,23 +70,17 @@ def open_target(target: str, model: str | None, overrides: list[str] | None, tru
         if (run.data / COUNTS_FILE).exists():
             return read_prepared(opened, run.data)
     elif model is not None:
-        config = given_settings(resolve_settings(model, None, overrides, {"data": [target]}))
+        config = settings_of_new_run(settings_for_model(model), [], overrides or [], data, None)
         opened = with_model(config, config.model)
     else:
-        data = {"data": {"source": [target]}}
         opened = Target(load_config([], overrides or [], {"model": "none"}, data).data)
     if opened.settings.source == EMBEDDED_DATA:
         return read_embedded(opened)
     return read_user_data(opened)
 
 
-def given_settings(config: RunConfig | None) -> RunConfig:
-    assert config is not None  # a model was given
-    return config
-
-
 def with_model(config: RunConfig, source: str) -> Target:
-    path = resolve_model(settings_for_model(source)["model"], lambda line: print(line, file=sys.stderr))
+    path = resolve_model(settings_for_model(source)["model"], to_stderr)
     with quiet_transformers():
         return Target(config.data, ChatFormat.load(path), path, config.split_seed)
 
@@ -108,27 +101,27 @@ def read_prepared(opened: Target, directory: Path) -> Target:
 
 
 def accepted(opened: Target, file: Path) -> Lines:
-    """The rows of a file that the model's template takes; others, of runs that began before it was asked, are kept
+    """The rows of a file that the model's template takes; others, of runs that began before it was asked, are set
     apart."""
     rows: list[Row] = []
-    places: list[str] = []
+    locations: list[str] = []
     for number, row in enumerate(cast(list[Row], read_rows(file)), 1):
-        place = f"{file}, line {number}"
+        location = f"{file}, line {number}"
         try:
             if opened.chat_format is not None:
                 require_accepted([row], opened.chat_format)
         except BadRow as error:
-            opened.left_out.append((place, str(error), True))
+            opened.left_out.append((location, str(error), True))
         else:
             rows.append(row)
-            places.append(place)
-    return Lines(rows, places)
+            locations.append(location)
+    return Lines(rows, locations)
 
 
 def read_embedded(opened: Target) -> Target:
     if opened.chat_format is None:
         raise UserError(f"'{EMBEDDED_DATA}' is cut to a model's tokens: say for which, with --model smollm2-135m.")
-    texts = load_texts(lambda line: print(line, file=sys.stderr))
+    texts = load_texts(to_stderr)
     sets: RowSets = build_chitchat(load_dialogues(), texts, opened.settings, opened.split_seed, opened.chat_format)[0]
     for name, rows in sets.items():
         kind, _, part = name.partition("_")
@@ -138,21 +131,21 @@ def read_embedded(opened: Target) -> Target:
 
 
 def read_user_data(opened: Target) -> Target:
-    """All sources, unsplit; bad rows are kept apart."""
+    """All sources, unsplit; bad rows are set apart."""
     settings = opened.settings.model_copy(update={"bad_rows": "skip"})
     rows: list[Row] = []
-    places: list[str] = []
+    locations: list[str] = []
     for text in settings.sources:
-        found = read_source(parse_source(text), settings, lambda line: print(line, file=sys.stderr), opened.chat_format)
-        rows += found.rows
-        places += found.places
-        opened.described.append(found.describe())
-        opened.left_out += [each for each in found.left_out if each[1] not in (*UNDECIDED.values(), JUDGED_AGAIN)]
-        opened.preferences += found.preferences
+        source = read_source(parse_source(text), settings, to_stderr, opened.chat_format)
+        rows += source.rows
+        locations += source.locations
+        opened.described.append(source.describe())
+        opened.left_out += [left for left in source.left_out if left[1] not in (*UNDECIDED.values(), JUDGED_AGAIN)]
+        opened.preferences += source.preferences
     for name, kinds in KINDS.items():
         chosen = [i for i, row in enumerate(rows) if kind_of(row) in kinds]
         if chosen:
-            opened.train[name] = Lines([rows[i] for i in chosen], [places[i] for i in chosen])
+            opened.train[name] = Lines([rows[i] for i in chosen], [locations[i] for i in chosen])
     return opened
 
 
@@ -178,9 +171,9 @@ def show_command(
         )
     console.print(legend(opened.chat_format is not None, console.is_terminal))
     for lines in shown.values():
-        for row, place in zip(lines.rows[:rows], lines.places, strict=False):
+        for row, location in zip(lines.rows[:rows], lines.locations, strict=False):
             console.print()
-            for text in show_row(row, place, opened, console.is_terminal):
+            for text in show_row(row, location, opened, console.is_terminal):
                 console.print(text)
 
 
@@ -190,10 +183,10 @@ def legend(has_tokens: bool, colours: bool) -> Text:
     return Text(what if has_tokens else f"{what} Give --model to see its template, tokens and cuts.", "italic")
 
 
-def show_row(row: Row, place: str, opened: Target, colours: bool) -> list[Text]:
+def show_row(row: Row, location: str, opened: Target, colours: bool) -> list[Text]:
     """Title, and prompt with answer for each answer of a row."""
     kind = kind_of(row)
-    title = [NAMES_OF_KINDS[kind].removesuffix("s"), place, *([row["source"]] if "source" in row else [])]
+    title = [NAMES_OF_KINDS[kind].removesuffix("s"), location, *([row["source"]] if "source" in row else [])]
     texts: list[Text] = []
     prompt, cut = prompt_text(row, opened)
     title += cut
@@ -229,7 +222,6 @@ def length(shown: int, whole: int) -> str:
 
 
 def as_text(chat_format: ChatFormat, ids: list[int]) -> str:
-    """With special tokens."""
     return str(chat_format.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
@@ -245,7 +237,8 @@ def lint_command(
     errors = sum(finding.level == "error" for finding in findings)
     counts = {name: len(lines.rows) for name, lines in opened.train.items()}
     if as_json:
-        values = {"data": target, "rows": counts, "errors": errors, "findings": [asdict(each) for each in findings]}
+        told = [asdict(finding) for finding in findings]
+        values = {"data": target, "rows": counts, "errors": errors, "findings": told}
         values |= {"preferences": overview(opened.preferences)} if opened.preferences else {}
         show_json(values)
         return 1 if errors else 0
@@ -272,9 +265,9 @@ def all_findings(opened: Target) -> list[Finding]:
         findings += lint(lines, opened.chat_format, opened.settings)
     findings += lint_preferences(opened.preferences)
     rows = [row for lines in opened.train.values() for row in lines.rows]
-    places = [place for lines in opened.train.values() for place in lines.places]
+    locations = [location for lines in opened.train.values() for location in lines.locations]
     for lines in opened.evaluation.values():
-        findings += shared_prompts(Lines(rows, places), lines)
+        findings += shared_prompts(Lines(rows, locations), lines)
     if opened.model is not None and opened.chat_format is not None:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(opened.model))

@@ -33,6 +33,7 @@ from inference.generation.equality import (
 )
 from inference.model_store import check_model_directory, resolve_model
 from inference.private_surfaces import attention_of, set_attention
+from inference.streams import to_stderr
 from inference.tensor_parallel.shard import TensorParallel, empty_shard, join_groups
 from inference.weights import quiet_transformers
 from training.config import Dtype
@@ -65,7 +66,8 @@ def check_model(source: str, degree: int = 1, dtype: str = "auto") -> bool:
     check_cut(directory, degree)
     if degree == 1:
         return check_on(Ranks(0, 1, device), directory, number_format, source)
-    return start_checking_ranks(directory, degree, number_format, source)
+    arguments = [str(directory.resolve()), str(number_format).removeprefix("torch."), source]
+    return run_on_ranks(__file__, arguments, degree, "check")["is_equal"]
 
 
 def find_model(source: str) -> Path:
@@ -73,7 +75,7 @@ def find_model(source: str) -> Path:
     values = settings_for_model(source)
     path = Path(values["model"]).expanduser()
     if len(values) > 1 or not path.is_dir():  # a preset, a hub id or a package
-        path = resolve_model(values["model"], lambda line: print(line, file=sys.stderr))
+        path = resolve_model(values["model"], to_stderr)
         refuse_reward_model(path)
         return path
     ((_, directory),) = find_chat_models(path, compare=False)
@@ -199,17 +201,8 @@ def report(findings: Findings, generated: Generated, work: Work, head: list[str]
     return "\n".join(lines)
 
 
-# Several ranks
-
-
-def start_checking_ranks(directory: Path, degree: int, dtype: torch.dtype, name: str) -> bool:
-    """Check in `degree` processes on this machine. Raises UserError with a rank's sentence, or StageFailed."""
-    rank = [str(directory.resolve()), str(dtype).removeprefix("torch."), name]
-    return run_on_ranks(__file__, rank, degree, "check")["is_equal"]
-
-
 def main() -> int:
-    """One rank."""
+    """Run one rank of several."""
     begin_script()
     directory, dtype, name, result = sys.argv[1:]
     ranks = start_ranks()

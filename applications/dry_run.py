@@ -10,7 +10,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from applications.fit import Outlook, check_fits, disk_needed, verdict
+from applications.fit import Outlook, disk_needed, verdict
+from applications.launch import stage_command
 from applications.machine_report import nearest_existing
 from applications.profile import expected_time
 from inference.streams import USUAL_COLUMNS, columns, redacted
@@ -23,23 +24,12 @@ from training.role_settings import FrozenSettings, OptimizerSettings
 from training.shape import Shape
 from training.steps import ANSWERS, Step
 
-__all__ = ["check_fits", "dry_run"]
-
 _PHASE_ORDER = {"": 0, LOADING: 1, "generation": 2, "scoring": 3, "training": 4, "saving": 5}
 
 
-def dry_run(
-    config: RunConfig,
-    steps: Sequence[Step],
-    run_directory: Path,
-    launch_commands: dict[Step, list[str]] | list[str],
-    nodes: int = 1,
-) -> str:
-    """The text that `--dry-run` prints: models, batches, optimiser steps, memory, disk, commands and a verdict.
-
-    `launch_commands` is one command, or one for each step. With `nodes` > 1 each of them runs `config.processes`.
-    """
-    outlook = Outlook.of(config, steps, nodes)
+def dry_run(config: RunConfig, steps: Sequence[Step], run_directory: Path) -> str:
+    """The text that `--dry-run` prints: models, batches, optimiser steps, memory, disk, commands and a verdict."""
+    outlook = Outlook.of(config, steps)
     lines = ["Dry run: nothing is written, nothing is fetched, nothing is started.", ""]
     lines += _machine_and_models(outlook)
     for step in steps:
@@ -47,10 +37,8 @@ def dry_run(
         title = f"Step {step.label}: {step.title}"
         lines += ["", title, *settings, *_evaluations(outlook, step), *_time(outlook, step), *_memory(outlook, step)]
     lines += ["", *_where(outlook, run_directory), "", "Commands"]
-    if isinstance(launch_commands, dict):
-        lines += [line for step in steps if step in launch_commands for line in shell_lines(launch_commands[step])]
-    else:
-        lines += shell_lines(launch_commands)
+    for step in steps:
+        lines += shell_lines(stage_command(step.folder, run_directory, config.processes))
     lines += ["", *wrap(f"Memory does not count {NOT_COUNTED}.")]
     if any(step.draws_samples for step in steps) and (warning := config.idle_warning(outlook.ranks)):
         lines += ["", *wrap(warning)]
@@ -59,13 +47,10 @@ def dry_run(
 
 
 def _machine_and_models(outlook: Outlook) -> list[str]:
-    config = outlook.config
-    where = (
-        f"{config.processes} on this machine" if outlook.nodes == 1 else f"{config.processes} on {outlook.nodes} nodes"
-    )
+    config, dtype = outlook.config, str(outlook.dtype).removeprefix("torch.")
     return [
         _line("this machine", str(outlook.machine)),
-        _line("processes", f"{where}, computing in {_dtype_name(outlook)}"),
+        _line("processes", f"{config.processes} on this machine, computing in {dtype}"),
         _line("actor", f"{config.sft_model or config.model}, {_parameters(outlook.actor)}"),
         *_scorers(outlook),
         _line(
@@ -92,12 +77,12 @@ def _supervised_step(outlook: Outlook, step: Step) -> list[str]:
     learned = outlook.config.rows_of(step)
     unit, together = outlook.config.unit_of(step), learned.answers
     reference = outlook.config.reference_model or "the model before its first update"
-    rows = rows_per_micro_batch(settings.micro_batch_tokens, outlook.length, together) // together
+    rows = rows_per_micro_batch(settings.micro_batch_tokens, outlook.config.data.longest, together) // together
     if settings.max_steps:
         updates = f"{settings.max_steps:,}, or {settings.epochs} x {unit} / {settings.batch_size} if that is less"
     else:
         updates = f"{settings.epochs} x {unit} / {settings.batch_size} ({unit} are known once the data is prepared)"
-    tokens = settings.batch_size * together * outlook.length
+    tokens = settings.batch_size * together * outlook.config.data.longest
     return [
         _line("trains", _training(settings.optimizer)),
         *([_line("reference", f"{reference}, asked once")] if step.has_reference else []),
@@ -114,7 +99,7 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
     mini_batch = math.ceil(samples / rlhf.mini_batches)
     updates = rlhf.iterations * rlhf.ppo_epochs * rlhf.mini_batches
     actor_updates = max(rlhf.iterations - rlhf.critic_warmup, 0) * rlhf.ppo_epochs * rlhf.mini_batches
-    rows = rows_per_micro_batch(rlhf.micro_batch_tokens, outlook.length)
+    rows = rows_per_micro_batch(rlhf.micro_batch_tokens, outlook.config.data.longest)
     steps = f"critic {updates:,}, actor {actor_updates:,}" if actor_updates != updates else f"{updates:,} of each"
     if not rlhf.has_critic:
         steps = f"{updates:,}"
@@ -145,20 +130,19 @@ def _rlhf_step(outlook: Outlook) -> list[str]:
             "optimiser steps",
             f"{steps}: {rlhf.iterations} iterations x {rlhf.ppo_epochs} PPO epochs x {rlhf.mini_batches} mini-batches",
         ),
-        *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.length),
+        *_compute(outlook.actor, rlhf.actor, mini_batch * outlook.config.data.longest),
         *(_line(name, described(assignment)) for name, assignment in plan.assignments.items() if rlhf.plan),
     ]
 
 
 def _evaluations(outlook: Outlook, step: Step) -> list[str]:
-    """On the way, and of the model that is left."""
     config = outlook.config
     if step.draws_samples:
         count, prompts = config.rlhf.evaluations, config.rlhf.eval_prompts
-        found = [
+        text = (
             f"{count} x {prompts} held-out prompts: at the start, every {config.rlhf.eval_every} iterations, at the end"
-        ]
-        lines = found * bool(count)
+        )
+        lines = [text] * bool(count)
     else:
         settings = config.supervised(step)
         every = f", every {settings.eval_every} optimiser steps" if settings.eval_every else ""
@@ -182,10 +166,10 @@ def described(assignment: Assignment) -> str:
 
 def _rewards(rlhf: RLHFSettings) -> list[str]:
     weights = rlhf.reward_weights
-    found = [_frozen(rlhf.reward, rlhf.scoring_tensor_parallel.reward)] if rlhf.has_reward_model else []
-    found += [f"{each.weight:g} x {each.text}" for each in rlhf.asked_functions]
-    found += [f"{weights.url:g} x {redacted(rlhf.reward_url)}"] if rlhf.reward_url and weights.url else []
-    return found
+    sources = [_frozen(rlhf.reward, rlhf.scoring_tensor_parallel.reward)] if rlhf.has_reward_model else []
+    sources += [f"{function.weight:g} x {function.text}" for function in rlhf.asked_functions]
+    sources += [f"{weights.url:g} x {redacted(rlhf.reward_url)}"] if rlhf.reward_url and weights.url else []
+    return sources
 
 
 def _training(settings: OptimizerSettings) -> str:
@@ -214,7 +198,7 @@ def _batch(batch: int, rows: int, outlook: Outlook, unit: str) -> str:
     equal = "=" if rows * accumulation * outlook.ranks == batch else "<="
     return (
         f"{batch} {unit} {equal} {rows} in a micro-batch x {accumulation} accumulated x {outlook.ranks} ranks "
-        f"({unit} of {outlook.length} tokens)"
+        f"({unit} of {outlook.config.data.longest} tokens)"
     )
 
 
@@ -229,23 +213,22 @@ def _compute(shape: Shape | None, settings: OptimizerSettings, tokens: int) -> l
 
 
 def _time(outlook: Outlook, step: Step) -> list[str]:
-    """By the planner's cost model, where the rates of this machine are known."""
     expected = expected_time(outlook, step)
     if expected is None:
         return [_line("time", "unknown; `rlhf-chat profile` measures this machine, `rlhf-chat plan` costs others")]
-    each = "an iteration" if step.draws_samples else "an optimiser step"
-    text = f"about {duration(expected.seconds)} {each}"
+    unit = "an iteration" if step.draws_samples else "an optimiser step"
+    text = f"about {rough_duration(expected.seconds)} {unit}"
     if len(expected.by_kind) > 1:
-        text += f" ({', '.join(f'{kind} {duration(s)}' for kind, s in expected.by_kind.items())})"
+        text += f" ({', '.join(f'{kind} {rough_duration(s)}' for kind, s in expected.by_kind.items())})"
     if step.draws_samples:
-        text += f", {duration(expected.seconds * outlook.config.rlhf.iterations)} for all"
+        text += f", {rough_duration(expected.seconds * outlook.config.rlhf.iterations)} for all"
         if expected.evaluations:
-            text += f", at most {duration(expected.evaluations)} for evaluations"
+            text += f", at most {rough_duration(expected.evaluations)} for evaluations"
     lines = wrap(f"{text}, every row as long as it may be; rates: {expected.source}", len(_line("", "")))
     return [_line("time", lines[0]), *(_line("", line) for line in lines[1:])]
 
 
-def duration(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
     """`40 ms`, `0.4 s`, `12 s`, `3.5 min`, `2.1 h`."""
     for size_, unit in ((1e-3, "ms"), (1.0, "s"), (60.0, "min"), (3600.0, "h")):
         amount = seconds / size_
@@ -263,9 +246,9 @@ def _memory(outlook: Outlook, step: Step) -> list[str]:
     for part in sorted(memory.parts, key=lambda part: _PHASE_ORDER[part.phase.rpartition(" ")[2]]):
         if part.bytes:
             during = f"{part.phase}: " if part.phase else ""
-            lines.append(f"  {size(part.bytes):>12}  {during}{part.name}{on_host.get(part.place, '')}")
+            lines.append(f"  {size(part.bytes):>12}  {during}{part.name}{on_host.get(part.location, '')}")
     where = " of the GPU" if outlook.machine.gpus else ""
-    lines.append(f"  {size(memory.peak(*outlook.machine.places)):>12}  most at one time{where}")
+    lines.append(f"  {size(memory.peak(*outlook.machine.locations)):>12}  most at one time{where}")
     if outlook.machine.gpus:
         host = memory.host_peak(outlook.config.processes)
         lines.append(f"  {size(host):>12}  most at one time of main memory, all processes together")
@@ -289,10 +272,6 @@ def _parameters(shape: Shape | None, scorer: bool = False) -> str:
         return "parameters unknown without the hub"
     count = shape.scorer_parameters if scorer else shape.parameters
     return f"{count / 1e9:.2f} B parameters" if count >= 1e9 else f"{count / 1e6:.1f} M parameters"
-
-
-def _dtype_name(outlook: Outlook) -> str:
-    return str(outlook.dtype).removeprefix("torch.")
 
 
 def _line(name: str, text: str) -> str:

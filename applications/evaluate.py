@@ -1,4 +1,4 @@
-"""`rlhf-chat eval`: measure two models on a run's held-out prompts and show what was found."""
+"""`rlhf-chat eval`: measure two models on a run's held-out prompts and show the results."""
 
 import json
 import re
@@ -85,11 +85,11 @@ def evaluate(
 
 def evaluate_preferences(run: RunDirectory, model: str, against: str, as_json: bool) -> None:
     """Print what people said of the models, of each two or of those that are named. Loads none."""
-    found = PreferenceFile(run.preferences).read()
-    if not found:
+    collected = PreferenceFile(run.preferences).read()
+    if not collected:
         raise UserError(f"{run.path} has no preferences yet: rlhf-chat prefer {typed(run.path)} collects them.")
     first, second = (label(run, source) if source else "" for source in (model, against))
-    there = [preferences.in_order(pair, run.path.resolve().name) for pair in preferences.compared(found)]
+    there = [preferences.in_order(pair, run.path.resolve().name) for pair in preferences.compared(collected)]
     turned = [pair[::-1] if first == pair[1] or second == pair[0] else pair for pair in there]
     pairs = [pair for pair in turned if first in ("", pair[0]) and second in ("", pair[1])]
     if (model or against) and not pairs:
@@ -98,7 +98,7 @@ def evaluate_preferences(run: RunDirectory, model: str, against: str, as_json: b
             f"Nobody has judged {' against '.join(filter(None, (first, second)))} in {run.preferences} (there are: "
             f"{listed}); rlhf-chat prefer {typed(run.path)} --against MODEL asks for it."
         )
-    result = {"pairs": [preferences.win_rates(found, *pair) for pair in pairs], **preferences.overview(found)}
+    result = {"pairs": [preferences.win_rates(collected, *pair) for pair in pairs], **preferences.overview(collected)}
     result_file = run.path / "evaluations" / f"{file_name(model, against, 'people', 0, None)}.json"
     result_file.parent.mkdir(exist_ok=True)
     write_json(result_file, result)
@@ -110,7 +110,7 @@ def evaluate_preferences(run: RunDirectory, model: str, against: str, as_json: b
 
 
 def label(run: RunDirectory, source: str) -> str:
-    """What preferences call the model that `source` stands for: one of the run's own, a place, or the label itself."""
+    """What preferences call the model that `source` stands for: one of the run's own, a path, or the label itself."""
     if at := checkpoint_of(source):
         return f"{at.run.path.resolve().name}/{at.name}"
     path = Path(source).expanduser()
@@ -122,7 +122,7 @@ def label(run: RunDirectory, source: str) -> str:
 
 
 def known(source: str, words: tuple[str, ...] = WORDS) -> str:
-    """A preset's model for its name; what else it is, is found out later. Raises UserError for what it cannot be."""
+    """A preset's model for its name; anything else is looked up later. Raises UserError for what it cannot be."""
     if not source or source in words or Path(source).expanduser().exists() or checkpoint_of(source):
         return source
     try:
@@ -181,7 +181,7 @@ def over_first_file(run: RunDirectory, step: Step) -> Path:
 def rounds(run: RunDirectory) -> list[Round]:
     """A row for each run of the chain that ends with `run`; none where it goes on from nothing."""
     chain = rounds_of(run)
-    return [round_of(each, before) for each, before in zip(chain, [None, *chain], strict=False)] if chain[1:] else []
+    return [round_of(run, before) for run, before in zip(chain, [None, *chain], strict=False)] if chain[1:] else []
 
 
 def round_of(run: RunDirectory, before: RunDirectory | None) -> Round:
@@ -206,24 +206,24 @@ def round_of(run: RunDirectory, before: RunDirectory | None) -> Round:
 
 
 def kl_of(evaluation: Mapping[str, Any]) -> str:
-    found = evaluation.get(list(pair_of(evaluation))[-1], {})
-    return f"{found['kl']:.2f}" if "kl" in found else ""
+    measures = evaluation.get(list(pair_of(evaluation))[-1], {})
+    return f"{measures['kl']:.2f}" if "kl" in measures else ""
 
 
 def by_whom(run: RunDirectory) -> str:
     """`ann 120, bob 80`: the preferences that were there when the run was prepared; empty of other data."""
     started = begun_at(run)
-    found = [
-        each
+    given = [
+        preference
         for source in run.read_config().data.sources
-        for each in preferences_in(Path(source))
-        if not started or each.time[:19] <= started[:19]
+        for preference in preferences_in(Path(source))
+        if not started or preference.time[:19] <= started[:19]
     ]
-    return ", ".join(f"{name} {sum(each.by == name for each in found):,}" for name in people(found))
+    return ", ".join(f"{name} {sum(preference.by == name for preference in given):,}" for name in people(given))
 
 
 def preferences_in(file: Path) -> list[Preference]:
-    """Those in a file; none of other data, or of a file that is gone."""
+    """The preferences in a file; none where it holds other data or is gone."""
     try:
         return PreferenceFile(file).read() if file.is_file() else []
     except UserError:
@@ -234,21 +234,21 @@ def people_over(run: RunDirectory, before: RunDirectory | None) -> str:
     """How often people preferred the run's model to the one before, by what was collected for both."""
     if before is None:
         return ""
-    ours, theirs = (f"{each.path.resolve().name}/{each.last_step.command}" for each in (run, before))
-    found = win_rates([*preferences_in(before.preferences), *preferences_in(run.preferences)], ours, theirs)
-    return f"{share(found['together'])}, {found['together']['preferences']}" if found else ""
+    ours, theirs = (f"{side.path.resolve().name}/{side.last_step.command}" for side in (run, before))
+    rates = win_rates([*preferences_in(before.preferences), *preferences_in(run.preferences)], ours, theirs)
+    return f"{share(rates['together'])}, {rates['together']['preferences']}" if rates else ""
 
 
-def rounds_table(run: RunDirectory, width: int = 0) -> str:
-    """The chain as a table; `width` 0 is that of the terminal. Empty where there is none."""
-    found = rounds(run)
-    if not found:
+def rounds_table(run: RunDirectory) -> str:
+    """The chain as a table; empty where there is none."""
+    rows = rounds(run)
+    if not rows:
         return ""
     table = Table(show_lines=True)
     for heading in HEADINGS:
         table.add_column(Text(heading), overflow="fold")
-    for each in found:
-        table.add_row(*map(Text, each))
-    console = text_console(width)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = text_console()
     console.print(table)
     return text_of(console)

@@ -18,7 +18,7 @@ from training.calls import Call
 from training.config import RunConfig
 from training.config_files import validate_config
 from training.distributed import require_gpus
-from training.memory import Place, StepMemory, estimate_step_memory, with_slots
+from training.memory import Location, StepMemory, estimate_step_memory, with_slots
 from training.merging import merge
 from training.metrics import size
 from training.models.loading import TORCH_DTYPES, require_scorer_family, resolve_dtype
@@ -58,7 +58,7 @@ class Machine:
         return torch.device("cuda" if self.gpus else "cpu")
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def locations(self) -> tuple[Location, ...]:
         """What a process's own memory holds: without a GPU, what is offloaded to the host lies there too."""
         return ("device",) if self.gpus else ("device", "host")
 
@@ -86,53 +86,35 @@ class Outlook:
 
     config: RunConfig
     steps: tuple[Step, ...]
-    nodes: int
+    ranks: int
     machine: Machine
     actor: Shape | None
     scorer: Shape | None
     reference: Shape | None = None  # of an own reference model; None also where its size is not known
 
     @classmethod
-    def of(cls, config: RunConfig, steps: Sequence[Step], nodes: int) -> "Outlook":
-        actor = find_shape(config.actor_source, config.architecture.get("model"))
-        layers = config.scorer_layers
-        if config.scorer_source == config.actor_source and not layers and not config.needs_scorer:
-            scorer = actor
-        else:
-            given = config.architecture.get("reward_model")
-            scorer = find_shape(config.scorer_source, given, layers, config.needs_scorer)
-        own = config.reference_model
-        reference = find_shape(own, config.architecture.get("reference_model")) if own else None
-        outlook = cls(config, tuple(steps), nodes, Machine.here(), actor, scorer, reference)
-        if any(step.draws_samples for step in steps):
-            require_runnable(config, outlook.ranks, actor, scorer, outlook.dtype, reference)
-        return outlook.with_slots()
+    def of(cls, config: RunConfig, steps: Sequence[Step]) -> "Outlook":
+        """Look at this machine; step 3 has the slots of generation that its GPUs have room for. Raises UserError where
+        the plan of the settings cannot run."""
+        outlook = cls(config, tuple(steps), config.processes, Machine.here(), *known_shapes(config))
+        drawn = next((step for step in steps if step.draws_samples), None)
+        if drawn is None:
+            return outlook
+        require_runnable(config, outlook.ranks, outlook.actor, outlook.scorer, outlook.dtype, outlook.reference)
+        if not outlook.machine.gpus or outlook.memory(drawn) is None:
+            return outlook
 
-    def with_slots(self) -> "Outlook":
-        """With the slots of generation that step 3 would have on the GPU here."""
-        drawn = next((step for step in self.steps if step.draws_samples), None)
-        if drawn is None or not self.machine.gpus or self.memory(drawn) is None:
-            return self
-
-        def memory_of(config: RunConfig) -> StepMemory:
-            memory = replace(self, config=config).memory(drawn)
+        def memory_of(changed: RunConfig) -> StepMemory:
+            memory = replace(outlook, config=changed).memory(drawn)
             assert memory is not None
             return memory
 
-        room = self.machine.per_process(self.config.processes)
-        return replace(self, config=with_slots(self.config, self.ranks, room, memory_of))
-
-    @property
-    def ranks(self) -> int:
-        return self.config.processes * self.nodes
+        room = outlook.machine.per_process(config.processes)
+        return replace(outlook, config=with_slots(config, outlook.ranks, room, memory_of))
 
     @property
     def dtype(self) -> torch.dtype:
         return resolve_dtype(self.config.dtype, self.machine.device)
-
-    @property
-    def length(self) -> int:
-        return self.config.data.longest
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -142,8 +124,8 @@ class Outlook:
 
     @property
     def plan(self) -> Plan:
-        """Of these calls. Raises UserError where the settings do not fit the ranks."""
-        return Plan.of(self.config.rlhf, self.ranks, self.length, self.calls)
+        """Raises UserError where the settings do not fit the ranks."""
+        return Plan.of(self.config.rlhf, self.ranks, self.config.data.longest, self.calls)
 
     def shape_of(self, step: Step) -> Shape | None:
         return self.scorer if step.leaves_scorer else self.actor
@@ -158,34 +140,31 @@ class Outlook:
             return None
         actor, scorer = self.actor or self.scorer, self.scorer or self.actor  # what a step does not need is not read
         assert actor is not None and scorer is not None
-        of_run = self.dtype, self.ranks, self.machine.places, self.calls
+        of_run = self.dtype, self.ranks, self.machine.locations, self.calls
         return estimate_step_memory(step, self.config, actor, scorer, *of_run, self.reference)
 
     def largest(self) -> tuple[Step, int] | None:
         """The step whose processes need most, and their bytes."""
         estimates = [(step, memory) for step in self.steps if (memory := self.memory(step)) is not None]
-        peaks = [(step, memory.peak(*self.machine.places)) for step, memory in estimates]
+        peaks = [(step, memory.peak(*self.machine.locations)) for step, memory in estimates]
         return max(peaks, key=lambda peak: (peak[1], peak[0].number), default=None)
 
-    def with_settings(self, values: dict[str, Any], nodes: int = 0) -> "Outlook":
+    def with_settings(self, values: dict[str, Any], ranks: int = 0) -> "Outlook":
         config = validate_config(merge(self.config.model_dump(), values))
-        return replace(self, config=config, nodes=nodes or self.nodes)
+        return replace(self, config=config, ranks=ranks or self.ranks)
 
 
-def check_fits(config: RunConfig, steps: Sequence[Step], nodes: int = 1) -> None:
+def check_fits(config: RunConfig, steps: Sequence[Step]) -> None:
     """Raise UserError where what a step holds all through is more than the memory of this machine.
 
-    Only the clearly impossible: phases such as generation and backward passes are not counted. A start for several
-    nodes is not checked, because the machine it is typed on need not be one of them.
+    Only the clearly impossible: phases such as generation and backward passes are not counted.
     """
-    if nodes > 1:
-        return
-    outlook = Outlook.of(config, steps, nodes)
+    outlook = Outlook.of(config, steps)
     for step in steps:
         memory = outlook.memory(step)
         if memory is None:
             continue
-        held, has = memory.held(*outlook.machine.places), outlook.machine.per_process(config.processes)
+        held, has = memory.held(*outlook.machine.locations), outlook.machine.per_process(config.processes)
         if held > has:
             raise UserError(
                 f"Step {step.label} cannot run here: weights, gradients and optimiser states take about "
@@ -193,8 +172,21 @@ def check_fits(config: RunConfig, steps: Sequence[Step], nodes: int = 1) -> None
             )
 
 
+def known_shapes(config: RunConfig) -> tuple[Shape | None, Shape | None, Shape | None]:
+    """The shapes of the actor, of reward model and critic, and of the settings' own reference model; None where there
+    is no such model, or its size is unknown without the hub."""
+    actor = find_shape(config.actor_source, config.architecture.get("model"))
+    layers, scores = config.scorer_layers, config.needs_scorer
+    if config.scorer_source == config.actor_source and not layers and not scores:
+        scorer = actor
+    else:
+        scorer = find_shape(config.scorer_source, config.architecture.get("reward_model"), layers, scores)
+    own = config.reference_model
+    return actor, scorer, find_shape(own, config.architecture.get("reference_model")) if own else None
+
+
 def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0, scores: bool = False) -> Shape | None:
-    """From a local directory's config.json, a preset with this model, or the user's own `given` values; else None.
+    """Read a local directory's config.json, a preset with this model, or the user's own `given` values; else None.
 
     `layers` keeps only the first so many; 0 keeps all. Raises UserError for a family that cannot be used, or that has
     no head to score with where the model `scores`.
@@ -219,35 +211,29 @@ def find_shape(model: str, given: dict[str, Any] | None, layers: int = 0, scores
 
 
 def verdict(outlook: Outlook, run_directory: Path) -> str:
-    """One line that begins with `Verdict:`."""
-    largest, config = outlook.largest(), outlook.config
-    estimates = [outlook.memory(step) for step in outlook.steps]
-    if largest is None or None in estimates:
+    config, machine, largest = outlook.config, outlook.machine, outlook.largest()
+    estimates = [memory for step in outlook.steps if (memory := outlook.memory(step)) is not None]
+    if largest is None or len(estimates) < len(outlook.steps):
         unknown = config.model if outlook.actor is None else config.scorer_source
         if outlook.actor is not None and config.reference_model and outlook.reference is None:
             unknown = config.reference_model
         return f"Verdict: unknown: the size of {unknown} is not known without the hub (a local directory would tell)"
-    step, need = largest
-    has = outlook.machine.per_process(config.processes)
-    if need > has:
-        return (
-            f"Verdict: does not fit here: step {step.label} needs about {size(need)} per process, {_has(outlook)} "
-            f"{size(has)}; ways out: {ways_out(outlook)}"
-        )
-    host = max(memory.host_peak(config.processes) for memory in estimates if memory is not None)
-    if outlook.machine.gpus and host > outlook.machine.memory:
-        return (
-            f"Verdict: does not fit here: loading, offloading and saving take up to {size(host)} of main memory, this "
-            f"machine has {size(outlook.machine.memory)}; ways out: ZeRO stage 3 (one rank reads the model), LoRA, no "
-            f"offload, fewer processes, or a smaller model"
-        )
+    (step, need), has = largest, machine.per_process(config.processes)
+    host = max(memory.host_peak(config.processes) for memory in estimates)
     disk, free = disk_needed(outlook), shutil.disk_usage(nearest_existing(run_directory)).free
-    if disk > free:
-        return (
-            f"Verdict: does not fit here: the run directory takes up to {size(disk)}, {size(free)} are free; "
-            f"ways out: another disk, or fewer checkpoints (checkpoint_every=0)"
-        )
-    return f"Verdict: fits: step {step.label} needs most, about {size(need)} per process of {size(has)}"
+    if need > has:
+        why = f"step {step.label} needs about {size(need)} per process, {_has(outlook)} {size(has)}"
+        ways = ways_out(outlook)
+    elif machine.gpus and host > machine.memory:
+        why = f"loading, offloading and saving take up to {size(host)} of main memory, this machine has "
+        why += size(machine.memory)
+        ways = "ZeRO stage 3 (one rank reads the model), LoRA, no offload, fewer processes, or a smaller model"
+    elif disk > free:
+        why = f"the run directory takes up to {size(disk)}, {size(free)} are free"
+        ways = "another disk, or fewer checkpoints (checkpoint_every=0)"
+    else:
+        return f"Verdict: fits: step {step.label} needs most, about {size(need)} per process of {size(has)}"
+    return f"Verdict: does not fit here: {why}; ways out: {ways}"
 
 
 def _has(outlook: Outlook) -> str:
@@ -310,7 +296,7 @@ def _more_ranks(outlook: Outlook) -> list[str]:
     while ranks <= 1024:
         for tensor in (degree for degree in TENSOR_DEGREES if degree <= ranks):
             cut = {"rlhf": {"generation_tensor_parallel": tensor}}
-            changed = outlook.with_settings(merge(divided, cut), nodes=ranks)
+            changed = outlook.with_settings(merge(divided, cut), ranks)
             peaks = [memory.peak("device") for step in outlook.steps if (memory := changed.memory(step)) is not None]
             if peaks and max(peaks) <= gpu:
                 name = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
@@ -331,7 +317,7 @@ def _smaller_model(outlook: Outlook, has: int) -> str:
 
 
 def disk_needed(outlook: Outlook) -> int:
-    """Bytes of the finished models and of the checkpoints kept, one more while a new one is being written.
+    """Bytes of the finished models and of the stored checkpoints, one more while a new one is being written.
 
     Models of unknown shape are left out.
     """

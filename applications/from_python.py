@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 Reward = Callable[..., Iterable[float]]
 TOKEN_VARIABLE = "RLHF_CHAT_REWARD_TOKEN"
-"""With the secret that the address of a callable names."""
+"""It holds the secret that the address of a callable names."""
 NOT_FOR_PIPES = ("FORCE_COLOR", "CLICOLOR_FORCE")
 """Variables with which a notebook asks for a terminal's colours and bars."""
 SECONDS_TO_ANSWER = 1e6
-"""Of a callable: it is waited for, as a function in a file is."""
+"""A callable has this long: it is waited for, as a function in a file is."""
 POLL_SECONDS = 0.2
 
 
@@ -227,10 +227,10 @@ def train(
 
     Raises UserError for settings and arguments that cannot be; all else is raised by what waits.
     """
-    place = Path(path).expanduser().absolute()
+    directory = Path(path).expanduser().absolute()
     if settings is None:
-        begun = parent is None or RunDirectory(place).config_file.exists()
-        settings = Run(place if begun else str(parent), trust=trust).settings
+        begun = parent is None or RunDirectory(directory).config_file.exists()
+        settings = Run(directory if begun else str(parent), trust=trust).settings
     elif not isinstance(settings, Settings):
         settings = load_settings(settings, trust=trust)
     served = None
@@ -252,7 +252,7 @@ def train(
         options += ["--from", str(Path(parent).expanduser()), "--fork"]
         before = Run(parent, trust=trust).settings.model_dump(mode="json")
         given = {key: new for key, (_, new) in differences(before, given).items() if key != "fork_of"}
-    return Training(place, settings, given, options, served, quiet, trust)
+    return Training(directory, settings, given, options, served, quiet, trust)
 
 
 class Served(ThreadingHTTPServer):
@@ -277,8 +277,8 @@ class Served(ThreadingHTTPServer):
             if self.error is not None:
                 raise self.error
             try:
-                found = self.way(self.function, prompts, responses, rows)
-                return checked(list(found) if isinstance(found, Iterator) else found, len(responses), "The reward")
+                scores = self.way(self.function, prompts, responses, rows)
+                return checked(list(scores) if isinstance(scores, Iterator) else scores, len(responses), "The reward")
             except BaseException as error:
                 self.error = error
                 raise
@@ -294,7 +294,7 @@ class Question(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         try:
             answer = json.dumps({"scores": self.server.scores(**asked)}).encode()
-        except BaseException:  # kept, and raised where the run is waited for
+        except BaseException:  # stored, and raised where the run is waited for
             self.send_error(400, "the reward raised an error")
             return
         self.send_response(200)

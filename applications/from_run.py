@@ -11,7 +11,7 @@ from inference.errors import UserError, typed
 from inference.preferences import PreferenceFile
 from training.changes import differences
 from training.config import RunConfig
-from training.config_files import found_from_anywhere, load_config, read_yaml
+from training.config_files import load_config, read_yaml, with_absolute_paths
 from training.data.sources import parse_source
 from training.lineage import newest_reward_model
 from training.merging import merge
@@ -31,7 +31,7 @@ def next_name(parent: Path) -> str:
 
 
 def next_command(parent: Path, data: str = "") -> str:
-    """That makes a new run, whose name is given where one with the usual name is there; `data` are other options."""
+    """The command that makes a new run, with a name where the usual one is taken; `data` are other options."""
     name = usual = next_name(parent)
     while (Path("runs") / name).exists():
         name = next_name(Path(name))
@@ -82,7 +82,7 @@ def from_run(
     given: dict[str, Any],
     goes_on: bool | None,
 ) -> tuple[Path, RunConfig, str]:
-    """Place and settings of the run, and a sentence that says which of the two it is and why.
+    """Path and settings of the run, and a sentence that says which of the two it is and why.
 
     Where `goes_on` does not say it, it is the next round on preferences of people: those that `--data` names or, where
     nothing is typed that changes a setting, those collected for the parent. A run that is there stays what it is,
@@ -100,7 +100,7 @@ def from_run(
         stored = RunDirectory(path).read_config()
         require_kind(path, stored, parent, goes_on)
         kind = f"a fork of {parent}" if stored.fork_of else f"the next round after {parent}"
-        settings = found_from_anywhere(load_config(files, overrides, stored.model_dump(mode="json"), given))
+        settings = with_absolute_paths(load_config(files, overrides, stored.model_dump(mode="json"), given))
         return path, settings, f"{path} is {kind}."
     if fork is not None and not goes_on:
         return path, fork, f"{path} is a fork of {parent} ({why}; --go-on: the next round, from its newest models)."
@@ -123,8 +123,8 @@ def follows(parent: Path, before: RunConfig, fork: RunConfig) -> tuple[bool, str
     """Whether a run from `parent`, which as a fork would have the settings `fork`, is its next round, and why."""
     if fork.data.source != before.data.source and any(map(are_preferences, fork.data.sources)):
         return True, "--data has preferences of people"
-    found = differences(before.model_dump(), fork.model_dump())
-    if others := [key for key in found if key not in ("fork_of", "data.split_seed", "announce")]:
+    differing = differences(before.model_dump(), fork.model_dump())
+    if others := [key for key in differing if key not in ("fork_of", "data.split_seed", "announce")]:
         return False, f"{others[0]} differs"
     if not (parent / "preferences.jsonl").exists():
         return False, "no preferences are collected for it"
@@ -140,7 +140,7 @@ def settings_of_fork(
     values["data"]["split_seed"] = before.split_seed
     if "seed" in {*given, *(override.partition("=")[0].strip() for override in overrides)}:  # all steps take it
         values = merge(values, {step.command: {"seed": -1} for step in STEPS})
-    settings = found_from_anywhere(load_config(files, overrides, values, given))
+    settings = with_absolute_paths(load_config(files, overrides, values, given))
     if settings.data.source != before.data.source:
         if all(map(are_preferences, settings.data.sources)):
             values["data"] |= {"parent": values["fork_of"], "limit": 0}

@@ -43,7 +43,7 @@ def can_fork() -> bool:
 
 
 def warm_context() -> Any:
-    """Where forks come from: a server that imports the libraries, or this process if it is a fork of such a one."""
+    """Where forks come from: a server that imports the libraries, or this process if it is a fork of one."""
     if multiprocessing.parent_process() is not None and set(LIBRARIES) <= sys.modules.keys():
         return multiprocessing.get_context("fork")
     return fork_server(LIBRARIES)
@@ -97,7 +97,7 @@ class Stream:
 
 
 def run_script(command: list[str], environment: dict[str, str], progress: Stream, log: Stream) -> None:
-    """In the forked process: what the interpreter would do with `command`."""
+    """Do in the forked process what the interpreter would do with `command`."""
     from training.private_surfaces import run_exit_functions
 
     gc.freeze()  # a collection would copy every page of the libraries' objects
@@ -132,7 +132,7 @@ OF_LAUNCHERS = {
     "TORCHELASTIC_USE_AGENT_STORE",
 }
 LAUNCHER_SECONDS = 6
-"""That a launcher may take to end, over the grace of its ranks."""
+"""How long a launcher may take to end, beyond the grace of its ranks."""
 _OF_RANK = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) ")
 _ERROR_LINE = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*Error\b.*)")
 STEP_OF_SCRIPT = {step.folder: step for step in STEPS}
@@ -266,7 +266,7 @@ def has_result(script: str, run: RunDirectory) -> bool:
 
 
 def failure_sentence(script: str, run: RunDirectory, code: int, log_file: Path, said: str) -> str:
-    """Of a script that left no sentence of its own; `said` is what it wrote to its log."""
+    """The sentence for a script that left none of its own; `said` is what it wrote to its log."""
     step = STEP_OF_SCRIPT.get(script)
     rank, code = first_dead_rank(said) or (None, code)
     who = script if rank is None else f"rank {rank} of {script}"
@@ -314,5 +314,5 @@ def signal_name(number: int) -> str:
 
 def last_error(said: str) -> str:
     """The last line that begins with the name of an error, the launcher's own apart."""
-    found = [match[1] for line in said.splitlines() if (match := _ERROR_LINE.match(line.strip()))]
-    return next((line[:300] for line in reversed(found) if "ChildFailedError" not in line), "")
+    errors = [match[1] for line in said.splitlines() if (match := _ERROR_LINE.match(line.strip()))]
+    return next((line[:300] for line in reversed(errors) if "ChildFailedError" not in line), "")

@@ -155,9 +155,9 @@ def check_gpus() -> Check:
 
     listed = gpus_of_driver()
     if torch.cuda.is_available():
-        found = "; ".join(f"{name}, {size(memory)}" for name, memory in Machine.here().gpus)
+        gpus = "; ".join(f"{name}, {size(memory)}" for name, memory in Machine.here().gpus)
         driver = listed[0].rpartition(", ")[2] if listed else "unknown"
-        return Check("gpus", "ok", f"{found}; driver {driver}, torch built for CUDA {torch.version.cuda}")
+        return Check("gpus", "ok", f"{gpus}; driver {driver}, torch built for CUDA {torch.version.cuda}")
     if listed:
         build = torch.version.cuda or "no CUDA"
         text = f"{'; '.join(listed)}: torch (built for {build}) cannot use them; install a torch build for this driver"

@@ -64,8 +64,8 @@ class Exported:
         return self.directory.step
 
 
-def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: Path) -> str:
-    """Markdown with YAML front matter, for what is written in `place`; its code runs beside it. Paths are left out."""
+def model_card(run: RunDirectory, config: RunConfig, exported: Exported, target: Path) -> str:
+    """Markdown with YAML front matter, for what is written in `target`; its code runs beside it. Paths are left out."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -77,7 +77,7 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
     from inference.chat_template import scored_otherwise
 
     step = exported.step
-    chat_format = ChatFormat.load(place if step.leaves_scorer else exported.directory.model)
+    chat_format = ChatFormat.load(target if step.leaves_scorer else exported.directory.model)
     is_of_end = exported.checkpoint is None
     comparison = run.read_comparison(step if step.compared_with else run.last_step) if is_of_end else None
     evaluation = None if step.leaves_scorer else comparison
@@ -98,9 +98,9 @@ def model_card(run: RunDirectory, config: RunConfig, exported: Exported, place: 
         aim=aim_of(step),
         reading=scored_otherwise(chat_format) if step.leaves_scorer else "",
         content=lambda text: Markup(json.dumps(chat_format.template.as_read(text))),
-        is_read_by_older=values["model_type"] in READ_BY_OLDER and has_old_names(exported.lies_on or place),
+        is_read_by_older=values["model_type"] in READ_BY_OLDER and has_old_names(exported.lies_on or target),
         data=data_text(run, config),
-        path=", ".join(each.title for each in steps_to(step)),
+        path=", ".join(earlier.title for earlier in steps_to(step)),
         steps=step_rows(run, config, exported.step),
         evaluation=evaluation,
         names=list(pair_of(evaluation).values()) if evaluation else [],
@@ -122,7 +122,7 @@ def preferences_line(run: RunDirectory, step: Step) -> str:
     """What people said of the model beside the one before it; empty where nobody was asked."""
     if step.compared_with is None:
         return ""
-    labels = (label_of_step(run, run.read_config(), each) for each in (step, step.compared_with))
+    labels = (label_of_step(run, run.read_config(), side) for side in (step, step.compared_with))
     rates = win_rates(PreferenceFile(run.preferences).read_or_say(), *labels)
     return people_prefer(rates) if rates else ""
 
@@ -207,16 +207,16 @@ def trained_elsewhere(config: RunConfig, evaluation: Mapping[str, Any] | None) -
 
 def step_rows(run: RunDirectory, config: RunConfig, step: Step) -> list[tuple[str, str, str]]:
     """Name, settings and outcome of each step that led to the model."""
-    found = []
-    for each in steps_to(step):
-        title = f"{each.number} {each.title}"
-        if given := config.given_model(each):
+    rows = []
+    for earlier in steps_to(step):
+        title = f"{earlier.number} {earlier.title}"
+        if given := config.given_model(earlier):
             origin = origin_of(given)
-            found.append((title, f"not trained here: {origin.name if origin else public_name(given)}", ""))
-        elif run.step(each).is_finished:
-            made = [outcome(run.step(each).read_result()), *was_lengthened(run.step(each))]
-            found.append((title, settings_text(config, each), ", ".join(made)))
-    return found
+            rows.append((title, f"not trained here: {origin.name if origin else public_name(given)}", ""))
+        elif run.step(earlier).is_finished:
+            made = [outcome(run.step(earlier).read_result()), *was_lengthened(run.step(earlier))]
+            rows.append((title, settings_text(config, earlier), ", ".join(made)))
+    return rows
 
 
 def settings_text(config: RunConfig, step: Step) -> str:

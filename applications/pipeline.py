@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from applications.commands import TrainingOptions, asked_for
+from applications.commands import TrainingOptions, asked_for, left_out, needed_steps
 from applications.evaluate import first_sft, over_first_file, rounds_table
 from applications.fit import Machine
 from applications.from_run import next_command
@@ -26,22 +26,8 @@ from training.launchers import outlive_terminal
 from training.metrics import WARNING, Display, duration, size
 from training.opening import open_run
 from training.run_directory import RunDirectory
-from training.steps import METHODS, REWARD, Step
+from training.steps import METHODS, Step
 from training.trust import of_training, record_file
-
-
-def needed_steps(config: RunConfig, steps: list[Step]) -> list[Step]:
-    """`steps` without those whose model is given or, of the reward model, not used; what was asked for alone stays."""
-    return [step for step in steps if not left_out(config, step)] or steps
-
-
-def left_out(config: RunConfig, step: Step) -> str:
-    """Why a step is not needed; empty where it is."""
-    if given := config.given_model(step):
-        return f"{given} is used instead"
-    return "no reward model is used (rlhf.reward_weights.model=0)" * (
-        step is REWARD and not config.rlhf.has_reward_model
-    )
 
 
 def run_pipeline(run: RunDirectory, config: RunConfig, steps: list[Step]) -> None:
@@ -108,7 +94,7 @@ def run_step(run: RunDirectory, config: RunConfig, step: Step, display: Display)
 
 
 def title_of(step: Step, config: RunConfig) -> str:
-    """`Step 2 of 3: reward model`; a step that the run's method leaves out has no place in it."""
+    """`Step 2 of 3: reward model`; a step that the run's method leaves out is not counted."""
     if step in config.steps:
         return f"Step {config.steps.index(step) + 1} of {len(config.steps)}: {step.title}"
     return f"Step {step.label}: {step.title}"
@@ -160,20 +146,20 @@ def prepare_command(options: TrainingOptions, as_json: bool) -> None:
 def described(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     """The run's parts with their sizes in bytes, and what else a machine that trains it has to see, or reaches."""
     models = [(source, local_model(run, source).resolve()) for source in models_of(config)]
-    places = [
+    paths = [
         run.path.resolve(),
         *(directory for _, directory in models),
         *(file.resolve() for _, file in code_files(config, *CODE)),
     ]
     if config.round_of:
-        places.append(Path(config.round_of).resolve())
-    places += [HOME, *(Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix))]
+        paths.append(Path(config.round_of).resolve())
+    paths += [HOME, *(Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix))]
     return {
         "run": str(run.path.resolve()),
         "models": [{"source": source, **part(directory)} for source, directory in models],
         "rows": part(run.data),
         "tokens": part(run.tokens),
-        "needs": [str(place) for place in outermost(places)],
+        "needs": [str(path) for path in outermost(paths)],
         "not_prepared": list(not_prepared(run, config)),
     }
 
@@ -183,11 +169,11 @@ def part(directory: Path) -> dict[str, Any]:
     return {"path": str(directory.resolve()), "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
 
 
-def outermost(places: list[Path]) -> Iterator[Path]:
-    """Each once, and none that lies in another."""
-    for place in dict.fromkeys(places):
-        if not any(place != other and place.is_relative_to(other) for other in places):
-            yield place
+def outermost(paths: list[Path]) -> Iterator[Path]:
+    """Yield each path once, and none that lies in another."""
+    for path in dict.fromkeys(paths):
+        if not any(path != other and path.is_relative_to(other) for other in paths):
+            yield path
 
 
 def not_prepared(run: RunDirectory, config: RunConfig) -> Iterator[str]:
@@ -203,19 +189,19 @@ def not_prepared(run: RunDirectory, config: RunConfig) -> Iterator[str]:
     if config.logging.wandb:
         yield "Metrics go to Weights & Biases: set WANDB_MODE=offline or logging.wandb=false there."
     if of_training(run, config):
-        yield f"Where {record_file()} is not to be seen, the command asks whether you trust the run: give it --trust."
+        yield f"Where {record_file()} cannot be seen, the command asks whether you trust the run: give it --trust."
 
 
 def lines(run: RunDirectory, prepared: Mapping[str, Any]) -> Iterator[str]:
     """What the terminal shows."""
     yield f"Prepared {run.path}. It has, or begins with:"
-    parts = [(f"model {each['source']}", each) for each in prepared["models"]]
+    parts = [(f"model {model['source']}", model) for model in prepared["models"]]
     parts += [("rows", prepared["rows"]), ("tokens of rows", prepared["tokens"])]
-    for what, each in parts:
-        if each["files"]:
-            yield f"  {what}: {size(each['bytes'])} in {each['path']}"
+    for what, values in parts:
+        if values["files"]:
+            yield f"  {what}: {size(values['bytes'])} in {values['path']}"
     yield "A machine that trains it has to see"
-    yield from (f"  {place}" for place in prepared["needs"])
+    yield from (f"  {path}" for path in prepared["needs"])
     yield from prepared["not_prepared"]
     name = typed(run.path)
     yield f"There: rlhf-chat run --name {name if '/' in name else f'./{name}'}  (or the stage scripts with {name})"

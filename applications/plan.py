@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from applications import plan_report
-from applications.dry_run import duration
+from applications.dry_run import rough_duration
 from applications.export import write_text
 from applications.fit import Machine
-from applications.plan_request import PlanOutcome, Request, request_of
+from applications.plan_request import PlanOutcome, Request
 from applications.profile import measure_to
 from inference.errors import UserError
 from inference.streams import show_json
 from training.calls import Call
 from training.config import RunConfig
-from training.plan import Assignment, Plan, read_plan, to_blocks, to_yaml
+from training.plan import Assignment, read_plan, to_blocks, to_yaml
 from training.plan_checks import problems
 from training.planner.hardware import Cluster, cluster_here, profile_file
 from training.planner.options import EVERYTHING, Space, turned
@@ -69,8 +69,20 @@ def searched(
     space: Space | None = None,
     must_run: bool = True,
 ) -> PlanOutcome:
-    """The best plan of a space, by default of what this runtime can run. Raises UserError where none fits or runs."""
-    results = best_plans(request, space or Space(runs=request.runs), seed, effort, progress)
+    """The best plan of a space, by default of what this runtime can run. Where training can equal generation to the
+    bit, one by which it does, if any fits. Raises UserError where none fits or runs."""
+    space = space or Space(runs=request.runs)
+    results: list[PlanResult] = []
+    if request.expects_exactness(degree=1):
+        runs = space.runs
+
+        def is_alone(call: Call, assignment: Assignment) -> bool:
+            together = call.kind == "generate" and assignment.layout.tensor > 1
+            return not together and (runs is None or runs(call, assignment))
+
+        with suppress(UserError):
+            results = search(PlanTable(request.exact_graphs, replace(space, runs=is_alone)), seed, effort, progress)
+    results = results or search(PlanTable(request.graphs, space), seed, effort, progress)
     plans = [turned(request.completed(result.plan), request.graphs.graph) for result in results]
     outcomes = [request.outcome(name, plan) for plan in plans]
     runnable = [outcome for outcome in outcomes if outcome.runs or not must_run]
@@ -84,9 +96,9 @@ def fastest(request: Request, seed: int = 0, effort: float = 1.0, progress: Show
     """The best plan that runs; behind it, on several ranks, the best of those whose training is all in pipeline stages,
     and of those without stages, where it is not one of them. Raises UserError where none fits."""
     spaces: dict[str, Callable[[Call, Assignment], bool]] = {
-        "searched": lambda call, one: True,
-        "in stages": lambda call, one: call.kind != "train" or one.layout.pipeline > 1,
-        "no stages": lambda call, one: one.layout.pipeline == 1,
+        "searched": lambda call, assignment: True,
+        "in stages": lambda call, assignment: call.kind != "train" or assignment.layout.pipeline > 1,
+        "no stages": lambda call, assignment: assignment.layout.pipeline == 1,
     }
     outcomes: list[PlanOutcome] = []
     why: UserError | None = None
@@ -104,19 +116,6 @@ def fastest(request: Request, seed: int = 0, effort: float = 1.0, progress: Show
     best = min(outcomes, key=lambda outcome: outcome.seconds)
     others = [replace(other, name=other.stages) for other in outcomes if other is not best and other.stages]
     return [replace(best, name="searched"), *others]
-
-
-def best_plans(request: Request, space: Space, seed: int, effort: float, progress: ShowProgress) -> list[PlanResult]:
-    """Where training can equal generation to the bit, those by which it does, if any fits."""
-
-    def is_alone(call: Call, assignment: Assignment) -> bool:
-        together = call.kind == "generate" and assignment.layout.tensor > 1
-        return not together and (space.runs is None or space.runs(call, assignment))
-
-    if request.expects_exactness(degree=1):
-        with suppress(UserError):
-            return search(PlanTable(request.exact_graphs, replace(space, runs=is_alone)), seed, effort, progress)
-    return search(PlanTable(request.graphs, space), seed, effort, progress)
 
 
 def compared(request: Request, seed: int, effort: float) -> list[PlanOutcome]:
@@ -159,36 +158,32 @@ def checked(request: Request, file: Path) -> PlanOutcome:
 
 
 def with_auto_plan(config: RunConfig, run: RunDirectory, measures: bool) -> RunConfig:
-    """The settings of a run with the plan that it has for so many processes, or else with the best one for this
-    machine, which is printed.
+    """The settings of a run with the plan that it has for so many processes, or else with the fastest one that runs on
+    this machine, which is printed beside what the settings say without one.
 
     Where no rates of this machine are known it is profiled, if `measures`. Raises UserError where no plan fits.
     """
     stored = run.read_config() if run.config_file.exists() else config
     blocks = stored.rlhf.plan if stored.processes == config.processes else {}
-    blocks = blocks or to_blocks(best_plan(config, measures))
+    if not blocks:
+        machine, ranks = Machine.here(), config.processes
+        cluster, source = rates_here(machine, ranks, measures)
+        request = Request.of(config, replace(cluster, host_memory=float(machine.memory)), machine=machine)
+        best, *others = fastest(request, effort=min(1.0, ranks / FULL_EFFORT_RANKS))
+        assert best.estimate is not None
+        as_set = outcome_or_why("without a plan", lambda: request.outcome("without a plan", request.as_set))
+        table, summary = plan_report.plan_table(request, best), plan_report.summary(request, [best, as_set])
+        print("\n".join([*table, "", *summary, ""]))
+        if sentence := plan_report.verdict([best, *others]):
+            print(sentence)
+        print(
+            f"Step 3 is expected to take {rough_duration(best.seconds)} an iteration, "
+            f"{rough_duration(best.seconds * config.rlhf.iterations)} in all, every response as long as it may be; "
+            f"rates: {source}.",
+            flush=True,
+        )
+        blocks = to_blocks(best.estimate.plan)
     return config.model_copy(update={"rlhf": config.rlhf.model_copy(update={"plan": blocks})})
-
-
-def best_plan(config: RunConfig, measures: bool) -> Plan:
-    """The fastest that runs here; prints it beside what the settings say without one."""
-    machine, ranks = Machine.here(), config.processes
-    cluster, source = rates_here(machine, ranks, measures)
-    request = request_of(config, replace(cluster, host_memory=float(machine.memory)), machine=machine)
-    best, *others = fastest(request, effort=min(1.0, ranks / FULL_EFFORT_RANKS))
-    assert best.estimate is not None
-    as_set = outcome_or_why("without a plan", lambda: request.outcome("without a plan", request.as_set))
-    table, summary = plan_report.plan_table(request, best), plan_report.summary(request, [best, as_set])
-    print("\n".join([*table, "", *summary, ""]))
-    if sentence := plan_report.verdict([best, *others]):
-        print(sentence)
-    print(
-        f"Step 3 is expected to take {duration(best.seconds)} an iteration, "
-        f"{duration(best.seconds * config.rlhf.iterations)} in all, every response as long as it may be; "
-        f"rates: {source}.",
-        flush=True,
-    )
-    return best.estimate.plan
 
 
 def rates_here(machine: Machine, ranks: int, measures: bool) -> tuple[Cluster, str]:

@@ -59,23 +59,23 @@ def as_text(request: Request, outcomes: Sequence[PlanOutcome]) -> str:
 
 def plan_table(request: Request, outcome: PlanOutcome) -> list[str]:
     """A line a call: ranks, layout, micro-batches, seconds; then what lies between the calls."""
-    found = outcome.estimate
-    assert found is not None
+    estimate = outcome.estimate
+    assert estimate is not None
     lines = [f"{outcome.name}:" + (f" DOES NOT FIT. {outcome.why_not}" if outcome.why_not else "")]
     if outcome.refused:
         more = f" ({len(outcome.refused) - 1} more reasons in --json.)" if len(outcome.refused) > 1 else ""
         lines += textwrap.wrap(f"CANNOT BE RUN YET, only costed. {outcome.refused[0]}{more}", max(20, columns()))
     rows: list[tuple[str, ...]] = [("call", "ranks", "data", "tensor", "stages", "ZeRO", "micro", "seconds", "")]
-    for node in found.nodes:
+    for node in estimate.nodes:
         if node.kind != "call":
             continue
-        assignment = found.plan[node.name]
+        assignment = estimate.plan[node.name]
         layout = assignment.layout
         degrees = (layout.data, layout.tensor, layout.pipeline, layout.zero_stage, assignment.micro_batches)
         waits = "waits in host memory between uses" if assignment.offload else ""
         rows.append((node.name, ranks_text(layout.mesh), *map(str, degrees), f"{node.seconds:.2f}", waits))
     lines += table(rows, (16, 9, 5, 6, 6, 5, 6, 8))
-    between = [node for node in found.nodes if node.kind != "call" and node.seconds >= MENTIONED]
+    between = [node for node in estimate.nodes if node.kind != "call" and node.seconds >= MENTIONED]
     lines += [f"  {node.name:{min(58, max(0, columns() - 11))}} {node.seconds:7.2f}" for node in between]
     return lines
 
@@ -135,9 +135,9 @@ def verdict(outcomes: Sequence[PlanOutcome]) -> str:
     return sentence + "."
 
 
-def rows_of(found: Estimate) -> dict[str, list[Interval]]:
+def rows_of(estimate: Estimate) -> dict[str, list[Interval]]:
     """The nodes of one iteration by the ranks that run them; ranks that run the same ones share a row."""
-    shown = [i for i in found.schedule.intervals if i.iteration == SHOWN_ITERATION and i.node.ranks]
+    shown = [i for i in estimate.schedule.intervals if i.iteration == SHOWN_ITERATION and i.node.ranks]
     ranks = sorted({rank for interval in shown for rank in interval.node.ranks})
     by_work: dict[tuple[str, ...], list[int]] = {}
     for rank in ranks:
@@ -148,9 +148,9 @@ def rows_of(found: Estimate) -> dict[str, list[Interval]]:
     }
 
 
-def gantt_text(found: Estimate) -> list[str]:
+def gantt_text(estimate: Estimate) -> list[str]:
     """A row for the ranks that do the same; a letter for what they do, a dot for nothing."""
-    rows = rows_of(found)
+    rows = rows_of(estimate)
     start = min(i.start for intervals in rows.values() for i in intervals)
     end = max(i.end for intervals in rows.values() for i in intervals)
     width = max(map(len, rows))
@@ -200,13 +200,13 @@ def as_data(request: Request, outcomes: Sequence[PlanOutcome]) -> dict[str, Any]
 
 def plan_data(request: Request, outcome: PlanOutcome) -> dict[str, Any]:
     """All that is known of a plan, in seconds and bytes."""
-    found = outcome.estimate
-    if found is None:
+    estimate = outcome.estimate
+    if estimate is None:
         return {"name": outcome.name, "why_not": outcome.why_not}
     calls = {}
-    for node in found.nodes:
+    for node in estimate.nodes:
         if node.kind == "call" and node.cost is not None:
-            assignment = found.plan[node.name]
+            assignment = estimate.plan[node.name]
             layout = assignment.layout
             calls[node.name] = {
                 "mesh": list(layout.mesh),
@@ -216,26 +216,27 @@ def plan_data(request: Request, outcome: PlanOutcome) -> dict[str, Any]:
                 "seconds": node.seconds,
                 "parts": node.cost.parts(),
             }
-    fullest = max(found.memory.values(), key=lambda memory: memory.peak("device"))
+    fullest = max(estimate.memory.values(), key=lambda memory: memory.peak("device"))
     return {
         "name": outcome.name,
         "fits": not outcome.why_not,
         "runs": outcome.runs,
         **({"refused": list(outcome.refused)} if outcome.refused else {}),
         **({"why_not": outcome.why_not} if outcome.why_not else {}),
-        "seconds_per_iteration": found.iteration_seconds,
+        "seconds_per_iteration": estimate.iteration_seconds,
         **({"fused_seconds_per_iteration": outcome.seconds} if outcome.training else {}),
-        "hours": request.hours(found),
-        "cost": request.cost(found),
+        "hours": request.hours(estimate),
+        "cost": request.cost(estimate),
         "calls": calls,
-        "between": {node.name: node.seconds for node in found.nodes if node.kind != "call"},
-        "host_peak_bytes": request.host_peak(found.plan),
-        "peak_bytes": {str(rank): memory.peak("device") for rank, memory in found.memory.items()},
+        "between": {node.name: node.seconds for node in estimate.nodes if node.kind != "call"},
+        "host_peak_bytes": request.host_peak(estimate.plan),
+        "peak_bytes": {str(rank): memory.peak("device") for rank, memory in estimate.memory.items()},
         "memory_of_the_fullest_rank": [
-            {"name": part.name, "bytes": part.bytes, "place": part.place, "phase": part.phase} for part in fullest.parts
+            {"name": part.name, "bytes": part.bytes, "place": part.location, "phase": part.phase}
+            for part in fullest.parts
         ],
         "schedule": [
             {"node": i.node.name, "iteration": i.iteration, "start": i.start, "end": i.end}
-            for i in found.schedule.intervals
+            for i in estimate.schedule.intervals
         ],
     }

@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from applications.fit import Machine, find_shape
-from applications.settings import resolve_settings
+from applications.fit import Machine, known_shapes
+from applications.preset_store import settings_for_model
 from inference.errors import UserError
 from training.calls import ACTOR_GENERATE, ACTOR_SCORE, Call
 from training.config import RunConfig
 from training.models.loading import resolve_dtype
+from training.opening import settings_of_new_run
 from training.plan import Assignment, Plan
 from training.plan_checks import cannot_run, unrunnable
 from training.planner.footprint import DTYPES, Footprints
@@ -20,7 +20,6 @@ from training.planner.options import FusedTraining, fused_training
 from training.planner.reallocation import AugmentedGraphs
 from training.planner.search import Estimate, estimate
 from training.planner.workload import Workload
-from training.shape import Shape
 from training.step3_rlhf.planned import PRECISIONS, expects_exactness, graphs_of, iteration_calls
 
 DEVICES_PER_NODE = 8
@@ -42,7 +41,8 @@ class PlanOutcome:
 
     @property
     def seconds(self) -> float:
-        """Of an iteration, training in one fused schedule where that is faster; infinite where there is no plan."""
+        """What an iteration takes, with one fused schedule for training where that is faster; infinite without a
+        plan."""
         if self.estimate is None:
             return math.inf
         gain = max(0.0, self.training.serial - self.training.fused) if self.training else 0.0
@@ -66,6 +66,33 @@ class Request:
     graphs: AugmentedGraphs  # of all calls that may run; a plan has a line for each
     price: float | None  # of one GPU for one hour, in any currency
     machine: Machine | None = None  # this one, if it is planned for
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, cluster: Cluster, price: float | None = None, machine: Machine | None = None
+    ) -> "Request":
+        """Step 3 of a run on a cluster, perhaps of nodes like this `machine`. Raises UserError where a model's size is
+        unknown, or the machine has not the number format that the settings ask for."""
+        if machine is not None:  # the number format that a run on it takes
+            config = config.model_copy(update={"dtype": PRECISIONS[resolve_dtype(config.dtype, machine.device)]})
+        rlhf = config.rlhf
+        if rlhf.exact is True and cluster.device.has_own_memory:
+            raise UserError(
+                f"rlhf.exact=true works on CPUs only; take rlhf.exact=auto to plan for {cluster.device.name}."
+            )
+        actor, scorer, reference = known_shapes(config)
+        scorer_source = config.scorer_source if rlhf.has_critic or rlhf.has_reward_model else ""
+        sources = (config.actor_source, actor), (scorer_source, scorer), (config.reference_model, reference)
+        for source, shape in sources:
+            if source and shape is None:
+                raise UserError(
+                    f"The size of {source} is not known without the hub; name a preset or a local model directory."
+                )
+        assert actor is not None
+        dtype = DTYPES[cluster.device.precision if config.dtype == "auto" else config.dtype]
+        calls = iteration_calls(rlhf, dtype)
+        scorer = scorer if scorer_source else None
+        return cls(config, graphs_of(config, calls, actor, scorer, dtype, cluster, reference), price, machine)
 
     @property
     def cluster(self) -> Cluster:
@@ -151,8 +178,8 @@ def make_request(
 ) -> Request:
     """What is typed for `rlhf-chat plan`: `gpu` is a device in the list, this machine or a profile's YAML file,
     `network` Gbit/s; by default nodes have 8 GPUs, or as many as were measured together. Raises UserError."""
-    settings = resolve_settings(model, config, overrides, {"reward_model": reward_model})
-    assert settings is not None  # a model was given
+    given = {"reward_model": reward_model} if reward_model else {}
+    settings = settings_of_new_run(settings_for_model(model), config or [], overrides or [], given, None)
     machine = Machine.here() if gpu == THIS_MACHINE else None
     if gpu == THIS_MACHINE or gpu.endswith((".yaml", ".yml")):
         profile = read_profile(profile_file(gpus_per_node or 0) if gpu == THIS_MACHINE else Path(gpu))
@@ -161,32 +188,4 @@ def make_request(
         cluster = Cluster.named(gpu, nodes, gpus_per_node or DEVICES_PER_NODE).ours
     else:
         raise UserError(f"--gpu takes {', '.join(DEVICES)}, {THIS_MACHINE} or a profile's YAML file, not '{gpu}'.")
-    return request_of(settings, replace(cluster, network_bandwidth=network * 1e9 / 8), price, machine)
-
-
-def request_of(
-    settings: RunConfig, cluster: Cluster, price: float | None = None, machine: Machine | None = None
-) -> Request:
-    """Step 3 of a run on a cluster, perhaps of nodes like this `machine`. Raises UserError where a model's size is not
-    known, or the machine has not the number format that the settings ask for."""
-    if machine is not None:  # the number format that a run on it takes
-        settings = settings.model_copy(update={"dtype": PRECISIONS[resolve_dtype(settings.dtype, machine.device)]})
-    rlhf = settings.rlhf
-    if rlhf.exact is True and cluster.device.has_own_memory:
-        raise UserError(f"rlhf.exact=true works on CPUs only; take rlhf.exact=auto to plan for {cluster.device.name}.")
-    actor = require_shape(settings.actor_source, settings.architecture.get("model"))
-    scorer = None
-    if rlhf.has_critic or rlhf.has_reward_model:
-        scorer = require_shape(settings.scorer_source, settings.architecture.get("reward_model"))
-    dtype = DTYPES[cluster.device.precision if settings.dtype == "auto" else settings.dtype]
-    own, given = settings.reference_model, settings.architecture.get("reference_model")
-    reference = require_shape(own, given) if own else None
-    graphs = graphs_of(settings, iteration_calls(rlhf, dtype), actor, scorer, dtype, cluster, reference)
-    return Request(settings, graphs, price, machine)
-
-
-def require_shape(model: str, given: dict[str, Any] | None) -> Shape:
-    shape = find_shape(model, given)
-    if shape is None:
-        raise UserError(f"The size of {model} is not known without the hub; name a preset or a local model directory.")
-    return shape
+    return Request.of(settings, replace(cluster, network_bandwidth=network * 1e9 / 8), price, machine)

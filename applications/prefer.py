@@ -16,6 +16,7 @@ from inference.collecting import without_collecting
 from inference.errors import UserError, typed
 from inference.model_store import resolve_model
 from inference.preferences import Preference, PreferenceFile, checked_name, unjudged
+from inference.streams import to_stderr
 from training.checkpoints import checkpoint_of
 from training.data.rows import read_rows
 from training.evaluation.preferences import agreements, people
@@ -26,7 +27,7 @@ from training.steps import PROMPTS, WRITING, step_of
 from training.trust import of_models, require_reading, require_yes
 
 USUAL_TEMPERATURE, USUAL_TOKENS = 0.7, 256
-"""Of a model that lies in no run."""
+"""They hold for a model that lies in no run."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def prefer_command(
         find_chat_models(target, compare=False)  # what is neither is refused with its way out
     if run is None and to is None:
         raise UserError(f"{target} is no run: say where the preferences go, with --to FILE.")
-    place = run.preferences if to is None and run is not None else to
-    assert place is not None
-    file = PreferenceFile(place)
+    path = run.preferences if to is None and run is not None else to
+    assert path is not None
+    file = PreferenceFile(path)
     known = file.read()
     if again is None:
         pair = [find_model(target, model, trusts), find_model(target, against or model, trusts)]
@@ -117,10 +118,6 @@ def find_model(target: Path, source: str, trusts: bool) -> LabelledModel:
     return LabelledModel(label_of(directory), directory)
 
 
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 # Pairs
 
 
@@ -141,13 +138,13 @@ def collect(
         from inference.generation.sampler import SamplingSettings
         from inference.prefer import COMMANDS, Interview, ModelPair, drawn
 
-        models = {each.directory: ChatModel.load(each.directory) for each in pair}
+        models = {model.directory: ChatModel.load(model.directory) for model in pair}
         gc.freeze()  # looking through all that is loaded takes longer than the first word
-    labelled = [(each.label, models[each.directory]) for each in pair]
+    labelled = [(model.label, models[model.directory]) for model in pair]
     asked = ModelPair(labelled, SamplingSettings(max_tokens, temperature))
     interview = Interview(file, by)
     if interview.is_terminal:
-        names = " and ".join(dict.fromkeys(each.label for each in pair))
+        names = " and ".join(dict.fromkeys(model.label for model in pair))
         interview.tell(
             f"Each message gets two answers of {names}, on sides drawn at random. Enter alone takes one of the run's "
             f"own messages.\nPreferences of {by} go to {file.path} at once. {COMMANDS}."
@@ -159,7 +156,7 @@ def suggestions(run: RunDirectory | None, known: Iterable[Preference]) -> Iterat
     """The prompts that the run trains on and nobody has judged answers to yet."""
     if run is None or not (file := run.data / f"{PROMPTS.name}_train.jsonl").exists():
         return
-    seen = {json.dumps(each.prompt) for each in known}
+    seen = {json.dumps(preference.prompt) for preference in known}
     for row in read_rows(file):
         if (key := json.dumps(row["prompt"])) not in seen:
             seen.add(key)
@@ -179,7 +176,7 @@ def collect_again(file: PreferenceFile, by: str, before: list[Preference]) -> in
 
     interview = Interview(file, by)
     interview.tell(
-        f"{len(before)} pairs to judge again, their sides drawn anew." if before else "Nothing is left to judge."
+        f"{len(before)} pairs to judge again, their sides drawn again." if before else "Nothing is left to judge."
     )
     return interview.collect(again(interview, before))
 
@@ -190,15 +187,15 @@ def collect_again(file: PreferenceFile, by: str, before: list[Preference]) -> in
 def outcome(file: PreferenceFile, by: str, collected: int, run: RunDirectory | None) -> Iterator[str]:
     """What was collected, how far people agree, and what to do with it."""
     preferences = file.read()
-    decided = sum(each.winner in ("a", "b") for each in preferences)
+    decided = sum(preference.winner in ("a", "b") for preference in preferences)
     whole = counted(len(preferences), "preference")
     yield (
         f"Collected {counted(max(collected, 0), 'preference')} of {by}; {file.path} has {whole}, "
         f"{decided} for one of two answers."
     )
-    for found in agreements(preferences):
-        if by in found["people"]:
-            yield f"{' and '.join(found['people'])} agree on {found['same']:.0%} of {counted(found['pairs'], 'pair')}."
+    for both in agreements(preferences):
+        if by in both["people"]:
+            yield f"{' and '.join(both['people'])} agree on {both['same']:.0%} of {counted(both['pairs'], 'pair')}."
     if run is not None and decided:
         data = "" if file.path == run.preferences else f" --data {typed(file.path)}"
         yield f"The next round: {next_command(run.path, data)}"

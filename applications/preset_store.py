@@ -30,7 +30,9 @@ def load_preset(name: str) -> dict[str, Any]:
 
     `architecture.reward_model` is filled in from the preset whose model that is.
     """
-    values = copy.deepcopy(_read(_preset_named(name)))  # `_read` keeps its own
+    if name.lower() not in preset_names():
+        raise UserError(f"There is no preset '{name}': {_near(name)}")
+    values = copy.deepcopy(_read(name.lower()))  # `_read` caches its own
     architecture = values.setdefault("architecture", {})
     known = known_architecture(values.get("reward_model") or values["model"])
     if known is not None:
@@ -45,23 +47,18 @@ def settings_for_model(model: str) -> dict[str, Any]:
     its last part, with or without `-Instruct`; the model is then the one given, the settings are the preset's.
     Raises UserError with the nearest name where `model` can be none of these.
     """
-    path = Path(model).expanduser()
+    path, name = Path(model).expanduser(), _preset_of(model)
     is_name = "/" not in model and not model.startswith((".", "~"))
-    if not is_name and path.is_dir():
-        return {"model": str(path.resolve())}  # `./tiny` is not `tiny`
-    name = _preset_of(model)
-    if is_name:
-        if name is not None:
-            return load_preset(name)
-        if path.is_dir() or model.startswith("package:"):
-            return {"model": model}
-        raise UserError(_unknown_model(model))
-    if model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/"):
+    if path.is_dir() and not (is_name and name):  # `./tiny` is not `tiny`
+        return {"model": model if is_name else str(path.resolve())}
+    if is_name and name is None and not model.startswith("package:"):
+        raise UserError(f"'{model}' is no preset and no directory (a hub id has the form owner/name): {_near(model)}")
+    if not is_name and (model.count("/") != 1 or model.startswith((".", "~", "/")) or model.endswith("/")):
         raise UserError(f"There is no directory {model}; give a model directory, a hub id (owner/name) or a preset.")
-    if name is None:
-        return {"model": model}
-    preset = load_preset(name)
-    return preset if preset["model"].lower() == model.lower() else {**preset, "model": model}
+    values = {"model": model} if name is None else load_preset(name)
+    if not is_name and values["model"].lower() != model.lower():  # of the hub, with the preset's settings
+        values["model"] = model
+    return values
 
 
 def known_architecture(model: str) -> dict[str, Any] | None:
@@ -85,10 +82,6 @@ def smaller_presets(model: str) -> list[str]:
     return [other for other in reversed(same) if _family_and_size(other)[1] < size]
 
 
-def _unknown_model(model: str) -> str:
-    return f"'{model}' is no preset and no directory (a hub id has the form owner/name): {_near(model)}"
-
-
 def _near(given: str) -> str:
     """The presets that begin so; else the nearest one whose family is written alike, for `gpt2` is no `opt-2.7b`."""
     name = given.lower()
@@ -104,21 +97,12 @@ def _letters(name: str) -> str:
     return re.sub("[0-9].*", "", name)
 
 
-def _preset_named(name: str) -> str:
-    if name.lower() not in preset_names():
-        raise UserError(f"There is no preset '{name}': {_near(name)}")
-    return name.lower()
-
-
 def _preset_of(model: str) -> str | None:
     """The preset with this model or name; of a hub id, its last part is enough, with or without `-Instruct`."""
     lower = model.lower()
-    if lower in _presets_by_model():
-        return _presets_by_model()[lower]
     last = lower.rpartition("/")[2].removesuffix("-instruct")
-    if last not in preset_names() or ("/" in model and _read(last)["model"] == last):  # `tiny` is not on the hub
-        return None
-    return last
+    is_preset = last in preset_names() and ("/" not in model or _read(last)["model"] != last)  # the hub has no `tiny`
+    return _presets_by_model().get(lower, last if is_preset else None)
 
 
 @cache
@@ -138,8 +122,8 @@ def _read(name: str) -> dict[str, Any]:
 
 def _family_and_size(name: str) -> tuple[str, float]:
     """`qwen2.5-0.5b` -> (`qwen2.5`, 0.5e9)."""
-    found = re.fullmatch(r"(.+?)(-[\d.]+)?-([\d.]+)([mb])(-mono)?", name)
-    if found is None:
+    match = re.fullmatch(r"(.+?)(-[\d.]+)?-([\d.]+)([mb])(-mono)?", name)
+    if match is None:
         return name, 0.0
-    family, _, number, unit, _ = found.groups()  # llama-3.1-8b and llama-3.2-1b are one family
+    family, _, number, unit, _ = match.groups()  # llama-3.1-8b and llama-3.2-1b are one family
     return family, float(number) * {"m": 1e6, "b": 1e9}[unit]

@@ -76,37 +76,36 @@ def describe(profile: MachineProfile) -> str:
 
 @dataclass(frozen=True)
 class ExpectedTime:
-    """Of one optimiser step (with what a reference says of its rows) or one iteration, all rows as
-    long as they may be."""
+    """What one optimiser step (with the reference's part) or one iteration takes, all rows as long as they may be."""
 
     seconds: float
     by_kind: dict[str, float]
     """Seconds of generating, scoring and training."""
     evaluations: float
-    """Seconds of all evaluations of a step that draws samples: those on the way and the comparison at the end."""
+    """Seconds of evaluations on the way and of the comparison at the end, where the step draws samples."""
     source: str
     """Where the rates come from."""
 
 
 def expected_time(outlook: Outlook, step: Step) -> ExpectedTime | None:
     """None where no rates of this machine are known, a shape is missing, or the batch leaves ranks without work."""
-    known = cluster_here(outlook.config.processes, outlook.nodes, outlook.machine.gpus[:1])
+    known = cluster_here(outlook.config.processes, 1, outlook.machine.gpus[:1])
     if known is None or outlook.memory(step) is None:
         return None
     cluster, source = known
     try:
         graphs, plan = _ppo(outlook, cluster) if step.draws_samples else _supervised(outlook, step, cluster)
-        found = estimate(plan, graphs)
+        estimated = estimate(plan, graphs)
     except UserError:
         return None
     by_kind: dict[str, float] = {}
-    for node in found.nodes:
+    for node in estimated.nodes:
         by_kind[node.call.kind] = by_kind.get(node.call.kind, 0.0) + node.seconds
-    return ExpectedTime(found.iteration_seconds, by_kind, _evaluations(outlook, step, by_kind), source)
+    return ExpectedTime(estimated.iteration_seconds, by_kind, _evaluations(outlook, step, by_kind), source)
 
 
 def _evaluations(outlook: Outlook, step: Step, by_kind: Mapping[str, float]) -> float:
-    """As many answers as they ask for, each drawn and scored in the time of a sample of an iteration."""
+    """Seconds of all evaluations: an answer is drawn and scored in the time of a sample of an iteration."""
     if not step.draws_samples:
         return 0.0
     rlhf = outlook.config.rlhf
@@ -140,4 +139,4 @@ def _supervised(outlook: Outlook, step: Step, cluster: Cluster) -> tuple[Augment
     )
     graphs = AugmentedGraphs(graph, CallCosts(workload, cluster))
     stage, tokens = optimizer.zero_stage, settings.micro_batch_tokens
-    return graphs, Plan.of_rows(graph.calls, outlook.ranks, rows, outlook.length, stage, tokens)
+    return graphs, Plan.of_rows(graph.calls, outlook.ranks, rows, data.longest, stage, tokens)

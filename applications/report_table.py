@@ -48,7 +48,7 @@ def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     sources = [(f"reward {key.removeprefix('reward/')}", key, "{:z.3f}") for key in result[first] if "reward/" in key]
     for label, key, form in (*ROWS[:5], *sources, *ROWS[5:]):
         if key in result[first] and key in result[second]:
-            theirs, ours = (shown(result[each][key], form) for each in (first, second))
+            theirs, ours = (shown(result[model][key], form) for model in (first, second))
             rows.append((label.format(against=pair_of(result)[first]), theirs, ours))
     return rows
 
@@ -58,9 +58,9 @@ def shown(value: float, form: str) -> str:
     return form.format(value) if abs(value) < 1e6 else f"{value:.1e}"
 
 
-def comparison_table(run: RunDirectory, width: int = 0, step: Step = PPO) -> str:
+def comparison_table(run: RunDirectory, step: Step = PPO) -> str:
     """A run's own evaluation as text: what is out of bounds, reward accuracy, SFT beside RLHF or DPO, win rate and
-    sample answers. `width` 0 is that of the terminal.
+    sample answers.
     """
     _, answers_file = run.comparison_of(step)
     result = run.read_comparison(step) or {}
@@ -68,16 +68,16 @@ def comparison_table(run: RunDirectory, width: int = 0, step: Step = PPO) -> str
     if step.has_reference and (accuracy := run.step(step).read_result().get("eval/accuracy")) is not None:
         counted = counted_pairs(run.step(step).read_result(), accuracy)
         line = f"{step.name}: {counted} ranked right by its implicit reward"
-    return evaluation_table(result, answers_file, line, width, training_signs(run, step))
+    return evaluation_table(result, answers_file, line, training_signs(run, step))
 
 
 def evaluation_table(
-    result: dict[str, Any], answers_file: Path, accuracy: str = "", width: int = 0, training: Sequence[Sign] = ()
+    result: dict[str, Any], answers_file: Path, accuracy: str = "", training: Sequence[Sign] = ()
 ) -> str:
-    """What an evaluation found, as text. `accuracy` is step 2's own line, for where nothing newer was measured;
+    """The results of an evaluation as text. `accuracy` is step 2's own line, for where nothing newer was measured;
     `training` says what the training showed.
     """
-    console = text_console(width)
+    console = text_console()
     console.print()
     if bad := [sign.text for sign in (*training, *guard_signs(result, *pair_of(result))) if not sign.is_good]:
         console.print(f"Out of bounds: {'; '.join(bad)}. Read the answers before the win rate.", markup=False)
@@ -132,9 +132,9 @@ def evaluation_table(
     return text_of(console)
 
 
-def text_console(width: int = 0) -> Console:
-    """A console that writes text of a width; 0 is that of the terminal."""
-    return Console(file=io.StringIO(), width=width or columns(), highlight=False)
+def text_console() -> Console:
+    """A console that writes text as wide as the terminal."""
+    return Console(file=io.StringIO(), width=columns(), highlight=False)
 
 
 def text_of(console: Console) -> str:
@@ -151,7 +151,7 @@ def training_signs(run: RunDirectory, step: Step) -> list[Sign]:
 
 
 def reward_accuracy_line(result: Mapping[str, Any]) -> str:
-    """What step 2's last evaluation found; empty where it had no held-out pairs."""
+    """The accuracy of step 2's last evaluation; empty where it had no held-out pairs."""
     if "eval/accuracy" not in result:
         return ""
     by_length = ", ".join(
@@ -213,13 +213,13 @@ def of_people(evaluation: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What people prefer, if it is in an evaluation, also in one of an early version, which called it `clicks`."""
     if "clicks" not in evaluation:
         return evaluation.get("preferences")
-    found: Mapping[str, Any] = json.loads(json.dumps(evaluation["clicks"]).replace('"clicks": ', '"preferences": '))
-    return found
+    renamed: Mapping[str, Any] = json.loads(json.dumps(evaluation["clicks"]).replace('"clicks": ', '"preferences": '))
+    return renamed
 
 
-def overview_table(result: Mapping[str, Any], width: int = 0) -> str:
+def overview_table(result: Mapping[str, Any]) -> str:
     """What people prefer, as text: each two models that they compared, then the people."""
-    console = text_console(width)
+    console = text_console()
     for rates in result["pairs"]:
         print_preferences(console, {**rates, "agreement": []})
     if not result["pairs"]:
@@ -239,23 +239,24 @@ def overview_lines(seen: Mapping[str, Any]) -> list[str]:
     lines = [f"{seen['preferences']:,} preferences ({by}): {', '.join(share.values())}"]
     for name, left in seen["left"].items():
         lines.append(f"{name} prefers the left answer in {rate_text(left)} of {left['preferences']:,} preferences")
-    for name, found in seen["repeated"].items():
-        lines.append(f"{name}, asked again, says the same of {agreement_text(found)}")
+    for name, agreement in seen["repeated"].items():
+        lines.append(f"{name}, asked again, says the same of {agreement_text(agreement)}")
     return lines + agreement_lines(seen["agreement"])
 
 
 def agreement_lines(agreement: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"{' and '.join(found['people'])} say the same of {agreement_text(found)}" for found in agreement]
+    return [f"{' and '.join(both['people'])} say the same of {agreement_text(both)}" for both in agreement]
 
 
-def agreement_text(found: Mapping[str, Any]) -> str:
+def agreement_text(agreement: Mapping[str, Any]) -> str:
     """`70.0% (52.1% to 83.3%) of 30 pairs, kappa 0.45 (0.12 to 0.70)`."""
     kappa = (
         "; chance alone would always"
-        if found["kappa"] is None
-        else f", kappa {found['kappa']:z.2f} ({found['kappa_low']:z.2f} to {found['kappa_high']:z.2f})"
+        if agreement["kappa"] is None
+        else f", kappa {agreement['kappa']:z.2f} ({agreement['kappa_low']:z.2f} to {agreement['kappa_high']:z.2f})"
     )
-    return f"{found['same']:.1%} ({found['low']:.1%} to {found['high']:.1%}) of {found['pairs']:,} pairs{kappa}"
+    same = f"{agreement['same']:.1%} ({agreement['low']:.1%} to {agreement['high']:.1%})"
+    return f"{same} of {agreement['pairs']:,} pairs{kappa}"
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
@@ -274,21 +275,21 @@ def preferences_table(rates: Mapping[str, Any]) -> RenderableType:
     table.columns[0].footer = "all"
     for name, all_together in zip(what, shares(rates["together"]), strict=True):
         table.add_column(Text(name), all_together, justify="right")
-    for name, found in rates["by"].items():
-        table.add_row(Text(name), *shares(found))
+    for name, rate in rates["by"].items():
+        table.add_row(Text(name), *shares(rate))
     return table
 
 
-def shares(found: Mapping[str, Any]) -> tuple[str, ...]:
-    return *(f"{found[key]:,}" for key in ("preferences", "ties", "both_bad")), rate_text(found)
+def shares(rate: Mapping[str, Any]) -> tuple[str, ...]:
+    return *(f"{rate[key]:,}" for key in ("preferences", "ties", "both_bad")), rate_text(rate)
 
 
 def people_prefer(rates: Mapping[str, Any]) -> str:
     """What all people together show."""
-    found, people = rates["together"], len(rates["by"])
-    count = found["preferences"]
+    together, people = rates["together"], len(rates["by"])
+    count = together["preferences"]
     by = f"{count} preference{'s' * (count != 1)} of {people} {'person' if people == 1 else 'people'}"
-    return verdict({**found, "prompts": count, "judge": by}, rates["against"], rates["model"])
+    return verdict({**together, "prompts": count, "judge": by}, rates["against"], rates["model"])
 
 
 def print_preferences(console: Console, rates: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ class Listed:
     seed: int = 0
     started: str = ""
     written: str = ""  # when anything in it was written last
-    seconds: float = 0.0  # that its steps took, from each start to the last line that was kept
+    seconds: float = 0.0  # that its steps took, from each start to the last line that was saved
     bytes: int = 0  # on the disk; what has several names in it counts once
     result: str = ""  # the win rate with its interval; else the newest figures; of what failed, the sentence
     win_rate: Mapping[str, Any] | None = None
@@ -119,14 +119,14 @@ def listed(run: RunDirectory) -> Listed:
 
 
 def why_unreadable(run: RunDirectory, error: Exception) -> str:
-    """One of UNREADABLE, for people."""
+    """Say one of UNREADABLE in a sentence."""
     if isinstance(error, UserError | OSError):
         return str(error)
     return f"A file of {run.path} holds what was never written there ({type(error).__name__}: {reason(error)})."
 
 
 def steps_of(config: RunConfig) -> list[Step]:
-    """Those that leave a model of the run's own."""
+    """The steps that leave a model of the run's own."""
     return [step for step in config.steps if not config.given_model(step)] or config.steps
 
 
@@ -170,7 +170,7 @@ def last_row(journal: Path) -> dict[str, Any]:
 
 
 def seconds_of(step: StepDirectory, starts: list[dict[str, Any]]) -> float:
-    """From each start of the step to its last line that was kept, and of a finished one to its end."""
+    """Sum the seconds from each start of the step to its last saved line; those of a finished step go to its end."""
     begun = [unix(start["time"]) for start in starts if start["what"] == step.path.name]
     last = step.read_result().get("seconds", 0.0) if step.is_finished else None  # of the last start
     if last is not None and len(begun) < 2:
@@ -179,11 +179,11 @@ def seconds_of(step: StepDirectory, starts: list[dict[str, Any]]) -> float:
         return 0.0
     times = [row["time/unix"] for row in Journal(step.metrics_file).read() if "time/unix" in row]
     ends = [*begun[1:], math.inf]
-    found = [
+    seconds = [
         max((time - start for time in times if start <= time < end), default=0.0)
         for start, end in zip(begun, ends, strict=False)
     ]
-    return sum(found if last is None else [*found[:-1], last])
+    return sum(seconds if last is None else [*seconds[:-1], last])
 
 
 def measure(directory: Path) -> tuple[int, str]:
@@ -251,9 +251,9 @@ def measures_of(run: RunDirectory, config: RunConfig, evaluation: Mapping[str, A
     """What the comparison and the steps of a run left."""
     results = {step: run.step(step).read_result() for step in steps_of(config) if run.step(step).is_finished}
     accuracy = {**results.get(REWARD, {}), **evaluation}.get("reward_accuracy", {}).get("all")
-    for key, found in ({key: evaluation.get(key) for key in RATES} | {"reward_accuracy": accuracy}).items():
-        if found:
-            yield key, Measure(RATES[key], PERCENT, found["rate"], found["low"], found["high"])
+    for key, rate in ({key: evaluation.get(key) for key in RATES} | {"reward_accuracy": accuracy}).items():
+        if rate:
+            yield key, Measure(RATES[key], PERCENT, rate["rate"], rate["low"], rate["high"])
     pair = pair_of(evaluation)
     ours = evaluation.get(list(pair)[-1], {})
     for label, key, form in ROWS:

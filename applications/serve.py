@@ -35,7 +35,7 @@ def serve_command(
     """`rlhf-chat serve`; returns after Ctrl-C. Raises UserError for what cannot be served, or not here."""
     guard_output()  # whoever reads its log may go
     at = checkpoint_of(target)
-    found = {at.name: at.model(trusts)} if at else find_served_models(target)
+    served = {at.name: at.model(trusts)} if at else find_served_models(target)
     token = choose_token(token, host)
     with bind(host, port) as listener:  # before the models, which take longer
         from inference.chat_model import ChatModel
@@ -44,9 +44,9 @@ def serve_command(
         from inference.serving.service import Limits, Service
         from training.metrics import size
 
-        collecting, others = find_collecting(target, found, against, preferences, trusts)
+        collecting, others = find_collecting(target, served, against, preferences, trusts)
         limits = Limits(slots, queue, context, max_tokens)
-        models = {name: ChatModel.load(path) for name, path in (found | others).items()}
+        models = {name: ChatModel.load(path) for name, path in (served | others).items()}
         check_context(models, limits)
         service = Service(models, limits)
         lines = [
@@ -62,9 +62,9 @@ def serve_command(
 
 
 def find_collecting(
-    target: Path, found: dict[str, Path], against: str, preferences: Path | None, trusts: bool
+    target: Path, served: dict[str, Path], against: str, preferences: Path | None, trusts: bool
 ) -> tuple[Collecting | None, dict[str, Path]]:
-    """Two answers of the newest of the models that were found, or one of it and one of `against`, drawn as its run
+    """Two answers of the newest of the models served, or one of it and one of `against`, drawn as its run
     does, with the run's prompts to be suggested; and the models that are to be served for it besides.
 
     None where it lies in no run and there is no file for preferences. Raises UserError for models that cannot be told
@@ -75,41 +75,40 @@ def find_collecting(
     from inference.serving.judging import Collecting, ServedModel
     from training.lineage import label_of, origin_of
 
-    name, directory = list(found.items())[-1]
+    name, directory = list(served.items())[-1]
     origin = origin_of(directory)
     run = origin.run if origin else None
-    place = preferences or (run.preferences if run else None)
-    if place is None:
+    path = preferences or (run.preferences if run else None)
+    if path is None:
         if against:
             raise UserError(f"{target} lies in no run: say where preferences go, with --preferences FILE.")
         return None, {}
-    file = PreferenceFile(place)
+    file = PreferenceFile(path)
     if preferences:
         file.require_own()
     one = other = ServedModel(name, label_of(directory, name))
     others: dict[str, Path] = {}
     if against:
         asked = find_model(run.path if run else target, against, trusts)
-        served = {path.resolve(): name for name, path in found.items()}
-        other = ServedModel(served.get(asked.directory.resolve(), asked.label.replace("/", "-")), asked.label)
+        names = {path.resolve(): name for name, path in served.items()}
+        other = ServedModel(names.get(asked.directory.resolve(), asked.label.replace("/", "-")), asked.label)
         if one.name == other.name or one.label == other.label:
             raise UserError(f"{against} and {target} are both {one.label}: give another one with --against.")
-        if asked.directory.resolve() not in served:
+        if asked.directory.resolve() not in names:
             others[other.name] = asked.directory
     if not run:
         return Collecting(file, (one, other), USUAL_TEMPERATURE, USUAL_TOKENS), others
     config = run.read_config()
     sampling = config.rlhf.temperature, config.data.max_response_tokens
-    prompts = list(suggestions(run, file.read_or_say())) or list(
-        suggestions(run, [])
-    )  # all, where each has been judged
+    unjudged = list(suggestions(run, file.read_or_say()))
+    prompts = unjudged or list(suggestions(run, []))
     return Collecting(file, (one, other), *sampling, prompts), others
 
 
 def collecting_lines(collecting: Collecting | None, page: str) -> list[str]:
     if collecting is None:
         return []
-    labels = " and ".join(dict.fromkeys(each.label for each in collecting.models))
+    labels = " and ".join(dict.fromkeys(model.label for model in collecting.models))
     return [f"To judge answers of {labels}: {page}; preferences go to {collecting.file.path}"]
 
 
@@ -149,12 +148,12 @@ def reserve_memory(service: Service, models: dict[str, ChatModel]) -> int:
 
 
 def address(listener: socket.socket, host: str) -> str:
-    """As other programs reach it; a server on all interfaces is shown under the machine's name."""
+    """The URL for other programs; a server on all interfaces is shown under the machine's name."""
     name, port, *_ = listener.getsockname()
     shown = socket.gethostname() if name in ("0.0.0.0", "::") else host
     return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
 
 
 def page_address(listener: socket.socket, host: str, token: str | None, page: str = "") -> str:
-    """With the token behind `#`, which browsers keep to themselves."""
+    """The URL of a page, with the token behind `#`, which browsers keep to themselves."""
     return f"{address(listener, host)}/{page}" + (f"#token={token}" if token else "")

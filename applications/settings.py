@@ -13,7 +13,7 @@ from inference.console import PrintableConsole
 from inference.errors import UserError
 from inference.streams import redacted, show_json
 from training.config import RunConfig
-from training.config_files import found_from_anywhere, load_config, nested, setting_keys
+from training.config_files import load_config, nested, setting_keys, with_absolute_paths
 from training.config_reference import REQUIRED, defaults, description, fields, show, type_text, unit, values_of
 from training.merging import KeyTwice, did_you_mean, near_keys, what_is_wrong
 from training.opening import settings_of_new_run
@@ -32,22 +32,23 @@ def resolve_settings(
     Without a model or a file, what is given is laid over the settings of `run`.
     """
     given = given_of(flags)
-    if model is None and not config and not overrides and not given:
+    is_new = model is not None or bool(config)
+    if not (is_new or overrides or given):
         return None
-    if model is None and not config and run is not None and run.config_file.exists():
-        stored = run.read_config().model_dump(mode="json")
-        return found_from_anywhere(load_config([], overrides or [], stored, as_settings(given)))
-    if model is None and not config:
+    if is_new:
+        base = settings_for_model(model) if model is not None else {}
+        return settings_of_new_run(base, config or [], overrides or [], as_settings(given), run)
+    if run is None or not run.config_file.exists():
         options = ", ".join(["--set"] * bool(overrides) + [option_of(key) for key in given])
         new = f"{run.path} would be a new run, so " if run is not None else ""
         raise UserError(f"{new}{options} needs --model or --config as well: say which model the run is for.")
-    base = settings_for_model(model) if model is not None else {}
-    return settings_of_new_run(base, config or [], overrides or [], as_settings(given), run)
+    stored = run.read_config().model_dump(mode="json")
+    return with_absolute_paths(load_config([], overrides or [], stored, as_settings(given)))
 
 
 def settings_named(source: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Those of a run directory, a YAML file, or a model as --model names it, with `overrides` (keys may be dotted) over
-    them. Raises UserError.
+    """The settings of a run directory, a YAML file, or a model as --model names it, with `overrides` (keys may be
+    dotted) over them. Raises UserError.
     """
     try:
         given = nested(json.loads(json.dumps(overrides or {}, default=str)))  # paths as text, tuples as lists
@@ -57,7 +58,7 @@ def settings_named(source: str, overrides: Mapping[str, Any] | None = None) -> R
     run = RunDirectory(path)
     if run.config_file.exists():
         values = run.read_config().model_dump(mode="json") | {"fork_of": ""}  # another run is no fork by that
-        return found_from_anywhere(load_config([], [], values, given))
+        return with_absolute_paths(load_config([], [], values, given))
     if "/" in source and path.parent.is_dir() and not path.exists():  # else it would be owner/name on the hub
         raise UserError(f"There is neither a run nor a file {source}.")
     is_file = path.suffix in (".yaml", ".yml")
@@ -80,7 +81,7 @@ AUTO = "auto"
 
 
 def given_of(flags: Mapping[str, object]) -> dict[str, object]:
-    """Those that somebody has typed and that are settings: typer has None or [] for others."""
+    """The flags that somebody has typed and that are settings: typer has None or [] for others."""
     return {key: value for key, value in flags.items() if value not in (None, []) and (key, value) != ("plan", AUTO)}
 
 
@@ -90,21 +91,16 @@ def option_of(key: str) -> str:
 
 
 def as_settings(given: Mapping[str, object]) -> dict[str, object]:
-    """The flags where the settings are. Raises UserError for a fusion that there is not."""
+    """The flags under the keys of their settings. Raises UserError for a fusion that does not exist."""
     fusion = given.get("fusion")
     if fusion is not None and fusion not in FUSIONS:
         raise UserError(f"--fusion {fusion}: choose one of {', '.join(FUSIONS)}.")
     sources = {"source": given.get("data"), "eval_source": given.get("eval_data")}
-    data = {key: data_sources(value) for key, value in sources.items() if value is not None}
+    data = {key: value for key, value in sources.items() if value is not None}
     of_step_3 = {"plan": given.get("plan"), "fusion": FUSIONS.get(str(fusion))}
     rlhf = {key: value for key, value in of_step_3.items() if value is not None}
     settings = {key: value for key, value in given.items() if key not in {*of_step_3, "data", "eval_data"}}
     return settings | ({"rlhf": rlhf} if rlhf else {}) | ({"data": data} if data else {})
-
-
-def data_sources(given: object) -> list[str]:
-    """The values of --data, which may be given several times."""
-    return [str(text) for text in given] if isinstance(given, list) else [str(given)]
 
 
 def settings_command(keys: list[str], source: str | None, as_json: bool) -> None:
@@ -147,5 +143,5 @@ def line_of(setting: dict[str, Any], source: str | None) -> Text:
 
 
 def plain(value: Any) -> str:
-    """As YAML takes it."""
+    """The value as YAML takes it."""
     return redacted(show(value).replace("`", ""))

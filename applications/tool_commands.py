@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from applications.command_line import Command, Config, Debug, Group, Json, Model, RewardModel, Set, Trust
+from inference.errors import UserError
 
 
 def plan(
@@ -109,12 +110,22 @@ def doctor(
 
     rlhf-chat doctor --model runs/demo --tp 2
     """
-    from applications.commands import doctor_command
-    from training.trust import require_reading
+    if model is None:
+        if tp != 1 or dtype != "auto":
+            raise UserError("--tp and --dtype say how to check a model: give it with --model.")
+        from applications.machine_report import report_on_machine
 
-    if model is not None:
+        is_fit = report_on_machine(hub)
+    else:
+        from training.trust import require_reading
+
         require_reading(Path(model).expanduser(), trust)
-    raise typer.Exit(doctor_command(model, tp, dtype, hub))
+        if hub:
+            raise UserError("--hub belongs to the report on the machine: leave --model out.")
+        from applications.doctor import check_model
+
+        is_fit = check_model(model, tp, dtype)
+    raise typer.Exit(0 if is_fit else 1)
 
 
 def runs(

@@ -151,12 +151,12 @@ def tests(day: Day, found: Found) -> None:
 def equality(day: Day, found: Found) -> None:
     """The doctor's check: generation beside plain transformers, and beside training."""
     from applications.doctor import training_forward
-    from inference.generation.equality import Tolerance, Work, check_equality
+    from inference.generation.equality import Tolerance, Work, compare, generate
 
     for name in ("opt-1.3b", "qwen2.5-0.5b"):
         model = random_model(day, name)
         asked = Work.of(model.config.vocab_size, work.PAD_ID, model.config.max_position_embeddings)
-        findings = check_equality(model, model, asked, Tolerance.of(day.torch_dtype), training_forward(model))
+        findings = compare(generate(model, asked), model, asked, Tolerance.of(day.torch_dtype), training_forward(model))
         gaps = {each.name: [each.mean, each.largest] for each in findings.deviations}
         found(name, equal=findings.is_equal, verdict=findings.verdict, nats=gaps)
 

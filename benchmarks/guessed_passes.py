@@ -22,7 +22,7 @@ from inference.chat_format import ChatFormat
 from inference.generation.attention import NextTokens, packed
 from inference.generation.cpu import BlockedWeights, Exactness, plain_attention
 from inference.generation.engine import GenerationEngine
-from inference.generation.kv_cache import KVCache, Places
+from inference.generation.kv_cache import CachePositions, KVCache
 from inference.generation.passes import PackedPasses, packed_logits, preferred_cache_dtype
 from inference.generation.sampler import SamplingKey, SamplingSettings, sample_tokens
 from inference.model_store import resolve_model
@@ -43,8 +43,7 @@ EXACT = {torch.bfloat16: Exactness(keys=32), torch.float32: None}
 
 
 class Guessed(NextTokens):
-    """Several tokens of each of the first rows of a cache, which are `places` long; each sees its row up to itself,
-    without a window."""
+    """Several tokens of each of the first rows of a cache; each token sees its row up to itself, without a window."""
 
     def attend(
         self,
@@ -56,14 +55,14 @@ class Guessed(NextTokens):
         window: int | None,
         dropout: float = 0.0,
     ) -> Tensor:
-        rows, positions = self.places.rows, self.places.positions
+        rows, start = self.positions.rows, self.positions.next
         width = query.shape[1] // rows
         q, k, v = (t.unflatten(1, (rows, width)).transpose(0, 1) for t in (query, key, value))  # (rows, heads, ...)
-        at = positions[:, None] + torch.arange(width)
+        at = start[:, None] + torch.arange(width)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        for kept, new in ((keys, k), (values, v)):
-            kept[self.places.index[:, None], :, at] = new.transpose(1, 2).to(kept.dtype)
-        keys, values = (kept[:rows, :, : self.places.longest] for kept in (keys, values))
+        for cached, new in ((keys, k), (values, v)):
+            cached[self.positions.index[:, None], :, at] = new.transpose(1, 2).to(cached.dtype)
+        keys, values = (cached[:rows, :, : self.positions.longest] for cached in (keys, values))
         queries = q.unflatten(1, (keys.shape[1], -1)).flatten(2, 3).to(keys.dtype)
         mask = self.mask_of(at, q.shape[1] // keys.shape[1], keys.dtype)
         if self.exact is None:
@@ -77,7 +76,7 @@ class Guessed(NextTokens):
     def mask_of(self, at: Tensor, sharing: int, dtype: torch.dtype) -> Tensor:
         """(rows, width) -> (rows, 1, sharing * width, longest), the same for all layers."""
         if not hasattr(self, "_mask"):
-            hidden = torch.arange(self.places.longest) > at[:, :, None]
+            hidden = torch.arange(self.positions.longest) > at[:, :, None]
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
             self._mask = mask.repeat(1, sharing, 1)[:, None]
         return self._mask
@@ -88,7 +87,7 @@ def logits_of(passes: PackedPasses, tokens: Tensor, lengths: Sequence[int]) -> T
     width = tokens.shape[1]
     positions, longest = torch.tensor(lengths), max(lengths) + width
     longest = longest if passes.exact is None else passes.exact.seen(longest)
-    guessed = Guessed(passes.cache, Places(positions, longest, is_level=False), passes.exact)
+    guessed = Guessed(passes.cache, CachePositions(positions, longest, is_level=False), passes.exact)
     at = (positions[:, None] + torch.arange(width)).flatten()
     with packed(passes.model):
         return packed_logits(

@@ -79,7 +79,7 @@ def dpo_task(stage: "Stage", engine: "ZeroEngine") -> "DPOTask":
     from training.data.token_cache import TokenPair
     from training.step2_dpo.dpo import DPOTask
 
-    pairs = [TokenPair(*pair, place=place) for place, pair in enumerate(work.pairs())]
+    pairs = [TokenPair(*pair, file_index=index) for index, pair in enumerate(work.pairs())]
     unscored = {"train": torch.full((2, len(pairs)), torch.nan), "eval": torch.empty(2, 0)}
     return DPOTask(stage, engine, {"train": pairs, "eval": []}, unscored)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from applications.launch import run_on_ranks
 from applications.plan import searched
-from applications.plan_request import Request, request_of
+from applications.plan_request import Request
 from benchmarks import our_ppo, work
 from benchmarks.ppo_iteration import machine
 from benchmarks.realhf_table import fit
@@ -63,7 +63,7 @@ class Work:
         return RunConfig.model_validate(values)
 
     def request(self, measured: MachineProfile) -> Request:
-        return request_of(self.config(1), measured.cluster)
+        return Request.of(self.config(1), measured.cluster)
 
     def forecast(self, plan: Plan, measured: MachineProfile) -> dict[str, float]:
         """Predicted seconds by call, and of the iteration."""

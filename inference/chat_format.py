@@ -199,7 +199,7 @@ class ChatFormat:
         return self._encode_shown(self.template.finished(shown), hidden)
 
     def as_taught(self, response_ids: Sequence[int]) -> list[int]:
-        """A response as training would have it: with the end of the turn in the place of another token that ends."""
+        """A response as training would have it: with the end of the turn instead of another token that ends."""
         ids = list(response_ids)
         return [*ids[:-1], self.end_of_turn_id] if ids and ids[-1] in self.end_ids else ids
 
@@ -240,8 +240,8 @@ class ChatFormat:
         """The messages with stand-ins for what looks like special tokens, and that."""
         hidden: list[str] = []
 
-        def hide(found: re.Match[str]) -> str:
-            hidden.append(found[0])
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match[0])
             return f"{STAND_IN[0]}{len(hidden) - 1}{STAND_IN[1]}"
 
         return [Message(role=m["role"], content=self._special.sub(hide, m["content"])) for m in messages], hidden
@@ -269,11 +269,11 @@ class ChatFormat:
         begins = {*self._encode(self.template.lead_in)} - {*self._encode(self.template.between)}
         opening = (i for i in self._encode(self.template.opening) if i in named and i != self.tokenizer.bos_token_id)
         begins = begins | {next(opening, None), self.tokenizer.bos_token_id} - {self.tokenizer.eos_token_id}
-        found = (i for i in self._encode(self.template.behind) if i in named and i not in begins)
-        return next(found, self.tokenizer.eos_token_id)
+        ends = (i for i in self._encode(self.template.behind) if i in named and i not in begins)
+        return next(ends, self.tokenizer.eos_token_id)
 
     def _make_special(self, token_id: int) -> None:
-        """So that in a message it is plain text, and not shown in an answer."""
+        """Make the token plain text in a message, and hidden in an answer."""
         token = self.tokenizer.added_tokens_decoder.get(token_id)
         if token is not None and not token.special:
             token.special = True
@@ -334,7 +334,7 @@ def generation_ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list
     for name, allowed in (("generation_config.json", None), ("config.json", special_ids(tokenizer))):
         if not (directory / name).is_file():
             continue
-        found = read_values(directory / name).get("eos_token_id")
-        ids = found if isinstance(found, list) else [found]
+        given = read_values(directory / name).get("eos_token_id")
+        ids = given if isinstance(given, list) else [given]
         return [i for i in ids if type(i) is int and (allowed is None or i in allowed)]
     return []

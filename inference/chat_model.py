@@ -139,7 +139,7 @@ class ChatModel:
             yield rest
 
     def prompt(self, messages: list[Message], settings: SamplingSettings) -> Prompt:
-        """As much of the messages as the context has room for beside an answer."""
+        """The prompt of as many messages as the context has room for beside an answer."""
         limit = self.context_length - self._longest_answer(settings.max_tokens) if self.context_length else 0
         return self.format.prompt(messages, limit)
 

@@ -36,7 +36,7 @@ TRAINING_DATE = date(2024, 7, 26)
 """What a template that asks for the date is told in training: a run gives the same on every day. It is the date that
 Llama 3's templates fall back to."""
 DIRECTIVES = "aAbBcdDeFGHIjmMpSTuUVwWxXyY"
-"""Of strftime."""
+"""The directives of strftime."""
 OPENED = re.compile(r"\s*[<\[◁]\|?(think|thinking|thoughts?|reasoning)\|?[>\]▷]\s*", re.IGNORECASE)
 """The beginning of a thought."""
 CLOSED = re.compile(r"[<\[◁]\|?/(think|thinking|thoughts?|reasoning)\|?[>\]▷]\s*", re.IGNORECASE)
@@ -129,7 +129,7 @@ class ChatTemplate:
         where the prompt has ended it already there is none.
         """
         if self._has_ended:
-            text = text[max((found.end() for found in CLOSED.finditer(text)), default=0) :]
+            text = text[max((match.end() for match in CLOSED.finditer(text)), default=0) :]
         try:
             whole = self.finished([self._question, Message(role="assistant", content=text)])
         except Exception as error:
@@ -306,7 +306,7 @@ def difference(form: "ChatFormat", messages: list[Message]) -> str:
 
 
 def otherwise(theirs: str, ours: str) -> str:
-    """The sentence for two texts, with the places where they part."""
+    """The sentence for two texts, with what each has where they part."""
     parting = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
     start = max(0, parting - SHOWN // 2)
     return (

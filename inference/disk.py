@@ -26,8 +26,8 @@ GO_ON = "then the same command goes on where it stopped"
 
 
 @contextmanager
-def writing(what: str, place: Path, then: str = GO_ON) -> Iterator[None]:
-    """Inside, a write that the disk refuses raises a UserError with `what` was not written at `place`.
+def writing(what: str, path: Path, then: str = GO_ON) -> Iterator[None]:
+    """Inside, a write that the disk refuses raises a UserError with `what` was not written at `path`.
 
     `then` says how it goes on once that is put right. Errors of other kinds pass through.
     """
@@ -36,25 +36,25 @@ def writing(what: str, place: Path, then: str = GO_ON) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # besides OSError, kinds of safetensors, tokenizers and torch
-        reason = disk_reason(error, place)
+        reason = disk_reason(error, path)
         if reason is None:
             raise
         if reason == FULL_DISK:
-            sentence = f"The disk of {place} is full, so {what} could not be written: make room, {then}."
+            sentence = f"The disk of {path} is full, so {what} could not be written: make room, {then}."
         else:
-            sentence = f"{place} cannot be written ({reason}), {what} is not there: set that right, {then}."
+            sentence = f"{path} cannot be written ({reason}), {what} is not there: set that right, {then}."
         raise UserError(sentence) from error
 
 
-def disk_reason(error: BaseException | None, place: Path) -> str | None:
-    """Why the disk of `place` refused, for `error` or what caused it; None where it is about something else."""
+def disk_reason(error: BaseException | None, path: Path) -> str | None:
+    """Why the disk of `path` refused, for `error` or what caused it; None where it is about something else."""
     if is_disk_full(error):
         return FULL_DISK
     while error is not None:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             return error.strerror or os.strerror(error.errno)
         if isinstance(error, RuntimeError) and any(text in str(error) for text in TORCH_WRITER):
-            return FULL_DISK if free_bytes(place) < LITTLE_BYTES else "a write failed"
+            return FULL_DISK if free_bytes(path) < LITTLE_BYTES else "a write failed"
         error = error.__cause__ or error.__context__
     return None
 

@@ -33,7 +33,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def cache_directory() -> Path:
-    """Where models and texts, built or fetched, are kept: RLHF_CHAT_CACHE, else ~/.cache/rlhf-chat."""
+    """Where models and texts, built or fetched, lie: RLHF_CHAT_CACHE, else ~/.cache/rlhf-chat."""
     return Path(os.environ.get("RLHF_CHAT_CACHE") or "~/.cache/rlhf-chat").expanduser()
 
 
@@ -57,13 +57,6 @@ def resolve_model(source: str, report: Report = print) -> Path:
     if not HUB_ID.fullmatch(source):  # so it can only be a path
         raise UserError(f"There is no directory {source}; check the path, or give a hub id such as org/name.")
     return _fetch_from_hub(source, report)
-
-
-def is_local(source: str) -> bool:
-    """Whether resolve_model(source) needs no network: `tiny`, a path, or a package that was converted before."""
-    if source.startswith("package:"):
-        return (cache_directory() / find_package(source).cache_name).is_dir()
-    return source == TINY or Path(source).expanduser().exists() or not HUB_ID.fullmatch(source)
 
 
 def check_model_directory(directory: Path, name: str = "") -> None:

@@ -145,7 +145,7 @@ class Interview:
             write(self.sink, f"{message['role']}: {message['content']}\n")
 
     def refused(self, error: UserError) -> None:
-        """In a terminal the person hears why, can set it right and goes on; in a pipe it is raised."""
+        """Say why in a terminal, where the person goes on; raise it in a pipe."""
         if not self.is_terminal:
             raise error
         self.tell(str(error))

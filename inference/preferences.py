@@ -5,7 +5,6 @@ import json
 import os
 import re
 import secrets
-import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from inference.chat_template import Message
 from inference.disk import hold_lock, write_text, writing
 from inference.errors import UserError
-from inference.streams import printable
+from inference.streams import printable, to_stderr
 
 Winner = Literal["a", "b", "tie", "both bad"]
 WINNERS: tuple[Winner, ...] = get_args(Winner)
@@ -235,7 +234,7 @@ class PreferenceFile:
         """
         return [preference for _, preference in self._lines()]
 
-    def read_or_say(self, say: Callable[[str], object] = lambda line: print(line, file=sys.stderr)) -> list[Preference]:
+    def read_or_say(self, say: Callable[[str], object] = to_stderr) -> list[Preference]:
         """All; none where the file is damaged, which is said: who does more than collect goes on without."""
         try:
             return self.read()

@@ -69,7 +69,7 @@ def blocks_bf16() -> bool:
 
 def in_blocked_order(weight: Tensor, rows: int) -> Tensor:
     """A linear layer's weight, (outputs, inputs), in the order that oneDNN likes for that many rows. Public functions
-    make it anew in each call. torch 2.13.0."""
+    make it again in each call. torch 2.13.0."""
     return _onednn()._reorder_linear_weight(weight, rows)
 
 

@@ -185,6 +185,10 @@ def show_json(values: Any) -> None:
     io.TextIOWrapper.write(stream, text) if isinstance(stream, Screen) else stream.write(text)
 
 
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 class Shown:
     """A stream that shows `printable` text, without secrets where it `redacts`. rich, which steers the terminal itself,
     writes to `rich_proxied_file`."""

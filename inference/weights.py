@@ -126,7 +126,7 @@ def unloadable(directory: Path, error: Exception, name: str = "") -> UserError:
 def way_out(directory: Path) -> str:
     """What to do about a damaged model: that of a finished step is written again from the step's last checkpoint."""
     if (directory.parent / "result.json").is_file():
-        return f"delete {directory} and give the command of its step again, which writes it anew"
+        return f"delete {directory} and give the command of its step again, which writes it again"
     return "fetch it again, or give another one"
 
 
@@ -138,7 +138,7 @@ READ_BY_OLDER = frozenset(
 ABSOLUTE_POSITIONS = ("gpt2", "gpt_bigcode", "gpt_neo")
 """Families in which plain transformers counts positions from the first token, padding or not."""
 SCORER = {"problem_type": "regression"}
-"""In the configuration of a reward model, so that a pipeline leaves the score as it is."""
+"""Stands in the configuration of a reward model, so that a pipeline leaves the score as it is."""
 OF_THIS_MACHINE = ("is_local", "local_files_only", "_name_or_path", "_model_name_or_path")
 """What loading leaves behind, and says nothing of the model."""
 SAME_IN_BOTH = ("rope_theta", "partial_rotary_factor")

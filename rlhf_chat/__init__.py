@@ -36,9 +36,9 @@ class OwnPackages:
 def refuse_clash() -> None:
     """End the process with a sentence where another package of these names has been imported already."""
     for name in PACKAGES:
-        place = place_of(sys.modules.get(name))
-        if place and place != HOME / name:
-            end(f"{place} is imported as {name} already, which is the name of {HOME / name}: import rlhf_chat first.")
+        path = path_of(sys.modules.get(name))
+        if path and path != HOME / name:
+            end(f"{path} is imported as {name} already, which is the name of {HOME / name}: import rlhf_chat first.")
 
 
 def refuse_other_copy(script: str) -> None:
@@ -50,10 +50,10 @@ def refuse_other_copy(script: str) -> None:
         )
 
 
-def place_of(module: ModuleType | None) -> Path | None:
+def path_of(module: ModuleType | None) -> Path | None:
     """The folder of a package, or the file of a module that is none."""
-    places = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
-    return Path(places[0]).resolve() if places[0] else None
+    paths = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
+    return Path(paths[0]).resolve() if paths[0] else None
 
 
 def __getattr__(name: str) -> Any:

@@ -14,17 +14,24 @@ from torch import Tensor, nn
 from training.config import StepSettings
 from training.config_files import load_config
 from training.data.batching import MicroBatch
+from training.data.rows import Epochs, updates_per_epoch
 from training.distributed import Ranks
 from training.run_directory import RunDirectory
 from training.stage import Stage, make_stage
 from training.steps import Step
-from training.supervised import batches_of_epoch
+from training.supervised import batch_of_update
 
 RATE, DECAY, CLIPPING, WARMUP = 1e-3, 0.5, 0.5, 0.5
 BATCH, EPOCHS, SEED = 4, 2, 3
 LONGEST = 12
 WORDS = "I you like rice sea story very good bad day tell me about the world today please sleep walk".split()
 CLOCK = ("time/", "tokens_per_second")
+
+
+def batches_of_epoch(rows: int, settings: StepSettings, seed: int, epoch: int) -> list[list[int]]:
+    """Return the rows of each optimiser step of one epoch."""
+    epochs, per_epoch = Epochs(rows, f"{seed}"), updates_per_epoch(rows, settings)
+    return [batch_of_update(epochs, settings, number) for number in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
 
 
 def settings_of(step: str) -> list[str]:

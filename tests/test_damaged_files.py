@@ -78,7 +78,7 @@ def test_damaged_weights(model, good_model, damage):
         assert str(model) in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
-def test_a_damaged_model_of_a_finished_step_is_written_anew(model, good_model):
+def test_a_damaged_model_of_a_finished_step_is_written_again(model, good_model):
     (model.parent / "result.json").write_text("{}")
     cut(model / "model.safetensors")
     with pytest.raises(UserError, match=re.escape(f"delete {model} and give the command of its step again")):

@@ -28,13 +28,12 @@ class Call:
 
 
 def role_of(call: str) -> str:
-    """Of a call by its name."""
     return call.partition("_")[0]
 
 
 ACTOR_GENERATE = Call("actor", "generate", ("prompts",), ("samples", "logprobs"))
 ACTOR_SCORE = Call("actor", "score", ("samples",), ("logprobs",))
-"""Old log-probabilities taken anew: after generation in 16 bit, whose own are too coarse."""
+"""Recomputes the old log-probabilities, as those of generation in 16 bit are too coarse."""
 REFERENCE_SCORE = Call("reference", "score", ("samples",), ("reference_logprobs",))
 REWARD_SCORE = Call("reward", "score", ("samples",), ("scores",))
 CRITIC_SCORE = Call("critic", "score", ("samples",), ("values",))
@@ -42,16 +41,16 @@ _EXPERIENCE = ("samples", "logprobs", "reference_logprobs", "scores")
 ACTOR_TRAIN = Call("actor", "train", (*_EXPERIENCE, "values"))
 CRITIC_TRAIN = Call("critic", "train", (*_EXPERIENCE, "values"))
 ACTOR_TRAIN_ON_GROUPS = Call("actor", "train", _EXPERIENCE)
-"""Advantages come from the other samples of a prompt, so that there are no values."""
+"""Advantages come from the other samples of a prompt, so it needs no values."""
 
 PPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, CRITIC_SCORE, ACTOR_TRAIN, CRITIC_TRAIN)
 GRPO = (ACTOR_GENERATE, REFERENCE_SCORE, REWARD_SCORE, ACTOR_TRAIN_ON_GROUPS)
-"""Those of all estimators without a critic; what differs is a formula between them."""
+"""All estimators without a critic run these calls; they differ in a formula."""
 REFERENCE_SCORE_PAIRS = Call("reference", "score", ("pairs",), ("reference_logprobs",))
-"""Once for each pair, before the first update, while the actor still is the reference."""
+"""Runs once for each pair, before the first update, while the actor still is the reference."""
 ACTOR_TRAIN_ON_PAIRS = Call("actor", "train", ("pairs", "reference_logprobs"))
 ACTOR_SCORE_WRONG_ANSWERS = Call("actor", "score", ("pairs",), ("wrong_logprobs",))
-"""Of each prompt of a batch with the answer to another one, for KTO's reference point."""
+"""Scores each prompt of a batch with the answer to another one, for KTO's reference point."""
 DPO = (REFERENCE_SCORE_PAIRS, ACTOR_TRAIN_ON_PAIRS)
 KTO = (
     REFERENCE_SCORE_PAIRS,
@@ -71,7 +70,7 @@ ALGORITHMS = {
 
 
 def rlhf_calls(with_critic: bool, with_reward_model: bool = True, with_reference: bool = True) -> tuple[Call, ...]:
-    """What step 3 runs; what a role that is not there would make comes with the data."""
+    """List what step 3 runs; what an absent role would make comes with the data."""
     absent = [REWARD_SCORE] * (not with_reward_model) + [REFERENCE_SCORE] * (not with_reference)
     return tuple(call for call in (PPO if with_critic else GRPO) if call not in absent)
 
@@ -93,8 +92,7 @@ class Edge:
 
     producer: str
     consumer: str
-    keys: tuple[str, ...] = ()
-    """What flows along it; none where only the version of the weights matters."""
+    keys: tuple[str, ...] = ()  # what flows along it; none where only the version of the weights matters
     iterations_back: int = 0
 
 
@@ -122,7 +120,7 @@ class DataflowGraph:
 
     @classmethod
     def of(cls, algorithm: str) -> "DataflowGraph":
-        """Of `ppo`, `grpo`, `dpo`, `kto`, `sft` or `reward`. Raises UserError for another name."""
+        """Build the graph of `ppo`, `grpo`, `dpo`, `kto`, `sft` or `reward`. Raises UserError for another name."""
         if algorithm not in ALGORITHMS:
             raise UserError(f"There is no algorithm '{algorithm}'; choose one of {', '.join(ALGORITHMS)}.")
         return cls(ALGORITHMS[algorithm])
@@ -139,12 +137,12 @@ class DataflowGraph:
         return tuple(call.role for call in self.calls if call.kind == "train")
 
     def training_call(self, role: str) -> Call | None:
-        """The call that trains `role`; None if it is frozen."""
+        """Return the call that trains `role`; None if it is frozen."""
         return next((call for call in self.calls if call.role == role and call.kind == "train"), None)
 
     @property
     def data_edges(self) -> tuple[Edge, ...]:
-        """From the call that makes a key to each call that needs it."""
+        """Edges from the call that makes a key to each call that needs it."""
         maker = {key: call for call in self.calls for key in call.outputs}
         edges = []
         for consumer in self.calls:
@@ -160,7 +158,7 @@ class DataflowGraph:
         weights waits for the training that made them, and for all training where iterations do not overlap."""
         trainings = [call for call in self.calls if call.kind == "train"]
         if not self.iterations_overlap and trainings:
-            return tuple(Edge(each.name, call.name, iterations_back=1) for each in trainings for call in self.calls)
+            return tuple(Edge(train.name, call.name, iterations_back=1) for train in trainings for call in self.calls)
         edges = []
         for role in self.roles:
             calls = [call for call in self.calls if call.role == role]

@@ -1,4 +1,4 @@
-"""Which settings of a run may change on the way: those that teach nothing do freely, lengths grow, the rest stays."""
+"""Which settings of a run may change later: those that teach nothing freely, lengths by growing, the rest never."""
 
 import math
 import os
@@ -22,10 +22,10 @@ from training.steps import COMPARED, STEPS, Step, step_of
 
 
 class Kind(Enum):
-    """Of a setting."""
+    """What a setting decides, and so whether it may change."""
 
     FREE = "memory, disk, processes and what lies on each, what is shown: teaches nothing"
-    RECORD = "what is kept of the way: teaches nothing, and a fork that asks for it trains the step"
+    RECORD = "what is recorded while training: teaches nothing, and a fork that asks for it trains the step"
     EVALUATION = "decides which model is left with keep=best, and else is a record"
     LENGTH = "may grow (training/changes.py)"
     LEARNED = "decides what is learned, and stays for the life of a run"
@@ -52,16 +52,16 @@ NAMES = {
         score_clip missing_end_penalty critic_warmup align_overflow ema coefficient rows exact old_logprobs centering
         target horizon stop place""",
 }
-"""By the last part of the key."""
+"""Settings of each kind, by the last part of their keys."""
 KINDS = {name: kind for kind, names in NAMES.items() for name in names.split()} | {
     "reward.eval_rows": Kind.LEARNED,  # the scores are normalised on them
     **dict.fromkeys(("rlhf.fusion", "rlhf.scoring_tensor_parallel", "logging", "evaluation"), Kind.FREE),
 }
-"""By name, and by key or group where the name alone does not tell."""
+"""The kind of a setting by its name, or by its key or group where the name alone does not tell."""
 
 
 def kind_of(key: str) -> Kind:
-    """Of a dotted key, which may lead into a mapping. Raises LookupError for one that is in no class."""
+    """Look up the kind of a dotted key, which may lead into a mapping. Raises LookupError for one without a kind."""
     parts = key.split(".")
     names = [name for depth, part in enumerate(parts, 1) for name in (".".join(parts[:depth]), part)]
     known = [name for name in names if name in KINDS]
@@ -79,24 +79,23 @@ def teaches(key: str, config: RunConfig) -> bool:
 
 
 def is_recorded(key: str) -> bool:
-    """Whether the setting says what a step writes about its way."""
+    """Whether the setting says what a step records while it trains."""
     return kind_of(key) in (Kind.RECORD, Kind.EVALUATION)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ -> both values."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            found |= differences(before, now, f"{prefix}{key}.")
+            changed |= differences(before, now, f"{prefix}{key}.")
         elif before != now:
-            found[prefix + key] = (before, now)
-    return found
+            changed[prefix + key] = (before, now)
+    return changed
 
 
-PLAN = ".longer.json"
-"""What a change of the settings still has to set aside."""
+PLAN = ".longer.json"  # what a change of the settings still has to set aside
 
 
 def may_have_length(run: RunDirectory, step: Step, before: RunConfig, now: RunConfig) -> bool:
@@ -114,61 +113,61 @@ def may_have_length(run: RunDirectory, step: Step, before: RunConfig, now: RunCo
 
 
 def updates_of(directory: StepDirectory, before: RunConfig, now: RunConfig) -> tuple[int, int] | None:
-    """Optimiser steps of a finished step that learns from rows, then and now."""
+    """Count the optimiser steps of a finished step that learns from rows, then and now; None for any other."""
     result = directory.read_result() if directory.is_finished else {}
     if directory.step.draws_samples or "rows" not in result:
         return None
-    first, second = (count_updates(result["rows"], each.supervised(directory.step)) for each in (before, now))
-    return first, second
+    then = count_updates(result["rows"], before.supervised(directory.step))
+    return then, count_updates(result["rows"], now.supervised(directory.step))
 
 
 def lengthened(run: RunDirectory, before: RunConfig, now: RunConfig) -> dict[Step, dict[str, tuple[Any, Any]]]:
     """Steps that go on to another length -> their lengths, then and now, by key; a step that begins with the model of
-    another one of them is trained anew instead. Raises UserError for one that cannot go on."""
+    another one of them is trained again instead. Raises UserError for one that cannot go on."""
     lengths: dict[Step, dict[str, tuple[Any, Any]]] = {}
     for key, values in differences(before.model_dump(), now.model_dump()).items():
         if kind_of(key) is Kind.LENGTH:
             lengths.setdefault(step_of(key.partition(".")[0]), {})[key] = values
-    found: dict[Step, dict[str, tuple[Any, Any]]] = {}
+    longer: dict[Step, dict[str, tuple[Any, Any]]] = {}
     for step in sorted(lengths, key=STEPS.index):
         directory, checkpoints = run.step(step), numbered(run.step(step).checkpoints)
         updates = updates_of(directory, before, now)
-        if (updates and updates[0] == updates[1]) or found.keys() & set(steps_under(before, step)):
+        if (updates and updates[0] == updates[1]) or longer.keys() & set(steps_under(before, step)):
             continue
-        anew = f"rlhf-chat run --from {typed(run.path)} --name NEW"
+        fork = f"rlhf-chat run --from {typed(run.path)} --name NEW"
         if checkpoints:
             state = read_json(directory.checkpoints / str(checkpoints[-1]) / "state.json", "delete that checkpoint")
             if state.get("stopped"):
                 raise UserError(
                     f"Step {step.label} of {run.path} was ended by rlhf.kl.stop, so it cannot be longer: a larger one "
-                    f"is for another run, as in {anew} --set rlhf.kl.stop={2 * before.rlhf.kl.stop:g}"
+                    f"is for another run, as in {fork} --set rlhf.kl.stop={2 * before.rlhf.kl.stop:g}"
                 )
-            found[step] = lengths[step]
+            longer[step] = lengths[step]
         elif directory.is_finished:
-            longer = " ".join(f"--set {key}={new}" for key, (_, new) in lengths[step].items())
+            options = " ".join(f"--set {key}={new}" for key, (_, new) in lengths[step].items())
             raise UserError(
-                f"Step {step.label} of {run.path} has no checkpoint to go on from: train it anew in another run, as in "
-                f"{anew} {longer}"
+                f"Step {step.label} of {run.path} has no checkpoint to go on from: train it again in another run, as "
+                f"in {fork} {options}"
             )
-    return found
+    return longer
 
 
 def plan_change(run: RunDirectory, before: RunConfig, now: RunConfig) -> None:
-    """Write down what makes way for what is longer, or compared otherwise, and what it is set aside as. It is done by
-    `make_way` once the run has the settings `now`, at the next opening if this command is killed."""
+    """Write down what makes way for what is longer, or compared otherwise, and where it is set aside. `make_way` does
+    it once the run has the settings `now`, at the next opening if this command is killed."""
     longer = lengthened(run, before, now)
     if not longer and (before.evaluation == now.evaluation or not now.evaluation.prompts):
         return
     finished = [step for step in longer if run.step(step).is_finished]
     later = [step for step in STEPS if longer.keys() & set(steps_under(before, step)) and run.step(step).path.exists()]
     measured = [file for file in measurements(run) if file.exists()]
-    place = next(name for n in count(1) if not (run.path / (name := f"earlier_{n}")).exists())
+    earlier = next(name for n in count(1) if not (run.path / (name := f"earlier_{n}")).exists())
     for step in (*finished, *later):
         with run.step(step).locked():
             pass
     plan = {
         "settings": run.config_file.read_text(encoding="utf-8"),
-        "place": place if finished or later or measured else "",
+        "place": earlier if finished or later or measured else "",
         "finished": [step.command for step in finished],
         "later": [step.folder for step in later],
         "measured": [str(file.relative_to(run.path)) for file in measured],
@@ -185,57 +184,58 @@ def make_way(run: RunDirectory) -> None:
     if not re.fullmatch(r"(earlier_\d+)?", plan["place"]):
         raise UserError(f"{file} names a place that no run sets anything aside in: delete it.")
     if run.config_file.read_text(encoding="utf-8") != plan["settings"]:
-        place, of = run.path / plan["place"], {step.command: run.step(step) for step in STEPS}
-        finished = [of[command] for command in plan["finished"]]
-        later = [each for each in of.values() if each.path.name in plan["later"]]
+        directories = {step.command: run.step(step) for step in STEPS}
+        finished = [directories[command] for command in plan["finished"]]
+        later = [directory for directory in directories.values() if directory.path.name in plan["later"]]
         with ExitStack() as held:
             for directory in (*finished, *later):
                 held.enter_context(directory.locked())
-            _make_way(run, plan, place, finished, later)
+            _make_way(run, plan, finished, later)
             for command, (number, lengths) in plan["longer"].items():
-                note(journal_of(of[command]), number, {"lengths": lengths, "earlier": plan["place"]})
+                note(journal_of(directories[command]), number, {"lengths": lengths, "earlier": plan["place"]})
             for directory in finished:
                 directory.result_file.unlink(missing_ok=True)
     file.unlink()
 
 
 def _make_way(
-    run: RunDirectory, plan: dict[str, Any], place: Path, finished: list[StepDirectory], later: list[StepDirectory]
+    run: RunDirectory, plan: dict[str, Any], finished: list[StepDirectory], later: list[StepDirectory]
 ) -> None:
+    target = run.path / plan["place"]
     measured = [file for file in measurements(run) if str(file.relative_to(run.path)) in plan["measured"]]
 
     def write(directory: Path) -> None:
         (directory / run.config_file.name).write_text(plan["settings"], encoding="utf-8")
-        for each in [*(each.path for each in finished), *measured]:
-            if each.is_dir():
+        for path in [*(step.path for step in finished), *measured]:
+            if path.is_dir():
                 unwanted = shutil.ignore_patterns("checkpoints", "best")
-                shutil.copytree(each, directory / each.name, ignore=unwanted, copy_function=link_weights)
+                shutil.copytree(path, directory / path.name, ignore=unwanted, copy_function=link_weights)
             else:
-                shutil.copyfile(each, directory / each.name)
+                shutil.copyfile(path, directory / path.name)
 
     if plan["place"]:
         with writing("what there was of the shorter one", run.path):
-            write_directory(place, write, replaces=False)
+            write_directory(target, write, replaces=False)
     for directory in later:
         if directory.path.exists():
-            os.rename(directory.path, place / directory.path.name)
+            os.rename(directory.path, target / directory.path.name)
     for directory in finished:
         for earlier in run.path.glob("earlier_*"):
-            name_base(earlier, directory.path, place / directory.path.name)
+            name_base(earlier, directory.path, target / directory.path.name)
     for file in measured:
         if file.exists():
             shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def steps_under(config: RunConfig, step: Step) -> Iterator[Step]:
-    """All steps with whose models a step of the run, or one before it, began."""
+    """Yield all steps with whose models a step of the run, or one before it, began."""
     for earlier in config.earlier_steps(step):
         yield earlier
         yield from steps_under(config, earlier)
 
 
 def measurements(run: RunDirectory) -> Iterator[Path]:
-    """What says how good the models of the run are."""
+    """Yield the files and directories that say how good the models of the run are."""
     for step in COMPARED:
         yield from run.comparison_of(step)
     yield run.path / "evaluations"
@@ -243,7 +243,7 @@ def measurements(run: RunDirectory) -> Iterator[Path]:
 
 
 def link_weights(source: str, target: str) -> None:
-    """And copy other files: nobody writes into weights that are there."""
+    """Link weights, into which nobody writes, and copy other files."""
     if source.endswith(".safetensors"):
         link_or_copy(Path(source), Path(target))
     else:
@@ -262,7 +262,7 @@ def journal_of(directory: StepDirectory) -> Journal:
 
 
 def was_lengthened(directory: StepDirectory) -> list[str]:
-    """Each time, as `lengthened after iteration 10 (rlhf.iterations 10, then 20)`."""
+    """Describe each time, as `lengthened after iteration 10 (rlhf.iterations 10, then 20)`."""
     return [
         f"lengthened after {directory.step.unit} {row['number']} "
         f"({', '.join(f'{key} {old}, then {new}' for key, (old, new) in row['lengths'].items())})"
@@ -271,7 +271,7 @@ def was_lengthened(directory: StepDirectory) -> list[str]:
 
 
 def not_planned_so(directory: StepDirectory) -> str:
-    """What people are told of a step that was lengthened; empty of any other."""
+    """Return what people are told of a step that was lengthened; empty for any other."""
     if not (times := was_lengthened(directory)):
         return ""
     earlier = ", ".join(dict.fromkeys(row["earlier"] for row in journal_of(directory).read() if row["earlier"]))

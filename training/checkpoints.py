@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all: the newest few and, with `keep=best`, the best are kept."""
+"""Checkpoints that appear whole or not at all: the newest few stay and, with `keep=best`, the best."""
 
 import atexit
 import math
@@ -54,7 +54,7 @@ class Checkpoints:
         self.ranks = ranks
 
     def save(self, number: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
-        """All ranks call `write(directory)`; then the checkpoint gets its name, and old ones go."""
+        """Let all ranks call `write(directory)`, then give the checkpoint its name and remove old ones."""
         temporary = self.directory / f".{number}.tmp"
         older = self.gone_on_from.numbers()[-1:]
         goes_on = f"then the same command goes on from {f'checkpoint {older[0]}' if older else 'the start of the step'}"
@@ -73,8 +73,8 @@ class Checkpoints:
         self.ranks.see(temporary)
         write(temporary)
         self.ranks.barrier("saving a checkpoint")  # those of other roles may still be writing
-        found = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
-        of_ranks = self.ranks.gather(found, "saving a checkpoint")  # each sees what it has written
+        sizes = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
+        of_ranks = self.ranks.gather(sizes, "saving a checkpoint")  # each rank sees what it has written
         if self.ranks.is_first:
             files = {name: size for of_rank in of_ranks for name, size in of_rank.items()}
             for name in files:
@@ -87,21 +87,21 @@ class Checkpoints:
 
     @property
     def gone_on_from(self) -> "Checkpoints":
-        """Those that a run goes on from when one cannot be written."""
+        """The checkpoints that a run goes on from when one cannot be written."""
         return self
 
     def superfluous(self) -> list[int]:
-        """Numbers of those that go."""
+        """List the numbers of the checkpoints to remove."""
         return self.numbers()[: -self.keep]
 
     def numbers(self) -> list[int]:
-        """Numbers of the complete checkpoints, oldest first."""
+        """List the numbers of the complete checkpoints, oldest first."""
         return numbered(self.directory)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Directory and state of the newest checkpoint, its files checked; None where there is none.
+        """Return directory and state of the newest checkpoint, its files checked; None without one.
 
-        What an earlier process left half written is removed.
+        Removes what an earlier process left half written.
         """
         if self.ranks.is_first:
             for pattern in (".*.tmp", ".*.old"):
@@ -134,7 +134,7 @@ class Checkpoints:
         return directory, state
 
     def reading(self, directory: Path) -> AbstractContextManager[None]:
-        """Around the loading of the checkpoint `directory`: what is damaged or foreign in it becomes a UserError."""
+        """Load the checkpoint `directory` inside: what is damaged or foreign in it becomes a UserError."""
         return reading(directory, self._way_out(directory))
 
     def _way_out(self, directory: Path) -> str:
@@ -143,7 +143,7 @@ class Checkpoints:
 
 @contextmanager
 def reading(directory: Path, way_out: str) -> Iterator[None]:
-    """Around the loading of a checkpoint: what is damaged or foreign in it becomes a UserError with the way out."""
+    """Load a checkpoint inside: what is damaged or foreign in it becomes a UserError with the way out."""
 
     def damaged(error: Exception) -> UserError:
         reason = f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0][:200].rstrip(".")
@@ -183,31 +183,31 @@ class Checkpoint:
         return self.run.step(self.step).checkpoints / str(self.number)
 
     def allow(self, trusts: bool) -> None:
-        """Get the yes to what opening it would follow and fetch, if the run was not made here."""
+        """Ask for the yes to what opening it would follow and fetch, if the run was not made here."""
         require_yes(self.run.path, of_evaluation(self.run, self.run.read_config(), ""), trusts)
 
     def model(self, trusts: bool = False) -> Path:
-        """The model directory, made from the checkpoint when it is first asked for; it goes with the checkpoint."""
+        """Return the model directory, made from the checkpoint when it is first asked for and removed with it."""
         return self.opened(trusts).model
 
     def opened(self, trusts: bool = False) -> StepDirectory:
-        """The checkpoint as if it were a finished step: its model, and with LoRA its adapter. In a run that is not
-        ours to write in they lie elsewhere until the command ends."""
+        """Return the checkpoint as if it were a finished step: its model, and with LoRA its adapter. In a run that is
+        not ours to write in they lie elsewhere until the command ends."""
         self.allow(trusts)
-        place = StepDirectory(self.path, self.step)
-        if place.model.is_dir():
-            return place
+        directory = StepDirectory(self.path, self.step)
+        if directory.model.is_dir():
+            return directory
         if not os.access(self.path, os.W_OK):
-            place = StepDirectory(Path(tempfile.mkdtemp(prefix=f"{self.name}-")), self.step)
-            atexit.register(shutil.rmtree, place.path, ignore_errors=True)
+            directory = StepDirectory(Path(tempfile.mkdtemp(prefix=f"{self.name}-")), self.step)
+            atexit.register(shutil.rmtree, directory.path, ignore_errors=True)
         try:
-            with writing(f"the model of {self.name}", place.path, "then give the same command"):
-                write_directory(place.model, partial(self._write, adapter=place.adapter), replaces=False)
+            with writing(f"the model of {self.name}", directory.path, "then give the same command"):
+                write_directory(directory.model, partial(self._write, adapter=directory.adapter), replaces=False)
         finally:
             if not (self.path / STATE_FILE).exists():  # training has deleted it meanwhile
                 shutil.rmtree(self.path, ignore_errors=True)
                 raise self.missing()
-        return place
+        return directory
 
     def missing(self) -> UserError:
         last = last_step(self.run)
@@ -221,14 +221,14 @@ class Checkpoint:
         return UserError(f"{self.run.path} has no checkpoint {self.number} of {self.step.folder}; {there}.")
 
     def instead(self) -> str:
-        """Where there is a model of the step all the same."""
+        """Say where there is a model of the step all the same."""
         directory = self.run.step(self.step)
         if directory.is_finished:
             return f"The model that the step has left is {directory.model}."
         return f"rlhf-chat {self.step.command} {typed(self.run.path)} ends the step and leaves {directory.model}."
 
     def _write(self, model: Path, adapter: Path) -> None:
-        """As the step writes the last one."""
+        """Write the model as the step writes its last one."""
         import torch
 
         import training.hybrid_engine.deepspeed_setup  # noqa: F401  transformers imports DeepSpeed to save: without a word
@@ -257,35 +257,33 @@ class Checkpoint:
 
 
 def checkpoint_of(target: str | Path) -> Checkpoint | None:
-    """The checkpoint that `target` names; None for what names none. Raises UserError where it is not there, or is of
-    a model that scores."""
+    """Find the checkpoint that `target` names; None for what names none. Raises UserError where it does not exist, or
+    is of a model that scores."""
     named = re.fullmatch(r"(.+)@(\d+)", str(target))
     if named is None or Path(target).expanduser().exists():
         return None
-    place = Path(named[1]).expanduser()
-    of_step = next((step for step in STEPS if step.folder == place.resolve().name), None)
-    run = RunDirectory(place.resolve().parent if of_step else place)
+    path = Path(named[1]).expanduser()
+    of_step = next((step for step in STEPS if step.folder == path.resolve().name), None)
+    run = RunDirectory(path.resolve().parent if of_step else path)
     if not run.config_file.is_file():
         return None
-    found = Checkpoint(run, of_step or last_step(run), int(named[2]))
-    if found.step.leaves_scorer:
+    checkpoint = Checkpoint(run, of_step or last_step(run), int(named[2]))
+    if checkpoint.step.leaves_scorer:
         raise UserError(
             f"{target} is a checkpoint of a reward model, whose scale is measured when its step ends. "
-            f"{found.instead()} One of {found.number} optimiser steps: rlhf-chat reward runs/NEW --from "
-            f"{typed(run.path)} --set reward.max_steps={found.number}"
+            f"{checkpoint.instead()} One of {checkpoint.number} optimiser steps: rlhf-chat reward runs/NEW --from "
+            f"{typed(run.path)} --set reward.max_steps={checkpoint.number}"
         )
-    if found.number not in numbered(run.step(found.step).checkpoints):
-        raise found.missing()
-    return found
+    if checkpoint.number not in numbered(run.step(checkpoint.step).checkpoints):
+        raise checkpoint.missing()
+    return checkpoint
 
 
 def last_step(run: RunDirectory) -> Step:
-    """The last one that was begun."""
     return next((step for step in reversed(STEPS) if run.step(step).path.exists()), SFT)
 
 
-Rank = tuple[float, ...]
-"""Of an evaluation: a better one has a larger one."""
+Rank = tuple[float, ...]  # how good an evaluation is: a better one has a larger rank
 
 
 class Best(Checkpoints):
@@ -300,7 +298,7 @@ class Best(Checkpoints):
     def __init__(
         self, stage: "Stage", weights: "WeightsBackup", rank: Callable[[Mapping[str, float]], Rank | None], unit: str
     ):
-        """`rank` is None for a model that must not be kept; `unit` is what evaluations are counted in."""
+        """`rank` gives None for a model that must not be chosen; `unit` is what evaluations are counted in."""
         super().__init__(stage.directory.best, 1, stage.ranks)
         self.stage, self.weights, self.rank, self.unit = stage, weights, rank, unit
         self.number = -1
@@ -310,15 +308,15 @@ class Best(Checkpoints):
     def go_on_after(self, number: int) -> None:
         """Forget what was evaluated after `number`."""
         if self.ranks.is_first:
-            for each in self.numbers():
-                if each > number:
-                    remove_directory(self.directory / str(each))
+            for later in self.numbers():
+                if later > number:
+                    remove_directory(self.directory / str(later))
         self.ranks.barrier("a look at the best model")
-        if found := self.newest():
-            self.number, self.evaluation = found[1]["number"], found[1]["evaluation"]
+        if newest := self.newest():
+            self.number, self.evaluation = newest[1]["number"], newest[1]["evaluation"]
 
     def look(self, number: int, evaluation: Mapping[str, float]) -> bool:
-        """Keep the present model where its evaluation is the best so far; returns whether it is."""
+        """Save the present model where its evaluation is the best so far; returns whether it is."""
         rank = self.rank(evaluation)
         if rank is None or not all(map(math.isfinite, rank)):
             return False
@@ -331,11 +329,11 @@ class Best(Checkpoints):
         return True
 
     def put_back(self, number: int) -> None:
-        """The end, after `number`: the present model becomes the best one."""
-        step, found = self.stage.directory.step, self.newest()
-        if found is None:
+        """Replace the present model by the best one at the end, which comes after `number`."""
+        step, newest = self.stage.directory.step, self.newest()
+        if newest is None:
             return self.stage.display.say(f"{WARNING}{step.title}: no evaluation gave numbers: the last model is kept")
-        directory, state = found
+        directory, state = newest
         if state["number"] != number:
             with self.reading(directory):
                 self.weights.load(directory)

@@ -63,10 +63,10 @@ class StepSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if found := unguided(self.keep, self.eval_every):
-            raise ValueError(found)
-        if found := misplaced(self.optimizer.offload, self.optimizer.zero_stage):
-            raise ValueError(f"optimizer.{found}")
+        if problem := unguided(self.keep, self.eval_every):
+            raise ValueError(problem)
+        if problem := misplaced(self.optimizer.offload, self.optimizer.zero_stage):
+            raise ValueError(f"optimizer.{problem}")
         return self
 
 
@@ -94,7 +94,7 @@ class RewardSettings(PairSettings):
 
 
 class DPOSettings(PairSettings):
-    loss: Annotated[str, AfterValidator(DPO_LOSSES.kept)] = "sigmoid"
+    loss: Annotated[str, AfterValidator(DPO_LOSSES.stored)] = "sigmoid"
     """What is made of the implicit rewards of a pair; `sigmoid` is DPO as published."""
     beta: float = Field(0.1, gt=0)
     """How dear it is to leave the reference: an implicit reward is beta times the log-ratio of policy and reference."""
@@ -239,10 +239,11 @@ class RunConfig(Settings):
                 )
 
     def idle_warning(self, processes: int) -> str:
-        """A sentence where some of so many processes have no call of a plan, or no samples in a mini-batch of PPO,
-        which only costs time."""
+        """Return a sentence where some of so many processes have no call of a plan, or no samples in a mini-batch of
+        PPO, which only costs time."""
         if self.method == "ppo" and self.rlhf.plan:
-            used = {rank for each in from_blocks(self.rlhf.plan).assignments.values() for rank in each.layout.mesh}
+            assignments = from_blocks(self.rlhf.plan).assignments.values()
+            used = {rank for assignment in assignments for rank in assignment.layout.mesh}
             idle = sorted(set(range(processes)) - used)
             sentence = f"Warning: rlhf.plan leaves {len(idle)} of {processes} ranks without a call in step 3"
             return f"{sentence} ({', '.join(map(str, idle[:4]))}{', ...' * (len(idle) > 4)})." if idle else ""
@@ -264,24 +265,22 @@ class RunConfig(Settings):
 
     @property
     def steps(self) -> list[Step]:
-        """Those of the run's method; the reward model only where one is used."""
+        """The steps of the run's method; the reward model only where one is used."""
         return [step for step in METHODS[self.method] if not step.leaves_scorer or self.rlhf.has_reward_model]
 
     def of_step(self, step: Step) -> Any:
         return getattr(self, step.command)
 
     def rows_of(self, step: Step) -> TrainingRows:
-        """What a step learns from with these settings."""
         return ANSWERS if step is DPO and self.dpo.is_unpaired else step.rows
 
     def supervised(self, step: Step) -> StepSettings:
-        """The settings of a step that learns from rows."""
         settings = self.of_step(step)
         assert isinstance(settings, StepSettings)
         return settings
 
     def unit_of(self, step: Step) -> str:
-        """What a batch of a step that learns from rows is counted in."""
+        """Return what a batch of a step that learns from rows is counted in."""
         return "prompts" if getattr(self.supervised(step), "by_prompt", False) else self.rows_of(step).unit
 
     def seed_of(self, step: Step) -> int:
@@ -289,13 +288,13 @@ class RunConfig(Settings):
         return self.seed if own < 0 else own
 
     def given_model(self, step: Step) -> str:
-        """The finished model that is used instead of what the step would leave; else empty."""
+        """Return the finished model that is used instead of what the step would leave; else empty."""
         return getattr(self, step.given_by) if step.given_by else ""
 
     @property
     def round_of(self) -> str:
-        """The run with whose model this one goes on in another round. A fork is none of the run that it is of, nor is
-        one that has the fork's settings and begins anew."""
+        """The run with whose model this one goes on in another round. A fork is no round of its parent, nor is a run
+        that has the fork's settings and begins from the start."""
         return self.data.parent if self.sft_model and self.data.parent != self.fork_of else ""
 
     @property
@@ -308,15 +307,15 @@ class RunConfig(Settings):
         return self.seed if self.data.split_seed < 0 else self.data.split_seed
 
     def steps_before(self, step: Step) -> list[Step]:
-        """The steps with whose models `step` begins."""
-        needed = [each for each in step.starts_from if not each.leaves_scorer or self.rlhf.has_reward_model]
+        """List the steps with whose models `step` begins."""
+        needed = [other for other in step.starts_from if not other.leaves_scorer or self.rlhf.has_reward_model]
         if step is REWARD and self.reward.initialize_from == "sft":
             needed.append(SFT)
         return needed
 
     def earlier_steps(self, step: Step) -> list[Step]:
-        """The steps that must have left a model before `step` begins."""
-        return [each for each in self.steps_before(step) if not self.given_model(each)]
+        """List the steps that must have left a model before `step` begins."""
+        return [earlier for earlier in self.steps_before(step) if not self.given_model(earlier)]
 
     @property
     def reward_model_source(self) -> str:

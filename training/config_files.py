@@ -31,8 +31,7 @@ OPTIONS = {
     "trained_reward_model": "rlhf --reward-model",
 }
 """Setting -> option of the command, where its name does not tell."""
-OF_OTHERS = ("architecture", "versions")
-"""Groups whose keys are no settings of ours."""
+OF_OTHERS = ("architecture", "versions")  # groups whose keys are no settings of ours
 
 
 def load_config(
@@ -92,7 +91,7 @@ UNION_KINDS = ("str", "list[str]", "constrained-int")
 
 
 def refusal(error: ValidationError, model: type[BaseModel]) -> UserError:
-    """The first thing wrong with values for `model`, as one sentence."""
+    """Say the first thing wrong with values for `model` in one sentence."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if part not in UNION_KINDS)
     if first["type"] in ("extra_forbidden", "no_such_attribute"):
@@ -121,12 +120,12 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> UserError:
 
 
 def as_typed(key: str) -> str:
-    """A setting's key, with the option that gives it where that has another name."""
+    """Write a setting's key, with the option that gives it where that has another name."""
     return f"{key} ({OPTIONS[key]})" if key in OPTIONS else key
 
 
 def setting_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """All dotted keys, groups included."""
+    """List all dotted keys, groups included."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
@@ -148,7 +147,7 @@ def nested(values: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def join(one: Any, other: Any, name: str) -> Any:
-    """Two groups in one."""
+    """Join two groups. Raises KeyTwice where both have a setting."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         raise KeyTwice(problem=f"'{name}' is there twice: put both together")
     shared = {key: join(one[key], other[key], f"{name}.{key}") for key in one.keys() & other.keys()}
@@ -156,7 +155,7 @@ def join(one: Any, other: Any, name: str) -> Any:
 
 
 def read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a file, laid over those of the file beside it that `extends` names."""
+    """Read the settings of a file, laid over those of the file beside it that `extends` names."""
     file = Path(file)
     try:
         values = load_yaml(file.read_text(encoding="utf-8"))
@@ -187,8 +186,8 @@ def read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 MODELS = ("model", "reward_model", "sft_model", "trained_reward_model", "reference_model")
 
 
-def found_from_anywhere(config: RunConfig) -> RunConfig:
-    """`config` with absolute paths to what is there now; other names (of hub, preset, package) stay."""
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make paths absolute that exist now; other names (of hub, preset, package) stay. Changes `config`."""
     reference = Path(config.reference_model).expanduser()
     if config.reference_model and (reference / "config.yaml").is_file():  # a run, whose newest model it is
         config.reference_model = str(find_newest_model(reference)[1])
@@ -200,7 +199,7 @@ def found_from_anywhere(config: RunConfig) -> RunConfig:
     config.data.parent, config.fork_of = map(absolute_model, (config.data.parent, config.fork_of))
     rlhf = config.rlhf
     rlhf.ptx.source = absolute(rlhf.ptx.source) if rlhf.ptx.source else ""
-    rlhf.reward_function = [str(absolute_function(each)) for each in rlhf.reward_functions]
+    rlhf.reward_function = [str(absolute_function(spec)) for spec in rlhf.reward_functions]
     return config
 
 
@@ -211,7 +210,7 @@ def absolute_function(spec: RewardSpec) -> RewardSpec:
 
 
 def absolute_model(source: str) -> str:
-    """As resolve_model reads it: `tiny` and packages come first, then directories, then the hub."""
+    """Read a model as resolve_model does: `tiny` and packages come first, then directories, then the hub."""
     if not source or source == TINY or source.startswith("package:") or not exists(source):
         return source
     return str(Path(source).expanduser().resolve())

@@ -71,28 +71,27 @@ class Group:
     """A settings class and everywhere it is used."""
 
     model: type[BaseModel]
-    places: list[str] = field(default_factory=list)
-    """Dotted prefixes; "" is the top."""
+    prefixes: list[str] = field(default_factory=list)  # dotted prefixes of its settings; "" is the top
 
 
 def reference() -> str:
-    """The whole page."""
+    """Write the whole page."""
     return HEAD + "".join([*map(section, groups()), FORMULAS, *map(entries, TABLES), rewards_by_name()])
 
 
 def groups() -> list[Group]:
-    """Every settings class once, in the order in which RunConfig reaches them."""
-    found: dict[type[BaseModel], Group] = {}
+    """List every settings class once, in the order in which RunConfig reaches them."""
+    of_models: dict[type[BaseModel], Group] = {}
 
-    def visit(model: type[BaseModel], place: str) -> None:
-        found.setdefault(model, Group(model)).places.append(place)
+    def visit(model: type[BaseModel], prefix: str) -> None:
+        of_models.setdefault(model, Group(model)).prefixes.append(prefix)
         for name, info in model.model_fields.items():
             inner = group_model(info)
             if inner is not None:
-                visit(inner, f"{place}.{name}".lstrip("."))
+                visit(inner, f"{prefix}.{name}".lstrip("."))
 
     visit(RunConfig, "")
-    return list(found.values())
+    return list(of_models.values())
 
 
 @cache
@@ -112,7 +111,7 @@ def values_of(config: RunConfig) -> dict[str, Any]:
 
 
 def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and field of every setting, in the order of the page."""
+    """Yield dotted key and field of every setting, in the order of the page."""
     yield from ((prefix + name, info) for name, info in settings_of(model))
     for name, info in model.model_fields.items():
         if (inner := group_model(info)) is not None:
@@ -120,26 +119,27 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tup
 
 
 def settings_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """Names and fields of a class that are settings, not groups of settings."""
+    """Yield names and fields of a class that are settings, not groups of settings."""
     for name, info in model.model_fields.items():
         if group_model(info) is None:
             yield name, info
 
 
 def group_model(info: FieldInfo) -> type[BaseModel] | None:
-    """The class of a group of settings; None for a setting."""
+    """Return the class of a group of settings; None for a setting."""
     kind = info.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def section(group: Group) -> str:
-    """Heading, places and table of one class."""
-    title = "Top level" if group.places == [""] else ", ".join(f"`{place}`" for place in group.places)
+    """Write heading, prefixes and table of one class."""
+    first, *others = group.prefixes
+    title = "Top level" if group.prefixes == [""] else ", ".join(f"`{prefix}`" for prefix in group.prefixes)
     lines = ["", f"## {title}", ""]
-    if len(group.places) > 1:
-        lines += [f"The same settings in {len(group.places)} places; write `{group.places[0]}.KEY` and so on.", ""]
+    if others:
+        lines += [f"The same settings in {len(group.prefixes)} places; write `{first}.KEY` and so on.", ""]
     lines += ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
-    prefix = f"{group.places[0]}." if group.places[0] and len(group.places) == 1 else ""
+    prefix = f"{first}." if first and not others else ""
     for name, info in settings_of(group.model):
         cells = [f"`{prefix}{name}`", type_text(info), default_text(group, name, info), unit(info), description(info)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -147,7 +147,7 @@ def section(group: Group) -> str:
 
 
 def entries(table: Table) -> str:
-    """Heading and table of the formulas that a setting may name."""
+    """Write heading and table of the formulas that a setting may name."""
     facts = list(next(iter(table.entries.values())).facts)
     lines = ["", f"### Entries of `{table.setting}`", "", f"| entry | formula | {' | '.join(facts)} |"]
     lines.append("|---" * (len(facts) + 2) + "|")
@@ -158,7 +158,7 @@ def entries(table: Table) -> str:
 
 
 def rewards_by_name() -> str:
-    """Heading and table of what `rlhf.reward_function` may name beside functions in files."""
+    """Write heading and table of what `rlhf.reward_function` may name beside functions in files."""
     lines = ["", "### Rewards by name (`rlhf.reward_function`)", "", "| name | reward |", "|---|---|"]
     for name, reward in NAMED_REWARDS.items():
         lines.append(f"| `{name}` | {' '.join((reward.__doc__ or '').split())} |")
@@ -166,8 +166,8 @@ def rewards_by_name() -> str:
 
 
 def unit(info: FieldInfo) -> str:
-    """`tokens`; empty where a setting counts and measures nothing."""
-    return next((each.name for each in info.metadata if isinstance(each, Unit)), "")
+    """Name the unit, as `tokens`; empty where a setting counts and measures nothing."""
+    return next((value.name for value in info.metadata if isinstance(value, Unit)), "")
 
 
 def description(info: FieldInfo) -> str:
@@ -175,17 +175,17 @@ def description(info: FieldInfo) -> str:
 
 
 def type_text(info: FieldInfo) -> str:
-    """`whole number, at least 1`."""
-    checks = [getattr(each.func, "__self__", None) for each in info.metadata if isinstance(each, AfterValidator)]
-    tables = [check for check in checks if isinstance(check, Table)]
-    kinds = [f"one of {', '.join(map(show, each.entries))}, or `path/to/file.py:name`" for each in tables]
+    """Describe the values, as `whole number, at least 1`."""
+    validators = [value.func for value in info.metadata if isinstance(value, AfterValidator)]
+    tables = [table for check in validators if isinstance(table := getattr(check, "__self__", None), Table)]
+    kinds = [f"one of {', '.join(map(show, table.entries))}, or `path/to/file.py:name`" for table in tables]
     return ", ".join([*(kinds or [annotation_text(info.annotation)]), *bounds(info.metadata)])
 
 
 def bounds(metadata: Iterable[Any]) -> list[str]:
-    """`at least 1`."""
-    found = [(BOUNDS[type(each)], each) for each in metadata if type(each) in BOUNDS]
-    return [words.format(getattr(each, attribute)) for (attribute, words), each in found]
+    """Describe the bounds, as `at least 1`."""
+    known = [(BOUNDS[type(bound)], bound) for bound in metadata if type(bound) in BOUNDS]
+    return [words.format(getattr(bound, attribute)) for (attribute, words), bound in known]
 
 
 def annotation_text(annotation: Any) -> str:
@@ -208,17 +208,17 @@ def annotation_text(annotation: Any) -> str:
 
 
 def default_text(group: Group, name: str, info: FieldInfo) -> str:
-    """The default; where places differ, the commonest first and then each other place with its own."""
+    """Write the default; where groups differ, the commonest first and then the others with their own."""
     if info.is_required():
         return REQUIRED
-    values = [defaults()[f"{place}.{name}".lstrip(".")] for place in group.places]
-    usual = max(values, key=values.count)
-    others = [f"`{place}`: {show(value)}" for place, value in zip(group.places, values, strict=True) if value != usual]
+    values = {prefix: defaults()[f"{prefix}.{name}".lstrip(".")] for prefix in group.prefixes}
+    usual = max(values.values(), key=list(values.values()).count)
+    others = [f"`{prefix}`: {show(value)}" for prefix, value in values.items() if value != usual]
     return "; ".join([show(usual), *others])
 
 
 def show(value: Any) -> str:
-    """As YAML takes it."""
+    """Write a value as YAML takes it."""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if value == "":

@@ -34,7 +34,7 @@ class DataSettings(Settings):
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be used: stop and name its line, or leave it out and count it."""
     _keeps_labels: bool = PrivateAttr(False)
-    """Whether answers with a label each stay so, and are not made pairs of (`keep_labels`)."""
+    """Whether answers with a label stay so, and do not become pairs (`keep_labels`)."""
 
     @property
     def keeps_labels(self) -> bool:
@@ -60,7 +60,7 @@ class DataSettings(Settings):
     @field_validator("source", "eval_source")
     @classmethod
     def _check_sources(cls, given: str | list[str], info: ValidationInfo) -> str | list[str]:
-        """A list of one is that one."""
+        """Check the sources; a list of one becomes that one."""
         texts, evaluates = [given] * bool(given) if isinstance(given, str) else given, info.field_name == "eval_source"
         if not all(text.strip() for text in texts) or not (texts or evaluates):
             raise ValueError("is empty; give a file, a directory or a hub id")

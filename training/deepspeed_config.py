@@ -15,7 +15,7 @@ from training.role_settings import OptimizerSettings
 
 
 def deepspeed_config(settings: OptimizerSettings, dtype: torch.dtype, trained: bool = True) -> dict[str, Any]:
-    """Configuration for one role; the user's own (`settings.deepspeed`) lies on top.
+    """Build the configuration of one role; the user's own (`settings.deepspeed`) lies on top.
 
     Micro-batches are ours to count (they vary with length), so DeepSpeed sees one row and no accumulation: the
     engine marks the last micro-batch of an optimiser step itself.
@@ -51,8 +51,9 @@ def deepspeed_config(settings: OptimizerSettings, dtype: torch.dtype, trained: b
 
 
 def effective_zero_stage(settings: OptimizerSettings, dtype: torch.dtype) -> int:
-    """16 bits with fp32 master weights need stage 1: from there on DeepSpeed keeps sums of gradients in fp32, and a
-    state that other numbers of ranks can read; with one rank the two stages are the same. fp16 always has masters."""
+    """Raise stage 0 to 1 for 16 bits with fp32 master weights: from there on DeepSpeed keeps sums of gradients in fp32,
+    and a state that other numbers of ranks can read; with one rank the two stages are the same. fp16 always has
+    masters."""
     has_masters = dtype == torch.float16 or (dtype == torch.bfloat16 and settings.master_weights)
     return max(settings.zero_stage, 1) if has_masters else settings.zero_stage
 
@@ -189,7 +190,7 @@ def require_known(name: str, settings: OptimizerSettings, dtype: torch.dtype) ->
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted keys and values, groups before what is in them."""
+    """Yield dotted keys and values, groups before what is in them."""
     for key, value in values.items():
         yield f"{prefix}{key}", value
         if isinstance(value, Mapping):

@@ -24,8 +24,7 @@ from inference.errors import UserError
 from training.launchers import adopt, processes_option, wait_until_seen
 from training.private_surfaces import default_group, default_store, wait_at_most
 
-LONG = 60.0
-"""Seconds of waiting that are worth a line; the next lines come at twice the time of the last one."""
+LONG = 60.0  # seconds of waiting that are worth a line; the next lines come at twice the time of the last one
 SILENCE = 1800.0
 """Seconds without a sign of life after which a rank counts as dead. A process that dies is noticed at once, by its
 connections or its launcher; a machine that loses power is not."""
@@ -34,17 +33,14 @@ EXIT_LOST = 71
 
 @dataclass
 class Waiting:
-    """What a rank waits for now."""
-
-    missing: Callable[[], list[int]]
-    """The ranks that have not come yet."""
+    missing: Callable[[], list[int]]  # the ranks that have not come yet
     phase: str
     begun: float = field(default_factory=time.monotonic)
     due: float = LONG
 
 
 class RollCall:
-    """Who has come to where all ranks meet, and who is alive: kept in the ranks' store."""
+    """Who has come to where all ranks meet, and who is alive, as the ranks' store knows."""
 
     def __init__(self, rank: int, size: int, store: dist.Store, long: float = LONG, silence: float = SILENCE):
         self.rank, self.size, self.store = rank, size, dist.PrefixStore("roll call", store)
@@ -63,7 +59,7 @@ class RollCall:
 
     @contextmanager
     def meeting(self, phase: str, mesh: tuple[int, ...] = ()) -> Iterator[None]:
-        """Around what returns when all ranks have come, or those of `mesh`; each comes to the same meetings."""
+        """Meet the ranks of the run, or of `mesh`: what runs inside returns when all have come."""
         met = f"met/{mesh}" if mesh else "met"
         number = self.store.add(f"{met}/{self.rank}", 1)
 
@@ -75,7 +71,7 @@ class RollCall:
 
     @contextmanager
     def waiting(self, missing: Callable[[], list[int]], phase: str) -> Iterator[None]:
-        """Around any waiting for other ranks."""
+        """Wait for other ranks inside."""
         self.now = Waiting(missing, phase, due=self.long)
         try:
             yield
@@ -83,7 +79,7 @@ class RollCall:
             self.now = None
 
     def _watch(self) -> None:
-        """A thread of its own, as the main one sits in a collective."""
+        """Watch in a thread of its own, as the main one sits in a collective."""
         with suppress(dist.DistError):  # the store has gone with the first rank
             while not self.over.wait(self.long / 20):
                 self.store.add(f"alive/{self.rank}", 1)
@@ -110,7 +106,7 @@ class RollCall:
         return at - since > self.silence
 
     def _say(self, what: str) -> None:
-        """On stderr, which the command and launchers keep as the log."""
+        """Print to stderr, which the command and launchers write to the log."""
         print(f"rank {self.rank} {what}", file=sys.stderr, flush=True)
 
 
@@ -134,16 +130,13 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    group: dist.ProcessGroup | None = None
-    """Of the CPU; None: the process group."""
+    group: dist.ProcessGroup | None = None  # the group that talks over the CPU; None: the process group
     roll_call: RollCall | None = None
-    mesh: tuple[int, ...] = ()
-    """By their numbers in the run, where these are a part of its ranks."""
-    members: dist.ProcessGroup | None = None
-    """Of such a part, for what it computes."""
+    mesh: tuple[int, ...] = ()  # their numbers in the run, where these are a part of its ranks
+    members: dist.ProcessGroup | None = None  # the group in which such a part computes
 
     def part(self, mesh: Sequence[int]) -> "Ranks | None":
-        """The ranks of `mesh`, counted from 0 in their order, or None for a rank outside of it. All ranks call it."""
+        """Return the ranks of `mesh`, counted from 0 in their order; None outside of it. All ranks call it."""
         mesh = tuple(sorted(mesh))
         if mesh == tuple(range(self.size)):
             return self
@@ -154,7 +147,7 @@ class Ranks:
         return Ranks(mesh.index(self.rank), len(mesh), self.device, group, self.roll_call, mesh, members)
 
     def as_world(self) -> AbstractContextManager[None]:
-        """Inside, these are all ranks that torch and DeepSpeed know of."""
+        """Make these all the ranks that torch and DeepSpeed know of, inside."""
         return nullcontext() if self.members is None else default_group(self.members)
 
     @property
@@ -166,7 +159,7 @@ class Ranks:
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     def sum(self, values: Tensor, phase: str = "a sum over the ranks") -> Tensor:
-        """Elementwise sum over all ranks; the same shape and the same result on each."""
+        """Sum elementwise over all ranks; shape and result are the same on every rank."""
         values = values.cpu()
         if self.size > 1:
             with self._meeting(phase):
@@ -174,12 +167,12 @@ class Ranks:
         return values
 
     def sum_values(self, values: dict[str, float]) -> dict[str, float]:
-        """Sum of named numbers (the same names on each rank), in double precision."""
+        """Sum named numbers (the same names on every rank) in double precision."""
         total = self.sum(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
 
     def gather(self, value: Any, phase: str = "what each rank found") -> list[Any]:
-        """One small picklable value of each rank, in rank order, on every rank. For tensors: `gather_flat`."""
+        """Gather one small picklable value a rank, in rank order, on every rank. For tensors: `gather_flat`."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -188,7 +181,7 @@ class Ranks:
         return gathered
 
     def gather_on_first(self, value: Any, phase: str) -> list[Any]:
-        """One small picklable value of each rank, in rank order, on the first rank; empty on the others."""
+        """Gather one small picklable value a rank, in rank order, on the first rank; empty on the others."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size if self.is_first else []
@@ -197,15 +190,15 @@ class Ranks:
         return gathered
 
     def gather_flat(self, values: Tensor, phase: str) -> list[Tensor]:
-        """A tensor (n) of each rank, n its own, on the CPU and in rank order, on every rank."""
+        """Gather a tensor (n) a rank, n its own, on the CPU and in rank order, on every rank."""
         if self.size == 1:
             return [values]
         with self._meeting(phase):
             return gather_flat(values, self.size, self.group)
 
     def pool(self, tensors: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
-        """Named tensors on the CPU, other names on each rank: the first gets all of them, the others an empty dict."""
-        of_ranks = self.gather({name: (each.shape, each.dtype) for name, each in tensors.items()}, phase)
+        """Pool named tensors on the CPU: the first rank gets those of all, whose names differ, the others none."""
+        of_ranks = self.gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, phase)
         if not self.is_first:
             with self._meeting(phase):
                 for tensor in tensors.values():
@@ -220,7 +213,7 @@ class Ranks:
         return pooled
 
     def tell(self, value: Any, phase: str) -> Any:
-        """The first rank's small picklable value, on every rank."""
+        """Return the first rank's small picklable value on every rank."""
         if self.size == 1:
             return value
         told = [value]
@@ -248,7 +241,7 @@ class Ranks:
 
 
 def gather_flat(values: Tensor, size: int, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """A tensor (n) of each rank of `group`, n its own, in rank order: two collectives, no pickle."""
+    """Gather a tensor (n) of each rank of `group`, n its own, in rank order: two collectives, no pickle."""
     lengths = values.new_empty(size, dtype=torch.int64)
     dist.all_gather(list(lengths.split(1)), lengths.new_tensor([len(values)]), group=group)
     gathered = values.new_empty(size, int(lengths.max()))
@@ -263,7 +256,6 @@ def share_cores(threads: int = 0) -> None:
 
 
 def local_size() -> int:
-    """Processes of the run on this machine."""
     variables = "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"  # of torchrun, of deepspeed, of neither
     return int(next(filter(None, map(os.environ.get, variables)), 1))
 

@@ -1,5 +1,4 @@
-"""A fork (`run --from`): the rows and steps of another run that serve here unchanged, and what is trained because of
-what."""
+"""A fork (`run --from`): which rows and steps of another run serve here unchanged, what is trained, and why."""
 
 import filecmp
 import json
@@ -20,17 +19,16 @@ from training.config_files import as_typed
 from training.data.formats import UNPAIRED
 from training.data.prepare import COUNTS_FILE, read_counts
 from training.data.rows import DEMONSTRATIONS_FILE, PANEL_FILE
-from training.inputs import KEPT, changes, code_of, kept_model, link_or_copy, models_of, name_base, paths_of
+from training.inputs import CONSEQUENCES, changes, code_of, link_or_copy, models_of, name_base, paths_of, stored_model
 from training.metrics import Journal
 from training.opening import read_starts
 from training.run_directory import RunDirectory, StepDirectory, read_json, write_directory, write_json
 from training.steps import DEMONSTRATIONS, DPO, METHODS, PAIRS, REWARD, SFT, Step
 
-SMALL = 2**20
-"""Bytes below which a file of a model or checkpoint is copied: names of its run may stand in it."""
-OF_ROWS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
-OF_ACCURACY = {*OF_ROWS, REWARD.given_by, "reward.eval_rows"}
-OF_REFERENCE = {*OF_ROWS, SFT.given_by, "reference_model"}
+SMALL = 2**20  # bytes below which a file of a model or checkpoint is copied: names of its run may stand in it
+SETTINGS_OF_TOKENS = ("dtype", "data.max_prompt_tokens", "data.max_response_tokens")
+SETTINGS_OF_ACCURACY = {*SETTINGS_OF_TOKENS, REWARD.given_by, "reward.eval_rows"}
+SETTINGS_OF_REFERENCE = {*SETTINGS_OF_TOKENS, SFT.given_by, "reference_model"}
 """Settings that decide what a given reward model, and DPO's reference, say of the run's pairs."""
 
 
@@ -39,12 +37,11 @@ class Fork:
     run: RunDirectory
     config: RunConfig
     parent: RunDirectory
-    theirs: RunConfig
-    """The parent's settings."""
+    theirs: RunConfig  # the parent's settings
 
     @classmethod
     def of(cls, run: RunDirectory, config: RunConfig) -> "Fork | None":
-        """None of a run that is no fork, or whose parent is gone."""
+        """Read the fork; None for a run that is none, or whose parent is gone."""
         parent = RunDirectory(Path(config.fork_of))
         there = config.fork_of and parent.config_file.exists()
         return cls(run, config, parent, parent.read_config()) if there else None
@@ -55,12 +52,12 @@ class Fork:
 
     @cached_property
     def steps(self) -> dict[Step, str]:
-        """Why each step of the run is trained; '' of one that is the parent's."""
-        found: dict[Step, str] = {}
+        """Why each step of the run is trained; '' for one that is the parent's."""
+        reasons: dict[Step, str] = {}
         for step in METHODS[self.config.method]:
             if step in self.config.steps and not self.config.given_model(step):
-                found[step] = next(self._reasons(step, found), "")
-        return found
+                reasons[step] = next(self._reasons(step, reasons), "")
+        return reasons
 
     def _reasons(self, step: Step, before: Mapping[Step, str]) -> Iterator[str]:
         if has_begun(self.run.step(step)):
@@ -103,28 +100,28 @@ class Fork:
     @cached_property
     def _changed(self) -> dict[str, list[str]]:
         """Inputs of the parent that are not as they were, by kind."""
-        found: dict[str, list[str]] = {kind: [] for kind in KEPT}
+        changed: dict[str, list[str]] = {kind: [] for kind in CONSEQUENCES}
         for kind, path in changes(self.parent):
-            found[kind].append(path)
-        return found
+            changed[kind].append(path)
+        return changed
 
     @cached_property
     def other_data(self) -> str:
-        """Why the rows are made anew; '' where they are the parent's."""
+        """Why the rows are made again; '' where they are the parent's."""
         ours, theirs = (
-            {"data": each.data.model_dump() | {"split_seed": each.split_seed}, "model": each.actor_source}
-            for each in (self.config, self.theirs)
+            {"data": config.data.model_dump() | {"split_seed": config.split_seed}, "model": config.actor_source}
+            for config in (self.config, self.theirs)
         )
         if not (self.parent.data / COUNTS_FILE).exists():
             return f"{self.name} has none"
         labelled = UNPAIRED in "".join(read_counts(self.parent.data).get("sources", []))
         if labelled and self.config.data.keeps_labels != self.theirs.data.keeps_labels:
             return "answers keep their labels" if self.config.data.keeps_labels else "answers with a label make pairs"
-        found = [*self._other_settings(ours, theirs), *(f"{path} has changed" for path in self._changed["data"])]
-        return found[0] if found else ""
+        reasons = [*self._other_settings(ours, theirs), *(f"{path} has changed" for path in self._changed["data"])]
+        return reasons[0] if reasons else ""
 
     def _other_rows(self, name: str) -> bool:
-        """Whether a file of rows has another content here than there or, before it is made, would be made anew."""
+        """Whether a file of rows has another content here than there or, before it is made, would be made again."""
         ours, theirs = (run.data / name for run in (self.run, self.parent))
         if not (self.run.data / COUNTS_FILE).exists():
             laid_over = self.config.data.parent == self.config.fork_of and name.startswith(f"{DEMONSTRATIONS.name}_")
@@ -134,13 +131,12 @@ class Fork:
         return not (os.path.samefile(ours, theirs) or filecmp.cmp(ours, theirs, shallow=False))
 
     def lines(self, steps: Sequence[Step]) -> Iterator[str]:
-        """Which steps are the parent's, and why others of `steps` are trained."""
+        """Say which steps are the parent's, and why others of `steps` are trained."""
         for step, why in self.steps.items():
             if step in steps or not why:
                 yield self._line(step, why)
 
     def trained(self, steps: Sequence[Step]) -> list[Step]:
-        """Those of `steps` that are not the parent's."""
         return [step for step in steps if self.steps.get(step, "it is asked for")]
 
     def _line(self, step: Step, why: str) -> str:
@@ -148,14 +144,14 @@ class Fork:
         return f"Step {step.label} ({step.title}): {what}"
 
     def take_models(self) -> None:
-        """Those that the parent holds for machines without a network (`prepare`)."""
+        """Take over the models that the parent holds for machines without a network (`prepare`)."""
         for source in models_of(self.config):
-            ours, theirs = kept_model(self.run, source), kept_model(self.parent, source)
+            ours, theirs = stored_model(self.run, source), stored_model(self.parent, source)
             if theirs.is_dir() and not ours.exists():
                 self._take(theirs, ours)
 
     def take_rows(self) -> None:
-        """Rows and tokens, where they are the parent's; a run that has rows keeps them."""
+        """Take over rows and tokens, where they are the parent's; a run that has rows keeps them."""
         if (self.run.data / COUNTS_FILE).exists() or self.other_data:
             return
         ptx = self.config.rlhf.ptx.source
@@ -191,7 +187,7 @@ class Fork:
         return [step for step in trained if not self.run.step(step).is_finished]
 
     def _take_step(self, step: Step) -> bool:
-        """Whether the parent left it as it was meanwhile; else nothing is taken over."""
+        """Take over a step, and return whether the parent left it as it was meanwhile; else nothing is taken over."""
         before, starts = state_of(self.parent.step(step)), self._starts(step)
         theirs = self.parent.step(step).path
         there, here = theirs.stat(), self.run.path.stat()
@@ -201,16 +197,16 @@ class Fork:
         def links(file: Path) -> bool:
             return file.parent != theirs and file.stat().st_size >= SMALL
 
-        def change(place: Path) -> None:
+        def change(copy: Path) -> None:
             if not self.parent.step(step).is_finished or state_of(self.parent.step(step)) != before:
                 raise ChangedMeanwhile(theirs)
-            name_base(place, self.parent.path, self.run.path)
-            journal = Journal(place / journal_of(self.parent.step(step)).file.name)
+            name_base(copy, self.parent.path, self.run.path)
+            journal = Journal(copy / journal_of(self.parent.step(step)).file.name)
             if rows := journal.read():  # what was set aside stays in the parent
                 write_text(journal.file, "")
                 for row in rows:
                     journal.write(row["number"], row | {"earlier": ""})
-            write_json(place / taken_file(self.run.step(step)).name, {"of": self.config.fork_of, "starts": starts})
+            write_json(copy / taken_file(self.run.step(step)).name, {"of": self.config.fork_of, "starts": starts})
 
         try:
             self._take(theirs, self.run.step(step).path, leave, links, change)
@@ -220,12 +216,12 @@ class Fork:
         return True
 
     def _record_starts(self, step: Step) -> None:
-        """Of a step that was taken over, in the run's own journal."""
+        """Write the starts of a step that was taken over into the run's own journal."""
         file = taken_file(self.run.step(step))
         known = read_starts(self.run)
         if not file.exists() or any(start["what"] == step.folder for start in known):
             return
-        taken = read_json(file, "delete the step, then it is taken over anew")
+        taken = read_json(file, "delete the step, then it is taken over again")
         lines = [
             json.dumps(start | {"number": number, "of": taken["of"]}, ensure_ascii=False) + "\n"
             for number, start in enumerate(taken["starts"], len(known) + 1)
@@ -237,14 +233,14 @@ class Fork:
         return [start for start in read_starts(self.parent) if start["what"] == step.folder]
 
     def _take_measured(self, step: Step) -> None:
-        """Accuracy of a given reward model on the held-out pairs; what DPO's reference says of the pairs."""
+        """Take over a given reward model's accuracy on the held-out pairs, or what DPO's reference says of them."""
         theirs = self.parent.step(step)
         before = [earlier for earlier in self.config.earlier_steps(step) if self.steps[earlier]]
         keys: set[str]
         if step is DPO and not (self.config.dpo.is_unpaired or self.theirs.dpo.is_unpaired):
-            file, keys, rows = theirs.reference_file, OF_REFERENCE, rows_read(self.config, step)
+            file, keys, rows = theirs.reference_file, SETTINGS_OF_REFERENCE, rows_read(self.config, step)
         elif self.config.given_model(REWARD):
-            file, keys, rows = theirs.reward_accuracy_file, OF_ACCURACY, [f"{PAIRS.name}_eval.jsonl"]
+            file, keys, rows = theirs.reward_accuracy_file, SETTINGS_OF_ACCURACY, [f"{PAIRS.name}_eval.jsonl"]
             before = []
         else:
             return
@@ -260,21 +256,21 @@ class Fork:
         ours: Path,
         leave: Sequence[str] = (),
         links: Callable[[Path], bool] = lambda file: True,
-        change: Callable[[Path], None] = lambda place: None,
+        change: Callable[[Path], None] = lambda copy: None,
     ) -> None:
-        """A directory, whole or not at all: links to some files, else copies; names at its top that it can `leave`."""
+        """Take over a whole directory or nothing, by links or copies, without the names at its top in `leave`."""
 
-        def write(place: Path) -> None:
+        def write(copy: Path) -> None:
             for file in sorted(theirs.rglob("*")):
                 name = file.relative_to(theirs)
                 if not file.is_file() or name.parts[0] in leave or any(part.startswith(".") for part in name.parts):
                     continue
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    (link_or_copy if links(file) else shutil.copyfile)(file, place / name)
+                    (link_or_copy if links(file) else shutil.copyfile)(file, copy / name)
                 except FileNotFoundError:
                     raise ChangedMeanwhile(theirs) from None
-            change(place)
+            change(copy)
 
         with writing(f"what is taken over from {self.name}", self.run.path):
             write_directory(ours, write)
@@ -286,7 +282,7 @@ class ChangedMeanwhile(UserError):
 
 
 def taken_file(step: StepDirectory) -> Path:
-    """In a step that was taken over: of which run, and its starts there."""
+    """Return the file in a step that was taken over which names its run, and its starts there."""
     return step.path / "taken.json"
 
 
@@ -295,49 +291,48 @@ def has_begun(step: StepDirectory) -> bool:
 
 
 def state_of(step: StepDirectory) -> dict[Path, tuple[int, int]]:
-    """Size and time of each file in it; a comparison may write into the log."""
-    found = {}
+    """Read size and time of each file in a step but the log, into which a comparison may write."""
+    state = {}
     for file in step.path.rglob("*"):
         with suppress(FileNotFoundError):  # it goes away in this moment
             if file.is_file() and file != step.log_file:
-                found[file] = (file.stat().st_size, file.stat().st_mtime_ns)
-    return found
+                state[file] = (file.stat().st_size, file.stat().st_mtime_ns)
+    return state
 
 
 def settings_read(config: RunConfig, step: Step) -> dict[str, Any]:
-    """What decides about the model that a step leaves, beside the rows, and the models of earlier steps."""
+    """Collect what decides about the model that a step leaves, beside the rows and the models of earlier steps."""
     values = config.model_dump(mode="json")
     own = values[step.command] | {"seed": config.seed_of(step)}
     data = {key: values["data"][key] for key in ("max_prompt_tokens", "max_response_tokens")}
     shared = {key: values[key] for key in ("dtype", "save_dtype")}
-    found = {step.command: own, "data": data, **shared, **models_read(config, step)}
+    settings = {step.command: own, "data": data, **shared, **models_read(config, step)}
     if step.draws_samples and config.rlhf.has_critic and not config.rlhf.has_reward_model:  # it begins as step 2 would
-        found["reward"] = {key: values["reward"][key] for key in ("initialize_from", "layers")}
-    return found
+        settings["reward"] = {key: values["reward"][key] for key in ("initialize_from", "layers")}
+    return settings
 
 
 def models_read(config: RunConfig, step: Step) -> dict[str, str]:
     """Setting -> model, of those that the step begins with and that no step of the run makes."""
-    found = {each.given_by: config.given_model(each) for each in config.steps_before(step)}
+    models = {earlier.given_by: config.given_model(earlier) for earlier in config.steps_before(step)}
     if step.compared_with:
-        found["reference_model"] = config.reference_model
+        models["reference_model"] = config.reference_model
     if step is SFT:
-        found["model"] = config.model
+        models["model"] = config.model
     if step is REWARD:
-        found["model"] = config.actor_source  # of its tokens
+        models["model"] = config.actor_source  # of its tokens
     critic_alone = step.draws_samples and config.rlhf.has_critic and not config.rlhf.has_reward_model
     if critic_alone:
-        found[REWARD.given_by] = config.given_model(REWARD)
+        models[REWARD.given_by] = config.given_model(REWARD)
     if (step is REWARD or critic_alone) and config.reward.initialize_from == "base":
-        found["reward_model"] = config.reward_model_source
-    return found
+        models["reward_model"] = config.reward_model_source
+    return models
 
 
 def rows_read(config: RunConfig, step: Step) -> list[str]:
-    """Files in data/."""
-    found = [f"{step.rows.name}_train.jsonl", f"{step.rows.name}_eval.jsonl"]
+    files = [f"{step.rows.name}_train.jsonl", f"{step.rows.name}_eval.jsonl"]
     if step.leaves_scorer:
-        found.append(PANEL_FILE)
+        files.append(PANEL_FILE)
     if step.draws_samples and (ptx := config.rlhf.ptx).coefficient:
-        found.append(DEMONSTRATIONS_FILE if ptx.source else f"{DEMONSTRATIONS.name}_train.jsonl")
-    return found
+        files.append(DEMONSTRATIONS_FILE if ptx.source else f"{DEMONSTRATIONS.name}_train.jsonl")
+    return files

@@ -1,4 +1,4 @@
-"""What a run was made from, as it was then: files that change later are named, for the run does not read them anew."""
+"""What a run was made from, as it was then: files that change later are named, for the run does not read them again."""
 
 import ast
 import hashlib
@@ -25,9 +25,8 @@ from training.run_directory import RunDirectory, read_json, write_directory, wri
 
 LARGE = 2**28
 """Bytes from which size and time of a file stand for its content; a smaller one is read, a tenth of a second each."""
-CODE = ("reward_function", "formulas")
-"""Kinds of inputs that are Python files of the user's."""
-KEPT = {
+CODE = ("reward_function", "formulas")  # kinds of inputs that are Python files of the user's
+CONSEQUENCES = {
     "data": "the run keeps its rows (a new run trains on the new ones)",
     "models": "steps that are done keep what they made of the old one",
     "reward_function": "iterations from now on are rewarded by the new one",
@@ -35,8 +34,7 @@ KEPT = {
 }
 """Kind of an input -> what its change means for the run."""
 
-Print = dict[str, Any]
-"""Of a file: size, time, and a hash of its content (empty for a large one)."""
+Print = dict[str, Any]  # size and time of a file, and a hash of its content (empty for a large one)
 
 
 def inputs_of(config: RunConfig) -> dict[str, dict[str, dict[str, Print]]]:
@@ -51,12 +49,11 @@ def inputs_of(config: RunConfig) -> dict[str, dict[str, dict[str, Print]]]:
 
 
 def changed_inputs(run: RunDirectory, config: RunConfig) -> list[str]:
-    """A sentence for each input that is not as it was."""
-    return [f"{path} has changed since the run was prepared; {KEPT[kind]}." for kind, path in changes(run)]
+    return [f"{path} has changed since the run was prepared; {CONSEQUENCES[kind]}." for kind, path in changes(run)]
 
 
 def changes(run: RunDirectory) -> Iterator[tuple[str, str]]:
-    """Kind and path of each input that is not as it was; what is gone is no news, and runs from before say nothing."""
+    """Yield kind and path of inputs that are not as they were; what is gone is no news, and old runs say nothing."""
     if not run.inputs_file.exists():
         return
     for kind, paths in read_json(run.inputs_file, "delete it, then changes of the run's data are not noticed").items():
@@ -75,13 +72,13 @@ def paths_of(config: RunConfig) -> dict[str, list[Path]]:
     return {
         "data": [source.copy or source.path for source in sources if (source.copy or source.path).exists()],
         "models": [Path(name) for name in models if Path(name).is_absolute()],
-        "reward_function": [each.file for each in config.rlhf.reward_functions if each.file],
+        "reward_function": [spec.file for spec in config.rlhf.reward_functions if spec.file],
         "formulas": [path for _, path in own_files(config)],
     }
 
 
 def files_of(kind: str, path: Path, before: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
-    """Names and files of an input; of code those in `before`, where they are known."""
+    """Yield names and files of an input; of code those in `before`, where they are known."""
     if kind not in CODE:
         yield from files_in(path)
         return
@@ -93,17 +90,17 @@ def files_of(kind: str, path: Path, before: Collection[str] | None = None) -> It
 
 
 def code_of(config: RunConfig, kind: str) -> dict[str, str]:
-    """SHA-256 of the files of a kind of CODE, by name."""
+    """Hash the files of a kind of CODE by SHA-256, by name."""
     return {name: print_of(file)["content"] for name, file in code_files(config, kind)}
 
 
 def code_files(config: RunConfig, *kinds: str) -> list[tuple[str, Path]]:
-    """Names and files of the user's code, of these kinds."""
+    """List names and files of the user's code, of these kinds."""
     return [named for kind in kinds for path in paths_of(config)[kind] for named in files_of(kind, path)]
 
 
 def with_imports(file: Path, known: frozenset[Path] = frozenset()) -> frozenset[Path]:
-    """A Python file, and the modules beside it that it imports, or that these import; without it where it is gone."""
+    """Find a Python file, if it exists, and the modules beside it that it imports, or that these import."""
     if file in known or not file.is_file():
         return known
     known |= {file}
@@ -112,19 +109,19 @@ def with_imports(file: Path, known: frozenset[Path] = frozenset()) -> frozenset[
     except (SyntaxError, ValueError):
         return known
     for node in ast.walk(tree):
-        names = [each.name for each in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{name}" for name in names]
         for parts in (name.split(".") for name in names):
-            for place in (file.parent.joinpath(*parts[: i + 1]) for i in range(len(parts))):  # packages run too
-                modules = [Path(f"{place}{suffix}") for suffix in (".py", *EXTENSION_SUFFIXES)]
-                for module in (*modules, place / "__init__.py"):
+            for path in (file.parent.joinpath(*parts[: i + 1]) for i in range(len(parts))):  # packages run too
+                modules = [Path(f"{path}{suffix}") for suffix in (".py", *EXTENSION_SUFFIXES)]
+                for module in (*modules, path / "__init__.py"):
                     known = with_imports(module, known)
     return known
 
 
 def files_in(path: Path) -> Iterator[tuple[str, Path]]:
-    """Names and files: the file itself, or those in the directory and its folders, hidden ones aside."""
+    """Yield names and files: the file itself, or those in the directory and its folders, hidden ones aside."""
     if path.is_file():
         yield path.name, path
     for file in sorted(path.rglob("*")) if path.is_dir() else []:
@@ -152,22 +149,22 @@ def differs(file: Path, before: Print) -> bool:
 NOTICES = ("LICENSE*", "NOTICE*", "README.md")
 
 
-def kept_model(run: RunDirectory, source: str) -> Path:
-    """Where the run holds the model `source`, if it does."""
+def stored_model(run: RunDirectory, source: str) -> Path:
+    """Return the directory where the run stores the model `source`, if it does."""
     return run.path / "models" / re.sub(r"[^\w.=-]+", "--", source.removeprefix("package:"))
 
 
 def local_model(run: RunDirectory, source: str, report: Report = print) -> Path:
-    """The local directory of `source`: the run's own where it holds one, else as `resolve_model` has it."""
-    kept = kept_model(run, source)
-    if not source or not kept.is_dir():
+    """Find the local directory of `source`: the run's own where it stores one, else that of `resolve_model`."""
+    stored = stored_model(run, source)
+    if not source or not stored.is_dir():
         return resolve_model(source, report)
-    check_model_directory(kept)
-    return kept
+    check_model_directory(stored)
+    return stored
 
 
 def models_of(config: RunConfig) -> list[str]:
-    """The models that the steps of a run, its comparison and its judges load and that none of its steps makes."""
+    """List the models that the steps of a run, its comparison and its judges load and that none of its steps makes."""
     return list(
         dict.fromkeys(
             source
@@ -184,46 +181,46 @@ def models_of(config: RunConfig) -> list[str]:
     )
 
 
-def keep_models(run: RunDirectory, config: RunConfig, report: Report) -> None:
+def store_models(run: RunDirectory, config: RunConfig, report: Report) -> None:
     """Put the models that do not lie where the user said into the run. Those of a directory stay there."""
     for source in models_of(config):
-        kept = kept_model(run, source)
+        stored = stored_model(run, source)
         if Path(source).is_absolute():
             continue
         with suppress(UserError):  # not there, or not whole
-            check_model_directory(kept)
+            check_model_directory(stored)
             continue
         directory = resolve_model(source, report)
 
-        def write(place: Path, directory: Path = directory) -> None:
+        def write(target: Path, directory: Path = directory) -> None:
             for file in files_of_model(directory):
-                link_or_copy(file, place / file.name)
+                link_or_copy(file, target / file.name)
 
         with writing(f"the model {source}", run.path):
-            write_directory(kept, write)
+            write_directory(stored, write)
 
 
 def files_of_model(directory: Path) -> list[Path]:
-    """Configuration, tokenizer, one form of the weights, licences."""
+    """List configuration, tokenizer, one form of the weights, licences."""
     files = [file for file in sorted(directory.iterdir()) if file.is_file()]
     safe = [file for file in files if any(fnmatch(file.name, pattern) for pattern in SAFETENSORS)]
     wanted = (*TEXT_FILES, *NOTICES, *(SAFETENSORS if safe else PICKLES))
     return [file for file in files if any(fnmatch(file.name, pattern) for pattern in wanted)]
 
 
-def link_or_copy(file: Path, place: Path) -> None:
-    """On one disk both names are one file of the user's, so that weights take no room twice."""
+def link_or_copy(file: Path, target: Path) -> None:
+    """Link a file of the user's on the same disk, so that weights take no room twice; copy any other."""
     file = file.resolve()  # the hub's cache holds links to it
     try:
         if file.stat().st_uid != os.getuid():
             raise PermissionError
-        os.link(file, place)
+        os.link(file, target)
     except OSError:
-        shutil.copyfile(file, place)
+        shutil.copyfile(file, target)
 
 
 def name_base(directory: Path, old: Path, new: Path) -> None:
-    """In the adapters in `directory`, which name their base by a full path: in `new` what lay in `old`."""
+    """Rename the bases of the adapters in `directory`, which are full paths, from `old` to `new`."""
     for file in directory.rglob("adapter_config.json"):
         values = json.loads(file.read_text(encoding="utf-8"))
         base = Path(values["base_model_name_or_path"] or "/").resolve()

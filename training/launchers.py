@@ -69,7 +69,7 @@ LAUNCHERS = {
     "mpirun (PMI)": ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
     SLURM: ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""],
 }
-"""Variables of each: rank, size, and the same among the processes of this machine."""
+"""The variables of a launcher: rank, size, and the same among the processes of this machine."""
 OF_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 OF_JOBS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 """What tells the jobs of a machine apart, the same for all processes of one."""
@@ -93,7 +93,7 @@ def adopt() -> None:
 
 
 def first_machine(launcher: str, size: str) -> str:
-    """Where the first process is, as Slurm says; mpirun in a job starts at the job's first node.
+    """Name the machine of the first process, as Slurm says; mpirun in a job starts at the job's first node.
 
     Raises UserError where nobody says it, or the name leads nowhere.
     """
@@ -116,7 +116,7 @@ def first_machine(launcher: str, size: str) -> str:
 
 
 def port_of_job(launcher: str) -> int:
-    """The same for all processes of a job, another one for each job of a machine."""
+    """Choose a port, the same for all processes of a job and another one for each job of a machine."""
     job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     if launcher == SLURM and job.isdigit():  # jobs of an array are numbered on: no two of a thousand collide
         return 20000 + (10 * int(job) + int(step or 0) % 10) % 10000
@@ -125,7 +125,7 @@ def port_of_job(launcher: str) -> int:
 
 
 def started_by() -> tuple[str, dict[str, str]] | None:
-    """A launcher that started several processes and is none of torch's, and what it says in torch's variables."""
+    """Find a launcher that started several processes and is none of torch's, and what it says in torch's variables."""
     for launcher, names in LAUNCHERS.items():
         rank, size, local_rank, local_size = (os.environ.get(name, "") for name in names)
         if launcher == SLURM:
@@ -136,7 +136,7 @@ def started_by() -> tuple[str, dict[str, str]] | None:
 
 
 def slurm_sizes(step: str) -> tuple[str, str]:
-    """Tasks of the step, and those of this machine. A batch script has the variables of its job, and is one process."""
+    """Count the tasks of the step, and of this machine. A batch script has its job's variables, and is one process."""
     of_job = os.environ.get("SLURM_NTASKS", "") if os.environ.get("ENVIRONMENT") != "BATCH" else ""
     text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")  # 4(x2),3
     tasks = [n for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
@@ -145,13 +145,12 @@ def slurm_sizes(step: str) -> tuple[str, str]:
 
 
 def processes_option(processes: int) -> str:
-    """What starts so many processes: of the command, or of the launcher of a stage script."""
+    """Return the option that starts so many processes, of the command or of the launcher of a stage script."""
     of_script = "RANK" in os.environ and PARENT_VARIABLE not in os.environ
     return f"torchrun --nproc-per-node {processes}" if of_script else f"--processes {processes}"
 
 
-PATIENCE = 120.0
-"""Seconds; NFS keeps for up to 60 that a file is not there."""
+PATIENCE = 120.0  # seconds; NFS keeps for up to 60 that a file is not there
 
 
 def wait_until_seen(path: Path, seconds: float = PATIENCE) -> None:
@@ -164,6 +163,6 @@ def wait_until_seen(path: Path, seconds: float = PATIENCE) -> None:
                 f"on a file system that all nodes share."
             )
         with suppress(OSError):
-            os.listdir(path.parent)  # makes a client of NFS ask anew
+            os.listdir(path.parent)  # makes a client of NFS ask again
         time.sleep(pause)
         pause = min(2 * pause, 1.0)

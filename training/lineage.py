@@ -25,7 +25,7 @@ class Origin:
     run: RunDirectory
     step: Step
     at: str = ""
-    """Of a checkpoint `@12`."""
+    """`@12` for a checkpoint; empty for the step's model."""
 
     @property
     def name(self) -> str:
@@ -34,26 +34,25 @@ class Origin:
 
 
 def origin_of(source: str | Path) -> Origin | None:
-    """The step that left the model in a directory; None for one that lies in no run."""
+    """Find the step that left the model in a directory; None for one that lies in no run."""
     if not source:
         return None
-    place, at = Path(source).expanduser().resolve().parent, ""
-    if place.parent.name == "checkpoints":
-        place, at = place.parent.parent, f"@{place.name}"
-    run = RunDirectory(place.parent)
-    step = next((step for step in STEPS if step.folder == place.name), None)
+    folder, at = Path(source).expanduser().resolve().parent, ""
+    if folder.parent.name == "checkpoints":
+        folder, at = folder.parent.parent, f"@{folder.name}"
+    run = RunDirectory(folder.parent)
+    step = next((step for step in STEPS if step.folder == folder.name), None)
     return Origin(run, step, at) if step is not None and run.config_file.exists() else None
 
 
 def label_of(model: str | Path, name: str = "") -> str:
-    """`demo/sft`, as preferences call the model in a directory; of one that lies in no run `name`, or the
-    directory's."""
+    """Name a model `demo/sft`, as preferences do; one that lies in no run has `name`, or its directory's."""
     origin = origin_of(model)
     return f"{origin.run.path.name}/{origin.step.command}{origin.at}" if origin else name or Path(model).resolve().name
 
 
 def label_of_step(run: RunDirectory, config: RunConfig, step: Step) -> str:
-    """That of the model that a step of the run leaves, or of what is used instead."""
+    """Name the model that a step of the run leaves, or that is used instead."""
     return label_of(config.given_model(step) or run.step(step).model)
 
 
@@ -77,7 +76,7 @@ def inherit(config: RunConfig, run: RunDirectory | None) -> RunConfig:
 
 
 def base_model(config: RunConfig) -> str:
-    """What the model of a run was before any training here; empty where only the SFT model is known."""
+    """Find what the model of a run was before any training here; empty where only the SFT model is known."""
     seen: set[str] = set()
     while config.model == config.sft_model and config.model not in seen:
         seen.add(config.model)
@@ -89,28 +88,28 @@ def base_model(config: RunConfig) -> str:
 
 
 def rounds_of(run: RunDirectory) -> list[RunDirectory]:
-    """The run and those that it goes on from, the first one first; a parent that is gone ends them."""
-    found = [run]
-    while parent := found[-1].read_config().round_of:
+    """List the run and those that it goes on from, the first one first; a parent that is gone ends them."""
+    rounds = [run]
+    while parent := rounds[-1].read_config().round_of:
         before = RunDirectory(Path(parent))
-        if before in found or not before.config_file.exists():
+        if before in rounds or not before.config_file.exists():
             break
-        found.append(before)
-    return found[::-1]
+        rounds.append(before)
+    return rounds[::-1]
 
 
 def newest_reward_model(run: RunDirectory) -> str:
-    """Of the run, or of the newest round before it that has one: its own or the one that it was given; else empty."""
-    for each in reversed(rounds_of(run)):
-        if each.step(REWARD).is_finished:
-            return str(each.step(REWARD).model.resolve())
-        if given := each.read_config().trained_reward_model:
+    """Find the reward model of the newest round that trained one or was given one; else empty."""
+    for earlier in reversed(rounds_of(run)):
+        if earlier.step(REWARD).is_finished:
+            return str(earlier.step(REWARD).model.resolve())
+        if given := earlier.read_config().trained_reward_model:
             return given
     return ""
 
 
 def reward_model_before(config: RunConfig) -> str:
-    """The newest of the runs that one with these settings goes on from; empty where there is none."""
+    """Find the newest reward model of the runs that one with these settings goes on from; empty without one."""
     parent = RunDirectory(Path(config.round_of))
     return newest_reward_model(parent) if config.round_of and parent.config_file.exists() else ""
 
@@ -126,7 +125,7 @@ class Source:
 
 
 def sources_of(config: RunConfig) -> Iterator[Source]:
-    """What the settings of a run name."""
+    """Yield the models that the settings of a run name."""
     for path, is_base in (
         (config.sft_model, False),
         (config.trained_reward_model, False),
@@ -139,10 +138,10 @@ def sources_of(config: RunConfig) -> Iterator[Source]:
 
 
 def before(origin: Origin) -> Iterator[Source]:
-    """What a step began with, and whose judgement it followed."""
+    """Yield what a step began with, and whose judgement it followed."""
     config, step = origin.run.read_config(), origin.step
-    for each in config.steps_before(step):
-        path = config.given_model(each) or str(origin.run.step(each).model)
+    for earlier in config.steps_before(step):
+        path = config.given_model(earlier) or str(origin.run.step(earlier).model)
         yield Source(path, path)
     if step.compared_with and config.reference_model:
         yield Source(config.reference_model, config.reference_model, config.reference_model == config.model)
@@ -153,8 +152,8 @@ def before(origin: Origin) -> Iterator[Source]:
 
 
 def trace(sources: Iterable[Source]) -> tuple[list[Origin], list[str]]:
-    """All steps that the models went through, and the models of which nobody knows where they come from."""
-    found: dict[tuple[Path, Step], Origin] = {}
+    """Find all steps that the models went through, and the models of which nobody knows where they come from."""
+    origins: dict[tuple[Path, Step], Origin] = {}
     unknown: dict[str, None] = {}
     left = list(sources)
     while left:
@@ -162,18 +161,18 @@ def trace(sources: Iterable[Source]) -> tuple[list[Origin], list[str]]:
         origin = origin_of(source.path)
         if origin is None:
             unknown |= {} if source.is_base else {source.name: None}
-        elif (key := (origin.run.path, origin.step)) not in found:
-            found[key] = origin
+        elif (key := (origin.run.path, origin.step)) not in origins:
+            origins[key] = origin
             try:
                 left += before(origin)
             except UserError:
                 unknown[source.name] = None
-    return list(found.values()), list(unknown)
+    return list(origins.values()), list(unknown)
 
 
 def trained_elsewhere(run: RunDirectory, sources: Iterable[Source]) -> list[str]:
-    """A sentence for each other run that the models went through: how many of the rows that `run` holds out have a
-    question that was trained on there; and one for each model of which nobody can know."""
+    """Write a sentence for each other run that the models went through: how many of the rows that `run` holds out have
+    a question that was trained on there; and one for each model of which nobody can know."""
     origins, unknown = trace(sources)
     here = run.path.resolve()
     steps: dict[Path, list[Step]] = {}
@@ -187,7 +186,8 @@ def trained_elsewhere(run: RunDirectory, sources: Iterable[Source]) -> list[str]
 
 
 def overlap(run: RunDirectory, other: RunDirectory, steps: list[Step]) -> str:
-    """What `run` holds out, and which of its prompts for PPO a reward model of `other` has seen already."""
+    """Say what of `run`'s held-out rows, and of its prompts for PPO where a reward model of `other` judges, was trained
+    on in `other`."""
     try:
         trained = [row for file in sorted(files_read(other, steps)) for row in rows_of(file)]
         held_out = {name: rows_of(run.data / f"{kind.name}_eval.jsonl") for kind, name in HELD_OUT.items()}
@@ -220,7 +220,7 @@ def rows_of(file: Path) -> list[Row]:
 
 
 def files_read(run: RunDirectory, steps: list[Step]) -> set[Path]:
-    """The rows that the steps trained on; PPO also on the demonstrations of rlhf.ptx."""
+    """Name the files of rows that the steps trained on; PPO also on the demonstrations of rlhf.ptx."""
     kinds = {step.rows for step in steps}
     if PPO in steps and run.read_config().rlhf.ptx.coefficient:
         kinds.add(DEMONSTRATIONS)
@@ -228,7 +228,7 @@ def files_read(run: RunDirectory, steps: list[Step]) -> set[Path]:
 
 
 def why_differently(run: RunDirectory, other: RunDirectory) -> str:
-    """Which settings shared the rows out otherwise there."""
+    """Say which settings shared the rows out otherwise there."""
     ours, theirs = run.read_config(), other.read_config()
     differ = [f"data.{key}" for key in SHARED_OUT_BY if getattr(ours.data, key) != getattr(theirs.data, key)]
     if ours.split_seed != theirs.split_seed:

@@ -27,7 +27,7 @@ from training.role_settings import OptimizerSettings
 from training.shape import Shape
 from training.steps import Step
 
-Place = Literal["device", "host"]
+Location = Literal["device", "host"]
 
 NOT_COUNTED = (
     "Python and its libraries, the CUDA context, communication buckets, attention matrices where no fused kernel runs, "
@@ -40,7 +40,7 @@ TRAINING_BYTES_PER_LOGIT = 16
 # the sampler holds per logit: three fp32 arrays, one cumulative sum in double precision, one copy for the mask
 SAMPLING_BYTES_PER_LOGIT = 24
 LOADING = "loading"
-"""The last word of the phases that come before anything else is held: models are loaded one after the other."""
+"""The last word of the phases that come before anything else is held; models are loaded one after the other."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,10 @@ class Part:
 
     name: str
     bytes: int
-    place: Place = "device"
+    location: Location = "device"
     phase: str = ""
     first_rank_only: bool = False
-    is_kept: bool = False
-    """Made in its phase, and held from then on to the end of the step."""
+    persists: bool = False  # made in its phase, and held from then on to the end of the step
 
 
 @dataclass(frozen=True)
@@ -62,26 +61,26 @@ class StepMemory:
 
     parts: tuple[Part, ...]
 
-    def held(self, *places: Place) -> int:
+    def held(self, *locations: Location) -> int:
         """Bytes held all through: weights, gradients, optimiser states, frozen models, the copy that generates."""
-        return sum(part.bytes for part in self.parts if part.place in places and not part.phase)
+        return sum(part.bytes for part in self.parts if part.location in locations and not part.phase)
 
-    def phases(self, *places: Place, processes: int = 1) -> dict[str, int]:
-        """Bytes that each phase adds while it lasts; what is kept from it is left out."""
+    def phases(self, *locations: Location, processes: int = 1) -> dict[str, int]:
+        """Bytes that each phase adds while it lasts; what persists after it is left out."""
         added: dict[str, int] = {}
         for part in self.parts:
-            if part.phase and part.place in places and not part.is_kept:
+            if part.phase and part.location in locations and not part.persists:
                 times = 1 if part.first_rank_only else processes
                 added[part.phase] = added.get(part.phase, 0) + part.bytes * times
         return added
 
-    def peak(self, *places: Place, processes: int = 1) -> int:
-        """The most that the first rank, or all processes of a machine together, need at one time in `places`: with both
-        of them (no GPU) it is their common peak."""
-        phases = self.phases(*places, processes=processes)
+    def peak(self, *locations: Location, processes: int = 1) -> int:
+        """The most that the first rank, or all processes of a machine together, need at one time in `locations`: with
+        both of them (no GPU) it is their common peak."""
+        phases = self.phases(*locations, processes=processes)
         loading = max((phases.pop(phase) for phase in list(phases) if phase.endswith(LOADING)), default=0)
-        kept = sum(part.bytes for part in self.parts if part.is_kept and part.place in places)
-        return max(loading, (self.held(*places) + kept) * processes + max(phases.values(), default=0))
+        persisting = sum(part.bytes for part in self.parts if part.persists and part.location in locations)
+        return max(loading, (self.held(*locations) + persisting) * processes + max(phases.values(), default=0))
 
     def host_peak(self, processes: int) -> int:
         """The most main memory that the processes of one machine need together beside their GPUs."""
@@ -96,7 +95,7 @@ def rows_per_micro_batch(token_budget: int, length: int, rows_together: int = 1)
 def with_slots(
     config: RunConfig, ranks: int, device_bytes: int, memory_of: Callable[[RunConfig], StepMemory]
 ) -> RunConfig:
-    """The settings with as many slots of generation as a GPU of so many bytes has room for beside all else of step 3.
+    """Set as many slots of generation as a GPU of so many bytes has room for beside all else of step 3.
 
     `memory_of` gives the memory of step 3 with other settings. Those that name their slots, or have a plan, stay.
     """
@@ -114,8 +113,8 @@ def with_slots(
 
 def slots_in(free_bytes: int, shape: Shape, length: int, dtype: torch.dtype) -> int:
     """Samples of so many tokens that can be decoded together in memory that nothing else wants; at least 1."""
-    each = shape.cache_values(length) * dtype.itemsize + shape.vocabulary * SAMPLING_BYTES_PER_LOGIT
-    return max(1, int(free_bytes * USABLE_MEMORY) // each)
+    bytes_of_sample = shape.cache_values(length) * dtype.itemsize + shape.vocabulary * SAMPLING_BYTES_PER_LOGIT
+    return max(1, int(free_bytes * USABLE_MEMORY) // bytes_of_sample)
 
 
 def estimate_step_memory(
@@ -125,20 +124,20 @@ def estimate_step_memory(
     scorer: Shape,
     dtype: torch.dtype,
     ranks: int,
-    places: tuple[Place, ...] = get_args(Place),
+    locations: tuple[Location, ...] = get_args(Location),
     calls: tuple[Call, ...] = (),
     reference: Shape | None = None,
 ) -> StepMemory:
-    """The memory of a step on one of `ranks` ranks. `scorer` is the shape of reward model and critic; `places` make up
-    a process's own memory; `calls` are those of an iteration, by default those of the settings; `reference` is the
-    shape of an own one, by default the actor's.
+    """Estimate the memory of a step on one of `ranks` ranks. `scorer` is the shape of reward model and critic;
+    `locations` make up a process's own memory; `calls` are those of an iteration, by default those of the settings;
+    `reference` is the shape of an own one, by default the actor's.
 
     DPO holds no reference: it was asked before the first update, an own one before the actor was loaded.
     """
     reference = reference or actor
     if step.draws_samples:
         plan = Plan.of(config.rlhf, ranks, config.data.longest, calls)
-        return _rlhf_memory(config, plan, actor, scorer, reference, dtype, ranks, places)
+        return _rlhf_memory(config, plan, actor, scorer, reference, dtype, ranks, locations)
     settings = config.supervised(step)
     optimizer, scores = settings.optimizer, step.leaves_scorer
     shape, parameters = (scorer, scorer.scorer_parameters) if scores else (actor, actor.parameters)
@@ -162,21 +161,21 @@ def _rlhf_memory(
     reference: Shape,
     dtype: torch.dtype,
     ranks: int,
-    places: tuple[Place, ...],
+    locations: tuple[Location, ...],
 ) -> StepMemory:
-    """On the first rank, or, where the settings hold a plan, on the one that needs most: in `places`, and in each place
-    that is not among them."""
+    """The memory of step 3 on the first rank, or, where the settings hold a plan, on the one that needs most: in
+    `locations`, and in each location that is not among them."""
     of_ranks = [
         StepMemory(tuple(_rlhf_parts(config, plan, actor, scorer, dtype, rank, reference)))
         for rank in (range(ranks) if config.rlhf.plan else (0,))
     ]
 
-    def fullest(*places: Place) -> list[Part]:
-        memory = max(of_ranks, key=lambda memory: memory.peak(*places))
-        return [part for part in memory.parts if part.place in places]
+    def fullest(*locations: Location) -> list[Part]:
+        memory = max(of_ranks, key=lambda memory: memory.peak(*locations))
+        return [part for part in memory.parts if part.location in locations]
 
-    rest = [place for place in get_args(Place) if place not in places]
-    return StepMemory((*fullest(*places), *(part for place in rest for part in fullest(place))))
+    rest = [location for location in get_args(Location) if location not in locations]
+    return StepMemory((*fullest(*locations), *(part for location in rest for part in fullest(location))))
 
 
 def _rlhf_parts(
@@ -188,7 +187,7 @@ def _rlhf_parts(
     rank: int,
     reference: Shape | None = None,
 ) -> Iterator[Part]:
-    """What one rank has to do with: the roles whose calls it takes part in."""
+    """Yield the parts of one rank: those of the roles whose calls it takes part in."""
     rlhf, longest = config.rlhf.as_planned, config.data.longest
     samples = rlhf.prompts_per_iteration * rlhf.samples_per_prompt
 
@@ -196,13 +195,13 @@ def _rlhf_parts(
         return call in plan.assignments and rank in plan[call].layout.mesh
 
     def here(call: str, shape: Shape) -> Shape:
-        """Of this rank's pipeline stage; `parameters` without an output matrix if the model has a score head."""
+        """Shape this rank's pipeline stage; `parameters` without an output matrix if the model has a score head."""
         with_head = not call.startswith(("reward", "critic"))
         stage = shape.stage(plan[call].layout.stage_cut(rank, shape.layers), with_head)
         return stage if with_head else replace(stage, parameters=stage.scorer_parameters, output_matrix=0)
 
     def copy(call: str, whole: Shape, use: str) -> Iterator[Part]:
-        """Of trained weights, beside those that are trained, where `call` has them in another layout."""
+        """Yield the copy of trained weights, beside those that are trained, where `call` has them in another layout."""
         role = role_of(call)
         if not takes_part(call) or stays(plan[f"{role}_train"].layout, plan[call].layout, rank):
             return
@@ -240,9 +239,9 @@ def _rlhf_parts(
     if rlhf.ema and takes_part("actor_train"):
         shape = here("actor_train", actor)
         weights = (_adapters(shape, rlhf.actor) or shape.parameters) * 4
-        place: Place = "device" if rlhf.actor.offload == "none" else "host"
+        location: Location = "device" if rlhf.actor.offload == "none" else "host"
         ranks = plan["actor_train"].layout.data if effective_zero_stage(rlhf.actor, dtype) >= 1 else 1
-        yield Part("actor average, fp32", _share(weights, ranks), place)
+        yield Part("actor average, fp32", _share(weights, ranks), location)
     if takes_part("reference_score") and not plan.actor_is_reference(rlhf.reference_is_actor):
         held = here("reference_score", reference or actor).parameters
         yield from _frozen_parts("reference", held, plan["reference_score"], dtype)
@@ -258,22 +257,22 @@ def _rlhf_parts(
         keys_and_values = _share(actor.cache_values(rows * longest) * dtype.itemsize, layout.tensor)
         keeps = not rlhf.release_generation
         cache = "key-value cache, kept while training" if keeps else "key-value cache"
-        yield Part(cache, keys_and_values, phase="generation", is_kept=keeps)
+        yield Part(cache, keys_and_values, phase="generation", persists=keeps)
         yield Part("logits to sample", rows * actor.vocabulary * SAMPLING_BYTES_PER_LOGIT, phase="generation")
     if takes_part("actor_train"):
         yield from passes("actor", actor)
-        if rank == min(plan["actor_train"].layout.mesh):  # the critic is not kept
+        if rank == min(plan["actor_train"].layout.mesh):  # the critic is not saved
             yield from _saving_parts(actor.parameters, _adapters(actor, rlhf.actor) or actor.parameters)
 
 
 def _frozen_parts(role: str, parameters: int, assignment: Assignment, dtype: torch.dtype) -> list[Part]:
     layout = assignment.layout
-    place: Place = "host" if assignment.offload else "device"
+    location: Location = "host" if assignment.offload else "device"
     whole, divides = parameters * dtype.itemsize, layout.zero_stage == 3
     where = "whole (first rank)" if divides else "whole"
     held, comes_whole = _share(whole, layout.data if divides else layout.tensor), assignment.offload and not divides
     return [
-        Part(f"{role} weights", held, place),
+        Part(f"{role} weights", held, location),
         *([Part(f"{role} weights, for its call", held, phase=f"{role} scoring")] if comes_whole else []),
         Part(f"{role} weights, {where}", whole, "host", f"{role} {LOADING}", first_rank_only=divides),
     ]
@@ -296,11 +295,11 @@ def training_parts(
     optimizer_bytes = 8 if dtype == torch.float32 and stage == 0 else 12
     if dtype == torch.bfloat16 and not settings.master_weights:
         gradient_bytes, optimizer_bytes = 2, 4 if stage == 0 else 6
-    off_device: Place = "host" if settings.offload != "none" else "device"
-    weights_place: Place = "host" if settings.offload == "optimizer+parameters" else "device"
+    off_device: Location = "host" if settings.offload != "none" else "device"
+    weights_location: Location = "host" if settings.offload == "optimizer+parameters" else "device"
     weights = (parameters + adapters) * dtype.itemsize
     parts = [
-        Part(f"{role}weights", _share(weights, ranks if stage == 3 else 1), weights_place),
+        Part(f"{role}weights", _share(weights, ranks if stage == 3 else 1), weights_location),
         # ZeRO-Offload moves gradients to the host as they come (arXiv 2101.06840)
         Part(f"{role}gradients", _share(trained * gradient_bytes, ranks if stage >= 2 else 1), off_device),
         Part(f"{role}optimiser states", _share(trained * optimizer_bytes, ranks if stage >= 1 else 1), off_device),
@@ -317,13 +316,13 @@ def training_parts(
 
 
 def _which(layout: Layout, rank: int, parts: int) -> str:
-    """The part of a model that a rank has."""
+    """Describe the part of a model that a rank has."""
     stage = f"stage {layout.pipeline_rank(rank) + 1} of {layout.pipeline}" if layout.pipeline > 1 else "whole"
     return stage if parts == 1 else f"1 of {parts} parts"
 
 
 def _saving_parts(parameters: int, trained: int) -> list[Part]:
-    """In the end the first rank gathers what was trained and puts it into a whole model; both in fp32."""
+    """Count what the first rank gathers in the end, and the whole model that it puts that into; both in fp32."""
     return [
         Part("trained weights, fp32 (first rank)", trained * 4, "host", "saving", first_rank_only=True),
         Part("whole model, fp32 (first rank)", parameters * 4, "host", "saving", first_rank_only=True),
@@ -345,8 +344,7 @@ def _pass_parts(
     with_logits: bool = False,
     alive: int = 1,
 ) -> list[Part]:
-    """What a forward and backward pass over one micro-batch of longest rows adds, where so many are `alive` at a time:
-    more than one in a pipeline."""
+    """Count what passes over micro-batches of longest rows add, `alive` at a time: more than one in a pipeline."""
     rows = rows_per_micro_batch(micro_batch_tokens, data.longest, rows_together)
     activations = shape.activation_values(rows * data.longest, checkpointing, alive)
     parts = [Part("activations", activations * dtype.itemsize, phase=phase)]

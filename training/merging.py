@@ -26,7 +26,7 @@ def did_you_mean(names: Sequence[str], otherwise: str) -> str:
 
 
 def likeness(given: str, name: str) -> float:
-    """0 to 1; an abbreviation (`coef`, or `lr` for `learning_rate`) is as good as the word with a slip."""
+    """Compare two names, from 0 to 1; an abbreviation (`coef`, `lr` for `learning_rate`) is as good as a slip."""
     initials = "".join(word[:1] for word in name.split("_"))
     if given != name and (given == initials or (len(given) > 2 and name.startswith(given))):
         return 0.9
@@ -34,7 +34,7 @@ def likeness(given: str, name: str) -> float:
 
 
 def near_keys(given: str, keys: Iterable[str]) -> list[str]:
-    """Dotted keys that end like `given`: those in the groups that it names, by the shortest way down."""
+    """Find dotted keys that end like `given`: those in the groups that it names, by the shortest way down."""
     *groups, name = given.lower().split(".")
     likely: dict[str, float] = {}
     for key in keys:
@@ -42,15 +42,13 @@ def near_keys(given: str, keys: Iterable[str]) -> list[str]:
         like = max(likeness(name, "_".join([*above[start:], last])) for start in range(len(above) + 1))
         if like > 0.65:
             named = sum(group in above for group in groups)
-            place = named or 0.2 * likeness(".".join(groups), ".".join(above))
-            likely[key] = place + like - 0.1 * len(above)
+            group_score = named or 0.2 * likeness(".".join(groups), ".".join(above))
+            likely[key] = group_score + like - 0.1 * len(above)
     return [key for key, score in likely.items() if score == max(likely.values())]
 
 
-LIBYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Several times as fast, where PyYAML was built with it."""
-DEEP = 1000
-"""Brackets, or columns of a line; with less, nothing is so deep that libyaml would run out of stack."""
+LIBYAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where PyYAML was built with it
+DEEP = 1000  # brackets, or columns of a line; with less, nothing is so deep that libyaml would run out of stack
 
 
 class KeyTwice(yaml.MarkedYAMLError):
@@ -64,7 +62,7 @@ def number_as_written(loader: Any, node: yaml.ScalarNode) -> Any:
 
 
 def refuse_twice(node: yaml.MappingNode) -> None:
-    """Raise KeyTwice."""
+    """Raise KeyTwice where a mapping has a key two times."""
     lines: dict[tuple[str, str], int] = {}
     for key, _ in node.value:
         name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
@@ -89,12 +87,12 @@ class _Quick(LIBYAML):  # type: ignore[misc, valid-type]
         node = super().get_single_node()
         left, seen = [node], set()
         while left:
-            each = left.pop()
-            if isinstance(each, yaml.CollectionNode) and id(each) not in seen:
-                seen.add(id(each))
-                if isinstance(each, yaml.MappingNode):
-                    refuse_twice(each)
-                left += [part for entry in each.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+            inner = left.pop()
+            if isinstance(inner, yaml.CollectionNode) and id(inner) not in seen:
+                seen.add(id(inner))
+                if isinstance(inner, yaml.MappingNode):
+                    refuse_twice(inner)
+                left += [part for entry in inner.value for part in (entry if isinstance(entry, tuple) else (entry,))]
         return node
 
 
@@ -103,7 +101,7 @@ for loader in (_Loader, _Quick):
 
 
 def load_yaml(text: str) -> Any:
-    """The value of `text`. Raises yaml.YAMLError."""
+    """Read the value of `text`. Raises yaml.YAMLError."""
     try:
         if max(text.count("[") + text.count("{"), *map(len, text.splitlines()), 0) < DEEP:
             return yaml.load(text, Loader=_Quick)
@@ -113,7 +111,7 @@ def load_yaml(text: str) -> Any:
 
 
 def what_is_wrong(error: yaml.YAMLError) -> str:
-    """One line about it, with its place."""
+    """Describe an error in one line, with its line number."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return str(error).splitlines()[0]
     problem = error.problem or error.context or "it cannot be read"

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: metrics.jsonl, samples.jsonl, progress bars (plain lines in a pipe)."""
+"""What a run shows and writes down: metrics.jsonl, samples.jsonl, progress bars (plain lines in a pipe)."""
 
 import hashlib
 import importlib.util
@@ -31,12 +31,8 @@ from training.config import RunConfig
 from training.run_directory import RunDirectory, StepDirectory
 
 PLAIN_LINE_SECONDS = 10.0
-WARNING = "Warning: "
-"""How a line begins that a log and the report repeat."""
-
-
-BEGIN = re.compile(rb'\{"number": (\d+),')
-"""How a journal's line begins."""
+WARNING = "Warning: "  # how a line begins that a log and the report repeat
+BEGIN = re.compile(rb'\{"number": (\d+),')  # how a journal's line begins
 
 
 class Journal:
@@ -49,7 +45,6 @@ class Journal:
         self.extend(number, [values])
 
     def extend(self, number: int, rows: Iterable[dict[str, Any]]) -> None:
-        """A line for each of the rows."""
         lines = "".join(json.dumps({"number": number, **row}, ensure_ascii=False) + "\n" for row in rows)
         with writing("a line of it", self.file), open(self.file, "a", encoding="utf-8") as handle:
             handle.write(lines)
@@ -58,52 +53,52 @@ class Journal:
         """Forget what was written after `number`, and a last line that a crash cut short."""
         if not self.file.exists():
             return
-        kept = 0
+        length = 0
         for row, end in self._rows(read_number):  # of rollouts there may be gigabytes
             if row["number"] > number:
                 break
-            kept = end
+            length = end
         with open(self.file, "r+b") as file:
-            file.truncate(kept)
-            file.seek(max(0, kept - 1))
+            file.truncate(length)
+            file.seek(max(0, length - 1))
             if file.read(1) not in (b"", b"\n"):  # the crash took the end of the line alone
                 file.write(b"\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """The lines, without a last one that a crash cut short. Raises UserError for any other that is damaged."""
+        """Read the lines, without a last one that a crash cut short. Raises UserError for any other that is damaged."""
         return [row for row, _ in self._rows(read_line)]
 
     def read_one(self, number: int | None = None) -> tuple[list[dict[str, Any]], list[int]]:
-        """The lines of a number (None: of the newest one), and all numbers that are there; others are not decoded."""
-        numbers, kept = set[int](), list[bytes]()
+        """Read the lines of a number (None: the newest), decoding no others, and all numbers in the file."""
+        numbers, chosen = set[int](), list[bytes]()
         if self.file.exists():
             with open(self.file, "rb") as lines:
                 for line in lines:
                     if (begin := BEGIN.match(line)) and line.endswith(b"\n"):
                         here = int(begin[1])
                         if number is None and here not in numbers:
-                            kept.clear()
+                            chosen.clear()
                         numbers.add(here)
                         if number in (None, here):
-                            kept.append(line)
-        return [row for line in kept if (row := read_line(line)) is not None], sorted(numbers)
+                            chosen.append(line)
+        return [row for line in chosen if (row := read_line(line)) is not None], sorted(numbers)
 
     def _rows(self, read: Callable[[bytes], dict[str, Any] | None]) -> Iterator[tuple[dict[str, Any], int]]:
-        """What `read` finds in each line, and where the line ends in the file."""
+        """Yield what `read` makes of each line, and where the line ends in the file."""
         if not self.file.exists():
             return
         end = 0
         with open(self.file, "rb") as lines:
-            for place, line in enumerate(lines, 1):
+            for number, line in enumerate(lines, 1):
                 end += len(line)
                 if (row := read(line)) is not None:
                     yield row, end
                 elif line.endswith(b"\n"):
-                    raise UserError(f"Line {place} of {self.file} is damaged: delete that line, {GO_ON}.")
+                    raise UserError(f"Line {number} of {self.file} is damaged: delete that line, {GO_ON}.")
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
-    """A journal's line; None where it is damaged."""
+    """Read a journal's line; None where it is damaged."""
     try:
         row = json.loads(line.decode("utf-8"))
     except ValueError:
@@ -112,13 +107,13 @@ def read_line(line: bytes) -> dict[str, Any] | None:
 
 
 def read_number(line: bytes) -> dict[str, Any] | None:
-    """As `read_line`, but the number alone of a line with a journal's beginning and end."""
+    """Read as `read_line`, but the number alone of a line with a journal's beginning and end."""
     begin = BEGIN.match(line)
     return {"number": int(begin[1])} if begin and line.endswith(b"}\n") else read_line(line)
 
 
 class NullJournal(Journal):
-    """For ranks other than the first: nothing is written."""
+    """A journal for ranks other than the first, which write nothing."""
 
     def __init__(self) -> None:
         super().__init__(Path("/dev/null"))
@@ -130,12 +125,11 @@ class NullJournal(Journal):
         pass
 
 
-WIDE = 70
-"""Columns of a terminal that has room for a bar and its figures."""
+WIDE = 70  # columns of a terminal that has room for a bar and its figures
 
 
 class Display:
-    """Progress on a terminal; in a pipe a line every few seconds. What is said is also kept in `log`."""
+    """Progress on a terminal; in a pipe a line every few seconds. What is said is also written to `log`."""
 
     def __init__(self, quiet: bool = False, log: Path | None = None):
         self.quiet, self.log = quiet, log
@@ -202,21 +196,20 @@ class PlainBar(Bar):
 
 
 def held_out_line(name: str, number: int, evaluation: Mapping[str, float], is_best: bool = False) -> str:
-    """What an evaluation found, for people."""
-    found = {key.removeprefix("eval/"): value for key, value in evaluation.items() if key.startswith("eval/")}
-    shown = " · ".join(f"{key.replace('_', ' ')} {value:z.3f}" for key, value in found.items())
+    metrics = {key.removeprefix("eval/"): value for key, value in evaluation.items() if key.startswith("eval/")}
+    shown = " · ".join(f"{key.replace('_', ' ')} {value:z.3f}" for key, value in metrics.items())
     return f"{name} {number}: held-out {shown or 'rows: none'}{' · the best so far' * is_best}"
 
 
 def duration(seconds: float) -> str:
-    """1:05 or 2:03:04."""
+    """Write seconds as 1:05 or 2:03:04."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def size(bytes_: float) -> str:
-    """`1.5 GiB`, `212 GiB`, `38 MiB`."""
+    """Write bytes as `1.5 GiB`, `212 GiB`, `38 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(bytes_) < 1023.5 or unit == "TiB":
             break
@@ -230,7 +223,7 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 class Tracker(Protocol):
     def begin(self, number: int) -> None:
-        """From here on values come; what an earlier start wrote after `number` no longer counts."""
+        """Begin to take values; what an earlier start wrote after `number` no longer counts."""
 
     def write(self, number: int, values: dict[str, float]) -> None: ...
 
@@ -281,10 +274,10 @@ class Wandb:
         import wandb
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        place = hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]  # two runs may have one name
+        of_path = hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]  # two runs may have one name
         self.run = wandb.init(
             project=self.config.logging.wandb_project,
-            id=f"{self.directory.name}-{self.step}-{place}",
+            id=f"{self.directory.name}-{self.step}-{of_path}",
             name=f"{self.directory.name}/{self.step}",
             group=self.directory.name,
             config=redacted_values(self.config.model_dump(mode="json")),
@@ -299,7 +292,7 @@ class Wandb:
 
 
 def metrics_journal(run: RunDirectory, step: StepDirectory, config: RunConfig) -> Journal:
-    """metrics.jsonl of a step, and what the settings want beside it."""
+    """Open metrics.jsonl of a step, and what the settings want beside it."""
     require_packages(config)
     trackers: list[Tracker] = []
     if config.logging.tensorboard:

@@ -1,4 +1,4 @@
-"""Opening a run whose lock is held: a new one gets its settings, one that is there keeps its own; what those are."""
+"""Opening a run whose lock is held: a new one gets its settings, an existing one keeps its own; what those are."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from inference.errors import UserError, typed
 from inference.streams import redacted, redacted_arguments
 from training.changes import Kind, differences, kind_of, make_way, may_have_length, plan_change, teaches
 from training.config import RunConfig
-from training.config_files import as_typed, found_from_anywhere, load_config
+from training.config_files import as_typed, load_config, with_absolute_paths
 from training.data.find_files import find_files, find_set
-from training.data.reasoning import require_task
+from training.data.reasoning import dataset_of
 from training.data.sources import parse_source
 from training.data_settings import EMBEDDED_DATA
 from training.inputs import CODE, code_of
@@ -37,17 +37,17 @@ def settings_of_new_run(
     given: dict[str, Any],
     run: RunDirectory | None,
 ) -> RunConfig:
-    """A preset's settings, then files, then `key=value`, then options, and what a parent run hands on."""
+    """Lay over each other a preset's settings, files, `key=value` and options, with what a parent run hands on."""
     config = load_config(files, overrides, preset, given)
     if config.data.source != EMBEDDED_DATA:  # what a preset says of the embedded dialogues does not hold for other data
         preset = merge(preset, {"evaluation": {"true_score": "none"}, "announce": ""})
         config = load_config(files, overrides, preset, given)
-    return inherit(found_from_anywhere(config), run)
+    return inherit(with_absolute_paths(config), run)
 
 
 def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) -> RunConfig:
-    """The settings of `run`; a new one is made from `config`. What they ask for needs a yes (`trusts`) unless it is
-    typed now, or was when the run was made here. Raises UserError without it, and where the settings disagree.
+    """Return the settings of `run`; a new one is made from `config`. What they ask for needs a yes (`trusts`) unless it
+    is typed now, or was when the run was made here. Raises UserError without it, and where the settings disagree.
     """
     make_way(run)
     stored = run.read_config() if config is None or run.config_file.exists() else None
@@ -73,7 +73,7 @@ def open_run(run: RunDirectory, config: RunConfig | None, trusts: bool = False) 
 
 
 def refuse_secret(address: str) -> None:
-    """Raise UserError for an address that holds one: settings are kept, and shown."""
+    """Raise UserError for an address that holds a secret: settings are written down, and shown."""
     if redacted(address) != address:
         raise UserError(
             f"rlhf.reward_url={redacted(address)} holds a secret, and settings are written into files: put it into an "
@@ -82,9 +82,9 @@ def refuse_secret(address: str) -> None:
 
 
 def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> None:
-    """Raise UserError where settings differ that a run keeps for life."""
-    found = differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
-    others = {key: values for key, values in found.items() if teaches(key, config) or teaches(key, stored)}
+    """Raise UserError where settings differ that a run has for life."""
+    changed = differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
+    others = {key: values for key, values in changed.items() if teaches(key, config) or teaches(key, stored)}
     for step in STEPS:
         if stored.seed_of(step) == config.seed_of(step):
             others.pop(f"{step.command}.seed", None)
@@ -96,8 +96,8 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
     require_sources(config)
     first = dict(list(others.items())[:3])
     differ = ", ".join(f"{as_typed(key)}: {old!r} there, {new!r} now" for key, (old, new) in first.items())
-    changed = " ".join(f"--set {typed(f'{key}={text_of(new)}')}" for key, (_, new) in first.items())
-    another = f"rlhf-chat run --from {typed(run.path)} --name NEW {changed}{' ...' * (len(others) > 3)}"
+    options = " ".join(f"--set {typed(f'{key}={text_of(new)}')}" for key, (_, new) in first.items())
+    another = f"rlhf-chat run --from {typed(run.path)} --name NEW {options}{' ...' * (len(others) > 3)}"
     raise UserError(
         f"{run.path} was made with other settings ({differ}); leave these out to go on with the run's own, or "
         f"{'give a new run another name' if 'model' in others else f'begin another run: {another}'}."
@@ -105,22 +105,21 @@ def refuse_others(run: RunDirectory, stored: RunConfig, config: RunConfig) -> No
 
 
 def text_of(value: Any) -> str:
-    """As --set takes it."""
+    """Write a value as --set takes it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def require_sources(config: RunConfig) -> None:
-    """Raise UserError where a data source is not there: a mistyped one is not another setting."""
+    """Raise UserError where a data source does not exist: a mistyped one is not another setting."""
     for text in (*config.data.sources, *config.data.eval_sources):
         source = parse_source(text)
         if source.is_task:
-            require_task(source.name)
+            dataset_of(source.name)
         elif text != EMBEDDED_DATA and not source.is_hub_id and find_set(source.name) is None:
             find_files(source.copy or source.path)
 
 
-COMMAND_VARIABLE = "RLHF_CHAT_COMMAND_LINE"
-"""The command line of the command that starts a script, as JSON."""
+COMMAND_VARIABLE = "RLHF_CHAT_COMMAND_LINE"  # the command line of the command that starts a script, as JSON
 GIT_SECONDS = 10.0
 
 
@@ -129,7 +128,7 @@ def record_start(run: RunDirectory, what: str, config: RunConfig, processes: int
     import torch  # seconds, and whoever reads the journal does without
 
     commit, changed = checkout(Path(__file__).parent)
-    gpus = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     values = {
         "number": len(read_starts(run)) + 1,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -151,14 +150,14 @@ def record_start(run: RunDirectory, what: str, config: RunConfig, processes: int
 
 
 def read_starts(run: RunDirectory) -> list[dict[str, Any]]:
-    """In order, those of steps that were taken over too (`of`: which run's); runs of before have none. What a crash cut
-    short, or is no start, is left out."""
+    """Read the starts in order, those of steps that were taken over too (`of`: which run's); old runs have none. What a
+    crash cut short, or is no start, is left out."""
     lines = run.starts_file.read_bytes().splitlines() if run.starts_file.exists() else []
     return [start for line in lines if (start := read_line(line)) is not None and is_start(start)]
 
 
 def begun_at(run: RunDirectory) -> str:
-    """When the run's own first start was; empty where it has none."""
+    """Return the time of the run's own first start; empty where it has none."""
     return next((start["time"] for start in read_starts(run) if "of" not in start), "")
 
 
@@ -170,21 +169,20 @@ def is_start(values: Mapping[str, Any]) -> bool:
 
 
 def versions_of(run: RunDirectory, step: Step, made_by: Mapping[str, str]) -> Mapping[str, str]:
-    """Of what ran the step last; `made_by`, those of the run's making, where nobody wrote it down."""
+    """Return the versions of what ran the step last; those of `made_by`, the run's making, where nobody wrote them."""
     starts = [start for start in read_starts(run) if start["what"] == step.folder]
     return starts[-1].get("versions", made_by) if starts else made_by
 
 
 def command_line() -> list[str]:
-    """Of the command that started this script, else of the script itself."""
+    """Return the command line of the command that started this script, else of the script itself."""
     given = os.environ.get(COMMAND_VARIABLE)
     return json.loads(given) if given else sys.argv
 
 
 def checkout(directory: Path) -> tuple[str, bool]:
-    """The commit of the code in `directory`, and whether files of it have changed since; '' where git does not keep it.
-
-    An installed package that lies in somebody's checkout, in an environment there, is not kept by it.
+    """Return the commit of the code in `directory`, and whether files of it have changed since; '' where git does not
+    track it, as with an installed package in an environment that lies in somebody's checkout.
     """
 
     def git(*arguments: str) -> str:

@@ -62,7 +62,7 @@ ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Within it, or in a function that it decorates, what is drawn has our style."""
+    """Draw in our style, inside or in a function that it decorates."""
     with rc_context(STYLE):
         yield
 
@@ -70,10 +70,10 @@ def drawing() -> Iterator[None]:
 def svg(
     picture: Figure, salt: str, colours: Mapping[str, str] | None = None, titles: Mapping[str, str] | None = None
 ) -> Element:
-    """The <svg> without style attributes, so that a strict page can hold it.
+    """Make the <svg> without style attributes, so that a strict page can hold it.
 
-    `salt` keeps its ids apart from those of other pictures in a page, `colours` has what takes the place of a colour,
-    `titles` what is shown over the artist with this gid. Other gids become classes.
+    `salt` tells its ids from those of other pictures in a page, `colours` has what replaces a colour, `titles` what is
+    shown over the artist with this gid. Other gids become classes.
     """
     file = BytesIO()
     with rc_context({"svg.hashsalt": salt}):
@@ -86,7 +86,7 @@ def svg(
 
 
 def tidy(element: Element, colours: Mapping[str, str], titles: Mapping[str, str]) -> None:
-    """Style to attributes, ids to classes and titles, places to tenths; groups that say nothing dissolve."""
+    """Turn style into attributes, ids into classes and titles; round coordinates, dissolve groups that say nothing."""
     element.tail = None
     element.text = (element.text or "").strip() or None
     for declaration in filter(None, element.attrib.pop("style", "").split("; ")):
@@ -94,8 +94,8 @@ def tidy(element: Element, colours: Mapping[str, str], titles: Mapping[str, str]
         if (name, value) not in INHERITED and name != "font-family":
             element.set(name, colours.get(value, value))
     for name in element.attrib.keys() & {"d", "x", "y"}:
-        places = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), element.attrib[name])
-        element.set(name, " ".join(places.split()))
+        points = re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), element.attrib[name])
+        element.set(name, " ".join(points.split()))
     if element.get("transform", "").startswith("rotate(-0 "):
         del element.attrib["transform"]
     if element.tag == f"{SVG}g" and (name := element.attrib.pop("id", "")):
@@ -115,7 +115,7 @@ def tidy(element: Element, colours: Mapping[str, str], titles: Mapping[str, str]
 
 
 def as_file(picture: Figure, salt: str, titles: Mapping[str, str] | None = None) -> str:
-    """A file of its own, which is dark where the reader prefers that."""
+    """Write a picture as a file of its own, which is dark where the reader prefers that."""
     picture.set_facecolor(GROUND)
     root = svg(picture, salt, titles=titles)
     rules = "".join(f'[{name}="{a}"]{{{name}:{b}}}' for a, b in DARK.items() for name in ("fill", "stroke"))
@@ -136,26 +136,24 @@ CALL_COLOURS = {
     "reallocation": "#de4b45",
     "offload": "#9d755d",
 }
-"""Of the calls of an iteration, and of what comes before them."""
+"""Colours of the calls of an iteration, and of what comes before them."""
 PASS_COLOURS = {
     "actor forward": "#2597cf",
     "actor backward": "#387ecd",
     "critic forward": "#ab8b09",
     "critic backward": "#d66c0f",
 }
-"""Of an optimiser step in pipeline stages."""
+"""Colours of an optimiser step in pipeline stages."""
 WIDTH, ROW, HEAD, FOOT = 480, 22, 34, 60
 """Points: of the picture, of a row, above a panel, below all."""
-THIN = 0.5
-"""Points of an edge: the shortest bar is seen too."""
+THIN = 0.5  # points of an edge: the shortest bar is seen too
 
 
 @dataclass(frozen=True)
 class Bar:
     kind: str
-    start: float
-    end: float
-    """Seconds."""
+    start: float  # seconds
+    end: float  # seconds
     label: str = ""
 
 
@@ -168,40 +166,38 @@ class Panel:
 
 
 def gantt_svg(panels: Sequence[Panel], colours: Mapping[str, str], unit: str = "s") -> str:
-    """A file of its own: the panels one below the other on one scale of time, with a legend; `colours` are by kind."""
-
+    """Write the panels with one scale of time and a legend, as a file of its own; `colours` are by kind."""
     with drawing():
         picture, titles = draw(panels, colours, unit)
         return as_file(picture, "gantt", titles)
 
 
 def draw(panels: Sequence[Panel], colours: Mapping[str, str], unit: str = "s") -> tuple[Figure, dict[str, str]]:
-    """The same as a picture, and what is said of each bar, by its gid. Call it within `pictures.drawing`."""
+    """Draw the panels, and return what is said of each bar, by its gid. Call it within `pictures.drawing`."""
     height = sum(HEAD + ROW * len(panel.rows) for panel in panels) + FOOT
     longest = max(bar.end for panel in panels for bars in panel.rows.values() for bar in bars)
     titles: dict[str, str] = {}
     picture = Figure((WIDTH / 72, height / 72), layout="constrained")
     ratios = [len(panel.rows) for panel in panels]
     axes = picture.subplots(len(panels), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-    for panel, each in zip(panels, axes, strict=True):
-        each.set_title(panel.title, wrap=True)
-        places = range(len(panel.rows))
-        each.set_yticks(places, list(panel.rows))
-        each.barh(places, longest, color=ROW_COLOUR, clip_on=False)
-        placed = [(place, bar) for place, bars in zip(places, panel.rows.values(), strict=True) for bar in bars]
-        drawn = each.barh(
-            [place for place, _ in placed],
-            [bar.end - bar.start for _, bar in placed],
-            left=[bar.start for _, bar in placed],
-            color=[colours[bar.kind] for _, bar in placed],
+    for panel, chart in zip(panels, axes, strict=True):
+        chart.set_title(panel.title, wrap=True)
+        chart.set_yticks(range(len(panel.rows)), list(panel.rows))
+        chart.barh(range(len(panel.rows)), longest, color=ROW_COLOUR, clip_on=False)
+        in_rows = [(row, bar) for row, bars in enumerate(panel.rows.values()) for bar in bars]
+        drawn = chart.barh(
+            [row for row, _ in in_rows],
+            [bar.end - bar.start for _, bar in in_rows],
+            left=[bar.start for _, bar in in_rows],
+            color=[colours[bar.kind] for _, bar in in_rows],
             linewidth=THIN,
             clip_on=False,
         )
-        for (_, bar), patch in zip(placed, drawn, strict=True):
+        for (_, bar), patch in zip(in_rows, drawn, strict=True):
             patch.set_gid(f"bar {len(titles)}")
             titles[patch.get_gid()] = f"{bar.label or bar.kind}: {bar.start:.3f} to {bar.end:.3f} {unit}"
-        each.set(xlim=(0, longest), ylim=(len(panel.rows) - 0.5, -0.5))
-    axes[-1].xaxis.set_major_formatter(lambda value, place: f"{value:g} {unit}")
+        chart.set(xlim=(0, longest), ylim=(len(panel.rows) - 0.5, -0.5))
+    axes[-1].xaxis.set_major_formatter(lambda value, index: f"{value:g} {unit}")
     legend = [Patch(color=colour, label=kind) for kind, colour in colours.items()]
     picture.legend(handles=legend, loc="outside lower left", ncols=3)
     return picture, titles

@@ -1,6 +1,6 @@
 """A plan: where every call runs, how its role's weights are cut there, and in how many micro-batches it works.
 
-Settings are one way to write it (`Plan.of`), a search another, a file the third (plan_file.py).
+Settings are one way to write it (`Plan.of`), a search another, a YAML file the third (`read_plan`).
 """
 
 import math
@@ -35,13 +35,13 @@ class Assignment:
     """Parts of a mini-batch (train) or of all samples (score, generate) on each data rank. Generation works on
     `pipeline` parts at a time."""
     offload: bool = False
-    """The weights of a frozen role wait in host memory and come to the device for the call."""
+    """Whether the weights of a frozen role wait in host memory and come to the device for the call."""
     micro_batch_limit: int = 0
     """If not 0, a micro-batch takes what fits: so many tokens, or samples of a call that generates. `micro_batches` is
     then what becomes of rows as long as they may be."""
 
     def together(self, rows: int) -> int:
-        """Samples that a data rank takes at one time, of so many over all."""
+        """Count the samples that a data rank takes at one time, of `rows` over all ranks."""
         return self.micro_batch_limit or math.ceil(rows / (self.layout.data * self.micro_batches))
 
     @cached_property
@@ -66,9 +66,9 @@ class Plan:
         return training is not None and self[call.name].cut != self[training.name].cut
 
     def moves_weights(self, graph: DataflowGraph, call: Call) -> bool:
-        """Whether they are brought for `call`: no earlier call of the iteration has brought them into its cut."""
-        earlier = graph.calls[: graph.calls.index(call)]
-        alike = (each.role == call.role and self[each.name].cut == self[call.name].cut for each in earlier)
+        """Whether `call` brings trained weights into its cut, which no earlier call of the iteration has done."""
+        before = graph.calls[: graph.calls.index(call)]
+        alike = (other.role == call.role and self[other.name].cut == self[call.name].cut for other in before)
         return self.reallocates(graph, call) and not any(alike)
 
     def actor_is_reference(self, may_be: bool) -> bool:
@@ -81,8 +81,8 @@ class Plan:
 
     @classmethod
     def of(cls, settings: "RLHFSettings", ranks: int, length: int, calls: Sequence[Call] = ()) -> "Plan":
-        """What step 3 runs: the plan in the settings; without one every call on all ranks, data-parallel under the ZeRO
-        stage of its role, generation and scoring tensor-parallel in the degrees of the settings.
+        """Return what step 3 runs: the plan in the settings; without one every call on all ranks, data-parallel under
+        the ZeRO stage of its role, generation and scoring tensor-parallel in the degrees of the settings.
 
         `length` is that of the longest rows in tokens; `calls` are by default those of the settings, or all of their
         plan. Raises UserError where a degree does not divide the ranks.
@@ -95,8 +95,8 @@ class Plan:
         assignments = {}
         for call in calls or settings.calls:
             is_actor = call.role == "reference" and settings.reference_is_actor
-            placed = getattr(settings, "actor" if is_actor else call.role)
-            stage, waits = placed.zero_stage, placed.offload == "parameters"  # only frozen roles have it
+            of_role = getattr(settings, "actor" if is_actor else call.role)
+            stage, waits = of_role.zero_stage, of_role.offload == "parameters"  # only frozen roles have it
             if call.kind == "train":
                 rows, layout = -(-samples // settings.mini_batches), Layout.over(ranks, zero_stage=stage)
             elif call.kind == "generate":
@@ -115,7 +115,7 @@ class Plan:
     def of_rows(
         cls, calls: Sequence[Call], ranks: int, rows: int, length: int, zero_stage: int, micro_batch_tokens: int
     ) -> "Plan":
-        """What a step that learns from rows runs: every call on all ranks, `rows` of `length` tokens at a time."""
+        """Plan a step that learns from rows: every call on all ranks, `rows` of `length` tokens at a time."""
         assignments = {}
         for call in calls:
             layout = Layout.over(ranks, zero_stage=zero_stage if call.kind == "train" or zero_stage == 3 else 0)
@@ -125,19 +125,19 @@ class Plan:
 
 
 def slots(settings: "RLHFSettings") -> int:
-    """Samples that a rank decodes together by the settings; where they are auto, and no GPU's memory has said how many
-    (`training.memory.with_slots`), those of a CPU."""
+    """Count the samples that a rank decodes together by the settings; where they are auto, and no GPU's memory has said
+    how many (`training.memory.with_slots`), as many as on a CPU."""
     return CPU_SLOTS if settings.generation_batch == "auto" else settings.generation_batch
 
 
 def most_generated(settings: "RLHFSettings") -> int:
-    """Samples that all ranks generate in one call, at most: of an iteration, an evaluation, or the fixed prompts."""
+    """Count the samples of the largest generation: of an iteration, an evaluation, or the fixed prompts."""
     evaluated = settings.eval_prompts if settings.eval_every else 0
     return max(settings.prompts_per_iteration * settings.samples_per_prompt, settings.sample_prompts, evaluated)
 
 
 def packed(rows: int, layout: Layout, length: int, micro_batch_tokens: int) -> int:
-    """Micro-batches of a data rank when all `rows` have `length` tokens."""
+    """Count the micro-batches of a data rank when all `rows` have `length` tokens."""
     return math.ceil(math.ceil(rows / layout.data) / max(1, micro_batch_tokens // length))
 
 
@@ -148,7 +148,7 @@ assert {field.name for field in (*fields(Layout), *fields(Assignment))} == {*_KE
 
 
 def to_yaml(plan: Plan) -> str:
-    """One block a call; consecutive ranks are written `first-last`."""
+    """Write one block a call; consecutive ranks are written `first-last`."""
     lines = []
     for name, values in to_blocks(plan).items():
         lines += [f"{name}:", *(f"  {key}: {'yes' if value is True else value}" for key, value in values.items())]
@@ -156,12 +156,14 @@ def to_yaml(plan: Plan) -> str:
 
 
 def to_blocks(plan: Plan) -> dict[str, dict[str, Any]]:
-    """What stands in the file: by call, by key."""
+    """Return what stands in the file, by call and key."""
     blocks = {}
     for name, assignment in plan.assignments.items():
-        values: dict[str, Any] = {"mesh": _mesh_value(assignment.layout.mesh)}
-        values |= {key: _value(assignment, key) for key in _COUNTS}
-        values |= {"layers": list(assignment.layout.layers)} if assignment.layout.layers else {}
+        layout = assignment.layout
+        values: dict[str, Any] = {"mesh": _mesh_value(layout.mesh)}
+        values |= {key: getattr(layout, key) for key in _COUNTS if key != "micro_batches"}
+        values |= {"micro_batches": assignment.micro_batches}
+        values |= {"layers": list(layout.layers)} if layout.layers else {}
         values |= {"micro_batch_limit": assignment.micro_batch_limit} if assignment.micro_batch_limit else {}
         values |= {"offload": True} if assignment.offload else {}
         blocks[name] = values
@@ -169,7 +171,7 @@ def to_blocks(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def from_yaml(text: str) -> Plan:
-    """Raises UserError with one sentence about the first thing wrong."""
+    """Read a plan. Raises UserError with one sentence about the first thing wrong."""
     try:
         return from_blocks(load_yaml(text))
     except yaml.YAMLError as error:
@@ -177,7 +179,7 @@ def from_yaml(text: str) -> Plan:
 
 
 def from_blocks(blocks: Any) -> Plan:
-    """Raises UserError as `from_yaml` does."""
+    """Read a plan from its blocks. Raises UserError as `from_yaml` does."""
     if blocks in (None, {}):
         raise UserError("The plan is empty; it needs a block for every call.")
     if not isinstance(blocks, dict):
@@ -186,7 +188,7 @@ def from_blocks(blocks: Any) -> Plan:
 
 
 def read_plan(file: Path) -> Plan:
-    """Raises UserError where the file cannot be read or holds no plan."""
+    """Read a plan's file. Raises UserError where it cannot be read or holds no plan."""
     try:
         text = Path(os.path.expanduser(file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -196,7 +198,7 @@ def read_plan(file: Path) -> Plan:
 
 
 def mesh_text(mesh: tuple[int, ...]) -> str:
-    """`0-3` for consecutive ranks, `[0, 2]` for others."""
+    """Write consecutive ranks as `0-3`, others as `[0, 2]`."""
     return str(_mesh_value(mesh))
 
 
@@ -204,10 +206,6 @@ def _mesh_value(mesh: tuple[int, ...]) -> int | str | list[int]:
     if mesh == tuple(range(mesh[0], mesh[0] + len(mesh))):
         return mesh[0] if len(mesh) == 1 else f"{mesh[0]}-{mesh[-1]}"
     return list(mesh)
-
-
-def _value(assignment: Assignment, key: str) -> int:
-    return getattr(assignment if key == "micro_batches" else assignment.layout, key)
 
 
 def _assignment(name: str, values: Any) -> Assignment:
@@ -238,13 +236,13 @@ def _assignment(name: str, values: Any) -> Assignment:
 
 
 def _mesh(value: Any, stages: Any) -> tuple[int, ...]:
-    """The ranks, those of each of so many stages in ascending order, as torch's groups are."""
+    """Read the ranks; those of a stage stand in ascending order, as torch's groups do."""
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     if isinstance(value, list) and value and all(type(rank) is int for rank in value):
         size = -(-len(value) // max(1, stages))
         return tuple(rank for first in range(0, len(value), size) for rank in sorted(value[first : first + size]))
-    found = re.fullmatch(r"\s*([0-9]{1,6})\s*-\s*([0-9]{1,6})\s*", str(value))
-    if found and (ranks := range(int(found[1]), int(found[2]) + 1)):
+    ends = re.fullmatch(r"\s*([0-9]{1,6})\s*-\s*([0-9]{1,6})\s*", str(value))
+    if ends and (ranks := range(int(ends[1]), int(ends[2]) + 1)):
         return tuple(ranks)
     raise UserError(f"The mesh {value} names no ranks; write 0-7, 3 or [0, 2], at most 6 digits each.")

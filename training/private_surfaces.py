@@ -24,18 +24,17 @@ time, through collectives. DeepSpeed 0.19.8."""
 
 READ_WEIGHTS = ("parallel_partitioned_bit16_groups", "bf16_partitioned_groups")
 """Where those of ZeRO 1 and 2 keep what forward passes read, each rank's part of it. DeepSpeed 0.19.8."""
-GATHERED = 2**20
-"""Values of each rank in one collective."""
+GATHERED = 2**20  # values of each rank in one collective
 
 
 def without_shared_memory(deepspeed: Any) -> None:
-    """DeepSpeed compiles a shared-memory all-reduce on first use on a CPU: half a minute and a C++ compiler that a
-    laptop may not have. gloo does the same work. No setting says so. DeepSpeed 0.19.8."""
+    """Leave the all-reduce to gloo: DeepSpeed compiles its own over shared memory on first use on a CPU, which takes
+    half a minute and a C++ compiler that a laptop may not have. No setting says so. DeepSpeed 0.19.8."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def classes_in_checkpoints(deepspeed: Any) -> list[type]:
-    """What DeepSpeed's checkpoints hold besides tensors, numbers and texts. To build one does nothing else.
+    """List what DeepSpeed's checkpoints hold besides tensors, numbers and texts. To build one does nothing else.
     DeepSpeed 0.19.8."""
     from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -44,19 +43,19 @@ def classes_in_checkpoints(deepspeed: Any) -> list[type]:
 
 
 def reduce_nothing(engine: Any) -> None:
-    """For one rank, where DeepSpeed would copy all gradients into one buffer and back. DeepSpeed 0.19.8."""
+    """Reduce no gradients, for one rank, where DeepSpeed would copy all into one buffer and back. DeepSpeed 0.19.8."""
     engine.buffered_allreduce_fallback = lambda *_, **__: None
 
 
 def own_weights(optimizer: Any) -> list[Tensor]:
-    """This rank's flat part of the weights of an optimiser of ZeRO stage 1 to 3: writing into them is training."""
+    """Return this rank's flat part of the weights at ZeRO stage 1 to 3: writing into them is training."""
     name = next(name for name in OWN_WEIGHTS if hasattr(optimizer, name))
     return list(getattr(optimizer, name))
 
 
 def summed_gradient(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient on this rank, summed over backward passes and not yet over ranks, under ZeRO 0 or 1:
-    adding to it is training. DeepSpeed's public function gives a copy. DeepSpeed 0.19.8."""
+    """Return a parameter's gradient on this rank, summed over backward passes and not yet over ranks, under ZeRO 0 or
+    1: adding to it is training. DeepSpeed's public function gives a copy. DeepSpeed 0.19.8."""
     optimizer, summed = engine.optimizer, cast(Any, parameter)
     if hasattr(optimizer, "non_expert_gradients"):  # stage 1 in bf16 with sums in fp32
         return summed._hp_grad
@@ -66,8 +65,8 @@ def summed_gradient(engine: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def reduced_gradients(engine: Any) -> tuple[list[Tensor], bool]:
-    """What an optimiser will step with, between the sum over ranks and the step, under ZeRO 0 or 1, and whether it is
-    this rank's part alone: writing into it is training. DeepSpeed 0.19.8."""
+    """Return what an optimiser will step with, between the sum over ranks and the step, under ZeRO 0 or 1, and whether
+    it is this rank's part alone: writing into it is training. DeepSpeed 0.19.8."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "non_expert_gradients"):
         return list(optimizer.non_expert_gradients), False
@@ -79,20 +78,20 @@ def reduced_gradients(engine: Any) -> tuple[list[Tensor], bool]:
 
 
 def own_part(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter under ZeRO 3, as forward passes read it. DeepSpeed 0.19.8."""
+    """Return this rank's part of a parameter under ZeRO 3, as forward passes read it. DeepSpeed 0.19.8."""
     divided: Any = parameter
     return divided.ds_tensor
 
 
 def numbers_of_zero_3() -> tuple[int, int]:
-    """What the next parameter and the next module under ZeRO 3 will be called: DeepSpeed counts them through a process,
-    and wants them equal on all ranks of an engine. DeepSpeed 0.19.8."""
+    """Return the numbers of the next parameter and the next module under ZeRO 3: DeepSpeed counts them through a
+    process, and wants them equal on all ranks of an engine. DeepSpeed 0.19.8."""
     parameters, modules = _counters_of_zero_3()
     return parameters.param_id, modules[0]
 
 
 def count_zero_3_from(parameter: int, module: int) -> None:
-    """Set them."""
+    """Set the counters that `numbers_of_zero_3` reads."""
     parameters, modules = _counters_of_zero_3()
     parameters.param_id, modules[0] = parameter, module
 
@@ -106,16 +105,16 @@ def _counters_of_zero_3() -> tuple[Any, list[int]]:
 
 
 def forget_whole(parameter: nn.Parameter) -> None:
-    """After this rank's part of a parameter has been written: if it stands whole beside it, the whole is let go, and
-    gathered anew when it is read. DeepSpeed 0.19.8."""
+    """Free a parameter that is gathered whole, after this rank's part of it has been written; it is gathered again when
+    it is read. DeepSpeed 0.19.8."""
     divided: Any = parameter
     if divided.ds_status == type(divided.ds_status).AVAILABLE:
         divided.partition()
 
 
 def own_run(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int, int, int]:
-    """The values of a parameter that lie in this rank's `own_weights`: the first of them, their count (0: none), in
-    which tensor they are, and from where in it. ZeRO stage 1 to 3; DeepSpeed 0.19.8."""
+    """Find the values of a parameter in this rank's `own_weights`: the first of them, their count (0: none), in which
+    tensor they are, and from where in it. ZeRO stage 1 to 3; DeepSpeed 0.19.8."""
     trained: Any = parameter
     if hasattr(trained, "ds_id"):
         tensor, offset, size = optimizer.grad_position[optimizer.get_param_id(trained)]
@@ -124,12 +123,12 @@ def own_run(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int, int, int
     mapping = trained._hp_mapping
     if mapping is None:
         return 0, 0, 0, 0
-    place = mapping.hp_fragment_address
-    return mapping.lp_fragment_address.start, place.numel, mapping.param_group_index, place.start
+    address = mapping.hp_fragment_address
+    return mapping.lp_fragment_address.start, address.numel, mapping.param_group_index, address.start
 
 
 def refresh_weights(optimizer: Any) -> None:
-    """After `own_weights` were written, at ZeRO stage 1 to 3: what forward passes read follows. All ranks call it.
+    """Update what forward passes read after `own_weights` were written, at ZeRO stage 1 to 3. All ranks call it.
     DeepSpeed does the same after a step, but below stage 3 it gathers all weights at once. DeepSpeed 0.19.8."""
     if not hasattr(optimizer, OWN_WEIGHTS[0]):
         name = next(name for name in READ_WEIGHTS if hasattr(optimizer, name))
@@ -154,7 +153,7 @@ SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scale(optimizer: Any) -> dict[str, float]:
-    """Where a dynamic loss scale stands; empty where there is none."""
+    """Return the state of a dynamic loss scale; empty where there is none."""
     scaler = getattr(optimizer, "loss_scaler", None)
     return {name: getattr(scaler, name) for name in SCALE} if getattr(scaler, "dynamic", False) else {}
 
@@ -166,32 +165,32 @@ def restore_loss_scale(optimizer: Any, scale: dict[str, float]) -> None:
 
 
 def has_overflow(optimizer: Any) -> bool:
-    """What an optimiser of ZeRO stage 1 to 3 would find when stepping; the same on every rank. Some forget it after one
-    look. DeepSpeed 0.19.8."""
+    """Whether an optimiser of ZeRO stage 1 to 3 would find an overflow when stepping; the same on every rank. Some
+    forget it after one look. DeepSpeed 0.19.8."""
     return bool(optimizer.has_overflow())
 
 
 def overflow_replacements(overflow: bool, keeps_scale: bool) -> dict[str, Callable]:
-    """Methods, and what to put in front of them, so that an optimiser finds `overflow` when it looks, and does not
-    lower its loss scale if it `keeps_scale`. DeepSpeed 0.19.8."""
-    found: dict[str, Callable] = {"has_overflow": lambda *_, **__: overflow}
-    return {**found, "_update_scale": lambda *_, **__: None} if keeps_scale else found
+    """Return methods, and what to put in front of them, so that an optimiser finds `overflow` when it looks, and does
+    not lower its loss scale if it `keeps_scale`. DeepSpeed 0.19.8."""
+    methods: dict[str, Callable] = {"has_overflow": lambda *_, **__: overflow}
+    return {**methods, "_update_scale": lambda *_, **__: None} if keeps_scale else methods
 
 
 def wait_at_most(patience: timedelta) -> None:
-    """The time-out of groups made later without one, as DeepSpeed makes them: torch's own are 10 and 30 minutes.
+    """Set the time-out of groups made later without one, as DeepSpeed makes them: torch's own are 10 and 30 minutes.
     torch 2.13.0."""
     vars(dist.distributed_c10d).update(default_pg_timeout=patience, default_pg_nccl_timeout=patience)
 
 
 def default_store() -> dist.Store:
-    """The key-value store that every process group has; nothing public gives it. torch 2.13.0."""
+    """Return the key-value store that every process group has; nothing public gives it. torch 2.13.0."""
     return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager
 def default_group(group: dist.ProcessGroup) -> Iterator[None]:
-    """Inside, `group` is what torch takes where none is named, and DeepSpeed for all ranks: it knows no other way to
+    """Make `group` inside what torch takes where none is named, and DeepSpeed for all ranks: it knows no other way to
     work on a part of them but an `mpu`, of which there is one in a process. torch 2.13.0, DeepSpeed 0.19.8."""
     from deepspeed.utils import groups
 
@@ -211,5 +210,5 @@ def multiplies_bf16() -> bool:
 
 
 def run_exit_functions() -> None:
-    """What an interpreter does when it ends, and a process that multiprocessing has made does not. Python 3.11."""
+    """Run what an interpreter runs when it ends, and a process that multiprocessing has made does not. Python 3.11."""
     atexit._run_exitfuncs()

@@ -29,8 +29,7 @@ from training.reward_specs import RewardSpec
 from training.user_code import UserFile
 
 Row = dict[str, Any]
-LONGEST_PAUSE = 30.0
-"""Seconds between two tries."""
+LONGEST_PAUSE = 30.0  # seconds between two tries
 
 
 class RewardFailed(UserError):
@@ -57,26 +56,26 @@ class RewardFunction:
         """Load it. Raises UserError where there is no such function."""
         self.name = name
         self.setting = f"rlhf.reward_function={spec}"
-        place, _, name = spec.rpartition(":")
-        file = Path(place).expanduser()
+        path, _, function_name = spec.rpartition(":")
+        file = Path(path).expanduser()
         if not file.is_file():
             raise UserError(f"{self.setting}: there is no file {file}; give path/to/file.py:function.")
         self.file = UserFile(file)
         with sentences(f"{self.setting}: the file cannot be loaded"):
             module = self.file.load()
-        function = getattr(module, name, None)
+        function = getattr(module, function_name, None)
         if not callable(function):
-            raise UserError(f"{self.setting}: the file has no function {name}; name one that it has.")
+            raise UserError(f"{self.setting}: the file has no function {function_name}; name one that it has.")
         self.function: Callable[..., Any] = function
         self.way = way_to_call(function, self.setting)
 
     def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]:
         given = copy.deepcopy((prompts, responses, rows))  # theirs to change
         with sentences(f"{self.setting} failed"), self.file.running():
-            found = self.way(self.function, *given)
-            if isinstance(found, Iterator):
-                found = list(found)
-        return checked(found, len(responses), self.setting)
+            scores = self.way(self.function, *given)
+            if isinstance(scores, Iterator):
+                scores = list(scores)
+        return checked(scores, len(responses), self.setting)
 
 
 class RewardByName:
@@ -87,8 +86,8 @@ class RewardByName:
 
     def scores(self, prompts: list[list[Message]], responses: list[str], rows: list[Row]) -> list[float]:
         with sentences(f"{self.setting} failed"):
-            found = [self.reward.score(response, row) for response, row in zip(responses, rows, strict=True)]
-        return checked(found, len(responses), self.setting)
+            scores = [self.reward.score(response, row) for response, row in zip(responses, rows, strict=True)]
+        return checked(scores, len(responses), self.setting)
 
     def require_rows(self, rows: Sequence[Row]) -> None:
         """Raise UserError where some rows of the data have not what it reads."""
@@ -112,7 +111,7 @@ def with_named_rows(call: Callable[..., Any], prompts: list, responses: list, ro
 
 
 def way_to_call(function: Callable[..., Any], setting: str) -> Callable[..., Any]:
-    """How: with what the data say beside the prompts, if `function` takes that. Raises UserError where no way fits."""
+    """Choose how to call `function`, with the rows if it takes them. Raises UserError where no way fits."""
     if not callable(function):
         raise UserError(f"{setting} is {function!r}; it must be a function of (prompts, responses).")
     try:
@@ -149,10 +148,10 @@ def is_this_machine(host: str) -> bool:
     if name in ("localhost", "ip6-localhost", "ip6-loopback") or name.endswith((".localhost", "localhost.localdomain")):
         return True
     try:  # 127.1 and ::ffff:127.0.0.1 are ways to write it too
-        found = socket.getaddrinfo(name, None, flags=socket.AI_NUMERICHOST)
+        known = socket.getaddrinfo(name, None, flags=socket.AI_NUMERICHOST)
     except OSError:
         return False
-    addresses = [ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]) for *_, sockaddr in found]
+    addresses = [ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]) for *_, sockaddr in known]
     plain = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
     return all(address.is_loopback or address.is_unspecified for address in plain)
 
@@ -162,8 +161,7 @@ class RewardEndpoint:
     """POST {"prompts", "responses", "rows"} as JSON to `url`, which answers {"scores": [...]}."""
 
     url: str
-    timeout: float
-    """Seconds."""
+    timeout: float  # seconds
     retries: int
     name = "url"
 
@@ -171,14 +169,14 @@ class RewardEndpoint:
         body = json.dumps({"prompts": prompts, "responses": responses, "rows": rows}).encode()
         answer = self._ask(body)
         try:
-            found = json.loads(answer)["scores"]
+            scores = json.loads(answer)["scores"]
         except (ValueError, KeyError, TypeError):
             begin = answer[:80].decode(errors="replace")
             raise RewardFailed(
                 f'rlhf.reward_url={self.url} must answer {{"scores": [...]}} as JSON, not {begin!r}; correct the '
                 f"server and give the same command again."
             ) from None
-        return checked(found, len(responses), f"rlhf.reward_url={self.url}")
+        return checked(scores, len(responses), f"rlhf.reward_url={self.url}")
 
     def _ask(self, body: bytes) -> bytes:
         request = self._request(body)
@@ -202,7 +200,7 @@ class RewardEndpoint:
         )
 
     def _request(self, body: bytes) -> urllib.request.Request:
-        """With the values of the environment variables that the address names; user and password go into the header.
+        """Fill in the values of the environment variables that the address names; user and password go into the header.
 
         Raises RewardFailed where a variable is not set.
         """
@@ -225,7 +223,7 @@ class RewardEndpoint:
 
 @contextmanager
 def sentences(what: str) -> Iterator[None]:
-    """What the user's code inside raises becomes RewardFailed, its traceback a note; Ctrl-C stays what it is."""
+    """Turn what the user's code inside raises into RewardFailed, its traceback into a note; Ctrl-C stays what it is."""
     try:
         yield
     except (KeyboardInterrupt, UserError):
@@ -243,14 +241,14 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def checked(found: Any, count: int, source: str) -> list[float]:
-    """`found` as finite floats, one for each response. Raises RewardFailed."""
+def checked(values: Any, count: int, source: str) -> list[float]:
+    """Return `values` as finite floats, one for each response. Raises RewardFailed."""
     try:
-        if isinstance(found, str | bytes | bytearray | Mapping | Set):  # their members might pass for numbers
+        if isinstance(values, str | bytes | bytearray | Mapping | Set):  # their members might pass for numbers
             raise TypeError
-        scores = [float(score) for score in found]
+        scores = [float(score) for score in values]
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of a tensor of several dimensions
-        raise RewardFailed(f"{source} must return a list of numbers, not {str(found)[:80]!r}; correct it.") from None
+        raise RewardFailed(f"{source} must return a list of numbers, not {str(values)[:80]!r}; correct it.") from None
     if len(scores) != count:
         raise RewardFailed(
             f"{source} returned {len(scores)} scores for {count} responses; it must return one for each."

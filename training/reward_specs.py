@@ -1,4 +1,4 @@
-"""What `rlhf.reward_function` names: functions in files and rewards by name, each with a weight behind it or not."""
+"""What `rlhf.reward_function` names: functions in files and rewards by name, perhaps with a weight behind them."""
 
 import json as json_text
 import re
@@ -96,7 +96,7 @@ def refuse_constant(name: str) -> None:
 
 
 def last_number(value: Any) -> Fraction | None:
-    """The last one in a text, or the number itself; None where there is none."""
+    """Return the last number in a text, or the number itself; None where there is none."""
     if isinstance(value, str):
         numbers = NUMBER.findall(value)
         value = numbers[-1] if numbers else ""
@@ -136,7 +136,7 @@ class RewardSpec:
 
     @property
     def file(self) -> Path | None:
-        """That of a user's function."""
+        """The file of a user's function; None for a reward by name."""
         file, _, name = self.text.rpartition(":")
         return Path(file) if file.endswith(".py") and name.isidentifier() else None
 
@@ -151,7 +151,7 @@ class RewardSpec:
         return self.file is None and self.name != "reasoning"
 
     def named(self) -> NamedReward:
-        """What a reward by name stands for. Raises ValueError for parameters that it does not take."""
+        """Make the reward that a name stands for. Raises ValueError for parameters that it does not take."""
         name, _, parameters = self.text.partition(":")
         return NAMED_REWARDS[name](parameters)
 
@@ -171,18 +171,18 @@ class RewardSpec:
             raise ValueError(f"{self.text} must be {error}") from None
 
     def __str__(self) -> str:
-        """As a person writes it. A weight of 1 stands where what is before it would be read as one."""
+        """Write a spec as a person does, with a weight of 1 where what is before it would be read as a weight."""
         plain = self.weight == 1 and WEIGHT.fullmatch(self.text) is None
         return self.text if plain else f"{self.text}={self.weight:g}"
 
 
-def specs_of(kept: str | list[str]) -> list[RewardSpec]:
-    """Those of a setting. Raises ValueError where one names nothing."""
-    return [RewardSpec.of(text) for text in ([kept] if isinstance(kept, str) else kept) if text]
+def specs_of(setting: str | list[str]) -> list[RewardSpec]:
+    """Read the specs of a setting. Raises ValueError where one names nothing."""
+    return [RewardSpec.of(text) for text in ([setting] if isinstance(setting, str) else setting) if text]
 
 
-def kept_specs(given: str | list[str]) -> str | list[str]:
-    """`given` as settings keep it: a list of one is that one. Raises ValueError as `specs_of` does."""
+def stored_specs(given: str | list[str]) -> str | list[str]:
+    """Write `given` as settings store it: a list of one becomes that one. Raises ValueError as `specs_of` does."""
     texts = [given] * bool(given) if isinstance(given, str) else given
     if len(specs_of(texts)) < len(texts):
         raise ValueError("one of them is empty: leave it out")
@@ -190,8 +190,7 @@ def kept_specs(given: str | list[str]) -> str | list[str]:
 
 
 def with_reward_of_tasks(given: Any) -> Any:
-    """Values of a RunConfig: where reasoning-gym gives the prompts and nothing is named that rewards, it rewards them,
-    without a reward model."""
+    """Let reasoning-gym reward, without a reward model, the prompts that it gives where nothing else is to reward."""
     try:
         sources, rlhf = given["data"]["source"], given.get("rlhf", {})
         has_tasks = any(text.startswith(TASK_PREFIX) for text in ([sources] if isinstance(sources, str) else sources))
@@ -204,11 +203,11 @@ def with_reward_of_tasks(given: Any) -> Any:
 
 
 def names_of(specs: Sequence[RewardSpec]) -> list[str]:
-    """Of each in metrics: a user's only function is `function`; others of one name are counted."""
+    """Name the specs in metrics: a user's only function is `function`; others of one name are counted."""
     only = [spec.file is not None for spec in specs].count(True) == 1
     names: list[str] = []
     for spec in specs:
         name = "function" if only and spec.file else spec.name
-        earlier = [each.name for each in specs[: len(names)]].count(spec.name)
+        earlier = [other.name for other in specs[: len(names)]].count(spec.name)
         names.append(f"{name}_{earlier + 1}" if earlier else name)
     return names

@@ -22,8 +22,7 @@ from training.reward_sources import (
 from training.reward_specs import names_of
 from training.rlhf_settings import RLHFSettings
 
-Parts = dict[str, tuple[list[float], float]]
-"""Scores and weight of each source, by its name."""
+Parts = dict[str, tuple[list[float], float]]  # scores and weight of each source, by its name
 MEANS = {
     "model": "reward/model_mean",
     "function": "reward/function_mean",
@@ -34,20 +33,17 @@ MEANS = {
     "math": "reward/math_mean",
     "reasoning": "reward/reasoning_mean",
 }
-"""The metric of each source; others are called alike."""
+"""The metric of a source; those of other names are called alike."""
 TRIAL_RESPONSES = ("Yes, I think so.", "No.", "")
 
 
 @dataclass(frozen=True)
 class Rewarded:
-    """Of one iteration's responses, in their order."""
+    """The rewards of one iteration's responses, in their order."""
 
-    raw: list[float]
-    """The weighted sums of what the sources gave."""
-    scores: list[float]
-    """Those that PPO raises: normalised and clipped source by source."""
-    parts: Parts
-    """What each source gave."""
+    raw: list[float]  # the weighted sums of what the sources gave
+    scores: list[float]  # those that PPO raises: normalised and clipped source by source
+    parts: Parts  # what each source gave
     metrics: dict[str, float]
     scale_of_model: tuple[float, float] | None
     """What the reward model's scores are less, and over, where they are shaped."""
@@ -73,12 +69,13 @@ class Rewards:
             self.sources.append((endpoint, self.weights.url))
         names = [*["model"] * (self.has_model and not model_is_normalized), *(s.name for s, _ in self.sources)]
         self.statistics = {name: RunningStatistics() for name in names}
-        """Of each source that it shapes, by its name."""
+        """The statistics of each source that is shaped, by its name."""
 
     def reward(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
     ) -> Rewarded:
-        """One iteration's rewards; the statistics take them in first. All ranks call it with the same and get the same.
+        """Reward one iteration; the statistics take the scores in first. All ranks call it with the same and get the
+        same.
 
         Raises RewardFailed on all ranks where a source failed on one of them.
         """
@@ -98,7 +95,7 @@ class Rewards:
     def total(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
     ) -> tuple[list[float], dict[str, float]]:
-        """Weighted sums of what the sources give, and the mean of each by its name; as `reward` otherwise."""
+        """Sum what the sources give by their weights, with the mean of each by its name; otherwise as `reward`."""
         parts = self._parts(of_model, prompts, responses, rows, group)
         return weighted(parts, len(responses)), means_of(parts)
 
@@ -112,7 +109,6 @@ class Rewards:
         return float(shift), float(scale)
 
     def state(self) -> dict[str, dict[str, float]]:
-        """What a checkpoint keeps."""
         return {name: statistics.as_dict() for name, statistics in self.statistics.items()}
 
     def restore(self, state: dict[str, dict[str, Any]] | None) -> None:
@@ -120,8 +116,7 @@ class Rewards:
         self.statistics = {name: RunningStatistics(**values) for name, values in (state or {}).items()}
 
     def _shape(self, parts: Parts, scales: dict[str, tuple[float, float]]) -> tuple[Parts, int]:
-        """Scores as PPO takes them, by the shift and scale of sources, and how many responses have one that was
-        clipped."""
+        """Shift and scale scores as PPO takes them, and count the responses that have a clipped one."""
         shaped: Parts = {}
         clipped: set[int] = set()
         bound = self.settings.score_clip
@@ -130,7 +125,7 @@ class Rewards:
                 shift, scale = scales[name]
                 scores = [(score - shift) / scale for score in scores]
             if bound and (self.shaping.clip if name in scales else name == "model" and self.model_is_normalized):
-                clipped |= {place for place, score in enumerate(scores) if abs(score) > bound}
+                clipped |= {index for index, score in enumerate(scores) if abs(score) > bound}
                 scores = [max(-bound, min(bound, score)) for score in scores]
             shaped[name] = scores, weight
         return shaped, len(clipped)
@@ -138,7 +133,7 @@ class Rewards:
     def _parts(
         self, of_model: Sequence[float], prompts: list[list[Message]], responses: list[str], rows: list[Row], group: int
     ) -> Parts:
-        """Each rank asks for a part; the `group` responses of a prompt go into one question."""
+        """Ask the sources, each rank for a part; the `group` responses of a prompt go into one question."""
         parts = {"model": (list(of_model), self.weights.model)} if self.has_model else {}
         for source, weight in self.sources:
             parts[source.name] = (self._ask(source, prompts, responses, rows, group), weight)
@@ -149,17 +144,17 @@ class Rewards:
     ) -> list[float]:
         share = -(-len(responses) // group // self.ranks.size) * group
         ours = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-        found: list[float] | RewardFailed = []
+        answer: list[float] | RewardFailed = []
         if responses[ours]:
             try:
-                found = source.scores(prompts[ours], responses[ours], rows[ours])
+                answer = source.scores(prompts[ours], responses[ours], rows[ours])
             except RewardFailed as error:
-                found = error
+                answer = error
         scores: list[float] = []
-        for share_found in self.ranks.gather(found):
-            if isinstance(share_found, RewardFailed):
-                raise share_found
-            scores += share_found
+        for of_rank in self.ranks.gather(answer):
+            if isinstance(of_rank, RewardFailed):
+                raise of_rank
+            scores += of_rank
         return scores
 
 
@@ -174,7 +169,7 @@ def means_of(parts: Parts) -> dict[str, float]:
 def means_by_name(
     settings: RLHFSettings, prompts: list[list[Message]], responses: list[str], rows: list[Row]
 ) -> dict[str, float]:
-    """Of the rewards by name that nobody has to be asked about, where all rows have what they read."""
+    """Average the rewards by name that nobody has to be asked about, where all rows have what they read."""
     specs = settings.asked_functions
     asked = [
         (name, RewardByName(spec, name)) for name, spec in zip(names_of(specs), specs, strict=True) if spec.is_free
@@ -205,7 +200,7 @@ def try_sources(
     group = rewards.settings.samples_per_prompt
     rows = rows or [{"prompt": [{"role": "user", "content": "Hello!"}]}]
     asked = [row for row in rows[: 2 if group > 1 else 3] for _ in range(group)]
-    responses = [TRIAL_RESPONSES[place % 3] for place in range(len(asked))]
+    responses = [TRIAL_RESPONSES[i % 3] for i in range(len(asked))]
     for source, _ in rewards.sources:
         if isinstance(source, RewardEndpoint):
             source = replace(source, retries=0)

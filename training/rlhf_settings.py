@@ -12,7 +12,7 @@ from inference.errors import UserError
 from training.calls import Call, rlhf_calls
 from training.formulas.estimators import ESTIMATORS, SHAPINGS, Estimator
 from training.plan import from_blocks, read_plan, to_blocks
-from training.reward_specs import RewardSpec, kept_specs, specs_of
+from training.reward_specs import RewardSpec, specs_of, stored_specs
 from training.role_settings import (
     Checkpoints,
     DecayRate,
@@ -106,7 +106,7 @@ class FusionSettings(Settings):
 
 
 class RLHFSettings(Settings):
-    advantage: Annotated[str, AfterValidator(ESTIMATORS.kept)] = "gae"
+    advantage: Annotated[str, AfterValidator(ESTIMATORS.stored)] = "gae"
     """Estimator of the advantages: `gae` is PPO with a critic; the others need none."""
     seed: StepSeed = -1
     """Seed of everything that the step draws at random; -1: the run's."""
@@ -156,7 +156,7 @@ class RLHFSettings(Settings):
     whiten_advantages: bool = True
     """Give advantages mean 0 and standard deviation 1 over an iteration's batch, where the
     estimator's entry says so."""
-    reward_function: Annotated[str | list[str], AfterValidator(kept_specs)] = ""
+    reward_function: Annotated[str | list[str], AfterValidator(stored_specs)] = ""
     """What scores responses, added to the reward model's score (docs/step3_rlhf.md): `path/to/file.py:function`, or a
     reward by name, as `length:..40`; a list adds several, `=0.5` behind one is its weight."""
     reward_url: str = ""
@@ -167,7 +167,7 @@ class RLHFSettings(Settings):
     reward_retries: Annotated[int, Unit("tries")] = Field(5, ge=0)
     """Further tries when `reward_url` does not answer, with growing pauses."""
     reward_weights: RewardWeights = RewardWeights()
-    reward_normalization: Annotated[str, AfterValidator(SHAPINGS.kept)] = "running"
+    reward_normalization: Annotated[str, AfterValidator(SHAPINGS.stored)] = "running"
     """Of scores that step 2 has not normalised (functions, addresses, other reward models): running makes their mean 0
     and their standard deviation 1, over all seen so far; none takes them as they are."""
     score_clip: float = Field(5.0, ge=0)
@@ -216,8 +216,8 @@ class RLHFSettings(Settings):
 
     @field_validator("plan", mode="before")
     @classmethod
-    def _plan_as_it_is_kept(cls, given: Any) -> Any:
-        """What is in the file, every block whole."""
+    def _plan_as_it_is_stored(cls, given: Any) -> Any:
+        """Read what is in the file, every block whole."""
         given = without_nulls(given) if isinstance(given, dict) else given
         if given in ("", {}):
             return {}
@@ -241,13 +241,13 @@ class RLHFSettings(Settings):
 
     @property
     def asked_functions(self) -> list[RewardSpec]:
-        """Those that count, each with its weight in the sum."""
+        """The reward functions that count, with their weights in the sum."""
         weight = self.reward_weights.function
-        return [replace(each, weight=each.weight * weight) for each in self.reward_functions if weight]
+        return [replace(spec, weight=spec.weight * weight) for spec in self.reward_functions if weight]
 
     @property
     def estimator(self) -> Estimator:
-        """Its entry; training.formulas.own has the formula of a user's own."""
+        """The estimator's entry; training.formulas.own has the formula of a user's own."""
         return ESTIMATORS.entry(self.advantage)
 
     @property
@@ -273,7 +273,7 @@ class RLHFSettings(Settings):
 
     @property
     def evaluations(self) -> int:
-        """Those of eval_every: one before the first iteration, then every so many, and one at the end."""
+        """How many evaluations eval_every makes: one before the first iteration, then every so many, one at the end."""
         return 1 + math.ceil(self.iterations / self.eval_every) if self.eval_every else 0
 
     @property
@@ -283,14 +283,14 @@ class RLHFSettings(Settings):
 
     @property
     def as_planned(self) -> "RLHFSettings":
-        """With the ZeRO stages, tensor-parallel degrees and offload of frozen roles of the plan, if there is one."""
+        """The settings with the ZeRO stages, tensor-parallel degrees and offload of frozen roles of a plan."""
         changed: dict[str, Any] = {}
         for role in ("actor", "critic", "reference", "reward"):
             is_trained = isinstance(getattr(self, role), OptimizerSettings)
             if block := self.plan.get(f"{role}_train" if is_trained else f"{role}_score"):
-                placed = {"zero_stage": block["zero_stage"]}
-                placed |= {} if is_trained else {"offload": "parameters" if block.get("offload") else "none"}
-                changed[role] = getattr(self, role).model_copy(update=placed)
+                planned = {"zero_stage": block["zero_stage"]}
+                planned |= {} if is_trained else {"offload": "parameters" if block.get("offload") else "none"}
+                changed[role] = getattr(self, role).model_copy(update=planned)
         scoring = {role: self.plan.get(f"{role}_score") for role in ScoringDegrees.model_fields}
         degrees = {role: block["tensor"] for role, block in scoring.items() if block}
         changed["scoring_tensor_parallel"] = self.scoring_tensor_parallel.model_copy(update=degrees)
@@ -310,21 +310,21 @@ class RLHFSettings(Settings):
 
     @model_validator(mode="after")
     def _the_best_is_looked_for(self):
-        if found := unguided(self.keep, self.eval_every):
-            raise ValueError(found)
+        if problem := unguided(self.keep, self.eval_every):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
     def _offload_has_its_stage(self):
         for role in () if self.plan else ("actor", "critic", "reference", "reward"):  # a plan has stages of its own
             settings = getattr(self, role)
-            if found := misplaced(settings.offload, settings.zero_stage):
-                raise ValueError(f"{role}.{found}")
+            if problem := misplaced(settings.offload, settings.zero_stage):
+                raise ValueError(f"{role}.{problem}")
         return self
 
     @model_validator(mode="after")
     def _scoring_degrees_fit_the_roles(self):
-        if self.plan:  # takes the place of degrees and stages
+        if self.plan:  # it replaces degrees and stages
             return self
         degrees = self.scoring_tensor_parallel
         for role in ("reference", "reward"):

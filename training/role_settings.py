@@ -1,4 +1,4 @@
-"""How the weights of one role are trained, or kept where the role only scores."""
+"""How the weights of one role are trained, or where they lie if the role only scores."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -26,8 +26,6 @@ Checkpoints = Annotated[int, Unit("checkpoints")]
 Ranks = Annotated[int, Unit("ranks")]
 Share = Annotated[float, Unit("share")]
 Nats = Annotated[float, Unit("nats a response")]
-
-
 ZeroStage = Literal[0, 1, 2, 3]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 StepSeed = Annotated[int, Field(ge=-1, lt=2**63)]
@@ -39,7 +37,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lay_groups_over_their_defaults(cls, given: Any) -> Any:
-        """What is given of a group lies over the group's default in this place, which need not be its class's."""
+        """Lay what is given of a group over the group's default here, which need not be its class's."""
         if not isinstance(given, dict):
             return given
         defaults = {name: field.default for name, field in cls.model_fields.items() if name in given}
@@ -47,7 +45,7 @@ class Settings(BaseModel):
         return merge(groups, given)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises UserError for a value that cannot be, or does not fit to the others; all is then as it was."""
+        """Raise UserError for a value that cannot be, or does not fit the others; all is then as it was."""
         before = dict(self.__dict__)
         try:
             super().__setattr__(name, value)
@@ -60,13 +58,13 @@ class Settings(BaseModel):
 
 
 def without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    """In all groups: a null lies over a key to take it away."""
-    kept = {key: value for key, value in values.items() if value is not None}
-    return {key: without_nulls(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    """Leave out nulls in all groups: a null lies over a key to take it away."""
+    items = ((key, without_nulls(value) if isinstance(value, dict) else value) for key, value in values.items())
+    return {key: value for key, value in items if value is not None}
 
 
 Mapping = Annotated[dict[str, Any], AfterValidator(without_nulls)]
-"""With keys that are not ours."""
+"""A group with keys that are not ours."""
 
 
 class LoRASettings(Settings):
@@ -91,14 +89,13 @@ Keep = Literal["last", "best"]
 
 
 def unguided(keep: Keep, eval_every: int) -> str:
-    """Why no best model can be chosen; '' where one can, or is not asked for."""
-    return "keep=best chooses by evaluations on the way, so eval_every must be over 0" * (
-        keep == "best" and not eval_every
-    )
+    """Say why no best model can be chosen; '' where one can, or is not asked for."""
+    lacks = keep == "best" and not eval_every
+    return "keep=best chooses by evaluations on the way, so eval_every must be over 0" if lacks else ""
 
 
 def misplaced(offload: str, zero_stage: int) -> str:
-    """Why DeepSpeed cannot keep this in host memory under that stage; '' where it can."""
+    """Say why DeepSpeed cannot hold this in host memory under that stage; '' where it can."""
     if offload == "optimizer" and zero_stage == 0:
         return "offload=optimizer needs zero_stage 1, 2 or 3"
     return f"offload={offload} needs zero_stage 3" if "parameters" in offload and zero_stage < 3 else ""

@@ -22,7 +22,7 @@ import yaml
 from inference.disk import hold_lock, is_held, settle, write_text
 from inference.errors import UserError, typed
 from training.config import RunConfig
-from training.config_files import found_from_anywhere, read_yaml, validate_config
+from training.config_files import read_yaml, validate_config, with_absolute_paths
 from training.steps import COMPARED, Step
 
 if TYPE_CHECKING:
@@ -33,17 +33,17 @@ PACKAGES = ("rlhf-chat", "torch", "deepspeed", "transformers", "peft", "accelera
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            result[package] = "not installed"
+    return result
 
 
 def processor() -> tuple[str, list[str]]:
-    """The processor's name, and its flags where the system tells them."""
+    """Return the processor's name, and its flags where the system tells them."""
     try:
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
     except OSError:  # not Linux
@@ -82,19 +82,18 @@ class RunDirectory:
         return next((step for step in COMPARED if self.step(step).is_finished), COMPARED[0])
 
     def comparison_of(self, step: Step) -> tuple[Path, Path]:
-        """Figures and answers of the comparison of SFT with the model of `step`."""
+        """Return the files of figures and answers of the comparison of SFT with the model of `step`."""
         figures, answers = step.comparison_files
         return self.path / figures, self.path / answers
 
     def read_comparison(self, step: Step) -> dict[str, Any] | None:
-        """The figures of `comparison_of`; None where there are none. Raises UserError where the file is damaged."""
+        """Read the figures of `comparison_of`; None without any. Raises UserError where the file is damaged."""
         file, _ = self.comparison_of(step)
         way_out = f"delete it, then rlhf-chat eval {typed(self.path)} makes it again"
         return read_json(file, way_out) if file.exists() else None
 
     @property
     def lock_files(self) -> list[Path]:
-        """Of the run and of its steps."""
         return [self.lock_file, *self.path.glob(".step*.lock")]
 
     @property
@@ -117,7 +116,7 @@ class RunDirectory:
             raise UserError(
                 f"{self.config_file}, written by rlhf-chat {theirs} (this is {versions()['rlhf-chat']}): {error}"
             ) from None
-        return found_from_anywhere(config)  # older runs may have relative paths
+        return with_absolute_paths(config)  # older runs may have relative paths
 
     def write_config(self, config: RunConfig, made_by: dict[str, str]) -> None:
         """Store the resolved settings with the versions of what ran."""
@@ -126,7 +125,7 @@ class RunDirectory:
         write_text(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def require_model(self, step: Step) -> Path:
-        """The finished model of an earlier step, or the sentence that says how to get it."""
+        """Return the finished model of an earlier step. Raises UserError with the sentence that says how to get it."""
         directory = self.step(step)
         if not directory.is_finished:
             raise UserError(
@@ -156,12 +155,13 @@ class RunDirectory:
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             with hold_lock(self.lock_file, f"{self.path} is in use by another command", wait_seconds):
-                is_new, kept = not self.config_file.exists(), {*self.path.iterdir()} - {self.error_file, self.log_file}
+                is_new = not self.config_file.exists()
+                before = {*self.path.iterdir()} - {self.error_file, self.log_file}
                 try:
                     yield
                 except UserError:
                     if is_new and not self.data.exists():
-                        for path in ({*self.path.iterdir()} - kept).union(self.lock_files):
+                        for path in ({*self.path.iterdir()} - before).union(self.lock_files):
                             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                     raise
         except UserError:
@@ -197,7 +197,7 @@ class StepDirectory:
         return self.result_file.exists() and self.model.is_dir()
 
     def read_result(self) -> dict[str, Any]:
-        """Raises UserError where the file is damaged."""
+        """Read result.json. Raises UserError where it is damaged."""
         command = f"rlhf-chat {self.step.command} {typed(self.path.parent)}"
         return read_json(self.result_file, f"delete it, then {command} ends the step again from its last checkpoint")
 
@@ -210,7 +210,7 @@ class StepDirectory:
 
 
 def numbered(directory: Path) -> list[int]:
-    """Numbers of the complete checkpoints in it, oldest first."""
+    """List the numbers of the complete checkpoints in a directory, oldest first."""
     if not directory.is_dir():
         return []
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
@@ -232,7 +232,7 @@ def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
 
 
 def read_json(file: Path, way_out: str) -> dict[str, Any]:
-    """The object in a file. Raises UserError with the way out where it is damaged or missing."""
+    """Read the object in a file. Raises UserError with the way out where it is damaged or missing."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -249,7 +249,7 @@ def write_json(file: Path, values: Any) -> None:
 
 
 def write_directory(directory: Path, write: Callable[[Path], None], replaces: bool = True) -> None:
-    """Fill a directory beside its place, then move it there; an older one is replaced, or kept. What fails leaves
+    """Fill a directory under another name, then give it its own; an older one is replaced, or stays. What fails leaves
     nothing. Others who write the same one wait."""
     temporary, lock = (directory.with_name(f".{directory.name}.{ending}") for ending in ("tmp", "writing"))
     with hold_lock(lock, f"{directory} is being written by another process"):

@@ -32,28 +32,24 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    is_gated: bool
-    """Whether the feed-forward part has a gate beside its up-projection (Llama and Qwen have)."""
-    parameters: int
-    """All weights; an embedding that is also the output matrix counts once."""
-    output_matrix: int
-    """Weights of an output matrix of its own; a model with a score head has none."""
+    is_gated: bool  # whether the feed-forward part has a gate beside its up-projection (Llama and Qwen have)
+    parameters: int  # all weights; an embedding that is also the output matrix counts once
+    output_matrix: int  # weights of an output matrix of its own; a model with a score head has none
     linears: tuple[tuple[str, int], ...]
-    """Name, and inputs + outputs, of every linear layer but the output matrix: where adapters can go."""
-    embedding_width: int = 0
-    """Where it is not `hidden`, as in OPT-350m."""
+    """Name, and inputs + outputs, of every linear layer but the output matrix: adapters can go there."""
+    embedding_width: int = 0  # where it is not `hidden`, as in OPT-350m
     config: "PreTrainedConfig | None" = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_config_values(cls, values: dict[str, Any]) -> "Shape":
-        """From Hugging Face configuration values with their `model_type`. Raises UserError as `of` does."""
+        """Build from Hugging Face configuration values with their `model_type`. Raises UserError as `of` does."""
         from inference.families import config_of
 
         return cls.of(config_of(values))
 
     @classmethod
     def of(cls, config: "PreTrainedConfig") -> "Shape":
-        """From a configuration. The model is built without storage.
+        """Build from a configuration. The model is built without storage.
 
         Raises UserError where transformers makes no causal language model of it, or one that cannot be used here.
         """
@@ -113,16 +109,15 @@ class Shape:
 
     @property
     def embedding(self) -> int:
-        """Weights of the embedding of tokens."""
         return self.vocabulary * (self.embedding_width or self.hidden)
 
     @property
     def scorer_parameters(self) -> int:
-        """Weights with a score head in place of the output matrix (its own few thousand left out)."""
+        """Weights with a score head instead of the output matrix (its own few thousand left out)."""
         return self.parameters - self.output_matrix
 
     def stage(self, cut: StageCut, with_head: bool = True) -> "Shape":
-        """Of a pipeline stage: the first one has the embeddings too, the last one the output matrix, if the model is
+        """Shape a pipeline stage: the first one has the embeddings too, the last one the output matrix, if the model is
         one `with_head`; what is both is on both. What else is outside of the layers counts as theirs."""
         if len(cut.layers) == 1:
             return self
@@ -135,7 +130,7 @@ class Shape:
         return replace(self, layers=layers, parameters=parameters, output_matrix=output, linears=linears)
 
     def lora_parameters(self, rank: int, targets: str | list[str]) -> int:
-        """Weights of adapters on `targets`, chosen as peft does: a list by last names, a text by pattern."""
+        """Count the weights of adapters on `targets`, chosen as peft does: a list by last names, a text by pattern."""
 
         def has_adapter(name: str) -> bool:
             if targets == "all-linear":
@@ -147,7 +142,7 @@ class Shape:
         return rank * sum(size for name, size in self.linears if has_adapter(name))
 
     def activation_values(self, tokens: int, checkpointing: bool, passes: int = 1) -> int:
-        """Numbers kept for the backward passes of so many forward ones; dropout is off, attention is fused.
+        """Count the numbers stored for the backward passes of so many forward ones; dropout is off, attention is fused.
 
         A layer keeps the inputs of two norms, of attention and of the feed-forward part (4 hidden), queries and
         attention output, keys and values, and the feed-forward part before and after its activation, a gate's
@@ -159,11 +154,11 @@ class Shape:
         return tokens * (inputs * self.hidden + layer if checkpointing else inputs * layer)
 
     def cache_values(self, tokens: int) -> int:
-        """Numbers in the keys and values of so many tokens."""
+        """Count the numbers in the keys and values of so many tokens."""
         return tokens * self.layers * 2 * self.kv_heads * self.head_dim
 
 
 def _layer_of(name: str) -> int:
-    """The number of the layer that a module is in; -1 outside of all."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else -1
+    """Return the number of the layer that a module is in; -1 outside of all."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else -1

@@ -27,12 +27,7 @@ from training.data.token_cache import TokenCache, TokenPair, TokenRows, left_out
 from training.distributed import Ranks
 from training.inputs import local_model
 from training.metrics import Display, Journal, NullJournal, metrics_journal
-from training.models.loading import (
-    TORCH_DTYPES,
-    require_same_tokens,
-    resolve_dtype,
-    save_model,
-)
+from training.models.loading import TORCH_DTYPES, require_same_tokens, resolve_dtype, save_model
 from training.role_settings import LoRASettings
 from training.run_directory import RunDirectory, StepDirectory, write_directory, write_json
 from training.steps import PAIRS, Step, TrainingRows
@@ -48,8 +43,6 @@ class Diverged(Exception):
 
 @dataclass
 class Stage:
-    """Everything a step needs to begin."""
-
     config: RunConfig
     ranks: Ranks
     run: RunDirectory
@@ -62,22 +55,15 @@ class Stage:
     started: float
 
     @property
-    def storage_dtype(self) -> torch.dtype:
-        """Number format of the models that the run leaves behind."""
-        return TORCH_DTYPES[self.config.save_dtype]
-
-    @property
     def settings(self) -> Any:
-        """Those of the step."""
         return self.config.of_step(self.directory.step)
 
     @property
     def seed(self) -> int:
-        """Of what the step draws at random."""
         return self.config.seed_of(self.directory.step)
 
     def model_directory(self, source: str) -> Path:
-        """The local directory of a model; the first rank fetches it, then one of each other node, the others wait."""
+        """Return a model's local directory; the first rank fetches it, then one of each other node; others wait."""
         for fetches in (self.ranks.is_first, self.ranks.is_first_of_node):
             if fetches:
                 local_model(self.run, source, self.display.say)
@@ -87,7 +73,7 @@ class Stage:
         return directory
 
     def earlier_model(self, step: Step) -> Path:
-        """The model that an earlier step left, or the finished one that the settings name instead."""
+        """Return the model that an earlier step left, or the finished one that the settings name instead."""
         if given := self.config.given_model(step):
             return self.model_directory(given)
         left = self.run.step(step)
@@ -95,12 +81,12 @@ class Stage:
         return self.run.require_model(step)
 
     def own_reference(self) -> Path | None:
-        """What KL and log-ratios count from, where that is not the SFT model."""
+        """Return what KL and log-ratios count from, where that is not the SFT model."""
         own = self.config.reference_model
         return self.model_directory(own) if own else None
 
-    def chat_format(self, actor: Path, scorer: Path | None) -> ChatFormat:
-        """The actor's format, which all steps use. Raises UserError where the scorer's tokens mean something else."""
+    def chat_format(self, actor: Path, scorer: Path | None = None) -> ChatFormat:
+        """Load the actor's format, which all steps use. Raises UserError where the scorer's tokens differ."""
         chat_format = ChatFormat.load(actor)
         if scorer is not None:
             require_same_tokens(chat_format, ChatFormat.load(scorer), str(actor), str(scorer))
@@ -109,7 +95,7 @@ class Stage:
         return chat_format
 
     def rows(self, chat_format: ChatFormat) -> tuple[list[dict], list[dict]]:
-        """Training and evaluation rows of this step. Raises UserError where there is nothing to train on."""
+        """Read training and evaluation rows of this step. Raises UserError where there is nothing to train on."""
         if self.ranks.is_first:
             prepare_data(self.config.data, self.config.split_seed, self.run.data, chat_format, self.display.say)
         self.ranks.barrier("preparing the data")
@@ -121,7 +107,7 @@ class Stage:
         return train, held_out
 
     def tokens(self, rows: list[dict], kind: TrainingRows, chat_format: ChatFormat) -> TokenRows:
-        """The tokens of each row's texts; the first rank makes them, all read them."""
+        """Return the tokens of each row's texts; the first rank makes them, all read them."""
         cache = TokenCache(self.run.tokens, rows, kind.parts, chat_format, self.config.data)
         if self.ranks.is_first:
             cache.fill(self.display)
@@ -130,8 +116,8 @@ class Stage:
         return cache.read()
 
     def token_pairs(self, rows: list[dict], chat_format: ChatFormat) -> list[TokenPair]:
-        """Rows of pairs as tokens, without those that differ only beyond data.max_response_tokens. Raises UserError for
-        answers with a label, which are no pairs."""
+        """Turn rows of pairs into tokens, without those that differ only beyond data.max_response_tokens. Raises
+        UserError for answers with a label, which are no pairs."""
         if any("chosen" not in row for row in rows):
             raise UserError(
                 f"Step {self.directory.step.label} needs pairs, and {self.run.data} has answers with a label each, for "
@@ -139,14 +125,14 @@ class Stage:
                 f"another --method or dpo.loss), which makes pairs of them."
             )
         tokens = self.tokens(rows, PAIRS, chat_format)
-        pairs = [TokenPair.of(*each, place) for place, each in enumerate(zip(rows, tokens, strict=True))]
-        kept = [pair for pair in pairs if pair.differs]
-        if len(kept) < len(pairs):
-            self.display.say(left_out(len(pairs) - len(kept), len(pairs), self.config.data.max_response_tokens))
-        return kept
+        pairs = [TokenPair.of(row, of_row, i) for i, (row, of_row) in enumerate(zip(rows, tokens, strict=True))]
+        different = [pair for pair in pairs if pair.differs]
+        if len(different) < len(pairs):
+            self.display.say(left_out(len(pairs) - len(different), len(pairs), self.config.data.max_response_tokens))
+        return different
 
     def journal(self, name: str) -> Journal:
-        """A file of JSON lines in the step's directory; only the first rank writes it."""
+        """Open a file of JSON lines in the step's directory; only the first rank writes it."""
         return Journal(self.directory.path / name) if self.ranks.is_first else NullJournal()
 
     def save_trained(
@@ -157,28 +143,28 @@ class Stage:
         extra_config: dict[str, float] | None = None,
     ) -> None:
         """Write the step's model (and adapter): what `load` gives, with the engine's trained weights in it."""
-        directory = self.directory
-        places = directory.model, directory.adapter
+        targets = self.directory.model, self.directory.adapter
         weights, lora = engine.trained_weights(), engine.settings.lora
-        self.save_weights(weights, lora, places, load, chat_format, extra_config, self.ranks)
+        self.save_weights(weights, lora, targets, load, chat_format, extra_config, self.ranks)
 
     def save_weights(
         self,
         weights: dict[str, Tensor],
         lora: LoRASettings,
-        places: tuple[Path, Path],
+        targets: tuple[Path, Path],
         load: Callable[[], PreTrainedModel],
         chat_format: ChatFormat,
         extra_config: dict[str, float] | None = None,
         members: Ranks | None = None,
     ) -> None:
-        """The first of `members` (ranks that have the role; None elsewhere) leaves a model and its adapter in `places`:
-        what `load` gives, with `weights` in it. All ranks call it.
+        """Let the first of `members` (ranks that have the role; None elsewhere) write a model and its adapter to
+        `targets`: what `load` gives, with `weights` in it. All ranks call it.
         """
-        model, adapter = places
+        model, adapter = targets
+        dtype = TORCH_DTYPES[self.config.save_dtype]
 
         def write(directory: Path) -> None:
-            save_model(directory, load(), chat_format, weights, lora, self.storage_dtype, extra_config, adapter)
+            save_model(directory, load(), chat_format, weights, lora, dtype, extra_config, adapter)
 
         if members is not None and members.is_first:
             with members.as_world(), writing(f"the model of {self.directory.path.name}", self.directory.path):
@@ -202,7 +188,7 @@ class Stage:
         return bool(self.ranks.sum(torch.tensor([float(TERMINATION.is_asked)]), "whether to go on"))
 
     def terminated(self, number: int) -> Terminated:
-        """The end after a checkpoint that SIGTERM has asked for."""
+        """Make the exception that ends the step after a checkpoint that SIGTERM has asked for."""
         return Terminated(f"Ended by SIGTERM after {TERMINATION.unit} {number}: {goes_on(self.checkpoints)}.")
 
     def finish(self, result: dict) -> None:
@@ -212,7 +198,7 @@ class Stage:
         self.ranks.barrier("the end of the step")
 
     def diverged(self, number: int, what: str, rows: list[int]) -> Diverged:
-        """The error for a loss that is not finite. `rows` of the training data, from 0, are kept in diverged.json."""
+        """Make the error for a loss that is not finite. `rows` of the training data, from 0, go into diverged.json."""
         newest = self.checkpoints.numbers()[-1:]
         last = (
             f"the last good checkpoint is {self.directory.checkpoints / str(newest[0])}" if newest else "no checkpoint"
@@ -226,14 +212,14 @@ class Stage:
 
 
 def read_at_once(measured: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
-    """Scalars that micro-batches left on their device, by name, in one copy from there; as exact as each by itself."""
+    """Read scalars that micro-batches left on their device, by name, in one copy from there; as exact as one by one."""
     scalars = [scalar.detach().double() for of_one in measured for scalar in of_one.values()]
     values = iter(torch.stack(scalars).tolist() if scalars else [])
     return [{name: next(values) for name in of_one} for of_one in measured]
 
 
 def goes_on(checkpoints: Checkpoints) -> str:
-    """From where the same command does."""
+    """Say from where the same command goes on."""
     newest = checkpoints.numbers()[-1:]
     where = f"from {checkpoints.directory / str(newest[0])}" if newest else "from the start of the step"
     return f"the same command goes on {where}"
@@ -260,7 +246,7 @@ def make_stage(run: RunDirectory, step: Step, config: RunConfig, ranks: Ranks) -
 
 
 def quiet_libraries(log_file: Path, first: bool) -> None:
-    """Libraries log to the step's log.txt; the terminal is for progress."""
+    """Let libraries log to the step's log.txt; the terminal is for progress."""
     handler = logging.FileHandler(log_file) if first else logging.NullHandler()
     handler.setFormatter(RedactedLines())
     logging.captureWarnings(True)

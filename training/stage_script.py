@@ -22,7 +22,7 @@ import torch
 from inference.disk import file_sentence
 from inference.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
 from training.config import RunConfig
-from training.config_files import found_from_anywhere, load_config, read_yaml
+from training.config_files import load_config, read_yaml, with_absolute_paths
 from training.distributed import Ranks, is_lost_peer, share_cores, start_ranks, stop_ranks
 from training.error_report import leave_report
 from training.inputs import changed_inputs
@@ -74,7 +74,7 @@ def run_stage(step: Step, work: Callable[[Stage], None]) -> int:
 def enter(
     run: RunDirectory, directory: StepDirectory, arguments: argparse.Namespace, processes: int, held: ExitStack
 ) -> RunConfig | None:
-    """The settings, once this process holds the step until `held` ends, and the run is prepared; None: it is done."""
+    """Hold the step until `held` ends, prepare the run, and return its settings; None if the step is done."""
     if PARENT_VARIABLE in os.environ:  # the command holds the run and has prepared it
         held.enter_context(directory.locked())
         config = run.read_config()
@@ -95,7 +95,7 @@ def enter(
 
 
 def run_preparation() -> int:
-    """The command's preparation, for the processes that it will start."""
+    """Prepare a run for the command, for the processes that it will start."""
     parser = argparse.ArgumentParser(description="Fetch the models and make the data of a run.")
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("steps", nargs="*", help="those that follow now, as sft; default: all of the run")
@@ -116,7 +116,7 @@ def run_preparation() -> int:
 
 
 def decided_by_first(ranks: Ranks, decide: Callable[[], T], phase: str) -> T:
-    """What the first rank decides, on all. What it refuses ends all of them with the same sentence."""
+    """Return what the first rank decides on all ranks. What it refuses ends all of them with the same sentence."""
     decided: Any = None
     refused, sentence = None, ""
     if ranks.is_first:
@@ -136,7 +136,7 @@ def decided_by_first(ranks: Ranks, decide: Callable[[], T], phase: str) -> T:
 
 
 def run_evaluation(run: RunDirectory, work: Callable[[Stage], object], judge: str, trusts: bool) -> int:
-    """Like run_stage, for what measures models that are there, and takes one process."""
+    """Run as run_stage does, for what measures finished models, and takes one process."""
 
     def body() -> None:
         config = run.read_config()
@@ -187,7 +187,6 @@ def is_alone() -> bool:
 
 
 def report(error_file: Path, code: int, sentence: str) -> None:
-    """How SIGTERM has ended this rank."""
     if PARENT_VARIABLE in os.environ:
         leave_report(error_file, sentence, code)
     say(sentence)
@@ -196,7 +195,7 @@ def report(error_file: Path, code: int, sentence: str) -> None:
 def end_without_sentence(error: Exception) -> NoReturn:
     """End one of several ranks at once: leaving the process group could wait for the others, which wait for this one.
 
-    Of a rank that only misses another one no traceback is kept, so that the log ends with what happened there.
+    A rank that only misses another one prints no traceback, so that the log ends with what happened there.
     """
     if is_lost_peer(error):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -214,13 +213,13 @@ def end_without_sentence(error: Exception) -> NoReturn:
 
 
 def sentence_for(error: Exception) -> str | None:
-    """What a person is told of `error`; None for what is nobody's mistake but ours."""
+    """Say what a person is told of `error`; None for what is nobody's mistake but ours."""
     known = error if isinstance(error, UserError | Diverged) else out_of_memory(error)
     return file_sentence(error) if known is None else str(known)
 
 
 def out_of_memory(error: Exception) -> UserError | None:
-    """The sentence for an error of allocation, of a GPU or of main memory; None for other errors."""
+    """Write the sentence for an error of allocation, of a GPU or of main memory; None for other errors."""
     text = str(error)
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
         return None
@@ -253,7 +252,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfig | None:
-    """What the arguments say; None: the run keeps its own. Raises UserError where neither is there."""
+    """Read the settings that the arguments give; None: the run keeps its own. Raises UserError without either."""
     if arguments.plan == "auto":
         raise UserError(
             "--plan auto is for the processes of one machine that rlhf-chat run starts: write a plan for these with "
@@ -265,13 +264,13 @@ def given_settings(run: RunDirectory, arguments: argparse.Namespace) -> RunConfi
         return None
     if not (arguments.model or arguments.config) and run.config_file.exists():
         stored = run.read_config().model_dump(mode="json")
-        return found_from_anywhere(load_config([], overrides, stored))
+        return with_absolute_paths(load_config([], overrides, stored))
     base = settings_of_model(arguments.model) if arguments.model else {}
     return settings_of_new_run(base, arguments.config, overrides, {}, run)
 
 
 def settings_of_model(model: str) -> dict[str, Any]:
-    """What `--model` stands for. Raises UserError where it can be none of these."""
+    """Read the settings that `--model` stands for. Raises UserError where it names none."""
     preset = PRESETS / f"{model.lower()}.yaml"
     if "/" in model or model.startswith("package:") or (Path(model).is_dir() and not preset.is_file()):
         return {"model": model}

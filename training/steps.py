@@ -11,14 +11,11 @@ from typing import Literal
 class TrainingRows:
     """What a step learns from."""
 
-    name: str
-    """Of the files: data/{name}_train.jsonl, data/{name}_eval.jsonl."""
+    name: str  # how the files begin: data/{name}_train.jsonl, data/{name}_eval.jsonl
     contents: str
     unit: str
-    answers: int
-    """Answers that a forward pass reads for one row."""
-    parts: tuple[str, ...]
-    """Keys of the texts that become tokens."""
+    answers: int  # answers that a forward pass reads for one row
+    parts: tuple[str, ...]  # keys of the texts that become tokens
 
 
 DEMONSTRATIONS = TrainingRows("sft", "prompts with a response, or messages", "rows", 1, ("prompt", "response"))
@@ -34,21 +31,18 @@ PROMPTS = TrainingRows("prompts", "prompts", "samples", 1, ("prompt",))
 
 @dataclass(frozen=True)
 class Step:
-    number: int
-    """As people count; a step that takes the place of others has the number of the first of them."""
+    number: int  # as people count; a step that replaces others has the number of the first of them
     command: str
-    """Of rlhf-chat. Its settings and the model it leaves go by this name too."""
+    """The command of rlhf-chat. The step's settings and the model it leaves go by this name too."""
     title: str
     rows: TrainingRows
-    loss: str
-    """What its loss is, or is counted in."""
+    loss: str  # what its loss is, or is counted in
     starts_from: tuple["Step", ...] = ()
     """The steps whose models it needs."""
     compared_with: "Step | None" = None
     given_by: str = ""
     """The setting that names a finished model to use instead."""
-    leaves_scorer: bool = False
-    """Whether it leaves a reward model, which scores texts and writes none."""
+    leaves_scorer: bool = False  # whether it leaves a reward model, which scores texts and writes none
     draws_samples: bool = False
     """Whether it learns from answers that the model itself gives: iterations of generating, scoring and training."""
     has_reference: bool = False
@@ -56,7 +50,7 @@ class Step:
 
     @property
     def folder(self) -> str:
-        """In the run directory; its script is training/{folder}/main.py. The chat finds models by such names."""
+        """The step's folder in a run; its script is training/{folder}/main.py. The chat finds models by such names."""
         return f"step{self.number}_{self.command}"
 
     @property
@@ -71,7 +65,7 @@ class Step:
 
     @property
     def name(self) -> str:
-        """Of its model, for people: `RLHF`."""
+        """What people call its model: `RLHF`."""
         return self.command.upper()
 
     @property
@@ -96,9 +90,8 @@ Method = Literal["ppo", "dpo"]
 METHODS: dict[Method, tuple[Step, ...]] = {"ppo": (SFT, REWARD, PPO), "dpo": (SFT, DPO)}
 STEPS = tuple(dict.fromkeys(step for steps in METHODS.values() for step in steps))
 COMPARED = tuple(step for step in STEPS if step.compared_with)
-"""Those whose model is compared with an earlier one."""
-WRITING = tuple(step for step in STEPS if not step.leaves_scorer)
-"""Those whose model can be talked to."""
+"""The steps whose model is compared with an earlier one."""
+WRITING = tuple(step for step in STEPS if not step.leaves_scorer)  # the steps whose model can be talked to
 
 
 def step_of(command: str) -> Step:

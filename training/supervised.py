@@ -27,11 +27,10 @@ class Task(Protocol):
 
     name: str
     engine: ZeroEngine
-    lengths: list[int]
-    """Tokens that each training row takes in a forward pass."""
+    lengths: list[int]  # tokens that each training row takes in a forward pass
 
-    def place(self, row: int) -> int:
-        """Of a training row in its file, counted from 0: rows that cannot be learned from may be left out."""
+    def file_index(self, row: int) -> int:
+        """Return the index in its file of a training row, from 0: rows that cannot be learned from may be left out."""
         ...
 
     def look_ahead(self, number: int, batch: list[int]) -> None:
@@ -39,40 +38,30 @@ class Task(Protocol):
         return
 
     def size(self, rows: list[int]) -> int:
-        """Units (tokens or pairs) that the loss of these rows is a mean over."""
+        """Count the units (tokens or pairs) that the loss of these rows is a mean over."""
         ...
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss of training rows, and sums of statistics, each to be divided by `size`; scalars that stay on the
-        device."""
+        """Sum the loss and statistics of training rows, to be divided by `size`; scalars that stay on the device."""
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out rows; all ranks call it and get the same."""
+        """Measure on held-out rows; all ranks call it and get the same."""
         ...
 
 
-def batches_of_epoch(rows: int, settings: StepSettings, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of each optimiser step of one epoch; a last short batch is left out, unless it is the only one."""
-    epochs, per_epoch = Epochs(rows, f"{seed}"), updates_per_epoch(rows, settings)
-    return [batch_of_update(epochs, settings, number) for number in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-
-
 def batch_of_update(epochs: Epochs, settings: StepSettings, number: int) -> list[int]:
-    """The rows of optimiser step `number`, counted from 0 through all epochs."""
-    epoch, place = divmod(number, updates_per_epoch(epochs.size, settings))
-    begin = place * settings.batch_size
+    """Return the rows of optimiser step `number`, counted from 0 through all epochs. The last short batch of an epoch
+    is left out, unless it is the only one."""
+    epoch, update = divmod(number, updates_per_epoch(epochs.size, settings))
+    begin = update * settings.batch_size
     return epochs.order(epoch)[begin : begin + settings.batch_size].tolist()
 
 
 def rows_trained_on(rows: int, settings: StepSettings, seed: int) -> list[int]:
-    """The rows that any optimiser step of the whole step sees, in order."""
-    per_epoch, total = updates_per_epoch(rows, settings), count_updates(rows, settings)
-    seen: set[int] = set()
-    for epoch in range(-(-total // per_epoch)):
-        for batch in batches_of_epoch(rows, settings, seed, epoch)[: total - epoch * per_epoch]:
-            seen.update(batch)
-    return sorted(seen)
+    """Return the rows that any optimiser step of the whole step sees, in order."""
+    epochs, updates = Epochs(rows, f"{seed}"), range(count_updates(rows, settings))
+    return sorted({row for number in updates for row in batch_of_update(epochs, settings, number)})
 
 
 def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[str, float]:
@@ -118,14 +107,14 @@ def seed_dropout(stage: Stage, number: int) -> None:
 
 
 def rank_of(evaluation: Mapping[str, float]) -> tuple[float, float] | None:
-    """For keep=best: of pairs by accuracy, and then, as all else, by loss."""
+    """Rank an evaluation for keep=best: of pairs by accuracy, and then, as all else, by loss."""
     if not evaluation:
         return None
     return evaluation.get("eval/accuracy", 0.0), -evaluation["eval/loss"]
 
 
 def resume(stage: Stage, task: Task, best: Best | None) -> tuple[int, dict[str, float]]:
-    """Optimiser steps done and the last evaluation; the journals forget what came after. New runs are evaluated."""
+    """Return the optimiser steps done and the last evaluation, and rewind the journals. New runs are evaluated."""
     checkpoint = stage.checkpoints.newest()
     if best is not None:
         best.go_on_after(checkpoint[1]["number"] if checkpoint else -1)
@@ -143,7 +132,7 @@ def resume(stage: Stage, task: Task, best: Best | None) -> tuple[int, dict[str, 
 
 
 def nothing_learned(step: Step, before: Mapping[str, float], now: Mapping[str, float], is_end: bool) -> str:
-    """What held-out rows say against the training, from the evaluations before it and now.
+    """Say what held-out rows tell against the training, from the evaluations before it and now.
 
     Pairs may be ranked at chance on the way, but not in the end; a loss is lower from the first evaluation on.
     """
@@ -167,7 +156,7 @@ def nothing_learned(step: Step, before: Mapping[str, float], now: Mapping[str, f
 def validate(
     stage: Stage, task: Task, best: Best | None, number: int, metrics: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Evaluate, write it down in one row with the `metrics` of the optimiser step, say it, keep the best so far."""
+    """Evaluate, write it down in one row with the `metrics` of the optimiser step, say it, save the best so far."""
     evaluation = task.evaluate()
     stage.metrics.write(number, {**(metrics or {}), **evaluation})
     is_best = best is not None and best.look(number, evaluation)
@@ -176,7 +165,7 @@ def validate(
 
 
 def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, number: int) -> dict[str, float]:
-    """One optimiser step over a global batch. Raises Diverged on a loss that is not finite, before weights change."""
+    """Take one optimiser step over a global batch. Raises Diverged, the weights unchanged, if a loss is not finite."""
     begun = time.perf_counter()
     plan = plan_micro_batches([task.lengths[row] for row in batch], token_budget, stage.ranks.size)
     size = task.size(batch)
@@ -191,13 +180,13 @@ def train_batch(stage: Stage, task: Task, batch: list[int], token_budget: int, n
     task.engine.accumulate(micro_batches, loss)
     for micro_batch, values in zip(micro_batches, read_at_once(measured), strict=True):
         if not math.isfinite(values["loss"]):
-            rows = [task.place(batch[i]) for i in micro_batch.rows]
+            rows = [task.file_index(batch[i]) for i in micro_batch.rows]
             raise stage.diverged(number, "The loss is not a finite number", rows)
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
     update = task.engine.step()
     if stage.dtype != torch.float16 and not math.isfinite(update["grad_norm"]):  # fp16 skips such steps by itself
-        raise stage.diverged(number, "The gradient is not finite", [task.place(row) for row in batch])
+        raise stage.diverged(number, "The gradient is not finite", [task.file_index(row) for row in batch])
     means = {name: value / size for name, value in stage.ranks.sum_values(sums).items()}
     seconds = time.perf_counter() - begun
     tokens = sum(task.lengths[row] for row in batch)

@@ -1,5 +1,5 @@
-"""How a stage ends otherwise than well. SIGTERM, as schedulers send it before they kill: a sentence at once, a
-checkpoint within the grace, then the end."""
+"""How a stage ends without success. SIGTERM, as schedulers send it before they kill: a sentence at once, a checkpoint
+within the grace, then the end."""
 
 import math
 import os
@@ -13,8 +13,7 @@ from training.launchers import PARENT_VARIABLE, started_by
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 GRACE_VARIABLE = "RLHF_CHAT_GRACE"
-GRACE = 25.0
-"""Seconds; Slurm and Kubernetes wait for 30 until they kill."""
+GRACE = 25.0  # seconds; Slurm and Kubernetes wait for 30 until they kill
 
 
 class StageFailed(Exception):
@@ -26,7 +25,7 @@ class Terminated(BaseException):
 
 
 def grace() -> float:
-    """Seconds from SIGTERM to the end. Raises UserError where the variable holds no such number."""
+    """Return the seconds from SIGTERM to the end. Raises UserError where the variable holds no such number."""
     text = os.environ.get(GRACE_VARIABLE) or str(GRACE)
     try:
         seconds = float(text)
@@ -73,11 +72,10 @@ class Termination:
 
 
 def say(sentence: str) -> None:
-    """On stderr, once: by the command where there is one, else by the first rank."""
+    """Print to stderr once: the command does where there is one, else the first rank."""
     _, values = started_by() or ("", {})
     if PARENT_VARIABLE not in os.environ and int({**values, **os.environ}.get("RANK", 0)) == 0:
         print(sentence, file=sys.stderr, flush=True)
 
 
-TERMINATION = Termination()
-"""Of this process: there is one handler of a signal."""
+TERMINATION = Termination()  # there is one in a process, as a signal has one handler

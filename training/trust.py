@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from training.data.rows import DEMONSTRATIONS_FILE
 from training.data.sources import parse_source
 from training.data_settings import EMBEDDED_DATA
 from training.formulas.tables import own_files
-from training.inputs import code_files, files_of, kept_model
+from training.inputs import code_files, files_of, stored_model
 from training.lineage import base_model, reward_model_before
 from training.run_directory import RunDirectory
 
@@ -30,14 +31,12 @@ from training.run_directory import RunDirectory
 class Use:
     """Something outside of a run's own rows and weights that its files ask for."""
 
-    what: str
-    """What is done, for `would ...`."""
+    what: str  # what is done, to follow `would`
     setting: str = ""
-    """The one that asks for it."""
+    """The setting that asks for it."""
     content: str = ""
     """SHA-256 of a file that is executed or obeyed."""
-    lies_in_run: bool = False
-    """Whether who hands the run on hands the file on too."""
+    lies_in_run: bool = False  # whether who hands the run on hands the file on too
 
     @property
     def text(self) -> str:
@@ -71,17 +70,16 @@ def unanswered(run: Path, uses: Iterable[Use]) -> list[Use]:
 
 
 def require_reading(target: Path, trusts: bool) -> None:
-    """For what reads a run, or a model, and no more."""
     require_yes(target, of_reading(target), trusts)
 
 
 def made_here(run: Path, uses: Iterable[Use]) -> None:
-    """Keep what was typed for the run. A file outside of the run is its user's to change."""
+    """Remember what was typed for the run. A file outside of the run is its user's to change."""
     remember(run, [use if use.lies_in_run else replace(use, content="") for use in uses])
 
 
 def remember(run: Path, uses: Iterable[Use]) -> None:
-    """Add to the record; where it cannot be written that is said, for commands ask then."""
+    """Add to the record, or say that it cannot be written, as commands ask again then."""
     known = keys_of(run)
     keys = [key for use in uses if (key := use.key) not in known]
     if not keys:
@@ -96,45 +94,40 @@ def remember(run: Path, uses: Iterable[Use]) -> None:
 
 
 def keys_of(run: Path) -> set[str]:
-    """What the record has of the run at this place."""
-    found: set[str] = set()
-    try:
-        lines = record_file().read_text(encoding="utf-8").splitlines()
-    except (OSError, RuntimeError, ValueError):
-        return found
-    place = str(run.resolve())
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            found.update(entry["keys"] if entry["run"] == place else ())
-        except (ValueError, LookupError, TypeError):  # a damaged one says nothing
-            continue
-    return found
+    """Read what the record has of the run at this path."""
+    keys: set[str] = set()
+    path = str(run.resolve())
+    with suppress(OSError, RuntimeError, ValueError):
+        for line in record_file().read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, LookupError, TypeError):  # a damaged one says nothing
+                entry = json.loads(line)
+                keys.update(entry["keys"] if entry["run"] == path else ())
+    return keys
 
 
 def record_file() -> Path:
-    """In XDG_STATE_HOME, else ~/.local/state. A relative path does not count: it might lie in the run."""
+    """Return the file of records, in XDG_STATE_HOME if absolute (a run might hold another), or ~/.local/state."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     return (given if given.is_absolute() else Path("~/.local/state").expanduser()) / "rlhf-chat" / "trusted.jsonl"
 
 
 def of_reading(run: Path) -> list[Use]:
-    """What is there where files of the run lead out of it, or are no files; of what is no run, nothing."""
+    """List the files of the run that lead out of it, or are no files; none of what is no run."""
     if not (run / "config.yaml").exists():
         return []
-    home, found = run.resolve(), []
+    home, uses = run.resolve(), []
     for folder, folders, files in os.walk(home):
         for path in (Path(folder) / name for name in sorted(folders + files)):
             name = path.relative_to(home)
             if path.is_symlink() and not path.resolve().is_relative_to(home):
-                found.append(Use(f"follow {name}, which leads to {path.resolve()}"))
+                uses.append(Use(f"follow {name}, which leads to {path.resolve()}"))
             elif path.exists() and not (path.is_file() or path.is_dir()):
-                found.append(Use(f"open {name}, which is no plain file"))
-    return found
+                uses.append(Use(f"open {name}, which is no plain file"))
+    return uses
 
 
 def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
-    """Of `run`, `sft`, `reward`, `dpo`, `rlhf` and the stage scripts."""
+    """List the uses of `run`, `sft`, `reward`, `dpo`, `rlhf` and the stage scripts."""
     return [
         *of_reading(run.path),
         *of_rewards(run, config),
@@ -152,57 +145,56 @@ def of_training(run: RunDirectory, config: RunConfig) -> list[Use]:
 
 
 def inherited(parent: RunDirectory, wanted: Iterable[Use]) -> list[Use]:
-    """Of a run that goes on from `parent`, or is a fork of it: what both ask for, and reading."""
+    """List the uses of a run that goes on from `parent`, or is a fork of it: what both ask for, and reading."""
     config = parent.read_config()
-    anew = [*of_data(parent, config, unread=True), *of_parents(parent, config, unread=True)]  # as a fork may
-    theirs = [*of_training(parent, config), *anew]
+    again = [*of_data(parent, config, unread=True), *of_parents(parent, config, unread=True)]  # as a fork may
+    theirs = [*of_training(parent, config), *again]
     return [*of_reading(parent.path), *shared(theirs, wanted)]
 
 
 def shared(theirs: Iterable[Use], ours: Iterable[Use]) -> list[Use]:
-    """Those of `theirs` that use what `ours` do, whichever setting names it."""
+    """List those of `theirs` that use what `ours` do, whichever setting names it."""
     used = {use.what for use in ours}
     return [use for use in theirs if use.what in used]
 
 
 def of_evaluation(run: RunDirectory, config: RunConfig, judge: str) -> list[Use]:
-    """Of `eval`: the reward function and the address only where they judge."""
+    """List the uses of `eval`: the reward function and the address only where they judge."""
     return [*of_reading(run.path), *(of_rewards(run, config) if judge == "reward" else ()), *of_models(run, config)]
 
 
 def of_looking(run: RunDirectory, config: RunConfig) -> list[Use]:
-    """Of `data show` and `data lint`."""
+    """List the uses of `data show` and `data lint`."""
     return [*of_reading(run.path), *of_models(run, config), *of_data(run, config)]
 
 
 def of_rewards(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
-    """The reward function's files and the reward service's address."""
+    """Yield the reward function's files and the reward service's address."""
     for _, file in code_files(config, "reward_function") if config.rlhf.reward_weights.function else ():
         yield of_file(run, file, f"run {file}", "rlhf.reward_function")
-    if any(each.name == "reasoning" for each in config.rlhf.asked_functions):
+    if any(spec.name == "reasoning" for spec in config.rlhf.asked_functions):
         yield Use("let reasoning-gym evaluate answers, in some tasks as Python", "rlhf.reward_function")
     if config.rlhf.reward_url and config.rlhf.reward_weights.url:
         yield Use(f"send prompts and answers to {config.rlhf.reward_url}", "rlhf.reward_url")
 
 
 def of_formulas(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
-    """The files of entries of the user's own."""
     for setting, path in own_files(config):
         for _, file in files_of("formulas", path):
             yield of_file(run, file, f"run {file}", setting)
 
 
 def of_models(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
-    """Models of the hub; no code of a model is ever run, so that one on this machine needs no yes."""
+    """Yield models of the hub; no code of a model is ever run, so that one on this machine needs no yes."""
     named = [(setting, getattr(config, setting)) for setting in MODELS]
     for setting, name in [*named, ("model", base_model(config)), ("trained_reward_model", reward_model_before(config))]:
-        is_here = name.startswith("package:") or Path(name).is_absolute() or kept_model(run, name).is_dir()
+        is_here = name.startswith("package:") or Path(name).is_absolute() or stored_model(run, name).is_dir()
         if name and name != TINY and not is_here:
             yield Use(f"fetch the model {name} from the hub", setting)
 
 
 def of_data(run: RunDirectory, config: RunConfig, unread: bool = False) -> Iterator[Use]:
-    """Sources that lie outside of the run and are yet to be read; `unread`: as if none had been."""
+    """Yield sources that lie outside of the run and are yet to be read; `unread`: as if none had been."""
     from training.data.prepare import COUNTS_FILE  # imports transformers, and chat goes without
 
     named = [("data.source", config.data.sources), ("data.eval_source", config.data.eval_sources)]
@@ -212,14 +204,14 @@ def of_data(run: RunDirectory, config: RunConfig, unread: bool = False) -> Itera
     for setting, text in sources:
         source = parse_source(text)
         if text and text != EMBEDDED_DATA and not source.is_task:
-            place = source.copy or source.path
-            if not place.resolve().is_relative_to(run.path.resolve()):
-                how = "read" if place.exists() else "fetch from the hub"
+            path = source.copy or source.path
+            if not path.resolve().is_relative_to(run.path.resolve()):
+                how = "read" if path.exists() else "fetch from the hub"
                 yield Use(f"{how} the data {source.label}", setting)
 
 
 def of_parents(run: RunDirectory, config: RunConfig, unread: bool = False) -> Iterator[Use]:
-    """Runs whose steps, and rows that are yet to be made, may be taken over."""
+    """Yield runs whose steps, and rows that are yet to be made, may be taken over."""
     from training.data.prepare import COUNTS_FILE  # imports transformers, and chat goes without
 
     rows = config.data.parent if unread or not (run.data / COUNTS_FILE).exists() else ""
@@ -238,7 +230,7 @@ def of_trackers(run: RunDirectory, config: RunConfig) -> Iterator[Use]:
 
 
 def of_file(run: RunDirectory, file: Path, what: str, setting: str = "") -> Use:
-    """A file that is executed or obeyed, as it is now."""
+    """Describe a file that is executed or obeyed, as it is now."""
     with open(file, "rb") as handle:
         content = hashlib.file_digest(handle, "sha256").hexdigest()
     return Use(what, setting, content, file.resolve().is_relative_to(run.path.resolve()))

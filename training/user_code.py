@@ -38,7 +38,7 @@ class UserFile:
         self.file = file.absolute()
         self.folder = str(file.resolve().parent)
         self.surroundings = surroundings()
-        """In which its code works: it may change them, and ours stay."""
+        """What its code works in: it may change them, and ours stay."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -67,16 +67,15 @@ class UserFile:
             forget_finders(self.folder)
 
     def finder(self, path: str) -> FileFinder:
-        """Of modules in the file's folder: sources and extensions, no compiled files. Raises ImportError for others."""
+        """Find sources and extensions in the file's folder, no compiled files. Raises ImportError for other paths."""
         inside = Path(path).resolve().is_relative_to(self.folder)
         if not inside or Path(path).is_relative_to(sys.prefix):  # an environment may lie in the folder
             raise ImportError(path)
         return FileFinder(path, (ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceLoader, SOURCE_SUFFIXES))
 
     def load(self) -> ModuleType:
-        """The module, which dataclasses, pickle and pools of processes find by its name. Raises what its code raises,
-        KeyboardInterrupt and SystemExit included.
-        """
+        """Load the module, which dataclasses, pickle and pools of processes find by its name. Raises what its code
+        raises, KeyboardInterrupt and SystemExit included."""
         name = self._module_name()
         spec = ModuleSpec(name, None, origin=str(self.file), is_package=True)  # a package, so `from .` finds neighbours
         module = importlib.util.module_from_spec(spec)
@@ -91,15 +90,15 @@ class UserFile:
         return module
 
     def _module_name(self) -> str:
-        """The file's own, unless something else that can be imported has it."""
+        """Choose the file's own name, unless something else that can be imported has it."""
         name = self.file.stem
         other = f"user_file_{name.replace('.', '_')}"
         if "." in name:
             return other
         if name in sys.modules:
             return name if getattr(sys.modules[name], "__file__", None) == str(self.file) else other
-        found = importlib.util.find_spec(name)
-        return name if found is None or found.origin == str(self.file) else other
+        spec = importlib.util.find_spec(name)
+        return name if spec is None or spec.origin == str(self.file) else other
 
 
 def refuse_own_package(error: ImportError | AttributeError) -> None:
@@ -107,24 +106,24 @@ def refuse_own_package(error: ImportError | AttributeError) -> None:
     that was meant."""
     missed_in = getattr(error.obj, "__name__", "") if isinstance(error, AttributeError) else error.name
     name = (missed_in or "").partition(".")[0]
-    others = [place for place in sys.path if Path(place).resolve() != HOME]
+    others = [path for path in sys.path if Path(path).resolve() != HOME]
     theirs = PathFinder.find_spec(name, others) if name in PACKAGES else None
     if theirs is not None:
-        place = theirs.submodule_search_locations or [str(theirs.origin)]
+        paths = theirs.submodule_search_locations or [str(theirs.origin)]
         raise UserError(
-            f"Your Python file asks for {name}, which here is rlhf-chat's own, {HOME / name}, and not {place[0]}: "
+            f"Your Python file asks for {name}, which here is rlhf-chat's own, {HOME / name}, and not {paths[0]}: "
             f"give your package another name."
         ) from error
 
 
 def forget_finders(folder: str) -> None:
-    """What Python keeps of how modules in `folder` are found."""
+    """Clear what Python has cached of how modules in `folder` are found."""
     for path in [path for path in sys.path_importer_cache if path.startswith(folder)]:
         del sys.path_importer_cache[path]
 
 
 def surroundings() -> tuple[str, bool, torch.dtype, torch.device]:
-    """What code can change for all of a process: the working directory, gradients, format and device of new tensors."""
+    """Read what code can change for a process: working directory, gradients, format and device of new tensors."""
     return os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
 
 

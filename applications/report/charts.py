@@ -25,10 +25,12 @@ IN_A_LINE = 6  # values under the pointer that stand in one line
 MOST_POINTS = 60  # more than these are averaged in groups
 FEW_POINTS = 12  # up to so many are drawn as dots too
 LINE_COLOURS = {"a": "#2456c8", "b": "#b4570b", "c": "#11795f", "d": "#8a3ab9", "e": "#b3265e", "f": "#6d6a12"}
-VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {each: f"var(--{name})" for name, each in LINE_COLOURS.items()}
+VARIABLES = {INK: "var(--soft)", GRID: "var(--grid)"} | {
+    colour: f"var(--{name})" for name, colour in LINE_COLOURS.items()
+}
 LINE_COLOURS["soft"] = "#868e99"
 VARIABLES[LINE_COLOURS["soft"]] = "var(--faint)"
-"""What takes the place of the colours, so that the style sheet decides."""
+"""What replaces the colours, so that the style sheet decides."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Series:
     spread: Sequence[float] = ()  # half the height of a band around each point
     line: str = "-"  # as matplotlib calls it: solid, dashed, dotted
     is_part: bool = False
-    """One of several of which another line is the mean: thin, in no legend and under no pointer."""
+    """Another line is the mean of this and others: it is thin, in no legend and under no pointer."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def draw(series: Series, axes: Axes) -> None:
 
 
 def readouts(series: Sequence[Series], xs: Sequence[float], axes: Axes) -> list[Element]:
-    """For each x a strip that shows its values, in the place of the legend, while the pointer is over it."""
+    """A strip for each x that shows its values, instead of the legend, while the pointer is over it."""
     centres = [float(axes.transData.transform((x, 0))[0]) for x in xs]
     bounds = [LEFT, *((a + b) / 2 for a, b in pairwise(centres)), WIDTH - RIGHT]
     values = [(line.label, dict(line.points)) for line in series]

@@ -47,18 +47,19 @@ def style(number: int) -> tuple[str, str]:
 
 def charts_of(step: Step, comparison: Comparison) -> Iterator[Chart]:
     """Each line of the report's charts as a chart of its own, in which each group has that line."""
-    found: dict[tuple[str, str], tuple[Chart, dict[int, list[Series]]]] = {}
+    drawn: dict[tuple[str, str], tuple[Chart, dict[int, list[Series]]]] = {}
     for number, group in enumerate(comparison.groups, 1):
         for result in group.results:
             for chart in charts(step, read_metrics(result.run.step(step)), result.config):
                 for line in chart.series:
                     if line.points:
-                        _, lines = found.setdefault((chart.title, line.label), (chart, {}))
+                        _, lines = drawn.setdefault((chart.title, line.label), (chart, {}))
                         lines.setdefault(number, []).append(line)
-    for (title, label), (chart, by_number) in found.items():
-        several = sum(name == title for name, _ in found) > 1
-        drawn = [line for number, lines in by_number.items() for line in of_group(number, lines)]
-        yield replace(chart, title=f"{title}: {label}" if several else title, series=drawn, has_legend=False, marks=())
+    for (title, label), (chart, by_number) in drawn.items():
+        several = sum(name == title for name, _ in drawn) > 1
+        of_groups = [line for number, lines in by_number.items() for line in of_group(number, lines)]
+        named = f"{title}: {label}" if several else title
+        yield replace(chart, title=named, series=of_groups, has_legend=False, marks=())
 
 
 def of_group(number: int, lines: Sequence[Series]) -> list[Series]:
@@ -67,7 +68,7 @@ def of_group(number: int, lines: Sequence[Series]) -> list[Series]:
     if len(lines) == 1:
         return [Series(str(number), lines[0].points, colour, line=kind)]
     values = [dict(line.points) for line in lines]
-    shared = [x for x, _ in lines[0].points if all(x in each for each in values)]
-    together = [(x, mean(each[x] for each in values)) for x in shared]
+    shared = [x for x, _ in lines[0].points if all(x in line for line in values)]
+    together = [(x, mean(line[x] for line in values)) for x in shared]
     parts = [Series(str(number), line.points, colour, line=kind, is_part=True) for line in lines]
     return [*parts, Series(str(number), together, colour, line=kind)]

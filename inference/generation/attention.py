@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from inference.families import backbone_of, layer_kinds, layer_values, text_config
 from inference.generation.cpu import CausalAttention, Exactness, plain_attention, with_more
-from inference.generation.kv_cache import KVCache, Places
+from inference.generation.kv_cache import CachePositions, KVCache
 from inference.private_surfaces import attention_of, goes_through_interface, set_attention
 
 PACKED_ATTENTION = "rlhf_chat_packed"
@@ -56,7 +56,7 @@ class Tokens(Protocol):
 
 
 class Sequences:
-    """Whole sequences, causal each. With a cache their keys and values are kept in the given rows."""
+    """Whole sequences, causal each. With a cache their keys and values are stored in the given rows."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Sequences:
         self._bounds: Tensor | None = None
 
     def positions(self, device: torch.device) -> Tensor:
-        """Each token's place in its sequence, int64 (1, tokens)."""
+        """Each token's position in its sequence, int64 (1, tokens)."""
         return torch.cat([torch.arange(length) for length in self.lengths])[None].to(device, non_blocking=True)
 
     def attend(
@@ -138,8 +138,8 @@ class Sequences:
 class NextTokens:
     """One token of each of the first rows of a cache; it sees its row and itself."""
 
-    def __init__(self, cache: KVCache, places: Places, exact: Exactness | None = None):
-        self.cache, self.places, self.exact = cache, places, exact
+    def __init__(self, cache: KVCache, positions: CachePositions, exact: Exactness | None = None):
+        self.cache, self.positions, self.exact = cache, positions, exact
 
     def attend(
         self,
@@ -151,13 +151,13 @@ class NextTokens:
         window: int | None,
         dropout: float = 0.0,
     ) -> Tensor:
-        """Without dropout, whatever is asked: only training has it."""
-        rows, more = self.places.rows, query.shape[1] - self.places.rows
+        """Dropout is ignored: only training has it."""
+        rows, more = self.positions.rows, query.shape[1] - self.positions.rows
         query, key, value = (t[:, :rows].transpose(0, 1) for t in (query, key, value))
-        keys, values = self.cache.append(layer, key[:, :, None], value[:, :, None], self.places)
+        keys, values = self.cache.append(layer, key[:, :, None], value[:, :, None], self.positions)
         # query heads that share a key head become its queries: no key is copied
         queries = query.reshape(rows, keys.shape[1], -1, query.shape[-1]).to(keys.dtype)
-        mask = self.places.mask(window, keys.dtype)
+        mask = self.positions.mask(window, keys.dtype)
         if self.exact is None:
             seen = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
         else:
@@ -238,8 +238,8 @@ def causal(
     length = query.shape[-2]
     if window is None or window >= length:
         return scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
-    place = torch.arange(length, device=query.device)
-    distance = place[:, None] - place
+    position = torch.arange(length, device=query.device)
+    distance = position[:, None] - position
     seen = (distance >= 0) & (distance < window)
     return scaled_dot_product_attention(query, key, value, seen, dropout_p=dropout, scale=scale)
 
@@ -268,8 +268,7 @@ def packed_attention(
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
-_PACKS: dict[tuple[type[nn.Module], str], bool] = {}
-"""By class and configuration."""
+_PACKS: dict[tuple[type[nn.Module], str], bool] = {}  # (class, configuration) -> whether such models can be packed
 
 
 def can_pack(model: nn.Module) -> bool:

@@ -39,8 +39,9 @@ class Exactness:
     rows: int = 1
     """Tokens of a forward pass are filled up to a multiple of this."""
     queries: int = 1
-    """Of one product with the keys of a head."""
+    """Queries in one product with the keys of a head are filled up to a multiple of this."""
     keys: int = 1
+    """Keys that attention runs over are filled up to a multiple of this."""
     summed: int = 2**20
     """Keys that one product adds up, at most: beyond some number libraries divide them into parts of like size."""
     blocked: bool = True
@@ -113,15 +114,15 @@ class CausalAttention(torch.autograd.Function):
             weights = attention_weights(queries, keys, part.mask, 1)
             scores = softmax_backward(onto @ values.mT, weights)
             part.put(of_query, scores @ keys)
-            for sums, each in zip(part.seen(of_key, of_value), (scores.mT @ queries, weights.mT @ onto), strict=True):
-                sums += each
+            for sums, terms in zip(part.seen(of_key, of_value), (scores.mT @ queries, weights.mT @ onto), strict=True):
+                sums += terms
         length = query.shape[-2]
         return of_query * ctx.scale, *(t[..., :length, :].to(query.dtype) for t in (of_key, of_value)), None, None, None
 
 
 @dataclass(frozen=True)
 class Part:
-    """Queries at places `start` .. `end` of each sequence, over its first `keys` keys."""
+    """Queries at positions `start` .. `end` of each sequence, over its first `keys` keys."""
 
     start: int
     end: int
@@ -129,19 +130,19 @@ class Part:
     mask: Tensor
 
     def of(self, queries: Tensor) -> Tensor:
-        """Those of all heads that share a key head, one behind the other: (n, key heads, m, head)."""
+        """The queries of heads that share a key head, one behind the other: (n, key heads, m, head)."""
         return queries[..., self.start : self.end, :].flatten(2, 3)
 
     def put(self, queries: Tensor, values: Tensor) -> None:
-        """What `of` took, back into its place."""
+        """Put back what `of` took."""
         queries[..., self.start : self.end, :] = values.unflatten(2, (queries.shape[2], -1))
 
     def seen(self, *keys: Tensor) -> list[Tensor]:
-        return [each[..., : self.keys, :] for each in keys]
+        return [tensor[..., : self.keys, :] for tensor in keys]
 
 
 def parts(queries: Tensor, window: int | None, exact: Exactness) -> Iterator[Part]:
-    """Of queries (n, key heads, heads that share one, length, head)."""
+    """Cut queries (n, key heads, heads that share one, length, head) into parts."""
     sharing, length = queries.shape[2:4]
     for start in range(0, length, QUERIES):
         end = min(start + QUERIES, length)
@@ -154,8 +155,8 @@ def parts(queries: Tensor, window: int | None, exact: Exactness) -> Iterator[Par
 def causal_mask(
     start: int, end: int, keys: int, window: int, sharing: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Of queries at places `start` .. `end`, each of which sees the last `window` tokens up to itself, over `keys`;
-    repeated for the heads that share them."""
+    """The mask of queries at positions `start` .. `end` over `keys`, repeated for the heads that share them: each query
+    sees the last `window` tokens up to itself."""
     distance = torch.arange(start, end, device=device)[:, None] - torch.arange(keys, device=device)
     hidden = (distance < 0) | (distance >= window)
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat(sharing, 1)
@@ -170,7 +171,7 @@ free now: a resumed run must compute as the first one did."""
 
 
 class BlockedWeights:
-    """The weights of a model's linear layers in blocked order, or nothing where that cannot be had or is too large.
+    """The weights of a model's linear layers in blocked order, or nothing where that is unavailable or too large.
 
     A plain LoRA layer becomes three products, in fp32 the last of which adds itself to the first: with few rows PEFT's
     own steps take longer than the base layer. In bf16 they round as PEFT's do.

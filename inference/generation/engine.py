@@ -23,7 +23,6 @@ from inference.generation.sampler import Draw, Sample, SamplingKey, SamplingSett
 class GenerationStats:
     """The work of generation so far. A row-step is one row of one decode step."""
 
-    slots: int
     samples: int = 0
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
@@ -31,11 +30,6 @@ class GenerationStats:
     response_tokens: int = 0
     decode_steps: int = 0
     row_steps: int = 0
-
-    @property
-    def occupancy(self) -> float:
-        """Share of the slots that worked in a decode step, on average."""
-        return self.row_steps / (self.decode_steps * self.slots) if self.decode_steps else 0.0
 
 
 class Scheduler:
@@ -63,7 +57,7 @@ class Scheduler:
         return admitted
 
     def retire(self) -> list[tuple[int, int]]:
-        """Drop the samples that are over; the last rows move into the gaps. Returns the moves (from row, to row)."""
+        """Remove the finished samples; the last rows move into the gaps. Returns the moves (from row, to row)."""
         return self.drop([sample for sample in self.running if sample.is_over])
 
     def drop(self, samples: Collection[Sample]) -> list[tuple[int, int]]:
@@ -85,7 +79,7 @@ class Scheduler:
 
 
 def same_prompt(a: Sample, b: Sample) -> bool:
-    """Of two samples that have no response yet."""
+    """Whether two samples have the same prompt, and no response yet."""
     if a.response_ids or b.response_ids:
         return False
     return a.prompt_ids is b.prompt_ids or (
@@ -126,7 +120,7 @@ class Decoding:
         self.scheduler, self.cache, self.passes, self.draw, self.stats = scheduler, cache, passes, draw, stats
         self._weights_in_use, self.replay = weights_in_use, replay
         self.work = StepWork()
-        """Of the last step."""
+        """What the last step worked on."""
 
     @property
     def unfinished(self) -> list[Sample]:
@@ -139,7 +133,7 @@ class Decoding:
         return not self.scheduler.waiting and all(sample.is_over for sample in self.scheduler.running)
 
     def step(self, most: int = MOST_STEPS) -> list[Sample]:
-        """The samples that got tokens, each at most `most`; those of them that are over leave. Empty if only moved
+        """The samples that got tokens, each at most `most`; finished ones are removed. Empty if only moved
         samples came in."""
         with torch.inference_mode(), self._weights_in_use():
             self._retire()
@@ -159,24 +153,24 @@ class Decoding:
         None if it has none yet or they are not wanted."""
         self._retire()
         row_of = {id(sample): row for row, sample in enumerate(self.scheduler.running)} if with_cache else {}
-        kept = [
+        caches = [
             self.cache.read(row_of[id(sample)], sample.length - 1) if id(sample) in row_of else None
             for sample in samples
         ]
         for source, target in self.scheduler.drop(samples):
             self._move(source, target)
-        return kept
+        return caches
 
     @torch.inference_mode()
-    def add(self, sample: Sample, kept: Tensor | None) -> None:
-        """Go on with a sample that another engine of the same model began; without `kept`, or if no row is free, what
-        it has so far is prefilled when its turn comes."""
+    def add(self, sample: Sample, cache: Tensor | None) -> None:
+        """Go on with a sample that another engine of the same model began. Without its `cache`, or if no row is free,
+        what it has so far is prefilled when its turn comes."""
         self._retire()
         row = len(self.scheduler.running)
-        if kept is None or row == self.scheduler.slots:
+        if cache is None or row == self.scheduler.slots:
             self.scheduler.waiting.appendleft(sample)
         else:
-            self.cache.write(row, sample.length - 1, kept)
+            self.cache.write(row, sample.length - 1, cache)
             self.scheduler.running.append(sample)
 
     def _retire(self) -> None:
@@ -191,23 +185,23 @@ class Decoding:
         prompt share one pass."""
         first_row = len(self.scheduler.running) - len(admitted)
         leaders = [
-            place for place, sample in enumerate(admitted) if place == 0 or not same_prompt(sample, admitted[place - 1])
+            index for index, sample in enumerate(admitted) if index == 0 or not same_prompt(sample, admitted[index - 1])
         ]
-        prompts = [admitted[place].cached_ids for place in leaders]
-        logits = self.passes.prefill(prompts, [first_row + place for place in leaders])
-        leader_of = [sum(leader <= place for leader in leaders) - 1 for place in range(len(admitted))]
-        for place, leader in enumerate(leader_of):
-            if leaders[leader] != place:
-                self.cache.copy(first_row + leaders[leader], first_row + place, len(admitted[place].prompt_ids))
-        fresh = [place for place, sample in enumerate(admitted) if not sample.response_ids]
-        grown = [admitted[place] for place in fresh]
+        prompts = [admitted[index].cached_ids for index in leaders]
+        logits = self.passes.prefill(prompts, [first_row + index for index in leaders])
+        leader_of = [sum(leader <= index for leader in leaders) - 1 for index in range(len(admitted))]
+        for index, leader in enumerate(leader_of):
+            if leaders[leader] != index:
+                self.cache.copy(first_row + leaders[leader], first_row + index, len(admitted[index].prompt_ids))
+        fresh = [index for index, sample in enumerate(admitted) if not sample.response_ids]
+        grown = [admitted[index] for index in fresh]
         self.work = StepWork(prefilled=sum(map(len, prompts)))
         self.stats.samples += len(grown)
         self.stats.response_tokens += len(grown)
         self.stats.prompt_tokens += sum(len(sample.prompt_ids) for sample in grown)
         self.stats.prefilled_tokens += self.work.prefilled
         if grown:
-            rows = [leader_of[place] for place in fresh]
+            rows = [leader_of[index] for index in fresh]
             self.draw(logits if rows == list(range(len(logits))) else logits[rows], grown)
         return grown
 
@@ -236,7 +230,6 @@ class Decoding:
                     self.stats.response_tokens += 1
 
 
-OnToken = Callable[[Sample], None]
 PREFILL_TOKENS = 4096
 """Prompt tokens in one prefill pass, at most (one prompt always goes)."""
 
@@ -244,7 +237,7 @@ PREFILL_TOKENS = 4096
 class GenerationEngine:
     """Generates with a causal language model of `transformers` that the caller keeps in evaluation mode.
 
-    The memory for keys and values is kept from one call to the next, as long as it is large enough.
+    The memory for keys and values stays from one call to the next, as long as it is large enough.
     """
 
     def __init__(
@@ -263,7 +256,7 @@ class GenerationEngine:
         `graphs` lets decode steps follow each other without the host, on CUDA as graphs (`Replay`). None: on CUDA.
         It is for packed models; others decode as without it. `exact` makes the bits of a token's log-probabilities
         those of any other pass, on a CPU. `room` is (samples, tokens of a sample) of the largest call to come: cache
-        and graphs are made for it, and so are kept from call to call.
+        and graphs are made for it, and so stay from call to call.
         """
         self.model = model
         self.end_ids = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
@@ -273,7 +266,7 @@ class GenerationEngine:
         self.cache = KVCache(0, 0)
         self._blocked: Future[BlockedWeights] | None = None
         self._replay: Replay | None = None
-        self.stats = GenerationStats(slots)
+        self.stats = GenerationStats()
 
     def generate(
         self,
@@ -281,7 +274,6 @@ class GenerationEngine:
         settings: SamplingSettings,
         key: SamplingKey,
         indices: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Iterator[Sample]:
         """Yield each sample when it ends. `indices` name the samples (0, 1, ... by default) and seed their draws.
@@ -293,11 +285,7 @@ class GenerationEngine:
         samples = [Sample(index, prompt, limit) for index, prompt, limit in zip(indices, prompts, limits, strict=True)]
         decoding = self.start(samples, settings, key, may_end=lengths is None)
         while not decoding.is_over:
-            grown = decoding.step(MOST_STEPS if on_token is None else 1)
-            for sample in grown:
-                if on_token is not None:
-                    on_token(sample)
-            yield from (sample for sample in grown if sample.is_over)
+            yield from (sample for sample in decoding.step() if sample.is_over)
 
     def stream(self, prompt: Tensor, settings: SamplingSettings, key: SamplingKey, index: int = 0) -> Iterator[Sample]:
         """Yield the sample of one prompt, growing, after each of its tokens; they are those that `generate` draws."""
@@ -313,7 +301,7 @@ class GenerationEngine:
         may_end: bool = True,
         room: tuple[int, int] = (0, 0),
     ) -> Decoding:
-        """The samples on their way, for callers that want each step in their hands; one at a time.
+        """The samples on their way, for callers that step the decoding themselves; one at a time.
 
         `may_end=False` forbids the end tokens: each sample goes to its limit. `room` is (samples, tokens of a sample)
         to keep free at least, for samples that come from elsewhere.
@@ -329,7 +317,7 @@ class GenerationEngine:
         if not self.cache.fits(slots, capacity):
             most, longest = max(slots, self.room[0]), max(capacity, self.room[1])
             self.cache = KVCache(most, longest, preferred_cache_dtype(self.model, self.exact), self.exact)
-        self.stats = GenerationStats(slots)
+        self.stats = GenerationStats()
         if self.exact is None or self.exact.blocked:
             self.prepare()
         passes = make_passes(self.model, self.cache, self.pad_id, self.exact)
@@ -353,11 +341,11 @@ class GenerationEngine:
         return self._blocked
 
     def weights_changed(self) -> None:
-        """Must be called after the model's weights have changed: their blocked copy is made anew."""
+        """Must be called after the model's weights have changed: their blocked copy is made again."""
         self._blocked = None
 
     def release(self) -> None:
-        """Give back the memory for keys and values, the blocked weights and the graphs; the next call makes them anew.
+        """Give back the memory for keys and values, the blocked weights and the graphs; the next call makes them again.
 
         No samples may be on their way.
         """

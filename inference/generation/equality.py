@@ -119,7 +119,7 @@ class Findings:
     deviations: tuple[Deviation, ...]
     redraws: tuple[Redraw, ...]
     own: Deviation
-    """Of plain from itself, each sample alone against all in one batch: what rounding does to this model."""
+    """How far plain is from itself, each sample alone against all in one batch: what rounding does to this model."""
     tolerance: Tolerance
     """What holds for this model."""
 
@@ -129,7 +129,7 @@ class Findings:
 
     @property
     def wrong_redraws(self) -> list[Redraw]:
-        """In 16 bit rounding differs between batch sizes, so that draws may."""
+        """Draws that are not the same; in 16 bit none counts, as rounding differs between batch sizes."""
         return [] if self.tolerance.of_mean else [redraw for redraw in self.redraws if redraw.same < redraw.samples]
 
     @property
@@ -144,7 +144,7 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """A sentence with the largest deviation and its place."""
+        """A sentence with the largest deviation and where it is."""
         worst, limit = self.worst, f"{self.tolerance.limit:.2g} is allowed"
         if self.tolerance.of_mean:
             size = f"the largest mean deviation is {worst.mean:.2g} ({worst.name}; at most {worst.largest:.2g}, "
@@ -157,13 +157,6 @@ class Findings:
             wrong = self.wrong_redraws[0]
             return f"NOT equal: {wrong.samples - wrong.same} of {wrong.samples} {wrong.name} differ; {text}."
         return f"equal: {text}."
-
-
-def check_equality(
-    model: nn.Module, plain: nn.Module, work: Work, tolerance: Tolerance, training: TrainingLogprobs | None = None
-) -> Findings:
-    """`model` generates, `plain` of transformers judges; both in evaluation mode, they may be the same module."""
-    return compare(generate(model, work), plain, work, tolerance, training)
 
 
 def generate(model: nn.Module, work: Work) -> Generated:
@@ -201,7 +194,8 @@ def compare(
 ) -> Findings:
     """Put what was generated beside a forward pass of `plain`, and beside the forward pass of `training`.
 
-    `tolerance` is that of a model whose rounding is unknown.
+    `plain` is in evaluation mode and may be the module that generated. `tolerance` is that of a model whose rounding is
+    unknown.
     """
     greedy, sampled = generated.greedy, generated.sampled
     forced = [list(plain_logprobs(plain, samples, work.pad_id)) for samples in (greedy, sampled)]
@@ -239,7 +233,7 @@ def training_gap(model: nn.Module, work: Work, training: TrainingLogprobs, exact
 def up_to_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens up to the first stop token and with it; all where there is none."""
     stops = set(stop_ids)
-    first = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    first = next((index for index, token in enumerate(ids) if token in stops), len(ids))
     return ids[: first + 1]
 
 
@@ -257,8 +251,8 @@ def plain_logprobs(plain: nn.Module, samples: Sequence[Sample], pad_id: int) -> 
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     device = next(plain.parameters()).device
     inputs = {name: values.to(device) for name, values in inputs.items()}
-    kept = {"logits_to_keep": max(len(s.response_ids) for s in samples) + 1} if "logits_to_keep" in accepted else {}
-    logits = called(**inputs, **kept, use_cache=False).logits  # rows end at the right
+    fewer = {"logits_to_keep": max(len(s.response_ids) for s in samples) + 1} if "logits_to_keep" in accepted else {}
+    logits = called(**inputs, **fewer, use_cache=False).logits  # rows end at the right
     for row, sample in zip(logits, samples, strict=True):
         count = len(sample.response_ids)
         logprobs = row[-count - 1 : -1].float().log_softmax(-1).cpu()
@@ -277,14 +271,14 @@ def left_pad(sequences: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def differences(samples: Sequence[Sample], logprobs: Sequence[Tensor]) -> list[Tensor]:
-    """Between the engine's log-probabilities and others, (response) for each sample."""
+    """How far the engine's log-probabilities are from others, (response) for each sample."""
     return [(torch.tensor(s.logprobs) - other).abs() for s, other in zip(samples, logprobs, strict=True)]
 
 
 def deviation(name: str, samples: Sequence[Sample], values: Sequence[Tensor]) -> Deviation:
-    """Of values (response) for each sample, all at least 0."""
+    """Summarise values (response) of each sample, all at least 0."""
     flat = torch.cat(list(values)).double()
-    place = int(flat.argmax())  # NaN counts as the largest
-    sample, number = [(sample, n) for sample, own in zip(samples, values, strict=True) for n in range(len(own))][place]
+    index = int(flat.argmax())  # NaN counts as the largest
+    sample, number = [(sample, n) for sample, own in zip(samples, values, strict=True) for n in range(len(own))][index]
     where = f"token {number + 1} after prompt {sample.index + 1} of {len(sample.prompt_ids)} tokens"
-    return Deviation(name, len(flat), float(flat.mean()), float(flat[place]), where)
+    return Deviation(name, len(flat), float(flat.mean()), float(flat[index]), where)

@@ -12,7 +12,7 @@ from inference.generation.cpu import Exactness
 class KVCache:
     """Bounded memory: `slots` samples of at most `capacity` tokens. A layer's part is made when it first writes.
 
-    `dtype` is what keys and values are kept in; None keeps the model's. On a CPU fused attention with one query is
+    `dtype` is what keys and values are stored in; None takes the model's. On a CPU fused attention with one query is
     several times faster in fp32 than in bf16, so there fp32 is the better choice whatever the weights are. Plain
     products copy what does not lie in one piece: with `exact` a layer's part is as long as its longest row.
     """
@@ -28,7 +28,7 @@ class KVCache:
         return sum(t.numel() * t.element_size() for part in (self.keys, self.values) for t in part.values())
 
     def release(self) -> None:
-        """Give the memory back; a layer's part is made anew when it next writes."""
+        """Give the memory back; a layer's part is made again when it next writes."""
         self.keys.clear()
         self.values.clear()
 
@@ -55,64 +55,65 @@ class KVCache:
 
     def write_prompts(self, layer: int, keys: Tensor, values: Tensor, rows: Sequence[int], lengths: Sequence[int]):
         """Store whole prompts, which lie one behind the other in `keys` and `values` (heads, tokens, head)."""
-        kept_keys, kept_values = self._layer(layer, keys, values, self._held(layer, lengths))
+        cached_keys, cached_values = self._layer(layer, keys, values, self._held(layer, lengths))
         start = 0
         for row, length in zip(rows, lengths, strict=True):
-            kept_keys[row, :, :length] = keys[:, start : start + length]
-            kept_values[row, :, :length] = values[:, start : start + length]
+            cached_keys[row, :, :length] = keys[:, start : start + length]
+            cached_values[row, :, :length] = values[:, start : start + length]
             start += length
 
-    def append(self, layer: int, keys: Tensor, values: Tensor, place: "Places") -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, keys: Tensor, values: Tensor, positions: "CachePositions") -> tuple[Tensor, Tensor]:
         """Store one token a row, (rows, heads, 1, head) each; returns the rows' keys and values up to the longest."""
-        kept_keys, kept_values = self._layer(layer, keys, values, place.longest)
-        if place.is_level:  # all rows are equally long: a slice is cheaper than an index
-            end = place.longest
-            kept_keys[: place.rows, :, end - 1 : end] = keys
-            kept_values[: place.rows, :, end - 1 : end] = values
+        cached_keys, cached_values = self._layer(layer, keys, values, positions.longest)
+        if positions.is_level:  # all rows are equally long: a slice is cheaper than an index
+            end = positions.longest
+            cached_keys[: positions.rows, :, end - 1 : end] = keys
+            cached_values[: positions.rows, :, end - 1 : end] = values
         else:
-            kept_keys[place.index, :, place.positions] = keys[:, :, 0].to(kept_keys.dtype)
-            kept_values[place.index, :, place.positions] = values[:, :, 0].to(kept_values.dtype)
-        return kept_keys[: place.rows, :, : place.longest], kept_values[: place.rows, :, : place.longest]
+            cached_keys[positions.index, :, positions.next] = keys[:, :, 0].to(cached_keys.dtype)
+            cached_values[positions.index, :, positions.next] = values[:, :, 0].to(cached_values.dtype)
+        rows, longest = positions.rows, positions.longest
+        return cached_keys[:rows, :, :longest], cached_values[:rows, :, :longest]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give row `target` the first `length` tokens of row `source`."""
         for part in (self.keys, self.values):
-            for kept in part.values():
-                kept[target, :, :length] = kept[source, :, :length]
+            for tensor in part.values():
+                tensor[target, :, :length] = tensor[source, :, :length]
 
     def read(self, row: int, length: int) -> Tensor:
         """Keys and values of the first `length` tokens of a row, layer by layer in one row of numbers (n)."""
-        parts = [kept[layer][row, :, :length] for layer in sorted(self.keys) for kept in (self.keys, self.values)]
-        return torch.cat([part.flatten() for part in parts])
+        parts = [part[layer][row, :, :length] for layer in sorted(self.keys) for part in (self.keys, self.values)]
+        return torch.cat([tensor.flatten() for tensor in parts])
 
     def empty(self, length: int) -> Tensor:
         """Room for what `read` gives for `length` tokens; layers must have been made."""
-        layers = [kept for part in (self.keys, self.values) for kept in part.values()]
-        numbers = sum(kept.shape[1] * length * kept.shape[3] for kept in layers)
+        layers = [tensor for part in (self.keys, self.values) for tensor in part.values()]
+        numbers = sum(tensor.shape[1] * length * tensor.shape[3] for tensor in layers)
         return torch.empty(numbers, dtype=layers[0].dtype, device=layers[0].device)
 
     def write(self, row: int, length: int, numbers: Tensor) -> None:
         """Store what `read` gave; layers must have been made."""
         start = 0
         for layer in sorted(self.keys):
-            for kept in self._layer(layer, self.keys[layer], self.values[layer], self._held(layer, [length])):
-                place = kept[row, :, :length]
-                place.copy_(numbers[start : start + place.numel()].view_as(place))
-                start += place.numel()
+            for tensor in self._layer(layer, self.keys[layer], self.values[layer], self._held(layer, [length])):
+                target = tensor[row, :, :length]
+                target.copy_(numbers[start : start + target.numel()].view_as(target))
+                start += target.numel()
 
 
-class Places:
-    """Where the next token of each row goes: row i is `positions[i]` tokens long so far."""
+class CachePositions:
+    """Where the next token of each row goes: row i is `next[i]` tokens long so far."""
 
-    def __init__(self, positions: Tensor, longest: int, is_level: bool):
-        """From int64 (rows). No row sees beyond its first `longest` tokens; `is_level` says that all see just these."""
-        self.positions, self.longest, self.is_level = positions, longest, is_level
-        self.rows = len(positions)
-        self.index = torch.arange(self.rows, device=positions.device)
+    def __init__(self, next: Tensor, longest: int, is_level: bool):
+        """`next` is int64 (rows). No row sees beyond its first `longest` tokens; `is_level`: all see just these."""
+        self.next, self.longest, self.is_level = next, longest, is_level
+        self.rows = len(next)
+        self.index = torch.arange(self.rows, device=next.device)
         self._masks: dict[int | None, Tensor | None] = {}
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, exact: Exactness | None = None) -> "Places":
+    def of(cls, lengths: Sequence[int], device: torch.device, exact: Exactness | None = None) -> "CachePositions":
         longest = max(lengths) + 1
         longest = longest if exact is None else exact.seen(longest)
         return cls(torch.tensor(lengths, device=device), longest, is_level=min(lengths) + 1 == longest)
@@ -125,10 +126,10 @@ class Places:
             if self.is_level and not narrow:
                 self._masks[window] = None
             else:
-                place = torch.arange(self.longest, device=self.positions.device)
-                seen = place <= self.positions[:, None]
+                position = torch.arange(self.longest, device=self.next.device)
+                seen = position <= self.next[:, None]
                 if window is not None:
-                    seen &= place > self.positions[:, None] - window
+                    seen &= position > self.next[:, None] - window
                 mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
                 self._masks[window] = mask[:, None, None]
         return self._masks[window]

@@ -24,7 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 from inference.families import require_supported_family
 from inference.generation.attention import NextTokens, Sequences, Tokens, can_pack, packed
 from inference.generation.cpu import Exactness, filled, with_more
-from inference.generation.kv_cache import KVCache, Places
+from inference.generation.kv_cache import CachePositions, KVCache
 from inference.generation.sampler import Draw, RowKeys, Sample, SamplingSettings
 
 LEAST = 1 / 16
@@ -37,35 +37,35 @@ class Prefixes:
 
     sequences: Sequences
     computed: Tensor
-    """Places of the tokens that it holds in the row of all tokens, int64 (computed tokens)."""
+    """Indices of the tokens that it holds in the row of all tokens, int64 (computed tokens)."""
     stands_for: Tensor
-    """For each of all tokens the place of the computed one that is the same, int64 (tokens)."""
+    """The index, for each of all tokens, of the computed one that is the same, int64 (tokens)."""
 
     @classmethod
     def of(
         cls, sequences: Sequences, ids: Iterable[int], device: torch.device, apart: Collection[int] = ()
     ) -> "Prefixes | None":
-        """Of all token ids; None where too little is repeated. `device` is that of the model.
+        """Look for repeats in all token ids; None where there are too few. `device` is that of the model.
 
-        Tokens at the places `apart` are computed for each sequence.
+        Tokens at the indices `apart` are computed for each sequence.
         """
         own = set(apart)
-        found: dict[tuple[int, int], int] = {}  # the computed token before, the token -> the computed token
+        computed_of: dict[tuple[int, int], int] = {}  # the computed token before, the token -> the computed token
         computed: list[int] = []
         stands_for: list[int] = []
         tokens = iter(ids)
         for length in sequences.lengths:
             last = -1
             for token in itertools.islice(tokens, length):
-                place = len(stands_for)
-                last = found.setdefault((last, -1 - place if place in own else token), len(computed))
+                index = len(stands_for)
+                last = computed_of.setdefault((last, -1 - index if index in own else token), len(computed))
                 if last == len(computed):
-                    computed.append(place)
+                    computed.append(index)
                 stands_for.append(last)
         if len(computed) > (1 - LEAST) * len(stands_for):
             return None
-        places = (torch.tensor(each).to(device, non_blocking=True) for each in (computed, stands_for))
-        return cls(sequences, *places)
+        tensors = (torch.tensor(indices).to(device, non_blocking=True) for indices in (computed, stands_for))
+        return cls(sequences, *tensors)
 
     def attend(
         self,
@@ -82,12 +82,12 @@ class Prefixes:
         return with_more(seen, 3, query.shape[1] - len(self.computed))
 
 
-def at(tokens: Tensor, places: Tensor) -> Tensor:
+def at(tokens: Tensor, indices: Tensor) -> Tensor:
     """(tokens, ...), int64 (n) -> (n, ...). Gradients of a token that is taken more than once are added in fp32, always
     in the same order."""
     rows = tokens.flatten(1)
-    found = embedding(places, rows.float() if rows.requires_grad else rows)
-    return found.to(tokens.dtype).unflatten(1, tokens.shape[1:])
+    taken = embedding(indices, rows.float() if rows.requires_grad else rows)
+    return taken.to(tokens.dtype).unflatten(1, tokens.shape[1:])
 
 
 class Passes(Protocol):
@@ -126,7 +126,7 @@ def preferred_cache_dtype(model: nn.Module, exact: Exactness | None) -> torch.dt
 def packed_logits(
     model: Any, ids: Tensor, positions: Tensor, tokens: Tokens, wanted: Tensor, exact: Exactness | None = None
 ) -> Tensor:
-    """Of a model that takes packed rows: ids and positions (1, tokens), places int64 (n) -> (n, vocabulary)."""
+    """Run a model that takes packed rows: ids and positions (1, tokens), indices int64 (n) -> (n, vocabulary)."""
     count, rows = len(wanted), 1 if exact is None else exact.rows
     ids, positions, wanted = filled(ids, rows), filled(positions, rows), filled(wanted, rows)
     output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, tokens=tokens)
@@ -151,12 +151,12 @@ class PackedPasses:
         return self._logits(ids[None], positions, prefixes or sequences, last)
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        return self.decode_at(tokens, Places.of(lengths, self.device, self.exact))
+        return self.decode_at(tokens, CachePositions.of(lengths, self.device, self.exact))
 
-    def decode_at(self, tokens: Tensor, places: Places) -> Tensor:
-        """`decode` for places that are on the device already."""
-        next_tokens = NextTokens(self.cache, places, self.exact)
-        return self._logits(tokens[None], places.positions[None], next_tokens, places.index)
+    def decode_at(self, tokens: Tensor, positions: CachePositions) -> Tensor:
+        """`decode` for positions that are on the device already."""
+        next_tokens = NextTokens(self.cache, positions, self.exact)
+        return self._logits(tokens[None], positions.next[None], next_tokens, positions.index)
 
     def _logits(self, ids: Tensor, positions: Tensor, tokens: Tokens, wanted: Tensor) -> Tensor:
         with packed(self.model):
@@ -186,11 +186,11 @@ class PaddedPasses:
         return logits[index, torch.tensor(lengths, device=logits.device) - 1]
 
     def decode(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        places = Places.of(lengths, self.device)
-        place = torch.arange(places.longest, device=self.device)
-        mask = (place >= places.longest - 1 - places.positions[:, None]).long()  # rows end at the right
-        slots = Cache(layers=[SlotLayer(self.cache, layer, places) for layer in self.cache.keys])
-        return self._logits(tokens[:, None], mask, places.positions[:, None], slots)[:, -1]
+        positions = CachePositions.of(lengths, self.device)
+        column = torch.arange(positions.longest, device=self.device)
+        mask = (column >= positions.longest - 1 - positions.next[:, None]).long()  # rows end at the right
+        slots = Cache(layers=[SlotLayer(self.cache, layer, positions) for layer in self.cache.keys])
+        return self._logits(tokens[:, None], mask, positions.next[:, None], slots)[:, -1]
 
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         optional = {"position_ids": positions} if "position_ids" in self.accepted else {}
@@ -201,27 +201,27 @@ class SlotLayer(CacheLayerMixin):
     """One layer of a KVCache as the models of transformers want it while one token a row is added: rows that end at
     the right, so that a family's own sliding windows count from each row's newest token."""
 
-    def __init__(self, cache: KVCache, layer: int, places: Places):
+    def __init__(self, cache: KVCache, layer: int, positions: CachePositions):
         super().__init__()
-        self.cache, self.layer, self.places = cache, layer, places
+        self.cache, self.layer, self.positions = cache, layer, positions
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the cache is there."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        places = self.places
-        keys, values = self.cache.append(self.layer, key_states, value_states, places)
-        if places.is_level:
+        positions = self.positions
+        keys, values = self.cache.append(self.layer, key_states, value_states, positions)
+        if positions.is_level:
             return keys, values
-        shift = places.longest - 1 - places.positions[:, None]  # (rows, 1)
-        source = (torch.arange(places.longest, device=keys.device) - shift).clamp_(min=0)[:, None, :, None]
+        shift = positions.longest - 1 - positions.next[:, None]  # (rows, 1)
+        source = (torch.arange(positions.longest, device=keys.device) - shift).clamp_(min=0)[:, None, :, None]
         return keys.gather(2, source.expand_as(keys)), values.gather(2, source.expand_as(values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.places.longest, 0
+        return self.positions.longest, 0
 
     def get_seq_length(self) -> int:
-        return self.places.longest - 1
+        return self.positions.longest - 1
 
     def get_max_length(self) -> int:
         return self.cache.capacity
@@ -266,7 +266,7 @@ class Replay:
         self.addresses = addresses(passes)
         self.captures = can_capture(self.device)
         self.graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
-        # of each row: newest token, its place; tokens of the response, of this run; sample, seed, iteration
+        # of each row: newest token, its position; tokens of the response, of this run; sample, seed, iteration
         self.state = torch.zeros(7, self.cache.slots, dtype=torch.int64, device=self.device)
         # tokens and log-probabilities of a run; tokens are exact in float64, and one tensor is read at once
         self.drawn = torch.zeros(2, MOST_STEPS, self.cache.slots, dtype=torch.float64, device=self.device)
@@ -291,8 +291,8 @@ class Replay:
         """One token for rows 0 .. rows-1, none longer than `context` with it; made from `state` and left there for
         the next step. Nothing in it may depend on what only the device knows."""
         state = self.state[:, :rows]
-        token, place, position, number, sample, seed, iteration = state
-        logits = self.passes.decode_at(token, Places(place, context, is_level=False))
+        token, end, position, number, sample, seed, iteration = state
+        logits = self.passes.decode_at(token, CachePositions(end, context, is_level=False))
         tokens, logprobs = draw.tokens(logits, RowKeys(seed, iteration), sample, position)
         drawn = torch.stack((tokens.double(), logprobs.double()))[:, None]  # (2, 1, rows)
         self.drawn[:, :, :rows].scatter_(1, number.expand_as(drawn), drawn)
@@ -326,7 +326,7 @@ class Replay:
         return self.graphs[key].replay
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """As torch's notes on CUDA graphs say: warmed up on a side stream, and captured there."""
+        """Warm up on a side stream and capture there, as torch's notes on CUDA graphs say."""
         graph = torch.cuda.CUDAGraph()
         loaded, current = self.state.clone(), torch.cuda.current_stream(self.device)
         self._side.wait_stream(current)
@@ -355,7 +355,7 @@ def can_capture(device: torch.device) -> bool:
 
 
 def addresses(passes: PackedPasses) -> tuple[int, ...]:
-    """Of the model's parameters and buffers."""
+    """The addresses of the model's parameters and buffers."""
     return tuple(tensor.data_ptr() for part in (passes.model.parameters(), passes.model.buffers()) for tensor in part)
 
 

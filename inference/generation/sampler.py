@@ -40,7 +40,7 @@ class Sample:
     limit: int
     """Most tokens of the response."""
     response_ids: list[int] = field(default_factory=list)
-    """With the token that ended it, if it ended."""
+    """Tokens drawn so far; the one that ended it is the last."""
     logprobs: list[float] = field(default_factory=list)
     """log p of each response token under the distribution that it was drawn from, temperature included."""
     ended: bool = False
@@ -144,7 +144,7 @@ def log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def likeliest(logits: Tensor, settings: SamplingSettings, count: int) -> list[list[tuple[int, float]]]:
-    """Of each row the tokens that could be drawn, the likeliest first, at most `count`, and their log-probabilities.
+    """The tokens of each row that could be drawn, the likeliest first, at most `count`, and their log-probabilities.
 
     Those that `sample_tokens` returns are among them, to the bit.
     """
@@ -196,7 +196,7 @@ class Draw:
         self.settings, self.key, self.end_ids, self.may_end = settings, key, end_ids, may_end
 
     def __call__(self, logits: Tensor, samples: list[Sample]) -> None:
-        """From logits (samples, vocabulary)."""
+        """Draw from logits (samples, vocabulary)."""
         names = torch.tensor([[sample.index, len(sample.response_ids)] for sample in samples], device=logits.device)
         tokens, logprobs = self.tokens(logits, self.key, names[:, 0], names[:, 1])
         for sample, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -224,7 +224,7 @@ class OwnSample(Sample):
     alternatives: int = 0
     """Tokens beside which each drawn one is to be seen."""
     likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
-    """Of each response token so many likeliest ones with their log-probabilities, where `alternatives` are wanted."""
+    """The likeliest tokens beside each response token with their log-probabilities, where `alternatives` are wanted."""
 
 
 class OwnDraw(Draw):

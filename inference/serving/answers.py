@@ -89,7 +89,7 @@ class Delta:
     choice: int
     text: str
     finish: str | None = None
-    """With the last one: `stop` or `length`."""
+    """`stop` or `length`, with the last one."""
     logprobs: dict[str, Any] | None = None
     """The protocol's, of the tokens of the text, where they are asked for."""
 

@@ -251,7 +251,7 @@ async def show_error(request: Request, error: Exception) -> Response:
 
 
 async def show_http_error(request: Request, error: Exception) -> Response:
-    """For errors of Starlette: a path or a method that does not exist."""
+    """Answer for a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
     there = "GET /v1/models, POST /v1/chat/completions, GET /health and the pages at / and /prefer"
     message = f"There is no {request.method} {request.url.path[:80]} here; there are {there}."

@@ -41,10 +41,10 @@ function element(tag, className, text) {
 const INLINE = /\\([\\`*_])|(`+)(?!`)(.*?[^`])\2(?!`)|\*\*(?=[^\s*])(.*?[^\s*])\*\*|(?<![\w*])\*(?=[^\s*])(.*?[^\s*])\*(?![\w*])|(?<![\w_])_(?=[^\s_])(.*?[^\s_])_(?![\w_])/gs;
 function inline(node, text) {
   let end = 0;
-  for (const found of text.matchAll(INLINE)) {
-    const [whole, escaped, , code, bold, starred, underlined] = found;
-    node.append(text.slice(end, found.index));
-    end = found.index + whole.length;
+  for (const match of text.matchAll(INLINE)) {
+    const [whole, escaped, , code, bold, starred, underlined] = match;
+    node.append(text.slice(end, match.index));
+    end = match.index + whole.length;
     if (escaped) node.append(escaped);
     else if (code) node.append(element("code", "", code));
     else node.append(inline(element(bold ? "strong" : "em", "", ""), bold || starred || underlined));

@@ -15,7 +15,7 @@ from inference.serving.request import ApiError, ChatRequest, PairRequest, Prefer
 from inference.serving.service import Service
 
 MOST_PAIRS = 1000
-"""That wait for a preference, and that had one; older ones are forgotten."""
+"""So many pairs that wait for a preference, and that had one, are remembered; older ones are forgotten."""
 Result = TypeVar("Result")
 
 

@@ -115,10 +115,10 @@ def make_room(connections: Collection[Any]) -> None:
         min(still_open, key=lambda connection: connection.since).transport.abort()
 
 
-def most_connections(places: int) -> int:
-    """Those of `places` answers and 1024 others, but at most half of the process's file descriptors."""
+def most_connections(answers: int) -> int:
+    """Those of so many answers and 1024 others, but at most half of the process's file descriptors."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(1024 + places, descriptors // 2)
+    return min(1024 + answers, descriptors // 2)
 
 
 class Server(uvicorn.Server):
@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
         connections: int | None = None,
     ):
         """`ready` is called when requests are taken; `grace` is in seconds; `connections` is the most at a time."""
-        most = connections or most_connections(service.limits.places * len(service.desks))
+        most = connections or most_connections(service.limits.capacity * len(service.desks))
         super().__init__(
             uvicorn.Config(
                 app,

@@ -171,7 +171,7 @@ class Limits:
     """Tokens of an answer."""
 
     @property
-    def places(self) -> int:
+    def capacity(self) -> int:
         return self.slots + self.queue
 
 
@@ -184,15 +184,15 @@ class Desk:
         self.format: ChatFormat = deepcopy(model.format)  # a tokenizer must not be used in two threads
         self.logprobs = Logprobs(model.format.tokenizer)  # for the worker's thread
         self.taken = 0
-        """Places of answers that are drawn or wait."""
+        """Answers that are drawn or wait."""
         self.seconds: deque[float] = deque(maxlen=32)
         """What the last answers took, waiting included."""
         self.created = int(time.time())
 
     def retry_after(self, limits: Limits) -> int:
-        """Seconds in which a place should fall free, from the last answers."""
+        """Seconds until there should be room for an answer, from the last ones."""
         mean = sum(self.seconds) / len(self.seconds) if self.seconds else 1.0
-        return min(LONGEST_WAIT, max(1, math.ceil(mean / limits.places)))
+        return min(LONGEST_WAIT, max(1, math.ceil(mean / limits.capacity)))
 
 
 def tokenize(desk: Desk, request: ChatRequest, wanted: int | None) -> tuple[Prompt, list[int]]:
@@ -212,7 +212,7 @@ class Service:
         self.limits = limits
         self.desks = {name: Desk(model, limits) for name, model in models.items()}
         self.is_closing = False
-        self._started: dict[Completion, tuple[Desk, float]] = {}  # those that have places, and when they came
+        self._started: dict[Completion, tuple[Desk, float]] = {}  # those that are drawn or wait, and when they came
         self._worker = Worker([desk.lane for desk in self.desks.values()], self._pass_to_loop)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
@@ -259,7 +259,7 @@ class Service:
             raise ApiError(400, message, name, "invalid_value")
         if self.is_closing:
             raise ApiError(503, CLOSING)
-        if desk.taken + request.n > self.limits.places:
+        if desk.taken + request.n > self.limits.capacity:
             wait = desk.retry_after(self.limits)
             message = f"The server is busy: {desk.taken} answers are on their way; try again in {wait} s."
             raise ApiError(429, message, code="busy", headers={"retry-after": str(wait)})

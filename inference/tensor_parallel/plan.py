@@ -69,8 +69,8 @@ class Heads:
         size = one_for_all_layers(config, "head_dim") or text_config(config).hidden_size // query
         return cls(query, one_for_all_layers(config, "num_key_value_heads") or query, size)
 
-    def kept_keys(self, rank: int, size: int) -> list[int]:
-        """The key/value heads that a rank keeps, one for each equally large group of its query heads."""
+    def local_keys(self, rank: int, size: int) -> list[int]:
+        """The key/value heads that a rank has, one for each equally large group of its query heads."""
         mine = range(rank * self.query // size, (rank + 1) * self.query // size)
         used = [head // (self.query // self.key_value) for head in mine]
         if self.key_value % size == 0 or size % self.key_value == 0:

@@ -217,7 +217,7 @@ def copy_structure(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def cuts_of(model: nn.Module, tensor_parallel: TensorParallel) -> dict[int, Cut]:
-    """The cut of each parameter that is not kept whole, by the parameter's id (tied parameters are one).
+    """The cut of each parameter that is not whole, by the parameter's id (tied parameters are one).
 
     Raises UserError if the model cannot be cut.
     """
@@ -238,7 +238,7 @@ def cuts_of(model: nn.Module, tensor_parallel: TensorParallel) -> dict[int, Cut]
         if kind == "row":
             cuts.update(layer_cuts(name, layer, even(inputs, rank, size), by_input=True))
         elif kind == "key_value":
-            ranges = tuple((head * heads.size, heads.size) for head in heads.kept_keys(rank, size))
+            ranges = tuple((head * heads.size, heads.size) for head in heads.local_keys(rank, size))
             cuts.update(layer_cuts(name, layer, ranges))
         else:
             cuts.update(layer_cuts(name, layer, even(outputs, rank, size, blocks)))
@@ -350,7 +350,7 @@ def set_outputs(layer: Any) -> None:
 def count_local_heads(attention: Any, heads: Heads, tensor_parallel: TensorParallel) -> None:
     """Set the numbers that an attention module of any family keeps of its heads."""
     query = heads.query // tensor_parallel.size
-    key_value = len(heads.kept_keys(tensor_parallel.rank, tensor_parallel.size))
+    key_value = len(heads.local_keys(tensor_parallel.rank, tensor_parallel.size))
     local = dict.fromkeys(_QUERY_HEADS, query) | dict.fromkeys(_WIDTHS, query * heads.size)
     local |= {"num_key_value_heads": key_value, "num_key_value_groups": query // key_value}
     for name, value in local.items():

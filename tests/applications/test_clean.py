@@ -52,7 +52,7 @@ def test_a_pipe_is_only_told(run, capsys):
     assert "20 KiB: 2 checkpoints; 4.0 KiB: 2 best models so far; 512 B: tokens of the rows" in said
     assert "6.0 KiB: 2 left by processes that were killed" in said
     assert f"{run.step(PPO).path}@4, {run.step(PPO).path}@8 cannot be opened any more" in said
-    assert "begins anew" not in said and "made longer" not in said
+    assert "begins again" not in said and "made longer" not in said
 
 
 def test_the_newest_checkpoint_stays_with_the_best_model_of_then(run, capsys):
@@ -67,7 +67,7 @@ def test_with_all_no_model_goes_and_what_is_lost_is_said(run, capsys):
     clean_command([run.path], True, True, False)
     said = capsys.readouterr().out
     assert names(run) == set()
-    assert "step 3 begins anew: 12 iterations of it are lost" in said and "step 1 cannot be made longer" in said
+    assert "step 3 begins again: 12 iterations of it are lost" in said and "step 1 cannot be made longer" in said
 
 
 def test_a_run_in_use_is_left_as_it_is(run, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_nobody_is_told_of_checkpoints_that_nothing_opens(run, capsys):
         fill(run.step(REWARD).checkpoints / str(number), 10)
     clean_command([run.path], True, False, False)
     said = capsys.readouterr().out
-    assert "step2_reward@" not in said and "step 2 begins anew: 2 optimiser steps of it are lost" in said
+    assert "step2_reward@" not in said and "step 2 begins again: 2 optimiser steps of it are lost" in said
 
 
 def test_a_run_that_is_being_made_longer_and_one_not_trusted_do_not_keep_others_from_it(run, tmp_path, capsys):

@@ -13,10 +13,10 @@ from training.run_directory import RunDirectory
 
 MODEL = "someone/their-model"  # no preset
 ANNOTATIONS = {
-    f"{place}.{name}".lstrip("."): info.annotation
+    f"{prefix}.{name}".lstrip("."): info.annotation
     for group in groups()
-    for place in group.places
-    if place.partition(".")[0] != "optimizer"  # which is there to change others (test_config.py)
+    for prefix in group.prefixes
+    if prefix.partition(".")[0] != "optimizer"  # which is there to change others (test_config.py)
     for name, info in settings_of(group.model)
     if not info.is_required()
 }
@@ -104,9 +104,9 @@ def test_a_setting_changes_no_other_one_of_a_preset():
 
 
 def test_an_empty_group_is_the_default_one():
-    for place in {place for group in groups() for place in group.places} - {""}:
-        found = flat(resolve_settings(MODEL, None, [f"{place}={{}}"], {}).model_dump())
-        assert found == {**own_defaults(), "model": MODEL}, place
+    for prefix in {prefix for group in groups() for prefix in group.prefixes} - {""}:
+        found = flat(resolve_settings(MODEL, None, [f"{prefix}={{}}"], {}).model_dump())
+        assert found == {**own_defaults(), "model": MODEL}, prefix
 
 
 def test_a_run_keeps_the_values_it_was_written_with(tmp_path):

@@ -12,7 +12,6 @@ import torch
 
 from applications import doctor, machine_report
 from applications.cli import main
-from applications.commands import doctor_command
 from applications.machine_report import Check
 from inference.errors import UserError
 from tests.conftest import rlhf_chat
@@ -247,7 +246,7 @@ def test_the_hub_is_asked_only_when_wanted(monkeypatch, capsys):
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert doctor_command(None, 1, "auto", hub=False) == 0
+    assert machine_report.report_on_machine(ask_hub=False)
     assert "127.0.0.1:9" not in capsys.readouterr().out
-    assert doctor_command(None, 1, "auto", hub=True) == 0
+    assert machine_report.report_on_machine(ask_hub=True)
     assert "http://127.0.0.1:9 cannot be reached" in capsys.readouterr().out

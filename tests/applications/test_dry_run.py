@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from applications import fit
-from applications.dry_run import check_fits, dry_run, duration, shell_lines
-from applications.fit import GIB, Machine, Outlook, disk_needed, find_shape, verdict
+from applications.dry_run import dry_run, rough_duration, shell_lines
+from applications.fit import GIB, Machine, Outlook, check_fits, disk_needed, find_shape, verdict
 from applications.preset_store import load_preset, settings_for_model
 from applications.profile import expected_time
 from inference.errors import UserError
+from rlhf_chat import HOME
 from tests.training.planner.test_machine import PROFILE
 from training.config import RunConfig
 from training.config_files import load_config
@@ -20,7 +21,6 @@ from training.metrics import size
 from training.planner.hardware import profile_file
 from training.steps import DPO, PPO, REWARD, SFT
 
-COMMANDS = {SFT: ["python", "one.py", "a b"], REWARD: ["python", "two.py"], PPO: ["python", "three.py"]}
 LAPTOP = Machine(cores=2, memory=24 * GIB)
 NODE = Machine(cores=96, memory=2048 * GIB, gpus=(("H100", 80 * GIB),) * 8)
 
@@ -36,7 +36,7 @@ def config_of(preset: str, *overrides: str) -> RunConfig:
 
 def outlook_on(machine: Machine, config: RunConfig, monkeypatch, steps=(SFT, REWARD, PPO)) -> Outlook:
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls: machine))
-    return Outlook.of(config, steps, nodes=1)
+    return Outlook.of(config, steps)
 
 
 def line_of(text: str, name: str, after: str = "") -> str:
@@ -45,7 +45,7 @@ def line_of(text: str, name: str, after: str = "") -> str:
 
 
 def test_models_batches_and_steps_of_opt_13b(laptop, tmp_path):
-    text = dry_run(config_of("opt-13b", "processes=8"), [SFT, REWARD, PPO], tmp_path / "run", COMMANDS)
+    text = dry_run(config_of("opt-13b", "processes=8"), [SFT, REWARD, PPO], tmp_path / "run")
     assert "12.85 B parameters" in line_of(text, "actor")
     assert "331.2 M parameters" in line_of(text, "reward, critic")
     # 64 rows on 8 ranks: 8 each, and 4096 tokens hold 8 rows of 512
@@ -56,12 +56,12 @@ def test_models_batches_and_steps_of_opt_13b(laptop, tmp_path):
     assert "400 of each" in line_of(text, "optimiser steps", "Step 3")  # 100 x 1 x 4
     # 8 operations (with recomputation) x 12.853e9 weights x 64 x 512 tokens
     assert "3.4 PFLOP" in line_of(text, "compute", "Step 1")
-    assert "python one.py 'a b'" in text
+    assert f"--nproc-per-node 8 {HOME}/training/step1_sft/main.py" in " ".join(text.replace("\\\n", "").split())
 
 
 def test_uneven_batches_say_so(laptop, tmp_path):
     config = config_of("tiny", "sft.batch_size=10", "sft.micro_batch_tokens=320", "processes=2")
-    text = dry_run(config, [SFT], tmp_path, COMMANDS)
+    text = dry_run(config, [SFT], tmp_path)
     # 5 rows a rank; 320 tokens hold 4 rows of 80: two micro-batches
     assert "10 rows <= 4 in a micro-batch x 2 accumulated x 2 ranks" in line_of(text, "batch")
     assert "6, or 1 x rows / 10 if that is less" in line_of(text, "optimiser steps")
@@ -69,18 +69,18 @@ def test_uneven_batches_say_so(laptop, tmp_path):
 
 def test_critic_warmup_and_lora_reference_are_shown(laptop, tmp_path):
     config = config_of("smollm2-135m", "rlhf.iterations=10", "rlhf.critic_warmup=3", "rlhf.mini_batches=2")
-    text = dry_run(config, [PPO], tmp_path, COMMANDS)
+    text = dry_run(config, [PPO], tmp_path)
     assert "critic 20, actor 14" in (line := line_of(text, "optimiser steps")) and "at most" not in line
     masked = config_of("tiny", "rlhf.mask_truncated=true")
-    assert "at most" in line_of(dry_run(masked, [PPO], tmp_path, COMMANDS), "optimiser steps")
+    assert "at most" in line_of(dry_run(masked, [PPO], tmp_path), "optimiser steps")
     assert "the actor with its adapters off" in line_of(text, "reference")
     assert "LoRA adapters of rank" in line_of(text, "actor", "Step 3")
 
 
 def test_dpo_has_pairs_a_reference_and_no_reward_model(laptop, tmp_path):
     config = config_of("opt-13b", "method=dpo", "processes=8")
-    text = dry_run(config, config.steps, tmp_path, COMMANDS | {DPO: ["python", "dpo.py"]})
-    assert "python dpo.py" in text and "reward, critic" not in text and "Step 3" not in text
+    text = dry_run(config, config.steps, tmp_path)
+    assert "step2_dpo/main.py" in text and "reward, critic" not in text and "Step 3" not in text
     # 64 pairs on 8 ranks: 8 each, and 4096 tokens hold 4 pairs of twice 512
     assert "64 pairs = 4 in a micro-batch x 2 accumulated x 8 ranks" in line_of(text, "batch", "Step 2 (DPO)")
     assert "asked once" in line_of(text, "reference", "Step 2 (DPO)")
@@ -93,7 +93,7 @@ def test_dpo_has_pairs_a_reference_and_no_reward_model(laptop, tmp_path):
 
 def test_an_unpaired_loss_has_answers_and_a_reference_point(laptop, tmp_path):
     config = config_of("opt-1.3b", "method=dpo", "dpo.loss=kto", "processes=8")
-    text = dry_run(config, [DPO], tmp_path, COMMANDS | {DPO: ["python", "dpo.py"]})
+    text = dry_run(config, [DPO], tmp_path)
     assert "64 answers = 8 in a micro-batch x 1 accumulated x 8 ranks" in line_of(text, "batch")
     assert "a forward pass more" in line_of(text, "reference point")
     assert "held-out answers" in line_of(text, "evaluations")
@@ -113,36 +113,36 @@ def test_time_comes_from_the_planner_where_rates_are_known(monkeypatch, tmp_path
     assert dpo is not None and set(dpo.by_kind) == {"score", "train"} and dpo.seconds > pairs.seconds
     kto = expected_time(outlook.with_settings({"dpo": {"loss": "kto"}}), DPO)
     assert kto is not None and 0.5 < kto.seconds / dpo.seconds < 0.9  # one answer a row, and a forward pass more
-    text = dry_run(outlook.config, [SFT, REWARD, PPO], tmp_path, COMMANDS)
+    text = dry_run(outlook.config, [SFT, REWARD, PPO], tmp_path)
     assert "an optimiser step" in line_of(text, "time", "Step 2") and "for all" in " ".join(text.split())
     # none on the way; two models answer 200 prompts, and an iteration draws 128 samples
     assert found.evaluations == pytest.approx(400 / 128 * (found.by_kind["generate"] + found.by_kind["score"]))
     often = outlook.with_settings({"rlhf": {"eval_every": 30, "eval_prompts": 32}, "evaluation": {"prompts": 0}})
     measured = expected_time(often, PPO)
     assert measured is not None and measured.evaluations == pytest.approx(5 * 32 / 400 * found.evaluations)
-    assert "5 x 32 held-out prompts" in dry_run(often.config, [PPO], tmp_path, COMMANDS)
+    assert "5 x 32 held-out prompts" in dry_run(often.config, [PPO], tmp_path)
     assert "200 prompts, answered also by the SFT model" in text and "every 50 optimiser steps" in text
 
 
 def test_time_is_unknown_until_the_machine_is_profiled(laptop, monkeypatch, tmp_path):
     monkeypatch.setenv("RLHF_CHAT_CACHE", str(tmp_path))
     config = config_of("tiny", "processes=2")
-    assert "rlhf-chat profile" in line_of(dry_run(config, [SFT], tmp_path, COMMANDS), "time")
+    assert "rlhf-chat profile" in line_of(dry_run(config, [SFT], tmp_path), "time")
     file = profile_file(2)
     file.parent.mkdir()
     file.write_text(PROFILE.to_yaml())
-    assert "measured" in dry_run(config, [SFT], tmp_path, COMMANDS)
+    assert "measured" in dry_run(config, [SFT], tmp_path)
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.04, "40 ms"), (0.42, "0.4 s"), (99, "99 s"), (130, "2.2 min"), (7200, "2.0 h")]
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert rough_duration(seconds) == text
 
 
 def test_text_is_plain_and_narrow(laptop, tmp_path):
-    text = dry_run(config_of("llama-3.1-70b"), [SFT, REWARD, PPO], Path("runs/demo"), COMMANDS)
+    text = dry_run(config_of("llama-3.1-70b"), [SFT, REWARD, PPO], Path("runs/demo"))
     assert max(len(line) for line in text.splitlines()) <= 100
     assert text.isascii() and "\x1b" not in text
 
@@ -150,18 +150,18 @@ def test_text_is_plain_and_narrow(laptop, tmp_path):
 def test_nothing_is_touched(laptop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a dry run went to the network"))
-    dry_run(config_of("opt-125m"), [SFT, REWARD, PPO], tmp_path / "runs" / "x", COMMANDS)
+    dry_run(config_of("opt-125m"), [SFT, REWARD, PPO], tmp_path / "runs" / "x")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_steps_asked_for(laptop, tmp_path):
-    text = dry_run(config_of("tiny"), [REWARD], tmp_path, COMMANDS)
+    text = dry_run(config_of("tiny"), [REWARD], tmp_path)
     assert "Step 2" in text and "Step 1" not in text and "Step 3" not in text
-    assert "two.py" in text and "one.py" not in text
+    assert "step2_reward/main.py" in text and "step1_sft/main.py" not in text
 
 
 def test_a_small_run_fits(laptop, tmp_path):
-    text = dry_run(config_of("smollm2-135m"), [SFT, REWARD, PPO], tmp_path, COMMANDS)
+    text = dry_run(config_of("smollm2-135m"), [SFT, REWARD, PPO], tmp_path)
     assert "Verdict: fits" in text
     check_fits(config_of("smollm2-135m"), [SFT, REWARD, PPO])
 
@@ -172,13 +172,13 @@ def test_a_small_run_fits(laptop, tmp_path):
 def test_ways_out_contradict_no_setting(laptop, tmp_path, setting):
     """LoRA has no reference to cut, and ZeRO 3 leaves no role whole."""
     whole = [f"rlhf.{role}.zero_stage=0" for role in ("actor", "critic", "reference", "reward")]
-    text = dry_run(config_of("opt-13b", *whole, "processes=2", setting), [SFT, REWARD, PPO], tmp_path / "run", COMMANDS)
+    text = dry_run(config_of("opt-13b", *whole, "processes=2", setting), [SFT, REWARD, PPO], tmp_path / "run")
     assert "does not fit" in text and "with ZeRO stage 3" in text
 
 
 def test_a_large_run_does_not_fit_and_says_what_would(laptop, tmp_path):
     config = config_of("opt-13b")
-    found = " ".join(dry_run(config, [SFT, REWARD, PPO], tmp_path, COMMANDS).split())
+    found = " ".join(dry_run(config, [SFT, REWARD, PPO], tmp_path).split())
     # a weight of the actor: 18 bytes, 2 for its copy that generates, 2 for the reference, 8 while saving: 30 x 12.853e9
     # critic 18 and reward 2 bytes x 331e6; keys and values 32 x 512 x 40 x 2 x 5120 x REWARD: together 406e9 = 378 GiB
     assert "Verdict: does not fit here: step 3 needs about 378 GiB per process, this machine has 24 GiB" in found
@@ -191,7 +191,6 @@ def test_check_is_for_what_is_clearly_impossible(laptop):
     check_fits(config_of("opt-1.3b"), [SFT])  # 18 x 1.3e9 = 22 GiB held; the phases go over 24 GiB
     with pytest.raises(UserError, match="each of 2 processes 12 GiB"):
         check_fits(config_of("opt-1.3b", "processes=2", "sft.optimizer.zero_stage=1"), [SFT])
-    check_fits(config_of("opt-66b"), [SFT, REWARD, PPO], nodes=8)  # the nodes are elsewhere
 
 
 def test_gpus_count_apart_from_main_memory(monkeypatch, tmp_path):
@@ -208,7 +207,7 @@ def test_slots_follow_the_memory_of_the_gpus(monkeypatch, tmp_path):
     small, large = (replace(NODE, gpus=(("GPU", gib * GIB),) * 8) for gib in (80, 192))
     slots = [outlook_on(machine, config, monkeypatch).config.rlhf.generation_batch for machine in (small, large)]
     assert 1 < slots[0] < slots[1] < 512
-    text = dry_run(config, [PPO], tmp_path, COMMANDS)
+    text = dry_run(config, [PPO], tmp_path)
     assert f"{slots[1]} at a time on a rank" in line_of(text, "iteration")
     outlook = outlook_on(large, config, monkeypatch)
     assert outlook.memory(PPO).peak("device") <= 0.92 * 192 * GIB
@@ -230,7 +229,7 @@ def test_ways_out_really_fit(monkeypatch):
 
 def test_a_full_disk_is_a_verdict(laptop, tmp_path, monkeypatch):
     monkeypatch.setattr(fit.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    text = dry_run(config_of("tiny"), [SFT], tmp_path, COMMANDS)
+    text = dry_run(config_of("tiny"), [SFT], tmp_path)
     assert "Verdict: does not fit here: the run directory takes up to" in text
 
 
@@ -245,18 +244,15 @@ def test_disk_by_hand(monkeypatch):
 
 def test_an_unknown_hub_model_is_no_error(laptop, tmp_path):
     config = load_config([], [], {"model": "someone/their-model"})
-    text = dry_run(config, [SFT, REWARD, PPO], tmp_path, ["sbatch", "run.sh"])
+    text = dry_run(config, [SFT, REWARD, PPO], tmp_path)
     assert "parameters unknown without the hub" in text
     assert "Verdict: unknown: the size of someone/their-model" in text
-    assert "sbatch run.sh" in text
     check_fits(config, [SFT, REWARD, PPO])
 
 
 def test_a_local_directory_tells_its_shape(laptop, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(load_preset("opt-125m")["architecture"]["model"]))
-    assert "125.2 M" in line_of(
-        dry_run(load_config([], [], {"model": str(tmp_path)}), [SFT], tmp_path, COMMANDS), "actor"
-    )
+    assert "125.2 M" in line_of(dry_run(load_config([], [], {"model": str(tmp_path)}), [SFT], tmp_path), "actor")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="it holds no JSON object"):
         find_shape(str(tmp_path), None)
@@ -264,15 +260,15 @@ def test_a_local_directory_tells_its_shape(laptop, tmp_path):
 
 def test_another_reward_model_is_not_taken_for_the_presets(laptop, tmp_path):
     config = config_of("opt-1.3b", "reward_model=facebook/opt-125m")
-    assert "125.2 M" in line_of(dry_run(config, [REWARD], tmp_path, COMMANDS), "reward, critic")
+    assert "125.2 M" in line_of(dry_run(config, [REWARD], tmp_path), "reward, critic")
     unknown = config_of("opt-1.3b", "reward_model=someone/their-model")
-    assert "unknown without the hub" in line_of(dry_run(unknown, [REWARD], tmp_path, COMMANDS), "reward, critic")
+    assert "unknown without the hub" in line_of(dry_run(unknown, [REWARD], tmp_path), "reward, critic")
     own = {"architecture": {"model": {**load_preset("opt-125m")["architecture"]["model"], "num_hidden_layers": 2}}}
     told = load_config([], [], {"model": "someone/their-model", **own})
     # 50272 + 2050 rows of 768, two layers of 7,087,872, a last norm
-    assert "54.4 M" in line_of(dry_run(told, [SFT], tmp_path, COMMANDS), "actor")
+    assert "54.4 M" in line_of(dry_run(told, [SFT], tmp_path), "actor")
     from_sft = config_of("opt-1.3b", "reward.initialize_from=sft")
-    assert "1.32 B" in line_of(dry_run(from_sft, [REWARD], tmp_path, COMMANDS), "reward, critic")
+    assert "1.32 B" in line_of(dry_run(from_sft, [REWARD], tmp_path), "reward, critic")
 
 
 @pytest.mark.parametrize(
@@ -285,9 +281,9 @@ def test_size(bytes_, text):
 
 def test_idle_ranks_are_said(laptop, tmp_path):
     config = config_of("opt-125m", "processes=64", "rlhf.prompts_per_iteration=128", "rlhf.mini_batches=4")
-    text = dry_run(config, [SFT, REWARD, PPO], tmp_path, COMMANDS)
+    text = dry_run(config, [SFT, REWARD, PPO], tmp_path)
     assert "Warning: a mini-batch of 32 samples leaves 32 of 64 ranks idle" in text
-    assert "Warning" not in dry_run(config, [SFT], tmp_path, COMMANDS)
+    assert "Warning" not in dry_run(config, [SFT], tmp_path)
 
 
 def test_reading_the_model_in_each_process_may_not_fit_the_main_memory(monkeypatch, tmp_path):
@@ -302,25 +298,25 @@ def test_a_reward_model_of_fewer_layers_is_counted_as_such():
     values = settings_for_model("smollm2-135m")
     whole = load_config([], ["reward.layers=0"], values)
     cut = load_config([], ["reward.layers=15"], values)
-    layers = [Outlook.of(config, [REWARD], 1).scorer.layers for config in (whole, cut)]
+    layers = [Outlook.of(config, [REWARD]).scorer.layers for config in (whole, cut)]
     assert layers == [30, 15]
 
 
 def test_only_the_roles_that_step_3_has_are_shown_and_counted(laptop, tmp_path):
     given = ["rlhf.advantage=grpo", "rlhf.samples_per_prompt=2", "rlhf.ema=0.9"]
     function = ["rlhf.reward_function=mine.py:score", "rlhf.reward_weights.model=0"]
-    text = dry_run(config_of("opt-125m", *given, *function), [SFT, PPO], tmp_path, COMMANDS)
+    text = dry_run(config_of("opt-125m", *given, *function), [SFT, PPO], tmp_path)
     assert "none: advantages by grpo" in line_of(text, "critic") and "1 x mine.py:score" in line_of(text, "reward")
     assert "average with decay 0.9" in text and "actor average, fp32" in text
     assert "critic weights" not in text and "reward weights" not in text and "reward, critic" not in text
     by_name = ["rlhf.reward_function=[length:..40=0.5, json]", "rlhf.reward_weights={model: 0, function: 3}"]
-    text = dry_run(config_of("opt-125m", *given, *by_name), [SFT, PPO], tmp_path, COMMANDS)
+    text = dry_run(config_of("opt-125m", *given, *by_name), [SFT, PPO], tmp_path)
     assert "1.5 x length:..40" in text and "3 x json" in text and "reward weights" not in text
-    with_model = dry_run(config_of("opt-125m", *given), [SFT, PPO], tmp_path, COMMANDS)
+    with_model = dry_run(config_of("opt-125m", *given), [SFT, PPO], tmp_path)
     assert "reward weights" in with_model and "critic weights" not in with_model
     for lora in ("0", "4"):
         no_kl = config_of("opt-125m", "rlhf.kl.coefficient=0", f"rlhf.actor.lora.rank={lora}")
-        text = dry_run(no_kl, [PPO], tmp_path, COMMANDS)
+        text = dry_run(no_kl, [PPO], tmp_path)
         assert "none: rlhf.kl has no coefficient, target or stop" in line_of(text, "reference")
         assert "reference weights" not in text
 

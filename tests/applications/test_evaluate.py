@@ -48,7 +48,8 @@ def test_what_is_no_run_is_refused(tmp_path):
         evaluate(tmp_path, "", "", "", 0, None, False)
 
 
-def test_any_pair_has_its_names_in_the_table(tmp_path):
+def test_any_pair_has_its_names_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     answers = tmp_path / "a.jsonl"
     row = {"prompt": [{"role": "user", "content": "Hi?"}], "base": "No.", "model": "Yes!"}
     answers.write_text(json.dumps(row) + "\n")
@@ -61,7 +62,7 @@ def test_any_pair_has_its_names_in_the_table(tmp_path):
         "model": {"kl": 1.5, "length": 6.0},
         "judge_accuracy": {"all": group, "up_to_8_tokens": group},
     }
-    text = " ".join(evaluation_table(result, answers, width=120).split())
+    text = " ".join(evaluation_table(result, answers).split())
     assert "KL to base model (nats a reply) │ 0.00 │ 1.50" in text and "other [RLHF]" in text
     assert (
         "The judge: 75.0% of 8 held-out pairs ranked right (95 % interval 40.9% to 92.9%; up to 8 tokens 75.0% of 8)"
@@ -149,14 +150,15 @@ def test_without_preferences_there_is_a_sentence(preferred, tmp_path, capsys):
     assert "All preferences are between two answers of one model" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_table_of_an_evaluation_has_what_people_preferred(tmp_path):
+def test_the_table_of_an_evaluation_has_what_people_preferred(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     answers = tmp_path / "a.jsonl"
     answers.write_text("")
     rates = win_rates([preference("ann", "other"), preference("ben", "other")], "demo/rlhf", "demo/sft")
     result = {"prompts": 1, "sampling": {"temperature": 0.7, "max_tokens": 12}, "sft": MEASURES, "rlhf": MEASURES}
-    text = " ".join(evaluation_table({**result, "preferences": rates}, answers, width=120).split())
+    text = " ".join(evaluation_table({**result, "preferences": rates}, answers).split())
     early = {"clicks" if key == "preferences" else key: value for key, value in rates["together"].items()}
     early_rates = {**rates, "together": early, "by": dict.fromkeys(("ann", "ben"), early)}
-    assert "prompts by 2 preferences of" in evaluation_table({**result, "clicks": early_rates}, answers, width=120)
+    assert "prompts by 2 preferences of" in evaluation_table({**result, "clicks": early_rates}, answers)
     assert "demo/rlhf wins against demo/sft in 100.0% of prompts by 2 preferences of 2 people" in text
     assert "ann and ben say the same of 100.0%" in text and "│ ben │" in text

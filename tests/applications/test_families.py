@@ -28,7 +28,7 @@ def test_the_dry_run_of_a_family_ends_well_or_with_a_sentence(family, tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
     settings = load_config([], [f"model={tmp_path}", "method=dpo"])
     try:
-        text = dry_run(settings, [SFT], tmp_path / "run", ["train"])
+        text = dry_run(settings, [SFT], tmp_path / "run")
     except UserError as refused:
         assert "\n" not in str(refused) and family not in LISTED
         return
@@ -52,7 +52,7 @@ def test_fewer_layers_of_a_nested_or_listed_configuration(family, tmp_path):
 def test_a_reward_model_needs_a_head_in_the_dry_run_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(narrow_config("codegen").to_dict()))
     with pytest.raises(UserError, match="type 'codegen' cannot be reward models"):
-        dry_run(load_config([], [f"model={tmp_path}"]), [SFT, REWARD, PPO], tmp_path / "run", ["train"])
+        dry_run(load_config([], [f"model={tmp_path}"]), [SFT, REWARD, PPO], tmp_path / "run")
 
 
 def test_what_is_no_language_model_is_refused():

@@ -125,7 +125,7 @@ def test_a_runs_own_settings_are_a_file_of_settings(parent, files, tmp_path):
     assert again is not None and again.fork_of == str(tmp_path)  # the run itself goes on
     liked = from_run(parent.path, tmp_path / "liked", [], [], {"data": {"source": files["liked"]}}, False)[1]
     RunDirectory(tmp_path / "liked").write_config(liked, {"torch": "1"})
-    anew = load_config([tmp_path / "liked" / "config.yaml"], [])
-    assert (anew.data.parent, anew.round_of) == (str(parent.path), "")  # its rows, and no round after it
+    again = load_config([tmp_path / "liked" / "config.yaml"], [])
+    assert (again.data.parent, again.round_of) == (str(parent.path), "")  # its rows, and no round after it
     with pytest.raises(UserError, match="--fork and --go-on say what becomes of another run"):
         asked_for(TrainingOptions({}, "tiny", goes_on=True))

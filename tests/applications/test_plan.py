@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from applications import plan as plan_module
 from applications.cli import app
 from applications.fit import GIB, Machine, Outlook, find_shape
-from applications.plan import best_plan, fastest, with_auto_plan
+from applications.plan import fastest, with_auto_plan
 from applications.plan_report import ranks_text
-from applications.plan_request import make_request, request_of
+from applications.plan_request import Request, make_request
 from applications.preset_store import load_preset
 from applications.profile import _ppo
 from inference.errors import UserError
@@ -201,11 +201,16 @@ def test_what_is_planned_is_what_a_rollout_runs(dtype, setting, multiplies, adva
         calls = asked.graphs_of(Plan({**one.as_set.assignments, **changed})).graph.calls
         assert (ACTOR_SCORE in calls) == (setting == "recompute" or (setting == "auto" and dtype != "fp32"))
     monkeypatch.setattr(Outlook, "dtype", DTYPES[dtype])  # fp16 needs a GPU
-    costed, plan = _ppo(Outlook.of(request.config, [PPO], 1), request.cluster)
+    costed, plan = _ppo(Outlook.of(request.config, [PPO]), request.cluster)
     assert costed.graph.calls == ran and list(plan.assignments) == [call.name for call in ran]
     assert ("actor_score" in plan.assignments) == (
         setting != "generation" and not (setting == "auto" and (dtype == "fp32" or (dtype == "bf16" and multiplies)))
     )
+
+
+def test_a_reward_model_of_fewer_layers_is_planned_as_such():
+    request = make_request("smollm2-135m", None, 1, 2, "a100-80g", 200, None, None, ["reward.layers=15"])
+    assert [request.workload.models[role].shape.layers for role in ("actor", "critic", "reward")] == [30, 15, 15]
 
 
 def test_roles_have_no_place_for_a_call_that_does_not_run(monkeypatch, tmp_path):
@@ -241,7 +246,7 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     config, run = RunConfig.model_validate(TWO), RunDirectory(tmp_path / "run")
     planned = with_auto_plan(config, run, measures=False)
     assert "searched" in (said := capsys.readouterr().out) and "without a plan" in said and "an iteration" in said
-    request = request_of(config, PROFILE.cluster)
+    request = Request.of(config, PROFILE.cluster)
     best = from_blocks(planned.rlhf.plan)
     chosen, as_set = (estimate(plan, request.graphs).iteration_seconds for plan in (best, request.as_set))
     assert chosen <= as_set and not request.outcome("", best).refused
@@ -251,7 +256,7 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
     run.write_config(RunConfig.model_validate({**TWO, "rlhf": {"plan": kept}}), {})
     assert with_auto_plan(config, run, measures=False).rlhf.plan == kept  # the same command again goes on with it
     assert not capsys.readouterr().out
-    monkeypatch.setattr(plan_module, "best_plan", lambda config, measures: best)
+    monkeypatch.setattr(plan_module, "fastest", lambda *_, **__: [request.outcome("searched", best)])
     for before in (config, RunConfig.model_validate({**TWO, "processes": 3, "rlhf": {"plan": kept}})):
         run.write_config(before, {})
         assert with_auto_plan(config, run, measures=False).rlhf.plan == planned.rlhf.plan  # of so many processes
@@ -259,7 +264,7 @@ def test_auto_takes_the_best_plan_for_this_machine_and_keeps_it(profiled, tmp_pa
 
 def test_training_that_must_be_fused_is_planned_so(profiled):
     config = RunConfig.model_validate({**TWO, "rlhf": {"fusion": {"training": "fused"}}})
-    best, *others = fastest(request_of(config, PROFILE.cluster), effort=0.05)
+    best, *others = fastest(Request.of(config, PROFILE.cluster), effort=0.05)
     actor, critic = (best.estimate.plan[f"{role}_train"].layout for role in ("actor", "critic"))
     assert best.runs and not others and actor.pipeline == critic.pipeline == 2 and actor.mesh == critic.mesh[::-1]
     assert best.seconds == pytest.approx(best.estimate.iteration_seconds - best.training.serial + best.training.fused)
@@ -276,14 +281,16 @@ def test_this_machine_is_planned_in_the_number_format_of_its_runs(profiled, monk
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
-def test_auto_counts_no_score_of_the_actor_where_training_equals_generation(profiled, monkeypatch, capsys, multiplies):
+def test_auto_counts_no_score_of_the_actor_where_training_equals_generation(
+    profiled, tmp_path, monkeypatch, capsys, multiplies
+):
     monkeypatch.setattr(Machine, "here", lambda: Machine(2, 8 * GIB))
     monkeypatch.setattr(step3_planned, "multiplies_bf16", lambda: multiplies)
     config = RunConfig.model_validate({**TWO, "dtype": "bf16"})
-    plan = best_plan(config, measures=False)
+    planned = with_auto_plan(config, RunDirectory(tmp_path / "run"), measures=False)
+    plan = from_blocks(planned.rlhf.plan)
     assert ("actor_score" in capsys.readouterr().out) != multiplies
-    planned = config.model_copy(update={"rlhf": config.rlhf.model_copy(update={"plan": to_blocks(plan)})})
-    outlook = Outlook.of(planned, [PPO], 1)  # as the run does, which finds out only as it starts
+    outlook = Outlook.of(planned, [PPO])  # as the run does, which finds out only as it starts
     assert ("actor_score" in outlook.plan.assignments) != multiplies and plan["actor_generate"].layout.tensor == 1
 
 
@@ -311,7 +318,7 @@ def test_plan_and_run_refuse_the_same(profiled):
     for advantage in ("gae", "grpo"):
         rlhf = {"advantage": advantage, "samples_per_prompt": 2}
         config = RunConfig.model_validate({**TWO, "rlhf": rlhf})
-        request = request_of(config, replace(PROFILE.cluster, devices_per_node=4))
+        request = Request.of(config, replace(PROFILE.cluster, devices_per_node=4))
         options = Options(request.graphs)
         shapes = [request.workload.models[role].shape for role in ("actor", "reward")]
         for _ in range(40):

@@ -13,7 +13,7 @@ from inference.families import build_tiny_model
 from tests.conftest import rlhf_chat
 from tests.warm import ROOT, Command, Done, fork_all
 from training.config_files import load_config
-from training.inputs import kept_model, local_model, models_of
+from training.inputs import local_model, models_of, stored_model
 from training.run_directory import RunDirectory
 from training.trust import of_models
 
@@ -133,11 +133,11 @@ def test_models_are_kept_whole_once_and_are_no_longer_fetched(hub, tmp_path, mon
 
     with monkeypatch.context() as half, pytest.raises(UserError):
         half.setattr(inputs, "link_or_copy", break_off)
-        inputs.keep_models(run, config, print)
-    assert not kept_model(run, HUB_ID).exists()
+        inputs.store_models(run, config, print)
+    assert not stored_model(run, HUB_ID).exists()
 
-    inputs.keep_models(run, config, print)
-    weights = kept_model(run, HUB_ID) / "model.safetensors"
+    inputs.store_models(run, config, print)
+    weights = stored_model(run, HUB_ID) / "model.safetensors"
     assert weights.samefile(hub / HUB_ID / "model.safetensors")  # no room twice on one disk
     assert local_model(run, HUB_ID) == weights.parent and not list(of_models(run, config))
     assert models_of(load_config([], ["model=a/b", "reward_model=c/d"])) == ["a/b", "c/d"]

@@ -34,6 +34,11 @@ WIN = {"rate": 0.7625, "low": 0.7031, "high": 0.8219, "judge": "learned reward"}
 ACCURACY = {"eval/accuracy": 0.8125, "eval/accuracy_up_to_8_tokens": 0.75, "eval/accuracy_up_to_99_tokens": 0.9}
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def answer(prompt: str, sft: str, rlhf: str, turns: tuple[str, ...] = ()) -> dict:
     messages = [{"role": "user", "content": text} for text in (*turns, prompt)]
     return {"prompt": messages, "sft": sft, "rlhf": rlhf, "sft_score": 0.0, "rlhf_score": 1.0}
@@ -70,14 +75,14 @@ def test_a_dpo_run_has_its_own_column_and_no_win_rate_without_a_judge(tmp_path):
     comparison.write_text(json.dumps({"prompt": row["prompt"], "sft": row["sft"], "dpo": row["rlhf"]}) + "\n")
     run.step(DPO).path.mkdir()
     run.step(DPO).result_file.write_text(json.dumps({"eval/accuracy": 0.625}))
-    text = comparison_table(run, width=120, step=DPO)
+    text = comparison_table(run, step=DPO)
     assert "RLHF" not in text and "learned reward" not in text
     assert ["KL to SFT (nats a reply)", "0.00", "3.46"] in cells(text)
     assert cells(text)[-1] == ["Hi?", "Go.", "Hello!"]
     assert "62.5% of held-out pairs ranked right" in one_line(text) and "No win rate" in one_line(text)
     result = json.loads(evaluation.read_text())
     evaluation.write_text(json.dumps(result | {"win_rate": WIN}))
-    assert "DPO beats SFT in 76.2% of prompts" in one_line(comparison_table(run, width=120, step=DPO))
+    assert "DPO beats SFT in 76.2% of prompts" in one_line(comparison_table(run, step=DPO))
 
 
 def cells(text: str) -> list[list[str]]:
@@ -90,7 +95,7 @@ def one_line(text: str) -> str:
 
 
 def test_every_measure_stands_in_its_row_and_column(tmp_path):
-    text = comparison_table(make_run(tmp_path, [answer("Hi?", "Go.", "Hello!")]), width=120)
+    text = comparison_table(make_run(tmp_path, [answer("Hi?", "Go.", "Hello!")]))
     assert cells(text) == [
         ["learned reward", "-0.250", "1.500"],
         ["KL to SFT (nats a reply)", "0.00", "3.46"],
@@ -108,7 +113,7 @@ def test_every_measure_stands_in_its_row_and_column(tmp_path):
 
 def test_the_score_of_the_lexicon_is_shown_where_it_judges(tmp_path):
     run = make_run(tmp_path, [], {**SFT, "true_score": 0.1234}, {**RLHF, "true_score": -0.5})
-    assert cells(comparison_table(run, width=120))[0] == ["upbeat score (lexicon)", "0.123", "-0.500"]
+    assert cells(comparison_table(run))[0] == ["upbeat score (lexicon)", "0.123", "-0.500"]
 
 
 def test_win_rate_with_its_interval_and_judge(tmp_path):
@@ -143,7 +148,7 @@ def test_agreement_with_people_stands_beside_one_person_and_the_lexicon(tmp_path
     }
     run = make_run(tmp_path, [])
     run.comparison_of(PPO)[0].write_text(json.dumps(result))
-    text = one_line(comparison_table(run, width=120))
+    text = one_line(comparison_table(run))
     assert "│ tweets (471 texts) │ 94.7% (93.7% to 96.7%) │ 93.5% │ 92.6% │ │ film reviews (30 texts) │ 94.7%" in text
     assert "in 94.7% of pairs, one person in 93.5%, the lexicon in 92.6%: +2.1 points against the lexicon" in text
     assert "(95 % interval +1.1 to +4.1)" in text and "No reward saw the lexicon" in text
@@ -175,33 +180,34 @@ def test_no_reward_accuracy_without_step_2(tmp_path):
 
 def test_the_last_turn_of_a_conversation_is_the_prompt_shown(tmp_path):
     run = make_run(tmp_path, [answer("And you?", "Fine.", "Great!", turns=("How are you?",))])
-    assert cells(comparison_table(run, width=120))[-1] == ["And you?", "Fine.", "Great!"]
+    assert cells(comparison_table(run))[-1] == ["And you?", "Fine.", "Great!"]
 
 
 def test_the_first_few_answers_are_shown(tmp_path):
     run = make_run(tmp_path, [answer(f"question {i}", f"sft {i}", f"rlhf {i}") for i in range(SHOWN_ANSWERS + 2)])
-    shown = [row for row in cells(comparison_table(run, width=120)) if row[0].startswith("question")]
+    shown = [row for row in cells(comparison_table(run)) if row[0].startswith("question")]
     assert shown == [[f"question {i}", f"sft {i}", f"rlhf {i}"] for i in range(SHOWN_ANSWERS)]
 
 
 @pytest.mark.parametrize("said", ["[bold]not markup[/bold]", "an end [/b] without a beginning", "[red]", ":smile:"])
 def test_answers_are_shown_as_they_are(tmp_path, said):
     run = make_run(tmp_path, [answer(f"p {said}", f"s {said}", f"r {said}")])
-    assert cells(comparison_table(run, width=160))[-1] == [f"p {said}", f"s {said}", f"r {said}"]
+    assert cells(comparison_table(run))[-1] == [f"p {said}", f"s {said}", f"r {said}"]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_other_line_separators_in_an_answer_end_no_row(tmp_path, separator):
     """str.splitlines() would cut the JSON line in two there."""
     run = make_run(tmp_path, [answer("first", f"one{separator}two", "three"), answer("second", "four", "five")])
-    text = comparison_table(run, width=120)
+    text = comparison_table(run)
     assert "one" in text and "two" in text and "three" in text
     assert cells(text)[-1] == ["second", "four", "five"]
 
 
-def test_a_long_answer_is_folded_not_cut(tmp_path):
+def test_a_long_answer_is_folded_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     words = [f"word{i}" for i in range(60)]
-    text = comparison_table(make_run(tmp_path, [answer("p", " ".join(words), "short")]), width=80)
+    text = comparison_table(make_run(tmp_path, [answer("p", " ".join(words), "short")]))
     assert max(map(len, text.split("\n"))) <= 80
     shown = " ".join(row[1] for row in cells(text) if len(row) == 3 and "word" in row[1])
     assert shown.split() == words

@@ -53,7 +53,7 @@ def second(tmp_path):
     return second
 
 
-def test_a_row_for_each_round(second):
+def test_a_row_for_each_round(second, monkeypatch):
     over_first = over_first_file(second, DPO)
     over_first.parent.mkdir()
     far = {"win_rate": {**WIN, "rate": 0.8}, "pair": {"against": "first (SFT)", "dpo": "DPO"}, "dpo": {"kl": 4.5}}
@@ -72,7 +72,8 @@ def test_a_row_for_each_round(second):
     assert last.over_before.endswith("reward of first") and last.over_first.startswith("80.0%")
     assert last.by_people.startswith("75.0% (") and last.by_people.endswith(", 4")
     assert (last.kl, last.length, last.guard_rails) == ("1.25 (4.50)", "11.0", "hold") and first.kl == "3.46"
-    table = rounds_table(second, 200)
+    monkeypatch.setenv("COLUMNS", "200")
+    table = rounds_table(second)
     assert all(cell in table for cell in (last.pairs, "second (DPO)", "over the first SFT model"))
 
 

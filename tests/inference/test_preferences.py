@@ -100,7 +100,7 @@ def test_what_teaches_nothing(left, right, nothing):
     assert pair.teaches_nothing is nothing
 
 
-def test_the_same_pair_with_its_sides_drawn_anew():
+def test_the_same_pair_with_its_sides_drawn_again():
     first = PAIR.judged("a", "ada")
     again = [BlindPair.again(first, redrawn=True) for _ in range(40)]
     assert {pair.left for pair in again} == {PAIR.left, PAIR.right}

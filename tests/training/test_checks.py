@@ -131,7 +131,7 @@ def test_both_doors_judge_a_plan_by_the_layers_that_a_scorer_keeps(tmp_path):
     def judge(layers: list[int]) -> None:
         cut = {"mesh": "0-1", "pipeline": 2, "layers": layers}
         config = planned(f"model={tmp_path}", "reward.layers=2", "processes=2", reward_score=cut, critic_train=cut)
-        for door in (lambda: require_plan(config, 2, tmp_path, tmp_path), lambda: Outlook.of(config, [PPO], 1)):
+        for door in (lambda: require_plan(config, 2, tmp_path, tmp_path), lambda: Outlook.of(config, [PPO])):
             try:
                 door()
                 found.append("")

@@ -34,12 +34,12 @@ def test_every_setting_has_a_description():
 
 def test_no_setting_is_left_out():
     told = {
-        f"{place}.{name}".lstrip(".")
+        f"{prefix}.{name}".lstrip(".")
         for group in groups()
-        for place in group.places
+        for prefix in group.prefixes
         for name, _ in settings_of(group.model)
     }
-    containers = {place for group in groups() for place in group.places}
+    containers = {prefix for group in groups() for prefix in group.prefixes}
     assert told | (containers - {""}) == set(setting_keys(RunConfig))
 
 

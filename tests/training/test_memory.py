@@ -401,7 +401,7 @@ def test_each_process_loads_into_main_memory_one_model_after_the_other(opt_13b, 
     for stage, loaded in ((0, 8 * 4), (3, 2)):  # fp32 in each of 8 processes; bf16 in the first alone
         config = opt_config(f"rlhf.actor.zero_stage={stage}", "rlhf.reference.zero_stage=0", "rlhf.reward.zero_stage=0")
         memory = estimate_step_memory(PPO, config, opt_13b, opt_350m, torch.bfloat16, ranks=8)
-        assert all(part.place == "host" for part in memory.parts if part.phase.endswith("loading"))
+        assert all(part.location == "host" for part in memory.parts if part.phase.endswith("loading"))
         read = {part.name: part.bytes for part in memory.parts if part.phase == "actor loading"}
         assert list(read.values()) == [OPT_13B * (4 if stage == 0 else 2)]
         reference = 8 * 2  # bytes a parameter: every process reads it whole
@@ -409,7 +409,7 @@ def test_each_process_loads_into_main_memory_one_model_after_the_other(opt_13b, 
 
 
 def test_what_a_phase_leaves_is_held_in_the_others():
-    parts = (Part("a", 10), Part("b", 5, phase="generation", is_kept=True), Part("c", 7, phase="training"))
+    parts = (Part("a", 10), Part("b", 5, phase="generation", persists=True), Part("c", 7, phase="training"))
     memory = StepMemory(parts)
     assert memory.held("device") == 10
     assert memory.peak("device") == 22

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from inference.chat_format import ChatFormat
 from tests.supervised_steps import make_run, metrics_of, stage_of
 from tests.tiny_runs import make_tiny_run, messages
-from training.config_files import found_from_anywhere, load_config
+from training.config_files import load_config, with_absolute_paths
 from training.data.batching import TokenBatch
 from training.lineage import Origin, sources_of, trace
 from training.step2_dpo import dpo
@@ -72,7 +72,7 @@ def test_dpo_asks_it_once_before_the_policy_is_there(models, one_rank, tmp_path,
 
 
 def test_a_run_stands_for_its_newest_model_and_what_that_was_trained_on_is_known(models):
-    config = found_from_anywhere(load_config([], ["model=m", f"reference_model={models.path}"]))
+    config = with_absolute_paths(load_config([], ["model=m", f"reference_model={models.path}"]))
     assert config.reference_model == str(models.step(PPO).model)
     assert Origin(models, PPO) in trace(sources_of(config))[0]
 
@@ -80,4 +80,4 @@ def test_a_run_stands_for_its_newest_model_and_what_that_was_trained_on_is_known
 def test_a_file_of_settings_in_the_working_directory_names_no_reference(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("model: m\n")
     monkeypatch.chdir(tmp_path)
-    assert found_from_anywhere(load_config([], ["model=m"])).reference_model == ""
+    assert with_absolute_paths(load_config([], ["model=m"])).reference_model == ""

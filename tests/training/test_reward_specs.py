@@ -2,9 +2,9 @@
 
 import pytest
 
-from training.config_files import found_from_anywhere, load_config
+from training.config_files import load_config, with_absolute_paths
 from training.inputs import paths_of
-from training.reward_specs import RewardSpec, kept_specs, names_of, specs_of
+from training.reward_specs import RewardSpec, names_of, specs_of, stored_specs
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from training.reward_specs import RewardSpec, kept_specs, names_of, specs_of
     ],
 )
 def test_a_list_of_one_is_that_one(given, kept):
-    assert kept_specs(given) == kept
+    assert stored_specs(given) == kept
 
 
 @pytest.mark.parametrize("text", ["a.py:f", "length:9=0.5", "regex:x=2=1", r"regex:\?$", "json"])
@@ -38,7 +38,7 @@ def test_weights_multiply_and_files_are_found_from_anywhere(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     given = ["model=m", "rlhf.reward_function=[mine.py:f=0.5, 'regex:a: b', json=3]", "rlhf.reward_weights.function=2"]
     (tmp_path / "mine.py").touch()
-    config = found_from_anywhere(load_config([], given))
+    config = with_absolute_paths(load_config([], given))
     assert config.rlhf.reward_function == [f"{tmp_path}/mine.py:f=0.5", "regex:a: b", "json=3"]
     assert [each.weight for each in config.rlhf.asked_functions] == [1.0, 2.0, 6.0]
     assert paths_of(config)["reward_function"] == [tmp_path / "mine.py"]

@@ -102,7 +102,7 @@ def test_pairs_know_their_rows_where_some_are_left_out():
     config = SimpleNamespace(data=SimpleNamespace(max_response_tokens=1))
     stage: Any = SimpleNamespace(config=config, display=SimpleNamespace(say=print))
     stage.tokens = lambda rows, parts, chat_format: [(same, same, same), (same, same, other), (same, other, same)]
-    assert [pair.place for pair in Stage.token_pairs(stage, [{"chosen": "same"}] * 3, None)] == [1, 2]
+    assert [pair.file_index for pair in Stage.token_pairs(stage, [{"chosen": "same"}] * 3, None)] == [1, 2]
 
 
 def test_more_processes_than_gpus(monkeypatch):

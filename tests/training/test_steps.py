@@ -7,7 +7,7 @@ import pytest
 
 import training
 from applications.cli import app
-from applications.pipeline import left_out, needed_steps
+from applications.commands import left_out, needed_steps
 from training.calls import DataflowGraph
 from training.config import RunConfig, StepSettings
 from training.data.rows import RowSets

@@ -1,10 +1,11 @@
 import pytest
 
+from tests.supervised_steps import batches_of_epoch
 from training.config import StepSettings
 from training.data.rows import count_updates
 from training.hybrid_engine.zero_engine import learning_rate
 from training.role_settings import OptimizerSettings
-from training.supervised import batches_of_epoch, rows_trained_on
+from training.supervised import rows_trained_on
 
 
 def test_an_epoch_uses_every_row_once_and_differs_from_the_next():

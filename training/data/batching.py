@@ -18,7 +18,7 @@ class MicroBatch:
 
 
 def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1) -> list[list[MicroBatch]]:
-    """For each rank its micro-batches over rows 0 .. len(lengths) - 1, the same number for every rank.
+    """Plan for each rank its micro-batches over rows 0 .. len(lengths) - 1, the same number for every rank.
 
     Rows are dealt longest first, back and forth, so that ranks get like work; a micro-batch takes rows of like length
     while their tokens stay within `token_budget` (one row always fits). Ranks that run short repeat a row with
@@ -29,7 +29,7 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int, ranks: int = 1
 
 
 def deal_micro_batches(lengths: Sequence[int], count: int, ranks: int = 1) -> list[list[MicroBatch]]:
-    """As `plan_micro_batches`, but each rank has `count` micro-batches of like work, or one a row."""
+    """Plan as `plan_micro_batches`, but with `count` micro-batches of like work on each rank, or one a row."""
     order = longest_first(lengths)
     plans = [[MicroBatch(rows) for rows in deal(share, min(count, len(share)))] for share in deal(order, ranks)]
     return with_equal_counts(plans, order)
@@ -75,26 +75,24 @@ class TokenBatch:
     """Rows of prompt and response, one behind the other: real tokens only."""
 
     ids: Tensor  # (tokens) int64
-    predicting: Tensor  # (response tokens) int64, places of the tokens that each response token follows
+    predicting: Tensor  # (response tokens) int64, positions of the tokens that each response token follows
     lengths: list[int]
-    tokens: list[int]
-    """`ids` for the host, which would wait for the device to look at it."""
-    places: list[int]
-    """`predicting` for the host."""
+    tokens: list[int]  # `ids` for the host, which would wait for the device to look at it
+    positions: list[int]  # `predicting` for the host
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Tensor, ...]], device: torch.device) -> "TokenBatch":
-        """From (prompt ids, response ids) pairs, each int64 (length) with at least one token."""
+        """Pack (prompt ids, response ids) pairs, each int64 (length) with at least one token."""
         ids = torch.cat([part for row in rows for part in row])
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
         ends = zip(itertools.accumulate(lengths), rows, strict=True)
-        places = [place for end, (_, answer) in ends for place in range(end - len(answer) - 1, end - 1)]
+        positions = [position for end, (_, answer) in ends for position in range(end - len(answer) - 1, end - 1)]
         tokens = [token for row in rows for part in row for token in part.tolist()]
-        return cls(ids, torch.tensor(places, dtype=torch.int64), lengths, tokens, places).to(device)
+        return cls(ids, torch.tensor(positions, dtype=torch.int64), lengths, tokens, positions).to(device)
 
     def to(self, device: torch.device) -> "TokenBatch":
         to_host = device.type == "cpu"  # there it would be read before it has come
-        ids, predicting = (each.to(device, non_blocking=not to_host) for each in (self.ids, self.predicting))
+        ids, predicting = (tensor.to(device, non_blocking=not to_host) for tensor in (self.ids, self.predicting))
         return replace(self, ids=ids, predicting=predicting)
 
     @property
@@ -104,7 +102,7 @@ class TokenBatch:
 
     @property
     def last(self) -> Tensor:
-        """Place of each row's last token, int64 (rows)."""
+        """The position of each row's last token, int64 (rows)."""
         return sent(list(itertools.accumulate(self.lengths, initial=-1))[1:], self.ids.device)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,5 +115,5 @@ class TokenBatch:
 
 
 def sent(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers on a device, without waiting for what the device has to do before."""
+    """Make a tensor of numbers on a device, without waiting for what the device has to do before."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -1,7 +1,7 @@
 """The embedded default: people's small talk from the package `chitchat-dataset`, and texts that people rated.
 
 Steps 1 and 3 learn from the talk, step 2 from the ratings (rated_texts.py). A sample is a context (the question that a
-dialogue is about and its last turns) with a person's reply. Six of the 34 questions are kept for evaluation altogether;
+dialogue is about and its last turns) with a person's reply. Six of the 34 questions are for evaluation alone;
 of the others, some dialogues are. Left out on purpose: the dialogues' own ratings (they follow length and little else),
 dialogues without a question, and rude talk.
 """
@@ -27,11 +27,10 @@ from training.data.split import check_shares, keep_once, opening
 from training.data_settings import DataSettings
 
 HELD_OUT_QUESTIONS = 6
-ROWS_PER_DIALOGUE = 8
-"""Dialogues have up to hundreds of turns; a few of them must not outweigh the rest."""
+ROWS_PER_DIALOGUE = 8  # dialogues have up to hundreds of turns; a few of them must not outweigh the rest
 CONTEXT_TURNS = (3, 1)
 """Turns of a context, first choice first; odd, so that it begins and ends with the user's."""
-SAME_REPLY = 3  # times that the same reply ("yeah") is kept
+SAME_REPLY = 3  # times that the same reply ("yeah") is used
 COMPARED_PROMPTS = 600
 """Held-out prompts for the comparison of models; behind them stand those of `rlhf.eval_prompts`."""
 MORE_PROMPTS = 64
@@ -51,7 +50,7 @@ class Dialogue:
 
 
 def load_dialogues() -> list[Dialogue]:
-    """The dialogues of the package that have a question and two turns or more."""
+    """Load the dialogues of the package that have a question and two turns or more."""
     text = (files("chitchat_dataset") / "dataset.json").read_text(encoding="utf-8")
     dialogues = [read_dialogue(name, value) for name, value in json.loads(text).items()]
     return [dialogue for dialogue in dialogues if dialogue.question and len(dialogue.turns) > 1]
@@ -77,7 +76,7 @@ def read_dialogue(name: str, value: dict[str, Any]) -> Dialogue:
 def build_chitchat(
     dialogues: Sequence[Dialogue], texts: RatedTexts, settings: DataSettings, seed: int, chat_format: ChatFormat
 ) -> tuple[RowSets, Counter[str], list[str]]:
-    """The rows, how many replies and rated texts were left out and why, and notes.
+    """Build the rows, how many replies and rated texts were left out and why, and notes.
 
     No dialogue and no rated text is in both training and evaluation.
     """
@@ -144,7 +143,7 @@ class DialogueReader:
         return [self._rows(dialogue) for dialogue in dialogues]
 
     def leave_out_known_talk(self, rows: Iterable[SFTRow]) -> None:
-        """From now on leave out replies that are in `rows`, and contexts that begin as one there."""
+        """Leave out, from now on, replies that are in `rows`, and contexts that begin as one there."""
         for row in rows:
             self._known_replies.add(bare(row["response"]))
             self._known_openings.add(opening(row["prompt"]))
@@ -251,8 +250,7 @@ def training_rows(first: list[SFTRow], third: list[SFTRow], rng: random.Random) 
 
 
 def add_evaluation(sets: RowSets, new_talk: list[SFTRow], new_questions: list[SFTRow], rng: random.Random) -> None:
-    """Add held-out rows, half of the prompts under held-out questions where there are enough; SFT's are all under known
-    ones."""
+    """Add held-out rows: half of the prompts under held-out questions, if there are enough, and none for SFT."""
     half, more = COMPARED_PROMPTS // 2, list[PromptRow]()
     for samples, is_new in ((new_talk, False), (new_questions, True)):
         prompts = prompt_rows(samples)
@@ -273,7 +271,7 @@ def prompt_rows(rows: Iterable[SFTRow]) -> list[PromptRow]:
 
 
 def upbeat_score(text: str) -> float:
-    """From -1 (gloomy) to 1 (upbeat), 0 for neutral: the compound score of VADER (Hutto and Gilbert 2014)."""
+    """Score from -1 (gloomy) to 1 (upbeat): the compound score of VADER (Hutto and Gilbert 2014)."""
     return _analyzer().polarity_scores(text)["compound"]
 
 

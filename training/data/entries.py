@@ -1,4 +1,4 @@
-"""What a file gives: values with the names of their places, or why there is none. Files are opened here."""
+"""What a file gives: values with their locations, or why there is none. Files are opened here."""
 
 import bz2
 import gzip
@@ -17,7 +17,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def printable(text: str) -> str:
-    """The text without half characters, which no terminal and no file takes."""
+    """Return the text without half characters, which no terminal and no file takes."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -33,11 +33,11 @@ class LeftOut(BadRow):
 
 
 class CutShort(BadRow):
-    """The same of a last line that has no end: a kill or a full disk may have cut it."""
+    """What is wrong with a last line that has no end: a kill or a full disk may have cut it."""
 
 
 Entry = tuple[str, Any]
-"""The name of a row's place, and its value: a BadRow where it cannot be read."""
+"""The location of a row (`rows.jsonl, line 3`), and its value: a BadRow where it cannot be read."""
 
 
 def open_bytes(file: Path) -> IO[bytes]:
@@ -55,7 +55,7 @@ def open_bytes(file: Path) -> IO[bytes]:
 
 
 def open_member(file: Path, mode: str) -> IO[bytes]:
-    """The only file in a zip file. Raises UserError where there are several, or it cannot be unpacked."""
+    """Open the only file in a zip file. Raises UserError where there are several, or it cannot be unpacked."""
     archive = ZipFile(file)
     names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     if len(names) != 1:
@@ -76,7 +76,7 @@ UNPACK: dict[bytes, Callable[[Path, str], Any]] = {
 
 
 def refuse_pointer(file: Path) -> None:
-    """Raise UserError for what git leaves in the place of a large file where git-lfs is not installed."""
+    """Raise UserError for what git leaves instead of a large file where git-lfs is not installed."""
     with open(file, "rb") as handle:
         if handle.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(

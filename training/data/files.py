@@ -1,4 +1,4 @@
-"""Files -> the values in them, one for each row, with the name of its place. What a value means is not known here."""
+"""Files -> the values in them, one for each row, with its location. What a value means is not known here."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ SPACE = re.compile(r"\s*")
 
 
 def read_json(file: Path, is_lines: bool) -> Iterator[Entry]:
-    """The rows of a file; `is_lines`: whether its name says that it has JSON lines."""
+    """Read the rows of a file; `is_lines`: whether its name says that it has JSON lines."""
     with open_bytes(file) as handle:
         lines = (line for line in handle if line.strip())
         first, more = next(lines, b""), next(lines, None)
@@ -61,7 +61,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ. Raises BadRow where one is there twice: a value would be lost without a word."""
+    """Make an object whose keys differ. Raises BadRow where one is there twice, so that no value is lost unseen."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -74,7 +74,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=once)
 
 
 def read_document(file: Path) -> Iterator[Entry]:
-    """A file that is one value, or objects one behind the other that take several lines each."""
+    """Read a file that is one value, or objects one behind the other that take several lines each."""
     with open_bytes(file) as handle:
         content = handle.read()
     try:
@@ -92,18 +92,18 @@ def read_document(file: Path) -> Iterator[Entry]:
 
 
 def all_values(text: str) -> list[Any]:
-    place = 0
+    position = 0
     values: list[Any] = []
     while True:
-        place = SPACE.match(text, place).end()  # type: ignore[union-attr]  # it always matches
-        if place == len(text):
+        position = SPACE.match(text, position).end()  # type: ignore[union-attr]  # it always matches
+        if position == len(text):
             return values
-        value, place = DECODER.raw_decode(text, place)
+        value, position = DECODER.raw_decode(text, position)
         values.append(value)
 
 
 def rows_of(value: Any, file: Path) -> list[Any]:
-    """The rows of a document: a list, an object with such a list in it, columns, rows under names, or one row."""
+    """Return the rows of a document: a list, an object with such a list, columns, rows under names, or one row."""
     if is_list_of_rows(value):
         return list(value)
     if not isinstance(value, dict):
@@ -133,7 +133,7 @@ def is_known(row: dict[str, Any]) -> bool:
 
 
 def rows_of_columns(value: dict[str, Any]) -> list[Any]:
-    """The rows of {"prompt": [...], ...} or, as pandas writes it, {"prompt": {"0": ..., ...}, ...}; else none."""
+    """Read the rows of {"prompt": [...], ...} or, by pandas, {"prompt": {"0": ..., ...}, ...}; else none."""
     if not is_known(value):
         return []
     columns = [list(cells.values()) if isinstance(cells, dict) else cells for cells in value.values()]
@@ -150,7 +150,7 @@ OTHER_SEPARATORS = ",;\t|"
 
 
 def read_table(file: Path, usual: str) -> Iterator[Entry]:
-    """The rows; `usual` is the separator that the file's name stands for. An empty cell is no value."""
+    """Read the rows; `usual` is the separator that the file's name stands for. An empty cell is no value."""
     csv.field_size_limit(sys.maxsize)  # a long answer is no error
     with open_bytes(file) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -174,7 +174,7 @@ def read_table(file: Path, usual: str) -> Iterator[Entry]:
 
 
 def find_dialect(text: IO[str], usual: str) -> tuple[str, bool, int]:
-    """What stands between cells, whether a space follows it, and the line with the names. `text` is left there.
+    """Find what stands between cells, whether a space follows, and the line with the names. `text` is left there.
 
     The separator that makes most known names of the first line, or most cells. Excel may name it in a line before.
     """
@@ -228,7 +228,7 @@ ARROW_ROWS = 1000  # turned into Python objects at a time
 
 
 def read_file(file: Path, columns: Iterable[str] = ()) -> Iterator[Entry]:
-    """The entries of a file. `columns` are those that a Parquet file is read for (all if none of them is there)."""
+    """Read the entries of a file. `columns` are those that a Parquet file is read for (all if it has none of them)."""
     kind = ending(file)
     try:
         refuse_pointer(file)

@@ -18,8 +18,7 @@ UNREAD = (".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 """Files that may hold data and are not read; of zip files those whose name does not say what is in them."""
 PART = re.compile(r"(.*?)-?\d+(-of-0*(\d+)\..*)")
 """`train-00000-of-00002.parquet`, as `datasets` and the hub name the parts of a split."""
-SAVED = "state.json"
-"""Stands for the data set in its directory, where `Dataset.save_to_disk` wrote it."""
+SAVED = "state.json"  # stands for the data set in its directory, where `Dataset.save_to_disk` wrote it
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 """`datasets` and the hub write these beside the data."""
 MORE = "(set|data|split|file|part|row)?s?"
@@ -32,7 +31,7 @@ FILES_NAMED = 3
 
 
 def find_files(path: Path) -> tuple[list[Path], list[str]]:
-    """The data files that `path` means, in the order of their names, and what a person should know about the choice.
+    """Find the data files that `path` means, sorted by name, and what a person should know about the choice.
 
     Raises UserError with the way out.
     """
@@ -65,7 +64,7 @@ def is_unread(file: Path) -> bool:
 
 
 def data_files(root: Path) -> list[Path]:
-    """All data files in a directory and its folders, in the order of their names, hidden ones aside.
+    """List all data files in a directory and its folders, in the order of their names, hidden ones aside.
 
     Of a folder of `Dataset.save_to_disk` it is SAVED alone: older files and caches may lie there too.
     """
@@ -86,7 +85,7 @@ def is_saved(file: Path) -> bool:
 
 
 def choose_files(root: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
-    """The files to train on, and a line that names what is read and what is not.
+    """Choose the files to train on, and write a line that names what is read and what is not.
 
     These are the files of a training split; where there is none, those of no split. Of either the files right in
     `root`, or else those in its folders. Raises UserError where all are held out.
@@ -106,7 +105,7 @@ def choose_files(root: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def missing_parts(files: list[Path]) -> list[str]:
-    """Which splits of several files are not there as a whole, by what the names of their parts say."""
+    """Say which splits of several files are incomplete, by what the names of their parts say."""
     parts = Counter(match.groups() for file in files if (match := PART.fullmatch(str(file))))
     return [
         f"only {there} of {count} parts of {Path(name).name}"
@@ -151,7 +150,7 @@ TRAINING_FILES = tuple(f"*[tT][rR][aA][iI][nN]{pattern}" for pattern in ANY_FILE
 def fetch_files(
     name: str, repository: str, revision: str, patterns: tuple[str, ...], report: Callable[[str], None]
 ) -> tuple[list[Path], list[str]]:
-    """The files of a data set's training rows, and where they are from, and which. `name` is what a user typed.
+    """Fetch the files of a data set's training rows, with where they are from, and which. `name` is what a user typed.
 
     Tried in turn: `patterns` (where the set is known), files of a training split, any data files, and the converted
     branch. Raises UserError with the way out.
@@ -160,14 +159,14 @@ def fetch_files(
     tries = [(revision, patterns)] if patterns else [(revision, TRAINING_FILES), (revision, ANY_FILE)]
     if not revision:
         tries.append((CONVERTED, ("*/train/*.parquet", "*/partial-train/*.parquet")))
-    for place, wanted in tries:
-        directory, files = snapshot(name, repository, place, wanted)
+    for branch, wanted in tries:
+        directory, files = snapshot(name, repository, branch, wanted)
         if wanted == TRAINING_FILES:
             files = [file for file in files if split_of(file.relative_to(directory)) == "train"]
         if not files:
             continue
-        where = [f"revision {f'{CONVERTED} at ' if place == CONVERTED else ''}{directory.name[:12]}"]
-        if place == CONVERTED:
+        where = [f"revision {f'{CONVERTED} at ' if branch == CONVERTED else ''}{directory.name[:12]}"]
+        if branch == CONVERTED:
             return one_configuration(repository, files), where
         files, read = (files, []) if patterns else choose_files(directory, files)
         return files, where + read
@@ -178,7 +177,7 @@ def fetch_files(
 
 
 def snapshot(name: str, repository: str, revision: str, patterns: tuple[str, ...]) -> tuple[Path, list[Path]]:
-    """The directory of a commit, which it is named after, and the files that fit; none where a branch is not there."""
+    """Fetch the directory of a commit, named after it, and the files that fit; none where a branch does not exist."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -199,7 +198,7 @@ def snapshot(name: str, repository: str, revision: str, patterns: tuple[str, ...
 
 
 def matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The data files in a directory whose relative path fits one of the patterns, in the order of their names."""
+    """List the data files in a directory whose relative path fits one of the patterns, sorted by name."""
     return [
         file
         for file in data_files(directory)
@@ -208,7 +207,7 @@ def matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def one_configuration(repository: str, files: list[Path]) -> list[Path]:
-    """Of a converted data set the files of its only configuration, or of `default`. Raises UserError for several."""
+    """Choose a converted data set's only configuration, or `default`. Raises UserError for several."""
     names = sorted({re.sub("^partial-", "", file.parent.parent.name) for file in files})
     if len(names) > 1 and "default" not in names:
         raise UserError(
@@ -220,8 +219,7 @@ def one_configuration(repository: str, files: list[Path]) -> list[Path]:
     return [file for file in files if file.parent.parent.name.removeprefix("partial-") == name]
 
 
-Adapter = Callable[[dict[str, Any]], dict[str, Any]]
-"""A row of a set -> the same in one of TRL's formats."""
+Adapter = Callable[[dict[str, Any]], dict[str, Any]]  # a row of a set -> the same in one of TRL's formats
 
 CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
 VICUNA_TURN = re.compile(r"(?:^|</s>|\s)\s*(USER|ASSISTANT):")
@@ -240,7 +238,7 @@ class HubSet:
 
 
 def follow(row: dict[str, Any], path: str) -> Any:
-    """The value at `answers.ja.0.text`. Raises BadRow where a key is missing, LeftOut where there is no value."""
+    """Return the value at `answers.ja.0.text`. Raises BadRow where a key is missing, LeftOut where it has no value."""
     value: Any = row
     for part in path.split("."):
         if part.isdigit():
@@ -362,13 +360,13 @@ HUB_SETS = (
 
 def find_set(name: str) -> HubSet | None:
     """Find the set of this name; upper and lower case are alike."""
-    return next((each for each in HUB_SETS if name.lower() in all_names(each)), None)
+    return next((hub_set for hub_set in HUB_SETS if name.lower() in all_names(hub_set)), None)
 
 
-def all_names(each: HubSet) -> tuple[str, ...]:
-    """In lower case. A repository with several sets in it does not name one of them."""
-    shared = sum(other.repository == each.repository for other in HUB_SETS) > 1
-    return tuple(name.lower() for name in (*(() if shared else (each.repository,)), *each.names))
+def all_names(hub_set: HubSet) -> tuple[str, ...]:
+    """List a set's names in lower case. A repository with several sets in it does not name one of them."""
+    shared = sum(other.repository == hub_set.repository for other in HUB_SETS) > 1
+    return tuple(name.lower() for name in (*(() if shared else (hub_set.repository,)), *hub_set.names))
 
 
 def same(row: dict[str, Any]) -> dict[str, Any]:

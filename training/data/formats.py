@@ -120,10 +120,9 @@ class ReadRow:
 
 
 def read_row(value: Any, every: bool = False, keeps_labels: bool = False) -> ReadRow:
-    """What one value of a file gives; of several rated answers `every` pair, or the best and the worst; answers with a
-    label may keep it. Raises BadRow."""
+    """Read what a value gives: `every` pair of rated answers, or best and worst; labels may stay. Raises BadRow."""
     values = (keeps_labels and both_bad(value)) or each_pair(value, every)
-    first, *others = [read_one(each, keeps_labels) for each in values]
+    first, *others = [read_one(row, keeps_labels) for row in values]
     return replace(first, rows=[*first.rows, *(row for read in others for row in read.rows)])
 
 
@@ -141,7 +140,7 @@ def read_one(value: Any, keeps_labels: bool = False) -> ReadRow:
 
 
 def trl_row(value: Any) -> dict[str, Any]:
-    """The value under TRL's names and without keys that have no value; only a label may have none."""
+    """Return the value under TRL's names and without keys that have no value; only a label may have none."""
     if looks_like_messages(value):
         value = {"messages": value}
     if not isinstance(value, dict):
@@ -181,15 +180,15 @@ def parse_trl_row(row: dict[str, Any]) -> list[Row]:
         if not messages:
             raise BadRow("'text' is not of the form Human: ... Assistant: ...")
         return parse_conversation(messages)
-    found = ", ".join(str(key)[:30] for key in list(row)[:KEYS_NAMED]) + ", ..." * (len(row) > KEYS_NAMED)
+    keys = ", ".join(str(key)[:30] for key in list(row)[:KEYS_NAMED]) + ", ..." * (len(row) > KEYS_NAMED)
     hint = next(
         (hint for keys, hint in HINTS if keys <= {str(key).lower() for key in row}), f"there must be {KNOWN_KEYS}"
     )
-    raise BadRow(f"no known keys ({f'found: {found}' if row else 'it is empty'}; {hint})")
+    raise BadRow(f"no known keys ({f'found: {keys}' if row else 'it is empty'}; {hint})")
 
 
 def format_of(row: dict[str, Any]) -> str:
-    """What TRL calls the format of a row that parse_trl_row takes, and how its texts are given."""
+    """Say what TRL calls the format of a row that parse_trl_row takes, and how its texts are given."""
     has_label = any(name in row for name in LABELS)
     if "chosen" in row:
         name, text = "preference" if "prompt" in row else "preference with implicit prompt", row["chosen"]
@@ -204,7 +203,7 @@ def format_of(row: dict[str, Any]) -> str:
 
 
 def unused_keys(row: dict[str, Any]) -> frozenset[str]:
-    """The keys that have a value and change nothing. Those beside a prompt alone all go to the reward function."""
+    """List the keys that have a value and change nothing. Those beside a prompt alone all go to the reward function."""
     if "chosen" in row:
         used: tuple[str, ...] = ("prompt", "chosen", "rejected", *["margin"] * (number(row.get("margin")) is not None))
     elif answer := next((key for key in ANSWERS if key in row), None):
@@ -263,7 +262,7 @@ def require_trained(value: Any, key: str) -> None:
 
 
 def read_rating(row: dict[str, Any]) -> Rating | None:
-    """The label of an answer or a conversation, or the score of an answer. Raises BadRow for another label."""
+    """Read the label of an answer or a conversation, or the score of an answer. Raises BadRow for another label."""
     is_answer = any(key in row for key in ANSWERS)
     if "chosen" in row or not (is_answer or "messages" in row):
         return None
@@ -280,7 +279,7 @@ def read_rating(row: dict[str, Any]) -> Rating | None:
 
 
 def parse_conversation(value: Any) -> list[Row]:
-    """A row for each answer to a user that is to be trained on; the others are context only."""
+    """Make a row for each answer to a user that is to be trained on; the others are context only."""
     items = message_items(value, "messages")
     messages = [read_message(item) for item in items]
     if messages[-1]["role"] != "assistant":
@@ -317,7 +316,7 @@ def read_answer(value: Any, key: str, prompt: list[Message]) -> list[Message]:
 
 
 def whole_conversation(prompt: list[Message], answer: list[Message]) -> list[Message]:
-    """The prompt and what goes on from it, which may repeat it. What begins with another message stands for itself."""
+    """Join the prompt and what goes on from it, which may repeat it. What begins otherwise stands for itself."""
     goes_on = answer[0]["role"] == "assistant" and not starts_with(answer, prompt)
     return prompt + answer if goes_on else answer
 

@@ -25,7 +25,7 @@ ANSWERS = {
     "prompt": (),
 }
 """Kind of a row -> keys of its answers."""
-PLACES_NAMED = 5
+LOCATIONS_NAMED = 5
 LENGTH_BIAS = 0.6
 """Share of pairs in which the longer answer (or the shorter one) is chosen, from which a reward model may learn it."""
 ENOUGH_PAIRS = 20  # with fewer a share says little
@@ -41,7 +41,7 @@ class Finding:
     check: str  # a short name, the same for every data set
     sentence: str
     count: int = 0  # of the rows concerned
-    places: tuple[str, ...] = ()  # of the first of them
+    places: tuple[str, ...] = ()  # locations of the first of them
 
     def __str__(self) -> str:
         if not self.places:
@@ -54,10 +54,10 @@ class Finding:
 @dataclass(frozen=True)
 class Lines:
     rows: Sequence[Row]
-    places: Sequence[str]
+    locations: Sequence[str]
 
     def where(self, test: Callable[[Row], bool]) -> list[str]:
-        return [place for row, place in zip(self.rows, self.places, strict=True) if test(row)]
+        return [location for row, location in zip(self.rows, self.locations, strict=True) if test(row)]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Size:
 
 
 def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -> list[Finding]:
-    """All findings in the rows; what needs tokens is left out without a `chat_format`."""
+    """List all findings in the rows; what needs tokens is left out without a `chat_format`."""
     sizes = [Size.of(row, chat_format, settings) for row in lines.rows]
     return [
         *same_answers(lines),
@@ -98,24 +98,24 @@ def lint(lines: Lines, chat_format: ChatFormat | None, settings: DataSettings) -
     ]
 
 
-def finding(level: Level, check: str, sentence: str, places: Sequence[str]) -> list[Finding]:
-    return [Finding(level, check, sentence, len(places), tuple(places[:PLACES_NAMED]))] if places else []
+def finding(level: Level, check: str, sentence: str, locations: Sequence[str]) -> list[Finding]:
+    return [Finding(level, check, sentence, len(locations), tuple(locations[:LOCATIONS_NAMED]))] if locations else []
 
 
 def bad_rows(left_out: Iterable[tuple[str, str, bool]]) -> list[Finding]:
-    """What reading a source left out, by reason: an error, unless nothing is wrong with the row itself."""
-    places: dict[tuple[str, bool], list[str]] = defaultdict(list)
-    for place, reason, wrong in left_out:
-        places[reason, wrong].append(place)
+    """List what reading a source left out, by reason: an error, unless nothing is wrong with the row itself."""
+    locations: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    for location, reason, wrong in left_out:
+        locations[reason, wrong].append(location)
     findings = []
-    for (reason, wrong), at in places.items():
+    for (reason, wrong), at in locations.items():
         findings += finding("error", "bad row", reason, at) if wrong else finding("warning", "left out", reason, at)
     return findings
 
 
 def same_answers(lines: Lines) -> list[Finding]:
-    places = lines.where(lambda row: kind_of(row) == "pair" and len(set(answers(row))) == 1)
-    return finding("error", "chosen = rejected", "a pair has the same answer twice, which teaches nothing", places)
+    locations = lines.where(lambda row: kind_of(row) == "pair" and len(set(answers(row))) == 1)
+    return finding("error", "chosen = rejected", "a pair has the same answer twice, which teaches nothing", locations)
 
 
 def duplicates(lines: Lines, settings: DataSettings) -> list[Finding]:
@@ -123,17 +123,17 @@ def duplicates(lines: Lines, settings: DataSettings) -> list[Finding]:
     sources = [parse_source(text) for text in settings.sources]
     repeated = {source.label for source in sources if source.weight > 1}
     seen: set[str] = set()
-    places = []
-    for row, place in zip(lines.rows, lines.places, strict=True):
+    locations = []
+    for row, location in zip(lines.rows, lines.locations, strict=True):
         text = json.dumps([row["prompt"], *answers(row), row.get("label")])
         if text in seen and row.get("source") not in repeated:
-            places.append(place)
+            locations.append(location)
         seen.add(text)
-    return finding("warning", "duplicates", "the same row is there before", places)
+    return finding("warning", "duplicates", "the same row is there before", locations)
 
 
 def contradictions(lines: Lines) -> list[Finding]:
-    """Pairs whose answers stand the other way round in another pair, and answers with both labels."""
+    """Find pairs whose answers stand the other way round in another pair, and answers with both labels."""
     known = {json.dumps([row["prompt"], *answers(row)]) for row in lines.rows if kind_of(row) == "pair"}
 
     def is_reversed(row: Row) -> bool:
@@ -146,9 +146,9 @@ def contradictions(lines: Lines) -> list[Finding]:
         return json.dumps([row["prompt"], *answers(row), others.get(kind_of(row))]) in labelled
 
     labelled = {json.dumps([row["prompt"], *answers(row), kind_of(row)]) for row in lines.rows if "label" in row}
-    places, both = lines.where(is_reversed), lines.where(is_labelled)
+    locations, both = lines.where(is_reversed), lines.where(is_labelled)
     return [
-        *finding("warning", "contradictions", "the pair is there the other way round too", places),
+        *finding("warning", "contradictions", "the pair is there the other way round too", locations),
         *finding("warning", "contradictions", "the answer is labelled as good and as bad", both),
     ]
 
@@ -158,7 +158,7 @@ def one_label(lines: Lines) -> list[Finding]:
     if kinds not in ({"good"}, {"bad"}):
         return []
     sentence = f"all answers are labelled as {kinds.pop()}, so there is nothing to tell apart"
-    return finding("error", "one label", sentence, lines.places)
+    return finding("error", "one label", sentence, lines.locations)
 
 
 def length_bias(lines: Lines, sizes: Sequence[Size]) -> list[Finding]:
@@ -175,25 +175,29 @@ def length_bias(lines: Lines, sizes: Sequence[Size]) -> list[Finding]:
     return [Finding("warning", "length bias", sentence, total)]
 
 
+def locations_of(lines: Lines, sizes: Sequence[Size], test: Callable[[Size], bool]) -> list[str]:
+    return [location for location, size in zip(lines.locations, sizes, strict=True) if test(size)]
+
+
 def cut_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) -> list[Finding]:
     limits = settings.max_prompt_tokens, settings.max_response_tokens
-    prompts = [place for place, size in zip(lines.places, sizes, strict=True) if size.prompt > limits[0]]
-    cut = [place for place, size in zip(lines.places, sizes, strict=True) if max(size.answers, default=0) > limits[1]]
+    prompts = locations_of(lines, sizes, lambda size: size.prompt > limits[0])
+    cut = locations_of(lines, sizes, lambda size: max(size.answers, default=0) > limits[1])
     findings = []
-    for places, what in (
+    for locations, what in (
         (prompts, f"a prompt over data.max_prompt_tokens={limits[0]} loses its oldest turns"),
         (cut, f"an answer over data.max_response_tokens={limits[1]} is cut and has no end of turn"),
     ):
-        share = len(places) / max(len(lines.rows), 1)
+        share = len(locations) / max(len(lines.rows), 1)
         if share > MUCH_CUT:
-            findings += finding("warning", "truncation", f"{what}: {share:.0%} of the rows", places)
+            findings += finding("warning", "truncation", f"{what}: {share:.0%} of the rows", locations)
     return findings
 
 
 def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) -> list[Finding]:
     """Answers that are nothing but the end of the turn, and pairs that are the same once they are cut."""
-    empty = [place for place, size in zip(lines.places, sizes, strict=True) if size.is_empty]
-    same = [place for place, size in zip(lines.places, sizes, strict=True) if size.is_same]
+    empty = locations_of(lines, sizes, lambda size: size.is_empty)
+    same = locations_of(lines, sizes, lambda size: size.is_same)
     cut = f"the answers differ only behind data.max_response_tokens={settings.max_response_tokens}, or in no token"
     return [
         *finding("error", "no trained token", "an answer has no token but the end of its turn", empty),
@@ -202,7 +206,7 @@ def untrained_rows(lines: Lines, sizes: Sequence[Size], settings: DataSettings) 
 
 
 def lint_preferences(preferences: Sequence[Preference]) -> list[Finding]:
-    """What moves people other than the answers, and who agrees no more than chance would."""
+    """Find what moves people other than the answers, and who agrees no more than chance would."""
     seen, findings = overview(preferences), []
     for name, left in seen["left"].items():
         if left["preferences"] >= ENOUGH_PAIRS and not left["low"] <= 0.5 <= left["high"]:
@@ -223,8 +227,8 @@ def shared_prompts(train: Lines, evaluation: Lines) -> list[Finding]:
     """Questions that are both trained on and evaluated, by the rule that shares rows out."""
     group_of = choose_groups([*train.rows, *evaluation.rows])
     trained = {group_of(row) for row in train.rows}
-    places = evaluation.where(lambda row: group_of(row) in trained)
-    return finding("error", "leak", "a held-out row has a question that is trained on too", places)
+    locations = evaluation.where(lambda row: group_of(row) in trained)
+    return finding("error", "leak", "a held-out row has a question that is trained on too", locations)
 
 
 def lint_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, directory: Path) -> list[Finding]:

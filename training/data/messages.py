@@ -39,14 +39,14 @@ def read_messages(value: Any, key: str) -> list[Message]:
 
 
 def message_items(value: Any, key: str) -> list[dict[str, Any]]:
-    """The messages of a list as they are in the file, without a system message that says nothing."""
+    """Return the messages of a list as they are in the file, without a system message that says nothing."""
     value = deserialised(value, key)
     if isinstance(value, dict):
         value = turns_of_columns(value) or [value]
     if not isinstance(value, list):
         raise BadRow(f"'{key}' is not {'' if key == 'messages' else 'text or '}a list of messages")
-    for place, item in enumerate(value):
-        check_message(item, key, place)
+    for index, item in enumerate(value):
+        check_message(item, key, index)
     items = [item for item in value if role_of(item) != "system" or str(content_of(item)).strip()]
     if not items:
         raise BadRow(f"'{key}' is empty")
@@ -54,7 +54,7 @@ def message_items(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def turns_of_columns(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of {"role": [...], "content": [...]}, as `datasets` keeps a sequence of objects; else none."""
+    """Read the messages of {"role": [...], "content": [...]}, `datasets`' sequence of objects; else none."""
     columns = {name: cells for name, cells in value.items() if isinstance(cells, list)}
     if not {"role", "from"} & columns.keys() or len({len(cells) for cells in columns.values()}) > 1:
         return []
@@ -62,7 +62,7 @@ def turns_of_columns(value: dict[str, Any]) -> list[dict[str, Any]]:
     return [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
 
 
-def check_message(item: Any, key: str, place: int) -> None:
+def check_message(item: Any, key: str, index: int) -> None:
     if not isinstance(item, dict):
         raise BadRow(f"'{key}' has a message without role and content")
     role = item.get("role", item.get("from"))
@@ -73,7 +73,7 @@ def check_message(item: Any, key: str, place: int) -> None:
         raise BadRow(f"'{key}' has a message without role and content")
     if usual not in ROLES:
         raise BadRow(f"the role {str(role)[:30]!r} is none of {', '.join(ROLES)}")
-    if usual == "system" and place > 0:
+    if usual == "system" and index > 0:
         raise BadRow("a system message is not the first")
 
 
@@ -96,7 +96,7 @@ def content_of(item: dict[str, Any]) -> Any:
 
 
 def text_of(content: Any) -> Any:
-    """The text of a list of parts, as servers take it; anything else as it is."""
+    """Join the text of a list of parts, as servers take it; anything else as it is."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -130,7 +130,7 @@ def looks_like_messages(value: Any) -> bool:
 
 
 def deserialised(value: Any, key: str) -> Any:
-    """The messages that a text is the JSON or Python notation of; any other value as it is.
+    """Read the messages that a text is the JSON or Python notation of; any other value as it is.
 
     Raises BadRow for a text that is plainly meant as messages and cannot be read: as prose it would be trained on.
     """
@@ -161,7 +161,7 @@ def unwrapped(value: Any) -> list[Any]:
 
 
 def leading_value(text: str) -> tuple[Any, str]:
-    """The JSON or Python value with which a text begins (None without one), and the text behind it."""
+    """Read the JSON or Python value with which a text begins (None without one), and the text behind it."""
     try:
         value, end = json.JSONDecoder(strict=False).raw_decode(text)
         return value, text[end:].strip()
@@ -185,7 +185,7 @@ def python_value(text: str) -> Any:
 
 
 def parsed(value: Any) -> Any:
-    """A list or an object that a table's cell holds as text; anything else as it is."""
+    """Read a list or an object that a table's cell holds as text; anything else as it is."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -196,7 +196,7 @@ def parsed(value: Any) -> Any:
 
 
 def read_transcript(text: str) -> list[Message]:
-    """The turns of "Human: ... Assistant: ..."; none if the text is not of that form. An empty last turn is no turn."""
+    """Read the turns of "Human: ... Assistant: ..."; none in another text. An empty last turn is no turn."""
     if not re.match(r"\s*Human:.*\n\s*Assistant:", text, re.DOTALL):
         return []
     parts = re.split(r"(?:^|\n)\s*(Human|Assistant):", text.strip())[1:]

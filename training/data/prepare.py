@@ -71,17 +71,17 @@ class EvalData:
         return sets
 
     def hold_out(self, sets: RowSets, seed: int) -> str:
-        """Put its rows where `sets` evaluates what it serves, and take its questions out of training; returns a
-        sentence about it. Raises UserError where nothing is left to train on."""
+        """Evaluate `sets` on these rows where they serve, and take their questions out of training; returns a sentence
+        about it. Raises UserError where nothing is left to train on."""
         group_of = choose_groups([*self.rows, *(row for _, rows in sets.items() for row in rows)])
         known, ours = set(map(group_of, self.rows)), self.sets(seed)
         before = after = 0
         for name, rows in sets.items():
             use, _, part = name.partition("_")
             if part == "train":
-                kept = [row for row in rows if group_of(row) not in known]
-                before, after = before + len(rows), after + len(kept)
-                setattr(sets, name, kept)
+                remaining = [row for row in rows if group_of(row) not in known]
+                before, after = before + len(rows), after + len(remaining)
+                setattr(sets, name, remaining)
             elif use in self.serves:
                 setattr(sets, name, getattr(ours, name))
         if before and not after:
@@ -96,7 +96,7 @@ class EvalData:
 def read_eval_data(
     settings: DataSettings, report: Callable[[str], None], chat_format: ChatFormat | None = None
 ) -> EvalData:
-    """What `settings.eval_source` names; empty where it names nothing. Raises UserError as `read_sources` does."""
+    """Read what `settings.eval_source` names; empty where it names nothing. Raises UserError as `read_sources` does."""
     if not settings.eval_sources:
         return EvalData()
     apart = settings.model_copy(update={"source": settings.eval_sources, "limit": 0})
@@ -107,7 +107,7 @@ def read_eval_data(
 
 
 SHARES = (0, 1, 1)
-"""`data.split` of such a run, whose step 1 is done: pairs serve steps 2 and 3."""
+"""`data.split` of a run that goes on from another, whose step 1 is done: pairs serve steps 2 and 3."""
 
 
 def go_on(sets: RowSets, parent: Path, seed: int) -> str:
@@ -120,7 +120,7 @@ def go_on(sets: RowSets, parent: Path, seed: int) -> str:
     theirs = RowSets()
     for name, _ in sets.items():
         setattr(theirs, name, read_rows(rows_file(parent, name)))
-    new, old = ([row for _, rows in each.items() for row in rows] for each in (sets, theirs))
+    new, old = ([row for _, rows in row_sets.items() for row in rows] for row_sets in (sets, theirs))
     group_of, question_of = choose_groups(new), choose_groups(new + old)  # the new ones may all begin alike
     trained, held_out = (
         {question_of(row) for name, rows in theirs.items() if name.endswith(part) for row in rows}
@@ -167,8 +167,7 @@ def rows_file(parent: Path, name: str) -> Path:
 
 COUNTS_FILE = "counts.json"
 LEFT_OUT_FILE = "left_out.jsonl"
-PLACES_NAMED = 3
-"""The terminal names so many places for each reason; the rest are in the file."""
+LOCATIONS_NAMED = 3  # the terminal names so many rows for each reason; the rest are in the file
 
 
 @dataclass
@@ -178,8 +177,8 @@ class DataCounts:
     rows: dict[str, int] = field(default_factory=dict)  # of each file, by its name without .jsonl
     skipped: dict[str, int] = field(default_factory=dict)  # rows (of the embedded default: replies) that were left out
     notes: list[str] = field(default_factory=list)
-    places: dict[str, list[str]] = field(default_factory=dict)  # of the first rows of each reason
-    sources: list[str] = field(default_factory=list)  # each with what was found in it
+    places: dict[str, list[str]] = field(default_factory=dict)  # locations of the first rows of each reason
+    sources: list[str] = field(default_factory=list)  # each with what it holds
 
     def lines(self) -> list[str]:
         lines = self.sources + [
@@ -192,9 +191,9 @@ class DataCounts:
         return lines + self.notes
 
     def reason(self, name: str, count: int) -> str:
-        places = self.places.get(name, [])
-        more = ", ..." if places and count > len(places) else ""
-        return f"{name} ({count:,}{': ' if places else ''}{', '.join(places)}{more})"
+        locations = self.places.get(name, [])
+        more = ", ..." if locations and count > len(locations) else ""
+        return f"{name} ({count:,}{': ' if locations else ''}{', '.join(locations)}{more})"
 
 
 def prepare_data(
@@ -213,20 +212,22 @@ def prepare_data(
         counts.notes.append(go_on(sets, Path(settings.parent), seed))
     if eval_data.sources:
         counts.notes.append(eval_data.hold_out(sets, seed))
-        left_out += [(place, reason) for read in eval_data.sources for place, reason, _ in read.left_out]
+        left_out += [(location, reason) for read in eval_data.sources for location, reason, _ in read.left_out]
     counts.rows = count_rows(sets)
     require_both_labels(sets.pairs_train)
     require_difference(sets.pairs_train, settings, chat_format)
 
-    def write(place: Path) -> None:
+    def write(target: Path) -> None:
         for name, rows in sets.items():
-            write_rows(place / f"{name}.jsonl", rows)
+            write_rows(target / f"{name}.jsonl", rows)
         if sets.panel:
-            write_rows(place / PANEL_FILE, sets.panel)
+            write_rows(target / PANEL_FILE, sets.panel)
         if left_out:
-            lines = [json.dumps({"place": place, "reason": reason}, ensure_ascii=False) for place, reason in left_out]
-            (place / LEFT_OUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write_json(place / COUNTS_FILE, asdict(counts))
+            lines = [
+                json.dumps({"place": location, "reason": reason}, ensure_ascii=False) for location, reason in left_out
+            ]
+            (target / LEFT_OUT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json(target / COUNTS_FILE, asdict(counts))
 
     with writing("the prepared data", directory.parent):
         write_directory(directory, write)
@@ -237,8 +238,8 @@ def prepare_data(
 
 
 def read_counts(directory: Path) -> dict[str, Any]:
-    """The values of DataCounts that a filled directory holds. Raises UserError where they are damaged."""
-    return read_json(directory / COUNTS_FILE, f"delete {directory}, which the next step makes anew")
+    """Read the values of DataCounts that a filled directory holds. Raises UserError where they are damaged."""
+    return read_json(directory / COUNTS_FILE, f"delete {directory}, which the next step makes again")
 
 
 def require_difference(rows: Sequence[PairRow | LabelledRow], settings: DataSettings, chat_format: ChatFormat) -> None:
@@ -273,30 +274,31 @@ def build_rows(
     report: Callable[[str], None],
     evaluated: Collection[str] = (),
 ) -> tuple[RowSets, DataCounts, list[tuple[str, str]]]:
-    """The rows of each step, their counts, and place and reason of what was left out. What is `evaluated` by other data
-    holds nothing out of a user's own."""
+    """Make the rows of each step, their counts, and location and reason of what was left out. What is `evaluated` by
+    other data holds nothing out of a user's own."""
     if settings.source == EMBEDDED_DATA:
         sets, skipped, notes = build_chitchat(load_dialogues(), load_texts(report), settings, seed, chat_format)
         return sets, DataCounts(count_rows(sets), dict(skipped.most_common()), notes), []
     sources = read_sources(settings, report, chat_format)
     sets, notes = split_and_blend(sources, settings, seed, evaluated)
-    left_out = [(place, reason) for read in sources for place, reason, _ in read.left_out]
-    places: dict[str, list[str]] = defaultdict(list)
-    for place, reason in left_out:
-        places[reason].append(place)
+    left_out = [(location, reason) for read in sources for location, reason, _ in read.left_out]
+    locations: dict[str, list[str]] = defaultdict(list)
+    for location, reason in left_out:
+        locations[reason].append(location)
     counted = Counter(reason for _, reason in left_out)
-    first_places = {reason: at[:PLACES_NAMED] for reason, at in places.items()}
+    first_locations = {reason: at[:LOCATIONS_NAMED] for reason, at in locations.items()}
     described = [read.describe() for read in sources]
-    counts = DataCounts(count_rows(sets), dict(counted.most_common()), notes, first_places, described)
+    counts = DataCounts(count_rows(sets), dict(counted.most_common()), notes, first_locations, described)
     return sets, counts, left_out
 
 
 def split_and_blend(
     sources: list[SourceRows], settings: DataSettings, seed: int, evaluated: Collection[str] = ()
 ) -> tuple[RowSets, list[str]]:
-    """All sources together are shared out over steps and evaluation, each row once; then their weights count.
+    """Share all sources together out over steps and evaluation, each row once; then their weights count.
 
-    Also returns what a person should know about it. What several sources have is the one's with the largest weight.
+    Also returns what a person should know about it. A row that several sources have goes to the one with the largest
+    weight.
     """
     rows = [row for read in sorted(sources, key=lambda read: -read.source.weight) for row in read.rows]
     if len(sources) > 1:
@@ -328,15 +330,15 @@ def count_rows(sets: RowSets) -> dict[str, int]:
 
 
 def demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat | None = None) -> list[SFTRow]:
-    """Rows with a prompt and a response, from `rlhf.ptx.source` (without the questions that the run holds out) or the
-    run's `data`, which keeps the former once they were read. Raises UserError without any."""
-    source, kept = config.rlhf.ptx.source, data / DEMONSTRATIONS_FILE
-    if source and kept.exists():
-        return cast(list[SFTRow], read_rows(kept))
+    """Read rows with a prompt and a response from `rlhf.ptx.source` (without the questions that the run holds out) or
+    the run's `data`, where the former are stored once they were read. Raises UserError without any."""
+    source, file = config.rlhf.ptx.source, data / DEMONSTRATIONS_FILE
+    if source and file.exists():
+        return cast(list[SFTRow], read_rows(file))
     if source:
         given = config.data.model_copy(update={"source": source, "limit": 0})
         (read,) = read_sources(given, lambda _: None, chat_format)
-        held_out = {opening(row["prompt"]) for file in data.glob("*_eval.jsonl") for row in read_rows(file)}
+        held_out = {opening(row["prompt"]) for part in data.glob("*_eval.jsonl") for row in read_rows(part)}
         rows = [cast(SFTRow, row) for row in read.rows if "response" in row and opening(row["prompt"]) not in held_out]
     else:
         rows = cast(list[SFTRow], read_rows(data / "sft_train.jsonl"))
@@ -348,8 +350,8 @@ def demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat | None
     return rows
 
 
-def keep_demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat) -> None:
-    """Raise UserError without any; those of another file are put beside the run's own, and not read anew."""
-    rows, kept = demonstrations(config, data, chat_format), data / DEMONSTRATIONS_FILE
-    if config.rlhf.ptx.source and not kept.exists():
-        write_text(kept, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def store_demonstrations(config: RunConfig, data: Path, chat_format: ChatFormat) -> None:
+    """Raise UserError without any; store those of another file beside the run's own, so that it is read only once."""
+    rows, file = demonstrations(config, data, chat_format), data / DEMONSTRATIONS_FILE
+    if config.rlhf.ptx.source and not file.exists():
+        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

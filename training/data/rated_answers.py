@@ -20,12 +20,11 @@ STEMS = (
 )
 """What the column of an answer is called, with something before or behind it."""
 LISTS = ("responses", "answers", "outputs", "completions", "replies", "generations", "candidates", "summaries")
-TEXT_KEYS = (*STEMS, "content")
-"""The text of an answer that is an object stands under one of these."""
+TEXT_KEYS = (*STEMS, "content")  # the text of an answer that is an object stands under one of these
 
 
 def columns_called(words: Iterable[str], *others: str) -> frozenset[str]:
-    """`good`, `good_answer`, `answer_good` and their like."""
+    """Make `good`, `good_answer`, `answer_good` and their like."""
     forms = {form for word in words for stem in STEMS for form in (word, f"{word}_{stem}", f"{stem}_{word}")}
     return frozenset(forms | set(others))
 
@@ -66,8 +65,7 @@ SCORES_OF_A_PAIR = [
     for score in SCORES
     for form in ("{1}_{0}", "{0}_{1}", "{0}-{1}")
 ]
-COLUMNS = BETTER | WORSE | TWO.keys() | set(LISTS)
-"""A row without any of these has no several answers."""
+COLUMNS = BETTER | WORSE | TWO.keys() | set(LISTS)  # a row without any of these has no several answers
 
 TURNS = ("prompt", "response_a", "response_b")
 """The columns in which Chatbot Arena keeps the list of a conversation's turns as text."""
@@ -77,8 +75,8 @@ Preferred = tuple[Any, Any, set[str], float | None]
 
 
 def each_pair(value: Any, every: bool = False) -> list[Any]:
-    """The value once for each of its pairs, where a column of better or of worse answers holds a list of them, or, if
-    it is to be `every` pair, where several answers have a rating."""
+    """Return the value once for each of its pairs, where a column of better or of worse answers holds a list of them,
+    or, if it is to be `every` pair, where several answers have a rating."""
     if not isinstance(value, dict):
         return [value]
     names = {str(name).strip().lower(): name for name in value}
@@ -95,8 +93,7 @@ def each_pair(value: Any, every: bool = False) -> list[Any]:
 
 
 def every_pair(value: dict[str, Any], names: Mapping[str, str]) -> list[Any]:
-    """The value once for each two different answers of its list of which one is rated higher, the furthest apart
-    first."""
+    """Return the value once for each two answers of its list with different ratings, the furthest apart first."""
     rated = rated_list({usual: value[name] for usual, name in names.items() if value[name] is not None})
     if rated is None:
         return []
@@ -121,7 +118,7 @@ def prompt_from_context(row: dict[str, Any], names: Mapping[str, str]) -> None:
 
 
 def better_first(scores: Mapping[int, float]) -> list[tuple[int, int]]:
-    """All two keys of which the first has the higher score, the furthest apart first."""
+    """List all two keys of which the first has the higher score, the furthest apart first."""
     pairs = [(i, j) for i, j in product(scores, repeat=2) if scores[i] > scores[j]]
     return sorted(pairs, key=lambda pair: scores[pair[1]] - scores[pair[0]])
 
@@ -157,7 +154,7 @@ def choose_answers(row: dict[str, Any]) -> None:
 
 
 def single_turn(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The texts in a row of Chatbot Arena, which has them as `["Hi"]`. Raises LeftOut for more turns than one."""
+    """Read the texts in a row of Chatbot Arena, which writes `["Hi"]`. Raises LeftOut for more turns than one."""
     cells = [row.get(name) for name in TURNS]
     if not all(isinstance(cell, str) and cell.startswith("[") and cell.endswith("]") for cell in cells):
         return {}
@@ -239,7 +236,7 @@ def by_winner(values: Mapping[str, Any], columns: tuple[str, str], ends: list[st
 
 
 def named_answer(name: str, winner: Any, answers: list[Any], columns: tuple[str, str], ends: list[str]) -> int | None:
-    """The index of the answer that is named, None for a tie. Raises BadRow for what names neither."""
+    """Return the index of the answer that is named, None for a tie. Raises BadRow for what names neither."""
     if winner in answers:
         return answers.index(winner)
     text = re.sub(r"\.0+$", "", str(winner).strip().lower())  # 1.0 is 1
@@ -257,7 +254,7 @@ Scores = tuple[list[float | None], set[str]]
 
 
 def best_and_worst(values: Mapping[str, Any]) -> Preferred | None:
-    """Of a list of answers the two that are furthest apart. Raises LeftOut where none is better than another."""
+    """Choose the two answers of a list that are furthest apart. Raises LeftOut where none is better than another."""
     if (rated := rated_list(values)) is None:
         return None
     answers, scores, used = rated
@@ -270,8 +267,8 @@ def best_and_worst(values: Mapping[str, Any]) -> Preferred | None:
 
 
 def rated_list(values: Mapping[str, Any]) -> tuple[list[Any], dict[int, float], set[str]] | None:
-    """A list of answers, each with a score or a rank, in it or in a list beside it: the answers, the scores of those
-    that have one by their indices, and the columns."""
+    """Read a list of answers, each with a score or a rank, in it or in a list beside it: the answers, the scores of
+    those that have one by their indices, and the columns."""
     for column in LISTS:
         answers = parsed(values.get(column))
         if not isinstance(answers, list) or not answers or not all(map(is_answer, answers)):
@@ -291,7 +288,7 @@ def text_in(answer: Any) -> Any:
 
 
 def scores_in(answers: list[Any]) -> Scores | None:
-    """What each answer that is an object says of itself, else the mean of its annotations' ratings (UltraFeedback)."""
+    """Read the score in each answer that is an object, else the mean of its annotations' ratings (UltraFeedback)."""
     if not all(isinstance(answer, dict) for answer in answers):
         return None
     for key in (*SCORES, RANK):
@@ -302,7 +299,7 @@ def scores_in(answers: list[Any]) -> Scores | None:
 
 
 def mean_rating(annotations: Any) -> float | None:
-    """Of {"helpfulness": {"Rating": "4"}, ...}; what is not rated (N/A) does not count."""
+    """Average {"helpfulness": {"Rating": "4"}, ...}; what is not rated (N/A) does not count."""
     aspects = annotations.values() if isinstance(annotations, dict) else ()
     numbers = [number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]
     ratings = [rating for rating in numbers if rating is not None]
@@ -365,7 +362,6 @@ class Rating:
 
 
 def rating_of(row: Mapping[str, Any]) -> Rating | None:
-    """Return the score or rank in a row with one answer."""
     for column in (*SCORES, RANK):
         if (value := number(row.get(column))) is not None and not isinstance(row[column], bool):
             return Rating(-value if column == RANK else value, column, is_label=False)

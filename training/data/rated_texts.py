@@ -1,7 +1,7 @@
 """Texts that people rated, from the source distribution of the Python package `vaderSentiment`.
 
 20 to about 100 people rated each text for how positive it is, from -4 (extremely negative) to 4 (extremely positive).
-The reward model of the embedded default learns from pairs of tweets; others are kept to see how well it
+The reward model of the embedded default learns from pairs of tweets; others show how well it
 agrees with these people (evaluation/panel.py). The package's lexicon has no part in it.
 """
 
@@ -60,7 +60,7 @@ def is_talk(text: str) -> bool:
 
 @functools.cache
 def word_list() -> tuple[frozenset[str], re.Pattern[str]]:
-    """Of the package `better_profanity`: single words, and a pattern for its phrases and words with signs in them."""
+    """Read single words of the package `better_profanity`, and a pattern for its phrases and words with signs."""
     text = (files("better_profanity") / "profanity_wordlist.txt").read_text(encoding="utf-8")
     entries = {line.strip().lower() for line in text.splitlines()} - HARMLESS - {""}
     words = {entry for entry in entries if re.fullmatch(r"\w+", entry)}
@@ -75,7 +75,7 @@ PACKAGE = PipPackage(
     instead="give data of your own with --data",
     is_source=True,
 )
-CACHE_NAME = "rated-texts-1"  # the number goes up when what is kept changes
+CACHE_NAME = "rated-texts-1"  # the number goes up when the content of the cache changes
 ROOT = PACKAGE.requirement.replace("==", "-")
 RESOURCES = "hutto_ICWSM_2014"
 ORIGIN = (
@@ -92,8 +92,7 @@ DOMAINS = {
 """Names of the kinds of text, and how their files begin."""
 ADDRESSEES = re.compile(r"^(?:(?:RT\s+)?@\w+[:,]?\s+)+")  # names that a tweet begins with; they are left out
 WORDS = (3, 16)  # fewest and most of a text that is used
-HELD_OUT = 500
-"""Tweets that are kept for evaluation, where there are four times as many."""
+HELD_OUT = 500  # tweets that are held out, where there are four times as many
 OTHERS = 300  # texts of each other kind that are judged
 LOOKED_AT = 4 * OTHERS  # texts of such a kind that are drawn; about half of them are too long
 EVALUATION_PAIRS = 200
@@ -108,8 +107,7 @@ ANY_PROMPT: list[Message] = [
 class RatedText:
     text: str
     mean: float  # of the ratings
-    ratings: list[int]
-    """One a person; empty where those in the source are not the ones of the mean."""
+    ratings: list[int]  # one a person; empty where those in the source are not the ones of the mean
 
 
 Prompts = Sequence[list[Message]]
@@ -159,7 +157,7 @@ def member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
 
 
 def read_texts(truth: Sequence[str], ratings: Sequence[str]) -> list[RatedText]:
-    """From lines `ID, mean, text` and `ID, mean, deviation, [ratings]`, with tabs between.
+    """Read lines `ID, mean, text` and `ID, mean, deviation, [ratings]`, with tabs between.
 
     Where the two means of an ID differ (199 tweets), the first one is taken, and no ratings.
     """
@@ -270,8 +268,7 @@ class UsableTexts:
         return "" if is_decent(text) else "rude words"
 
 
-SCORE_GAP = 1.0
-"""On the scale of -4 to 4; closer ones people do not tell apart."""
+SCORE_GAP = 1.0  # on the scale of -4 to 4; closer ones people do not tell apart
 LENGTH_RATIO = 0.75
 LENGTH_SLACK = 2  # tokens by which two short texts may differ all the same
 USES = 3  # of a text at most

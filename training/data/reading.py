@@ -1,4 +1,4 @@
-"""Sources -> rows, each with its place, and a report of what was found in each source."""
+"""Sources -> rows with their locations, and a report of what each source holds."""
 
 import json
 import random
@@ -53,10 +53,10 @@ NAMES_OF_KINDS = {
 class SourceRows:
     source: Source
     rows: list[Row] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)  # the file of each row with its line, or its number
+    locations: list[str] = field(default_factory=list)  # the file of each row with its line, or its number
     formats: Counter[str] = field(default_factory=Counter)  # lines in each format
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
-    """Place and reason of each line that gave no row, and whether something was wrong with it."""
+    """The location of each line that gave no row, the reason, and whether something was wrong with it."""
     notes: list[str] = field(default_factory=list)
     preferences: list[Preference] = field(default_factory=list)
     """What people said of two answers (docs/preferences.md), of rows that are used and others."""
@@ -79,10 +79,10 @@ class SourceRows:
 def read_sources(
     settings: DataSettings, report: Callable[[str], None] = print, chat_format: ChatFormat | None = None
 ) -> list[SourceRows]:
-    """All sources of `settings`, in their order. A row that the template of `chat_format` refuses is a bad one.
+    """Read all sources of `settings`, in their order. A row that the template of `chat_format` refuses is a bad one.
 
-    Raises UserError for what is not there or cannot be read, for a bad row unless they are to be skipped, and for a
-    source without a row.
+    Raises UserError for a source that does not exist, cannot be read or has no row, and for a bad row unless such rows
+    are to be skipped.
     """
     sources = [parse_source(text) for text in settings.sources]
     if twice := [source.label for i, source in enumerate(sources) if source.label in {s.label for s in sources[:i]}]:
@@ -103,14 +103,13 @@ def read_source(
     report: Callable[[str], None],
     chat_format: ChatFormat | None = None,
 ) -> SourceRows:
-    """Read one source, which may turn out to have no row."""
     result = SourceRows(source)
     files, hub_set, result.notes = locate(source, report) if not source.is_task else ([], PLAIN, [])
     used, unused, extra = 0, set[str](), set[str]()
     ratings: dict[int, Rating] = {}
     judged: list[tuple[Row, Preference]] = []
     entries = (entry for file in files for entry in read_file(file, hub_set.columns))
-    for place, value in read_task(source.name) if source.is_task else entries:
+    for location, value in read_task(source.name) if source.is_task else entries:
         preferences: list[Preference] = []
         try:
             if isinstance(value, CutShort) and result.preferences:  # the next one would cut it off
@@ -128,13 +127,13 @@ def read_source(
             left_out = isinstance(error, LeftOut)
             if settings.bad_rows == "refuse" and not left_out:
                 raise UserError(
-                    f"{place}: {error}; correct the row, or leave such rows out with --set data.bad_rows=skip."
+                    f"{location}: {error}; correct the row, or leave such rows out with --set data.bad_rows=skip."
                 ) from None
-            result.left_out.append((place, str(error), not left_out))
+            result.left_out.append((location, str(error), not left_out))
             continue
         judged += product(read.rows, preferences)
         result.rows += read.rows
-        result.places += [place] * len(read.rows)
+        result.locations += [location] * len(read.rows)
         if read.rating is not None:
             ratings[len(result.rows) - 1] = read.rating
             if read.rating.is_bad:
@@ -177,10 +176,10 @@ def leave_out_judged_again(result: SourceRows, judged: Sequence[tuple[Row, Prefe
     earlier = {id(row) for row, preference in judged if id(preference) not in last}
     if not earlier:
         return
-    both = list(zip(result.rows, result.places, strict=True))
-    result.left_out += [(place, JUDGED_AGAIN, False) for row, place in both if id(row) in earlier]
+    both = list(zip(result.rows, result.locations, strict=True))
+    result.left_out += [(location, JUDGED_AGAIN, False) for row, location in both if id(row) in earlier]
     result.rows = [row for row, _ in both if id(row) not in earlier]
-    result.places = [place for row, place in both if id(row) not in earlier]
+    result.locations = [location for row, location in both if id(row) not in earlier]
 
 
 def pair_up(result: SourceRows, ratings: dict[int, Rating], every: bool) -> set[str]:
@@ -189,10 +188,10 @@ def pair_up(result: SourceRows, ratings: dict[int, Rating], every: bool) -> set[
         return set()
     pairing = pair_rows(result.rows, ratings, every)
     used = pairing.answers | pairing.left_out.keys()
-    kept = [i for i in range(len(result.rows)) if i in pairing.pairs or i not in used]
-    result.left_out += [(result.places[i], reason, False) for i, reason in sorted(pairing.left_out.items())]
-    result.places = [result.places[i] for i in kept for _ in pairing.pairs.get(i, [None])]
-    result.rows = [row for i in kept for row in pairing.pairs.get(i, [result.rows[i]])]
+    remaining = [i for i in range(len(result.rows)) if i in pairing.pairs or i not in used]
+    result.left_out += [(result.locations[i], reason, False) for i, reason in sorted(pairing.left_out.items())]
+    result.locations = [result.locations[i] for i in remaining for _ in pairing.pairs.get(i, [None])]
+    result.rows = [row for i in remaining for row in pairing.pairs.get(i, [result.rows[i]])]
     columns = {ratings[i].column for i in pairing.answers}
     if columns:
         count = sum(map(len, pairing.pairs.values()))
@@ -202,7 +201,7 @@ def pair_up(result: SourceRows, ratings: dict[int, Rating], every: bool) -> set[
 
 
 def locate(source: Source, report: Callable[[str], None]) -> tuple[list[Path], HubSet, list[str]]:
-    """The files of a source, how its rows are read, and notes. Raises UserError with the way out."""
+    """Find the files of a source, how its rows are read, and notes. Raises UserError with the way out."""
     hub_set = None if source.path.exists() else find_set(source.name)
     if hub_set is not None:
         if source.copy is not None:
@@ -256,7 +255,7 @@ def by_source(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def drawn(rows: list[Row], weight: float, salt: str) -> list[Row]:
-    """As many copies as the whole part of the weight says, and a random share for the rest; at least one row."""
+    """Copy the rows as often as the whole part of the weight says, and draw a share for the rest; at least one row."""
     whole = int(weight)
     share = min(len(rows), round((weight - whole) * len(rows)))
     return rows * whole + random.Random(salt).sample(rows, share if whole else max(share, 1))
@@ -272,11 +271,11 @@ class Pairing:
     """Which rows of a source become pairs, all by their indices in the list of its rows."""
 
     pairs: dict[int, list[PairRow]] = field(default_factory=lambda: defaultdict(list))
-    answers: set[int] = field(default_factory=set)  # those that are in a pair
+    answers: set[int] = field(default_factory=set)  # in any pair
     left_out: dict[int, str] = field(default_factory=dict)  # with the reason
 
     def add(self, rows: Sequence[Any], better: int, worse: int, margin: float | None = None) -> None:
-        """The pair takes the place of the better answer, or, if that has one, of the worse."""
+        """Add a pair at the index of the better answer, or, if that has one, of the worse."""
         row = {
             "prompt": rows[better]["prompt"],
             "chosen": rows[better]["response"],

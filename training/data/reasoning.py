@@ -30,13 +30,8 @@ def package() -> ModuleType:
     return reasoning_gym
 
 
-def require_task(name: str) -> None:
-    """Raise UserError where a source names no task, or settings that it does not take."""
-    dataset_of(name)
-
-
 def read_task(name: str) -> Iterator[Entry]:
-    """The prompts of a source, with all that the task's scorer asks for. Raises UserError."""
+    """Yield the prompts of a source, with all that the task's scorer asks for. Raises UserError."""
     dataset, task = dataset_of(name), call_of(name)[0]
     for number in range(len(dataset)):
         entry = dataset[number]
@@ -48,7 +43,8 @@ def read_task(name: str) -> Iterator[Entry]:
 
 
 def dataset_of(name: str) -> Any:
-    """That of reasoning-gym, with seed 0 where the source says no other. Raises UserError."""
+    """Make the data set of reasoning-gym, with seed 0 where the source says no other. Raises UserError where it names
+    no task, or settings that the task does not take."""
     gym = package()
     from reasoning_gym.factory import DATASETS
 
@@ -91,8 +87,8 @@ def scorer(task: str) -> Any:
 
 
 def score(response: str, row: dict[str, Any]) -> float:
-    """The task's score of what stands in the last <answer>...</answer>, else of the whole response; 0 where its scorer
-    fails, as some do at what they cannot read."""
+    """Return the task's score of what stands in the last <answer>...</answer>, else of the whole response; 0 where its
+    scorer fails, as some do at what they cannot read."""
     package()
     from reasoning_gym.utils import extract_answer
 

@@ -85,12 +85,11 @@ class RowSets:
     steps_share: bool = False  # whether the training rows were too few to give each step some of its own
 
     def items(self) -> list[tuple[str, list[Row]]]:
-        """Return name and rows of each set for a step."""
-        return [(each.name, getattr(self, each.name)) for each in fields(self) if each.name not in NO_STEP]
+        return [(item.name, getattr(self, item.name)) for item in fields(self) if item.name not in NO_STEP]
 
 
 def margin_of(row: Mapping[str, Any]) -> float | None:
-    """By how much the chosen answer of a pair is said to be better: its margin, or the difference of its scores."""
+    """Return how much better the chosen answer of a pair is said to be: its margin, or its scores' difference."""
     if "margin" in row:
         return row["margin"]
     return row["chosen_score"] - row["rejected_score"] if {"chosen_score", "rejected_score"} <= row.keys() else None
@@ -107,27 +106,27 @@ def write_rows(file: Path, rows: Sequence[Row | PanelRow]) -> None:
 
 
 def read_rows(file: Path, most: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a file that `write_rows` wrote, or its first `most`. Raises UserError for a line that is none."""
+    """Read the rows of a file of `write_rows`, or its first `most`. Raises UserError for a line that is none."""
     rows = []
     with open(file, "rb") as handle:  # not splitlines(): text may hold other line separators
-        for place, line in enumerate(islice(handle, most), 1):
+        for number, line in enumerate(islice(handle, most), 1):
             try:
                 row = json.loads(line.decode("utf-8"))
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise UserError(f"Line {place} of {file} is damaged: delete {remade(file)}, which is then made anew.")
+                raise UserError(f"Line {number} of {file} is damaged: delete {remade(file)}, which is then made again.")
             rows.append(row)
     return rows
 
 
 def remade(file: Path) -> str:
-    """What to delete so that a command makes a damaged file of rows again: rows appear as a whole directory."""
+    """Name what to delete so that a command makes a damaged file of rows again: rows appear as a whole directory."""
     return f"the directory {file.parent}" if file.parent.name == "data" else f"{file} and the .json file beside it"
 
 
 def require_margins(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence where some pairs have no margin. Raises UserError where none has."""
+    """Return a sentence where some pairs have no margin. Raises UserError where none has."""
     without = sum(margin_of(row) is None for row in rows)
     if without == len(rows):
         raise UserError(
@@ -138,7 +137,7 @@ def require_margins(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 INSTEAD = {
-    "sft": "a finished model in the place of this step (rlhf-chat rlhf RUN --sft-model MODEL, with a new RUN)",
+    "sft": "a finished model instead of this step (rlhf-chat rlhf RUN --sft-model MODEL, with a new RUN)",
     "reward": "leave the step out: --steps 1, or a reward function "
     "(--set rlhf.reward_function=FILE:FUNCTION --set rlhf.reward_weights.model=0)",
 }
@@ -155,11 +154,11 @@ def require_rows(directory: Path, step: Step, keep: Keep = "last", rows: Trainin
         )
     file = directory / f"{step.rows.name}_train.jsonl"
     if file.stat().st_size == 0:
-        files = [each for each in directory.glob("*_*.jsonl") if each.stem != "left_out" and each.stat().st_size]
-        count = sum(len(read_rows(each)) for each in files)
+        others = [path for path in directory.glob("*_*.jsonl") if path.stem != "left_out" and path.stat().st_size]
+        count = sum(len(read_rows(path)) for path in others)
         why = f"none of the data's {count:,} rows is left for it: give more such rows (each step takes its share, some "
         why += "are held out), a larger share in data.split"
-        if all(each.stem.startswith(PROMPTS.name) for each in files):
+        if all(path.stem.startswith(PROMPTS.name) for path in others):
             why = f"the data's {count:,} rows are prompts alone: give such rows"
         raise UserError(
             f"Step {step.label} needs {(rows or step.rows).contents}, and {why}, "
@@ -169,26 +168,26 @@ def require_rows(directory: Path, step: Step, keep: Keep = "last", rows: Trainin
 
 class Epochs:
     """The order of an epoch is a function of (salt, epoch) alone, so that resuming needs no cursor. The last one asked
-    for is kept: a million rows take half a second to shuffle."""
+    for is cached: a million rows take half a second to shuffle."""
 
     def __init__(self, size: int, salt: str):
         self.size, self.salt = size, salt
-        self._kept = -1, array("q")
+        self._cached = -1, array("q")
 
     def order(self, epoch: int) -> "array[int]":
         """Return rows 0 .. size - 1 in the order of this epoch."""
-        if self._kept[0] != epoch:
+        if self._cached[0] != epoch:
             order = array("q", range(self.size))
             random.Random(f"{self.salt}/{epoch}").shuffle(order)
-            self._kept = epoch, order
-        return self._kept[1]
+            self._cached = epoch, order
+        return self._cached[1]
 
     def rows(self, start: int, count: int) -> list[int]:
-        """The rows at places `start` .. `start + count - 1`, counted from 0 through all epochs."""
+        """Return the rows at positions `start` .. `start + count - 1`, counted from 0 through all epochs."""
         chosen: list[int] = []
         while len(chosen) < count:
-            epoch, seat = divmod(start + len(chosen), self.size)
-            chosen += self.order(epoch)[seat : seat + count - len(chosen)]
+            epoch, position = divmod(start + len(chosen), self.size)
+            chosen += self.order(epoch)[position : position + count - len(chosen)]
         return chosen
 
 
@@ -197,6 +196,5 @@ def updates_per_epoch(rows: int, settings: StepSettings) -> int:
 
 
 def count_updates(rows: int, settings: StepSettings) -> int:
-    """Count the optimiser steps of the whole step."""
     total = updates_per_epoch(rows, settings) * settings.epochs
     return min(total, settings.max_steps) if settings.max_steps else total

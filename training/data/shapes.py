@@ -42,7 +42,7 @@ UNDECIDED = {"tie": "both answers are about the same", "both bad": "both answers
 
 
 def in_trls_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with what is understood under TRL's names; all other columns stay. Raises BadRow."""
+    """Return the row with what is understood under TRL's names; all other columns stay. Raises BadRow."""
     row = usual_names(row)
     refuse_tools(row)
     from_preference(row)
@@ -103,7 +103,7 @@ def from_openai(row: dict[str, Any]) -> None:
 
 
 def from_preference(row: dict[str, Any]) -> None:
-    """What `rlhf-chat prefer` writes: who said it when of which models is not trained on. Raises LeftOut."""
+    """Read what `rlhf-chat prefer` writes, without who said it when of which models. Raises LeftOut."""
     if not row.keys() >= PREFERENCE_COLUMNS:
         return
     if row["winner"] in UNDECIDED:
@@ -115,11 +115,11 @@ def from_preference(row: dict[str, Any]) -> None:
 
 
 def both_bad(row: Any) -> list[dict[str, Any]]:
-    """Both answers of such a preference, with a label each; none of anything else."""
+    """Return both answers of a preference for neither, each with a label; none of anything else."""
     if not isinstance(row, dict) or not row.keys() >= PREFERENCE_COLUMNS or row["winner"] != "both bad":
         return []
     answers = (row["response_a"], row["response_b"])
-    return [{"prompt": row["prompt"], "completion": each, "label": False} for each in answers if str(each).strip()]
+    return [{"prompt": row["prompt"], "completion": text, "label": False} for text in answers if str(text).strip()]
 
 
 def from_alpaca(row: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ def prompt_from_messages(row: dict[str, Any]) -> None:
 
 
 def earlier_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the columns `system` and `history` say, which then are gone; a history of another kind stays."""
+    """Take out what the columns `system` and `history` say; a history of another kind stays."""
     messages: list[dict[str, Any]] = []
     for name in SYSTEMS:
         if isinstance(row.get(name), str) and not messages:
@@ -165,7 +165,7 @@ def earlier_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def history_turns(history: Any) -> list[dict[str, Any]] | None:
-    """The messages of [[question, answer], ...] or of a list of messages; None for anything else."""
+    """Read the messages of [[question, answer], ...] or of a list of messages; None for anything else."""
     if looks_like_messages(history):
         return message_items(history, "history")
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):

@@ -1,4 +1,4 @@
-"""What a data source is called: PLACE, PLACE@REVISION or NAME@COPY, each with =WEIGHT behind it or not.
+"""What a data source is called: NAME, NAME@REVISION or NAME@COPY, each with =WEIGHT behind it or not.
 
 rows.jsonl                    a file or directory
 Dahoas/rm-static@64fd53c      a data set of the hub, at a revision
@@ -43,8 +43,8 @@ class Source:
     @property
     def copy(self) -> Path | None:
         """The files of a named data set lie here, if not on the hub."""
-        place = Path(self.at).expanduser()
-        return place if self.at and (exists(self.at) or self.at.startswith(("/", ".", "~"))) else None
+        is_path = exists(self.at) or self.at.startswith(("/", ".", "~"))
+        return Path(self.at).expanduser() if self.at and is_path else None
 
     @property
     def is_hub_id(self) -> bool:
@@ -84,7 +84,7 @@ def exists(text: str) -> bool:
 
 
 def absolute(text: str) -> str:
-    """The source with its paths as they are found from other working directories; hub ids stay."""
+    """Write the source with absolute paths, so that it is the same in other working directories; hub ids stay."""
     source = parse_source(text)
     name = str(source.path.resolve()) if exists(source.name) else source.name
     at = str(Path(source.at).expanduser().resolve()) if source.at and exists(source.at) else source.at

@@ -41,9 +41,9 @@ def split_rows(
     and prompts to step 3. Demonstrations alone train step 1, and all their prompts serve step 3 too. Where
     `all_serve_all`, each pair serves each step that has a share.
 
-    `held_out` is the share of the questions kept for evaluation, at least one of each kind with two or more; none of a
-    kind whose uses are all `evaluated` by other data. Nothing is trained on their rows, so they serve every step that
-    they can. Rows are group by group, in their own order.
+    `held_out` is the share of the questions set aside for evaluation, at least one of each kind with two or more; none
+    of a kind whose uses are all `evaluated` by other data. Nothing is trained on their rows, so they serve every step
+    that they can. Rows are group by group, in their own order.
     """
     check_shares(shares)
     group_of = choose_groups(rows)
@@ -81,15 +81,15 @@ def check_shares(shares: tuple[float, float, float]) -> None:
 
 
 def kind_of(row: Row) -> str:
-    """`good` and `bad` are answers with a label each."""
+    """Name the kind of a row; `good` and `bad` are answers with a label."""
     if "label" in row:
         return "good" if cast(LabelledRow, row)["label"] else "bad"
     return "pair" if "chosen" in row else "sft" if "response" in row else "prompt"
 
 
 def choose_groups(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """The function that names a row's group: its question. Where all rows have the same one, the user's next messages
-    are looked at as well, and at last the whole prompt."""
+    """Return the function that names a row's group: its question. Where all rows have the same one, the user's next
+    messages count as well, and at last the whole prompt."""
     for count in range(1, max((len(questions(row["prompt"])) for row in rows), default=0) + 1):
         first = opening(rows[0]["prompt"], count)
         if any(opening(row["prompt"], count) != first for row in rows):
@@ -110,14 +110,13 @@ def keep_once(sets: RowSets) -> int:
     """Leave each row in a set once, the first of equal ones; returns how many went."""
     gone = 0
     for name, rows in sets.items():
-        kept = once(rows, evaluation=name.endswith("_eval"))
-        gone += len(rows) - len(kept)
-        rows[:] = kept
+        distinct = once(rows, evaluation=name.endswith("_eval"))
+        gone += len(rows) - len(distinct)
+        rows[:] = distinct
     return gone
 
 
 def once(rows: Sequence[T], evaluation: bool) -> list[T]:
-    """Return the first of equal rows."""
     first: dict[tuple[Any, ...], T] = {}
     for row in rows:
         first.setdefault(identity(row, evaluation), row)
@@ -153,8 +152,8 @@ def hold_out(groups: dict[str, list[Row]], share: float, seed: int) -> set[str]:
 
 
 def assign_uses(groups: dict[str, list[Row]], shares: dict[str, float], seed: int) -> dict[str, str]:
-    """The use of each group: always the one that is furthest behind its share of the rows. A use that would have none
-    gets one of the use with the most groups."""
+    """Choose the use of each group: always the one that is furthest behind its share of the rows. A use that would have
+    none gets a group of the use with the most groups."""
     assigned: dict[str, str] = {}
     given = dict.fromkeys(shares, 0)
     for name in in_random_order(list(groups), f"{seed} steps") if shares else []:
@@ -162,9 +161,9 @@ def assign_uses(groups: dict[str, list[Row]], shares: dict[str, float], seed: in
         behind = {use: total * shares[use] / sum(shares.values()) - given[use] for use in shares}
         assigned[name] = max(behind, key=lambda use: behind[use])
         given[assigned[name]] += len(groups[name])
-    for use in (each for each in shares if each not in assigned.values()):
+    for use in shares:
         (most, count), *_ = Counter(assigned.values()).most_common(1) or [(use, 0)]
-        if count > 1:
+        if use not in assigned.values() and count > 1:
             assigned[next(name for name, owner in reversed(assigned.items()) if owner == most)] = use
     return assigned
 
@@ -181,8 +180,8 @@ def add_rows(sets: RowSets, use: str, group: list[Row], evaluation: bool) -> Non
             (sets.pairs_eval if evaluation else sets.pairs_train).append(cast(PairRow | LabelledRow, row))
         else:
             prompts = sets.prompts_eval if evaluation else sets.prompts_train
-            kept = {"extra": cast(PromptRow, row)["extra"]} if "extra" in row else {}
-            prompts.append(cast(PromptRow, {"prompt": row["prompt"], **kept, **source}))
+            extra = {"extra": cast(PromptRow, row)["extra"]} if "extra" in row else {}
+            prompts.append(cast(PromptRow, {"prompt": row["prompt"], **extra, **source}))
 
 
 INVISIBLE = re.compile(

@@ -1,8 +1,8 @@
-"""Rows -> tokens, kept on the disk under a name that follows from their content, so that they are made once.
+"""Rows -> tokens, cached on the disk under a name that follows from their content, so that they are made once.
 
 A file holds all tokens one behind the other and the length of each text (safetensors, int32). It is mapped and not
 loaded: processes of a machine share it. Its name is a hash of the rows, the tokenizer with its template, the lengths
-allowed, and the code that makes tokens: what differs in any of these has another file. Small sets are not kept, see
+allowed, and the code that makes tokens: what differs in any of these has another file. Small sets are not cached, see
 `SMALL`.
 """
 
@@ -33,18 +33,16 @@ from training.metrics import Bar, Display
 from training.run_directory import write_tensors
 
 SMALL = 2_000_000
-"""Characters below which making the tokens takes two or three seconds (docs/data.md); they are not kept."""
+"""Characters below which making the tokens takes two or three seconds (docs/data.md); they are not cached."""
 
 CODE = (inference.chat_format, inference.chat_template)  # it makes the tokens
 
 Tokens = tuple[Tensor, ...]
-"""Of one row, a tensor for each of its texts: int64 (length), in memory of its own. A view would take all rows along
-where it is sent or kept."""
+"""The tokens of a row, a tensor for each of its texts: int64 (length), in memory of its own. A view would take all rows
+along where it is sent or stored."""
 
 
 class TokenRows(Sequence[Tokens]):
-    """The tokens of rows, which lie one behind the other."""
-
     def __init__(self, ids: Tensor, lengths: Tensor):
         """`ids` int32 (tokens); `lengths` int32 (rows, texts of a row)."""
         self.ids, self.lengths = ids, lengths
@@ -106,8 +104,8 @@ class TokenCache:
 
     def read(self) -> TokenRows:
         """Return the tokens of each row, from the file where there is one."""
-        kept = self.load()
-        return self.make() if kept is None else kept
+        cached = self.load()
+        return self.make() if cached is None else cached
 
     def make(self, bar: Bar | None = None) -> TokenRows:
         """Make the tokens of each row; `bar` takes a step a row."""
@@ -140,7 +138,7 @@ class TokenCache:
 
 
 def fingerprint(chat_format: ChatFormat) -> str:
-    """A hash of all that turns text into tokens: tokenizer, template, end of a turn, and the code."""
+    """Hash all that turns text into tokens: tokenizer, template, end of a turn, and the code."""
     tokenizer = chat_format.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = {
@@ -166,13 +164,13 @@ class TokenPair:
     chosen: Tensor
     rejected: Tensor
     is_unseen: bool = False  # whether nothing was trained on under its question (embedded default only)
-    place: int = 0  # index of its row in the file
+    file_index: int = 0  # of its row in the file, from 0
     margin: float = 0.0  # by how much the chosen answer is said to be better; 0 where nothing says it
 
     @classmethod
-    def of(cls, row: dict[str, Any], tokens: Sequence[Tensor], place: int = 0) -> "TokenPair":
+    def of(cls, row: dict[str, Any], tokens: Sequence[Tensor], file_index: int = 0) -> "TokenPair":
         prompt, chosen, rejected = tokens
-        return cls(prompt, chosen, rejected, row.get("held_out_question", False), place, margin_of(row) or 0.0)
+        return cls(prompt, chosen, rejected, row.get("held_out_question", False), file_index, margin_of(row) or 0.0)
 
     @property
     def differs(self) -> bool:
@@ -190,7 +188,7 @@ class TokenPair:
 
 
 def left_out(count: int, of: int, limit: int) -> str:
-    """The sentence about pairs that do not differ within data.max_response_tokens, which is `limit`."""
+    """Write the sentence about pairs that do not differ within data.max_response_tokens, which is `limit`."""
     return (
         f"{count} of {of} pairs are left out: chosen and rejected are the same in their first {limit} tokens "
         f"(data.max_response_tokens)"
@@ -198,12 +196,12 @@ def left_out(count: int, of: int, limit: int) -> str:
 
 
 def rows_of(pairs: Sequence[TokenPair]) -> list[tuple[Tensor, Tensor]]:
-    """Prompts and answers of one forward pass: all chosen ones, then all rejected ones."""
+    """Return prompts and answers of one forward pass: all chosen ones, then all rejected ones."""
     return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
 
 
 def grouped(pairs: Sequence[TokenPair], by_prompt: bool) -> list[list[int]]:
-    """The indices of pairs that are learned from together: all of a prompt, or each alone."""
+    """Return the indices of pairs that are learned from together: all of a prompt, or each alone."""
     groups: dict[Any, list[int]] = {}
     for i, pair in enumerate(pairs):
         groups.setdefault(tuple(pair.prompt.tolist()) if by_prompt else i, []).append(i)
@@ -211,8 +209,8 @@ def grouped(pairs: Sequence[TokenPair], by_prompt: bool) -> list[list[int]]:
 
 
 def answers_of(groups: Sequence[Sequence[TokenPair]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Prompts and answers of one forward pass, each answer once in a group, and where the chosen and the rejected one
-    of each pair are among them: int64 (2, pairs)."""
+    """Return prompts and answers of one forward pass, each answer once in a group, and the indices of the chosen and
+    the rejected one of each pair among them: int64 (2, pairs)."""
     rows, indices = list[tuple[Tensor, Tensor]](), list[int]()
     index_of: dict[tuple[int, ...], int] = {}
     for side in ("chosen", "rejected"):
@@ -227,17 +225,16 @@ def answers_of(groups: Sequence[Sequence[TokenPair]]) -> tuple[list[tuple[Tensor
 
 
 def tokens_of(group: Sequence[TokenPair]) -> int:
-    """Count the tokens of a group in a forward pass."""
     if len(group) == 1:
         return group[0].tokens
     return sum(len(prompt) + len(answer) for prompt, answer in answers_of([group])[0])
 
 
 def shares_of(groups: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
-    """What each pair counts, so that every group counts 1: float32 (pairs)."""
+    """Weigh each pair so that every group counts 1: float32 (pairs)."""
     return sent([1 / len(group) for group in groups for _ in group], device)
 
 
 def length_bucket(tokens: int) -> int:
-    """The smallest bucket that holds an answer of so many tokens (the last one holds all longer ones)."""
+    """Find the smallest bucket that holds an answer of so many tokens (the last one holds all longer ones)."""
     return next((bucket for bucket in LENGTH_BUCKETS if tokens <= bucket), LENGTH_BUCKETS[-1])

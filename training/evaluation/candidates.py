@@ -40,7 +40,7 @@ class Request:
     """true, learned, reward (all that PPO was told to raise), or a reward model's directory or hub id."""
     prompts: int = 0
     seed: int | None = None  # of the answers
-    eval_data: tuple[str, ...] = ()  # sources of the rows to measure on, in place of those that the run holds out
+    eval_data: tuple[str, ...] = ()  # sources of the rows to measure on, instead of those that the run holds out
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Judge:
 
 
 def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
-    """The model and what it is measured against: by default RLHF or DPO against SFT, SFT against the base model."""
+    """Find the model and what it is measured against: by default RLHF or DPO against SFT, SFT against the base."""
     has_sft = bool(stage.config.sft_model) or stage.run.step(SFT).is_finished
     trained = [step.command for step in COMPARED if stage.run.step(step).is_finished]
     source = request.model or (trained[0] if trained else "sft")
@@ -73,7 +73,7 @@ def find_pair(stage: Stage, request: Request) -> tuple[Candidate, Candidate]:
 
 
 def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
-    """The model that `source` stands for. Raises UserError where it is not finished or cannot write."""
+    """Find the model that `source` stands for. Raises UserError where it is not finished or cannot write."""
     if source in NAMES:
         base = source == "base"
         directory = base_directory(stage) if base else stage.earlier_model(step_of(source))
@@ -92,7 +92,7 @@ def find_candidate(stage: Stage, source: str, key: str) -> Candidate:
 
 
 def base_directory(stage: Stage) -> Path:
-    """What the run's models were before any training. Raises UserError where nobody knows."""
+    """Find what the run's models were before any training. Raises UserError where nobody knows."""
     if base := base_model(stage.config):
         return stage.model_directory(base)
     raise UserError(
@@ -109,13 +109,12 @@ def sources(stage: Stage, candidates: Iterable[Candidate], judge: Judge | None) 
 
 
 def find_reward_model(stage: Stage) -> Path | None:
-    """Find the run's reward model, if it has a finished one."""
     given = stage.config.trained_reward_model or stage.run.step(REWARD).is_finished
     return stage.earlier_model(REWARD) if given else None
 
 
 def find_judge_before(stage: Stage) -> Judge | None:
-    """The reward model of the run that this one goes on from, or of one before that; None where there is none."""
+    """Find the reward model of the run that this one goes on from, or of one before that; None without one."""
     source = reward_model_before(stage.config)
     if not source:
         return None
@@ -124,11 +123,9 @@ def find_judge_before(stage: Stage) -> Judge | None:
 
 
 def find_judge(stage: Stage, wanted: str, reward_model: Path | None, before: Judge | None = None) -> Judge | None:
-    """Who says which of two answers is better: what is wanted, else the true score where it is known, else the learned
-    reward, at last that of the run `before`. A reward function or service of the run is asked only where that is
-    wanted.
-
-    None where the run has neither. Raises UserError where what is wanted is not there.
+    """Choose who says which of two answers is better: what is wanted, else the true score where it is known, else the
+    learned reward, at last that of the run `before`; None where the run has neither. A reward function or service of
+    the run is asked only where that is wanted. Raises UserError where what is wanted does not exist.
     """
     knows_truth = stage.config.evaluation.true_score == "upbeat"
     if wanted == "true" and not knows_truth:
@@ -153,7 +150,7 @@ Row = tuple[Tensor, Tensor]  # prompt ids, response ids: int64 (length) each
 
 @dataclass
 class Answers:
-    """All are in the order of the prompts, and in the tokens of `chat_format`."""
+    """A model's answers in the order of the prompts, and in the tokens of `chat_format`."""
 
     chat_format: ChatFormat
     prompts: list[list[Message]]
@@ -164,9 +161,8 @@ class Answers:
         return Answers(self.chat_format, self.prompts[:count], self.samples[:count], self.texts[:count])
 
     def rows(self, reader: ChatFormat, data: DataSettings, to_score: bool = False) -> list[Row]:
-        """As `reader` has them: the same tokens, or the text anew; no end token where the answer did not end.
-
-        A reward model reads an answer `to_score` with the end that it was taught, whatever token ended it.
+        """Return them as `reader` has them: the same tokens, or the text tokenised again; no end token where the answer
+        did not end. A reward model reads an answer `to_score` with the end that it was taught, whatever token ended it.
         """
         if same_tokens(reader, self.chat_format):
             as_read = self.chat_format.as_taught if to_score else list
@@ -241,7 +237,7 @@ class RewardModel:
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Row]) -> list[float]:
-        """Of each row's last token; the same row has the same score, whatever it shared a batch with.
+        """Score each row at its last token; the same row has the same score, whatever it shared a batch with.
 
         Raises UserError where a score is no number.
         """
@@ -259,7 +255,7 @@ class RewardModel:
         return [score_of[key] for key in keys]
 
     def scores_of_both(self, theirs: Answers, ours: Answers) -> tuple[list[float], list[float]]:
-        """Of two models' answers; one that both gave has one score, so it is a tie."""
+        """Score two models' answers; one that both gave has one score, so it is a tie."""
         first, second = (
             answers.rows(self.chat_format, self.stage.config.data, to_score=True) for answers in (theirs, ours)
         )
@@ -268,7 +264,7 @@ class RewardModel:
 
 
 def batches(stage: Stage, rows: Sequence[Row]) -> Iterator[tuple[list[int], TokenBatch]]:
-    """Row numbers and their tokens, in micro-batches of rlhf.micro_batch_tokens."""
+    """Yield row numbers and their tokens, in micro-batches of rlhf.micro_batch_tokens."""
     if not rows:
         return
     lengths = [len(prompt) + len(response) for prompt, response in rows]

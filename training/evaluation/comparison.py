@@ -64,29 +64,29 @@ class Accuracy(TypedDict):
 
 
 def reward_accuracy(model: "RewardModel", rows: Sequence[Any], data: DataSettings) -> dict[str, Accuracy]:
-    """`all`, `up_to_N_tokens` for each length that occurs, `unseen_questions` where the data know them.
+    """Measure `all`, `up_to_N_tokens` for each length that occurs, and `unseen_questions` where the data know them.
 
     As in step 2, pairs whose answers are the same within data.max_response_tokens are left out: there is nothing to
     rank. Empty where no pair is left.
     """
-    kept = [(row, pair) for row in rows if (pair := token_pair(model, row, data)).differs]
-    if len(kept) < len(rows):
-        model.stage.display.say(left_out(len(rows) - len(kept), len(rows), data.max_response_tokens))
-    pairs = [pair for _, pair in kept]
+    used = [(row, pair) for row in rows if (pair := token_pair(model, row, data)).differs]
+    if len(used) < len(rows):
+        model.stage.display.say(left_out(len(rows) - len(used), len(rows), data.max_response_tokens))
+    pairs = [pair for _, pair in used]
     scores = model.scores(rows_of(pairs))
     right = [a > b for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
     lengths, unseen = [pair.longer for pair in pairs], [pair.is_unseen for pair in pairs]
-    return accuracy_by_length(right, lengths, unseen, groups_of([row for row, _ in kept]))
+    return accuracy_by_length(right, lengths, unseen, groups_of([row for row, _ in used]))
 
 
 def groups_of(rows: Sequence[Any]) -> Sequence[Hashable]:
-    """The question of each pair. Where all have the same one, a pair stands for itself: what is drawn are answers."""
+    """Return the question of each pair. Where all share one, a pair stands for itself: what is drawn are answers."""
     groups = list(map(choose_groups(rows), rows))
     return groups if len(set(groups)) > 1 else range(len(rows))
 
 
 def token_pair(model: "RewardModel", row: Any, data: DataSettings) -> TokenPair:
-    """A row of pairs as `model` reads it, within the limits that training has too."""
+    """Encode a row of pairs as `model` reads it, within the limits that training has too."""
     prompt, chosen = encode(model.chat_format, row["prompt"], row["chosen"], data)
     _, rejected = encode(model.chat_format, row["prompt"], row["rejected"], data)
     return TokenPair.of(row, (prompt, chosen, rejected))
@@ -104,7 +104,7 @@ def accuracy_by_length(
     buckets = [length_bucket(length) for length in lengths]
     members = {"all": [True] * len(right)}
     for bucket in LENGTH_BUCKETS:
-        members[f"up_to_{bucket}_tokens"] = [each == bucket for each in buckets]
+        members[f"up_to_{bucket}_tokens"] = [of_pair == bucket for of_pair in buckets]
     members["unseen_questions"] = list(unseen)
     return {
         name: accuracy(list(compress(right, belongs)), list(compress(questions, belongs)))
@@ -124,11 +124,10 @@ EVALUATION_ITERATION = 1_000_000  # draws apart from every training iteration's
 def win_rate(
     scores: tuple[list[float], list[float]], questions: Sequence[str], chosen: Sequence[int]
 ) -> dict[str, float]:
-    """Of the second model over the first, on the chosen prompts; those of one question are not independent.
-
-    `ties` are the prompts on which both have one score.
+    """Measure how often the second model beats the first on the chosen prompts; those of one question are not
+    independent. `ties` are the prompts on which both have one score.
     """
-    theirs, ours = ([each[i] for i in chosen] for each in scores)
+    theirs, ours = ([of_model[i] for i in chosen] for of_model in scores)
     groups = [questions[i] for i in chosen]
     rate, low, high = statistics.win_rate(ours, theirs, groups)
     ties = sum(a == b for a, b in zip(ours, theirs, strict=True))
@@ -162,11 +161,11 @@ class Comparison:
         self.prompts = [row["prompt"] for row in self.held_out]
         self.extras = [row.get("extra", {}) for row in self.held_out]
         self.demonstrations = self.eval_rows("sft")[: stage.config.evaluation.rows]
-        labels = (each.label(stage.run) for each in (self.model, self.against))
+        labels = (candidate.label(stage.run) for candidate in (self.model, self.against))
         self.preferences = win_rates(PreferenceFile(stage.run.preferences).read_or_say(stage.display.say), *labels)
 
     def read_given(self) -> RowSets | None:
-        """The rows of the request; None where those that the run holds out are meant."""
+        """Read the rows of the request; None where those that the run holds out are meant."""
         if not self.request.eval_data:
             return None
         settings = self.data.model_copy(update={"eval_source": list(self.request.eval_data)})
@@ -174,7 +173,7 @@ class Comparison:
         return read_eval_data(settings, self.stage.display.say, chat_format).sets(self.stage.config.split_seed)
 
     def seen_in_training(self) -> str:
-        """How many of the prompts that were given have a question that this run trained on."""
+        """Say how many of the prompts that were given have a question that this run trained on."""
         files = sorted(self.stage.run.data.glob("*_train.jsonl"))
         trained: list[Any] = [row for file in files for row in read_rows(file)]
         group_of = choose_groups([*trained, *self.held_out])
@@ -184,7 +183,7 @@ class Comparison:
         return f"Of the {given}, {seen:,} have a question that {run} trained on."
 
     def eval_rows(self, kind: str) -> list[Any]:
-        """Held-out rows of the run; none where its data were never prepared for them."""
+        """Read held-out rows of the run; none where its data were never prepared for them."""
         if self.given is not None:
             return getattr(self.given, f"{kind}_eval")
         file = self.stage.run.data / f"{kind}_eval.jsonl"
@@ -241,8 +240,8 @@ class Comparison:
         return list(map(choose_groups(self.held_out), self.held_out))
 
     def untouched(self) -> tuple[str, Path]:
-        """A model that judges how plain the answers are, and what its perplexity is called: the base model, or the SFT
-        model where that was given and nothing before it is known."""
+        """Choose a model that judges how plain the answers are, and what its perplexity is called: the base model, or
+        the SFT model where that was given and nothing before it is known."""
         try:
             return "perplexity_untouched", base_directory(self.stage)
         except UserError:
@@ -253,7 +252,7 @@ class Comparison:
     def score(
         self, theirs: Answers, ours: Answers, pair: dict[str, dict[str, float]], result: dict[str, Any]
     ) -> tuple[list[float], list[float]] | None:
-        """The judge's scores of both models' answers; rewards land in `pair`, accuracies in `result`."""
+        """Return the judge's scores of both models' answers; rewards land in `pair`, accuracies in `result`."""
         known: dict[Path | str, tuple[list[float], list[float]]] = {"truth": (truth(theirs), truth(ours))}
         before = self.judge_before.source if self.judge_before is not None else None
         wanted = [self.reward_model, self.judge.source if self.judge is not None else None, before]
@@ -269,7 +268,7 @@ class Comparison:
                 pair[candidate.key][key] = statistics.mean(scores)
             if directory not in wanted[:2]:
                 continue
-            own = self.found_by_step_2() if directory == self.reward_model else {}
+            own = self.results_of_step_2() if directory == self.reward_model else {}
             if accuracy := own.get("reward_accuracy") or reward_accuracy(model, pairs, self.data):
                 name = "reward_accuracy" if directory == self.reward_model else "judge_accuracy"
                 result[name] = accuracy
@@ -289,17 +288,18 @@ class Comparison:
                 pair[candidate.key] |= of_sources(means)
         return None if self.judge is None else known[self.judge.source]
 
-    def found_by_step_2(self) -> dict[str, Any]:
-        """What step 2 found of the reward model that it trained: there is one figure of it. Nothing of another's."""
+    def results_of_step_2(self) -> dict[str, Any]:
+        """Read what step 2 measured of the reward model that it trained, so that there is one figure of it; empty where
+        the model comes from elsewhere."""
         trained_here = self.given is None and not self.stage.config.given_model(REWARD)
         return self.stage.run.step(REWARD).read_result() if trained_here else {}
 
     def total(self, rewards: Rewards, of_model: list[float], answers: Answers) -> tuple[list[float], dict[str, float]]:
-        """The sum that PPO was told to raise, answer by answer, and the mean of each source."""
+        """Compute the sum that PPO was told to raise, answer by answer, and the mean of each source."""
         return rewards.total(of_model, self.prompts, answers.texts, self.extras, group=1)
 
     def answer(self, reader: Reader, candidate: Candidate) -> Answers:
-        """Sampled as in PPO's rollouts; the same random numbers for every model."""
+        """Sample answers as in PPO's rollouts, with the same random numbers for every model."""
         chat_format, limit = reader.chat_format, self.data.max_prompt_tokens
         prompts = [torch.tensor(chat_format.prompt_ids(row["prompt"], limit)) for row in self.held_out]
         slots = self.slots(reader.policy.model)
@@ -318,7 +318,7 @@ class Comparison:
         return Answers(chat_format, [row["prompt"] for row in self.held_out], samples, texts)
 
     def slots(self, model: PreTrainedModel) -> int:
-        """Answers that are drawn together: as in PPO, or as many as a GPU has memory for."""
+        """Return how many answers are drawn together: as in PPO, or as many as a GPU has memory for."""
         device = self.stage.ranks.device
         if device.type != "cuda" or self.settings.generation_batch != "auto":
             return slots(self.settings)
@@ -326,16 +326,15 @@ class Comparison:
         return slots_in(free_bytes, Shape.of(model.config), self.data.longest, model.dtype)
 
     def read(self, answers: Answers) -> Answers:
-        """The answers whose KL and perplexity are taken: they cost as much as all the rest."""
+        """Choose the answers whose KL and perplexity are taken: they cost as much as all the rest."""
         return answers.first(self.stage.config.evaluation.rows)
 
     def perplexity(self, reader: Reader) -> dict[str, float]:
-        """Of the held-out demonstrations; what a model forgets of its data in PPO shows here."""
+        """Take the perplexity of the held-out demonstrations: what a model forgets of its data in PPO shows here."""
         rows = [encode(reader.chat_format, row["prompt"], row["response"], self.data) for row in self.demonstrations]
         return {"perplexity_demonstrations": perplexity_of(reader.logprobs(rows))} if rows else {}
 
     def measure(self, answers: Answers) -> dict[str, float]:
-        """Measure what needs no model."""
         lengths = [len(sample.response_ids) for sample in answers.samples]
         measured = {
             "length": statistics.mean(lengths),
@@ -370,5 +369,4 @@ def truth(answers: Answers) -> list[float]:
 
 
 def perplexity_of(logprobs: list[Tensor]) -> float:
-    """Take the perplexity of all tokens together."""
     return statistics.perplexity(-float(torch.cat(logprobs).double().mean()))

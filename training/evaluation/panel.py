@@ -2,7 +2,7 @@
 
 Of two texts whose mean ratings are at least 1 apart, does it give the higher score to the one that the panel does? A
 tie counts half. Beside it stand the lexicon, which the reward never saw, and one person: a rating of each text, drawn
-from those that there are (20 to about 100), and held against the means of the others.
+from its 20 to about 100, and held against the means of the others.
 """
 
 import json
@@ -69,7 +69,7 @@ class PairMean:
 
 
 def mean_over_pairs(values: Tensor, counted: Tensor) -> PairMean:
-    """Of `values` where `counted`; both are (texts, texts) and symmetric. Raises ValueError where no pair counts."""
+    """Average `values` where `counted`; both are (texts, texts), symmetric. Raises ValueError where no pair counts."""
     twice = int(counted.sum())
     if not twice:
         raise ValueError("there is no mean over no pairs")
@@ -94,9 +94,10 @@ def one_against_others(ratings: Sequence[Sequence[int]]) -> Tensor:
     Over all ratings of both; a tie counts half, and so does a text with a single rating, which leaves no others.
     """
     values = sorted({rating for of_text in ratings for rating in of_text})
-    shares = torch.tensor([[list(each).count(v) / len(each) for v in values] for each in ratings], dtype=torch.float64)
-    others = torch.tensor([len(each) - 1 for each in ratings], dtype=torch.float64)
-    sums = torch.tensor([sum(each) for each in ratings], dtype=torch.float64)
+    counts = [[list(of_text).count(value) / len(of_text) for value in values] for of_text in ratings]
+    shares = torch.tensor(counts, dtype=torch.float64)
+    others = torch.tensor([len(of_text) - 1 for of_text in ratings], dtype=torch.float64)
+    sums = torch.tensor([sum(of_text) for of_text in ratings], dtype=torch.float64)
     right = torch.zeros(len(ratings), len(ratings), dtype=torch.float64)  # less wrong
     for low, high in combinations(range(len(values)), 2):
         first, second = (sums - values[high])[:, None] * others, (sums - values[low]) * others[:, None]
@@ -112,12 +113,12 @@ class Judged:
     learned: Tensor
     person: Tensor
     lexicon: Tensor
-    """Each (texts, texts), symmetric: how far the judge agrees with the panel, from 0 to 1."""
+    """These are (texts, texts), symmetric: how far the judge agrees with the panel, from 0 to 1."""
 
     @classmethod
     def of(cls, rows: Sequence[Any], scores: Sequence[float], lexicon: Sequence[float]) -> "Judged":
         means = torch.tensor([row["mean"] for row in rows], dtype=torch.float64)
-        learned, by_lexicon = (ranked_right(by_score(each), means) for each in (scores, lexicon))
+        learned, by_lexicon = (ranked_right(by_score(of_judge), means) for of_judge in (scores, lexicon))
         person = one_against_others([row["ratings"] for row in rows])
         return cls((means[:, None] - means).abs() >= SCORE_GAP, learned, person, by_lexicon)
 
@@ -138,7 +139,7 @@ class Judged:
 
 
 def panel_agreement(rows: Sequence[Any], scores: Sequence[float]) -> dict[str, Agreement]:
-    """Of the learned `scores`, a row each, with the people who rated the rows; by kind of text, where pairs count."""
+    """Compare the learned `scores`, one a row, with people's ratings; by kind of text, where pairs count."""
     agreement_of: dict[str, Agreement] = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
         chosen = [i for i, row in enumerate(rows) if row["domain"] == domain]
@@ -150,7 +151,7 @@ def panel_agreement(rows: Sequence[Any], scores: Sequence[float]) -> dict[str, A
 
 
 def read_panel(run: RunDirectory) -> list[Any]:
-    """The rows of the run's rated texts; none where its data have no such texts."""
+    """Read the run's rated texts; none where its data have no such texts."""
     file = run.data / PANEL_FILE
     return read_rows(file) if file.exists() else []
 
@@ -175,7 +176,7 @@ def rows_to_score(rows: Sequence[Any], chat_format: ChatFormat, data: DataSettin
 
 
 def pooled(means: Sequence[PairMean], texts: Sequence[Sequence[Hashable]]) -> PairMean:
-    """The mean of several runs' means; `texts` names those of each run, for one text's errors go together."""
+    """Average several runs' means; `texts` names those of each run, for one text's errors go together."""
     by_text: dict[Hashable, float] = defaultdict(float)
     for mean, names in zip(means, texts, strict=True):
         for name, error in zip(names, mean.by_text.tolist(), strict=True):

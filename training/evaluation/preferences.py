@@ -15,27 +15,27 @@ Preferences = Sequence[Preference]
 
 def newest(preferences: Preferences) -> list[Preference]:
     """Keep each person's last word on each pair of answers."""
-    return list({(each.by, each.pair): each for each in preferences}.values())
+    return list({(preference.by, preference.pair): preference for preference in preferences}.values())
 
 
 def meaning(preference: Preference) -> tuple[str, ...]:
-    """What a preference says is the same whichever side each answer stood on."""
+    """Return what a preference says, whichever side each answer stood on."""
     better = {"a": preference.response_a, "b": preference.response_b}.get(preference.winner)
     return (preference.winner,) if better is None else ("better", better)
 
 
 def people(preferences: Preferences) -> list[str]:
     """Name the people, those who have judged most first."""
-    return [name for name, _ in Counter(each.by for each in preferences).most_common()]
+    return [name for name, _ in Counter(preference.by for preference in preferences).most_common()]
 
 
 # Models
 
 
 def compared(preferences: Preferences) -> list[tuple[str, str]]:
-    """The pairs of different models that were compared, those with most first; names in alphabetical order."""
-    pairs = ((each.model_a, each.model_b) for each in preferences if each.model_a != each.model_b)
-    counts = Counter((min(pair), max(pair)) for pair in pairs)
+    """List the pairs of different models that were compared, the most frequent first; names in alphabetical order."""
+    pairs = ((preference.model_a, preference.model_b) for preference in preferences)
+    counts = Counter((min(pair), max(pair)) for pair in pairs if pair[0] != pair[1])
     return [pair for pair, _ in counts.most_common()]
 
 
@@ -53,7 +53,9 @@ def in_order(pair: tuple[str, str], home: str) -> tuple[str, str]:
 
 def between(preferences: Preferences, model: str, against: str) -> list[Preference]:
     """Keep the last words on an answer of each of two models."""
-    return newest([each for each in preferences if {each.model_a, each.model_b} == {model, against} != {model}])
+    pair = {model, against}
+    both = [preference for preference in preferences if {preference.model_a, preference.model_b} == pair]
+    return newest(both) if model != against else []
 
 
 def win_rates(preferences: Preferences, model: str, against: str) -> dict[str, Any] | None:
@@ -61,7 +63,7 @@ def win_rates(preferences: Preferences, model: str, against: str) -> dict[str, A
     judged = between(preferences, model, against)
     if not judged:
         return None
-    by = {name: [each for each in judged if each.by == name] for name in people(judged)}
+    by = {name: [preference for preference in judged if preference.by == name] for name in people(judged)}
     return {
         "model": model,
         "against": against,
@@ -72,15 +74,15 @@ def win_rates(preferences: Preferences, model: str, against: str) -> dict[str, A
 
 
 def win_rate(preferences: Preferences, model: str) -> dict[str, Any]:
-    """Of `model`; where neither answer is better that counts half. Those on one question are not independent."""
+    """Measure how often `model` is preferred; neither counts half. Answers to one question are not independent."""
     ours, theirs = [0.0] * len(preferences), [0.0] * len(preferences)
-    for i, each in enumerate(preferences):
-        if each.winner in ("a", "b"):
-            better = each.model_a if each.winner == "a" else each.model_b
+    for i, preference in enumerate(preferences):
+        if preference.winner in ("a", "b"):
+            better = preference.model_a if preference.winner == "a" else preference.model_b
             (ours if better == model else theirs)[i] = 1.0
     groups = questions(preferences)
     rate, low, high = statistics.win_rate(ours, theirs, groups)
-    winners = Counter(each.winner for each in preferences)
+    winners = Counter(preference.winner for preference in preferences)
     return {
         "preferences": len(preferences),
         "questions": len(set(groups)),
@@ -93,8 +95,7 @@ def win_rate(preferences: Preferences, model: str) -> dict[str, Any]:
 
 
 def questions(preferences: Preferences) -> list[str]:
-    """Name the question that each preference belongs to."""
-    rows: list[Any] = [{"prompt": each.prompt} for each in preferences]
+    rows: list[Any] = [{"prompt": preference.prompt} for preference in preferences]
     return list(map(choose_groups(rows), rows))
 
 
@@ -104,11 +105,11 @@ def questions(preferences: Preferences) -> list[str]:
 def agreements(preferences: Preferences) -> list[dict[str, Any]]:
     """Measure the agreement of any two people who have judged the same answers."""
     last: dict[str, dict[Hashable, Preference]] = defaultdict(dict)
-    for each in newest(preferences):
-        last[each.by][each.pair] = each
+    for preference in newest(preferences):
+        last[preference.by][preference.pair] = preference
     result = []
     for one, other in combinations(people(preferences), 2):
-        both = [(each, last[other][pair]) for pair, each in last[one].items() if pair in last[other]]
+        both = [(preference, last[other][pair]) for pair, preference in last[one].items() if pair in last[other]]
         if both:
             result.append({"people": [one, other], **agreement(both)})
     return result
@@ -117,15 +118,15 @@ def agreements(preferences: Preferences) -> list[dict[str, Any]]:
 def repeated(preferences: Preferences) -> dict[str, dict[str, Any]]:
     """How far each person who has judged the same answers more than once says the same, the first time and the last."""
     judged: dict[str, dict[Hashable, list[Preference]]] = defaultdict(lambda: defaultdict(list))
-    for each in preferences:
-        judged[each.by][each.pair].append(each)
+    for preference in preferences:
+        judged[preference.by][preference.pair].append(preference)
     twice = {by: [(v[0], v[-1]) for v in of_pair.values() if len(v) > 1] for by, of_pair in judged.items()}
     return {by: agreement(both) for by, both in twice.items() if both}
 
 
 def agreement(both: Sequence[tuple[Preference, Preference]]) -> dict[str, Any]:
     """The share of pairs with the same preference (`same`), and Cohen's kappa: 1 is always the same and 0 as often as
-    by chance; None where chance alone gives always the same. Each has its 95 % interval, kappa the one of its author
+    by chance; None where chance alone gives always the same. Both have 95 % intervals, kappa the one of its author
     (1960, Educational and Psychological Measurement 20, 37-46), for whom the share of chance is known.
 
     Which of two answers comes first means nothing, so of those who prefer one half prefer the same by chance.
@@ -133,9 +134,9 @@ def agreement(both: Sequence[tuple[Preference, Preference]]) -> dict[str, Any]:
     same = [meaning(one) == meaning(other) for one, other in both]
     size = statistics.effective_size(same, questions([one for one, _ in both]))
     share, low, high = statistics.share(sum(same), len(same), size)
-    first, second = (Counter(meaning(each)[0] for each in theirs) for theirs in zip(*both, strict=True))
+    first, second = (Counter(meaning(preference)[0] for preference in theirs) for theirs in zip(*both, strict=True))
     chance = sum(first[kind] * second[kind] / (2 if kind == "better" else 1) for kind in first) / len(both) ** 2
-    kappas = [None if chance == 1 else (each - chance) / (1 - chance) for each in (share, low, high)]
+    kappas = [None if chance == 1 else (value - chance) / (1 - chance) for value in (share, low, high)]
     names = ("pairs", "same", "low", "high", "kappa", "kappa_low", "kappa_high")
     return dict(zip(names, (len(both), share, low, high, *kappas), strict=True))
 
@@ -145,10 +146,10 @@ def agreement(both: Sequence[tuple[Preference, Preference]]) -> dict[str, Any]:
 
 def overview(preferences: Preferences) -> dict[str, Any]:
     """Who has judged how often, how many for neither answer, the side that is preferred, and who agrees with whom."""
-    winners = Counter(each.winner for each in preferences)
+    winners = Counter(preference.winner for preference in preferences)
     return {
         "preferences": len(preferences),
-        "by": {name: sum(each.by == name for each in preferences) for name in people(preferences)},
+        "by": {name: sum(preference.by == name for preference in preferences) for name in people(preferences)},
         "ties": winners["tie"],
         "both_bad": winners["both bad"],
         "left": left(preferences),
@@ -161,7 +162,8 @@ def left(preferences: Preferences) -> dict[str, dict[str, float]]:
     """How often each person prefers the left of two answers: by chance, since sides are drawn, half of the time."""
     shares = {}
     for name in people(preferences):
-        sides = [each.winner == "a" for each in preferences if each.by == name and each.winner in ("a", "b")]
+        winners = [preference.winner for preference in preferences if preference.by == name]
+        sides = [winner == "a" for winner in winners if winner in ("a", "b")]
         if sides:
             rate, low, high = statistics.share(sum(sides), len(sides))
             shares[name] = {"preferences": len(sides), "rate": rate, "low": low, "high": high}

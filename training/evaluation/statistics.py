@@ -20,7 +20,7 @@ UNSPACED = (
 def win_rate(
     ours: Sequence[float], theirs: Sequence[float], groups: Sequence[Hashable] | None = None
 ) -> tuple[float, float, float]:
-    """How often ours beats theirs on the same prompt, a tie counting half: rate and its 95 % interval.
+    """Return how often ours beats theirs on the same prompt, a tie counting half, with its 95 % interval.
 
     `groups` names what each prompt belongs to, see `effective_size`. Raises ValueError without prompts.
     """
@@ -34,7 +34,7 @@ def win_rate(
 
 
 def win_interval(wins: float, losses: float, size: float) -> tuple[float, float]:
-    """The 95 % interval of wins + ties / 2, from the shares of wins and losses among `size` prompts.
+    """Return the 95 % interval of wins + ties / 2, from the shares of wins and losses among `size` prompts.
 
     It is the score interval for a difference of paired proportions (here wins less losses) by Tango (1998, Statistics
     in Medicine 17, 891-908): all differences whose own standard error, not that of the estimate, explains what was
@@ -117,7 +117,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats a token; at most e^50, for an untrained model may be off by more than a float holds."""
+    """Compute the perplexity of a loss in nats a token; at most e^50, as an untrained model may exceed a float."""
     return math.exp(min(loss, 50.0))
 
 
@@ -228,9 +228,8 @@ GUARD_RAILS = (KL, LENGTH, VARIETY, PERPLEXITY, DEMONSTRATIONS, MOST_FREQUENT)
 
 
 def guard_signs(evaluation: Measures, against: str, model: str) -> list[Sign]:
-    """What each guard rail that was measured says of a model. Nothing of one that is compared with the base model:
-    fine-tuning is meant to leave that one.
-    """
+    """Ask each guard rail that was measured about a model. None says anything of one that is compared with the base
+    model: fine-tuning is meant to leave that one."""
     if against == "base":
         return []
     return [sign for rail in GUARD_RAILS if (sign := rail.sign(evaluation, against, model)) is not None]
@@ -242,7 +241,7 @@ def ratio(ours: float, theirs: float) -> float:
 
 
 def verdict(win: Measures, theirs: str, ours: str) -> str:
-    """What a win rate shows: `RLHF beats SFT in 73.2% of prompts by ...` only where its interval excludes one half."""
+    """Say what a win rate shows: `RLHF beats SFT in 73.2% of ...` only where its interval excludes one half."""
     by = f"by {win['judge']}"
     if win.get("ties") is not None and win["ties"] == win["prompts"]:
         return f"All {win['prompts']} answers tie {by}: it tells {ours} and {theirs} apart nowhere, so nothing is shown"

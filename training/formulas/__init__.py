@@ -1,1 +1,1 @@
-"""What a researcher changes: formulas by name, one entry each, with what the rest of the house must know of them."""
+"""What a researcher changes: formulas by name, one entry each, with what the rest must know of them."""

@@ -23,22 +23,17 @@ class Scored:
     Response tokens are flush left, with zeros behind them. The samples of a prompt stand together.
     """
 
-    score: Tensor
-    """(samples); of all that rewards, on one scale, less the penalty for a missing end."""
-    kl_penalty: Tensor
-    """Of each token, weighed; zeros where the penalty is a part of the loss."""
-    values: Tensor
-    """Of the critic; zeros without one."""
-    mask: Tensor
-    """bool; True on response tokens."""
-    group: int
-    """Samples of a prompt."""
+    score: Tensor  # (samples); the sum of all that rewards, on one scale, less the penalty for a missing end
+    kl_penalty: Tensor  # the weighed penalty of each token; zeros where it is a part of the loss
+    values: Tensor  # the critic's values; zeros without one
+    mask: Tensor  # bool; True on response tokens
+    group: int  # samples of a prompt
     gamma: float
     lam: float
 
     @property
     def rewards(self) -> Tensor:
-        """Of each token: less its penalty, and with the score on the last one."""
+        """The reward of each token: less its penalty, and with the score on the last one."""
         last = self.mask.sum(1) - 1
         return (-self.kl_penalty).scatter_add(1, last[:, None], self.score[:, None])
 
@@ -52,14 +47,11 @@ class Scored:
 class Estimator(Entry):
     """`formula` makes of Scored the advantages: (samples, tokens), or (samples) for one of all tokens of a sample."""
 
-    critic: bool = False
-    """Whether a critic is trained, whose values it reads."""
+    critic: bool = False  # whether a critic is trained, whose values it reads
     kl: Literal["reward", "loss"] = "reward"
-    """Where the KL penalty acts unless `rlhf.kl.place` says it."""
-    samples: int = 1
-    """The fewest samples a prompt."""
-    whiten: bool = False
-    """Whether `rlhf.whiten_advantages` whitens what it makes."""
+    """Where the KL penalty acts unless `rlhf.kl.place` says so."""
+    samples: int = 1  # the fewest samples a prompt
+    whiten: bool = False  # whether `rlhf.whiten_advantages` whitens what it makes
 
     def __post_init__(self) -> None:
         if self.kl not in ("reward", "loss") or self.samples < 1:
@@ -151,12 +143,11 @@ ROUNDING = 1e-6
 
 @dataclass
 class RunningStatistics:
-    """Of all numbers seen so far; plain floats, which a checkpoint keeps to the bit."""
+    """Mean and deviation of all numbers seen so far; plain floats, which a checkpoint stores to the bit."""
 
     count: int = 0
     mean: float = 0.0
-    squares: float = 0.0
-    """Summed squared differences from the mean."""
+    squares: float = 0.0  # summed squared differences from the mean
 
     def update(self, values: Sequence[float]) -> None:
         """Take a batch in (Chan et al. 1979, the pairwise formula)."""
@@ -171,7 +162,7 @@ class RunningStatistics:
 
     @property
     def deviation(self) -> float:
-        """1 where the numbers do not vary."""
+        """The standard deviation; 1 where the numbers do not vary."""
         deviation = (self.squares / max(1, self.count)) ** 0.5
         return deviation if deviation > ROUNDING * abs(self.mean) else 1.0
 
@@ -184,8 +175,7 @@ class Shaping(Entry):
     """`formula` makes (shift, scale) of an iteration's scores and the RunningStatistics of all so far, these included:
     a score becomes (score - shift) / scale. A critic that begins as the reward model gets the first of them."""
 
-    clip: bool = True
-    """Whether `rlhf.score_clip` bounds what comes out."""
+    clip: bool = True  # whether `rlhf.score_clip` bounds what comes out
 
     def complaint(self, result: Any, *given: Any) -> str:
         try:

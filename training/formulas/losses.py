@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Implicit rewards of responses, beta * log-ratio of policy and reference: float32 (pairs) each."""
+    """Implicit rewards of responses, beta * log-ratio of policy and reference, as float32 (pairs)."""
 
     chosen: Tensor
     rejected: Tensor
@@ -30,7 +30,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Answers:
-    """Implicit rewards of answers with a label each: float32 (answers), and whether they are good: bool (answers)."""
+    """Implicit rewards of labelled answers: float32 (answers), and whether they are good: bool (answers)."""
 
     rewards: Tensor
     good: Tensor
@@ -67,7 +67,7 @@ class DPOLoss(Entry):
 
 
 def implicit_rewards(logprobs: Tensor, reference_logprobs: Tensor, lengths: Tensor | None, beta: float) -> Tensor:
-    """beta * log-ratio of policy and reference, of whole responses; all float32 of one shape.
+    """Compute beta * log-ratio of policy and reference, of whole responses; all float32 of one shape.
 
     Rafailov et al. 2023, below equation 7. `lengths` (tokens) divide the log-ratios: length-normalised DPO, as in
     "Tulu 3" (Lambert et al. 2024, arXiv 2411.15124), section 5.

@@ -17,10 +17,10 @@ E = TypeVar("E", bound=Entry)
 
 
 @cache
-def loaded(table: Table[E], kept: str) -> E:
-    """The entry of a setting with its formula. Raises RewardFailed where a user's own cannot be had; what its formula
-    raises, and a result of another shape, become that too."""
-    entry, own = table.entry(kept), table.own(kept)
+def loaded(table: Table[E], value: str) -> E:
+    """Load the entry of a setting with its formula. Raises RewardFailed where a user's own is unavailable; what its
+    formula raises, and a result of another shape, become that too."""
+    entry, own = table.entry(value), table.own(value)
     if own is None:
         return entry
     (path, name), kind = own, table.kind.__name__
@@ -49,9 +49,9 @@ def loaded(table: Table[E], kept: str) -> E:
 
 
 def copied(given: Any) -> Any:
-    """Theirs to change; what is made of a copied tensor is differentiated through it."""
+    """Copy what the formula may change; what is made of a copied tensor is differentiated through it."""
     if is_dataclass(given) and not isinstance(given, type):
-        return replace(given, **{each.name: copied(getattr(given, each.name)) for each in fields(given)})
+        return replace(given, **{field.name: copied(getattr(given, field.name)) for field in fields(given)})
     if isinstance(given, Tensor):
         return given.clone()
     return list(given) if isinstance(given, list) else given
@@ -61,7 +61,7 @@ def try_own(config: RunConfig) -> None:
     """Ask the formulas of the user's own once before anything trains, about made-up numbers. Raises RewardFailed."""
     loaded.cache_clear()  # the files may have been corrected since
     for table in TABLES:
-        kept = attrgetter(table.setting)(config)
-        if table.own(kept):
-            entry = loaded(table, kept)
+        value = attrgetter(table.setting)(config)
+        if table.own(value):
+            entry = loaded(table, value)
             entry.formula(*entry.example(attrgetter(table.setting.partition(".")[0])(config)))

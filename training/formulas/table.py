@@ -17,30 +17,30 @@ class Entry:
     formula: Callable[..., Any]
 
     def complaint(self, result: Any, *given: Any) -> str:
-        """What is wrong with the `found` value of the formula at `given`; '' where nothing is."""
+        """Say what is wrong with the `result` of the formula at `given`; '' where nothing is."""
         raise NotImplementedError
 
     def example(self, settings: Any) -> tuple[Any, ...]:
-        """What a formula of a user's own is tried on before anything trains; `settings` are those of its step."""
+        """Make what a formula of a user's own is tried on before anything trains; `settings` are those of its step."""
         raise NotImplementedError
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "formula"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "formula"}
 
 
 E = TypeVar("E", bound=Entry)
 
 
 class Table(Generic[E]):
-    """The entries that `setting` may name. Settings keep one of a user's own as `FILE.py:NAME(FACTS)`, so that whoever
+    """The entries that `setting` may name. Settings store one of a user's own as `FILE.py:NAME(FACTS)`, so that whoever
     reads them knows the facts and runs no code."""
 
     def __init__(self, setting: str, kind: type[E], entries: Mapping[str, E]):
         self.setting, self.kind, self.entries = setting, kind, entries
 
-    def kept(self, given: str) -> str:
-        """`given` as settings keep it. Raises ValueError where there is no such entry."""
+    def stored(self, given: str) -> str:
+        """Write `given` as settings store it. Raises ValueError where there is no such entry."""
         if given in self.entries:
             return given
         if (own := OWN.fullmatch(given)) is None:
@@ -57,19 +57,19 @@ class Table(Generic[E]):
             raise ValueError(f"{file}:{own['name']} {error}") from None
         return f"{file}:{own['name']}({', '.join(f'{name}={value!r}' for name, value in facts.items())})"
 
-    def entry(self, kept: str) -> E:
-        """That of a setting; one of a user's own without its formula (training.formulas.own loads it)."""
-        own = OWN.fullmatch(kept)
-        return self._checked(literals(facts_of(own))) if own else self.entries[kept]
+    def entry(self, value: str) -> E:
+        """Return a setting's entry; one of a user's own without its formula (training.formulas.own loads it)."""
+        own = OWN.fullmatch(value)
+        return self._checked(literals(facts_of(own))) if own else self.entries[value]
 
-    def own(self, kept: str) -> tuple[Path, str] | None:
-        """File and name of an entry that is not in the table; None for one that is."""
-        own = OWN.fullmatch(kept)
+    def own(self, value: str) -> tuple[Path, str] | None:
+        """Return file and name of an entry that is not in the table; None for one that is."""
+        own = OWN.fullmatch(value)
         return (Path(own["file"]), own["name"]) if own else None
 
     def _checked(self, facts: dict[str, Any]) -> E:
-        """An entry of these facts, whose formula is not there. Raises ValueError."""
-        types = {each.name: type(each.default) for each in fields(self.kind) if each.name != "formula"}
+        """Make an entry of these facts, without its formula. Raises ValueError for facts that it does not have."""
+        types = {field.name: type(field.default) for field in fields(self.kind) if field.name != "formula"}
         for name, value in facts.items():
             if type(value) is not types.get(name):
                 known = ", ".join(f"{name} ({kind.__name__})" for name, kind in types.items())
@@ -77,7 +77,7 @@ class Table(Generic[E]):
         return self.kind(formula=not_loaded, **facts)
 
     def _call_in(self, file: Path, name: str) -> ast.Call:
-        """What `name` is set to in `file`, which is read and not run. Raises ValueError where that is no entry."""
+        """Find what `name` is set to in `file`, which is read and not run. Raises ValueError where that is no entry."""
         kind = self.kind.__name__
         try:
             tree = ast.parse(file.read_bytes())
@@ -86,7 +86,7 @@ class Table(Generic[E]):
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"{file} is no Python that can be read ({error})") from None
         for line in tree.body:
-            named = [ast.unparse(each) for each in getattr(line, "targets", [getattr(line, "target", line)])]
+            named = [ast.unparse(target) for target in getattr(line, "targets", [getattr(line, "target", line)])]
             value = getattr(line, "value", None)
             if name in named and isinstance(value, ast.Call) and ast.unparse(value.func).endswith(kind):
                 return value
@@ -94,7 +94,7 @@ class Table(Generic[E]):
 
 
 def facts_of(own: re.Match[str]) -> ast.Call:
-    """Those that stand in the setting. Raises ValueError where they are none."""
+    """Read the facts in a setting. Raises ValueError where they cannot be read."""
     try:
         return cast(ast.Call, ast.parse(f"entry{own['facts']}", mode="eval").body)
     except SyntaxError:
@@ -102,11 +102,11 @@ def facts_of(own: re.Match[str]) -> ast.Call:
 
 
 def literals(call: ast.Call) -> dict[str, Any]:
-    """The keyword arguments of a call. Raises ValueError where one has no name, or has to be computed."""
-    if len(call.args) > 1 or any(each.arg is None for each in call.keywords):
+    """Read the keyword arguments of a call. Raises ValueError where one has no name, or has to be computed."""
+    if len(call.args) > 1 or any(keyword.arg is None for keyword in call.keywords):
         raise ValueError("must name its facts one by one, as in `samples=2`")
     try:
-        return {str(each.arg): ast.literal_eval(each.value) for each in call.keywords if each.arg != "formula"}
+        return {str(key.arg): ast.literal_eval(key.value) for key in call.keywords if key.arg != "formula"}
     except ValueError:
         raise ValueError("must say True, False, numbers and texts as they are, not compute them") from None
 

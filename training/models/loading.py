@@ -41,7 +41,7 @@ LANGUAGE_HEAD = re.compile(r"^(\w+\.)?(lm_head|embed_out)\.")
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The number format to compute in; `auto` takes bf16 where the hardware multiplies it fast."""
+    """Choose the number format to compute in; `auto` takes bf16 where the hardware multiplies it fast."""
     if dtype == "fp16" and device.type == "cpu":
         raise UserError("fp16 does not work on a CPU; use dtype=bf16 or dtype=fp32.")
     if dtype != "auto":
@@ -59,11 +59,11 @@ def load_causal_lm(
     with_weights: bool = True,
     cut: StageCut | None = None,
 ) -> PreTrainedModel:
-    """A causal language model whose embeddings hold all of the format's tokens.
+    """Load a causal language model whose embeddings hold all of the format's tokens.
 
-    `dropout` takes the place of the model's own; 0 switches it off. Without weights the parameters are uninitialised:
-    another rank brings them. With a `cut` only its stage's are read, and those of other stages are on the meta device
-    until `keep_stage` takes them out.
+    `dropout` replaces the model's own; 0 switches it off. Without weights the parameters are uninitialised: another
+    rank brings them. With a `cut` only its stage's are read, and those of other stages are on the meta device until
+    `keep_stage` takes them out.
     """
     config = _read_config(directory)
     model, _ = _load(AutoModelForCausalLM, directory, config, dtype, dropout, with_weights, cut)
@@ -106,7 +106,7 @@ def load_scorer(
     trained: bool = False,
     cut: StageCut | None = None,
 ) -> PreTrainedModel:
-    """A model with a linear head of one output a token (`score`); a fresh head is drawn from N(0, 1 / (d + 1)).
+    """Load a model with a linear head of one output a token (`score`); a fresh head is drawn from N(0, 1 / (d + 1)).
 
     `layers` keeps only the first so many; 0 keeps all. `dropout`, `with_weights` and `cut` as in `load_causal_lm`. Of a
     `trained` one the head is in the files: a fresh one gives scores at random.
@@ -148,7 +148,7 @@ def require_scorer(directory: Path, name: str = "", trained: bool = False, layer
 
 
 def scorer_config(directory: Path, layers: int = 0, name: str = "") -> PreTrainedConfig:
-    """The configuration of a scorer with the first so many layers (0: all). Raises UserError where it cannot be one."""
+    """Read a scorer's configuration, with the first so many layers (0: all). Raises UserError for no scorer."""
     config = _read_config(directory, name, num_labels=1)
     require_scorer_family(config)
     if layers:
@@ -174,7 +174,7 @@ def require_scorer_family(config: PreTrainedConfig) -> None:
 
 
 def _beside_scorer(layers: int) -> Callable[[str], bool]:
-    """Which weights a scorer leaves in the files: a language model's head, and the layers from `layers` on."""
+    """Tell which weights a scorer leaves in the files: a language model's head, and the layers from `layers` on."""
 
     def is_left(key: str) -> bool:
         number = re.search(r"\.(\d+)\.", key)
@@ -272,7 +272,7 @@ def structure(loader: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
 def _without_weights(
     loader: Any, config: PreTrainedConfig, dtype: torch.dtype, cut: StageCut | None
 ) -> PreTrainedModel:
-    """The model with uninitialised parameters, which take no memory until somebody writes into them."""
+    """Build the model with uninitialised parameters, which take no memory until somebody writes into them."""
     model = structure(loader, config, dtype)
     held = set(model.parameters()) if cut is None else held_by(model, cut)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
@@ -302,7 +302,7 @@ def fit_vocabulary(model: PreTrainedModel, chat_format: ChatFormat) -> None:
 
 
 def require_same_tokens(actor: ChatFormat, scorer: ChatFormat, actor_name: str, scorer_name: str) -> None:
-    """A reward model reads the actor's token ids, so both must mean the same by them. Raises UserError."""
+    """Raise UserError where reward model and actor mean other texts by the same token ids, which the former reads."""
     if actor.tokenizer.get_vocab() != scorer.tokenizer.get_vocab():
         raise UserError(
             f"The reward model {scorer_name} has another tokenizer than the actor {actor_name}; "
@@ -311,10 +311,7 @@ def require_same_tokens(actor: ChatFormat, scorer: ChatFormat, actor_name: str, 
 
 
 def require_same_format(actor: ChatFormat, scorer: ChatFormat, actor_name: str, scorer_name: str) -> None:
-    """A finished reward model knows the texts that its own template writes, and reads those of the actor's in step 3.
-
-    Raises UserError where they are not the same.
-    """
+    """Raise UserError where a finished reward model has another template than the actor whose texts it scores."""
     require_same_tokens(actor, scorer, actor_name, scorer_name)
     if not same_rendering(actor, scorer):
         raise UserError(
@@ -341,11 +338,11 @@ def save_model(
     config.json.
     """
     adapted = add_lora(model, lora) if lora.rank else None
-    shapes = {name: each.shape for name, each in model.named_parameters()}
-    shaped = {name: each.view(shapes.get(name, each.shape)) for name, each in trained.items()}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shaped = {name: weight.view(shapes.get(name, weight.shape)) for name, weight in trained.items()}
     unexpected = model.load_state_dict(shaped, strict=False).unexpected_keys
     if unexpected:
-        raise ValueError(f"trained weights without a place in the model: {unexpected[:3]}")
+        raise ValueError(f"trained weights that the model does not have: {unexpected[:3]}")
     if adapted is not None:
         if adapter_directory is not None:
             lies_on = adapted.peft_config["default"]

@@ -28,7 +28,7 @@ LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def use_packing(model: PreTrainedModel) -> None:
-    """From now on `model` is called on packed rows, if its family allows it.
+    """Call `model` on packed rows from now on, if its family allows it.
 
     For good, not for the length of a call: gradient checkpointing runs the forward pass again in the backward pass.
     """
@@ -43,7 +43,7 @@ def call_on_tokens(
     exact: Exactness | None = None,
     received: Tensor | None = None,
 ) -> Tensor:
-    """What the model says of a batch: the last hidden states (tokens, hidden), or, with `logits_at`, places int64
+    """Run the model on a batch: returns the last hidden states (tokens, hidden), or, with `logits_at`, positions int64
     (n), the logits there (n, vocabulary). `exact` is for packed rows.
 
     A pipeline stage but the first is given what it has `received` from the one before; one but the last gives what it
@@ -55,8 +55,7 @@ def call_on_tokens(
 
 
 def hidden_shape(model: PreTrainedModel, batch: TokenBatch) -> torch.Size:
-    """Of the hidden states that a stage of `model` sends on: (computed tokens, hidden), or padded (rows, longest,
-    hidden)."""
+    """Shape what a stage of `model` sends on: (computed tokens, hidden), or padded (rows, longest, hidden)."""
     width = text_config(model.config).hidden_size
     if attention_of(model.config) != PACKED_ATTENTION:
         return torch.Size((len(batch.lengths), max(batch.lengths), width))
@@ -81,13 +80,13 @@ def _call_packed(
         received = torch.cat([received, received[-1:].expand(more, -1)])
     inputs = {"position_ids": filled(positions, rows), "tokens": prefixes or sequences}
     inputs["input_ids"] = filled(ids, rows)
-    kept = None
+    wanted = None
     if logits_at is not None:
-        kept = prefixes.stands_for[logits_at] if prefixes else logits_at
+        wanted = prefixes.stands_for[logits_at] if prefixes else logits_at
     handed = None if received is None else received[None]
-    output, is_sent = _call(model, inputs, handed, None if kept is None else filled(kept, rows))
-    output = output[0, : count if is_sent or kept is None else len(kept)]
-    return at(output, prefixes.stands_for) if prefixes and kept is None and not is_sent else output
+    output, is_sent = _call(model, inputs, handed, None if wanted is None else filled(wanted, rows))
+    output = output[0, : count if is_sent or wanted is None else len(wanted)]
+    return at(output, prefixes.stands_for) if prefixes and wanted is None and not is_sent else output
 
 
 def _call_padded(
@@ -99,9 +98,9 @@ def _call_padded(
         inputs["position_ids"] = positions
     if logits_at is not None and any(getattr(model.config, name, None) for name in LOGIT_CHANGES):
         row, column = mask.nonzero()[logits_at].unbind(1)
-        wanted, place = column.unique(return_inverse=True)
+        wanted, index = column.unique(return_inverse=True)
         output, is_sent = _call(model, inputs, received, wanted)
-        return output if is_sent else output[row, place]
+        return output if is_sent else output[row, index]
     output, is_sent = _call(model, inputs, received)
     if is_sent:
         return output
@@ -112,11 +111,11 @@ def _call_padded(
 def _call(
     model: PreTrainedModel, inputs: dict[str, Any], received: Tensor | None, logits_at: Tensor | None = None
 ) -> tuple[Tensor, bool]:
-    """The last hidden states, or logits at those places in each row, (rows, ..., ...); of a stage but the last what it
-    sends, and True. `received` is (rows, tokens, hidden)."""
+    """Return the last hidden states, or logits at those positions in each row, (rows, ..., ...); of a stage but the
+    last what it sends, and True. `received` is (rows, tokens, hidden)."""
     whole: Any = model
     if received is not None:
-        embeddings = torch.zeros_like(received)  # their place has to be taken: no layer sees them
+        embeddings = torch.zeros_like(received)  # the model asks for some, and no layer sees them
         inputs = {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": embeddings}
     with handing_over(model, received) as sent:
         if logits_at is None or sends_on(model):
@@ -126,24 +125,25 @@ def _call(
     return (sent[0], True) if sent else (output, False)
 
 
-_FOUND: WeakKeyDictionary[TokenBatch, dict[tuple[int, ...] | None, Prefixes | None]] = WeakKeyDictionary()
+_PREFIXES: WeakKeyDictionary[TokenBatch, dict[tuple[int, ...] | None, Prefixes | None]] = WeakKeyDictionary()
+"""The prefixes of a batch, by the positions that stay apart."""
 
 
 def _prefixes(model: PreTrainedModel, batch: TokenBatch, sequences: Sequences, apart: Tensor | None) -> Prefixes | None:
-    """What the rows of a batch begin with together, looked for once; none in training mode, where there may be dropout,
-    which every sequence draws for itself."""
+    """Find what the rows of a batch begin with together, once a batch; none in training mode, where there may be
+    dropout, which every sequence draws for itself."""
     if model.training:
         return None
-    places = batch.places if apart is batch.predicting else [] if apart is None else apart.tolist()
-    found, key = _FOUND.setdefault(batch, {}), None if apart is None else tuple(places)
-    if key not in found:
-        found[key] = Prefixes.of(sequences, batch.tokens, batch.ids.device, places)
-    prefixes = found[key]
+    positions = batch.positions if apart is batch.predicting else [] if apart is None else apart.tolist()
+    cached, key = _PREFIXES.setdefault(batch, {}), None if apart is None else tuple(positions)
+    if key not in cached:
+        cached[key] = Prefixes.of(sequences, batch.tokens, batch.ids.device, positions)
+    prefixes = cached[key]
     return replace(prefixes, sequences=sequences) if prefixes else None
 
 
 NO_LAYERS = ("_token_id", "_token_ids", "architectures")
-"""Ends of the names of lists that hold nothing for each layer, whatever their length."""
+"""Ends of the names of lists that hold no value a layer, whatever their length."""
 
 
 def keep_layers(config: PreTrainedConfig, layers: int) -> None:
@@ -184,7 +184,7 @@ def add_lora(model: PreTrainedModel, settings: LoRASettings) -> Any:
 def require_lora_layers(model: torch.nn.Module, settings: LoRASettings, key: str = "lora.targets") -> None:
     """Raise UserError where a target names no layer of `model`, or one whose adapter would not be what is saved.
 
-    PEFT ignores a target if another one is found. A list holds ends of names, a text is a regular expression over whole
+    PEFT ignores a target if another one fits. A list holds ends of names, a text is a regular expression over whole
     names, as in PEFT.
     """
     targets = settings.targets
@@ -216,7 +216,7 @@ def is_target(name: str, target: str, targets: str | list[str]) -> bool:
 
 
 def no_adapter(layer: nn.Module, name: str, model: nn.Module) -> str:
-    """Why no adapter fits a layer so that merging it gives what was trained; empty where one does."""
+    """Say why no adapter fits a layer so that merging it gives what was trained; empty where one does."""
     if name == "score":
         return "the head of scores, all of whose weights are trained anyway"
     if isinstance(layer, nn.Embedding) and type(layer) is not nn.Embedding:
@@ -232,8 +232,8 @@ def no_adapter(layer: nn.Module, name: str, model: nn.Module) -> str:
 class Policy(nn.Module):
     """The model with optional adapters; its forward takes logits at response positions only.
 
-    `exact` makes a token's bits independent of the micro-batch, where the model runs packed on a CPU. With a `cut` one
-    stage is kept of a whole `model`.
+    `exact` makes a token's bits independent of the micro-batch, where the model runs packed on a CPU. With a `cut` only
+    one stage of a whole `model` stays.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class Policy(nn.Module):
     def forward(
         self, batch: TokenBatch, temperature: float = 1.0, received: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """Log-probability and entropy of the response tokens, both float32 (response tokens of all rows, row by row).
+        """Return log-probability and entropy of the response tokens, both float32 (response tokens, row by row).
 
         `temperature` divides the logits, as it does when sampling. Without gradients the entropy is left out (NaN).
         Of a pipeline stage but the last: the hidden states to send on; `received` as in `call_on_tokens`.
@@ -269,23 +269,22 @@ class Policy(nn.Module):
         return SelectedLogprobs.apply(logits, batch.targets, temperature)
 
     def without_adapter(self) -> AbstractContextManager[None]:
-        """Inside, this policy is the reference: the model before its adapters were trained."""
+        """Make this policy the reference inside: the model before its adapters were trained."""
         return self._adapted[0].disable_adapter() if self._adapted else nullcontext()
 
 
 class SelectedLogprobs(torch.autograd.Function):
-    """log p of chosen tokens and the entropy, with one array of the logits' size kept for the backward pass."""
+    """log p of chosen tokens and the entropy, with one array of the logits' size saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """(n, vocabulary), (n) -> (n), (n), float32. No gradient flows through the entropy."""
+        """Map (n, vocabulary), (n) -> (n), (n), float32. No gradient flows through the entropy."""
         scaled = logits.float() if temperature == 1 else logits.float() / temperature
         probabilities = scaled.softmax(-1)
         total = log_sum(scaled, probabilities)
         logprobs = scaled.gather(1, tokens[:, None])[:, 0] - total
-        entropy = (
-            total - (probabilities[:, None] @ scaled[:, :, None]).flatten()
-        )  # vecdot makes an array of all products
+        expected = probabilities[:, None] @ scaled[:, :, None]  # vecdot makes an array of all products
+        entropy = total - expected.flatten()
         ctx.save_for_backward(probabilities, tokens)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.mark_non_differentiable(entropy)
@@ -295,7 +294,7 @@ class SelectedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of log p with respect to a logit is (1 if chosen) - p, over the temperature.
 
-        It takes the place of the probabilities, so that a second backward pass is an error.
+        It overwrites the probabilities, so that a second backward pass is an error.
         """
         probabilities, tokens = ctx.saved_tensors
         gradient = (gradient / ctx.temperature)[:, None]
@@ -306,7 +305,7 @@ class SelectedLogprobs(torch.autograd.Function):
 class Scorer(nn.Module):
     """The model with optional adapters. Scores are (raw - shift) / scale, with both from the model's config.json.
 
-    With a `cut` one stage is kept of a whole `model`.
+    With a `cut` only one stage of a whole `model` stays.
     """
 
     def __init__(self, model: PreTrainedModel, lora: LoRASettings | None = None, cut: StageCut | None = None):
@@ -325,7 +324,7 @@ class Scorer(nn.Module):
         return cast(nn.Module, self.model.score)
 
     def forward(self, batch: TokenBatch, received: Tensor | None = None) -> Tensor:
-        """A score for every token, float32 (tokens).
+        """Score every token, float32 (tokens).
 
         Of a pipeline stage but the last: the hidden states to send on; `received` as in `call_on_tokens`.
         """

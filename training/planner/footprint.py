@@ -77,7 +77,7 @@ class Footprints:
         by_rank = self.by_rank(plan)
         rank, memory = max(by_rank.items(), key=lambda item: item[1].peak("device"))
         if memory.peak("device") > cluster.usable_memory:
-            largest = max((part for part in memory.parts if part.place == "device"), key=lambda part: part.bytes)
+            largest = max((part for part in memory.parts if part.location == "device"), key=lambda part: part.bytes)
             raise UserError(
                 f"The plan needs {memory.peak('device') / GIB:.1f} GiB on rank {rank}, of which {largest.name} "
                 f"{largest.bytes / GIB:.1f} GiB, but {cluster.usable_memory / GIB:.1f} GiB can be used; "

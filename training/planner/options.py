@@ -161,7 +161,7 @@ class Options:
     def _bytes(self, call: Call, assignment: Assignment, own_weights: bool) -> tuple[int, int]:
         """Return those on a device: all through the iteration, and while the call runs."""
         parts = self.footprints.parts(call, assignment, own_weights)
-        on_device = [part for part in parts if part.place == "device"]
+        on_device = [part for part in parts if part.location == "device"]
         held = sum(part.bytes for part in on_device if not part.phase)
         return held, sum(part.bytes for part in on_device) - held
 

@@ -247,7 +247,7 @@ def _with_largest_micro_batches(plan: Plan, graph: DataflowGraph, workload: Work
         for micro_batches in range(1, workload.rows(call.kind) // layout.data + 1):
             assignment = Assignment(layout, micro_batches)
             parts = footprints.parts(call, assignment, has_own)
-            working = sum(part.bytes for part in parts if part.phase and part.place == "device")
+            working = sum(part.bytes for part in parts if part.phase and part.location == "device")
             if held + working <= cluster.usable_memory:
                 chosen[call.name] = assignment
                 break

@@ -13,14 +13,14 @@ from inference.chat_format import ChatFormat
 from inference.errors import UserError
 from training.checks import require_fitting, require_processes
 from training.config import RunConfig
-from training.data.prepare import keep_demonstrations, prepare_data
+from training.data.prepare import prepare_data, store_demonstrations
 from training.data.rows import read_rows, require_margins, require_rows
 from training.data.token_cache import TokenCache
 from training.deepspeed_config import require_overlays
 from training.distributed import Ranks
 from training.fork import Fork
 from training.formulas.own import try_own
-from training.inputs import inputs_of, keep_models, local_model
+from training.inputs import inputs_of, local_model, store_models
 from training.lineage import sources_of, trained_elsewhere
 from training.metrics import require_packages
 from training.models.loading import (
@@ -70,7 +70,7 @@ def prepare(
     prepare_data(config.data, config.split_seed, run.data, chat_format, say)
     try:
         if config.rlhf.ptx.coefficient:
-            keep_demonstrations(config, run.data, chat_format)
+            store_demonstrations(config, run.data, chat_format)
         if fork is not None:
             trained_now = fork.take_steps(trained_now, say)
             steps = [step for step in steps if not run.step(step).is_finished]
@@ -91,16 +91,16 @@ def prepare(
     try_own(config)
     if rewards is not None and rewards.sources:
         needed = not elsewhere and any(step.draws_samples for step in steps)
-        before = [str(place) for place, step in enumerate(config.steps, 1) if not step.draws_samples]
+        before = [str(number) for number, step in enumerate(config.steps, 1) if not step.draws_samples]
         without = f" To begin without it, train what comes before: --steps {','.join(before)}." * (len(steps) > 1)
         try_sources(rewards, read_rows(run.data / "prompts_train.jsonl", most=3), say, needed, without)
     if elsewhere:
-        keep_models(run, config, say)
+        store_models(run, config, say)
         make_tokens(config, run, chat_format, say, steps)
 
 
 def make_tokens(config: RunConfig, run: RunDirectory, chat_format: ChatFormat, say: Say, steps: Sequence[Step]) -> None:
-    """Make the tokens that the steps read, where they would be kept."""
+    """Make the tokens that the steps read, where they would be cached."""
     for step in steps:
         for file, most in (("train", None), ("eval", getattr(config.of_step(step), "eval_rows", 0))):
             rows = read_rows(run.data / f"{step.rows.name}_{file}.jsonl", most) if most != 0 else []

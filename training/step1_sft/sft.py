@@ -22,12 +22,9 @@ FIRST_ANSWER_TOKENS = 32
 
 
 def train(stage: Stage) -> None:
-    """Run the whole step: set up, fit, save."""
     config, settings = stage.config, stage.config.sft
     source = stage.model_directory(config.model)
-    chat_format = ChatFormat.load(source)
-    for note in chat_format.notes:
-        stage.display.say(note)
+    chat_format = stage.chat_format(source)
     rows, held_out = stage.rows(chat_format)
     encoded = within_budget(stage.tokens(rows, DEMONSTRATIONS, chat_format), settings.token_budget)
     total = count_updates(len(encoded), settings)
@@ -48,7 +45,7 @@ def train(stage: Stage) -> None:
 
 
 def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row: dict) -> None:
-    """What the untrained model answers: a template or tokenizer that does not fit shows here, before any training."""
+    """Say what the untrained model answers: a template or tokenizer that does not fit shows here, before training."""
     prompt = torch.tensor(chat_format.prompt_ids(row["prompt"], stage.config.data.max_prompt_tokens))
     engine = GenerationEngine(policy.model.eval(), chat_format.end_ids, chat_format.pad_id, slots=1)
     greedy = SamplingSettings(min(FIRST_ANSWER_TOKENS, stage.config.data.max_response_tokens), temperature=0.0)
@@ -58,7 +55,7 @@ def say_first_answer(stage: Stage, policy: Policy, chat_format: ChatFormat, row:
 
 
 def within_budget(rows: TokenRows, token_budget: int) -> TokenRows:
-    """The first rows that together have at most `token_budget` tokens (0: all), but one at least."""
+    """Take the first rows that together have at most `token_budget` tokens (0: all), but one at least."""
     return rows.first(max(1, int((rows.ends <= token_budget).sum()))) if token_budget else rows
 
 
@@ -69,15 +66,14 @@ class SFTTask(Task):
         self.stage, self.engine, self.rows, self.held_out = stage, engine, rows, held_out
         self.lengths: list[int] = rows.sizes.tolist()
 
-    def place(self, row: int) -> int:
+    def file_index(self, row: int) -> int:
         return row
 
     def size(self, rows: list[int]) -> int:
-        """Count response tokens."""
         return int(self.rows.lengths[rows, 1].sum())
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed negative log-likelihood of the response tokens."""
+        """Sum the negative log-likelihood of the response tokens."""
         logprobs, entropy = self.engine(self._batch([self.rows[row] for row in rows]))
         return -logprobs.sum(), {"entropy": entropy.sum()}
 

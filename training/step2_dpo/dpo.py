@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from inference.chat_format import ChatFormat
-from training import calls
 from training.data.batching import plan_micro_batches, sent
 from training.data.rows import Epochs, count_updates
 from training.data.token_cache import TokenPair, grouped, shares_of, tokens_of
@@ -36,8 +35,7 @@ KINDS = {"good": True, "bad": False}
 
 @dataclass(frozen=True)
 class LabelledAnswer(TokenPair):
-    """An answer in the place of the chosen one; in that of the rejected one a wrong answer to its prompt: the next
-    answer of its batch, empty where there is no batch yet."""
+    """An answer as `chosen`; `rejected` is the next answer of its batch, a wrong one, or empty without a batch."""
 
     is_good: bool = True
 
@@ -47,19 +45,19 @@ class LabelledAnswer(TokenPair):
 
 
 def labelled_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of answers, each with its label and the place of its row: first one of each row, then the rejected ones."""
+    """Make rows of answers, with label and the index of their row: first one of every row, then the rejected ones."""
     answers = [
         {
             "prompt": row["prompt"],
             "response": row["chosen"] if "chosen" in row else row["response"],
             "label": row.get("label", True),
-            "place": place,
+            "file_index": index,
         }
-        for place, row in enumerate(rows)
+        for index, row in enumerate(rows)
     ]
     rejected = [
-        {"prompt": row["prompt"], "response": row["rejected"], "label": False, "place": place}
-        for place, row in enumerate(rows)
+        {"prompt": row["prompt"], "response": row["rejected"], "label": False, "file_index": index}
+        for index, row in enumerate(rows)
         if "rejected" in row
     ]
     return answers + rejected
@@ -70,22 +68,21 @@ def labelled_answers(stage: Stage, rows: Sequence[dict[str, Any]], chat_format: 
     tokens = stage.tokens(answers, ANSWERS, chat_format)
     nothing = torch.zeros(0, dtype=torch.int64)
     return [
-        LabelledAnswer(prompt, response, nothing, place=row["place"], is_good=row["label"])
+        LabelledAnswer(prompt, response, nothing, file_index=row["file_index"], is_good=row["label"])
         for row, (prompt, response) in zip(answers, tokens, strict=True)
     ]
 
 
 def in_batches(answers: list[LabelledAnswer], stage: Stage, total: int) -> list[LabelledAnswer]:
-    """The answers in the order of `total` optimiser steps, each beside the next one of its batch."""
+    """Put the answers in the order of `total` optimiser steps, each beside the next one of its batch."""
     epochs = Epochs(len(answers), f"{stage.seed}")
     batches = (batch_of_update(epochs, stage.settings, number) for number in range(total))
-    return [each for batch in batches for each in beside_next([answers[row] for row in batch])]
+    return [answer for batch in batches for answer in beside_next([answers[row] for row in batch])]
 
 
 def beside_next(batch: list[LabelledAnswer]) -> list[LabelledAnswer]:
-    """Each beside the next one's answer, the last beside the first one's: the mismatch of section 4.1 (arXiv
-    2402.01306)."""
-    return [replace(each, rejected=other.chosen) for each, other in zip(batch, batch[1:] + batch[:1], strict=True)]
+    """Set each answer beside the next, the last beside the first: the mismatch of arXiv 2402.01306, section 4.1."""
+    return [replace(answer, rejected=other.chosen) for answer, other in zip(batch, batch[1:] + batch[:1], strict=True)]
 
 
 def unpaired_work(stage: Stage, rows: list[dict], held_out: list[dict], chat_format: ChatFormat) -> Work:
@@ -120,65 +117,64 @@ class UnpairedTask(Task):
         self.lengths = [answer.own_tokens for answer in answers]
         good = sum(answer.is_good for answer in answers)
         self.bad_weight = self.settings.undesirable_weight or good / max(1, len(answers) - good)
-        self.seats: dict[int, int] = {}  # row of the batch -> its index in the order of all optimiser steps
+        self.indices: dict[int, int] = {}  # row of the batch -> its index in the order of all optimiser steps
         self.reference_point = 0.0
         self.counts: dict[bool, int] = {}  # good and bad answers of the batch
 
-    def place(self, row: int) -> int:
-        return self.answers[row].place
+    def file_index(self, row: int) -> int:
+        return self.answers[row].file_index
 
     def size(self, rows: list[int]) -> int:
-        """Count answers."""
         return len(rows)
 
     @torch.no_grad()
     def look_ahead(self, number: int, batch: list[int]) -> None:
         """Find the batch's reference point, which no micro-batch and no rank sees all of."""
         first = (number - 1) * len(batch)
-        self.seats = {row: first + seat for seat, row in enumerate(batch)}
+        self.indices = {row: first + i for i, row in enumerate(batch)}
         self.counts = {kind: sum(self.answers[row].is_good is kind for row in batch) for kind in KINDS.values()}
         ranks, device = self.stage.ranks, self.stage.ranks.device
         beside = self.pairs["train"][first : first + len(batch)]
-        wrong = [(each.prompt, each.rejected) for each in beside]
+        wrong = [(answer.prompt, answer.rejected) for answer in beside]
         budget = self.settings.micro_batch_tokens
         wrong_logprobs = torch.zeros(len(batch))
         lengths = [len(prompt) + len(answer) for prompt, answer in wrong]
         for micro_batch in plan_micro_batches(lengths, budget, ranks.size)[ranks.rank]:
-            logprobs = row_logprobs(self.engine, [wrong[seat] for seat in micro_batch.rows], device)
+            logprobs = row_logprobs(self.engine, [wrong[i] for i in micro_batch.rows], device)
             if micro_batch.weight:
                 wrong_logprobs[micro_batch.rows] = logprobs.cpu()
         reference = self.reference_logprobs["train"][1, first : first + len(batch)]
         self.reference_point = self._point(ranks.sum(wrong_logprobs), reference, beside)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss of the answers, and what the policy thinks of the good and of the bad ones."""
+        """Sum the loss of the answers, with what the policy thinks of the good and of the bad ones."""
         device = self.stage.ranks.device
         answers = [self.answers[row] for row in rows]
-        logprobs = row_logprobs(self.engine, [(each.prompt, each.chosen) for each in answers], device)
-        reference = self.reference_logprobs["train"][0, [self.seats[row] for row in rows]]
+        logprobs = row_logprobs(self.engine, [(answer.prompt, answer.chosen) for answer in answers], device)
+        reference = self.reference_logprobs["train"][0, [self.indices[row] for row in rows]]
         reference = reference.to(device, non_blocking=True)
-        rewards = self._rewards(logprobs, reference, [len(each.chosen) for each in answers])
+        rewards = self._rewards(logprobs, reference, [len(answer.chosen) for answer in answers])
         losses, _ = self._losses(rewards, answers, self.reference_point)
         batch = sum(self.counts.values())
         kl = self.reference_point / self.settings.beta * len(rows)
         measured = {"kl": torch.full((), kl, dtype=torch.float64, device=device)}
         for name, kind in KINDS.items():
             if count := self.counts[kind]:  # a mean over those of the batch, when divided by its size
-                places = sent([i for i, answer in enumerate(answers) if answer.is_good is kind], device, torch.int64)
-                measured[f"reward/{name}"] = rewards.detach()[places].sum().double() * batch / count
-                measured[f"logprobs/{name}"] = logprobs.detach()[places].sum().double() * batch / count
+                chosen = sent([i for i, answer in enumerate(answers) if answer.is_good is kind], device, torch.int64)
+                measured[f"reward/{name}"] = rewards.detach()[chosen].sum().double() * batch / count
+                measured[f"logprobs/{name}"] = logprobs.detach()[chosen].sum().double() * batch / count
         return losses.sum(), measured
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The same measures on held-out answers as one batch, and how often a good one has the higher reward."""
+        """Measure the same on held-out answers as one batch, and how often a good one has the higher reward."""
         held_out = self.pairs["eval"]
         if not held_out:
             return {}
         logprobs = score_pairs(self.stage, self.engine, held_out, grouped(held_out, by_prompt=False), quiet=True)
         reference = self.reference_logprobs["eval"]
         point = self._point(logprobs[1], reference[1], held_out)
-        rewards = self._rewards(logprobs[0], reference[0], [len(each.chosen) for each in held_out])
+        rewards = self._rewards(logprobs[0], reference[0], [len(answer.chosen) for answer in held_out])
         losses, good = self._losses(rewards, held_out, point)
         metrics = {"eval/loss": float(losses.mean()), "eval/kl": point / self.settings.beta}
         if comparisons(held_out):
@@ -196,12 +192,12 @@ class UnpairedTask(Task):
         return implicit_rewards(logprobs, reference, divided_by, self.settings.beta)
 
     def _point(self, logprobs: Tensor, reference: Tensor, beside: Sequence[LabelledAnswer]) -> float:
-        rewards = self._rewards(logprobs, reference, [len(each.rejected) for each in beside])
+        rewards = self._rewards(logprobs, reference, [len(answer.rejected) for answer in beside])
         return max(0.0, float(rewards.mean()))
 
     def _losses(self, rewards: Tensor, answers: Sequence[LabelledAnswer], point: float) -> tuple[Tensor, Tensor]:
-        """Weighted, and which answers are good."""
-        good = sent([each.is_good for each in answers], rewards.device)
+        """Return the weighted losses, and which answers are good."""
+        good = sent([answer.is_good for answer in answers], rewards.device)
         losses = self.of_answers.formula(Answers(rewards, good, point))
         return losses * torch.where(good, 1.0, self.bad_weight), good
 
@@ -223,9 +219,7 @@ def train(stage: Stage) -> None:
     """Run the whole step: set up, ask the reference, fit, save."""
     settings = stage.settings
     source = stage.earlier_model(SFT)
-    chat_format = ChatFormat.load(source)
-    for note in chat_format.notes:
-        stage.display.say(note)
+    chat_format = stage.chat_format(source)
     rows, held_out = stage.rows(chat_format)
     work = (unpaired_work if settings.is_unpaired else paired_work)(stage, rows, held_out, chat_format)
     total = count_updates(work.rows, settings)
@@ -236,14 +230,8 @@ def train(stage: Stage) -> None:
     model = load_causal_lm(source, chat_format, dtype, settings.dropout, with_weights)
     policy = Policy(model, settings.optimizer.lora)
     engine = ZeroEngine(policy, settings.optimizer, stage.dtype, total, stage.ranks, settings.dropout > 0)
-    made: dict[str, Any] = {"pairs": work.sets}
-    evaluation: dict[str, float] = {}
-    for call in calls.DPO:
-        inputs = {key: made[key] for key in call.inputs}
-        if call.kind == "score":
-            made[call.outputs[0]] = reference_logprobs(stage, lambda: engine, **inputs, needed=work.needed)
-        else:
-            evaluation = fit(stage, work.task(stage, engine, **inputs), settings, total)
+    reference = reference_logprobs(stage, lambda: engine, work.sets, work.needed)
+    evaluation = fit(stage, work.task(stage, engine, work.sets, reference), settings, total)
 
     stage.save_trained(engine, lambda: load_causal_lm(source, chat_format, torch.float32), chat_format)
     stage.finish({"optimizer_steps": total, "rows": work.rows, "held_out": work.compared, **evaluation})
@@ -267,22 +255,24 @@ class DPOTask(Task):
         pairs: dict[str, list[TokenPair]],
         reference_logprobs: dict[str, Tensor],
     ):
-        """Both have a `train` and an `eval` set."""
+        """`pairs` and `reference_logprobs` have a `train` and an `eval` set."""
         self.stage, self.engine, self.settings = stage, engine, stage.settings
         self.pairs, self.reference_logprobs = pairs, reference_logprobs
         self.of_pairs = loaded(DPO_LOSSES, self.settings.loss)
-        self.groups = {name: grouped(each, self.settings.by_prompt and name == "train") for name, each in pairs.items()}
-        self.lengths = [tokens_of([pairs["train"][place] for place in group]) for group in self.groups["train"]]
+        self.groups = {
+            "train": grouped(pairs["train"], self.settings.by_prompt),
+            "eval": grouped(pairs["eval"], by_prompt=False),
+        }
+        self.lengths = [tokens_of([pairs["train"][i] for i in group]) for group in self.groups["train"]]
 
-    def place(self, row: int) -> int:
-        return self.pairs["train"][self.groups["train"][row][0]].place
+    def file_index(self, row: int) -> int:
+        return self.pairs["train"][self.groups["train"][row][0]].file_index
 
     def size(self, rows: list[int]) -> int:
-        """Count pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss of the pairs, and what the policy thinks of them."""
+        """Sum the loss of the pairs, with what the policy thinks of them."""
         return self._losses("train", rows)
 
     @torch.no_grad()
@@ -294,22 +284,21 @@ class DPOTask(Task):
         ranks = self.stage.ranks
         plan = plan_micro_batches([pair.tokens for pair in held_out], self.settings.micro_batch_tokens, ranks.size)
         sums: dict[str, float] = {}
-        found = [self._losses("eval", micro_batch.rows) for micro_batch in plan[ranks.rank]]
-        values = read_at_once([{"loss": loss, **measured} for loss, measured in found])
+        losses = [self._losses("eval", micro_batch.rows) for micro_batch in plan[ranks.rank]]
+        values = read_at_once([{"loss": loss, **measured} for loss, measured in losses])
         for micro_batch, measured in zip(plan[ranks.rank], values, strict=True):
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0.0) + value * micro_batch.weight
         return {HELD_OUT[name]: value / len(held_out) for name, value in ranks.sum_values(sums).items()}
 
     def _losses(self, name: str, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss of pairs of a set, with sums of accuracy, margin, rewards and log-probabilities; of a prompt the
-        means of its pairs."""
+        """Sum the loss of pairs of a set, and statistics of them; by prompt, the means of its pairs."""
         groups, device = [self.groups[name][row] for row in rows], self.stage.ranks.device
         logprobs = response_logprobs(self.engine, [[self.pairs[name][i] for i in group] for group in groups], device)
-        places = [place for group in groups for place in group]
-        pairs, shares = [self.pairs[name][place] for place in places], shares_of(groups, device)
+        indices = [i for group in groups for i in group]
+        pairs, shares = [self.pairs[name][i] for i in indices], shares_of(groups, device)
         lengths = sent([[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]], device)
-        reference = self.reference_logprobs[name][:, places].to(device, non_blocking=True)
+        reference = self.reference_logprobs[name][:, indices].to(device, non_blocking=True)
         divided_by = lengths if self.settings.length_normalized else None
         rewards = implicit_rewards(logprobs, reference, divided_by, self.settings.beta)
         loss = self.of_pairs.formula(Pairs(rewards[0], rewards[1], self.settings.beta, self.settings.label_smoothing))

@@ -44,13 +44,13 @@ def load_own_reference(stage: Stage, source: Path, chat_format: ChatFormat) -> n
 def response_logprobs(
     engine: nn.Module | ZeroEngine, groups: Sequence[Sequence[TokenPair]], device: torch.device
 ) -> Tensor:
-    """Of whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
-    rows, places = answers_of(groups)
-    return row_logprobs(engine, rows, device)[places.to(device, non_blocking=True)]
+    """Score whole responses, the chosen ones and the rejected ones: float32 (2, pairs), from one forward pass."""
+    rows, indices = answers_of(groups)
+    return row_logprobs(engine, rows, device)[indices.to(device, non_blocking=True)]
 
 
 def row_logprobs(engine: nn.Module | ZeroEngine, rows: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
-    """Of the whole responses of prompts and responses: float32 (rows), from one forward pass."""
+    """Score the whole responses of prompts and responses: float32 (rows), from one forward pass."""
     logprobs, _ = engine(TokenBatch.of(rows, device))
     return torch.stack([part.sum() for part in logprobs.split([len(response) for _, response in rows])])
 
@@ -61,20 +61,22 @@ def reference_logprobs(
     pairs: Mapping[str, Sequence[TokenPair]],
     needed: list[list[int]],
 ) -> dict[str, Tensor]:
-    """For `train` and `eval` pairs float32 (2, pairs), on every rank: from the step's directory, else scored and kept.
+    """Return for `train` and `eval` pairs float32 (2, pairs) on every rank, from the step's directory, else scored and
+    stored there.
 
     `needed` are the groups of training pairs that an optimiser step will see; NaN for the others. A `reference` that is
     trained must still have the weights that it began with; fresh adapters change nothing.
     """
     file = stage.directory.reference_file
     stage.ranks.see(file)
-    kept = load_file(file) if file.exists() else {}
+    stored = load_file(file) if file.exists() else {}
     stage.ranks.barrier("a look at the reference")  # all have looked before the first rank writes
     train, held_out = pairs["train"], pairs["eval"]
-    places = [place for group in needed for place in group]
-    same = {name: values.shape[1] for name, values in kept.items()} == {name: len(rows) for name, rows in pairs.items()}
-    if same and not kept["train"][:, places].isnan().any():  # a longer run needs more of them
-        return kept
+    indices = [i for group in needed for i in group]
+    sizes = {name: values.shape[1] for name, values in stored.items()}
+    fits = sizes == {name: len(rows) for name, rows in pairs.items()}
+    if fits and not stored["train"][:, indices].isnan().any():  # a longer run needs more of them
+        return stored
     engine = reference()
     scores = {
         "train": score_pairs(stage, engine, train, needed),
@@ -93,19 +95,19 @@ def score_pairs(
     needed: list[list[int]],
     quiet: bool = False,
 ) -> Tensor:
-    """Each rank scores its share of the `needed` groups, then all know all of it; float32 (2, pairs)."""
+    """Score the `needed` groups, a share on each rank, and return all scores on all: float32 (2, pairs)."""
     result = torch.full((2, len(pairs)), torch.nan)
     if not needed:
         return result
     scores, budget = torch.zeros(2, len(pairs)), stage.settings.micro_batch_tokens
-    groups = [[pairs[place] for place in group] for group in needed]
+    groups = [[pairs[i] for i in group] for group in needed]
     plan = plan_micro_batches([tokens_of(group) for group in groups], budget, stage.ranks.size)[stage.ranks.rank]
     with (Display(quiet=True) if quiet else stage.display).progress("Reference", len(plan)) as bar:
         for micro_batch in plan:
             values = response_logprobs(engine, [groups[row] for row in micro_batch.rows], stage.ranks.device)
             if micro_batch.weight:
-                scores[:, [place for row in micro_batch.rows for place in needed[row]]] = values.cpu()
+                scores[:, [i for row in micro_batch.rows for i in needed[row]]] = values.cpu()
             bar.advance()
-    scored = [place for group in needed for place in group]
+    scored = [i for group in needed for i in group]
     result[:, scored] = stage.ranks.sum(scores)[:, scored]
     return result

@@ -59,7 +59,7 @@ def train(stage: Stage) -> None:
         engine, lambda: load_scorer(source, chat_format, torch.float32, settings.layers), chat_format, scale
     )
     counted = {"optimizer_steps": total, "rows": units, "held_out": len(evaluated)}
-    ranking = task.ranking(groups_of([held_out[pair.place] for pair in evaluated]))
+    ranking = task.ranking(groups_of([held_out[pair.file_index] for pair in evaluated]))
     measured: dict[str, Any] = {"reward_accuracy": ranking}
     if panel := stage.ranks.tell(read_panel(stage.run), "the texts that people rated"):
         scores = task.scores_of_texts(rows_to_score(panel, chat_format, config.data)).tolist()
@@ -85,16 +85,14 @@ class RewardTask(Task):
         self.lengths = [tokens_of(group) for group in self._pairs(range(len(self.groups)))]
         self.held_out_scores: Tensor | None = None  # float64 (2, pairs), of the last evaluation
 
-    def place(self, row: int) -> int:
-        return self.pairs[self.groups[row][0]].place
+    def file_index(self, row: int) -> int:
+        return self.pairs[self.groups[row][0]].file_index
 
     def size(self, rows: list[int]) -> int:
-        """Count pairs, or prompts."""
         return len(rows)
 
     def loss(self, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss of the pairs, how many are ranked right, and their margins; of a prompt the means over its
-        pairs."""
+        """Sum the loss of the pairs, pairs ranked right, and margins; by prompt, the means over its pairs."""
         groups = self._pairs(rows)
         chosen, rejected = self._scores(groups)
         shares, margin = shares_of(groups, chosen.device), (chosen - rejected).detach()
@@ -102,7 +100,7 @@ class RewardTask(Task):
         return (self._losses(chosen, rejected, [pair for group in groups for pair in group]) * shares).sum(), statistics
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy (also by length of the longer answer), margin and mean scores on held-out pairs."""
+        """Measure accuracy (also by length of the longer answer), margin and mean scores on held-out pairs."""
         if not self.held_out:
             return {}
         chosen, rejected = self.held_out_scores = self.scores(self.held_out)
@@ -121,11 +119,8 @@ class RewardTask(Task):
         return {name: float(values.mean()) for name, values in means.items()} | accuracies
 
     def ranking(self, questions: Sequence[Hashable]) -> dict[str, Accuracy]:
-        """Held-out pairs ranked right in the last evaluation, with intervals: what evaluation and report say of this
-        reward model.
-
-        `questions` are those of the pairs.
-        """
+        """Count held-out pairs ranked right in the last evaluation, with intervals: what evaluation and report say of
+        this reward model. `questions` are those of the pairs."""
         if not self.held_out:
             return {}
         chosen, rejected = self.last_scores()
@@ -133,31 +128,31 @@ class RewardTask(Task):
         return accuracy_by_length((chosen > rejected).tolist(), longest, unseen, questions)
 
     def score_scale(self) -> dict[str, float]:
-        """Mean and standard deviation of the scores of held-out human replies, chosen and rejected alike."""
+        """Measure mean and standard deviation of the scores of held-out human replies, chosen and rejected alike."""
         scores = self.last_scores() if self.held_out else self.scores(self.pairs[: self.stage.config.reward.eval_rows])
         return {"score_shift": float(scores.mean()), "score_scale": max(float(scores.std(correction=0)), 1e-6)}
 
     def last_scores(self) -> Tensor:
-        """Of the held-out pairs: those of the last evaluation, or of one now in a run that goes on after its end."""
+        """Return the held-out pairs' scores in the last evaluation, or now in a run that goes on after its end."""
         if self.held_out_scores is None:
             self.held_out_scores = self.scores(self.held_out)
         return self.held_out_scores
 
     def scores(self, pairs: list[TokenPair]) -> Tensor:
-        """Of chosen and rejected, float64 (2, pairs). All ranks call it and get the same."""
+        """Score chosen and rejected answers, float64 (2, pairs). All ranks call it and get the same."""
         lengths = [pair.tokens for pair in pairs]
         return self._on_all_ranks(
             lengths, lambda rows: torch.stack(self._scores([[pairs[row]] for row in rows]), dim=1)
         ).T
 
     def scores_of_texts(self, rows: list[Row]) -> Tensor:
-        """Of single answers, float64 (rows). All ranks call it and get the same."""
+        """Score single answers, float64 (rows). All ranks call it and get the same."""
         lengths = [len(prompt) + len(response) for prompt, response in rows]
         return self._on_all_ranks(lengths, lambda chosen: self._last([rows[row] for row in chosen]))
 
     @torch.no_grad()
     def _on_all_ranks(self, lengths: list[int], score: Callable[[list[int]], Tensor]) -> Tensor:
-        """What `score` gives for rows of these lengths, (rows, ...) as float64; each rank takes a share."""
+        """Return what `score` gives for rows of these lengths, (rows, ...) as float64; each rank takes a share."""
         ranks, score_of = self.stage.ranks, dict[int, Any]()
         plan = plan_micro_batches(lengths, self.stage.config.reward.micro_batch_tokens, ranks.size)
         for micro_batch in plan[ranks.rank]:
@@ -168,17 +163,17 @@ class RewardTask(Task):
         return torch.tensor([every[row] for row in range(len(lengths))], dtype=torch.float64)
 
     def _pairs(self, rows: Iterable[int]) -> list[list[TokenPair]]:
-        return [[self.pairs[place] for place in self.groups[row]] for row in rows]
+        return [[self.pairs[i] for i in self.groups[row]] for row in rows]
 
     def _losses(self, chosen: Tensor, rejected: Tensor, pairs: list[TokenPair]) -> Tensor:
-        """Of each pair: (pairs)."""
+        """Return the loss of each pair: (pairs)."""
         margins = self.settings.margin * sent([pair.margin for pair in pairs], chosen.device, chosen.dtype)
         return preference_losses(chosen, rejected, margins if self.settings.margin else None, self.settings.centering)
 
     def _scores(self, groups: list[list[TokenPair]]) -> tuple[Tensor, Tensor]:
-        """Scores of chosen and rejected, float32 (pairs) each, from one forward pass."""
-        rows, places = answers_of(groups)
-        chosen, rejected = self._last(rows)[places.to(self.stage.ranks.device, non_blocking=True)]
+        """Score chosen and rejected answers, float32 (pairs) each, in one forward pass."""
+        rows, indices = answers_of(groups)
+        chosen, rejected = self._last(rows)[indices.to(self.stage.ranks.device, non_blocking=True)]
         return chosen, rejected
 
     def _last(self, rows: Sequence[Row]) -> Tensor:

@@ -16,7 +16,6 @@ from inference.generation.equality import (
     Redraw,
     Tolerance,
     Work,
-    check_equality,
     compare,
     deviation,
     generate,
@@ -39,7 +38,7 @@ def llama() -> nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_equal_to_plain_transformers(family):
     model = build_model(family)
-    findings = check_equality(model, model, WORK, EXACT)
+    findings = compare(generate(model, WORK), model, WORK, EXACT)
     assert findings.is_equal, findings.verdict
     assert [deviation.tokens for deviation in findings.deviations] == [16 * 21] * 3  # a third of the context each
     assert findings.verdict.startswith("equal: the largest deviation is ")
@@ -49,7 +48,7 @@ def test_every_family_is_equal_to_plain_transformers(family):
 @pytest.mark.parametrize("family", ["opt", "qwen2", "llama"])
 def test_bf16_is_equal_on_average(family):
     model = build_model(family).bfloat16()
-    findings = check_equality(model, model, WORK, ROUNDED)
+    findings = compare(generate(model, WORK), model, WORK, ROUNDED)
     assert findings.is_equal, findings.verdict
     assert findings.worst.largest > 1e-4  # and would not be under the bound of fp32
     assert not dataclasses.replace(findings, tolerance=EXACT).is_equal
@@ -74,7 +73,7 @@ def rotate_differently(model: Any) -> None:
 def test_other_weights_are_found(llama, mistake, tolerance):
     wrong = copy.deepcopy(llama)
     mistake(wrong)
-    findings = check_equality(wrong, llama, WORK, tolerance)
+    findings = compare(generate(wrong, WORK), llama, WORK, tolerance)
     if mistake is nudge_a_weight and tolerance is ROUNDED:
         assert 1e-4 < findings.worst.mean < 0.1  # too small for what 16 bit can tell
         return
@@ -94,7 +93,7 @@ def test_a_shifted_position_is_found():
         return forward(position_ids=position_ids + is_decoding, **inputs)
 
     wrong.forward = shifted
-    findings = check_equality(wrong, model, WORK, EXACT)
+    findings = compare(generate(wrong, WORK), model, WORK, EXACT)
     assert not findings.is_equal and findings.worst.largest > 0.01
 
 
@@ -107,7 +106,7 @@ def test_another_temperature_is_found(llama, monkeypatch):
         return plain_generate(self, prompts, settings, key, indices)
 
     monkeypatch.setattr(GenerationEngine, "generate", warmer)
-    findings = check_equality(llama, llama, WORK, EXACT)
+    findings = compare(generate(llama, WORK), llama, WORK, EXACT)
     assert [d.is_within(EXACT) for d in findings.deviations] == [True, True, False]
     assert "sampled log-probabilities" in findings.verdict
 

@@ -1,7 +1,7 @@
 import torch
 
 from inference.generation.cpu import Exactness
-from inference.generation.kv_cache import KVCache, Places
+from inference.generation.kv_cache import CachePositions, KVCache
 
 EXACT = Exactness(keys=4)
 HEADS, HEAD = 2, 3
@@ -18,12 +18,12 @@ def test_a_cache_in_one_piece_is_as_long_as_its_longest_row_and_keeps_them_all()
             rows.append(torch.randn(HEADS, 13, HEAD))
             cache.write(1, 13, torch.cat([rows[1].flatten(), -rows[1].flatten()]))
         new = torch.randn(len(rows), HEADS, 1, HEAD)
-        places = Places.of([row.shape[1] for row in rows], new.device, EXACT)
-        kept, values = cache.append(0, new, -new, places)
+        positions = CachePositions.of([row.shape[1] for row in rows], new.device, EXACT)
+        cached, values = cache.append(0, new, -new, positions)
         rows = [torch.cat([row, token], dim=1) for row, token in zip(rows, new, strict=True)]
-        for place, row in enumerate(rows):
-            assert torch.equal(kept[place, :, : row.shape[1]], row)
-        assert torch.equal(values, -kept)
-        assert kept.is_contiguous() and kept.isfinite().all()
-        lengths.append(kept.shape[2])
+        for index, row in enumerate(rows):
+            assert torch.equal(cached[index, :, : row.shape[1]], row)
+        assert torch.equal(values, -cached)
+        assert cached.is_contiguous() and cached.isfinite().all()
+        lengths.append(cached.shape[2])
     assert lengths == [8, 8, 12, 12, 8, 12, 16, 16]

@@ -123,7 +123,7 @@ def test_pairs_that_nobody_judges_are_forgotten(judged, monkeypatch):
     assert len(judged.file.read()) == 2
 
 
-def test_equal_answers_are_drawn_anew_and_then_refused(model, tmp_path, monkeypatch):
+def test_equal_answers_are_drawn_again_and_then_refused(model, tmp_path, monkeypatch):
     """At temperature 0 both are always the same."""
     setup, begun = collecting(tmp_path / "file", temperature=0.0), []
     begin = Service.begin
@@ -140,7 +140,7 @@ def test_a_busy_server_says_so_and_frees_the_other_answer(model, tmp_path, monke
     setup = collecting(tmp_path / "file")
     with serving(both(model), collecting=setup) as running:
         here = Judged(running)
-        running.service.desks["rlhf"].taken = LIMITS.places
+        running.service.desks["rlhf"].taken = LIMITS.capacity
         assert here.pair(status=429)["code"] == "busy"
         running.service.desks["rlhf"].taken = 0
         assert here.pair() and running.service.desks["sft"].taken == 0

@@ -14,7 +14,7 @@ GAP = """p => {
     range.selectNodeContents(p.lastChild);
     return p.getBoundingClientRect().right - [...range.getClientRects()].at(-1).right;
 }"""
-ENDED = ("(stopped: the page was loaded anew)", "The connection ended before the answer did.")
+ENDED = ("(stopped: the page was loaded again)", "The connection ended before the answer did.")
 """Which of the two depends on what the browser ends first."""
 TOPS = "answers => answers.map(answer => answer.getBoundingClientRect().top)"
 

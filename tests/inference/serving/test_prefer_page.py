@@ -194,15 +194,15 @@ def test_going_on_from_the_better_answer(page, judged):
     ask(page, "One")
     better = answers(page)[1]
     page.keyboard.press("2")
-    expect(page.locator("#anew")).to_be_visible()
+    expect(page.locator("#restart")).to_be_visible()
     ask(page, "Two")
     assert page.evaluate("state.pair.messages.map(m => m.content)") == ["One", better, "Two"]
     page.reload()  # loses nothing
     assert page.evaluate("state.pair.messages.map(m => m.content)") == ["One", better, "Two"]
     page.keyboard.press("0")
-    expect(page.locator("#anew")).to_be_visible()  # as it was before "Two"
+    expect(page.locator("#restart")).to_be_visible()  # as it was before "Two"
     assert page.locator(".said").count() == 1 and len(judged.file.read()[1].prompt) == 3
-    page.click("#anew")
+    page.click("#restart")
     ask(page, "Three")
     assert page.evaluate("state.pair.messages.length") == 1
 
@@ -233,7 +233,7 @@ def test_a_preference_that_is_not_kept_stays_to_be_given_again(page, judged):
     assert winners(judged) == [("Ada", "a")] and page.locator("#problem").text_content() == ""
 
 
-def test_a_pair_of_a_server_that_was_started_anew(page, judged):
+def test_a_pair_of_a_server_that_was_started_again(page, judged):
     open_page(page, judged.served.url)
     answer_with(page, "One", "Two")
     ask(page)

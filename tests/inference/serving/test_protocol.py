@@ -91,7 +91,7 @@ def test_a_stop_string_ends_the_answer_before_it(served, model, stream):
 
 
 def test_an_answer_goes_on_behind_its_beginning(served, model):
-    """In pieces of which none begins anew: the first space is not taken for that behind 'Assistant:'."""
+    """In pieces of which none begins again: the first space is not taken for that behind 'Assistant:'."""
     begun, spoken = "Well, to be honest", [*MESSAGES, {"role": "assistant", "content": "Well, to be honest"}]
     answer = served.client().chat.completions.create(model="sft", messages=spoken, seed=3, **WARM)
     prompt = model.format.prompt_ids(MESSAGES)

@@ -35,7 +35,7 @@ def test_a_cut_in_one_piece_copies_nothing():
     ],
 )
 def test_key_heads_follow_their_query_heads(query, key_value, size, kept):
-    assert [Heads(query, key_value, 8).kept_keys(rank, size) for rank in range(size)] == kept
+    assert [Heads(query, key_value, 8).local_keys(rank, size) for rank in range(size)] == kept
 
 
 def test_heads_that_do_not_divide_are_refused_in_a_sentence():

@@ -6,7 +6,7 @@ import pytest
 
 from inference.errors import UserError
 from training.config import RunConfig
-from training.data.prepare import demonstrations, keep_demonstrations
+from training.data.prepare import demonstrations, store_demonstrations
 
 
 def config(**ptx) -> RunConfig:
@@ -44,6 +44,6 @@ def test_those_of_another_file_are_kept_with_the_run(tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "x", "response": "d"}')
     (data := tmp_path / "data").mkdir()
-    keep_demonstrations(config(source=str(other)), data, None)
+    store_demonstrations(config(source=str(other)), data, None)
     other.unlink()
     assert [row["prompt"][0]["content"] for row in demonstrations(config(source=str(other)), data)] == ["x"]

@@ -107,7 +107,7 @@ def test_labels_of_one_kind_are_refused(tmp_path, word_format, label, name):
 def test_lint_finds_both_labels_on_one_answer_and_one_label_on_all(tmp_path):
     def found(*rows):
         read_ = read(tmp_path, *rows)
-        findings = lint(Lines(read_.rows, read_.places), None, DataSettings())
+        findings = lint(Lines(read_.rows, read_.locations), None, DataSettings())
         return {(each.level, each.check): each.count for each in findings}
 
     both = labelled("p", "r", True), labelled("p", "r", False), labelled("p", "s", False)

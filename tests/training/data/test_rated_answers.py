@@ -213,7 +213,7 @@ def as_text(rows):
 
 
 def places(found):
-    return [place.rpartition(" ")[2] for place in found.places]
+    return [place.rpartition(" ")[2] for place in found.locations]
 
 
 def test_a_bad_answer_is_paired_with_a_good_one_of_its_prompt(tmp_path):
@@ -285,7 +285,7 @@ def test_all_comparisons_of_answers_in_several_rows(tmp_path):
             *[("q", good, bad) for good in ("good", "fine") for bad in ("bad", "worse")],
         ]
     )
-    assert len(found.places) == len(found.rows) and found.reasons == {}
+    assert len(found.locations) == len(found.rows) and found.reasons == {}
     assert {row["margin"] for row in found.rows if "margin" in row} == {2, 4}
     assert "; 9 pairs of answers in several rows, by label, score" in found.describe()
 

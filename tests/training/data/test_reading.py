@@ -45,7 +45,7 @@ def test_refuse_names_file_line_reason_and_the_way_out(tmp_path):
 def test_skip_counts_by_reason_and_keeps_the_places(tmp_path):
     source = write(tmp_path / "a.jsonl", {"prompt": "q"}, {"prompt": ""}, "oops\n", {"prompt": "  "})
     found = read(source, bad_rows="skip")
-    assert found.rows == [{"prompt": prompt("q")}] and found.places == [f"{source}, line 1"]
+    assert found.rows == [{"prompt": prompt("q")}] and found.locations == [f"{source}, line 1"]
     assert found.reasons == {"'prompt' is empty": 2, "the line is not JSON": 1}
     assert [place for place, _, wrong in found.left_out if wrong] == [f"{source}, line {n}" for n in (2, 3, 4)]
 
@@ -113,7 +113,7 @@ def test_csv_with_several_lines_in_a_cell_and_messages(tmp_path):
         ("hi", 'a "b"'),
         ("[{x", "c"),
     ]
-    assert found.places[1] == f"{tmp_path / 'a.csv'}, row 2 (line 4)"
+    assert found.locations[1] == f"{tmp_path / 'a.csv'}, row 2 (line 4)"
 
 
 @pytest.mark.parametrize(
@@ -255,5 +255,5 @@ def test_of_a_persons_preferences_on_two_answers_the_last_one_is_trained_on(tmp_
     assert [(row["prompt"][0]["content"], row["chosen"]) for row in found.rows] == [
         *(("Rated", "good"), ("Hi?", "No."), ("Hi?", "Yes!"), ("How?", "Yes!")),
     ]
-    assert found.places[1:] == [f"{source}, line {line}" for line in (2, 5, 6)]
+    assert found.locations[1:] == [f"{source}, line {line}" for line in (2, 5, 6)]
     assert "2 left out that the same person judged again" in found.notes

@@ -112,7 +112,7 @@ def test_rows_of_a_run_that_began_before_templates_were_asked_are_kept_apart(tmp
     file = write(tmp_path / "sft_train.jsonl", [{"prompt": prompt, "response": "yes"} for prompt in prompts])
     opened = Target(DataSettings(), format_with(IN_TURN))
     lines = accepted(opened, Path(file))
-    assert [row["prompt"] for row in lines.rows] == prompts[:1] and lines.places == [f"{file}, line 1"]
+    assert [row["prompt"] for row in lines.rows] == prompts[:1] and lines.locations == [f"{file}, line 1"]
     assert opened.left_out == [
         (f"{file}, line 2", "the model's chat template refuses the row (roles must alternate)", True)
     ]

@@ -21,7 +21,7 @@ EIGHT = tuple(range(8))
 
 def parts(name: str, layout: Layout, micro_batches: int = 1, own_weights: bool = True, offload: bool = False):
     found = FOOTPRINTS.parts(CALLS[name], Assignment(layout, micro_batches, offload), own_weights)
-    return {(part.name, part.place, bool(part.phase)): part.bytes for part in found}
+    return {(part.name, part.location, bool(part.phase)): part.bytes for part in found}
 
 
 def test_training_on_two_tensor_ranks_of_two_stages_with_divided_optimiser_states():

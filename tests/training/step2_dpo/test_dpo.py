@@ -168,8 +168,8 @@ def train_by_hand(sft: Path, name: str, smoothing: float = 0.0, normalized: bool
     from transformers import AutoModelForCausalLM
 
     from inference.chat_format import ChatFormat
+    from tests.supervised_steps import batches_of_epoch
     from training.config import DPOSettings
-    from training.supervised import batches_of_epoch
 
     chat_format, policy = ChatFormat.load(sft), AutoModelForCausalLM.from_pretrained(sft).eval()
     reference = AutoModelForCausalLM.from_pretrained(sft).eval()

@@ -125,8 +125,8 @@ def train_by_hand(sft: Path, bad_weight: float, normalized: bool) -> list[dict[s
     from transformers import AutoModelForCausalLM
 
     from inference.chat_format import ChatFormat
+    from tests.supervised_steps import batches_of_epoch
     from training.config import DPOSettings
-    from training.supervised import batches_of_epoch
 
     form, policy = ChatFormat.load(sft), AutoModelForCausalLM.from_pretrained(sft).eval()
     reference = AutoModelForCausalLM.from_pretrained(sft).eval()

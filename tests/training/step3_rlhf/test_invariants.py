@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from inference.generation.attention import Sequences
 from inference.generation.engine import GenerationEngine
-from inference.generation.kv_cache import Places
+from inference.generation.kv_cache import CachePositions
 from inference.generation.sampler import SamplingKey, SamplingSettings
 from inference.tensor_parallel.shard import TensorParallel
 from training.data.batching import TokenBatch
@@ -180,7 +180,7 @@ def test_attention_beyond_the_own_row_is_found(tmp_path, monkeypatch, family, re
     """What lies behind a row's end in the cache belongs to nobody, or to an older sample."""
     policy = make_policy(family)
     with monkeypatch.context() as changed:
-        changed.setattr(Places, "mask", lambda self, window, dtype: None)
+        changed.setattr(CachePositions, "mask", lambda self, window, dtype: None)
         experience = generate(policy)
     refused(tmp_path, policy, experience, recomputed)
 
