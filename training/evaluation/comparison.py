@@ -297,12 +297,6 @@ class Comparison:
         trained_here = self.given is None and not self.stage.config.given_model(REWARD)
         return self.stage.run.step(REWARD).read_result() if trained_here else {}
 
-    def total(
-        self, rewards: Rewards, of_model: list[float], answers: ModelAnswers
-    ) -> tuple[list[float], dict[str, float]]:
-        """Compute the sum that PPO was told to raise, answer by answer, and the mean of each source."""
-        return rewards.total(of_model, self.prompts, answers.texts, self.extras, group=1)
-
     def answer(self, reader: Reader, candidate: Candidate) -> ModelAnswers:
         """Sample answers as in PPO's rollouts, with the same random numbers for every model."""
         chat_format, limit = reader.chat_format, self.data.max_prompt_tokens
