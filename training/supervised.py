@@ -14,7 +14,7 @@ from training.config import StepSettings
 from training.data.batching import MicroBatch, plan_micro_batches
 from training.data.rows import Epochs, count_updates, updates_per_epoch
 from training.evaluation.statistics import DOUBTFUL_ACCURACY
-from training.hybrid_engine.kept_weights import KeptWeights
+from training.hybrid_engine.stored_weights import WeightsBackup
 from training.hybrid_engine.zero_engine import ZeroEngine
 from training.launchers import processes_option
 from training.metrics import WARNING, held_out_line
@@ -71,7 +71,7 @@ def fit(stage: Stage, task: Task, settings: StepSettings, total: int) -> dict[st
         idle = f"{rows} rows leave {ranks - rows} of {ranks} ranks idle"
         stage.display.say(f"Warning: {idle}: use {processes_option(rows)}")
     epochs = Epochs(rows, f"{stage.seed}")
-    best = Best(stage, KeptWeights(task.engine), rank_of, "optimiser step") if settings.keep == "best" else None
+    best = Best(stage, WeightsBackup(task.engine), rank_of, "optimiser step") if settings.keep == "best" else None
     number, evaluation = resume(stage, task, best)
     before = next((row for row in stage.metrics.read() if "eval/loss" in row), None)  # others than the first rank: None
     stage.expect_checkpoints("optimiser step")
